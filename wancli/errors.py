@@ -1,0 +1,112 @@
+"""Everything that can go wrong, drawn, and the exit code each kind becomes.
+
+    WancliError
+    ├─ JobError            2   a job file, flag or prompt is wrong; nothing was started
+    │  ├─ PromptTooLong        more tokens than text.max_tokens, and truncate is off
+    │  └─ OutputExists         an output is there that this plan did not make
+    ├─ MachineError        3   space, permission, ffmpeg, device
+    │  ├─ NoSpace              the disk or the quota is full
+    │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames
+    ├─ IntegrityError      4   a file does not verify
+    │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
+    │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
+    ├─ DoesNotFit          5   more memory is needed than there is
+    ├─ ShotError           1   one shot failed, the others go on
+    │  ├─ NotFinite            NaN or Inf in a velocity or latent; names step, branch and block
+    │  └─ InjectionMissed      a rule reached fewer cells of its table than planned
+    └─ Interrupted       130   Ctrl-C
+
+Everything between raises; `wancli.cli` alone turns an error into an exit code. Anything
+that is not a WancliError is a bug in wancli and exits with 70.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitStatus(IntEnum):
+    """What the process tells the shell. A batch ends with the worst that happened to it."""
+
+    OK = 0  # every requested shot exists and verifies
+    SOME_FAILED = 1  # some shots failed, the rest are done
+    USAGE = 2  # usage or job error, nothing was started
+    MACHINE = 3  # space, permission, ffmpeg, device
+    INTEGRITY = 4  # checkpoint, cache or output does not verify
+    MEMORY = 5  # does not fit
+    BUG = 70  # a bug in wancli; the traceback is in the log file
+    INTERRUPTED = 130  # Ctrl-C
+
+
+class WancliError(Exception):
+    """One message for the user: where it is, what is wrong there, and a way out.
+
+    `where` is a place the user can open (`jobs/a.yaml:12: sampler.steps`, or a file), `hint`
+    the next thing to try. `str()` gives the first line, `hint` is printed below it.
+    """
+
+    status: ClassVar[ExitStatus] = ExitStatus.BUG
+    code: ClassVar[str] = "bug"  # stable name for machines, one per class
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(f"{where}: {message}" if where else message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+
+class JobError(WancliError):
+    status, code = ExitStatus.USAGE, "job"
+
+
+class PromptTooLong(JobError):
+    code = "job.prompt_too_long"
+
+
+class OutputExists(JobError):
+    code = "job.output_exists"
+
+
+class MachineError(WancliError):
+    status, code = ExitStatus.MACHINE, "machine"
+
+
+class NoSpace(MachineError):
+    code = "machine.no_space"
+
+
+class FfmpegError(MachineError):
+    code = "machine.ffmpeg"
+
+
+class IntegrityError(WancliError):
+    status, code = ExitStatus.INTEGRITY, "integrity"
+
+
+class CheckpointError(IntegrityError):
+    code = "integrity.checkpoint"
+
+
+class EntryError(IntegrityError):
+    code = "integrity.entry"
+
+
+class DoesNotFit(WancliError):
+    status, code = ExitStatus.MEMORY, "memory"
+
+
+class ShotError(WancliError):
+    status, code = ExitStatus.SOME_FAILED, "shot"
+
+
+class NotFinite(ShotError):
+    code = "shot.not_finite"
+
+
+class InjectionMissed(ShotError):
+    code = "shot.injection_missed"
+
+
+class Interrupted(WancliError):
+    status, code = ExitStatus.INTERRUPTED, "interrupted"

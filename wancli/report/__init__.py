@@ -1,0 +1,1 @@
+"""What a render was and what it cost, from its manifests."""

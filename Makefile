@@ -1,0 +1,40 @@
+# `make` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(BIN)/wancli ## Create .venv with the wancli command in it
+
+demo: install ## Render configs/demo.yaml and say where the videos are
+	@scripts/demo
+
+test: $(VENV)/dev ## Run the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/dev ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/dev ## Measure against diffusers, side by side in one process
+	$(BIN)/python -m scripts.bench
+
+wheel: install ## Build the wheel into dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove what the targets above made
+	rm -rf $(VENV) build dist out *.egg-info
+
+$(BIN)/wancli: pyproject.toml constraints.txt
+	scripts/install $(VENV) $(PYTHON) .
+	@touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt
+	scripts/install $(VENV) $(PYTHON) '.[dev]'
+	@touch $@
+
+.PHONY: help install demo test lint bench wheel clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,84 @@
+"""VAE decode against diffusers' AutoencoderKLWan: the real width, one set of random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from scripts.bench.machine import Row, in_turn, peak_growth
+from wancli.models.config import VAEConfig
+from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from wancli.weights.names import vae_from_diffusers
+
+
+def rows() -> list[Row]:
+    """Speed on a short clip, then memory on a short and a long one (timed once)."""
+    torch.manual_seed(0)
+    theirs = AutoencoderKLWan().eval()
+    ours = WanVAE(VAEConfig())
+    weights = {vae_from_diffusers(name): tensor for name, tensor in theirs.state_dict().items()}
+    ours.load_state_dict(weights, assign=True)
+    return [
+        _speed(ours, theirs, frames=9, size=128, repeats=3),
+        _memory(ours, theirs, frames=9, size=64),
+        _memory(ours, theirs, frames=81, size=64),
+    ]
+
+
+def _speed(ours: WanVAE, theirs: AutoencoderKLWan, frames: int, size: int, repeats: int) -> Row:
+    decode_ours, decode_theirs = _ways(ours, theirs, frames, size)
+    ours_s, theirs_s = in_turn(decode_ours, decode_theirs, repeats)
+    return Row(
+        what=f"VAE decode, {frames} frames of {size}x{size}",
+        ours_s=ours_s,
+        theirs_s=theirs_s,
+        flop=_flop(frames, size),
+        ours_mib=peak_growth(decode_ours),
+        theirs_mib=peak_growth(decode_theirs),
+    )
+
+
+def _memory(ours: WanVAE, theirs: AutoencoderKLWan, frames: int, size: int) -> Row:
+    seconds, mib = [], []
+    for way in _ways(ours, theirs, frames, size):
+        start = time.perf_counter()
+        mib.append(peak_growth(way))
+        seconds.append(time.perf_counter() - start)
+    what = f"VAE decode, {frames} frames of {size}x{size}"
+    return Row(what, *seconds, _flop(frames, size), *mib)
+
+
+def _ways(
+    ours: WanVAE, theirs: AutoencoderKLWan, frames: int, size: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Both take the normalised latent; ours hands its frames on as they come, theirs at the end."""
+    z = _latent(frames, size)
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+
+    def decode_ours() -> None:
+        for _ in ours.decode(z):
+            pass
+
+    def decode_theirs() -> None:
+        with torch.no_grad():
+            theirs.decode((z * std + mean)[None])
+
+    return decode_ours, decode_theirs
+
+
+def _flop(frames: int, size: int) -> float:
+    """Arithmetic of the plain network, counted on diffusers' (ours does fewer multiplications)."""
+    with torch.device("meta"):
+        vae, z = AutoencoderKLWan(), _latent(frames, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.decode(z[None])
+    return float(counter.get_total_flops())
+
+
+def _latent(frames: int, size: int) -> Tensor:
+    return torch.randn(16, (frames + 3) // 4, size // 8, size // 8)

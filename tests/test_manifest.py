@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from wancli import manifest
+from wancli.errors import EntryError
+
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A finished shot: video, latents, manifest."""
+    path = tmp_path / "a.b.mp4"
+    path.write_bytes(b"video")
+    (tmp_path / "a.b.latents.safetensors").write_bytes(b"latents")
+    kept = [path, tmp_path / "a.b.latents.safetensors"]
+    body = {"key": KEY, "files": [manifest.file_record(file, tmp_path) for file in kept], "prompt": "猫"}
+    manifest.write(manifest.manifest_path(path), body)
+    return path
+
+
+def test_the_manifest_stands_beside_the_output(tmp_path):
+    assert manifest.manifest_path(tmp_path / "a.b.mp4") == tmp_path / "a.b.manifest.json"
+
+
+def test_what_was_written_is_what_one_reads(tmp_path):
+    path = tmp_path / "x.manifest.json"
+    body = {"z": [1, 2.5, None, True], "a": {"nested": "ünïcode"}, "tiny": 1e-7}
+    manifest.write(path, body)
+    assert manifest.read(path) == body
+    manifest.write(path, {"other": 1})
+    assert manifest.read(path) == {"other": 1}
+
+
+def test_numbers_as_keys_and_tuples_are_written_as_json_has_them(tmp_path):
+    path = tmp_path / "x.manifest.json"
+    manifest.write(path, {"hits": {2: 1, 10: 1}, "size": (832, 480)})
+    assert manifest.read(path) == {"hits": {"2": 1, "10": 1}, "size": [832, 480]}
+
+
+def test_a_manifest_is_readable_json_with_its_schema(output):
+    text = manifest.manifest_path(output).read_text()
+    assert json.loads(text)["schema"] == manifest.SCHEMA
+    assert "猫" in text
+    assert len(text.splitlines()) > 5
+
+
+def test_a_missing_manifest_is_none(tmp_path):
+    assert manifest.read(tmp_path / "x.manifest.json") is None
+
+
+def test_every_flipped_bit_and_every_cut_of_a_manifest_is_noticed(tmp_path):
+    path = tmp_path / "x.manifest.json"
+    manifest.write(path, {"key": KEY, "steps": 50, "files": []})
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\n"]
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(EntryError, match="damaged"):
+            manifest.read(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"seal": NaN}', "[" * 100_000, '{"a": "\\ud800"}', "\xff"])
+def test_other_json_is_a_damaged_manifest(tmp_path, text):
+    path = tmp_path / "x.manifest.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(EntryError):
+        manifest.read(path)
+
+
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        manifest.write(tmp_path / "x.manifest.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shot_is_done_when_its_manifest_and_all_its_files_verify(output):
+    assert manifest.done(output, KEY)
+
+
+def test_a_shot_of_another_job_is_not_done(output):
+    assert not manifest.done(output, KEY[::-1])
+    assert "another job" in manifest.problems(output, KEY[::-1])[0]
+
+
+def test_a_shot_without_a_manifest_is_not_done(output):
+    manifest.manifest_path(output).unlink()
+    assert not manifest.done(output, KEY)
+
+
+@pytest.mark.parametrize("name", ["a.b.mp4", "a.b.latents.safetensors", "a.b.manifest.json"])
+def test_any_damage_to_any_file_of_a_shot_is_named(output, name):
+    path = output.with_name(name)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(50):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(rng.choice([bytes(flipped), whole[: rng.randrange(len(whole))], whole + b"x"]))
+        (problem,) = manifest.problems(output, KEY)
+        assert name in problem
+        assert not manifest.done(output, KEY)
+    path.unlink()
+    assert name in manifest.problems(output, KEY)[0]
+
+
+def test_a_manifest_that_does_not_list_its_output_proves_nothing(tmp_path):
+    output = tmp_path / "a.mp4"
+    output.write_bytes(b"video")
+    manifest.write(manifest.manifest_path(output), {"key": KEY, "files": []})
+    assert not manifest.done(output, KEY)
+    manifest.write(manifest.manifest_path(output), {"key": KEY})
+    assert not manifest.done(output, KEY)

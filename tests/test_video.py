@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+from wancli import video
+from wancli.errors import FfmpegError, NoSpace, OutputExists
+
+WIDTH, HEIGHT = 64, 48
+FRAME = WIDTH * HEIGHT * 3
+REAL = imageio_ffmpeg.get_ffmpeg_exe()
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 100, 50)]
+COLOURS += [(20, 60, 120)]
+
+
+def picture(*, shift: int = 0) -> np.ndarray:
+    """Eight upright bars of colour, moved to the right."""
+    bars = np.repeat(np.array(COLOURS, np.uint8), WIDTH // 8, axis=0)
+    return np.roll(np.broadcast_to(bars, (HEIGHT, WIDTH, 3)), shift, axis=1).copy()
+
+
+def moving(count: int) -> list[bytes]:
+    return [picture(shift=i).tobytes() for i in range(count)]
+
+
+def render(final: Path, frames: list[bytes], *, frame_count: int | None = None, codec: str = "h264") -> Path:
+    return video.write_mp4(
+        iter(frames),
+        final,
+        width=WIDTH,
+        height=HEIGHT,
+        fps=16,
+        frame_count=len(frames) if frame_count is None else frame_count,
+        crf=10,
+        codec=codec,
+        comment="shot 1 0123abcd",
+    )
+
+
+def described(path: Path) -> str:
+    """What ffmpeg itself says about a file."""
+    return subprocess.run(
+        [REAL, "-hide_banner", "-i", path], capture_output=True, text=True, check=False
+    ).stderr
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path, monkeypatch):
+    """Puts a shell script in the place of ffmpeg; in it, $REAL is the true one."""
+
+    def install(script: str) -> Path:
+        path = tmp_path / "fake-ffmpeg"
+        path.write_text(f"#!/bin/sh\nREAL='{REAL}'\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+        return path
+
+    return install
+
+
+def assert_nothing_left(folder: Path) -> None:
+    assert not list(folder.glob("*.mp4"))
+    assert not list(folder.glob(".wancli-*"))
+
+
+# ---- the file ----
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_video_has_exactly_the_frames_that_were_sent(tmp_path, codec, count):
+    path = render(tmp_path / "new" / "a.mp4", moving(count), codec=codec)
+    assert video.count_frames(path) == count
+    frames = list(video.read_frames(path))
+    assert [(f.width, f.height, len(f.rgb)) for f in frames] == [(WIDTH, HEIGHT, FRAME)] * count
+    assert [file.name for file in path.parent.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265"])
+def test_colours_come_back_as_they_were_sent(tmp_path, codec):
+    path = render(tmp_path / "a.mp4", [picture().tobytes()] * 3, codec=codec)
+    for frame in video.read_frames(path):
+        seen = np.frombuffer(frame.rgb, np.uint8).reshape(HEIGHT, WIDTH, 3)
+        for i, colour in enumerate(COLOURS):
+            assert np.abs(seen[HEIGHT // 2, 8 * i + 4].astype(int) - colour).max() <= 3
+
+
+def test_the_samples_in_the_file_are_bt709_in_limited_range(tmp_path):
+    path = render(tmp_path / "a.mp4", [picture().tobytes()] * 3)
+    command = [
+        REAL,
+        "-v",
+        "error",
+        "-i",
+        path,
+        "-frames:v",
+        "1",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "yuv420p",
+        "-",
+    ]
+    raw = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.uint8)
+    luma = raw[: WIDTH * HEIGHT].reshape(HEIGHT, WIDTH)
+    blue = raw[WIDTH * HEIGHT :][: WIDTH * HEIGHT // 4].reshape(HEIGHT // 2, WIDTH // 2)
+    for i, (r, g, b) in enumerate(COLOURS):
+        y = 0.2126 * r + 0.7152 * g + 0.0722 * b  # Rec. ITU-R BT.709-6, items 3.2 to 3.4
+        assert abs(luma[24, 8 * i + 4] - (16 + 219 * y / 255)) <= 2
+        assert abs(blue[12, 4 * i + 2] - (128 + 224 * (b - y) / 1.8556 / 255)) <= 2
+
+
+@pytest.mark.parametrize(("codec", "name"), [("h264", "h264 (High) (avc1"), ("h265", "hevc (Main) (hvc1")])
+def test_players_are_told_codec_colours_and_speed(tmp_path, codec, name):
+    said = described(render(tmp_path / "a.mp4", moving(5), codec=codec))
+    assert name in said
+    assert re.search(r"yuv420p\(tv, bt709(/bt709/bt709)?, progressive\)", said)
+    assert "16 fps" in said
+    assert re.search(r"comment +: shot 1 0123abcd\n", said)
+
+
+def test_a_video_can_start_to_play_before_it_is_whole(tmp_path):
+    data = render(tmp_path / "a.mp4", moving(5)).read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265"])
+def test_the_same_frames_make_the_same_bytes_on_any_number_of_cores(tmp_path, codec):
+    cores = os.sched_getaffinity(0)
+    one = render(tmp_path / "one.mp4", moving(20), codec=codec).read_bytes()
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        two = render(tmp_path / "two.mp4", moving(20), codec=codec).read_bytes()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    "name", ["-y.mp4", "a:b.mp4", "http:x.mp4", "concat:a|b.mp4", "猫 'q\" %d.mp4", "x.avi"]
+)
+def test_no_name_is_taken_for_an_option_or_a_protocol(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    render(Path(name), moving(2))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert video.count_frames(Path(name)) == 2
+
+
+def test_another_video_is_never_overwritten(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"mine")
+    with pytest.raises(OutputExists):
+        render(tmp_path / "a.mp4", moving(2))
+    assert (tmp_path / "a.mp4").read_bytes() == b"mine"
+    assert not list(tmp_path.glob(".wancli-*"))
+
+
+def test_a_rerun_with_the_same_frames_finds_its_own_video(tmp_path):
+    before = render(tmp_path / "a.mp4", moving(2)).stat().st_ino
+    assert render(tmp_path / "a.mp4", moving(2)).stat().st_ino == before
+
+
+# ---- what can go wrong ----
+
+
+@pytest.mark.parametrize("asked", [4, 6])
+def test_another_number_of_frames_than_asked_for_is_not_published(tmp_path, asked):
+    with pytest.raises(FfmpegError, match=f"{asked} frames were asked for, 5 made"):
+        render(tmp_path / "a.mp4", moving(5), frame_count=asked)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_fault_while_frames_are_made_leaves_nothing(tmp_path):
+    def failing():
+        yield picture().tobytes()
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        render(tmp_path / "a.mp4", failing(), frame_count=5)
+    assert_nothing_left(tmp_path)
+
+
+def test_half_a_frame_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not whole frames"):
+        render(tmp_path / "a.mp4", [bytes(FRAME + 1)])
+    assert_nothing_left(tmp_path)
+
+
+BIG = [bytes(FRAME)] * 50  # more than a pipe holds
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo bad luck >&2; head -c 20000 >/dev/null; exit 7", r"exit code 7\): bad luck"),
+        ("exec <&-; echo gone >&2; exit 3", r"exit code 3\): gone"),
+        ("exec <&-; exit 0", r"stopped reading \(exit code 0\)"),
+        ("cat >/dev/null; kill -9 $$", "killed by SIGKILL"),
+        ("cat >/dev/null; exit 0", "decode|moov|Invalid|failed"),
+        ('head -c 40000 | $REAL "$@" 2>/dev/null', "stopped reading|50 frames were asked for"),
+    ],
+    ids=["dies", "closes stdin", "closes stdin well", "is killed", "writes nothing", "drops frames"],
+)
+def test_an_ffmpeg_that_fails_leaves_nothing_and_is_quoted(tmp_path, fake_ffmpeg, script, message):
+    fake_ffmpeg(f'case "$*" in *rawvideo*) {script};; *) exec $REAL "$@";; esac')
+    with pytest.raises(FfmpegError, match=message):
+        render(tmp_path / "a.mp4", BIG)
+    assert_nothing_left(tmp_path)
+
+
+def test_noise_on_both_outputs_does_not_block_and_only_its_end_is_kept(tmp_path, fake_ffmpeg):
+    noise = "yes noise | head -c 3000000; yes noise | head -c 3000000 >&2"
+    fake_ffmpeg(f'case "$*" in *rawvideo*) {noise}; echo the end >&2; exit 1;; *) exec $REAL "$@";; esac')
+    with pytest.raises(FfmpegError, match="the end") as caught:
+        render(tmp_path / "a.mp4", BIG)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "script", ["sleep 1000", "cat >/dev/null; sleep 1000", "exec >&-; exec 2>&-; sleep 1000"]
+)
+def test_an_ffmpeg_that_hangs_is_stopped_with_its_children(tmp_path, fake_ffmpeg, script):
+    fake_ffmpeg(f"echo $$ >'{tmp_path}/pid'; {script}")
+    encoder = video.Encoder(tmp_path / "x", WIDTH, HEIGHT, 16, 10, "h264", "", patience=0.5)
+    with pytest.raises(FfmpegError, match=r"not moved for 0\.5 s"), encoder:
+        encoder.write(b"".join(BIG))
+    group = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+def test_a_full_disk_is_told_as_such(tmp_path):
+    encoder = video.Encoder(Path("/dev/full"), WIDTH, HEIGHT, 16, 10, "h264", "")
+    with pytest.raises(NoSpace, match="are free"), encoder:
+        encoder.write(b"".join(moving(5)))
+
+
+def test_a_missing_ffmpeg_is_found_out_in_the_preflight(monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
+    with pytest.raises(FfmpegError, match="/no/such/ffmpeg") as caught:
+        video.check_ffmpeg()
+    assert "IMAGEIO_FFMPEG_EXE" in caught.value.hint
+
+
+def test_an_ffmpeg_without_the_encoder_is_found_out_in_the_preflight(fake_ffmpeg):
+    fake_ffmpeg("echo ' V....D libx264 H.264'")
+    video.check_ffmpeg("h264")
+    with pytest.raises(FfmpegError, match="no libx265"):
+        video.check_ffmpeg("h265")
+
+
+def test_the_bundled_ffmpeg_passes_the_preflight_and_tells_its_version():
+    video.check_ffmpeg("h264")
+    video.check_ffmpeg("h265")
+    assert video.ffmpeg_version() == imageio_ffmpeg.get_ffmpeg_version()
+
+
+def test_a_video_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path):
+    whole = render(tmp_path / "a.mp4", moving(30)).read_bytes()
+    for cut in range(0, len(whole), len(whole) // 12):
+        (tmp_path / "cut.mp4").write_bytes(whole[:cut])
+        try:
+            assert video.count_frames(tmp_path / "cut.mp4") < 30
+        except FfmpegError:
+            pass
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from wancli.video import Encoder
+encoder = Encoder(Path(sys.argv[1]), 64, 48, 16, 10, "h264", "")
+encoder.write(bytes(64 * 48 * 3))
+print(encoder._ffmpeg._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_no_ffmpeg_outlives_a_killed_wancli(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, tmp_path / "x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with child:
+        ffmpeg = Path("/proc", child.stdout.readline().decode().strip())
+        assert "ffmpeg" in (ffmpeg / "cmdline").read_text()
+        child.send_signal(signal.SIGKILL)
+        for _ in range(100):
+            if not ffmpeg.exists() or " Z " in (ffmpeg / "stat").read_text():
+                return
+            time.sleep(0.05)
+    pytest.fail("ffmpeg is still running")
+
+
+# ---- to bytes ----
+
+
+def test_floats_become_bytes_as_in_the_official_code():
+    frames = torch.linspace(-1.2, 1.2, 3 * 5 * 4 * 6).view(3, 5, 4, 6)
+    official = (frames.clamp(-1, 1).sub(-1).div(2).permute(1, 2, 3, 0) * 255).type(torch.uint8)
+    got = video.to_rgb24(frames)
+    assert got.shape == (5, 4, 6, 3)
+    assert got.c_contiguous
+    assert got.tobytes() == official.numpy().tobytes()
+
+
+def test_the_callers_frames_stay_as_they_were():
+    frames = torch.linspace(-2, 2, 3 * 2 * 4 * 4).view(3, 2, 4, 4)
+    before = frames.clone()
+    video.to_rgb24(frames)
+    assert torch.equal(frames, before)
+
+
+def test_frames_from_the_decoder_go_straight_into_a_video(tmp_path):
+    frames = torch.from_numpy(np.stack([picture(shift=i) for i in range(5)])).permute(3, 0, 1, 2)
+    path = render(tmp_path / "a.mp4", [video.to_rgb24(frames / 127.5 - 1)], frame_count=5)
+    first = np.frombuffer(next(video.read_frames(path)).rgb, np.uint8)
+    assert np.abs(first.astype(int) - picture().reshape(-1)).mean() < 6

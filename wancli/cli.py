@@ -1,0 +1,345 @@
+"""The commands. Parse, call, and turn what was raised into an exit code; no logic, no torch.
+
+stdout carries results only: paths, or one JSON document. Everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wancli import __version__
+from wancli.errors import ExitStatus, WancliError
+
+if TYPE_CHECKING:
+    from wancli.shot import Plan
+    from wancli.store import Store
+
+app = typer.Typer(
+    name="wancli",
+    help="Render Wan text-to-video in batches, with a second prompt injected into chosen blocks.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(help="List, verify or shrink the embedding cache.")
+app.add_typer(cache_app, name="cache")
+
+
+class LogLevel(StrEnum):
+    off = "off"
+    basic = "basic"
+    verbose = "verbose"
+    trace = "trace"
+
+
+class ProgressMode(StrEnum):
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    none = "none"
+
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Render again; what is there moves aside as NAME.old-1.mp4.")
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="The embedding cache. Default: $WANCLI_CACHE, else the user's cache folder."
+    ),
+]
+Level = Annotated[
+    LogLevel, typer.Option(help="verbose measures what each block's injection changed; trace adds stacks.")
+]
+Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+ModelDir = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="The checkpoint folder.")]
+
+
+def main() -> None:
+    """The `wancli` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code; the only place where errors become codes."""
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except WancliError as error:
+        complain(error)
+        return error.status
+    except typer.TyperException as error:
+        print(
+            f"wancli: {error.format_message()}\n  `wancli COMMAND --help` lists what there is.",
+            file=sys.stderr,
+        )
+        return ExitStatus.USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
+        return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.OK
+    except Exception:
+        with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        print(f"wancli: a bug in wancli {__version__}; please report it with {log.name}", file=sys.stderr)
+        return ExitStatus.BUG
+
+
+def complain(error: WancliError, prefix: str = "") -> None:
+    """The message, then the way out, on stderr."""
+    for line in str(error).splitlines():
+        print(f"wancli: {prefix}{line}", file=sys.stderr)
+    for line in error.hint.splitlines():
+        print(f"  {line}", file=sys.stderr)
+
+
+def emit(document: Any) -> None:
+    json.dump(document, sys.stdout, ensure_ascii=False, indent=2)
+    print()
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(f"wancli {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def render(
+    job: JobArgument,
+    force: Force = False,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    log_level: Level = LogLevel.basic,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Render every shot of a job: MP4s, a manifest beside each, and a report.
+
+    A shot whose manifest verifies is not rendered again. Prints one path per finished shot.
+    """
+    from wancli import events, pipeline
+    from wancli.report import data, terminal
+
+    plan = _plan(job, cache_dir, measure=log_level in (LogLevel.verbose, LogLevel.trace))
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    for warning in plan.warnings:
+        display.warn(warning)
+    outcomes: list[pipeline.Outcome] = []
+    try:
+        for outcome in pipeline.render(plan, pipeline.Tools(_store(cache_dir), display, force)):
+            outcomes.append(outcome)
+            if outcome.error:
+                complain(outcome.error, f"shot {outcome.shot.id}: ")
+            elif not as_json:
+                print(outcome.shot.output, flush=True)
+    finally:
+        report = data.build(plan, outcomes)
+        path = data.write(plan, report) if outcomes else None
+    if as_json:
+        emit(report)
+    if not quiet:
+        terminal.show(terminal.summary(report, path, verbose=log_level is not LogLevel.basic), stderr=True)
+    return ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
+
+
+@app.command("plan")
+def plan_command(
+    job: JobArgument,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
+    ] = False,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Show what a render would do: shots, injection per block, prompts to encode, memory. Loads nothing."""
+    from wancli.report import data, terminal
+
+    plan = _plan(job, cache_dir)
+    store = _store(cache_dir)
+    if as_json:
+        emit(data.of_plan(plan, store))
+    else:
+        terminal.show(terminal.plan_tables(plan, store, verbose=verbose))
+        for warning in plan.warnings:
+            print(f"wancli: warning: {warning}", file=sys.stderr)
+    return ExitStatus.OK
+
+
+@app.command("encode")
+def encode_command(
+    what: Annotated[
+        list[str], typer.Argument(metavar="JOB|PROMPT...", help="A job file, prompts, or - for stdin.")
+    ],
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep the embeddings in the cache.")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write them to a .safetensors file.")
+    ] = None,
+    model: ModelDir = None,
+    max_tokens: Annotated[int, typer.Option(help="256 or 512; for prompts given here.")] = 256,
+    truncate: Annotated[bool, typer.Option(help="Cut longer prompts instead of refusing them.")] = False,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Run stage 1 alone: prompts to embeddings, each computed once ever. Prints one key per prompt."""
+    from wancli import events, pipeline, stage1
+    from wancli.report import terminal
+
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    work = stage1.requested(what, model, max_tokens, truncate, _memo(cache_dir))
+    rows = stage1.run(work, out, pipeline.Tools(_store(cache_dir) if cache else None, display))
+    if as_json:
+        emit(rows)
+    else:
+        terminal.show(terminal.encoded_lines(rows))
+    return ExitStatus.OK
+
+
+@app.command("decode")
+def decode_command(
+    latents: Annotated[
+        Path, typer.Argument(metavar="NAME.latents.safetensors", help="A latent that a render left.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default: the name it was made for.")
+    ] = None,
+    model: ModelDir = None,
+    force: Force = False,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Finish a shot from its latent: decode, write the MP4, verify it. Prints its path."""
+    from wancli import events, pipeline
+
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    print(pipeline.decode_file(latents, output, model, pipeline.Tools(None, display, force)))
+    return ExitStatus.OK
+
+
+@app.command("diff")
+def diff_command(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="A B", help="Two prompts.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Both from a file: a job (prompt against injections), a text, an embedding file.",
+        ),
+    ] = None,
+    model: ModelDir = None,
+    dit: Annotated[
+        bool, typer.Option("--dit/--no-dit", help="Also compare what the transformer's blocks read.")
+    ] = True,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    quiet: Quiet = False,
+) -> int:
+    """How different are two prompts to the model? Aim for more than 50 % before you inject one."""
+    from wancli import events, pipeline, stage1
+    from wancli.report import terminal
+
+    display = events.progress(sys.stderr, "none" if quiet else "auto")
+    pairs = stage1.pairs(prompts or [], file, model, _memo(cache_dir))
+    tools = pipeline.Tools(_store(cache_dir), display)
+    differences = [stage1.compared(pair, tools, dit=dit) for pair in pairs]
+    if as_json:
+        emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
+    else:
+        terminal.show(terminal.difference_tables(differences))
+    return ExitStatus.OK
+
+
+@cache_app.command("ls")
+def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
+    """List the embeddings in the cache, newest first."""
+    from wancli.report import data, terminal
+
+    rows = data.of_cache(_store(cache_dir))
+    if as_json:
+        emit(rows)
+    else:
+        terminal.show(terminal.cache_table(rows))
+    return ExitStatus.OK
+
+
+@cache_app.command("verify")
+def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
+    """Read every entry back. Damaged ones are listed, and exit code 4; a render computes them again."""
+    store = _store(cache_dir)
+    count, damaged = len(store.entries()), [str(entry.path) for entry in store.verify()]
+    if as_json:
+        emit({"entries": count, "damaged": damaged})
+    else:
+        print(*damaged, f"{count - len(damaged)} of {count} entries verify", sep="\n")
+    return ExitStatus.INTEGRITY if damaged else ExitStatus.OK
+
+
+@cache_app.command("prune")
+def cache_prune(
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Keep the newest up to this: 500MiB, 2GiB.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", help="Remove what was not used for so long.")
+    ] = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Remove entries: damaged ones, the oldest beyond a size, those older than some days."""
+    from wancli.report.terminal import parse_size, size
+
+    removed = _store(cache_dir).prune(parse_size(max_size) if max_size else None, older_than)
+    total = sum(entry.bytes for entry in removed)
+    if as_json:
+        emit({"removed": [entry.key for entry in removed], "bytes": total})
+    else:
+        print(f"removed {len(removed)} entries, {size(total)}")
+    return ExitStatus.OK
+
+
+def _plan(job: str, cache_dir: Path | None, *, measure: bool = False) -> Plan:
+    from wancli import plan
+    from wancli.job import load, parse
+
+    jobs = parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd()) if job == "-" else load(Path(job))
+    return plan.plan(jobs, _memo(cache_dir), measure=measure)
+
+
+def _cache(cache_dir: Path | None) -> Path:
+    from platformdirs import user_cache_path
+
+    said = os.environ.get("WANCLI_CACHE")
+    return (cache_dir or (Path(said) if said else user_cache_path("wancli"))).expanduser()
+
+
+def _memo(cache_dir: Path | None) -> Path:
+    return _cache(cache_dir) / "hashes.json"
+
+
+def _store(cache_dir: Path | None) -> Store:
+    from wancli.store import Store
+
+    return Store(_cache(cache_dir) / "embeddings")

@@ -1,0 +1,229 @@
+"""How different two prompts are to the model: `wancli diff`.
+
+Letters: A and B tokens of the two prompts, N tokens of one or rows of a context, E text width,
+D model width, H heads, K head width.
+
+All figures but the legacy one are taken over real tokens without `</s>`, measured from the pad
+row, since zero rows are what the model sees where a prompt ends: 0 before the text projection f,
+f(0) after it. They do not depend on padding or scale.
+
+- relative L2: ‖a-b‖ / sqrt((‖a‖²+‖b‖²)/2), position by position over the shorter prompt. sqrt(2) for
+  unrelated rows, and nearly that after one inserted word, which shifts all others.
+- pooled cosine: between the mean rows.
+- token-set distance: 1 - the mean cosine of each token's best match in the other prompt, both ways.
+  Word order is free. What all tokens share is taken out first, see `_cosines`.
+- legacy changed-percent: elements with |a-b| > 0.01 over all rows, `</s>` included, the shorter
+  prompt filled with zeros: to the longer (trimmed), or both to 512 (padded; at most N/512). It
+  depends on padding and on the scale of the rows, and is here to compare with old notes only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.encode import Embedding
+    from wancli.models.dit import WanModel
+    from wancli.models.layers import CrossAttention
+
+LEGACY_THRESHOLD, LEGACY_ROWS = 0.01, 512
+SIMILAR, DIFFERENT = 30.0, 50.0  # percent: the bands of the 50 % rule
+PARAGRAPH = 100  # characters; the model was trained on longer captions
+PRIOR_ROWS = 32
+_WEIGHTED = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two prompts, cleaned. `tokens` counts `</s>`."""
+
+    text: str
+    characters: int
+    tokens: int
+    truncated_from: int | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Two sets of rows compared. `token_set_distance`: 0 the same tokens, 1 none alike."""
+
+    relative_l2: float
+    pooled_cosine: float
+    token_set_distance: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`figure` in percent against the 50 % rule: two prompts should differ by more than that."""
+
+    band: str  # "too similar" below 30 %, "borderline" below 50 %, "different"
+    percent: float
+    figure: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """All figures of two prompts. `projected` and `blocks` (K/V distance of each) need a DiT."""
+
+    a: Side
+    b: Side
+    legacy_trimmed_percent: float
+    legacy_padded_percent: float
+    raw: Figures
+    projected: Figures | None
+    blocks: tuple[float, ...]
+    hints: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        percent = 100 * (self.projected or self.raw).token_set_distance
+        band = "too similar" if percent < SIMILAR else "borderline" if percent < DIFFERENT else "different"
+        where = "after" if self.projected else "before"
+        return Verdict(band, percent, f"token-set distance {where} the text projection")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`: plain numbers, texts and lists."""
+        return asdict(self) | {"verdict": asdict(self.verdict)}
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Label, value and explanation of each figure, for a table."""
+        table = [
+            ("tokens", f"{_count(self.a)} | {_count(self.b)}", "of the model's 512, </s> included"),
+            ("characters", f"{self.a.characters} | {self.b.characters}", "after cleaning"),
+            *_figure_rows(self.raw, "raw"),
+            *(_figure_rows(self.projected, "projected") if self.projected else []),
+        ]
+        if self.blocks:
+            mean, low, high = sum(self.blocks) / len(self.blocks), min(self.blocks), max(self.blocks)
+            value = f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+            table.append(("K/V per block", value, f"token set that the {len(self.blocks)} blocks read"))
+        verdict = self.verdict
+        return [
+            *table,
+            (
+                "legacy, trimmed",
+                f"{self.legacy_trimmed_percent:.1f} %",
+                "changed: |a-b| > 0.01, scale dependent",
+            ),
+            ("legacy, padded", f"{self.legacy_padded_percent:.1f} %", f"the same on {LEGACY_ROWS} rows"),
+            ("verdict", f"{verdict.band} ({verdict.percent:.0f} %)", f"by the {verdict.figure}"),
+        ]
+
+
+def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> Difference:
+    """Compare two encoded prompts, and with `model` also what its blocks read of them."""
+    import torch
+
+    a_AE, b_BE = _content(a), _content(b)
+    trimmed = legacy_percent(a.rows_NE, b.rows_NE, max(len(a.ids), len(b.ids)))
+    padded = legacy_percent(a.rows_NE, b.rows_NE, LEGACY_ROWS)
+    projected, blocks = None, []
+    if model is not None:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            context_a, context_b = model.project(a_AE.to(device)), model.project(b_BE.to(device))
+            projected = _figures(_from_pad(context_a.rows_ND), _from_pad(context_b.rows_ND))
+            for block in model.blocks:
+                attention = cast("CrossAttention", block.cross_attn)
+                both_a, both_b = attention.keys_values(context_a), attention.keys_values(context_b)
+                keys_AB, values_AB = (_cosines(_heads(x), _heads(y)) for x, y in zip(both_a, both_b))
+                blocks.append(_unmatched((keys_AB + values_AB) / 2))
+    return Difference(
+        _side(a), _side(b), trimmed, padded, _figures(a_AE, b_BE), projected, tuple(blocks), _hints(a, b)
+    )
+
+
+def lint(text: str) -> list[str]:
+    """What a cleaned prompt could do better. The model was trained on paragraphs, without weights."""
+    hints = []
+    if len(text) < PARAGRAPH:
+        hints.append(
+            f"{len(text)} characters; the model was trained on paragraphs: "
+            "say the subject, its surroundings, the light and the mood"
+        )
+    if weighted := _WEIGHTED.search(text):
+        hints.append(f"{weighted[0]} is read as plain text: Wan knows no prompt weights")
+    return hints
+
+
+def legacy_percent(a_AE: Tensor, b_BE: Tensor, rows: int) -> float:
+    """The ancestor tool's figure: percent of the elements of `rows` zero-filled rows with |a-b| > 0.01."""
+    a_NE, b_NE = (x.new_zeros(rows, x.shape[1]).float() for x in (a_AE, b_BE))
+    a_NE[: len(a_AE)], b_NE[: len(b_BE)] = a_AE, b_BE
+    return 100 * ((a_NE - b_NE).abs() > LEGACY_THRESHOLD).float().mean().item()
+
+
+def _content(embedding: Embedding) -> Tensor:
+    """The rows without `</s>`, which every prompt has; of an empty prompt there is nothing else."""
+    return embedding.rows_NE[: max(1, len(embedding.ids) - 1)].float()
+
+
+def _from_pad(rows_ND: Tensor) -> Tensor:
+    """The rows as seen from the last one, the context's pad row."""
+    return rows_ND[:-1].float() - rows_ND[-1].float()
+
+
+def _heads(x_1HNK: Tensor) -> Tensor:
+    """Keys or values of all heads side by side, seen from the pad row."""
+    return _from_pad(x_1HNK[0].transpose(0, 1).flatten(1))
+
+
+def _figures(a_AD: Tensor, b_BD: Tensor) -> Figures:
+    from torch.nn.functional import cosine_similarity
+
+    common = min(len(a_AD), len(b_BD))
+    a_ND, b_ND = a_AD[:common], b_BD[:common]
+    scale = ((a_ND.square().sum() + b_ND.square().sum()) / 2).sqrt()
+    return Figures(
+        relative_l2=((a_ND - b_ND).norm() / scale).item(),
+        pooled_cosine=cosine_similarity(a_AD.mean(0), b_BD.mean(0), dim=0).item(),
+        token_set_distance=_unmatched(_cosines(a_AD, b_BD)),
+    )
+
+
+def _cosines(a_AD: Tensor, b_BD: Tensor) -> Tensor:
+    """[A, B] cosines, less what all tokens of both prompts share.
+
+    Outputs of transformers often lie along a common direction, which makes unrelated tokens look
+    alike (arXiv 2109.04404). The mean row is an estimate of it; adding 32 rows of zeros to that mean
+    keeps a few tokens from being cancelled by their own mean.
+    """
+    from torch.nn.functional import normalize
+
+    shared_D = (a_AD.sum(0) + b_BD.sum(0)) / (len(a_AD) + len(b_BD) + PRIOR_ROWS)
+    return normalize(a_AD - shared_D, dim=1) @ normalize(b_BD - shared_D, dim=1).T
+
+
+def _unmatched(cosines_AB: Tensor) -> float:
+    best = (cosines_AB.amax(1).clamp(0, 1).mean() + cosines_AB.amax(0).clamp(0, 1).mean()) / 2
+    return 1 - best.item()
+
+
+def _side(embedding: Embedding) -> Side:
+    text, full_length = embedding.text, embedding.full_length
+    return Side(text, len(text), len(embedding.ids), full_length if embedding.truncated else None)
+
+
+def _hints(a: Embedding, b: Embedding) -> tuple[str, ...]:
+    hints = [f"{name}: {hint}" for name, side in (("A", a), ("B", b)) for hint in lint(side.text)]
+    if a.ids == b.ids:
+        hints.append("both prompts are the same tokens")
+    return tuple(hints)
+
+
+def _count(side: Side) -> str:
+    return f"{side.tokens} (cut from {side.truncated_from})" if side.truncated_from else str(side.tokens)
+
+
+def _figure_rows(figures: Figures, space: str) -> Sequence[tuple[str, str, str]]:
+    token_set = f"{100 * figures.token_set_distance:.1f} %"
+    return [
+        (f"token set, {space}", token_set, "tokens without a match, in any order"),
+        (f"pooled cosine, {space}", f"{figures.pooled_cosine:.3f}", "between the mean tokens"),
+        (f"relative L2, {space}", f"{figures.relative_l2:.3f}", "token by token; 1.41 is unrelated"),
+    ]

@@ -1,0 +1,169 @@
+"""Progress for people: bars with an ETA on a terminal, plain lines elsewhere, or nothing.
+
+All of it goes to the stream it was made for (stderr), never to stdout. A phase of a shot counts
+steps; when it ends, one line of it stays. Texts from a job are shown without control characters.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+Mode = Literal["auto", "bar", "plain", "none"]
+
+_LINE_SECONDS = 10.0  # plain lines: not before this much time and this share of the steps has passed
+_LINE_SHARE = 0.1
+
+
+class Phase(Protocol):
+    """A running phase: `advance()` after each step, with a word on it if there is one."""
+
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+
+
+class Progress:
+    """Shows nothing; the other kinds override. `phase()` is a `with` block around a counted loop."""
+
+    @contextmanager
+    def phase(self, shot: str, name: str, total: int) -> Iterator[Phase]:  # noqa: ARG002
+        yield _SilentPhase()
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """Something that may be wrong, and does not stop the work."""
+
+
+def progress(stream: TextIO, mode: Mode = "auto") -> Progress:
+    """The kind of progress that suits a stream; `auto` draws bars only on a capable terminal."""
+    if mode == "auto":
+        mode = "bar" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
+    kinds = {"bar": _Bars, "plain": _Lines}
+    return kinds[mode](stream) if mode in kinds else Progress()
+
+
+def span(seconds: float) -> str:
+    """A duration for people: 0.4s, 12s, 3:05, 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def printable(text: str) -> str:
+    """Text that cannot move the cursor or turn the writing direction: such characters are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class _SilentPhase:
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+
+
+class _LinePhase:
+    def __init__(self, lines: _Lines, title: str, total: int) -> None:
+        self._lines, self._title, self._total = lines, title, total
+        self._done = self._shown = 0
+        self._began = self._shown_at = time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+        now = time.monotonic()
+        moved = self._done - self._shown >= _LINE_SHARE * self._total
+        if moved and now - self._shown_at >= _LINE_SECONDS and self._done < self._total:
+            self._shown, self._shown_at = self._done, now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            tail = f", {note}" if note else ""
+            self._lines.note(f"{self._title}: {self._done}/{self._total}, ETA {span(left)}{tail}")
+
+
+class _Lines(Progress):
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @contextmanager
+    def phase(self, shot: str, name: str, total: int) -> Iterator[Phase]:
+        title = f"{name} {shot}"
+        self.note(f"{title}: started, {total} steps")
+        began = time.monotonic()
+        try:
+            yield _LinePhase(self, title, total)
+        except BaseException:
+            self.note(f"{title}: stopped after {span(time.monotonic() - began)}")
+            raise
+        self.note(f"{title}: done in {span(time.monotonic() - began)}")
+
+    def note(self, text: str) -> None:
+        self._stream.write(printable(text) + "\n")
+        self._stream.flush()
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+
+
+class _BarPhase:
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=n, note=printable(note), refresh=True)
+
+
+class _Bars(Progress):
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=stream, force_terminal=True, highlight=False)
+
+    @contextmanager
+    def phase(self, shot: str, name: str, total: int) -> Iterator[Phase]:
+        began = time.monotonic()
+        ending = "[red]stopped after[/]"
+        try:
+            with self._bars() as bars:
+                yield _BarPhase(bars, bars.add_task(name, total=total, shot=printable(shot), note=""))
+            ending = "[green]done in[/]"
+        finally:
+            after = f"{ending} {span(time.monotonic() - began)}"
+            self._line(f"{name} {shot}: ", after=after)
+
+    def _bars(self) -> RichProgress:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+        from rich.table import Column
+
+        shot = Column(no_wrap=True, overflow="ellipsis", max_width=34)
+        note = Column(no_wrap=True, overflow="ellipsis", max_width=18)
+        return RichProgress(
+            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.fields[shot]}", markup=False, table_column=shot),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", markup=False, table_column=note),
+            console=self._console,
+            transient=True,
+            expand=True,
+            redirect_stdout=False,  # stdout is for results
+            speed_estimate_period=24 * 3600,  # a step may take minutes; the default forgets after 30 s
+        )
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+    def warn(self, text: str) -> None:
+        self._line(text, before="[yellow]warning:[/] ")
+
+    def _line(self, text: str, before: str = "", after: str = "") -> None:
+        from rich.markup import escape
+
+        self._console.print(before + escape(printable(text)) + after, soft_wrap=True)

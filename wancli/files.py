@@ -1,0 +1,329 @@
+"""Every byte that reaches the disk goes through here.
+
+After `publish()` or `replace()` returns, the file is whole under its final name and survives
+power loss. If either fails, or the process dies anywhere, the old state stands: a final name
+never holds a torn file, and `publish()` never replaces a file that is already there, not even
+when two processes race. What a dead process leaves is a file named `.wancli-*.tmp`, which
+`sweep()` removes a day later.
+
+Caveats: a file system must know hard links or renameat2(RENAME_NOREPLACE); `writable()` finds
+out before any work is done. Nothing relies on locks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import errno
+import hashlib
+import itertools
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from wancli.errors import JobError, MachineError, NoSpace, OutputExists, WancliError
+
+_PREFIX, _SUFFIX = ".wancli-", ".tmp"
+_DEBRIS_AGE = 24 * 3600.0
+_NAME_BYTES = 255 - len(".latents.safetensors")  # companions of NAME.mp4 have longer names
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REASONS = {
+    errno.EACCES: "check who may write there",
+    errno.EPERM: "check who may write there",
+    errno.EROFS: "that file system is read-only; choose another place",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
+    errno.EINVAL: "that file system can neither link nor rename without overwriting; choose another place",
+    errno.ENAMETOOLONG: "shorten the output template, for example with {slug}",
+}
+
+
+# ---- writing ----
+
+
+@contextmanager
+def temporary(final: Path) -> Iterator[Path]:
+    """A new empty file in the folder of `final` (made if missing), gone again when the block ends.
+
+    The block fills it, or lets another program do so, and hands it to `publish()`.
+    Raises MachineError or NoSpace if it cannot be made.
+    """
+    path = final.parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
+    with writing(final):
+        _make_folder(final.parent)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # gone if published; if it cannot go, sweep() comes later
+            path.unlink()
+
+
+def publish(tmp: Path, final: Path) -> None:
+    """Give `tmp` (of the same folder) its final name, durably, unless that name is taken.
+
+    A file with the same bytes under that name is success; anything else raises OutputExists.
+    """
+    with writing(final):
+        _sync(tmp)
+        _place(tmp, final)
+
+
+def publish_bytes(final: Path, data: bytes) -> None:
+    """`publish()` for bytes in memory. Raises OutputExists, NoSpace or MachineError."""
+    with _spilled(final, data) as tmp, writing(final):
+        _place(tmp, final)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Set the content of `path`, durably and atomically; readers see the old bytes or the new.
+
+    A symbolic link at `path` is replaced, not followed. Raises NoSpace or MachineError.
+    """
+    with _spilled(path, data) as tmp, writing(path):
+        tmp.replace(path)
+        _sync(path.parent)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move an existing file to NAME.old-1.EXT, or the next free number. None if there was none."""
+    if not os.path.lexists(path):
+        return None
+    if path.is_dir():
+        raise OutputExists("a folder has the name of an output", where=str(path))
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.stem}.old-{number}{path.suffix}")
+        with writing(aside), suppress(FileExistsError):
+            _move(path, aside)
+            _sync(path.parent)
+            return aside
+    raise AssertionError("there is always a free number")
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what dead processes left in `folder`: own temporary files untouched for a day."""
+    gone = []
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):
+            old = time.time() - path.lstat().st_mtime > _DEBRIS_AGE
+            pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+            if old and not Path("/proc", pid).exists():
+                path.unlink()
+                gone.append(path)
+    return gone
+
+
+def writable(folder: Path) -> None:
+    """Prove that `folder` (made if missing) takes new files, by publishing and removing one.
+
+    Raises MachineError with the cause. The preflight before any model is loaded.
+    """
+    with temporary(folder / "x") as tmp:
+        proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
+        publish(tmp, proof)
+        proof.unlink()
+
+
+@contextmanager
+def _spilled(final: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file that durably holds `data`."""
+    with ExitStack() as stack, writing(final):
+        tmp = stack.enter_context(temporary(final))
+        try:
+            _fill(tmp, data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # the kernel dropped the pages that it could not write: another fsync would lie
+            tmp = stack.enter_context(temporary(final))
+            _fill(tmp, data)
+        yield tmp
+
+
+def _fill(path: Path, data: bytes) -> None:
+    with path.open("wb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+
+
+def _place(tmp: Path, final: Path) -> None:
+    try:
+        _move(tmp, final)
+    except FileExistsError:
+        if not _same_bytes(tmp, final):
+            hint = "use --force to move it aside, or choose another output"
+            raise OutputExists("a different file is already there", where=str(final), hint=hint) from None
+        tmp.unlink()
+    _sync(final.parent)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename within a folder that fails with FileExistsError rather than replace."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_noreplace(source, target)
+    else:
+        source.unlink()
+
+
+def _rename_noreplace(source: Path, target: Path) -> None:
+    at_cwd, noreplace = -100, 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(at_cwd, os.fsencode(source), at_cwd, os.fsencode(target), noreplace):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    if not stat.S_ISREG(b.lstat().st_mode) or a.stat().st_size != b.stat().st_size:
+        return False
+    return sha256(a) == sha256(b)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # some network file systems cannot sync a folder; they have no volatile one either
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(fd)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+# ---- names ----
+
+
+def slug(text: str, limit: int = 48) -> str:
+    """A readable file name of at most `limit` UTF-8 bytes: lower-case letters and digits of any
+    script in NFC, dashes between words. Never empty, never the name of a device."""
+    name = ""
+    for char in unicodedata.normalize("NFC", text.lower()):
+        is_mark = unicodedata.category(char).startswith("M")
+        if char.isalnum() or (is_mark and name[-1:] not in ("", "-")):
+            name += char
+        elif name[-1:] not in ("", "-"):
+            name += "-"
+    name = name.encode()[:limit].decode(errors="ignore").strip("-") or "shot"
+    return f"{name}-shot" if _DEVICES.fullmatch(name) else name
+
+
+def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> Path:
+    """The path that an output template means, relative to `root`.
+
+    The folders before the first {field} are the user's own: absolute, `~` and `..` are fine
+    there. What comes after must stay inside of them. Raises JobError.
+    """
+    parts = template.split("/")
+    first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
+    try:
+        base = Path("/".join([*parts[:first], ""])).expanduser()
+    except RuntimeError as error:
+        raise JobError(str(error), where=template) from None
+    return inside(root / base, expand_template("/".join(parts[first:]), fields))
+
+
+def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
+    """Put fields into `{name}` and `{name:04d}`, the only two forms there are.
+
+    Raises JobError for an unknown field, another form, or a value that would add a folder.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, form = match.group(1), match.group(2)
+        if name is None:
+            raise JobError(f"a lone {match.group()} in the template", where=template)
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            known = " ".join(f"{{{field}}}" for field in fields)
+            hint = f"did you mean {{{close[0]}}}?" if close else f"known fields: {known}"
+            raise JobError(f"no field {{{name}}}", where=template, hint=hint)
+        content = fields[name]
+        if form is not None and not (isinstance(content, int) and re.fullmatch(r"0?[1-9]?d", form)):
+            hint = "{name} for text, {name:04d} for numbers"
+            raise JobError(f"cannot write {{{name}}} as {form!r}", where=template, hint=hint)
+        text = format(content, form or "")
+        if not text.isprintable() or "/" in text or "\\" in text:
+            hint = "a field may not hold a slash or a control character; {slug} is always safe"
+            raise JobError(f"{{{name}}} is {text!r}", where=template, hint=hint)
+        return text
+
+    return _FIELD.sub(value, template)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """`root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
+    path = Path(relative)
+    if path.is_absolute() or not path.parts:
+        raise JobError("not a name inside the output folder", where=relative or "output")
+    for part in path.parts:
+        size = len(part.encode(errors="surrogatepass"))
+        if part[0] in ".-" or "\0" in part or _DEVICES.fullmatch(part):
+            raise JobError(f"{part!r} is not a safe file name", where=relative, hint="begin it with a letter")
+        if size > _NAME_BYTES:
+            raise JobError(
+                f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
+            )
+    if not (root / path).parent.resolve().is_relative_to(root.resolve()):
+        raise JobError(f"a symbolic link leads out of {root}", where=relative)
+    return root / path
+
+
+# ---- reading and reasons ----
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_space(path: Path) -> int:
+    """Bytes free for this user where `path` is, or would be."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free
+
+
+def translate(error: OSError, path: Path) -> WancliError:
+    """What an OSError met while writing `path` means to the user."""
+    if error.errno in _FULL:
+        free = free_space(path) / 1e6
+        message = f"{os.strerror(error.errno)}; {free:,.1f} MB are free there"
+        return NoSpace(
+            message, where=str(path), hint="free some space and run again; finished shots are kept"
+        )
+    reason = error.strerror or str(error)
+    return MachineError(f"cannot write: {reason}", where=str(path), hint=_REASONS.get(error.errno or 0, ""))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into the WancliError of `translate()`."""
+    try:
+        yield
+    except OSError as error:
+        raise translate(error, path) from error

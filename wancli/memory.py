@@ -1,0 +1,251 @@
+"""Bytes: predicted per phase from sizes alone, and measured as a peak.
+
+A phase needs its weights, the working set of its largest layer, and what it keeps between calls.
+No phase needs the sum over layers (nothing is kept for a backward pass) and none a matrix of
+tokens x tokens (attention runs fused). Phases follow one another; only what the caller names as
+resident stays loaded, so the peak of a shot is the largest total, not their sum.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Self
+
+from wancli.errors import DoesNotFit
+from wancli.models.config import T5Config, VAEConfig, WanConfig
+
+FP32 = 4
+_LATENTS_KEPT = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Predicted bytes of one phase: weights, working set, and what is kept from call to call."""
+
+    name: str
+    model: int
+    activation: int
+    buffer: int
+
+    @property
+    def total(self) -> int:
+        return self.model + self.activation + self.buffer
+
+
+# ---- prediction ----
+
+
+def encode_phase(t5: T5Config, *, prompt_tokens: int, element: int) -> Phase:
+    """UMT5 on its longest prompt; `element` bytes per weight. The position bias is per layer, not kept."""
+    inner = t5.d_kv * t5.num_heads
+    scores = 3 * prompt_tokens**2 * t5.num_heads * FP32  # bias, scores, softmax
+    rows = prompt_tokens * (2 * t5.d_model + max(4 * inner, 3 * t5.d_ff)) * element
+    return Phase("encode", t5_parameters(t5) * element, scores + rows, 0)
+
+
+def sample_phase(
+    wan: WanConfig, latent: tuple[int, int, int, int], *, context_rows: int, element: int, resident: int = 0
+) -> Phase:
+    """One forward at a time on a latent [16, T, Y, X]; matmuls in `element` bytes, residual in fp32.
+
+    `context_rows` counts the text rows of all contexts together, one padding row each: their K and
+    V are kept for every block.
+    """
+    channels, t, y, x = latent
+    tokens = t * (y // 2) * (x // 2)
+    attention = 5 * wan.dim * element  # q, k, v, mixed values, projection
+    feed_forward = (2 * wan.ffn_dim + wan.dim) * element  # before and after GELU, projection
+    per_token = 2 * wan.dim * FP32 + max(attention, feed_forward)  # residual and its modulated norm
+    keys_values = 2 * context_rows * wan.dim * wan.num_layers * element
+    latents = _LATENTS_KEPT * channels * t * y * x * FP32
+    return Phase(
+        "sample", resident + wan_parameters(wan) * element, tokens * per_token, keys_values + latents
+    )
+
+
+def decode_phase(
+    vae: VAEConfig, latent: tuple[int, int, int, int], *, chunk: int, element: int = FP32, resident: int = 0
+) -> Phase:
+    """`chunk` latent frames at a time; the last stage, at full size, is the largest.
+
+    The buffer is the past two frames that every causal convolution keeps. Frame count plays no part.
+    """
+    _, t, y, x = latent
+    frames = min(4 * chunk, 4 * t - 3)
+    pixels = 64 * y * x
+    widest = vae.dim * element  # a residual block holds its input and one hidden copy
+    activation = frames * pixels * (2 * widest + 3 * FP32 + 3)
+    history = 2 * y * x * _history_channels(vae) * element
+    return Phase("decode", resident + vae_parameters(vae) * element, activation, history)
+
+
+def require(phases: Sequence[Phase], available: int, where: str = "") -> None:
+    """Raises DoesNotFit if the largest of the phases needs more than `available` bytes."""
+    worst = max(phases, key=lambda phase: phase.total)
+    if worst.total > available:
+        need, have = worst.total / 2**30, available / 2**30
+        message = f"{worst.name} needs {need:.1f} GiB of memory, {have:.1f} GiB are free"
+        hint = "fewer frames or a smaller size"
+        if worst.activation < worst.model:
+            hint = "the weights are most of it: try memory.dtype: bf16, or a smaller model"
+        raise DoesNotFit(message, where=where, hint=hint)
+
+
+def available() -> int:
+    """Bytes this process may still take: what the machine has free, or a control group less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text()
+        used = Path("/sys/fs/cgroup/memory.current").read_text()
+    except OSError:
+        return free
+    return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+
+
+# ---- parameters, exactly ----
+
+
+def wan_parameters(wan: WanConfig) -> int:
+    """Parameters of the transformer."""
+    d, f = wan.dim, wan.ffn_dim
+    attention = 4 * (d * d + d) + 2 * d  # q, k, v, o and the norms of q and k
+    block = 2 * attention + 2 * d + (d * f + f) + (f * d + d) + 6 * d  # norm3, ffn, modulation
+    patch = 4 * wan.in_dim * d + d
+    text = wan.text_dim * d + d + d * d + d
+    clock = wan.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d
+    head = 4 * wan.out_dim * (d + 1) + 2 * d
+    return wan.num_layers * block + patch + text + clock + head
+
+
+def t5_parameters(t5: T5Config) -> int:
+    """Parameters of the text encoder, its embedding counted once."""
+    inner = t5.d_kv * t5.num_heads
+    layer = 4 * t5.d_model * inner + t5.num_buckets * t5.num_heads + 3 * t5.d_model * t5.d_ff + 2 * t5.d_model
+    return t5.vocab_size * t5.d_model + t5.num_layers * layer + t5.d_model
+
+
+def vae_parameters(vae: VAEConfig) -> int:
+    """Parameters of the VAE, encoder and decoder."""
+    widths = [vae.dim * m for m in vae.dim_mult]
+    top, z, blocks = widths[-1], vae.z_dim, vae.num_res_blocks
+    encoder = _conv(3, vae.dim, 27) + _middle(top) + top + _conv(top, 2 * z, 27) + _conv(2 * z, 2 * z, 1)
+    c_in = vae.dim
+    for c, down in zip(widths, (*vae.temporal_downsample, None), strict=True):
+        encoder += _residual(c_in, c) + (blocks - 1) * _residual(c, c)
+        encoder += 0 if down is None else _conv(c, c, 9) + down * _conv(c, c, 3)
+        c_in = c
+    decoder = _conv(z, top, 27) + _middle(top) + vae.dim + _conv(vae.dim, 3, 27) + _conv(z, z, 1)
+    c_in = top
+    for c, up in zip(reversed(widths), (*reversed(vae.temporal_downsample), None), strict=True):
+        decoder += _residual(c_in, c) + blocks * _residual(c, c)
+        decoder += 0 if up is None else _conv(c, c // 2, 9) + up * _conv(c, 2 * c, 3)
+        c_in = c // 2
+    return encoder + decoder
+
+
+def _conv(c_in: int, c_out: int, taps: int) -> int:
+    return c_in * c_out * taps + c_out
+
+
+def _residual(c_in: int, c_out: int) -> int:
+    shortcut = _conv(c_in, c_out, 1) if c_in != c_out else 0
+    return c_in + _conv(c_in, c_out, 27) + c_out + _conv(c_out, c_out, 27) + shortcut
+
+
+def _middle(c: int) -> int:
+    return 2 * _residual(c, c) + c + _conv(c, 3 * c, 1) + _conv(c, c, 1)
+
+
+def _history_channels(vae: VAEConfig) -> int:
+    """Input channels of the decoder's causal convolutions, summed, per pixel of the latent."""
+    widths = [vae.dim * m for m in reversed(vae.dim_mult)]
+    total = vae.z_dim + 4 * widths[0]
+    c_in, pixels = widths[0], 1
+    for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
+        total += pixels * (c_in + c + vae.num_res_blocks * 2 * c + (c if up else 0))
+        if up is not None:
+            c_in, pixels = c // 2, 4 * pixels
+    return total + pixels * vae.dim
+
+
+# ---- measurement ----
+
+
+class Peak:
+    """Measures the memory of a `with` block. Blocks must not be nested: the kernel has one mark.
+
+    `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included; `cuda_peak`
+    bytes that torch allocated on the current device, None without CUDA; `seconds` by a clock that
+    never jumps.
+    """
+
+    rss_start: int
+    rss_peak: int
+    cuda_peak: int | None = None
+    seconds: float
+
+    def __enter__(self) -> Self:
+        self._sampler = None if _reset_high_water() else _Sampler()
+        if torch := _torch_on_cuda():
+            torch.cuda.reset_peak_memory_stats()
+        self.rss_start = _rss()
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._started
+        peak = self._sampler.stop() if self._sampler else _status("VmHWM")
+        self.rss_peak = max(peak, self.rss_start, _rss())
+        if torch := _torch_on_cuda():
+            self.cuda_peak = torch.cuda.max_memory_allocated()
+
+
+class _Sampler(threading.Thread):
+    """Watches the resident size where the kernel keeps no resettable peak."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._peak = 0
+        self._stop_now = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stop_now.wait(0.01):
+            self._peak = max(self._peak, _rss())
+
+    def stop(self) -> int:
+        self._stop_now.set()
+        self.join()
+        return self._peak
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{name}:")[1].split()[0])
+
+
+def _rss() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _torch_on_cuda() -> ModuleType | None:
+    torch = sys.modules.get("torch")  # whether to import it is for others to decide
+    return torch if torch and torch.cuda.is_initialized() else None

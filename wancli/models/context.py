@@ -1,0 +1,72 @@
+"""A prompt as the transformer's blocks attend to it, and the two ways of making one out of two.
+
+The model always sees 512 rows: n encoder rows, projected, and 512-n copies of one padding row.
+Copies of a key take softmax mass in proportion to their number, so one pad row whose logit is
+raised by ln(512-n) stands for all of them, exactly.
+
+Letters: N rows of a context, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Rows that keys and values are made of, each with a logit added to its scores.
+
+    Blocks keep their keys and values in `kv` (weakly by module), for the text does not change from
+    step to step; `kv.clear()` frees them, and is due when a block's weights change.
+    """
+
+    rows_ND: Tensor  # fp32; real rows, then the pad row if there is padding
+    bias_N: Tensor  # fp32; 0 for a row that stands for itself, ln(count) for one that stands for many
+    prompts: int = 1  # how many 512-row prompts share the softmax
+    kv: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=WeakKeyDictionary)
+
+
+def folded(rows_ND: Tensor, length: int) -> Context:
+    """The context of `length` rows whose last given row stands for itself and all that follow."""
+    count = len(rows_ND)
+    bias_N = torch.zeros(count, device=rows_ND.device)
+    bias_N[-1] = math.log(length - count + 1)
+    return Context(rows_ND, bias_N)
+
+
+def lerp(a: Context, b: Context, weight: float) -> Context:
+    """(1-w)*a + w*b on the 512 rows; w > 1 extrapolates beyond b.
+
+    The shorter prompt goes on with its pad row where the longer one has words. Raises ValueError
+    for a result of `concat`, whose rows have no counterparts.
+    """
+    if a.prompts != 1 or b.prompts != 1:
+        raise ValueError("rows of joined contexts have no counterparts to interpolate with")
+    longer = max(a, b, key=lambda context: len(context.rows_ND))
+    count = len(longer.rows_ND)
+    return Context(torch.lerp(_first_rows(a, count), _first_rows(b, count), weight), longer.bias_N)
+
+
+def concat(a: Context, b: Context, weight: float) -> Context:
+    """The rows of both in one softmax, those of b with ln(weight) added: `weight` copies of each.
+
+    Raises ValueError unless the weight is positive.
+    """
+    if not weight > 0:
+        raise ValueError(f"the weight of joined rows must be positive, not {weight}")
+    return Context(
+        torch.cat((a.rows_ND, b.rows_ND)),
+        torch.cat((a.bias_N, b.bias_N + math.log(weight))),
+        a.prompts + b.prompts,
+    )
+
+
+def _first_rows(context: Context, count: int) -> Tensor:
+    """The first `count` of the 512 rows that a context stands for."""
+    rows_ND = context.rows_ND
+    return torch.cat((rows_ND, rows_ND[-1:].expand(count - len(rows_ND), -1)))

@@ -1,0 +1,139 @@
+"""The Wan 2.1 text-to-video transformer: video latents, a timestep and one text per block -> velocity.
+
+Letters: B batch, C latent channels, T Y X latent frames, rows and columns, L video tokens (one per
+1x2x2 patch, t-major), N context rows, D model width, E text encoder width, F = 4C features of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wancli.models.config import WanConfig
+from wancli.models.context import Context, concat, folded, lerp
+from wancli.models.layers import (
+    CrossAttention,
+    Linear,
+    Mix,
+    SelfAttention,
+    add,
+    add_gated,
+    linear,
+    mlp,
+    modulate,
+    rope_table,
+    timestep_vector,
+)
+
+__all__ = ["Context", "Mix", "WanModel", "concat", "lerp"]
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, config.eps)
+        self.ffn = mlp(dim, config.ffn_dim, dim)
+
+    def forward(self, x_BLD: Tensor, time_B6D: Tensor, rope_L1P: Tensor, mix: Mix) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time_B6D).chunk(6, dim=1)
+        y_BLD = self.self_attn(modulate(x_BLD, shift1, scale1, self.eps), rope_L1P)
+        x_BLD = add_gated(x_BLD, y_BLD, gate1)
+        x_BLD = add(x_BLD, self.cross_attn(self.norm3(x_BLD), mix))
+        y_BLD = self.ffn(modulate(x_BLD, shift2, scale2, self.eps))
+        return add_gated(x_BLD, y_BLD, gate2)
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = Linear(config.dim, 4 * config.out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def forward(self, x_BLD: Tensor, time_BD: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time_BD[:, None]).chunk(2, dim=1)
+        y: Tensor = self.head(modulate(x_BLD, shift, scale, self.eps))
+        return y.float()
+
+
+class WanModel(nn.Module):
+    """Predicts the velocity (noise - video) of noisy latents. Parameter names are the official ones.
+
+    Block i attends to `contexts[i]`: plain prompting passes the same mix for every block. Runs in
+    the dtype of its weights; residual stream, modulation, time and head are fp32 throughout.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=(1, 2, 2), stride=(1, 2, 2))
+        self.text_embedding = mlp(config.text_dim, dim, dim)
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def project(self, text_NE: Tensor) -> Context:
+        """Encoder rows [n <= 512, text_dim] -> what the blocks attend to; padding is folded into one row.
+
+        Raises ValueError for more rows than the model has places.
+        """
+        count, places = len(text_NE), self.config.text_len
+        if count > places:
+            raise ValueError(f"{count} text rows, the model takes {places}")
+        padded_NE = F.pad(text_NE, (0, 0, 0, int(count < places)))
+        return folded(self.text_embedding(padded_NE).float(), places)
+
+    def forward(self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix]) -> Tensor:
+        """Velocity, fp32, of latents at timestep t in [0, 1000]: one for all, or one per batch entry [B]."""
+        time_BD, time_B6D = self._embed_time(t, x_BCTYX.device)
+        x_BLD, rope_L1P = self._embed_video(x_BCTYX)
+        for block, mix in zip(self.blocks, contexts, strict=True):
+            x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
+        return _unpatchify(self.head(x_BLD, time_BD), x_BCTYX.shape)
+
+    def residuals(self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix]) -> Iterator[Tensor]:
+        """The residual stream [B, L, D] after each block, fp32; each is overwritten by the next."""
+        _, time_B6D = self._embed_time(t, x_BCTYX.device)
+        x_BLD, rope_L1P = self._embed_video(x_BCTYX)
+        for block, mix in zip(self.blocks, contexts, strict=True):
+            x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
+            yield x_BLD
+
+    def _embed_time(self, t: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        t_B = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1)
+        time_BD = self.time_embedding(timestep_vector(t_B, self.config.freq_dim)).float()
+        return time_BD, self.time_projection(time_BD).float().view(-1, 6, self.config.dim)
+
+    def _embed_video(self, x_BCTYX: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [B, L, D], fp32, and their rotary table."""
+        patches_BLF = _patchify(x_BCTYX)
+        conv = self.patch_embedding
+        assert conv.bias is not None
+        # A convolution whose stride is its kernel is a Linear over the features of a patch.
+        x_BLD = linear(patches_BLF, conv.weight.flatten(1), conv.bias).float()
+        _, _, frames, rows, columns = x_BCTYX.shape
+        return x_BLD, rope_table((frames, rows // 2, columns // 2), self.config.head_dim, x_BLD.device)
+
+
+def _patchify(x_BCTYX: Tensor) -> Tensor:
+    """Latents to the features of their 1x2x2 patches, ordered (c, y, x): [B, L, 4C]."""
+    batch, channels, frames, rows, columns = x_BCTYX.shape
+    x = x_BCTYX.reshape(batch, channels, frames, rows // 2, 2, columns // 2, 2)
+    return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(batch, -1, 4 * channels)
+
+
+def _unpatchify(y_BLF: Tensor, shape_BCTYX: torch.Size) -> Tensor:
+    """Features of each patch, ordered (y, x, c), back to [B, C, T, Y, X]."""
+    batch, _, frames, rows, columns = shape_BCTYX
+    y = y_BLF.view(batch, frames, rows // 2, columns // 2, 2, 2, -1)
+    return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, rows, columns)

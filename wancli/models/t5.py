@@ -1,0 +1,71 @@
+"""The text encoder: UMT5 as transformers writes it, sized from the tensors of a checkpoint.
+
+Letters: N tokens of one prompt (its `</s>` included), E text width, V vocabulary.
+
+The network runs on the N real tokens only. Official Wan pads to 512 and masks the padding, which
+gives the same N rows: UMT5 knows positions only by their distance, and a masked key has no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from wancli.errors import CheckpointError
+from wancli.models.config import T5Config
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+TIED = "encoder.embed_tokens.weight"  # some files hold the embedding a second time under this name
+OVERFLOWS = ".wo."  # in fp16, so these stay fp32 as in transformers' _keep_in_fp32_modules
+
+
+def build(config: T5Config) -> UMT5EncoderModel:
+    """The network on the meta device, in eval mode, without its second name for the embedding.
+
+    Load the weights, then `tie()`. Dropped in between so that the loader, which is strict, asks a
+    file for `shared.weight` alone: checkpoints hold only that one.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        model = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=config.vocab_size,
+                d_model=config.d_model,
+                d_kv=config.d_kv,
+                d_ff=config.d_ff,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                relative_attention_num_buckets=config.num_buckets,
+            )
+        )
+    del model.encoder.embed_tokens
+    nn.Module.eval(model)
+    nn.Module.requires_grad_(model, False)
+    return model
+
+
+def tie(model: UMT5EncoderModel, where: str = "") -> None:
+    """Make the encoder look tokens up in the loaded embedding.
+
+    transformers from 5.0 on may leave the encoder's own table zero or unset, which encodes every
+    prompt to noise without a word (transformers issue 43992), hence by hand and checked.
+    """
+    model.encoder.embed_tokens = model.shared
+    table_VE = model.shared.weight
+    assert model.encoder.embed_tokens.weight.data_ptr() == table_VE.data_ptr()
+    if not table_VE[1].any():  # `</s>` ends every prompt
+        raise CheckpointError("the token embedding is zero", where=where)
+
+
+@torch.no_grad()
+def rows(model: UMT5EncoderModel, ids: Sequence[int]) -> Tensor:
+    """Encode one prompt: its token ids to [N, E], in the dtype of the weights, on the model's device."""
+    ids_1N = torch.tensor([ids], device=model.shared.weight.device)
+    rows_NE: Tensor = model(input_ids=ids_1N).last_hidden_state[0]
+    return rows_NE

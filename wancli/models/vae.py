@@ -1,0 +1,171 @@
+"""The Wan 2.1 causal VAE, decoding and encoding a clip piece by piece in flat memory.
+
+Letters: T frames, Y rows, X columns, C channels. Latents and videos are [C, T, Y, X] outside,
+activations [T, Y, X, C] inside. Stride (4, 8, 8): 4n+1 frames of 8h x 8w pixels are n+1 latent
+frames of h x w. Source: the official wan/modules/vae.py; parameter names are its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from wancli.models.config import VAEConfig
+from wancli.models.vae_layers import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    RMSNorm,
+    Stream,
+    Upsample,
+    causal_conv,
+    pointwise,
+)
+
+# Per channel, of the latents of the training videos (official wan/modules/vae.py).
+# fmt: off
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+
+class Head(nn.ModuleList):
+    """SiLU(norm(x)) and the last convolution."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        norm, conv = RMSNorm(c_in, 3), nn.Conv3d(c_in, c_out, 3)
+        super().__init__([norm, nn.SiLU(), conv])
+        self.steps = (norm, conv)
+
+    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
+        norm, conv = self.steps
+        return causal_conv(conv, x_TYXC, stream, norm)
+
+
+def middle(channels: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    )
+
+
+class Encoder(nn.Module):
+    """4n+1 frames to n+1 frames of (mu, log variance), before the last pointwise map."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in (1, *config.dim_mult)]
+        self.conv1 = nn.Conv3d(3, widths[0], 3)
+        self.downsamples = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(pairwise(widths)):
+            for j in range(config.num_res_blocks):
+                self.downsamples.append(ResidualBlock(c_out if j else c_in, c_out))
+            if i < len(config.temporal_downsample):
+                self.downsamples.append(Downsample(c_out, config.temporal_downsample[i]))
+        self.middle = middle(widths[-1])
+        self.head = Head(widths[-1], 2 * config.z_dim)
+
+    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
+        x_TYXC = causal_conv(self.conv1, x_TYXC, stream)
+        for layer in (*self.downsamples, *self.middle, self.head):
+            x_TYXC = layer(x_TYXC, stream)
+        stream.started = True
+        return x_TYXC
+
+
+class Decoder(nn.Module):
+    """Latent frames to frames: the stream's first to one, every later one to four."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.dim * m for m in reversed(config.dim_mult)]
+        self.conv1 = nn.Conv3d(config.z_dim, widths[0], 3)
+        self.middle = middle(widths[0])
+        self.upsamples = nn.ModuleList()
+        in_time = tuple(reversed(config.temporal_downsample))
+        c_in = widths[0]
+        for i, c_out in enumerate(widths):
+            for j in range(config.num_res_blocks + 1):
+                self.upsamples.append(ResidualBlock(c_out if j else c_in, c_out))
+            if i < len(in_time):
+                self.upsamples.append(Upsample(c_out, in_time[i]))
+                c_in = c_out // 2
+        self.head = Head(widths[-1], 3)
+
+    def forward(self, z_TYXC: Tensor, stream: Stream) -> Tensor:
+        x_TYXC = causal_conv(self.conv1, z_TYXC, stream)
+        for layer in (*self.middle, *self.upsamples, self.head):
+            x_TYXC = layer(x_TYXC, stream)
+        stream.started = True
+        return x_TYXC
+
+
+class WanVAE(nn.Module):
+    """Videos in [-1, 1] to normalised latents and back. Can be built on the meta device.
+
+    `decode` and `encode` are for inference and stream; `frames_of` and `moments` are the same
+    maths on one piece, differentiable.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    @torch.no_grad()
+    def decode(self, z_CTYX: Tensor, chunk: int = 1) -> Iterator[Tensor]:
+        """Frames [3, n, 8Y, 8X], fp32 in [-1, 1], of a normalised latent [16, T, Y, X].
+
+        First one frame, then 4·`chunk` at a time (fewer at the end). The chunk changes speed and
+        memory, not the result; memory does not grow with T. In memory a yielded piece is
+        [n, 8Y, 8X, 3].
+        """
+        stream = Stream()
+        for start, stop in _spans(z_CTYX.shape[1], chunk):
+            yield self.frames_of(z_CTYX[:, start:stop], stream).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def encode(self, frames_CTYX: Tensor, chunk: int = 4) -> Tensor:
+        """Normalised latent [16, n+1, Y/8, X/8], fp32, the mean of the posterior.
+
+        Frames are [3, 4n+1, Y, X] in [-1, 1], `chunk` of them taken at a time, a multiple of 4.
+        """
+        stream = Stream()
+        spans = _spans(frames_CTYX.shape[1], chunk)
+        mean_CTYX = torch.cat([self.moments(frames_CTYX[:, a:b], stream)[0] for a, b in spans], dim=1)
+        return (mean_CTYX - _column(LATENT_MEAN, mean_CTYX)) / _column(LATENT_STD, mean_CTYX)
+
+    def frames_of(self, z_CTYX: Tensor, stream: Stream) -> Tensor:
+        """The next frames [3, n, 8Y, 8X], fp32, not clamped, of the stream's next normalised latents."""
+        z_CTYX = z_CTYX.float() * _column(LATENT_STD, z_CTYX) + _column(LATENT_MEAN, z_CTYX)
+        z_TYXC = z_CTYX.permute(1, 2, 3, 0).to(self.conv2.weight.dtype)
+        x_TYXC: Tensor = self.decoder(pointwise(self.conv2, z_TYXC), stream)
+        return x_TYXC.permute(3, 0, 1, 2).float()
+
+    def moments(self, frames_CTYX: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [16, n, Y/8, X/8], fp32, not normalised, of the stream's next frames."""
+        x_TYXC = frames_CTYX.permute(1, 2, 3, 0).to(self.conv1.weight.dtype)
+        y_CTYX = pointwise(self.conv1, self.encoder(x_TYXC, stream)).permute(3, 0, 1, 2).float()
+        mean_CTYX, log_variance_CTYX = y_CTYX.chunk(2)
+        return mean_CTYX, log_variance_CTYX
+
+
+def _column(values: tuple[float, ...], like_CTYX: Tensor) -> Tensor:
+    return torch.tensor(values, device=like_CTYX.device).view(-1, 1, 1, 1)
+
+
+def _spans(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """The first alone, then `chunk` at a time."""
+    yield 0, 1
+    for start in range(1, length, chunk):
+        yield start, min(start + chunk, length)

@@ -1,0 +1,267 @@
+"""The only file that knows the order of the phases: encode, load, sample, decode, write, record.
+
+Each shot is on disk before the next begins, and its latent before its decoding begins. `render`
+yields an Outcome per shot; a ShotError ends one shot, any other WancliError ends the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wancli import files, latents, manifest, memory, record, video
+from wancli.encode import Encoded, encode, load_embedding
+from wancli.errors import (
+    EntryError,
+    JobError,
+    OutputExists,
+    ShotError,
+    WancliError,
+)
+from wancli.events import Progress
+from wancli.record import Record
+from wancli.shot import Model, Plan, Prompt, Shot
+from wancli.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.models.dit import WanModel
+    from wancli.models.vae import WanVAE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one shot. `record` is the body of its manifest, if it has one."""
+
+    shot: Shot
+    status: Literal["rendered", "already done", "failed"]
+    record: Record | None = None
+    error: WancliError | None = None
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every phase may use: the embedding cache, the display, and how to treat what is there."""
+
+    store: Store | None
+    progress: Progress
+    force: bool = False
+
+
+def preflight(plan: Plan, *, force: bool) -> list[Shot]:
+    """The shots that are not done yet. Raises before anything slow starts.
+
+    OutputExists lists every file in the way; MachineError when ffmpeg or a folder will not do;
+    DoesNotFit when the machine has less memory than a shot needs.
+    """
+    todo = [shot for shot in plan.shots if force or not manifest.done(shot.output, shot.key)]
+    in_the_way = [shot.output for shot in todo if shot.output.exists() and not force]
+    if in_the_way:
+        raise OutputExists(
+            "\n".join(f"{path} exists, and is not what this job makes now" for path in in_the_way),
+            hint="--force moves it aside; or change `output`.",
+        )
+    for folder in dict.fromkeys(shot.output.parent for shot in todo):
+        files.writable(folder)
+    for codec in dict.fromkeys(shot.codec for shot in todo):
+        video.check_ffmpeg(codec)
+    for shot in todo:
+        if shot.model.device == "cpu":
+            memory.require(shot.phases, memory.available(), f"shot {shot.id}")
+    return todo
+
+
+def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
+    """Renders what `preflight` leaves to do, one checkpoint after the other."""
+    todo = preflight(plan, force=tools.force)
+    for shot in plan.shots:
+        if shot not in todo:
+            yield Outcome(shot, "already done", manifest.read(shot.manifest))
+    for model, shots in groupby(todo, key=lambda shot: shot.model):
+        yield from _render_all(model, list(shots), tools)
+
+
+def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+    to_sample = [shot for shot in shots if tools.force or not _recalled(shot)]
+    encoded, stage1 = encode_prompts(model, [text for shot in to_sample for text in shot.texts], tools)
+    networks = Networks(model)
+    for shot in shots:
+        try:
+            known = None if shot in to_sample else _recalled(shot)
+            z_CTYX, facts = known or _sampled(shot, encoded, stage1, networks, tools)
+            body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
+        except ShotError as error:
+            yield Outcome(shot, "failed", error=error)
+        else:
+            if not shot.keep_latents:
+                shot.latents.unlink()
+            yield Outcome(shot, "rendered", body)
+
+
+@dataclass
+class Networks:
+    """The networks of a checkpoint, loaded when first used and kept for the next shot."""
+
+    model: Model
+    loading: Record = field(default_factory=dict)  # what loading the transformer took
+
+    @cached_property
+    def transformer(self) -> WanModel:
+        import torch
+
+        from wancli.weights.readers import load_transformer
+
+        with memory.Peak() as peak:
+            dtype = getattr(torch, _TORCH[self.model.dtype])
+            network = load_transformer(self.model.checkpoint, dtype, self.model.device)
+        self.loading = record.phase("load", peak)
+        return network
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        from wancli.weights.readers import load_vae
+
+        return load_vae(self.model.checkpoint, self.model.device)
+
+
+_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def encode_prompts(
+    model: Model, prompts: Sequence[Prompt], tools: Tools
+) -> tuple[dict[str, Encoded], Record]:
+    """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns."""
+    texts = {prompt.id: prompt for prompt in prompts}
+    found: dict[str, Encoded] = {}
+    with memory.Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
+        for prompt in texts.values():
+            if prompt.file:
+                found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
+                bar.advance()
+        for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], tools.store):
+            found[result.key] = result
+            bar.advance()
+    width = model.checkpoint.transformer.text_dim
+    for prompt in texts.values():
+        rows_NE = found[prompt.id].embedding.rows_NE
+        if rows_NE.shape[1] != width:
+            message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
+            raise JobError(message, where=str(prompt.file or model.encoder.files[0]))
+    return found, record.phase("encode", peak)
+
+
+def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
+    """The latent that an earlier run left for this very shot."""
+    try:
+        z_CTYX, facts = latents.load(shot.latents)
+    except EntryError:
+        return None
+    return (z_CTYX, facts) if facts["key"] == shot.key else None
+
+
+def _sampled(
+    shot: Shot, encoded: dict[str, Encoded], stage1: Record, networks: Networks, tools: Tools
+) -> tuple[Tensor, Record]:
+    """Stage 2: the latent, durable on disk, and everything the manifest will say of it."""
+    import torch
+
+    from wancli import sample
+    from wancli.difference import compare
+    from wancli.probe import Measured
+
+    model, load = networks.transformer, networks.loading
+    rows_NE = {id: e.embedding.rows_NE.to(shot.model.device) for id, e in encoded.items()}
+    with (
+        torch.inference_mode(),
+        memory.Peak() as peak,
+        tools.progress.phase(shot.id, "sample", shot.steps) as bar,
+    ):
+        contexts = sample.Contexts(model, {prompt.id: rows_NE[prompt.id] for prompt in shot.texts})
+        measured = Measured(model) if shot.measure else None
+        x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
+        read: set[Any] = set()
+        done = None
+        for done in sample.denoise(
+            model, x_CTYX, shot.schedule, shot.solver, shot.table, contexts, shot.guidance, measured
+        ):
+            read |= done.read
+            bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
+        assert done is not None
+        sample.check_hits(shot.table, frozenset(read))
+        main = encoded[shot.prompt.id].embedding
+        differences = [compare(main, encoded[prompt.id].embedding, model) for prompt in shot.injected]
+    facts = record.of_shot(shot) | {
+        "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
+        "encoder_loaded": any(not e.hit for e in encoded.values()),
+        "injection": record.of_injection(shot, read, differences),
+        "effects": [asdict(effect) for effect in measured.effects] if measured else [],
+        "phases": [stage1, load, record.phase("sample", peak)],
+    }
+    facts = record.plain(facts)
+    latents.save(shot.latents, done.state.x, facts)
+    return done.state.x, facts
+
+
+def decode_file(path: Path, output: Path | None, folder: Path | None, tools: Tools) -> Path:
+    """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
+
+    The checkpoint is that of the record unless `folder` names it. Raises EntryError for a damaged
+    latent, CheckpointError for another VAE than the one the shot was planned with.
+    """
+    from wancli.weights.identify import identify
+    from wancli.weights.readers import load_vae
+
+    if not path.exists():
+        raise JobError("no such file", where=str(path))
+    z_CTYX, facts = latents.load(path)
+    output = output or path.with_name(facts["shot"]["output"])
+    if output.exists() and not tools.force:
+        raise OutputExists(
+            "exists", where=str(output), hint="--force moves it aside; or give -o another name."
+        )
+    video.check_ffmpeg(facts["shot"]["codec"])
+    vae = load_vae(identify(folder or Path(facts["model"]["root"])), "cpu")
+    finish(z_CTYX, facts, output, vae, tools)
+    return output
+
+
+def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: WanVAE, tools: Tools) -> Record:
+    """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body."""
+    import torch
+
+    shot = facts["shot"]
+    if tools.force:
+        files.set_aside(output)
+    with (
+        torch.inference_mode(),
+        memory.Peak() as peak,
+        tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar,
+    ):
+
+        def rgb() -> Iterator[memoryview]:
+            for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
+                yield video.to_rgb24(frames_CTYX)
+                bar.advance(frames_CTYX.shape[1])
+
+        video.write_mp4(
+            rgb(),
+            output,
+            width=shot["width"],
+            height=shot["height"],
+            fps=shot["fps"],
+            frame_count=shot["frames"],
+            crf=shot["crf"],
+            codec=shot["codec"],
+            comment=f"wancli {shot['id']} {facts['key'][:16]}",
+        )
+    body = facts | {
+        "phases": [*facts["phases"], record.phase("decode", peak)],
+        "files": [manifest.file_record(output, output.parent)],
+    }
+    manifest.write(manifest.manifest_path(output), body)
+    return body

@@ -1,0 +1,314 @@
+"""Job to Plan: everything that will be done, decided and frozen, without torch.
+
+Defaults are resolved against the checkpoint, prompts are cleaned and counted, rules compiled
+against the model's depth and the schedule, outputs named and checked for collisions. A shot's
+`key` is a hash of everything that changes its pixels; a manifest with that key means it is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from wancli import files
+from wancli.encode import Encoder, Tokenizer, describe
+from wancli.errors import JobError
+from wancli.inject import Branch, Rule, parse_blocks, parse_steps, strengths
+from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
+from wancli.models.variants import NEGATIVE, T2V
+from wancli.shot import Model, Plan, Prompt, Shot
+from wancli.solvers import SOLVERS, schedule
+from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
+
+
+def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
+    """Decides every shot of a job file; `measure` asks for it in all of them.
+
+    `memo` remembers the SHA-256 of weight files between runs. Raises JobError with all problems
+    of all shots, or CheckpointError.
+    """
+    model_for = cache(lambda folder, device, dtype: model_at(folder, device, dtype, memo))
+    shots: list[Shot] = []
+    problems: list[str] = []
+    hints: list[str] = []
+    for index, item in enumerate(jobs.items):
+        try:
+            shots.append(_shot(jobs, index, item, model_for, measure))
+        except JobError as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]
+            hints += [error.hint] if error.hint and error.hint not in hints else []
+    if problems:
+        raise JobError("\n".join(problems), hint="\n".join(hints))
+    _refuse_collisions(shots, jobs)
+    return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
+
+
+def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
+    """A checkpoint folder identified and hashed, with `auto` decided. Raises CheckpointError."""
+    checkpoint = identify(folder)
+    runs_on: Literal["cpu", "cuda"] = (
+        "cuda" if device == "cuda" or (device == "auto" and has_cuda()) else "cpu"
+    )
+    runs_in: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on] if dtype == "auto" else dtype
+    encoder = Encoder(
+        files=checkpoint.text_encoder_files,
+        naming=checkpoint.text_encoder_naming,
+        fingerprint=fingerprint(checkpoint.text_encoder_files, memo),
+        tokenizer_sha=fingerprint([checkpoint.tokenizer], memo),
+        dtype=runs_in,
+        device=runs_on,
+    )
+    return Model(
+        checkpoint,
+        text_encoder_sizes(checkpoint),
+        vae_sizes(checkpoint),
+        transformer=fingerprint(checkpoint.transformer_files, memo),
+        vae=fingerprint(checkpoint.vae_files, memo),
+        encoder=encoder,
+        device=runs_on,
+        dtype=runs_in,
+    )
+
+
+def has_cuda() -> bool:
+    """Whether `device: auto` means CUDA, told without torch: a driver, a visible device, a CUDA build."""
+    driver = (
+        Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
+    )
+    return driver and not metadata.version("torch").endswith("+cpu")
+
+
+@contextmanager
+def _blaming(item: Item, *path: str | int) -> Iterator[None]:
+    """Gives a ValueError of a parser the file, line and key that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise JobError(str(error), where=item.where(*path)) from None
+
+
+def _shot(
+    jobs: JobFile, index: int, item: Item, model_for: Callable[[Path, str, str], Model], measure: bool
+) -> Shot:
+    job = item.job
+    folder = (jobs.directory / Path(job.model).expanduser()).resolve()
+    if not folder.exists():
+        raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
+    model = model_for(folder, job.memory.device, job.memory.dtype)
+    sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
+    steps = sampler.steps or kind.steps or T2V.steps
+    if kind.steps and steps != kind.steps:
+        raise JobError(
+            f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
+        )
+    shift = _first(sampler.shift, kind.shift, T2V.shift)
+    guidance = _first(sampler.guidance, kind.guidance, T2V.guidance)
+    width, height = _size(item)
+    prompts = _Prompts(jobs.directory, item, model)
+    prompt = prompts.get(job.prompt, "prompt")
+    negative = None if guidance == 1 else prompts.negative(job.negative)
+    injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
+    sigmas = schedule(sampler.solver, steps, shift).sigmas
+    depth = model.checkpoint.transformer.num_layers
+    shot = Shot(
+        index=index,
+        id=job.id or f"{index:04d}",
+        labels=job.labels,
+        model=model,
+        prompt=prompt,
+        negative=negative,
+        injected=injected,
+        rules=tuple(
+            _rule(item, i, rule, text.id, depth, sigmas)
+            for i, (rule, text) in enumerate(zip(job.inject, injected))
+        ),
+        width=width,
+        height=height,
+        frames=_frames(item),
+        seed=job.seed,
+        noise=job.noise,
+        solver=sampler.solver,
+        steps=steps,
+        shift=shift,
+        guidance=guidance,
+        fps=job.video.fps or T2V.fps,
+        crf=job.video.crf,
+        codec=job.video.codec,
+        keep_latents=job.video.keep_latents,
+        decode_chunk=job.memory.decode_chunk,
+        measure=job.measure or measure,
+        output=Path(),
+    )
+    _refuse_rules_without_cells(shot, item)
+    return _named(shot, jobs, item)
+
+
+def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
+    fields: dict[str, str | int] = {
+        **{name: value for name, value in shot.labels.items() if isinstance(value, str | int)},
+        "job": jobs.name,
+        "item": shot.index,
+        "id": shot.id,
+        "slug": files.slug(shot.prompt.tokens.text),
+        "seed": shot.seed,
+        "key": shot.key[:12],
+    }
+    try:
+        output = files.output_path(jobs.directory, item.job.output, fields)
+    except JobError as error:
+        raise JobError(error.message, where=item.where("output"), hint=error.hint) from None
+    if output.suffix != ".mp4":
+        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.where("output"))
+    return replace(shot, output=output.parent.resolve() / output.name)
+
+
+class _Prompts:
+    """Cleans, counts and names the texts of one shot."""
+
+    def __init__(self, directory: Path, item: Item, model: Model) -> None:
+        self._directory = directory
+        self._item = item
+        self._model = model
+
+    def get(self, said: str | EmbeddingFile, *path: str | int) -> Prompt:
+        where = self._item.where(*path)
+        if isinstance(said, EmbeddingFile):
+            return self._from_file(said, where)
+        if not said.strip() and path != ("negative",):
+            raise JobError("is empty", where=where, hint="Only `negative` may be an empty text.")
+        options = self._item.job.text
+        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(
+            said, options.max_tokens, options.truncate, where
+        )
+        return Prompt(self._model.encoder.key(tokens), tokens)
+
+    def negative(self, said: str | EmbeddingFile) -> Prompt:
+        if said != "default":
+            return self.get(said, "negative")
+        # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
+        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(NEGATIVE, 512, truncate=True)
+        return Prompt(self._model.encoder.key(tokens), tokens)
+
+    def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
+        path = (self._directory / Path(said.embedding).expanduser()).resolve()
+        try:
+            payload = path.read_bytes()
+        except OSError as error:
+            raise JobError(f"{said.embedding!r} cannot be read: {error.strerror}", where=where) from None
+        found = describe(payload, str(path))
+        if said.index >= len(found):
+            raise JobError(
+                f"{said.embedding!r} holds {len(found)} embeddings; {said.index} is not one", where=where
+            )
+        digest = hashlib.sha256(payload).hexdigest()
+        return Prompt(f"{digest}.{said.index}", found[said.index], path, said.index)
+
+
+@cache
+def _tokenizer(spiece: Path) -> Tokenizer:
+    return Tokenizer(spiece)
+
+
+def _rule(item: Item, index: int, said: Inject, text: str, depth: int, sigmas: Sequence[float]) -> Rule:
+    at = ("inject", index)
+    with _blaming(item, *at, "blocks"):
+        blocks = parse_blocks(said.blocks, depth)
+    with _blaming(item, *at, "steps"):
+        spec = said.steps
+        steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
+    with _blaming(item, *at, "strength"):
+        by_block = strengths(_curve(said.strength), blocks)
+    with _blaming(item, *at, "step_strength"):
+        by_step = strengths(_curve(said.step_strength), steps)
+    products = {s * f for _, s in by_block for _, f in by_step}
+    if said.blend == "replace" and products - {0.0, 1.0}:
+        raise JobError(
+            "replace has strength 1 only", where=item.where(*at, "strength"), hint="Try blend: context-lerp."
+        )
+    if said.blend == "concat" and min(products, default=0.0) < 0:
+        raise JobError("concat needs strengths above 0", where=item.where(*at, "strength"))
+    branches: tuple[Branch, ...] = ("cond", "uncond") if said.branch == "both" else (said.branch,)
+    return Rule(text, by_block, by_step, branches, said.blend, said.gain)
+
+
+def _curve(said: Strength) -> Any:
+    return said.resolved() if isinstance(said, CurveSpec) else said
+
+
+def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
+    """A strength of 0 was asked for and stays; every other rule must reach some cell."""
+    for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.reached)):
+        if reached or (rule.steps and not rule.on):
+            continue
+        if "cond" not in rule.branches and not shot.negative:
+            why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
+        else:
+            why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
+        raise JobError(f"reaches no block: {why}", where=item.where("inject", i), hint=hint)
+
+
+def _size(item: Item) -> tuple[int, int]:
+    if item.job.size is None:
+        return T2V.width, T2V.height
+    where = item.where("size")
+    width, _, height = item.job.size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
+        raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
+    size = int(width), int(height)
+    near = tuple(max(T2V.stride, round(side / T2V.stride) * T2V.stride) for side in size)
+    if size != near:
+        raise JobError(
+            f"{item.job.size} is not made of multiples of {T2V.stride}; nearest is {near[0]}x{near[1]}",
+            where=where,
+        )
+    return size
+
+
+def _frames(item: Item) -> int:
+    frames = item.job.frames or T2V.frames
+    if frames % 4 != 1:
+        below = (frames - 1) // 4 * 4 + 1
+        near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
+        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.where("frames"))
+    return frames
+
+
+def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
+    """Two shots must not share a path, even on file systems that fold case or Unicode forms."""
+    seen: dict[str, Shot] = {}
+    for shot in shots:
+        folded = unicodedata.normalize("NFC", str(shot.output)).casefold()
+        if other := seen.get(folded):
+            raise JobError(
+                f"shots {other.index} and {shot.index} would both write {shot.output}",
+                where=jobs.items[shot.index].where("output"),
+                hint="Put {item}, {id} or {seed} into the output template.",
+            )
+        seen[folded] = shot
+
+
+def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
+    for shot in shots:
+        for text in shot.texts:
+            if text.tokens.truncated:
+                lost = text.tokens.full_length - len(text.tokens.ids)
+                yield f"shot {shot.id}: {lost} of {text.tokens.full_length} tokens of a prompt are cut off"
+        for rule, text in zip(shot.rules, shot.injected):
+            if not rule.on:
+                yield f"shot {shot.id}: an injection has strength 0 and changes nothing"
+            if text.id == shot.prompt.id and "cond" in rule.branches:
+                yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
+        if shot.solver == "distill4" and shot.guidance != 1:
+            yield f"shot {shot.id}: distilled models want guidance 1; {shot.guidance:g} blurs"
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

@@ -1,0 +1,132 @@
+"""What a manifest says: plain JSON data about one shot, enough to judge it and to render it again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from wancli import __version__, memory, video
+from wancli.manifest import canonical
+from wancli.shot import Prompt, Shot
+
+if TYPE_CHECKING:
+    from wancli.difference import Difference
+
+Record = dict[str, Any]
+
+LIBRARIES = ("torch", "transformers", "safetensors", "sentencepiece", "ftfy")
+
+
+def of_shot(shot: Shot) -> Record:
+    """All that was decided, and on what. `key` is the hash that makes it this very shot."""
+    model = shot.model
+    return {
+        "key": shot.key,
+        "latents_key": shot.latents_key,
+        "shot": {
+            "index": shot.index,
+            "id": shot.id,
+            "labels": shot.labels,
+            "output": shot.output.name,
+            "width": shot.width,
+            "height": shot.height,
+            "frames": shot.frames,
+            "tokens": shot.tokens,
+            "seed": shot.seed,
+            "noise": shot.noise,
+            "solver": shot.solver,
+            "steps": shot.steps,
+            "shift": shot.shift,
+            "guidance": shot.guidance,
+            "timesteps": shot.schedule.timesteps,
+            "sigmas": shot.schedule.sigmas,
+            "fps": shot.fps,
+            "crf": shot.crf,
+            "codec": shot.codec,
+            "decode_chunk": shot.decode_chunk,
+        },
+        "model": {
+            "root": str(model.checkpoint.root),
+            "sizes": asdict(model.checkpoint.transformer),
+            "dtype": model.dtype,
+            "device": model.device,
+            "sha256": {
+                "transformer": model.transformer,
+                "text_encoder": model.encoder.fingerprint,
+                "vae": model.vae,
+            },
+        },
+        "predicted": [asdict(phase) | {"total": phase.total} for phase in shot.phases],
+        "versions": versions(),
+    }
+
+
+def of_prompt(prompt: Prompt, hit: bool) -> Record:
+    """A text as the encoder read it, and whether its embedding was already there."""
+    tokens = prompt.tokens
+    return {
+        "id": prompt.id,
+        "text": tokens.text,
+        "tokens": len(tokens.ids),
+        "truncated": tokens.truncated,
+        "file": str(prompt.file) if prompt.file else None,
+        "cached": hit,
+    }
+
+
+def of_injection(
+    shot: Shot, read: Iterable[tuple[int, str, int]], differences: Sequence[Difference]
+) -> list[Record]:
+    """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
+    cells = set(read)
+    found = []
+    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.reached)):
+        hits = [cell for cell in planned if cell in cells]
+        found.append(
+            {
+                "text": rule.text,
+                "blocks": dict(rule.blocks),
+                "steps": dict(rule.steps),
+                "branches": list(rule.branches),
+                "blend": rule.blend,
+                "gain": rule.gain,
+                "planned": len(planned),
+                "hits": len(hits),
+                "hits_by_step": dict(Counter(step for step, _, _ in hits)),
+                "hits_by_branch": dict(Counter(branch for _, branch, _ in hits)),
+                "hits_by_block": dict(Counter(block for _, _, block in hits)),
+                "difference": differences[index].as_dict(),
+            }
+        )
+    return found
+
+
+def phase(name: str, peak: memory.Peak) -> Record:
+    """What a phase took: seconds, and the peak of host and device memory in bytes."""
+    return {"name": name, "seconds": round(peak.seconds, 4), "rss": peak.rss_peak, "cuda": peak.cuda_peak}
+
+
+def plain(record: Record) -> Record:
+    """The record as a file gives it back: text keys, lists."""
+    return dict(json.loads(canonical(record)))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Everything that may change pixels without a change of the job."""
+    libraries = {name: metadata.version(name) for name in LIBRARIES}
+    return {
+        "wancli": __version__,
+        "python": platform.python_version(),
+        **libraries,
+        "ffmpeg": video.ffmpeg_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "platform": sys.platform,
+    }

@@ -1,0 +1,166 @@
+"""The report as data: what a batch did, from the manifests of its shots; what a plan would do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import files
+from wancli.encode import describe
+from wancli.errors import EntryError
+from wancli.record import versions
+
+if TYPE_CHECKING:
+    from wancli.memory import Phase
+    from wancli.pipeline import Outcome
+    from wancli.shot import Plan, Shot
+    from wancli.store import Store
+
+SCHEMA = "wancli/report/1"
+
+
+def build(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """All shots of a batch, and its totals. A shot that was never reached is `not started`."""
+    by_index = {outcome.shot.index: outcome for outcome in outcomes}
+    shots = [_shot(shot, by_index.get(shot.index)) for shot in plan.shots]
+    fresh = [shot for shot in shots if shot["status"] == "rendered"]
+    prompts = {prompt["id"]: prompt for shot in fresh for prompt in shot["prompts"]}
+    return {
+        "schema": SCHEMA,
+        "job": plan.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "warnings": list(plan.warnings),
+        "shots": shots,
+        "memory": _memory(fresh),
+        "cache": {
+            "hits": sum(prompt["cached"] for prompt in prompts.values()),
+            "misses": sum(not prompt["cached"] for prompt in prompts.values()),
+            "encoder_loaded": any(shot["encoder_loaded"] for shot in fresh),
+        },
+        "versions": versions(),
+    }
+
+
+def write(plan: Plan, report: dict[str, Any]) -> Path:
+    """Puts `report.json` into the folder that the outputs share."""
+    folder = Path(os.path.commonpath([shot.output.parent for shot in plan.shots]))
+    path = folder / "report.json"
+    files.replace(path, (json.dumps(report, ensure_ascii=False, indent=2) + "\n").encode())
+    return path
+
+
+def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
+    """`wancli plan --json`."""
+    return {
+        "schema": "wancli/plan/1",
+        "job": plan.name,
+        "warnings": list(plan.warnings),
+        "shots": [
+            {
+                "id": shot.id,
+                "output": str(shot.output),
+                "key": shot.key,
+                "size": [shot.width, shot.height],
+                "frames": shot.frames,
+                "tokens": shot.tokens,
+                "seed": shot.seed,
+                "solver": shot.solver,
+                "timesteps": shot.schedule.timesteps,
+                "sigmas": shot.schedule.sigmas,
+                "shift": shot.shift,
+                "guidance": shot.guidance,
+                "inject": [
+                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
+                ],
+            }
+            for shot in plan.shots
+        ],
+        "prompts": cached(plan, store),
+        "memory": [row(phase) for phase in largest(shot.phases for shot in plan.shots)],
+    }
+
+
+def cached(plan: Plan, store: Store) -> list[dict[str, Any]]:
+    """Every distinct prompt of a plan, and whether stage 1 has it already."""
+    texts = {prompt.id: prompt for shot in plan.shots for prompt in shot.texts}
+    return [
+        {
+            "id": id,
+            "text": prompt.tokens.text,
+            "tokens": len(prompt.tokens.ids),
+            "cached": prompt.file is not None or store.path(id).exists(),
+        }
+        for id, prompt in texts.items()
+    ]
+
+
+def of_cache(store: Store) -> list[dict[str, Any]]:
+    """`wancli cache ls`: the entries, newest first."""
+    rows = []
+    for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
+        payload = store.get(entry.key)
+        try:
+            tokens = describe(payload)[0] if payload else None
+        except EntryError:
+            tokens = None
+        rows.append(
+            {
+                "key": entry.key,
+                "bytes": entry.bytes,
+                "written": datetime.fromtimestamp(entry.mtime, UTC).isoformat(timespec="seconds"),
+                "tokens": len(tokens.ids) if tokens else None,
+                "text": tokens.text if tokens else "(damaged; a render computes it again)",
+            }
+        )
+    return rows
+
+
+def largest(phases: Iterable[Sequence[Phase]]) -> list[Phase]:
+    """Per phase the prediction of the shot that needs most."""
+    found: dict[str, Phase] = {}
+    for phase in (p for several in phases for p in several):
+        if phase.name not in found or phase.total > found[phase.name].total:
+            found[phase.name] = phase
+    return list(found.values())
+
+
+def row(phase: Phase) -> dict[str, Any]:
+    return asdict(phase) | {"total": phase.total}
+
+
+def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "id": shot.id,
+        "labels": shot.labels,
+        "output": str(shot.output),
+        "status": outcome.status if outcome else "not started",
+    }
+    if outcome and outcome.error:
+        entry["error"] = {
+            "code": outcome.error.code,
+            "message": str(outcome.error),
+            "hint": outcome.error.hint,
+        }
+    return entry | (outcome.record or {} if outcome else {})
+
+
+def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per phase: predicted parts, the measured peak, and seconds over all shots."""
+    found: dict[str, dict[str, Any]] = {}
+    for shot in shots:
+        for phase in shot["predicted"]:
+            best = found.setdefault(phase["name"], phase | {"measured": 0, "seconds": 0.0})
+            if phase["total"] > best["total"]:
+                best |= phase
+    for index, shot in enumerate(shots):
+        for phase in shot["phases"]:
+            entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
+            entry["measured"] = max(entry["measured"], phase["cuda"] or phase["rss"])
+            if index == 0 or phase["name"] not in ("encode", "load"):  # these ran once, for all shots
+                entry["seconds"] += phase["seconds"]
+    return list(found.values())

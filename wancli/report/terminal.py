@@ -1,0 +1,279 @@
+"""What people read: the plan, the strip of blocks, the summary after a render, the difference table.
+
+Everything is built for 80 columns; colour only where the terminal wants it (rich decides).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli.errors import JobError
+from wancli.inject import Row, strip
+from wancli.report.data import cached, largest, row
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from wancli.difference import Difference
+    from wancli.shot import Plan, Shot
+    from wancli.store import Store
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
+    """Prints tables and lines, without wrapping lines that are longer than the terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    for part in parts:
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+
+def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[RenderableType]:
+    """The shots, what stage 1 has to do, and the memory that the largest shot needs."""
+    for model in dict.fromkeys(shot.model for shot in plan.shots):
+        sizes = model.checkpoint.transformer
+        width = f"{sizes.num_layers} blocks of width {sizes.dim}"
+        yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {model.dtype} on {model.device}"
+    table = _table("shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
+    for shot in plan.shots:
+        size = f"{shot.width}x{shot.height}"
+        numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
+        table.add_row(shot.id, size, *map(str, numbers), f"{shot.shift:g}", f"{shot.guidance:g}")
+    yield table
+    if verbose:
+        for shot in plan.shots:
+            yield from shot_lines(shot)
+    prompts = cached(plan, store)
+    hits = sum(prompt["cached"] for prompt in prompts)
+    yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
+    yield memory_table([row(phase) for phase in largest(shot.phases for shot in plan.shots)])
+
+
+def shot_lines(shot: Shot) -> Iterator[str]:
+    """Everything about one shot: its texts, its noise levels, and the table of injections."""
+    yield f"\nshot {shot.id}: {shot.output}"
+    names = [
+        "prompt",
+        *(["negative"] if shot.negative else []),
+        *(f"inject.{i}" for i in range(len(shot.rules))),
+    ]
+    for name, prompt in zip(names, shot.texts):
+        yield f"{name:>16}  {_cut(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
+    for index in range(len(shot.rules)):
+        yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
+    yield from schedule_lines(shot)
+    if shot.rules:
+        yield from table_strips(shot)
+
+
+def describe_rule(shot: Shot, index: int) -> str:
+    """`27-39 at 0.6, steps 0-11, cond`."""
+    rule = shot.rules[index]
+    blocks = ranges([block for block, _ in rule.blocks])
+    values = sorted({round(s, 3) for _, s in rule.blocks})
+    strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
+    return f"{blocks} at {strength}, steps {ranges([s for s, _ in rule.steps])}, {'+'.join(rule.branches)}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7,10-39`."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def table_strips(shot: Shot) -> Iterator[str]:
+    """The injection table, one column per block: how much of what a block reads was injected."""
+    depth = shot.model.checkpoint.transformer.num_layers
+    yield f"{'block':>16}  {_scale(depth)}"
+    for branch in shot.table.branches:
+        grouped: dict[Row, list[int]] = {}
+        for step in range(shot.steps):
+            grouped.setdefault(shot.table.row(step, branch), []).append(step)
+        for cells_of, steps in grouped.items():
+            cells = strip(cells_of, shot.table.base[branch])
+            yield f"{f'{branch} {ranges(steps)}':>16}  {_bar(cells)}"
+
+
+def schedule_lines(shot: Shot) -> Iterator[str]:
+    """Step, timestep and noise level, seven to a line."""
+    pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.schedule.sigmas)]
+    for start in range(0, len(pairs), 7):
+        yield f"{'sigma' if start == 0 else '':>16}  " + " ".join(pairs[start : start + 7])
+
+
+def memory_table(phases: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Model, activation, buffer and total of each phase; measured peak and time after a render."""
+    measured = any("measured" in phase for phase in phases)
+    extra = [">measured", ">time"] if measured else []
+    table = _table("phase", ">model", ">activation", ">buffer", ">total", *extra)
+    for phase in phases:
+        parts = [
+            size(phase[part]) if part in phase else "-" for part in ("model", "activation", "buffer", "total")
+        ]
+        if measured:
+            parts += [size(phase["measured"]), duration(phase["seconds"])]
+        table.add_row(phase["name"], *parts)
+    return table
+
+
+def summary(report: Mapping[str, Any], path: Path | None, *, verbose: bool) -> Iterator[RenderableType]:
+    """What a batch did: injections and how far their prompts differ, memory and time, the failures."""
+    fresh = [shot for shot in report["shots"] if shot["status"] == "rendered"]
+    if any(shot["injection"] for shot in fresh):
+        yield _injections(fresh)
+    if verbose:
+        for shot in fresh:
+            yield from _effects(shot)
+    if fresh:
+        yield memory_table(report["memory"])
+        cache = report["cache"]
+        loaded = "encoder loaded" if cache["encoder_loaded"] else "encoder not loaded"
+        yield f"prompts: {cache['hits']} from the cache, {cache['misses']} encoded ({loaded})"
+    counts = dict.fromkeys(("rendered", "already done", "failed", "not started"), 0)
+    for shot in report["shots"]:
+        counts[shot["status"]] += 1
+    yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    if path:
+        yield f"report: {path}"
+
+
+def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
+    table = _table("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
+    for shot in shots:
+        for index, rule in enumerate(shot["injection"]):
+            verdict = rule["difference"]["verdict"]
+            table.add_row(
+                shot["id"],
+                str(index),
+                ranges([int(block) for block in rule["blocks"]]),
+                ranges([int(step) for step in rule["steps"]]),
+                "+".join(rule["branches"]),
+                rule["blend"],
+                f"{rule['hits']:,}/{rule['planned']:,}",
+                f"{verdict['percent']:.0f} %, {verdict['band']}",
+            )
+    return table
+
+
+def _effects(shot: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """How much each measured forward's velocity moved, and every block's cross-attention output."""
+    if not shot["effects"]:
+        return
+    depth = shot["model"]["sizes"]["num_layers"]
+    blocks: dict[str, list[float]] = {}
+    legacy: dict[str, list[float]] = {}
+    for effect in shot["effects"]:
+        for block, value in effect["blocks"].items():
+            blocks.setdefault(block, []).append(100 * value)
+            legacy.setdefault(block, []).append(effect["changed_percent"][block])
+    top = max(value for values in blocks.values() for value in values)
+    yield f"\nshot {shot['id']}: what the injection changed, relative L2; a full bar is {top:.1f} %"
+    yield f"{'step':>6} {'branch':<7} velocity  {_scale(depth)}"
+    for effect in shot["effects"]:
+        shares = [100 * effect["blocks"].get(str(block), 0.0) / top for block in range(depth)]
+        yield f"{effect['step']:>6} {effect['branch']:<7} {100 * effect['velocity']:6.2f} %  {_bar(shares)}"
+    yield "cross-attention output, mean over steps, % (in brackets the legacy share of |change| > 0.01)"
+    cells = [f"{b:>2}: {_mean(blocks[b]):5.1f} ({_mean(legacy[b]):3.0f})" for b in sorted(blocks, key=int)]
+    for start in range(0, len(cells), 4):
+        yield "  " + "  ".join(cells[start : start + 4])
+
+
+def _scale(depth: int) -> str:
+    """A ruler over the blocks: a digit for every ten."""
+    return "".join(str(block // 10 % 10) if block % 10 == 0 else "." for block in range(depth))
+
+
+def _bar(shares: Iterable[float]) -> str:
+    """One character per block, from · for 0 to a full block for 1."""
+    return "".join("·" if share == 0 else LEVELS[max(1, round(share * 8))] for share in shares)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def difference_tables(differences: Sequence[Difference]) -> Iterator[RenderableType]:
+    """One table per pair: each figure, what it means, and hints on the prompts."""
+    for difference in differences:
+        yield f"A  {_cut(difference.a.text, 76)}"
+        yield f"B  {_cut(difference.b.text, 76)}\n"
+        table = _table("figure", ">value", "meaning")
+        for label, value, meaning in difference.rows():
+            table.add_row(label, value, meaning)
+        yield table
+        for hint in difference.hints:
+            yield f"hint: {hint}"
+
+
+def encoded_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """`KEY  TOKENS tokens  cached|encoded  TEXT`, one line per prompt."""
+    for found in rows:
+        state = "cached" if found["cached"] else "encoded"
+        yield f"{found['key'][:16]}  {found['tokens']:>3} tokens  {state:<7}  {_cut(found['text'], 36)}"
+
+
+def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    table = _table("key", ">tokens", ">size", "written", "text")
+    for entry in rows:
+        written = entry["written"][:16].replace("T", " ")
+        table.add_row(
+            entry["key"][:12],
+            str(entry["tokens"] or "-"),
+            size(entry["bytes"]),
+            written,
+            _cut(entry["text"], 30),
+        )
+    yield table
+    yield f"{len(rows)} entries, {size(sum(entry['bytes'] for entry in rows))}"
+
+
+def parse_size(text: str) -> int:
+    """`500MiB`, `2GiB`, `1000` bytes. Raises JobError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text)
+    if not match:
+        raise JobError(f"{text!r} is no size; write 500MiB or 2GiB", where="--max-size")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def duration(value: float) -> str:
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value // 60:.0f} min {value % 60:.0f} s" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def _cut(text: str, limit: int) -> str:
+    """One line of printable text."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _table(*columns: str) -> Table:
+    """A table without lines; `>` before a heading aligns its column to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    return table

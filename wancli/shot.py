@@ -1,0 +1,162 @@
+"""What will be done, frozen: a Plan of Shots. Nothing in them is left to decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from wancli import memory
+from wancli.encode import Encoder, Tokens
+from wancli.inject import Branch, Rule, Table
+from wancli.memory import Phase
+from wancli.models.config import T5Config, VAEConfig
+from wancli.solvers import Schedule, schedule
+from wancli.weights.identify import Checkpoint
+
+PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and where its embedding is: in the store under `id`, or in a file."""
+
+    id: str
+    tokens: Tokens
+    file: Path | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with the sizes and fingerprints of its parts, and how it will run."""
+
+    checkpoint: Checkpoint
+    text_encoder: T5Config
+    vae_sizes: VAEConfig
+    transformer: str  # SHA-256
+    vae: str  # SHA-256
+    encoder: Encoder
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One video to be rendered; nothing in it is left to decide."""
+
+    index: int
+    id: str
+    labels: dict[str, Any]
+    model: Model
+    prompt: Prompt
+    negative: Prompt | None  # None when guidance is 1: no such forward runs
+    injected: tuple[Prompt, ...]
+    rules: tuple[Rule, ...]
+    width: int
+    height: int
+    frames: int
+    seed: int
+    noise: Literal["cpu", "cuda"]
+    solver: str
+    steps: int
+    shift: float
+    guidance: float
+    fps: int
+    crf: int
+    codec: str
+    keep_latents: bool
+    decode_chunk: int
+    measure: bool
+    output: Path
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """[z, T, H/8, W/8]."""
+        return (16, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8)
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens the transformer sees: patches of 1 × 2 × 2."""
+        _, t, y, x = self.latent_shape
+        return t * (y // 2) * (x // 2)
+
+    @property
+    def latents(self) -> Path:
+        return self.output.with_suffix(".latents.safetensors")
+
+    @property
+    def manifest(self) -> Path:
+        return self.output.with_suffix(".manifest.json")
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return schedule(self.solver, self.steps, self.shift)
+
+    @cached_property
+    def table(self) -> Table:
+        base: dict[Branch, str] = {"cond": self.prompt.id}
+        if self.negative:
+            base["uncond"] = self.negative.id
+        return Table(self.rules, base, self.model.checkpoint.transformer.num_layers, self.steps)
+
+    @property
+    def texts(self) -> tuple[Prompt, ...]:
+        """Every prompt the shot needs, the injected ones last."""
+        return (self.prompt, *([self.negative] if self.negative else []), *self.injected)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding."""
+        model = self.model
+        element = 4 if model.dtype == "fp32" else 2
+        rows = sum(len(text.tokens.ids) + 1 for text in self.texts)
+        longest = max(len(text.tokens.ids) for text in self.texts)
+        sample = memory.sample_phase(
+            model.checkpoint.transformer, self.latent_shape, context_rows=rows, element=element
+        )
+        return (
+            memory.encode_phase(model.text_encoder, prompt_tokens=longest, element=element),
+            sample,
+            memory.decode_phase(
+                model.vae_sizes, self.latent_shape, chunk=self.decode_chunk, resident=sample.model
+            ),
+        )
+
+    @cached_property
+    def latents_key(self) -> str:
+        """Hash of all that the latent depends on."""
+        return _hash(
+            {
+                "pixels": PIXELS,
+                "transformer": self.model.transformer,
+                "heads": self.model.checkpoint.transformer.num_heads,
+                "dtype": self.model.dtype,
+                "texts": [prompt.id for prompt in self.texts],
+                "rules": [asdict(rule) for rule in self.rules],
+                "shape": self.latent_shape,
+                "noise": [self.noise, self.seed],
+                "sampler": [self.solver, self.steps, self.shift, self.guidance],
+            }
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that the video and its record depend on."""
+        return _hash([self.latents_key, self.model.vae, self.fps, self.crf, self.codec, self.measure])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be rendered, and what the user should know before it starts."""
+
+    name: str
+    shots: tuple[Shot, ...]
+    warnings: tuple[str, ...]
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

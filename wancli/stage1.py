@@ -1,0 +1,151 @@
+"""`wancli encode` and `wancli diff`: which prompts they were given, and stage 1 run on these."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import pipeline
+from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
+from wancli.errors import JobError
+from wancli.job import JobFile, load, parse
+from wancli.plan import model_at, plan
+from wancli.shot import Model, Prompt
+
+if TYPE_CHECKING:
+    from wancli.difference import Difference
+
+JOB_SUFFIXES = (".yaml", ".yml")
+NO_MODEL = "Say where the checkpoint is: --model DIR."
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts for one checkpoint's encoder, in the order they were given."""
+
+    model: Model
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts to be compared as a model reads them."""
+
+    model: Model
+    a: Prompt
+    b: Prompt
+
+
+def requested(
+    what: Sequence[str], folder: Path | None, max_tokens: int, truncate: bool, memo: Path
+) -> list[Work]:
+    """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin."""
+    if max_tokens not in (256, 512):
+        raise JobError(f"{max_tokens} is not 256 or 512", where="--max-tokens")
+    jobs: list[JobFile] = []
+    texts: list[str] = []
+    for argument in what:
+        if argument == "-":
+            data = sys.stdin.buffer.read()
+            if b"\nprompt:" in b"\n" + data or b"\nitems:" in b"\n" + data:
+                jobs.append(parse(data, "stdin", "stdin", Path.cwd()))
+            else:
+                texts += [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
+        elif argument.endswith(JOB_SUFFIXES):
+            jobs.append(load(Path(argument)))
+        else:
+            texts.append(argument)
+    work = [_of_job(job, memo) for job in jobs]
+    if texts:
+        model = _model(folder, memo)
+        work.append([Work(model, tuple(prompt_of(model, text, max_tokens, truncate) for text in texts))])
+    return [one for several in work for one in several]
+
+
+def run(work: Sequence[Work], out: Path | None, tools: pipeline.Tools) -> list[dict[str, Any]]:
+    """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
+    encoded: list[Encoded] = []
+    for one in work:
+        found, _ = pipeline.encode_prompts(one.model, one.prompts, tools)
+        encoded += [found[prompt.id] for prompt in one.prompts]
+    if out:
+        save_embeddings(out, [e.embedding for e in encoded])
+    return [
+        {
+            "index": index,
+            "key": e.key,
+            "text": e.embedding.text,
+            "tokens": len(e.embedding.ids),
+            "truncated": e.embedding.truncated,
+            "cached": e.hit,
+        }
+        for index, e in enumerate(encoded)
+    ]
+
+
+def pairs(prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path) -> list[Pair]:
+    """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
+
+    A job file gives its prompt against each injected one; a text file two prompts with an empty
+    line between; an embedding file its first two embeddings.
+    """
+    if (len(prompts) != 2) == (file is None):
+        raise JobError(
+            "give two prompts, or --file FILE", hint='wancli diff "prompt A" "prompt B" --model DIR'
+        )
+    if file is None:
+        model = _model(folder, memo)
+        a, b = (prompt_of(model, text, 512, False) for text in prompts)
+        return [Pair(model, a, b)]
+    if file.suffix in JOB_SUFFIXES:
+        shots = plan(load(file), memo).shots
+        found = {(s.model, s.prompt.id, p.id): Pair(s.model, s.prompt, p) for s in shots for p in s.injected}
+        if not found:
+            raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
+        return list(found.values())
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise JobError(f"cannot be read: {error.strerror}", where=str(file)) from None
+    model = _model(folder, memo)
+    if file.suffix == ".safetensors":
+        tokens = describe(data, str(file))
+        if len(tokens) < 2:
+            raise JobError("holds one embedding; two are needed", where=str(file))
+        a, b = (Prompt(f"{file}.{i}", tokens[i], file, i) for i in (0, 1))
+        return [Pair(model, a, b)]
+    texts = [part for part in data.decode(errors="surrogateescape").split("\n\n") if part.strip()]
+    if len(texts) != 2:
+        raise JobError(f"holds {len(texts)} prompts; two are needed, an empty line between", where=str(file))
+    a, b = (prompt_of(model, text, 512, False) for text in texts)
+    return [Pair(model, a, b)]
+
+
+def compared(pair: Pair, tools: pipeline.Tools, *, dit: bool) -> Difference:
+    """All figures of two prompts; with `dit` also behind the text projection and in every block."""
+    from wancli.difference import compare
+
+    found, _ = pipeline.encode_prompts(pair.model, [pair.a, pair.b], tools)
+    model = pipeline.Networks(pair.model).transformer if dit else None
+    return compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
+
+
+def prompt_of(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
+    tokens = Tokenizer(model.checkpoint.tokenizer).tokens(text, max_tokens, truncate)
+    return Prompt(model.encoder.key(tokens), tokens)
+
+
+def _of_job(job: JobFile, memo: Path) -> list[Work]:
+    by_model: dict[Model, dict[str, Prompt]] = {}
+    for shot in plan(job, memo).shots:
+        by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.texts})
+    return [Work(model, tuple(prompts.values())) for model, prompts in by_model.items()]
+
+
+def _model(folder: Path | None, memo: Path) -> Model:
+    if folder is None:
+        raise JobError("no checkpoint given", hint=NO_MODEL)
+    return model_at(folder.expanduser().resolve(), "auto", "auto", memo)

@@ -1,0 +1,173 @@
+"""A cache folder of sealed entries, one file each, found by a key that hashes what shaped them.
+
+`get()` returns exactly the bytes that were `put()` under that key, or None: an entry that is
+damaged, cut short, foreign, of another format version or filed under the wrong key is a miss, and
+is kept as NAME.bad for whoever wants to know why. A seal proves integrity, not origin, so a
+folder that others may write to is refused. The cache is optional: a `put()` that fails costs the
+work again next time, nothing else.
+
+An entry: magic, version, payload length, SHA-256, payload. The digest covers all of it and the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from wancli import files
+from wancli.errors import EntryError, MachineError
+
+_MAGIC = b"\x89wancli\n"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIQ32s")  # magic, version, payload length, SHA-256
+
+log = logging.getLogger(__name__)
+
+
+def seal(payload: bytes, key: str = "") -> bytes:
+    """Wrap a payload so that `unseal()` notices any change to it, or another key."""
+    start = _MAGIC + struct.pack("<IQ", _VERSION, len(payload))
+    return start + _digest(start, payload, key) + payload
+
+
+def unseal(data: bytes, key: str = "") -> bytes:
+    """The payload of a sealed entry. Raises EntryError unless every byte is as `seal()` made it."""
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise EntryError("not a sealed entry")
+    _, version, length, digest = _HEADER.unpack_from(data)
+    if version != _VERSION:
+        raise EntryError(f"entry of format version {version}; this wancli reads {_VERSION}")
+    payload = data[_HEADER.size :]
+    if len(payload) != length:
+        raise EntryError(f"entry of {len(payload)} bytes where {length} were sealed")
+    if _digest(data[: _HEADER.size - len(digest)], payload, key) != digest:
+        raise EntryError("the seal does not match the content")
+    return payload
+
+
+def _digest(start: bytes, payload: bytes, key: str) -> bytes:
+    hasher = hashlib.sha256(start)
+    hasher.update(key.encode() + b"\0")
+    hasher.update(payload)
+    return hasher.digest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a store: `bytes` on disk, `mtime` when it was last written or read."""
+
+    key: str
+    bytes: int
+    mtime: float
+    path: Path
+
+
+class Store:
+    """The sealed entries under `root`, which is made on the first `put()`, for this user alone.
+
+    Raises MachineError if `root` is another user's, or others may write to it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._warned = False
+        with files.writing(root):
+            status = root.stat() if root.exists() else None
+        if status:
+            hint = f"chmod go-w {root}, or choose another folder with --cache-dir"
+            if status.st_uid != os.geteuid():
+                raise MachineError("the cache folder belongs to another user", where=str(root), hint=hint)
+            if status.st_mode & 0o022:
+                raise MachineError("others may write to the cache folder", where=str(root), hint=hint)
+
+    def path(self, key: str) -> Path:
+        """Where the entry of a key is, or would be. Keys are hex digits."""
+        if not re.fullmatch(r"[0-9a-f]{8,}", key):
+            raise ValueError(f"not a key: {key!r}")
+        return self.root / key[:2] / f"{key}.entry"
+
+    def get(self, key: str) -> bytes | None:
+        """The payload that was put under `key`, or None. Reading marks the entry as used."""
+        path = self.path(key)
+        try:
+            payload = unseal(_read(path), key)
+        except OSError:
+            return None  # absent, pruned under us, stale handle, a link: all the same to the caller
+        except EntryError as error:
+            log.warning("%s: %s; kept as .bad, made anew", path, error)
+            with suppress(OSError):
+                path.replace(path.with_suffix(".bad"))
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return payload
+
+    def put(self, key: str, payload: bytes) -> bool:
+        """Keep a payload. False, with one warning per store, where the disk does not take it."""
+        path = self.path(key)
+        try:
+            with files.writing(self.root):
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.replace(path, seal(payload, key))
+        except MachineError as error:
+            if not self._warned:
+                log.warning("going on without the cache: %s", error)
+                self._warned = True
+            return False
+        return True
+
+    def entries(self) -> list[Entry]:
+        """All entries by key. Nothing is read or verified."""
+        found = []
+        for path in sorted(self.root.glob("??/*.entry")):
+            with suppress(OSError):
+                status = path.lstat()
+                found.append(Entry(path.stem, status.st_size, status.st_mtime, path))
+        return found
+
+    def verify(self) -> list[Entry]:
+        """The entries that `get()` would not serve. Changes nothing."""
+        return [entry for entry in self.entries() if not _intact(entry)]
+
+    def prune(self, max_bytes: int | None = None, older_than_days: float | None = None) -> list[Entry]:
+        """Remove entries unused for so long, then the longest unused until `max_bytes` are kept.
+
+        Also removes damaged entries set aside as .bad and what dead processes left. Returns the
+        entries that are gone.
+        """
+        for shard in self.root.glob("??"):
+            files.sweep(shard)
+            for bad in shard.glob("*.bad"):
+                bad.unlink(missing_ok=True)
+        kept = sorted(self.entries(), key=lambda entry: entry.mtime)
+        total = sum(entry.bytes for entry in kept)
+        now = time.time()
+        gone = []
+        for entry in kept:
+            too_old = older_than_days is not None and now - entry.mtime > older_than_days * 86400
+            if too_old or (max_bytes is not None and total > max_bytes):
+                with files.writing(entry.path):
+                    entry.path.unlink(missing_ok=True)
+                total -= entry.bytes
+                gone.append(entry)
+        return gone
+
+
+def _read(path: Path) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        return file.read()
+
+
+def _intact(entry: Entry) -> bool:
+    try:
+        unseal(_read(entry.path), entry.key)
+    except (OSError, EntryError):
+        return False
+    return True

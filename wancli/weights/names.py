@@ -1,0 +1,116 @@
+"""Tensor names: the tables between the official naming and those of diffusers and transformers.
+
+wancli keeps the official names. Each function renames one tensor; a name it does not know comes
+back unchanged, so that loading reports it as unexpected. Checked against diffusers and
+transformers in the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# Prefix or component -> its official counterpart. diffusers' norm2 is the official norm3, the
+# affine norm before cross-attention; the other two norms hold no tensors.
+TRANSFORMER_FROM_DIFFUSERS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+BLOCK_FROM_DIFFUSERS = {
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    **{
+        f"{theirs}.{a}": f"{ours}.{b}"
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for a, b in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))
+    },
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
+}
+VAE_FROM_DIFFUSERS = {
+    "quant_conv": "conv1",
+    "post_quant_conv": "conv2",
+    **{
+        f"{half}.{a}": f"{half}.{b}"
+        for half in ("encoder", "decoder")
+        for a, b in (
+            ("conv_in", "conv1"),
+            ("norm_out", "head.0"),
+            ("conv_out", "head.2"),
+            ("mid_block.attentions.0", "middle.1"),
+        )
+    },
+}
+VAE_RESNET_FROM_DIFFUSERS = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+UMT5_TO_TRANSFORMERS = {
+    "token_embedding": "shared",
+    "norm": "encoder.final_layer_norm",
+}
+UMT5_BLOCK_TO_TRANSFORMERS = {
+    "norm1": "layer.0.layer_norm",
+    **{f"attn.{p}": f"layer.0.SelfAttention.{p}" for p in "qkvo"},
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+_BLOCK = re.compile(r"(blocks\.\d+)\.(.+)")
+_VAE_STAGE = re.compile(
+    r"(?P<half>encoder|decoder)\."
+    r"(?:mid_block\.resnets\.(?P<mid>\d+)|down_blocks\.(?P<down>\d+)"
+    r"|up_blocks\.(?P<up>\d+)\.(?:resnets\.(?P<resnet>\d+)|upsamplers\.0))\.(?P<rest>.+)"
+)
+_UPSAMPLES_PER_STAGE = 4  # three residual blocks and one upsampler
+
+
+def transformer_from_diffusers(name: str) -> str:
+    """WanTransformer3DModel -> official, e.g. `blocks.3.attn2.to_q.bias` -> `blocks.3.cross_attn.q.bias`."""
+    if block := _BLOCK.fullmatch(name):
+        return f"{block[1]}.{_swap_head(block[2], BLOCK_FROM_DIFFUSERS)}"
+    return _swap_head(name, TRANSFORMER_FROM_DIFFUSERS)
+
+
+def vae_from_diffusers(name: str) -> str:
+    """AutoencoderKLWan (2.1) -> official. Its encoder is flat already, its decoder nests stages."""
+    stage = _VAE_STAGE.fullmatch(name)
+    if stage is None:
+        return _swap_head(name, VAE_FROM_DIFFUSERS)
+    if stage["mid"] is not None:
+        place = f"middle.{2 * int(stage['mid'])}"
+    elif stage["down"] is not None:
+        place = f"downsamples.{stage['down']}"
+    else:
+        within = int(stage["resnet"] or _UPSAMPLES_PER_STAGE - 1)
+        place = f"upsamples.{_UPSAMPLES_PER_STAGE * int(stage['up']) + within}"
+    return f"{stage['half']}.{place}.{_swap_head(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
+
+
+def umt5_to_transformers(name: str) -> str:
+    """Official UMT5 encoder -> transformers' UMT5EncoderModel (whose embed_tokens is tied to `shared`)."""
+    if block := _BLOCK.fullmatch(name):
+        number = block[1].removeprefix("blocks.")
+        return f"encoder.block.{number}.{_swap_head(block[2], UMT5_BLOCK_TO_TRANSFORMERS)}"
+    return _swap_head(name, UMT5_TO_TRANSFORMERS)
+
+
+def _swap_head(name: str, table: Mapping[str, str]) -> str:
+    """Replaces the leading dotted components that the table names, whole ones only."""
+    for old, new in table.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return name

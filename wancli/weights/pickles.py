@@ -1,0 +1,63 @@
+"""What a .pth holds, read from its pickle without torch and without running anything in it.
+
+A .pth that torch.save wrote is an uncompressed zip: `data.pkl` builds a dict of tensors out of
+named storages, which lie beside it. Here the pickle may name dicts, tensors and storages only.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wancli.errors import CheckpointError
+from wancli.weights.headers import TensorInfo
+
+_DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
+_MAX_PICKLE = 16 * 2**20
+# What a damaged or foreign pickle makes the unpickler raise.
+_UNREADABLE = (
+    *(OSError, EOFError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, RecursionError),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+)
+UNREADABLE = "save it again as a plain state dict, or as safetensors"
+
+
+def pickle_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a .pth: dtype and shape. Raises CheckpointError if it is anything but a state dict."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+            if entry.file_size > _MAX_PICKLE:
+                raise CheckpointError(
+                    "its pickle is too large for a state dict", where=str(path), hint=UNREADABLE
+                )
+            with archive.open(entry) as file:
+                found = _Headers(file).load()
+        if not isinstance(found, dict) or not all(isinstance(info, TensorInfo) for info in found.values()):
+            raise CheckpointError("does not hold a plain state dict", where=str(path), hint=UNREADABLE)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=UNREADABLE) from None
+    return found
+
+
+class _Headers(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable[..., Any] | str:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, which no state dict of weights needs")
+
+    def persistent_load(self, pid: Any) -> str:
+        return str(pid[1])
+
+
+def _tensor(dtype: str, _offset: int, shape: tuple[int, ...], *_: object) -> TensorInfo:
+    """In place of torch._utils._rebuild_tensor_v2."""
+    return TensorInfo(dtype, tuple(shape))

@@ -1,0 +1,154 @@
+"""Sizes of a network, read off its tensors' shapes, and refusal of the models wancli cannot render.
+
+Shapes are given under their official names. What config.json says must agree with the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from wancli.errors import CheckpointError
+from wancli.models.config import T5Config, VAEConfig, WanConfig
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+LATENT_CHANNELS = 16
+USUAL_HEAD_DIM = 128
+
+# Part of a tensor name -> the model that has it; the first hit names the checkpoint.
+OTHER_MODELS = {
+    "vace_": "VACE",
+    "img_emb.emb_pos": "first-last-frame-to-video (FLF2V)",
+    "image_embedder.pos_embed": "first-last-frame-to-video (FLF2V)",
+    "audio_injector": "speech-to-video (S2V)",
+    "motion_encoder": "Animate",
+    "pose_patch_embedding": "Animate",
+    "control_adapter": "Fun-Camera",
+    "ref_conv": "Fun-Control",
+    "to_gate_compress": "sparse-attention (VSA)",
+    "img_emb.": "Wan 2.1 image-to-video",
+    "image_embedder.": "Wan 2.1 image-to-video",
+    "cross_attn.k_img": "Wan 2.1 image-to-video",
+}
+
+
+def other_model(what: str, where: str) -> CheckpointError:
+    """The refusal of a checkpoint that is sound but of another kind."""
+    return CheckpointError(
+        f"this is a {what} checkpoint; wancli renders text-to-video (Wan 2.1 T2V)",
+        where=where,
+        hint="use Wan2.1-T2V-1.3B or Wan2.1-T2V-14B, official or diffusers layout",
+    )
+
+
+def transformer_config(shapes: Shapes, said: Mapping[str, object], where: str) -> WanConfig:
+    """The sizes of a T2V transformer; `said` is its config.json in official names, or empty.
+
+    Raises CheckpointError for another kind of model, for a config.json that disagrees with the
+    tensors, and for a head count that is neither said nor the usual d/128.
+    """
+    for part, model in OTHER_MODELS.items():
+        if any(part in name for name in shapes):
+            raise other_model(model, where)
+    try:
+        read = _read_transformer(shapes)
+    except (KeyError, IndexError, ValueError) as error:
+        raise _absent("transformer", error, where) from error
+    _refuse_other_inputs(read, where)
+    for key, value in read.items():
+        if said.get(key, value) != value:
+            raise CheckpointError(
+                f"config.json says {key} = {said[key]}, the tensors say {value}",
+                where=where,
+                hint="config.json and the weights are from different models; download both again",
+            )
+    heads = said.get("num_heads", read["dim"] / USUAL_HEAD_DIM)
+    eps, text_len = said.get("eps", WanConfig.eps), said.get("text_len", WanConfig.text_len)
+    if not isinstance(heads, int | float) or heads != int(heads) or heads < 1:
+        raise CheckpointError(
+            f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}",
+            where=where,
+            hint="put a config.json with num_heads beside the weights",
+        )
+    if not isinstance(eps, float) or text_len != WanConfig.text_len:
+        raise CheckpointError(
+            f"config.json says eps = {eps}, text_len = {text_len}; T2V has 1e-06 and 512",
+            where=where,
+        )
+    try:
+        return WanConfig(**read, num_heads=int(heads), eps=eps)
+    except ValueError as error:
+        raise CheckpointError(str(error), where=where) from error
+
+
+def vae_config(shapes: Shapes, where: str) -> VAEConfig:
+    """The sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
+    try:
+        if len(shapes["decoder.head.0.gamma"]) != 4 or shapes["decoder.head.2.weight"][0] != 3:
+            raise other_model("Wan 2.2 TI2V-5B", where)
+        dim = shapes["encoder.conv1.weight"][0]
+        # Each stage of the encoder but the last: two residual blocks and a downsampler.
+        count = 1 + sum(name.startswith("encoder.") and name.endswith("resample.1.weight") for name in shapes)
+        first = [f"encoder.downsamples.{3 * stage}.residual.2.weight" for stage in range(count)]
+        halves_time = [f"encoder.downsamples.{3 * stage + 2}.time_conv.weight" for stage in range(count - 1)]
+        return VAEConfig(
+            dim=dim,
+            z_dim=shapes["conv2.weight"][0],
+            dim_mult=tuple(shapes[name][0] // dim for name in first),
+            temporal_downsample=tuple(name in shapes for name in halves_time),
+        )
+    except (KeyError, IndexError) as error:
+        raise _absent("VAE", error, where) from error
+
+
+def t5_config(shapes: Shapes, where: str) -> T5Config:
+    """The sizes of a UMT5 encoder; shapes under their names in transformers.
+
+    Raises CheckpointError when a tensor that tells a size is missing.
+    """
+    first = "encoder.block.0.layer.0.SelfAttention."
+    try:
+        vocab_size, d_model = shapes["shared.weight"]
+        inner, _ = shapes[first + "q.weight"]
+        num_buckets, num_heads = shapes[first + "relative_attention_bias.weight"]
+        d_ff, _ = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"not a UMT5 encoder: {error} is missing or mis-shaped", where=where) from None
+    last_block = max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block."))
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=inner // num_heads,
+        d_ff=d_ff,
+        num_layers=last_block + 1,
+        num_heads=num_heads,
+        num_buckets=num_buckets,
+    )
+
+
+def _absent(network: str, error: Exception, where: str) -> CheckpointError:
+    return CheckpointError(f"no Wan 2.1 {network}: {error} is missing or has an odd shape", where=where)
+
+
+def _read_transformer(shapes: Shapes) -> dict[str, int]:
+    dim, in_dim, *patch = shapes["patch_embedding.weight"]
+    if tuple(patch) != (1, 2, 2):
+        raise ValueError("patch_embedding.weight")
+    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    return {
+        "dim": dim,
+        "ffn_dim": shapes["blocks.0.ffn.0.bias"][0],
+        "num_layers": max(blocks) + 1,
+        "in_dim": in_dim,
+        "out_dim": shapes["head.head.weight"][0] // 4,
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+    }
+
+
+def _refuse_other_inputs(read: Mapping[str, int], where: str) -> None:
+    if read["in_dim"] == LATENT_CHANNELS == read["out_dim"]:
+        return
+    known = {36: "Wan 2.2 image-to-video", 48: "Wan 2.2 TI2V-5B" if read["out_dim"] == 48 else "Fun-Control"}
+    raise other_model(known.get(read["in_dim"], f"Wan variant with {read['in_dim']} input channels,"), where)

@@ -1,0 +1,125 @@
+"""YAML that remembers where each key stands, and takes nothing but plain values.
+
+Core types of YAML 1.2, so that `no` stays text and `1e3` is a number; no anchors, no tags, no
+key twice; bounded in size, depth and number of values. Every refusal is a JobError with a line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from wancli.errors import JobError
+
+Key = str | int
+Lines = dict[tuple[Key, ...], int]
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 256 * 1024, 32, 20_000
+
+
+def dotted(path: tuple[Key, ...]) -> str:
+    return ".".join(str(p) for p in path)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core types: `no` is text, `1e3` a number, `12:30` and dates are text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,30})$"), [*"-+0123456789"]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    [*"-+.0123456789"],
+)  # fmt: skip
+
+
+def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
+    """Plain values and the line of every key. Bounded in size, depth and nodes; no anchors, no tags."""
+    if len(data) > MAX_BYTES:
+        raise JobError(f"is larger than {MAX_BYTES // 1024} KiB", where=file)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise JobError(f"byte {error.start} is not UTF-8", where=f"{file}:{line}") from None
+    try:
+        _bounded(text, file)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                raise JobError("is empty", where=file, hint="Start with: prompt: ...")
+            lines: Lines = {}
+            return _value(loader, node, (), lines, file), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        raise JobError(
+            f"is not YAML: {error.problem or error.context}", where=place, hint=_yaml_hint(error)
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise JobError(f"is not YAML: {' '.join(str(error).split())}", where=file) from None
+
+
+def _yaml_hint(error: yaml.MarkedYAMLError) -> str:
+    if "mapping values are not allowed" in str(error.problem):
+        return "A text with ': ' in it needs quotes."
+    return (
+        "A text that starts with one of %@`&*!|>[{ needs quotes."
+        if "cannot start" in str(error.problem)
+        else ""
+    )
+
+
+def _bounded(text: str, file: str) -> None:
+    depth = nodes = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        line = f"{file}:{event.start_mark.line + 1}" if event.start_mark else file
+        nodes += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if getattr(event, "anchor", None) is not None:
+            raise JobError(
+                "anchors and aliases (& and *) are not supported",
+                where=line,
+                hint="Quote a text that starts with & or *.",
+            )
+        if depth > MAX_DEPTH or nodes > MAX_NODES:
+            raise JobError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values", where=line)
+
+
+def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines, file: str) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(loader, child, (*path, i), lines, file) for i, child in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise JobError("a key must be a word", where=f"{file}:{line}")
+            if key in result:
+                first = lines[(*path, key)]
+                raise JobError(
+                    f"key {key!r} is there twice, on lines {first} and {line}", where=f"{file}:{line}"
+                )
+            lines[(*path, key)] = line
+            result[key] = _value(loader, child, (*path, key), lines, file)
+        return result
+    if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+]?0[0-9]+", node.value) and node.style is None:
+        raise JobError(
+            f"{node.value} has a leading zero", where=f"{file}:{node.start_mark.line + 1}: {dotted(path)}",
+            hint=f"Write {int(node.value)} for the number, '{node.value}' for the text.",
+        )  # fmt: skip
+    return loader.construct_object(node)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -268,10 +269,8 @@ def test_a_video_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path):
     whole = render(tmp_path / "a.mp4", moving(30)).read_bytes()
     for cut in range(0, len(whole), len(whole) // 12):
         (tmp_path / "cut.mp4").write_bytes(whole[:cut])
-        try:
+        with suppress(FfmpegError):
             assert video.count_frames(tmp_path / "cut.mp4") < 30
-        except FfmpegError:
-            pass
 
 
 CHILD = """

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wancli import __version__
-from wancli.errors import ExitStatus, WancliError
+from wancli.errors import ExitStatus, WancliError, stack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from wancli.pipeline import Outcome
     from wancli.shot import Plan
     from wancli.store import Store
 
@@ -70,6 +73,9 @@ ModelDir = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="T
 
 def main() -> None:
     """The `wancli` command."""
+    # Threads that spin while they wait stall each other when a machine runs more of them than it has
+    # cores, as farms do: seconds instead of milliseconds a step. Waiting quietly costs next to nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -140,13 +146,16 @@ def render(
     from wancli import events, pipeline
     from wancli.report import data, terminal
 
-    plan = _plan(job, cache_dir, measure=log_level in (LogLevel.verbose, LogLevel.trace))
+    measuring = log_level in (LogLevel.verbose, LogLevel.trace)
+    plan = _plan(job, cache_dir, measure=measuring)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     for warning in plan.warnings:
         display.warn(warning)
     outcomes: list[pipeline.Outcome] = []
     try:
-        for outcome in pipeline.render(plan, pipeline.Tools(_store(cache_dir), display, force)):
+        for outcome in _traced(
+            pipeline.render(plan, pipeline.Tools(_store(cache_dir), display, force)), log_level
+        ):
             outcomes.append(outcome)
             if outcome.error:
                 complain(outcome.error, f"shot {outcome.shot.id}: ")
@@ -158,7 +167,8 @@ def render(
     if as_json:
         emit(report)
     if not quiet:
-        terminal.show(terminal.summary(report, path, verbose=log_level is not LogLevel.basic), stderr=True)
+        shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=measuring)
+        terminal.show(shown, stderr=True)
     return ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
 
 
@@ -318,6 +328,19 @@ def cache_prune(
     else:
         print(f"removed {len(removed)} entries, {size(total)}")
     return ExitStatus.OK
+
+
+def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:
+    """With --log-level trace, an error also shows its stack and the tensors in it."""
+    try:
+        for outcome in outcomes:
+            if outcome.error and log_level is LogLevel.trace:
+                print(stack(outcome.error), file=sys.stderr)
+            yield outcome
+    except Exception as error:
+        if log_level is LogLevel.trace:
+            print(stack(error), file=sys.stderr)
+        raise
 
 
 def _plan(job: str, cache_dir: Path | None, *, measure: bool = False) -> Plan:

@@ -22,6 +22,7 @@ that is not a WancliError is a bug in wancli and exits with 70.
 
 from __future__ import annotations
 
+import traceback
 from enum import IntEnum
 from typing import ClassVar
 
@@ -110,3 +111,16 @@ class InjectionMissed(ShotError):
 
 class Interrupted(WancliError):
     status, code = ExitStatus.INTERRUPTED, "interrupted"
+
+
+def stack(error: BaseException) -> str:
+    """Where an error comes from, and the shape and dtype of every tensor in the frames on the way."""
+    lines = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        lines.append(f"{code.co_filename}:{line} {code.co_qualname}")
+        for name, value in frame.f_locals.items():
+            shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+            if shape is not None and dtype is not None:
+                lines.append(f"    {name}: {list(shape)} {dtype}")
+    return "\n".join(lines)

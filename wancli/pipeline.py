@@ -136,6 +136,8 @@ def encode_prompts(
     model: Model, prompts: Sequence[Prompt], tools: Tools
 ) -> tuple[dict[str, Encoded], Record]:
     """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns."""
+    import torch  # noqa: F401 - before the measurement, which is of what comes on top
+
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
     with memory.Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
@@ -185,11 +187,12 @@ def _sampled(
         measured = Measured(model) if shot.measure else None
         x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
         read: set[Any] = set()
-        done = None
+        done, first_step = None, 0.0
         for done in sample.denoise(
             model, x_CTYX, shot.schedule, shot.solver, shot.table, contexts, shot.guidance, measured
         ):
             read |= done.read
+            first_step = first_step or record.since_start()
             bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
         assert done is not None
         sample.check_hits(shot.table, frozenset(read))
@@ -200,6 +203,7 @@ def _sampled(
         "encoder_loaded": any(not e.hit for e in encoded.values()),
         "injection": record.of_injection(shot, read, differences),
         "effects": [asdict(effect) for effect in measured.effects] if measured else [],
+        "first_step_after": first_step,
         "phases": [stage1, load, record.phase("sample", peak)],
     }
     facts = record.plain(facts)

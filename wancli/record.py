@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -109,8 +110,21 @@ def of_injection(
 
 
 def phase(name: str, peak: memory.Peak) -> Record:
-    """What a phase took: seconds, and the peak of host and device memory in bytes."""
-    return {"name": name, "seconds": round(peak.seconds, 4), "rss": peak.rss_peak, "cuda": peak.cuda_peak}
+    """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak."""
+    return {
+        "name": name,
+        "seconds": round(peak.seconds, 4),
+        "rss_start": peak.rss_start,
+        "rss": peak.rss_peak,
+        "cuda": peak.cuda_peak,
+    }
+
+
+def since_start() -> float:
+    """Seconds since this process was started."""
+    import psutil
+
+    return round(time.time() - float(psutil.Process().create_time()), 3)
 
 
 def plain(record: Record) -> Record:

@@ -63,7 +63,8 @@ def _pair() -> tuple[WanModel, Any]:
         text_dim=CONFIG.text_dim,
         ffn_dim=CONFIG.ffn_dim,
         num_layers=LAYERS,
-    ).eval()
+    )
+    theirs.eval()
     with torch.device("meta"):
         ours = WanModel(CONFIG)
     tensors = {transformer_from_diffusers(name): tensor for name, tensor in theirs.state_dict().items()}

@@ -37,6 +37,8 @@ def build(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "shots": shots,
         "memory": _memory(fresh),
+        "first_step_after": min((shot["first_step_after"] for shot in fresh), default=None),
+        "process": max((shot["phases"][0]["rss_start"] for shot in fresh), default=0),
         "cache": {
             "hits": sum(prompt["cached"] for prompt in prompts.values()),
             "misses": sum(not prompt["cached"] for prompt in prompts.values()),
@@ -150,7 +152,7 @@ def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
 
 
 def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per phase: predicted parts, the measured peak, and seconds over all shots."""
+    """Per phase: predicted parts, the measured peak above the bare process, and seconds over all shots."""
     found: dict[str, dict[str, Any]] = {}
     for shot in shots:
         for phase in shot["predicted"]:
@@ -160,7 +162,8 @@ def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, shot in enumerate(shots):
         for phase in shot["phases"]:
             entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
-            entry["measured"] = max(entry["measured"], phase["cuda"] or phase["rss"])
+            grown = phase["rss"] - shot["phases"][0]["rss_start"]
+            entry["measured"] = max(entry["measured"], phase["cuda"] or grown)
             if index == 0 or phase["name"] not in ("encode", "load"):  # these ran once, for all shots
                 entry["seconds"] += phase["seconds"]
     return list(found.values())

@@ -127,16 +127,20 @@ def memory_table(phases: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def summary(report: Mapping[str, Any], path: Path | None, *, verbose: bool) -> Iterator[RenderableType]:
+def summary(
+    report: Mapping[str, Any], path: Path | None, *, injections: bool, effects: bool
+) -> Iterator[RenderableType]:
     """What a batch did: injections and how far their prompts differ, memory and time, the failures."""
     fresh = [shot for shot in report["shots"] if shot["status"] == "rendered"]
-    if any(shot["injection"] for shot in fresh):
+    if injections and any(shot["injection"] for shot in fresh):
         yield _injections(fresh)
-    if verbose:
+    if effects:
         for shot in fresh:
             yield from _effects(shot)
     if fresh:
         yield memory_table(report["memory"])
+        process, start = size(report["process"]), duration(report["first_step_after"])
+        yield f"measured above the {process} of the process itself; first step after {start}"
         cache = report["cache"]
         loaded = "encoder loaded" if cache["encoder_loaded"] else "encoder not loaded"
         yield f"prompts: {cache['hits']} from the cache, {cache['misses']} encoded ({loaded})"

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ import typer
 
 from wancli import __version__
 from wancli.errors import ExitStatus, WancliError, stack
+from wancli.events import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,9 +97,9 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
         return ExitStatus.INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read stdout has gone: what was asked for may not all be done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.OK
+        return ExitStatus.SOME_FAILED
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
@@ -107,14 +109,14 @@ def run(arguments: list[str]) -> int:
 
 def complain(error: WancliError, prefix: str = "") -> None:
     """The message, then the way out, on stderr."""
-    for line in str(error).splitlines():
-        print(f"wancli: {prefix}{line}", file=sys.stderr)
+    for line in str(error).split("\n"):
+        print(printable(f"wancli: {prefix}{line}"), file=sys.stderr)
     for line in error.hint.splitlines():
-        print(f"  {line}", file=sys.stderr)
+        print(printable(f"  {line}"), file=sys.stderr)
 
 
 def emit(document: Any) -> None:
-    json.dump(document, sys.stdout, ensure_ascii=False, indent=2)
+    json.dump(document, sys.stdout, indent=2)
     print()
 
 
@@ -139,9 +141,10 @@ def render(
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
-    """Render every shot of a job: MP4s, a manifest beside each, and a report.
+    """Render every shot of a job.
 
-    A shot whose manifest verifies is not rendered again. Prints one path per finished shot.
+    Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
+    rendered again. Prints one path per finished shot.
     """
     from wancli import events, pipeline
     from wancli.report import data, terminal
@@ -161,9 +164,13 @@ def render(
                 complain(outcome.error, f"shot {outcome.shot.id}: ")
             elif not as_json:
                 print(outcome.shot.output, flush=True)
-    finally:
-        report = data.build(plan, outcomes)
-        path = data.write(plan, report) if outcomes else None
+    except BaseException:
+        if outcomes:
+            with suppress(WancliError):  # the first error is the one to tell
+                data.write(plan, data.build(plan, outcomes))
+        raise
+    report = data.build(plan, outcomes)
+    path = data.write(plan, report)
     if as_json:
         emit(report)
     if not quiet:
@@ -181,7 +188,10 @@ def plan_command(
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Show what a render would do: shots, injection per block, prompts to encode, memory. Loads nothing."""
+    """Show what a render would do.
+
+    Shots, noise levels, injection per block, prompts to encode, memory. Loads no model.
+    """
     from wancli.report import data, terminal
 
     plan = _plan(job, cache_dir)
@@ -208,13 +218,18 @@ def encode_command(
     ] = None,
     model: ModelDir = None,
     max_tokens: Annotated[int, typer.Option(help="256 or 512; for prompts given here.")] = 256,
-    truncate: Annotated[bool, typer.Option(help="Cut longer prompts instead of refusing them.")] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")
+    ] = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
-    """Run stage 1 alone: prompts to embeddings, each computed once ever. Prints one key per prompt."""
+    """Turn prompts into embeddings: stage 1 alone.
+
+    Each is computed once ever and kept in the cache. Prints one key per prompt.
+    """
     from wancli import events, pipeline, stage1
     from wancli.report import terminal
 
@@ -241,11 +256,14 @@ def decode_command(
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
-    """Finish a shot from its latent: decode, write the MP4, verify it. Prints its path."""
+    """Finish a shot from its latent.
+
+    Decodes it, writes and verifies the MP4, prints its path. The latent stays.
+    """
     from wancli import events, pipeline
 
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
-    print(pipeline.decode_file(latents, output, model, pipeline.Tools(None, display, force)))
+    print(pipeline.decode_file(latents, output, model, _memo(None), pipeline.Tools(None, display, force)))
     return ExitStatus.OK
 
 
@@ -267,7 +285,10 @@ def diff_command(
     cache_dir: CacheDir = None,
     quiet: Quiet = False,
 ) -> int:
-    """How different are two prompts to the model? Aim for more than 50 % before you inject one."""
+    """Measure how different two prompts are.
+
+    As the model reads them. Aim for more than 50 % before you inject one into the other.
+    """
     from wancli import events, pipeline, stage1
     from wancli.report import terminal
 
@@ -297,7 +318,10 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
 
 @cache_app.command("verify")
 def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
-    """Read every entry back. Damaged ones are listed, and exit code 4; a render computes them again."""
+    """Read every entry back.
+
+    Lists damaged ones and exits with 4; a render computes them again.
+    """
     store = _store(cache_dir)
     count, damaged = len(store.entries()), [str(entry.path) for entry in store.verify()]
     if as_json:
@@ -313,12 +337,15 @@ def cache_prune(
         str | None, typer.Option(metavar="SIZE", help="Keep the newest up to this: 500MiB, 2GiB.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", help="Remove what was not used for so long.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove what was not used for so long.")
     ] = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Remove entries: damaged ones, the oldest beyond a size, those older than some days."""
+    """Remove old or surplus entries.
+
+    Damaged ones, the oldest beyond a size, those older than some days.
+    """
     from wancli.report.terminal import parse_size, size
 
     removed = _store(cache_dir).prune(parse_size(max_size) if max_size else None, older_than)

@@ -52,7 +52,7 @@ def progress(stream: TextIO, mode: Mode = "auto") -> Progress:
 
 def span(seconds: float) -> str:
     """A duration for people: 0.4s, 12s, 3:05, 1:02:03."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

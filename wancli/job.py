@@ -60,11 +60,11 @@ class CurveSpec(Strict):
     """A strength over the chosen blocks (or steps); formulas in `wancli.inject.Curve`."""
 
     curve: Literal["linear", "gaussian", "sine", "step", "random"]
-    start: float = 0.0
-    end: float = 1.0
+    start: float = Field(0.0, ge=-10, le=10)
+    end: float = Field(1.0, ge=-10, le=10)
     center: float = Field(0.5, ge=0, le=1)
-    width: float = Field(0.2, gt=0)
-    periods: float = Field(1.0, gt=0)
+    width: float = Field(0.2, ge=0.001)
+    periods: float = Field(1.0, gt=0, le=1000)
     every: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
 
@@ -105,8 +105,25 @@ def _blocks_kind(value: Any) -> str:
     return "<list>" if isinstance(value, list) else "<int>" if isinstance(value, int) else "<text>"
 
 
+def _scalar_kind(value: Any) -> str:
+    kinds = {bool: "<bool>", int: "<int>", float: "<float>"}
+    return kinds.get(type(value), "<text>")
+
+
+Label = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[int, Tag("<int>")]
+    | Annotated[float, Tag("<float>")]
+    | Annotated[bool, Tag("<bool>")],
+    Discriminator(_scalar_kind),
+]
+BlockSet = Annotated[
+    Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_blocks_kind)
+]
 Blocks = Annotated[
-    Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")] | Annotated[list[int | str], Tag("<list>")],
+    Annotated[int, Tag("<int>")]
+    | Annotated[str, Tag("<text>")]
+    | Annotated[list[BlockSet], Field(min_length=1), Tag("<list>")],
     Discriminator(_blocks_kind),
 ]
 
@@ -145,7 +162,7 @@ class Job(Strict):
     negative: Prompt = "default"
     output: str = "out/{job}/{item:04d}-{slug}.mp4"
     id: str | None = Field(None, min_length=1, max_length=200)
-    labels: dict[str, str | int | float | bool] = {}
+    labels: dict[str, Label] = {}
     size: str | None = None
     frames: int | None = Field(None, ge=1, le=100_001)
     seed: int = Field(0, ge=0, lt=2**63)
@@ -171,6 +188,14 @@ class Source:
         place = f"{self.file}:{line}" if line else self.file
         return f"{place}: {dotted(path)}" if path else place
 
+    def owner(self, prefix: tuple[Key, ...], path: tuple[Key, ...]) -> tuple[Key, ...]:
+        """Who wrote the key at `path` of a merged item: the item at `prefix`, or () for the file itself."""
+        here = [n for n in range(1, len(path) + 1) if (*prefix, *path[:n]) in self.lines]
+        said = path[: max(here, default=0)]
+        # Mappings are merged, so what an item does not say below one is the file's; lists are replaced.
+        merged = said != path and not any(isinstance(p, int) for p in said)
+        return () if not said or (merged and path[: len(said) + 1] in self.lines) else prefix
+
 
 @dataclass(frozen=True)
 class Item:
@@ -181,9 +206,7 @@ class Item:
     prefix: tuple[Key, ...] = ()
 
     def where(self, *path: Key) -> str:
-        if (*self.prefix, *path[:1]) in self.source.lines:
-            return self.source.where(*self.prefix, *path)
-        return self.source.where(*path)
+        return self.source.where(*self.source.owner(self.prefix, path), *path)
 
 
 @dataclass(frozen=True)
@@ -211,9 +234,9 @@ def parse(data: bytes, file: str, name: str, directory: Path) -> JobFile:
     source = Source(file, lines)
     if not isinstance(raw, dict):
         raise JobError("a job is a mapping of keys to values", where=file, hint="Start with: prompt: ...")
-    overrides = raw.pop("items", None)
-    if overrides is None:
+    if "items" not in raw:
         return JobFile(name, directory, (Item(_validated(raw, (), source), source),))
+    overrides = raw.pop("items")
     if not isinstance(overrides, list) or not overrides or not all(isinstance(o, dict) for o in overrides):
         raise JobError("must be a list of mappings, one per shot", where=source.where("items"))
     items, problems = [], []
@@ -241,12 +264,28 @@ def _validated(raw: dict[str, Any], prefix: tuple[Key, ...], source: Source) -> 
     try:
         return Job.model_validate(raw)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            path = tuple(p for p in problem["loc"] if not str(p).startswith("<"))
-            at = (*prefix, *path) if (*prefix, *path[:1]) in source.lines else path
-            problems.append(f"{source.where(*at)}: {_sentence(path, problem)}")
+        found = [(_path(problem), problem) for problem in error.errors()]
+        # A misspelt key is not also reported as missing.
+        meant = {(*path[:-1], _nearest(path)) for path, p in found if p["type"] == "extra_forbidden"}
+        problems = [
+            f"{source.where(*source.owner(prefix, path), *path)}: {_sentence(path, problem)}"
+            for path, problem in found
+            if problem["type"] != "missing" or path not in meant
+        ]
         raise JobError("\n".join(problems)) from None
+
+
+def _path(problem: Any) -> tuple[Key, ...]:
+    """Where in the file: pydantic's location without the tags of unions, which no key of a job is."""
+    *parents, last = problem["loc"]
+    tagged = str(last).startswith("<") and problem["type"] != "extra_forbidden"
+    return (*(p for p in parents if not str(p).startswith("<")), *(() if tagged else (last,)))
+
+
+def _nearest(path: tuple[Key, ...]) -> str | None:
+    """The known key that an unknown one may have been meant for."""
+    known = [key for key in keys_at(path[:-1]) if key != path[-1]]
+    return next(iter(difflib.get_close_matches(str(path[-1]), known, 1, 0.6)), None)
 
 
 def _sentence(path: tuple[Key, ...], problem: Any) -> str:
@@ -257,10 +296,9 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
         case "missing":
             return "is missing"
         case "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), keys_at(path[:-1]), 1, 0.6)
-            return "unknown key" + (
-                f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(keys_at(path[:-1]))}"
-            )
+            near = _nearest(path)
+            known = f"known: {', '.join(keys_at(path[:-1]))}"
+            return "unknown key; " + (f"did you mean {near!r}?" if near else known)
         case "literal_error":
             return f"{shown} is not one of {str(ctx['expected']).replace(' or ', ', ')}"
         case "int_type" | "int_from_float":
@@ -268,7 +306,7 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
         case "float_type" | "finite_number":
             return f"expected a number, got {shown}"
         case "string_type":
-            quote = f"; put it in quotes: '{value}'" if isinstance(value, bool | int | float) else ""
+            quote = "; put it in quotes" if isinstance(value, bool | int | float) else ""
             return f"expected text, got {shown}{quote}"
         case "bool_type":
             return f"expected true or false, got {shown}"
@@ -276,6 +314,10 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
             return f"expected a mapping of keys to values, got {shown}"
         case "list_type":
             return f"expected a list, got {shown}"
+        case "too_short":
+            return f"expected at least {ctx['min_length']} values, got {ctx['actual_length']}"
+        case "too_long":
+            return f"expected at most {ctx['max_length']} values, got {ctx['actual_length']}"
     return f"{problem['msg'].lower().removeprefix('input ')}, got {shown}"
 
 

@@ -39,16 +39,16 @@ def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
         payload = path.read_bytes()
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         document = json.loads(header["__metadata__"][_METADATA])
-        z_CTYX = load(payload)["latents"]
+        z_CTYX, record, sealed = load(payload)["latents"], document["record"], document["sha256"]
     except OSError as error:
         raise EntryError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise EntryError("not a latent of wancli, or damaged", where=str(path)) from None
-    if document["sha256"] != _digest(z_CTYX, document["record"]):
+    if sealed != _digest(z_CTYX, record):
         raise EntryError(
             "the latent is damaged: its checksum differs", where=str(path), hint="Render the shot again."
         )
-    return z_CTYX, document["record"]
+    return z_CTYX, record
 
 
 def _digest(z_CTYX: Tensor, record: dict[str, Any]) -> str:

@@ -60,8 +60,9 @@ def sample_phase(
     channels, t, y, x = latent
     tokens = t * (y // 2) * (x // 2)
     attention = 5 * wan.dim * element  # q, k, v, mixed values, projection
-    feed_forward = (2 * wan.ffn_dim + wan.dim) * element  # before and after GELU, projection
-    per_token = 2 * wan.dim * FP32 + max(attention, feed_forward)  # residual and its modulated norm
+    feed_forward = (wan.ffn_dim + wan.dim) * element  # hidden, projection
+    cast = 0 if element == FP32 else wan.dim * element  # what enters a Linear
+    per_token = 2 * wan.dim * FP32 + cast + max(attention, feed_forward)  # residual and its modulated norm
     keys_values = 2 * context_rows * wan.dim * wan.num_layers * element
     latents = _LATENTS_KEPT * channels * t * y * x * FP32
     return Phase(

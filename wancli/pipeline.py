@@ -6,18 +6,22 @@ yields an Outcome per shot; a ShotError ends one shot, any other WancliError end
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli import files, latents, manifest, memory, record, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
+    CheckpointError,
+    DoesNotFit,
     EntryError,
     JobError,
+    MachineError,
     OutputExists,
     ShotError,
     WancliError,
@@ -53,54 +57,94 @@ class Tools:
     force: bool = False
 
 
-def preflight(plan: Plan, *, force: bool) -> list[Shot]:
+def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     """The shots that are not done yet. Raises before anything slow starts.
 
     OutputExists lists every file in the way; MachineError when ffmpeg or a folder will not do;
     DoesNotFit when the machine has less memory than a shot needs.
     """
-    todo = [shot for shot in plan.shots if force or not manifest.done(shot.output, shot.key)]
-    in_the_way = [shot.output for shot in todo if shot.output.exists() and not force]
+    todo = [shot for shot in plan.shots if tools.force or not manifest.done(shot.output, shot.key)]
+    in_the_way = [shot.output for shot in todo if shot.output.exists() and not tools.force]
     if in_the_way:
         raise OutputExists(
             "\n".join(f"{path} exists, and is not what this job makes now" for path in in_the_way),
             hint="--force moves it aside; or change `output`.",
         )
+    for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
+        check_device(device)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
         files.writable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         video.check_ffmpeg(codec)
     for shot in todo:
         if shot.model.device == "cpu":
-            memory.require(shot.phases, memory.available(), f"shot {shot.id}")
+            encoded = all(text.file or _cached(text, tools) for text in shot.texts)
+            phases = [phase for phase in shot.phases if phase.name != "encode" or not encoded]
+            memory.require(phases, memory.available(), f"shot {shot.id}")
     return todo
+
+
+def _cached(text: Prompt, tools: Tools) -> bool:
+    return tools.store is not None and tools.store.path(text.id).exists()
+
+
+def check_device(device: str) -> None:
+    """Raises MachineError where a plan says `cuda` and torch has none."""
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MachineError(
+            "torch can use no CUDA device here",
+            hint="Set memory.device: cpu and noise: cpu, or look at nvidia-smi.",
+        )
 
 
 def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     """Renders what `preflight` leaves to do, one checkpoint after the other."""
-    todo = preflight(plan, force=tools.force)
+    todo = preflight(plan, tools)
+    pending = {shot.index for shot in todo}
     for shot in plan.shots:
-        if shot not in todo:
+        if shot.index not in pending:
             yield Outcome(shot, "already done", manifest.read(shot.manifest))
-    for model, shots in groupby(todo, key=lambda shot: shot.model):
-        yield from _render_all(model, list(shots), tools)
+    for model in dict.fromkeys(shot.model for shot in todo):
+        yield from _render_all(model, [shot for shot in todo if shot.model == model], tools)
 
 
 def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
-    to_sample = [shot for shot in shots if tools.force or not _recalled(shot)]
-    encoded, stage1 = encode_prompts(model, [text for shot in to_sample for text in shot.texts], tools)
+    recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
+    texts = [text for shot in shots if shot.index not in recalled for text in shot.texts]
+    encoded, stage1 = encode_prompts(model, texts, tools)
     networks = Networks(model)
     for shot in shots:
         try:
-            known = None if shot in to_sample else _recalled(shot)
-            z_CTYX, facts = known or _sampled(shot, encoded, stage1, networks, tools)
-            body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
+            with _fitting(shot):
+                known = _recalled(shot) if shot.index in recalled else None
+                z_CTYX, facts = known or _sampled(shot, encoded, stage1, networks, tools)
+                body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
         except ShotError as error:
             yield Outcome(shot, "failed", error=error)
         else:
             if not shot.keep_latents:
                 shot.latents.unlink()
             yield Outcome(shot, "rendered", body)
+
+
+@contextmanager
+def _fitting(shot: Shot) -> Iterator[None]:
+    """Running out of memory ends with DoesNotFit, whatever the allocator calls it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch says "CUDA out of memory" and "DefaultCPUAllocator: can't allocate memory".
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise DoesNotFit(
+            "out of memory",
+            where=f"shot {shot.id}",
+            hint="Fewer frames, a smaller size, or memory.decode_chunk: 1. A finished latent is kept.",
+        ) from error
 
 
 @dataclass
@@ -138,6 +182,7 @@ def encode_prompts(
     """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns."""
     import torch  # noqa: F401 - before the measurement, which is of what comes on top
 
+    check_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
     with memory.Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
@@ -158,12 +203,15 @@ def encode_prompts(
 
 
 def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
-    """The latent that an earlier run left for this very shot."""
+    """The latent that an earlier run left for this shot, whose video may have changed since."""
     try:
         z_CTYX, facts = latents.load(shot.latents)
     except EntryError:
         return None
-    return (z_CTYX, facts) if facts["key"] == shot.key else None
+    unmeasured = shot.measure and shot.rules and not facts["effects"]
+    if facts["latents_key"] != shot.latents_key or unmeasured:
+        return None
+    return z_CTYX, facts | record.plain(record.of_shot(shot))
 
 
 def _sampled(
@@ -211,13 +259,14 @@ def _sampled(
     return done.state.x, facts
 
 
-def decode_file(path: Path, output: Path | None, folder: Path | None, tools: Tools) -> Path:
+def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: Tools) -> Path:
     """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
 
-    The checkpoint is that of the record unless `folder` names it. Raises EntryError for a damaged
-    latent, CheckpointError for another VAE than the one the shot was planned with.
+    The checkpoint is that of the record unless `folder` names it; the latent stays. Raises
+    EntryError for a damaged latent, CheckpointError for another VAE than the shot was planned with.
     """
-    from wancli.weights.identify import identify
+    from wancli.plan import has_cuda
+    from wancli.weights.identify import fingerprint, identify
     from wancli.weights.readers import load_vae
 
     if not path.exists():
@@ -229,8 +278,14 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, tools: Too
             "exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
     video.check_ffmpeg(facts["shot"]["codec"])
-    vae = load_vae(identify(folder or Path(facts["model"]["root"])), "cpu")
-    finish(z_CTYX, facts, output, vae, tools)
+    checkpoint = identify(folder or Path(facts["model"]["root"]))
+    if fingerprint(checkpoint.vae_files, memo) != facts["model"]["sha256"]["vae"]:
+        raise CheckpointError(
+            "not the VAE that this latent was planned with",
+            where=str(checkpoint.vae_files[0]),
+            hint="--model DIR names the checkpoint to decode with.",
+        )
+    finish(z_CTYX, facts, output, load_vae(checkpoint, "cuda" if has_cuda() else "cpu"), tools)
     return output
 
 

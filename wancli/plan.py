@@ -21,7 +21,7 @@ from typing import Any, Literal
 from wancli import files
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
-from wancli.inject import Branch, Rule, parse_blocks, parse_steps, strengths
+from wancli.inject import Branch, Concat, Lerp, Rule, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
 from wancli.models.variants import NEGATIVE, T2V
 from wancli.shot import Model, Plan, Prompt, Shot
@@ -79,11 +79,10 @@ def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
 
 
 def has_cuda() -> bool:
-    """Whether `device: auto` means CUDA, told without torch: a driver, a visible device, a CUDA build."""
-    driver = (
-        Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
-    )
-    return driver and not metadata.version("torch").endswith("+cpu")
+    """Whether `device: auto` means CUDA, told without torch: a visible device, a CUDA build."""
+    # A container shows the driver of its host in /proc, but only the devices that it may use.
+    devices = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
+    return devices and not metadata.version("torch").endswith("+cpu")
 
 
 @contextmanager
@@ -99,8 +98,8 @@ def _shot(
     jobs: JobFile, index: int, item: Item, model_for: Callable[[Path, str, str], Model], measure: bool
 ) -> Shot:
     job = item.job
-    folder = (jobs.directory / Path(job.model).expanduser()).resolve()
-    if not folder.exists():
+    folder = _resolved(jobs.directory, job.model, item.where("model"))
+    if not os.path.lexists(folder):
         raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
     model = model_for(folder, job.memory.device, job.memory.dtype)
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
@@ -148,12 +147,21 @@ def _shot(
         output=Path(),
     )
     _refuse_rules_without_cells(shot, item)
+    _refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
+
+
+def _resolved(directory: Path, said: str, where: str) -> Path:
+    """A path of a job, from the folder of its file. Raises JobError for one that can be none."""
+    try:
+        return (directory / Path(said).expanduser()).resolve()
+    except RuntimeError as error:  # no such user, or a symbolic link to itself
+        raise JobError(f"{said!r}: {error}", where=where) from None
 
 
 def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     fields: dict[str, str | int] = {
-        **{name: value for name, value in shot.labels.items() if isinstance(value, str | int)},
+        **{name: f"{v:g}" if isinstance(v, float) else v for name, v in shot.labels.items()},
         "job": jobs.name,
         "item": shot.index,
         "id": shot.id,
@@ -163,11 +171,14 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     }
     try:
         output = files.output_path(jobs.directory, item.job.output, fields)
+        folder = output.parent.resolve()
     except JobError as error:
         raise JobError(error.message, where=item.where("output"), hint=error.hint) from None
+    except RuntimeError as error:  # a symbolic link to itself
+        raise JobError(str(error), where=item.where("output")) from None
     if output.suffix != ".mp4":
         raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.where("output"))
-    return replace(shot, output=output.parent.resolve() / output.name)
+    return replace(shot, output=folder / output.name)
 
 
 class _Prompts:
@@ -198,7 +209,7 @@ class _Prompts:
         return Prompt(self._model.encoder.key(tokens), tokens)
 
     def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
-        path = (self._directory / Path(said.embedding).expanduser()).resolve()
+        path = _resolved(self._directory, said.embedding, where)
         try:
             payload = path.read_bytes()
         except OSError as error:
@@ -246,13 +257,32 @@ def _curve(said: Strength) -> Any:
 def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
     """A strength of 0 was asked for and stays; every other rule must reach some cell."""
     for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.reached)):
-        if reached or (rule.steps and not rule.on):
+        if reached or (rule.steps and rule.blocks and not rule.on):
             continue
-        if "cond" not in rule.branches and not shot.negative:
+        if not rule.blocks:
+            depth = shot.model.checkpoint.transformer.num_layers
+            why, hint = f"a model of {depth} blocks has none there", "Give numbers."
+        elif "cond" not in rule.branches and not shot.negative:
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
             why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
         raise JobError(f"reaches no block: {why}", where=item.where("inject", i), hint=hint)
+
+
+def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
+    """Rows that `concat` joined have no counterparts to interpolate with."""
+    if not any(rule.blend == "concat" for rule in shot.rules):
+        return
+    rows = {shot.table.row(step, branch) for step in range(shot.steps) for branch in shot.table.branches}
+    for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
+        while isinstance(expr, Lerp | Concat):
+            if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
+                raise JobError(
+                    f"context-lerp follows concat in block {block}, whose rows have no counterparts",
+                    where=item.where("inject"),
+                    hint="Put the concat rule last, or use blend: output-mix.",
+                )
+            expr = expr.a
 
 
 def _size(item: Item) -> tuple[int, int]:

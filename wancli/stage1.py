@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def requested(
     for argument in what:
         if argument == "-":
             data = sys.stdin.buffer.read()
-            if b"\nprompt:" in b"\n" + data or b"\nitems:" in b"\n" + data:
+            if re.search(rb"(?m)^(?:prompt|items):|\A\s*\{", data):
                 jobs.append(parse(data, "stdin", "stdin", Path.cwd()))
             else:
                 texts += [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
@@ -58,6 +59,8 @@ def requested(
             jobs.append(load(Path(argument)))
         else:
             texts.append(argument)
+    if not jobs and not texts:
+        raise JobError("no prompts to encode", where="stdin")
     work = [_of_job(job, memo) for job in jobs]
     if texts:
         model = _model(folder, memo)
@@ -92,7 +95,7 @@ def pairs(prompts: Sequence[str], file: Path | None, folder: Path | None, memo: 
     A job file gives its prompt against each injected one; a text file two prompts with an empty
     line between; an embedding file its first two embeddings.
     """
-    if (len(prompts) != 2) == (file is None):
+    if len(prompts) != (2 if file is None else 0):
         raise JobError(
             "give two prompts, or --file FILE", hint='wancli diff "prompt A" "prompt B" --model DIR'
         )
@@ -117,7 +120,7 @@ def pairs(prompts: Sequence[str], file: Path | None, folder: Path | None, memo: 
             raise JobError("holds one embedding; two are needed", where=str(file))
         a, b = (Prompt(f"{file}.{i}", tokens[i], file, i) for i in (0, 1))
         return [Pair(model, a, b)]
-    texts = [part for part in data.decode(errors="surrogateescape").split("\n\n") if part.strip()]
+    texts = [part for part in re.split(r"\r?\n\r?\n", data.decode(errors="surrogateescape")) if part.strip()]
     if len(texts) != 2:
         raise JobError(f"holds {len(texts)} prompts; two are needed, an empty line between", where=str(file))
     a, b = (prompt_of(model, text, 512, False) for text in texts)

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from wancli import files
 from wancli.errors import FfmpegError, WancliError
@@ -63,22 +63,30 @@ class Frame(NamedTuple):
 
 
 class _Ffmpeg:
-    """A running ffmpeg. Leaving the block kills whatever of it is left. Raises FfmpegError."""
+    """A running ffmpeg that is fed, or else listened to. Leaving the block kills what is left of it."""
 
-    def __init__(self, arguments: list[str], subject: Path, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, arguments: list[str], subject: Path, *, feed: bool, patience: float = PATIENCE
+    ) -> None:
         self._subject, self._patience = subject, patience
         self._tail = b""
         leash = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid())]
-        command = [*leash, _executable(), "-hide_banner", "-nostdin", *arguments]
-        pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0, bufsize=0
+                [*leash, _executable(), "-hide_banner", "-nostdin", *arguments],
+                stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if feed else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                process_group=0,
+                bufsize=0,
             )
         except OSError as error:
             raise FfmpegError(f"cannot start ffmpeg: {error.strerror}", where=str(subject)) from error
-        self._stdin, self._stdout, self._stderr = self._pipes()
-        os.set_blocking(self._stdin.fileno(), False)
+        data, errors = self._process.stdin or self._process.stdout, self._process.stderr
+        assert data is not None
+        assert errors is not None
+        self._data, self._errors = data, errors
+        os.set_blocking(data.fileno(), not feed)
         self._drain = threading.Thread(target=self._keep_tail, daemon=True)
         self._drain.start()
 
@@ -90,35 +98,28 @@ class _Ffmpeg:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._drain.join(self._patience)
-        for pipe in self._pipes():
-            pipe.close()
-
-    def _pipes(self) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        return process.stdin, process.stdout, process.stderr
+        self._data.close()
+        self._errors.close()
 
     def _keep_tail(self) -> None:
-        while chunk := self._stderr.read(_TAIL):
+        while chunk := self._errors.read(_TAIL):
             self._tail = (self._tail + chunk)[-_TAIL:]
 
     def send(self, data: memoryview) -> None:
-        """Write all of it to ffmpeg's stdin."""
+        """Write all of it to ffmpeg."""
         try:
             while data:
-                self._await(self._stdin.fileno(), select.POLLOUT)
-                data = data[os.write(self._stdin.fileno(), data[:_CHUNK]) :]
+                self._await(select.POLLOUT)
+                data = data[os.write(self._data.fileno(), data[:_CHUNK]) :]
         except BrokenPipeError:
             self._wait()
             raise self._failure("stopped reading") from None
 
     def receive(self) -> Iterator[bytes]:
-        """What ffmpeg writes to stdout, as it comes."""
+        """What ffmpeg writes, as it comes."""
         while True:
-            self._await(self._stdout.fileno(), select.POLLIN)
-            chunk = self._stdout.read(_CHUNK)
+            self._await(select.POLLIN)
+            chunk = self._data.read(_CHUNK)
             if not chunk:
                 return
             yield chunk
@@ -129,21 +130,19 @@ class _Ffmpeg:
         if self._process.returncode or (silent and self._tail.strip()):
             raise self._failure("failed")
 
-    def _await(self, fd: int, event: int) -> None:
+    def _await(self, event: int) -> None:
         poll = select.poll()
-        poll.register(fd, event)
+        poll.register(self._data.fileno(), event)
         if not poll.poll(self._patience * 1000):
             raise self._stuck()
 
     def _wait(self) -> None:
-        self._stdin.close()
-        for _ in self.receive():
-            pass
+        self._data.close()
+        self._drain.join(self._patience)  # stderr stays open as long as ffmpeg lives
         try:
-            self._process.wait(self._patience)
+            self._process.wait(0 if self._drain.is_alive() else self._patience)
         except subprocess.TimeoutExpired:
             raise self._stuck() from None
-        self._drain.join(self._patience)
 
     def _stuck(self) -> FfmpegError:
         message = f"ffmpeg has not moved for {self._patience:g} s and was stopped"
@@ -187,7 +186,7 @@ class Encoder:
         container = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart"]
         container += ["-metadata", f"comment={comment}", "-f", "mp4", f"file:{path.absolute()}"]
         arguments = ["-loglevel", "error", "-y", *source, *picture, *colour, *container]
-        self._ffmpeg = _Ffmpeg(arguments, path, patience)
+        self._ffmpeg = _Ffmpeg(arguments, path, feed=True, patience=patience)
 
     def __enter__(self) -> Self:
         return self
@@ -244,7 +243,7 @@ def count_frames(path: Path) -> int:
 
 def read_frames(path: Path) -> Iterator[Frame]:
     """Decode an mp4, one frame at a time. Raises FfmpegError if anything in it is damaged."""
-    with _Ffmpeg([*_reading(path), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"], path) as ffmpeg:
+    with _Ffmpeg([*_reading(path), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"], path, feed=False) as ffmpeg:
         waiting = b""
         for chunk in ffmpeg.receive():
             waiting += chunk
@@ -300,7 +299,7 @@ def _reading(path: Path) -> list[str]:
 
 
 def _output(arguments: list[str], subject: Path) -> bytes:
-    with _Ffmpeg(arguments, subject) as ffmpeg:
+    with _Ffmpeg(arguments, subject, feed=False) as ffmpeg:
         data = b"".join(ffmpeg.receive())
         ffmpeg.finish(silent="-version" not in arguments)
     return data

@@ -1,7 +1,8 @@
 """YAML that remembers where each key stands, and takes nothing but plain values.
 
 Core types of YAML 1.2, so that `no` stays text and `1e3` is a number; no anchors, no tags, no
-key twice; bounded in size, depth and number of values. Every refusal is a JobError with a line.
+key twice; bounded in size, depth and number of values. JSON is YAML, and its `\\ud83d\\ude00` one
+character. Every refusal is a JobError with a line.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)\.[0-9]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?(?:0|[1-9][0-9]*)[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     [*"-+.0123456789"],
-)  # fmt: skip
+)
 
 
 def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
@@ -66,21 +71,24 @@ def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        raise JobError(
-            f"is not YAML: {error.problem or error.context}", where=place, hint=_yaml_hint(error)
-        ) from None
+        problem = (error.problem or error.context or "").removeprefix("but ")
+        raise JobError(f"is not YAML: {problem}", where=place, hint=_yaml_hint(problem)) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"is not YAML: the character U+{int(error.character):04X} is not allowed"
+        raise JobError(message, where=f"{file}:{line}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise JobError(f"is not YAML: {' '.join(str(error).split())}", where=file) from None
 
 
-def _yaml_hint(error: yaml.MarkedYAMLError) -> str:
-    if "mapping values are not allowed" in str(error.problem):
-        return "A text with ': ' in it needs quotes."
-    return (
-        "A text that starts with one of %@`&*!|>[{ needs quotes."
-        if "cannot start" in str(error.problem)
-        else ""
-    )
+def _yaml_hint(problem: str) -> str:
+    hints = {
+        "mapping values are not allowed": "A text with ': ' in it needs quotes.",
+        r"'\t' that cannot start": "Indent with spaces.",
+        "cannot start": "A text that starts with one of %@`&*!|>[{ needs quotes.",
+        "another document": "A file is one job; `items` makes several shots of it.",
+    }
+    return next((hint for part, hint in hints.items() if part in problem), "")
 
 
 def _bounded(text: str, file: str) -> None:
@@ -95,6 +103,8 @@ def _bounded(text: str, file: str) -> None:
                 where=line,
                 hint="Quote a text that starts with & or *.",
             )
+        if getattr(event, "tag", None) is not None:
+            raise JobError("tags (!) are not supported", where=line, hint="Quote a text that starts with !.")
         if depth > MAX_DEPTH or nodes > MAX_NODES:
             raise JobError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values", where=line)
 
@@ -109,6 +119,7 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise JobError("a key must be a word", where=f"{file}:{line}")
+            key = _text(key, f"{file}:{line}: a key of {dotted(path)}" if path else f"{file}:{line}: a key")
             if key in result:
                 first = lines[(*path, key)]
                 raise JobError(
@@ -122,4 +133,18 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
             f"{node.value} has a leading zero", where=f"{file}:{node.start_mark.line + 1}: {dotted(path)}",
             hint=f"Write {int(node.value)} for the number, '{node.value}' for the text.",
         )  # fmt: skip
-    return loader.construct_object(node)
+    value = loader.construct_object(node)
+    if isinstance(value, str):
+        return _text(value, f"{file}:{node.start_mark.line + 1}: {dotted(path)}")
+    return value
+
+
+def _text(value: str, where: str) -> str:
+    """The text, halves of surrogate pairs put together as JSON means them; no NUL, no lone half."""
+    try:
+        value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise JobError("holds half of a surrogate pair, which is no character", where=where) from None
+    if "\0" in value:
+        raise JobError("holds NUL, which no name and no prompt can", where=where)
+    return value

@@ -27,10 +27,12 @@ def groups(frames: int) -> list[int]:
 
 
 def kernels_for(weight_OCTKK: Tensor, sizes: set[int]) -> Kernels:
-    """The 2-D kernels of every group size in `sizes`, made from one 3-tap kernel."""
+    """The 2-D kernels of every group size in `sizes`, made from one 3-tap kernel.
+
+    Quick when the weight is channels-last in memory: the kernels then are too, without a copy.
+    """
     make = {1: _taps, 2: _kernels_of_two, 4: _kernels_of_four}
-    taps = weight_OCTKK.permute(2, 0, 3, 4, 1).contiguous().permute(0, 1, 4, 2, 3).unbind()
-    return {size: make[size](*taps) for size in sizes}
+    return {size: make[size](*weight_OCTKK.unbind(2)) for size in sizes}
 
 
 def conv_over_time(window: Sequence[Tensor], kernels: Kernels, bias_O: Tensor) -> list[Tensor]:

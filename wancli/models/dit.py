@@ -16,6 +16,7 @@ from wancli.models.config import WanConfig
 from wancli.models.context import Context, concat, folded, lerp
 from wancli.models.layers import (
     CrossAttention,
+    FeedForward,
     Linear,
     Mix,
     SelfAttention,
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
         self.norm3 = nn.LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, config.eps)
-        self.ffn = mlp(dim, config.ffn_dim, dim)
+        self.ffn = FeedForward(dim, config.ffn_dim)
 
     def forward(self, x_BLD: Tensor, time_B6D: Tensor, rope_L1P: Tensor, mix: Mix) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time_B6D).chunk(6, dim=1)

@@ -130,6 +130,7 @@ class WanVAE(nn.Module):
         memory, not the result; memory does not grow with T. In memory a yielded piece is
         [n, 8Y, 8X, 3].
         """
+        lay_out_channels_last(self.decoder)
         stream = Stream()
         for start, stop in _spans(z_CTYX.shape[1], chunk):
             yield self.frames_of(z_CTYX[:, start:stop], stream).clamp_(-1, 1)
@@ -140,6 +141,7 @@ class WanVAE(nn.Module):
 
         Frames are [3, 4n+1, Y, X] in [-1, 1], `chunk` of them taken at a time, a multiple of 4.
         """
+        lay_out_channels_last(self.encoder)
         stream = Stream()
         spans = _spans(frames_CTYX.shape[1], chunk)
         mean_CTYX = torch.cat([self.moments(frames_CTYX[:, a:b], stream)[0] for a, b in spans], dim=1)
@@ -158,6 +160,16 @@ class WanVAE(nn.Module):
         y_CTYX = pointwise(self.conv1, self.encoder(x_TYXC, stream)).permute(3, 0, 1, 2).float()
         mean_CTYX, log_variance_CTYX = y_CTYX.chunk(2)
         return mean_CTYX, log_variance_CTYX
+
+
+def lay_out_channels_last(network: nn.Module) -> None:
+    """Puts the 3-D kernels channels-last in memory, one after the other; nothing the second time.
+
+    Values and names stay, but safetensors wants `.contiguous()` before such a tensor is saved.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _column(values: tuple[float, ...], like_CTYX: Tensor) -> Tensor:

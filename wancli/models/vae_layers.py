@@ -84,13 +84,14 @@ def _causal_conv_in_strips(
         x_TYXC_strip = rows(x_TYXC, top - halo, bottom + halo, norm)
         before = stream.past.get((conv, top))
         if before is None:
-            before = x_TYXC_strip.new_zeros(2, *x_TYXC_strip.shape[1:])
+            before = stream.past[conv, top] = x_TYXC_strip.new_zeros(2, *x_TYXC_strip.shape[1:])
         window = [*before, *x_TYXC_strip]
-        stream.past[conv, top] = torch.stack(window[-2:])
         if alone:
             results = [conv_frame(window[-1], conv.weight[:, :, -1], conv.bias)]
         else:
             results = conv_over_time(window, kernels, conv.bias)
+        before[0].copy_(window[-2])  # with a single new frame that is before[1]: keep the order
+        before[1].copy_(window[-1])
         for out_YXO, y_YXO in zip(out_TYXO[:, top:bottom], results, strict=True):
             if onto_TYXO is None:
                 out_YXO.copy_(y_YXO)

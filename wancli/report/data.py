@@ -14,6 +14,7 @@ from wancli import files
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
+from wancli.store import unseal
 
 if TYPE_CHECKING:
     from wancli.memory import Phase
@@ -105,10 +106,9 @@ def of_cache(store: Store) -> list[dict[str, Any]]:
     """`wancli cache ls`: the entries, newest first."""
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
-        payload = store.get(entry.key)
-        try:
-            tokens = describe(payload)[0] if payload else None
-        except EntryError:
+        try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
+            tokens = describe(unseal(entry.path.read_bytes(), entry.key))[0]
+        except (OSError, EntryError):
             tokens = None
         rows.append(
             {

@@ -29,7 +29,7 @@ def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
     """Prints tables and lines, without wrapping lines that are longer than the terminal."""
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False)
+    console = Console(stderr=stderr, highlight=False, emoji=False)
     for part in parts:
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
 

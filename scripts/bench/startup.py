@@ -1,0 +1,56 @@
+"""How long people wait before anything happens: whole processes, medians of several runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+WANCLI = [sys.executable, "-c", "from wancli.cli import main; main()"]
+
+
+def rows(repeats: int = 5) -> list[tuple[str, float]]:
+    """(what, seconds): help, a plan, and process start to the first finished step of a tiny render."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(Path(folder))
+        environment = os.environ | {"WANCLI_CACHE": f"{folder}/cache"}
+        _run(["render", str(job), "-q", "--force"], environment)  # fills the cache
+        first_steps = []
+        for _ in range(repeats):
+            report = _run(["render", str(job), "-q", "--force", "--json"], environment)
+            first_steps.append(float(json.loads(report)["first_step_after"]))
+        return [
+            ("wancli --help", _seconds(["--help"], environment, repeats)),
+            ("wancli plan", _seconds(["plan", str(job)], environment, repeats)),
+            ("process start to first step, prompts cached", statistics.median(first_steps)),
+        ]
+
+
+def _job(folder: Path) -> Path:
+    path = folder / "job.yaml"
+    model = ROOT / "tests/fixtures/wan21-tiny"
+    path.write_text(
+        f"model: {model}\nprompt: A cat.\nnegative: fog\nsize: 64x64\nframes: 1\nsampler: {{steps: 2}}\n"
+    )
+    return path
+
+
+def _seconds(arguments: list[str], environment: dict[str, str], repeats: int) -> float:
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        _run(arguments, environment)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _run(arguments: list[str], environment: dict[str, str]) -> str:
+    return subprocess.run(
+        [*WANCLI, *arguments], env=environment, check=True, capture_output=True, text=True
+    ).stdout

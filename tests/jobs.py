@@ -1,0 +1,95 @@
+"""Tiny jobs, the command line in-process, and checkpoints that are broken on purpose."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from wancli.cli import run
+from wancli.encode import Tokenizer
+from wancli.manifest import read
+
+TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
+TRANSFORMER = "diffusion_pytorch_model.safetensors"
+SPIECE = TINY / "google" / "umt5-xxl" / "spiece.model"
+CAT = "A gray tabby cat walks through a sunlit garden, its movement slow and graceful."
+FISH = "Schools of tropical fish swim between vibrant coral formations, as the camera pans gently left."
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def tiny_job(model: Path = TINY, **changes: Any) -> dict[str, Any]:
+    """A job that renders in half a second: one frame of 64x64, two steps."""
+    job = {
+        "model": str(model),
+        "output": "out/clip.mp4",
+        "prompt": CAT,
+        "negative": "fog",
+        "size": "64x64",
+        "frames": 1,
+        "sampler": {"steps": 2},
+    }
+    return copy.deepcopy(job | changes)
+
+
+def rule(**changes: Any) -> dict[str, Any]:
+    return {"prompt": FISH, "blocks": "27-39", "strength": 0.6} | changes
+
+
+def written(folder: Path, job: dict[str, Any] | str, name: str = "job.yaml") -> Path:
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(job if isinstance(job, str) else yaml.safe_dump(job, sort_keys=False))
+    return path
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:
+    """One command line, and what it said."""
+    capsys.readouterr()
+    code = run([str(argument) for argument in arguments])
+    return Said(code, *capsys.readouterr())
+
+
+def manifest_of(folder: Path, name: str = "clip") -> dict[str, Any]:
+    body = read(folder / "out" / f"{name}.manifest.json")
+    assert body is not None
+    return body
+
+
+def latents_of(folder: Path, name: str = "clip") -> torch.Tensor:
+    return load_file(folder / "out" / f"{name}.latents.safetensors")["latents"]
+
+
+def checkpoint(folder: Path) -> Path:
+    """A copy of the tiny checkpoint that a test may damage."""
+    return shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("reference.*"))
+
+
+def change_tensors(path: Path, change: Any) -> None:
+    """Rewrites a safetensors or .pth file after `change(tensors)`."""
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+    else:
+        tensors = torch.load(path, weights_only=True)
+        change(tensors)
+        torch.save(tensors, path)
+
+
+def words(count: int) -> str:
+    """A prompt of `count` tokens, `</s>` included."""
+    text = " ".join(["a"] * (count - 1))
+    assert len(Tokenizer(SPIECE).ids(text)) == count
+    return text

@@ -1,0 +1,77 @@
+"""What README and docs say is checked against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wancli.cli import app, run
+from wancli.errors import ExitStatus
+from wancli.job import Inject, Job, parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("yaml"))
+def test_every_job_in_the_documents_is_a_valid_job(page: str, block: str) -> None:
+    whole = yaml.safe_load(block)
+    job = whole if "prompt" in whole else {"model": "m", "prompt": "p", **whole}
+    assert parse(yaml.safe_dump(job).encode(), page, "job", ROOT).items
+
+
+def test_every_configured_job_is_planned(tmp_path: Path) -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert run(["plan", str(path), "--json"]) == 0
+
+
+def test_the_exit_codes_of_the_readme_are_those_of_the_program() -> None:
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [int(code) for code in table] == [status.value for status in ExitStatus]
+
+
+def test_the_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    for command in app.registered_commands:
+        assert f"`wancli {command.name or command.callback.__name__} " in text  # type: ignore[union-attr]
+    for group in app.registered_groups:
+        for command in group.typer_instance.registered_commands:  # type: ignore[union-attr]
+            assert f"`{command.name}`" in text or f"`wancli {group.name} {command.name}`" in text
+
+
+def test_the_documents_name_every_key_of_a_job() -> None:
+    jobs = (ROOT / "docs/jobs.md").read_text()
+    for name, field in Job.model_fields.items():
+        nested = getattr(field.annotation, "model_fields", None) or {name: field}
+        for key in nested:
+            assert re.search(rf"`(\w*\.)*{key}`", jobs), f"{name}.{key}"
+    rules = (ROOT / "docs/injection.md").read_text()
+    for key in Inject.model_fields:
+        assert f"| `{key}` |" in rules, key
+
+
+def test_every_file_the_documents_link_to_is_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_map_of_the_house_names_every_module() -> None:
+    house = (ROOT / "README.md").read_text().split("## The house")[1]
+    for path in (ROOT / "wancli").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in house or f"`wancli/{path.name}`" in house, (
+            path.name
+        )
+    for folder in (p for p in (ROOT / "wancli").iterdir() if (p / "__init__.py").exists()):
+        assert f"`wancli/{folder.name}/`" in house, folder.name

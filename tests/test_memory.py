@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wancli import memory
+from wancli.errors import DoesNotFit
+from wancli.models import t5
+from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.models.dit import WanModel
+from wancli.models.vae import WanVAE
+from wancli.models.vae_layers import Stream
+
+T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+T2V_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+UMT5_XXL = T5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+SMALL = 100 * 2**20
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- parameters ----
+
+
+def test_the_published_models_have_their_published_number_of_parameters():
+    assert memory.wan_parameters(T2V_14B) == 14_288_491_584
+    assert memory.wan_parameters(T2V_1_3B) == 1_418_996_800
+    assert memory.t5_parameters(UMT5_XXL) == 5_680_910_336
+    assert memory.vae_parameters(VAEConfig()) == 126_892_531
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 99), st.integers(1, 3), st.integers(1, 48))
+def test_a_transformer_of_any_size_is_counted_exactly(pairs, heads, ffn, layers, channels):
+    width = 6 * pairs * heads
+    config = WanConfig(width, ffn, heads, layers, in_dim=channels, out_dim=channels + 1, text_dim=7)
+    with torch.device("meta"):
+        assert memory.wan_parameters(config) == parameters(WanModel(config))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("in_time", [(False, True, True), (True, False, True), (True, True, True)])
+def test_a_vae_of_any_size_is_counted_exactly(blocks, in_time):
+    config = VAEConfig(8, 6, (1, 2, 3, 3), blocks, in_time)
+    with torch.device("meta"):
+        assert memory.vae_parameters(config) == parameters(WanVAE(config))
+
+
+def test_a_text_encoder_of_any_size_is_counted_exactly():
+    config = T5Config(vocab_size=99, d_model=24, d_kv=5, d_ff=17, num_layers=3, num_heads=7, num_buckets=9)
+    assert memory.t5_parameters(config) == parameters(t5.build(config))
+
+
+# ---- prediction ----
+
+
+def test_the_history_that_a_decoder_keeps_is_predicted():
+    config, stream = VAEConfig(8, 16, (1, 2, 4, 4)), Stream()
+    vae = WanVAE(config)
+    for latent in torch.randn(3, 16, 1, 6, 4):
+        vae.frames_of(latent, stream)
+    kept = sum(past.nbytes for past in stream.past.values())  # with autograd on: without strips
+    assert memory.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer == kept
+
+
+def test_the_keys_and_values_that_contexts_keep_are_predicted():
+    config = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8)
+    model = WanModel(config).requires_grad_(False)
+    with torch.no_grad():
+        context = model.project(torch.randn(9, 8))
+        model(torch.randn(1, 16, 1, 4, 4), 500.0, [((context, 1.0),)] * 3)
+    kept = sum(x.nbytes for pair in context.kv.values() for x in pair)
+    without = memory.sample_phase(config, (16, 1, 4, 4), context_rows=0, element=4)
+    with_context = memory.sample_phase(config, (16, 1, 4, 4), context_rows=10, element=4)
+    assert with_context.buffer - without.buffer == kept
+
+
+def test_memory_of_sampling_grows_with_the_tokens_not_with_their_square():
+    small = memory.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element=2)
+    large = memory.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element=2)
+    assert large.activation == 4 * small.activation
+    assert large.model == small.model == 2 * 14_288_491_584
+    assert small.total == small.model + small.activation + small.buffer
+
+
+def test_memory_of_decoding_does_not_depend_on_the_length_of_the_clip():
+    clips = [memory.decode_phase(VAEConfig(), (16, t, 60, 104), chunk=1) for t in (3, 21, 1000)]
+    assert clips[0] == clips[1] == clips[2]
+    assert memory.decode_phase(VAEConfig(), (16, 1, 60, 104), chunk=1).activation < clips[0].activation
+
+
+def test_what_stays_loaded_counts_in_the_phase():
+    alone = memory.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1)
+    beside = memory.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident=10**9)
+    assert beside.total - alone.total == 10**9
+
+
+def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
+    assert memory.encode_phase(UMT5_XXL, prompt_tokens=100, element=2).model == 11_361_820_672
+    short, long = (memory.encode_phase(UMT5_XXL, prompt_tokens=n, element=2) for n in (10, 500))
+    assert short.activation < long.activation < 10**9
+
+
+def test_a_shot_that_does_not_fit_is_refused_with_the_phase_and_both_figures():
+    phases = [memory.Phase("encode", 2**30, 0, 0), memory.Phase("sample", 2**30, 2**31, 2**29)]
+    memory.require(phases, 7 * 2**29)
+    with pytest.raises(
+        DoesNotFit, match=r"shot 3: sample needs 3\.5 GiB of memory, 1\.0 GiB are free"
+    ) as caught:
+        memory.require(phases, 2**30, "shot 3")
+    assert "smaller size" in caught.value.hint
+    with pytest.raises(DoesNotFit) as caught:
+        memory.require(phases[:1], 1)
+    assert "dtype" in caught.value.hint
+
+
+def test_some_memory_is_available():
+    assert memory.available() > 0
+
+
+# ---- measurement ----
+
+
+def test_the_peak_of_a_block_is_seen_after_it_is_freed():
+    with memory.Peak() as peak:
+        block = bytearray(SMALL)
+        del block
+    assert 0.95 * SMALL < peak.rss_peak - peak.rss_start < 2 * SMALL
+    assert peak.seconds > 0
+
+
+def test_a_peak_before_the_block_does_not_count():
+    block = bytearray(2 * SMALL)
+    del block
+    with memory.Peak() as peak:
+        pass
+    assert peak.rss_peak - peak.rss_start < SMALL
+
+
+def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
+    monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
+    with memory.Peak() as peak:
+        block = bytearray(SMALL)
+        while peak._sampler._peak < peak.rss_start + 0.95 * SMALL:
+            time.sleep(0.01)
+        del block
+    assert 0.95 * SMALL < peak.rss_peak - peak.rss_start < 2 * SMALL
+    assert not peak._sampler.is_alive()
+
+
+def test_the_peak_of_the_gpu_is_what_torch_allocated(monkeypatch):
+    calls = []
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        reset_peak_memory_stats=lambda: calls.append("reset"),
+        max_memory_allocated=lambda: 12345,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    with memory.Peak() as peak:
+        assert calls == ["reset"]
+    assert peak.cuda_peak == 12345
+
+
+def test_without_a_gpu_there_is_no_peak_of_one(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    with memory.Peak() as peak:
+        pass
+    assert peak.cuda_peak is None
+
+
+def test_what_touches_disk_and_terminal_loads_without_torch_and_numpy():
+    code = """
+import sys
+from wancli import events, files, manifest, memory, store, video
+wan = memory.WanConfig(96, 96, 4, 1)
+memory.require([memory.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)], 10**9)
+events.progress(sys.stderr)
+sys.exit(" ".join({"torch", "numpy", "rich", "transformers", "imageio_ffmpeg"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("\n", 1)  # sys.exit("") prints the empty list of culprits

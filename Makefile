@@ -12,7 +12,7 @@ demo: install ## Render configs/demo.yaml and say where the videos are
 	@scripts/demo
 
 test: $(VENV)/dev ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/dev ## Check style and types
 	$(BIN)/ruff check

@@ -136,6 +136,19 @@ def test_one_pad_row_stands_for_all_the_padding(count: int):
     assert distance(model.blocks[0].cross_attn(x_LD[None], ((context, 1.0),))[0], expected) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 61, 200, 509, 510, 511, 512])
+@torch.inference_mode()
+def test_the_padding_keeps_its_mass_in_half_precision(count: int, dtype: torch.dtype):
+    model = random_model()
+    context = concat(model.project(torch.randn(count, 32)), model.project(torch.randn(3, 32)), 0.3)
+    rows_ND, bias_N = context.in_dtype(dtype)
+    assert {rows_ND.dtype, bias_N.dtype} == {dtype}
+    assert len(rows_ND) == len(bias_N)
+    mass = bias_N.float().exp()
+    assert math.isclose(mass.sum().item(), 512 * 1.3, rel_tol=1e-3)
+
+
 def test_more_rows_than_the_model_has_places_are_refused():
     with pytest.raises(ValueError, match="513 text rows"):
         random_model().project(torch.randn(513, 32))

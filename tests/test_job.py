@@ -48,9 +48,13 @@ def test_json_is_a_job_too() -> None:
 
 
 def test_an_embedding_file_stands_where_a_prompt_does() -> None:
-    job = loaded(
-        "model: m\nprompt: {embedding: a.safetensors}\nnegative: {embedding: a.safetensors, index: 1}\n"
-    ).items[0].job
+    job = (
+        loaded(
+            "model: m\nprompt: {embedding: a.safetensors}\nnegative: {embedding: a.safetensors, index: 1}\n"
+        )
+        .items[0]
+        .job
+    )
     assert job.prompt == EmbeddingFile(embedding="a.safetensors")
     assert job.negative == EmbeddingFile(embedding="a.safetensors", index=1)
 
@@ -318,9 +322,13 @@ def test_the_example_jobs_load() -> None:
 _SCALAR = st.sampled_from(
     [None, True, 0, -1, 10**40, 0.5, float("nan"), float("inf"), "", "x", "no", "7", "\0", "27-39", "a" * 300]
 )
-_KEYS = st.sampled_from([*keys_at(()), *keys_at(("sampler",)), *keys_at(("inject",)), "embedding", "sigma", "<x>", ""])
+_KEYS = st.sampled_from(
+    [*keys_at(()), *keys_at(("sampler",)), *keys_at(("inject",)), "embedding", "sigma", "<x>", ""]
+)
 _ANY = st.recursive(
-    _SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4), max_leaves=12
+    _SCALAR,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=12,
 )
 
 

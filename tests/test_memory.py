@@ -63,13 +63,16 @@ def test_a_text_encoder_of_any_size_is_counted_exactly():
 # ---- prediction ----
 
 
-def test_the_history_that_a_decoder_keeps_is_predicted():
+@pytest.mark.parametrize("in_strips", [True, False])
+def test_the_history_that_a_decoder_keeps_is_predicted(in_strips):
     config, stream = VAEConfig(8, 16, (1, 2, 4, 4)), Stream()
     vae = WanVAE(config)
-    for latent in torch.randn(3, 16, 1, 6, 4):
-        vae.frames_of(latent, stream)
-    kept = sum(past.nbytes for past in stream.past.values())  # with autograd on: without strips
-    assert memory.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer == kept
+    with torch.set_grad_enabled(not in_strips):
+        for latent in torch.randn(3, 16, 1, 6, 4):
+            vae.frames_of(latent, stream)
+    kept = sum(past.nbytes for past in stream.past.values())
+    predicted = memory.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer
+    assert 0.88 * predicted < kept <= predicted
 
 
 def test_the_keys_and_values_that_contexts_keep_are_predicted():

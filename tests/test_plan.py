@@ -124,13 +124,13 @@ VIDEO = {
     "crf": {"video": {"crf": 20}},
     "codec": {"video": {"codec": "h265"}},
     "measure": {"measure": True},
+    "decode_chunk": {"memory": {"decode_chunk": 8}},
 }
 NEITHER = {
     "output": {"output": "elsewhere/{key}.mp4"},
     "id": {"id": "a"},
     "labels": {"labels": {"take": 3}},
     "keep_latents": {"video": {"keep_latents": True}},
-    "decode_chunk": {"memory": {"decode_chunk": 8}},
     "truncate, when nothing is cut": {"text": {"truncate": True}},
     "white space": {"prompt": "  " + CAT.replace(" ", "\n  ")},
     "a default, said": {"sampler": {"steps": 2, "solver": "unipc", "shift": 5, "guidance": 5.0}},
@@ -195,7 +195,9 @@ def test_an_embedding_file_is_known_by_its_content_and_index(
         out = tmp_path / f"{name}.safetensors"
         assert command(capsys, "encode", "-q", "--model", TINY, "--out", out, *texts).code == 0
     found = [
-        keys(decide, prompt={"embedding": f"{name}.safetensors", "index": i})[1] for name in "abc" for i in (0, 1)
+        keys(decide, prompt={"embedding": f"{name}.safetensors", "index": i})[1]
+        for name in "abc"
+        for i in (0, 1)
     ]
     assert found[:2] == found[2:4]
     assert len(set(found)) == 4
@@ -342,7 +344,11 @@ def test_a_bad_number_of_frames_is_answered_with_the_nearest_good_ones(
     [
         ({"blocks": "27-40"}, "blocks", "40 is past the last block (39)"),
         ({"blocks": [3, "39-27"]}, "blocks", "'39-27' is empty"),
-        ({"blocks": "last"}, "blocks", "'last' is no block set; write 27-39, 0-39:4, 7, or one of all, early"),
+        (
+            {"blocks": "last"},
+            "blocks",
+            "'last' is no block set; write 27-39, 0-39:4, 7, or one of all, early",
+        ),
         ({"blocks": -1}, "blocks", "-1 is no block set"),
         ({"steps": 2}, "steps", "2 is past the last step (1)"),
         ({"steps": "1-0"}, "steps", "'1-0' is empty"),
@@ -404,7 +410,11 @@ def test_rows_that_concat_joined_cannot_be_interpolated_and_the_plan_says_so(
     joined, lerp = rule(blend="concat"), rule(prompt="rain", blocks="39")
     (problem,) = problems(decide, inject=[joined, lerp])
     assert "inject: context-lerp follows concat in block 39" in problem
-    for fine in ([lerp, joined], [joined, lerp | {"blocks": "0-26"}], [joined, lerp | {"blend": "output-mix"}]):
+    for fine in (
+        [lerp, joined],
+        [joined, lerp | {"blocks": "0-26"}],
+        [joined, lerp | {"blend": "output-mix"}],
+    ):
         assert only(decide(inject=fine)).rules
     # a replaced cell has forgotten what was joined
     assert only(decide(inject=[joined, rule(blend="replace", strength=1), lerp])).rules
@@ -477,6 +487,7 @@ def test_the_table_of_a_shot_is_small_however_many_steps_there_are(decide: Calla
 
 # ---- wancli plan ----
 
+
 def test_the_strip_shows_what_each_block_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     early = {"prompt": FISH, "blocks": "early", "strength": 0.5, "steps": "0-1"}
     late = {"prompt": FISH, "blocks": "late", "steps": 3, "branch": "both"}
@@ -537,7 +548,9 @@ def test_a_text_from_a_job_is_shown_as_it_is(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["render", "--help"], ["plan", "good.yaml", "-v"], ["plan", "bad.yaml"]], ids=" ".join
+    "arguments",
+    [["--help"], ["render", "--help"], ["plan", "good.yaml", "-v"], ["plan", "bad.yaml"]],
+    ids=" ".join,
 )
 def test_help_plan_and_job_errors_answer_without_torch(tmp_path: Path, arguments: list[str]) -> None:
     written(tmp_path, tiny_job(inject=[rule()]), "good.yaml")

@@ -213,8 +213,9 @@ BIG = [bytes(FRAME)] * 50  # more than a pipe holds
 )
 def test_an_ffmpeg_that_fails_leaves_nothing_and_is_quoted(tmp_path, fake_ffmpeg, script, message):
     fake_ffmpeg(f'case "$*" in *rawvideo*) {script};; *) exec $REAL "$@";; esac')
-    with pytest.raises(FfmpegError, match=message):
+    with pytest.raises(FfmpegError, match=message) as caught:
         render(tmp_path / "a.mp4", BIG)
+    assert caught.value.where == str(tmp_path / "a.mp4")
     assert_nothing_left(tmp_path)
 
 

@@ -214,7 +214,9 @@ _JSON = st.recursive(
     | st.integers(-(10**20), 10**20)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcé😀", max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abcé😀", max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -5,6 +5,7 @@ stdout carries results only: paths, or one JSON document. Everything else goes t
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -78,13 +79,16 @@ def main() -> None:
     # Threads that spin while they wait stall each other when a machine runs more of them than it has
     # cores, as farms do: seconds instead of milliseconds a step. Waiting quietly costs next to nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in Chinese on a terminal in latin-1
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; the only place where errors become codes."""
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="wancli", standalone_mode=False) or 0)
     except WancliError as error:
         complain(error)
         return error.status
@@ -94,17 +98,14 @@ def run(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return ExitStatus.USAGE
-    except (KeyboardInterrupt, typer.Abort):
-        print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
-        return ExitStatus.INTERRUPTED
-    except BrokenPipeError:  # whoever read stdout has gone: what was asked for may not all be done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.SOME_FAILED
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
         print(f"wancli: a bug in wancli {__version__}; please report it with {log.name}", file=sys.stderr)
         return ExitStatus.BUG
+    if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
+        print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
+    return code
 
 
 def complain(error: WancliError, prefix: str = "") -> None:
@@ -127,7 +128,8 @@ def options(
 ) -> None:
     if version:
         print(f"wancli {__version__}")
-    elif context.invoked_subcommand is None:
+        raise typer.Exit
+    if context.invoked_subcommand is None:
         print(context.get_help())
 
 
@@ -201,7 +203,7 @@ def plan_command(
     else:
         terminal.show(terminal.plan_tables(plan, store, verbose=verbose))
         for warning in plan.warnings:
-            print(f"wancli: warning: {warning}", file=sys.stderr)
+            print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
     return ExitStatus.OK
 
 
@@ -348,7 +350,7 @@ def cache_prune(
     """
     from wancli.report.terminal import parse_size, size
 
-    removed = _store(cache_dir).prune(parse_size(max_size) if max_size else None, older_than)
+    removed = _store(cache_dir).prune(parse_size(max_size) if max_size is not None else None, older_than)
     total = sum(entry.bytes for entry in removed)
     if as_json:
         emit({"removed": [entry.key for entry in removed], "bytes": total})

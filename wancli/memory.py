@@ -75,14 +75,15 @@ def decode_phase(
 ) -> Phase:
     """`chunk` latent frames at a time; the last stage, at full size, is the largest.
 
-    The buffer is the past two frames that every causal convolution keeps. Frame count plays no part.
+    The buffer is the past two frames that every causal convolution keeps, on a CPU in strips of 16
+    rows or more with two rows of overlap. Frame count plays no part.
     """
     _, t, y, x = latent
     frames = min(4 * chunk, 4 * t - 3)
     pixels = 64 * y * x
     widest = vae.dim * element  # a residual block holds its input and one hidden copy
     activation = frames * pixels * (2 * widest + 3 * FP32 + 3)
-    history = 2 * y * x * _history_channels(vae) * element
+    history = 2 * y * x * _history_channels(vae) * element * 18 // 16
     return Phase("decode", resident + vae_parameters(vae) * element, activation, history)
 
 

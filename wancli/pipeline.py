@@ -64,7 +64,7 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     DoesNotFit when the machine has less memory than a shot needs.
     """
     todo = [shot for shot in plan.shots if tools.force or not manifest.done(shot.output, shot.key)]
-    in_the_way = [shot.output for shot in todo if shot.output.exists() and not tools.force]
+    in_the_way = [s.output for s in todo if s.output.exists() and not tools.force and not _unrecorded(s)]
     if in_the_way:
         raise OutputExists(
             "\n".join(f"{path} exists, and is not what this job makes now" for path in in_the_way),
@@ -82,6 +82,15 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
             phases = [phase for phase in shot.phases if phase.name != "encode" or not encoded]
             memory.require(phases, memory.available(), f"shot {shot.id}")
     return todo
+
+
+def _unrecorded(shot: Shot) -> bool:
+    """Whether a run may have died between the video of this shot and its manifest: then its latent is
+    still there. The video is made once more, and publishing the same bytes is no overwriting."""
+    try:
+        return bool(latents.load(shot.latents)[1]["key"] == shot.key)
+    except EntryError:
+        return False
 
 
 def _cached(text: Prompt, tools: Tools) -> bool:

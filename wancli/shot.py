@@ -146,7 +146,17 @@ class Shot:
     @cached_property
     def key(self) -> str:
         """Hash of all that the video and its record depend on."""
-        return _hash([self.latents_key, self.model.vae, self.fps, self.crf, self.codec, self.measure])
+        return _hash(
+            [
+                self.latents_key,
+                self.model.vae,
+                self.decode_chunk,
+                self.fps,
+                self.crf,
+                self.codec,
+                self.measure,
+            ]
+        )
 
 
 @dataclass(frozen=True)

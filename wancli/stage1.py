@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import pipeline
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
-from wancli.errors import JobError
+from wancli.errors import JobError, OutputExists
 from wancli.job import JobFile, load, parse
 from wancli.plan import model_at, plan
 from wancli.shot import Model, Prompt
@@ -75,7 +75,10 @@ def run(work: Sequence[Work], out: Path | None, tools: pipeline.Tools) -> list[d
         found, _ = pipeline.encode_prompts(one.model, one.prompts, tools)
         encoded += [found[prompt.id] for prompt in one.prompts]
     if out:
-        save_embeddings(out, [e.embedding for e in encoded])
+        try:
+            save_embeddings(out, [e.embedding for e in encoded])
+        except OutputExists as error:
+            raise OutputExists(error.message, where=error.where, hint="Give --out another name.") from None
     return [
         {
             "index": index,

@@ -163,7 +163,8 @@ class Encoder:
 
     `fps` frames of `width` x `height` a second, quality `crf` (0 best, 51 worst), `codec` h264 or
     h265, `comment` the only metadata. Leaving the block closes the file; an exception in it kills
-    ffmpeg. Raises FfmpegError with the last words of ffmpeg, NoSpace if the disk is full.
+    ffmpeg. Raises FfmpegError with the last words of ffmpeg, NoSpace if the disk is full; they call
+    the file `named`.
     """
 
     def __init__(
@@ -175,7 +176,9 @@ class Encoder:
         crf: int,
         codec: str,
         comment: str,
+        *,
         patience: float = PATIENCE,
+        named: Path | None = None,
     ) -> None:
         self._frame_bytes = width * height * 3
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}"]
@@ -186,7 +189,7 @@ class Encoder:
         container = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart"]
         container += ["-metadata", f"comment={comment}", "-f", "mp4", f"file:{path.absolute()}"]
         arguments = ["-loglevel", "error", "-y", *source, *picture, *colour, *container]
-        self._ffmpeg = _Ffmpeg(arguments, path, feed=True, patience=patience)
+        self._ffmpeg = _Ffmpeg(arguments, named or path, feed=True, patience=patience)
 
     def __enter__(self) -> Self:
         return self
@@ -224,9 +227,9 @@ def write_mp4(
     file is there, NoSpace or MachineError. Whatever happens, no unfinished file stays behind.
     """
     with files.temporary(final) as tmp:
-        with Encoder(tmp, width, height, fps, crf, codec, comment) as encoder:
+        with Encoder(tmp, width, height, fps, crf, codec, comment, named=final) as encoder:
             sent = sum(encoder.write(chunk) for chunk in frames)
-        found = count_frames(tmp)
+        found = count_frames(tmp, named=final)
         if not sent == found == frame_count:
             message = f"{frame_count} frames were asked for, {sent} made, {found} are in the file"
             raise FfmpegError(message, where=str(final))
@@ -234,10 +237,10 @@ def write_mp4(
     return final
 
 
-def count_frames(path: Path) -> int:
+def count_frames(path: Path, *, named: Path | None = None) -> int:
     """Decode a whole mp4 and count. Raises FfmpegError if anything in it is damaged."""
     arguments = [*_reading(path), "-f", "framecrc", "pipe:1"]
-    lines = _output(arguments, path).splitlines()
+    lines = _output(arguments, named or path).splitlines()
     return sum(1 for line in lines if line and not line.startswith(b"#"))
 
 

@@ -64,7 +64,8 @@ def facts() -> list[str]:
             seconds.append(time.perf_counter() - start)
     onednn = 2 * 2048**3 / min(seconds) / 1e9
     return [
-        f"{datetime.date.today()}, {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{datetime.date.today()}, {cpu_name()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
         f"matmul of 2048 x 2048: torch.mm {matmul_peak():.0f} GFLOP/s, oneDNN {onednn:.0f} GFLOP/s",
     ]
 

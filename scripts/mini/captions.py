@@ -28,23 +28,24 @@ SHAPE: Words = {
 WAY: Words = {
     "left": (
         *("left", "to the left", "to the left", "leftward", "leftwards"),
-        *("toward the left", "from right to left"),
+        *("toward the left", "towards the left", "from right to left"),
     ),
     "right": (
         *("right", "to the right", "to the right", "rightward", "rightwards"),
-        *("toward the right", "from left to right"),
+        *("toward the right", "towards the right", "from left to right"),
     ),
     "up": ("up", "upward", "upwards", "to the top", "toward the top", "from bottom to top"),
     "down": ("down", "downward", "downwards", "to the bottom", "toward the bottom", "from top to bottom"),
 }
 VERB: Words = {  # present, and with -ing
-    "left": ("moves", "drifts", "glides", "slides", "travels", "floats"),
-    "right": ("moves", "drifts", "glides", "slides", "travels", "floats"),
-    "up": ("moves", "drifts", "glides", "slides", "travels", "floats", "rises", "climbs"),
-    "down": ("moves", "drifts", "glides", "slides", "travels", "floats", "falls", "sinks"),
+    "left": ("moves", "goes", "drifts", "glides", "slides", "travels", "floats"),
+    "right": ("moves", "goes", "drifts", "glides", "slides", "travels", "floats"),
+    "up": ("moves", "goes", "drifts", "glides", "slides", "travels", "floats", "rises", "climbs"),
+    "down": ("moves", "goes", "drifts", "glides", "slides", "travels", "floats", "falls", "sinks"),
 }
 ING = {
     "moves": "moving",
+    "goes": "going",
     "drifts": "drifting",
     "glides": "gliding",
     "slides": "sliding",
@@ -118,7 +119,8 @@ def caption(scene: Scene, rng: random.Random, style: Style) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can hold, in lower case, without punctuation."""
-    return sorted({word.strip(",.").lower() for text in _fragments() for word in text.split()})
+    words = {word.strip(",.").lower() for text in _fragments() for word in text.split()}
+    return sorted(words - {""})
 
 
 def _fragments() -> Iterator[str]:

@@ -83,7 +83,9 @@ def _shape(alpha_TYX: Tensor, centre_T2: Tensor, area: float) -> tuple[str, floa
     for shape in SHAPES:
         for offset in OFFSETS:
             radius_1 = torch.tensor([offset * (area / AREAS[shape]) ** 0.5], device=alpha_TYX.device)
-            template_TYX = coverage(shape, centre_T2[None], radius_1, (alpha_TYX.shape[1], alpha_TYX.shape[2]))[0]
+            template_TYX = coverage(
+                shape, centre_T2[None], radius_1, (alpha_TYX.shape[1], alpha_TYX.shape[2])
+            )[0]
             union = torch.maximum(alpha_TYX, template_TYX).sum()
             overlap = float(torch.minimum(alpha_TYX, template_TYX).sum() / union)
             best = max(best, (shape, overlap), key=lambda pair: pair[1])

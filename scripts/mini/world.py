@@ -63,7 +63,7 @@ def held_out(scene: Scene | Combination) -> bool:
     return (c + 5 * s + 3 * d + 7 * b) % 10 == 4
 
 
-COMBINATIONS = tuple(product(*ATTRIBUTES.values()))
+COMBINATIONS: tuple[Combination, ...] = tuple(product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS))
 TRAINED = tuple(names for names in COMBINATIONS if not held_out(names))
 HELD_OUT = tuple(names for names in COMBINATIONS if held_out(names))
 
@@ -91,7 +91,9 @@ def draw_all(scenes: Sequence[Scene], grid: Grid, device: torch.device | str = "
     cover_BTYX = cover_all(scenes, grid, device)
     paper_B1 = paper_BX[:, None, None, None]
     return torch.lerp(
-        paper_B1.expand(-1, 3, *grid), ink_B3[:, :, None, None, None].expand(-1, -1, *grid), cover_BTYX[:, None]
+        paper_B1.expand(-1, 3, *grid),
+        ink_B3[:, :, None, None, None].expand(-1, -1, *grid),
+        cover_BTYX[:, None],
     )
 
 

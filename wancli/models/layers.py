@@ -135,14 +135,14 @@ class CrossAttention(Attention):
 
     def attend(self, q_BHLK: Tensor, context: Context) -> Tensor:
         k_BHNK, v_BHNK = (x_1HNK.expand(len(q_BHLK), -1, -1, -1) for x_1HNK in self.keys_values(context))
-        bias_111N = context.bias_N.to(q_BHLK.dtype)[None, None, None]
-        return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_111N)
+        _, bias_N = context.in_dtype(q_BHLK.dtype)
+        return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_N[None, None, None])
 
     def keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, computed once; anew in training, where weights change."""
         if (kept := context.kv.get(self)) is not None and not torch.is_grad_enabled():
             return kept
-        rows_1ND = context.rows_ND[None]
+        rows_1ND = context.in_dtype(self.k.weight.dtype)[0][None]
         k_1HNK, v_1HNK = self.heads(self.norm_k(self.k(rows_1ND))), self.heads(self.v(rows_1ND))
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import JobError
+from wancli.events import printable
 from wancli.inject import Row, strip
 from wancli.report.data import cached, largest, row
 
@@ -31,7 +32,8 @@ def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
 
     console = Console(stderr=stderr, highlight=False, emoji=False)
     for part in parts:
-        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+        shown = printable(part) if isinstance(part, str) else part
+        console.print(shown, markup=False, soft_wrap=isinstance(part, str))
 
 
 def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[RenderableType]:
@@ -44,7 +46,7 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
     for shot in plan.shots:
         size = f"{shot.width}x{shot.height}"
         numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
-        table.add_row(shot.id, size, *map(str, numbers), f"{shot.shift:g}", f"{shot.guidance:g}")
+        table.add_row(printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", f"{shot.guidance:g}")
     yield table
     if verbose:
         for shot in plan.shots:
@@ -158,7 +160,7 @@ def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
         for index, rule in enumerate(shot["injection"]):
             verdict = rule["difference"]["verdict"]
             table.add_row(
-                shot["id"],
+                printable(shot["id"]),
                 str(index),
                 ranges([int(block) for block in rule["blocks"]]),
                 ranges([int(step) for step in rule["steps"]]),

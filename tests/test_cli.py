@@ -1,0 +1,500 @@
+"""The command line: what it offers, what it prints where, and with which code it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from jobs import (
+    CAT,
+    FISH,
+    TINY,
+    TRANSFORMER,
+    Said,
+    change_tensors,
+    checkpoint,
+    command,
+    rule,
+    tiny_job,
+    written,
+)
+from safetensors.torch import load_file
+
+from wancli import __version__, cli, encode, errors, pipeline
+from wancli.models.dit import WanModel
+from wancli.weights import readers
+
+MODEL = ("--model", TINY, "-q")
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs one command line in an empty folder, `stdin` given as bytes."""
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: object, stdin: bytes = b"") -> Said:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        return command(capsys, *arguments)
+
+    return said
+
+
+# ---- the surface ----
+
+
+def surface(command: Any, name: str = "wancli") -> list[str]:
+    words = [
+        "/".join([*p.opts, *p.secondary_opts]) if p.param_type_name == "option" else p.metavar
+        for p in command.params
+    ]
+    lines = [" ".join([name, *words])]
+    for sub, inner in getattr(command, "commands", {}).items():
+        lines += surface(inner, f"{name} {sub}")
+    return lines
+
+
+def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
+    assert surface(typer.main.get_command(cli.app)) == [
+        "wancli --version",
+        "wancli render JOB --force --json --cache-dir --log-level --progress -q/--quiet",
+        "wancli plan JOB -v/--verbose --json --cache-dir",
+        "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --json"
+        " --cache-dir --progress -q/--quiet",
+        "wancli decode NAME.latents.safetensors -o/--output --model --force --progress -q/--quiet",
+        "wancli diff A B --file --model --dit/--no-dit --json --cache-dir -q/--quiet",
+        "wancli cache",
+        "wancli cache ls --json --cache-dir",
+        "wancli cache verify --json --cache-dir",
+        "wancli cache prune --max-size --older-than --json --cache-dir",
+    ]
+
+
+def test_every_option_has_help() -> None:
+    def options(command: Any) -> Any:
+        yield from ((command.name, p) for p in command.params if p.param_type_name == "option")
+        for inner in getattr(command, "commands", {}).values():
+            yield from options(inner)
+
+    assert [(name, p.name) for name, p in options(typer.main.get_command(cli.app)) if not p.help] == []
+
+
+def test_without_a_command_there_is_help(say: Any) -> None:
+    for arguments in ((), ("--help",), ("-h",)):
+        said = say(*arguments)
+        assert (said.code, said.err) == (0, "")
+        assert said.out.startswith("Usage: wancli [OPTIONS] COMMAND")
+        assert "render  Render every shot of a job." in said.out
+
+
+def test_the_version_is_all_that_version_prints(say: Any) -> None:
+    assert say("--version") == (0, f"wancli {__version__}\n", "")
+    assert say("--version", "plan", "no.yaml") == (0, f"wancli {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["foo"], "No such command 'foo'."),
+        (["render"], "Missing argument 'JOB'."),
+        (["render", "a.yaml", "b.yaml"], "Got unexpected extra argument(s) (b.yaml)"),
+        (["render", "a.yaml", "--farce"], "No such option: --farce (Possible options: --force)"),
+        (["render", "a.yaml", "--log-level", "loud"], "Invalid value for '--log-level': "),
+        (["render", "a.yaml", "--progress", "x"], "Invalid value for '--progress': "),
+        (["encode", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens': "),
+        (["cache"], "Missing command."),
+        (["cache", "prune", "--older-than", "-1"], "Invalid value for '--older-than': "),
+        (["plan", "--"], "Missing argument 'JOB'."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_one_line_and_where_to_look(
+    say: Any, arguments: list[str], message: str
+) -> None:
+    said = say(*arguments)
+    first, *rest = said.err.splitlines()
+    assert (said.code, said.out) == (2, "")
+    assert first.startswith(f"wancli: {message}")
+    assert rest == ["  `wancli COMMAND --help` lists what there is."]
+
+
+# ---- exit codes ----
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.WancliError) and kind is not errors.WancliError
+    ],
+)
+def test_every_error_ends_with_the_code_of_its_class_and_says_where_what_and_what_next(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[errors.WancliError]
+) -> None:
+    def fails(*_: object) -> None:
+        raise error("went wrong\nin two ways", where="here", hint="Try there.")
+
+    monkeypatch.setattr(pipeline, "render", fails)
+    said = say("render", written(tmp_path, tiny_job()))
+    assert said == (error.status, "", "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n")
+
+
+def test_the_codes_are_those_of_the_architecture() -> None:
+    found = {kind.__name__: int(kind.status) for kind in errors.WancliError.__subclasses__()}
+    assert (
+        found | {"ShotError": 1, "JobError": 2, "MachineError": 3, "IntegrityError": 4, "DoesNotFit": 5}
+        == found
+    )
+    assert int(errors.WancliError.status) == 70
+
+
+def test_a_bug_is_one_line_and_a_log_with_the_traceback(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("so it goes")
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(pipeline, "render", fails)
+    said = say("render", written(tmp_path, tiny_job()))
+    assert (said.code, said.out) == (70, "")
+    (log,) = tmp_path.glob("wancli-*.log")
+    assert said.err == f"wancli: a bug in wancli {__version__}; please report it with {log}\n"
+    assert "ZeroDivisionError: so it goes" in log.read_text()
+
+
+def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
+    change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))
+    said = say("render", written(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
+    assert said.code == 1
+    assert "denoise" in said.err
+    assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
+    assert said.err.endswith("wancli: shot 0000: NaN or Inf at step 0, after the last block\n")
+
+
+def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(labels={"x": "\x1b[2J"}, output="out/{x}.mp4"))
+    said = say("plan", job)
+    assert said.code == 2
+    assert "\x1b" not in said.err
+    said = say("plan", written(tmp_path, tiny_job(**{"\x1b[2J": 1})))
+    assert (said.code, "\x1b" in said.err) == (2, False)
+    said = say("plan", written(tmp_path, tiny_job(id="\x1b[2J\u202e")), "-v")
+    assert (said.code, "\x1b" in said.out) == (0, False)
+
+
+def wancli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process of its own."""
+    program = [sys.executable, "-c", "from wancli.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(program, stderr=subprocess.PIPE, check=False, **options)
+
+
+def test_a_reader_that_went_away_is_no_bug_and_no_success(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = wancli("plan", written(tmp_path, tiny_job()), stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(id="猫", prompt=f"{CAT} 猫"))
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = wancli("plan", job, "-v", env=latin, stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u732b" in done.stdout
+
+
+# ---- what goes to stdout ----
+
+
+def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}]))
+    said = say("render", job, "--progress", "plain")
+    assert said.code == 0
+    assert said.out == f"{tmp_path}/out/a.mp4\n{tmp_path}/out/b.mp4\n"
+    assert "sample a: done in" in said.err
+    assert "2 rendered" in said.err
+    again = say("render", job, "-q")
+    assert (again.out, again.err) == (said.out, "")
+
+
+def test_a_job_on_stdin_starts_its_paths_in_the_current_folder(say: Any, tmp_path: Path) -> None:
+    job = json.dumps(tiny_job(output="out/{job}.mp4", prompt=f"{CAT} 🐱")).encode()
+    planned = say("plan", "-", "--json", stdin=job)
+    assert json.loads(planned.out)["shots"][0]["output"] == f"{tmp_path}/out/stdin.mp4"
+    said = say("render", "-", "-q", stdin=job)
+    assert said == (0, f"{tmp_path}/out/stdin.mp4\n", "")
+    bad = say("render", "-", stdin=b"prompt: [\n")
+    assert bad.code == 2
+    assert bad.err.startswith("wancli: stdin:2:1: is not YAML: ")
+
+
+def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = WanModel.forward
+
+    def sick(self: WanModel, x: Any, t: float, contexts: Any) -> Any:
+        return real(self, x, t, contexts) * (float("nan") if x.shape[2] == 2 else 1)
+
+    monkeypatch.setattr(WanModel, "forward", sick)
+    items = [{"id": "a", "frames": 5}, {"id": "b"}]
+    said = say("render", written(tmp_path, tiny_job(output="{id}.mp4", items=items)), "--json")
+    report = json.loads(said.out)
+    assert said.code == 1
+    assert [shot["status"] for shot in report["shots"]] == ["failed", "rendered"]
+    assert report["shots"][0]["error"]["code"] == "shot.not_finite"
+
+
+def test_a_job_error_leaves_stdout_empty_also_with_json(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(size="1x1"))
+    for name in ("render", "plan", "encode"):
+        said = say(name, job, "--json")
+        assert (said.code, said.out) == (2, "")
+
+
+def test_warnings_go_to_stderr(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(inject=[rule(strength=0)]))
+    for said in (say("plan", job), say("render", job)):
+        assert said.code == 0
+        assert "warning: shot 0000: an injection has strength 0 and changes nothing" in said.err
+        assert "warning:" not in said.out
+
+
+# ---- encode ----
+
+
+def test_encode_prints_a_key_per_prompt_in_the_order_given(say: Any) -> None:
+    said = say("encode", *MODEL, "a cat", "a dog", "  a   cat ")
+    rows = [line.split() for line in said.out.splitlines()]
+    assert [row[1:4] for row in rows] == [
+        ["4", "tokens", "encoded"],
+        ["6", "tokens", "encoded"],
+        rows[0][1:4],
+    ]
+    assert rows[0][0] == rows[2][0] != rows[1][0]
+    assert [row["cached"] for row in json.loads(say("encode", *MODEL, "--json", "a dog", "new").out)] == [
+        True,
+        False,
+    ]
+
+
+def test_encode_takes_prompts_or_a_job_on_stdin(say: Any, tmp_path: Path) -> None:
+    lines = say("encode", *MODEL, "-", stdin=b"one cat\n\ntwo cats\r\n")
+    assert [line.split("encoded  ")[1].rstrip() for line in lines.out.splitlines()] == ["one cat", "two cats"]
+    job = tiny_job(inject=[rule()])
+    for text in (yaml.safe_dump(job), json.dumps(job), f"# a comment\n{yaml.safe_dump(job)}"):
+        rows = json.loads(say("encode", "-", "-q", "--json", stdin=text.encode()).out)
+        assert [row["text"] for row in rows] == [CAT, "fog", FISH]
+    assert say("encode", *MODEL, "-", stdin=b"\n\n").err == "wancli: stdin: no prompts to encode\n"
+    assert say("encode", *MODEL, "-", stdin=b"\xff").code == 2
+
+
+def test_encode_fills_the_cache_for_a_render(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = written(tmp_path, tiny_job(inject=[rule()]))
+    assert say("encode", "--cache", job, "-q", "--cache-dir", tmp_path / "c").code == 0
+    monkeypatch.setattr(encode, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    assert say("render", job, "-q", "--cache-dir", tmp_path / "c").code == 0
+
+
+def test_encode_without_the_cache_keeps_nothing(say: Any, tmp_path: Path) -> None:
+    assert say("encode", "--no-cache", *MODEL, "a cat", "--cache-dir", tmp_path / "c").code == 0
+    assert not list((tmp_path / "c").rglob("*.entry"))
+
+
+def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "a.safetensors"
+    assert say("encode", *MODEL, "--out", out, "a cat", "a dog").code == 0
+    assert [tuple(rows.shape) for rows in load_file(out).values()] == [(4, 64), (6, 64)]
+    assert say("encode", *MODEL, "--out", out, "a cat", "a dog").code == 0
+    said = say("encode", *MODEL, "--out", out, "a fog")
+    assert said.code == 2
+    assert said.err.splitlines()[1:] == ["  Give --out another name."]
+    assert len(load_file(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x"], "no checkpoint given"),
+        (["x", "--model", "no"], "{tmp}/no: no such folder"),
+        (["x", "--model", TINY, "--max-tokens", "300"], "--max-tokens: 300 is not 256 or 512"),
+        (["a " * 300, "--model", TINY], "the prompt has 301 tokens, text.max_tokens is 256"),
+        (["no.yaml"], "no.yaml: cannot be read: No such file or directory"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_encode_says_what_it_misses(say: Any, tmp_path: Path, arguments: list[object], message: str) -> None:
+    said = say("encode", *arguments, "-q")
+    assert said.code in (2, 4)
+    assert said.err.splitlines()[0] == f"wancli: {message.format(tmp=tmp_path)}"
+
+
+def test_encode_cuts_only_when_asked_to(say: Any) -> None:
+    (row,) = json.loads(say("encode", *MODEL, "--truncate", "--json", "a " * 300).out)
+    assert (row["tokens"], row["truncated"]) == (256, True)
+
+
+# ---- diff ----
+
+
+def test_diff_compares_two_prompts_in_words_and_as_json(say: Any) -> None:
+    said = say("diff", CAT, FISH, *MODEL)
+    assert said.code == 0
+    for part in (
+        "token set, raw",
+        "token set, projected",
+        "legacy, padded",
+        "verdict",
+        "K/V per block",
+        "hint: ",
+    ):
+        assert part in said.out
+    document = json.loads(say("diff", CAT, FISH, *MODEL, "--json").out)
+    assert (document["a"]["text"], document["b"]["text"]) == (CAT, FISH)
+    assert len(document["blocks"]) == 40
+    assert document["verdict"]["figure"] == "token-set distance after the text projection"
+
+
+def test_diff_without_the_transformer_does_not_load_it(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "load_transformer", lambda *_: pytest.fail("it was loaded"))
+    document = json.loads(say("diff", CAT, FISH, *MODEL, "--json", "--no-dit").out)
+    assert (document["projected"], document["blocks"]) == (None, [])
+
+
+def test_diff_reads_a_job_a_text_and_an_embedding_file(say: Any, tmp_path: Path) -> None:
+    options = ("--no-dit", "--json", "-q")
+    items = [{"inject": [rule(), rule(prompt="rain")]}, {"seed": 2}, {"inject": [rule()]}]
+    job = written(tmp_path, tiny_job(output="{item}.mp4", items=items))
+    pairs = json.loads(say("diff", "--file", job, *options).out)
+    assert [(pair["a"]["text"], pair["b"]["text"]) for pair in pairs] == [(CAT, FISH), (CAT, "rain")]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "two.txt").write_bytes(f"{CAT}{end}{end}{FISH}{end}".encode())
+        pair = json.loads(say("diff", "--file", "two.txt", "--model", TINY, *options).out)
+        assert (pair["a"]["text"], pair["b"]["text"]) == (CAT, FISH)
+    assert say("encode", *MODEL, "--out", "two.safetensors", CAT, FISH).code == 0
+    assert json.loads(say("diff", "--file", "two.safetensors", "--model", TINY, *options).out) == pair
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give two prompts, or --file FILE"),
+        (["a"], "give two prompts, or --file FILE"),
+        (["a", "b", "c"], "give two prompts, or --file FILE"),
+        (["a", "--file", "one.txt"], "give two prompts, or --file FILE"),
+        (["a", "b", "--file", "one.txt"], "give two prompts, or --file FILE"),
+        (["--file", "one.txt"], "one.txt: holds 1 prompts; two are needed, an empty line between"),
+        (["--file", "no.txt"], "no.txt: cannot be read: No such file or directory"),
+        (["--file", "plain.yaml"], "plain.yaml: injects no prompt, so there is nothing to compare"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_diff_says_what_it_needs(say: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "one.txt").write_text("a cat\n")
+    written(tmp_path, tiny_job(), "plain.yaml")
+    said = say("diff", *arguments, *MODEL)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.splitlines()[0] == f"wancli: {message}"
+
+
+# ---- cache ----
+
+
+@pytest.fixture
+def cache(say: Any, tmp_path: Path) -> Path:
+    """A cache of three entries, the first the oldest."""
+    folder = tmp_path / "cache"
+    assert say("encode", *MODEL, "--cache-dir", folder, "a cat", "a dog", "a very long fog").code == 0
+    entries = {path.stat().st_size: path for path in folder.rglob("*.entry")}
+    for age, size in enumerate(sorted(entries, reverse=True)):
+        then = time.time() - 86400 * (age + 1)
+        os.utime(entries[size], (then, then))
+    return folder
+
+
+def test_an_empty_cache_is_listed_verified_and_pruned(say: Any, tmp_path: Path) -> None:
+    there = ("--cache-dir", tmp_path / "none")
+    assert say("cache", "ls", *there).out.splitlines()[-1] == "0 entries, 0 B"
+    assert say("cache", "verify", *there) == (0, "0 of 0 entries verify\n", "")
+    assert say("cache", "prune", *there) == (0, "removed 0 entries, 0 B\n", "")
+    assert not (tmp_path / "none").exists()
+
+
+def test_ls_lists_the_newest_first_and_leaves_every_entry_as_old_as_it_is(say: Any, cache: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.entry")}
+    rows = json.loads(say("cache", "ls", "--json", "--cache-dir", cache).out)
+    assert [row["text"] for row in rows] == ["a very long fog", "a dog", "a cat"]
+    table = say("cache", "ls", "--cache-dir", cache).out
+    assert table.index("a very long fog") < table.index("a dog") < table.index("a cat")
+    assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*.entry")}
+
+
+def test_a_damaged_entry_is_found_and_encoded_anew(say: Any, cache: Path) -> None:
+    there = ("--cache-dir", cache)
+    assert say("cache", "verify", *there).out == "3 of 3 entries verify\n"
+    path = next(p for p in cache.rglob("*.entry"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    said = say("cache", "verify", *there)
+    assert (said.code, said.out) == (4, f"{path}\n2 of 3 entries verify\n")
+    assert json.loads(say("cache", "verify", "--json", *there).out) == {"entries": 3, "damaged": [str(path)]}
+    texts = [row["text"] for row in json.loads(say("cache", "ls", "--json", *there).out)]
+    assert texts.count("(damaged; a render computes it again)") == 1
+    rows = json.loads(say("encode", *MODEL, "--json", *there, "a cat", "a dog", "a very long fog").out)
+    assert sorted(row["cached"] for row in rows) == [False, True, True]
+    assert say("cache", "verify", *there).code == 0
+
+
+def test_prune_keeps_the_newest_up_to_a_size(say: Any, cache: Path) -> None:
+    sizes = sorted((path.stat().st_size for path in cache.rglob("*.entry")), reverse=True)
+    said = say("cache", "prune", "--max-size", str(sum(sizes[:2])), "--json", "--cache-dir", cache)
+    assert json.loads(said.out)["bytes"] == sizes[2]
+    assert [row["text"] for row in json.loads(say("cache", "ls", "--json", "--cache-dir", cache).out)] == [
+        "a very long fog",
+        "a dog",
+    ]
+
+
+def test_prune_removes_what_was_not_used_for_some_days(say: Any, cache: Path) -> None:
+    said = say("cache", "prune", "--older-than", "1.5", "--cache-dir", cache)
+    assert said.out.startswith("removed 2 entries, ")
+    assert len(list(cache.rglob("*.entry"))) == 1
+
+
+@pytest.mark.parametrize("size", ["", "x", "-1", "1.5.2GiB", "10 XB", "1e3"])
+def test_prune_takes_only_sizes(say: Any, cache: Path, size: str) -> None:
+    said = say("cache", "prune", f"--max-size={size}", "--cache-dir", cache)
+    assert said.code == 2
+    assert said.err == f"wancli: --max-size: {size!r} is no size; write 500MiB or 2GiB\n"
+    assert len(list(cache.rglob("*.entry"))) == 3
+
+
+def test_the_cache_may_be_named_by_the_environment(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANCLI_CACHE", str(tmp_path / "mine"))
+    assert say("encode", *MODEL, "a cat").code == 0
+    assert len(list((tmp_path / "mine").rglob("*.entry"))) == 1
+
+
+def test_a_cache_folder_that_cannot_be_is_an_error_of_the_machine(say: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = say("cache", "ls", "--cache-dir", tmp_path / "file" / "cache")
+    assert said.code in (0, 3)

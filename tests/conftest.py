@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from jobs import Said
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and threads that wait for each other are not
@@ -39,3 +43,62 @@ def numbers() -> dict[str, Any]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's cache."""
     monkeypatch.setenv("WANCLI_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that keeps embeddings and digests from test to test; one for the whole run."""
+    return tmp_path_factory.mktemp("warm")
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint cut down to 4 blocks, where depth does not matter."""
+    from jobs import TRANSFORMER, change_tensors, checkpoint
+
+    def cut(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith("blocks.") and int(name.split(".")[1]) > 3]:
+            del tensors[name]
+
+    model = checkpoint(tmp_path_factory.mktemp("shallow"))
+    change_tensors(model / TRANSFORMER, cut)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
+    return model
+
+
+@pytest.fixture
+def render(
+    tmp_path: Path,
+    shallow: Path,
+    warm: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Said]:
+    """Renders the tiny job with some changes on 4 blocks, with a cache that knows its prompts."""
+    from jobs import command, tiny_job, written
+
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+
+    def rendered(*options: str, folder: Path = tmp_path, **changes: Any) -> Said:
+        job = tiny_job(**{"model": shallow} | changes)
+        return command(capsys, "render", written(folder, job), "-q", *options)
+
+    return rendered
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """ffmpeg passes the preflight and then does as the shell script says."""
+    import imageio_ffmpeg
+
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+
+    def install(script: str) -> None:
+        path = tmp_path / "fake-ffmpeg"
+        questions = f'case "$*" in *-version*|*-encoders*) exec {real} "$@";; esac'
+        path.write_text(f"#!/bin/sh\n{questions}\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+    return install

@@ -1,9 +1,10 @@
-"""Tiny jobs, the command line in-process, and checkpoints that are broken on purpose."""
+"""Tiny jobs, the command line in-process, checkpoints to be broken, and watchers of the transformer."""
 
 from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from wancli import encode
 from wancli.cli import run
 from wancli.encode import Tokenizer
 from wancli.manifest import read
+from wancli.models.dit import WanModel
+from wancli.models.layers import Mix
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 SPIECE = TINY / "google" / "umt5-xxl" / "spiece.model"
+T5 = "models_t5_umt5-xxl-enc-bf16.pth"
+VAE = "Wan2.1_VAE.pth"
+KEPT = {"keep_latents": True}
+Forward = Callable[[WanModel, torch.Tensor, float, Sequence[Mix]], torch.Tensor]
 CAT = "A gray tabby cat walks through a sunlit garden, its movement slow and graceful."
 FISH = "Schools of tropical fish swim between vibrant coral formations, as the camera pans gently left."
 
@@ -71,9 +79,9 @@ def latents_of(folder: Path, name: str = "clip") -> torch.Tensor:
     return load_file(folder / "out" / f"{name}.latents.safetensors")["latents"]
 
 
-def checkpoint(folder: Path) -> Path:
-    """A copy of the tiny checkpoint that a test may damage."""
-    return shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("reference.*"))
+def checkpoint(folder: Path, source: Path = TINY) -> Path:
+    """A copy of a checkpoint that a test may damage."""
+    return shutil.copytree(source, folder / "model", ignore=shutil.ignore_patterns("reference.*"))
 
 
 def change_tensors(path: Path, change: Any) -> None:
@@ -93,3 +101,31 @@ def words(count: int) -> str:
     text = " ".join(["a"] * (count - 1))
     assert len(Tokenizer(SPIECE).ids(text)) == count
     return text
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "out").glob("*")) if (folder / "out").exists() else []
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> None:
+    """Whoever calls one of these fails the test."""
+
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("was called")
+
+    for owner, name in targets or ((WanModel, "forward"), (encode, "load_encoder")):
+        monkeypatch.setattr(owner, name, called)
+
+
+def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[int]:
+    """Counts the forwards of the transformer; `before(n)` runs at the start of the n-th."""
+    real: Forward = WanModel.forward
+    calls: list[int] = []
+
+    def counted(self: WanModel, x: torch.Tensor, t: float, contexts: Sequence[Mix]) -> torch.Tensor:
+        calls.append(len(calls))
+        before(calls[-1])
+        return real(self, x, t, contexts)
+
+    monkeypatch.setattr(WanModel, "forward", counted)
+    return calls

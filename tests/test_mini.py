@@ -17,7 +17,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts are not installed
 
-from scripts.mini import captions, cli, dit, latents, muon, stages, text, vae, world
+from scripts.mini import captions, check, cli, dit, latents, muon, pack, stages, text, vae, world
 from scripts.mini.batched import project, velocity
 from scripts.mini.recipe import Recipe, recipe
 from scripts.mini.recognise import recognise
@@ -200,6 +200,7 @@ def test_every_word_of_the_grammar_is_one_piece_and_the_specials_have_umt5s_ids(
         said = captions.caption(_scenes(1)[0], rng, style)
         words = re.findall(r"\w+|[.,]", said.lower())
         assert [piece.strip("▁") for piece in tokenizer.pieces(tokenizer.ids(said))] == [*words, "</s>"]
+    assert "▁stripes" in tokenizer.pieces(tokenizer.ids(pack.PROMPT))
     assert tokenizer.ids("A RED Circle") == tokenizer.ids("a red circle")
     assert 3 not in tokenizer.ids("an unknown wizard, 3 of them!")
 
@@ -410,6 +411,11 @@ def test_the_packed_model_is_read_and_renders(trained: stages.Workshop, capsys: 
         "google/umt5-xxl/spiece.model",
         "models_t5_umt5-xxl-enc-bf16.safetensors",
     ]
+
+
+def test_a_check_samples_held_out_prompts(trained: stages.Workshop):
+    table = check.check(trained.folder, TINY, 3, CPU)
+    assert set(table) == {*world.ATTRIBUTES, "PSNR of decoder", "PSNR of encoder and decoder"}
 
 
 def test_a_changed_number_is_kept_and_an_unknown_one_refused(tmp_path: Path):

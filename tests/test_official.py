@@ -95,7 +95,9 @@ def test_the_decoder_gives_the_official_video_from_our_own_latents(
             assert (frames_CTYX - numbers[f"{name}.video"]).abs().max() < 5e-3
 
 
-def test_encode_writes_the_official_contexts(tiny: Path, reference: Any, numbers: Any, tmp_path: Path) -> None:
+def test_encode_writes_the_official_contexts(
+    tiny: Path, reference: Any, numbers: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "texts.safetensors"
     texts = [reference["prompts"][name] for name in ("main", "injection", "negative")]
     assert run(["encode", "--model", str(tiny), "--out", str(out), "-q", *texts]) == 0

@@ -420,6 +420,15 @@ def test_rows_that_concat_joined_cannot_be_interpolated_and_the_plan_says_so(
     assert only(decide(inject=[joined, rule(blend="replace", strength=1), lerp])).rules
 
 
+def test_a_rule_that_later_rules_overwrite_everywhere_is_an_error(decide: Callable[..., Plan]) -> None:
+    replacing = rule(prompt="rain", blend="replace", strength=1)
+    (problem,) = problems(decide, inject=[rule(), replacing])
+    assert problem == ":10: inject.0: reaches no block: later rules replace all that it changes"
+    assert len(only(decide(inject=[rule(), replacing | {"blocks": "27-38"}])).rules) == 2
+    assert len(only(decide(inject=[replacing, rule()])).rules) == 2
+    assert len(only(decide(inject=[rule(), rule(prompt="rain")])).rules) == 2
+
+
 def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at(
     decide: Callable[..., Plan], tmp_path: Path
 ) -> None:

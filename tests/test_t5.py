@@ -20,6 +20,7 @@ from wancli.errors import CheckpointError
 from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.weights.names import umt5_to_transformers
+from wancli.weights.sizes import t5_config
 
 ROOT = Path(__file__).parent / "fixtures" / "wan21-tiny"
 OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from wancli import files
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
-from wancli.inject import Branch, Concat, Lerp, Rule, parse_blocks, parse_steps, strengths
+from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
 from wancli.models.variants import NEGATIVE, T2V
 from wancli.shot import Model, Plan, Prompt, Shot
@@ -255,11 +255,16 @@ def _curve(said: Strength) -> Any:
 
 
 def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
-    """A strength of 0 was asked for and stays; every other rule must reach some cell."""
+    """A strength of 0 was asked for and stays; every other rule must reach some cell and be read there."""
     for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.reached)):
-        if reached or (rule.steps and rule.blocks and not rule.on):
+        cells = (shot.table.row(step, branch)[block] for step, branch, block in reached)
+        if any(_names(expr, rule.text) for cell in cells for expr, _ in cell):
             continue
-        if not rule.blocks:
+        if rule.steps and rule.blocks and not rule.on:
+            continue
+        if reached:
+            why, hint = "later rules replace all that it changes", "Rules apply in the order written."
+        elif not rule.blocks:
             depth = shot.model.checkpoint.transformer.num_layers
             why, hint = f"a model of {depth} blocks has none there", "Give numbers."
         elif "cond" not in rule.branches and not shot.negative:
@@ -267,6 +272,10 @@ def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
         else:
             why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
         raise JobError(f"reaches no block: {why}", where=item.where("inject", i), hint=hint)
+
+
+def _names(expr: Expr, text: str) -> bool:
+    return expr.id == text if isinstance(expr, Text) else _names(expr.a, text) or _names(expr.b, text)
 
 
 def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:

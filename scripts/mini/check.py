@@ -50,7 +50,7 @@ def check(folder: Path, recipe: Recipe, count: int, device: torch.device) -> dic
         right: Counter[str] = Counter()
         for scene, z_CTYX in zip(scenes, z_BCTYX, strict=True):
             video_CTYX = _decoded(network, z_CTYX) if network else latents.decode(z_CTYX[None])[0]
-            right.update(name for name, agrees in recognise(video_CTYX).agrees(scene).items() if agrees)
+            right.update(name for name, agrees in recognise(video_CTYX.cpu()).agrees(scene).items() if agrees)
         table |= {name: right[name] / count for name in ATTRIBUTES}
     for name, value in table.items():
         print(f"check: {name} {value:.1f} dB" if "PSNR" in name else f"check: {name} {value:.0%} of {count}")

@@ -50,11 +50,27 @@ def build(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def write(plan: Plan, report: dict[str, Any]) -> Path:
-    """Puts `report.json` into the folder that the outputs share."""
+    """Puts `report.json` into the folder that the outputs share, or that of the first.
+
+    An earlier report is replaced; another program's file of that name is moved aside.
+    """
     folder = Path(os.path.commonpath([shot.output.parent for shot in plan.shots]))
+    if folder == folder.parent:  # they share nothing but the root of the file system
+        folder = plan.shots[0].output.parent
     path = folder / "report.json"
-    files.replace(path, (json.dumps(report, ensure_ascii=False, indent=2) + "\n").encode())
+    if path.exists() and not _is_report(path):
+        files.set_aside(path)
+    # Names of files that are not UTF-8 arrive as lone surrogates.
+    text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+    files.replace(path, text.encode(errors="backslashreplace"))
     return path
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes())["schema"] == SCHEMA)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def of_plan(plan: Plan, store: Store) -> dict[str, Any]:

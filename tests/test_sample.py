@@ -1,0 +1,147 @@
+"""Stage 2 through the command line: injection is proven, effects are measured, NaN is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import (
+    CAT,
+    FISH,
+    KEPT,
+    T5,
+    TINY,
+    TRANSFORMER,
+    Forward,
+    Said,
+    change_tensors,
+    checkpoint,
+    files_in,
+    forwards,
+    latents_of,
+    manifest_of,
+    rule,
+)
+
+from wancli.models.dit import WanModel
+
+# ---- injection is proven ----
+
+
+@pytest.fixture
+def render(render: Callable[..., Said]) -> Callable[..., Said]:
+    """All 40 blocks."""
+    return partial(render, model=str(TINY))
+
+
+def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], tmp_path: Path) -> None:
+    rules = [rule(branch="both", steps="1-2"), rule(blocks=[3, "0-2"], blend="output-mix")]
+    assert render(inject=rules, sampler={"steps": 3}).code == 0
+    first, second = manifest_of(tmp_path)["injection"]
+    late = {str(block): 4 for block in range(27, 40)}
+    assert (first["planned"], first["hits"]) == (52, 52)
+    assert first["hits_by_step"] == {"1": 26, "2": 26}
+    assert first["hits_by_branch"] == {"cond": 26, "uncond": 26}
+    assert first["hits_by_block"] == late
+    assert (second["planned"], second["hits"]) == (12, 12)
+    assert second["hits_by_branch"] == {"cond": 12}
+    assert second["hits_by_block"] == {"0": 3, "1": 3, "2": 3, "3": 3}
+    assert second["difference"]["a"]["text"] == CAT
+    assert second["difference"]["b"]["text"] == FISH
+
+
+def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
+    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Forward = WanModel.forward
+
+    def deaf(self: WanModel, x: torch.Tensor, t: float, contexts: Any) -> torch.Tensor:
+        """Block 30 always reads the main prompt."""
+        return real(self, x, t, [contexts.base if i == 30 else contexts[i] for i in range(len(contexts))])
+
+    monkeypatch.setattr(WanModel, "forward", deaf)
+    items = [
+        {"id": "lost", "inject": [rule()]},
+        {"id": "early", "inject": [rule(blocks="early")]},
+        {"id": "plain"},
+    ]
+    said = render("--json", output="out/{id}.mp4", items=items)
+    assert said.code == 1
+    assert said.err.splitlines() == [
+        "wancli: shot lost: inject.0 reached 24 of 26 planned cells",
+        "  This render would not show the injection, so it is not kept.",
+    ]
+    report = json.loads(said.out)
+    assert [shot["status"] for shot in report["shots"]] == ["failed", "rendered", "rendered"]
+    assert report["shots"][0]["error"]["code"] == "shot.injection_missed"
+    assert [name for name in files_in(tmp_path) if "lost" in name] == []
+
+
+def test_at_guidance_1_there_is_one_forward_a_step(
+    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = forwards(monkeypatch)
+    assert render(sampler={"steps": 3, "guidance": 1}, inject=[rule(branch="both")]).code == 0
+    assert len(calls) == 3
+    body = manifest_of(tmp_path)
+    assert body["injection"][0]["hits_by_branch"] == {"cond": 39}
+    assert [text["text"] for text in body["prompts"]] == [CAT, FISH]
+
+
+def test_measuring_records_the_effect_on_injected_blocks_and_leaves_the_latent_alone(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    injected = {"inject": [rule(steps=1)], "video": KEPT}
+    assert render(folder=tmp_path / "plain", **injected).code == 0
+    assert render(folder=tmp_path / "measured", **injected, measure=True).code == 0
+    assert render("--log-level", "verbose", folder=tmp_path / "verbose", **injected).code == 0
+    assert manifest_of(tmp_path / "plain")["effects"] == []
+    (effect,) = manifest_of(tmp_path / "measured")["effects"]
+    assert (effect["step"], effect["branch"]) == (1, "cond")
+    assert [int(block) for block in effect["blocks"]] == list(range(27, 40))
+    assert all(value > 0 for value in effect["blocks"].values())
+    assert effect["velocity"] > 0
+    assert effect["changed_percent"].keys() == effect["blocks"].keys()
+    assert manifest_of(tmp_path / "verbose")["effects"] == [effect]
+    for name in ("measured", "verbose"):
+        assert torch.equal(latents_of(tmp_path / name), latents_of(tmp_path / "plain"))
+
+
+# ---- NaN ----
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blocks.7.ffn.2.bias", "NaN or Inf at step 0, cond branch, first in block 7"),
+        ("patch_embedding.weight", "NaN or Inf at step 0, cond branch, first in block 0"),
+        ("head.head.bias", "NaN or Inf at step 0, after the last block"),
+    ],
+)
+def test_nan_in_the_weights_is_named_and_nothing_is_written(
+    render: Callable[..., Said], tmp_path: Path, name: str, message: str
+) -> None:
+    model = checkpoint(tmp_path)
+    change_tensors(model / TRANSFORMER, lambda tensors: tensors[name].view(-1)[:1].fill_(torch.nan))
+    said = render(model=str(model))
+    assert said.code == 1
+    assert said.err == f"wancli: shot 0000: {message}\n"
+    assert files_in(tmp_path) == ["report.json"]
+
+
+def test_nan_from_the_text_encoder_is_told_and_never_cached(
+    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path)
+    change_tensors(model / T5, lambda tensors: tensors["norm.weight"].fill_(torch.nan))
+    monkeypatch.setenv("WANCLI_CACHE", str(tmp_path / "cache"))
+    said = render(model=str(model))
+    assert said.code == 1
+    assert "UMT5 gives NaN or Inf for 'A gray tabby cat" in said.err
+    assert not list((tmp_path / "cache").rglob("*.entry"))
+    assert [name for name in files_in(tmp_path) if name != "report.json"] == []

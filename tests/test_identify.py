@@ -277,3 +277,11 @@ def test_a_folder_is_identified_without_torch(tiny: Path):
         f"identify.identify(Path({str(tiny)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_memo_that_cannot_be_written_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"weights")
+    (tmp_path / "file").write_text("not a folder")
+    expected = hashlib.sha256(b"weights").hexdigest()
+    assert fingerprint([weights], tmp_path / "file" / "memo.json") == expected

@@ -228,3 +228,14 @@ def test_processes_that_share_a_cache_never_read_a_wrong_or_mixed_entry(tmp_path
         worker.join()
         assert worker.exitcode == 0
     assert Store(tmp_path / "cache").verify() == []
+
+
+def test_pruning_removes_a_damaged_entry_so_that_the_store_verifies_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.put("a" * 64, b"whole")
+    store.put("b" * 64, b"damaged")
+    path = store.path("b" * 64)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [entry.key for entry in store.prune()] == ["b" * 64]
+    assert store.verify() == []
+    assert store.get("a" * 64) == b"whole"

@@ -130,8 +130,10 @@ def writable(folder: Path) -> None:
     """
     with temporary(folder / "x") as tmp:
         proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
-        publish(tmp, proof)
-        proof.unlink()
+        try:
+            publish(tmp, proof)
+        finally:
+            proof.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -124,7 +124,11 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
 def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
     texts = [text for shot in shots if shot.index not in recalled for text in shot.texts]
-    encoded, stage1 = encode_prompts(model, texts, tools)
+    try:
+        encoded, stage1 = encode_prompts(model, texts, tools)
+    except ShotError as error:
+        yield from (Outcome(shot, "failed", error=error) for shot in shots)
+        return
     networks = Networks(model)
     for shot in shots:
         try:
@@ -264,6 +268,7 @@ def _sampled(
         "phases": [stage1, load, record.phase("sample", peak)],
     }
     facts = record.plain(facts)
+    files.set_aside(shot.latents)  # another shot's, or with --force this one's
     latents.save(shot.latents, done.state.x, facts)
     return done.state.x, facts
 

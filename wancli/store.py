@@ -137,10 +137,10 @@ class Store:
         return [entry for entry in self.entries() if not _intact(entry)]
 
     def prune(self, max_bytes: int | None = None, older_than_days: float | None = None) -> list[Entry]:
-        """Remove entries unused for so long, then the longest unused until `max_bytes` are kept.
+        """Remove damaged entries, those unused for so long, and the longest unused beyond `max_bytes`.
 
-        Also removes damaged entries set aside as .bad and what dead processes left. Returns the
-        entries that are gone.
+        Also removes what was set aside as .bad and what dead processes left. Returns the entries
+        that are gone.
         """
         for shard in self.root.glob("??"):
             files.sweep(shard)
@@ -152,7 +152,7 @@ class Store:
         gone = []
         for entry in kept:
             too_old = older_than_days is not None and now - entry.mtime > older_than_days * 86400
-            if too_old or (max_bytes is not None and total > max_bytes):
+            if too_old or (max_bytes is not None and total > max_bytes) or not _intact(entry):
                 with files.writing(entry.path):
                     entry.path.unlink(missing_ok=True)
                 total -= entry.bytes

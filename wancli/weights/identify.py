@@ -14,12 +14,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli import files
-from wancli.errors import CheckpointError
+from wancli.errors import CheckpointError, MachineError
 from wancli.models.config import T5Config, VAEConfig, WanConfig
 from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo, header, headers
 from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_from_diffusers
@@ -99,7 +100,8 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     # A file that changed while it was read gets a new identity, and its digest no entry.
     fresh = {key: digest for key, digest in digests.items() if key == _identity(now[key])}
     if not fresh.items() <= known.items():
-        files.replace(memo, json.dumps(known | fresh, indent=1).encode())
+        with suppress(MachineError):  # the memo saves time, and is not worth failing for
+            files.replace(memo, json.dumps(known | fresh, indent=1).encode())
     if len(paths) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()

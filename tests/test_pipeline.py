@@ -107,8 +107,8 @@ def test_a_file_that_is_in_the_way_is_never_touched(
     said = render(output="out/{id}.mp4", items=items)
     assert said.code == 2
     assert said.err.splitlines() == [
-        f"wancli: {tmp_path}/out/a.mp4 exists, and is not what this job makes now",
-        f"wancli: {tmp_path}/out/b.mp4 exists, and is not what this job makes now",
+        f"wancli: {tmp_path}/out/a.mp4 exists, and is not what this job makes now (no manifest)",
+        f"wancli: {tmp_path}/out/b.mp4 exists, and is not what this job makes now (no manifest)",
         "  --force moves it aside; or change `output`.",
     ]
     assert said.out == ""

@@ -123,10 +123,10 @@ VIDEO = {
     "fps": {"video": {"fps": 24}},
     "crf": {"video": {"crf": 20}},
     "codec": {"video": {"codec": "h265"}},
-    "measure": {"measure": True},
     "decode_chunk": {"memory": {"decode_chunk": 8}},
 }
 NEITHER = {
+    "measure": {"measure": True},
     "output": {"output": "elsewhere/{key}.mp4"},
     "id": {"id": "a"},
     "labels": {"labels": {"take": 3}},
@@ -463,11 +463,13 @@ def test_a_prompt_that_is_cut_is_a_warning_with_the_count(decide: Callable[..., 
 
 
 def test_an_injection_that_changes_nothing_is_a_warning(decide: Callable[..., Plan]) -> None:
-    plan = decide(inject=[rule(strength=0), rule(prompt=CAT)])
-    assert plan.warnings == (
+    assert decide(inject=[rule(strength=0)]).warnings == (
         "shot 0000: an injection has strength 0 and changes nothing",
+    )
+    assert decide(inject=[rule(prompt=CAT)]).warnings == (
         "shot 0000: the injected prompt is the main prompt; nothing will change",
     )
+    assert decide(inject=[rule(prompt=CAT, branch="both")]).warnings == ()
     assert decide(inject=[rule()]).warnings == ()
 
 

@@ -145,3 +145,31 @@ def test_nan_from_the_text_encoder_is_told_and_never_cached(
     assert "UMT5 gives NaN or Inf for 'A gray tabby cat" in said.err
     assert not list((tmp_path / "cache").rglob("*.entry"))
     assert [name for name in files_in(tmp_path) if name != "report.json"] == []
+
+
+def test_measuring_a_finished_shot_keeps_its_video_and_adds_the_effects(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    injected = {"inject": [rule()]}
+    assert render(**injected).code == 0
+    video = tmp_path / "out" / "clip.mp4"
+    before = video.read_bytes()
+    assert manifest_of(tmp_path)["effects"] == []
+    assert render("--log-level", "verbose", **injected).code == 0
+    assert manifest_of(tmp_path)["effects"] != []
+    assert video.read_bytes() == before
+    assert render(**injected).code == 0  # and back again: nothing to do
+
+
+def test_a_decoder_that_gives_nan_fails_the_shot_and_keeps_the_latent(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    model = checkpoint(tmp_path)
+    change_tensors(
+        model / "Wan2.1_VAE.pth", lambda tensors: tensors["decoder.head.2.bias"].fill_(float("nan"))
+    )
+    said = render(model=str(model))
+    assert said.code == 1
+    assert "NaN or Inf in the decoded frames" in said.err
+    assert not list(tmp_path.glob("out/*.mp4"))
+    assert list(tmp_path.glob("out/*.latents.safetensors"))

@@ -309,7 +309,7 @@ def diff_command(
 
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
-    """List the embeddings in the cache, newest first."""
+    """List the embeddings in the cache, last used first."""
     from wancli.report import data, terminal
 
     rows = data.of_cache(_store(cache_dir))

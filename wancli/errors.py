@@ -11,13 +11,12 @@
     │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
-    ├─ ShotError           1   one shot failed, the others go on
-    │  ├─ NotFinite            NaN or Inf in a velocity or latent; names step, branch and block
-    │  └─ InjectionMissed      a rule reached fewer cells of its table than planned
-    └─ Interrupted       130   Ctrl-C
+    └─ ShotError           1   one shot failed, the others go on
+       ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
+       └─ InjectionMissed      a rule reached fewer cells of its table than planned
 
 Everything between raises; `wancli.cli` alone turns an error into an exit code. Anything
-that is not a WancliError is a bug in wancli and exits with 70.
+that is not a WancliError, nor Ctrl-C (130), is a bug in wancli and exits with 70.
 """
 
 from __future__ import annotations
@@ -107,10 +106,6 @@ class NotFinite(ShotError):
 
 class InjectionMissed(ShotError):
     code = "shot.injection_missed"
-
-
-class Interrupted(WancliError):
-    status, code = ExitStatus.INTERRUPTED, "interrupted"
 
 
 def stack(error: BaseException) -> str:

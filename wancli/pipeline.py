@@ -22,6 +22,7 @@ from wancli.errors import (
     EntryError,
     JobError,
     MachineError,
+    NotFinite,
     OutputExists,
     ShotError,
     WancliError,
@@ -63,11 +64,19 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     OutputExists lists every file in the way; MachineError when ffmpeg or a folder will not do;
     DoesNotFit when the machine has less memory than a shot needs.
     """
-    todo = [shot for shot in plan.shots if tools.force or not manifest.done(shot.output, shot.key)]
-    in_the_way = [s.output for s in todo if s.output.exists() and not tools.force and not _unrecorded(s)]
+    wrong = {shot.index: manifest.problems(shot.output, shot.key) for shot in plan.shots}
+    todo = [shot for shot in plan.shots if tools.force or wrong[shot.index] or _unmeasured(shot)]
+    in_the_way = [
+        shot
+        for shot in todo
+        if shot.output.exists() and wrong[shot.index] and not tools.force and not _unrecorded(shot)
+    ]
     if in_the_way:
+        reasons = {shot.output: wrong[shot.index][0].rpartition(": ")[2] for shot in in_the_way}
         raise OutputExists(
-            "\n".join(f"{path} exists, and is not what this job makes now" for path in in_the_way),
+            "\n".join(
+                f"{p} exists, and is not what this job makes now ({why})" for p, why in reasons.items()
+            ),
             hint="--force moves it aside; or change `output`.",
         )
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
@@ -84,9 +93,17 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     return todo
 
 
+def _unmeasured(shot: Shot) -> bool:
+    """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
+    body = manifest.read(shot.manifest) if shot.measure and shot.rules else None
+    return body is not None and not body["effects"]
+
+
 def _unrecorded(shot: Shot) -> bool:
     """Whether a run may have died between the video of this shot and its manifest: then its latent is
     still there. The video is made once more, and publishing the same bytes is no overwriting."""
+    if shot.manifest.exists():
+        return False
     try:
         return bool(latents.load(shot.latents)[1]["key"] == shot.key)
     except EntryError:
@@ -125,14 +142,16 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
     texts = [text for shot in shots if shot.index not in recalled for text in shot.texts]
     try:
-        encoded, stage1 = encode_prompts(model, texts, tools)
+        with _fitting("encoding prompts"):
+            encoded, stage1 = encode_prompts(model, texts, tools)
     except ShotError as error:
-        yield from (Outcome(shot, "failed", error=error) for shot in shots)
-        return
+        yield from (Outcome(shot, "failed", error=error) for shot in shots if shot.index not in recalled)
+        shots = [shot for shot in shots if shot.index in recalled]
+        encoded, stage1 = {}, {}
     networks = Networks(model)
     for shot in shots:
         try:
-            with _fitting(shot):
+            with _fitting(f"shot {shot.id}"):
                 known = _recalled(shot) if shot.index in recalled else None
                 z_CTYX, facts = known or _sampled(shot, encoded, stage1, networks, tools)
                 body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
@@ -140,12 +159,13 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
             yield Outcome(shot, "failed", error=error)
         else:
             if not shot.keep_latents:
-                shot.latents.unlink()
+                with files.writing(shot.latents):
+                    shot.latents.unlink(missing_ok=True)
             yield Outcome(shot, "rendered", body)
 
 
 @contextmanager
-def _fitting(shot: Shot) -> Iterator[None]:
+def _fitting(where: str) -> Iterator[None]:
     """Running out of memory ends with DoesNotFit, whatever the allocator calls it."""
     try:
         yield
@@ -155,7 +175,7 @@ def _fitting(shot: Shot) -> Iterator[None]:
             raise
         raise DoesNotFit(
             "out of memory",
-            where=f"shot {shot.id}",
+            where=where,
             hint="Fewer frames, a smaller size, or memory.decode_chunk: 1. A finished latent is kept.",
         ) from error
 
@@ -247,6 +267,8 @@ def _sampled(
         contexts = sample.Contexts(model, {prompt.id: rows_NE[prompt.id] for prompt in shot.texts})
         measured = Measured(model) if shot.measure else None
         x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
+        main = encoded[shot.prompt.id].embedding
+        differences = [compare(main, encoded[prompt.id].embedding, model) for prompt in shot.injected]
         read: set[Any] = set()
         done, first_step = None, 0.0
         for done in sample.denoise(
@@ -257,8 +279,6 @@ def _sampled(
             bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
         assert done is not None
         sample.check_hits(shot.table, frozenset(read))
-        main = encoded[shot.prompt.id].embedding
-        differences = [compare(main, encoded[prompt.id].embedding, model) for prompt in shot.injected]
     facts = record.of_shot(shot) | {
         "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
@@ -279,7 +299,6 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
     The checkpoint is that of the record unless `folder` names it; the latent stays. Raises
     EntryError for a damaged latent, CheckpointError for another VAE than the shot was planned with.
     """
-    from wancli.plan import has_cuda
     from wancli.weights.identify import fingerprint, identify
     from wancli.weights.readers import load_vae
 
@@ -299,7 +318,8 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
             where=str(checkpoint.vae_files[0]),
             hint="--model DIR names the checkpoint to decode with.",
         )
-    finish(z_CTYX, facts, output, load_vae(checkpoint, "cuda" if has_cuda() else "cpu"), tools)
+    with _fitting(str(path)):
+        finish(z_CTYX, facts, output, load_vae(checkpoint, facts["model"]["device"]), tools)
     return output
 
 
@@ -308,8 +328,6 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: WanVAE, tools: Tool
     import torch
 
     shot = facts["shot"]
-    if tools.force:
-        files.set_aside(output)
     with (
         torch.inference_mode(),
         memory.Peak() as peak,
@@ -318,8 +336,13 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: WanVAE, tools: Tool
 
         def rgb() -> Iterator[memoryview]:
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
+                if not frames_CTYX.isfinite().all():
+                    raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield video.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
+            if tools.force:  # not before there is something to put in their place
+                files.set_aside(output)
+                files.set_aside(manifest.manifest_path(output))
 
         video.write_mp4(
             rgb(),

@@ -343,7 +343,7 @@ def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
         for rule, text in zip(shot.rules, shot.injected):
             if not rule.on:
                 yield f"shot {shot.id}: an injection has strength 0 and changes nothing"
-            if text.id == shot.prompt.id and "cond" in rule.branches:
+            if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
                 yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
         if shot.solver == "distill4" and shot.guidance != 1:
             yield f"shot {shot.id}: distilled models want guidance 1; {shot.guidance:g} blurs"

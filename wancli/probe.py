@@ -84,4 +84,5 @@ class Measured:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a - b‖ / ‖b‖."""
-    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+    change, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (a - b, b))
+    return float(change / size.clamp_min(1e-30))

@@ -133,7 +133,7 @@ class Shot:
             {
                 "pixels": PIXELS,
                 "transformer": self.model.transformer,
-                "heads": self.model.checkpoint.transformer.num_heads,
+                "sizes": asdict(self.model.checkpoint.transformer),
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.texts],
                 "rules": [asdict(rule) for rule in self.rules],
@@ -145,18 +145,9 @@ class Shot:
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that the video and its record depend on."""
-        return _hash(
-            [
-                self.latents_key,
-                self.model.vae,
-                self.decode_chunk,
-                self.fps,
-                self.crf,
-                self.codec,
-                self.measure,
-            ]
-        )
+        """Hash of all that the video depends on."""
+        video = [self.model.vae, self.decode_chunk, self.fps, self.crf, self.codec]
+        return _hash([self.latents_key, *video])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import files
+from wancli import files, manifest
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -84,6 +84,7 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
                 "id": shot.id,
                 "output": str(shot.output),
                 "key": shot.key,
+                "state": state(shot),
                 "size": [shot.width, shot.height],
                 "frames": shot.frames,
                 "tokens": shot.tokens,
@@ -104,6 +105,13 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
     }
 
 
+def state(shot: Shot) -> str:
+    """What a render would find: `done`, `to do`, or `in the way`, which takes --force or another output."""
+    if manifest.done(shot.output, shot.key):
+        return "done"
+    return "in the way" if shot.output.exists() else "to do"
+
+
 def cached(plan: Plan, store: Store) -> list[dict[str, Any]]:
     """Every distinct prompt of a plan, and whether stage 1 has it already."""
     texts = {prompt.id: prompt for shot in plan.shots for prompt in shot.texts}
@@ -119,7 +127,7 @@ def cached(plan: Plan, store: Store) -> list[dict[str, Any]]:
 
 
 def of_cache(store: Store) -> list[dict[str, Any]]:
-    """`wancli cache ls`: the entries, newest first."""
+    """`wancli cache ls`: the entries, last used first."""
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
         try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
@@ -130,7 +138,7 @@ def of_cache(store: Store) -> list[dict[str, Any]]:
             {
                 "key": entry.key,
                 "bytes": entry.bytes,
-                "written": datetime.fromtimestamp(entry.mtime, UTC).isoformat(timespec="seconds"),
+                "used": datetime.fromtimestamp(entry.mtime, UTC).isoformat(timespec="seconds"),
                 "tokens": len(tokens.ids) if tokens else None,
                 "text": tokens.text if tokens else "(damaged; a render computes it again)",
             }
@@ -175,11 +183,14 @@ def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             best = found.setdefault(phase["name"], phase | {"measured": 0, "seconds": 0.0})
             if phase["total"] > best["total"]:
                 best |= phase
-    for index, shot in enumerate(shots):
+    counted: set[tuple[str, str]] = set()
+    for shot in shots:
         for phase in shot["phases"]:
             entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
             grown = phase["rss"] - shot["phases"][0]["rss_start"]
             entry["measured"] = max(entry["measured"], phase["cuda"] or grown)
-            if index == 0 or phase["name"] not in ("encode", "load"):  # these ran once, for all shots
+            once = (phase["name"], shot["model"]["root"])  # stage 1 and loading serve all shots of a model
+            if once not in counted or phase["name"] not in ("encode", "load"):
                 entry["seconds"] += phase["seconds"]
+            counted.add(once)
     return list(found.values())

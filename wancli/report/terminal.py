@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import JobError
 from wancli.events import printable
 from wancli.inject import Row, strip
-from wancli.report.data import cached, largest, row
+from wancli.report.data import cached, largest, row, state
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,11 +42,15 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
         sizes = model.checkpoint.transformer
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {model.dtype} on {model.device}"
-    table = _table("shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
+    table = _table(
+        "shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance", "state"
+    )
     for shot in plan.shots:
         size = f"{shot.width}x{shot.height}"
         numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
-        table.add_row(printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", f"{shot.guidance:g}")
+        table.add_row(
+            printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", f"{shot.guidance:g}", state(shot)
+        )
     yield table
     if verbose:
         for shot in plan.shots:
@@ -183,7 +187,7 @@ def _effects(shot: Mapping[str, Any]) -> Iterator[RenderableType]:
         for block, value in effect["blocks"].items():
             blocks.setdefault(block, []).append(100 * value)
             legacy.setdefault(block, []).append(effect["changed_percent"][block])
-    top = max(value for values in blocks.values() for value in values)
+    top = max(value for values in blocks.values() for value in values) or 1.0
     yield f"\nshot {shot['id']}: what the injection changed, relative L2; a full bar is {top:.1f} %"
     yield f"{'step':>6} {'branch':<7} velocity  {_scale(depth)}"
     for effect in shot["effects"]:
@@ -230,14 +234,14 @@ def encoded_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    table = _table("key", ">tokens", ">size", "written", "text")
+    table = _table("key", ">tokens", ">size", "used", "text")
     for entry in rows:
-        written = entry["written"][:16].replace("T", " ")
+        used = entry["used"][:16].replace("T", " ")
         table.add_row(
             entry["key"][:12],
             str(entry["tokens"] or "-"),
             size(entry["bytes"]),
-            written,
+            used,
             _cut(entry["text"], 30),
         )
     yield table

@@ -292,6 +292,12 @@ def test_encode_prints_a_key_per_prompt_in_the_order_given(say: Any) -> None:
     ]
 
 
+def test_encode_keeps_the_order_of_prompts_and_jobs(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job())
+    rows = json.loads(say("encode", *MODEL, "--json", "first", job, "last").out)
+    assert [row["text"] for row in rows] == ["first", CAT, "fog", "last"]
+
+
 def test_encode_takes_prompts_or_a_job_on_stdin(say: Any, tmp_path: Path) -> None:
     lines = say("encode", *MODEL, "-", stdin=b"one cat\n\ntwo cats\r\n")
     assert [line.split("encoded  ")[1].rstrip() for line in lines.out.splitlines()] == ["one cat", "two cats"]

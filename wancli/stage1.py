@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,26 +47,28 @@ def requested(
     """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin."""
     if max_tokens not in (256, 512):
         raise JobError(f"{max_tokens} is not 256 or 512", where="--max-tokens")
-    jobs: list[JobFile] = []
-    texts: list[str] = []
+    said: list[JobFile | str] = []
     for argument in what:
         if argument == "-":
             data = sys.stdin.buffer.read()
             if re.search(rb"(?m)^(?:prompt|items):|\A\s*\{", data):
-                jobs.append(parse(data, "stdin", "stdin", Path.cwd()))
+                said.append(parse(data, "stdin", "stdin", Path.cwd()))
             else:
-                texts += [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
-        elif argument.endswith(JOB_SUFFIXES):
-            jobs.append(load(Path(argument)))
+                said += [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
         else:
-            texts.append(argument)
-    if not jobs and not texts:
+            said.append(load(Path(argument)) if argument.endswith(JOB_SUFFIXES) else argument)
+    if not said:
         raise JobError("no prompts to encode", where="stdin")
-    work = [_of_job(job, memo) for job in jobs]
-    if texts:
-        model = _model(folder, memo)
-        work.append([Work(model, tuple(prompt_of(model, text, max_tokens, truncate) for text in texts))])
-    return [one for several in work for one in several]
+    work: list[Work] = []
+    for are_texts, several in groupby(said, key=lambda one: isinstance(one, str)):
+        if are_texts:
+            model = _model(folder, memo)
+            work.append(
+                Work(model, tuple(prompt_of(model, str(text), max_tokens, truncate) for text in several))
+            )
+        else:
+            work += [one for job in several if isinstance(job, JobFile) for one in _of_job(job, memo)]
+    return work
 
 
 def run(work: Sequence[Work], out: Path | None, tools: pipeline.Tools) -> list[dict[str, Any]]:

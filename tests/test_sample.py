@@ -173,3 +173,13 @@ def test_a_decoder_that_gives_nan_fails_the_shot_and_keeps_the_latent(
     assert "NaN or Inf in the decoded frames" in said.err
     assert not list(tmp_path.glob("out/*.mp4"))
     assert list(tmp_path.glob("out/*.latents.safetensors"))
+
+
+def test_measuring_what_is_switched_off_renders_nothing_again(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = {"inject": [rule(strength=0)]}
+    assert render(**off).code == 0
+    calls = forwards(monkeypatch)
+    assert render("--log-level", "verbose", **off).code == 0
+    assert calls == []

@@ -95,8 +95,12 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
 
 def _unmeasured(shot: Shot) -> bool:
     """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
-    body = manifest.read(shot.manifest) if shot.measure and shot.rules else None
-    return body is not None and not body["effects"]
+    body = manifest.read(shot.manifest) if shot.measure else None
+    return body is not None and _lacks_effects(shot, body)
+
+
+def _lacks_effects(shot: Shot, facts: Record) -> bool:
+    return shot.measure and any(rule.on for rule in shot.rules) and not facts["effects"]
 
 
 def _unrecorded(shot: Shot) -> bool:
@@ -241,8 +245,7 @@ def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
         z_CTYX, facts = latents.load(shot.latents)
     except EntryError:
         return None
-    unmeasured = shot.measure and shot.rules and not facts["effects"]
-    if facts["latents_key"] != shot.latents_key or unmeasured:
+    if facts["latents_key"] != shot.latents_key or _lacks_effects(shot, facts):
         return None
     return z_CTYX, facts | record.plain(record.of_shot(shot))
 
@@ -258,13 +261,13 @@ def _sampled(
     from wancli.probe import Measured
 
     model, load = networks.transformer, networks.loading
-    rows_NE = {id: e.embedding.rows_NE.to(shot.model.device) for id, e in encoded.items()}
+    rows_NE = {text.id: encoded[text.id].embedding.rows_NE.to(shot.model.device) for text in shot.texts}
     with (
         torch.inference_mode(),
         memory.Peak() as peak,
         tools.progress.phase(shot.id, "sample", shot.steps) as bar,
     ):
-        contexts = sample.Contexts(model, {prompt.id: rows_NE[prompt.id] for prompt in shot.texts})
+        contexts = sample.Contexts(model, rows_NE)
         measured = Measured(model) if shot.measure else None
         x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
         main = encoded[shot.prompt.id].embedding

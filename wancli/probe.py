@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from wancli.difference import LEGACY_THRESHOLD
 from wancli.models.dit import WanModel
 from wancli.models.layers import Mix
 
 if TYPE_CHECKING:
     from wancli.sample import Reads
-
-LEGACY_THRESHOLD = 0.01  # absolute; the ancestor tool's "percent changed"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """The transformer: flow matching on latents of the world's clips, the text encoder trained with it.
 
 v = noise - x0 at x = (1-σ)·x0 + σ·noise, σ uniform and then shifted by 3. A tenth of the prompts are
-empty. Half way there (stage `grow`) every block becomes five.
+empty. Between the stages `dit` and `finetune` every block becomes five (stage `grow`).
 
-In finetuning some samples read a second prompt in a range of blocks, and their target takes each
-attribute from either scene, as the blocks of the range weigh in for it (ROLES). So what a block
-answers for is taught: the background early, shape and motion in the middle, the colour late,
-each fading into the next.
+From the second half of `dit` on some samples read a second prompt in a range of blocks, and their
+target takes each attribute from either scene, as the blocks of the range weigh in for it (ROLES). So
+what a block answers for is taught: the background early, shape and motion in the middle, the colour
+late, each fading into the next.
 
 Letters: B samples, P prompts, C latent channels, T Y X latent frames, rows, columns, K blocks.
 """
@@ -93,7 +93,8 @@ class DiTTrainer:
         self.samples = recipe.finetune_batch if finetune else recipe.dit_batch
         self._steps = recipe.finetune_steps if finetune else recipe.dit_steps
         self._grids = FINETUNED_GRIDS if finetune else TRAINED_GRIDS
-        self._swaps = recipe.swaps if finetune else 0.0
+        self._swaps = recipe.swaps
+        self._swaps_from = 0 if finetune else recipe.dit_steps // 2
         self._stage, self._seed, self._device, self._latents = stage, recipe.seed, device, latents
         self._tokenizer = Tokenizer(spiece)
         self._vocabulary = start["vocabulary"]
@@ -128,7 +129,7 @@ class DiTTrainer:
     def loss(self, i: int) -> Tensor:
         """Mean square error of the velocity on the i-th batch."""
         rng = rng_of(self._seed, self._stage, i)
-        scenes, prompts, read_KB = self._batch(rng)
+        scenes, prompts, read_KB = self._batch(rng, self._swaps if i >= self._swaps_from else 0.0)
         grids, weights = zip(*self._grids, strict=True)
         x0_BCTYX = self._latents.encode(draw_all(scenes, rng.choices(grids, weights)[0], self._device))
         generator = torch_rng(rng)
@@ -141,7 +142,7 @@ class DiTTrainer:
         v_BCTYX = velocity(self.model, x_BCTYX, 1000 * sigma_B, texts, read_KB.to(self._device))
         return F.mse_loss(v_BCTYX, noise_BCTYX - x0_BCTYX)
 
-    def _batch(self, rng: random.Random) -> tuple[list[Scene], list[list[int]], Tensor]:
+    def _batch(self, rng: random.Random, swaps: float) -> tuple[list[Scene], list[list[int]], Tensor]:
         """Target scenes, prompts as ids, and the prompt that each block reads for each sample."""
         style = text.random_style(rng)
         depth = len(self.model.blocks)
@@ -153,7 +154,7 @@ class DiTTrainer:
             read_KB[:, sample] = len(prompts)
             words = "" if rng.random() < EMPTY else caption(scene, rng, style)
             prompts.append(self._tokenizer.ids(words))
-            if words and rng.random() < self._swaps:
+            if words and rng.random() < swaps:
                 injected = random_scene(rng)
                 low, high = random_range(rng, depth)
                 scene = blended(scene, injected, low / depth, high / depth, rng)

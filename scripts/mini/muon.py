@@ -1,5 +1,7 @@
 """Muon for many small matrices: momentum, orthogonalised by Newton-Schulz, all of one shape at a time.
 
+The kernel of a convolution counts as a matrix of output channels by all the rest.
+
 torch.optim.Muon takes them one by one, in bf16: with 480 matrices of 40 narrow blocks that is
 thousands of kernels a step, and slower on a CPU too. Source of the iteration and its constants:
 Jordan 2024, kellerjordan.github.io/posts/muon; of the scale: Liu et al. 2025, arXiv:2502.16982,
@@ -25,9 +27,9 @@ class Muon:
     """Steps matrices along their orthogonalised Nesterov momentum. `state` and `load` save and resume."""
 
     def __init__(self, matrices: Sequence[nn.Parameter]) -> None:
-        shapes = {(min(p.shape), max(p.shape)) for p in matrices}
+        shapes = {_lying(p) for p in matrices}
         self._groups: dict[tuple[int, int], list[Tensor]] = {
-            shape: [p for p in matrices if (min(p.shape), max(p.shape)) == shape] for shape in sorted(shapes)
+            shape: [p for p in matrices if _lying(p) == shape] for shape in sorted(shapes)
         }
         self._momentum = {
             shape: torch.zeros(len(group), *shape, device=group[0].device)
@@ -40,7 +42,10 @@ class Muon:
             grad_GMN = torch.stack([_flat(p.grad) for p in group if p.grad is not None])
             momentum_GMN = self._momentum[shape].lerp_(grad_GMN, 1 - MOMENTUM)
             update_GMN = orthogonal(torch.lerp(grad_GMN, momentum_GMN, MOMENTUM))
-            updates = [u if len(p) == shape[0] else u.mT for p, u in zip(group, update_GMN, strict=True)]
+            updates = [
+                (u if len(p) == shape[0] else u.mT).reshape(p.shape)
+                for p, u in zip(group, update_GMN, strict=True)
+            ]
             torch._foreach_mul_(group, 1 - lr * DECAY)
             torch._foreach_add_(group, updates, alpha=-lr * 0.2 * shape[1] ** 0.5)
 
@@ -63,6 +68,13 @@ def orthogonal(x_GMN: Tensor) -> Tensor:
     return x_GMN
 
 
-def _flat(matrix: Tensor) -> Tensor:
-    """Lying on its long side."""
-    return matrix if len(matrix) == min(matrix.shape) else matrix.mT
+def _lying(parameter: Tensor) -> tuple[int, int]:
+    """Rows and columns of the matrix laid on its long side."""
+    sides = len(parameter), parameter[0].numel()
+    return min(sides), max(sides)
+
+
+def _flat(parameter: Tensor) -> Tensor:
+    """The matrix laid on its long side."""
+    matrix = parameter.flatten(1)
+    return matrix if matrix.shape == _lying(parameter) else matrix.mT

@@ -34,7 +34,7 @@ class Recipe:
     dit_batch: int = 32
     finetune_steps: int = 12000
     finetune_batch: int = 32
-    swaps: float = 0.25  # of the finetuning samples read a second prompt in some blocks
+    swaps: float = 0.25  # of the samples read a second prompt in some blocks, from half of `dit` on
 
     def wan(self, blocks: int) -> WanConfig:
         return WanConfig(self.dim, 2 * self.dim, self.heads, blocks, text_dim=self.text_dim)

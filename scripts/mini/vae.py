@@ -1,7 +1,8 @@
 """The VAE: a decoder trained on the linear latents, and an encoder that learns to give them.
 
 Both are wancli's networks, run on several clips at once by vmap, which on a CPU is five times faster
-than one after the other. A little noise on the latents makes the decoder forgive the encoder and the
+than one after the other. Muon steps the kernels of the convolutions: after 90 steps the loss is half
+that of AdamW. A little noise on the latents makes the decoder forgive the encoder and the
 transformer.
 
 Letters: B clips, C latent channels, T Y X frames, rows and columns of latents or of videos.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.mini.latents import Latents
+from scripts.mini.muon import Muon
 from scripts.mini.recipe import Recipe
 from scripts.mini.training import Average, State, adamw, rate, rng_of, set_rate, torch_rng
 from scripts.mini.world import Grid, Scene, cover_all, draw_all, random_scene
@@ -24,12 +26,12 @@ from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wancli.models.vae_layers import ResidualBlock, Stream
 
 GRIDS: tuple[tuple[Grid, int], ...] = (
-    ((9, 48, 48), 5),
+    ((9, 48, 48), 6),
     ((9, 64, 64), 3),
     ((17, 48, 48), 1),
-    ((9, 48, 80), 1),
 )
-LEARNING_RATE = 1e-3
+MUON_RATE = 2e-3
+ADAM_RATE = 1e-3
 AVERAGE = 0.999
 SHAPE_WEIGHT = 4.0  # of the pixels in and around the shape
 AROUND = 5  # pixels
@@ -94,13 +96,9 @@ class VAETrainer:
         self._latents, self._device = latents, device
         self.vae = build(recipe).to(device)
         self.average = Average(self.vae, AVERAGE)
-        halves = {
-            "decoder": (self.vae.decoder, self.vae.conv2),
-            "encoder": (self.vae.encoder, self.vae.conv1),
-        }
-        self._optimizers = {
-            half: adamw([p for module in modules for p in module.parameters()])
-            for half, modules in halves.items()
+        self._halves = {
+            "decoder": Half(self.vae.decoder, self.vae.conv2),
+            "encoder": Half(self.vae.encoder, self.vae.conv1),
         }
 
     def step(self, i: int) -> Tensor:
@@ -112,32 +110,52 @@ class VAETrainer:
         z_BCTYX = self._latents.encode(video_BCTYX)
         noise_BCTYX = torch.randn(z_BCTYX.shape, generator=torch_rng(rng)).to(self._device)
         loss = weighted_loss(decode(self.vae, z_BCTYX + NOISE * noise_BCTYX), video_BCTYX, scenes)
-        self._descend("decoder", loss, i)
+        factor = rate(i, self._steps)
+        self._halves["decoder"].descend(loss, factor)
         if i % ENCODER_EVERY == 0:
-            self._descend("encoder", F.mse_loss(encode(self.vae, video_BCTYX), z_BCTYX), i)
+            self._halves["encoder"].descend(F.mse_loss(encode(self.vae, video_BCTYX), z_BCTYX), factor)
         self.average.update(i)
         return loss
-
-    def _descend(self, half: str, loss: Tensor, i: int) -> None:
-        optimizer = self._optimizers[half]
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        set_rate(optimizer, LEARNING_RATE * rate(i, self._steps))
-        optimizer.step()
 
     def state(self) -> State:
         return {
             "vae": self.vae.state_dict(),
             "average": self.average.tensors,
-            "optimizers": {half: optimizer.state_dict() for half, optimizer in self._optimizers.items()},
+            "halves": {name: half.state() for name, half in self._halves.items()},
         }
 
     def load(self, state: State) -> None:
         self.vae.load_state_dict(state["vae"])
         self.average.load(state["average"])
-        for half, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][half])
+        for name, half in self._halves.items():
+            half.load(state["halves"][name])
+
+
+class Half:
+    """The optimizers of encoder or decoder: Muon for the kernels between its first and its last layer."""
+
+    def __init__(self, network: nn.Module, outer: nn.Module) -> None:
+        named = [*network.named_parameters(), *outer.named_parameters(prefix="outer")]
+        inner = [not name.startswith(("conv1.", "head.", "outer.")) and p.ndim >= 4 for name, p in named]
+        self._parameters = [p for _, p in named]
+        self._muon = Muon([p for (_, p), is_inner in zip(named, inner, strict=True) if is_inner])
+        self._adamw = adamw([p for (_, p), is_inner in zip(named, inner, strict=True) if not is_inner])
+
+    def descend(self, loss: Tensor, factor: float) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._muon.step(MUON_RATE * factor)
+        set_rate(self._adamw, ADAM_RATE * factor)
+        self._adamw.step()
+
+    def state(self) -> State:
+        return {"muon": self._muon.state(), "adamw": self._adamw.state_dict()}
+
+    def load(self, state: State) -> None:
+        self._muon.load(state["muon"])
+        self._adamw.load_state_dict(state["adamw"])
 
 
 def weighted_loss(made_BCTYX: Tensor, video_BCTYX: Tensor, scenes: list[Scene]) -> Tensor:

@@ -120,7 +120,7 @@ def cover_all(scenes: Sequence[Scene], grid: Grid, device: torch.device | str = 
 
 
 def coverage(shape: str, centre_BT2: Tensor, radius_B: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, T, Y, X]: 1 inside the shape, 0 outside, in between within half a pixel of its edge."""
+    """[B, T, Y, X]: 1 inside the shape, 0 outside, in between within a pixel of its edge."""
     y_Y1, x_X = (torch.arange(n, device=centre_BT2.device) + 0.5 for n in size)
     x_BTYX = x_X - centre_BT2[..., 0, None, None]
     y_BTYX = y_Y1[:, None] - centre_BT2[..., 1, None, None]
@@ -132,7 +132,7 @@ def coverage(shape: str, centre_BT2: Tensor, radius_B: Tensor, size: tuple[int, 
     else:  # equilateral, a tip up: the distance to its three sides from the centre is half its reach
         slope = x_BTYX.abs() * 0.75**0.5 - y_BTYX / 2
         beyond = torch.maximum(slope, y_BTYX) - REACH["triangle"] / 2 * r_B111
-    return (0.5 - beyond).clamp(0, 1)
+    return (0.5 - beyond / 2).clamp(0, 1)
 
 
 def _path(scene: Scene, height: int, width: int) -> tuple[float, float, float, float]:

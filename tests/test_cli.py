@@ -66,12 +66,14 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version",
-        "wancli render JOB --force --json --cache-dir --log-level --progress -q/--quiet",
+        "wancli render [JOB] --prompt -o/--output --force --json --cache-dir --log-level --progress"
+        " -q/--quiet",
         "wancli plan JOB -v/--verbose --json --cache-dir",
         "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --json"
         " --cache-dir --progress -q/--quiet",
         "wancli decode NAME.latents.safetensors -o/--output --model --force --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --json --cache-dir -q/--quiet",
+        "wancli compare VIDEO... -o/--output",
         "wancli cache",
         "wancli cache ls --json --cache-dir",
         "wancli cache verify --json --cache-dir",
@@ -93,7 +95,7 @@ def test_without_a_command_there_is_help(say: Any) -> None:
         said = say(*arguments)
         assert (said.code, said.err) == (0, "")
         assert said.out.startswith("Usage: wancli [OPTIONS] COMMAND")
-        assert "render  Render every shot of a job." in said.out
+        assert "render   Render every shot of a job, or a prompt." in said.out
 
 
 def test_the_version_is_all_that_version_prints(say: Any) -> None:
@@ -105,7 +107,7 @@ def test_the_version_is_all_that_version_prints(say: Any) -> None:
     ("arguments", "message"),
     [
         (["foo"], "No such command 'foo'."),
-        (["render"], "Missing argument 'JOB'."),
+        (["plan"], "Missing argument 'JOB'."),
         (["render", "a.yaml", "b.yaml"], "Got unexpected extra argument(s) (b.yaml)"),
         (["render", "a.yaml", "--farce"], "No such option: --farce (Possible options: --force)"),
         (["render", "a.yaml", "--log-level", "loud"], "Invalid value for '--log-level': "),
@@ -337,7 +339,6 @@ def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x"], "no checkpoint given"),
         (["x", "--model", "no"], "{tmp}/no: no such folder"),
         (["x", "--model", TINY, "--max-tokens", "300"], "--max-tokens: 300 is not 256 or 512"),
         (["a " * 300, "--model", TINY], "the prompt has 301 tokens, text.max_tokens is 256"),

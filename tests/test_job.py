@@ -204,7 +204,7 @@ def test_a_misspelt_key_is_not_also_reported_as_missing() -> None:
 
 
 def test_a_missing_key_names_the_file() -> None:
-    assert problems("prompt: x\n") == ["job.yaml: model: is missing"]
+    assert problems("seed: 1\n") == ["job.yaml: prompt: is missing"]
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_schema() -> None:

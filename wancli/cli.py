@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wancli import __version__
-from wancli.errors import ExitStatus, WancliError, stack
+from wancli.errors import ExitStatus, JobError, WancliError, stack
 from wancli.events import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from wancli.job import JobFile
     from wancli.pipeline import Outcome
     from wancli.shot import Plan
     from wancli.store import Store
@@ -71,7 +72,9 @@ Level = Annotated[
 ]
 Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
-ModelDir = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="The checkpoint folder.")]
+ModelDir = Annotated[
+    Path | None, typer.Option("--model", metavar="DIR", help="The checkpoint folder. Default: wan-mini.")
+]
 
 
 def main() -> None:
@@ -137,7 +140,16 @@ def options(
 
 @app.command()
 def render(
-    job: JobArgument,
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A job file; - reads it from stdin.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instead of a job: one video of this, by wan-mini.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where it goes. Default: {slug}.mp4"),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
@@ -145,7 +157,7 @@ def render(
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
-    """Render every shot of a job.
+    """Render every shot of a job, or a prompt.
 
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
     rendered again. Prints one path per finished shot.
@@ -154,7 +166,7 @@ def render(
     from wancli.report import data, terminal
 
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
-    plan = _plan(job, cache_dir, measure=measuring)
+    plan = _plan(_said(job, prompt, output), cache_dir, measure=measuring)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     for warning in plan.warnings:
         display.warn(warning)
@@ -198,7 +210,7 @@ def plan_command(
     """
     from wancli.report import data, terminal
 
-    plan = _plan(job, cache_dir)
+    plan = _plan(_job(job), cache_dir)
     store = _store(cache_dir)
     if as_json:
         emit(data.of_plan(plan, store))
@@ -307,6 +319,24 @@ def diff_command(
     return ExitStatus.OK
 
 
+@app.command("compare")
+def compare_command(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="MP4 files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
+        "contact-sheet.png"
+    ),
+) -> int:
+    """Put videos side by side: a contact sheet.
+
+    A PNG with frames of each, from first to last, under what its manifest says it is.
+    """
+    from wancli.report import sheet
+
+    sheet.write(output, sheet.contact_sheet(videos))
+    print(output)
+    return ExitStatus.OK
+
+
 @cache_app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
@@ -374,11 +404,28 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
         raise
 
 
-def _plan(job: str, cache_dir: Path | None, *, measure: bool = False) -> Plan:
-    from wancli import plan
+def _said(job: str | None, prompt: str | None, output: str | None) -> JobFile:
+    from wancli.job import of_prompt
+
+    if prompt is not None and job is None:
+        return of_prompt(prompt, output or "{slug}.mp4")
+    if job is None or prompt is not None or output is not None:
+        raise JobError(
+            "give a job file, or --prompt",
+            hint='wancli render JOB, or wancli render --prompt "A red circle drifts to the left" -o out.mp4',
+        )
+    return _job(job)
+
+
+def _job(job: str) -> JobFile:
     from wancli.job import load, parse
 
-    jobs = parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd()) if job == "-" else load(Path(job))
+    return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd()) if job == "-" else load(Path(job))
+
+
+def _plan(jobs: JobFile, cache_dir: Path | None, *, measure: bool = False) -> Plan:
+    from wancli import plan
+
     return plan.plan(jobs, _memo(cache_dir), measure=measure)
 
 

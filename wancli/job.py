@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from wancli import mini
 from wancli.errors import JobError
 from wancli.inject import Curve
 from wancli.yamlfile import Key, dotted, read_yaml
@@ -157,7 +158,7 @@ class Memory(Strict):
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
-    model: str
+    model: str = mini.NAME
     prompt: Prompt
     negative: Prompt = "default"
     output: str = "out/{job}/{item:04d}-{slug}.mp4"
@@ -249,6 +250,13 @@ def parse(data: bytes, file: str, name: str, directory: Path) -> JobFile:
     if problems:
         raise JobError("\n".join(problems))
     return JobFile(name, directory, tuple(items))
+
+
+def of_prompt(prompt: str, output: str) -> JobFile:
+    """A job of one shot that says nothing but its prompt. Raises JobError."""
+    source = Source("the command line")
+    job = _validated({"prompt": prompt, "output": output}, (), source)
+    return JobFile("prompt", Path.cwd(), (Item(job, source),))
 
 
 def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

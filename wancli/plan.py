@@ -18,12 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import files
+from wancli import files, mini
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
-from wancli.models.variants import NEGATIVE, T2V
+from wancli.models.variants import Defaults, defaults_of
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, schedule
 from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
@@ -98,22 +98,25 @@ def _shot(
     jobs: JobFile, index: int, item: Item, model_for: Callable[[Path, str, str], Model], measure: bool
 ) -> Shot:
     job = item.job
-    folder = _resolved(jobs.directory, job.model, item.where("model"))
+    folder = mini.FOLDER
+    if job.model != mini.NAME:
+        folder = _resolved(jobs.directory, job.model, item.where("model"))
     if not os.path.lexists(folder):
         raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
     model = model_for(folder, job.memory.device, job.memory.dtype)
+    defaults = defaults_of(model.checkpoint.transformer.dim)
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
-    steps = sampler.steps or kind.steps or T2V.steps
+    steps = sampler.steps or kind.steps or defaults.steps
     if kind.steps and steps != kind.steps:
         raise JobError(
             f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
         )
-    shift = _first(sampler.shift, kind.shift, T2V.shift)
-    guidance = _first(sampler.guidance, kind.guidance, T2V.guidance)
-    width, height = _size(item)
+    shift = _first(sampler.shift, kind.shift, defaults.shift)
+    guidance = _first(sampler.guidance, kind.guidance, defaults.guidance)
+    width, height = _size(item, defaults)
     prompts = _Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
-    negative = None if guidance == 1 else prompts.negative(job.negative)
+    negative = None if guidance == 1 else prompts.negative(job.negative, defaults.negative)
     injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
     sigmas = schedule(sampler.solver, steps, shift).sigmas
     depth = model.checkpoint.transformer.num_layers
@@ -131,14 +134,14 @@ def _shot(
         ),
         width=width,
         height=height,
-        frames=_frames(item),
+        frames=_frames(item, defaults),
         seed=job.seed,
         noise=job.noise,
         solver=sampler.solver,
         steps=steps,
         shift=shift,
         guidance=guidance,
-        fps=job.video.fps or T2V.fps,
+        fps=job.video.fps or defaults.fps,
         crf=job.video.crf,
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,
@@ -201,11 +204,11 @@ class _Prompts:
         )
         return Prompt(self._model.encoder.key(tokens), tokens)
 
-    def negative(self, said: str | EmbeddingFile) -> Prompt:
+    def negative(self, said: str | EmbeddingFile, default: str) -> Prompt:
         if said != "default":
             return self.get(said, "negative")
         # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
-        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(NEGATIVE, 512, truncate=True)
+        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(default, 512, truncate=True)
         return Prompt(self._model.encoder.key(tokens), tokens)
 
     def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
@@ -294,25 +297,26 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
             expr = expr.a
 
 
-def _size(item: Item) -> tuple[int, int]:
+def _size(item: Item, defaults: Defaults) -> tuple[int, int]:
     if item.job.size is None:
-        return T2V.width, T2V.height
+        return defaults.width, defaults.height
     where = item.where("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
-    near = tuple(max(T2V.stride, round(side / T2V.stride) * T2V.stride) for side in size)
+    stride = defaults.stride
+    near = tuple(max(stride, round(side / stride) * stride) for side in size)
     if size != near:
         raise JobError(
-            f"{item.job.size} is not made of multiples of {T2V.stride}; nearest is {near[0]}x{near[1]}",
+            f"{item.job.size} is not made of multiples of {stride}; nearest is {near[0]}x{near[1]}",
             where=where,
         )
     return size
 
 
-def _frames(item: Item) -> int:
-    frames = item.job.frames or T2V.frames
+def _frames(item: Item, defaults: Defaults) -> int:
+    frames = item.job.frames or defaults.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
@@ -340,6 +344,15 @@ def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
             if text.tokens.truncated:
                 lost = text.tokens.full_length - len(text.tokens.ids)
                 yield f"shot {shot.id}: {lost} of {text.tokens.full_length} tokens of a prompt are cut off"
+        if shot.model.checkpoint.root == mini.FOLDER:
+            words = [
+                word
+                for text in shot.texts
+                if not text.file
+                for word in mini.unknown_words(text.tokens.pieces)
+            ]
+            if words:
+                yield f"shot {shot.id}: {', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
         for rule, text in zip(shot.rules, shot.injected):
             if not rule.on:
                 yield f"shot {shot.id}: an injection has strength 0 and changes nothing"

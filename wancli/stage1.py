@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import pipeline
+from wancli import mini, pipeline
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
 from wancli.job import JobFile, load, parse
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from wancli.difference import Difference
 
 JOB_SUFFIXES = (".yaml", ".yml")
-NO_MODEL = "Say where the checkpoint is: --model DIR."
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,12 @@ def compared(pair: Pair, tools: pipeline.Tools, *, dit: bool) -> Difference:
 
     found, _ = pipeline.encode_prompts(pair.model, [pair.a, pair.b], tools)
     model = pipeline.Networks(pair.model).transformer if dit else None
-    return compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
+    difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
+    if pair.model.checkpoint.root != mini.FOLDER:
+        return difference
+    unknown = mini.unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
+    said = [f"{', '.join(unknown)}? {mini.KNOWS}"] if unknown else []
+    return replace(difference, hints=(*said, mini.DIFFERENCES))
 
 
 def prompt_of(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
@@ -155,6 +159,4 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 
 def _model(folder: Path | None, memo: Path) -> Model:
-    if folder is None:
-        raise JobError("no checkpoint given", hint=NO_MODEL)
-    return model_at(folder.expanduser().resolve(), "auto", "auto", memo)
+    return model_at(folder.expanduser().resolve() if folder else mini.FOLDER, "auto", "auto", memo)

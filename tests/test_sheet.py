@@ -1,0 +1,63 @@
+"""The contact sheet, read back by Pillow."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from jobs import command
+from PIL import Image
+
+from wancli import video
+from wancli.report import font, sheet
+
+
+def clip(path: Path, colours: list[tuple[int, int, int]], width: int = 64, height: int = 48) -> Path:
+    """An MP4 of plain frames."""
+    frames = [bytes(colour) * (width * height) for colour in colours]
+    size = {"width": width, "height": height, "fps": 8, "frame_count": len(frames)}
+    return video.write_mp4(frames, path, **size, crf=1, codec="h264", comment="")
+
+
+def test_a_strip_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> None:
+    colours = [(20 * i, 60, 200 - 20 * i) for i in range(9)]
+    data = sheet.contact_sheet([clip(tmp_path / "one.mp4", colours), clip(tmp_path / "two.mp4", colours)])
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    cell = 2 * 64  # as often as it fits into 160
+    assert picture.width == 5 * cell + 6 * sheet.GAP
+    assert picture.height == 2 * (font.HEIGHT + 2 * 48) + 5 * sheet.GAP
+    row = 2 * sheet.GAP + font.HEIGHT + 48
+    for place, index in enumerate((0, 2, 4, 6, 8)):
+        found = picture.getpixel((sheet.GAP + place * (cell + sheet.GAP) + cell // 2, row))
+        assert isinstance(found, tuple)
+        assert all(abs(a - b) <= 4 for a, b in zip(found, colours[index], strict=True))
+    name = picture.crop((sheet.GAP, sheet.GAP, sheet.GAP + 3 * font.WIDTH, sheet.GAP + font.HEIGHT))
+    assert {sheet.INK, sheet.PAPER} <= {pixel[0] for pixel in name.get_flattened_data()}
+
+
+def test_large_frames_are_averaged_down(tmp_path: Path) -> None:
+    path = clip(tmp_path / "large.mp4", [(250, 10, 10)], width=832, height=480)
+    picture = Image.open(io.BytesIO(sheet.contact_sheet([path]))).convert("RGB")
+    assert picture.width <= sheet.CELL + 2 * sheet.GAP
+
+
+def test_an_earlier_sheet_is_replaced_and_another_picture_moves_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = clip(tmp_path / "one.mp4", [(0, 0, 0)])
+    output = tmp_path / "sheet.png"
+    output.write_bytes(b"a picture of mine")
+    for _ in range(2):
+        said = command(capsys, "compare", video, "-o", output)
+        assert (said.code, said.out.strip()) == (0, str(output))
+    assert (tmp_path / "sheet.old-1.png").read_bytes() == b"a picture of mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "sheet.old-1.png", "sheet.png"]
+
+
+def test_what_is_no_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    said = command(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
+    assert said.code == 3
+    assert "bad.mp4" in said.err
+    assert not (tmp_path / "sheet.png").exists()

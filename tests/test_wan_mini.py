@@ -1,0 +1,142 @@
+"""The model inside the package, from the command line to the pixels of the MP4s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jobs import command, manifest_of, written
+
+from wancli import mini, video
+from wancli.models.variants import MINI
+from wancli.weights.identify import identify
+
+RED = "A red circle drifts to the left across dark stripes."
+BLUE = "A blue square rises in front of a white background."
+
+
+def shares(path: Path) -> dict[str, float]:
+    """How much of all frames is plainly red, plainly blue, and nearly white."""
+    counts = dict.fromkeys(("red", "blue", "white"), 0)
+    total = 0
+    for frame in video.read_frames(path):
+        for at in range(0, len(frame.rgb), 3):
+            r, g, b = frame.rgb[at : at + 3]
+            counts["red"] += r > 150 and max(g, b) < 100
+            counts["blue"] += b > 150 and r < 100
+            counts["white"] += min(r, g, b) > 215
+            total += 1
+    return {name: count / total for name, count in counts.items()}
+
+
+def test_the_weights_are_a_wan_of_40_blocks_in_16_mib() -> None:
+    sizes = identify(mini.FOLDER).transformer
+    assert (sizes.num_layers, sizes.in_dim, sizes.text_len) == (40, 16, 512)
+    assert sum(path.stat().st_size for path in mini.FOLDER.rglob("*") if path.is_file()) <= 16 * 2**20
+    assert (mini.FOLDER / "README.md").exists()
+
+
+def test_a_prompt_is_rendered_in_its_colours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
+    assert said.code == 0
+    assert said.out.strip() == str(tmp_path / "out.mp4")
+    found = shares(tmp_path / "out.mp4")
+    assert found["red"] > 0.04
+    assert found["blue"] == 0
+    assert found["white"] < 0.05
+    assert len(list(video.read_frames(tmp_path / "out.mp4"))) == MINI.frames
+    # A name is made of the prompt where none is given, and what is done is not rendered again.
+    assert command(capsys, "render", "--prompt", RED, "--cache-dir", tmp_path / "cache").code == 0
+    assert list(tmp_path.glob("a-red-circle-drifts-to-the-left*.mp4"))
+    again = command(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
+    assert "1 already done" in again.err
+
+
+def test_the_injected_prompt_wins_where_all_blocks_read_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {
+        "output": "out/{id}.mp4",
+        "prompt": RED,
+        "items": [{"id": "main"}, {"id": "all", "inject": [{"prompt": BLUE}]}],
+    }
+    assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    main, injected = shares(tmp_path / "out/main.mp4"), shares(tmp_path / "out/all.mp4")
+    assert main["red"] > 0.04
+    assert main["blue"] == 0
+    assert injected["blue"] > 0.04
+    assert injected["red"] == 0
+    assert injected["white"] > 0.5 > main["white"]
+
+
+def test_one_seed_gives_one_file_and_another_seed_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        job = {"output": "out/clip.mp4", "prompt": RED, "seed": seed, "sampler": {"steps": 6}}
+        path = written(tmp_path / name, job)
+        assert command(capsys, "render", path, "--cache-dir", tmp_path / "cache").code == 0
+    a, b, c = ((tmp_path / name / "out/clip.mp4").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(("frames", "size"), [(9, "64x64"), (17, "64x64"), (9, "96x64")])
+def test_lengths_and_sizes_keep_the_colour(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], frames: int, size: str
+) -> None:
+    job = {"output": "out/clip.mp4", "prompt": BLUE, "frames": frames, "size": size}
+    assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    pictures = list(video.read_frames(tmp_path / "out/clip.mp4"))
+    assert len(pictures) == frames
+    assert f"{pictures[0].width}x{pictures[0].height}" == size
+    found = shares(tmp_path / "out/clip.mp4")
+    assert found["blue"] > 0.03
+    assert found["red"] == 0
+
+
+def test_a_job_without_a_model_takes_the_embedded_one_with_its_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"output": "out/clip.mp4", "prompt": RED, "sampler": {"steps": 2}}
+    assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    body = manifest_of(tmp_path)
+    assert body["model"]["root"] == str(mini.FOLDER)
+    shot = body["shot"]
+    assert (shot["width"], shot["height"], shot["frames"]) == (MINI.width, MINI.height, MINI.frames)
+
+
+def test_words_from_outside_its_world_are_named_with_a_hint_and_rendered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"output": "out/clip.mp4", "prompt": "A tabby cat walks to the left.", "sampler": {"steps": 2}}
+    said = command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache")
+    assert said.code == 0
+    assert "tabby, cat, walks? wan-mini knows a red, green, blue or yellow circle" in said.err
+    assert "tabby" not in command(capsys, "plan", written(tmp_path, job | {"prompt": RED})).err
+
+
+def test_prompts_that_mean_the_same_differ_less_than_prompts_that_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    def percent(a: str, b: str) -> float:
+        said = command(capsys, "diff", a, b, "--json", "--cache-dir", tmp_path / "cache")
+        assert said.code == 0
+        return float(json.loads(said.out)["verdict"]["percent"])
+
+    same = percent("A red circle moves to the left.", "A crimson disc drifts leftwards.")
+    assert same < 50 < percent("A red circle moves to the left.", BLUE)
+    shown = command(capsys, "diff", RED, BLUE, "--cache-dir", tmp_path / "cache")
+    assert "How a real Wan does, its own UMT5 tells: --model DIR" in shown.out
+
+
+def test_a_job_and_a_prompt_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["job.yaml", "--prompt", RED], ["job.yaml", "-o", "x.mp4"], ["-o", "x.mp4"]):
+        said = command(capsys, "render", *arguments)
+        assert said.code == 2
+        assert "give a job file, or --prompt" in said.err

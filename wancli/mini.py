@@ -1,0 +1,29 @@
+"""wan-mini, the model inside the package: where it is, and what it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+NAME = "wan-mini"
+FOLDER = Path(__file__).parent / "assets" / NAME
+KNOWS = (
+    "wan-mini knows a red, green, blue or yellow circle, square or triangle that moves left, right, up "
+    "or down on a white, black, grey or striped background. Other prompts want another `model`."
+)
+DIFFERENCES = (
+    "This is how wan-mini reads them, whose encoder knows its own small world. How a real Wan does, its "
+    "own UMT5 tells: --model DIR."
+)
+
+
+def unknown_words(pieces: Sequence[str]) -> list[str]:
+    """The words of a prompt that wan-mini has never read: its tokenizer has a piece for each word it
+    knows, and spells all others."""
+    words: list[list[str]] = []
+    for piece in pieces[:-1]:  # the last is </s>
+        if piece.startswith("▁") or not words:
+            words.append([])
+        words[-1].append(piece.removeprefix("▁"))
+    spelled = [word for word in words if any(part.isalnum() and (len(part) == 1) for part in word[1:])]
+    return list(dict.fromkeys("".join(word).strip(".,:;!?'-") for word in spelled))

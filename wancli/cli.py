@@ -141,7 +141,7 @@ def options(
 @app.command()
 def render(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="A job file; - reads it from stdin.")
+        str | None, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Instead of a job: one video of this, by wan-mini.")

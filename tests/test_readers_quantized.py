@@ -192,6 +192,15 @@ def test_a_tensor_in_two_files_is_refused(original: State, tmp_path: Path):
         packed(paths)
 
 
+def test_a_tensor_under_two_names_is_refused(original: State, tmp_path: Path):
+    state = original | {"model.diffusion_model.head.modulation": original["head.modulation"].clone()}
+    with pytest.raises(CheckpointError, match=r"m.safetensors: head.modulation is there under two names"):
+        packed([saved(tmp_path / "m.safetensors", state)])
+    state = original | {"scale_shift_table": original["head.modulation"].clone()}
+    with pytest.raises(CheckpointError, match=r"head.modulation is there under two names"):
+        packed([saved(tmp_path / "m.safetensors", state)], rename=transformer_from_diffusers)
+
+
 def test_weights_are_mapped_and_not_read(original: State, tmp_path: Path):
     path = saved(tmp_path / "m.safetensors", scaled(original, {}))
     weight = packed([path])[f"{LAYER}.weight"].data

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from wancli.weights.identify import Checkpoint
 from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
 from wancli.weights.packed import Packed
 from wancli.weights.sizes import vae_config
+
+Entry = TypeVar("Entry")
 
 PATCHES = "patch_embedding"
 LISTED = 10  # tensors named in one message; the rest are counted
@@ -77,7 +80,8 @@ def packed(
     are left out. `rename` maps what remains of a name to wancli's own.
 
     Raises CheckpointError, naming file and tensor, for damaged files, for ways of quantizing that
-    wancli does not read, for a tensor that is there twice, and as `fold` does for scales.
+    wancli does not read, for a tensor that is there twice, also under two names, and as `fold` does
+    for scales; DoesNotFit for a .pth larger than memory and swap.
     """
     stored: dict[str, Stored] = {}
     formats: dict[str, str] = {}
@@ -88,14 +92,16 @@ def packed(
             stored[name] = Stored(path, value)
         if path.suffix == ".safetensors":
             formats |= _formats(path)
+    where = str(files[0]) if files else ""
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), "")
     own = {
-        name.removeprefix(prefix): entry
+        name: entry
         for name, entry in stored.items()
         if (prefix and name.startswith(prefix)) or not name.startswith(FOREIGN)
     }
-    folded = fold(own, {layer.removeprefix(prefix): said for layer, said in formats.items()})
-    return {rename(name): weight for name, weight in _split_patches(folded).items()}
+    bare = _renamed(own, lambda name: name.removeprefix(prefix), where)
+    folded = fold(bare, {layer.removeprefix(prefix): said for layer, said in formats.items()})
+    return _renamed(_split_patches(folded), rename, where)
 
 
 def load_into(
@@ -207,13 +213,24 @@ def _from_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
         yield name, Packed("plain" if plain else info.dtype, data, info.shape)
 
 
+def _renamed(entries: Mapping[str, Entry], rename: Callable[[str], str], where: str) -> dict[str, Entry]:
+    """Raises CheckpointError if two names become one."""
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if (new := rename(name)) in found:
+            raise CheckpointError(f"{new} is there under two names, one of them {name}", where=where)
+        found[new] = entry
+    return found
+
+
 def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:
     """stable-diffusion.cpp stores the patch embedding [d, in, 1, 2, 2] as [d * in, 1, 2, 2]."""
     weight, bias = weights.get(PATCHES + ".weight"), weights.get(PATCHES + ".bias")
     if weight is None or bias is None or len(weight.shape) != 4 or weight.shape[0] % bias.shape[0]:
         return weights
     shape = (bias.shape[0], weight.shape[0] // bias.shape[0], *weight.shape[1:])
-    return weights | {PATCHES + ".weight": replace(weight, shape=shape)}
+    data = weight.data.view(shape) if weight.scheme == "plain" else weight.data
+    return weights | {PATCHES + ".weight": replace(weight, data=data, shape=shape)}
 
 
 def _from_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:

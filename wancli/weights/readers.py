@@ -7,24 +7,54 @@ So weights are never in memory twice.
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from wancli.errors import CheckpointError
+from wancli.errors import CheckpointError, DoesNotFit
 from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
-from wancli.weights import names
+from wancli.weights import gguf, names
+from wancli.weights.fold import Stored, fold
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
 from wancli.weights.identify import Checkpoint
+from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
+from wancli.weights.packed import Packed
 from wancli.weights.sizes import vae_config
 
+Entry = TypeVar("Entry")
+
+PATCHES = "patch_embedding"
 LISTED = 10  # tensors named in one message; the rest are counted
+# Whole-model files put each network behind a prefix; the first that any name has is taken off.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
+FOREIGN = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", *PREFIXES[:2])
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 KEPT_FP32 = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
 
 
@@ -35,6 +65,43 @@ def tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """
     for path in files:
         yield from _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path)
+
+
+def packed(
+    files: Sequence[Path],
+    *,
+    rename: Callable[[str], str] = str,
+    prefixes: Sequence[str] = PREFIXES,
+) -> dict[str, Packed]:
+    """Every parameter in .safetensors, .gguf and .pth files as it is stored, mapped from disk.
+
+    Weights are read when touched; their scales, which are folded into them, at once. `prefixes` are
+    tried in turn and the first that occurs is taken off; the other networks of a whole-model file
+    are left out. `rename` maps what remains of a name to wancli's own.
+
+    Raises CheckpointError, naming file and tensor, for damaged files, for ways of quantizing that
+    wancli does not read, for a tensor that is there twice, also under two names, and as `fold` does
+    for scales; DoesNotFit for a .pth larger than memory and swap.
+    """
+    stored: dict[str, Stored] = {}
+    formats: dict[str, str] = {}
+    for path in files:
+        for name, value in _entries(path):
+            if name in stored:
+                raise CheckpointError(f"{name} is in another file too", where=str(path), hint=DOWNLOAD_AGAIN)
+            stored[name] = Stored(path, value)
+        if path.suffix == ".safetensors":
+            formats |= _formats(path)
+    where = str(files[0]) if files else ""
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), "")
+    own = {
+        name: entry
+        for name, entry in stored.items()
+        if (prefix and name.startswith(prefix)) or not name.startswith(FOREIGN)
+    }
+    bare = _renamed(own, lambda name: name.removeprefix(prefix), where)
+    folded = fold(bare, {layer.removeprefix(prefix): said for layer, said in formats.items()})
+    return _renamed(_split_patches(folded), rename, where)
 
 
 def load_into(
@@ -111,14 +178,59 @@ def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> WanVAE:
     return vae.eval()
 
 
+def _entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
+    return _from_gguf(path) if path.suffix == ".gguf" else tensors([path])
+
+
 def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    header(path)
+    infos = header(path)
+    pages = mapped(path)
+    starts = safetensors_starts(pages)
+    for name, info in infos.items():
+        yield name, tensor_at(pages, starts[name], DTYPES[info.dtype], info.shape)
+
+
+def _formats(path: Path) -> dict[str, str]:
+    """ComfyUI's _quantization_metadata: the format of each quantized layer."""
+    said = safetensors_metadata(mapped(path)).get("_quantization_metadata")
+    if said is None:
+        return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(str(error), where=str(path), hint=DOWNLOAD_AGAIN) from error
+        layers = json.loads(said)["layers"]
+        return {layer: str(x["format"] if isinstance(x, dict) else x) for layer, x in layers.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "its _quantization_metadata cannot be read", where=str(path), hint=DOWNLOAD_AGAIN
+        ) from error
+
+
+def _from_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
+    pages = mapped(path)
+    for name, info in gguf.header(path).tensors.items():
+        plain = info.dtype in DTYPES
+        dtype, shape = (DTYPES[info.dtype], info.shape) if plain else (torch.uint8, (info.nbytes,))
+        data = tensor_at(pages, info.start, dtype, shape)
+        yield name, Packed("plain" if plain else info.dtype, data, info.shape)
+
+
+def _renamed(entries: Mapping[str, Entry], rename: Callable[[str], str], where: str) -> dict[str, Entry]:
+    """Raises CheckpointError if two names become one."""
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if (new := rename(name)) in found:
+            raise CheckpointError(f"{new} is there under two names, one of them {name}", where=where)
+        found[new] = entry
+    return found
+
+
+def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:
+    """stable-diffusion.cpp stores the patch embedding [d, in, 1, 2, 2] as [d * in, 1, 2, 2]."""
+    weight, bias = weights.get(PATCHES + ".weight"), weights.get(PATCHES + ".bias")
+    if weight is None or bias is None or len(weight.shape) != 4 or weight.shape[0] % bias.shape[0]:
+        return weights
+    shape = (bias.shape[0], weight.shape[0] // bias.shape[0], *weight.shape[1:])
+    data = weight.data.view(shape) if weight.scheme == "plain" else weight.data
+    return weights | {PATCHES + ".weight": replace(weight, data=data, shape=shape)}
 
 
 def _from_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -132,6 +244,12 @@ def _from_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
             hint="download the official file, or save the weights as .safetensors where you trust them",
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if "unable to mmap" in str(error):
+            raise DoesNotFit(
+                "a .pth is mapped whole, and it is larger than memory and swap together",
+                where=str(path),
+                hint="use the .safetensors or .gguf version of this file, or add swap",
+            ) from error
         raise CheckpointError(f"damaged: {error}", where=str(path), hint=DOWNLOAD_AGAIN) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError("not a plain table of named tensors", where=str(path), hint=DOWNLOAD_AGAIN)

@@ -1,0 +1,189 @@
+"""Quantized checkpoints store a weight as several tensors: here they become one Packed each.
+
+    X.weight        fp8, or a plain float
+    X.scale_weight  its scale: ComfyUI's first layout, kijai
+    X.weight_scale  its scale: ComfyUI's second layout, kijai, LightX2V (per row)
+    X.scale_input, X.input_scale   for fp8 matrix products, which wancli does not make: dropped
+    X.comfy_quant   JSON in bytes; its "format" promises a scale (ComfyUI's second layout)
+    scaled_fp8      promises a scale for every fp8 matrix (ComfyUI's first layout, kijai)
+    spiece_model    ComfyUI's UMT5 files carry their tokenizer: not a weight
+and `_quantization_metadata` in a safetensors header, which says the same as X.comfy_quant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wancli.errors import CheckpointError
+from wancli.weights.headers import DOWNLOAD_AGAIN
+from wancli.weights.packed import FP8, Packed, scale_fits
+
+SCALES = (".scale_weight", ".weight_scale")
+DROPPED = (".scale_input", ".input_scale")
+CONFIG = ".comfy_quant"
+MARKER = "scaled_fp8"
+NOT_WEIGHTS = {MARKER, "spiece_model"}
+FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Endings that only one way of quantizing has.
+REFUSED_NAMES = {
+    "._data": "quanto int8",
+    "._scale": "quanto int8",
+    ".weight_scale_2": "nvfp4",
+    ".weight_scale_inv": "fp8 in square blocks",
+    ".qweight": "AWQ or GPTQ 4-bit",
+    ".qzeros": "AWQ or GPTQ 4-bit",
+    ".pre_quant_scale": "AWQ 4-bit",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+}
+REFUSED_DTYPES = {
+    torch.int8: "int8",
+    torch.uint8: "4-bit integers or nvfp4",
+    torch.float8_e8m0fnu: "mxfp8",
+}
+MAX_CONFIG = 4096  # bytes; what is longer is no .comfy_quant
+ANOTHER = "use the bf16, fp16, fp8 or GGUF version of this checkpoint"
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One entry of a file: a tensor, or a weight that the file (GGUF) holds packed already."""
+
+    file: Path
+    value: Tensor | Packed
+
+    def tensor(self, name: str) -> Tensor:
+        if isinstance(self.value, Packed):
+            raise CheckpointError(
+                f"{name} has no place in a GGUF file", where=str(self.file), hint=DOWNLOAD_AGAIN
+            )
+        return self.value
+
+
+def fold(stored: Mapping[str, Stored], formats: Mapping[str, str]) -> dict[str, Packed]:
+    """One Packed for each weight, under the name of the weight. Reads scales, no weights.
+
+    `formats` are those said in the files' metadata, by layer (the name without `.weight`), layers of
+    other networks included. Raises CheckpointError, with the file and the tensor, for formats wancli
+    does not read and for a scale that is missing where it was promised, of a wrong size, or not a
+    positive number.
+    """
+    for name, entry in stored.items():
+        _refuse_by_name(name, entry)
+        _refuse_stray(name, entry, stored)
+    formats = {layer: said for layer, said in formats.items() if f"{layer}.weight" in stored}
+    formats |= _said(stored)
+    for layer, said in formats.items():
+        _refuse_format(layer, said, stored[f"{layer}.weight"])
+    return {
+        name: entry.value if isinstance(entry.value, Packed) else _packed(name, entry, stored, formats)
+        for name, entry in stored.items()
+        if name not in NOT_WEIGHTS and not name.endswith((*SCALES, *DROPPED, CONFIG))
+    }
+
+
+def _packed(name: str, entry: Stored, stored: Mapping[str, Stored], formats: Mapping[str, str]) -> Packed:
+    data, layer = entry.tensor(name), name.removesuffix(".weight")
+    scale = _scale(layer, stored, tuple(data.shape)) if layer != name else None
+    shape = tuple(data.shape)
+    if data.dtype in FP8:
+        promised = layer in formats or (MARKER in stored and data.dim() == 2)
+        if promised and scale is None:
+            raise CheckpointError(
+                f"{name} is scaled fp8, but its scale is missing", where=str(entry.file), hint=DOWNLOAD_AGAIN
+            )
+        return Packed("fp8", data, shape, scale)
+    if data.dtype not in FLOATS:
+        raise _refused(name, REFUSED_DTYPES.get(data.dtype, f"{data.dtype}".removeprefix("torch.")), entry)
+    if scale is not None and not (scale == 1).all():
+        raise CheckpointError(
+            f"{name} has a scale, but is stored as {data.dtype}, not fp8".replace("torch.", ""),
+            where=str(entry.file),
+            hint=DOWNLOAD_AGAIN,
+        )
+    return Packed("plain", data, shape)
+
+
+def _scale(layer: str, stored: Mapping[str, Stored], shape: tuple[int, ...]) -> Tensor | None:
+    """The scale of a layer's weight in fp32, or None."""
+    name = next((layer + ending for ending in SCALES if layer + ending in stored), None)
+    if name is None:
+        return None
+    entry = stored[name]
+    scale = entry.tensor(name)
+    if scale.dtype not in FLOATS:
+        known = "mxfp8" if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) else "nvfp4"
+        raise _refused(f"{layer}.weight", known, entry)
+    if not scale_fits(tuple(scale.shape), shape):
+        raise CheckpointError(
+            f"{name} is {list(scale.shape)}, which fits no weight of {list(shape)}",
+            where=str(entry.file),
+            hint=DOWNLOAD_AGAIN,
+        )
+    scale = scale.float()
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(
+            f"{name} holds NaN, infinities, zeros or negative numbers",
+            where=str(entry.file),
+            hint=DOWNLOAD_AGAIN,
+        )
+    return scale
+
+
+def _refuse_by_name(name: str, entry: Stored) -> None:
+    known = next((what for ending, what in REFUSED_NAMES.items() if name.endswith(ending)), None)
+    if known is not None:
+        raise _refused(name, known, entry)
+
+
+def _refuse_stray(name: str, entry: Stored, stored: Mapping[str, Stored]) -> None:
+    """A scale or a format whose weight is not there; two scales of one weight."""
+    ending = next((ending for ending in (*SCALES, CONFIG) if name.endswith(ending)), None)
+    if ending is None:
+        return
+    layer = name.removesuffix(ending)
+    both = all(layer + ending in stored for ending in SCALES)
+    if both or f"{layer}.weight" not in stored:
+        what = "is there twice" if both else f"belongs to {layer}.weight, which is missing"
+        raise CheckpointError(f"{name} {what}", where=str(entry.file), hint=DOWNLOAD_AGAIN)
+
+
+def _said(stored: Mapping[str, Stored]) -> dict[str, str]:
+    """The format of every layer that has a .comfy_quant."""
+    found = {}
+    for name, entry in stored.items():
+        if name.endswith(CONFIG):
+            letters = entry.tensor(name).flatten()[:MAX_CONFIG]
+            try:
+                found[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise CheckpointError(
+                    f"{name} is no JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
+                ) from None
+    return found
+
+
+def _refuse_format(layer: str, said: str, entry: Stored) -> None:
+    """A format that wancli does not read, or that the weight does not have."""
+    if said not in FORMATS:
+        raise _refused(f"{layer}.weight", said, entry)
+    dtype = entry.tensor(layer).dtype
+    if dtype != FORMATS[said]:
+        raise CheckpointError(
+            f"{layer}.weight is marked as {said}, but stored as {dtype}".replace("torch.", ""),
+            where=str(entry.file),
+            hint=DOWNLOAD_AGAIN,
+        )
+
+
+def _refused(name: str, what: str, entry: Stored) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is stored as {what}; wancli reads floats, fp8 and GGUF", where=str(entry.file), hint=ANOTHER
+    )

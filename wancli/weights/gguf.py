@@ -1,0 +1,241 @@
+"""Reading a GGUF header, strictly and without torch: key-values, and where each tensor lies; no data.
+
+The format: magic, version, two counts, the key-values, the tensors' infos, padding to `alignment`,
+the data. Numbers are little-endian, a string is a length and UTF-8, sizes come fastest axis first.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+The reader of the PyPI package `gguf` believes every count and length it reads, so it is not used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from array import array
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from wancli.errors import CheckpointError
+from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo
+from wancli.weights.mapping import mapped
+
+# Weights and bytes of one block.
+SIZES = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
+# ggml's numbers of all its types, so that those wancli does not read are refused by name.
+TYPES = {
+    **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1"))),
+    **dict(enumerate(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS"), start=10)),
+    **dict(enumerate(("IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16"), start=18)),
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+}
+OTHER_VERSION = "download a version that is F16, BF16, Q8_0 or a Q*_K"
+MAX_DIMS = 5  # ggml knows 4; city96's converter writes Wan's patch embedding with 5
+ORIG_SHAPE = "comfy.gguf.orig_shape."
+
+UMT5 = {
+    "token_embd.weight": "shared.weight",
+    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
+}
+UMT5_BLOCK = {
+    **{f"attn_{p}": f"layer.0.SelfAttention.{p}" for p in "qkvo"},
+    "attn_norm": "layer.0.layer_norm",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+    "ffn_norm": "layer.1.layer_norm",
+}
+
+_BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_BOOL = 7
+
+Value: TypeAlias = "int | float | bool | str | array[Any] | list[str]"
+
+
+@dataclass(frozen=True)
+class GGUFTensor(TensorInfo):
+    """`dtype` is a name of SIZES, `shape` in torch's order; the data are file[start : start + nbytes]."""
+
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    values: dict[str, Value]
+    tensors: dict[str, GGUFTensor]
+
+
+def header(path: Path) -> GGUFHeader:
+    """The key-values and tensors of a GGUF file, version 2 or 3.
+
+    Raises CheckpointError if the file is missing, truncated, not GGUF, says things that its size
+    cannot hold, or has a tensor of a type that is not in SIZES.
+    """
+    pages = mapped(path)
+    reader = _Reader(pages, path)
+    try:
+        magic, version, tensor_count, value_count = reader.numbers("<4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise CheckpointError(
+                f"not a GGUF file of version 2 or 3 (it begins with {magic!r}, {version})",
+                where=str(path),
+                hint=DOWNLOAD_AGAIN,
+            )
+        values: dict[str, Value] = {}
+        for _ in range(reader.possible(value_count, 8 + 4 + 1)):
+            key = reader.string()
+            if key in values:
+                raise reader.damaged(f"the key {key} is there twice")
+            values[key] = reader.value()
+        infos = [reader.info() for _ in range(reader.possible(tensor_count, 8 + 4 + 8 + 4 + 8))]
+    except (UnicodeDecodeError, struct.error) as error:
+        raise reader.damaged(f"its header cannot be read ({error})") from None
+    return GGUFHeader(values, _placed(reader, values, infos))
+
+
+@dataclass(frozen=True)
+class _Info:
+    name: str
+    type: int
+    dims: tuple[int, ...]  # fastest first
+    offset: int  # in the data
+
+
+class _Reader:
+    """A cursor that never leaves the file."""
+
+    def __init__(self, pages: mmap.mmap, path: Path) -> None:
+        self.pages, self.path, self.at = pages, path, 0
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"truncated or damaged: {what}", where=str(self.path), hint=DOWNLOAD_AGAIN)
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.pages) - self.at:
+            raise self.damaged(f"it claims {count:,} bytes at {self.at:,} of {len(self.pages):,}")
+        self.at += count
+        return self.pages[self.at - count : self.at]
+
+    def possible(self, count: int, least: int) -> int:
+        """`count`, if that many things of at least `least` bytes can still follow."""
+        if count * least > len(self.pages) - self.at:
+            raise self.damaged(f"it claims {count:,} entries at {self.at:,} of {len(self.pages):,} bytes")
+        return count
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def string(self) -> str:
+        return self.take(int.from_bytes(self.take(8), "little")).decode("utf-8")
+
+    def value(self) -> Value:
+        (kind,) = self.numbers("<I")
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise self.damaged(f"a value has the unknown type {kind}")
+        (number,) = self.numbers(f"<{_SCALARS[kind]}")
+        return bool(number) if kind == _BOOL else number
+
+    def array(self) -> Value:
+        kind, count = self.numbers("<IQ")
+        if kind == _STRING:
+            return [self.string() for _ in range(self.possible(count, 8))]
+        if kind not in _SCALARS:
+            raise self.damaged(f"an array has elements of the type {kind}")
+        values = array(_SCALARS[kind])
+        values.frombytes(self.take(count * values.itemsize))
+        return values
+
+    def info(self) -> _Info:
+        name = self.string()
+        (count,) = self.numbers("<I")
+        if not 1 <= count <= MAX_DIMS:
+            raise self.damaged(f"{name} has {count} dimensions")
+        dims = self.numbers(f"<{count}Q")
+        kind, offset = self.numbers("<IQ")
+        return _Info(name, kind, dims, offset)
+
+
+def _placed(reader: _Reader, values: dict[str, Value], infos: list[_Info]) -> dict[str, GGUFTensor]:
+    """The tensors where they lie: aligned, inside the file, none over another."""
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+        raise reader.damaged(f"general.alignment is {alignment}")
+    data = -(-reader.at // alignment) * alignment
+    tensors: dict[str, GGUFTensor] = {}
+    end = data
+    for info in sorted(infos, key=lambda info: info.offset):
+        dtype = _dtype(info, reader.path)
+        elements, size = SIZES[dtype]
+        nbytes = prod(info.dims) // elements * size
+        start = data + info.offset
+        if info.name in tensors:
+            raise reader.damaged(f"{info.name} is there twice")
+        if info.dims[0] % elements:
+            raise reader.damaged(f"{info.name} has rows of {info.dims[0]}, {dtype} has blocks of {elements}")
+        if start < end or info.offset % alignment or start + nbytes > len(reader.pages):
+            raise reader.damaged(f"{info.name} ({nbytes:,} bytes at {start:,}) is not in its place")
+        end = start + nbytes
+        tensors[info.name] = GGUFTensor(dtype, _shape(info, values, reader), start, nbytes)
+    return {info.name: tensors[info.name] for info in infos}
+
+
+def _dtype(info: _Info, path: Path) -> str:
+    dtype = TYPES.get(info.type, f"type {info.type}, which wancli does not know")
+    if dtype not in SIZES:
+        raise CheckpointError(
+            f"{info.name} is stored as {dtype}; wancli reads {', '.join(SIZES)}",
+            where=str(path),
+            hint=OTHER_VERSION,
+        )
+    return dtype
+
+
+def _shape(info: _Info, values: dict[str, Value], reader: _Reader) -> tuple[int, ...]:
+    """In the order of torch; ComfyUI's converter keeps the true shape where it had to store another."""
+    said = values.get(ORIG_SHAPE + info.name)
+    if said is None:
+        return info.dims[::-1]
+    sizes = list(said) if isinstance(said, array) and said.typecode not in "fd" else [-1]
+    if min(sizes, default=1) < 0 or prod(sizes) != prod(info.dims):
+        raise reader.damaged(f"{ORIG_SHAPE}{info.name} does not fit {list(info.dims)}")
+    return tuple(sizes)
+
+
+def umt5_to_transformers(name: str) -> str:
+    """UMT5 as llama.cpp's converter names it -> transformers' UMT5EncoderModel."""
+    if block := _BLOCK.fullmatch(name):
+        part = UMT5_BLOCK.get(block[2])
+        return f"encoder.block.{block[1]}.{part}.weight" if part else name
+    return UMT5.get(name, name)

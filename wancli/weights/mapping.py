@@ -1,0 +1,72 @@
+"""Files mapped into memory: a page is read when it is first touched, and given up under pressure.
+
+safetensors and torch.load map a file as private memory that may be written to, all of which Linux
+books at once: a file larger than memory and swap is refused, although nothing of it is read yet.
+MAP_NORESERVE books a page when it is written to.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli.errors import CheckpointError
+from wancli.weights.headers import DOWNLOAD_AGAIN
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """The bytes of a file; writing to them changes this process's copy only.
+
+    Raises CheckpointError if the file is missing, empty or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(
+                file.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
+    except ValueError:
+        raise CheckpointError("the file is empty", where=str(path), hint=DOWNLOAD_AGAIN) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def safetensors_starts(pages: mmap.mmap) -> dict[str, int]:
+    """Where the data of each tensor begin, in a safetensors file that `headers.header` has checked."""
+    size, document = _document(pages)
+    return {
+        name: size + fields["data_offsets"][0] for name, fields in document.items() if name != "__metadata__"
+    }
+
+
+def safetensors_metadata(pages: mmap.mmap) -> dict[str, str]:
+    """The strings a safetensors file carries beside its tensors; likewise checked."""
+    found = _document(pages)[1].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
+def tensor_at(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over mapped bytes, which it keeps mapped for as long as it lives."""
+    import torch
+
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(pages, dtype=dtype, count=prod(shape), offset=start).view(shape)
+
+
+def _document(pages: mmap.mmap) -> tuple[int, dict[str, Any]]:
+    size = 8 + int.from_bytes(pages[:8], "little")
+    return size, json.loads(pages[8:size])

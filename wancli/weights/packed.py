@@ -1,0 +1,182 @@
+"""A weight as its file stores it, and its unpacking: fp8 with scales, GGUF blocks, plain floats.
+
+Letters: G groups of weights that share a scale, E elements of a group.
+
+Unpacking goes through strips of a few rows: beside the packed weight and the result it needs the
+memory of a strip or three. All of it is plain torch on the device of the weight.
+
+torch 2.13 converts fp8 to fp32 on a CPU one element at a time. Here the code is moved into the bits
+of a half instead, which CPUs convert in bulk: an e5m2 code is the upper byte of a half, and an
+e4m3fn code s eeee mmm, as the half s 0eeee mmm0000000, is its value times 2^-8, subnormals
+included. Exact but for NaN (all ones after the sign), which is put in afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wancli.errors import CheckpointError
+from wancli.weights.blocks import DECODE
+from wancli.weights.gguf import SIZES
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_MAX = 448.0  # the largest e4m3fn
+TINIEST_SCALE = 1e-8  # of a row of zeros
+STRIP = 2**19  # elements: 2 MB in fp32, which stay in the second or third cache of a CPU
+STRIP_PER_THREAD = 2**17
+CUDA_STRIP = 2**22
+# What loses most by fewer bits and is small beside the matrices of the blocks.
+KEPT = {
+    *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head"),
+    *("modulation", "bias", "token_embedding", "pos_embedding", "shared", "relative_attention_bias"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One weight in the bytes of its file.
+
+    scheme "plain": `data` is fp32, bf16 or fp16 of `shape`.
+    scheme "fp8": `data` is e4m3fn or e5m2 of `shape`, [out, in] where scaled. The weight is
+    data * scale; `scale` has one element, or is [out] or [out, 1] for a scale per row, or
+    [out, n, 1] for n equal blocks along each row; None stands for 1.
+    A quantized type of gguf.SIZES, as Q4_K: `data` is uint8, the GGUF blocks of all rows one after the other.
+    """
+
+    scheme: str
+    data: Tensor
+    shape: tuple[int, ...]
+    scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weight and its scales, in bytes."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    @torch.no_grad()
+    def unpack(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight of `shape` in fp32, bf16 or fp16, on the device of `data`.
+
+        `out`, contiguous and of that shape, dtype and device, is filled and returned when given. A
+        plain weight that has the dtype already comes back as it is, not copied, when not.
+        Products with scales are made in fp32 and rounded once.
+        """
+        if out is None:
+            if self.scheme == "plain":
+                return self.data.to(dtype).view(self.shape)
+            out = torch.empty(self.shape, dtype=dtype, device=self.data.device)
+        fits = (out.shape, out.dtype, out.device) == (self.shape, dtype, self.data.device)
+        if not fits or not out.is_contiguous():
+            raise ValueError(f"out is {list(out.shape)} {out.dtype}, the weight {list(self.shape)} {dtype}")
+        if self.scheme == "plain":
+            return out.copy_(self.data.view(self.shape))
+        if self.scheme == "fp8":
+            _unpack_fp8(self, out)
+        else:
+            _unpack_blocks(self, out)
+        return out
+
+
+def pack_fp8(weight: Tensor, where: str = "") -> Packed:
+    """A floating-point matrix [out, in] as e4m3fn with one fp32 scale per row, its largest |w| / 448.
+
+    Raises CheckpointError, at `where`, for NaN and infinities.
+    """
+    largest_G1 = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True)).float()
+    if not largest_G1.isfinite().all():
+        raise CheckpointError("the weight holds NaN or infinities", where=where)
+    scale_G1 = (largest_G1 / FP8_MAX).clamp_(min=TINIEST_SCALE)
+    data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    for rows in _strips(weight):
+        strip = weight[rows].float() / scale_G1[rows]
+        data[rows] = strip.clamp_(-FP8_MAX, FP8_MAX)
+    return Packed("fp8", data, tuple(weight.shape), scale_G1)
+
+
+def keeps(name: str) -> bool:
+    """Whether a parameter is kept in high precision: all but the large matrices of the blocks.
+
+    `name` as wancli knows it: official for the transformer, transformers' for UMT5. The list is what
+    musubi-tuner, LightX2V, ComfyUI, diffusers and city96's GGUF converter have in common.
+    """
+    parts = name.split(".")
+    return not KEPT.isdisjoint(parts) or any("norm" in part for part in parts)
+
+
+def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a scale of one shape can belong to an fp8 weight of the other."""
+    if math.prod(scale) == 1 or (len(shape) > 1 and scale in ((shape[0],), (shape[0], 1))):
+        return True
+    blocks = len(scale) == 3 and len(shape) == 2 and scale[1] and (scale[0], scale[2]) == (shape[0], 1)
+    return bool(blocks) and shape[1] % scale[1] == 0
+
+
+def _strips(x_GE: Tensor) -> list[slice]:
+    """Slices of a few rows, which cover all of them."""
+    size = CUDA_STRIP if x_GE.is_cuda else max(STRIP, STRIP_PER_THREAD * torch.get_num_threads())
+    rows = max(1, size // max(1, x_GE.shape[1]))
+    return [slice(i, min(i + rows, len(x_GE))) for i in range(0, len(x_GE), rows)]
+
+
+def _fill(out_GE: Tensor, write: Callable[[slice, Tensor], None]) -> None:
+    """`write(rows, strip)` fills an fp32 strip of these rows; here it is rounded to the dtype of `out`."""
+    strips = _strips(out_GE)
+    strip_GE = out_GE
+    if strips and out_GE.dtype != torch.float32:
+        strip_GE = torch.empty(strips[0].stop, out_GE.shape[1], device=out_GE.device)
+    for rows in strips:
+        if strip_GE is out_GE:
+            write(rows, out_GE[rows])
+        else:
+            strip = strip_GE[: rows.stop - rows.start]
+            write(rows, strip)
+            out_GE[rows] = strip
+
+
+def _unpack_fp8(packed: Packed, out: Tensor) -> None:
+    scale = torch.ones(1) if packed.scale is None else packed.scale
+    scale = scale.to(out.device, torch.float32)
+    groups = scale.numel() if scale.numel() > 1 else out.shape[0] if out.dim() > 1 else 1
+    data_GE = packed.data.contiguous().view(groups, -1)
+    decode, factor = (_fp8, 1.0) if out.is_cuda else _FP8_ON_CPU[packed.data.dtype]
+    scale_G1 = (scale * factor).view(-1, 1).expand(groups, 1)
+
+    def write(rows: slice, strip: Tensor) -> None:
+        decode(data_GE[rows], strip)
+        strip.mul_(scale_G1[rows])
+
+    _fill(out.view(groups, -1), write)
+
+
+def _fp8(code_GE: Tensor, strip_GE: Tensor) -> None:
+    strip_GE.copy_(code_GE)
+
+
+def _e5m2_on_cpu(code_GE: Tensor, strip_GE: Tensor) -> None:
+    bits_GE = code_GE.view(torch.int8).to(torch.int16).mul_(256)
+    strip_GE.copy_(bits_GE.view(torch.float16))
+
+
+def _e4m3fn_on_cpu(code_GE: Tensor, strip_GE: Tensor) -> None:
+    """The values times 2^-8. The int8 code is widened with its sign, which lands in bits 15 and 14."""
+    code_GE = code_GE.view(torch.int8)
+    bits_GE = code_GE.to(torch.int16).mul_(128).bitwise_and_(~0x4000)
+    strip_GE.copy_(bits_GE.view(torch.float16))
+    magnitude_GE = code_GE & 0x7F
+    if magnitude_GE.amax() == 0x7F:
+        strip_GE[magnitude_GE == 0x7F] = torch.nan
+
+
+_FP8_ON_CPU = {torch.float8_e5m2: (_e5m2_on_cpu, 1.0), torch.float8_e4m3fn: (_e4m3fn_on_cpu, 256.0)}
+
+
+def _unpack_blocks(packed: Packed, out: Tensor) -> None:
+    elements, size = SIZES[packed.scheme]
+    blocks_BT = packed.data.contiguous().view(-1, size)
+    decode = DECODE[packed.scheme]
+    _fill(out.view(-1, elements), lambda blocks, strip: decode(blocks_BT[blocks], strip))

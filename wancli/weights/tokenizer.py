@@ -1,0 +1,93 @@
+"""The tokenizer that some text-encoder files carry, as a SentencePiece model; no torch.
+
+ComfyUI's UMT5 files hold it as the uint8 tensor `spiece_model`. llama.cpp's converter takes it
+apart into key-values of a GGUF file, `tokenizer.ggml.*`, from which it is put together again: a
+protocol buffer of pieces, the normaliser and the names of what is not text.
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+
+from wancli.errors import CheckpointError
+from wancli.weights import gguf
+from wancli.weights.headers import DOWNLOAD_AGAIN, header
+from wancli.weights.mapping import mapped, safetensors_starts
+
+SPIECE = "spiece_model"
+UNIGRAM = 1
+PIECE_TYPES = set(range(1, 7))  # GGUF numbers them as SentencePiece does
+BYTE = 6  # a piece that stands for one byte
+
+
+def tokenizer(path: Path) -> bytes | None:
+    """The SentencePiece model inside a .gguf or .safetensors file, or None if it has none.
+
+    Raises CheckpointError as the headers' readers do, and for key-values that make no UMT5 tokenizer.
+    """
+    if path.suffix == ".gguf":
+        values = gguf.header(path).values
+        return _assembled(values, path) if "tokenizer.ggml.tokens" in values else None
+    if path.suffix == ".safetensors":
+        infos = header(path)
+        name = next((name for name in infos if name.split(".")[-1] == SPIECE), None)
+        if name is not None and infos[name].dtype == "U8":
+            pages = mapped(path)
+            start = safetensors_starts(pages)[name]
+            return pages[start : start + infos[name].shape[0]]
+    return None
+
+
+def _assembled(values: Mapping[str, gguf.Value], path: Path) -> bytes:
+    """A ModelProto from tokenizer.ggml.*"""
+    tokens, scores, types = (values.get(f"tokenizer.ggml.{x}") for x in ("tokens", "scores", "token_type"))
+    if (
+        values.get("tokenizer.ggml.model") != "t5"
+        or not (isinstance(tokens, list) and isinstance(scores, array) and isinstance(types, array))
+        or not len(tokens) == len(scores) == len(types)
+        or scores.typecode != "f"
+        or not set(types) <= PIECE_TYPES
+    ):
+        raise CheckpointError(
+            "its tokenizer.ggml.* is not the tokenizer of UMT5, or is damaged",
+            where=str(path),
+            hint=DOWNLOAD_AGAIN,
+        )
+    pieces = b"".join(
+        _bytes(1, _bytes(1, token.encode()) + _float(2, score) + _int(3, type))
+        for token, score, type in zip(tokens, scores, types)
+    )
+    charsmap = values.get("tokenizer.ggml.precompiled_charsmap", array("B"))
+    trainer = _int(3, UNIGRAM) + _int(4, len(tokens)) + _int(35, BYTE in types)
+    normalizer = (
+        _bytes(2, charsmap.tobytes() if isinstance(charsmap, array) else b"")
+        + _int(3, bool(values.get("tokenizer.ggml.add_space_prefix", True)))
+        + _int(4, bool(values.get("tokenizer.ggml.remove_extra_whitespaces", True)))
+    )
+    return pieces + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+# Fields of a protocol buffer: the number, the wire type, the value.
+def _int(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first, the top bit where more follow."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

@@ -61,7 +61,6 @@ def matched(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverag
             hint="Is it a LoRA for a Wan text-to-video model? Known are the namings of ComfyUI, diffusers, "
             "PEFT, kohya, LyCORIS and DiffSynth.",
         )
-    unused = list(dict.fromkeys(unused))  # a bias shares its alpha
     blocks = [block_of(change.name) for change in used]
     coverage = Coverage(
         style=file.style,

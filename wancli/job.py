@@ -142,6 +142,16 @@ class Inject(Strict):
     gain: float = Field(1.0, ge=-100, le=100)
 
 
+class LoraEntry(Strict):
+    """A LoRA, for the whole transformer or for chosen blocks and steps."""
+
+    path: str
+    strength: Number = 1.0
+    blocks: Blocks = "all"
+    steps: Steps = "all"
+    expert: Literal["both", "high", "low"] = "both"
+
+
 class Video(Strict):
     fps: int | None = Field(None, ge=1, le=240)
     crf: int = Field(16, ge=0, le=51)
@@ -171,6 +181,7 @@ class Job(Strict):
     sampler: Sampler = Sampler()
     text: TextOptions = TextOptions()
     inject: list[Inject] = []
+    loras: list[LoraEntry] = []
     video: Video = Video()
     memory: Memory = Memory()
     measure: bool = False
@@ -343,7 +354,8 @@ def keys_at(path: tuple[Key, ...]) -> list[str]:
     """The keys that a job file may have below `path`."""
     model: type[BaseModel] = Job
     nested: dict[Key, type[BaseModel]] = {
-        "sampler": Sampler, "text": TextOptions, "inject": Inject, "video": Video, "memory": Memory,
+        "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,
+        "memory": Memory,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange,
     }  # fmt: skip

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,12 +31,14 @@ from wancli.events import Progress
 from wancli.record import Record
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.store import Store
+from wancli.weights.lora_use import LoraUse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from wancli.models.dit import WanModel
     from wancli.models.vae import WanVAE
+    from wancli.weights.lora import Lora, Loras, Patches
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class Networks:
 
     model: Model
     loading: Record = field(default_factory=dict)  # what loading the transformer took
+    _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
 
     @cached_property
     def transformer(self) -> WanModel:
@@ -202,6 +205,25 @@ class Networks:
             network = load_transformer(self.model.checkpoint, dtype, self.model.device)
         self.loading = record.phase("load", peak)
         return network
+
+    @cached_property
+    def patches(self) -> Patches:
+        """What puts LoRAs into the transformer, and takes them out again."""
+        from wancli.weights.lora import Patches
+        from wancli.weights.readers import transformer_tensors
+
+        weights = dict(self.transformer.named_parameters())
+        return Patches(weights, partial(transformer_tensors, self.model.checkpoint))
+
+    def loras(self, uses: Sequence[LoraUse]) -> Loras:
+        """The LoRAs of a shot, each file read once."""
+        from wancli.weights.lora import Loras, load
+
+        shapes = {name: tuple(weight.shape) for name, weight in self.transformer.named_parameters()}
+        for use in uses:
+            if use.sha256 not in self._loras:
+                self._loras[use.sha256] = load(use.path, shapes)
+        return Loras(uses, [self._loras[use.sha256] for use in uses])
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -261,12 +283,14 @@ def _sampled(
     from wancli.probe import Measured
 
     model, load = networks.transformer, networks.loading
+    patches, loras = networks.patches, networks.loras(shot.loras)
     rows_NE = {text.id: encoded[text.id].embedding.rows_NE.to(shot.model.device) for text in shot.texts}
     with (
         torch.inference_mode(),
         memory.Peak() as peak,
         tools.progress.phase(shot.id, "sample", shot.steps) as bar,
     ):
+        patches.at(loras, 0)
         contexts = sample.Contexts(model, rows_NE)
         measured = Measured(model) if shot.measure else None
         x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
@@ -280,12 +304,15 @@ def _sampled(
             read |= done.read
             first_step = first_step or record.since_start()
             bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
+            if done.step < shot.steps and patches.at(loras, done.step):
+                contexts.forget()
         assert done is not None
         sample.check_hits(shot.table, frozenset(read))
     facts = record.of_shot(shot) | {
         "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
         "injection": record.of_injection(shot, read, differences),
+        "loras": record.of_loras(shot, loras),
         "effects": [asdict(effect) for effect in measured.effects] if measured else [],
         "first_step_after": first_step,
         "phases": [stage1, load, record.phase("sample", peak)],

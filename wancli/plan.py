@@ -18,11 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import files, mini
+from wancli import files, loras, mini
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
+from wancli.models.config import WanConfig
 from wancli.models.variants import Defaults, defaults_of
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, schedule
@@ -36,12 +37,13 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     of all shots, or CheckpointError.
     """
     model_for = cache(lambda folder, device, dtype: model_at(folder, device, dtype, memo))
+    lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[str] = []
     hints: list[str] = []
     for index, item in enumerate(jobs.items):
         try:
-            shots.append(_shot(jobs, index, item, model_for, measure))
+            shots.append(_shot(jobs, index, item, model_for, lora_for, measure))
         except JobError as error:
             problems += [line for line in str(error).splitlines() if line not in problems]
             hints += [error.hint] if error.hint and error.hint not in hints else []
@@ -95,7 +97,12 @@ def _blaming(item: Item, *path: str | int) -> Iterator[None]:
 
 
 def _shot(
-    jobs: JobFile, index: int, item: Item, model_for: Callable[[Path, str, str], Model], measure: bool
+    jobs: JobFile,
+    index: int,
+    item: Item,
+    model_for: Callable[[Path, str, str], Model],
+    lora_for: Callable[[Path, WanConfig], loras.Fitting],
+    measure: bool,
 ) -> Shot:
     job = item.job
     folder = mini.FOLDER
@@ -119,7 +126,12 @@ def _shot(
     negative = None if guidance == 1 else prompts.negative(job.negative, defaults.negative)
     injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
     sigmas = schedule(sampler.solver, steps, shift).sigmas
-    depth = model.checkpoint.transformer.num_layers
+    transformer = model.checkpoint.transformer
+    depth = transformer.num_layers
+    lora_paths = [
+        _resolved(jobs.directory, entry.path, item.where("loras", i, "path"))
+        for i, entry in enumerate(job.loras)
+    ]
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -132,6 +144,7 @@ def _shot(
             _rule(item, i, rule, text.id, depth, sigmas)
             for i, (rule, text) in enumerate(zip(job.inject, injected))
         ),
+        loras=loras.decide(item, lora_paths, lambda path: lora_for(path, transformer), depth, sigmas),
         width=width,
         height=height,
         frames=_frames(item, defaults),
@@ -358,6 +371,7 @@ def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
                 yield f"shot {shot.id}: an injection has strength 0 and changes nothing"
             if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
                 yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
+        yield from (f"shot {shot.id}: {warning}" for warning in loras.warnings(shot.loras))
         if shot.solver == "distill4" and shot.guidance != 1:
             yield f"shot {shot.id}: distilled models want guidance 1; {shot.guidance:g} blurs"
 

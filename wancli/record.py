@@ -19,6 +19,7 @@ from wancli.shot import Prompt, Shot
 
 if TYPE_CHECKING:
     from wancli.difference import Difference
+    from wancli.weights.lora import Loras
 
 Record = dict[str, Any]
 
@@ -107,6 +108,19 @@ def of_injection(
             }
         )
     return found
+
+
+def of_loras(shot: Shot, loaded: Loras) -> list[Record]:
+    """Per LoRA: the file, where and when it was applied, and what of it the model took."""
+    return [
+        {
+            "path": str(use.path),
+            **use.decided,
+            "coverage": asdict(lora.coverage),
+            "scales": lora.scales,
+        }
+        for use, lora in zip(shot.loras, loaded.loras, strict=True)
+    ]
 
 
 def phase(name: str, peak: memory.Peak) -> Record:

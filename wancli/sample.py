@@ -52,6 +52,10 @@ class Contexts:
             case Concat(a, b, weight):
                 return concat(self.context(a), self.context(b), weight)
 
+    def forget(self) -> None:
+        """Makes every context anew when next asked for: the model's weights have changed."""
+        self._made.clear()
+
     def mix(self, cell: Cell) -> Mix:
         return tuple((self.context(expr), weight) for expr, weight in cell)
 

@@ -16,6 +16,7 @@ from wancli.memory import Phase
 from wancli.models.config import T5Config, VAEConfig
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
+from wancli.weights.lora_use import LoraUse
 
 PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
@@ -56,6 +57,7 @@ class Shot:
     negative: Prompt | None  # None when guidance is 1: no such forward runs
     injected: tuple[Prompt, ...]
     rules: tuple[Rule, ...]
+    loras: tuple[LoraUse, ...]
     width: int
     height: int
     frames: int
@@ -140,6 +142,7 @@ class Shot:
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance],
+                **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
             }
         )
 

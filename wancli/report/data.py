@@ -97,6 +97,10 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
                 "inject": [
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
                 ],
+                "loras": [
+                    {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}
+                    for use in shot.loras
+                ],
             }
             for shot in plan.shots
         ],

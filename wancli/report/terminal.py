@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wancli.difference import Difference
     from wancli.shot import Plan, Shot
     from wancli.store import Store
+    from wancli.weights.lora_use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 
@@ -55,6 +56,7 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
     if verbose:
         for shot in plan.shots:
             yield from shot_lines(shot)
+    yield from dict.fromkeys(lora_line(use) for shot in plan.shots for use in shot.loras)
     prompts = cached(plan, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
@@ -85,6 +87,19 @@ def describe_rule(shot: Shot, index: int) -> str:
     values = sorted({round(s, 3) for _, s in rule.blocks})
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
     return f"{blocks} at {strength}, steps {ranges([s for s, _ in rule.steps])}, {'+'.join(rule.branches)}"
+
+
+def lora_line(use: LoraUse) -> str:
+    """`style.safetensors at 0.7, blocks 27-39, all steps: 130 targets, rank 32, kohya naming`."""
+    blocks = "all blocks" if use.blocks is None else f"blocks {ranges(use.blocks)}"
+    steps = "all steps" if use.steps is None else f"steps {ranges(use.steps)}"
+    coverage = use.coverage
+    rank = f", rank {ranges(coverage.ranks)}" if coverage.ranks else ""
+    skipped = f", {coverage.skipped} for images skipped" if coverage.skipped else ""
+    return (
+        f"lora: {printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
+        f"{coverage.targets} targets{rank}, {coverage.style} naming{skipped}"
+    )
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -55,6 +55,17 @@ def header(path: Path) -> dict[str, TensorInfo]:
     return {name: info for name, info, _ in entries}
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors. Raises CheckpointError like `header`."""
+    header(path)
+    with path.open("rb") as file:
+        document = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found = document.get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise _damaged(path, "its metadata are not texts")
+    return found
+
+
 def headers(paths: Sequence[Path]) -> dict[str, TensorInfo]:
     """The tensors of all shards together. Raises CheckpointError if two shards hold the same name."""
     found: dict[str, TensorInfo] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -157,6 +157,14 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
         where=str(checkpoint.transformer_files[0].parent),
     )
     return model.eval()
+
+
+def transformer_tensors(checkpoint: Checkpoint, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Some tensors of a checkpoint's transformer as its files hold them, by official name."""
+    rename = names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str
+    for written, tensor in tensors(checkpoint.transformer_files):
+        if (name := rename(written)) in wanted:
+            yield name, tensor
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> WanVAE:

@@ -82,6 +82,30 @@ def transformer_config(shapes: Shapes, said: Mapping[str, object], where: str) -
         raise CheckpointError(str(error), where=where) from error
 
 
+def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a T2V transformer and its shape, however a file may store it."""
+    dim, ffn = config.dim, config.ffn_dim
+    linears = {
+        "text_embedding.0": (dim, config.text_dim),
+        "text_embedding.2": (dim, dim),
+        "time_embedding.0": (dim, config.freq_dim),
+        "time_embedding.2": (dim, dim),
+        "time_projection.1": (6 * dim, dim),
+        "head.head": (4 * config.out_dim, dim),
+        "patch_embedding": (dim, config.in_dim, 1, 2, 2),
+    }
+    others: dict[str, tuple[int, ...]] = {"head.modulation": (1, 2, dim)}
+    for block in (f"blocks.{index}" for index in range(config.num_layers)):
+        for attn in (f"{block}.self_attn", f"{block}.cross_attn"):
+            linears |= {f"{attn}.{p}": (dim, dim) for p in "qkvo"}
+            others |= {f"{attn}.norm_{p}.weight": (dim,) for p in "qk"}
+        linears |= {f"{block}.ffn.0": (ffn, dim), f"{block}.ffn.2": (dim, ffn)}
+        others |= {f"{block}.norm3.{p}": (dim,) for p in ("weight", "bias")}
+        others[f"{block}.modulation"] = (1, 6, dim)
+    weights = {f"{name}.weight": shape for name, shape in linears.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()} | others
+
+
 def vae_config(shapes: Shapes, where: str) -> VAEConfig:
     """The sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
     try:

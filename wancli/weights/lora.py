@@ -1,0 +1,255 @@
+"""LoRAs as tensors: what they add to a parameter, and adding it.
+
+All arithmetic is fp32, and a sum of several LoRAs is rounded once to the dtype of the weight.
+
+Letters: R rank, O output and I input width of a matrix (a convolution's is [O, everything else]).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wancli.errors import CheckpointError
+from wancli.weights.lora_header import Change, recognise
+from wancli.weights.lora_match import Coverage, matched
+from wancli.weights.lora_names import block_of
+from wancli.weights.lora_use import Expert, LoraUse, constant
+from wancli.weights.readers import tensors
+from wancli.weights.sizes import Shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Delta(ABC):
+    """What a LoRA adds to one parameter at strength 1."""
+
+    shape: tuple[int, ...]  # of the parameter
+    scale: float
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """The whole difference, in the shape of the parameter."""
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        """weight += strength * difference, in place; see `add`."""
+        add(weight, [(self, strength)])
+
+    def _add(self, weight: Tensor, strength: float) -> None:
+        """The same to an fp32 weight."""
+        weight.add_(self.dense(device=weight.device), alpha=strength)
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Delta):
+    diff: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        return (_fp32(self.diff, device) * self.scale).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Delta):
+    """scale * up @ down."""
+
+    up_OR: Tensor
+    down_RI: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        up_OR, down_RI = _fp32(self.up_OR, device), _fp32(self.down_RI, device)
+        return (self.scale * (up_OR @ down_RI)).view(self.shape).to(dtype)
+
+    def _add(self, weight: Tensor, strength: float) -> None:
+        # Without the product in memory: it is as large as the weight.
+        up_OR, down_RI = _fp32(self.up_OR, weight.device), _fp32(self.down_RI, weight.device)
+        weight.view(len(weight), -1).addmm_(up_OR, down_RI, alpha=strength * self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class LoHa(Delta):
+    """scale * (w1_a @ w1_b) * (w2_a @ w2_b), element by element."""
+
+    w1_a_OR: Tensor
+    w1_b_RI: Tensor
+    w2_a_OR: Tensor
+    w2_b_RI: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        one_OI = _fp32(self.w1_a_OR, device) @ _fp32(self.w1_b_RI, device)
+        two_OI = _fp32(self.w2_a_OR, device) @ _fp32(self.w2_b_RI, device)
+        return one_OI.mul_(two_OI).mul_(self.scale).view(self.shape).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LoKr(Delta):
+    """scale * kron(w1, w2); each is the product of its factors, of one if it is whole."""
+
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+
+    def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        w1, w2 = (_product([_fp32(factor, device) for factor in factors]) for factors in (self.w1, self.w2))
+        return torch.kron(w1, w2).mul_(self.scale).view(self.shape).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA that fits a model: official parameter name -> what it adds."""
+
+    path: Path
+    deltas: Mapping[str, Delta]
+    coverage: Coverage
+    scales: tuple[float, ...]  # the distinct ones: alpha / rank
+
+
+def load(path: Path, shapes: Shapes) -> Lora:
+    """Reads the changes of a LoRA file that apply to a model with these parameters.
+
+    The tensors are mapped from the file. Raises CheckpointError as `recognise` and `matched` do,
+    and for NaN or Inf, naming the key.
+    """
+    changes, coverage = matched(recognise(path), shapes)
+    wanted = {key for change in changes for key in change.keys.values()}
+    found = {name: tensor for name, tensor in tensors([path]) if name in wanted}
+    for key, tensor in found.items():
+        if not tensor.float().isfinite().all():
+            raise CheckpointError(
+                f"{key} holds NaN or Inf", where=str(path), hint="The training of this LoRA went wrong."
+            )
+    deltas = {change.name: _delta(change, found, shapes[change.name]) for change in changes}
+    return Lora(path, deltas, coverage, tuple(sorted({delta.scale for delta in deltas.values()})))
+
+
+def _delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
+    factor = {part: found[key] for part, key in change.keys.items()}
+    alpha = factor.pop("alpha", None)
+    scale = change.scale if alpha is None else alpha.item() / change.rank
+    match change.kind:
+        case "full":
+            return Full(shape, scale, *factor.values())
+        case "low-rank":
+            return LowRank(shape, scale, _matrix(factor["up"]), _matrix(factor["down"]))
+        case "loha":
+            return LoHa(shape, scale, *(_matrix(tensor) for tensor in factor.values()))
+        case "lokr":
+            whole = {part: _matrix(tensor) for part, tensor in factor.items()}
+            w1, w2 = (
+                tuple(tensor for part, tensor in whole.items() if part.startswith(f"lokr_{w}"))
+                for w in ("w1", "w2")
+            )
+            return LoKr(shape, scale, w1, w2)
+
+
+@dataclass(frozen=True, eq=False)
+class Loras:
+    """The LoRAs of a shot with where and when each applies."""
+
+    uses: Sequence[LoraUse] = ()
+    loras: Sequence[Lora] = ()
+
+    @property
+    def names(self) -> set[str]:
+        """Every parameter that is changed anywhere."""
+        return {name for lora in self.loras for name in lora.deltas}
+
+    def delta_for(self, name: str, step: int, expert: Expert | None = None) -> list[tuple[Delta, float]]:
+        """What a parameter gets at a step, with strengths, in the order of the job; for `add`."""
+        found = []
+        for use, lora in zip(self.uses, self.loras, strict=True):
+            strength = use.at(step, block_of(name), expert)
+            if strength and name in lora.deltas:
+                found.append((lora.deltas[name], strength))
+        return found
+
+
+@torch.no_grad()
+def add(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
+    """weight += the sum of strength * difference, in fp32 and rounded once, in place.
+
+    The weight may have any float dtype and be anywhere, if it is contiguous. Raises ValueError for
+    another shape, before anything is changed.
+    """
+    terms = list(terms)
+    for delta, _ in terms:
+        if delta.shape != tuple(weight.shape):
+            raise ValueError(f"a difference of {list(delta.shape)} to a weight of {list(weight.shape)}")
+    total = weight.float()  # the weight itself if it is fp32
+    for delta, strength in terms:
+        delta._add(total, strength)
+    if weight.dtype != torch.float32:
+        weight.copy_(total)
+
+
+def merge(state: Mapping[str, Tensor], loras: Loras, expert: Expert | None = None) -> None:
+    """Adds LoRAs for good to the named weights of a model, tensor by tensor, in place.
+
+    Raises ValueError, before anything is changed, when a strength depends on the step, a parameter
+    is missing or has another shape.
+    """
+    if not constant(loras.uses):
+        raise ValueError("a LoRA whose strength changes from step to step cannot be merged once")
+    changes = {name: loras.delta_for(name, 0, expert) for name in sorted(loras.names)}
+    for name, terms in changes.items():
+        for delta, _ in terms:
+            if name not in state or tuple(state[name].shape) != delta.shape:
+                raise ValueError(f"{name} of {list(delta.shape)} is not in the model")
+    for name, terms in changes.items():
+        add(state[name], terms)
+
+
+class Patches:
+    """Keeps a model's weights at those of the file plus the LoRAs of a step, and nothing else.
+
+    `base` reads named parameters anew, so a change is undone exactly and costs no memory: weights
+    are read from the file where another set of LoRAs, or another step, needs them back.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        base: Callable[[AbstractSet[str]], Iterable[tuple[str, Tensor]]],
+    ) -> None:
+        self._state = state
+        self._base = base
+        self._now: dict[str, list[tuple[Delta, float]]] = {}
+
+    def at(self, loras: Loras, step: int, expert: Expert | None = None) -> bool:
+        """Brings the weights to a step; whether any of them changed."""
+        wanted = {name: terms for name in loras.names if (terms := loras.delta_for(name, step, expert))}
+        changed = {
+            name for name in wanted.keys() | self._now.keys() if wanted.get(name) != self._now.get(name)
+        }
+        self._restore(changed & self._now.keys())
+        for name in sorted(changed & wanted.keys()):
+            self._now[name] = []  # neither the file's nor what is wanted, should this stop half way
+            add(self._state[name], wanted[name])
+            self._now[name] = wanted[name]
+        return bool(changed)
+
+    @torch.no_grad()
+    def _restore(self, names: AbstractSet[str]) -> None:
+        if not names:
+            return
+        for name, tensor in self._base(names):
+            self._state[name].copy_(tensor)
+            del self._now[name]
+        if lost := sorted(names & self._now.keys()):
+            raise CheckpointError(f"{lost[0]} was in the checkpoint and is there no more")
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1)
+
+
+def _fp32(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return tensor.to(device=device, dtype=torch.float32)
+
+
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    first, *rest = factors
+    return first @ rest[0] if rest else first

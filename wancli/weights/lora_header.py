@@ -1,0 +1,254 @@
+"""What a LoRA file changes, from its header alone: no torch, no data.
+
+low-rank   W += scale * up @ down                       LoRA (arXiv 2106.09685); scale = alpha / rank,
+                                                        alpha / sqrt(rank) if rank-stabilised (2312.03732)
+full       W += diff                                    weights, biases, norms, modulations
+loha       W += scale * (w1_a @ w1_b) * (w2_a @ w2_b)   FedPara (2108.06098), element by element
+lokr       W += scale * kron(w1, w2)                    LyCORIS (2309.14859); w1, w2 whole or products
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from wancli.errors import CheckpointError
+from wancli.weights.headers import TensorInfo, header, metadata
+from wancli.weights.lora_names import REFUSED, parameter, place
+
+Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
+Shape: TypeAlias = tuple[int, ...]
+Scale: TypeAlias = Callable[[str, int], float]  # of a module, as the file names it, and a rank
+
+KINDS: dict[Kind, tuple[str, ...]] = {
+    "full": ("diff",),
+    "low-rank": ("up", "down"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+}
+FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
+CONFIG = "adapter_config.json"  # PEFT's, beside the file
+METADATA = "lora_adapter_metadata"  # diffusers', in the file
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one parameter is to get. The matrix of a convolution is [out, everything else].
+
+    `scale` holds unless `keys` names an alpha: then it is that number / rank.
+    """
+
+    name: str  # official
+    kind: Kind
+    keys: Mapping[str, str]  # part -> key in the file
+    shape: Shape  # of the parameter if full, of its matrix if not
+    rank: int = 0
+    scale: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """A key to name it by."""
+        return next(iter(self.keys.values()))
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file as its header tells it."""
+
+    path: Path
+    style: str  # whose naming it is
+    changes: tuple[Change, ...]
+    unknown: tuple[str, ...]  # keys that name nothing of a Wan transformer
+    config: Path | None  # the file beside it that its scales come from
+    scaled: bool  # whether the file or its config says how strong it is
+
+
+def recognise(path: Path) -> LoraFile:
+    """Every change that a file holds, in any style of `lora_names`.
+
+    Raises CheckpointError for a damaged file, half a change, one made twice, and for what wancli
+    does not apply: DoRA, Tucker decompositions, OFT, GLoRA.
+    """
+    tensors = header(path)
+    modules: dict[str, dict[str, str]] = {}
+    written: dict[str, str] = {}
+    styles: list[str] = []
+    unknown = []
+    for key, info in tensors.items():
+        found = place(key)
+        if found is None:
+            unknown.append(key)
+            continue
+        _check(path, key, info, found.part)
+        parts = modules.setdefault(found.module, {})
+        if found.part in parts:
+            raise _wrong(path, f"{parts[found.part]} and {key} are the same under two names")
+        parts[found.part] = key
+        styles.append(found.style)
+        written[found.module] = found.written
+    declared, config = _declared(path, peft="PEFT" in styles)
+    changes = []
+    for module, parts in modules.items():
+        scale = partial(declared, written[module]) if declared else _as_it_is
+        made = [*_of_weight(path, module, parts, tensors, scale), *_of_bias(module, parts, tensors, scale)]
+        used = {key for change in made for key in change.keys.values()}
+        unknown += [key for part, key in parts.items() if key not in used and not (made and part == "alpha")]
+        changes += made
+    return LoraFile(
+        path,
+        style=max(dict.fromkeys(styles), key=styles.count, default="unknown"),
+        changes=tuple(changes),
+        unknown=tuple(unknown),
+        config=config,
+        scaled=declared is not None or all("alpha" in change.keys for change in changes if change.rank),
+    )
+
+
+def _check(path: Path, key: str, info: TensorInfo, part: str) -> None:
+    if part in REFUSED:
+        raise CheckpointError(
+            f"{key} belongs to {part}, which wancli does not apply",
+            where=str(path),
+            hint="It applies LoRA, LoHa, LoKr and plain differences; convert this file to one of them.",
+        )
+    if part == "alpha" and math.prod(info.shape) != 1:
+        raise _wrong(path, f"{key} is not one number but {list(info.shape)}")
+    if part != "alpha" and info.dtype not in FLOATS:
+        raise _wrong(path, f"{key} is stored as {info.dtype}, which no weight is")
+
+
+def _of_weight(
+    path: Path,
+    module: str,
+    parts: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    scale: Callable[[int], float],
+) -> list[Change]:
+    kinds = [kind for kind, names in KINDS.items() if set(names) & parts.keys()]
+    if not kinds:
+        return []
+    keys = {part: parts[part] for part in KINDS[kinds[0]] if part in parts}
+    if len(kinds) > 1:
+        raise _wrong(path, f"{module} is changed in two ways, by {' and '.join(kinds)}")
+    try:
+        shape, rank = _size(kinds[0], {part: tensors[key].shape for part, key in keys.items()})
+    except KeyError as error:
+        raise _wrong(path, f"{next(iter(keys.values()))} has no {error.args[0]} to go with it") from None
+    except ValueError as error:
+        raise _wrong(path, f"{' and '.join(keys.values())} do not multiply: {error}") from None
+    if rank and "alpha" in parts:
+        keys["alpha"] = parts["alpha"]
+    factor = 1.0 if kinds[0] == "full" else scale(rank)
+    return [Change(parameter(module, bias=False), kinds[0], keys, shape, rank, factor)]
+
+
+def _of_bias(
+    module: str, parts: Mapping[str, str], tensors: Mapping[str, TensorInfo], scale: Callable[[int], float]
+) -> list[Change]:
+    """A plain difference, or PEFT's bias of `up`, which is scaled as `up @ down` is."""
+    changes = []
+    name = parameter(module, bias=True)
+    if key := parts.get("diff_b"):
+        changes.append(Change(name, "full", {"diff_b": key}, tensors[key].shape))
+    if (key := parts.get("up_bias")) and "down" in parts:
+        rank = tensors[parts["down"]].shape[0]
+        alpha = {"alpha": parts["alpha"]} if "alpha" in parts else {}
+        changes.append(Change(name, "full", {"up_bias": key, **alpha}, tensors[key].shape, rank, scale(rank)))
+    return changes
+
+
+def _size(kind: Kind, shapes: Mapping[str, Shape]) -> tuple[Shape, int]:
+    """Shape and rank of what the factors make. Raises KeyError for a missing one, ValueError for misfits."""
+    match kind:
+        case "full":
+            return shapes["diff"], 0
+        case "low-rank":
+            return _product(shapes["up"], shapes["down"])
+        case "loha":
+            one, rank = _product(shapes["hada_w1_a"], shapes["hada_w1_b"])
+            two, _ = _product(shapes["hada_w2_a"], shapes["hada_w2_b"])
+            if one != two:
+                raise ValueError(f"{list(one)} element by element {list(two)}")
+            return one, rank
+        case "lokr":
+            (rows1, columns1), rank1 = _factor(shapes, "lokr_w1")
+            (rows2, columns2), rank2 = _factor(shapes, "lokr_w2")
+            return (rows1 * rows2, columns1 * columns2), rank2 or rank1
+
+
+def _factor(shapes: Mapping[str, Shape], name: str) -> tuple[Shape, int]:
+    """One of LoKr's factors, whole (rank 0) or a product."""
+    if name in shapes:
+        if shapes.keys() & {f"{name}_a", f"{name}_b"}:
+            raise ValueError(f"{name} is there whole and as a product")
+        return _matrix(shapes[name]), 0
+    return _product(shapes[f"{name}_a"], shapes[f"{name}_b"])
+
+
+def _product(a: Shape, b: Shape) -> tuple[Shape, int]:
+    (rows, inner), (rank, columns) = _matrix(a), _matrix(b)
+    if inner != rank or rank == 0:
+        raise ValueError(f"{list(a)} @ {list(b)}")
+    return (rows, columns), rank
+
+
+def _matrix(shape: Shape) -> Shape:
+    if len(shape) < 2:
+        raise ValueError(f"{list(shape)} is no matrix")
+    return shape[0], math.prod(shape[1:])
+
+
+def _as_it_is(_: int) -> float:
+    return 1.0
+
+
+def _declared(path: Path, *, peft: bool) -> tuple[Scale | None, Path | None]:
+    """How PEFT was told to scale, and the file that says so if it is not this one.
+
+    diffusers puts the configuration into the file, its keys after `transformer.`; PEFT into a file
+    beside it, which is read for PEFT's own names only.
+    """
+    config = path.with_name(CONFIG)
+    try:
+        if text := metadata(path).get(METADATA):
+            return _scaling(json.loads(text)), None
+        if peft and config.is_file():
+            return _scaling(json.loads(config.read_bytes())), config
+    except (ValueError, TypeError, AttributeError, KeyError, OSError, RecursionError) as error:
+        where = str(config) if peft and config.is_file() else f"{path}: {METADATA}"
+        raise CheckpointError(f"says no usable lora_alpha and r: {error!r}", where=where) from None
+    return None, None
+
+
+def _scaling(document: Mapping[str, object]) -> Scale:
+    said = {key.removeprefix("transformer."): value for key, value in document.items()}
+    usual = _number(said["lora_alpha"] if "lora_alpha" in said else said["alpha"])  # LoHa and LoKr say alpha
+    r = _number(said["r"])
+    exceptions = said.get("alpha_pattern") or {}
+    if not isinstance(exceptions, dict):
+        raise TypeError("alpha_pattern")
+    alphas = {name: _number(alpha) for name, alpha in exceptions.items()}
+    stabilised = said.get("use_rslora") is True
+
+    def scale(module: str, rank: int) -> float:
+        own = (alpha for name, alpha in alphas.items() if f".{module}".endswith(f".{name}"))
+        return next(own, usual) / (math.sqrt(rank or r) if stabilised else rank or r)
+
+    return scale
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is no positive number")
+    return float(value)
+
+
+def _wrong(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        what, where=str(path), hint="Download the file again, or save it with another tool."
+    )

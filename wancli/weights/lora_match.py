@@ -1,0 +1,116 @@
+"""A LoRA file against a model: what of it applies, and refusal of one made for another model. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from wancli.errors import CheckpointError
+from wancli.weights.lora_header import Change, LoraFile
+from wancli.weights.lora_names import block_of, of_images
+from wancli.weights.sizes import Shapes
+
+WIDTHS = {1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
+IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image
+LISTED = 3  # keys quoted
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a LoRA file a model takes, as plain data."""
+
+    style: str
+    targets: int  # parameters changed
+    kinds: Mapping[str, int]  # how many of them by which sort of change
+    blocks: tuple[int, ...]
+    outside: int  # targets outside the blocks
+    ranks: tuple[int, ...]
+    scaled: bool  # False: no alpha anywhere, so the scale is taken as 1
+    skipped: int  # changes of what only image-to-video models have
+    unused: int  # keys that name nothing of this model
+    examples: tuple[str, ...]  # some of the unused keys
+
+
+def matched(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
+    """The changes that apply to a model with these parameters.
+
+    Changes of what only image-to-video models have are skipped. Raises CheckpointError when a
+    parameter has another shape or is in a block past the last, and when nothing applies.
+    """
+    depth = 1 + max((n for n in map(block_of, shapes) if n is not None), default=-1)
+    used: list[Change] = []
+    skipped = 0
+    unused = list(file.unknown)
+    for change in file.changes:
+        block, shape = block_of(change.name), shapes.get(change.name)
+        if shape and _fits(change, shape):
+            used.append(change)
+        elif _for_images(change, shapes):
+            skipped += 1
+        elif shape or (block is not None and block >= depth):
+            raise _other_model(file, change, shapes, depth)
+        else:
+            unused += change.keys.values()
+    if not used:
+        raise CheckpointError(
+            f"changes nothing in this model; none of its {len(unused)} keys names a part of it"
+            + "".join(f", {key!r}" for key in unused[:1]),
+            where=str(file.path),
+            hint="Is it a LoRA for a Wan text-to-video model? Known are the namings of ComfyUI, diffusers, "
+            "PEFT, kohya, LyCORIS and DiffSynth.",
+        )
+    blocks = [block_of(change.name) for change in used]
+    coverage = Coverage(
+        style=file.style,
+        targets=len(used),
+        kinds=dict(Counter(change.kind for change in used)),
+        blocks=tuple(sorted({block for block in blocks if block is not None})),
+        outside=blocks.count(None),
+        ranks=tuple(sorted({change.rank for change in used if change.rank})),
+        scaled=file.scaled,
+        skipped=skipped,
+        unused=len(unused),
+        examples=tuple(unused[:LISTED]),
+    )
+    return tuple(used), coverage
+
+
+def _fits(change: Change, shape: tuple[int, ...]) -> bool:
+    if change.kind == "full":
+        return change.shape == shape
+    return len(shape) > 1 and change.shape == (shape[0], math.prod(shape[1:]))
+
+
+def _for_images(change: Change, shapes: Shapes) -> bool:
+    """Whether a text-to-video model has no use for a change that an image-to-video LoRA comes with."""
+    if change.name not in shapes:
+        return of_images(change.name)
+    if change.name != "patch_embedding.weight":
+        return False
+    width, _, *patch = shapes[change.name]
+    columns = IMAGE_CHANNELS * math.prod(patch)
+    return change.shape[0] == width and math.prod(change.shape[1:]) == columns
+
+
+def _other_model(file: LoraFile, change: Change, shapes: Shapes, depth: int) -> CheckpointError:
+    """The refusal, with a guess which models they are."""
+    if change.name in shapes:
+        there = f"{list(shapes[change.name])} in this model"
+    else:
+        there = f"not in this model, whose last block is {depth - 1}"
+    theirs = next((c.shape[-1] for c in file.changes if _tells_width(c.name) and c.kind != "full"), 0)
+    ours = next((shape[-1] for name, shape in shapes.items() if _tells_width(name)), 0)
+    models = [WIDTHS.get(width, f"a model of width {width}") for width in (theirs, ours)]
+    return CheckpointError(
+        f"{change.key} makes a change of {list(change.shape)} to {change.name}, which is {there}",
+        where=str(file.path),
+        hint=f"This LoRA was made for {models[0]}, and this is {models[1]}."
+        if theirs and theirs != ours
+        else "This LoRA was made for another model.",
+    )
+
+
+def _tells_width(name: str) -> bool:
+    return name.endswith(("attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight", "ffn.0.weight"))

@@ -1,0 +1,154 @@
+"""What a key of a LoRA file stands for: prefix + module + part. No torch.
+
+Every tool names the same matrix its own way:
+
+    diffusion_model.blocks.0.self_attn.q.lora_A.weight         ComfyUI, ai-toolkit, LightX2V
+    transformer.blocks.0.attn1.to_q.lora_A.weight              diffusers
+    base_model.model.blocks.0.self_attn.q.lora_A.weight        PEFT
+    pipe.dit.blocks.0.self_attn.q.lora_A.default.weight        DiffSynth
+    lora_unet_blocks_0_self_attn_q.lora_down.weight            kohya, musubi-tuner
+    lora_unet__blocks_0_self_attn_q.lora_down.weight           Wan-Fun
+    lycoris_blocks_0_attn1_to_q.hada_w1_a                      LyCORIS
+
+An underscore separates words and is part of them (`cross_attn_k_img`), so no name is ever split at
+one: a module is looked up, its dots turned into underscores, among all modules of the transformer
+in official and in diffusers naming.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from wancli.weights.names import BLOCK_FROM_DIFFUSERS, TRANSFORMER_FROM_DIFFUSERS
+
+# Stripped one after another, the first that fits each time; the first one names the style.
+PREFIXES = {
+    "base_model.model.": "PEFT",
+    "model.diffusion_model.": "generic",
+    "diffusion_model.": "generic",
+    "transformer.": "diffusers",
+    "pipe.dit.": "DiffSynth",
+    "lora_unet__": "Wan-Fun",
+    "lora_unet_": "kohya",
+    "lora_transformer_": "kohya",
+    "lycoris_": "LyCORIS",
+}
+BARE = "bare"
+
+# What image-to-video models have besides: their LoRAs are used with text-to-video models, too.
+IMAGE_BLOCK_FROM_DIFFUSERS = {
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+}
+IMAGE_FROM_DIFFUSERS = {
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+}
+
+# Part of a change -> how keys that hold it end.
+PARTS = {
+    "down": r"\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight"
+    r"|\.lora_A(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?",
+    "up": r"\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"
+    r"|\.lora_B(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?",
+    "up_bias": r"\.lora_B(?:\.(?!bias$)\w+)?\.bias",
+    "alpha": r"\.alpha",
+    "diff": r"\.diff|\.w_norm",
+    "diff_b": r"\.diff_b|\.b_norm",
+    "diff_m": r"\.diff_m",
+    **{f"hada_{part}": rf"\.hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f"lokr_{part}": rf"\.lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+}
+# What wancli does not apply -> how its keys end. Tools disagree on DoRA: ComfyUI takes the norms of
+# the rows from W, its trainers from W + BA.
+REFUSED = {
+    "DoRA": r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*",
+    "a Tucker decomposition": r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t[12]",
+    "OFT": r"\.oft_\w+(?:\.weight)?",
+    "GLoRA": r"\.[ab][12]\.weight",
+    "a LoRA that changes the model's shape": r"\.reshape_weight|\.set_weight",
+}
+
+_KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{part}>{end})" for part, end in PARTS.items()) + ")")
+_REFUSED = {what: re.compile(rf"(?P<module>.+?)(?:{end})") for what, end in REFUSED.items()}
+_BLOCK = re.compile(r"blocks_(\d{1,4})_(.+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key belongs: its module under the official name, and which part of a change it holds."""
+
+    style: str
+    module: str
+    part: str  # one of PARTS, or of REFUSED
+    written: str  # the module as the file names it, without the prefix
+
+
+def place(key: str) -> Place | None:
+    """What a key stands for; None when it names nothing of a Wan transformer."""
+    for what, pattern in _REFUSED.items():
+        if found := pattern.fullmatch(key):
+            return _placed(found["module"], what)
+    if found := _KEY.fullmatch(key):
+        return _placed(found["module"], next(part for part in PARTS if found[part]))
+    return None
+
+
+def official(module: str) -> str | None:
+    """The official name of a module in either naming, with dots or underscores; None if there is none.
+
+    `blocks.3` and `head` alone, which hold a modulation, are not modules here.
+    """
+    flat = _flat(module)
+    if block := _BLOCK.fullmatch(flat):
+        name = _BLOCK_MODULES.get(block[2])
+        return name and f"blocks.{int(block[1])}.{name}"
+    return _MODULES.get(flat)
+
+
+def parameter(module: str, *, bias: bool) -> str:
+    """The parameter that a change of a module's weight, or of its bias, is made to."""
+    if module.endswith(("modulation", "emb_pos")):
+        return module
+    return f"{module}.bias" if bias else f"{module}.weight"
+
+
+def block_of(parameter: str) -> int | None:
+    """The block that an official parameter is in; None outside the blocks."""
+    return int(parameter.split(".")[1]) if parameter.startswith("blocks.") else None
+
+
+def of_images(parameter: str) -> bool:
+    """Whether only image-to-video models have this parameter."""
+    modules = (*IMAGE_BLOCK_FROM_DIFFUSERS.values(), *IMAGE_FROM_DIFFUSERS.values())
+    return any(f".{module}." in f".{parameter}." for module in modules)
+
+
+def _placed(written: str, part: str) -> Place | None:
+    style = None
+    while prefix := next((prefix for prefix in PREFIXES if written.startswith(prefix)), None):
+        style = style or PREFIXES[prefix]
+        written = written.removeprefix(prefix)
+    module = official(f"{written}.modulation" if part == "diff_m" else written)
+    if module is None:
+        return None
+    return Place(style or BARE, module, "diff" if part == "diff_m" else part, written)
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _both(*tables: dict[str, str]) -> dict[str, str]:
+    """Flattened names of both sides -> the official one."""
+    pairs = [pair for table in tables for pair in table.items()]
+    return {_flat(name): ours for theirs, ours in pairs for name in (theirs, ours)}
+
+
+_BLOCK_MODULES = _both(BLOCK_FROM_DIFFUSERS, IMAGE_BLOCK_FROM_DIFFUSERS)
+_MODULES = _both(TRANSFORMER_FROM_DIFFUSERS, IMAGE_FROM_DIFFUSERS, {"patch_embedding": "patch_embedding"})

@@ -1,0 +1,57 @@
+"""Which LoRA is applied where and when, as plain data: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from wancli.weights.lora_match import Coverage
+
+Expert: TypeAlias = Literal["high", "low"]  # of Wan 2.2 A14B; None elsewhere
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """One LoRA of a shot. `blocks` None is everything, parameters outside the blocks included."""
+
+    path: Path
+    sha256: str
+    strength: float
+    blocks: tuple[int, ...] | None
+    steps: tuple[int, ...] | None  # None is every step
+    expert: Expert | None  # None is both, or the only one
+    coverage: Coverage
+
+    def at(self, step: int, block: int | None, expert: Expert | None = None) -> float:
+        """The strength for a block (None: outside the blocks) at a step; 0 where it does not apply."""
+        applies = (
+            (self.steps is None or step in self.steps)
+            and (self.blocks is None or block in self.blocks)
+            and self.expert in (None, expert)
+        )
+        return self.strength if applies else 0.0
+
+    @property
+    def decided(self) -> dict[str, object]:
+        """All that pixels depend on."""
+        return {
+            "sha256": self.sha256,
+            "strength": self.strength,
+            "blocks": self.blocks,
+            "steps": self.steps,
+            "expert": self.expert,
+        }
+
+
+def strengths_at(
+    uses: Sequence[LoraUse], step: int, block: int | None, expert: Expert | None = None
+) -> tuple[float, ...]:
+    """The strength of each use in a block (None: outside the blocks) at a step."""
+    return tuple(use.at(step, block, expert) for use in uses)
+
+
+def constant(uses: Iterable[LoraUse]) -> bool:
+    """Whether each use has the same strengths at every step, so that merging once is enough."""
+    return all(use.steps is None or use.strength == 0 for use in uses)

@@ -21,11 +21,12 @@ from typing import Any, Literal
 from wancli import files
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
+from wancli.experts import Stage, stages
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
-from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
-from wancli.models.variants import NEGATIVE, T2V
+from wancli.job import CurveSpec, EmbeddingFile, ExpertGuidance, Inject, Item, JobFile, SigmaRange, Strength
+from wancli.models.variants import NEGATIVE, Defaults
 from wancli.shot import Model, Plan, Prompt, Shot
-from wancli.solvers import SOLVERS, schedule
+from wancli.solvers import SOLVERS, Solver, schedule
 from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
@@ -70,7 +71,7 @@ def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
         checkpoint,
         text_encoder_sizes(checkpoint),
         vae_sizes(checkpoint),
-        transformer=fingerprint(checkpoint.transformer_files, memo),
+        transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), memo),
         vae=fingerprint(checkpoint.vae_files, memo),
         encoder=encoder,
         device=runs_on,
@@ -102,20 +103,22 @@ def _shot(
     if not os.path.lexists(folder):
         raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
     model = model_for(folder, job.memory.device, job.memory.dtype)
+    variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
-    steps = sampler.steps or kind.steps or T2V.steps
+    steps = sampler.steps or kind.steps or variant.steps
     if kind.steps and steps != kind.steps:
         raise JobError(
             f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
         )
-    shift = _first(sampler.shift, kind.shift, T2V.shift)
-    guidance = _first(sampler.guidance, kind.guidance, T2V.guidance)
-    width, height = _size(item)
+    shift = _first(sampler.shift, kind.shift, variant.shift)
+    guidance, guidance_high = _guidance(item, kind, variant)
+    times = schedule(sampler.solver, steps, shift)
+    parts = stages(times.timesteps, variant.boundary, guidance, guidance_high)
+    width, height = _size(item, variant)
     prompts = _Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
-    negative = None if guidance == 1 else prompts.negative(job.negative)
+    negative = None if all(part.guidance == 1 for part in parts) else prompts.negative(job.negative)
     injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
-    sigmas = schedule(sampler.solver, steps, shift).sigmas
     depth = model.checkpoint.transformer.num_layers
     shot = Shot(
         index=index,
@@ -126,19 +129,20 @@ def _shot(
         negative=negative,
         injected=injected,
         rules=tuple(
-            _rule(item, i, rule, text.id, depth, sigmas)
+            _rule(item, i, rule, text.id, depth, times.sigmas, parts)
             for i, (rule, text) in enumerate(zip(job.inject, injected))
         ),
         width=width,
         height=height,
-        frames=_frames(item),
+        frames=_frames(item, variant),
         seed=job.seed,
         noise=job.noise,
         solver=sampler.solver,
         steps=steps,
         shift=shift,
         guidance=guidance,
-        fps=job.video.fps or T2V.fps,
+        guidance_high=guidance_high,
+        fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,
@@ -228,13 +232,26 @@ def _tokenizer(spiece: Path) -> Tokenizer:
     return Tokenizer(spiece)
 
 
-def _rule(item: Item, index: int, said: Inject, text: str, depth: int, sigmas: Sequence[float]) -> Rule:
+def _rule(
+    item: Item,
+    index: int,
+    said: Inject,
+    text: str,
+    depth: int,
+    sigmas: Sequence[float],
+    parts: Sequence[Stage],
+) -> Rule:
     at = ("inject", index)
     with _blaming(item, *at, "blocks"):
         blocks = parse_blocks(said.blocks, depth)
     with _blaming(item, *at, "steps"):
         spec = said.steps
         steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
+    if said.expert != "both":
+        if parts[0].expert == "only":
+            raise _no_experts(item, *at, "expert")
+        taken = {step for part in parts if part.expert == said.expert for step in part.steps}
+        steps = tuple(step for step in steps if step in taken)
     with _blaming(item, *at, "strength"):
         by_block = strengths(_curve(said.strength), blocks)
     with _blaming(item, *at, "step_strength"):
@@ -267,7 +284,7 @@ def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
         elif not rule.blocks:
             depth = shot.model.checkpoint.transformer.num_layers
             why, hint = f"a model of {depth} blocks has none there", "Give numbers."
-        elif "cond" not in rule.branches and not shot.negative:
+        elif "cond" not in rule.branches and (rule.steps or not shot.negative):
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
             why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
@@ -282,7 +299,7 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
     """Rows that `concat` joined have no counterparts to interpolate with."""
     if not any(rule.blend == "concat" for rule in shot.rules):
         return
-    rows = {shot.table.row(step, branch) for step in range(shot.steps) for branch in shot.table.branches}
+    rows = {shot.table.row(step, branch) for branch, steps in shot.table.steps_of.items() for step in steps}
     for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
         while isinstance(expr, Lerp | Concat):
             if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
@@ -294,25 +311,47 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
             expr = expr.a
 
 
-def _size(item: Item) -> tuple[int, int]:
+def _guidance(item: Item, solver: Solver, variant: Defaults) -> tuple[float, float | None]:
+    """Of the only network; or of the low-noise expert and the high-noise one."""
+    said = item.job.sampler.guidance
+    if isinstance(said, ExpertGuidance):
+        if variant.boundary is None:
+            raise _no_experts(item, "sampler", "guidance")
+        return said.low, said.high
+    of_all = solver.guidance if said is None else said
+    if of_all is None:
+        return variant.guidance, variant.guidance_high
+    return of_all, None if variant.boundary is None else of_all
+
+
+def _no_experts(item: Item, *path: str | int) -> JobError:
+    return JobError(
+        "the model has one network for all steps, not two experts",
+        where=item.where(*path),
+        hint="Only Wan 2.2 A14B has a high-noise and a low-noise expert.",
+    )
+
+
+def _size(item: Item, variant: Defaults) -> tuple[int, int]:
     if item.job.size is None:
-        return T2V.width, T2V.height
+        return variant.width, variant.height
     where = item.where("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
-    near = tuple(max(T2V.stride, round(side / T2V.stride) * T2V.stride) for side in size)
+    stride = variant.stride
+    near = tuple(max(stride, round(side / stride) * stride) for side in size)
     if size != near:
         raise JobError(
-            f"{item.job.size} is not made of multiples of {T2V.stride}; nearest is {near[0]}x{near[1]}",
+            f"{item.job.size} is not made of multiples of {stride}; nearest is {near[0]}x{near[1]}",
             where=where,
         )
     return size
 
 
-def _frames(item: Item) -> int:
-    frames = item.job.frames or T2V.frames
+def _frames(item: Item, variant: Defaults) -> int:
+    frames = item.job.frames or variant.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
@@ -345,8 +384,9 @@ def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
                 yield f"shot {shot.id}: an injection has strength 0 and changes nothing"
             if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
                 yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
-        if shot.solver == "distill4" and shot.guidance != 1:
-            yield f"shot {shot.id}: distilled models want guidance 1; {shot.guidance:g} blurs"
+        guidance = max(stage.guidance for stage in shot.stages)
+        if shot.solver == "distill4" and guidance != 1:
+            yield f"shot {shot.id}: distilled models want guidance 1; {guidance:g} blurs"
 
 
 def _first(*values: float | None) -> float:

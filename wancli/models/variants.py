@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Defaults:
-    """Used where a job says nothing. Sizes in pixels, `stride` what they must be a multiple of."""
+    """Used where a job says nothing, and what a latent [z, T, H/s, W/s] is made of. Sizes in pixels.
+
+    A model with a `boundary` has two experts: one for timesteps from 1000·boundary up, with
+    guidance `guidance_high`, and one for those below, with `guidance`.
+    """
 
     width: int
     height: int
@@ -16,10 +20,40 @@ class Defaults:
     steps: int
     shift: float
     guidance: float
-    stride: int = 16
+    guidance_high: float | None = None
+    boundary: float | None = None
+    z_channels: int = 16
+    vae_stride: int = 8
+
+    @property
+    def stride(self) -> int:
+        """What width and height must be multiples of: a patch is 2x2 latent pixels."""
+        return 2 * self.vae_stride
 
 
 T2V = Defaults(width=832, height=480, frames=81, fps=16, steps=50, shift=5.0, guidance=5.0)
+T2V_A14B = Defaults(
+    width=1280,
+    height=720,
+    frames=81,
+    fps=16,
+    steps=40,
+    shift=12.0,
+    guidance=3.0,
+    guidance_high=4.0,
+    boundary=0.875,
+)
+TI2V_5B = Defaults(
+    width=1280,
+    height=704,
+    frames=121,
+    fps=24,
+    steps=50,
+    shift=5.0,
+    guidance=5.0,
+    z_channels=48,
+    vae_stride=16,
+)
 
 # `sample_neg_prompt` of the official configs, the same in 2.1 and 2.2.
 NEGATIVE = (

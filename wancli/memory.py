@@ -52,7 +52,7 @@ def encode_phase(t5: T5Config, *, prompt_tokens: int, element: int) -> Phase:
 def sample_phase(
     wan: WanConfig, latent: tuple[int, int, int, int], *, context_rows: int, element: int, resident: int = 0
 ) -> Phase:
-    """One forward at a time on a latent [16, T, Y, X]; matmuls in `element` bytes, residual in fp32.
+    """One forward at a time on a latent [z, T, Y, X]; matmuls in `element` bytes, residual in fp32.
 
     `context_rows` counts the text rows of all contexts together, one padding row each: their K and
     V are kept for every block.

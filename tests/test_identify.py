@@ -169,9 +169,11 @@ def test_other_models_are_refused_by_name(folder: Path, name: str, shape: tuple[
         identify(folder)
 
 
-def test_two_experts_are_refused_by_name(folder: Path):
+def test_a_missing_expert_is_named(folder: Path):
     (folder / "high_noise_model").mkdir()
-    with pytest.raises(CheckpointError, match="A14B"):
+    with pytest.raises(
+        CheckpointError, match=r"low_noise_model: diffusion_pytorch_model.safetensors is missing"
+    ):
         identify(folder)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,11 +90,22 @@ class Table:
     """What block `b` attends to at step `s` in a branch: `table.row(s, branch)[b]`.
 
     Rows that are the same at several steps are one object, so a table is small however many
-    steps there are. `reached` lists, per rule, the (step, branch, block) cells it changed.
+    steps there are. `reached` lists, per rule, the (step, branch, block) cells it changed;
+    `steps_of` the steps of each branch: `unguided` ones, at guidance 1, have no uncond forward.
     """
 
-    def __init__(self, rules: Sequence[Rule], base: dict[Branch, str], depth: int, steps: int) -> None:
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        base: dict[Branch, str],
+        depth: int,
+        steps: int,
+        unguided: Collection[int] = (),
+    ) -> None:
         self.steps = steps
+        self.steps_of: dict[Branch, tuple[int, ...]] = {
+            branch: tuple(s for s in range(steps) if branch == "cond" or s not in unguided) for branch in base
+        }
         self.base: dict[Branch, Text] = {branch: Text(text) for branch, text in base.items()}
         self.branches = tuple(base)
         self.reached: tuple[list[tuple[int, Branch, int]], ...] = tuple([] for _ in rules)
@@ -102,7 +113,7 @@ class Table:
         made: dict[tuple[Branch, tuple[float, ...]], Row] = {}
         factors = [dict(rule.steps) for rule in rules]
         for branch, text in self.base.items():
-            for step in range(steps):
+            for step in self.steps_of[branch]:
                 active = tuple(
                     f.get(step, 0.0) if branch in r.branches else 0.0 for r, f in zip(rules, factors)
                 )
@@ -111,6 +122,9 @@ class Table:
                 self._rows[step, branch] = made[branch, active]
                 for reached, rule, factor in zip(self.reached, rules, active):
                     reached.extend((step, branch, block) for block, s in rule.blocks if s * factor)
+
+    def branches_at(self, step: int) -> tuple[Branch, ...]:
+        return tuple(branch for branch in self.branches if step in self.steps_of[branch])
 
     def row(self, step: int, branch: Branch) -> Row:
         return self._rows[step, branch]

@@ -41,11 +41,28 @@ Prompt = Annotated[
 ]
 
 
+class ExpertGuidance(Strict):
+    """One guidance for each of the two experts of Wan 2.2 A14B."""
+
+    high: float = Field(ge=0, le=100)
+    low: float = Field(ge=0, le=100)
+
+
+def _guidance_kind(value: Any) -> str:
+    return "<mapping>" if isinstance(value, dict | ExpertGuidance) else "<number>"
+
+
+Guidance = Annotated[
+    Annotated[float, Field(ge=0, le=100), Tag("<number>")] | Annotated[ExpertGuidance, Tag("<mapping>")],
+    Discriminator(_guidance_kind),
+]
+
+
 class Sampler(Strict):
     solver: Literal["unipc", "dpm++", "euler", "distill4"] = "unipc"
     steps: int | None = Field(None, ge=1, le=1000)
     shift: float | None = Field(None, gt=0, le=100)
-    guidance: float | None = Field(None, ge=0, le=100)
+    guidance: Guidance | None = None
 
 
 class TextOptions(Strict):
@@ -140,6 +157,7 @@ class Inject(Strict):
     branch: Literal["cond", "uncond", "both"] = "cond"
     blend: Literal["context-lerp", "output-mix", "replace", "concat"] = "context-lerp"
     gain: float = Field(1.0, ge=-100, le=100)
+    expert: Literal["high", "low", "both"] = "both"
 
 
 class LoraEntry(Strict):
@@ -357,7 +375,7 @@ def keys_at(path: tuple[Key, ...]) -> list[str]:
         "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,
         "memory": Memory,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
-        "steps": SigmaRange,
+        "steps": SigmaRange, "guidance": ExpertGuidance,
     }  # fmt: skip
     for key in path:
         model = nested.get(key, model)

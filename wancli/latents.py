@@ -1,6 +1,6 @@
 """The latent on disk: durable before decoding starts, verified when read, enough to finish a shot alone.
 
-NAME.latents.safetensors holds one tensor, `latents` [16, T, H/8, W/8] fp32, still normalised, and
+NAME.latents.safetensors holds one tensor, `latents` [z, T, H/s, W/s] fp32, still normalised, and
 as metadata the record that the manifest will continue and a SHA-256 over both.
 """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import JobError
+from wancli.experts import Stage
 from wancli.inject import parse_blocks, parse_steps
 from wancli.job import Item, LoraEntry, SigmaRange
 from wancli.models.config import WanConfig
@@ -40,13 +41,14 @@ def decide(
     fit: Callable[[Path], Fitting],
     depth: int,
     sigmas: Sequence[float],
+    parts: Sequence[Stage],
 ) -> tuple[LoraUse, ...]:
     """The uses of one shot; `paths` are those of its entries, resolved.
 
     Raises JobError with file, line and key, CheckpointError for a file that will not do.
     """
     return tuple(
-        _use(item, index, entry, path, fit, depth, sigmas)
+        _use(item, index, entry, path, fit, depth, sigmas, parts)
         for index, (entry, path) in enumerate(zip(item.job.loras, paths, strict=True))
     )
 
@@ -59,6 +61,7 @@ def _use(
     fit: Callable[[Path], Fitting],
     depth: int,
     sigmas: Sequence[float],
+    parts: Sequence[Stage],
 ) -> LoraUse:
     def wrong(key: str, what: str, hint: str = "") -> JobError:
         return JobError(what, where=item.where("loras", index, key), hint=hint)
@@ -67,8 +70,6 @@ def _use(
         raise wrong("path", f"{said.path!r} is no .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
         raise wrong("path", f"{said.path!r} is not there", f"Looked for {path}.")
-    if said.expert != "both":
-        raise wrong("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
     try:
         blocks = parse_blocks(said.blocks, depth)
     except ValueError as error:
@@ -78,6 +79,11 @@ def _use(
         steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
     except ValueError as error:
         raise wrong("steps", str(error)) from None
+    if said.expert != "both" and parts[0].expert == "only":
+        raise wrong("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
+    taken = {step for part in parts if said.expert in ("both", part.expert) for step in part.steps}
+    if steps and not taken & set(steps):
+        raise wrong("expert", f"the {said.expert}-noise expert takes none of these steps", "See `steps`.")
     if not steps:
         raise wrong("steps", "no step is in this range", "`wancli plan -v` prints the sigmas.")
     found = fit(path)
@@ -91,7 +97,7 @@ def _use(
         said.strength,
         blocks=None if said.blocks == "all" else tuple(sorted(blocks)),
         steps=None if len(steps) == len(sigmas) - 1 else steps,
-        expert=None,
+        expert=None if said.expert == "both" else said.expert,
         coverage=found.coverage,
     )
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Self
 
 from wancli.errors import DoesNotFit
-from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 
 FP32 = 4
 _LATENTS_KEPT = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent
@@ -52,7 +52,7 @@ def encode_phase(t5: T5Config, *, prompt_tokens: int, element: int) -> Phase:
 def sample_phase(
     wan: WanConfig, latent: tuple[int, int, int, int], *, context_rows: int, element: int, resident: int = 0
 ) -> Phase:
-    """One forward at a time on a latent [16, T, Y, X]; matmuls in `element` bytes, residual in fp32.
+    """One forward at a time on a latent [z, T, Y, X]; matmuls in `element` bytes, residual in fp32.
 
     `context_rows` counts the text rows of all contexts together, one padding row each: their K and
     V are kept for every block.
@@ -71,18 +71,29 @@ def sample_phase(
 
 
 def decode_phase(
-    vae: VAEConfig, latent: tuple[int, int, int, int], *, chunk: int, element: int = FP32, resident: int = 0
+    vae: VAEConfig | VAE22Config,
+    latent: tuple[int, int, int, int],
+    *,
+    chunk: int,
+    element: int = FP32,
+    resident: int = 0,
 ) -> Phase:
     """`chunk` latent frames at a time; the last stage, at full size, is the largest.
 
-    The buffer is the past two frames that every causal convolution keeps, on a CPU in strips of 16
-    rows or more with two rows of overlap. Frame count plays no part.
+    Full size is that of the frames, for the 2.2 VAE of their 2x2 patches. The buffer is the past two
+    frames that every causal convolution keeps, on a CPU in strips of 16 rows or more with two rows
+    of overlap. Frame count plays no part.
     """
     _, t, y, x = latent
     frames = min(4 * chunk, 4 * t - 3)
     pixels = 64 * y * x
-    widest = vae.dim * element  # a residual block holds its input and one hidden copy
-    activation = frames * pixels * (2 * widest + 3 * FP32 + 3)
+    if isinstance(vae, VAE22Config):
+        # The last stage begins with the width of the one before, of which it makes a shortcut and a copy.
+        widths, colours = vae.dim_mult[1] + 2 * vae.dim_mult[0], 12
+    else:
+        widths, colours = 2 * vae.dim_mult[0], 3  # a residual block holds its input and one hidden copy
+    widest = widths * vae.decoder_dim * element
+    activation = frames * pixels * (widest + colours * (FP32 + 1))
     history = 2 * y * x * _history_channels(vae) * element * 18 // 16
     return Phase("decode", resident + vae_parameters(vae) * element, activation, history)
 
@@ -134,23 +145,33 @@ def t5_parameters(t5: T5Config) -> int:
     return t5.vocab_size * t5.d_model + t5.num_layers * layer + t5.d_model
 
 
-def vae_parameters(vae: VAEConfig) -> int:
+def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
     """Parameters of the VAE, encoder and decoder."""
+    colours = 12 if isinstance(vae, VAE22Config) else 3
     widths = [vae.dim * m for m in vae.dim_mult]
     top, z, blocks = widths[-1], vae.z_dim, vae.num_res_blocks
-    encoder = _conv(3, vae.dim, 27) + _middle(top) + top + _conv(top, 2 * z, 27) + _conv(2 * z, 2 * z, 1)
+    encoder = (
+        _conv(colours, vae.dim, 27) + _middle(top) + top + _conv(top, 2 * z, 27) + _conv(2 * z, 2 * z, 1)
+    )
     c_in = vae.dim
     for c, down in zip(widths, (*vae.temporal_downsample, None), strict=True):
         encoder += _residual(c_in, c) + (blocks - 1) * _residual(c, c)
         encoder += 0 if down is None else _conv(c, c, 9) + down * _conv(c, c, 3)
         c_in = c
-    decoder = _conv(z, top, 27) + _middle(top) + vae.dim + _conv(vae.dim, 3, 27) + _conv(z, z, 1)
+    widths = [vae.decoder_dim * m for m in reversed(vae.dim_mult)]
+    top, last = widths[0], widths[-1]
+    decoder = _conv(z, top, 27) + _middle(top) + last + _conv(last, colours, 27) + _conv(z, z, 1)
     c_in = top
-    for c, up in zip(reversed(widths), (*reversed(vae.temporal_downsample), None), strict=True):
+    for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
         decoder += _residual(c_in, c) + blocks * _residual(c, c)
-        decoder += 0 if up is None else _conv(c, c // 2, 9) + up * _conv(c, 2 * c, 3)
-        c_in = c // 2
+        c_in = _upsampled(vae, c)
+        decoder += 0 if up is None else _conv(c, c_in, 9) + up * _conv(c, 2 * c, 3)
     return encoder + decoder
+
+
+def _upsampled(vae: VAEConfig | VAE22Config, channels: int) -> int:
+    """Channels that an upsampler of the decoder leaves."""
+    return channels if isinstance(vae, VAE22Config) else channels // 2
 
 
 def _conv(c_in: int, c_out: int, taps: int) -> int:
@@ -166,16 +187,16 @@ def _middle(c: int) -> int:
     return 2 * _residual(c, c) + c + _conv(c, 3 * c, 1) + _conv(c, c, 1)
 
 
-def _history_channels(vae: VAEConfig) -> int:
+def _history_channels(vae: VAEConfig | VAE22Config) -> int:
     """Input channels of the decoder's causal convolutions, summed, per pixel of the latent."""
-    widths = [vae.dim * m for m in reversed(vae.dim_mult)]
+    widths = [vae.decoder_dim * m for m in reversed(vae.dim_mult)]
     total = vae.z_dim + 4 * widths[0]
     c_in, pixels = widths[0], 1
     for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
         total += pixels * (c_in + c + vae.num_res_blocks * 2 * c + (c if up else 0))
         if up is not None:
-            c_in, pixels = c // 2, 4 * pixels
-    return total + pixels * vae.dim
+            c_in, pixels = _upsampled(vae, c), 4 * pixels
+    return total + pixels * widths[-1]
 
 
 # ---- measurement ----

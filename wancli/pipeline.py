@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from wancli import files, latents, manifest, memory, record, video
+from wancli import files, latents, manifest, memory, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     CheckpointError,
@@ -28,16 +28,18 @@ from wancli.errors import (
     WancliError,
 )
 from wancli.events import Progress
+from wancli.experts import Expert
 from wancli.record import Record
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.store import Store
+from wancli.underway import Underway
 from wancli.weights.lora_use import LoraUse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from wancli.models.dit import WanModel
-    from wancli.models.vae import WanVAE
+    from wancli.models.vae import VAE
     from wancli.weights.lora import Lora, Loras, Patches
 
 
@@ -155,12 +157,49 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
         shots = [shot for shot in shots if shot.index in recalled]
         encoded, stage1 = {}, {}
     networks = Networks(model)
-    for shot in shots:
+    for group in underway.together(shots):
+        yield from _render_together(group, recalled, encoded, stage1, networks, tools)
+
+
+def _render_together(
+    shots: Sequence[Shot],
+    recalled: set[int],
+    encoded: dict[str, Encoded],
+    stage1: Record,
+    networks: Networks,
+    tools: Tools,
+) -> Iterator[Outcome]:
+    """Noise to latents, an expert loaded once for all shots; then latents to videos, shot by shot."""
+    ready = {shot.index: known for shot in shots if shot.index in recalled and (known := _recalled(shot))}
+    begun = {shot.index: Underway(shot) for shot in shots if shot.index not in ready}
+    for shot, stage in underway.by_expert(shots):
+        if shot.index not in begun:  # recalled or failed
+            continue
         try:
             with _fitting(f"shot {shot.id}"):
-                known = _recalled(shot) if shot.index in recalled else None
-                z_CTYX, facts = known or _sampled(shot, encoded, stage1, networks, tools)
-                body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
+                # Without a name for the network, which would keep this expert in memory beside the next.
+                underway.advance(
+                    begun[shot.index],
+                    stage,
+                    networks.transformer(stage.expert),
+                    networks.loading,
+                    networks.patches,
+                    networks.loras(shot.loras),
+                    encoded,
+                    tools.progress,
+                )
+                if stage == shot.stages[-1]:
+                    loras = networks.loras(shot.loras)
+                    ready[shot.index] = underway.keep(begun.pop(shot.index), encoded, loras, stage1)
+        except ShotError as error:
+            begun.pop(shot.index, None)
+            yield Outcome(shot, "failed", error=error)
+    for shot in shots:
+        if shot.index not in ready:
+            continue
+        try:
+            with _fitting(f"shot {shot.id}"):
+                body = finish(*ready.pop(shot.index), shot.output, networks.vae, tools)
         except ShotError as error:
             yield Outcome(shot, "failed", error=error)
         else:
@@ -188,45 +227,56 @@ def _fitting(where: str) -> Iterator[None]:
 
 @dataclass
 class Networks:
-    """The networks of a checkpoint, loaded when first used and kept for the next shot."""
+    """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
 
     model: Model
     loading: Record = field(default_factory=dict)  # what loading the transformer took
+    _loaded: tuple[Expert, WanModel] | None = None
+    _patches: Patches | None = None  # of the network that is loaded
     _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
 
-    @cached_property
-    def transformer(self) -> WanModel:
+    def transformer(self, expert: Expert) -> WanModel:
+        """The network of an expert; the other one makes room first."""
+        if self._loaded and self._loaded[0] == expert:
+            return self._loaded[1]
         import torch
 
         from wancli.weights.readers import load_transformer
 
+        self._loaded = self._patches = None
         with memory.Peak() as peak:
             dtype = getattr(torch, _TORCH[self.model.dtype])
-            network = load_transformer(self.model.checkpoint, dtype, self.model.device)
+            network = load_transformer(self.model.checkpoint, dtype, self.model.device, expert)
         self.loading = record.phase("load", peak)
+        self._loaded = expert, network
         return network
 
-    @cached_property
+    @property
     def patches(self) -> Patches:
-        """What puts LoRAs into the transformer, and takes them out again."""
+        """What puts LoRAs into the transformer that is loaded, and takes them out again."""
         from wancli.weights.lora import Patches
         from wancli.weights.readers import transformer_tensors
 
-        weights = dict(self.transformer.named_parameters())
-        return Patches(weights, partial(transformer_tensors, self.model.checkpoint))
+        assert self._loaded
+        if self._patches is None:
+            expert, network = self._loaded
+            base = partial(transformer_tensors, self.model.checkpoint, expert=expert)
+            self._patches = Patches(dict(network.named_parameters()), base)
+        return self._patches
 
     def loras(self, uses: Sequence[LoraUse]) -> Loras:
         """The LoRAs of a shot, each file read once."""
         from wancli.weights.lora import Loras, load
+        from wancli.weights.sizes import parameter_shapes
 
-        shapes = {name: tuple(weight.shape) for name, weight in self.transformer.named_parameters()}
+        shapes = parameter_shapes(self.model.checkpoint.transformer)
         for use in uses:
             if use.sha256 not in self._loras:
                 self._loras[use.sha256] = load(use.path, shapes)
         return Loras(uses, [self._loras[use.sha256] for use in uses])
 
     @cached_property
-    def vae(self) -> WanVAE:
+    def vae(self) -> VAE:
         from wancli.weights.readers import load_vae
 
         return load_vae(self.model.checkpoint, self.model.device)
@@ -272,57 +322,6 @@ def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
     return z_CTYX, facts | record.plain(record.of_shot(shot))
 
 
-def _sampled(
-    shot: Shot, encoded: dict[str, Encoded], stage1: Record, networks: Networks, tools: Tools
-) -> tuple[Tensor, Record]:
-    """Stage 2: the latent, durable on disk, and everything the manifest will say of it."""
-    import torch
-
-    from wancli import sample
-    from wancli.difference import compare
-    from wancli.probe import Measured
-
-    model, load = networks.transformer, networks.loading
-    patches, loras = networks.patches, networks.loras(shot.loras)
-    rows_NE = {text.id: encoded[text.id].embedding.rows_NE.to(shot.model.device) for text in shot.texts}
-    with (
-        torch.inference_mode(),
-        memory.Peak() as peak,
-        tools.progress.phase(shot.id, "sample", shot.steps) as bar,
-    ):
-        patches.at(loras, 0)
-        contexts = sample.Contexts(model, rows_NE)
-        measured = Measured(model) if shot.measure else None
-        x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
-        main = encoded[shot.prompt.id].embedding
-        differences = [compare(main, encoded[prompt.id].embedding, model) for prompt in shot.injected]
-        read: set[Any] = set()
-        done, first_step = None, 0.0
-        for done in sample.denoise(
-            model, x_CTYX, shot.schedule, shot.solver, shot.table, contexts, shot.guidance, measured
-        ):
-            read |= done.read
-            first_step = first_step or record.since_start()
-            bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
-            if done.step < shot.steps and patches.at(loras, done.step):
-                contexts.forget()
-        assert done is not None
-        sample.check_hits(shot.table, frozenset(read))
-    facts = record.of_shot(shot) | {
-        "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
-        "encoder_loaded": any(not e.hit for e in encoded.values()),
-        "injection": record.of_injection(shot, read, differences),
-        "loras": record.of_loras(shot, loras),
-        "effects": [asdict(effect) for effect in measured.effects] if measured else [],
-        "first_step_after": first_step,
-        "phases": [stage1, load, record.phase("sample", peak)],
-    }
-    facts = record.plain(facts)
-    files.set_aside(shot.latents)  # another shot's, or with --force this one's
-    latents.save(shot.latents, done.state.x, facts)
-    return done.state.x, facts
-
-
 def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: Tools) -> Path:
     """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
 
@@ -353,7 +352,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
     return output
 
 
-def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: WanVAE, tools: Tools) -> Record:
+def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) -> Record:
     """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body."""
     import torch
 

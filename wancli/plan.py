@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,12 @@ from typing import Any, Literal
 from wancli import files, loras, mini
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
+from wancli.experts import Stage, stages
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
-from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
-from wancli.models.config import WanConfig
-from wancli.models.variants import Defaults, defaults_of
+from wancli.job import CurveSpec, EmbeddingFile, ExpertGuidance, Inject, Item, JobFile, SigmaRange, Strength
+from wancli.models.variants import Defaults
 from wancli.shot import Model, Plan, Prompt, Shot
-from wancli.solvers import SOLVERS, schedule
+from wancli.solvers import SOLVERS, Solver, schedule
 from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
@@ -72,7 +72,7 @@ def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
         checkpoint,
         text_encoder_sizes(checkpoint),
         vae_sizes(checkpoint),
-        transformer=fingerprint(checkpoint.transformer_files, memo),
+        transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), memo),
         vae=fingerprint(checkpoint.vae_files, memo),
         encoder=encoder,
         device=runs_on,
@@ -101,7 +101,7 @@ def _shot(
     index: int,
     item: Item,
     model_for: Callable[[Path, str, str], Model],
-    lora_for: Callable[[Path, WanConfig], loras.Fitting],
+    lora_for: Callable[..., loras.Fitting],
     measure: bool,
 ) -> Shot:
     job = item.job
@@ -111,27 +111,32 @@ def _shot(
     if not os.path.lexists(folder):
         raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
     model = model_for(folder, job.memory.device, job.memory.dtype)
-    defaults = defaults_of(model.checkpoint.transformer.dim)
+    variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
-    steps = sampler.steps or kind.steps or defaults.steps
+    steps = sampler.steps or kind.steps or variant.steps
     if kind.steps and steps != kind.steps:
         raise JobError(
             f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
         )
-    shift = _first(sampler.shift, kind.shift, defaults.shift)
-    guidance = _first(sampler.guidance, kind.guidance, defaults.guidance)
-    width, height = _size(item, defaults)
+    shift = _first(sampler.shift, kind.shift, variant.shift)
+    guidance, guidance_high = _guidance(item, kind, variant)
+    times = schedule(sampler.solver, steps, shift)
+    parts = stages(times.timesteps, variant.boundary, guidance, guidance_high)
+    width, height = _size(item, variant)
     prompts = _Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
-    negative = None if guidance == 1 else prompts.negative(job.negative, defaults.negative)
+    negative = None
+    if any(part.guidance != 1 for part in parts):
+        negative = prompts.negative(job.negative, variant.negative)
     injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
-    sigmas = schedule(sampler.solver, steps, shift).sigmas
     transformer = model.checkpoint.transformer
     depth = transformer.num_layers
     lora_paths = [
         _resolved(jobs.directory, entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
+    fit = partial(lora_for, transformer=transformer)
+    decided = loras.decide(item, lora_paths, fit, depth, times.sigmas, parts)
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -141,20 +146,23 @@ def _shot(
         negative=negative,
         injected=injected,
         rules=tuple(
-            _rule(item, i, rule, text.id, depth, sigmas)
+            _rule(item, i, rule, text.id, depth, times.sigmas, parts)
             for i, (rule, text) in enumerate(zip(job.inject, injected))
         ),
-        loras=loras.decide(item, lora_paths, lambda path: lora_for(path, transformer), depth, sigmas),
+        loras=loras.decide(
+            item, lora_paths, lambda path: lora_for(path, transformer), depth, times.sigmas, parts
+        ),
         width=width,
         height=height,
-        frames=_frames(item, defaults),
+        frames=_frames(item, variant),
         seed=job.seed,
         noise=job.noise,
         solver=sampler.solver,
         steps=steps,
         shift=shift,
         guidance=guidance,
-        fps=job.video.fps or defaults.fps,
+        guidance_high=guidance_high,
+        fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,
@@ -244,13 +252,26 @@ def _tokenizer(spiece: Path) -> Tokenizer:
     return Tokenizer(spiece)
 
 
-def _rule(item: Item, index: int, said: Inject, text: str, depth: int, sigmas: Sequence[float]) -> Rule:
+def _rule(
+    item: Item,
+    index: int,
+    said: Inject,
+    text: str,
+    depth: int,
+    sigmas: Sequence[float],
+    parts: Sequence[Stage],
+) -> Rule:
     at = ("inject", index)
     with _blaming(item, *at, "blocks"):
         blocks = parse_blocks(said.blocks, depth)
     with _blaming(item, *at, "steps"):
         spec = said.steps
         steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
+    if said.expert != "both":
+        if parts[0].expert == "only":
+            raise _no_experts(item, *at, "expert")
+        taken = {step for part in parts if part.expert == said.expert for step in part.steps}
+        steps = tuple(step for step in steps if step in taken)
     with _blaming(item, *at, "strength"):
         by_block = strengths(_curve(said.strength), blocks)
     with _blaming(item, *at, "step_strength"):
@@ -283,7 +304,7 @@ def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
         elif not rule.blocks:
             depth = shot.model.checkpoint.transformer.num_layers
             why, hint = f"a model of {depth} blocks has none there", "Give numbers."
-        elif "cond" not in rule.branches and not shot.negative:
+        elif "cond" not in rule.branches and (rule.steps or not shot.negative):
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
             why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
@@ -298,7 +319,7 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
     """Rows that `concat` joined have no counterparts to interpolate with."""
     if not any(rule.blend == "concat" for rule in shot.rules):
         return
-    rows = {shot.table.row(step, branch) for step in range(shot.steps) for branch in shot.table.branches}
+    rows = {shot.table.row(step, branch) for branch, steps in shot.table.steps_of.items() for step in steps}
     for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
         while isinstance(expr, Lerp | Concat):
             if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
@@ -310,15 +331,36 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
             expr = expr.a
 
 
-def _size(item: Item, defaults: Defaults) -> tuple[int, int]:
+def _guidance(item: Item, solver: Solver, variant: Defaults) -> tuple[float, float | None]:
+    """Of the only network; or of the low-noise expert and the high-noise one."""
+    said = item.job.sampler.guidance
+    if isinstance(said, ExpertGuidance):
+        if variant.boundary is None:
+            raise _no_experts(item, "sampler", "guidance")
+        return said.low, said.high
+    of_all = solver.guidance if said is None else said
+    if of_all is None:
+        return variant.guidance, variant.guidance_high
+    return of_all, None if variant.boundary is None else of_all
+
+
+def _no_experts(item: Item, *path: str | int) -> JobError:
+    return JobError(
+        "the model has one network for all steps, not two experts",
+        where=item.where(*path),
+        hint="Only Wan 2.2 A14B has a high-noise and a low-noise expert.",
+    )
+
+
+def _size(item: Item, variant: Defaults) -> tuple[int, int]:
     if item.job.size is None:
-        return defaults.width, defaults.height
+        return variant.width, variant.height
     where = item.where("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
-    stride = defaults.stride
+    stride = variant.stride
     near = tuple(max(stride, round(side / stride) * stride) for side in size)
     if size != near:
         raise JobError(
@@ -328,8 +370,8 @@ def _size(item: Item, defaults: Defaults) -> tuple[int, int]:
     return size
 
 
-def _frames(item: Item, defaults: Defaults) -> int:
-    frames = item.job.frames or defaults.frames
+def _frames(item: Item, variant: Defaults) -> int:
+    frames = item.job.frames or variant.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
@@ -372,8 +414,9 @@ def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
             if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
                 yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
         yield from (f"shot {shot.id}: {warning}" for warning in loras.warnings(shot.loras))
-        if shot.solver == "distill4" and shot.guidance != 1:
-            yield f"shot {shot.id}: distilled models want guidance 1; {shot.guidance:g} blurs"
+        guidance = max(stage.guidance for stage in shot.stages)
+        if shot.solver == "distill4" and guidance != 1:
+            yield f"shot {shot.id}: distilled models want guidance 1; {guidance:g} blurs"
 
 
 def _first(*values: float | None) -> float:

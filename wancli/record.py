@@ -47,6 +47,7 @@ def of_shot(shot: Shot) -> Record:
             "steps": shot.steps,
             "shift": shot.shift,
             "guidance": shot.guidance,
+            "stages": [stage.as_dict() for stage in shot.stages],
             "timesteps": shot.schedule.timesteps,
             "sigmas": shot.schedule.sigmas,
             "fps": shot.fps,

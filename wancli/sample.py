@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
+from wancli.experts import Stage
 from wancli.inject import Branch, Cell, Concat, Expr, Lerp, Table, Text
 from wancli.models.context import Context, concat, lerp
 from wancli.models.dit import WanModel
@@ -28,7 +29,7 @@ def noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor
 
 
 class Contexts:
-    """Turns the exprs of a table into contexts of a model, each once.
+    """Turns the exprs of a table into contexts of a model, each once; every expert projects its own.
 
     `rows_NE` holds the encoder's rows of every prompt a table names.
     """
@@ -107,31 +108,32 @@ class Sampled:
 
 def denoise(
     model: WanModel,
-    x_CTYX: Tensor,
+    state: State,
     schedule: Schedule,
     solver: str,
     table: Table,
     contexts: Contexts,
-    guidance: float,
+    stage: Stage,
     measured: Measured | None = None,
 ) -> Iterator[Sampled]:
-    """Walks the schedule; yields after every step. The last yield holds the finished latent.
+    """Walks the steps of one stage from where `state` is; yields after every step. After the last step
+    of the schedule the state holds the finished latent.
 
-    v = v_uncond + guidance·(v_cond - v_uncond), two forwards, cond first; a table without an
+    v = v_uncond + guidance·(v_cond - v_uncond), two forwards, cond first; a step without an
     uncond branch takes v_cond as it is. Raises NotFinite naming step, branch and block.
     """
     forward = measured or model
-    state = State(x_CTYX)
-    for i, t in enumerate(schedule.timesteps):
+    for i in stage.steps:
+        t = schedule.timesteps[i]
         read: set[tuple[int, Branch, int]] = set()
         velocities: dict[Branch, Tensor] = {}
-        for branch in table.branches:
+        for branch in table.branches_at(i):
             reads = Reads(contexts, table, i, branch)
             velocities[branch] = forward(state.x[None], t, reads)[0]
             read |= reads.cells
         v_CTYX = velocities["cond"]
         if "uncond" in velocities:
-            v_CTYX = velocities["uncond"] + guidance * (v_CTYX - velocities["uncond"])
+            v_CTYX = velocities["uncond"] + stage.guidance * (v_CTYX - velocities["uncond"])
         after = SOLVERS[solver].step(schedule.sigmas, i, state, v_CTYX)
         if not torch.isfinite(after.x).all():
             raise NotFinite(_blame(model, state.x, t, i, table, contexts))
@@ -141,7 +143,7 @@ def denoise(
 
 def _blame(model: WanModel, x_CTYX: Tensor, t: float, step: int, table: Table, contexts: Contexts) -> str:
     """Runs the bad step again, block by block, to say where the first NaN or Inf comes from."""
-    for branch in table.branches:
+    for branch in table.branches_at(step):
         reads = Reads(contexts, table, step, branch)
         for block, x_BLD in enumerate(model.residuals(x_CTYX[None], t, reads)):
             if not torch.isfinite(x_BLD).all():

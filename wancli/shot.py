@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from wancli import memory
 from wancli.encode import Encoder, Tokens
+from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.memory import Phase
-from wancli.models.config import T5Config, VAEConfig
+from wancli.models.config import T5Config, VAE22Config, VAEConfig
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
@@ -37,12 +38,17 @@ class Model:
 
     checkpoint: Checkpoint
     text_encoder: T5Config
-    vae_sizes: VAEConfig
-    transformer: str  # SHA-256
+    vae_sizes: VAEConfig | VAE22Config
+    transformer: str  # SHA-256, of both experts where there are two
     vae: str  # SHA-256
     encoder: Encoder
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16"]
+
+    @property
+    def first_expert(self) -> Expert:
+        """The network that takes the first steps."""
+        return "only" if self.checkpoint.variant.boundary is None else "high"
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Shot:
     solver: str
     steps: int
     shift: float
-    guidance: float
+    guidance: float  # of the only network or the low-noise expert
+    guidance_high: float | None  # of the high-noise expert, where there is one
     fps: int
     crf: int
     codec: str
@@ -77,8 +84,10 @@ class Shot:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """[z, T, H/8, W/8]."""
-        return (16, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8)
+        """[z, T, H/s, W/s], s being 8 or 16."""
+        of = self.model.checkpoint.variant
+        s = of.vae_stride
+        return (of.z_channels, (self.frames - 1) // 4 + 1, self.height // s, self.width // s)
 
     @property
     def tokens(self) -> int:
@@ -99,11 +108,18 @@ class Shot:
         return schedule(self.solver, self.steps, self.shift)
 
     @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        boundary = self.model.checkpoint.variant.boundary
+        return stages(self.schedule.timesteps, boundary, self.guidance, self.guidance_high)
+
+    @cached_property
     def table(self) -> Table:
         base: dict[Branch, str] = {"cond": self.prompt.id}
         if self.negative:
             base["uncond"] = self.negative.id
-        return Table(self.rules, base, self.model.checkpoint.transformer.num_layers, self.steps)
+        unguided = {step for stage in self.stages if stage.guidance == 1 for step in stage.steps}
+        depth = self.model.checkpoint.transformer.num_layers
+        return Table(self.rules, base, depth, self.steps, unguided)
 
     @property
     def texts(self) -> tuple[Prompt, ...]:
@@ -131,6 +147,8 @@ class Shot:
     @cached_property
     def latents_key(self) -> str:
         """Hash of all that the latent depends on."""
+        high = self.guidance_high
+        experts = [] if high is None else [high, self.model.checkpoint.variant.boundary]
         return _hash(
             {
                 "pixels": PIXELS,
@@ -141,7 +159,7 @@ class Shot:
                 "rules": [asdict(rule) for rule in self.rules],
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
-                "sampler": [self.solver, self.steps, self.shift, self.guidance],
+                "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
                 **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
             }
         )

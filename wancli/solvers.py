@@ -39,6 +39,11 @@ class State:
     history: tuple[Tensor, ...] = ()  # x0 predictions of earlier steps, oldest first, at most 2
     last: Tensor | None = None  # UniPC: the corrected latent at σ_{i-1}
 
+    def to(self, device: str) -> State:
+        """The same state on another device."""
+        history = tuple(m.to(device) for m in self.history)
+        return State(self.x.to(device), history, None if self.last is None else self.last.to(device))
+
 
 Step = Callable[[Sequence[float], int, State, "Tensor"], State]
 

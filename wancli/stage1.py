@@ -137,7 +137,7 @@ def compared(pair: Pair, tools: pipeline.Tools, *, dit: bool) -> Difference:
     from wancli.difference import compare
 
     found, _ = pipeline.encode_prompts(pair.model, [pair.a, pair.b], tools)
-    model = pipeline.Networks(pair.model).transformer if dit else None
+    model = pipeline.Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != mini.FOLDER:
         return difference

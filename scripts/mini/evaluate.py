@@ -28,7 +28,7 @@ from scripts.mini.recognise import Seen, recognise
 from scripts.mini.vae import psnr
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all, random_scene
 from wancli import mini, video
-from wancli.models.vae import WanVAE
+from wancli.models.vae import VAE
 from wancli.report import sheet
 from wancli.weights.identify import identify
 from wancli.weights.readers import load_vae
@@ -189,7 +189,7 @@ def vae_losses(model: Path) -> dict[str, float]:
     return {"all clips": psnr(torch.stack(made), clips_BCTYX), "worst clip": min(each)}
 
 
-def _through(vae: WanVAE, clip_CTYX: Tensor) -> Tensor:
+def _through(vae: VAE, clip_CTYX: Tensor) -> Tensor:
     return torch.cat(list(vae.decode(vae.encode(clip_CTYX))), dim=1)
 
 

@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             for j in range(config.num_res_blocks + 1):
                 self.upsamples.append(ResidualBlock(c_out if j else c_in, c_out))
             if i < len(in_time):
-                self.upsamples.append(Upsample(c_out, in_time[i]))
+                self.upsamples.append(Upsample(c_out, c_out // 2, in_time[i]))
                 c_in = c_out // 2
         self.head = Head(widths[-1], 3)
 
@@ -108,27 +108,36 @@ class Decoder(nn.Module):
         return x_TYXC
 
 
-class WanVAE(nn.Module):
+class VAE(nn.Module):
     """Videos in [-1, 1] to normalised latents and back. Can be built on the meta device.
 
     `decode` and `encode` are for inference and stream; `frames_of` and `moments` are the same
-    maths on one piece, differentiable.
+    maths on one piece, differentiable. In the shapes below s is the stride in space.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        z_dim: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
-        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
-        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
-        self.decoder = Decoder(config)
+        self.encoder = encoder
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = decoder
+        self.mean = mean
+        self.std = std
 
     @torch.no_grad()
     def decode(self, z_CTYX: Tensor, chunk: int = 1) -> Iterator[Tensor]:
-        """Frames [3, n, 8Y, 8X], fp32 in [-1, 1], of a normalised latent [16, T, Y, X].
+        """Frames [3, n, sY, sX], fp32 in [-1, 1], of a normalised latent [z, T, Y, X].
 
         First one frame, then 4·`chunk` at a time (fewer at the end). The chunk changes speed and
         memory, not the result; memory does not grow with T. In memory a yielded piece is
-        [n, 8Y, 8X, 3].
+        [n, sY, sX, 3].
         """
         lay_out_channels_last(self.decoder)
         stream = Stream()
@@ -137,7 +146,7 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames_CTYX: Tensor, chunk: int = 4) -> Tensor:
-        """Normalised latent [16, n+1, Y/8, X/8], fp32, the mean of the posterior.
+        """Normalised latent [z, n+1, Y/s, X/s], fp32, the mean of the posterior.
 
         Frames are [3, 4n+1, Y, X] in [-1, 1], `chunk` of them taken at a time, a multiple of 4.
         """
@@ -145,21 +154,28 @@ class WanVAE(nn.Module):
         stream = Stream()
         spans = _spans(frames_CTYX.shape[1], chunk)
         mean_CTYX = torch.cat([self.moments(frames_CTYX[:, a:b], stream)[0] for a, b in spans], dim=1)
-        return (mean_CTYX - _column(LATENT_MEAN, mean_CTYX)) / _column(LATENT_STD, mean_CTYX)
+        return (mean_CTYX - _column(self.mean, mean_CTYX)) / _column(self.std, mean_CTYX)
 
     def frames_of(self, z_CTYX: Tensor, stream: Stream) -> Tensor:
-        """The next frames [3, n, 8Y, 8X], fp32, not clamped, of the stream's next normalised latents."""
-        z_CTYX = z_CTYX.float() * _column(LATENT_STD, z_CTYX) + _column(LATENT_MEAN, z_CTYX)
+        """The next frames [3, n, sY, sX], fp32, not clamped, of the stream's next normalised latents."""
+        z_CTYX = z_CTYX.float() * _column(self.std, z_CTYX) + _column(self.mean, z_CTYX)
         z_TYXC = z_CTYX.permute(1, 2, 3, 0).to(self.conv2.weight.dtype)
         x_TYXC: Tensor = self.decoder(pointwise(self.conv2, z_TYXC), stream)
         return x_TYXC.permute(3, 0, 1, 2).float()
 
     def moments(self, frames_CTYX: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [16, n, Y/8, X/8], fp32, not normalised, of the stream's next frames."""
+        """Mean and log variance [z, n, Y/s, X/s], fp32, not normalised, of the stream's next frames."""
         x_TYXC = frames_CTYX.permute(1, 2, 3, 0).to(self.conv1.weight.dtype)
         y_CTYX = pointwise(self.conv1, self.encoder(x_TYXC, stream)).permute(3, 0, 1, 2).float()
         mean_CTYX, log_variance_CTYX = y_CTYX.chunk(2)
         return mean_CTYX, log_variance_CTYX
+
+
+class WanVAE(VAE):
+    """The VAE of Wan 2.1 and of Wan 2.2 A14B."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__(Encoder(config), Decoder(config), config.z_dim, LATENT_MEAN, LATENT_STD)
 
 
 def lay_out_channels_last(network: nn.Module) -> None:

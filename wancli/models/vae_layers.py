@@ -127,7 +127,10 @@ def pointwise(conv: nn.Conv2d | nn.Conv3d, x_TYXC: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a pointwise shortcut where the width changes."""
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a pointwise shortcut where the width changes.
+
+    Owns x: without a shortcut and without autograd the sum is written over it.
+    """
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -161,12 +164,12 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns, half the channels; with `in_time` twice the frames, but for the first."""
+    """Twice the rows and columns; with `in_time` twice the frames, but for the first."""
 
-    def __init__(self, channels: int, in_time: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, in_time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3))
-        self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(c_in, c_out, 3))
+        self.time_conv = nn.Conv3d(c_in, 2 * c_in, (3, 1, 1)) if in_time else None
 
     def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is None:

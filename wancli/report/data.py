@@ -94,6 +94,7 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
                 "sigmas": shot.schedule.sigmas,
                 "shift": shot.shift,
                 "guidance": shot.guidance,
+                "stages": [stage.as_dict() for stage in shot.stages],
                 "inject": [
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
                 ],
@@ -187,13 +188,14 @@ def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             best = found.setdefault(phase["name"], phase | {"measured": 0, "seconds": 0.0})
             if phase["total"] > best["total"]:
                 best |= phase
-    counted: set[tuple[str, str]] = set()
+    counted: set[tuple[Any, ...]] = set()
     for shot in shots:
         for phase in shot["phases"]:
             entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
             grown = phase["rss"] - shot["phases"][0]["rss_start"]
             entry["measured"] = max(entry["measured"], phase["cuda"] or grown)
-            once = (phase["name"], shot["model"]["root"])  # stage 1 and loading serve all shots of a model
+            # Stage 1 and a loading serve several shots, whose manifests then say the same of it.
+            once = (*phase.values(), shot["model"]["root"])
             if once not in counted or phase["name"] not in ("encode", "load"):
                 entry["seconds"] += phase["seconds"]
             counted.add(once)

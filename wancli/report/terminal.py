@@ -48,10 +48,9 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
     )
     for shot in plan.shots:
         size = f"{shot.width}x{shot.height}"
+        guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
         numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
-        table.add_row(
-            printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", f"{shot.guidance:g}", state(shot)
-        )
+        table.add_row(printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", guidance, state(shot))
     yield table
     if verbose:
         for shot in plan.shots:
@@ -119,7 +118,7 @@ def table_strips(shot: Shot) -> Iterator[str]:
     yield f"{'block':>16}  {_scale(depth)}"
     for branch in shot.table.branches:
         grouped: dict[Row, list[int]] = {}
-        for step in range(shot.steps):
+        for step in shot.table.steps_of[branch]:
             grouped.setdefault(shot.table.row(step, branch), []).append(step)
         for cells_of, steps in grouped.items():
             cells = strip(cells_of, shot.table.base[branch])

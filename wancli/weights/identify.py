@@ -21,11 +21,13 @@ from typing import Literal, TypeAlias
 
 from wancli import files
 from wancli.errors import CheckpointError, MachineError
-from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.experts import Expert
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.variants import MINI, MINI_DIM, T2V, T2V_A14B, TI2V_5B, Defaults
 from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo, header, headers
-from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_from_diffusers
+from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_renaming
 from wancli.weights.pickles import pickle_header
-from wancli.weights.sizes import other_model, t5_config, transformer_config, vae_config
+from wancli.weights.sizes import any_vae_config, other_model, t5_config, transformer_config
 
 Naming: TypeAlias = Literal["official", "diffusers"]
 
@@ -40,9 +42,13 @@ T2V_CLASSES = {"WanPipeline"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Wan 2.1 text-to-video model on disk: every file is there, and the transformer's headers are sound."""
+    """A Wan text-to-video model on disk: every file is there, and the transformer's headers are sound.
+
+    Of two experts `transformer_files` are those of the low-noise one.
+    """
 
     root: Path
+    variant: Defaults
     transformer: WanConfig
     naming: Naming  # of the transformer's tensors
     transformer_files: tuple[Path, ...]
@@ -51,6 +57,11 @@ class Checkpoint:
     tokenizer: Path  # the SentencePiece model
     vae_files: tuple[Path, ...]
     vae_naming: Naming
+    high_noise_files: tuple[Path, ...] = ()  # of the high-noise expert, where there are two
+
+    def files_of(self, expert: Expert) -> tuple[Path, ...]:
+        """The transformer, or one of the two."""
+        return self.high_noise_files if expert == "high" else self.transformer_files
 
 
 def identify(root: Path) -> Checkpoint:
@@ -65,8 +76,6 @@ def identify(root: Path) -> Checkpoint:
         )
     if (root / "model_index.json").is_file():
         return _diffusers(root)
-    if (root / "high_noise_model").is_dir():
-        raise other_model("Wan 2.2 A14B (two experts)", str(root))
     return _official(root)
 
 
@@ -76,10 +85,18 @@ def text_encoder_sizes(checkpoint: Checkpoint) -> T5Config:
     return t5_config(_shapes(checkpoint.text_encoder_files, rename), str(checkpoint.text_encoder_files[0]))
 
 
-def vae_sizes(checkpoint: Checkpoint) -> VAEConfig:
-    """The sizes of the VAE, from its headers alone. Raises CheckpointError."""
-    rename = vae_from_diffusers if checkpoint.vae_naming == "diffusers" else str
-    return vae_config(_shapes(checkpoint.vae_files, rename), str(checkpoint.vae_files[0]))
+def vae_sizes(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
+    """The sizes of the VAE, from its headers alone. Raises CheckpointError, also for another model's VAE."""
+    shapes, where = _shapes(checkpoint.vae_files, str), str(checkpoint.vae_files[0])
+    rename = vae_renaming(shapes)
+    sizes = any_vae_config({rename(name): shape for name, shape in shapes.items()}, where)
+    if sizes.z_dim != checkpoint.transformer.out_dim:
+        raise CheckpointError(
+            f"a VAE of {sizes.z_dim} latent channels; the transformer makes {checkpoint.transformer.out_dim}",
+            where=where,
+            hint="TI2V-5B goes with Wan2.2_VAE, all other models with Wan2.1_VAE",
+        )
+    return sizes
 
 
 def _shapes(paths: Sequence[Path], rename: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
@@ -108,12 +125,15 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
 
 
 def _official(root: Path) -> Checkpoint:
-    transformer = _safetensors(root, "diffusion_pytorch_model")
-    config, naming = _transformer(transformer, root / "config.json")
+    high = root / "high_noise_model"
+    folders = (root / "low_noise_model", high) if high.is_dir() else (root, None)
+    variant, config, naming, transformer, high_noise = _transformers(*folders)
     text_encoder = _first(root, "models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-xxl-enc-bf16.pth")
-    vae = _first(root, "Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth")
+    version = "2.2" if variant == TI2V_5B else "2.1"
+    vae = _first(root, f"Wan{version}_VAE.safetensors", f"Wan{version}_VAE.pth")
     return Checkpoint(
         root=root,
+        variant=variant,
         transformer=config,
         naming=naming,
         transformer_files=transformer,
@@ -122,6 +142,7 @@ def _official(root: Path) -> Checkpoint:
         tokenizer=_first(root, "google/umt5-xxl/spiece.model"),
         vae_files=(vae,),
         vae_naming="official",
+        high_noise_files=high_noise,
     )
 
 
@@ -129,12 +150,14 @@ def _diffusers(root: Path) -> Checkpoint:
     index = _json(root / "model_index.json")
     if index.get("_class_name") not in T2V_CLASSES:
         raise other_model(f"{index.get('_class_name')}", str(root / "model_index.json"))
-    if index.get("transformer_2", [None, None]) != [None, None]:
-        raise other_model("Wan 2.2 A14B (two experts)", str(root / "model_index.json"))
-    transformer = _safetensors(root / "transformer", "diffusion_pytorch_model")
-    config, naming = _transformer(transformer, root / "transformer" / "config.json")
+    first, second = root / "transformer", root / "transformer_2"  # the high-noise expert comes first
+    two = index.get("transformer_2", [None, None]) != [None, None]
+    variant, config, naming, transformer, high_noise = _transformers(
+        *((second, first) if two else (first, None))
+    )
     return Checkpoint(
         root=root,
+        variant=variant,
         transformer=config,
         naming=naming,
         transformer_files=transformer,
@@ -143,7 +166,23 @@ def _diffusers(root: Path) -> Checkpoint:
         tokenizer=_first(root, "tokenizer/spiece.model"),
         vae_files=_safetensors(root / "vae", "diffusion_pytorch_model"),
         vae_naming="diffusers",
+        high_noise_files=high_noise,
     )
+
+
+def _transformers(
+    low: Path, high: Path | None
+) -> tuple[Defaults, WanConfig, Naming, tuple[Path, ...], tuple[Path, ...]]:
+    """The transformer in the folder `low`; in `high` the high-noise expert, if the model has one."""
+    files = _safetensors(low, "diffusion_pytorch_model")
+    config, naming = _transformer(files, low / "config.json")
+    if high is None:
+        small = MINI if config.dim == MINI_DIM else T2V
+        return (small if config.out_dim == 16 else TI2V_5B), config, naming, files, ()
+    high_noise = _safetensors(high, "diffusion_pytorch_model")
+    if _transformer(high_noise, high / "config.json") != (config, naming):
+        raise CheckpointError(f"another size or naming than {low.name}", where=str(high), hint=DOWNLOAD_AGAIN)
+    return T2V_A14B, config, naming, files, high_noise
 
 
 def _transformer(paths: tuple[Path, ...], config_path: Path) -> tuple[WanConfig, Naming]:

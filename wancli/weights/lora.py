@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
+from wancli.experts import Expert
 from wancli.weights.lora_header import Change, recognise
 from wancli.weights.lora_match import Coverage, matched
 from wancli.weights.lora_names import block_of
-from wancli.weights.lora_use import Expert, LoraUse, constant
+from wancli.weights.lora_use import LoraUse, constant
 from wancli.weights.readers import tensors
 from wancli.weights.sizes import Shapes
 
@@ -157,7 +158,7 @@ class Loras:
         """Every parameter that is changed anywhere."""
         return {name for lora in self.loras for name in lora.deltas}
 
-    def delta_for(self, name: str, step: int, expert: Expert | None = None) -> list[tuple[Delta, float]]:
+    def delta_for(self, name: str, step: int, expert: Expert = "only") -> list[tuple[Delta, float]]:
         """What a parameter gets at a step, with strengths, in the order of the job; for `add`."""
         found = []
         for use, lora in zip(self.uses, self.loras, strict=True):
@@ -185,7 +186,7 @@ def add(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
         weight.copy_(total)
 
 
-def merge(state: Mapping[str, Tensor], loras: Loras, expert: Expert | None = None) -> None:
+def merge(state: Mapping[str, Tensor], loras: Loras, expert: Expert = "only") -> None:
     """Adds LoRAs for good to the named weights of a model, tensor by tensor, in place.
 
     Raises ValueError, before anything is changed, when a strength depends on the step, a parameter
@@ -218,7 +219,7 @@ class Patches:
         self._base = base
         self._now: dict[str, list[tuple[Delta, float]]] = {}
 
-    def at(self, loras: Loras, step: int, expert: Expert | None = None) -> bool:
+    def at(self, loras: Loras, step: int, expert: Expert = "only") -> bool:
         """Brings the weights to a step; whether any of them changed."""
         wanted = {name: terms for name in loras.names if (terms := loras.delta_for(name, step, expert))}
         changed = {

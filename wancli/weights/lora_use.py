@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
+from wancli.experts import Expert
 from wancli.weights.lora_match import Coverage
-
-Expert: TypeAlias = Literal["high", "low"]  # of Wan 2.2 A14B; None elsewhere
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class LoraUse:
     expert: Expert | None  # None is both, or the only one
     coverage: Coverage
 
-    def at(self, step: int, block: int | None, expert: Expert | None = None) -> float:
+    def at(self, step: int, block: int | None, expert: Expert = "only") -> float:
         """The strength for a block (None: outside the blocks) at a step; 0 where it does not apply."""
         applies = (
             (self.steps is None or step in self.steps)
@@ -46,7 +44,7 @@ class LoraUse:
 
 
 def strengths_at(
-    uses: Sequence[LoraUse], step: int, block: int | None, expert: Expert | None = None
+    uses: Sequence[LoraUse], step: int, block: int | None, expert: Expert = "only"
 ) -> tuple[float, ...]:
     """The strength of each use in a block (None: outside the blocks) at a step."""
     return tuple(use.at(step, block, expert) for use in uses)

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from wancli.errors import CheckpointError, DoesNotFit
+from wancli.experts import Expert
+from wancli.models.config import VAE22Config
 from wancli.models.dit import WanModel
-from wancli.models.vae import WanVAE
+from wancli.models.vae import VAE, WanVAE
+from wancli.models.vae22 import WanVAE22
 from wancli.weights import gguf, names
 from wancli.weights.fold import Stored, fold
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
 from wancli.weights.identify import Checkpoint
 from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
 from wancli.weights.packed import Packed
-from wancli.weights.sizes import vae_config
+from wancli.weights.sizes import any_vae_config
 
 Entry = TypeVar("Entry")
 
@@ -142,38 +145,45 @@ def load_into(
     module.load_state_dict(found, assign=True)
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> WanModel:
-    """The diffusion transformer of a checkpoint, ready to run. In half precision everything outside
-    the large matrices of the blocks stays fp32."""
+def load_transformer(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, expert: Expert = "only"
+) -> WanModel:
+    """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
+    precision everything outside the large matrices of the blocks stays fp32."""
+    files = checkpoint.files_of(expert)
     with torch.device("meta"):
         model = WanModel(checkpoint.transformer)
     load_into(
         model,
-        tensors(checkpoint.transformer_files),
+        tensors(files),
         rename=names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str,
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
-        where=str(checkpoint.transformer_files[0].parent),
+        where=str(files[0].parent),
     )
     return model.eval()
 
 
-def transformer_tensors(checkpoint: Checkpoint, wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def transformer_tensors(
+    checkpoint: Checkpoint, wanted: Collection[str], expert: Expert = "only"
+) -> Iterator[tuple[str, Tensor]]:
     """Some tensors of a checkpoint's transformer as its files hold them, by official name."""
     rename = names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str
-    for written, tensor in tensors(checkpoint.transformer_files):
+    for written, tensor in tensors(checkpoint.files_of(expert)):
         if (name := rename(written)) in wanted:
             yield name, tensor
 
 
-def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> WanVAE:
+def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     """The VAE of a checkpoint, in fp32 as the official code runs it; its sizes are read off its tensors."""
-    rename = names.vae_from_diffusers if checkpoint.vae_naming == "diffusers" else str
     where = str(checkpoint.vae_files[0])
-    found = {rename(name): tensor for name, tensor in tensors(checkpoint.vae_files)}
+    stored = dict(tensors(checkpoint.vae_files))
+    rename = names.vae_renaming(stored)
+    found = {rename(name): tensor for name, tensor in stored.items()}
+    sizes = any_vae_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where)
     with torch.device("meta"):
-        vae = WanVAE(vae_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where))
+        vae = WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)
     load_into(
         vae,
         found.items(),

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = (16, 48)  # of the 2.1 VAE and of the 2.2 VAE
 USUAL_HEAD_DIM = 128
 
 # Part of a tensor name -> the model that has it; the first hit names the checkpoint.
@@ -54,7 +54,7 @@ def transformer_config(shapes: Shapes, said: Mapping[str, object], where: str) -
     try:
         read = _read_transformer(shapes)
     except (KeyError, IndexError, ValueError) as error:
-        raise _absent("transformer", error, where) from error
+        raise _absent("Wan 2.1 transformer", error, where) from error
     _refuse_other_inputs(read, where)
     for key, value in read.items():
         if said.get(key, value) != value:
@@ -106,11 +106,18 @@ def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()} | others
 
 
+def any_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:
+    """The sizes of a VAE; that of Wan 2.2 has its layers in stages. Raises CheckpointError."""
+    if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes:
+        return vae22_config(shapes, where)
+    return vae_config(shapes, where)
+
+
 def vae_config(shapes: Shapes, where: str) -> VAEConfig:
     """The sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
     try:
         if len(shapes["decoder.head.0.gamma"]) != 4 or shapes["decoder.head.2.weight"][0] != 3:
-            raise other_model("Wan 2.2 TI2V-5B", where)
+            raise ValueError("decoder.head")
         dim = shapes["encoder.conv1.weight"][0]
         # Each stage of the encoder but the last: two residual blocks and a downsampler.
         count = 1 + sum(name.startswith("encoder.") and name.endswith("resample.1.weight") for name in shapes)
@@ -122,8 +129,30 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
             dim_mult=tuple(shapes[name][0] // dim for name in first),
             temporal_downsample=tuple(name in shapes for name in halves_time),
         )
-    except (KeyError, IndexError) as error:
-        raise _absent("VAE", error, where) from error
+    except (KeyError, IndexError, ValueError) as error:
+        raise _absent("Wan 2.1 VAE", error, where) from error
+
+
+def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
+    """The sizes of a Wan 2.2 VAE, that of TI2V-5B. Raises CheckpointError for another VAE."""
+    try:
+        dim, channels = shapes["encoder.conv1.weight"][:2]
+        if channels != 12 or shapes["decoder.head.2.weight"][0] != 12:
+            raise ValueError("encoder.conv1.weight")
+        # Each stage of the encoder but the last: two residual blocks and a downsampler.
+        count = 1 + sum(name.startswith("encoder.") and name.endswith("resample.1.weight") for name in shapes)
+        stages = [f"encoder.downsamples.{stage}.downsamples" for stage in range(count)]
+        widths = [shapes[f"{stage}.0.residual.2.weight"][0] for stage in stages]
+        decoder_dim, z_dim = shapes["decoder.head.0.gamma"][0], shapes["conv2.weight"][0]
+    except (KeyError, IndexError, ValueError) as error:
+        raise _absent("Wan 2.2 VAE", error, where) from error
+    halves_time = tuple(f"{stage}.2.time_conv.weight" in shapes for stage in stages[:-1])
+    try:
+        return VAE22Config(
+            dim, decoder_dim, z_dim, tuple(w // dim for w in widths), temporal_downsample=halves_time
+        )
+    except ValueError as error:
+        raise CheckpointError(str(error), where=where) from error
 
 
 def t5_config(shapes: Shapes, where: str) -> T5Config:
@@ -152,7 +181,7 @@ def t5_config(shapes: Shapes, where: str) -> T5Config:
 
 
 def _absent(network: str, error: Exception, where: str) -> CheckpointError:
-    return CheckpointError(f"no Wan 2.1 {network}: {error} is missing or has an odd shape", where=where)
+    return CheckpointError(f"no {network}: {error} is missing or has an odd shape", where=where)
 
 
 def _read_transformer(shapes: Shapes) -> dict[str, int]:
@@ -172,7 +201,7 @@ def _read_transformer(shapes: Shapes) -> dict[str, int]:
 
 
 def _refuse_other_inputs(read: Mapping[str, int], where: str) -> None:
-    if read["in_dim"] == LATENT_CHANNELS == read["out_dim"]:
+    if read["in_dim"] == read["out_dim"] in LATENT_CHANNELS:
         return
-    known = {36: "Wan 2.2 image-to-video", 48: "Wan 2.2 TI2V-5B" if read["out_dim"] == 48 else "Fun-Control"}
+    known = {36: "Wan 2.2 image-to-video", 48: "Fun-Control"}
     raise other_model(known.get(read["in_dim"], f"Wan variant with {read['in_dim']} input channels,"), where)

@@ -1,0 +1,497 @@
+"""Wan 2.2 from job to latents: A14B's two experts and TI2V-5B, against diffusers' WanPipeline."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from jobs import (
+    CAT,
+    FISH,
+    KEPT,
+    SPIECE,
+    TINY,
+    TRANSFORMER,
+    Forward,
+    Said,
+    change_tensors,
+    checkpoint,
+    command,
+    forwards,
+    latents_of,
+    manifest_of,
+    rule,
+    tiny_job,
+    written,
+)
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wancli import plan as planning
+from wancli import underway, video
+from wancli.errors import CheckpointError, JobError
+from wancli.experts import Stage, stages
+from wancli.job import load
+from wancli.models.dit import WanModel
+from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
+from wancli.models.variants import T2V, T2V_A14B, TI2V_5B
+from wancli.plan import model_at
+from wancli.shot import Shot
+from wancli.solvers import schedule
+from wancli.weights import readers
+from wancli.weights.identify import identify
+from wancli.weights.readers import load_transformer, load_vae
+
+STEPS, SHIFT, SEED = 6, 12.0, 11  # four steps of high noise, two of low
+NEGATIVE = "crowded market, fog"
+SAMPLER = {"steps": STEPS, "shift": SHIFT}
+
+
+class OurTimes(UniPCMultistepScheduler):
+    """Their solver on the official noise levels; theirs differ in the third digit."""
+
+    def set_timesteps(self, steps: int, device: Any = None, **_: Any) -> None:
+        super().set_timesteps(steps, device)
+        ours = schedule("unipc", steps, SHIFT)
+        self.sigmas, self.timesteps = torch.tensor(ours.sigmas), torch.tensor(ours.timesteps)
+
+
+class Saved:
+    """A pipeline of random weights in memory, and the folder that `save_pretrained` wrote."""
+
+    def __init__(self, folder: Path, vae: AutoencoderKLWan, **settings: Any) -> None:
+        self.folder = folder
+        self.pieces = SentencePieceProcessor(model_file=str(SPIECE))
+        self.text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=self.pieces.get_piece_size(),
+                d_model=32,
+                d_kv=10,
+                d_ff=48,
+                num_layers=1,
+                num_heads=3,
+            )
+        ).eval()
+        self.pipe = WanPipeline(
+            tokenizer=None,
+            text_encoder=self.text_encoder,
+            vae=vae.eval(),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            **settings,
+        )
+        self.pipe.save_pretrained(folder)
+        (folder / "tokenizer").mkdir()
+        shutil.copy(SPIECE, folder / "tokenizer" / "spiece.model")
+        self.pipe.scheduler = OurTimes.from_config(self.pipe.scheduler.config)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def context(self, text: str) -> Tensor:
+        """[1, 512, E] as WanPipeline makes it: rows of the tokens, then zeros."""
+        ids = torch.tensor([[*self.pieces.encode(text), 1]])
+        rows_1NE = self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
+        return F.pad(rows_1NE, (0, 0, 0, 512 - ids.shape[1]))
+
+    def latents(self, shape: tuple[int, ...], prompt: str = CAT, later: str = CAT, **call: Any) -> Tensor:
+        """Their whole pipeline from our noise; after four steps it reads the prompt `later`."""
+
+        def swap(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"prompt_embeds": self.context(later)} if step == 3 else {}
+
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))[None]
+        result: Tensor = self.pipe(
+            prompt_embeds=self.context(prompt),
+            negative_prompt_embeds=self.context(NEGATIVE),
+            height=64,
+            width=64,
+            num_frames=5,
+            num_inference_steps=STEPS,
+            latents=noise,
+            output_type="latent",
+            callback_on_step_end=swap,
+            **call,
+        ).frames[0]
+        return result
+
+
+def transformer(channels: int = 16) -> WanTransformer3DModel:
+    network = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=22,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=60,
+        num_layers=3,
+    )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    torch.manual_seed(0)
+    experts = {"transformer": transformer(), "transformer_2": transformer()}
+    return Saved(
+        tmp_path_factory.mktemp("a14b"), AutoencoderKLWan(base_dim=4), boundary_ratio=0.875, **experts
+    )
+
+
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=8,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=list(LATENT_MEAN),
+        latents_std=list(LATENT_STD),
+    )
+    return Saved(tmp_path_factory.mktemp("ti2v"), vae, transformer=transformer(48), expand_timesteps=True)
+
+
+@pytest.fixture
+def render(
+    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Said]:
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+
+    def rendered(saved: Saved, *options: str, folder: Path = tmp_path, **changes: Any) -> Said:
+        said = {"negative": NEGATIVE, "seed": SEED, "frames": 5, "sampler": SAMPLER, "video": KEPT} | changes
+        return command(capsys, "render", "-q", *options, written(folder, tiny_job(saved.folder, **said)))
+
+    return rendered
+
+
+@pytest.fixture
+def decide(tmp_path: Path, warm: Path) -> Callable[..., Shot]:
+    def decided(folder: Path, **said: Any) -> Shot:
+        job = {"model": str(folder), "prompt": CAT, **said}
+        (shot,) = planning.plan(load(written(tmp_path, job)), warm / "hashes.json").shots
+        return shot
+
+    return decided
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+# ---- which steps are whose ----
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "boundary", "high"), [(40, 12.0, 0.875, 26), (40, 5.0, 0.9, 15), (1, 12.0, 0.875, 1)]
+)
+def test_the_steps_of_the_official_defaults_are_shared_as_in_the_official_code(
+    steps: int, shift: float, boundary: float, high: int
+) -> None:
+    found = stages(schedule("unipc", steps, shift).timesteps, boundary, 3.0, 4.0)
+    assert found[0] == Stage("high", range(high), 4.0)
+    assert found[1:] == ((Stage("low", range(high, steps), 3.0),) if high < steps else ())
+
+
+def test_of_four_distilled_steps_each_expert_takes_two() -> None:
+    found = stages(schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
+    assert [stage.steps for stage in found] == [range(2), range(2, 4)]
+
+
+def test_a_timestep_on_the_boundary_is_of_high_noise() -> None:
+    assert [stage.steps for stage in stages([900.0, 875.0, 874.9], 0.875, 1.0, 1.0)] == [
+        range(2),
+        range(2, 3),
+    ]
+
+
+def test_one_network_takes_all_steps() -> None:
+    assert stages([900.0, 100.0], None, 5.0, None) == (Stage("only", range(2), 5.0),)
+
+
+# ---- what a job gets where it says nothing ----
+
+
+def test_a14b_has_its_official_defaults(a14b: Saved, decide: Callable[..., Shot]) -> None:
+    shot = decide(a14b.folder)
+    assert (shot.width, shot.height, shot.frames, shot.fps) == (1280, 720, 81, 16)
+    assert shot.latent_shape == (16, 21, 90, 160)
+    assert (shot.steps, shot.shift) == (40, 12.0)
+    assert shot.stages == (Stage("high", range(26), 4.0), Stage("low", range(26, 40), 3.0))
+
+
+def test_ti2v_has_its_official_defaults(ti2v: Saved, decide: Callable[..., Shot]) -> None:
+    shot = decide(ti2v.folder)
+    assert (shot.width, shot.height, shot.frames, shot.fps) == (1280, 704, 121, 24)
+    assert shot.latent_shape == (48, 31, 44, 80)
+    assert shot.tokens == 27_280
+    assert (shot.steps, shot.shift, shot.stages) == (50, 5.0, (Stage("only", range(50), 5.0),))
+    with pytest.raises(JobError, match=r"80x64 is not made of multiples of 32; nearest is 64x64"):
+        decide(ti2v.folder, size="80x64")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"guidance": 2.5}, [2.5, 2.5]),
+        ({"guidance": {"high": 3, "low": 1}}, [3, 1]),
+        ({"guidance": 1}, [1, 1]),
+    ],
+)
+def test_guidance_is_one_number_for_both_experts_or_one_for_each(
+    a14b: Saved, decide: Callable[..., Shot], said: dict[str, Any], expected: list[float]
+) -> None:
+    shot = decide(a14b.folder, sampler=said)
+    assert [stage.guidance for stage in shot.stages] == expected
+    assert (shot.negative is None) == (expected == [1, 1])
+
+
+def test_both_guidances_change_the_key(a14b: Saved, decide: Callable[..., Shot]) -> None:
+    pairs = [(4, 3), (3, 4), (4, 4), (3, 3)]
+    shots = [decide(a14b.folder, sampler={"guidance": {"high": h, "low": low}}) for h, low in pairs]
+    assert len({shot.latents_key for shot in shots}) == len(pairs)
+
+
+def test_a_change_of_either_expert_changes_the_key(
+    a14b: Saved, decide: Callable[..., Shot], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(a14b.folder, tmp_path / "copy")
+    found = [decide(folder).latents_key]
+    for name in ("transformer", "transformer_2"):
+        change_tensors(folder / name / TRANSFORMER, lambda tensors: tensors["proj_out.bias"].add_(1))
+        found.append(decide(folder).latents_key)
+    assert len(set(found)) == 3
+
+
+def test_experts_are_asked_for_in_vain_where_there_is_one_network(
+    ti2v: Saved, decide: Callable[..., Shot]
+) -> None:
+    for said, where in (
+        ({"sampler": {"guidance": {"high": 4, "low": 3}}}, r":4: sampler.guidance"),
+        ({"inject": [{"prompt": FISH, "expert": "low"}]}, r":6: inject.0.expert"),
+    ):
+        with pytest.raises(JobError, match=f"{where}: the model has one network for all steps"):
+            decide(ti2v.folder, **said)
+
+
+# ---- the latents are those of diffusers ----
+
+
+@pytest.mark.parametrize("low", [3.0, 1.0])
+@torch.inference_mode()
+def test_two_experts_give_the_latents_of_diffusers(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: float
+) -> None:
+    calls = forwards(monkeypatch)
+    said = render(a14b, sampler=SAMPLER | {"guidance": {"high": 4.0, "low": low}})
+    assert said.code == 0, said.err
+    expected = a14b.latents((16, 2, 8, 8), guidance_scale=4.0, guidance_scale_2=low)
+    assert distance(latents_of(tmp_path), expected) < 1e-4
+    assert len(calls) == 4 * 2 + 2 * (1 if low == 1 else 2)
+    for other in (
+        {"guidance_scale": low + 1, "guidance_scale_2": 4.0},
+        {"guidance_scale": 4.0, "later": FISH},
+    ):
+        assert distance(a14b.latents((16, 2, 8, 8), **other), expected) > 1e-2
+    assert manifest_of(tmp_path)["shot"]["stages"] == [
+        {"expert": "high", "steps": [0, 3], "guidance": 4.0},
+        {"expert": "low", "steps": [4, 5], "guidance": low},
+    ]
+    assert [p["name"] for p in manifest_of(tmp_path)["phases"]] == [
+        "encode",
+        *["load", "sample"] * 2,
+        "decode",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expert", "prompts"), [("low", (CAT, FISH)), ("high", (FISH, CAT)), ("both", (FISH, FISH))]
+)
+@torch.inference_mode()
+def test_a_rule_for_one_expert_is_another_prompt_in_its_steps(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, expert: str, prompts: tuple[str, str]
+) -> None:
+    replaced = rule(blocks="all", strength=1, blend="replace", expert=expert)
+    assert render(a14b, inject=[replaced]).code == 0
+    first, later = prompts
+    expected = a14b.latents((16, 2, 8, 8), first, later, guidance_scale=4.0, guidance_scale_2=3.0)
+    assert distance(latents_of(tmp_path), expected) < 1e-4
+    steps = {"high": range(4), "low": range(4, 6), "both": range(6)}[expert]
+    assert manifest_of(tmp_path)["injection"][0]["hits_by_step"] == {str(step): 3 for step in steps}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@torch.inference_mode()
+def test_ti2v_gives_the_latents_and_frames_of_diffusers(
+    ti2v: Saved, render: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = render(ti2v)
+    assert said.code == 0, said.err
+    ours, expected = latents_of(tmp_path), ti2v.latents((48, 2, 4, 4), guidance_scale=5.0)
+    assert distance(ours, expected) < 1e-4
+    assert distance(ti2v.latents((48, 2, 4, 4), FISH, FISH, guidance_scale=5.0), expected) > 1e-2
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    frames = ti2v.pipe.vae.decode((expected * std + mean)[None]).sample[0]
+    again = torch.cat(list(load_vae(identify(ti2v.folder), "cpu").decode(ours)), dim=1)
+    assert (again - frames).abs().max() < 1e-3
+    shown = list(video.read_frames(tmp_path / "out" / "clip.mp4"))
+    assert [(frame.width, frame.height) for frame in shown] == [(64, 64)] * 5
+    assert manifest_of(tmp_path)["shot"]["fps"] == 24
+
+
+# ---- one expert at a time ----
+
+
+def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The experts in the order in which they are loaded; no two of them may be alive."""
+    real = readers.load_transformer
+    loaded: list[str] = []
+    alive: weakref.WeakSet[WanModel] = weakref.WeakSet()
+
+    def watched(*arguments: Any) -> WanModel:
+        assert not alive
+        network = real(*arguments)
+        alive.add(network)
+        loaded.append(arguments[-1])
+        return network
+
+    monkeypatch.setattr(readers, "load_transformer", watched)
+    return loaded
+
+
+ITEMS = [
+    {"id": "a"},
+    {"id": "b", "seed": 5, "inject": [rule(blocks="late", expert="low")]},
+    {"id": "c", "frames": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The latents of ITEMS, each rendered by itself."""
+    from wancli.cli import run
+
+    folder = tmp_path_factory.mktemp("alone")
+    for item in ITEMS:
+        said = {"negative": NEGATIVE, "seed": SEED, "frames": 5, "sampler": SAMPLER, "video": KEPT} | item
+        path = written(folder, tiny_job(a14b.folder, output="out/{id}.mp4", **said))
+        assert run(["render", "-q", str(path)]) == 0
+    return {item["id"]: latents_of(folder, item["id"]) for item in ITEMS}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "order"),
+    [(underway.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
+)
+def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
+    a14b: Saved,
+    render: Callable[..., Said],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: dict[str, Tensor],
+    waiting: int,
+    order: list[str],
+) -> None:
+    monkeypatch.setattr(underway, "WAITING_BYTES", waiting)
+    loaded = watch_loading(monkeypatch)
+    assert render(a14b, output="out/{id}.mp4", items=ITEMS).code == 0
+    assert loaded == order
+    for name, expected in alone.items():
+        assert torch.equal(latents_of(tmp_path, name), expected)
+
+
+def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
+    a14b: Saved,
+    render: Callable[..., Said],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: dict[str, Tensor],
+) -> None:
+    real: Forward = WanModel.forward
+    calls: list[int] = []
+
+    def broken(self: WanModel, x: Tensor, t: float, contexts: Any) -> Tensor:
+        calls.append(1)
+        return real(self, x, t, contexts) * (torch.nan if len(calls) == 9 else 1)
+
+    monkeypatch.setattr(WanModel, "forward", broken)
+    said = render(a14b, output="out/{id}.mp4", items=ITEMS)
+    assert said.code == 1
+    assert said.err == "wancli: shot b: NaN or Inf at step 0, after the last block\n"
+    for name in "ac":
+        assert torch.equal(latents_of(tmp_path, name), alone[name])
+    assert not list(tmp_path.glob("out/b.*"))
+
+
+def test_a_shot_whose_latent_is_there_is_only_decoded(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = partial(render, a14b, output="out/{id}.mp4")
+    assert rendered(items=ITEMS[:1]).code == 0
+    loaded = watch_loading(monkeypatch)
+    again = {"video": KEPT | {"crf": 30}}
+    assert rendered("--force", items=ITEMS[:1], **again).code == 0  # --force samples again
+    assert loaded == ["high", "low"]
+    for name in ("a.mp4", "a.manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    calls = forwards(monkeypatch)
+    assert rendered(items=ITEMS, **again).code == 0
+    assert len(calls) == 2 * 2 * STEPS
+    assert loaded == ["high", "low"] * 2
+
+
+# ---- checkpoints ----
+
+
+def test_official_folders_of_two_experts_are_read(tmp_path: Path) -> None:
+    root = checkpoint(tmp_path)
+    assert identify(root).variant == T2V
+    for name in ("low_noise_model", "high_noise_model"):
+        (root / name).mkdir()
+        for file in (TRANSFORMER, "config.json"):
+            shutil.copy(root / file, root / name)
+    (root / TRANSFORMER).unlink()
+    change_tensors(
+        root / "high_noise_model" / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(7)
+    )
+    found = identify(root)
+    assert (found.variant, found.root) == (T2V_A14B, root)
+    high, low = (load_transformer(found, torch.float32, "cpu", expert) for expert in ("high", "low"))
+    assert (high.get_parameter("head.head.bias") == 7).all()
+    one = load_transformer(identify(TINY), torch.float32, "cpu").state_dict()
+    assert all(torch.equal(one[name], value) for name, value in low.state_dict().items())
+
+
+def test_experts_of_different_sizes_are_refused(tmp_path: Path, a14b: Saved) -> None:
+    root = shutil.copytree(a14b.folder, tmp_path / "copy")
+
+    def shorten(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("blocks.2.")]:
+            del tensors[name]
+
+    change_tensors(root / "transformer" / TRANSFORMER, shorten)
+    (root / "transformer" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"transformer"):
+        identify(root)
+
+
+def test_a_vae_of_the_other_generation_is_refused(tmp_path: Path, ti2v: Saved, a14b: Saved) -> None:
+    assert identify(ti2v.folder).variant == TI2V_5B
+    root = shutil.copytree(ti2v.folder, tmp_path / "copy")
+    shutil.rmtree(root / "vae")
+    shutil.copytree(a14b.folder / "vae", root / "vae")
+    with pytest.raises(CheckpointError, match=r"a VAE of 16 latent channels; the transformer makes 48"):
+        model_at(root, "cpu", "fp32", tmp_path / "memo")

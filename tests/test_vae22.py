@@ -30,7 +30,7 @@ from wancli.weights.names import vae22_from_diffusers, vae_renaming
 from wancli.weights.sizes import any_vae_config, vae22_config
 
 MEAN, STD = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
-TINY = VAE22Config(dim=8, decoder_dim=12)
+TINY = VAE22Config(dim=8, dec_dim=12)
 Pair = tuple[WanVAE22, AutoencoderKLWan]
 
 
@@ -43,7 +43,7 @@ def diffusers_vae(**sizes: Any) -> AutoencoderKLWan:
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     torch.manual_seed(0)
-    vae = diffusers_vae(base_dim=TINY.dim, decoder_base_dim=TINY.decoder_dim)
+    vae = diffusers_vae(base_dim=TINY.dim, decoder_base_dim=TINY.dec_dim)
     for name, parameter in vae.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.normal_(parameter, 1.0, 0.2)

@@ -43,7 +43,7 @@ from wancli.experts import Stage, stages
 from wancli.job import load
 from wancli.models.dit import WanModel
 from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
-from wancli.models.variants import T2V, T2V_A14B, TI2V_5B
+from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import model_at
 from wancli.shot import Shot
 from wancli.solvers import schedule
@@ -201,7 +201,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_the_steps_of_the_official_defaults_are_shared_as_in_the_official_code(
     steps: int, shift: float, boundary: float, high: int
 ) -> None:
-    found = stages(schedule("unipc", steps, shift).timesteps, boundary, 3.0, 4.0)
+    found = stages(schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
     assert found[0] == Stage("high", range(high), 4.0)
     assert found[1:] == ((Stage("low", range(high, steps), 3.0),) if high < steps else ())
 
@@ -468,7 +468,7 @@ def test_official_folders_of_two_experts_are_read(tmp_path: Path) -> None:
         root / "high_noise_model" / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(7)
     )
     found = identify(root)
-    assert (found.variant, found.root) == (T2V_A14B, root)
+    assert (found.variant, found.root) == (TWO_EXPERTS, root)
     high, low = (load_transformer(found, torch.float32, "cpu", expert) for expert in ("high", "low"))
     assert (high.get_parameter("head.head.bias") == 7).all()
     one = load_transformer(identify(TINY), torch.float32, "cpu").state_dict()
@@ -489,7 +489,7 @@ def test_experts_of_different_sizes_are_refused(tmp_path: Path, a14b: Saved) -> 
 
 
 def test_a_vae_of_the_other_generation_is_refused(tmp_path: Path, ti2v: Saved, a14b: Saved) -> None:
-    assert identify(ti2v.folder).variant == TI2V_5B
+    assert identify(ti2v.folder).variant == TI2V
     root = shutil.copytree(ti2v.folder, tmp_path / "copy")
     shutil.rmtree(root / "vae")
     shutil.copytree(a14b.folder / "vae", root / "vae")

@@ -24,16 +24,16 @@ class Stage:
 
 
 def stages(
-    timesteps: Sequence[float], boundary: float | None, guidance: float, guidance_high: float | None
+    timesteps: Sequence[float], boundary: float | None, guidance: float, guidance_low: float | None
 ) -> tuple[Stage, ...]:
     """All steps in one stage; or with a boundary those at t >= 1000·boundary in a first one.
 
     Timesteps must fall. A stage without steps is left out. `guidance` is that of the only network
-    or of the low-noise expert. Source: official wan/text2video.py of Wan 2.2.
+    or of the high-noise expert. Source: official wan/text2video.py of Wan 2.2.
     """
-    if boundary is None or guidance_high is None:
+    if boundary is None or guidance_low is None:
         return (Stage("only", range(len(timesteps)), guidance),)
     count = sum(t >= 1000 * boundary for t in timesteps)
-    high = Stage("high", range(count), guidance_high)
-    low = Stage("low", range(count, len(timesteps)), guidance)
+    high = Stage("high", range(count), guidance)
+    low = Stage("low", range(count, len(timesteps)), guidance_low)
     return tuple(stage for stage in (high, low) if stage.steps)

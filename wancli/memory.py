@@ -92,7 +92,7 @@ def decode_phase(
         widths, colours = vae.dim_mult[1] + 2 * vae.dim_mult[0], 12
     else:
         widths, colours = 2 * vae.dim_mult[0], 3  # a residual block holds its input and one hidden copy
-    widest = widths * vae.decoder_dim * element
+    widest = widths * vae.dec_dim * element
     activation = frames * pixels * (widest + colours * (FP32 + 1))
     history = 2 * y * x * _history_channels(vae) * element * 18 // 16
     return Phase("decode", resident + vae_parameters(vae) * element, activation, history)
@@ -158,7 +158,7 @@ def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
         encoder += _residual(c_in, c) + (blocks - 1) * _residual(c, c)
         encoder += 0 if down is None else _conv(c, c, 9) + down * _conv(c, c, 3)
         c_in = c
-    widths = [vae.decoder_dim * m for m in reversed(vae.dim_mult)]
+    widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
     top, last = widths[0], widths[-1]
     decoder = _conv(z, top, 27) + _middle(top) + last + _conv(last, colours, 27) + _conv(z, z, 1)
     c_in = top
@@ -189,7 +189,7 @@ def _middle(c: int) -> int:
 
 def _history_channels(vae: VAEConfig | VAE22Config) -> int:
     """Input channels of the decoder's causal convolutions, summed, per pixel of the latent."""
-    widths = [vae.decoder_dim * m for m in reversed(vae.dim_mult)]
+    widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
     total = vae.z_dim + 4 * widths[0]
     c_in, pixels = widths[0], 1
     for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):

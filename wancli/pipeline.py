@@ -1,7 +1,8 @@
 """The only file that knows the order of the phases: encode, load, sample, decode, write, record.
 
-Each shot is on disk before the next begins, and its latent before its decoding begins. `render`
-yields an Outcome per shot; a ShotError ends one shot, any other WancliError ends the batch.
+Each shot is on disk before the next begins, and its latent before its decoding begins; only where
+two experts share the steps are the latents of several shots made together. `render` yields an
+Outcome per shot; a ShotError ends one shot, any other WancliError ends the batch.
 """
 
 from __future__ import annotations

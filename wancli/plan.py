@@ -24,7 +24,7 @@ from wancli.errors import JobError
 from wancli.experts import Stage, stages
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, ExpertGuidance, Inject, Item, JobFile, SigmaRange, Strength
-from wancli.models.variants import Defaults
+from wancli.models.variants import Variant
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
 from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
@@ -119,9 +119,9 @@ def _shot(
             f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
         )
     shift = _first(sampler.shift, kind.shift, variant.shift)
-    guidance, guidance_high = _guidance(item, kind, variant)
+    guidance, guidance_low = _guidance(item, kind, variant)
     times = schedule(sampler.solver, steps, shift)
-    parts = stages(times.timesteps, variant.boundary, guidance, guidance_high)
+    parts = stages(times.timesteps, variant.boundary, guidance, guidance_low)
     width, height = _size(item, variant)
     prompts = _Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
@@ -149,9 +149,7 @@ def _shot(
             _rule(item, i, rule, text.id, depth, times.sigmas, parts)
             for i, (rule, text) in enumerate(zip(job.inject, injected))
         ),
-        loras=loras.decide(
-            item, lora_paths, lambda path: lora_for(path, transformer), depth, times.sigmas, parts
-        ),
+        loras=decided,
         width=width,
         height=height,
         frames=_frames(item, variant),
@@ -161,7 +159,7 @@ def _shot(
         steps=steps,
         shift=shift,
         guidance=guidance,
-        guidance_high=guidance_high,
+        guidance_low=guidance_low,
         fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
@@ -331,16 +329,16 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
             expr = expr.a
 
 
-def _guidance(item: Item, solver: Solver, variant: Defaults) -> tuple[float, float | None]:
-    """Of the only network; or of the low-noise expert and the high-noise one."""
+def _guidance(item: Item, solver: Solver, variant: Variant) -> tuple[float, float | None]:
+    """Of the only network; or of the high-noise expert and the low-noise one."""
     said = item.job.sampler.guidance
     if isinstance(said, ExpertGuidance):
         if variant.boundary is None:
             raise _no_experts(item, "sampler", "guidance")
-        return said.low, said.high
+        return said.high, said.low
     of_all = solver.guidance if said is None else said
     if of_all is None:
-        return variant.guidance, variant.guidance_high
+        return variant.guidance, variant.guidance_low
     return of_all, None if variant.boundary is None else of_all
 
 
@@ -352,7 +350,7 @@ def _no_experts(item: Item, *path: str | int) -> JobError:
     )
 
 
-def _size(item: Item, variant: Defaults) -> tuple[int, int]:
+def _size(item: Item, variant: Variant) -> tuple[int, int]:
     if item.job.size is None:
         return variant.width, variant.height
     where = item.where("size")
@@ -370,7 +368,7 @@ def _size(item: Item, variant: Defaults) -> tuple[int, int]:
     return size
 
 
-def _frames(item: Item, variant: Defaults) -> int:
+def _frames(item: Item, variant: Variant) -> int:
     frames = item.job.frames or variant.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1

@@ -72,8 +72,8 @@ class Shot:
     solver: str
     steps: int
     shift: float
-    guidance: float  # of the only network or the low-noise expert
-    guidance_high: float | None  # of the high-noise expert, where there is one
+    guidance: float  # of the only network or the high-noise expert
+    guidance_low: float | None  # of the low-noise expert, where there is one
     fps: int
     crf: int
     codec: str
@@ -87,7 +87,7 @@ class Shot:
         """[z, T, H/s, W/s], s being 8 or 16."""
         of = self.model.checkpoint.variant
         s = of.vae_stride
-        return (of.z_channels, (self.frames - 1) // 4 + 1, self.height // s, self.width // s)
+        return (of.latent_channels, (self.frames - 1) // 4 + 1, self.height // s, self.width // s)
 
     @property
     def tokens(self) -> int:
@@ -110,7 +110,7 @@ class Shot:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         boundary = self.model.checkpoint.variant.boundary
-        return stages(self.schedule.timesteps, boundary, self.guidance, self.guidance_high)
+        return stages(self.schedule.timesteps, boundary, self.guidance, self.guidance_low)
 
     @cached_property
     def table(self) -> Table:
@@ -147,8 +147,8 @@ class Shot:
     @cached_property
     def latents_key(self) -> str:
         """Hash of all that the latent depends on."""
-        high = self.guidance_high
-        experts = [] if high is None else [high, self.model.checkpoint.variant.boundary]
+        low = self.guidance_low
+        experts = [] if low is None else [low, self.model.checkpoint.variant.boundary]
         return _hash(
             {
                 "pixels": PIXELS,

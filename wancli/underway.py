@@ -51,7 +51,7 @@ def together(shots: Sequence[Shot]) -> Iterator[list[Shot]]:
     waiting = 0
     for shot in shots:
         state = 4 * _STATE_TENSORS * math.prod(shot.latent_shape)
-        if group and (shot.guidance_high is None or waiting + state > WAITING_BYTES):
+        if group and (shot.guidance_low is None or waiting + state > WAITING_BYTES):
             yield group
             group, waiting = [], 0
         group.append(shot)

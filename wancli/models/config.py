@@ -41,19 +41,16 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
 
     @property
-    def decoder_dim(self) -> int:
+    def dec_dim(self) -> int:
         return self.dim
 
 
 @dataclass(frozen=True)
 class VAE22Config:
-    """The Wan 2.2 causal VAE of TI2V-5B: stride (4, 16, 16), of which 2 by taking pixels in 2x2 patches.
+    """The Wan 2.2 causal VAE: stride (4, 16, 16), of which patches of 2 x 2 pixels are one half."""
 
-    `dim` is the narrowest width of the encoder, `decoder_dim` that of the decoder.
-    """
-
-    dim: int = 160
-    decoder_dim: int = 256
+    dim: int = 160  # of the encoder
+    dec_dim: int = 256
     z_dim: int = 48
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2

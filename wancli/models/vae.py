@@ -112,24 +112,16 @@ class VAE(nn.Module):
     """Videos in [-1, 1] to normalised latents and back. Can be built on the meta device.
 
     `decode` and `encode` are for inference and stream; `frames_of` and `moments` are the same
-    maths on one piece, differentiable. In the shapes below s is the stride in space.
+    maths on one piece, differentiable. In the shapes below s is the stride in space. A subclass
+    makes the networks, and knows `mean` and `std` of each latent channel.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        z_dim: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
-        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
-        self.decoder = decoder
-        self.mean = mean
-        self.std = std
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    encoder: nn.Module
+    conv1: nn.Conv3d
+    conv2: nn.Conv3d
+    decoder: nn.Module
 
     @torch.no_grad()
     def decode(self, z_CTYX: Tensor, chunk: int = 1) -> Iterator[Tensor]:
@@ -174,8 +166,14 @@ class VAE(nn.Module):
 class WanVAE(VAE):
     """The VAE of Wan 2.1 and of Wan 2.2 A14B."""
 
+    mean, std = LATENT_MEAN, LATENT_STD
+
     def __init__(self, config: VAEConfig) -> None:
-        super().__init__(Encoder(config), Decoder(config), config.z_dim, LATENT_MEAN, LATENT_STD)
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
 
 
 def lay_out_channels_last(network: nn.Module) -> None:

@@ -79,7 +79,7 @@ class UpStage(nn.Module):
 
 def means(x_TYXC: Tensor, channels: int, in_time: bool | None) -> Tensor:
     """[T, Y, X, C] -> [T/2, Y/2, X/2, O]: the pixels that become one are channels first (c, t, y, x),
-    then O means of neighbours among them. An odd T gets a black frame in front."""
+    then O means of neighbours among them. An odd T gets a frame of zeros in front."""
     if in_time is None:
         return x_TYXC.clone()
     t = 2 if in_time else 1
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAE22Config) -> None:
         super().__init__()
-        widths = [config.decoder_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        widths = [config.dec_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
         stages = zip(pairwise(widths), (*reversed(config.temporal_downsample), None), strict=True)
         self.conv1 = nn.Conv3d(config.z_dim, widths[0], 3)
         self.middle = middle(widths[0])
@@ -168,5 +168,11 @@ class Decoder(nn.Module):
 class WanVAE22(VAE):
     """The VAE of Wan 2.2 TI2V-5B."""
 
+    mean, std = LATENT_MEAN, LATENT_STD
+
     def __init__(self, config: VAE22Config) -> None:
-        super().__init__(Encoder(config), Decoder(config), config.z_dim, LATENT_MEAN, LATENT_STD)
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)

@@ -23,7 +23,7 @@ from wancli import files
 from wancli.errors import CheckpointError, MachineError
 from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.models.variants import MINI, MINI_DIM, T2V, T2V_A14B, TI2V_5B, Defaults
+from wancli.models.variants import BY_CHANNELS, MINI, MINI_DIM, TWO_EXPERTS, Variant
 from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo, header, headers
 from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_renaming
 from wancli.weights.pickles import pickle_header
@@ -48,7 +48,7 @@ class Checkpoint:
     """
 
     root: Path
-    variant: Defaults
+    variant: Variant
     transformer: WanConfig
     naming: Naming  # of the transformer's tensors
     transformer_files: tuple[Path, ...]
@@ -129,7 +129,7 @@ def _official(root: Path) -> Checkpoint:
     folders = (root / "low_noise_model", high) if high.is_dir() else (root, None)
     variant, config, naming, transformer, high_noise = _transformers(*folders)
     text_encoder = _first(root, "models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-xxl-enc-bf16.pth")
-    version = "2.2" if variant == TI2V_5B else "2.1"
+    version = "2.2" if config.out_dim == 48 else "2.1"
     vae = _first(root, f"Wan{version}_VAE.safetensors", f"Wan{version}_VAE.pth")
     return Checkpoint(
         root=root,
@@ -172,17 +172,17 @@ def _diffusers(root: Path) -> Checkpoint:
 
 def _transformers(
     low: Path, high: Path | None
-) -> tuple[Defaults, WanConfig, Naming, tuple[Path, ...], tuple[Path, ...]]:
+) -> tuple[Variant, WanConfig, Naming, tuple[Path, ...], tuple[Path, ...]]:
     """The transformer in the folder `low`; in `high` the high-noise expert, if the model has one."""
     files = _safetensors(low, "diffusion_pytorch_model")
     config, naming = _transformer(files, low / "config.json")
     if high is None:
-        small = MINI if config.dim == MINI_DIM else T2V
-        return (small if config.out_dim == 16 else TI2V_5B), config, naming, files, ()
+        variant = MINI if config.dim == MINI_DIM else BY_CHANNELS[config.out_dim]
+        return variant, config, naming, files, ()
     high_noise = _safetensors(high, "diffusion_pytorch_model")
     if _transformer(high_noise, high / "config.json") != (config, naming):
         raise CheckpointError(f"another size or naming than {low.name}", where=str(high), hint=DOWNLOAD_AGAIN)
-    return T2V_A14B, config, naming, files, high_noise
+    return TWO_EXPERTS, config, naming, files, high_noise
 
 
 def _transformer(paths: tuple[Path, ...], config_path: Path) -> tuple[WanConfig, Naming]:

@@ -143,13 +143,13 @@ def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
         count = 1 + sum(name.startswith("encoder.") and name.endswith("resample.1.weight") for name in shapes)
         stages = [f"encoder.downsamples.{stage}.downsamples" for stage in range(count)]
         widths = [shapes[f"{stage}.0.residual.2.weight"][0] for stage in stages]
-        decoder_dim, z_dim = shapes["decoder.head.0.gamma"][0], shapes["conv2.weight"][0]
+        dec_dim, z_dim = shapes["decoder.head.0.gamma"][0], shapes["conv2.weight"][0]
     except (KeyError, IndexError, ValueError) as error:
         raise _absent("Wan 2.2 VAE", error, where) from error
     halves_time = tuple(f"{stage}.2.time_conv.weight" in shapes for stage in stages[:-1])
     try:
         return VAE22Config(
-            dim, decoder_dim, z_dim, tuple(w // dim for w in widths), temporal_downsample=halves_time
+            dim, dec_dim, z_dim, tuple(w // dim for w in widths), temporal_downsample=halves_time
         )
     except ValueError as error:
         raise CheckpointError(str(error), where=where) from error

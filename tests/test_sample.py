@@ -17,7 +17,6 @@ from jobs import (
     T5,
     TINY,
     TRANSFORMER,
-    Forward,
     Said,
     change_tensors,
     checkpoint,
@@ -28,7 +27,7 @@ from jobs import (
     rule,
 )
 
-from wancli.models.dit import WanModel
+from wancli.models.dit import Mix, Request, WanModel
 
 # ---- injection is proven ----
 
@@ -58,13 +57,17 @@ def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], 
 def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Forward = WanModel.forward
+    real = WanModel.velocities
 
-    def deaf(self: WanModel, x: torch.Tensor, t: float, contexts: Any) -> torch.Tensor:
+    def deaf(self: WanModel, requests: Any, riders: Any = None) -> list[torch.Tensor]:
         """Block 30 always reads the main prompt."""
-        return real(self, x, t, [contexts.base if i == 30 else contexts[i] for i in range(len(contexts))])
 
-    monkeypatch.setattr(WanModel, "forward", deaf)
+        def heard(contexts: Any) -> list[Mix]:
+            return [contexts.base if i == 30 else contexts[i] for i in range(len(contexts))]
+
+        return real(self, [Request(r.x_BCTYX, r.t, heard(r.contexts)) for r in requests], riders)
+
+    monkeypatch.setattr(WanModel, "velocities", deaf)
     items = [
         {"id": "lost", "inject": [rule()]},
         {"id": "early", "inject": [rule(blocks="early")]},

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Self
+from typing import Literal, Self
 
 from wancli.errors import DoesNotFit
 from wancli.models.config import T5Config, VAEConfig, WanConfig
+
+Residency = Literal["resident", "packed", "streamed"]  # of a network's blocks: see weights/residency.py
 
 FP32 = 4
 _LATENTS_KEPT = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent

@@ -258,7 +258,7 @@ def _sampled(
 
     from wancli import sample
     from wancli.difference import compare
-    from wancli.probe import Measured
+    from wancli.probe import Effect
 
     model, load = networks.transformer, networks.loading
     rows_NE = {text.id: encoded[text.id].embedding.rows_NE.to(shot.model.device) for text in shot.texts}
@@ -268,15 +268,14 @@ def _sampled(
         tools.progress.phase(shot.id, "sample", shot.steps) as bar,
     ):
         contexts = sample.Contexts(model, rows_NE)
-        measured = Measured(model) if shot.measure else None
+        effects: list[Effect] | None = [] if shot.measure else None
         x_CTYX = sample.noise(shot.latent_shape, shot.seed, shot.noise).to(shot.model.device)
         main = encoded[shot.prompt.id].embedding
         differences = [compare(main, encoded[prompt.id].embedding, model) for prompt in shot.injected]
         read: set[Any] = set()
         done, first_step = None, 0.0
-        for done in sample.denoise(
-            model, x_CTYX, shot.schedule, shot.solver, shot.table, contexts, shot.guidance, measured
-        ):
+        walk = sample.Walk(x_CTYX, shot.schedule, shot.solver, shot.table, contexts, shot.guidance, effects)
+        for done in sample.denoise(model, walk):
             read |= done.read
             first_step = first_step or record.since_start()
             bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
@@ -286,7 +285,7 @@ def _sampled(
         "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
         "injection": record.of_injection(shot, read, differences),
-        "effects": [asdict(effect) for effect in measured.effects] if measured else [],
+        "effects": [asdict(effect) for effect in effects or ()],
         "first_step_after": first_step,
         "phases": [stage1, load, record.phase("sample", peak)],
     }

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wancli.errors import CheckpointError
+from wancli.memory import Residency
+from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
 from wancli.weights import names
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
 from wancli.weights.identify import Checkpoint
-from wancli.weights.sizes import vae_config
+from wancli.weights.residency import Lookup, Streamed, matrix_names, placed
+from wancli.weights.sizes import t5_config, vae_config
+from wancli.weights.stored import Plain, stored
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 LISTED = 10  # tensors named in one message; the rest are counted
 KEPT_FP32 = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
@@ -46,8 +54,11 @@ def load_into(
     device: torch.device | str,
     keep_fp32: Callable[[str], bool],
     where: str,
+    leave: Collection[str] = (),
 ) -> None:
     """Gives a module built on the meta device its tensors, in `dtype` but for those kept in fp32.
+
+    Those to `leave` are asked for like all others, and stay on the meta device in the dtype they would get.
 
     Strict: a missing, unexpected or mis-shaped tensor raises CheckpointError, with the list, before
     any tensor is converted or assigned. `rename` maps a name in the file to the module's own,
@@ -71,25 +82,75 @@ def load_into(
         )
     for name in wanted:
         kept = torch.float32 if keep_fp32(name) else dtype
-        found[name] = found[name].to(device=device, dtype=kept)
+        found[name] = wanted[name].to(kept) if name in leave else found[name].to(device=device, dtype=kept)
     module.load_state_dict(found, assign=True)
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> WanModel:
+def load_transformer(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    residency: Residency = "resident",
+) -> WanModel:
     """The diffusion transformer of a checkpoint, ready to run. In half precision everything outside
     the large matrices of the blocks stays fp32."""
     with torch.device("meta"):
         model = WanModel(checkpoint.transformer)
+    rename = names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str
+    found = {rename(name): tensor for name, tensor in tensors(checkpoint.transformer_files)}
+    away = [] if residency == "resident" else matrix_names(model.blocks, "blocks")
     load_into(
         model,
-        tensors(checkpoint.transformer_files),
-        rename=names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str,
+        found.items(),
+        rename=str,
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
         where=str(checkpoint.transformer_files[0].parent),
+        leave=frozenset(away),
     )
+    if away:
+        source = placed({name: Plain(found[name], found[name].shape) for name in away}, residency, device)
+        model.blocks = Streamed(model.blocks, "blocks", source, device)
     return model.eval()
+
+
+def load_umt5(
+    files: Sequence[Path],
+    rename: Callable[[str], str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    residency: Residency = "resident",
+) -> UMT5EncoderModel:
+    """The text encoder, ready for `t5.rows`; `rename` maps the files' names to those of transformers.
+
+    Streamed, the rows of its embedding are read from disk too, those of a prompt's tokens.
+    """
+    where = str(files[0])
+    found = {rename(name): tensor for name, tensor in tensors(files)}
+    found.pop(t5.TIED, None)
+    model = t5.build(t5_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where))
+    layers = model.encoder.block
+    away = [] if residency == "resident" else matrix_names(layers, t5.LAYERS)
+    table = [t5.TABLE] if residency == "streamed" else []
+    load_into(
+        model,
+        found.items(),
+        rename=str,
+        dtype=dtype,
+        device=device,
+        keep_fp32=lambda name: dtype is torch.float16 and t5.OVERFLOWS in name,
+        where=where,
+        leave=frozenset(away + table),
+    )
+    if away:
+        source = placed({name: Plain(found[name], found[name].shape) for name in away}, residency, device)
+        model.encoder.block = Streamed(layers, t5.LAYERS, source, device)
+    if table:
+        on_disk = stored({t5.TABLE: Plain(found[t5.TABLE], found[t5.TABLE].shape)})[t5.TABLE]
+        model.set_input_embeddings(Lookup(on_disk.rows, dtype, device))
+    t5.tie(model, where)
+    return model
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> WanVAE:

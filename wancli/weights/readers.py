@@ -148,7 +148,7 @@ def load_umt5(
         model.encoder.block = Streamed(layers, t5.LAYERS, source, device)
     if table:
         on_disk = stored({t5.TABLE: Plain(found[t5.TABLE], found[t5.TABLE].shape)})[t5.TABLE]
-        model.set_input_embeddings(Lookup(on_disk.rows, dtype, device))
+        model.add_module("shared", Lookup(on_disk.rows, dtype, device))
     t5.tie(model, where)
     return model
 

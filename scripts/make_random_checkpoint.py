@@ -64,10 +64,11 @@ class Entry:
     def pieces(self) -> Iterator[Tensor]:
         """The elements in order, drawn anew each time from a seed that is the name."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-        left = math.prod(self.shape)
+        dtype, left = DTYPES[self.dtype], math.prod(self.shape)
+        most = torch.finfo(dtype).max  # beyond it fp8 is NaN
         while left:
             drawn = torch.randn(min(left, PIECE), generator=generator)
-            yield drawn.mul_(self.std).add_(self.mean).to(DTYPES[self.dtype])
+            yield drawn.mul_(self.std).add_(self.mean).clamp_(-most, most).to(dtype)
             left -= len(drawn)
 
 

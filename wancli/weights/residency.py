@@ -91,6 +91,8 @@ class Streamed(nn.ModuleList):
         like = {part: layer.weight for part, layer in self._layers[0].items()}
         self._stages = [_Stage(like, device, side) for _ in range(2)]
 
+    __repr__ = nn.Module.__repr__  # a list's own would run the loop
+
     def __iter__(self) -> Iterator[nn.Module]:
         if torch.is_grad_enabled():
             raise RuntimeError("streamed blocks run without gradients only")

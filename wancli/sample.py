@@ -146,9 +146,11 @@ def denoise_together(
     nothing then, and each rider keeps a residual stream; as many as fit where a pass fetches weights.
     A walk that met NaN or Inf is at NotFinite from then on. Raises ValueError for unequal lengths.
     """
-    (steps,) = {len(walk.schedule) for walk in walks}
+    lengths = {len(walk.schedule) for walk in walks}
+    if len(lengths) != 1:
+        raise ValueError(f"walks of {sorted(lengths)} steps cannot go in lock-step")
     now: list[Sampled | NotFinite] = [Sampled(0, State(walk.x_CTYX), frozenset()) for walk in walks]
-    for i in range(steps):
+    for i in range(lengths.pop()):
         asked = [_asked(walk, at, i) for walk, at in zip(walks, now)]
         answers = iter(velocities(model, [forward for forwards in asked for forward in forwards], riders))
         now = [

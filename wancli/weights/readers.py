@@ -82,7 +82,10 @@ def load_into(
         )
     for name in wanted:
         kept = torch.float32 if keep_fp32(name) else dtype
-        found[name] = wanted[name].to(kept) if name in leave else found[name].to(device=device, dtype=kept)
+        if name in leave:
+            found[name] = wanted[name].to(kept)
+        else:  # a copy where weights stay away, so that no file stays mapped for the small ones
+            found[name] = found[name].to(device=device, dtype=kept, copy=bool(leave))
     module.load_state_dict(found, assign=True)
 
 

@@ -20,9 +20,9 @@ from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import Context, Request, WanModel
 from wancli.weights.identify import identify
+from wancli.weights.ondisk import Plain, on_disk
 from wancli.weights.readers import load_into, load_transformer, tensors
 from wancli.weights.residency import Streamed, matrix_names, placed
-from wancli.weights.stored import Plain, stored
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = Path(__file__).parent / "fixtures" / "wan21-tiny"
@@ -244,6 +244,7 @@ def test_a_block_is_whole_in_its_turn_and_bare_outside():
     kept = {name: tensor.data_ptr() for name, tensor in model.named_parameters() if not tensor.is_meta}
     assert any("blocks.2.modulation" in name for name in kept)
     assert any("blocks.2.ffn.0.bias" in name for name in kept)
+    assert "CrossAttention" in repr(model)  # which fetches nothing
     with torch.inference_mode():
         for i, block in enumerate(model.blocks):
             names = [name for name in matrix_names(model.blocks, "blocks") if f"blocks.{i}." in name]
@@ -384,10 +385,10 @@ def test_a_source_of_other_shapes_is_refused():
 
 @pytest.mark.parametrize("path", [WEIGHTS, T5], ids=["safetensors", "pth"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stored_weights_are_those_of_the_file(path: Path, dtype: torch.dtype):
+def test_weights_on_disk_are_those_of_the_file(path: Path, dtype: torch.dtype):
     mapped = dict(tensors([path]))
     expected = {k: v.clone() for k, v in mapped.items()}
-    found = stored({name: Plain(tensor, tensor.shape) for name, tensor in mapped.items()})
+    found = on_disk({name: Plain(tensor, tensor.shape) for name, tensor in mapped.items()})
     del mapped
     assert found.keys() == expected.keys()
     for name, weight in found.items():
@@ -398,16 +399,26 @@ def test_stored_weights_are_those_of_the_file(path: Path, dtype: torch.dtype):
 
 def test_single_rows_are_read_in_any_order():
     mapped = dict(tensors([T5]))["token_embedding.weight"]
-    table = stored({"table": Plain(mapped, mapped.shape)})["table"]
+    table = on_disk({"table": Plain(mapped, mapped.shape)})["table"]
     ids = [3, 383, 0, 3]
     part = table.rows(ids)
     assert torch.equal(part.unpack(torch.float32, out=torch.empty(4, 64)), mapped[ids].float())
 
 
+def test_rows_of_blocks_of_bytes_are_cut_where_they_end(tmp_path: Path):
+    """As GGUF lies in its file: one run of bytes for all rows."""
+    path = tmp_path / "weights.safetensors"
+    save_file({"table": torch.arange(40, dtype=torch.uint8)}, path)
+    (mapped,) = (tensor for _, tensor in tensors([path]))
+    part = on_disk({"table": Plain(mapped, (10, 16))})["table"].rows([7, 2])
+    assert part.data.tolist() == [28, 29, 30, 31, 8, 9, 10, 11]
+    assert tuple(part.shape) == (2, 16)
+
+
 def test_a_file_that_was_cut_is_an_error_that_names_it_and_the_weight(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(4000), "b": torch.ones(4000)}, path)
-    found = stored({name: Plain(tensor, tensor.shape) for name, tensor in tensors([path])})
+    found = on_disk({name: Plain(tensor, tensor.shape) for name, tensor in tensors([path])})
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 8000)
     assert found["a"].unpack(torch.float32, out=torch.empty(4000)).sum() == 4000
@@ -418,7 +429,7 @@ def test_a_file_that_was_cut_is_an_error_that_names_it_and_the_weight(tmp_path: 
 def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(9)}, path)
-    found = stored({name: Plain(tensor, tensor.shape) for name, tensor in tensors([path])})
+    found = on_disk({name: Plain(tensor, tensor.shape) for name, tensor in tensors([path])})
     save_file({"a": torch.zeros(9)}, tmp_path / "new")
     (tmp_path / "new").replace(path)
     assert found["a"].unpack(torch.float32, out=torch.empty(9)).sum() == 9
@@ -429,7 +440,7 @@ def test_data_that_lies_in_no_file_is_refused(data: Tensor | None):
     if data is None:
         data = dict(tensors([WEIGHTS]))["blocks.0.ffn.0.weight"].T
     with pytest.raises(ValueError, match="x is not mapped from a file"):
-        stored({"x": Plain(data, data.shape)})
+        on_disk({"x": Plain(data, data.shape)})
 
 
 def test_files_are_closed_with_their_weights(tmp_path: Path):
@@ -440,7 +451,7 @@ def test_files_are_closed_with_their_weights(tmp_path: Path):
         links = (Path("/proc/self/fd") / name for name in [p.name for p in Path("/proc/self/fd").iterdir()])
         return sum(link.is_symlink() and str(link.readlink()) == str(path) for link in links)
 
-    found = stored({name: Plain(tensor, tensor.shape) for name, tensor in tensors([path])})
+    found = on_disk({name: Plain(tensor, tensor.shape) for name, tensor in tensors([path])})
     assert count() == 1
     del found
     gc.collect()

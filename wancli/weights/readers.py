@@ -25,9 +25,9 @@ from wancli.models.vae import WanVAE
 from wancli.weights import names
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
 from wancli.weights.identify import Checkpoint
+from wancli.weights.ondisk import Plain, on_disk
 from wancli.weights.residency import Lookup, Streamed, matrix_names, placed
 from wancli.weights.sizes import t5_config, vae_config
-from wancli.weights.stored import Plain, stored
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -150,8 +150,8 @@ def load_umt5(
         source = placed({name: Plain(found[name], found[name].shape) for name in away}, residency, device)
         model.encoder.block = Streamed(layers, t5.LAYERS, source, device)
     if table:
-        on_disk = stored({t5.TABLE: Plain(found[t5.TABLE], found[t5.TABLE].shape)})[t5.TABLE]
-        model.add_module("shared", Lookup(on_disk.rows, dtype, device))
+        weight = on_disk({t5.TABLE: Plain(found[t5.TABLE], found[t5.TABLE].shape)})[t5.TABLE]
+        model.add_module("shared", Lookup(weight.rows, dtype, device))
     t5.tie(model, where)
     return model
 

@@ -2,7 +2,7 @@
 
     resident   every weight on the device, as it computes
     packed     packed weights in memory (`Packed`), unpacked block by block
-    streamed   packed weights on disk (`Stored`), read and unpacked block by block
+    streamed   packed weights on disk (`OnDisk`), read and unpacked block by block
 
 A network that loops over a `Streamed` list finds every block whole while it is that block's turn. Memory
 is needed for the matrices of two blocks, whatever the depth: one runs, the next is fetched. What is
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from wancli.memory import Residency
-from wancli.weights.stored import Packed, stored
+from wancli.weights.ondisk import Packed, on_disk, unpack_across
 
 
 class Weight(Protocol):
-    """What a block needs of a weight; `Packed` and `Stored` are such."""
+    """What a block needs of a weight; `Packed`, `Pinned` and `OnDisk` are such."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -43,10 +43,21 @@ def placed(source: Mapping[str, Packed], residency: Residency, device: torch.dev
     their pages as long as it can.
     """
     if residency == "streamed":
-        return stored(source, device)
+        return on_disk(source, device)
     if torch.device(device).type == "cpu":
         return source
-    return {name: replace(weight, data=weight.data.pin_memory()) for name, weight in source.items()}
+    return {name: Pinned(weight) for name, weight in source.items()}
+
+
+class Pinned:
+    """A packed weight in memory that a GPU copies from while the program goes on."""
+
+    def __init__(self, weight: Packed) -> None:
+        self.shape = weight.shape
+        self._weight = replace(weight, data=weight.data.pin_memory())
+
+    def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        return unpack_across(self._weight, dtype, out=out)
 
 
 def matrices(block: nn.Module) -> dict[str, nn.Linear]:
@@ -147,6 +158,11 @@ class _Stage:
         self._side = side
         if side:
             self._written, self._read = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+            # The allocator orders memory by the stream that asked for it, here the main one: what had this
+            # memory before must be done with it, and who gets it after must wait for the side stream.
+            self._read.record(torch.cuda.current_stream(device))
+            for buffer in self.buffers.values():
+                buffer.record_stream(side)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

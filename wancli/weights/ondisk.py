@@ -26,8 +26,7 @@ from wancli.weights.headers import DOWNLOAD_AGAIN
 class Packed(Protocol):
     """A weight as its file holds it: a dataclass, so that `replace` puts the same bytes elsewhere.
 
-    `unpack` gives the weight, of `shape`, in `dtype`: in `out`, which may be on another device (then `data`
-    is pinned, and nothing waits for the copy), or in a new tensor.
+    `unpack` fills `out`, of `shape`, in `dtype` and on the device of `data`.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -54,7 +53,13 @@ class Plain:
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
         assert out.dtype == dtype
-        return out.copy_(self.data, non_blocking=self.data.is_pinned())
+        return out.copy_(self.data)
+
+
+def unpack_across(weight: Packed, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """Unpacks on the device of `out`. Nothing waits for the copy there if `data` is pinned."""
+    data = weight.data.to(out.device, non_blocking=True)
+    return replace(weight, data=data).unpack(dtype, out=out)
 
 
 class Place(NamedTuple):
@@ -64,7 +69,7 @@ class Place(NamedTuple):
     start: int
 
 
-class Stored:
+class OnDisk:
     """A packed weight whose bytes are on disk. Reading raises CheckpointError, naming weight and file."""
 
     def __init__(self, name: str, weight: Packed, file: _File, start: int, scratch: _Scratch) -> None:
@@ -80,7 +85,7 @@ class Stored:
             return out
         data = self._scratch.bytes(bare.nbytes).view(bare.dtype).view(bare.shape)
         self._read(data, self._start)
-        replace(self._bare, data=data).unpack(dtype, out=out)
+        unpack_across(replace(self._bare, data=data), dtype, out=out)
         if out.is_cuda:  # the copy may still be reading the scratch
             torch.cuda.current_stream(out.device).synchronize()
         return out
@@ -88,10 +93,11 @@ class Stored:
     def rows(self, ids: Sequence[int]) -> Packed:
         """The weight of these rows alone, the only ones that are read."""
         bare = self._bare.data
-        data = torch.empty(len(ids), *bare.shape[1:], dtype=bare.dtype)
-        stride = bare.nbytes // len(bare)
+        size = bare.nbytes // self.shape[0]
+        data = torch.empty(len(ids), size, dtype=torch.uint8)
         for row, index in zip(data, ids, strict=True):
-            self._read(row, self._start + index * stride)
+            self._read(row, self._start + index * size)
+        data = data.view(-1).view(bare.dtype).view(-1, *bare.shape[1:])  # or flat, as GGUF's blocks are
         return replace(self._bare, data=data, shape=(len(ids), *self.shape[1:]))
 
     def _read(self, out: Tensor, start: int) -> None:
@@ -110,7 +116,7 @@ class Stored:
             left, start = left[count:], start + count
 
 
-def stored(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> dict[str, Stored]:
+def on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> dict[str, OnDisk]:
     """The same weights, left in the files that their data is mapped from; no mapping is kept.
 
     They will be unpacked to `device`. Raises ValueError for data that is mapped from no file.
@@ -124,7 +130,7 @@ def stored(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> 
             raise ValueError(f"{name} is not mapped from a file in one piece")
         if place.path not in files:
             files[place.path] = _File(place.path)
-        found[name] = Stored(name, weight, files[place.path], place.start, scratch)
+        found[name] = OnDisk(name, weight, files[place.path], place.start, scratch)
     return found
 
 

@@ -17,8 +17,7 @@ from wancli import encode
 from wancli.cli import run
 from wancli.encode import Tokenizer
 from wancli.manifest import read
-from wancli.models.dit import WanModel
-from wancli.models.layers import Mix
+from wancli.models.dit import Request, WanModel
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -26,7 +25,6 @@ SPIECE = TINY / "google" / "umt5-xxl" / "spiece.model"
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE = "Wan2.1_VAE.pth"
 KEPT = {"keep_latents": True}
-Forward = Callable[[WanModel, torch.Tensor, float, Sequence[Mix]], torch.Tensor]
 CAT = "A gray tabby cat walks through a sunlit garden, its movement slow and graceful."
 FISH = "Schools of tropical fish swim between vibrant coral formations, as the camera pans gently left."
 
@@ -113,19 +111,20 @@ def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> Non
     def called(*_: object, **__: object) -> None:
         raise AssertionError("was called")
 
-    for owner, name in targets or ((WanModel, "forward"), (encode, "load_encoder")):
+    for owner, name in targets or ((WanModel, "velocities"), (encode, "load_encoder")):
         monkeypatch.setattr(owner, name, called)
 
 
 def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[int]:
     """Counts the forwards of the transformer; `before(n)` runs at the start of the n-th."""
-    real: Forward = WanModel.forward
+    real = WanModel.velocities
     calls: list[int] = []
 
-    def counted(self: WanModel, x: torch.Tensor, t: float, contexts: Sequence[Mix]) -> torch.Tensor:
-        calls.append(len(calls))
-        before(calls[-1])
-        return real(self, x, t, contexts)
+    def counted(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[torch.Tensor]:
+        for _ in requests:
+            calls.append(len(calls))
+            before(calls[-1])
+        return real(self, requests, riders)
 
-    monkeypatch.setattr(WanModel, "forward", counted)
+    monkeypatch.setattr(WanModel, "velocities", counted)
     return calls

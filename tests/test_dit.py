@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wancli.models.config import WanConfig
 from wancli.models.dit import Context, WanModel, concat, lerp
+from wancli.models.layers import attention_backend
 from wancli.weights.identify import identify
 from wancli.weights.names import transformer_from_diffusers
 from wancli.weights.readers import load_transformer
@@ -271,6 +274,86 @@ def test_training_gives_the_same_velocity_and_the_gradients_of_diffusers():
     for name, parameter in theirs.named_parameters():
         name = transformer_from_diffusers(name)
         assert distance(ours.get_parameter(name).grad, parameter.grad) < 1e-3, name
+
+
+def saved_for_backward(model: WanModel, checkpointed: bool) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a mixed and a joined context, of the weights and of the latent, and the bytes of
+    activations kept until the backward pass."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 16, 2, 8, 8, requires_grad=True)
+    a, b = (model.project(torch.randn(count, 32)) for count in (5, 9))
+    for context in (a, b):
+        context.rows_ND.retain_grad()
+    mixes = [((a, 0.7), (lerp(a, b, 0.4), 0.3)), ((concat(a, b, 0.5), 1.0),), *[((b, 1.0),)] * 4]
+    storages: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x, torch.tensor([700.0, 20.0]), mixes, checkpointed=checkpointed).square().mean()
+    kept = sum(storages.values())
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return found | {"x": x.grad, "a": a.rows_ND.grad, "b": b.rows_ND.grad}, kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_gradients_are_the_same_and_keep_a_fraction_of_the_activations(dtype: torch.dtype):
+    model = random_model(WanConfig(48, 96, 2, 6, text_dim=32, freq_dim=64))
+    for linear in (m for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)):
+        linear.to(dtype)
+    plain, all_bytes = saved_for_backward(model, checkpointed=False)
+    again, few_bytes = saved_for_backward(model, checkpointed=True)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert all(grad.any() for grad in again.values())
+    assert few_bytes < all_bytes / 5
+
+
+def test_the_checkpointed_residual_stream_has_gradients_too():
+    model, x = random_model(), torch.randn(1, 16, 1, 4, 4)
+    context = model.project(torch.randn(5, 32)).rows_ND
+    found = []
+    for checkpointed in (False, True):
+        leaf = context.detach().clone().requires_grad_()
+        mixes = everywhere(model, Context(leaf, torch.zeros(len(leaf))))
+        last = [*model.residuals(x, 500.0, mixes, checkpointed=checkpointed)][-1]
+        last.square().mean().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("only", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+@torch.no_grad()
+def test_the_named_attention_backend_is_the_one_that_runs(only: SDPBackend, bias: bool, dtype: torch.dtype):
+    q = torch.randn(1, 2, 300, 128, dtype=dtype)
+    with sdpa_kernel(only):
+        named = attention_backend("cpu", dtype, 128, bias=bias)
+        with Called() as called:
+            F.scaled_dot_product_attention(q, q, q, q.new_zeros(1, 1, 1, 300) if bias else None)
+    runs = "flash_attention" if any("flash_attention_for_cpu" in name for name in called.names) else "math"
+    assert named == runs == only.name.lower()
 
 
 @torch.inference_mode()

@@ -33,6 +33,7 @@ from wancli.encode import (
 )
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
 from wancli.store import Store
+from wancli.weights.ondisk import OnDisk
 
 ROOT = Path(__file__).parent / "fixtures" / "wan21-tiny"
 OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"
@@ -221,6 +222,26 @@ def test_contexts_are_the_official_ones_and_padded_with_zeros(store: Store):
     assert not texts
 
 
+def test_a_streamed_encoder_gives_the_same_entries_in_one_pass_over_its_weights(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    real, fetched = OnDisk.unpack, []
+
+    def unpack(self: OnDisk, dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+        fetched.append(self.name)
+        return real(self, dtype, out=out)
+
+    monkeypatch.setattr(OnDisk, "unpack", unpack)
+    wanted = [tokens(text) for text in PROMPTS.values()]
+    resident = list(encode(ENCODER, wanted, None))
+    assert fetched == []
+    streamed = list(encode(replace(ENCODER, residency="streamed"), wanted, store))
+    assert len(fetched) == len(set(fetched)) == 3 * 7
+    assert [done.key for done in streamed] == [done.key for done in resident]
+    assert all(same(a.embedding, b.embedding) for a, b in zip(streamed, resident, strict=True))
+    assert len(store.entries()) == 3
+
+
 def test_a_second_encode_never_loads_the_encoder(store: Store):
     wanted = [tokens("a cat"), tokens("a fog")]
     first = {done.key: done for done in encode(ENCODER, wanted, store)}
@@ -282,6 +303,7 @@ import torch
 from transformers import UMT5EncoderModel
 from wancli.encode import Encoder, Tokenizer, encode
 from wancli.store import Store
+from wancli.weights.ondisk import OnDisk
 torch.set_num_threads(1)
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
 prompts = [tokenizer.tokens(text, 256) for text in {list(PROMPTS.values())!r}]

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +17,13 @@ from wancli import memory
 from wancli.errors import DoesNotFit
 from wancli.models import t5
 from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.models.dit import WanModel
+from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
+from wancli.weights.identify import identify
+from wancli.weights.names import umt5_to_transformers
+from wancli.weights.readers import load_transformer, load_umt5
+from wancli.weights.residency import Streamed
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 T2V_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
@@ -60,6 +67,86 @@ def test_a_text_encoder_of_any_size_is_counted_exactly():
     assert memory.t5_parameters(config) == parameters(t5.build(config))
 
 
+# ---- bytes of weights ----
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Path) -> dict[tuple[str, torch.dtype], WanModel]:
+    return {
+        (residency, dtype): load_transformer(identify(tiny), dtype, "cpu", residency=residency)
+        for residency in ("resident", "packed", "streamed")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def held(model: torch.nn.Module, blocks: torch.nn.ModuleList) -> int:
+    """Bytes of the parameters that have storage, and of the buffers that blocks are fetched to."""
+    buffers: dict[int, int] = {}
+    if isinstance(blocks, Streamed):
+        with torch.inference_mode():
+            for _ in blocks:
+                buffers |= {p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}
+    own = {p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}
+    return sum((buffers | own).values())
+
+
+@pytest.mark.parametrize(("residency", "blocks"), [("resident", None), ("packed", 2), ("streamed", 2)])
+@pytest.mark.parametrize(("dtype", "element"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_bytes_of_a_loaded_transformer_are_predicted_exactly(
+    models, tiny, residency, blocks, dtype, element
+):
+    model = models[residency, dtype]
+    assert held(model, model.blocks) == memory.wan_bytes(model.config, element=element, blocks=blocks)
+
+
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
+@pytest.mark.parametrize(("dtype", "element"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_bytes_of_a_loaded_text_encoder_are_predicted_exactly(tiny, residency, dtype, element):
+    files = identify(tiny).text_encoder_files
+    model = load_umt5(files, umt5_to_transformers, dtype, "cpu", residency)
+    config = T5Config(384, 64, 16, 128, 3, 4)
+    assert held(model, model.encoder.block) == memory.t5_bytes(
+        config, element=element, streamed=residency == "streamed"
+    )
+
+
+def test_the_published_models_streamed_in_bf16_need_a_tenth_of_their_weights():
+    # Matrices of all blocks, and all parameters: the table of wan-formats and the sizes of UMT5-XXL.
+    matrices, everything, biases = 14_050_918_400 // 40, 14_288_491_584, 40 * (9 * 5120 + 13824)
+    others = everything - 40 * matrices - biases
+    assert memory.wan_bytes(T2V_14B, element=2) == 2 * (40 * matrices + biases) + 4 * others
+    assert memory.wan_bytes(T2V_14B, element=2, blocks=2) == 2 * (2 * matrices + biases) + 4 * others
+    assert memory.wan_bytes(T2V_14B, element=2, blocks=2) < 0.1 * memory.wan_bytes(T2V_14B, element=2)
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 10240
+    assert memory.t5_bytes(UMT5_XXL, element=2, streamed=True) == 2 * (4_630_761_472 - 22 * layer)
+
+
+def most_live_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that torch had allocated at a time while `run` ran, above those before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@torch.no_grad()
+def test_every_further_rider_costs_its_residual_stream():
+    config, shape = WanConfig(dim=192, ffn_dim=384, num_heads=16, num_layers=2, text_dim=8), (16, 5, 8, 8)
+    model = WanModel(config)
+    context = model.project(torch.randn(9, 8))
+    requests = [Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2) for _ in range(3)]
+    model.velocities(requests[:1])  # keys and values are there
+    measured = [most_live_bytes(lambda n=n: model.velocities(requests[:n])) for n in (1, 2, 3)]
+    predicted = [
+        memory.sample_phase(config, shape, context_rows=10, element=4, riders=n).activation for n in (1, 2, 3)
+    ]
+    time = 7 * config.dim * 4  # its embedding, which is no matter of tokens
+    assert measured[1] - measured[0] == predicted[1] - predicted[0] + time
+    assert measured[2] - measured[1] == predicted[2] - predicted[1] + time
+
+
 # ---- prediction ----
 
 
@@ -91,7 +178,7 @@ def test_memory_of_sampling_grows_with_the_tokens_not_with_their_square():
     small = memory.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element=2)
     large = memory.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element=2)
     assert large.activation == 4 * small.activation
-    assert large.model == small.model == 2 * 14_288_491_584
+    assert large.model == small.model == memory.wan_bytes(T2V_14B, element=2)
     assert small.total == small.model + small.activation + small.buffer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from jobs import (
     T5,
     TINY,
     TRANSFORMER,
-    Forward,
     Said,
     change_tensors,
     checkpoint,
@@ -28,7 +28,16 @@ from jobs import (
     rule,
 )
 
-from wancli.models.dit import WanModel
+from wancli.errors import NotFinite
+from wancli.experts import Stage
+from wancli.inject import Branch, Rule, Table
+from wancli.memory import Residency
+from wancli.models.dit import Mix, Request, WanModel
+from wancli.probe import Effect
+from wancli.sample import Contexts, Sampled, Walk, check_hits, denoise, denoise_together
+from wancli.solvers import State, schedule
+from wancli.weights.identify import identify
+from wancli.weights.readers import load_transformer
 
 # ---- injection is proven ----
 
@@ -58,13 +67,17 @@ def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], 
 def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Forward = WanModel.forward
+    real = WanModel.velocities
 
-    def deaf(self: WanModel, x: torch.Tensor, t: float, contexts: Any) -> torch.Tensor:
+    def deaf(self: WanModel, requests: Any, riders: Any = None) -> list[torch.Tensor]:
         """Block 30 always reads the main prompt."""
-        return real(self, x, t, [contexts.base if i == 30 else contexts[i] for i in range(len(contexts))])
 
-    monkeypatch.setattr(WanModel, "forward", deaf)
+        def heard(contexts: Any) -> list[Mix]:
+            return [contexts.base if i == 30 else contexts[i] for i in range(len(contexts))]
+
+        return real(self, [Request(r.x_BCTYX, r.t, heard(r.contexts)) for r in requests], riders)
+
+    monkeypatch.setattr(WanModel, "velocities", deaf)
     items = [
         {"id": "lost", "inject": [rule()]},
         {"id": "early", "inject": [rule(blocks="early")]},
@@ -183,3 +196,109 @@ def test_measuring_what_is_switched_off_renders_nothing_again(
     calls = forwards(monkeypatch)
     assert render("--log-level", "verbose", **off).code == 0
     assert calls == []
+
+
+# ---- several walks in lock-step ----
+
+
+def a_model(folder: Path, residency: Residency = "resident") -> WanModel:
+    return load_transformer(identify(folder), torch.float32, "cpu", residency=residency)
+
+
+def official_walk(name: str, case: dict[str, Any], contexts: Contexts, noise_CTYX: torch.Tensor) -> Walk:
+    """A case of the official code, its prompts under their names in the reference."""
+    rules = []
+    if inject := case.get("inject"):
+        (first, last), (start, end) = inject["blocks"], inject["steps"]
+        blocks = tuple((block, inject["strength"]) for block in range(first, last + 1))
+        steps = tuple((step, 1.0) for step in range(start, end))
+        rules = [Rule("injection", blocks, steps, (inject["branch"],), inject["blend"], 1.0)]
+    table = Table(rules, {"cond": "main", "uncond": "negative"}, 40, case["steps"])
+    levels = schedule(case["solver"], case["steps"], case["shift"])
+    stage = Stage("only", range(case["steps"]), case["cfg"])
+    return Walk(State(noise_CTYX), levels, case["solver"], table, contexts, stage)
+
+
+@torch.inference_mode()
+def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_latents(
+    reference: Any, numbers: Any
+) -> None:
+    model = a_model(TINY, "streamed")
+    rows = {name: numbers[f"context.{name}"] for name in ("main", "negative", "injection")}
+    contexts = Contexts(model, rows)
+    names = ("unipc_cfg6", "inject_cond_27_39", "inject_cond_steps")
+    walks = [
+        official_walk(name, reference["cases"][name], contexts, numbers[f"{name}.noise"]) for name in names
+    ]
+    calls: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    read: list[set[Any]] = [set() for _ in walks]
+    for now in denoise_together(model, walks, riders=6):
+        for cells, at in zip(read, now):
+            assert isinstance(at, Sampled)
+            cells |= at.read
+    for name, walk, at, cells in zip(names, walks, now, read):
+        expected = numbers[f"{name}.latents"][-1]
+        assert torch.linalg.vector_norm(at.state.x - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+        check_hits(walk.table, frozenset(cells))
+        assert len(cells) == 6 * 2 * 40
+    assert len(calls) == 6 * 6
+
+
+def random_walks(model: WanModel, effects: list[list[Effect] | None]) -> list[Walk]:
+    """Three unlike walks of four steps: with and without guidance, sizes, solvers and injections."""
+    torch.manual_seed(4)
+    contexts = Contexts(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
+    mixed = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("cond", "uncond"), "output-mix", 1.0)
+    joined = Rule("b", ((1, 0.7),), ((1, 1.0),), ("cond",), "concat", 1.0)
+    both: dict[Branch, str] = {"cond": "a", "uncond": "b"}
+    return [
+        Walk(State(x), schedule(solver, 4, 3.0), solver, table, contexts, Stage("only", range(4), cfg), into)
+        for x, solver, table, cfg, into in (
+            (torch.randn(16, 1, 4, 4), "unipc", Table([mixed], both, 4, 4), 5.0, effects[0]),
+            (torch.randn(16, 2, 4, 6), "dpm++", Table([joined], {"cond": "a"}, 4, 4), 1.0, effects[1]),
+            (torch.randn(16, 1, 2, 4), "euler", Table([], both, 4, 4), 3.0, effects[2]),
+        )
+    ]
+
+
+@pytest.mark.parametrize("riders", [1, 2, 9])
+@torch.inference_mode()
+def test_walks_in_lock_step_give_the_bits_hits_and_effects_of_each_alone(riders: int, shallow: Path) -> None:
+    alone: list[list[Effect] | None] = [[], [], None]
+    together: list[list[Effect] | None] = [[], [], None]
+    model = a_model(shallow)
+    separately = [list(denoise(model, walk)) for walk in random_walks(model, alone)]
+    model = a_model(shallow, "streamed")
+    in_step = list(denoise_together(model, random_walks(model, together), riders))
+    for walk, expected in enumerate(separately):
+        for step, before in enumerate(expected):
+            at = in_step[step][walk]
+            assert isinstance(at, Sampled)
+            assert (at.step, at.read) == (before.step, before.read)
+            assert torch.equal(at.state.x, before.state.x)
+    assert [len(effects or ()) for effects in alone] == [4, 1, 0]
+    assert together == alone
+
+
+@torch.inference_mode()
+def test_a_walk_that_meets_nan_ends_and_the_others_go_on(shallow: Path) -> None:
+    model = a_model(shallow)
+    walks = random_walks(model, [None, None, None])
+    expected = list(denoise(model, walks[0]))
+    walks[1] = replace(walks[1], state=State(walks[1].state.x * torch.inf))
+    for step, (first, second, third) in enumerate(denoise_together(model, walks, 2)):
+        assert isinstance(first, Sampled)
+        assert torch.equal(first.state.x, expected[step].state.x)
+        assert isinstance(second, NotFinite)
+        assert "step 0, cond branch, first in block 0" in str(second)
+        assert isinstance(third, Sampled)
+    assert step == 3
+
+
+def test_walks_of_unlike_length_are_refused(shallow: Path) -> None:
+    model = a_model(shallow)
+    walks = random_walks(model, [None, None, None])
+    walks[2] = replace(walks[2], schedule=schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0))
+    with pytest.raises(ValueError, match=r"\[4, 5\] steps"):
+        next(denoise_together(model, walks, 1))

@@ -17,6 +17,7 @@ from transformers import UMT5EncoderModel
 
 from wancli.encode import Dtype, Encoder, load_encoder
 from wancli.errors import CheckpointError
+from wancli.memory import Residency
 from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.weights.names import umt5_to_transformers
@@ -27,8 +28,11 @@ OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"
 IDS: dict[str, list[int]] = json.loads((ROOT / "reference.json").read_text())["tokens"]
 
 
-def encoder(*files: Path, naming: str = "official", dtype: Dtype = "fp32") -> Encoder:
-    return Encoder(files or (OFFICIAL,), naming, "weights", "tokenizer", dtype)  # type: ignore[arg-type]
+def encoder(
+    *files: Path, naming: str = "official", dtype: Dtype = "fp32", residency: Residency = "resident"
+) -> Encoder:
+    files = files or (OFFICIAL,)
+    return Encoder(files, naming, "weights", "tokenizer", dtype, residency=residency)  # type: ignore[arg-type]
 
 
 def official_tensors() -> dict[str, Tensor]:
@@ -83,6 +87,47 @@ def test_unpadded_tokens_give_the_rows_of_the_padded_and_masked_512(
 def test_a_prompt_of_512_tokens_and_an_empty_one_are_encoded(model: UMT5EncoderModel):
     assert t5.rows(model, [*[260] * 511, 1]).shape == (512, 64)
     assert t5.rows(model, [1]).shape == (1, 64)
+
+
+@torch.no_grad()
+def test_prompts_in_one_pass_get_the_bits_that_transformers_gives_each(model: UMT5EncoderModel):
+    prompts = [*IDS.values(), [1], [*[260] * 99, 1]]
+    for ids, rows_NE in zip(prompts, t5.rows_of_each(model, prompts), strict=True):
+        theirs = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        assert torch.equal(rows_NE, theirs)
+
+
+@pytest.mark.parametrize("prompt", IDS)
+def test_streamed_weights_give_the_official_contexts(prompt: str):
+    streamed = load_encoder(encoder(residency="streamed"))
+    expected_NE = load_file(ROOT / "reference.safetensors")[f"context.{prompt}"]
+    assert relative(t5.rows(streamed, IDS[prompt]), expected_NE) < 1e-5
+
+
+@pytest.mark.parametrize("residency", ["packed", "streamed"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_fetched_weights_give_the_bits_of_resident_ones(dtype: Dtype, residency: Residency):
+    resident = load_encoder(encoder(dtype=dtype))
+    fetched = load_encoder(encoder(dtype=dtype, residency=residency))
+    prompts = list(IDS.values())
+    for _ in range(2):
+        both = zip(t5.rows_of_each(resident, prompts), t5.rows_of_each(fetched, prompts), strict=True)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in both)
+
+
+def test_shards_saved_by_transformers_are_streamed_too(model: UMT5EncoderModel, saved_by_transformers: Path):
+    shards = sorted(saved_by_transformers.glob("*.safetensors"))
+    streamed = load_encoder(encoder(*shards, naming="transformers", residency="streamed"))
+    assert torch.equal(t5.rows(streamed, IDS["main"]), t5.rows(model, IDS["main"]))
+
+
+def test_a_streamed_encoder_holds_neither_its_embedding_nor_its_matrices():
+    streamed = load_encoder(encoder(residency="streamed"))
+    t5.rows(streamed, IDS["main"])
+    held = {name: tensor for name, tensor in streamed.state_dict().items() if not tensor.is_meta}
+    per_layer = ["layer.0.SelfAttention.relative_attention_bias", "layer.0.layer_norm", "layer.1.layer_norm"]
+    names = {f"encoder.block.{i}.{part}.weight" for i in range(3) for part in per_layer}
+    assert held.keys() == names | {"encoder.final_layer_norm.weight"}
 
 
 def test_sizes_are_read_off_the_tensors():
@@ -143,31 +188,32 @@ def without_an_embedding(tensors: dict[str, Tensor]) -> None:
     del tensors["token_embedding.weight"]
 
 
-def with_a_scale(tensors: dict[str, Tensor]) -> None:
-    tensors["blocks.0.attn.q.scale_weight"] = torch.ones(1)
+def with_a_stray_tensor(tensors: dict[str, Tensor]) -> None:
+    tensors["blocks.0.attn.r.weight"] = torch.ones(64, 64)
 
 
 def with_a_narrow_value(tensors: dict[str, Tensor]) -> None:
     tensors["blocks.2.attn.v.weight"] = torch.ones(64, 32)
 
 
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (zeroed, "the token embedding is zero"),
         (without_a_norm, "missing encoder.block.1.layer.1.layer_norm.weight"),
         (without_an_embedding, "shared.weight"),
-        (with_a_scale, "unexpected"),
+        (with_a_stray_tensor, "unexpected"),
         (with_a_narrow_value, r"encoder.block.2.layer.0.SelfAttention.v.weight is \[64, 32\]"),
     ],
 )
 def test_a_file_that_is_not_this_network_is_refused_by_tensor(
-    damage: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+    damage: Callable[[dict[str, Tensor]], None], message: str, residency: Residency, tmp_path: Path
 ):
     tensors = official_tensors()
     damage(tensors)
     path = tmp_path / "umt5.safetensors"
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_encoder(encoder(path))
+        load_encoder(encoder(path, residency=residency))
     assert str(path) in str(caught.value)

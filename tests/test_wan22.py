@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from jobs import (
     SPIECE,
     TINY,
     TRANSFORMER,
-    Forward,
     Said,
     change_tensors,
     checkpoint,
@@ -41,7 +40,7 @@ from wancli import underway, video
 from wancli.errors import CheckpointError, JobError
 from wancli.experts import Stage, stages
 from wancli.job import load
-from wancli.models.dit import WanModel
+from wancli.models.dit import Request, WanModel
 from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
 from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import model_at
@@ -420,14 +419,17 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     monkeypatch: pytest.MonkeyPatch,
     alone: dict[str, Tensor],
 ) -> None:
-    real: Forward = WanModel.forward
+    real = WanModel.velocities
     calls: list[int] = []
 
-    def broken(self: WanModel, x: Tensor, t: float, contexts: Any) -> Tensor:
-        calls.append(1)
-        return real(self, x, t, contexts) * (torch.nan if len(calls) == 9 else 1)
+    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+        found = []
+        for velocity in real(self, requests, riders):
+            calls.append(1)
+            found.append(velocity * (torch.nan if len(calls) == 9 else 1))
+        return found
 
-    monkeypatch.setattr(WanModel, "forward", broken)
+    monkeypatch.setattr(WanModel, "velocities", broken)
     said = render(a14b, output="out/{id}.mp4", items=ITEMS)
     assert said.code == 1
     assert said.err == "wancli: shot b: NaN or Inf at step 0, after the last block\n"

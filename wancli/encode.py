@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli import files
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, PromptTooLong
+from wancli.memory import Residency
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,6 +217,7 @@ class Encoder:
     tokenizer_sha: str
     dtype: Dtype
     device: str = "cpu"
+    residency: Residency = "resident"  # "streamed" needs the memory of two layers
 
     def key(self, tokens: Tokens) -> str:
         return embedding_key(self.fingerprint, self.tokenizer_sha, self.dtype, tokens.max_tokens, tokens.text)
@@ -247,41 +249,34 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
     from wancli.models import t5
 
     model = load_encoder(encoder)
-    for key, tokens in missing.items():
-        rows_NE = t5.rows(model, tokens.ids).cpu()
-        if not rows_NE.isfinite().all():
-            raise NotFinite(f"UMT5 gives NaN or Inf for {_shown(tokens.text)}", where=str(encoder.files[0]))
-        embedding = Embedding.of(tokens, rows_NE, encoder.fingerprint)
-        if store:
-            store.put(key, pack([embedding]))
-        yield Encoded(key, embedding, hit=False)
+    todo = list(missing.items())
+    together = len(todo) if encoder.residency == "streamed" else 1  # one pass over fetched weights is enough
+    for some in (todo[i : i + together] for i in range(0, len(todo), together)):
+        for (key, tokens), rows_NE in zip(some, t5.rows_of_each(model, [tokens.ids for _, tokens in some])):
+            if not rows_NE.isfinite().all():
+                raise NotFinite(
+                    f"UMT5 gives NaN or Inf for {_shown(tokens.text)}", where=str(encoder.files[0])
+                )
+            embedding = Embedding.of(tokens, rows_NE.cpu(), encoder.fingerprint)
+            if store:
+                store.put(key, pack([embedding]))
+            yield Encoded(key, embedding, hit=False)
 
 
 def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
-    """UMT5 with its weights on the device. Raises CheckpointError with the list of what is wrong."""
+    """UMT5 with its weights on the device, or where its residency has them. Raises CheckpointError with
+    the list of what is wrong."""
     import torch
 
-    from wancli.models import t5
     from wancli.weights import names, readers
-    from wancli.weights.sizes import t5_config
 
-    where = str(encoder.files[0])
-    rename = names.umt5_to_transformers if encoder.naming == "official" else str
-    found = {rename(name): tensor for name, tensor in readers.tensors(encoder.files)}
-    found.pop(t5.TIED, None)
-    model = t5.build(t5_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[encoder.dtype]
-    readers.load_into(
-        model,
-        found.items(),
-        rename=str,
-        dtype=dtype,
-        device=encoder.device,
-        keep_fp32=lambda name: dtype is torch.float16 and t5.OVERFLOWS in name,
-        where=where,
+    return readers.load_umt5(
+        encoder.files,
+        names.umt5_to_transformers if encoder.naming == "official" else str,
+        {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[encoder.dtype],
+        encoder.device,
+        encoder.residency,
     )
-    t5.tie(model, where)
-    return model
 
 
 def _recall(store: Store, key: str) -> Embedding | None:

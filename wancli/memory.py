@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Self
+from typing import Literal, Self
 
 from wancli.errors import DoesNotFit
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+
+Residency = Literal["resident", "packed", "streamed"]  # of a network's blocks: see weights/residency.py
 
 FP32 = 4
 _LATENTS_KEPT = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent
@@ -41,21 +43,36 @@ class Phase:
 # ---- prediction ----
 
 
-def encode_phase(t5: T5Config, *, prompt_tokens: int, element: int) -> Phase:
-    """UMT5 on its longest prompt; `element` bytes per weight. The position bias is per layer, not kept."""
+def encode_phase(
+    t5: T5Config, *, prompt_tokens: int, element: int, streamed: bool = False, prompts: int = 1
+) -> Phase:
+    """UMT5 on its longest prompt; `element` bytes per weight. The position bias is per layer, not kept.
+
+    Streamed, `prompts` of them share a pass over the layers.
+    """
     inner = t5.d_kv * t5.num_heads
     scores = 3 * prompt_tokens**2 * t5.num_heads * FP32  # bias, scores, softmax
     rows = prompt_tokens * (2 * t5.d_model + max(4 * inner, 3 * t5.d_ff)) * element
-    return Phase("encode", t5_parameters(t5) * element, scores + rows, 0)
+    rows += (prompts - 1) * prompt_tokens * t5.d_model * element
+    return Phase("encode", t5_bytes(t5, element=element, streamed=streamed), scores + rows, 0)
 
 
 def sample_phase(
-    wan: WanConfig, latent: tuple[int, int, int, int], *, context_rows: int, element: int, resident: int = 0
+    wan: WanConfig,
+    latent: tuple[int, int, int, int],
+    *,
+    context_rows: int,
+    element: int,
+    resident: int = 0,
+    blocks: int | None = None,
+    riders: int = 1,
+    shots: int = 1,
 ) -> Phase:
     """One forward at a time on a latent [z, T, Y, X]; matmuls in `element` bytes, residual in fp32.
 
     `context_rows` counts the text rows of all contexts together, one padding row each: their K and
-    V are kept for every block.
+    V are kept for every block. `blocks` as in `wan_bytes`; `riders` forwards share a pass over the blocks,
+    and `shots` are sampled in lock-step.
     """
     channels, t, y, x = latent
     tokens = t * (y // 2) * (x // 2)
@@ -64,9 +81,13 @@ def sample_phase(
     cast = 0 if element == FP32 else wan.dim * element  # what enters a Linear
     per_token = 2 * wan.dim * FP32 + cast + max(attention, feed_forward)  # residual and its modulated norm
     keys_values = 2 * context_rows * wan.dim * wan.num_layers * element
-    latents = _LATENTS_KEPT * channels * t * y * x * FP32
+    latents = shots * _LATENTS_KEPT * channels * t * y * x * FP32
+    rider = wan.dim * FP32 + wan.head_dim * FP32  # its residual and its rotary table
     return Phase(
-        "sample", resident + wan_parameters(wan) * element, tokens * per_token, keys_values + latents
+        "sample",
+        resident + wan_bytes(wan, element=element, blocks=blocks),
+        tokens * (per_token + (riders - 1) * rider),
+        keys_values + latents,
     )
 
 
@@ -121,6 +142,30 @@ def available() -> int:
     except OSError:
         return free
     return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+
+
+def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int:
+    """Bytes of a transformer as `load_transformer` keeps it, with the matrices of `blocks` blocks in memory:
+    all where it is resident, 2 where it is packed or streamed.
+
+    Matrices and biases of blocks in `element` bytes each, all else in fp32. Beside a packed model are its
+    packed weights; beside one streamed to another dtype than its file's, the largest of them.
+    """
+    matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
+    biases = wan.num_layers * (9 * wan.dim + wan.ffn_dim)
+    others = wan_parameters(wan) - wan.num_layers * matrices - biases
+    held = wan.num_layers if blocks is None else blocks
+    return (held * matrices + biases) * element + others * FP32
+
+
+def t5_bytes(t5: T5Config, *, element: int, streamed: bool = False) -> int:
+    """Bytes of UMT5. Streamed, they are its norms, position biases and the matrices of two layers; the
+    embedding stays on disk. Beside that is the largest weight, if it is stored in another dtype."""
+    parameters = t5_parameters(t5)
+    if streamed:
+        matrices = 4 * t5.d_model * t5.d_kv * t5.num_heads + 3 * t5.d_model * t5.d_ff
+        parameters -= t5.vocab_size * t5.d_model + (t5.num_layers - 2) * matrices
+    return parameters * element
 
 
 # ---- parameters, exactly ----

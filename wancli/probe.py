@@ -5,20 +5,21 @@ Letters of shapes: B batch, C latent channels, T Y X the latent grid, L video to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wancli.difference import LEGACY_THRESHOLD
-from wancli.models.dit import WanModel
+from wancli.models.dit import Request, WanModel
 from wancli.models.layers import Mix
 
 if TYPE_CHECKING:
-    from wancli.sample import Reads
+    from wancli.sample import Forward
 
 
 @dataclass(frozen=True)
@@ -37,48 +38,61 @@ class Effect:
     changed_percent: dict[int, float]
 
 
-class Measured:
-    """A model that runs every injected forward once more without its injection, and compares.
+def velocities(model: WanModel, forwards: Sequence[Forward], riders: int | None = None) -> list[Tensor]:
+    """The velocity of each forward, bit for bit the model's own, and the effects that some ask for.
 
-    Costs one more forward per injected branch and step. The velocity it returns is the model's
-    own, bit for bit.
+    An injected forward that is measured costs one more, the same without its injection, which rides
+    along. `riders` as in `WanModel.velocities`.
     """
+    found = {i: _Changes() for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected}
+    plain = [
+        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts)) for f in (forwards[i] for i in found)
+    ]
+    with _comparing(model, forwards, found):
+        all_BCTYX = model.velocities([*forwards, *plain], riders)
+    for (i, changes), plain_BCTYX in zip(found.items(), all_BCTYX[len(forwards) :]):
+        effects, reads = forwards[i].effects, forwards[i].contexts
+        assert effects is not None
+        moved = relative(all_BCTYX[i], plain_BCTYX)
+        effects.append(Effect(reads.step, reads.branch, moved, changes.blocks, changes.percent))
+    return all_BCTYX[: len(forwards)]
 
-    def __init__(self, model: WanModel) -> None:
-        self.model = model
-        self.effects: list[Effect] = []
 
-    def __call__(self, x_BCTYX: Tensor, t: float, reads: Reads) -> Tensor:
-        if not reads.injected:
-            return self.model.forward(x_BCTYX, t, reads)
-        blocks: dict[int, float] = {}
-        percent: dict[int, float] = {}
-        with self._comparing(reads, blocks, percent):
-            v_BCTYX = self.model.forward(x_BCTYX, t, reads)
-        plain_BCTYX = self.model.forward(x_BCTYX, t, [reads.base] * len(reads))
-        velocity = relative(v_BCTYX, plain_BCTYX)
-        self.effects.append(Effect(reads.step, reads.branch, velocity, blocks, percent))
-        return v_BCTYX
+@dataclass(frozen=True)
+class _Changes:
+    """What an injection does to the cross-attention of each injected block."""
 
-    @contextmanager
-    def _comparing(self, reads: Reads, blocks: dict[int, float], percent: dict[int, float]) -> Iterator[None]:
-        def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, Mix], Tensor], None]:
-            def compare(cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
-                # `forward`, since a call of the module would come back here.
-                plain_BLD = cross_attn.forward(args[0], reads.base)
-                blocks[index] = relative(out_BLD, plain_BLD)
-                moved = (out_BLD - plain_BLD).abs() > LEGACY_THRESHOLD
-                percent[index] = 100 * moved.float().mean().item()
+    blocks: dict[int, float] = field(default_factory=dict)
+    percent: dict[int, float] = field(default_factory=dict)
 
-            return compare
 
-        layers = [self.model.get_submodule(f"blocks.{i}.cross_attn") for i in reads.injected]
-        handles = [layer.register_forward_hook(hook(i)) for i, layer in zip(reads.injected, layers)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+@contextmanager
+def _comparing(model: WanModel, forwards: Sequence[Forward], found: Mapping[int, _Changes]) -> Iterator[None]:
+    """Compares the cross-attention of injected blocks with what they give uninjected on the same tokens."""
+
+    def hook(block: int) -> Callable[[nn.Module, tuple[Tensor, Mix], Tensor], None]:
+        turns = itertools.count()  # a block serves the forwards in their order
+
+        def compare(cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
+            turn = next(turns)
+            if turn not in found or block not in forwards[turn].contexts.injected:
+                return
+            # `forward`, since a call of the module would come back here.
+            plain_BLD = cross_attn.forward(args[0], forwards[turn].contexts.base)
+            moved = (out_BLD - plain_BLD).abs() > LEGACY_THRESHOLD
+            found[turn].blocks[block] = relative(out_BLD, plain_BLD)
+            found[turn].percent[block] = 100 * moved.float().mean().item()
+
+        return compare
+
+    blocks = {block for turn in found for block in forwards[turn].contexts.injected}
+    layers = {block: model.get_submodule(f"blocks.{block}.cross_attn") for block in blocks}
+    handles = [layer.register_forward_hook(hook(block)) for block, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def relative(a: Tensor, b: Tensor) -> float:

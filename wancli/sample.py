@@ -16,9 +16,9 @@ from wancli.errors import InjectionMissed, NotFinite
 from wancli.experts import Stage
 from wancli.inject import Branch, Cell, Concat, Expr, Lerp, Table, Text
 from wancli.models.context import Context, concat, lerp
-from wancli.models.dit import WanModel
+from wancli.models.dit import Request, WanModel
 from wancli.models.layers import Mix
-from wancli.probe import Measured
+from wancli.probe import Effect, velocities
 from wancli.solvers import SOLVERS, Schedule, State
 
 
@@ -106,48 +106,99 @@ class Sampled:
     read: frozenset[tuple[int, Branch, int]]
 
 
-def denoise(
-    model: WanModel,
-    state: State,
-    schedule: Schedule,
-    solver: str,
-    table: Table,
-    contexts: Contexts,
-    stage: Stage,
-    measured: Measured | None = None,
-) -> Iterator[Sampled]:
-    """Walks the steps of one stage from where `state` is; yields after every step. After the last step
-    of the schedule the state holds the finished latent.
+@dataclass(frozen=True)
+class Walk:
+    """The steps of one stage of a shot: where it starts, and what its blocks read at each step.
 
-    v = v_uncond + guidance·(v_cond - v_uncond), two forwards, cond first; a step without an
-    uncond branch takes v_cond as it is. Raises NotFinite naming step, branch and block.
+    v = v_uncond + guidance·(v_cond - v_uncond), cond first; a step without an uncond branch takes
+    v_cond as it is. `effects` asks for injections to be measured, and receives what is found.
     """
-    forward = measured or model
-    for i in stage.steps:
-        t = schedule.timesteps[i]
-        read: set[tuple[int, Branch, int]] = set()
-        velocities: dict[Branch, Tensor] = {}
-        for branch in table.branches_at(i):
-            reads = Reads(contexts, table, i, branch)
-            velocities[branch] = forward(state.x[None], t, reads)[0]
-            read |= reads.cells
-        v_CTYX = velocities["cond"]
-        if "uncond" in velocities:
-            v_CTYX = velocities["uncond"] + stage.guidance * (v_CTYX - velocities["uncond"])
-        after = SOLVERS[solver].step(schedule.sigmas, i, state, v_CTYX)
-        if not torch.isfinite(after.x).all():
-            raise NotFinite(_blame(model, state.x, t, i, table, contexts))
-        state = after
-        yield Sampled(i + 1, state, frozenset(read))
+
+    state: State
+    schedule: Schedule
+    solver: str
+    table: Table
+    contexts: Contexts
+    stage: Stage
+    effects: list[Effect] | None = None
 
 
-def _blame(model: WanModel, x_CTYX: Tensor, t: float, step: int, table: Table, contexts: Contexts) -> str:
+@dataclass(frozen=True)
+class Forward(Request):
+    """What a walk asks of the model: one branch of one step."""
+
+    contexts: Reads
+    effects: list[Effect] | None = None
+
+
+def denoise(model: WanModel, walk: Walk, riders: int = 1) -> Iterator[Sampled]:
+    """Walks the steps of one stage; yields after every step. After the last step of the schedule the
+    state holds the finished latent.
+
+    Raises NotFinite naming step, branch and block. `riders` as in `denoise_together`.
+    """
+    for (result,) in denoise_together(model, [walk], riders):
+        if isinstance(result, NotFinite):
+            raise result
+        yield result
+
+
+def denoise_together(
+    model: WanModel, walks: Sequence[Walk], riders: int
+) -> Iterator[list[Sampled | NotFinite]]:
+    """Several walks of the same steps in lock-step, each as if alone; yields after every step how each is.
+
+    `riders` forwards share a pass over the blocks: 1 where the weights are at hand, for sharing gains
+    nothing then, and each rider keeps a residual stream; as many as fit where a pass fetches weights.
+    A walk that met NaN or Inf is at NotFinite from then on. Raises ValueError for walks of other steps.
+    """
+    steps = walks[0].stage.steps
+    if any(walk.stage.steps != steps for walk in walks):
+        several = sorted({len(walk.stage.steps) for walk in walks})
+        raise ValueError(f"walks of {several} steps cannot go in lock-step")
+    now: list[Sampled | NotFinite] = [Sampled(steps.start, walk.state, frozenset()) for walk in walks]
+    for i in steps:
+        asked = [_asked(walk, at, i) for walk, at in zip(walks, now)]
+        answers = iter(velocities(model, [forward for forwards in asked for forward in forwards], riders))
+        now = [
+            _stepped(model, walk, at, i, [(forward, next(answers)) for forward in forwards])
+            for walk, at, forwards in zip(walks, now, asked)
+        ]
+        yield now
+
+
+def _asked(walk: Walk, at: Sampled | NotFinite, i: int) -> list[Forward]:
+    if isinstance(at, NotFinite):
+        return []
+    x_1CTYX, t = at.state.x[None], walk.schedule.timesteps[i]
+    reads = [Reads(walk.contexts, walk.table, i, branch) for branch in walk.table.branches_at(i)]
+    return [Forward(x_1CTYX, t, contexts, walk.effects) for contexts in reads]
+
+
+def _stepped(
+    model: WanModel, walk: Walk, at: Sampled | NotFinite, i: int, answers: Sequence[tuple[Forward, Tensor]]
+) -> Sampled | NotFinite:
+    """Where the walk is after step i."""
+    if isinstance(at, NotFinite):
+        return at
+    found = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in answers}
+    v_CTYX = found["cond"]
+    if "uncond" in found:
+        v_CTYX = found["uncond"] + walk.stage.guidance * (v_CTYX - found["uncond"])
+    state = SOLVERS[walk.solver].step(walk.schedule.sigmas, i, at.state, v_CTYX)
+    if not torch.isfinite(state.x).all():
+        return NotFinite(_blame(model, walk, at.state.x, i))
+    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells)
+    return Sampled(i + 1, state, cells)
+
+
+def _blame(model: WanModel, walk: Walk, x_CTYX: Tensor, step: int) -> str:
     """Runs the bad step again, block by block, to say where the first NaN or Inf comes from."""
-    for branch in table.branches_at(step):
-        reads = Reads(contexts, table, step, branch)
-        for block, x_BLD in enumerate(model.residuals(x_CTYX[None], t, reads)):
+    for forward in _asked(walk, Sampled(step, State(x_CTYX), frozenset()), step):
+        stream = model.residuals(forward.x_BCTYX, forward.t, forward.contexts)
+        for block, x_BLD in enumerate(stream):
             if not torch.isfinite(x_BLD).all():
-                return f"NaN or Inf at step {step}, {branch} branch, first in block {block}"
+                return f"NaN or Inf at step {step}, {forward.contexts.branch} branch, first in block {block}"
     return f"NaN or Inf at step {step}, after the last block"
 
 

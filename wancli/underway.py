@@ -81,7 +81,7 @@ def advance(
 
     from wancli import sample
     from wancli.difference import compare
-    from wancli.probe import Measured
+    from wancli.probe import Effect
     from wancli.solvers import State
 
     shot, device = one.shot, one.shot.model.device
@@ -93,15 +93,14 @@ def advance(
     ):
         patches.at(loras, stage.steps[0], stage.expert)
         contexts = sample.Contexts(model, rows_NE)
-        measured = Measured(model) if shot.measure else None
+        effects: list[Effect] | None = [] if shot.measure else None
         if one.state is None:
             one.state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise))
             main = encoded[shot.prompt.id].embedding
             one.differences = [compare(main, encoded[text.id].embedding, model) for text in shot.injected]
         state = one.state.to(device)
-        for done in sample.denoise(
-            model, state, shot.schedule, shot.solver, shot.table, contexts, stage, measured
-        ):
+        walk = sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
+        for done in sample.denoise(model, walk):
             state = done.state
             one.read |= done.read
             one.first_step = one.first_step or record.since_start()
@@ -109,7 +108,7 @@ def advance(
             if done.step in stage.steps and patches.at(loras, done.step, stage.expert):
                 contexts.forget()
         one.state = state.to("cpu")
-    one.effects += measured.effects if measured else []
+    one.effects += effects or []
     one.phases += [load, record.phase("sample", peak)]
 
 

@@ -7,10 +7,12 @@ Letters: B batch, C latent channels, T Y X latent frames, rows and columns, L vi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wancli.models.config import WanConfig
 from wancli.models.context import Context, concat, folded, lerp
@@ -29,7 +31,16 @@ from wancli.models.layers import (
     timestep_vector,
 )
 
-__all__ = ["Context", "Mix", "WanModel", "concat", "lerp"]
+__all__ = ["Context", "Mix", "Request", "WanModel", "concat", "lerp"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One forward: the velocity of latents at timestep t, block i attending to `contexts[i]`."""
+
+    x_BCTYX: Tensor
+    t: float | Tensor
+    contexts: Sequence[Mix]
 
 
 class Block(nn.Module):
@@ -65,6 +76,23 @@ class Head(nn.Module):
         return y.float()
 
 
+@dataclass
+class _Stream:
+    """A request on its way through the blocks."""
+
+    x_BLD: Tensor
+    time_BD: Tensor
+    time_B6D: Tensor
+    rope_L1P: Tensor
+
+    def through(self, block: nn.Module, mix: Mix, checkpointed: bool) -> None:
+        arguments = self.x_BLD, self.time_B6D, self.rope_L1P, mix
+        if checkpointed:
+            self.x_BLD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            self.x_BLD = block(*arguments)
+
+
 class WanModel(nn.Module):
     """Predicts the velocity (noise - video) of noisy latents. Parameter names are the official ones.
 
@@ -94,21 +122,51 @@ class WanModel(nn.Module):
         padded_NE = F.pad(text_NE, (0, 0, 0, int(count < places)))
         return folded(self.text_embedding(padded_NE).float(), places)
 
-    def forward(self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix]) -> Tensor:
-        """Velocity, fp32, of latents at timestep t in [0, 1000]: one for all, or one per batch entry [B]."""
-        time_BD, time_B6D = self._embed_time(t, x_BCTYX.device)
-        x_BLD, rope_L1P = self._embed_video(x_BCTYX)
-        for block, mix in zip(self.blocks, contexts, strict=True):
-            x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
-        return _unpatchify(self.head(x_BLD, time_BD), x_BCTYX.shape)
+    def forward(
+        self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix], *, checkpointed: bool = False
+    ) -> Tensor:
+        """Velocity, fp32, of latents at timestep t in [0, 1000]: one for all, or one per batch entry [B].
 
-    def residuals(self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix]) -> Iterator[Tensor]:
-        """The residual stream [B, L, D] after each block, fp32; each is overwritten by the next."""
-        _, time_B6D = self._embed_time(t, x_BCTYX.device)
-        x_BLD, rope_L1P = self._embed_video(x_BCTYX)
+        `checkpointed` spares a backward pass the activations inside of blocks: it computes them again.
+        """
+        (velocity_BCTYX,) = self._pass([Request(x_BCTYX, t, contexts)], checkpointed)
+        return velocity_BCTYX
+
+    def velocities(self, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+        """The velocity of each request, bit for bit that of `forward`; `riders` of them, or all, share each
+        pass over the blocks.
+
+        That pays where a pass is dear because weights are fetched for it; every further rider keeps a
+        residual stream of its own.
+        """
+        riders = riders or max(1, len(requests))
+        passes = [requests[i : i + riders] for i in range(0, len(requests), riders)]
+        return [velocity_BCTYX for some in passes for velocity_BCTYX in self._pass(some)]
+
+    def residuals(
+        self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix], *, checkpointed: bool = False
+    ) -> Iterator[Tensor]:
+        """The residual stream [B, L, D] after each block, fp32; without gradients each is overwritten by
+        the next."""
+        stream = self._embed(Request(x_BCTYX, t, contexts))
         for block, mix in zip(self.blocks, contexts, strict=True):
-            x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
-            yield x_BLD
+            stream.through(block, mix, checkpointed)
+            yield stream.x_BLD
+
+    def _pass(self, requests: Sequence[Request], checkpointed: bool = False) -> list[Tensor]:
+        """One walk over the blocks with all requests, so that a block's weights are needed once."""
+        streams = [self._embed(request) for request in requests]
+        for block, *mixes in zip(self.blocks, *(r.contexts for r in requests), strict=True):
+            for stream, mix in zip(streams, mixes):
+                stream.through(block, mix, checkpointed)
+        return [
+            _unpatchify(self.head(s.x_BLD, s.time_BD), r.x_BCTYX.shape) for s, r in zip(streams, requests)
+        ]
+
+    def _embed(self, request: Request) -> _Stream:
+        time_BD, time_B6D = self._embed_time(request.t, request.x_BCTYX.device)
+        x_BLD, rope_L1P = self._embed_video(request.x_BCTYX)
+        return _Stream(x_BLD, time_BD, time_B6D, rope_L1P)
 
     def _embed_time(self, t: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         t_B = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1)

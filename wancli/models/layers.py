@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from wancli.models.context import Context
 
@@ -147,6 +148,17 @@ class CrossAttention(Attention):
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK
         return k_1HNK, v_1HNK
+
+
+def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, *, bias: bool) -> str:
+    """Which implementation torch takes: flash_attention, efficient_attention, cudnn_attention or math.
+
+    `bias` as in cross-attention, where pad rows have one. Asks torch with a few tokens, and runs nothing.
+    """
+    q_BHLK = torch.empty(1, 1, 16, head_dim, dtype=dtype, device=device)
+    bias_111N = q_BHLK.new_zeros(1, 1, 1, 16) if bias else None
+    choice: int = torch._fused_sdp_choice(q_BHLK, q_BHLK, q_BHLK, attn_mask=bias_111N)
+    return SDPBackend(choice).name.lower()
 
 
 def sum_weighted(parts: Sequence[tuple[Tensor, float]]) -> Tensor:

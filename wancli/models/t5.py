@@ -20,6 +20,9 @@ from wancli.models.config import T5Config
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
+EOS = 1  # `</s>` ends every prompt
+LAYERS = "encoder.block"
+TABLE = "shared.weight"
 TIED = "encoder.embed_tokens.weight"  # some files hold the embedding a second time under this name
 OVERFLOWS = ".wo."  # in fp16, so these stay fp32 as in transformers' _keep_in_fp32_modules
 
@@ -57,15 +60,32 @@ def tie(model: UMT5EncoderModel, where: str = "") -> None:
     prompt to noise without a word (transformers issue 43992), hence by hand and checked.
     """
     model.encoder.embed_tokens = model.shared
-    table_VE = model.shared.weight
-    assert model.encoder.embed_tokens.weight.data_ptr() == table_VE.data_ptr()
-    if not table_VE[1].any():  # `</s>` ends every prompt
+    assert model.encoder.embed_tokens is model.shared
+    with torch.no_grad():
+        row_1E = model.shared(torch.tensor([EOS], device=_device(model)))
+    if not row_1E.any():
         raise CheckpointError("the token embedding is zero", where=where)
 
 
-@torch.no_grad()
 def rows(model: UMT5EncoderModel, ids: Sequence[int]) -> Tensor:
     """Encode one prompt: its token ids to [N, E], in the dtype of the weights, on the model's device."""
-    ids_1N = torch.tensor([ids], device=model.shared.weight.device)
-    rows_NE: Tensor = model(input_ids=ids_1N).last_hidden_state[0]
-    return rows_NE
+    return rows_of_each(model, [ids])[0]
+
+
+@torch.no_grad()
+def rows_of_each(model: UMT5EncoderModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Encode prompts in one pass over the layers; each gets the rows it has alone, bit for bit."""
+    encoder = model.encoder
+    streams = [encoder.embed_tokens(torch.tensor([ids], device=_device(model))) for ids in prompts]
+    for layer in encoder.block:
+        streams = [_first(layer(x_1NE)) for x_1NE in streams]
+    return [encoder.final_layer_norm(x_1NE)[0] for x_1NE in streams]
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a layer makes of the rows; older releases of transformers put more beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _device(model: UMT5EncoderModel) -> torch.device:
+    return model.encoder.final_layer_norm.weight.device

@@ -13,13 +13,15 @@ import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.experts import Expert
+from wancli.memory import Residency
+from wancli.models import t5
 from wancli.models.config import VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
@@ -29,8 +31,13 @@ from wancli.weights.fold import Stored, fold
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
 from wancli.weights.identify import Checkpoint
 from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
+from wancli.weights.ondisk import on_disk
 from wancli.weights.packed import Packed
-from wancli.weights.sizes import any_vae_config
+from wancli.weights.residency import AfterUnpack, Lookup, Streamed, matrix_names, placed
+from wancli.weights.sizes import any_vae_config, t5_config
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 Entry = TypeVar("Entry")
 
@@ -109,15 +116,18 @@ def packed(
 
 def load_into(
     module: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Packed]],
     *,
     rename: Callable[[str], str],
     dtype: torch.dtype,
     device: torch.device | str,
     keep_fp32: Callable[[str], bool],
     where: str,
+    leave: Collection[str] = (),
 ) -> None:
     """Gives a module built on the meta device its tensors, in `dtype` but for those kept in fp32.
+
+    Those to `leave` are asked for like all others, and stay on the meta device in the dtype they would get.
 
     Strict: a missing, unexpected or mis-shaped tensor raises CheckpointError, with the list, before
     any tensor is converted or assigned. `rename` maps a name in the file to the module's own,
@@ -130,7 +140,7 @@ def load_into(
     problems += [
         f"{name} is {list(found[name].shape)}, expected {list(wanted[name].shape)}"
         for name in found.keys() & wanted.keys()
-        if found[name].shape != wanted[name].shape
+        if tuple(found[name].shape) != tuple(wanted[name].shape)
     ]
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
@@ -139,49 +149,115 @@ def load_into(
             where=where,
             hint="the file belongs to another model or is damaged; compare it with config.json",
         )
-    for name in wanted:
+    made: dict[str, Tensor] = {}
+    for name, meta in wanted.items():
         kept = torch.float32 if keep_fp32(name) else dtype
-        found[name] = found[name].to(device=device, dtype=kept)
-    module.load_state_dict(found, assign=True)
+        if name in leave:
+            made[name] = meta.to(kept)
+            continue
+        tensor = found.pop(name)
+        unpacked = tensor.unpack(kept) if isinstance(tensor, Packed) else tensor
+        # A copy where weights stay away, so that no file stays mapped for the small ones.
+        made[name] = unpacked.to(device=device, dtype=kept, copy=bool(leave))
+    module.load_state_dict(made, assign=True)
 
 
 def load_transformer(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, expert: Expert = "only"
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    expert: Expert = "only",
+    residency: Residency = "resident",
+    after_unpack: AfterUnpack | None = None,
 ) -> WanModel:
     """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
-    precision everything outside the large matrices of the blocks stays fp32."""
-    files = checkpoint.files_of(expert)
+    precision everything outside the large matrices of the blocks stays fp32.
+
+    `after_unpack` changes the matrices of blocks that are fetched, each time that they are.
+    """
     with torch.device("meta"):
         model = WanModel(checkpoint.transformer)
+    found = transformer_weights(checkpoint, expert)
+    away = [] if residency == "resident" else matrix_names(model.blocks, "blocks")
     load_into(
         model,
-        tensors(files),
-        rename=names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str,
+        found.items(),
+        rename=str,
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
-        where=str(files[0].parent),
+        where=str(checkpoint.files_of(expert)[0].parent),
+        leave=frozenset(away),
     )
+    if away:
+        source = placed({name: found[name] for name in away}, residency, device)
+        model.blocks = Streamed(model.blocks, "blocks", source, device, after_unpack)
     return model.eval()
+
+
+def transformer_weights(checkpoint: Checkpoint, expert: Expert = "only") -> dict[str, Packed]:
+    """A checkpoint's transformer as its files hold it, by official name."""
+    rename = names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str
+    return packed(checkpoint.files_of(expert), rename=rename)
 
 
 def transformer_tensors(
     checkpoint: Checkpoint, wanted: Collection[str], expert: Expert = "only"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Some tensors of a checkpoint's transformer as its files hold them, by official name."""
-    rename = names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str
-    for written, tensor in tensors(checkpoint.files_of(expert)):
-        if (name := rename(written)) in wanted:
-            yield name, tensor
+    """Some tensors of a checkpoint's transformer by official name, unpacked where they are not plain."""
+    for name, weight in transformer_weights(checkpoint, expert).items():
+        if name in wanted:
+            yield (
+                name,
+                weight.data.view(weight.shape) if weight.scheme == "plain" else weight.unpack(torch.float32),
+            )
+
+
+def load_umt5(
+    files: Sequence[Path],
+    rename: Callable[[str], str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    residency: Residency = "resident",
+) -> UMT5EncoderModel:
+    """The text encoder, ready for `t5.rows`; `rename` maps the files' names to those of transformers.
+
+    Streamed, the rows of its embedding are read from disk too, those of a prompt's tokens.
+    """
+    where = str(files[0])
+    found = packed(files, rename=rename, prefixes=TEXT_ENCODER_PREFIXES)
+    found.pop(t5.TIED, None)
+    model = t5.build(t5_config({name: weight.shape for name, weight in found.items()}, where))
+    layers = model.encoder.block
+    away = [] if residency == "resident" else matrix_names(layers, t5.LAYERS)
+    table = [t5.TABLE] if residency == "streamed" else []
+    load_into(
+        model,
+        found.items(),
+        rename=str,
+        dtype=dtype,
+        device=device,
+        keep_fp32=lambda name: dtype is torch.float16 and t5.OVERFLOWS in name,
+        where=where,
+        leave=frozenset(away + table),
+    )
+    if away:
+        source = placed({name: found[name] for name in away}, residency, device)
+        model.encoder.block = Streamed(layers, t5.LAYERS, source, device)
+    if table:
+        rows = on_disk({t5.TABLE: found[t5.TABLE]})[t5.TABLE].rows
+        model.add_module("shared", Lookup(rows, dtype, device))
+    t5.tie(model, where)
+    return model
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     """The VAE of a checkpoint, in fp32 as the official code runs it; its sizes are read off its tensors."""
     where = str(checkpoint.vae_files[0])
-    stored = dict(tensors(checkpoint.vae_files))
+    stored = packed(checkpoint.vae_files, prefixes=("vae.", "first_stage_model."))
     rename = names.vae_renaming(stored)
-    found = {rename(name): tensor for name, tensor in stored.items()}
-    sizes = any_vae_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where)
+    found = {rename(name): weight for name, weight in stored.items()}
+    sizes = any_vae_config({name: weight.shape for name, weight in found.items()}, where)
     with torch.device("meta"):
         vae = WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)
     load_into(

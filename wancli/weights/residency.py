@@ -1,0 +1,214 @@
+"""Where the weights of a network's blocks live, which the network does not know.
+
+    resident   every weight on the device, as it computes
+    packed     packed weights in memory (`Packed`), unpacked block by block
+    streamed   packed weights on disk (`OnDisk`), read and unpacked block by block
+
+A network that loops over a `Streamed` list finds every block whole while it is that block's turn. Memory
+is needed for the matrices of two blocks, whatever the depth: one runs, the next is fetched. What is
+small stays where it is: norms, modulation, biases, and everything outside the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wancli.memory import Residency
+from wancli.weights.ondisk import Packed, on_disk, unpack_across
+
+
+class Weight(Protocol):
+    """What a block needs of a weight; `Packed`, `Pinned` and `OnDisk` are such."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor: ...
+
+
+Source = Mapping[str, Weight]  # canonical name of a parameter -> its weight
+AfterUnpack = Callable[[str, Tensor], None]  # changes the unpacked weight of that name in place
+
+
+def placed(source: Mapping[str, Packed], residency: Residency, device: torch.device | str) -> Source:
+    """A source whose weights, mapped from their files, are where the residency keeps them.
+
+    For a GPU packed weights are copied to pinned memory; for a CPU they stay mapped, and the kernel keeps
+    their pages as long as it can.
+    """
+    if residency == "streamed":
+        return on_disk(source, device)
+    if torch.device(device).type == "cpu":
+        return source
+    return {name: Pinned(weight) for name, weight in source.items()}
+
+
+class Pinned:
+    """A packed weight in memory that a GPU copies from while the program goes on."""
+
+    def __init__(self, weight: Packed) -> None:
+        self.shape = weight.shape
+        self._weight = replace(weight, data=weight.data.pin_memory())
+
+    def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        return unpack_across(self._weight, dtype, out=out)
+
+
+def matrices(block: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers of a block by the names of their weights, which are 98 % of its bytes."""
+    layers = ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
+    return {f"{name}.weight": layer for name, layer in layers}
+
+
+def matrix_names(blocks: nn.ModuleList, prefix: str) -> list[str]:
+    """What a source for these blocks must hold: the canonical names of all their matrices."""
+    return [f"{prefix}.{i}.{name}" for i in range(len(blocks)) for name in matrices(blocks[i])]
+
+
+class Streamed(nn.ModuleList):
+    """Blocks of one shape whose matrices are bound only while the loop is at them.
+
+    The blocks come with their matrices on the meta device, in the dtype that each computes in, and there
+    they are again after their turn. A thread fetches the next block while one runs; it ends with the loop,
+    however that ends. One loop at a time and no gradients, whose backward pass would find other weights
+    in the buffers: both raise RuntimeError. What the source raises comes out of the loop, with a note that
+    names the weight. Raises ValueError for a source whose shapes are not those of the blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        prefix: str,
+        source: Source,
+        device: torch.device | str,
+        after_unpack: AfterUnpack | None = None,
+    ) -> None:
+        super().__init__(list(blocks))
+        for name in matrix_names(blocks, prefix):
+            expected = self.get_parameter(name.removeprefix(f"{prefix}.")).shape
+            if tuple(source[name].shape) != tuple(expected):
+                raise ValueError(f"{name} is {list(source[name].shape)}, expected {list(expected)}")
+        self._prefix, self._source, self._after_unpack = prefix, source, after_unpack
+        self._layers = [matrices(block) for block in blocks]
+        self._running = False
+        device = torch.device(device)
+        side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        like = {part: layer.weight for part, layer in self._layers[0].items()}
+        self._stages = [_Stage(like, device, side) for _ in range(2)]
+
+    __repr__ = nn.Module.__repr__  # a list's own would run the loop
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("streamed blocks run without gradients only")
+        if self._running:
+            raise RuntimeError("these blocks are in another loop already")
+        self._running = True
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="weights") as reader:
+                coming = reader.submit(self._fetch, 0)
+                for i, block in enumerate(super().__iter__()):
+                    stage = coming.result()
+                    if i + 1 < len(self):
+                        coming = reader.submit(self._fetch, i + 1)
+                    with stage.reading(), _bound(self._layers[i], stage.weights):
+                        yield block
+        finally:
+            self._running = False
+
+    @torch.inference_mode()  # a thread does not start in the mode of the one that started it
+    def _fetch(self, index: int) -> _Stage:
+        stage = self._stages[index % 2]
+        with stage.writing():
+            for part, buffer in stage.buffers.items():
+                name = f"{self._prefix}.{index}.{part}"
+                try:
+                    self._source[name].unpack(buffer.dtype, out=buffer)
+                    if self._after_unpack:
+                        self._after_unpack(name, buffer)
+                except Exception as error:
+                    error.add_note(f"while fetching {name}")
+                    raise
+        return stage
+
+
+class _Stage:
+    """Memory for the matrices of one block.
+
+    On a CPU the loop itself keeps writer and reader apart. CUDA runs behind the program, so there the writer
+    has a stream of its own: it waits until the kernels that read the last block have ended, and the
+    kernels of this block wait until it is written.
+    """
+
+    def __init__(
+        self, like: Mapping[str, Tensor], device: torch.device, side: torch.cuda.Stream | None
+    ) -> None:
+        with torch.inference_mode(False):  # so that both threads may write, whatever mode this one is in
+            self.buffers = {
+                name: torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                for name, weight in like.items()
+            }
+        self.weights = {name: nn.Parameter(b, requires_grad=False) for name, b in self.buffers.items()}
+        self._side = side
+        if side:
+            self._written, self._read = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+            # The allocator orders memory by the stream that asked for it, here the main one: what had this
+            # memory before must be done with it, and who gets it after must wait for the side stream.
+            self._read.record(torch.cuda.current_stream(device))
+            for buffer in self.buffers.values():
+                buffer.record_stream(side)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        if not self._side:
+            yield
+            return
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(self._read)
+            yield
+            self._written.record(self._side)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        if not self._side:
+            yield
+            return
+        main = torch.cuda.current_stream(self._side.device)
+        main.wait_event(self._written)
+        try:
+            yield
+        finally:
+            self._read.record(main)
+
+
+@contextmanager
+def _bound(layers: Mapping[str, nn.Linear], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    absent = {name: layer.weight for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight = weights[name]
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = absent[name]
+
+
+class Lookup(nn.Module):
+    """An embedding whose table is not in memory: the rows asked for are read each time."""
+
+    def __init__(
+        self, rows: Callable[[Sequence[int]], Packed], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self._rows, self._dtype, self._device = rows, dtype, device
+
+    def forward(self, ids_BN: Tensor) -> Tensor:
+        part = self._rows(ids_BN.flatten().tolist())
+        rows = torch.empty(*part.shape, dtype=self._dtype)
+        return part.unpack(self._dtype, out=rows).to(self._device).view(*ids_BN.shape, -1)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli import files
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, PromptTooLong
+from wancli.weights import headers
+from wancli.weights.parts import Naming, rename
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the key and the payload; a new one never reads an old entry as its own
 EOS = 1  # `</s>`
 Dtype = Literal["fp32", "bf16", "fp16"]
+SPIECE_TENSOR = "spiece_model"  # ComfyUI keeps the tokenizer in the text encoder's file
 _METADATA = "wancli"  # one metadata key only: safetensors writes several in random order
 
 
@@ -92,7 +95,10 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = SentencePieceProcessor(model_file=str(spiece))
+            if spiece.suffix == ".safetensors":
+                self._model = SentencePieceProcessor(model_proto=_spiece_in(spiece))
+            else:
+                self._model = SentencePieceProcessor(model_file=str(spiece))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
 
@@ -121,6 +127,12 @@ class Tokenizer:
                 )
             ids = [*ids[: max_tokens - 1], EOS]
         return Tokens(cleaned, tuple(ids), tuple(self.pieces(ids)), max_tokens, full_length)
+
+
+def _spiece_in(path: Path) -> bytes:
+    """The SentencePiece model that ComfyUI's text encoders carry as a tensor."""
+    header = headers.read(path)
+    return next((header.data(name) for name in header.tensors if name.endswith(SPIECE_TENSOR)), b"")
 
 
 @functools.cache
@@ -211,11 +223,12 @@ class Encoder:
     """Where stage 1 finds UMT5, and all that tells its embeddings from another's."""
 
     files: tuple[Path, ...]
-    naming: Literal["official", "transformers"]
+    naming: Naming
     fingerprint: str
     tokenizer_sha: str
     dtype: Dtype
     device: str = "cpu"
+    prefix: str = ""  # before every name of UMT5 in the files
 
     def key(self, tokens: Tokens) -> str:
         return embedding_key(self.fingerprint, self.tokenizer_sha, self.dtype, tokens.max_tokens, tokens.text)
@@ -262,13 +275,18 @@ def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
     import torch
 
     from wancli.models import t5
-    from wancli.weights import names, readers
+    from wancli.weights import readers
     from wancli.weights.sizes import t5_config
 
     where = str(encoder.files[0])
-    rename = names.umt5_to_transformers if encoder.naming == "official" else str
-    found = {rename(name): tensor for name, tensor in readers.tensors(encoder.files)}
-    found.pop(t5.TIED, None)
+    own_name = rename("text encoder", encoder.naming)
+    found = {
+        own_name(name.removeprefix(encoder.prefix)): tensor
+        for name, tensor in readers.tensors(encoder.files)
+        if name.startswith(encoder.prefix)
+    }
+    for beside in (t5.TIED, SPIECE_TENSOR):
+        found.pop(beside, None)
     model = t5.build(t5_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[encoder.dtype]
     readers.load_into(

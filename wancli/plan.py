@@ -18,15 +18,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import files
+from wancli import files, presets
 from wancli.encode import Encoder, Tokenizer, describe
-from wancli.errors import JobError
+from wancli.errors import CheckpointError, JobError
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
-from wancli.models.variants import NEGATIVE, T2V
+from wancli.models.config import VAE22Config
+from wancli.models.variants import NEGATIVE, Variant
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, schedule
-from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.identify import (
+    Checkpoint,
+    Location,
+    fingerprint,
+    identify,
+    text_encoder_sizes,
+    vae_sizes,
+)
 
 
 def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
@@ -35,7 +43,7 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     `memo` remembers the SHA-256 of weight files between runs. Raises JobError with all problems
     of all shots, or CheckpointError.
     """
-    model_for = cache(lambda folder, device, dtype: model_at(folder, device, dtype, memo))
+    model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
     shots: list[Shot] = []
     problems: list[str] = []
     hints: list[str] = []
@@ -51,9 +59,10 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
 
 
-def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
-    """A checkpoint folder identified and hashed, with `auto` decided. Raises CheckpointError."""
-    checkpoint = identify(folder)
+def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
+    """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
+    checkpoint = identify(source)
+    _refuse_unrenderable(checkpoint)
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and has_cuda()) else "cpu"
     )
@@ -65,6 +74,7 @@ def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
         tokenizer_sha=fingerprint([checkpoint.tokenizer], memo),
         dtype=runs_in,
         device=runs_on,
+        prefix=checkpoint.text_encoder.prefix,
     )
     return Model(
         checkpoint,
@@ -76,6 +86,26 @@ def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
         device=runs_on,
         dtype=runs_in,
     )
+
+
+def _refuse_unrenderable(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for what is recognised, and which sampling or loading cannot do yet."""
+    parts = (*checkpoint.experts, checkpoint.text_encoder, checkpoint.vae)
+    stored = next((part for part in parts if part.scheme.name != "plain" or part.container == "gguf"), None)
+    what = ""
+    if len(checkpoint.experts) > 1:
+        what = "sampling with two experts"
+    elif isinstance(checkpoint.vae.config, VAE22Config):
+        what = "the Wan 2.2 VAE"
+    elif stored:
+        kinds = ", ".join(stored.scheme.dtypes) or stored.container
+        what = f"weights stored as {kinds} ({stored.scheme.name})"
+    if what:
+        raise CheckpointError(
+            f"{checkpoint.variant.name}: this version of wancli knows {what}, but cannot render with it",
+            where=str(stored.files[0] if stored else checkpoint.root),
+            hint="use a Wan 2.1 T2V checkpoint in fp32, bf16 or fp16",
+        )
 
 
 def has_cuda() -> bool:
@@ -95,22 +125,21 @@ def _blaming(item: Item, *path: str | int) -> Iterator[None]:
 
 
 def _shot(
-    jobs: JobFile, index: int, item: Item, model_for: Callable[[Path, str, str], Model], measure: bool
+    jobs: JobFile, index: int, item: Item, model_for: Callable[[Location, str, str], Model], measure: bool
 ) -> Shot:
     job = item.job
-    folder = _resolved(jobs.directory, job.model, item.where("model"))
-    if not os.path.lexists(folder):
-        raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
-    model = model_for(folder, job.memory.device, job.memory.dtype)
+    source = presets.resolve(job.model, jobs.directory, lambda *below: item.where("model", *below))
+    model = model_for(source, job.memory.device, job.memory.dtype)
+    made_for = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
-    steps = sampler.steps or kind.steps or T2V.steps
+    steps = sampler.steps or kind.steps or made_for.steps
     if kind.steps and steps != kind.steps:
         raise JobError(
             f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
         )
-    shift = _first(sampler.shift, kind.shift, T2V.shift)
-    guidance = _first(sampler.guidance, kind.guidance, T2V.guidance)
-    width, height = _size(item)
+    shift = _first(sampler.shift, kind.shift, made_for.shift)
+    guidance = _first(sampler.guidance, kind.guidance, made_for.guidance)
+    width, height = _size(item, made_for)
     prompts = _Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
     negative = None if guidance == 1 else prompts.negative(job.negative)
@@ -131,14 +160,14 @@ def _shot(
         ),
         width=width,
         height=height,
-        frames=_frames(item),
+        frames=_frames(item, made_for),
         seed=job.seed,
         noise=job.noise,
         solver=sampler.solver,
         steps=steps,
         shift=shift,
         guidance=guidance,
-        fps=job.video.fps or T2V.fps,
+        fps=job.video.fps or made_for.fps,
         crf=job.video.crf,
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,
@@ -149,14 +178,6 @@ def _shot(
     _refuse_rules_without_cells(shot, item)
     _refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
-
-
-def _resolved(directory: Path, said: str, where: str) -> Path:
-    """A path of a job, from the folder of its file. Raises JobError for one that can be none."""
-    try:
-        return (directory / Path(said).expanduser()).resolve()
-    except RuntimeError as error:  # no such user, or a symbolic link to itself
-        raise JobError(f"{said!r}: {error}", where=where) from None
 
 
 def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
@@ -209,7 +230,7 @@ class _Prompts:
         return Prompt(self._model.encoder.key(tokens), tokens)
 
     def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
-        path = _resolved(self._directory, said.embedding, where)
+        path = presets.resolved(self._directory, said.embedding, where)
         try:
             payload = path.read_bytes()
         except OSError as error:
@@ -294,25 +315,26 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
             expr = expr.a
 
 
-def _size(item: Item) -> tuple[int, int]:
+def _size(item: Item, made_for: Variant) -> tuple[int, int]:
     if item.job.size is None:
-        return T2V.width, T2V.height
+        return made_for.width, made_for.height
     where = item.where("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
-    near = tuple(max(T2V.stride, round(side / T2V.stride) * T2V.stride) for side in size)
+    stride = made_for.stride
+    near = tuple(max(stride, round(side / stride) * stride) for side in size)
     if size != near:
         raise JobError(
-            f"{item.job.size} is not made of multiples of {T2V.stride}; nearest is {near[0]}x{near[1]}",
+            f"{item.job.size} is not made of multiples of {stride}; nearest is {near[0]}x{near[1]}",
             where=where,
         )
     return size
 
 
-def _frames(item: Item) -> int:
-    frames = item.job.frames or T2V.frames
+def _frames(item: Item, made_for: Variant) -> int:
+    frames = item.job.frames or made_for.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)

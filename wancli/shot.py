@@ -75,8 +75,15 @@ class Shot:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """[z, T, H/8, W/8]."""
-        return (16, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8)
+        """[z, T, H/8, W/8], or /16 with the Wan 2.2 VAE."""
+        variant = self.model.checkpoint.variant
+        stride = variant.vae_stride
+        return (
+            variant.latent_channels,
+            (self.frames - 1) // 4 + 1,
+            self.height // stride,
+            self.width // stride,
+        )
 
     @property
     def tokens(self) -> int:

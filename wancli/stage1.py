@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import pipeline
+from wancli import pipeline, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
 from wancli.job import JobFile, load, parse
@@ -157,4 +157,4 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 def _model(folder: Path | None, memo: Path) -> Model:
     if folder is None:
         raise JobError("no checkpoint given", hint=NO_MODEL)
-    return model_at(folder.expanduser().resolve(), "auto", "auto", memo)
+    return model_at(presets.resolve(str(folder), Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)

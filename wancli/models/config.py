@@ -41,6 +41,18 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class VAE22Config:
+    """The Wan 2.2 causal VAE: stride (4, 16, 16), of which patches of 2 x 2 pixels are one half."""
+
+    dim: int = 160  # of the encoder
+    dec_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+
+@dataclass(frozen=True)
 class T5Config:
     """The UMT5 encoder. `d_model` is the text width that the transformer reads."""
 

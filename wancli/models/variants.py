@@ -1,25 +1,79 @@
-"""What each Wan variant was made for: the official sampling defaults, one row each."""
+"""What each Wan variant was made for: the official sampling defaults, one row each.
+
+Source: generate.py and wan/configs of the official Wan2.1 and Wan2.2 repositories. These rows win
+over a diffusers scheduler_config.json, whose flow_shift is 3 for all of them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Used where a job says nothing. Sizes in pixels, `stride` what they must be a multiple of."""
+class Variant:
+    """A row of defaults, used where a job says nothing. Sizes in pixels.
 
+    `stride` is what width and height must be multiples of: the VAE's stride times the patch. A
+    latent has `latent_channels`, each step in it is 4 frames and `vae_stride` pixels.
+    """
+
+    name: str
     width: int
     height: int
     frames: int
     fps: int
     steps: int
     shift: float
-    guidance: float
+    guidance: float  # of the high-noise expert where there are two
+    guidance_low: float | None = None  # of the low-noise expert
+    boundary: float | None = None  # the high-noise expert takes timesteps from 1000 * boundary up
     stride: int = 16
+    latent_channels: int = 16
+    solver: str = "unipc"
+
+    @property
+    def vae_stride(self) -> int:
+        return self.stride // 2
 
 
-T2V = Defaults(width=832, height=480, frames=81, fps=16, steps=50, shift=5.0, guidance=5.0)
+T2V = Variant("Wan 2.1 T2V", width=832, height=480, frames=81, fps=16, steps=50, shift=5.0, guidance=5.0)
+T2V_1_3B = replace(T2V, name="Wan2.1-T2V-1.3B")
+T2V_14B = replace(T2V, name="Wan2.1-T2V-14B", width=1280, height=720)
+T2V_A14B = Variant(
+    "Wan2.2-T2V-A14B",
+    width=1280,
+    height=720,
+    frames=81,
+    fps=16,
+    steps=40,
+    shift=12.0,
+    guidance=4.0,
+    guidance_low=3.0,
+    boundary=0.875,
+)
+TWO_EXPERTS = replace(T2V_A14B, name="Wan 2.2 T2V")
+TI2V_5B = Variant(
+    "Wan2.2-TI2V-5B",
+    width=1280,
+    height=704,
+    frames=121,
+    fps=24,
+    steps=50,
+    shift=5.0,
+    guidance=5.0,
+    stride=32,
+    latent_channels=48,
+)
+TI2V = replace(TI2V_5B, name="Wan 2.2 TI2V")
+
+# (dim, ffn_dim, num_layers, in_dim) of the released transformers. Wan2.1-T2V-14B and the two experts
+# of Wan2.2-T2V-A14B have the same. Any other width takes the row of its channels.
+RELEASED = {
+    (1536, 8960, 30, 16): T2V_1_3B,
+    (5120, 13824, 40, 16): T2V_14B,
+    (3072, 14336, 30, 48): TI2V_5B,
+}
+BY_CHANNELS = {16: T2V, 48: TI2V}
 
 # `sample_neg_prompt` of the official configs, the same in 2.1 and 2.2.
 NEGATIVE = (

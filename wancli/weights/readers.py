@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from wancli.errors import CheckpointError
 from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
-from wancli.weights import names
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
 from wancli.weights.identify import Checkpoint
+from wancli.weights.parts import Part
 from wancli.weights.sizes import vae_config
 
 LISTED = 10  # tensors named in one message; the rest are counted
@@ -35,6 +35,13 @@ def tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """
     for path in files:
         yield from _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path)
+
+
+def own_tensors(part: Part) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one network under its own names, without what else the files hold."""
+    for name, tensor in tensors(part.files):
+        if (own := part.own_name(name)) is not None:
+            yield own, tensor
 
 
 def load_into(
@@ -82,21 +89,20 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
         model = WanModel(checkpoint.transformer)
     load_into(
         model,
-        tensors(checkpoint.transformer_files),
-        rename=names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str,
+        own_tensors(checkpoint.experts[0]),
+        rename=str,
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
-        where=str(checkpoint.transformer_files[0].parent),
+        where=str(checkpoint.experts[0].files[0].parent),
     )
     return model.eval()
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> WanVAE:
     """The VAE of a checkpoint, in fp32 as the official code runs it; its sizes are read off its tensors."""
-    rename = names.vae_from_diffusers if checkpoint.vae_naming == "diffusers" else str
-    where = str(checkpoint.vae_files[0])
-    found = {rename(name): tensor for name, tensor in tensors(checkpoint.vae_files)}
+    where = str(checkpoint.vae.files[0])
+    found = dict(own_tensors(checkpoint.vae))
     with torch.device("meta"):
         vae = WanVAE(vae_config({name: tuple(tensor.shape) for name, tensor in found.items()}, where))
     load_into(

@@ -159,7 +159,7 @@ def _official(root: Path) -> Layout:
         experts = {"high_noise": root / "high_noise_model", "low_noise": root / "low_noise_model"}
     _experts(layout, experts)
     layout.put("text_encoder", _first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
-    layout.put("tokenizer", _first(root, SPIECE), SPIECE)
+    layout.put("tokenizer", _first(root, SPIECE, "spiece.model"), SPIECE)
     layout.put("vae", _first(root, *VAE_NAMES), "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
     return layout
 

@@ -84,10 +84,12 @@ def beside(path: Path) -> Files:
 
     Raises CheckpointError for a file that holds no transformer.
     """
-    parts = parts_of(path)
+    return _completed(path, parts_of(path), _known_in(tree_of(path), apart_from=path))
+
+
+def _completed(path: Path, parts: Sequence[Part], others: Sequence[tuple[Path, Part]]) -> Files:
     transformer = pick(parts, "transformer", path)
     root = tree_of(path)
-    others = _known_in(root, apart_from=path)
     high, low = (path, None) if transformer.expert == "high" else (None, path)
     if transformer.expert is not None:
         partner = next((p for p, part in others if _are_experts(transformer, part)), None)
@@ -98,14 +100,15 @@ def beside(path: Path) -> Files:
         high_noise=high if transformer.expert else None,
         low_noise=low if transformer.expert else None,
         text_encoder=path if "text encoder" in kinds else _only(others, "text encoder", transformer),
-        tokenizer=spiece_in(root),
+        tokenizer=spiece_in(root) or spiece_in(path.parent),
         vae=path if "vae" in kinds else _only(others, "vae", transformer),
     )
 
 
 def only_in(root: Path) -> Files:
     """The one checkpoint that a folder of single files holds. Raises CheckpointError for none and several."""
-    found = [(path, part) for path, part in _known_in(root) if part.kind == "transformer"]
+    known = _known_in(root)
+    found = [(path, part) for path, part in known if part.kind == "transformer"]
     usable = [(path, part) for path, part in found if not part.refusal]
     if not usable:
         if found:
@@ -122,7 +125,8 @@ def only_in(root: Path) -> Files:
             where=str(root),
             hint="give the file instead of the folder, or " + HINT,
         )
-    return beside(first)
+    own = [part for path, part in known if path == first]
+    return _completed(first, own, [(path, part) for path, part in known if path != first])
 
 
 def _known_in(root: Path, apart_from: Path | None = None) -> list[tuple[Path, Part]]:

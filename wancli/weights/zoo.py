@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
-from wancli.models.variants import BY_CHANNELS, RELEASED, T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
+from wancli.models.variants import BY_CHANNELS, RELEASED, T2V, T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.weights.contents import Contents
 from wancli.weights.headers import TensorInfo
 from wancli.weights.lora_styles import is_lora, lora_of
@@ -165,9 +165,9 @@ def variant_of(read: Mapping[str, int], expert: Expert | None) -> Variant:
     """The row of a T2V or TI2V transformer. A name that speaks of an expert makes it one of two."""
     key = (read["dim"], read["ffn_dim"], read["num_layers"], read["in_dim"])
     variant = RELEASED.get(key, BY_CHANNELS[read["in_dim"]])
-    if expert is None or variant.latent_channels != 16:
+    if expert is None:
         return variant
-    return T2V_A14B if variant is T2V_14B else TWO_EXPERTS
+    return {T2V_14B: T2V_A14B, T2V: TWO_EXPERTS}.get(variant, variant)
 
 
 def _unmerged(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -86,7 +86,7 @@ def umt5_official() -> Shapes:
         "layer.1.DenseReluDense.wi_1.": "ffn.fc1.",
         "layer.1.DenseReluDense.wo.": "ffn.fc2.",
     }
-    return {_renamed(name, words): shape for name, shape in umt5().items()}
+    return {renamed(name, words): shape for name, shape in umt5().items()}
 
 
 @cache
@@ -133,7 +133,7 @@ def vae22() -> Shapes:
     for name, shape in vae22_diffusers().items():
         inner = re.sub(r"(resnets\.\d+)\.conv1\.", r"\1.residual.2.", name)
         inner = re.sub(r"(resnets\.\d+)\.conv2\.", r"\1.residual.6.", inner)
-        inner = _renamed(inner, words)
+        inner = renamed(inner, words)
         inner = re.sub(r"middle\.(\d)\.conv1\.", r"middle.\1.residual.2.", inner)
         inner = re.sub(r"middle\.(\d)\.conv2\.", r"middle.\1.residual.6.", inner)
         inner = re.sub(r"down_blocks\.(\d)\.resnets\.", r"downsamples.\1.downsamples.", inner)
@@ -143,7 +143,7 @@ def vae22() -> Shapes:
     return found
 
 
-def _renamed(name: str, words: Mapping[str, str]) -> str:
+def renamed(name: str, words: Mapping[str, str]) -> str:
     for old, new in words.items():
         name = name.replace(old, new)
     return name

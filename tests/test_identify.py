@@ -353,6 +353,8 @@ def test_the_official_a14b_folder_has_two_experts(tmp_path: Path) -> None:
     assert [part.expert for part in found.experts] == ["high", "low"]
     assert [part.files[0].parent.name for part in found.experts] == ["high_noise_model", "low_noise_model"]
     assert [len(part.files) for part in found.experts] == [6, 6]
+    assert {path.parent.name for path in found.transformer_files} == {"low_noise_model"}
+    assert {path.parent.name for path in found.high_noise_files} == {"high_noise_model"}
     assert found.transformer == sparse.SIZES["14B"]
 
 
@@ -376,15 +378,13 @@ def test_the_official_5b_folder_has_a_vae_of_48_channels(tmp_path: Path) -> None
     config_json(root, "5B")
     found = identify(root)
     assert found.variant == TI2V_5B
-    assert found.vae.config == VAE22Config(dim=160, dec_dim=256, z_dim=48)
-    with pytest.raises(CheckpointError, match="TI2V-5B"):
-        vae_sizes(found)
+    assert vae_sizes(found) == VAE22Config(dim=160, decoder_dim=256, z_dim=48)
 
 
 def test_the_vae_of_another_model_is_refused(tmp_path: Path) -> None:
     root = official(tmp_path)
     write(root / WEIGHTS, stored(dit("5B"), "F32"))
-    with pytest.raises(CheckpointError, match=r"a Wan 2.1 VAE of 16 channels.*\(Wan2.2-TI2V-5B\) reads 48"):
+    with pytest.raises(CheckpointError, match=r"a VAE of 16 latent channels; the transformer makes 48"):
         identify(root)
 
 
@@ -479,6 +479,7 @@ def test_a_tree_of_single_files_with_one_transformer_is_a_checkpoint(tmp_path: P
         found = identify(given)
         assert (found.variant, found.root) == (T2V_14B, given)
         assert [path.name for path in found.transformer_files] == [SINGLE]
+        assert found.high_noise_files == ()
         assert found.vae_files[0].name == "wan_2.1_vae.safetensors"
         assert found.text_encoder_files == (found.tokenizer,) == (root / "text_encoders" / UMT5,)
         assert found.text_encoder.scheme.name == "fp8_scaled"

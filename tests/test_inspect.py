@@ -58,7 +58,7 @@ def test_a_file_is_described_in_a_paragraph(look: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_is_wider_than_80_columns_but_a_long_name(look: Any, tmp_path: Path) -> None:
+def test_nothing_is_wider_than_80_columns(look: Any, tmp_path: Path) -> None:
     root = checkpoint(tmp_path)
     shutil.copy(root / TRANSFORMER, root / "wan_i2v.safetensors")
     for path in (root, root / "wan_i2v.safetensors", root / T5):
@@ -78,7 +78,7 @@ def test_a_folder_says_its_variant_and_what_it_was_made_for(look: Any, tmp_path:
     assert (found["layout"], found["variant"], found["missing"]) == ("official", "Wan2.2-T2V-A14B", [])
     defaults = found["defaults"]
     assert (defaults["steps"], defaults["shift"], defaults["boundary"]) == (40, 12.0, 0.875)
-    assert (defaults["guidance"], defaults["guidance_low"]) == (4.0, 3.0)
+    assert (defaults["guidance"], defaults["guidance_high"]) == (3.0, 4.0)
     kinds = [(part["kind"], len(part["files"]), part["parameters"]) for part in found["parts"]]
     assert kinds == [
         ("transformer", 6, 14_288_491_584),
@@ -90,8 +90,8 @@ def test_a_folder_says_its_variant_and_what_it_was_made_for(look: Any, tmp_path:
     assert sum(part["bytes"] for part in found["parts"][:2]) > 114e9
     text = " ".join(look(root).out.split())
     assert "official layout, Wan2.2-T2V-A14B" in text
-    assert "40 steps of unipc, shift 12, guidance 4 above noise level 0.875, 3 below" in text
-    assert "and 5 more" in text
+    assert "40 steps of unipc, shift 12, guidance 4 from timestep 875 up, 3 below" in text
+    assert "file 6 shards in high_noise_model" in text
 
 
 def load_shapes() -> sparse.Shapes:

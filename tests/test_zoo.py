@@ -64,13 +64,13 @@ def test_the_rows_of_the_variants_are_the_official_defaults() -> None:
     from wancli.models.variants import T2V_1_3B, T2V_14B, T2V_A14B, TI2V_5B
 
     def row(v: Any) -> tuple[Any, ...]:
-        return v.width, v.height, v.frames, v.fps, v.steps, v.shift, v.guidance_low, v.guidance, v.boundary
+        return v.width, v.height, v.frames, v.fps, v.steps, v.shift, v.guidance, v.guidance_high, v.boundary
 
-    assert row(T2V_1_3B) == (832, 480, 81, 16, 50, 5.0, None, 5.0, None)
-    assert row(T2V_14B) == (1280, 720, 81, 16, 50, 5.0, None, 5.0, None)
+    assert row(T2V_1_3B) == (832, 480, 81, 16, 50, 5.0, 5.0, None, None)
+    assert row(T2V_14B) == (1280, 720, 81, 16, 50, 5.0, 5.0, None, None)
     assert row(T2V_A14B) == (1280, 720, 81, 16, 40, 12.0, 3.0, 4.0, 0.875)
-    assert row(TI2V_5B) == (1280, 704, 121, 24, 50, 5.0, None, 5.0, None)
-    assert [(v.stride, v.latent_channels) for v in (T2V_14B, T2V_A14B, TI2V_5B)] == [
+    assert row(TI2V_5B) == (1280, 704, 121, 24, 50, 5.0, 5.0, None, None)
+    assert [(v.stride, v.z_channels) for v in (T2V_14B, T2V_A14B, TI2V_5B)] == [
         (16, 16),
         (16, 16),
         (32, 48),
@@ -392,7 +392,7 @@ def test_the_vae_of_wan_21_is_known_in_every_layout(
 
 
 def test_the_vae_of_wan_22_has_48_channels_and_two_widths(tmp_path: Path) -> None:
-    sizes = VAE22Config(dim=160, dec_dim=256, z_dim=48)
+    sizes = VAE22Config(dim=160, decoder_dim=256, z_dim=48)
     for part in (
         only(pth(tmp_path / "Wan2.2_VAE.pth", stored(sparse.vae22(), "F32"))),
         only(write(tmp_path / "wan2.2_vae.safetensors", stored(sparse.vae22(), "F16"))),
@@ -504,12 +504,20 @@ def test_a_header_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
 # ---- GGUF ----
 
 
-def gguf_file(path: Path, shapes: sparse.Shapes, quant: Callable[[str], str], arch: str = "wan") -> Path:
+def gguf_file(
+    path: Path,
+    shapes: sparse.Shapes,
+    quant: Callable[[str], str],
+    arch: str = "wan",
+    words: tuple[str, ...] = (),
+) -> Path:
     """A GGUF header written by llama.cpp's own library, before a hole as large as the data."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
     writer, data = gguf.GGUFWriter(path, arch), 0
+    if words:
+        writer.add_token_list(words)
     for name, shape in shapes.items():
         kind = getattr(gguf.GGMLQuantizationType, quant(name))
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -565,10 +573,13 @@ def test_a_gguf_text_encoder_is_umt5_xxl(tmp_path: Path) -> None:
         "layer.1.DenseReluDense.wi_1.": "ffn_up.",
         "layer.1.DenseReluDense.wo.": "ffn_down.",
     }
-    shapes = {sparse._renamed(name, words): shape for name, shape in umt5().items()}
-    part = only(
-        gguf_file(
-            tmp_path / "umt5-Q8_0.gguf", shapes, lambda n: "F32" if "norm" in n else "Q8_0", "t5encoder"
-        )
-    )
-    assert (part.kind, part.name, part.naming, part.config) == ("text encoder", "UMT5-XXL", "gguf", XXL)
+    shapes = {sparse.renamed(name, words): shape for name, shape in umt5().items()}
+
+    def quant(name: str) -> str:
+        return "F32" if "norm" in name else "Q8_0"
+
+    for tokens in ((), ("<pad>", "</s>")):
+        path = gguf_file(tmp_path / f"umt5-Q8_0-{len(tokens)}.gguf", shapes, quant, "t5encoder", tokens)
+        part = only(path)
+        assert (part.kind, part.name, part.naming) == ("text encoder", "UMT5-XXL", "gguf")
+        assert (part.config, part.tokenizer) == (XXL, bool(tokens))

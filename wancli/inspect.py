@@ -13,7 +13,7 @@ from typing import Any
 from wancli import memory
 from wancli.errors import CheckpointError, JobError
 from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.weights.contents import looks_like_weights
+from wancli.weights.contents import container, looks_like_weights
 from wancli.weights.folders import EXPERT_ROLES, Layout, layout_of, load_json, weights_in, weights_of
 from wancli.weights.identify import identify
 from wancli.weights.parts import Part
@@ -135,13 +135,12 @@ def _parameters(part: Part) -> int | None:
 
 
 def _deep(path: Path) -> dict[str, Any]:
-    """The SHA-256 of a file, and the tensors in it that hold NaN or Inf; GGUF blocks are only hashed."""
+    """The SHA-256 of a file, and the tensors in it that hold NaN or Inf; None for GGUF, whose blocks are
+    only hashed."""
     from wancli import files
 
-    bad: list[str] = []
-    if path.suffix != ".gguf":
-        bad = list(_not_finite([path]))
-    return {"file": str(path), "sha256": files.sha256(path), "not_finite": bad[:NOT_FINITE_LISTED]}
+    bad = None if container(path) == "gguf" else list(_not_finite([path]))[:NOT_FINITE_LISTED]
+    return {"file": str(path), "sha256": files.sha256(path), "not_finite": bad}
 
 
 def _not_finite(paths: Sequence[Path]) -> Iterator[str]:

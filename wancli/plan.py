@@ -23,8 +23,8 @@ from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import CheckpointError, JobError
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, Inject, Item, JobFile, SigmaRange, Strength
-from wancli.models.config import VAE22Config
-from wancli.models.variants import NEGATIVE, Variant
+from wancli.models.config import VAE22Config, VAEConfig
+from wancli.models.variants import NEGATIVE, Defaults
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, schedule
 from wancli.weights.identify import (
@@ -63,6 +63,8 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
     checkpoint = identify(source)
     _refuse_unrenderable(checkpoint)
+    vae = vae_sizes(checkpoint)
+    assert isinstance(vae, VAEConfig)  # the other was refused
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and has_cuda()) else "cpu"
     )
@@ -79,8 +81,8 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     return Model(
         checkpoint,
         text_encoder_sizes(checkpoint),
-        vae_sizes(checkpoint),
-        transformer=fingerprint(checkpoint.transformer_files, memo),
+        vae,
+        transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), memo),
         vae=fingerprint(checkpoint.vae_files, memo),
         encoder=encoder,
         device=runs_on,
@@ -95,7 +97,7 @@ def _refuse_unrenderable(checkpoint: Checkpoint) -> None:
     what = ""
     if len(checkpoint.experts) > 1:
         what = "sampling with two experts"
-    elif isinstance(checkpoint.vae.config, VAE22Config):
+    elif isinstance(vae_sizes(checkpoint), VAE22Config):
         what = "the Wan 2.2 VAE"
     elif stored:
         kinds = ", ".join(stored.scheme.dtypes) or stored.container
@@ -130,16 +132,16 @@ def _shot(
     job = item.job
     source = presets.resolve(job.model, jobs.directory, lambda *below: item.where("model", *below))
     model = model_for(source, job.memory.device, job.memory.dtype)
-    made_for = model.checkpoint.variant
+    variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
-    steps = sampler.steps or kind.steps or made_for.steps
+    steps = sampler.steps or kind.steps or variant.steps
     if kind.steps and steps != kind.steps:
         raise JobError(
             f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
         )
-    shift = _first(sampler.shift, kind.shift, made_for.shift)
-    guidance = _first(sampler.guidance, kind.guidance, made_for.guidance)
-    width, height = _size(item, made_for)
+    shift = _first(sampler.shift, kind.shift, variant.shift)
+    guidance = _first(sampler.guidance, kind.guidance, variant.guidance)
+    width, height = _size(item, variant)
     prompts = _Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
     negative = None if guidance == 1 else prompts.negative(job.negative)
@@ -160,14 +162,14 @@ def _shot(
         ),
         width=width,
         height=height,
-        frames=_frames(item, made_for),
+        frames=_frames(item, variant),
         seed=job.seed,
         noise=job.noise,
         solver=sampler.solver,
         steps=steps,
         shift=shift,
         guidance=guidance,
-        fps=job.video.fps or made_for.fps,
+        fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,
@@ -315,15 +317,15 @@ def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
             expr = expr.a
 
 
-def _size(item: Item, made_for: Variant) -> tuple[int, int]:
+def _size(item: Item, variant: Defaults) -> tuple[int, int]:
     if item.job.size is None:
-        return made_for.width, made_for.height
+        return variant.width, variant.height
     where = item.where("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
-    stride = made_for.stride
+    stride = variant.stride
     near = tuple(max(stride, round(side / stride) * stride) for side in size)
     if size != near:
         raise JobError(
@@ -333,8 +335,8 @@ def _size(item: Item, made_for: Variant) -> tuple[int, int]:
     return size
 
 
-def _frames(item: Item, made_for: Variant) -> int:
-    frames = item.job.frames or made_for.frames
+def _frames(item: Item, variant: Defaults) -> int:
+    frames = item.job.frames or variant.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)

@@ -75,15 +75,10 @@ class Shot:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """[z, T, H/8, W/8], or /16 with the Wan 2.2 VAE."""
-        variant = self.model.checkpoint.variant
-        stride = variant.vae_stride
-        return (
-            variant.latent_channels,
-            (self.frames - 1) // 4 + 1,
-            self.height // stride,
-            self.width // stride,
-        )
+        """[z, T, H/s, W/s], s being 8 or 16."""
+        of = self.model.checkpoint.variant
+        s = of.vae_stride
+        return (of.z_channels, (self.frames - 1) // 4 + 1, self.height // s, self.width // s)
 
     @property
     def tokens(self) -> int:

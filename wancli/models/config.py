@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,29 @@ class VAEConfig:
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
 
+    @property
+    def decoder_dim(self) -> int:
+        return self.dim
+
 
 @dataclass(frozen=True)
 class VAE22Config:
-    """The Wan 2.2 causal VAE: stride (4, 16, 16), of which patches of 2 x 2 pixels are one half."""
+    """The Wan 2.2 causal VAE of TI2V-5B: stride (4, 16, 16), of which 2 by taking pixels in 2x2 patches.
 
-    dim: int = 160  # of the encoder
-    dec_dim: int = 256
+    `dim` is the narrowest width of the encoder, `decoder_dim` that of the decoder.
+    """
+
+    dim: int = 160
+    decoder_dim: int = 256
     z_dim: int = 48
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self) -> None:
+        # The parameterless shortcuts turn four pixels into channels or channels into four pixels.
+        if any(wide not in (narrow, 2 * narrow, 4 * narrow) for narrow, wide in pairwise(self.dim_mult)):
+            raise ValueError(f"widths of {self.dim_mult} must stay, double or quadruple from stage to stage")
 
 
 @dataclass(frozen=True)

@@ -1,59 +1,59 @@
 """What each Wan variant was made for: the official sampling defaults, one row each.
 
 Source: generate.py and wan/configs of the official Wan2.1 and Wan2.2 repositories. These rows win
-over a diffusers scheduler_config.json, whose flow_shift is 3 for all of them.
+over a diffusers scheduler_config.json, whose flow_shift is 3 for most of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A row of defaults, used where a job says nothing. Sizes in pixels.
+class Defaults:
+    """Used where a job says nothing, and what a latent [z, T, H/s, W/s] is made of. Sizes in pixels.
 
-    `stride` is what width and height must be multiples of: the VAE's stride times the patch. A
-    latent has `latent_channels`, each step in it is 4 frames and `vae_stride` pixels.
+    A model with a `boundary` has two experts: one for timesteps from 1000·boundary up, with
+    guidance `guidance_high`, and one for those below, with `guidance`.
     """
 
-    name: str
     width: int
     height: int
     frames: int
     fps: int
     steps: int
     shift: float
-    guidance: float  # of the high-noise expert where there are two
-    guidance_low: float | None = None  # of the low-noise expert
-    boundary: float | None = None  # the high-noise expert takes timesteps from 1000 * boundary up
-    stride: int = 16
-    latent_channels: int = 16
+    guidance: float
+    guidance_high: float | None = None
+    boundary: float | None = None
+    z_channels: int = 16
+    vae_stride: int = 8
     solver: str = "unipc"
+    name: str = field(default="Wan 2.1 T2V", compare=False)
 
     @property
-    def vae_stride(self) -> int:
-        return self.stride // 2
+    def stride(self) -> int:
+        """What width and height must be multiples of: a patch is 2x2 latent pixels."""
+        return 2 * self.vae_stride
 
 
-T2V = Variant("Wan 2.1 T2V", width=832, height=480, frames=81, fps=16, steps=50, shift=5.0, guidance=5.0)
+T2V = Defaults(width=832, height=480, frames=81, fps=16, steps=50, shift=5.0, guidance=5.0)
 T2V_1_3B = replace(T2V, name="Wan2.1-T2V-1.3B")
-T2V_14B = replace(T2V, name="Wan2.1-T2V-14B", width=1280, height=720)
-T2V_A14B = Variant(
-    "Wan2.2-T2V-A14B",
+T2V_14B = replace(T2V, width=1280, height=720, name="Wan2.1-T2V-14B")
+T2V_A14B = Defaults(
     width=1280,
     height=720,
     frames=81,
     fps=16,
     steps=40,
     shift=12.0,
-    guidance=4.0,
-    guidance_low=3.0,
+    guidance=3.0,
+    guidance_high=4.0,
     boundary=0.875,
+    name="Wan2.2-T2V-A14B",
 )
 TWO_EXPERTS = replace(T2V_A14B, name="Wan 2.2 T2V")
-TI2V_5B = Variant(
-    "Wan2.2-TI2V-5B",
+TI2V_5B = Defaults(
     width=1280,
     height=704,
     frames=121,
@@ -61,8 +61,9 @@ TI2V_5B = Variant(
     steps=50,
     shift=5.0,
     guidance=5.0,
-    stride=32,
-    latent_channels=48,
+    z_channels=48,
+    vae_stride=16,
+    name="Wan2.2-TI2V-5B",
 )
 TI2V = replace(TI2V_5B, name="Wan 2.2 TI2V")
 

@@ -45,16 +45,16 @@ def inspect_lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield printable(_relative(file["file"], folder))
         yield from _row("sha256", file["sha256"])
-        bad = ", ".join(file["not_finite"])
-        yield from _row("values", f"NaN or Inf in {bad}" if bad else "all finite, or not looked at (GGUF)")
+        bad = file["not_finite"]
+        found = "all finite" if bad == [] else "not looked at, for they are GGUF blocks"
+        yield from _row("values", f"NaN or Inf in {', '.join(bad)}" if bad else found)
 
 
 def made_for(row: Mapping[str, Any]) -> str:
     """The defaults of a variant: `1280x720, 81 frames at 16 fps, 40 steps of unipc, shift 12 ...`."""
     guidance = f"{row['guidance']:g}"
-    if row["guidance_low"] is not None:
-        boundary = f"{row['boundary']:g}"
-        guidance += f" above noise level {boundary}, {row['guidance_low']:g} below"
+    if row["guidance_high"] is not None:
+        guidance = f"{row['guidance_high']:g} from timestep {1000 * row['boundary']:g} up, {guidance} below"
     return (
         f"{row['width']}x{row['height']}, {row['frames']} frames at {row['fps']} fps, "
         f"{row['steps']} steps of {row['solver']}, shift {row['shift']:g}, guidance {guidance}"
@@ -65,7 +65,8 @@ def _part(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
     expert = f", {part['expert']}-noise expert" if part["expert"] else ""
     yield printable(f"{part['kind']}: {part['name']}{expert}")
     first, *others = (_relative(file, folder) for file in part["files"])
-    yield from _row("file", first + (f" and {len(others)} more" if others else ""))
+    within = Path(first).parent
+    yield from _row("file", f"{len(others) + 1} shards in {within}" if others else first)
     count = f"{part['parameters']:,} parameters in " if part["parameters"] else ""
     yield from _row("size", f"{size(part['bytes'])}, {count}{part['tensors']:,} tensors")
     if part["sizes"]:
@@ -93,7 +94,7 @@ def _rest(part: Mapping[str, Any]) -> Iterator[str]:
     if part["name"] == "Wan2.1-T2V-14B" and not part["expert"]:
         yield from _row("or", "one expert of Wan2.2-T2V-A14B; shapes do not tell, names do")
     if part["tokenizer"]:
-        yield from _row("tokenizer", "inside, as spiece_model")
+        yield from _row("tokenizer", "inside the file")
     if part["refusal"]:
         yield from _row("not supported", part["refusal"])
         yield from _row("", part["hint"])
@@ -109,7 +110,7 @@ def _network(part: Mapping[str, Any]) -> str:
         )
     if part["kind"] == "text encoder":
         return f"{sizes['num_layers']} blocks of width {sizes['d_model']}, {sizes['vocab_size']:,} words"
-    decoder = f", {sizes['dec_dim']} in the decoder" if "dec_dim" in sizes else ""
+    decoder = f", {sizes['decoder_dim']} in the decoder" if "decoder_dim" in sizes else ""
     return f"width {sizes['dim']}{decoder}, {sizes['z_dim']} latent channels"
 
 
@@ -151,4 +152,5 @@ def _row(label: str, value: str) -> Iterator[str]:
         initial_indent=f"  {label:<{LABEL - 2}}",
         subsequent_indent=" " * LABEL,
         break_on_hyphens=False,
+        break_long_words=False,
     )

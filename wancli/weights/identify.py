@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 from wancli import files
 from wancli.errors import CheckpointError, MachineError
-from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Defaults
 from wancli.weights.folders import EXPERT_ROLES, Layout, Role, layout_of, load_json
 from wancli.weights.headers import DOWNLOAD_AGAIN
 from wancli.weights.parts import Expert, Kind, Naming, Part
@@ -37,7 +37,7 @@ class Checkpoint:
     """
 
     root: Path
-    variant: Variant
+    variant: Defaults
     experts: tuple[Part, ...]
     text_encoder: Part
     tokenizer: Path  # the SentencePiece model, or the safetensors file that holds it
@@ -52,11 +52,17 @@ class Checkpoint:
 
     @property
     def transformer_files(self) -> tuple[Path, ...]:
-        return tuple(path for expert in self.experts for path in expert.files)
+        """Of two experts those of the low-noise one."""
+        return self.experts[-1].files
+
+    @property
+    def high_noise_files(self) -> tuple[Path, ...]:
+        """Of the high-noise expert, where there are two."""
+        return self.experts[0].files if len(self.experts) > 1 else ()
 
     @property
     def naming(self) -> Naming:
-        return self.experts[0].naming
+        return self.experts[-1].naming
 
     @property
     def text_encoder_files(self) -> tuple[Path, ...]:
@@ -96,11 +102,10 @@ def text_encoder_sizes(checkpoint: Checkpoint) -> T5Config:
     return checkpoint.text_encoder.config
 
 
-def vae_sizes(checkpoint: Checkpoint) -> VAEConfig:
-    """The sizes of a Wan 2.1 VAE, from its headers alone. Raises CheckpointError for that of Wan 2.2."""
-    if isinstance(checkpoint.vae.config, VAEConfig):
-        return checkpoint.vae.config
-    raise other_model("Wan 2.2 TI2V-5B", str(checkpoint.vae_files[0]))
+def vae_sizes(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
+    """The sizes of the VAE, from its headers alone."""
+    assert isinstance(checkpoint.vae.config, VAEConfig | VAE22Config)
+    return checkpoint.vae.config
 
 
 def fingerprint(paths: Sequence[Path], memo: Path) -> str:
@@ -198,19 +203,21 @@ def _fitted(
     for part in (*(part for _, part in roles), text_encoder, vae):
         _refuse(part)
     experts, variant = _experts(roles)
-    for part, what in ((vae, "channels"), (text_encoder, "columns")):
-        if not fits(part, experts[0]):
-            sizes = dict(part.sizes)
-            has, wants = (
-                (sizes["z_dim"], dict(experts[0].sizes)["out_dim"])
-                if part.kind == "vae"
-                else (sizes["d_model"], dict(experts[0].sizes)["text_dim"])
-            )
-            raise CheckpointError(
-                f"a {part.name} of {has} {what}; the transformer ({variant.name}) reads {wants}",
-                where=str(part.files[0]),
-                hint="the parts are from different models",
-            )
+    transformer = dict(experts[0].sizes)
+    if not fits(vae, experts[0]):
+        has, makes = dict(vae.sizes)["z_dim"], transformer["out_dim"]
+        raise CheckpointError(
+            f"a VAE of {has} latent channels; the transformer makes {makes}",
+            where=str(vae.files[0]),
+            hint="TI2V-5B goes with Wan2.2_VAE, all other models with Wan2.1_VAE",
+        )
+    if not fits(text_encoder, experts[0]):
+        has, reads = dict(text_encoder.sizes)["d_model"], transformer["text_dim"]
+        raise CheckpointError(
+            f"a text encoder of width {has}; the transformer reads {reads}",
+            where=str(text_encoder.files[0]),
+            hint="the parts are from different models",
+        )
     return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source or root)
 
 
@@ -219,7 +226,7 @@ def _refuse(part: Part) -> None:
         raise CheckpointError(part.refusal, where=str(part.files[0]), hint=part.hint)
 
 
-def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Variant]:
+def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Defaults]:
     """The transformers with their final variant and expert. Two must be of one size, in their places."""
     first = roles[0][1]
     if len(roles) == 1:
@@ -241,7 +248,7 @@ def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Vari
                 where=str(part.files[0]),
                 hint="exchange high_noise and low_noise, or rename the file",
             )
-        if part.config != first.config or part.variant is None or part.variant.latent_channels != 16:
+        if part.config != first.config or part.variant is None or part.variant.z_channels != 16:
             raise CheckpointError(
                 f"{role}: a {part.name}, which is no expert beside {first.files[0].name}",
                 where=str(part.files[0]),

@@ -8,7 +8,7 @@ transformers in the tests.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 # Prefix or component -> its official counterpart. diffusers' norm2 is the official norm3, the
 # affine norm before cross-attention; the other two norms hold no tensors.
@@ -89,7 +89,12 @@ _VAE_STAGE = re.compile(
     r"(?:mid_block\.resnets\.(?P<mid>\d+)|down_blocks\.(?P<down>\d+)"
     r"|up_blocks\.(?P<up>\d+)\.(?:resnets\.(?P<resnet>\d+)|upsamplers\.0))\.(?P<rest>.+)"
 )
-_UPSAMPLES_PER_STAGE = 4  # three residual blocks and one upsampler
+_VAE22_STAGE = re.compile(
+    r"(?P<half>encoder|decoder)\."
+    r"(?:mid_block\.resnets\.(?P<mid>\d+)|(?P<way>down|up)_blocks\.(?P<stage>\d+)"
+    r"\.(?:resnets\.(?P<resnet>\d+)|(?:down|up)sampler))\.(?P<rest>.+)"
+)
+_LAYERS_PER_STAGE = {"down": 3, "up": 4}  # two or three residual blocks and what changes the size
 
 
 def transformer_from_diffusers(name: str) -> str:
@@ -109,9 +114,31 @@ def vae_from_diffusers(name: str) -> str:
     elif stage["down"] is not None:
         place = f"downsamples.{stage['down']}"
     else:
-        within = int(stage["resnet"] or _UPSAMPLES_PER_STAGE - 1)
-        place = f"upsamples.{_UPSAMPLES_PER_STAGE * int(stage['up']) + within}"
+        within = int(stage["resnet"] or _LAYERS_PER_STAGE["up"] - 1)
+        place = f"upsamples.{_LAYERS_PER_STAGE['up'] * int(stage['up']) + within}"
     return f"{stage['half']}.{place}.{_swap_head(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
+
+
+def vae22_from_diffusers(name: str) -> str:
+    """AutoencoderKLWan (2.2) -> official. Both halves nest stages."""
+    stage = _VAE22_STAGE.fullmatch(name)
+    if stage is None:
+        return _swap_head(name, VAE_FROM_DIFFUSERS)
+    if stage["mid"] is not None:
+        place = f"middle.{2 * int(stage['mid'])}"
+    else:
+        layers = f"{stage['way']}samples"
+        within = stage["resnet"] or _LAYERS_PER_STAGE[stage["way"]] - 1
+        place = f"{layers}.{stage['stage']}.{layers}.{within}"
+    return f"{stage['half']}.{place}.{_swap_head(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
+
+
+def vae_renaming(names: Collection[str]) -> Callable[[str], str]:
+    """What gives the tensors of a VAE their official names: of 2.1 or 2.2, official or diffusers."""
+    if "decoder.conv_in.weight" not in names:
+        return str
+    in_stages = "encoder.down_blocks.0.resnets.0.conv1.weight" in names
+    return vae22_from_diffusers if in_stages else vae_from_diffusers
 
 
 def umt5_to_transformers(name: str) -> str:

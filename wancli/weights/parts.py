@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.models.variants import Variant
+from wancli.models.variants import Defaults
 from wancli.weights.contents import Container
 from wancli.weights.lora_styles import LoRA
 from wancli.weights.names import (
     transformer_from_diffusers,
     umt5_from_gguf,
     umt5_to_transformers,
+    vae22_from_diffusers,
     vae_from_diffusers,
 )
 from wancli.weights.schemes import PLAIN, Precision, Scheme, is_helper
@@ -74,13 +75,13 @@ class Part:
     scheme: Scheme = PLAIN
     config: WanConfig | T5Config | VAEConfig | VAE22Config | None = None
     sizes: tuple[tuple[str, int], ...] = ()
-    variant: Variant | None = None
+    variant: Defaults | None = None
     expert: Expert | None = None  # by the words in its name; shapes do not tell
     precision: tuple[Precision, ...] = ()
     parameters: int = 0
     tensors: int = 0
     gaps: tuple[str, ...] = ()
-    tokenizer: bool = False  # the SentencePiece model is in the file, as the tensor `spiece_model`
+    tokenizer: bool = False  # the SentencePiece model is in the file
     lora: LoRA | None = None
     refusal: str = ""
     hint: str = ""
@@ -91,7 +92,10 @@ class Part:
             return None
         if not self.prefix and name.startswith(FOREIGN):
             return None
-        return rename(self.kind, self.naming)(name.removeprefix(self.prefix))
+        table = rename(self.kind, self.naming)
+        if self.naming == "diffusers" and isinstance(self.config, VAE22Config):
+            table = vae22_from_diffusers
+        return table(name.removeprefix(self.prefix))
 
 
 def rename(kind: Kind, naming: Naming) -> Callable[[str], str]:

@@ -89,12 +89,12 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
         model = WanModel(checkpoint.transformer)
     load_into(
         model,
-        own_tensors(checkpoint.experts[0]),
+        own_tensors(checkpoint.experts[-1]),
         rename=str,
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
-        where=str(checkpoint.experts[0].files[0].parent),
+        where=str(checkpoint.transformer_files[0].parent),
     )
     return model.eval()
 

@@ -78,7 +78,7 @@ def read_transformer(shapes: Shapes, where: str) -> dict[str, int]:
             "freq_dim": shapes["time_embedding.0.weight"][1],
         }
     except (KeyError, IndexError, ValueError) as error:
-        raise _absent("transformer", error, where) from error
+        raise _absent("Wan transformer", error, where) from error
 
 
 def transformer_config(read: Mapping[str, int], said: Mapping[str, object], where: str) -> WanConfig:
@@ -113,11 +113,18 @@ def transformer_config(read: Mapping[str, int], said: Mapping[str, object], wher
         raise CheckpointError(str(error), where=where) from error
 
 
+def any_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:
+    """The sizes of a VAE; that of Wan 2.2 has its layers in stages. Raises CheckpointError."""
+    if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes:
+        return vae22_config(shapes, where)
+    return vae_config(shapes, where)
+
+
 def vae_config(shapes: Shapes, where: str) -> VAEConfig:
     """The sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
     try:
         if len(shapes["decoder.head.0.gamma"]) != 4 or shapes["decoder.head.2.weight"][0] != 3:
-            raise other_model("Wan 2.2 TI2V-5B", where)
+            raise ValueError("decoder.head")
         dim = shapes["encoder.conv1.weight"][0]
         # Each stage of the encoder but the last: two residual blocks and a downsampler.
         count = 1 + sum(name.startswith("encoder.") and name.endswith("resample.1.weight") for name in shapes)
@@ -129,44 +136,30 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
             dim_mult=tuple(shapes[name][0] // dim for name in first),
             temporal_downsample=tuple(name in shapes for name in halves_time),
         )
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise _absent("VAE", error, where) from error
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise _absent("Wan 2.1 VAE", error, where) from error
 
 
-# Where the sizes of the Wan 2.2 VAE are read, for stage s and residual block k of the encoder.
-_VAE22_NAMES = {
-    "official": (
-        *("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight"),
-        *("encoder.downsamples.{s}.downsamples.{k}.residual.2.weight", "encoder.downsamples.{s}."),
-    ),
-    "diffusers": (
-        *("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),
-        *("encoder.down_blocks.{s}.resnets.{k}.conv1.weight", "encoder.down_blocks.{s}.downsampler."),
-    ),
-}
-
-
-def vae22_config(shapes: Shapes, naming: str, where: str) -> VAE22Config:
-    """The sizes of a Wan 2.2 VAE; shapes under official or diffusers names. Raises CheckpointError."""
-    first, last, latent, block, down = _VAE22_NAMES[naming]
+def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
+    """The sizes of a Wan 2.2 VAE, that of TI2V-5B. Raises CheckpointError for another VAE."""
     try:
-        dim = shapes[first][0]
-        stages = [s for s in range(10) if block.format(s=s, k=0) in shapes]
-        mult = tuple(shapes[block.format(s=s, k=0)][0] // dim for s in stages)
-        inside = [down.format(s=s) for s in stages[:-1]]
+        dim, channels = shapes["encoder.conv1.weight"][:2]
+        if channels != 12 or shapes["decoder.head.2.weight"][0] != 12:
+            raise ValueError("encoder.conv1.weight")
+        # Each stage of the encoder but the last: two residual blocks and a downsampler.
+        count = 1 + sum(name.startswith("encoder.") and name.endswith("resample.1.weight") for name in shapes)
+        stages = [f"encoder.downsamples.{stage}.downsamples" for stage in range(count)]
+        widths = [shapes[f"{stage}.0.residual.2.weight"][0] for stage in stages]
+        decoder_dim, z_dim = shapes["decoder.head.0.gamma"][0], shapes["conv2.weight"][0]
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise _absent("Wan 2.2 VAE", error, where) from error
+    halves_time = tuple(f"{stage}.2.time_conv.weight" in shapes for stage in stages[:-1])
+    try:
         return VAE22Config(
-            dim=dim,
-            dec_dim=shapes[last][0] // mult[-1],
-            z_dim=shapes[latent][0],
-            dim_mult=mult,
-            num_res_blocks=sum(block.format(s=0, k=k) in shapes for k in range(10)),
-            temporal_downsample=tuple(
-                any(name.startswith(start) and name.endswith("time_conv.weight") for name in shapes)
-                for start in inside
-            ),
+            dim, decoder_dim, z_dim, tuple(w // dim for w in widths), temporal_downsample=halves_time
         )
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise _absent("VAE", error, where, "2.2") from error
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(str(error), where=where) from error
 
 
 def t5_config(shapes: Shapes, where: str) -> T5Config:
@@ -195,6 +188,5 @@ def t5_config(shapes: Shapes, where: str) -> T5Config:
     )
 
 
-def _absent(network: str, error: Exception, where: str, version: str = "2.1") -> CheckpointError:
-    message = f"no Wan {version} {network}: {error} is missing or has an odd shape"
-    return CheckpointError(message, where=where)
+def _absent(network: str, error: Exception, where: str) -> CheckpointError:
+    return CheckpointError(f"no {network}: {error} is missing or has an odd shape", where=where)

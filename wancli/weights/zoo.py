@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wancli.errors import CheckpointError
-from wancli.models.config import T5Config, VAE22Config, VAEConfig
-from wancli.models.variants import BY_CHANNELS, RELEASED, T2V, T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
+from wancli.models.config import T5Config, VAE22Config
+from wancli.models.variants import BY_CHANNELS, RELEASED, T2V, T2V_14B, T2V_A14B, TWO_EXPERTS, Defaults
 from wancli.weights.contents import Contents
 from wancli.weights.headers import TensorInfo
 from wancli.weights.lora_styles import is_lora, lora_of
+from wancli.weights.names import vae_renaming
 from wancli.weights.parts import (
     FOREIGN,
     Expert,
@@ -34,12 +35,11 @@ from wancli.weights.schemes import is_helper, precision_of, scheme_of
 from wancli.weights.sizes import (
     RENDERED,
     USUAL_HEAD_DIM,
+    any_vae_config,
     other_transformer,
     read_transformer,
     t5_config,
     transformer_config,
-    vae22_config,
-    vae_config,
 )
 
 # Beginnings of two names that one network has, after the same prefix.
@@ -103,7 +103,8 @@ def _part(contents: Contents, kind: Kind, naming: Naming, prefix: str, said: Map
         for name, info in contents.tensors.items()
         if name.startswith(prefix) and (prefix or not name.startswith(FOREIGN))
     }
-    own = {name: rename(kind, naming)(name) for name in tensors}
+    own_name = vae_renaming(tensors) if kind == "vae" else rename(kind, naming)
+    own = {name: own_name(name) for name in tensors}
     weights = {own[name]: info for name, info in tensors.items() if not is_helper(name)}
     classes = {name: group_of(kind, own[name]) for name in tensors}
     part = Part(
@@ -118,7 +119,7 @@ def _part(contents: Contents, kind: Kind, naming: Naming, prefix: str, said: Map
         parameters=sum(math.prod(info.shape) for name, info in weights.items() if name != TIED),
         tensors=len(tensors),
         gaps=gaps_of(weights),
-        tokenizer="spiece_model" in tensors,
+        tokenizer="spiece_model" in tensors or "tokenizer.ggml.tokens" in contents.metadata,
     )
     if part.scheme.refusal:
         part = replace(
@@ -129,7 +130,7 @@ def _part(contents: Contents, kind: Kind, naming: Naming, prefix: str, said: Map
     if kind == "transformer":
         return _transformer(part, weights, said)
     shapes = {name: info.shape for name, info in weights.items()}
-    return _text_encoder(part, shapes) if kind == "text encoder" else _vae(part, shapes, tensors)
+    return _text_encoder(part, shapes) if kind == "text encoder" else _vae(part, shapes)
 
 
 def _transformer(part: Part, weights: Tensors, said: Mapping[str, object]) -> Part:
@@ -161,26 +162,28 @@ def _transformer(part: Part, weights: Tensors, said: Mapping[str, object]) -> Pa
     return replace(part, config=config, sizes=(*read.items(), ("num_heads", config.num_heads)))
 
 
-def variant_of(read: Mapping[str, int], expert: Expert | None) -> Variant:
+def variant_of(read: Mapping[str, int], expert: Expert | None) -> Defaults:
     """The row of a T2V or TI2V transformer. A name that speaks of an expert makes it one of two."""
     key = (read["dim"], read["ffn_dim"], read["num_layers"], read["in_dim"])
     variant = RELEASED.get(key, BY_CHANNELS[read["in_dim"]])
     if expert is None:
         return variant
-    return {T2V_14B: T2V_A14B, T2V: TWO_EXPERTS}.get(variant, variant)
+    if variant is T2V_14B:
+        return T2V_A14B
+    return TWO_EXPERTS if variant is T2V else variant
 
 
 def _unmerged(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Undoes stable-diffusion.cpp's merging of the first two of the patch embedding's five axes."""
-    patch, bias = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", (0,))
-    if len(patch) == 4 and bias[0] and patch[0] % bias[0] == 0:
+    patch, bias = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", ())
+    if len(patch) == 4 and len(bias) == 1 and bias[0] and patch[0] % bias[0] == 0:
         shapes["patch_embedding.weight"] = (bias[0], patch[0] // bias[0], *patch[1:])
     return shapes
 
 
 def _text_encoder(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-    if shapes.get("shared.weight", (0,))[0] == PLAIN_T5_VOCAB or (
+    if shapes.get("shared.weight", ())[:1] == (PLAIN_T5_VOCAB,) or (
         bias not in shapes and any(name.startswith("encoder.block.1.") for name in shapes)
     ):
         return replace(
@@ -197,21 +200,13 @@ def _text_encoder(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
     return replace(part, name=name, config=config, sizes=sizes)
 
 
-def _vae(part: Part, shapes: dict[str, tuple[int, ...]], tensors: Tensors) -> Part:
-    where = str(part.files[0])
+def _vae(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
     if part.refusal:
         return replace(part, name="Wan VAE")
-    config: VAEConfig | VAE22Config
-    if {
-        "decoder.upsamples.0.upsamples.0.residual.2.weight",
-        "decoder.up_blocks.0.upsampler.resample.1.weight",
-    } & {*tensors}:
-        as_saved = {name: info.shape for name, info in tensors.items()}
-        config = vae22_config(as_saved, part.naming, where)
-        name = "Wan 2.2 VAE"
-        sizes = ("dim", config.dim), ("dec_dim", config.dec_dim), ("z_dim", config.z_dim)
-        return replace(part, name=name, config=config, sizes=sizes)
-    config = vae_config(shapes, where)
+    config = any_vae_config(shapes, str(part.files[0]))
+    if isinstance(config, VAE22Config):
+        sizes = ("dim", config.dim), ("decoder_dim", config.decoder_dim), ("z_dim", config.z_dim)
+        return replace(part, name="Wan 2.2 VAE", config=config, sizes=sizes)
     part = replace(part, sizes=(("dim", config.dim), ("z_dim", config.z_dim)))
     if shapes.get("decoder.conv1.weight", ())[:2] == LIGHT_VAE:
         return replace(

@@ -41,8 +41,10 @@ def numbers() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the user's cache."""
+    """No test touches the user's cache, or reads the user's models.yaml."""
     monkeypatch.setenv("WANCLI_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    monkeypatch.delenv("WANCLI_MODELS", raising=False)
 
 
 @pytest.fixture(scope="session")

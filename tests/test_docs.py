@@ -32,7 +32,7 @@ def test_every_job_in_the_documents_is_a_valid_job(page: str, block: str) -> Non
 
 
 def test_every_configured_job_is_planned(tmp_path: Path) -> None:
-    for path in (ROOT / "configs").glob("*.yaml"):
+    for path in {*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs/models.yaml"}:
         assert run(["plan", str(path), "--json"]) == 0
 
 

@@ -9,16 +9,24 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sparse
 import torch
+from jobs import SPIECE
 from safetensors.torch import load_file, save_file
+from sparse import Entries, cast, dit, dit_diffusers, pth, scalar, stored, umt5, umt5_official, write
 
+from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError
-from wancli.models.config import WanConfig
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.vae import WanVAE
+from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
 from wancli.weights.headers import header
-from wancli.weights.identify import fingerprint, identify
+from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.trees import Files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -62,7 +70,7 @@ def raw(path: Path, document: object, data: bytes = b"") -> Path:
 def test_an_official_folder_is_known_by_its_files_and_sizes(tiny: Path):
     found = identify(tiny)
     assert found.transformer == WanConfig(48, 96, 2, 40, text_dim=64, freq_dim=64)
-    assert (found.naming, found.text_encoder_naming, found.vae_naming) == ("official",) * 3
+    assert (found.experts[0].naming, found.text_encoder.naming, found.vae.naming) == ("official",) * 3
     assert found.transformer_files == (tiny / WEIGHTS,)
     assert found.vae_files == (tiny / "Wan2.1_VAE.pth",)
     assert found.text_encoder_files == (tiny / "models_t5_umt5-xxl-enc-bf16.pth",)
@@ -157,10 +165,7 @@ def test_a_damaged_config_is_named(folder: Path):
         ("img_emb.proj.0.weight", (1,), "Wan 2.1 image-to-video"),
         ("img_emb.emb_pos", (1,), "FLF2V"),
         ("blocks.0.cross_attn.k_img.weight", (1,), "Wan 2.1 image-to-video"),
-        ("control_adapter.x", (1,), "Fun-Camera"),
         ("patch_embedding.weight", (48, 36, 1, 2, 2), "Wan 2.2 image-to-video"),
-        ("patch_embedding.weight", (48, 48, 1, 2, 2), "Fun-Control"),
-        ("patch_embedding.weight", (48, 20, 1, 2, 2), "20 input channels"),
     ],
 )
 def test_other_models_are_refused_by_name(folder: Path, name: str, shape: tuple[int, ...], what: str):
@@ -169,27 +174,32 @@ def test_other_models_are_refused_by_name(folder: Path, name: str, shape: tuple[
         identify(folder)
 
 
-def test_a_missing_expert_is_named(folder: Path):
+def test_a_folder_of_experts_without_them_says_what_is_missing(folder: Path):
     (folder / "high_noise_model").mkdir()
-    with pytest.raises(
-        CheckpointError, match=r"low_noise_model: diffusion_pytorch_model.safetensors is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"high_noise_model/.*A14B.* and low_noise_model/.*is missing"):
         identify(folder)
 
 
 def test_weights_that_are_no_transformer_are_refused(folder: Path):
     save_file({"conv.weight": torch.zeros(2)}, folder / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"no Wan 2.1 transformer: 'patch_embedding.weight' is missing"):
+    with pytest.raises(CheckpointError, match=r"no Wan transformer: 'patch_embedding.weight' is missing"):
         identify(folder)
 
 
-def test_fp8_weights_are_refused_rather_than_loaded_without_their_scales(folder: Path):
-    def to_fp8(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["blocks.3.ffn.0.weight"] = tensors["blocks.3.ffn.0.weight"].to(torch.float8_e4m3fn)
+def test_one_matrix_in_fp8_makes_a_scheme_and_int8_is_refused(folder: Path):
+    def stored_as(dtype: torch.dtype) -> None:
+        edit(
+            folder / WEIGHTS,
+            lambda t: t.update({name: t[name].to(dtype) for name in ["blocks.3.ffn.0.weight"]}),
+        )
 
-    edit(folder / WEIGHTS, to_fp8)
-    with pytest.raises(CheckpointError, match=r"blocks.3.ffn.0.weight is stored as F8_E4M3"):
+    stored_as(torch.float8_e4m3fn)
+    scheme = identify(folder).experts[0].scheme
+    assert (scheme.name, scheme.dtypes, scheme.layers) == ("fp8", ("F8_E4M3",), 1)
+    stored_as(torch.int8)
+    with pytest.raises(CheckpointError, match="quantized as int8") as caught:
         identify(folder)
+    assert "fp8" in caught.value.hint
 
 
 def one(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, object]:
@@ -287,3 +297,317 @@ def test_a_memo_that_cannot_be_written_costs_time_and_nothing_else(tmp_path: Pat
     (tmp_path / "file").write_text("not a folder")
     expected = hashlib.sha256(b"weights").hexdigest()
     assert fingerprint([weights], tmp_path / "file" / "memo.json") == expected
+
+
+# ---- the folders and files of real checkpoints ----
+
+T5_FILE, VAE21, VAE22 = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth"
+
+
+def vae21() -> Entries:
+    with torch.device("meta"):
+        return stored({k: tuple(v.shape) for k, v in WanVAE(VAEConfig()).state_dict().items()}, "F32")
+
+
+def official(root: Path, vae: str = VAE21) -> Path:
+    """The parts of an official folder that are not the transformer."""
+    pth(root / T5_FILE, stored(umt5_official(), "BF16"))
+    pth(root / vae, vae21() if vae == VAE21 else stored(sparse.vae22(), "F32"))
+    (root / "google/umt5-xxl").mkdir(parents=True)
+    shutil.copy(SPIECE, root / "google/umt5-xxl")
+    return root
+
+
+def config_json(folder: Path, size: str) -> None:
+    config = sparse.SIZES[size]
+    keys = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "eps", "text_len")
+    said = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(config, key) for key in keys}
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def a14b(root: Path) -> Path:
+    """Wan2.2-T2V-A14B as its authors publish it: 57 GB each, in shards."""
+    official(root)
+    (root / "configuration.json").write_text("{}")
+    for expert in ("high_noise_model", "low_noise_model"):
+        (root / expert).mkdir()
+        sparse.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
+        config_json(root / expert, "14B")
+    return root
+
+
+def test_the_official_14b_folder_is_one_model_in_shards(tmp_path: Path) -> None:
+    root = official(tmp_path)
+    sparse.shards(root, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
+    config_json(root, "14B")
+    found = identify(root)
+    assert (found.variant, found.transformer) == (T2V_14B, sparse.SIZES["14B"])
+    assert len(found.transformer_files) == 6
+    assert text_encoder_sizes(found) == T5Config(256384, 4096, 64, 10240, 24, 64)
+    assert vae_sizes(found) == VAEConfig()
+
+
+def test_the_official_a14b_folder_has_two_experts(tmp_path: Path) -> None:
+    found = identify(a14b(tmp_path / "Wan2.2-T2V-A14B"))
+    assert found.variant == T2V_A14B
+    assert [part.expert for part in found.experts] == ["high", "low"]
+    assert [part.files[0].parent.name for part in found.experts] == ["high_noise_model", "low_noise_model"]
+    assert [len(part.files) for part in found.experts] == [6, 6]
+    assert {path.parent.name for path in found.transformer_files} == {"low_noise_model"}
+    assert {path.parent.name for path in found.high_noise_files} == {"high_noise_model"}
+    assert found.transformer == sparse.SIZES["14B"]
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    root = a14b(tmp_path / "model")
+    shutil.rmtree(root / "low_noise_model")
+    with pytest.raises(CheckpointError, match=r"low_noise_model/.*the low-noise expert of Wan 2.2 A14B"):
+        identify(root)
+
+
+def test_a_missing_shard_of_an_expert_is_named(tmp_path: Path) -> None:
+    root = a14b(tmp_path / "model")
+    (root / "low_noise_model" / "diffusion_pytorch_model-00004-of-00006.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"low_noise_model.*00004-of-00006.*no such file"):
+        identify(root)
+
+
+def test_the_official_5b_folder_has_a_vae_of_48_channels(tmp_path: Path) -> None:
+    root = official(tmp_path, VAE22)
+    sparse.shards(root, "diffusion_pytorch_model", stored(dit("5B"), "F32"), 3)
+    config_json(root, "5B")
+    found = identify(root)
+    assert found.variant == TI2V_5B
+    assert vae_sizes(found) == VAE22Config(dim=160, dec_dim=256, z_dim=48)
+
+
+def test_the_vae_of_another_model_is_refused(tmp_path: Path) -> None:
+    root = official(tmp_path)
+    write(root / WEIGHTS, stored(dit("5B"), "F32"))
+    with pytest.raises(CheckpointError, match=r"a VAE of 16 latent channels; the transformer makes 48"):
+        identify(root)
+
+
+def diffusers(root: Path, *transformers: str, size: str = "14B", **index: object) -> Path:
+    for name in transformers:
+        write(root / name / WEIGHTS, stored(dit_diffusers(size), "BF16"))
+        config = sparse.SIZES[size]
+        said = {"_class_name": "WanTransformer3DModel", "num_attention_heads": config.num_heads}
+        said |= {
+            "in_channels": config.in_dim,
+            "out_channels": config.out_dim,
+            "num_layers": config.num_layers,
+        }
+        (root / name / "config.json").write_text(json.dumps(said))
+    write(root / "text_encoder" / "model.safetensors", stored(umt5(), "BF16"))
+    vae = sparse.vae22_diffusers() if size == "5B" else sparse.vae21_diffusers()
+    write(root / "vae" / WEIGHTS, stored(vae, "F32"))
+    (root / "tokenizer").mkdir()
+    shutil.copy(SPIECE, root / "tokenizer")
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"} | index))
+    return root
+
+
+def test_diffusers_a14b_has_its_low_noise_expert_in_transformer_2(tmp_path: Path) -> None:
+    second = ["diffusers", "WanTransformer3DModel"]
+    root = diffusers(tmp_path, "transformer", "transformer_2", transformer_2=second, boundary_ratio=0.875)
+    found = identify(root)
+    assert found.variant == T2V_A14B
+    assert [(p.expert, p.naming, p.files[0].parent.name) for p in found.experts] == [
+        ("high", "diffusers", "transformer"),
+        ("low", "diffusers", "transformer_2"),
+    ]
+    assert (found.vae.naming, found.text_encoder.naming) == ("diffusers", "transformers")
+
+
+def test_diffusers_boundary_ratio_means_nothing_without_a_second_transformer(tmp_path: Path) -> None:
+    root = diffusers(tmp_path, "transformer", transformer_2=[None, None], boundary_ratio=0.875)
+    assert identify(root).variant == T2V_14B
+
+
+def test_diffusers_scheduler_config_does_not_change_the_row(tmp_path: Path) -> None:
+    root = diffusers(tmp_path, "transformer", size="5B", expand_timesteps=True)
+    (root / "scheduler").mkdir()
+    (root / "scheduler/scheduler_config.json").write_text(json.dumps({"flow_shift": 3.0}))
+    found = identify(root)
+    assert (found.variant, found.variant.shift) == (TI2V_5B, 5.0)
+    assert found.vae.config == VAE22Config()
+
+
+def test_an_expert_of_another_size_is_refused(tmp_path: Path) -> None:
+    root = a14b(tmp_path / "model")
+    shutil.rmtree(root / "low_noise_model")
+    write(root / "low_noise_model" / WEIGHTS, stored(dit("1.3B"), "F32"))
+    with pytest.raises(CheckpointError, match=r"low_noise: a Wan2.1-T2V-1.3B, which is no expert beside"):
+        identify(root)
+
+
+# ---- single files ----
+
+HIGH, LOW = (
+    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+)
+SINGLE = "wan2.1_t2v_14B_fp16.safetensors"
+UMT5 = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+
+
+def split_files(root: Path, *transformers: str) -> Path:
+    """What ComfyUI's users download: one folder per kind of network."""
+    scaled = cast(stored(dit("14B"), "F16"), scale_weight=scalar) | {"scaled_fp8": ("F8_E4M3", (2,))}
+    for name in transformers:
+        entries = scaled if "scaled" in name else stored(dit("14B"), "F16")
+        write(root / "diffusion_models" / name, entries)
+    text = cast(stored(umt5(), "F16"), matrix=sparse.T5_MATRIX, scale_weight=scalar)
+    text |= {"scaled_fp8": ("F8_E4M3", (0,))}
+    spiece = SPIECE.read_bytes()
+    write(
+        root / "text_encoders" / UMT5,
+        text | {"spiece_model": ("U8", (len(spiece),))},
+        data={"spiece_model": spiece},
+    )
+    write(root / "vae" / "wan_2.1_vae.safetensors", vae21())
+    write(root / "vae" / "wan2.2_vae.safetensors", stored(sparse.vae22(), "F16"))
+    write(root / "loras" / "x.safetensors", {"blocks.0.ffn.0.lora_A.weight": ("F16", (8, 5120))})
+    return root
+
+
+@pytest.mark.parametrize("folder", ["", "split_files"])
+def test_a_tree_of_single_files_with_one_transformer_is_a_checkpoint(tmp_path: Path, folder: str) -> None:
+    root = split_files(tmp_path / folder, SINGLE)
+    for given in (root, root / "diffusion_models" / SINGLE):
+        found = identify(given)
+        assert (found.variant, found.root) == (T2V_14B, given)
+        assert [path.name for path in found.transformer_files] == [SINGLE]
+        assert found.high_noise_files == ()
+        assert found.vae_files[0].name == "wan_2.1_vae.safetensors"
+        assert found.text_encoder_files == (found.tokenizer,) == (root / "text_encoders" / UMT5,)
+        assert found.text_encoder.scheme.name == "fp8_scaled"
+
+
+def test_the_tokenizer_inside_a_text_encoder_is_the_tokenizer(tmp_path: Path) -> None:
+    root = split_files(tmp_path, SINGLE)
+    inside, beside = Tokenizer(identify(root).tokenizer), Tokenizer(SPIECE)
+    assert inside.ids("a gray tabby cat") == beside.ids("a gray tabby cat")
+
+
+def test_either_expert_of_a_tree_finds_the_other(tmp_path: Path) -> None:
+    root = split_files(tmp_path, HIGH, LOW)
+    for given in (root, root / "diffusion_models" / HIGH, root / "diffusion_models" / LOW):
+        found = identify(given)
+        assert (found.variant, [part.expert for part in found.experts]) == (T2V_A14B, ["high", "low"])
+        assert [part.files[0].name for part in found.experts] == [HIGH, LOW]
+        assert [part.scheme.name for part in found.experts] == ["fp8_scaled"] * 2
+
+
+def test_an_expert_alone_asks_for_the_other(tmp_path: Path) -> None:
+    root = split_files(tmp_path, HIGH, "wan2.2_t2v_low_noise_14B_fp16.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"missing beside it: the low-noise expert \(low_noise\)"
+    ) as caught:
+        identify(root / "diffusion_models" / HIGH)
+    assert "model: {" in caught.value.hint
+
+
+def test_a_tree_with_several_transformers_lists_them(tmp_path: Path) -> None:
+    root = split_files(tmp_path, HIGH, LOW, SINGLE)
+    with pytest.raises(CheckpointError, match=f"several transformers: {SINGLE}, {HIGH}, {LOW}"):
+        identify(root)
+    assert identify(root / "diffusion_models" / SINGLE).variant == T2V_14B
+
+
+def test_two_text_encoders_that_would_do_are_not_chosen_from(tmp_path: Path) -> None:
+    root = split_files(tmp_path, SINGLE)
+    write(root / "text_encoders" / "umt5_xxl_fp16.safetensors", stored(umt5(), "F16"))
+    with pytest.raises(CheckpointError, match=f"several text encoders lie beside it: umt5_xxl_fp16.*{UMT5}"):
+        identify(root)
+
+
+def test_what_a_lone_transformer_needs_is_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "wan.safetensors", stored(dit("14B"), "F16"))
+    with pytest.raises(CheckpointError) as caught:
+        identify(path)
+    needs = "the text encoder (text_encoder), UMT5's SentencePiece model (tokenizer), the VAE (vae)"
+    assert caught.value.message == f"missing beside it: {needs}"
+
+
+def test_a_folder_without_a_transformer_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no Wan transformer in this folder"):
+        identify(tmp_path)
+    write(
+        tmp_path / "wan2.1_i2v.safetensors",
+        stored(dit("14B"), "F16") | {"img_emb.proj.0.weight": ("F16", (1,))},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"Wan 2.1 image-to-video checkpoint; wancli renders text-to-video"
+    ):
+        identify(tmp_path)
+
+
+def named(tmp_path: Path, **files: Path | None) -> Files:
+    root = split_files(tmp_path / "tree", HIGH, LOW, SINGLE)
+    found = {"text_encoder": root / "text_encoders" / UMT5, "vae": root / "vae" / "wan_2.1_vae.safetensors"}
+    return Files(**(found | files))
+
+
+def test_files_named_one_by_one_are_a_checkpoint(tmp_path: Path) -> None:
+    single = tmp_path / "tree" / "diffusion_models" / SINGLE
+    files = named(tmp_path, transformer=single, tokenizer=SPIECE)
+    found = identify(files)
+    assert (found.variant, found.root, found.tokenizer, found.source) == (T2V_14B, single, SPIECE, files)
+    assert found.text_encoder.files == (files.text_encoder,)
+
+
+def test_experts_that_changed_places_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "tree" / "diffusion_models"
+    right = named(tmp_path, high_noise=folder / HIGH, low_noise=folder / LOW)
+    assert identify(right).variant == T2V_A14B
+    with pytest.raises(
+        CheckpointError, match="high_noise: this is the low-noise expert by its name"
+    ) as caught:
+        identify(replace(right, high_noise=folder / LOW, low_noise=folder / HIGH))
+    assert "exchange" in caught.value.hint
+
+
+def test_one_expert_cannot_stand_for_both(tmp_path: Path) -> None:
+    folder = tmp_path / "tree" / "diffusion_models"
+    with pytest.raises(CheckpointError, match=r"the low-noise expert of Wan 2.2 A14B by its name"):
+        identify(named(tmp_path, transformer=folder / LOW))
+    with pytest.raises(CheckpointError, match=r"the high-noise expert \(high_noise\)"):
+        identify(named(tmp_path / "b", low_noise=tmp_path / "b/tree/diffusion_models" / LOW))
+
+
+def test_files_without_the_word_are_experts_where_they_are_said_to_be(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / f"{x}.safetensors", stored(dit("14B"), "F16")) for x in "ab")
+    found = identify(named(tmp_path, high_noise=a, low_noise=b))
+    assert [(p.expert, p.variant) for p in found.experts] == [("high", T2V_A14B), ("low", T2V_A14B)]
+
+
+def test_a_file_of_another_kind_says_what_it_is(tmp_path: Path) -> None:
+    vae = tmp_path / "tree" / "vae" / "wan_2.1_vae.safetensors"
+    with pytest.raises(CheckpointError, match=r"no transformer: this is a Wan 2.1 VAE"):
+        identify(named(tmp_path, transformer=vae))
+
+
+def test_the_heads_of_an_odd_width_can_be_said(tiny: Path) -> None:
+    files = Files(
+        transformer=tiny / WEIGHTS,
+        text_encoder=tiny / T5_FILE,
+        tokenizer=tiny / "google/umt5-xxl/spiece.model",
+        vae=tiny / VAE21,
+    )
+    with pytest.raises(CheckpointError, match="48 is no multiple of 128"):
+        identify(files)
+    assert identify(replace(files, heads=2)).transformer == identify(tiny).transformer
+
+
+def test_a_whole_checkpoint_in_one_file_needs_only_a_tokenizer(tmp_path: Path) -> None:
+    entries = (
+        stored(dit("14B"), "F16", "model.diffusion_model.")
+        | stored(umt5(), "F16", "text_encoders.umt5xxl.transformer.")
+        | stored(sparse.vae21_diffusers(), "F16", "vae.")
+    )
+    path = write(tmp_path / "whole.safetensors", entries)
+    found = identify(Files(transformer=path, tokenizer=SPIECE))
+    assert {part.files for part in (*found.experts, found.text_encoder, found.vae)} == {(path,)}
+    assert found.vae.prefix == "vae."

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.inject import Text
 from wancli.job import load
-from wancli.models.variants import NEGATIVE, T2V
+from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.shot import Plan, Shot
 
 
@@ -63,6 +64,21 @@ def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable
     assert shot.negative is not None
     assert shot.negative.tokens == Tokenizer(SPIECE).tokens(NEGATIVE, 512, truncate=True)
     assert (shot.id, shot.keep_latents, shot.measure, shot.rules) == ("0000", False, False, ())
+
+
+def test_each_variants_row_sets_the_shape_of_its_latents(decide: Callable[..., Plan]) -> None:
+    """Token counts of the official sizes, as published."""
+    shot = only(decide())
+    for variant, shape, tokens in (
+        (T2V_14B, (16, 21, 90, 160), 75_600),
+        (T2V_A14B, (16, 21, 90, 160), 75_600),
+        (TI2V_5B, (48, 31, 44, 80), 27_280),
+    ):
+        model = replace(shot.model, checkpoint=replace(shot.model.checkpoint, variant=variant))
+        made_for = replace(
+            shot, model=model, width=variant.width, height=variant.height, frames=variant.frames
+        )
+        assert (made_for.latent_shape, made_for.tokens) == (shape, tokens)
 
 
 def test_a_distilled_solver_brings_its_own_steps_shift_and_guidance(decide: Callable[..., Plan]) -> None:
@@ -436,7 +452,7 @@ def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at
     assert problems(decide, model="x" * 300)[0].endswith("is not there")
     assert problems(decide, model="~nosuchuser/x")[0].startswith(":1: model: '~nosuchuser/x': ")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file: no such folder"):
+    with pytest.raises(CheckpointError, match="file: truncated or damaged"):
         decide(model="file")
 
 

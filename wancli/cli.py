@@ -73,7 +73,10 @@ Level = Annotated[
 Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 ModelDir = Annotated[
-    Path | None, typer.Option("--model", metavar="DIR", help="The checkpoint folder. Default: wan-mini.")
+    Path | None,
+    typer.Option(
+        "--model", metavar="DIR", help="The checkpoint: a folder, a file, or a name. Default: wan-mini."
+    ),
 ]
 
 
@@ -335,6 +338,31 @@ def compare_command(
     sheet.write(output, sheet.contact_sheet(videos))
     print(output)
     return ExitStatus.OK
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE-OR-FOLDER", help="Weights: a checkpoint, a part of one, a LoRA.")
+    ],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also look for NaN and Inf in every tensor, and hash the files.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Say what a file or folder of weights is.
+
+    Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
+    """
+    from wancli import inspect
+    from wancli.report import terminal, weights
+
+    document = inspect.inspect(path, deep=deep)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show(weights.inspect_lines(document))
+    return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK
 
 
 @cache_app.command("ls")

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from wancli import files
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, PromptTooLong
 from wancli.memory import Residency
+from wancli.weights.parts import Naming, rename
+from wancli.weights.tokenizer import tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +95,10 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = SentencePieceProcessor(model_file=str(spiece))
+            if spiece.suffix in (".safetensors", ".gguf"):
+                self._model = SentencePieceProcessor(model_proto=tokenizer(spiece) or b"")
+            else:
+                self._model = SentencePieceProcessor(model_file=str(spiece))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
 
@@ -212,11 +217,12 @@ class Encoder:
     """Where stage 1 finds UMT5, and all that tells its embeddings from another's."""
 
     files: tuple[Path, ...]
-    naming: Literal["official", "transformers"]
+    naming: Naming
     fingerprint: str
     tokenizer_sha: str
     dtype: Dtype
     device: str = "cpu"
+    prefix: str = ""  # before every name of UMT5 in the files
     residency: Residency = "resident"  # "streamed" needs the memory of two layers
 
     def key(self, tokens: Tokens) -> str:
@@ -268,14 +274,15 @@ def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
     the list of what is wrong."""
     import torch
 
-    from wancli.weights import names, readers
+    from wancli.weights import readers
 
     return readers.load_umt5(
         encoder.files,
-        names.umt5_to_transformers if encoder.naming == "official" else str,
+        rename("text encoder", encoder.naming),
         {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[encoder.dtype],
         encoder.device,
         encoder.residency,
+        encoder.prefix,
     )
 
 

@@ -7,7 +7,7 @@ problem of a file is reported at once, each with file, line, key, value and a wa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,8 +31,20 @@ class EmbeddingFile(Strict):
     index: int = Field(0, ge=0)
 
 
+class ModelFiles(Strict):
+    """A checkpoint named file by file: `transformer`, or the two experts of Wan 2.2 A14B."""
+
+    transformer: str | None = None
+    high_noise: str | None = None
+    low_noise: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    vae: str | None = None
+    heads: int | None = Field(None, ge=1, le=1024)
+
+
 def _text_or_mapping(value: Any) -> str:
-    return "<mapping>" if isinstance(value, dict | EmbeddingFile) else "<text>"
+    return "<mapping>" if isinstance(value, dict | BaseModel) else "<text>"
 
 
 Prompt = Annotated[
@@ -56,6 +68,16 @@ Guidance = Annotated[
     Annotated[float, Field(ge=0, le=100), Tag("<number>")] | Annotated[ExpertGuidance, Tag("<mapping>")],
     Discriminator(_guidance_kind),
 ]
+Model = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[ModelFiles, Tag("<mapping>")],
+    Discriminator(_text_or_mapping),
+]
+
+
+class ModelOnly(Strict):
+    """What an entry of models.yaml is: a model as a job says it."""
+
+    model: Model
 
 
 class Sampler(Strict):
@@ -186,7 +208,7 @@ class Memory(Strict):
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
-    model: str = mini.NAME
+    model: Model = mini.NAME
     prompt: Prompt
     negative: Prompt = "default"
     output: str = "out/{job}/{item:04d}-{slug}.mp4"
@@ -301,15 +323,20 @@ def _validated(raw: dict[str, Any], prefix: tuple[Key, ...], source: Source) -> 
     try:
         return Job.model_validate(raw)
     except ValidationError as error:
-        found = [(_path(problem), problem) for problem in error.errors()]
-        # A misspelt key is not also reported as missing.
-        meant = {(*path[:-1], _nearest(path)) for path, p in found if p["type"] == "extra_forbidden"}
-        problems = [
-            f"{source.where(*source.owner(prefix, path), *path)}: {_sentence(path, problem)}"
-            for path, problem in found
-            if problem["type"] != "missing" or path not in meant
-        ]
+        problems = problems_of(error, lambda path: source.where(*source.owner(prefix, path), *path))
         raise JobError("\n".join(problems)) from None
+
+
+def problems_of(error: ValidationError, where: Callable[[tuple[Key, ...]], str]) -> list[str]:
+    """A line for every problem; `where` names the place of a key of a job."""
+    found = [(_path(problem), problem) for problem in error.errors()]
+    # A misspelt key is not also reported as missing.
+    meant = {(*path[:-1], _nearest(path)) for path, p in found if p["type"] == "extra_forbidden"}
+    return [
+        f"{where(path)}: {_sentence(path, problem)}"
+        for path, problem in found
+        if problem["type"] != "missing" or path not in meant
+    ]
 
 
 def _path(problem: Any) -> tuple[Key, ...]:
@@ -375,7 +402,7 @@ def keys_at(path: tuple[Key, ...]) -> list[str]:
         "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,
         "memory": Memory,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
-        "steps": SigmaRange, "guidance": ExpertGuidance,
+        "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip
     for key in path:
         model = nested.get(key, model)

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wancli import files, latents, manifest, memory, record, underway, video
+from wancli import files, latents, manifest, memory, presets, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     CheckpointError,
@@ -341,7 +341,11 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
             "exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
     video.check_ffmpeg(facts["shot"]["codec"])
-    checkpoint = identify(folder or Path(facts["model"]["root"]))
+    if folder:
+        source = presets.resolve(str(folder), Path.cwd(), lambda *_: "--model")
+    else:
+        source = record.source_of(facts["model"])
+    checkpoint = identify(source)
     if fingerprint(checkpoint.vae_files, memo) != facts["model"]["sha256"]["vae"]:
         raise CheckpointError(
             "not the VAE that this latent was planned with",

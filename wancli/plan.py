@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import files, loras, mini
+from wancli import files, loras, mini, presets
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
 from wancli.experts import Stage, stages
@@ -27,7 +27,7 @@ from wancli.job import CurveSpec, EmbeddingFile, ExpertGuidance, Inject, Item, J
 from wancli.models.variants import Variant
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
-from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
 def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
@@ -36,7 +36,7 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     `memo` remembers the SHA-256 of weight files between runs. Raises JobError with all problems
     of all shots, or CheckpointError.
     """
-    model_for = cache(lambda folder, device, dtype: model_at(folder, device, dtype, memo))
+    model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[str] = []
@@ -53,20 +53,21 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
 
 
-def model_at(folder: Path, device: str, dtype: str, memo: Path) -> Model:
-    """A checkpoint folder identified and hashed, with `auto` decided. Raises CheckpointError."""
-    checkpoint = identify(folder)
+def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
+    """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
+    checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and has_cuda()) else "cpu"
     )
     runs_in: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on] if dtype == "auto" else dtype
     encoder = Encoder(
         files=checkpoint.text_encoder_files,
-        naming=checkpoint.text_encoder_naming,
+        naming=checkpoint.text_encoder.naming,
         fingerprint=fingerprint(checkpoint.text_encoder_files, memo),
         tokenizer_sha=fingerprint([checkpoint.tokenizer], memo),
         dtype=runs_in,
         device=runs_on,
+        prefix=checkpoint.text_encoder.prefix,
     )
     return Model(
         checkpoint,
@@ -100,17 +101,13 @@ def _shot(
     jobs: JobFile,
     index: int,
     item: Item,
-    model_for: Callable[[Path, str, str], Model],
+    model_for: Callable[[Location, str, str], Model],
     lora_for: Callable[..., loras.Fitting],
     measure: bool,
 ) -> Shot:
     job = item.job
-    folder = mini.FOLDER
-    if job.model != mini.NAME:
-        folder = _resolved(jobs.directory, job.model, item.where("model"))
-    if not os.path.lexists(folder):
-        raise JobError(f"{job.model!r} is not there", where=item.where("model"), hint=f"Looked for {folder}.")
-    model = model_for(folder, job.memory.device, job.memory.dtype)
+    source = presets.resolve(job.model, jobs.directory, lambda *below: item.where("model", *below))
+    model = model_for(source, job.memory.device, job.memory.dtype)
     variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
     steps = sampler.steps or kind.steps or variant.steps
@@ -132,7 +129,7 @@ def _shot(
     transformer = model.checkpoint.transformer
     depth = transformer.num_layers
     lora_paths = [
-        _resolved(jobs.directory, entry.path, item.where("loras", i, "path"))
+        presets.resolved(jobs.directory, entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
@@ -171,14 +168,6 @@ def _shot(
     _refuse_rules_without_cells(shot, item)
     _refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
-
-
-def _resolved(directory: Path, said: str, where: str) -> Path:
-    """A path of a job, from the folder of its file. Raises JobError for one that can be none."""
-    try:
-        return (directory / Path(said).expanduser()).resolve()
-    except RuntimeError as error:  # no such user, or a symbolic link to itself
-        raise JobError(f"{said!r}: {error}", where=where) from None
 
 
 def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
@@ -231,7 +220,7 @@ class _Prompts:
         return Prompt(self._model.encoder.key(tokens), tokens)
 
     def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
-        path = _resolved(self._directory, said.embedding, where)
+        path = presets.resolved(self._directory, said.embedding, where)
         try:
             payload = path.read_bytes()
         except OSError as error:

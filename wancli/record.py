@@ -11,11 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import __version__, memory, video
 from wancli.manifest import canonical
 from wancli.shot import Prompt, Shot
+from wancli.weights.identify import Location
+from wancli.weights.trees import Files
 
 if TYPE_CHECKING:
     from wancli.difference import Difference
@@ -57,6 +60,8 @@ def of_shot(shot: Shot) -> Record:
         },
         "model": {
             "root": str(model.checkpoint.root),
+            "files": _named_files(model.checkpoint.source),
+            "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
             "dtype": model.dtype,
             "device": model.device,
@@ -69,6 +74,22 @@ def of_shot(shot: Shot) -> Record:
         "predicted": [asdict(phase) | {"total": phase.total} for phase in shot.phases],
         "versions": versions(),
     }
+
+
+def _named_files(source: Location) -> Record | None:
+    """The files of a checkpoint that was named file by file, so that `wancli decode` finds them."""
+    if isinstance(source, Path):
+        return None
+    return {key: str(v) if isinstance(v, Path) else v for key, v in asdict(source).items() if v is not None}
+
+
+def source_of(model: Record) -> Location:
+    """Where the checkpoint of a recorded shot is."""
+    named = model.get("files")
+    if not named:
+        return Path(model["root"])
+    paths = {key: Path(path) for key, path in named.items() if key != "heads"}
+    return Files(**paths, heads=named.get("heads"))
 
 
 def of_prompt(prompt: Prompt, hit: bool) -> Record:

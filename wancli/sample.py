@@ -181,13 +181,22 @@ def _stepped(
     """Where the walk is after step i."""
     if isinstance(at, NotFinite):
         return at
+    try:
+        return _step(model, walk, at, i, answers)
+    except NotFinite as error:  # raised, so that it carries the stack that --log-level trace shows
+        return error
+
+
+def _step(
+    model: WanModel, walk: Walk, at: Sampled, i: int, answers: Sequence[tuple[Forward, Tensor]]
+) -> Sampled:
     found = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in answers}
     v_CTYX = found["cond"]
     if "uncond" in found:
         v_CTYX = found["uncond"] + walk.stage.guidance * (v_CTYX - found["uncond"])
     state = SOLVERS[walk.solver].step(walk.schedule.sigmas, i, at.state, v_CTYX)
     if not torch.isfinite(state.x).all():
-        return NotFinite(_blame(model, walk, at.state.x, i))
+        raise NotFinite(_blame(model, walk, at.state.x, i))
     cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells)
     return Sampled(i + 1, state, cells)
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import mini, pipeline
+from wancli import mini, pipeline, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
 from wancli.job import JobFile, load, parse
@@ -159,4 +159,5 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 
 def _model(folder: Path | None, memo: Path) -> Model:
-    return model_at(folder.expanduser().resolve() if folder else mini.FOLDER, "auto", "auto", memo)
+    said = str(folder) if folder else mini.NAME
+    return model_at(presets.resolve(said, Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)

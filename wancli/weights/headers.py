@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from wancli.errors import CheckpointError
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 DOWNLOAD_AGAIN = "download this file again"
 BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64"), 64),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
@@ -33,8 +34,30 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Header:
+    """A whole header: tensors in the order of the file, free texts, and where in the file the bytes lie."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    ranges: dict[str, tuple[int, int]]
+
+    def data(self, name: str) -> bytes:
+        """The bytes of one tensor, for the few whose content is a scale, a name or a text."""
+        start, stop = self.ranges[name]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+
 def header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file, in the order of its header.
+    """Every tensor of a safetensors file, in the order of its header. Raises as `read` does."""
+    return read(path).tensors
+
+
+def read(path: Path) -> Header:
+    """All that a safetensors file says before its data.
 
     Raises CheckpointError if the file is missing, truncated, or its header does not describe
     exactly the bytes that follow it.
@@ -50,41 +73,30 @@ def header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    entries = _entries(path, text)
+    entries, metadata = _entries(path, text)
     _check_ranges(path, entries, size - 8 - count)
-    return {name: info for name, info, _ in entries}
+    return Header(
+        path,
+        {name: info for name, info, _ in entries},
+        metadata,
+        {name: (8 + count + start, 8 + count + stop) for name, _, (start, stop) in entries},
+    )
 
 
 def metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file carries beside its tensors. Raises CheckpointError like `header`."""
-    header(path)
-    with path.open("rb") as file:
-        document = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    found = document.get("__metadata__", {})
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise _damaged(path, "its metadata are not texts")
-    return found
+    return read(path).metadata
 
 
-def headers(paths: Sequence[Path]) -> dict[str, TensorInfo]:
-    """The tensors of all shards together. Raises CheckpointError if two shards hold the same name."""
-    found: dict[str, TensorInfo] = {}
-    for path in paths:
-        tensors = header(path)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
-        found |= tensors
-    return found
-
-
-def _entries(path: Path, text: bytes) -> list[tuple[str, TensorInfo, tuple[int, int]]]:
+def _entries(path: Path, text: bytes) -> tuple[list[tuple[str, TensorInfo, tuple[int, int]]], dict[str, str]]:
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        document.pop("__metadata__", None)
-        return [
+        metadata = document.pop("__metadata__", None) or {}
+        entries = [
             (name, TensorInfo(fields["dtype"], tuple(map(_natural, fields["shape"]))), _range(fields))
             for name, fields in document.items()
         ]
+        return entries, {key: value for key, value in metadata.items() if isinstance(value, str)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, "its header is not a safetensors header") from error
 

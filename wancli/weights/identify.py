@@ -1,11 +1,7 @@
-"""What a folder of weights is, from its names, config.json and headers alone: no torch, no data.
+"""What a checkpoint is: a folder, one file, or files named one by one, as one frozen Checkpoint.
 
-Official layout                                 diffusers layout
-  diffusion_pytorch_model*.safetensors            model_index.json
-  config.json                                     transformer/  config.json, *.safetensors
-  models_t5_umt5-xxl-enc-bf16.pth                 text_encoder/ model*.safetensors
-  google/umt5-xxl/spiece.model                    tokenizer/    spiece.model
-  Wan2.1_VAE.pth                                  vae/          diffusion_pytorch_model.safetensors
+From names, config.json and headers alone: no torch, no data. `folders` finds the files, `zoo` says
+what each is, here they must fit together.
 """
 
 from __future__ import annotations
@@ -13,95 +9,95 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from wancli import files
 from wancli.errors import CheckpointError, MachineError
-from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.models.variants import BY_CHANNELS, MINI, MINI_DIM, TWO_EXPERTS, Variant
-from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo, header, headers
-from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_renaming
-from wancli.weights.pickles import pickle_header
-from wancli.weights.sizes import any_vae_config, other_model, t5_config, transformer_config
+from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
+from wancli.weights.folders import EXPERT_ROLES, Layout, Role, layout_of, load_json
+from wancli.weights.headers import DOWNLOAD_AGAIN
+from wancli.weights.parts import Expert, Kind, Part
+from wancli.weights.sizes import other_model
+from wancli.weights.trees import HINT, Files, beside, fits, only_in, part_in, parts_of, pick
+from wancli.weights.zoo import read_config
 
-Naming: TypeAlias = Literal["official", "diffusers"]
-
-FLOATS = {"F16", "BF16", "F32", "F64"}
-CONFIG_FROM_DIFFUSERS = {
-    "num_attention_heads": "num_heads",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-}
-T2V_CLASSES = {"WanPipeline"}
+Location: TypeAlias = Path | Files
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Wan text-to-video model on disk: every file is there, and the transformer's headers are sound.
+    """A Wan text-to-video model on disk: every part is there, its headers are sound, and they fit together.
 
-    Of two experts `transformer_files` are those of the low-noise one.
+    `experts` is the transformer, or the high-noise and the low-noise one, of the same sizes.
     """
 
     root: Path
     variant: Variant
-    transformer: WanConfig
-    naming: Naming  # of the transformer's tensors
-    transformer_files: tuple[Path, ...]
-    text_encoder_files: tuple[Path, ...]
-    text_encoder_naming: Literal["official", "transformers"]
-    tokenizer: Path  # the SentencePiece model
-    vae_files: tuple[Path, ...]
-    vae_naming: Naming
-    high_noise_files: tuple[Path, ...] = ()  # of the high-noise expert, where there are two
+    experts: tuple[Part, ...]
+    text_encoder: Part
+    tokenizer: Path  # the SentencePiece model, or the safetensors file that holds it
+    vae: Part
+    source: Location
 
-    def files_of(self, expert: Expert) -> tuple[Path, ...]:
-        """The transformer, or one of the two."""
-        return self.high_noise_files if expert == "high" else self.transformer_files
+    @property
+    def transformer(self) -> WanConfig:
+        config = self.experts[0].config
+        assert isinstance(config, WanConfig)
+        return config
+
+    @property
+    def transformer_files(self) -> tuple[Path, ...]:
+        """Of two experts those of the low-noise one."""
+        return self.experts[-1].files
+
+    @property
+    def high_noise_files(self) -> tuple[Path, ...]:
+        """Of the high-noise expert, where there are two."""
+        return self.experts[0].files if len(self.experts) > 1 else ()
+
+    def expert(self, expert: str) -> Part:
+        """The transformer, or the `high`-noise or `low`-noise one of two."""
+        return self.experts[0 if expert == "high" else -1]
+
+    @property
+    def text_encoder_files(self) -> tuple[Path, ...]:
+        return self.text_encoder.files
+
+    @property
+    def vae_files(self) -> tuple[Path, ...]:
+        return self.vae.files
 
 
-def identify(root: Path) -> Checkpoint:
-    """The checkpoint in a folder, official or diffusers layout.
+def identify(source: Location) -> Checkpoint:
+    """The checkpoint in a folder, around a single file, or made of named files.
 
     Reads names and headers only. Raises CheckpointError, naming the file, if a part or a shard is
-    missing or damaged, if config.json and tensors disagree, or if it is another kind of model.
+    missing or damaged, if config.json and tensors disagree, if parts do not fit together, or if it
+    is another kind of model.
     """
-    if not root.is_dir():
-        raise CheckpointError(
-            "no such folder", where=str(root), hint="give the folder that holds the weights"
-        )
-    if (root / "model_index.json").is_file():
-        return _diffusers(root)
-    return _official(root)
+    if isinstance(source, Files):
+        return _of_files(source, source)
+    if source.is_file():
+        return _of_files(beside(source), source)
+    layout = layout_of(source)
+    return _of_files(only_in(source), source) if layout.name == "single files" else _of_layout(layout)
 
 
 def text_encoder_sizes(checkpoint: Checkpoint) -> T5Config:
-    """The sizes of UMT5, from its headers alone. Raises CheckpointError."""
-    rename = umt5_to_transformers if checkpoint.text_encoder_naming == "official" else str
-    return t5_config(_shapes(checkpoint.text_encoder_files, rename), str(checkpoint.text_encoder_files[0]))
+    """The sizes of UMT5, from its headers alone."""
+    assert isinstance(checkpoint.text_encoder.config, T5Config)
+    return checkpoint.text_encoder.config
 
 
 def vae_sizes(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
-    """The sizes of the VAE, from its headers alone. Raises CheckpointError, also for another model's VAE."""
-    shapes, where = _shapes(checkpoint.vae_files, str), str(checkpoint.vae_files[0])
-    rename = vae_renaming(shapes)
-    sizes = any_vae_config({rename(name): shape for name, shape in shapes.items()}, where)
-    if sizes.z_dim != checkpoint.transformer.out_dim:
-        raise CheckpointError(
-            f"a VAE of {sizes.z_dim} latent channels; the transformer makes {checkpoint.transformer.out_dim}",
-            where=where,
-            hint="TI2V-5B goes with Wan2.2_VAE, all other models with Wan2.1_VAE",
-        )
-    return sizes
-
-
-def _shapes(paths: Sequence[Path], rename: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
-    found = [pickle_header(path) if path.suffix == ".pth" else header(path) for path in paths]
-    return {rename(name): info.shape for tensors in found for name, info in tensors.items()}
+    """The sizes of the VAE, from its headers alone."""
+    assert isinstance(checkpoint.vae.config, VAEConfig | VAE22Config)
+    return checkpoint.vae.config
 
 
 def fingerprint(paths: Sequence[Path], memo: Path) -> str:
@@ -124,124 +120,135 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
 
 
-def _official(root: Path) -> Checkpoint:
-    high = root / "high_noise_model"
-    folders = (root / "low_noise_model", high) if high.is_dir() else (root, None)
-    variant, config, naming, transformer, high_noise = _transformers(*folders)
-    text_encoder = _first(root, "models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-xxl-enc-bf16.pth")
-    version = "2.2" if config.out_dim == 48 else "2.1"
-    vae = _first(root, f"Wan{version}_VAE.safetensors", f"Wan{version}_VAE.pth")
-    return Checkpoint(
-        root=root,
-        variant=variant,
-        transformer=config,
-        naming=naming,
-        transformer_files=transformer,
-        text_encoder_files=(text_encoder,),
-        text_encoder_naming="official",
-        tokenizer=_first(root, "google/umt5-xxl/spiece.model"),
-        vae_files=(vae,),
-        vae_naming="official",
-        high_noise_files=high_noise,
+def _of_layout(layout: Layout) -> Checkpoint:
+    where = str(layout.root)
+    if layout.pipeline:
+        raise other_model(layout.pipeline, str(layout.root / "model_index.json"))
+    if layout.missing:
+        names = " and ".join(layout.missing.values())
+        raise CheckpointError(f"{names} is missing", where=where, hint=DOWNLOAD_AGAIN)
+    experts = []
+    for role in EXPERT_ROLES:
+        if role in layout.files:
+            config = layout.configs.get(role)
+            said = read_config(load_json(config)) if config else {}
+            experts.append((role, part_in(layout.files[role], "transformer", said)))
+    return _fitted(
+        layout.root,
+        experts,
+        part_in(layout.files["text_encoder"], "text encoder"),
+        layout.files["tokenizer"][0],
+        part_in(layout.files["vae"], "vae"),
     )
 
 
-def _diffusers(root: Path) -> Checkpoint:
-    index = _json(root / "model_index.json")
-    if index.get("_class_name") not in T2V_CLASSES:
-        raise other_model(f"{index.get('_class_name')}", str(root / "model_index.json"))
-    first, second = root / "transformer", root / "transformer_2"  # the high-noise expert comes first
-    two = index.get("transformer_2", [None, None]) != [None, None]
-    variant, config, naming, transformer, high_noise = _transformers(
-        *((second, first) if two else (first, None))
+def _of_files(found: Files, source: Location) -> Checkpoint:
+    main = found.main
+    if main is None:
+        raise CheckpointError("no transformer is named", hint=HINT)
+    said = {"num_heads": found.heads} if found.heads else {}
+    named: tuple[tuple[Role, Path | None], ...] = (
+        ("transformer", found.transformer),
+        ("high_noise", found.high_noise),
+        ("low_noise", found.low_noise),
     )
-    return Checkpoint(
-        root=root,
-        variant=variant,
-        transformer=config,
-        naming=naming,
-        transformer_files=transformer,
-        text_encoder_files=_safetensors(root / "text_encoder", "model"),
-        text_encoder_naming="transformers",
-        tokenizer=_first(root, "tokenizer/spiece.model"),
-        vae_files=_safetensors(root / "vae", "diffusion_pytorch_model"),
-        vae_naming="diffusers",
-        high_noise_files=high_noise,
+    inside = [(role, path, parts_of(path, said)) for role, path in named if path]
+    experts = [(role, pick(parts, "transformer", path)) for role, path, parts in inside]
+    for _, part in experts:
+        _refuse(part)
+    whole = inside[0][2]  # one file may hold all three networks
+    text_encoder = _part_of(found.text_encoder, "text encoder", whole)
+    vae = _part_of(found.vae, "vae", whole)
+    tokenizer = found.tokenizer
+    if tokenizer is None and text_encoder and text_encoder.tokenizer:
+        tokenizer = text_encoder.files[0]
+    missing = [
+        *(["the low-noise expert (low_noise)"] if found.high_noise and not found.low_noise else []),
+        *(["the high-noise expert (high_noise)"] if found.low_noise and not found.high_noise else []),
+        *(["the text encoder (text_encoder)"] if text_encoder is None else []),
+        *(["UMT5's SentencePiece model (tokenizer)"] if tokenizer is None else []),
+        *(["the VAE (vae)"] if vae is None else []),
+    ]
+    if text_encoder is None or tokenizer is None or vae is None or missing:
+        raise CheckpointError(f"missing beside it: {', '.join(missing)}", where=str(main), hint=HINT)
+    return _fitted(
+        source if isinstance(source, Path) else main, experts, text_encoder, tokenizer, vae, source
     )
 
 
-def _transformers(
-    low: Path, high: Path | None
-) -> tuple[Variant, WanConfig, Naming, tuple[Path, ...], tuple[Path, ...]]:
-    """The transformer in the folder `low`; in `high` the high-noise expert, if the model has one."""
-    files = _safetensors(low, "diffusion_pytorch_model")
-    config, naming = _transformer(files, low / "config.json")
-    if high is None:
-        variant = MINI if config.dim == MINI_DIM else BY_CHANNELS[config.out_dim]
-        return variant, config, naming, files, ()
-    high_noise = _safetensors(high, "diffusion_pytorch_model")
-    if _transformer(high_noise, high / "config.json") != (config, naming):
-        raise CheckpointError(f"another size or naming than {low.name}", where=str(high), hint=DOWNLOAD_AGAIN)
-    return TWO_EXPERTS, config, naming, files, high_noise
+def _part_of(path: Path | None, kind: Kind, whole: Sequence[Part]) -> Part | None:
+    """The network in the file that was named for it, else the one in the whole checkpoint."""
+    if path:
+        return pick(parts_of(path), kind, path)
+    return next((part for part in whole if part.kind == kind), None)
 
 
-def _transformer(paths: tuple[Path, ...], config_path: Path) -> tuple[WanConfig, Naming]:
-    """Sizes and naming of the transformer; `config_path` may be missing."""
-    found = headers(paths)
-    where = str(paths[0])
-    if foreign := sorted(name for name, info in found.items() if info.dtype not in FLOATS):
+def _fitted(
+    root: Path,
+    roles: Sequence[tuple[Role, Part]],
+    text_encoder: Part,
+    tokenizer: Path,
+    vae: Part,
+    source: Location | None = None,
+) -> Checkpoint:
+    """The checkpoint, if its parts can be used and belong together. Raises CheckpointError."""
+    for part in (*(part for _, part in roles), text_encoder, vae):
+        _refuse(part)
+    experts, variant = _experts(roles)
+    transformer = dict(experts[0].sizes)
+    if not fits(vae, experts[0]):
+        has, makes = dict(vae.sizes)["z_dim"], transformer["out_dim"]
         raise CheckpointError(
-            f"{foreign[0]} is stored as {found[foreign[0]].dtype}; wancli loads fp32, fp16 and bf16 weights",
-            where=where,
-            hint="use the bf16 or fp32 version of this checkpoint",
+            f"a VAE of {has} latent channels; the transformer makes {makes}",
+            where=str(vae.files[0]),
+            hint="TI2V-5B goes with Wan2.2_VAE, all other models with Wan2.1_VAE",
         )
-    naming: Naming = "diffusers" if "condition_embedder.time_proj.weight" in found else "official"
-    rename = transformer_from_diffusers if naming == "diffusers" else str
-    shapes = {rename(name): info.shape for name, info in found.items()}
-    said = _json(config_path) if config_path.is_file() else {}
-    said = {CONFIG_FROM_DIFFUSERS.get(key, key): value for key, value in said.items()}
-    return transformer_config(shapes, said, where), naming
+    if not fits(text_encoder, experts[0]):
+        has, reads = dict(text_encoder.sizes)["d_model"], transformer["text_dim"]
+        raise CheckpointError(
+            f"a text encoder of width {has}; the transformer reads {reads}",
+            where=str(text_encoder.files[0]),
+            hint="the parts are from different models",
+        )
+    return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source or root)
 
 
-def _safetensors(folder: Path, stem: str) -> tuple[Path, ...]:
-    """One file, or the shards that its index lists, each holding the tensors the index puts there."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return (single,)
-    if not index.is_file():
-        raise CheckpointError(f"{single.name} is missing", where=str(folder), hint=DOWNLOAD_AGAIN)
-    weight_map = _json(index).get("weight_map")
-    plain = re.compile(r"[\w.-]+\.safetensors")
-    if not isinstance(weight_map, dict) or not all(plain.fullmatch(str(s)) for s in weight_map.values()):
-        raise CheckpointError("no index of shards in this folder", where=str(index), hint=DOWNLOAD_AGAIN)
-    shards = {name: header(folder / name) for name in sorted(set(weight_map.values()))}
-    _check_index(index, weight_map, shards)
-    return tuple(folder / name for name in shards)
+def _refuse(part: Part) -> None:
+    if part.refusal:
+        raise CheckpointError(part.refusal, where=str(part.files[0]), hint=part.hint)
 
 
-def _check_index(index: Path, weight_map: dict[str, str], shards: dict[str, dict[str, TensorInfo]]) -> None:
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise CheckpointError(f"{name} is not in {shard}", where=str(index), hint=DOWNLOAD_AGAIN)
-
-
-def _first(root: Path, *choices: str) -> Path:
-    for choice in choices:
-        if (root / choice).is_file():
-            return root / choice
-    raise CheckpointError(f"{' or '.join(choices)} is missing", where=str(root), hint=DOWNLOAD_AGAIN)
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("not valid JSON", where=str(path), hint=DOWNLOAD_AGAIN) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    if not isinstance(document, dict):
-        raise CheckpointError("not a JSON object", where=str(path), hint=DOWNLOAD_AGAIN)
-    return document
+def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Variant]:
+    """The transformers with their final variant and expert. Two must be of one size, in their places."""
+    first = roles[0][1]
+    if len(roles) == 1:
+        if roles[0][0] == "transformer" and first.expert and first.variant in (T2V_A14B, TWO_EXPERTS):
+            raise CheckpointError(
+                f"the {first.expert}-noise expert of Wan 2.2 A14B by its name, which needs the other one",
+                where=str(first.files[0]),
+                hint="say model: {high_noise: FILE, low_noise: FILE, ...}, or rename a file that is neither",
+            )
+        assert first.variant is not None
+        return (first,), first.variant
+    found = []
+    of_14b = first.variant is T2V_A14B or first.variant is T2V_14B
+    variant = T2V_A14B if of_14b else TWO_EXPERTS
+    for role, part in roles:
+        expert: Expert = "high" if role == "high_noise" else "low"
+        if part.expert not in (None, expert):
+            raise CheckpointError(
+                f"{role}: this is the {part.expert}-noise expert by its name",
+                where=str(part.files[0]),
+                hint="exchange high_noise and low_noise, or rename the file",
+            )
+        if part.config != first.config or part.variant is None or part.variant.latent_channels != 16:
+            raise CheckpointError(
+                f"{role}: a {part.name}, which is no expert beside {first.files[0].name}",
+                where=str(part.files[0]),
+                hint="the two experts of Wan 2.2 A14B have the same sizes",
+            )
+        found.append(replace(part, name=variant.name, variant=variant, expert=expert))
+    return tuple(found), variant
 
 
 def _memo(path: Path) -> dict[str, str]:

@@ -16,7 +16,20 @@ from typing import Any
 from wancli.errors import CheckpointError
 from wancli.weights.headers import TensorInfo
 
-_DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
+_DTYPES = {
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "DoubleStorage": "F64",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "ShortStorage": "I16",
+    "IntStorage": "I32",
+    "LongStorage": "I64",
+    "BoolStorage": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",  # dtypes that have no storage of their own
+}
 _MAX_PICKLE = 16 * 2**20
 # What a damaged or foreign pickle makes the unpickler raise.
 _UNREADABLE = (
@@ -50,6 +63,12 @@ class _Headers(pickle.Unpickler):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return _untyped_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _parameter
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return name
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         raise pickle.UnpicklingError(f"it wants {module}.{name}, which no state dict of weights needs")
@@ -61,3 +80,21 @@ class _Headers(pickle.Unpickler):
 def _tensor(dtype: str, _offset: int, shape: tuple[int, ...], *_: object) -> TensorInfo:
     """In place of torch._utils._rebuild_tensor_v2."""
     return TensorInfo(dtype, tuple(shape))
+
+
+def _untyped_tensor(
+    _storage: str,
+    _offset: int,
+    shape: tuple[int, ...],
+    _stride: object,
+    _grad: object,
+    _hooks: object,
+    dtype: str,
+) -> TensorInfo:
+    """In place of torch._utils._rebuild_tensor_v3, which fp8 tensors are saved with."""
+    return TensorInfo(dtype, tuple(shape))
+
+
+def _parameter(tensor: TensorInfo, *_: object) -> TensorInfo:
+    """In place of torch._utils._rebuild_parameter."""
+    return tensor

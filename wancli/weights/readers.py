@@ -26,15 +26,16 @@ from wancli.models.config import VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
-from wancli.weights import gguf, names
+from wancli.weights import gguf
 from wancli.weights.fold import Stored, fold
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
-from wancli.weights.identify import Checkpoint
+from wancli.weights.identify import Checkpoint, vae_sizes
 from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
 from wancli.weights.ondisk import on_disk
 from wancli.weights.packed import Packed
+from wancli.weights.parts import Part
 from wancli.weights.residency import AfterUnpack, Lookup, Streamed, matrix_names, placed
-from wancli.weights.sizes import any_vae_config, t5_config
+from wancli.weights.sizes import t5_config
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -186,7 +187,7 @@ def load_transformer(
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
-        where=str(checkpoint.files_of(expert)[0].parent),
+        where=str(checkpoint.expert(expert).files[0].parent),
         leave=frozenset(away),
     )
     if away:
@@ -197,8 +198,11 @@ def load_transformer(
 
 def transformer_weights(checkpoint: Checkpoint, expert: Expert = "only") -> dict[str, Packed]:
     """A checkpoint's transformer as its files hold it, by official name."""
-    rename = names.transformer_from_diffusers if checkpoint.naming == "diffusers" else str
-    return packed(checkpoint.files_of(expert), rename=rename)
+    return _weights(checkpoint.expert(expert))
+
+
+def _weights(part: Part) -> dict[str, Packed]:
+    return packed(part.files, rename=part.rename, prefixes=(part.prefix,) if part.prefix else ())
 
 
 def transformer_tensors(
@@ -219,13 +223,15 @@ def load_umt5(
     dtype: torch.dtype,
     device: torch.device | str,
     residency: Residency = "resident",
+    prefix: str = "",
 ) -> UMT5EncoderModel:
-    """The text encoder, ready for `t5.rows`; `rename` maps the files' names to those of transformers.
+    """The text encoder, ready for `t5.rows`; `rename` maps the files' names, `prefix` taken off, to those
+    of transformers.
 
     Streamed, the rows of its embedding are read from disk too, those of a prompt's tokens.
     """
     where = str(files[0])
-    found = packed(files, rename=rename, prefixes=TEXT_ENCODER_PREFIXES)
+    found = packed(files, rename=rename, prefixes=(prefix,) if prefix else ())
     found.pop(t5.TIED, None)
     model = t5.build(t5_config({name: weight.shape for name, weight in found.items()}, where))
     layers = model.encoder.block
@@ -252,12 +258,10 @@ def load_umt5(
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
-    """The VAE of a checkpoint, in fp32 as the official code runs it; its sizes are read off its tensors."""
+    """The VAE of a checkpoint, in fp32 as the official code runs it."""
     where = str(checkpoint.vae_files[0])
-    stored = packed(checkpoint.vae_files, prefixes=("vae.", "first_stage_model."))
-    rename = names.vae_renaming(stored)
-    found = {rename(name): weight for name, weight in stored.items()}
-    sizes = any_vae_config({name: weight.shape for name, weight in found.items()}, where)
+    found = _weights(checkpoint.vae)
+    sizes = vae_sizes(checkpoint)
     with torch.device("meta"):
         vae = WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)
     load_into(

@@ -1,11 +1,12 @@
-"""Sizes of a network, read off its tensors' shapes, and refusal of the models wancli cannot render.
+"""Sizes of a network, read off its tensors' shapes, and the names of the models wancli cannot render.
 
-Shapes are given under their official names. What config.json says must agree with the tensors.
+Shapes are given under their official names unless said otherwise. What config.json says must agree
+with the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from wancli.errors import CheckpointError
@@ -13,8 +14,8 @@ from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-LATENT_CHANNELS = (16, 48)  # of the 2.1 VAE and of the 2.2 VAE
 USUAL_HEAD_DIM = 128
+RENDERED = "use a text-to-video checkpoint: Wan2.1-T2V-1.3B or 14B, Wan2.2-T2V-A14B, or Wan2.2-TI2V-5B"
 
 # Part of a tensor name -> the model that has it; the first hit names the checkpoint.
 OTHER_MODELS = {
@@ -22,40 +23,70 @@ OTHER_MODELS = {
     "img_emb.emb_pos": "first-last-frame-to-video (FLF2V)",
     "image_embedder.pos_embed": "first-last-frame-to-video (FLF2V)",
     "audio_injector": "speech-to-video (S2V)",
+    "casual_audio_encoder": "speech-to-video (S2V)",
+    "audio_proj": "audio-driven (HuMo, MultiTalk)",
+    "audio_cross_attn": "audio-driven (HuMo, MultiTalk)",
     "motion_encoder": "Animate",
+    "face_adapter": "Animate",
     "pose_patch_embedding": "Animate",
     "control_adapter": "Fun-Camera",
     "ref_conv": "Fun-Control",
     "to_gate_compress": "sparse-attention (VSA)",
-    "img_emb.": "Wan 2.1 image-to-video",
-    "image_embedder.": "Wan 2.1 image-to-video",
-    "cross_attn.k_img": "Wan 2.1 image-to-video",
+    "fps_embedding": "SkyReels-V2",
 }
+IMAGE_PARTS = ("img_emb.", "image_embedder.", "cross_attn.k_img", "attn2.add_k_proj")
 
 
 def other_model(what: str, where: str) -> CheckpointError:
     """The refusal of a checkpoint that is sound but of another kind."""
     return CheckpointError(
-        f"this is a {what} checkpoint; wancli renders text-to-video (Wan 2.1 T2V)",
-        where=where,
-        hint="use Wan2.1-T2V-1.3B or Wan2.1-T2V-14B, official or diffusers layout",
+        f"this is a {what} checkpoint; wancli renders text-to-video", where=where, hint=RENDERED
     )
 
 
-def transformer_config(shapes: Shapes, said: Mapping[str, object], where: str) -> WanConfig:
+def other_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
+    """What a Wan transformer is that is not made for text-to-video; empty if it is."""
+    all_names = " ".join(names)
+    found = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
+    if found or (in_dim, out_dim) in ((16, 16), (48, 48)):
+        image = "Wan 2.1 image-to-video" if any(part in all_names for part in IMAGE_PARTS) else ""
+        return found or image
+    if in_dim == 48:
+        return "Fun-Control"
+    if any(part in all_names for part in IMAGE_PARTS):
+        return "Wan 2.1 image-to-video"
+    return "Wan 2.2 image-to-video" if in_dim == 36 else f"Wan variant with {in_dim} input channels,"
+
+
+def read_transformer(shapes: Shapes, where: str) -> dict[str, int]:
+    """The sizes that the tensors of a Wan transformer tell, under their names in config.json.
+
+    Raises CheckpointError naming the tensor that is missing or has an odd shape.
+    """
+    try:
+        dim, in_dim, *patch = shapes["patch_embedding.weight"]
+        if tuple(patch) != (1, 2, 2):
+            raise ValueError("patch_embedding.weight")
+        blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+        return {
+            "dim": dim,
+            "ffn_dim": shapes["blocks.0.ffn.0.bias"][0],
+            "num_layers": max(blocks) + 1,
+            "in_dim": in_dim,
+            "out_dim": shapes["head.head.weight"][0] // 4,
+            "text_dim": shapes["text_embedding.0.weight"][1],
+            "freq_dim": shapes["time_embedding.0.weight"][1],
+        }
+    except (KeyError, IndexError, ValueError) as error:
+        raise _absent("Wan transformer", error, where) from error
+
+
+def transformer_config(read: Mapping[str, int], said: Mapping[str, object], where: str) -> WanConfig:
     """The sizes of a T2V transformer; `said` is its config.json in official names, or empty.
 
-    Raises CheckpointError for another kind of model, for a config.json that disagrees with the
-    tensors, and for a head count that is neither said nor the usual d/128.
+    Raises CheckpointError for a config.json that disagrees with the tensors, and for a head count
+    that is neither said nor the usual d/128.
     """
-    for part, model in OTHER_MODELS.items():
-        if any(part in name for name in shapes):
-            raise other_model(model, where)
-    try:
-        read = _read_transformer(shapes)
-    except (KeyError, IndexError, ValueError) as error:
-        raise _absent("Wan 2.1 transformer", error, where) from error
-    _refuse_other_inputs(read, where)
     for key, value in read.items():
         if said.get(key, value) != value:
             raise CheckpointError(
@@ -69,7 +100,7 @@ def transformer_config(shapes: Shapes, said: Mapping[str, object], where: str) -
         raise CheckpointError(
             f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}",
             where=where,
-            hint="put a config.json with num_heads beside the weights",
+            hint="put a config.json with num_heads beside the weights, or say `heads` in the job's `model`",
         )
     if not isinstance(eps, float) or text_len != WanConfig.text_len:
         raise CheckpointError(
@@ -129,7 +160,7 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
             dim_mult=tuple(shapes[name][0] // dim for name in first),
             temporal_downsample=tuple(name in shapes for name in halves_time),
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise _absent("Wan 2.1 VAE", error, where) from error
 
 
@@ -144,14 +175,14 @@ def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
         stages = [f"encoder.downsamples.{stage}.downsamples" for stage in range(count)]
         widths = [shapes[f"{stage}.0.residual.2.weight"][0] for stage in stages]
         dec_dim, z_dim = shapes["decoder.head.0.gamma"][0], shapes["conv2.weight"][0]
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise _absent("Wan 2.2 VAE", error, where) from error
     halves_time = tuple(f"{stage}.2.time_conv.weight" in shapes for stage in stages[:-1])
     try:
         return VAE22Config(
             dim, dec_dim, z_dim, tuple(w // dim for w in widths), temporal_downsample=halves_time
         )
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(str(error), where=where) from error
 
 
@@ -166,13 +197,14 @@ def t5_config(shapes: Shapes, where: str) -> T5Config:
         inner, _ = shapes[first + "q.weight"]
         num_buckets, num_heads = shapes[first + "relative_attention_bias.weight"]
         d_ff, _ = shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
-    except (KeyError, ValueError) as error:
+        last_block = max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block."))
+        d_kv = inner // num_heads
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"not a UMT5 encoder: {error} is missing or mis-shaped", where=where) from None
-    last_block = max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block."))
     return T5Config(
         vocab_size=vocab_size,
         d_model=d_model,
-        d_kv=inner // num_heads,
+        d_kv=d_kv,
         d_ff=d_ff,
         num_layers=last_block + 1,
         num_heads=num_heads,
@@ -182,26 +214,3 @@ def t5_config(shapes: Shapes, where: str) -> T5Config:
 
 def _absent(network: str, error: Exception, where: str) -> CheckpointError:
     return CheckpointError(f"no {network}: {error} is missing or has an odd shape", where=where)
-
-
-def _read_transformer(shapes: Shapes) -> dict[str, int]:
-    dim, in_dim, *patch = shapes["patch_embedding.weight"]
-    if tuple(patch) != (1, 2, 2):
-        raise ValueError("patch_embedding.weight")
-    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
-    return {
-        "dim": dim,
-        "ffn_dim": shapes["blocks.0.ffn.0.bias"][0],
-        "num_layers": max(blocks) + 1,
-        "in_dim": in_dim,
-        "out_dim": shapes["head.head.weight"][0] // 4,
-        "text_dim": shapes["text_embedding.0.weight"][1],
-        "freq_dim": shapes["time_embedding.0.weight"][1],
-    }
-
-
-def _refuse_other_inputs(read: Mapping[str, int], where: str) -> None:
-    if read["in_dim"] == read["out_dim"] in LATENT_CHANNELS:
-        return
-    known = {36: "Wan 2.2 image-to-video", 48: "Fun-Control"}
-    raise other_model(known.get(read["in_dim"], f"Wan variant with {read['in_dim']} input channels,"), where)

@@ -1,0 +1,156 @@
+"""What a file or folder of weights is: `wancli inspect`, as plain data, from headers alone.
+
+Nothing is hashed and no data is read unless `deep` asks for it; only then is torch loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from wancli import memory
+from wancli.errors import CheckpointError, JobError
+from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.weights.contents import container, looks_like_weights
+from wancli.weights.folders import EXPERT_ROLES, Layout, layout_of, load_json, weights_in, weights_of
+from wancli.weights.identify import identify
+from wancli.weights.parts import Part
+from wancli.weights.trees import part_in, parts_of
+from wancli.weights.zoo import read_config
+
+SCHEMA = "wancli/inspect/1"
+NOT_FINITE_LISTED = 20
+SLICE = 2**24  # values looked at in one go: 64 MiB of fp32
+
+
+def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
+    """What is at `path`. Raises JobError for what is no weights, CheckpointError for what is damaged.
+
+    `problem` is why a render could not use it as it is, `missing` what a folder lacks. With `deep`,
+    `sha256` and `not_finite` per file.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise JobError("no such file or folder", where=str(path))
+    layout = layout_of(path) if path.is_dir() else None
+    known = layout is not None and layout.name != "single files"
+    parts = tuple(_of_layout(layout)) if layout and known else _of_files(path)
+    whole = known or any(part.kind == "transformer" for part in parts)
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "path": str(path),
+        "layout": layout.name if layout else "file",
+        "missing": list(layout.missing.values()) if layout else [],
+        "parts": [_part(part) for part in parts],
+        **(_checkpoint(path) if whole else {"variant": None, "defaults": None, "problem": None}),
+    }
+    if deep:
+        document["deep"] = [_deep(file) for file in dict.fromkeys(f for part in parts for f in part.files)]
+    return document
+
+
+def damaged(document: dict[str, Any]) -> bool:
+    """Whether a deep look found values that no weight can have."""
+    return any(file["not_finite"] for file in document.get("deep", ()))
+
+
+def _of_layout(layout: Layout) -> Iterator[Part]:
+    for role in EXPERT_ROLES:
+        if role in layout.files:
+            config = layout.configs.get(role)
+            said = read_config(load_json(config)) if config else {}
+            yield part_in(layout.files[role], "transformer", said)
+    if "text_encoder" in layout.files:
+        yield part_in(layout.files["text_encoder"], "text encoder")
+    if "vae" in layout.files:
+        yield part_in(layout.files["vae"], "vae")
+
+
+def _of_files(path: Path) -> tuple[Part, ...]:
+    files = weights_in(path) if path.is_dir() else (path,)
+    if not files or not (path.is_dir() or looks_like_weights(path)):
+        raise JobError(
+            "holds no weights", where=str(path), hint="Give a .safetensors, .pth or .gguf file, or a folder."
+        )
+    parts = tuple(part for file in files for part in (parts_of(file) or (_stranger(file),)))
+    if not path.is_dir() and parts[0].name == STRANGER:
+        raise JobError("holds no network of Wan that wancli knows", where=str(path), hint=parts[0].hint)
+    return parts
+
+
+STRANGER = "unknown"
+
+
+def _stranger(file: Path) -> Part:
+    from wancli.weights.contents import contents
+
+    found = contents(weights_of(file))
+    names = ", ".join(list(found.tensors)[:3]) or "nothing"
+    return Part(
+        "other",
+        STRANGER,
+        found.files,
+        found.container,
+        tensors=len(found.tensors),
+        refusal="no network of Wan that wancli knows",
+        hint=f"It begins with {names}.",
+    )
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """The variant and its defaults, or why there is no checkpoint to render with."""
+    try:
+        checkpoint = identify(path.resolve())
+    except CheckpointError as error:
+        return {"variant": None, "defaults": None, "problem": str(error), "hint": error.hint}
+    row = asdict(checkpoint.variant)
+    return {"variant": row.pop("name"), "defaults": row, "problem": None}
+
+
+def _part(part: Part) -> dict[str, Any]:
+    """A part as JSON data, with its bytes on disk and how its parameters compare with the network's."""
+    found = asdict(part)
+    for key in ("variant", "config"):
+        del found[key]
+    return found | {
+        "files": [str(path) for path in part.files],
+        "bytes": sum(path.stat().st_size for path in part.files),
+        "sizes": dict(part.sizes),
+        "precision": {entry.group: dict(entry.dtypes) for entry in part.precision},
+        "variant": part.variant.name if part.variant else None,
+        "parameters_of_network": _parameters(part),
+        "lora": found["lora"] and found["lora"] | {"layers": dict(found["lora"]["layers"])},
+    }
+
+
+def _parameters(part: Part) -> int | None:
+    """How many parameters a network of these sizes has, where there is a formula."""
+    if isinstance(part.config, WanConfig):
+        return memory.wan_parameters(part.config)
+    if isinstance(part.config, T5Config):
+        return memory.t5_parameters(part.config)
+    return memory.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
+
+
+def _deep(path: Path) -> dict[str, Any]:
+    """The SHA-256 of a file, and the tensors in it that hold NaN or Inf; None for GGUF, whose blocks are
+    only hashed."""
+    from wancli import files
+
+    bad = None if container(path) == "gguf" else list(_not_finite([path]))[:NOT_FINITE_LISTED]
+    return {"file": str(path), "sha256": files.sha256(path), "not_finite": bad}
+
+
+def _not_finite(paths: Sequence[Path]) -> Iterator[str]:
+    from wancli.weights.readers import tensors
+
+    for name, tensor in tensors(paths):
+        if not tensor.dtype.is_floating_point:
+            continue
+        flat = tensor.flatten()
+        if not all(
+            flat[start : start + SLICE].float().isfinite().all() for start in range(0, flat.numel(), SLICE)
+        ):
+            yield name

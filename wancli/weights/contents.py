@@ -1,0 +1,126 @@
+"""What a file of weights holds, whatever its container: names, dtypes and shapes, no data, no torch.
+
+The container is told by the first bytes: safetensors, a .pth that torch.save wrote, or GGUF. The
+shards of one network are one Contents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from wancli.errors import CheckpointError
+from wancli.weights import headers
+from wancli.weights.headers import DOWNLOAD_AGAIN, Header, TensorInfo
+from wancli.weights.pickles import pickle_header
+
+Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
+
+SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+# First bytes -> what a file is that was taken for weights.
+IMPOSTORS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the weights", "run `git lfs pull` in its folder"),
+    b"<!DOCTYPE": ("a web page, not the weights", DOWNLOAD_AGAIN),
+    b"<html": ("a web page, not the weights", DOWNLOAD_AGAIN),
+    b"\x80\x02": (
+        "a bare pickle of old PyTorch, which wancli does not open",
+        "save the weights as .safetensors where you trust them",
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The tensors of one file or of all shards together, in the order of their headers."""
+
+    files: tuple[Path, ...]
+    container: Container
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]  # of a safetensors header; of GGUF the keys alone
+    sources: dict[str, Header]  # the header that holds a tensor; safetensors only
+
+    def data(self, name: str) -> bytes:
+        """The bytes of a tensor, or none where the container does not give them away."""
+        source = self.sources.get(name)
+        return source.data(name) if source else b""
+
+
+def contents(paths: Sequence[Path]) -> Contents:
+    """Opens the headers of one file, or of all shards of one network.
+
+    Raises CheckpointError for what is no file of weights, is damaged, or holds a name twice.
+    """
+    found: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    sources: dict[str, Header] = {}
+    kind: Container = "safetensors"
+    for path in paths:
+        kind = container(path)
+        tensors: dict[str, TensorInfo]
+        if kind == "safetensors":
+            header = headers.read(path)
+            tensors, metadata = header.tensors, metadata | header.metadata
+            sources |= dict.fromkeys(tensors, header)
+        elif kind == "pth":
+            tensors = pickle_header(path)
+        else:
+            from wancli.weights import gguf  # type: ignore[attr-defined,unused-ignore]
+
+            found_there = gguf.header(path)
+            tensors, metadata = dict(found_there.tensors), metadata | dict.fromkeys(found_there.values, "")
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
+        found |= tensors
+    return Contents(tuple(paths), kind, found, metadata, sources)
+
+
+def container(path: Path) -> Container:
+    """What kind of file this is, by its first bytes. Raises CheckpointError for one that holds no weights."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(32)
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    for magic, (what, hint) in IMPOSTORS.items():
+        if first.startswith(magic):
+            raise CheckpointError(f"this is {what}", where=str(path), hint=hint)
+    if first.startswith(b"GGUF"):
+        return "gguf"
+    if first.startswith(b"PK\x03\x04"):
+        return "pth"
+    # A damaged file is still told by its suffix, so that the reader of that format says what is wrong.
+    by_suffix: dict[str, Container] = {".gguf": "gguf", ".pth": "pth", ".pt": "pth"}
+    return by_suffix.get(path.suffix.lower(), "safetensors")
+
+
+def looks_like_weights(path: Path) -> bool:
+    """Whether a file is one to open at all, by its suffix or its first bytes."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            first = file.read(9)
+    except OSError:
+        return False
+    return first.startswith((b"GGUF", b"PK\x03\x04")) or first[8:] == b"{"
+
+
+def shards(path: Path) -> tuple[Path, ...]:
+    """The file, or all shards of the set that it is one of; whether each is there shows when it is opened.
+
+    GGUF and safetensors sets are named NAME-00001-of-00006.
+    """
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match["count"])
+    return tuple(
+        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{match['suffix']}")
+        for number in range(1, count + 1)
+    )

@@ -1,0 +1,196 @@
+"""Which file of a folder is which part of a checkpoint; names and small JSON files only.
+
+Official                                        diffusers
+  diffusion_pytorch_model*.safetensors            model_index.json
+  config.json                                     transformer/   config.json, *.safetensors
+  models_t5_umt5-xxl-enc-bf16.pth                 transformer_2/ the low-noise expert of A14B
+  google/umt5-xxl/spiece.model                    text_encoder/  model*.safetensors
+  Wan2.1_VAE.pth or Wan2.2_VAE.pth                tokenizer/     spiece.model
+A14B has high_noise_model/ and low_noise_model/   vae/           diffusion_pytorch_model.safetensors
+in place of the first two.
+
+Single files, as ComfyUI keeps them: diffusion_models/, text_encoders/, vae/ or all in one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from wancli.errors import CheckpointError
+from wancli.weights import headers
+from wancli.weights.contents import SHARD, SUFFIXES, shards
+from wancli.weights.headers import DOWNLOAD_AGAIN
+
+Role: TypeAlias = Literal["transformer", "high_noise", "low_noise", "text_encoder", "tokenizer", "vae"]
+
+EXPERT_ROLES: tuple[Role, ...] = ("transformer", "high_noise", "low_noise")
+DIT = "diffusion_pytorch_model"
+T2V_CLASSES = {"WanPipeline"}
+T5_NAMES = tuple(
+    f"models_t5_umt5-xxl-enc-{precision}{suffix}"
+    for precision in ("bf16", "fp8")
+    for suffix in (".safetensors", ".pth")
+)
+VAE_NAMES = tuple(
+    f"Wan{version}_VAE{suffix}" for version in ("2.1", "2.2") for suffix in (".safetensors", ".pth")
+)
+SPIECE = "google/umt5-xxl/spiece.model"
+OFFICIAL_SIGNS = ("high_noise_model", "low_noise_model", "config.json", "google", *T5_NAMES, *VAE_NAMES)
+# ComfyUI's folders of single files.
+TRANSFORMERS, ENCODERS, VAES = (
+    ("diffusion_models", "unet", "checkpoints"),
+    ("text_encoders", "clip"),
+    ("vae",),
+)
+
+
+@dataclass
+class Layout:
+    """What was found where. `missing` names the file that was not, from `root`."""
+
+    name: Literal["official", "diffusers", "single files"]
+    root: Path
+    files: dict[Role, tuple[Path, ...]] = field(default_factory=dict)
+    configs: dict[Role, Path] = field(default_factory=dict)
+    missing: dict[Role, str] = field(default_factory=dict)
+    pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
+
+    def put(self, role: Role, found: tuple[Path, ...] | None, name: str) -> None:
+        """The files of a part, or the name of what is not there."""
+        if found is None:
+            self.missing[role] = name
+        else:
+            self.files[role] = found
+
+
+def layout_of(root: Path) -> Layout:
+    """The layout of a folder. Raises CheckpointError if it is no folder, or an index in it is damaged."""
+    if not root.is_dir():
+        raise CheckpointError(
+            "no such folder", where=str(root), hint="give the folder that holds the weights"
+        )
+    if (root / "model_index.json").is_file():
+        return _diffusers(root)
+    if any((root / sign).exists() for sign in OFFICIAL_SIGNS) or any(root.glob(f"{DIT}*.safetensors*")):
+        return _official(root)
+    return Layout("single files", root)
+
+
+def weights_in(root: Path) -> tuple[Path, ...]:
+    """The files of weights in a folder and in the folders that ComfyUI keeps below it, one of each set
+    of shards."""
+    below = (*TRANSFORMERS, *ENCODERS, *VAES, "loras")
+    folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
+    found = [
+        path
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
+    return tuple(path for path in found if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
+
+
+def tree_of(path: Path) -> Path:
+    """The folder that holds the other parts of a single file: above diffusion_models/, else its own."""
+    for folder in list(path.parents)[:3]:
+        if folder.name in TRANSFORMERS:
+            return folder.parent
+    return path.parent
+
+
+def spiece_in(root: Path) -> Path | None:
+    """UMT5's SentencePiece model beside single files."""
+    names = ("spiece.model", SPIECE, "tokenizer/spiece.model", "text_encoders/spiece.model")
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def weights_of(path: Path) -> tuple[Path, ...]:
+    """The one file of a folder that holds one network, or its shards; of a file, itself or its set."""
+    if not path.is_dir():
+        return shards(path)
+    for stem in (DIT, "model"):
+        if found := safetensors(path, stem):
+            return found
+    raise CheckpointError(f"{DIT}.safetensors is missing", where=str(path), hint=DOWNLOAD_AGAIN)
+
+
+def safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
+    """One file, or the shards that its index lists, each holding the tensors the index puts there; None
+    if there is neither. Raises CheckpointError for a damaged index or shard."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return (single,)
+    if not index.is_file():
+        return None
+    weight_map = load_json(index).get("weight_map")
+    plain = re.compile(r"[\w.-]+\.safetensors")
+    if not isinstance(weight_map, dict) or not all(plain.fullmatch(str(s)) for s in weight_map.values()):
+        raise CheckpointError("no index of shards in this folder", where=str(index), hint=DOWNLOAD_AGAIN)
+    held = {name: headers.header(folder / name) for name in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise CheckpointError(f"{name} is not in {shard}", where=str(index), hint=DOWNLOAD_AGAIN)
+    return tuple(folder / name for name in held)
+
+
+def load_json(path: Path) -> dict[str, object]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("not valid JSON", where=str(path), hint=DOWNLOAD_AGAIN) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if not isinstance(document, dict):
+        raise CheckpointError("not a JSON object", where=str(path), hint=DOWNLOAD_AGAIN)
+    return document
+
+
+def _official(root: Path) -> Layout:
+    layout = Layout("official", root)
+    experts: Mapping[Role, Path] = {"transformer": root}
+    if (root / "high_noise_model").is_dir() or (root / "low_noise_model").is_dir():
+        experts = {"high_noise": root / "high_noise_model", "low_noise": root / "low_noise_model"}
+    _experts(layout, experts)
+    layout.put("text_encoder", _first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
+    layout.put("tokenizer", _first(root, SPIECE, "spiece.model"), SPIECE)
+    layout.put("vae", _first(root, *VAE_NAMES), "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
+    return layout
+
+
+def _diffusers(root: Path) -> Layout:
+    layout = Layout("diffusers", root)
+    index = load_json(root / "model_index.json")
+    if index.get("_class_name") not in T2V_CLASSES:
+        layout.pipeline = str(index.get("_class_name"))
+    experts: Mapping[Role, Path] = {"transformer": root / "transformer"}
+    if index.get("transformer_2", [None, None]) != [None, None]:
+        experts = {"high_noise": root / "transformer", "low_noise": root / "transformer_2"}
+    _experts(layout, experts)
+    layout.put("text_encoder", safetensors(root / "text_encoder", "model"), "text_encoder/model.safetensors")
+    layout.put("tokenizer", _first(root, "tokenizer/spiece.model"), "tokenizer/spiece.model")
+    layout.put("vae", safetensors(root / "vae", DIT), f"vae/{DIT}.safetensors")
+    return layout
+
+
+def _experts(layout: Layout, folders: Mapping[Role, Path]) -> None:
+    for role, folder in folders.items():
+        name = (folder / f"{DIT}.safetensors").relative_to(layout.root).as_posix()
+        expert = {"high_noise": "high-noise", "low_noise": "low-noise"}.get(role)
+        layout.put(
+            role,
+            safetensors(folder, DIT),
+            f"{name} (the {expert} expert of Wan 2.2 A14B)" if expert else name,
+        )
+        if (folder / "config.json").is_file():
+            layout.configs[role] = folder / "config.json"
+
+
+def _first(root: Path, *choices: str) -> tuple[Path, ...] | None:
+    return next(((root / choice,) for choice in choices if (root / choice).is_file()), None)

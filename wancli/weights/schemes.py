@@ -1,0 +1,190 @@
+"""How the weights of a network are stored: precision per class of tensor, and the quantization scheme.
+
+Decided tensor by tensor from dtypes and sibling keys, never from a file's name. W is a matrix
+[out, in] and `X` the name of its layer:
+
+  plain         floats of 16 bits or more
+  fp8           X.weight in fp8, no scale: W = fp8
+  fp8_scaled    X.scale_weight and the marker `scaled_fp8` (ComfyUI, kijai): W = fp8 * scale
+  kijai         the same scales, as X.weight_scale or without the marker
+  comfy_quant   X.weight_scale, and a JSON text in X.comfy_quant or in the header's metadata
+  lightx2v      X.weight_scale [out, 1] or [out]: one scale per row
+  block         X.weight_scale [out, n, 1]: n blocks along `in`
+  gguf          blocks of GGUF types
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from wancli.weights.contents import Contents
+from wancli.weights.headers import TensorInfo
+
+SchemeName: TypeAlias = Literal[
+    "plain", "fp8", "fp8_scaled", "kijai", "comfy_quant", "lightx2v", "block", "gguf", "unsupported"
+]
+Tensors: TypeAlias = Mapping[str, TensorInfo]
+
+FLOATS = {"F16", "BF16", "F32", "F64"}
+FP8 = {"F8_E4M3", "F8_E5M2"}
+GGUF_TYPES = {
+    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"),
+    *("Q5_0", "Q5_1", "Q4_0", "Q4_1"),
+}
+COMFY_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
+WEIGHT_SCALES = ("scale_weight", "weight_scale")
+MARKER = "scaled_fp8"
+# Last component of a name -> it belongs to a quantized layer and is no parameter of the network.
+HELPERS = {
+    *WEIGHT_SCALES,
+    *("scale_input", "input_scale", "weight_scale_2", "comfy_quant", MARKER, "spiece_model"),
+    *("_scale", "qzeros", "scales", "absmax", "quant_map", "g_idx", "wscales", "smooth_factor"),
+}
+LARGEST_TEXT = 4096  # bytes of a comfy_quant tensor
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a network's matrices are quantized. `refusal` names a scheme that wancli does not load."""
+
+    name: SchemeName = "plain"
+    dtypes: tuple[str, ...] = ()  # of the quantized matrices
+    scales: Literal["", "tensor", "row", "block"] = ""
+    layers: int = 0  # how many matrices are quantized
+    full_precision: bool = False  # the file asks for matmuls in 16 bits or more
+    refusal: str = ""
+
+
+PLAIN = Scheme()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The tensors of one class: how many there are of each dtype."""
+
+    group: str
+    dtypes: tuple[tuple[str, int], ...]
+
+
+def is_helper(name: str) -> bool:
+    """Whether a tensor is a scale, a marker or a text beside the network's own parameters."""
+    last = name.rpartition(".")[2]
+    return last in HELPERS or "quant_state" in name
+
+
+def scheme_of(tensors: Tensors, contents: Contents, prefix: str) -> Scheme:
+    """The scheme of one network; `tensors` without `prefix`, which its names carry in `contents`."""
+    if foreign := _foreign(tensors):
+        return Scheme("unsupported", refusal=foreign)
+    formats, full = _comfy_formats(tensors, contents, prefix)
+    if unknown := sorted(formats - COMFY_FORMATS):
+        return Scheme("unsupported", refusal=f"ComfyUI's {unknown[0]}")
+    weights = {name: info for name, info in tensors.items() if not is_helper(name)}
+    if contents.container == "gguf":
+        quantized = [info.dtype for info in weights.values() if info.dtype not in FLOATS]
+        if other := sorted(set(quantized) - GGUF_TYPES):
+            return Scheme("unsupported", refusal=f"GGUF {other[0]}")
+        return Scheme("gguf", _sorted(quantized), layers=len(quantized)) if quantized else PLAIN
+    fp8 = {name: info for name, info in weights.items() if info.dtype in FP8}
+    if other := sorted({info.dtype for info in weights.values()} - FLOATS - FP8):
+        return Scheme("unsupported", refusal=f"{other[0]} weights")
+    if not fp8:
+        return PLAIN
+    scales = {_scales(tensors, name, info.shape) for name, info in fp8.items()} - {""}
+    marker = tensors.get(MARKER)
+    asks_full = full or (marker is not None and math.prod(marker.shape) == 2)
+    coarse: Literal["", "tensor", "row", "block"] = (
+        "block" if "block" in scales else "row" if "row" in scales else "tensor" if scales else ""
+    )
+    name = _name(coarse, bool(formats), marker is not None and _legacy(tensors))
+    dtypes = _sorted(info.dtype for info in fp8.values())
+    return Scheme(name, dtypes, coarse, len(fp8), asks_full)
+
+
+def precision_of(
+    tensors: Tensors, group: Mapping[str, str], order: Sequence[str] = ()
+) -> tuple[Precision, ...]:
+    """Counts per class and dtype; `group` tells the class of a tensor, `order` which class comes first."""
+    counts: dict[str, Counter[str]] = {}
+    for name, where in group.items():
+        counts.setdefault(where, Counter())[tensors[name].dtype] += 1
+    ordered = sorted(counts, key=lambda where: order.index(where) if where in order else len(order))
+    return tuple(Precision(where, tuple(sorted(counts[where].items()))) for where in ordered)
+
+
+def _foreign(tensors: Tensors) -> str:
+    """The name of a scheme that stores its matrices under names of its own."""
+    tails = {name.rpartition(".")[2] for name in tensors}
+    if "_data" in tails and "_scale" in tails:
+        return "quanto"
+    if tails & {"wscales", "smooth_factor", "proj_down"}:
+        return "SVDQuant (Nunchaku)"
+    if "qweight" in tails:
+        return "AWQ or GPTQ"
+    if "absmax" in tails or any("quant_state" in name for name in tensors):
+        return "bitsandbytes"
+    if "weight_scale_2" in tails:
+        return "NVFP4"
+    scales = {info.dtype for name, info in tensors.items() if name.endswith(WEIGHT_SCALES)}
+    if scales & {"U8", "F8_E8M0"}:
+        return "MXFP8"
+    if any(info.dtype == "I8" and not is_helper(name) for name, info in tensors.items()):
+        return "int8"
+    return ""
+
+
+def _comfy_formats(tensors: Tensors, contents: Contents, prefix: str) -> tuple[set[str], bool]:
+    """The formats that ComfyUI's new layout names, and whether it asks for full precision anywhere."""
+    said: list[object] = []
+    layers = _object(contents.metadata.get("_quantization_metadata", "")).get("layers")
+    if isinstance(layers, dict):
+        said += [layer for name, layer in layers.items() if f"{name.removeprefix(prefix)}.weight" in tensors]
+    for name, info in tensors.items():
+        if name.endswith(".comfy_quant") and math.prod(info.shape) <= LARGEST_TEXT:
+            said.append(_object(contents.data(prefix + name)))
+    found = [entry for entry in said if isinstance(entry, dict)]
+    formats = {str(entry.get("format", "an unnamed format")) for entry in found}
+    return formats, any(entry.get("full_precision_matrix_mult") is True for entry in found)
+
+
+def _object(text: str | bytes) -> dict[str, object]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Literal["", "tensor", "row", "block"]:
+    layer = name.removesuffix("weight")
+    scale = next((tensors[layer + key] for key in WEIGHT_SCALES if layer + key in tensors), None)
+    if scale is None:
+        return ""
+    if math.prod(scale.shape) == 1:
+        return "tensor"
+    per_row = scale.shape[:1] == shape[:1] and math.prod(scale.shape) == shape[0]
+    return "row" if per_row else "block"
+
+
+def _name(scales: str, comfy: bool, legacy: bool) -> SchemeName:
+    if comfy:
+        return "comfy_quant"
+    if not scales:
+        return "fp8"
+    if scales == "tensor":
+        return "fp8_scaled" if legacy else "kijai"
+    return "lightx2v" if scales == "row" else "block"
+
+
+def _legacy(tensors: Tensors) -> bool:
+    return any(name.endswith(".scale_weight") for name in tensors)
+
+
+def _sorted(dtypes: Iterable[str]) -> tuple[str, ...]:
+    """Every dtype once, the most frequent first."""
+    return tuple(dtype for dtype, _ in Counter(dtypes).most_common())

@@ -1,0 +1,275 @@
+"""Recognises what a file of weights is: kind, family, variant, naming, prefix, precision, scheme.
+
+By its tensors alone: a kind is told by two names that only it has, after any prefix. Only which
+expert of Wan 2.2 A14B a transformer is must be told by the file's name, for their shapes are the
+same. What is known and cannot be rendered comes back as a Part with a refusal, by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from wancli.errors import CheckpointError
+from wancli.models.config import T5Config, VAE22Config
+from wancli.models.variants import (
+    BY_CHANNELS,
+    MINI,
+    MINI_DIM,
+    RELEASED,
+    T2V,
+    T2V_14B,
+    T2V_A14B,
+    TWO_EXPERTS,
+    Variant,
+)
+from wancli.weights.contents import Contents
+from wancli.weights.headers import TensorInfo
+from wancli.weights.lora_styles import is_lora, lora_of
+from wancli.weights.names import vae_renaming
+from wancli.weights.parts import (
+    FOREIGN,
+    Expert,
+    Kind,
+    Naming,
+    Part,
+    expert_of,
+    gaps_of,
+    group_of,
+    groups,
+    rename,
+)
+from wancli.weights.schemes import is_helper, precision_of, scheme_of
+from wancli.weights.sizes import (
+    RENDERED,
+    USUAL_HEAD_DIM,
+    any_vae_config,
+    other_transformer,
+    read_transformer,
+    t5_config,
+    transformer_config,
+)
+
+# Beginnings of two names that one network has, after the same prefix.
+SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
+    ("transformer", "official", "blocks.0.self_attn.q.", "patch_embedding."),
+    ("transformer", "diffusers", "blocks.0.attn1.to_q.", "patch_embedding."),
+    ("text encoder", "official", "blocks.0.attn.q.", "token_embedding."),
+    ("text encoder", "transformers", "encoder.block.0.layer.0.SelfAttention.q.", "shared."),
+    ("text encoder", "gguf", "enc.blk.0.attn_q.", "token_embd."),
+    ("vae", "official", "decoder.middle.0.residual.0.gamma", "encoder.conv1."),
+    ("vae", "diffusers", "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in."),
+)
+# Other things that lie beside Wan checkpoints: a name in them, and what they are.
+OTHERS = {
+    r"vace_patch_embedding\.weight": "VACE module, an addition to a T2V transformer",
+    r"audio_proj\.proj1\.weight": "audio module (MultiTalk, InfiniteTalk)",
+    r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder, which only image-to-video reads",
+    r"decoder\.1\.weight": "TAE, a tiny autoencoder for previews",
+}
+LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide where the Wan 2.1 VAE has 384
+XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
+PLAIN_T5_VOCAB = 32128
+TIED = "encoder.embed_tokens.weight"  # some files hold `shared.weight` a second time under this name
+Tensors = dict[str, TensorInfo]
+
+
+def recognise(contents: Contents, said: Mapping[str, object] | None = None) -> tuple[Part, ...]:
+    """The networks in a file or in its shards; several in a whole checkpoint, none in a stranger's.
+
+    `said` is the transformer's config.json in official names. Raises CheckpointError where sizes
+    cannot be read off the tensors or config.json disagrees with them.
+    """
+    if is_lora(contents.tensors):
+        return (_lora(contents),)
+    found = tuple(
+        _part(contents, kind, naming, prefix, said or {})
+        for kind, naming, first, second in SIGNATURES
+        for prefix in _prefixes(contents.tensors, first, second)
+    )
+    if found:
+        return found
+    for pattern, what in OTHERS.items():
+        if any(re.fullmatch(pattern, name) for name in contents.tensors):
+            return (_other(contents, what),)
+    return ()
+
+
+def _prefixes(tensors: Mapping[str, object], first: str, second: str) -> list[str]:
+    """What comes before both names: nothing, or whole components."""
+    starts = {
+        name[: name.index(first)]
+        for name in tensors
+        if first in name and (name.startswith(first) or name[name.index(first) - 1] == ".")
+    }
+    return sorted(p for p in starts if any(name.startswith(p + second) for name in tensors))
+
+
+def _part(contents: Contents, kind: Kind, naming: Naming, prefix: str, said: Mapping[str, object]) -> Part:
+    tensors = {
+        name.removeprefix(prefix): info
+        for name, info in contents.tensors.items()
+        if name.startswith(prefix) and (prefix or not name.startswith(FOREIGN))
+    }
+    own_name = vae_renaming(tensors) if kind == "vae" else rename(kind, naming)
+    own = {name: own_name(name) for name in tensors}
+    weights = {own[name]: info for name, info in tensors.items() if not is_helper(name)}
+    classes = {name: group_of(kind, own[name]) for name in tensors}
+    part = Part(
+        kind,
+        name=kind,
+        files=contents.files,
+        container=contents.container,
+        naming=naming,
+        prefix=prefix,
+        scheme=scheme_of(tensors, contents, prefix),
+        precision=precision_of(tensors, classes, groups(kind)),
+        parameters=sum(math.prod(info.shape) for name, info in weights.items() if name != TIED),
+        tensors=len(tensors),
+        gaps=gaps_of(weights),
+        tokenizer="spiece_model" in tensors or "tokenizer.ggml.tokens" in contents.metadata,
+    )
+    if part.scheme.refusal:
+        part = replace(
+            part,
+            refusal=f"its weights are quantized as {part.scheme.refusal}, which wancli does not load",
+            hint="use the fp16, bf16, fp8 or GGUF version of this file",
+        )
+    if kind == "transformer":
+        return _transformer(part, weights, said)
+    shapes = {name: info.shape for name, info in weights.items()}
+    return _text_encoder(part, shapes) if kind == "text encoder" else _vae(part, shapes)
+
+
+def _transformer(part: Part, weights: Tensors, said: Mapping[str, object]) -> Part:
+    where = str(part.files[0])
+    shapes = _unmerged({name: info.shape for name, info in weights.items()})
+    try:
+        read = read_transformer(shapes, where)
+    except CheckpointError:
+        if part.refusal:  # the shapes of packed weights are not those of the network
+            return replace(part, name="Wan transformer")
+        raise
+    if what := other_transformer(weights, read["in_dim"], read["out_dim"]):
+        part = replace(
+            part, refusal=f"this is a {what} checkpoint; wancli renders text-to-video", hint=RENDERED
+        )
+    expert = expert_of(part.files[0])
+    variant = None if what else variant_of(read, expert)
+    name = variant.name if variant else what.rstrip(",")
+    part = replace(part, name=name, variant=variant, expert=expert, sizes=tuple(read.items()))
+    if part.refusal:
+        return part
+    if "num_heads" not in said and read["dim"] % USUAL_HEAD_DIM:
+        message = (
+            f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}"
+        )
+        hint = "put a config.json with num_heads beside the weights, or say `heads` in the job's `model`"
+        return replace(part, refusal=message, hint=hint)
+    config = transformer_config(read, said, where)
+    return replace(part, config=config, sizes=(*read.items(), ("num_heads", config.num_heads)))
+
+
+def variant_of(read: Mapping[str, int], expert: Expert | None) -> Variant:
+    """The row of a T2V or TI2V transformer. A name that speaks of an expert makes it one of two."""
+    if read["dim"] == MINI_DIM:
+        return MINI
+    key = (read["dim"], read["ffn_dim"], read["num_layers"], read["in_dim"])
+    variant = RELEASED.get(key, BY_CHANNELS[read["in_dim"]])
+    if expert is None:
+        return variant
+    if variant is T2V_14B:
+        return T2V_A14B
+    return TWO_EXPERTS if variant is T2V else variant
+
+
+def _unmerged(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Undoes stable-diffusion.cpp's merging of the first two of the patch embedding's five axes."""
+    patch, bias = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", ())
+    if len(patch) == 4 and len(bias) == 1 and bias[0] and patch[0] % bias[0] == 0:
+        shapes["patch_embedding.weight"] = (bias[0], patch[0] // bias[0], *patch[1:])
+    return shapes
+
+
+def _text_encoder(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
+    bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    if shapes.get("shared.weight", ())[:1] == (PLAIN_T5_VOCAB,) or (
+        bias not in shapes and any(name.startswith("encoder.block.1.") for name in shapes)
+    ):
+        return replace(
+            part,
+            name="T5 v1.1",
+            refusal="this is a plain T5 encoder, as Flux and SD3 read; Wan reads UMT5",
+            hint="use models_t5_umt5-xxl-enc-bf16.pth or a umt5_xxl file",
+        )
+    if part.refusal:
+        return replace(part, name="UMT5")
+    config = t5_config(shapes, str(part.files[0]))
+    name = "UMT5-XXL" if config == XXL else "UMT5"
+    sizes = ("num_layers", config.num_layers), ("d_model", config.d_model), ("vocab_size", config.vocab_size)
+    return replace(part, name=name, config=config, sizes=sizes)
+
+
+def _vae(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
+    if part.refusal:
+        return replace(part, name="Wan VAE")
+    config = any_vae_config(shapes, str(part.files[0]))
+    if isinstance(config, VAE22Config):
+        sizes = ("dim", config.dim), ("dec_dim", config.dec_dim), ("z_dim", config.z_dim)
+        return replace(part, name="Wan 2.2 VAE", config=config, sizes=sizes)
+    part = replace(part, sizes=(("dim", config.dim), ("z_dim", config.z_dim)))
+    if shapes.get("decoder.conv1.weight", ())[:2] == LIGHT_VAE:
+        return replace(
+            part,
+            name="LightVAE",
+            refusal="this is a LightVAE, the Wan 2.1 VAE pruned to a quarter of its width",
+            hint="use Wan2.1_VAE.pth or wan_2.1_vae.safetensors",
+        )
+    return replace(part, name="Wan 2.1 VAE", config=config)
+
+
+def _lora(contents: Contents) -> Part:
+    lora = lora_of(contents)
+    path = contents.files[0]
+    made_for = {1536: "Wan2.1 1.3B", 5120: "Wan 14B", 3072: "Wan2.2 5B"}.get(lora.width or 0, "")
+    part = Part(
+        "lora",
+        name=f"LoRA for {made_for}" if made_for else "LoRA",
+        files=contents.files,
+        container=contents.container,
+        expert=expert_of(path),
+        precision=precision_of(contents.tensors, dict.fromkeys(contents.tensors, "tensors")),
+        parameters=sum(math.prod(info.shape) for info in contents.tensors.values()),
+        tensors=len(contents.tensors),
+        lora=lora,
+    )
+    if lora.targets:
+        return part
+    return replace(
+        part,
+        name="LoRA for another model",
+        refusal="none of its targets is a layer of Wan",
+        hint="its first tensor is " + next(iter(contents.tensors)),
+    )
+
+
+def _other(contents: Contents, what: str) -> Part:
+    return Part(
+        "other",
+        name=what.partition(",")[0],
+        files=contents.files,
+        container=contents.container,
+        precision=precision_of(contents.tensors, dict.fromkeys(contents.tensors, "tensors")),
+        parameters=sum(math.prod(info.shape) for info in contents.tensors.values()),
+        tensors=len(contents.tensors),
+        refusal=f"this is a {what}",
+        hint=RENDERED,
+    )
+
+
+def read_config(document: Mapping[str, object]) -> dict[str, object]:
+    """A transformer's config.json under the official names of its keys."""
+    keys = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
+    return {keys.get(key, key): value for key, value in document.items()}

@@ -350,7 +350,7 @@ def test_no_held_out_combination_is_trained_on_not_even_by_a_swap(
     shared = latents.Latents.of(load(trained.file("latents.pt")))
     start = load(trained.file("grow.pt"))
     trainer = dit.DiTTrainer("finetune", TINY, start, shared, trained.file("spiece.model"), CPU)
-    targets = [scene for i in range(300) for scene in trainer._batch(random.Random(i))[0]]
+    targets = [scene for i in range(300) for scene in trainer._batch(random.Random(i), 0.5)[0]]
     assert not any(map(world.held_out, targets + told))
     assert {scene.combination for scene in targets} == set(world.TRAINED)
 

@@ -35,10 +35,10 @@ class Said(NamedTuple):
     err: str
 
 
-def tiny_job(model: Path = TINY, **changes: Any) -> dict[str, Any]:
+def tiny_job(model: Path | dict[str, Any] = TINY, **changes: Any) -> dict[str, Any]:
     """A job that renders in half a second: one frame of 64x64, two steps."""
     job = {
-        "model": str(model),
+        "model": model if isinstance(model, dict) else str(model),
         "output": "out/clip.mp4",
         "prompt": CAT,
         "negative": "fog",

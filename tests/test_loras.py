@@ -162,6 +162,27 @@ def test_shots_with_other_loras_do_not_touch_each_other(
     assert hashlib.sha256((shallow / TRANSFORMER).read_bytes()).digest() == before
 
 
+@pytest.mark.parametrize(
+    "housed", [{"residency": "packed"}, {"residency": "streamed"}, {"residency": "streamed", "dtype": "bf16"}]
+)
+def test_loras_on_fetched_weights_give_what_they_give_on_resident_ones(
+    render: Callable[..., Said], tmp_path: Path, lora: Path, housed: dict[str, Any]
+) -> None:
+    items: list[dict[str, Any]] = [
+        {"id": "a", "loras": [{"path": str(lora)}]},
+        {"id": "b", "loras": [{"path": str(lora), "steps": "1", "blocks": [0, 3], "strength": -0.5}]},
+        {"id": "c"},
+    ]
+    changes = {"output": "out/{id}.mp4", "items": items, "video": KEPT}
+    assert render(folder=tmp_path / "fetched", memory=housed, **changes).code == 0
+    assert (
+        render(folder=tmp_path / "resident", memory=housed | {"residency": "resident"}, **changes).code == 0
+    )
+    for name in "abc":
+        assert torch.equal(latents_of(tmp_path / "fetched", name), latents_of(tmp_path / "resident", name))
+    assert len({latents_of(tmp_path / "fetched", name).sum().item() for name in "abc"}) == 3
+
+
 def test_the_manifest_says_which_lora_and_what_of_it(
     render: Callable[..., Said], tmp_path: Path, lora: Path
 ) -> None:

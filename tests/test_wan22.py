@@ -364,7 +364,7 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert not alive
         network = real(*arguments)
         alive.add(network)
-        loaded.append(arguments[-1])
+        loaded.append(arguments[3])
         return network
 
     monkeypatch.setattr(readers, "load_transformer", watched)

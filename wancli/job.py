@@ -201,7 +201,8 @@ class Video(Strict):
 
 class Memory(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    residency: Literal["auto", "resident", "packed", "streamed"] = "auto"
     decode_chunk: int = Field(1, ge=1, le=64)
 
 

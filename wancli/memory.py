@@ -158,6 +158,12 @@ def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int
     return (held * matrices + biases) * element + others * FP32
 
 
+def fp8_bytes(wan: WanConfig) -> int:
+    """Bytes of the matrices of all blocks in fp8, with an fp32 scale for each of their rows."""
+    rows = 9 * wan.dim + wan.ffn_dim
+    return wan.num_layers * (8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim + FP32 * rows)
+
+
 def t5_bytes(t5: T5Config, *, element: int, streamed: bool = False) -> int:
     """Bytes of UMT5. Streamed, they are its norms, position biases and the matrices of two layers; the
     embedding stays on disk. Beside that is the largest weight, if it is stored in another dtype."""

@@ -246,11 +246,23 @@ class Networks:
 
         self._loaded = self._patches = None
         with memory.Peak() as peak:
-            dtype = getattr(torch, _TORCH[self.model.dtype])
-            network = load_transformer(self.model.checkpoint, dtype, self.model.device, expert)
+            network = load_transformer(
+                self.model.checkpoint,
+                getattr(torch, _TORCH[self.model.computes]),
+                self.model.device,
+                expert,
+                self.model.residency,
+                self._fetched,
+                self.model.dtype == "fp8",
+            )
         self.loading = record.phase("load", peak)
         self._loaded = expert, network
         return network
+
+    def _fetched(self, name: str, weight: Tensor) -> None:
+        """Puts the LoRAs of the step into a weight that was just fetched."""
+        if self._patches:
+            self._patches.into(name, weight)
 
     @property
     def patches(self) -> Patches:

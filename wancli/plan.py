@@ -10,20 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from wancli import files, loras, mini, presets
+from wancli import files, loras, memory, mini, presets
 from wancli.encode import Encoder, Tokenizer, describe
 from wancli.errors import JobError
 from wancli.experts import Stage, stages
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, EmbeddingFile, ExpertGuidance, Inject, Item, JobFile, SigmaRange, Strength
+from wancli.memory import Residency
 from wancli.models.variants import Variant
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
@@ -49,6 +50,7 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
             hints += [error.hint] if error.hint and error.hint not in hints else []
     if problems:
         raise JobError("\n".join(problems), hint="\n".join(hints))
+    shots = _housed(shots, jobs)
     _refuse_collisions(shots, jobs)
     return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
 
@@ -59,13 +61,14 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and has_cuda()) else "cpu"
     )
-    runs_in: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on] if dtype == "auto" else dtype
+    usual: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on]
+    runs_in: Any = usual if dtype == "auto" else dtype
     encoder = Encoder(
         files=checkpoint.text_encoder_files,
         naming=checkpoint.text_encoder.naming,
         fingerprint=fingerprint(checkpoint.text_encoder_files, memo),
         tokenizer_sha=fingerprint([checkpoint.tokenizer], memo),
-        dtype=runs_in,
+        dtype=usual if dtype == "fp8" else runs_in,
         device=runs_on,
         prefix=checkpoint.text_encoder.prefix,
     )
@@ -79,6 +82,38 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
         device=runs_on,
         dtype=runs_in,
     )
+
+
+def _housed(shots: Sequence[Shot], jobs: JobFile) -> list[Shot]:
+    """The shots with the residency of their models decided: `auto` is resident where every shot of a model
+    fits into the memory that is free, else streamed. On CUDA it is resident. Raises JobError."""
+    asked = [jobs.items[shot.index].job.memory.residency for shot in shots]
+    for shot, said in zip(shots, asked):
+        if shot.model.dtype == "fp8" and said in ("resident", "streamed"):
+            raise JobError(
+                f"{said} weights are not made fp8, which is done in memory",
+                where=jobs.items[shot.index].where("memory", "residency"),
+                hint="Leave it out, or take a checkpoint that is stored in fp8.",
+            )
+    free = memory.available()
+    too_large = {
+        (shot.model, phase.name)
+        for shot in shots
+        for phase in shot.phases
+        if shot.model.device == "cpu" and phase.total > free
+    }
+    return [replace(shot, model=_house(shot.model, said, too_large)) for shot, said in zip(shots, asked)]
+
+
+def _house(model: Model, said: str, too_large: Collection[tuple[Model, str]]) -> Model:
+    if said == "auto":
+        of_text: Residency = "streamed" if (model, "encode") in too_large else "resident"
+        of_video: Residency = "streamed" if (model, "sample") in too_large else "resident"
+    else:
+        of_text = of_video = cast("Residency", said)
+    if model.dtype == "fp8":
+        of_video = "packed"
+    return replace(model, residency=of_video, encoder=replace(model.encoder, residency=of_text))
 
 
 def has_cuda() -> bool:

@@ -64,6 +64,7 @@ def of_shot(shot: Shot) -> Record:
             "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
             "dtype": model.dtype,
+            "residency": model.residency,
             "device": model.device,
             "sha256": {
                 "transformer": model.transformer,

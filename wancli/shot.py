@@ -13,12 +13,13 @@ from wancli import memory
 from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
-from wancli.memory import Phase
+from wancli.memory import Phase, Residency
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 
+RIDERS = 2  # forwards that share a pass over fetched weights: cond and uncond
 PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
 
@@ -43,7 +44,15 @@ class Model:
     vae: str  # SHA-256
     encoder: Encoder
     device: Literal["cpu", "cuda"]
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"]
+    residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
+
+    @property
+    def computes(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The dtype of matmuls: weights in fp8 are unpacked for them."""
+        if self.dtype != "fp8":
+            return self.dtype
+        return "fp32" if self.device == "cpu" else "bf16"
 
     @property
     def first_expert(self) -> Expert:
@@ -130,14 +139,27 @@ class Shot:
     def phases(self) -> tuple[Phase, ...]:
         """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding."""
         model = self.model
-        element = 4 if model.dtype == "fp32" else 2
+        element = 4 if model.computes == "fp32" else 2
+        wan, resident = model.checkpoint.transformer, model.residency == "resident"
         rows = sum(len(text.tokens.ids) + 1 for text in self.texts)
         longest = max(len(text.tokens.ids) for text in self.texts)
         sample = memory.sample_phase(
-            model.checkpoint.transformer, self.latent_shape, context_rows=rows, element=element
+            wan,
+            self.latent_shape,
+            context_rows=rows,
+            element=element,
+            resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
+            blocks=None if resident else 2,
+            riders=1 if resident else RIDERS,
         )
         return (
-            memory.encode_phase(model.text_encoder, prompt_tokens=longest, element=element),
+            memory.encode_phase(
+                model.text_encoder,
+                prompt_tokens=longest,
+                element=element,
+                streamed=model.encoder.residency == "streamed",
+                prompts=len(self.texts),
+            ),
             sample,
             memory.decode_phase(
                 model.vae_sizes, self.latent_shape, chunk=self.decode_chunk, resident=sample.model

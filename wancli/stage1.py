@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import mini, pipeline, presets
+from wancli import memory, mini, pipeline, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
 from wancli.job import JobFile, load, parse
@@ -160,4 +160,9 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 def _model(folder: Path | None, memo: Path) -> Model:
     said = str(folder) if folder else mini.NAME
-    return model_at(presets.resolve(said, Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
+    model = model_at(presets.resolve(said, Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
+    element = 4 if model.computes == "fp32" else 2
+    phase = memory.encode_phase(model.text_encoder, prompt_tokens=512, element=element)
+    if model.device == "cpu" and phase.total > memory.available():
+        return replace(model, encoder=replace(model.encoder, residency="streamed"))
+    return model

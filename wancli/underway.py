@@ -17,7 +17,7 @@ from wancli.events import Progress
 from wancli.experts import EXPERTS, Stage
 from wancli.inject import Branch
 from wancli.record import Record
-from wancli.shot import Shot
+from wancli.shot import RIDERS, Shot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,8 @@ def advance(
             one.differences = [compare(main, encoded[text.id].embedding, model) for text in shot.injected]
         state = one.state.to(device)
         walk = sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
-        for done in sample.denoise(model, walk):
+        riders = 1 if shot.model.residency == "resident" else RIDERS
+        for done in sample.denoise(model, walk, riders):
             state = done.state
             one.read |= done.read
             one.first_step = one.first_step or record.since_start()

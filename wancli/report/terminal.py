@@ -42,7 +42,8 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
     for model in dict.fromkeys(shot.model for shot in plan.shots):
         sizes = model.checkpoint.transformer
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
-        yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {model.dtype} on {model.device}"
+        runs = f"{model.dtype} on {model.device}, {model.residency}"
+        yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
     table = _table(
         "shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance", "state"
     )

@@ -207,7 +207,8 @@ class Patches:
     """Keeps a model's weights at those of the file plus the LoRAs of a step, and nothing else.
 
     `base` reads named parameters anew, so a change is undone exactly and costs no memory: weights
-    are read from the file where another set of LoRAs, or another step, needs them back.
+    are read from the file where another set of LoRAs, or another step, needs them back. Weights on
+    the meta device are fetched each time they are needed, and `into` changes them each time.
     """
 
     def __init__(
@@ -225,12 +226,22 @@ class Patches:
         changed = {
             name for name in wanted.keys() | self._now.keys() if wanted.get(name) != self._now.get(name)
         }
-        self._restore(changed & self._now.keys())
-        for name in sorted(changed & wanted.keys()):
+        fetched = {name for name in changed if self._state[name].is_meta}
+        for name in fetched:
+            self._now.pop(name, None)
+            if name in wanted:
+                self._now[name] = wanted[name]
+        self._restore((changed - fetched) & self._now.keys())
+        for name in sorted((changed - fetched) & wanted.keys()):
             self._now[name] = []  # neither the file's nor what is wanted, should this stop half way
             add(self._state[name], wanted[name])
             self._now[name] = wanted[name]
         return bool(changed)
+
+    def into(self, name: str, weight: Tensor) -> None:
+        """Adds what the step wants to a weight that was just fetched; for `Streamed`."""
+        if terms := self._now.get(name):
+            add(weight, terms)
 
     @torch.no_grad()
     def _restore(self, names: AbstractSet[str]) -> None:

@@ -171,18 +171,27 @@ def _asked(walk: Walk, at: Sampled | NotFinite, i: int) -> list[Forward]:
 def _stepped(
     model: WanModel, walk: Walk, at: Sampled | NotFinite, i: int, answers: Sequence[tuple[Forward, Tensor]]
 ) -> Sampled | NotFinite:
-    """Where the walk is after step i."""
+    """Where the walk is after step i. An error keeps its stack, for `--log-level trace`."""
     if isinstance(at, NotFinite):
         return at
+    try:
+        return _step(model, walk, at.state, i, answers)
+    except NotFinite as error:
+        return error
+
+
+def _step(
+    model: WanModel, walk: Walk, state: State, i: int, answers: Sequence[tuple[Forward, Tensor]]
+) -> Sampled:
     found = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in answers}
     v_CTYX = found["cond"]
     if "uncond" in found:
         v_CTYX = found["uncond"] + walk.guidance * (v_CTYX - found["uncond"])
-    state = SOLVERS[walk.solver].step(walk.schedule.sigmas, i, at.state, v_CTYX)
-    if not torch.isfinite(state.x).all():
-        return NotFinite(_blame(model, walk, at.state.x, i))
+    after = SOLVERS[walk.solver].step(walk.schedule.sigmas, i, state, v_CTYX)
+    if not torch.isfinite(after.x).all():
+        raise NotFinite(_blame(model, walk, state.x, i))
     cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells)
-    return Sampled(i + 1, state, cells)
+    return Sampled(i + 1, after, cells)
 
 
 def _blame(model: WanModel, walk: Walk, x_CTYX: Tensor, step: int) -> str:

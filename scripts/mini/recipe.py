@@ -34,6 +34,8 @@ class Recipe:
     dit_batch: int = 32
     finetune_steps: int = 12000
     finetune_batch: int = 32
+    polish_steps: int = 1000
+    polish_batch: int = 32
     swaps: float = 0.25  # of the samples read a second prompt in some blocks, from half of `dit` on
 
     def wan(self, blocks: int) -> WanConfig:

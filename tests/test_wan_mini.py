@@ -12,7 +12,7 @@ from wancli.models.variants import MINI
 from wancli.weights.identify import identify
 
 RED = "A red circle drifts to the left across dark stripes."
-BLUE = "A blue square rises in front of a white background."
+BLUE = "A blue square moves up in front of a white background."
 
 
 def shares(path: Path) -> dict[str, float]:

@@ -35,7 +35,7 @@ from wancli.weights.readers import load_vae
 
 GRID = (9, 64, 64)
 CLIPS = 64  # for the VAE
-PER_JOB = 25
+PER_JOB = 100
 WHERE = ("none", "all", "early", "middle", "late")
 SOURCES = ("main", "injected", "neither")
 WANTED = {"colour": 0.95, "background": 0.95, "direction": 0.85, "shape": 0.75}
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for the videos and evaluation.json")
     add("--model", type=Path, default=mini.FOLDER, metavar="DIR", help="default: the one inside wancli")
-    add("--prompts", type=int, default=240, help="held-out prompts; default 240")
-    add("--pairs", type=int, default=120, help="pairs of prompts for injection; default 120")
+    add("--prompts", type=int, default=200, help="held-out prompts; default 200")
+    add("--pairs", type=int, default=100, help="pairs of prompts for injection; default 100")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="renders at once")
     return parser
 

@@ -16,24 +16,26 @@ from wancli.models.config import T5Config, VAEConfig, WanConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """Widths, lengths and batches. The defaults are for two CPU cores; a GPU wants larger batches."""
+    """Widths, lengths and batches: those of the wan-mini that wancli ships. A GPU wants larger batches."""
 
     seed: int = 0
-    dim: int = 96  # of the transformer; its feed-forward is twice as wide
+    dim: int = 88  # of the transformer; its feed-forward is twice as wide
     heads: int = 4
     blocks: int = 8  # trained first
     copies: int = 5  # of each, by the stage `grow`
     text_dim: int = 64
-    vae_dim: int = 12  # with dim 96: 13.8 MB in all; 16 fits with dim 88
+    vae_dim: int = 16  # with dim 88: 15.6 MB in all
     text_steps: int = 400
     text_batch: int = 64
     latents_clips: int = 384
-    vae_steps: int = 12000
+    vae_steps: int = 1800
     vae_batch: int = 4
-    dit_steps: int = 12000
-    dit_batch: int = 32
-    finetune_steps: int = 12000
-    finetune_batch: int = 32
+    dit_steps: int = 6000
+    dit_batch: int = 64
+    finetune_steps: int = 1000
+    finetune_batch: int = 48
+    polish_steps: int = 620
+    polish_batch: int = 48
     swaps: float = 0.25  # of the samples read a second prompt in some blocks, from half of `dit` on
 
     def wan(self, blocks: int) -> WanConfig:

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from jobs import KEPT, SPIECE, T5, TRANSFORMER, VAE, Said, latents_of, manifest_of
+from jobs import KEPT, SPIECE, T5, TRANSFORMER, VAE, Said, latents_of, manifest_of, rule
 from safetensors.torch import load_file, save_file
+from test_gguf import as_llama_cpp_does
 from torch import Tensor
 
 from wancli import memory
@@ -173,6 +174,13 @@ def blocks_of(kind: Type, shape: tuple[int, ...], rng: np.random.Generator) -> n
     return data.reshape(shape[0], -1)
 
 
+def close(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.mark.parametrize("residency", ["resident", "packed", "streamed"])
 def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
     residency: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
@@ -194,9 +202,7 @@ def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
             numbers = (0.05 * rng.normal(size=shape) + ("norm" in name)).astype(dtype)
             writer.add_tensor(name, numbers)
             plain[name] = torch.from_numpy(numbers.astype(np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
+    close(writer)
     save_file(plain, tmp_path / "plain.safetensors")
     for case, file, where in (("meant", "plain.safetensors", "resident"), ("gguf", "wan.gguf", residency)):
         model = around(shallow, transformer=tmp_path / file)
@@ -238,7 +244,66 @@ def test_a_text_encoder_in_fp8_that_carries_its_tokenizer_and_a_vae_in_bf16_rend
     assert torch.equal(latents_of(tmp_path / "found"), latents_of(tmp_path / "meant"))
 
 
+GGUF_WORDS = {
+    "token_embedding": "token_embd",
+    "norm": "enc.output_norm",
+    "norm1": "attn_norm",
+    "norm2": "ffn_norm",
+    "pos_embedding.embedding": "attn_rel_b",
+    "ffn.gate.0": "ffn_gate",
+    "ffn.fc1": "ffn_up",
+    "ffn.fc2": "ffn_down",
+    **{f"attn.{p}": f"attn_{p}" for p in "qkvo"},
+}
+
+
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
+def test_a_text_encoder_in_gguf_that_carries_its_tokenizer_renders(
+    residency: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+) -> None:
+    """As city96's umt5-xxl-encoder-Q8_0 is."""
+    writer = gguf.GGUFWriter(tmp_path / "text.gguf", "t5encoder")
+    as_llama_cpp_does(writer)
+    plain: State = {}
+    for name, w in torch.load(shallow / T5, weights_only=True).items():
+        layer = name.removesuffix(".weight")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+        written = f"enc.blk.{block[1]}.{GGUF_WORDS[block[2]]}" if block else GGUF_WORDS[layer]
+        numbers = w.float().numpy()
+        if "norm" in name or "pos_embedding" in name:
+            writer.add_tensor(f"{written}.weight", numbers)
+            plain[name] = w.float()
+        else:
+            blocks = gguf.quants.quantize(numbers, Type.Q8_0)
+            writer.add_tensor(f"{written}.weight", blocks, raw_dtype=Type.Q8_0)
+            plain[name] = torch.from_numpy(gguf.quants.dequantize(blocks, Type.Q8_0).copy())
+    close(writer)
+    save_file(plain, tmp_path / "plain.safetensors")
+    meant = around(shallow, text_encoder=tmp_path / "plain.safetensors")
+    found = around(shallow, text_encoder=tmp_path / "text.gguf", tokenizer=None)
+    assert render(folder=tmp_path / "meant", model=meant, video=KEPT).code == 0
+    said = render(folder=tmp_path / "found", model=found, video=KEPT, memory={"residency": residency})
+    assert said.code == 0, said.err
+    assert torch.equal(latents_of(tmp_path / "found"), latents_of(tmp_path / "meant"))
+
+
 # ---- where weights live is decided ----
+
+
+def test_injections_are_read_and_measured_on_streamed_blocks_as_on_resident_ones(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    rules = [rule(blocks="2-3"), rule(blocks="0-1", branch="both", blend="output-mix")]
+    bodies = []
+    for residency in ("resident", "streamed"):
+        folder = tmp_path / residency
+        changes = {"inject": rules, "measure": True, "video": KEPT, "memory": {"residency": residency}}
+        assert render(folder=folder, **changes).code == 0
+        bodies.append(manifest_of(folder))
+    assert torch.equal(latents_of(tmp_path / "streamed"), latents_of(tmp_path / "resident"))
+    assert bodies[0]["effects"] == bodies[1]["effects"] != []
+    assert bodies[0]["injection"] == bodies[1]["injection"]
+    assert bodies[0]["key"] == bodies[1]["key"]
 
 
 def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(

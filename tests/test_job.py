@@ -329,7 +329,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 def test_the_example_jobs_load() -> None:
     folder = Path(__file__).parent.parent / "configs"
-    assert all(load(path).items for path in folder.glob("*.yaml"))
+    assert all(load(path).items for path in folder.glob("*.yaml") if path.name != "models.yaml")
 
 
 # ---- anything at all ----

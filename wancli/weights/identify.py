@@ -155,16 +155,16 @@ def _of_files(found: Files, source: Location) -> Checkpoint:
     if main is None:
         raise CheckpointError("no transformer is named", hint=HINT)
     said = {"num_heads": found.heads} if found.heads else {}
-    paths: dict[Role, Path | None] = {
-        "transformer": found.transformer,
-        "high_noise": found.high_noise,
-        "low_noise": found.low_noise,
-    }
-    inside = {role: parts_of(path, said) for role, path in paths.items() if path}
-    experts = [(role, pick(parts, "transformer", main)) for role, parts in inside.items()]
+    named: tuple[tuple[Role, Path | None], ...] = (
+        ("transformer", found.transformer),
+        ("high_noise", found.high_noise),
+        ("low_noise", found.low_noise),
+    )
+    inside = [(role, path, parts_of(path, said)) for role, path in named if path]
+    experts = [(role, pick(parts, "transformer", path)) for role, path, parts in inside]
     for _, part in experts:
         _refuse(part)
-    whole = next(iter(inside.values()))  # one file may hold all three networks
+    whole = inside[0][2]  # one file may hold all three networks
     text_encoder = _part_of(found.text_encoder, "text encoder", whole)
     vae = _part_of(found.vae, "vae", whole)
     tokenizer = found.tokenizer
@@ -239,7 +239,8 @@ def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Defa
         assert first.variant is not None
         return (first,), first.variant
     found = []
-    variant = T2V_A14B if first.variant in (T2V_A14B, T2V_14B) else TWO_EXPERTS
+    of_14b = first.variant is T2V_A14B or first.variant is T2V_14B
+    variant = T2V_A14B if of_14b else TWO_EXPERTS
     for role, part in roles:
         expert: Expert = "high" if role == "high_noise" else "low"
         if part.expert not in (None, expert):

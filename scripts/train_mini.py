@@ -3,7 +3,7 @@
     python scripts/train_mini.py all --out out/mini
     python scripts/train_mini.py dit --out out/mini --minutes 9 --set dit_batch=256
 
-Stages, in order: text, latents, vae, dit, grow, finetune, polish, pack (and `check`, at any time after the
+Stages, in order: text, latents, vae, dit, grow, finetune, pack (and `check`, at any time after the
 latents and the dit). Each goes on where it stopped; see scripts/mini.
 """
 

@@ -44,8 +44,6 @@ TINY = Recipe(
     dit_batch=4,
     finetune_steps=4,
     finetune_batch=4,
-    polish_steps=4,
-    polish_batch=4,
     swaps=0.5,
 )
 CPU = torch.device("cpu")
@@ -57,7 +55,7 @@ ONE_STEP = Pace(deadline=0.0, say_every=1)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> stages.Workshop:
     """Every stage run in one go."""
     shop = _workshop(tmp_path_factory.mktemp("mini"), Pace())
-    for stage in ("text", "latents", "vae", "dit", "grow", "finetune", "polish"):
+    for stage in ("text", "latents", "vae", "dit", "grow", "finetune"):
         assert stages.STAGES[stage](shop)
     return shop
 
@@ -369,7 +367,7 @@ def test_a_prompt_read_by_all_blocks_decides_and_the_thirds_share_what_it_decide
     assert dit.share("colour", 2 / 3, 1) > 0.8
 
 
-@pytest.mark.parametrize("stage", ["text", "vae", "dit", "finetune", "polish"])
+@pytest.mark.parametrize("stage", ["text", "vae", "dit", "finetune"])
 def test_a_stage_stopped_after_every_step_ends_with_the_same_numbers(
     stage: str, trained: stages.Workshop, tmp_path: Path
 ):
@@ -439,14 +437,3 @@ def test_all_stops_when_the_minutes_are_over(tmp_path: Path, capsys: pytest.Capt
     cli.main(["all", "--out", str(tmp_path), "--minutes", "0", *small])
     assert "text: stopped at step 1 of 4" in capsys.readouterr().out
     assert not (tmp_path / "latents.pt").exists()
-
-
-def test_the_latents_of_a_shape_are_those_whose_pixels_it_covers():
-    scene = world.Scene("red", "square", "right", "white", size=0.2, across=0.5, start=0.0, speed=1.0)
-    seen_TYX = dit.shape_latents([scene], (9, 64, 64), CPU)[0]
-    assert seen_TYX.shape == (3, 8, 8)
-    first, middle, last = (frame_YX.any(0).nonzero().flatten().tolist() for frame_YX in seen_TYX)
-    assert first[0] == 0  # it starts at the left edge, and the first latent is the first frame alone
-    assert len(first) <= 4 < len(middle)  # the others hold the way of four frames
-    assert last[-1] == 7
-    assert seen_TYX.any(0).any(1).nonzero().flatten().tolist() == [2, 3, 4, 5]  # half way up

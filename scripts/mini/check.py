@@ -42,8 +42,8 @@ def check(folder: Path, recipe: Recipe, count: int, device: torch.device) -> dic
         for part, latents_B in (("decoder", [*latents.encode(clips_BCTYX)]), ("encoder and decoder", ours)):
             decoded_BCTYX = torch.stack([_decoded(network, z_CTYX) for z_CTYX in latents_B])
             table[f"PSNR of {part}"] = vae.psnr(decoded_BCTYX, clips_BCTYX)
-    trained = [folder / f"{stage}.pt" for stage in ("polish", "finetune", "dit")]
-    if newest := next((path for path in trained if path.exists()), None):
+    newest = folder / ("finetune.pt" if (folder / "finetune.pt").exists() else "dit.pt")
+    if newest.exists():
         tokenizer = Tokenizer(folder / "spiece.model")
         ids = [tokenizer.ids(prompt) for prompt in prompts]
         z_BCTYX = dit.sample(load(newest), recipe, ids, GRID, device)

@@ -1,8 +1,7 @@
 """The transformer: flow matching on latents of the world's clips, the text encoder trained with it.
 
 v = noise - x0 at x = (1-σ)·x0 + σ·noise, σ uniform and then shifted by 3. A tenth of the prompts are
-empty. Between the stages `dit` and `finetune` every block becomes five (stage `grow`). The stage `polish`
-goes on with σ uniform and a loss in which the latents of the shape count more: there its outline is made.
+empty. Between the stages `dit` and `finetune` every block becomes five (stage `grow`).
 
 From the second half of `dit` on some samples read a second prompt in a range of blocks, and their
 target takes each attribute from either scene, as the blocks of the range weigh in for it (ROLES). So
@@ -29,21 +28,20 @@ from torch import Tensor, nn
 from scripts.mini import text
 from scripts.mini.batched import project, velocity
 from scripts.mini.captions import caption
-from scripts.mini.latents import CHANNELS, PATCH, Latents
+from scripts.mini.latents import CHANNELS, Latents
 from scripts.mini.muon import Muon
 from scripts.mini.recipe import FINETUNED_GRIDS, TRAINED_GRIDS, Recipe
 from scripts.mini.training import Average, State, Tensors, adamw, chunks, rate, rng_of, set_rate, torch_rng
-from scripts.mini.world import ATTRIBUTES, Grid, Scene, cover_all, draw_all, held_out, random_scene
+from scripts.mini.world import ATTRIBUTES, Grid, Scene, draw_all, held_out, random_scene
 from wancli.encode import Tokenizer
 from wancli.models.dit import WanModel
 
-SHIFT = {"dit": 3.0, "finetune": 3.0, "polish": 1.0}
-SHAPE_WEIGHT = {"dit": 1.0, "finetune": 1.0, "polish": 4.0}
+SHIFT = 3.0
 EMPTY = 0.1
 AVERAGE = 0.999
 PADDING_STEPS = 1000  # until the padding counts in full
-MUON_RATE = {"dit": 2e-3, "finetune": 8e-4, "polish": 8e-4}
-ADAM_RATE = {"dit": 1e-3, "finetune": 4e-4, "polish": 4e-4}
+MUON_RATE = {"dit": 2e-3, "finetune": 8e-4}
+ADAM_RATE = {"dit": 1e-3, "finetune": 4e-4}
 ROLES = {"background": 0.15, "shape": 0.4, "direction": 0.6, "colour": 0.85}  # where in the depth
 ROLE_WIDTH = 0.15
 
@@ -79,34 +77,31 @@ def grow(tensors: Tensors, copies: int) -> Tensors:
 
 
 class DiTTrainer:
-    """The stages `dit`, `finetune` and `polish`."""
+    """The stages `dit` and `finetune`."""
 
     def __init__(
         self,
-        stage: Literal["dit", "finetune", "polish"],
+        stage: Literal["dit", "finetune"],
         recipe: Recipe,
         start: State,
         latents: Latents,
         spiece: Path,
         device: torch.device,
     ) -> None:
-        """`start` is the state of the stage `text`, of `grow`, or what is averaged in that of `finetune`."""
-        deep = stage != "dit"
-        self._steps, self.samples = {
-            "dit": (recipe.dit_steps, recipe.dit_batch),
-            "finetune": (recipe.finetune_steps, recipe.finetune_batch),
-            "polish": (recipe.polish_steps, recipe.polish_batch),
-        }[stage]
-        self._grids = FINETUNED_GRIDS if deep else TRAINED_GRIDS
+        """`start` is the state of the stage `text`, or of `grow`."""
+        finetune = stage == "finetune"
+        self.samples = recipe.finetune_batch if finetune else recipe.dit_batch
+        self._steps = recipe.finetune_steps if finetune else recipe.dit_steps
+        self._grids = FINETUNED_GRIDS if finetune else TRAINED_GRIDS
         self._swaps = recipe.swaps
-        self._swaps_from = 0 if deep else recipe.dit_steps // 2
+        self._swaps_from = 0 if finetune else recipe.dit_steps // 2
         self._stage, self._seed, self._device, self._latents = stage, recipe.seed, device, latents
         self._tokenizer = Tokenizer(spiece)
         self._vocabulary = start["vocabulary"]
         self.text = text.build(recipe.t5(self._vocabulary), 0, device)
         text.load_text(self.text, start["text"])
-        self.model = build(recipe, recipe.grown if deep else recipe.blocks)
-        if deep:
+        self.model = build(recipe, recipe.grown if finetune else recipe.blocks)
+        if finetune:
             self.model.load_state_dict(start["model"])
         self.model.to(device)
         self.averages = {"model": Average(self.model, AVERAGE), "text": Average(self.text, AVERAGE)}
@@ -136,21 +131,16 @@ class DiTTrainer:
         rng = rng_of(self._seed, self._stage, i)
         scenes, prompts, read_KB = self._batch(rng, self._swaps if i >= self._swaps_from else 0.0)
         grids, weights = zip(*self._grids, strict=True)
-        grid = rng.choices(grids, weights)[0]
-        x0_BCTYX = self._latents.encode(draw_all(scenes, grid, self._device))
+        x0_BCTYX = self._latents.encode(draw_all(scenes, rng.choices(grids, weights)[0], self._device))
         generator = torch_rng(rng)
         noise_BCTYX = torch.randn(x0_BCTYX.shape, generator=generator).to(self._device)
         u_B = torch.rand(len(scenes), generator=generator).to(self._device)
-        shift = SHIFT[self._stage]
-        sigma_B = shift * u_B / (1 + (shift - 1) * u_B)
+        sigma_B = SHIFT * u_B / (1 + (SHIFT - 1) * u_B)
         x_BCTYX = torch.lerp(x0_BCTYX, noise_BCTYX, sigma_B[:, None, None, None, None])
-        padding = min(1.0, i / PADDING_STEPS) if self._stage == "dit" else 1.0
+        padding = 1.0 if self._stage == "finetune" else min(1.0, i / PADDING_STEPS)
         texts = project(self.model, *text.encode(self.text, prompts), padding)
         v_BCTYX = velocity(self.model, x_BCTYX, 1000 * sigma_B, texts, read_KB.to(self._device))
-        shape_BTYX = shape_latents(scenes, grid, self._device)
-        weight_B1TYX = 1 + (SHAPE_WEIGHT[self._stage] - 1) * shape_BTYX[:, None]
-        error_BCTYX = (v_BCTYX - (noise_BCTYX - x0_BCTYX)).square() * weight_B1TYX
-        return error_BCTYX.mean() / weight_B1TYX.mean()
+        return F.mse_loss(v_BCTYX, noise_BCTYX - x0_BCTYX)
 
     def _batch(self, rng: random.Random, swaps: float) -> tuple[list[Scene], list[list[int]], Tensor]:
         """Target scenes, prompts as ids, and the prompt that each block reads for each sample."""
@@ -190,13 +180,6 @@ class DiTTrainer:
             average.load(state["average"][part])
         self._muon.load(state["muon"])
         self._adamw.load_state_dict(state["adamw"])
-
-
-def shape_latents(scenes: Sequence[Scene], grid: Grid, device: torch.device) -> Tensor:
-    """1 where a latent sees some of the shape, else 0: [B, T, Y, X] of latents."""
-    cover_BTYX = F.max_pool2d(cover_all(scenes, grid, device), PATCH)
-    first, rest = cover_BTYX[:, :1], cover_BTYX[:, 1:]
-    return (torch.cat([first, rest.unflatten(1, (-1, 4)).amax(2)], dim=1) > 0).float()
 
 
 def random_range(rng: random.Random, depth: int) -> tuple[int, int]:
@@ -239,8 +222,7 @@ def sample(
     text.load_text(encoder, trained["average"]["text"])
     frames, height, width = grid
     shape = (CHANNELS, (frames + 3) // 4, height // 8, width // 8)
-    shift = SHIFT["dit"]
-    sigmas = [shift * u / (1 + (shift - 1) * u) for u in torch.linspace(1, 0, 17).tolist()]
+    sigmas = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in torch.linspace(1, 0, 17).tolist()]
     parts = []
     for numbers in chunks(len(prompts), 64):
         some = [prompts[i] for i in numbers]

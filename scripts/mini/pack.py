@@ -29,7 +29,7 @@ PROMPT = "A red circle drifts to the left across dark stripes."
 def pack(folder: Path, into: Path, recipe: Recipe) -> Path:
     """Writes the averaged weights as fp16 under the official names. Raises CheckpointError if the result
     is larger than 16 MiB or wancli cannot read and render with it."""
-    trained = load(folder / "polish.pt")
+    trained = load(folder / "finetune.pt")
     encoder = text.build(recipe.t5(trained["vocabulary"]), 0, torch.device("cpu"))
     text.load_text(encoder, trained["average"]["text"])
     config = recipe.wan(recipe.grown)

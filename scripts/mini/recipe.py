@@ -34,8 +34,6 @@ class Recipe:
     dit_batch: int = 64
     finetune_steps: int = 1000
     finetune_batch: int = 48
-    polish_steps: int = 620
-    polish_batch: int = 48
     swaps: float = 0.25  # of the samples read a second prompt in some blocks, from half of `dit` on
 
     def wan(self, blocks: int) -> WanConfig:

@@ -6,7 +6,6 @@ vae       vae.pt                  decoder and encoder for it
 dit       dit.pt                  a shallow transformer, and the text encoder trained with it
 grow      grow.pt                 each of its blocks five times
 finetune  finetune.pt             the deep transformer, with prompts swapped in some blocks
-polish    polish.pt               the same, with more weight on the shapes
 pack                              a checkpoint folder
 """
 
@@ -90,14 +89,6 @@ def run_finetune(shop: Workshop) -> bool:
     return train("finetune", trainer, shop.recipe.finetune_steps, shop.file("finetune.pt"), shop.pace)
 
 
-def run_polish(shop: Workshop) -> bool:
-    tuned = load(shop.file("finetune.pt"))
-    start = {"vocabulary": tuned["vocabulary"], **tuned["average"]}
-    spiece = shop.file("spiece.model")
-    trainer = dit.DiTTrainer("polish", shop.recipe, start, shop.latents(), spiece, shop.device)
-    return train("polish", trainer, shop.recipe.polish_steps, shop.file("polish.pt"), shop.pace)
-
-
 def run_pack(shop: Workshop) -> bool:
     pack.pack(shop.folder, shop.into, shop.recipe)
     return True
@@ -115,6 +106,5 @@ STAGES: dict[str, Callable[[Workshop], bool]] = {
     "dit": run_dit,
     "grow": run_grow,
     "finetune": run_finetune,
-    "polish": run_polish,
     "pack": run_pack,
 }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts are not installed
 
 from scripts.mini import evaluate
 from scripts.mini.evaluate import Case

@@ -191,7 +191,7 @@ def test_an_embedding_file_stands_where_a_prompt_does() -> None:
         ("noise: gpu", "noise: 'gpu' is not one of 'cpu', 'cuda'"),
         ("text: {max_tokens: 300}", "text.max_tokens: 300 is not one of 256, 512"),
         ("video: {codec: av1}", "video.codec: 'av1' is not one of 'h264', 'h265'"),
-        ("memory: {dtype: fp8}", "memory.dtype: 'fp8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        ("memory: {dtype: int8}", "memory.dtype: 'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16', 'fp8'"),
         (
             "inject: [{prompt: x, branch: all}]",
             "inject.0.branch: 'all' is not one of 'cond', 'uncond', 'both'",

@@ -303,7 +303,7 @@ def run(checkpoint, residency):
 config, path = WanConfig(512, 2048, 4, 24, text_dim=64), Path({str(tmp_path / "large.safetensors")!r})
 write_safetensors(path, transformer_entries(config, "bf16"))
 small = identify(Path({str(FIXTURE)!r}))
-large = replace(small, transformer=config, transformer_files=(path,))
+large = replace(small, experts=(replace(small.experts[0], config=config, files=(path,)),))
 run(small, "streamed")
 for residency in ("streamed", "resident"):
     with Peak() as peak:

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 from wancli import __version__, cli, encode, errors, pipeline
 from wancli.models.dit import WanModel
-from wancli.weights import readers
+from wancli.weights import networks
 
 MODEL = ("--model", TINY, "-q")
 
@@ -380,7 +380,7 @@ def test_diff_compares_two_prompts_in_words_and_as_json(say: Any) -> None:
 
 
 def test_diff_without_the_transformer_does_not_load_it(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "load_transformer", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(networks, "load_transformer", lambda *_: pytest.fail("it was loaded"))
     document = json.loads(say("diff", CAT, FISH, *MODEL, "--json", "--no-dit").out)
     assert (document["projected"], document["blocks"]) == (None, [])
 

@@ -15,7 +15,7 @@ from wancli.difference import Difference, compare, legacy_percent, lint
 from wancli.encode import EOS, Embedding, Encoder, Tokenizer, encode
 from wancli.models.dit import WanModel
 from wancli.weights.identify import identify
-from wancli.weights.readers import load_transformer
+from wancli.weights.networks import load_transformer
 
 Encode = Callable[[str], Embedding]
 

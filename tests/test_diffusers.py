@@ -21,7 +21,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wancli import video
 from wancli.solvers import schedule
 from wancli.weights.identify import identify
-from wancli.weights.readers import load_vae
+from wancli.weights.networks import load_vae
 
 SHIFT, STEPS, SEED = 3.0, 3, 11
 NEGATIVE = "crowded market, fog"

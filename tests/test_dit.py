@@ -20,7 +20,7 @@ from wancli.models.dit import Context, WanModel, concat, lerp
 from wancli.models.layers import attention_backend
 from wancli.weights.identify import identify
 from wancli.weights.names import transformer_from_diffusers
-from wancli.weights.readers import load_transformer
+from wancli.weights.networks import load_transformer
 
 FIXTURE = Path(__file__).parent / "fixtures" / "wan21-tiny"
 CASES = json.loads((FIXTURE / "reference.json").read_text())["cases"]

@@ -43,7 +43,7 @@ from wancli.weights.lora import Lora, Loras, Patches, add, load, merge
 from wancli.weights.lora_header import recognise
 from wancli.weights.lora_use import constant, strengths_at
 from wancli.weights.names import transformer_from_diffusers
-from wancli.weights.readers import load_into, transformer_tensors
+from wancli.weights.networks import load_into, transformer_tensors
 
 ALPHA = 6.0
 

@@ -22,7 +22,7 @@ from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
 from wancli.weights.identify import identify
 from wancli.weights.names import umt5_to_transformers
-from wancli.weights.readers import load_transformer, load_umt5
+from wancli.weights.networks import load_transformer, load_umt5
 from wancli.weights.residency import Streamed
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from wancli import encode, memory
 from wancli.manifest import done
 from wancli.models.dit import WanModel
-from wancli.weights import readers
+from wancli.weights import networks
 
 # ---- once is enough ----
 
@@ -43,7 +43,7 @@ def test_a_finished_job_is_not_rendered_again(
 ) -> None:
     first = render()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    poison(monkeypatch, (WanModel, "velocities"), (readers, "load_transformer"), (readers, "load_vae"))
+    poison(monkeypatch, (WanModel, "velocities"), (networks, "load_transformer"), (networks, "load_vae"))
     second = render("--json")
     assert (first.code, second.code) == (0, 0)
     assert first.out == f"{tmp_path}/out/clip.mp4\n"
@@ -166,7 +166,7 @@ def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(monkeypatch, (WanModel, "velocities"), (readers, "load_transformer"), (encode, "load_encoder"))
+    poison(monkeypatch, (WanModel, "velocities"), (networks, "load_transformer"), (encode, "load_encoder"))
     assert render(inject=[rule(blocks="late")]).code == 0
     assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "report.json"]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_block"] == {"3": 2}

@@ -19,7 +19,7 @@ from wancli.models.config import VAEConfig, WanConfig
 from wancli.models.dit import WanModel
 from wancli.weights.identify import identify
 from wancli.weights.names import umt5_to_transformers
-from wancli.weights.readers import load_transformer, load_umt5
+from wancli.weights.networks import load_transformer, load_umt5
 from wancli.weights.sizes import vae_config
 
 CONFIG = WanConfig(dim=96, ffn_dim=192, num_heads=2, num_layers=3, text_dim=64)

@@ -20,9 +20,10 @@ from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import Context, Request, WanModel
 from wancli.weights.identify import identify
+from wancli.weights.networks import load_into, load_transformer
 from wancli.weights.ondisk import on_disk
 from wancli.weights.packed import Packed
-from wancli.weights.readers import load_into, load_transformer, tensors
+from wancli.weights.readers import tensors
 from wancli.weights.residency import Streamed, matrix_names, placed
 
 ROOT = Path(__file__).parents[1]
@@ -291,7 +292,7 @@ from scripts.make_random_checkpoint import transformer_entries, write_safetensor
 from wancli.memory import Peak
 from wancli.models.config import WanConfig
 from wancli.weights.identify import identify
-from wancli.weights.readers import load_transformer
+from wancli.weights.networks import load_transformer
 
 def run(checkpoint, residency):
     model = load_transformer(checkpoint, torch.bfloat16, "cpu", residency=residency)

@@ -37,7 +37,7 @@ from wancli.probe import Effect
 from wancli.sample import Contexts, Sampled, Walk, check_hits, denoise, denoise_together
 from wancli.solvers import State, schedule
 from wancli.weights.identify import identify
-from wancli.weights.readers import load_transformer
+from wancli.weights.networks import load_transformer
 
 # ---- injection is proven ----
 

@@ -46,9 +46,9 @@ from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import model_at
 from wancli.shot import Shot
 from wancli.solvers import schedule
-from wancli.weights import readers
+from wancli.weights import networks
 from wancli.weights.identify import identify
-from wancli.weights.readers import load_transformer, load_vae
+from wancli.weights.networks import load_transformer, load_vae
 
 STEPS, SHIFT, SEED = 6, 12.0, 11  # four steps of high noise, two of low
 NEGATIVE = "crowded market, fog"
@@ -356,7 +356,7 @@ def test_ti2v_gives_the_latents_and_frames_of_diffusers(
 
 def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The experts in the order in which they are loaded; no two of them may be alive."""
-    real = readers.load_transformer
+    real = networks.load_transformer
     loaded: list[str] = []
     alive: weakref.WeakSet[WanModel] = weakref.WeakSet()
 
@@ -367,7 +367,7 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(arguments[3])
         return network
 
-    monkeypatch.setattr(readers, "load_transformer", watched)
+    monkeypatch.setattr(networks, "load_transformer", watched)
     return loaded
 
 

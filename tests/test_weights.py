@@ -21,7 +21,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wancli.errors import CheckpointError
 from wancli.weights.identify import identify
 from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_from_diffusers
-from wancli.weights.readers import load_into, load_transformer, load_vae, tensors
+from wancli.weights.networks import load_into, load_transformer, load_vae
+from wancli.weights.readers import tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE = "Wan2.1_VAE.pth"

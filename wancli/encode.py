@@ -274,9 +274,9 @@ def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
     the list of what is wrong."""
     import torch
 
-    from wancli.weights import readers
+    from wancli.weights import networks
 
-    return readers.load_umt5(
+    return networks.load_umt5(
         encoder.files,
         rename("text encoder", encoder.naming),
         {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[encoder.dtype],

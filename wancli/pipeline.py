@@ -242,7 +242,7 @@ class Networks:
             return self._loaded[1]
         import torch
 
-        from wancli.weights.readers import load_transformer
+        from wancli.weights.networks import load_transformer
 
         self._loaded = self._patches = None
         with memory.Peak() as peak:
@@ -268,7 +268,7 @@ class Networks:
     def patches(self) -> Patches:
         """What puts LoRAs into the transformer that is loaded, and takes them out again."""
         from wancli.weights.lora import Patches
-        from wancli.weights.readers import transformer_tensors
+        from wancli.weights.networks import transformer_tensors
 
         assert self._loaded
         if self._patches is None:
@@ -290,7 +290,7 @@ class Networks:
 
     @cached_property
     def vae(self) -> VAE:
-        from wancli.weights.readers import load_vae
+        from wancli.weights.networks import load_vae
 
         return load_vae(self.model.checkpoint, self.model.device)
 
@@ -342,7 +342,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
     EntryError for a damaged latent, CheckpointError for another VAE than the shot was planned with.
     """
     from wancli.weights.identify import fingerprint, identify
-    from wancli.weights.readers import load_vae
+    from wancli.weights.networks import load_vae
 
     if not path.exists():
         raise JobError("no such file", where=str(path))

@@ -31,7 +31,7 @@ from wancli import mini, video
 from wancli.models.vae import VAE
 from wancli.report import sheet
 from wancli.weights.identify import identify
-from wancli.weights.readers import load_vae
+from wancli.weights.networks import load_vae
 
 GRID = (9, 64, 64)
 CLIPS = 64  # for the VAE

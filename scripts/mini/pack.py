@@ -20,7 +20,7 @@ from wancli.cli import run
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.weights.identify import Checkpoint, identify, text_encoder_sizes, vae_sizes
-from wancli.weights.readers import load_transformer, load_vae
+from wancli.weights.networks import load_transformer, load_vae
 
 MOST_BYTES = 16 * 2**20
 PROMPT = "A red circle drifts to the left across dark stripes."

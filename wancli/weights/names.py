@@ -1,4 +1,4 @@
-"""Tensor names: the tables between the official naming and those of diffusers, transformers and GGUF.
+"""Tensor names: the tables between the official naming and those of diffusers and transformers.
 
 wancli keeps the official names. Each function renames one tensor; a name it does not know comes
 back unchanged, so that loading reports it as unexpected. Checked against diffusers and
@@ -68,22 +68,8 @@ UMT5_BLOCK_TO_TRANSFORMERS = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
-UMT5_FROM_GGUF = {
-    "token_embd": "shared",
-    "enc.output_norm": "encoder.final_layer_norm",
-}
-UMT5_BLOCK_FROM_GGUF = {
-    "attn_norm": "layer.0.layer_norm",
-    **{f"attn_{p}": f"layer.0.SelfAttention.{p}" for p in "qkvo"},
-    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
-    "ffn_norm": "layer.1.layer_norm",
-    "ffn_gate": "layer.1.DenseReluDense.wi_0",
-    "ffn_up": "layer.1.DenseReluDense.wi_1",
-    "ffn_down": "layer.1.DenseReluDense.wo",
-}
 
 _BLOCK = re.compile(r"(blocks\.\d+)\.(.+)")
-_GGUF_BLOCK = re.compile(r"enc\.blk\.(\d+)\.(.+)")
 _VAE_STAGE = re.compile(
     r"(?P<half>encoder|decoder)\."
     r"(?:mid_block\.resnets\.(?P<mid>\d+)|down_blocks\.(?P<down>\d+)"
@@ -147,13 +133,6 @@ def umt5_to_transformers(name: str) -> str:
         number = block[1].removeprefix("blocks.")
         return f"encoder.block.{number}.{_swap_head(block[2], UMT5_BLOCK_TO_TRANSFORMERS)}"
     return _swap_head(name, UMT5_TO_TRANSFORMERS)
-
-
-def umt5_from_gguf(name: str) -> str:
-    """llama.cpp's T5 encoder -> transformers' UMT5EncoderModel, e.g. `enc.blk.0.attn_q.weight`."""
-    if block := _GGUF_BLOCK.fullmatch(name):
-        return f"encoder.block.{block[1]}.{_swap_head(block[2], UMT5_BLOCK_FROM_GGUF)}"
-    return _swap_head(name, UMT5_FROM_GGUF)
 
 
 def _swap_head(name: str, table: Mapping[str, str]) -> str:

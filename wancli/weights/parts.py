@@ -15,10 +15,10 @@ from typing import Literal, TypeAlias
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
 from wancli.weights.contents import Container
+from wancli.weights.gguf import umt5_to_transformers as umt5_from_gguf
 from wancli.weights.lora_styles import LoRA
 from wancli.weights.names import (
     transformer_from_diffusers,
-    umt5_from_gguf,
     umt5_to_transformers,
     vae22_from_diffusers,
     vae_from_diffusers,

@@ -1,49 +1,28 @@
-"""Files -> named tensors -> networks. The only place that opens weights.
-
-A network is built on the meta device, where tensors have a shape and no storage, and then takes
-over the tensors read: mapped from the file where the dtype fits, converted one at a time where not.
-So weights are never in memory twice.
-"""
+"""Files -> named tensors, mapped from disk as they are stored. The only place that opens weights."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.experts import Expert
-from wancli.memory import Residency
-from wancli.models import t5
-from wancli.models.config import VAE22Config
-from wancli.models.dit import WanModel
-from wancli.models.vae import VAE, WanVAE
-from wancli.models.vae22 import WanVAE22
 from wancli.weights import gguf
 from wancli.weights.fold import Stored, fold
 from wancli.weights.headers import DOWNLOAD_AGAIN, header
-from wancli.weights.identify import Checkpoint, vae_sizes
 from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
-from wancli.weights.ondisk import on_disk
-from wancli.weights.packed import Packed, pack_fp8
-from wancli.weights.parts import Part
-from wancli.weights.residency import AfterUnpack, Lookup, Streamed, matrix_names, placed
-from wancli.weights.sizes import t5_config
-
-if TYPE_CHECKING:
-    from transformers import UMT5EncoderModel
+from wancli.weights.packed import Packed
 
 Entry = TypeVar("Entry")
 
 PATCHES = "patch_embedding"
-LISTED = 10  # tensors named in one message; the rest are counted
 # Whole-model files put each network behind a prefix; the first that any name has is taken off.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
@@ -66,7 +45,6 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-KEPT_FP32 = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
 
 
 def tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -113,179 +91,6 @@ def packed(
     bare = _renamed(own, lambda name: name.removeprefix(prefix), where)
     folded = fold(bare, {layer.removeprefix(prefix): said for layer, said in formats.items()})
     return _renamed(_split_patches(folded), rename, where)
-
-
-def load_into(
-    module: nn.Module,
-    tensors: Iterable[tuple[str, Tensor | Packed]],
-    *,
-    rename: Callable[[str], str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    keep_fp32: Callable[[str], bool],
-    where: str,
-    leave: Collection[str] = (),
-) -> None:
-    """Gives a module built on the meta device its tensors, in `dtype` but for those kept in fp32.
-
-    Those to `leave` are asked for like all others, and stay on the meta device in the dtype they would get.
-
-    Strict: a missing, unexpected or mis-shaped tensor raises CheckpointError, with the list, before
-    any tensor is converted or assigned. `rename` maps a name in the file to the module's own,
-    `keep_fp32` is asked with the latter.
-    """
-    wanted = module.state_dict()
-    found = {rename(name): tensor for name, tensor in tensors}
-    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(wanted[name].shape)}"
-        for name in found.keys() & wanted.keys()
-        if tuple(found[name].shape) != tuple(wanted[name].shape)
-    ]
-    if problems:
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        raise CheckpointError(
-            "the tensors do not fit the model: " + "; ".join(sorted(problems)[:LISTED] + more),
-            where=where,
-            hint="the file belongs to another model or is damaged; compare it with config.json",
-        )
-    made: dict[str, Tensor] = {}
-    for name, meta in wanted.items():
-        kept = torch.float32 if keep_fp32(name) else dtype
-        if name in leave:
-            made[name] = meta.to(kept)
-            continue
-        tensor = found.pop(name)
-        unpacked = tensor.unpack(kept) if isinstance(tensor, Packed) else tensor
-        # A copy where weights stay away, so that no file stays mapped for the small ones.
-        made[name] = unpacked.to(device=device, dtype=kept, copy=bool(leave))
-    module.load_state_dict(made, assign=True)
-
-
-def load_transformer(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    expert: Expert = "only",
-    residency: Residency = "resident",
-    after_unpack: AfterUnpack | None = None,
-    fp8: bool = False,
-) -> WanModel:
-    """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
-    precision everything outside the large matrices of the blocks stays fp32.
-
-    `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
-    packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
-    """
-    with torch.device("meta"):
-        model = WanModel(checkpoint.transformer)
-    found = transformer_weights(checkpoint, expert)
-    away = [] if residency == "resident" else matrix_names(model.blocks, "blocks")
-    load_into(
-        model,
-        found.items(),
-        rename=str,
-        dtype=dtype,
-        device=device,
-        keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
-        where=str(checkpoint.expert(expert).files[0].parent),
-        leave=frozenset(away),
-    )
-    if away:
-        matrices = {name: found[name] for name in away}
-        source = _in_fp8(matrices, device) if fp8 else placed(matrices, residency, device)
-        model.blocks = Streamed(model.blocks, "blocks", source, device, after_unpack)
-    return model.eval()
-
-
-def _in_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:
-    """Raises CheckpointError for NaN and Inf."""
-    made = {}
-    for name, weight in matrices.items():
-        small = pack_fp8(weight.unpack(torch.float32), name) if weight.scheme == "plain" else weight
-        made[name] = replace(small, data=small.data.to(device))
-    return made
-
-
-def transformer_weights(checkpoint: Checkpoint, expert: Expert = "only") -> dict[str, Packed]:
-    """A checkpoint's transformer as its files hold it, by official name."""
-    return _weights(checkpoint.expert(expert))
-
-
-def _weights(part: Part) -> dict[str, Packed]:
-    return packed(part.files, rename=part.rename, prefixes=(part.prefix,) if part.prefix else ())
-
-
-def transformer_tensors(
-    checkpoint: Checkpoint, wanted: Collection[str], expert: Expert = "only"
-) -> Iterator[tuple[str, Tensor]]:
-    """Some tensors of a checkpoint's transformer by official name, unpacked where they are not plain."""
-    for name, weight in transformer_weights(checkpoint, expert).items():
-        if name in wanted:
-            yield (
-                name,
-                weight.data.view(weight.shape) if weight.scheme == "plain" else weight.unpack(torch.float32),
-            )
-
-
-def load_umt5(
-    files: Sequence[Path],
-    rename: Callable[[str], str],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    residency: Residency = "resident",
-    prefix: str = "",
-) -> UMT5EncoderModel:
-    """The text encoder, ready for `t5.rows`; `rename` maps the files' names, `prefix` taken off, to those
-    of transformers.
-
-    Streamed, the rows of its embedding are read from disk too, those of a prompt's tokens.
-    """
-    where = str(files[0])
-    found = packed(files, rename=rename, prefixes=(prefix,) if prefix else ())
-    found.pop(t5.TIED, None)
-    model = t5.build(t5_config({name: weight.shape for name, weight in found.items()}, where))
-    layers = model.encoder.block
-    away = [] if residency == "resident" else matrix_names(layers, t5.LAYERS)
-    table = [t5.TABLE] if residency == "streamed" else []
-    load_into(
-        model,
-        found.items(),
-        rename=str,
-        dtype=dtype,
-        device=device,
-        keep_fp32=lambda name: dtype is torch.float16 and t5.OVERFLOWS in name,
-        where=where,
-        leave=frozenset(away + table),
-    )
-    if away:
-        source = placed({name: found[name] for name in away}, residency, device)
-        model.encoder.block = Streamed(layers, t5.LAYERS, source, device)
-    if table:
-        rows = on_disk({t5.TABLE: found[t5.TABLE]})[t5.TABLE].rows
-        model.add_module("shared", Lookup(rows, dtype, device))
-    t5.tie(model, where)
-    return model
-
-
-def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
-    """The VAE of a checkpoint, in fp32 as the official code runs it."""
-    where = str(checkpoint.vae_files[0])
-    found = _weights(checkpoint.vae)
-    sizes = vae_sizes(checkpoint)
-    with torch.device("meta"):
-        vae = WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)
-    load_into(
-        vae,
-        found.items(),
-        rename=str,
-        dtype=torch.float32,
-        device=device,
-        keep_fp32=lambda _: True,
-        where=where,
-    )
-    return vae.eval()
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:

@@ -10,7 +10,8 @@ import yaml
 
 from wancli.cli import app, run
 from wancli.errors import ExitStatus
-from wancli.job import Inject, Job, parse
+from wancli.job import Inject, Job
+from wancli.jobfile import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

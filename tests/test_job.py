@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jobs import tiny_job
 
 from wancli.errors import JobError
-from wancli.job import EmbeddingFile, JobFile, keys_at, load, parse
+from wancli.job import EmbeddingFile
+from wancli.jobfile import JobFile, keys_at, load, parse
 
 MINIMAL = "model: m\nprompt: a cat\n"
 TOP = ", ".join(keys_at(()))

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from wancli import plan as planning
 from wancli.encode import load_embedding
 from wancli.errors import CheckpointError, JobError
-from wancli.job import load
+from wancli.jobfile import load
 from wancli.sample import noise
 from wancli.shot import Shot
 from wancli.solvers import schedule
@@ -354,8 +354,8 @@ def test_the_plan_shows_every_lora_once_and_warns(
 def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora: Path) -> None:
     path = written(tmp_path, tiny_job(model=shallow, loras=[{"path": "style.safetensors"}]))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom wancli import job, plan\n"
-        f"found = plan.plan(job.load(Path({str(path)!r})), Path({str(tmp_path / 'memo.json')!r}))\n"
+        "import sys\nfrom pathlib import Path\nfrom wancli import jobfile, plan\n"
+        f"found = plan.plan(jobfile.load(Path({str(path)!r})), Path({str(tmp_path / 'memo.json')!r}))\n"
         "assert found.shots[0].loras\n"
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wancli import memory
+from wancli import machine, memory, peak
 from wancli.errors import DoesNotFit
 from wancli.models import t5
 from wancli.models.config import T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
+from wancli.peak import Peak
 from wancli.weights.identify import identify
 from wancli.weights.names import umt5_to_transformers
 from wancli.weights.networks import load_transformer, load_umt5
@@ -214,37 +215,37 @@ def test_a_shot_that_does_not_fit_is_refused_with_the_phase_and_both_figures():
 
 
 def test_some_memory_is_available():
-    assert memory.available() > 0
+    assert machine.available() > 0
 
 
 # ---- measurement ----
 
 
 def test_the_peak_of_a_block_is_seen_after_it_is_freed():
-    with memory.Peak() as peak:
+    with Peak() as taken:
         block = bytearray(SMALL)
         del block
-    assert 0.95 * SMALL < peak.rss_peak - peak.rss_start < 2 * SMALL
-    assert peak.seconds > 0
+    assert 0.95 * SMALL < taken.rss_peak - taken.rss_start < 2 * SMALL
+    assert taken.seconds > 0
 
 
 def test_a_peak_before_the_block_does_not_count():
     block = bytearray(2 * SMALL)
     del block
-    with memory.Peak() as peak:
+    with Peak() as taken:
         pass
-    assert peak.rss_peak - peak.rss_start < SMALL
+    assert taken.rss_peak - taken.rss_start < SMALL
 
 
 def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
-    monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
-    with memory.Peak() as peak:
+    monkeypatch.setattr(peak, "_reset_high_water", lambda: False)
+    with Peak() as taken:
         block = bytearray(SMALL)
-        while peak._sampler._peak < peak.rss_start + 0.95 * SMALL:
+        while taken._sampler._peak < taken.rss_start + 0.95 * SMALL:
             time.sleep(0.01)
         del block
-    assert 0.95 * SMALL < peak.rss_peak - peak.rss_start < 2 * SMALL
-    assert not peak._sampler.is_alive()
+    assert 0.95 * SMALL < taken.rss_peak - taken.rss_start < 2 * SMALL
+    assert not taken._sampler.is_alive()
 
 
 def test_the_peak_of_the_gpu_is_what_torch_allocated(monkeypatch):
@@ -255,16 +256,16 @@ def test_the_peak_of_the_gpu_is_what_torch_allocated(monkeypatch):
         max_memory_allocated=lambda: 12345,
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    with memory.Peak() as peak:
+    with Peak() as taken:
         assert calls == ["reset"]
-    assert peak.cuda_peak == 12345
+    assert taken.cuda_peak == 12345
 
 
 def test_without_a_gpu_there_is_no_peak_of_one(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
-    with memory.Peak() as peak:
+    with Peak() as taken:
         pass
-    assert peak.cuda_peak is None
+    assert taken.cuda_peak is None
 
 
 def test_what_touches_disk_and_terminal_loads_without_torch_and_numpy():

@@ -30,7 +30,7 @@ from jobs import (
 )
 from safetensors.torch import save_file
 
-from wancli import encode, memory
+from wancli import encode, machine
 from wancli.manifest import done
 from wancli.models.dit import WanModel
 from wancli.weights import networks
@@ -349,7 +349,7 @@ def test_too_little_memory_is_found_out_before_anything_is_loaded(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(machine, "available", lambda: 1000)
     said = render()
     assert said.code == 5
     assert said.err.startswith("wancli: shot 0000: ")

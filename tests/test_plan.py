@@ -18,7 +18,7 @@ from wancli import plan as planning
 from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.inject import Text
-from wancli.job import load
+from wancli.jobfile import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.shot import Plan, Shot
 

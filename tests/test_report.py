@@ -23,7 +23,7 @@ from jobs import (
 )
 
 from wancli import video
-from wancli.job import load
+from wancli.jobfile import load
 from wancli.models.vae import WanVAE
 from wancli.plan import plan
 from wancli.solvers import schedule

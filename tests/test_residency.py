@@ -289,7 +289,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {str(ROOT)!r})
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
-from wancli.memory import Peak
+from wancli.peak import Peak
 from wancli.models.config import WanConfig
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_transformer

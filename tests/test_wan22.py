@@ -39,7 +39,7 @@ from wancli import plan as planning
 from wancli import underway, video
 from wancli.errors import CheckpointError, JobError
 from wancli.experts import Stage, stages
-from wancli.job import load
+from wancli.jobfile import load
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
 from wancli.models.variants import T2V, TI2V, TWO_EXPERTS

@@ -25,7 +25,7 @@ from wancli.events import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wancli.job import JobFile
+    from wancli.jobfile import JobFile
     from wancli.pipeline import Outcome
     from wancli.shot import Plan
     from wancli.store import Store
@@ -167,6 +167,7 @@ def render(
     """
     from wancli import events, pipeline
     from wancli.report import data, terminal
+    from wancli.tools import Tools
 
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
     plan = _plan(_said(job, prompt, output), cache_dir, measure=measuring)
@@ -175,9 +176,7 @@ def render(
         display.warn(warning)
     outcomes: list[pipeline.Outcome] = []
     try:
-        for outcome in _traced(
-            pipeline.render(plan, pipeline.Tools(_store(cache_dir), display, force)), log_level
-        ):
+        for outcome in _traced(pipeline.render(plan, Tools(_store(cache_dir), display, force)), log_level):
             outcomes.append(outcome)
             if outcome.error:
                 complain(outcome.error, f"shot {outcome.shot.id}: ")
@@ -249,12 +248,13 @@ def encode_command(
 
     Each is computed once ever and kept in the cache. Prints one key per prompt.
     """
-    from wancli import events, pipeline, stage1
+    from wancli import events, stage1
     from wancli.report import terminal
+    from wancli.tools import Tools
 
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     work = stage1.requested(what, model, max_tokens, truncate, _memo(cache_dir))
-    rows = stage1.run(work, out, pipeline.Tools(_store(cache_dir) if cache else None, display))
+    rows = stage1.run(work, out, Tools(_store(cache_dir) if cache else None, display))
     if as_json:
         emit(rows)
     else:
@@ -279,10 +279,11 @@ def decode_command(
 
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
-    from wancli import events, pipeline
+    from wancli import events, stage3
+    from wancli.tools import Tools
 
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
-    print(pipeline.decode_file(latents, output, model, _memo(None), pipeline.Tools(None, display, force)))
+    print(stage3.decode_file(latents, output, model, _memo(None), Tools(None, display, force)))
     return ExitStatus.OK
 
 
@@ -308,12 +309,13 @@ def diff_command(
 
     As the model reads them. Aim for more than 50 % before you inject one into the other.
     """
-    from wancli import events, pipeline, stage1
+    from wancli import events, stage1
     from wancli.report import terminal
+    from wancli.tools import Tools
 
     display = events.progress(sys.stderr, "none" if quiet else "auto")
     pairs = stage1.pairs(prompts or [], file, model, _memo(cache_dir))
-    tools = pipeline.Tools(_store(cache_dir), display)
+    tools = Tools(_store(cache_dir), display)
     differences = [stage1.compared(pair, tools, dit=dit) for pair in pairs]
     if as_json:
         emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
@@ -433,7 +435,7 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
 
 
 def _said(job: str | None, prompt: str | None, output: str | None) -> JobFile:
-    from wancli.job import of_prompt
+    from wancli.jobfile import of_prompt
 
     if prompt is not None and job is None:
         return of_prompt(prompt, output or "{slug}.mp4")
@@ -446,7 +448,7 @@ def _said(job: str | None, prompt: str | None, output: str | None) -> JobFile:
 
 
 def _job(job: str) -> JobFile:
-    from wancli.job import load, parse
+    from wancli.jobfile import load, parse
 
     return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd()) if job == "-" else load(Path(job))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from wancli.errors import JobError
 from wancli.experts import Stage
 from wancli.inject import parse_blocks, parse_steps
-from wancli.job import Item, LoraEntry, SigmaRange
+from wancli.job import LoraEntry, SigmaRange
+from wancli.jobfile import Item
 from wancli.models.config import WanConfig
 from wancli.weights.identify import fingerprint
 from wancli.weights.lora_header import CONFIG, recognise

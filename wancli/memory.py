@@ -1,4 +1,4 @@
-"""Bytes: predicted per phase from sizes alone, and measured as a peak.
+"""Bytes, predicted per phase from sizes alone.
 
 A phase needs its weights, the working set of its largest layer, and what it keeps between calls.
 No phase needs the sum over layers (nothing is kept for a backward pass) and none a matrix of
@@ -8,14 +8,9 @@ resident stays loaded, so the peak of a shot is the largest total, not their sum
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Literal, Self
+from typing import Literal
 
 from wancli.errors import DoesNotFit
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
@@ -38,9 +33,6 @@ class Phase:
     @property
     def total(self) -> int:
         return self.model + self.activation + self.buffer
-
-
-# ---- prediction ----
 
 
 def encode_phase(
@@ -129,19 +121,6 @@ def require(phases: Sequence[Phase], available: int, where: str = "") -> None:
         if worst.activation < worst.model:
             hint = "the weights are most of it: try memory.dtype: bf16, or a smaller model"
         raise DoesNotFit(message, where=where, hint=hint)
-
-
-def available() -> int:
-    """Bytes this process may still take: what the machine has free, or a control group less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
-    except OSError:
-        return free
-    return free if limit.strip() == "max" else min(free, int(limit) - int(used))
 
 
 def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int:
@@ -248,78 +227,3 @@ def _history_channels(vae: VAEConfig | VAE22Config) -> int:
         if up is not None:
             c_in, pixels = _upsampled(vae, c), 4 * pixels
     return total + pixels * widths[-1]
-
-
-# ---- measurement ----
-
-
-class Peak:
-    """Measures the memory of a `with` block. Blocks must not be nested: the kernel has one mark.
-
-    `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included; `cuda_peak`
-    bytes that torch allocated on the current device, None without CUDA; `seconds` by a clock that
-    never jumps.
-    """
-
-    rss_start: int
-    rss_peak: int
-    cuda_peak: int | None = None
-    seconds: float
-
-    def __enter__(self) -> Self:
-        self._sampler = None if _reset_high_water() else _Sampler()
-        if torch := _torch_on_cuda():
-            torch.cuda.reset_peak_memory_stats()
-        self.rss_start = _rss()
-        self._started = time.monotonic()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.monotonic() - self._started
-        peak = self._sampler.stop() if self._sampler else _status("VmHWM")
-        self.rss_peak = max(peak, self.rss_start, _rss())
-        if torch := _torch_on_cuda():
-            self.cuda_peak = torch.cuda.max_memory_allocated()
-
-
-class _Sampler(threading.Thread):
-    """Watches the resident size where the kernel keeps no resettable peak."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._peak = 0
-        self._stop_now = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self._stop_now.wait(0.01):
-            self._peak = max(self._peak, _rss())
-
-    def stop(self) -> int:
-        self._stop_now.set()
-        self.join()
-        return self._peak
-
-
-def _reset_high_water() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    except OSError:
-        return False
-    return True
-
-
-def _status(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.split(f"{name}:")[1].split()[0])
-
-
-def _rss() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _torch_on_cuda() -> ModuleType | None:
-    torch = sys.modules.get("torch")  # whether to import it is for others to decide
-    return torch if torch and torch.cuda.is_initialized() else None

@@ -7,41 +7,29 @@ Outcome per shot; a ShotError ends one shot, any other WancliError ends the batc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli import files, latents, manifest, memory, presets, record, underway, video
+from wancli import files, latents, machine, manifest, memory, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
-    CheckpointError,
-    DoesNotFit,
     EntryError,
     JobError,
-    MachineError,
-    NotFinite,
     OutputExists,
     ShotError,
     WancliError,
 )
-from wancli.events import Progress
-from wancli.experts import Expert
+from wancli.loaded import Networks, check_device
+from wancli.peak import Peak, fitting
 from wancli.record import Record
 from wancli.shot import Model, Plan, Prompt, Shot
-from wancli.store import Store
+from wancli.stage3 import finish
+from wancli.tools import Tools
 from wancli.underway import Underway
-from wancli.weights.lora_use import LoraUse
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from wancli.models.dit import WanModel
-    from wancli.models.vae import VAE
-    from wancli.weights.lora import Lora, Loras, Patches
 
 
 @dataclass(frozen=True)
@@ -52,15 +40,6 @@ class Outcome:
     status: Literal["rendered", "already done", "failed"]
     record: Record | None = None
     error: WancliError | None = None
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What every phase may use: the embedding cache, the display, and how to treat what is there."""
-
-    store: Store | None
-    progress: Progress
-    force: bool = False
 
 
 def preflight(plan: Plan, tools: Tools) -> list[Shot]:
@@ -94,7 +73,7 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
         if shot.model.device == "cpu":
             encoded = all(text.file or _cached(text, tools) for text in shot.texts)
             phases = [phase for phase in shot.phases if phase.name != "encode" or not encoded]
-            memory.require(phases, memory.available(), f"shot {shot.id}")
+            memory.require(phases, machine.available(), f"shot {shot.id}")
     return todo
 
 
@@ -123,19 +102,6 @@ def _cached(text: Prompt, tools: Tools) -> bool:
     return tools.store is not None and tools.store.path(text.id).exists()
 
 
-def check_device(device: str) -> None:
-    """Raises MachineError where a plan says `cuda` and torch has none."""
-    if device != "cuda":
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise MachineError(
-            "torch can use no CUDA device here",
-            hint="Set memory.device: cpu and noise: cpu, or look at nvidia-smi.",
-        )
-
-
 def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     """Renders what `preflight` leaves to do, one checkpoint after the other."""
     todo = preflight(plan, tools)
@@ -151,7 +117,7 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
     texts = [text for shot in shots if shot.index not in recalled for text in shot.texts]
     try:
-        with _fitting("encoding prompts"):
+        with fitting("encoding prompts"):
             encoded, stage1 = encode_prompts(model, texts, tools)
     except ShotError as error:
         yield from (Outcome(shot, "failed", error=error) for shot in shots if shot.index not in recalled)
@@ -177,7 +143,7 @@ def _render_together(
         if shot.index not in begun:  # recalled or failed
             continue
         try:
-            with _fitting(f"shot {shot.id}"):
+            with fitting(f"shot {shot.id}"):
                 # Without a name for the network, which would keep this expert in memory beside the next.
                 underway.advance(
                     begun[shot.index],
@@ -199,7 +165,7 @@ def _render_together(
         if shot.index not in ready:
             continue
         try:
-            with _fitting(f"shot {shot.id}"):
+            with fitting(f"shot {shot.id}"):
                 body = finish(*ready.pop(shot.index), shot.output, networks.vae, tools)
         except ShotError as error:
             yield Outcome(shot, "failed", error=error)
@@ -208,94 +174,6 @@ def _render_together(
                 with files.writing(shot.latents):
                     shot.latents.unlink(missing_ok=True)
             yield Outcome(shot, "rendered", body)
-
-
-@contextmanager
-def _fitting(where: str) -> Iterator[None]:
-    """Running out of memory ends with DoesNotFit, whatever the allocator calls it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch says "CUDA out of memory" and "DefaultCPUAllocator: can't allocate memory".
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        raise DoesNotFit(
-            "out of memory",
-            where=where,
-            hint="Fewer frames, a smaller size, or memory.decode_chunk: 1. A finished latent is kept.",
-        ) from error
-
-
-@dataclass
-class Networks:
-    """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
-
-    model: Model
-    loading: Record = field(default_factory=dict)  # what loading the transformer took
-    _loaded: tuple[Expert, WanModel] | None = None
-    _patches: Patches | None = None  # of the network that is loaded
-    _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
-
-    def transformer(self, expert: Expert) -> WanModel:
-        """The network of an expert; the other one makes room first."""
-        if self._loaded and self._loaded[0] == expert:
-            return self._loaded[1]
-        import torch
-
-        from wancli.weights.networks import load_transformer
-
-        self._loaded = self._patches = None
-        with memory.Peak() as peak:
-            network = load_transformer(
-                self.model.checkpoint,
-                getattr(torch, _TORCH[self.model.computes]),
-                self.model.device,
-                expert,
-                self.model.residency,
-                self._fetched,
-                self.model.dtype == "fp8",
-            )
-        self.loading = record.phase("load", peak)
-        self._loaded = expert, network
-        return network
-
-    def _fetched(self, name: str, weight: Tensor) -> None:
-        """Puts the LoRAs of the step into a weight that was just fetched."""
-        if self._patches:
-            self._patches.into(name, weight)
-
-    @property
-    def patches(self) -> Patches:
-        """What puts LoRAs into the transformer that is loaded, and takes them out again."""
-        from wancli.weights.lora import Patches
-        from wancli.weights.networks import transformer_tensors
-
-        assert self._loaded
-        if self._patches is None:
-            expert, network = self._loaded
-            base = partial(transformer_tensors, self.model.checkpoint, expert=expert)
-            self._patches = Patches(dict(network.named_parameters()), base)
-        return self._patches
-
-    def loras(self, uses: Sequence[LoraUse]) -> Loras:
-        """The LoRAs of a shot, each file read once."""
-        from wancli.weights.lora import Loras, load
-        from wancli.weights.sizes import parameter_shapes
-
-        shapes = parameter_shapes(self.model.checkpoint.transformer)
-        for use in uses:
-            if use.sha256 not in self._loras:
-                self._loras[use.sha256] = load(use.path, shapes)
-        return Loras(uses, [self._loras[use.sha256] for use in uses])
-
-    @cached_property
-    def vae(self) -> VAE:
-        from wancli.weights.networks import load_vae
-
-        return load_vae(self.model.checkpoint, self.model.device)
-
-
-_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def encode_prompts(
@@ -307,7 +185,7 @@ def encode_prompts(
     check_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
-    with memory.Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
+    with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
@@ -333,77 +211,3 @@ def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
     if facts["latents_key"] != shot.latents_key or _lacks_effects(shot, facts):
         return None
     return z_CTYX, facts | record.plain(record.of_shot(shot))
-
-
-def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: Tools) -> Path:
-    """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
-
-    The checkpoint is that of the record unless `folder` names it; the latent stays. Raises
-    EntryError for a damaged latent, CheckpointError for another VAE than the shot was planned with.
-    """
-    from wancli.weights.identify import fingerprint, identify
-    from wancli.weights.networks import load_vae
-
-    if not path.exists():
-        raise JobError("no such file", where=str(path))
-    z_CTYX, facts = latents.load(path)
-    output = output or path.with_name(facts["shot"]["output"])
-    if output.exists() and not tools.force:
-        raise OutputExists(
-            "exists", where=str(output), hint="--force moves it aside; or give -o another name."
-        )
-    video.check_ffmpeg(facts["shot"]["codec"])
-    if folder:
-        source = presets.resolve(str(folder), Path.cwd(), lambda *_: "--model")
-    else:
-        source = record.source_of(facts["model"])
-    checkpoint = identify(source)
-    if fingerprint(checkpoint.vae_files, memo) != facts["model"]["sha256"]["vae"]:
-        raise CheckpointError(
-            "not the VAE that this latent was planned with",
-            where=str(checkpoint.vae_files[0]),
-            hint="--model DIR names the checkpoint to decode with.",
-        )
-    with _fitting(str(path)):
-        finish(z_CTYX, facts, output, load_vae(checkpoint, facts["model"]["device"]), tools)
-    return output
-
-
-def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) -> Record:
-    """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body."""
-    import torch
-
-    shot = facts["shot"]
-    with (
-        torch.inference_mode(),
-        memory.Peak() as peak,
-        tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar,
-    ):
-
-        def rgb() -> Iterator[memoryview]:
-            for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
-                if not frames_CTYX.isfinite().all():
-                    raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
-                yield video.to_rgb24(frames_CTYX)
-                bar.advance(frames_CTYX.shape[1])
-            if tools.force:  # not before there is something to put in their place
-                files.set_aside(output)
-                files.set_aside(manifest.manifest_path(output))
-
-        video.write_mp4(
-            rgb(),
-            output,
-            width=shot["width"],
-            height=shot["height"],
-            fps=shot["fps"],
-            frame_count=shot["frames"],
-            crf=shot["crf"],
-            codec=shot["codec"],
-            comment=f"wancli {shot['id']} {facts['key'][:16]}",
-        )
-    body = facts | {
-        "phases": [*facts["phases"], record.phase("decode", peak)],
-        "files": [manifest.file_record(output, output.parent)],
-    }
-    manifest.write(manifest.manifest_path(output), body)
-    return body

@@ -7,26 +7,24 @@ against the model's depth and the schedule, outputs named and checked for collis
 
 from __future__ import annotations
 
-import hashlib
-import os
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from wancli import files, loras, memory, mini, presets
-from wancli.encode import Encoder, Tokenizer, describe
+from wancli import files, loras, machine, mini, presets
+from wancli.encode import Encoder
 from wancli.errors import JobError
-from wancli.experts import Stage, stages
-from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
-from wancli.job import CurveSpec, EmbeddingFile, ExpertGuidance, Inject, Item, JobFile, SigmaRange, Strength
+from wancli.experts import stages
+from wancli.job import ExpertGuidance
+from wancli.jobfile import Item, JobFile
 from wancli.memory import Residency
 from wancli.models.variants import Variant
-from wancli.shot import Model, Plan, Prompt, Shot
+from wancli.prompts import Prompts
+from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
+from wancli.shot import Model, Plan, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
@@ -59,7 +57,7 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
     checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
-        "cuda" if device == "cuda" or (device == "auto" and has_cuda()) else "cpu"
+        "cuda" if device == "cuda" or (device == "auto" and machine.has_cuda()) else "cpu"
     )
     usual: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on]
     runs_in: Any = usual if dtype == "auto" else dtype
@@ -95,7 +93,7 @@ def _housed(shots: Sequence[Shot], jobs: JobFile) -> list[Shot]:
                 where=jobs.items[shot.index].where("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
-    free = memory.available()
+    free = machine.available()
     too_large = {
         (shot.model, phase.name)
         for shot in shots
@@ -114,22 +112,6 @@ def _house(model: Model, said: str, too_large: Collection[tuple[Model, str]]) ->
     if model.dtype == "fp8":
         of_video = "packed"
     return replace(model, residency=of_video, encoder=replace(model.encoder, residency=of_text))
-
-
-def has_cuda() -> bool:
-    """Whether `device: auto` means CUDA, told without torch: a visible device, a CUDA build."""
-    # A container shows the driver of its host in /proc, but only the devices that it may use.
-    devices = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
-    return devices and not metadata.version("torch").endswith("+cpu")
-
-
-@contextmanager
-def _blaming(item: Item, *path: str | int) -> Iterator[None]:
-    """Gives a ValueError of a parser the file, line and key that it came from."""
-    try:
-        yield
-    except ValueError as error:
-        raise JobError(str(error), where=item.where(*path)) from None
 
 
 def _shot(
@@ -155,7 +137,7 @@ def _shot(
     times = schedule(sampler.solver, steps, shift)
     parts = stages(times.timesteps, variant.boundary, guidance, guidance_low)
     width, height = _size(item, variant)
-    prompts = _Prompts(jobs.directory, item, model)
+    prompts = Prompts(jobs.directory, item, model)
     prompt = prompts.get(job.prompt, "prompt")
     negative = None
     if any(part.guidance != 1 for part in parts):
@@ -178,7 +160,7 @@ def _shot(
         negative=negative,
         injected=injected,
         rules=tuple(
-            _rule(item, i, rule, text.id, depth, times.sigmas, parts)
+            compiled(item, i, rule, text.id, depth, times.sigmas, parts)
             for i, (rule, text) in enumerate(zip(job.inject, injected))
         ),
         loras=decided,
@@ -200,8 +182,8 @@ def _shot(
         measure=job.measure or measure,
         output=Path(),
     )
-    _refuse_rules_without_cells(shot, item)
-    _refuse_lerps_of_joined(shot, item)
+    refuse_rules_without_cells(shot, item)
+    refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
 
 
@@ -227,151 +209,17 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     return replace(shot, output=folder / output.name)
 
 
-class _Prompts:
-    """Cleans, counts and names the texts of one shot."""
-
-    def __init__(self, directory: Path, item: Item, model: Model) -> None:
-        self._directory = directory
-        self._item = item
-        self._model = model
-
-    def get(self, said: str | EmbeddingFile, *path: str | int) -> Prompt:
-        where = self._item.where(*path)
-        if isinstance(said, EmbeddingFile):
-            return self._from_file(said, where)
-        if not said.strip() and path != ("negative",):
-            raise JobError("is empty", where=where, hint="Only `negative` may be an empty text.")
-        options = self._item.job.text
-        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(
-            said, options.max_tokens, options.truncate, where
-        )
-        return Prompt(self._model.encoder.key(tokens), tokens)
-
-    def negative(self, said: str | EmbeddingFile, default: str) -> Prompt:
-        if said != "default":
-            return self.get(said, "negative")
-        # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
-        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(default, 512, truncate=True)
-        return Prompt(self._model.encoder.key(tokens), tokens)
-
-    def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
-        path = presets.resolved(self._directory, said.embedding, where)
-        try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise JobError(f"{said.embedding!r} cannot be read: {error.strerror}", where=where) from None
-        found = describe(payload, str(path))
-        if said.index >= len(found):
-            raise JobError(
-                f"{said.embedding!r} holds {len(found)} embeddings; {said.index} is not one", where=where
-            )
-        digest = hashlib.sha256(payload).hexdigest()
-        return Prompt(f"{digest}.{said.index}", found[said.index], path, said.index)
-
-
-@cache
-def _tokenizer(spiece: Path) -> Tokenizer:
-    return Tokenizer(spiece)
-
-
-def _rule(
-    item: Item,
-    index: int,
-    said: Inject,
-    text: str,
-    depth: int,
-    sigmas: Sequence[float],
-    parts: Sequence[Stage],
-) -> Rule:
-    at = ("inject", index)
-    with _blaming(item, *at, "blocks"):
-        blocks = parse_blocks(said.blocks, depth)
-    with _blaming(item, *at, "steps"):
-        spec = said.steps
-        steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
-    if said.expert != "both":
-        if parts[0].expert == "only":
-            raise _no_experts(item, *at, "expert")
-        taken = {step for part in parts if part.expert == said.expert for step in part.steps}
-        steps = tuple(step for step in steps if step in taken)
-    with _blaming(item, *at, "strength"):
-        by_block = strengths(_curve(said.strength), blocks)
-    with _blaming(item, *at, "step_strength"):
-        by_step = strengths(_curve(said.step_strength), steps)
-    products = {s * f for _, s in by_block for _, f in by_step}
-    if said.blend == "replace" and products - {0.0, 1.0}:
-        raise JobError(
-            "replace has strength 1 only", where=item.where(*at, "strength"), hint="Try blend: context-lerp."
-        )
-    if said.blend == "concat" and min(products, default=0.0) < 0:
-        raise JobError("concat needs strengths above 0", where=item.where(*at, "strength"))
-    branches: tuple[Branch, ...] = ("cond", "uncond") if said.branch == "both" else (said.branch,)
-    return Rule(text, by_block, by_step, branches, said.blend, said.gain)
-
-
-def _curve(said: Strength) -> Any:
-    return said.resolved() if isinstance(said, CurveSpec) else said
-
-
-def _refuse_rules_without_cells(shot: Shot, item: Item) -> None:
-    """A strength of 0 was asked for and stays; every other rule must reach some cell and be read there."""
-    for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.reached)):
-        cells = (shot.table.row(step, branch)[block] for step, branch, block in reached)
-        if any(_names(expr, rule.text) for cell in cells for expr, _ in cell):
-            continue
-        if rule.steps and rule.blocks and not rule.on:
-            continue
-        if reached:
-            why, hint = "later rules replace all that it changes", "Rules apply in the order written."
-        elif not rule.blocks:
-            depth = shot.model.checkpoint.transformer.num_layers
-            why, hint = f"a model of {depth} blocks has none there", "Give numbers."
-        elif "cond" not in rule.branches and (rule.steps or not shot.negative):
-            why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
-        else:
-            why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
-        raise JobError(f"reaches no block: {why}", where=item.where("inject", i), hint=hint)
-
-
-def _names(expr: Expr, text: str) -> bool:
-    return expr.id == text if isinstance(expr, Text) else _names(expr.a, text) or _names(expr.b, text)
-
-
-def _refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
-    """Rows that `concat` joined have no counterparts to interpolate with."""
-    if not any(rule.blend == "concat" for rule in shot.rules):
-        return
-    rows = {shot.table.row(step, branch) for branch, steps in shot.table.steps_of.items() for step in steps}
-    for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
-        while isinstance(expr, Lerp | Concat):
-            if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
-                raise JobError(
-                    f"context-lerp follows concat in block {block}, whose rows have no counterparts",
-                    where=item.where("inject"),
-                    hint="Put the concat rule last, or use blend: output-mix.",
-                )
-            expr = expr.a
-
-
 def _guidance(item: Item, solver: Solver, variant: Variant) -> tuple[float, float | None]:
     """Of the only network; or of the high-noise expert and the low-noise one."""
     said = item.job.sampler.guidance
     if isinstance(said, ExpertGuidance):
         if variant.boundary is None:
-            raise _no_experts(item, "sampler", "guidance")
+            raise no_experts(item, "sampler", "guidance")
         return said.high, said.low
     of_all = solver.guidance if said is None else said
     if of_all is None:
         return variant.guidance, variant.guidance_low
     return of_all, None if variant.boundary is None else of_all
-
-
-def _no_experts(item: Item, *path: str | int) -> JobError:
-    return JobError(
-        "the model has one network for all steps, not two experts",
-        where=item.where(*path),
-        hint="Only Wan 2.2 A14B has a high-noise and a low-noise expert.",
-    )
 
 
 def _size(item: Item, variant: Variant) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from wancli import mini
 from wancli.errors import JobError
-from wancli.job import ModelFiles, ModelOnly, Source, problems_of
+from wancli.job import ModelFiles, ModelOnly
+from wancli.jobfile import Source, problems_of
 from wancli.weights.identify import Location
 from wancli.weights.trees import Files
 from wancli.yamlfile import Key, read_yaml

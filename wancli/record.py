@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import __version__, memory, video
+from wancli import __version__, video
 from wancli.manifest import canonical
+from wancli.peak import Peak
 from wancli.shot import Prompt, Shot
 from wancli.weights.identify import Location
 from wancli.weights.trees import Files
@@ -146,7 +147,7 @@ def of_loras(shot: Shot, loaded: Loras) -> list[Record]:
     ]
 
 
-def phase(name: str, peak: memory.Peak) -> Record:
+def phase(name: str, peak: Peak) -> Record:
     """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak."""
     return {
         "name": name,

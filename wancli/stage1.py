@@ -10,12 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import memory, mini, pipeline, presets
+from wancli import machine, memory, mini, pipeline, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
-from wancli.job import JobFile, load, parse
+from wancli.jobfile import JobFile, load, parse
+from wancli.loaded import Networks
 from wancli.plan import model_at, plan
 from wancli.shot import Model, Prompt
+from wancli.tools import Tools
 
 if TYPE_CHECKING:
     from wancli.difference import Difference
@@ -70,7 +72,7 @@ def requested(
     return work
 
 
-def run(work: Sequence[Work], out: Path | None, tools: pipeline.Tools) -> list[dict[str, Any]]:
+def run(work: Sequence[Work], out: Path | None, tools: Tools) -> list[dict[str, Any]]:
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
@@ -132,12 +134,12 @@ def pairs(prompts: Sequence[str], file: Path | None, folder: Path | None, memo: 
     return [Pair(model, a, b)]
 
 
-def compared(pair: Pair, tools: pipeline.Tools, *, dit: bool) -> Difference:
+def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.difference import compare
 
     found, _ = pipeline.encode_prompts(pair.model, [pair.a, pair.b], tools)
-    model = pipeline.Networks(pair.model).transformer(pair.model.first_expert) if dit else None
+    model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != mini.FOLDER:
         return difference
@@ -163,6 +165,6 @@ def _model(folder: Path | None, memo: Path) -> Model:
     model = model_at(presets.resolve(said, Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
     element = 4 if model.computes == "fp32" else 2
     phase = memory.encode_phase(model.text_encoder, prompt_tokens=512, element=element)
-    if model.device == "cpu" and phase.total > memory.available():
+    if model.device == "cpu" and phase.total > machine.available():
         return replace(model, encoder=replace(model.encoder, residency="streamed"))
     return model

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wancli import files, latents, memory, record
+from wancli import files, latents, record
 from wancli.encode import Encoded
 from wancli.events import Progress
 from wancli.experts import EXPERTS, Stage
 from wancli.inject import Branch
+from wancli.peak import Peak
 from wancli.record import Record
 from wancli.shot import RIDERS, Shot
 
@@ -88,7 +89,7 @@ def advance(
     rows_NE = {text.id: encoded[text.id].embedding.rows_NE.to(device) for text in shot.texts}
     with (
         torch.inference_mode(),
-        memory.Peak() as peak,
+        Peak() as peak,
         progress.phase(shot.id, "sample", len(stage.steps)) as bar,
     ):
         patches.at(loras, stage.steps[0], stage.expert)

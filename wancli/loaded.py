@@ -1,0 +1,107 @@
+"""The networks of a checkpoint while they are in memory, and the LoRAs put into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+from wancli import record
+from wancli.errors import MachineError
+from wancli.experts import Expert
+from wancli.peak import Peak
+from wancli.record import Record
+from wancli.shot import Model
+from wancli.weights.lora_use import LoraUse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.models.dit import WanModel
+    from wancli.models.vae import VAE
+    from wancli.weights.lora import Lora, Loras, Patches
+
+_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass
+class Networks:
+    """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
+
+    model: Model
+    loading: Record = field(default_factory=dict)  # what loading the transformer took
+    _loaded: tuple[Expert, WanModel] | None = None
+    _patches: Patches | None = None  # of the network that is loaded
+    _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
+
+    def transformer(self, expert: Expert) -> WanModel:
+        """The network of an expert; the other one makes room first."""
+        if self._loaded and self._loaded[0] == expert:
+            return self._loaded[1]
+        import torch
+
+        from wancli.weights.networks import load_transformer
+
+        self._loaded = self._patches = None
+        with Peak() as peak:
+            network = load_transformer(
+                self.model.checkpoint,
+                getattr(torch, _TORCH[self.model.computes]),
+                self.model.device,
+                expert,
+                self.model.residency,
+                self._fetched,
+                self.model.dtype == "fp8",
+            )
+        self.loading = record.phase("load", peak)
+        self._loaded = expert, network
+        return network
+
+    def _fetched(self, name: str, weight: Tensor) -> None:
+        """Puts the LoRAs of the step into a weight that was just fetched."""
+        if self._patches:
+            self._patches.into(name, weight)
+
+    @property
+    def patches(self) -> Patches:
+        """What puts LoRAs into the transformer that is loaded, and takes them out again."""
+        from wancli.weights.lora import Patches
+        from wancli.weights.networks import transformer_tensors
+
+        assert self._loaded
+        if self._patches is None:
+            expert, network = self._loaded
+            base = partial(transformer_tensors, self.model.checkpoint, expert=expert)
+            self._patches = Patches(dict(network.named_parameters()), base)
+        return self._patches
+
+    def loras(self, uses: Sequence[LoraUse]) -> Loras:
+        """The LoRAs of a shot, each file read once."""
+        from wancli.weights.lora import Loras, load
+        from wancli.weights.sizes import parameter_shapes
+
+        shapes = parameter_shapes(self.model.checkpoint.transformer)
+        for use in uses:
+            if use.sha256 not in self._loras:
+                self._loras[use.sha256] = load(use.path, shapes)
+        return Loras(uses, [self._loras[use.sha256] for use in uses])
+
+    @cached_property
+    def vae(self) -> VAE:
+        from wancli.weights.networks import load_vae
+
+        return load_vae(self.model.checkpoint, self.model.device)
+
+
+def check_device(device: str) -> None:
+    """Raises MachineError where a plan says `cuda` and torch has none."""
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MachineError(
+            "torch can use no CUDA device here",
+            hint="Set memory.device: cpu and noise: cpu, or look at nvidia-smi.",
+        )

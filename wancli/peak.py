@@ -1,0 +1,103 @@
+"""What a phase takes of the memory, measured, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Self
+
+from wancli.errors import DoesNotFit
+
+
+@contextmanager
+def fitting(where: str) -> Iterator[None]:
+    """Running out of memory ends with DoesNotFit, whatever the allocator calls it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch says "CUDA out of memory" and "DefaultCPUAllocator: can't allocate memory".
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise DoesNotFit(
+            "out of memory",
+            where=where,
+            hint="Fewer frames, a smaller size, or memory.decode_chunk: 1. A finished latent is kept.",
+        ) from error
+
+
+class Peak:
+    """Measures the memory of a `with` block. Blocks must not be nested: the kernel has one mark.
+
+    `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included; `cuda_peak`
+    bytes that torch allocated on the current device, None without CUDA; `seconds` by a clock that
+    never jumps.
+    """
+
+    rss_start: int
+    rss_peak: int
+    cuda_peak: int | None = None
+    seconds: float
+
+    def __enter__(self) -> Self:
+        self._sampler = None if _reset_high_water() else _Sampler()
+        if torch := _torch_on_cuda():
+            torch.cuda.reset_peak_memory_stats()
+        self.rss_start = _rss()
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._started
+        peak = self._sampler.stop() if self._sampler else _status("VmHWM")
+        self.rss_peak = max(peak, self.rss_start, _rss())
+        if torch := _torch_on_cuda():
+            self.cuda_peak = torch.cuda.max_memory_allocated()
+
+
+class _Sampler(threading.Thread):
+    """Watches the resident size where the kernel keeps no resettable peak."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._peak = 0
+        self._stop_now = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stop_now.wait(0.01):
+            self._peak = max(self._peak, _rss())
+
+    def stop(self) -> int:
+        self._stop_now.set()
+        self.join()
+        return self._peak
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{name}:")[1].split()[0])
+
+
+def _rss() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _torch_on_cuda() -> ModuleType | None:
+    torch = sys.modules.get("torch")  # whether to import it is for others to decide
+    return torch if torch and torch.cuda.is_initialized() else None

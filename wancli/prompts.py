@@ -1,0 +1,61 @@
+"""The texts of a shot: cleaned, counted, and named as the embedding cache names them."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from wancli import presets
+from wancli.encode import Tokenizer, describe
+from wancli.errors import JobError
+from wancli.job import EmbeddingFile
+from wancli.jobfile import Item
+from wancli.shot import Model, Prompt
+
+
+class Prompts:
+    """Cleans, counts and names the texts of one shot."""
+
+    def __init__(self, directory: Path, item: Item, model: Model) -> None:
+        self._directory = directory
+        self._item = item
+        self._model = model
+
+    def get(self, said: str | EmbeddingFile, *path: str | int) -> Prompt:
+        where = self._item.where(*path)
+        if isinstance(said, EmbeddingFile):
+            return self._from_file(said, where)
+        if not said.strip() and path != ("negative",):
+            raise JobError("is empty", where=where, hint="Only `negative` may be an empty text.")
+        options = self._item.job.text
+        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(
+            said, options.max_tokens, options.truncate, where
+        )
+        return Prompt(self._model.encoder.key(tokens), tokens)
+
+    def negative(self, said: str | EmbeddingFile, default: str) -> Prompt:
+        if said != "default":
+            return self.get(said, "negative")
+        # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
+        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(default, 512, truncate=True)
+        return Prompt(self._model.encoder.key(tokens), tokens)
+
+    def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
+        path = presets.resolved(self._directory, said.embedding, where)
+        try:
+            payload = path.read_bytes()
+        except OSError as error:
+            raise JobError(f"{said.embedding!r} cannot be read: {error.strerror}", where=where) from None
+        found = describe(payload, str(path))
+        if said.index >= len(found):
+            raise JobError(
+                f"{said.embedding!r} holds {len(found)} embeddings; {said.index} is not one", where=where
+            )
+        digest = hashlib.sha256(payload).hexdigest()
+        return Prompt(f"{digest}.{said.index}", found[said.index], path, said.index)
+
+
+@cache
+def _tokenizer(spiece: Path) -> Tokenizer:
+    return Tokenizer(spiece)

@@ -1,0 +1,92 @@
+"""Stage 3: a latent to a video with its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wancli import files, latents, manifest, presets, record, video
+from wancli.errors import CheckpointError, JobError, NotFinite, OutputExists
+from wancli.peak import Peak, fitting
+from wancli.record import Record
+from wancli.tools import Tools
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.models.vae import VAE
+
+
+def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: Tools) -> Path:
+    """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
+
+    The checkpoint is that of the record unless `folder` names it; the latent stays. Raises
+    EntryError for a damaged latent, CheckpointError for another VAE than the shot was planned with.
+    """
+    from wancli.weights.identify import fingerprint, identify
+    from wancli.weights.networks import load_vae
+
+    if not path.exists():
+        raise JobError("no such file", where=str(path))
+    z_CTYX, facts = latents.load(path)
+    output = output or path.with_name(facts["shot"]["output"])
+    if output.exists() and not tools.force:
+        raise OutputExists(
+            "exists", where=str(output), hint="--force moves it aside; or give -o another name."
+        )
+    video.check_ffmpeg(facts["shot"]["codec"])
+    if folder:
+        source = presets.resolve(str(folder), Path.cwd(), lambda *_: "--model")
+    else:
+        source = record.source_of(facts["model"])
+    checkpoint = identify(source)
+    if fingerprint(checkpoint.vae_files, memo) != facts["model"]["sha256"]["vae"]:
+        raise CheckpointError(
+            "not the VAE that this latent was planned with",
+            where=str(checkpoint.vae_files[0]),
+            hint="--model DIR names the checkpoint to decode with.",
+        )
+    with fitting(str(path)):
+        finish(z_CTYX, facts, output, load_vae(checkpoint, facts["model"]["device"]), tools)
+    return output
+
+
+def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) -> Record:
+    """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body."""
+    import torch
+
+    shot = facts["shot"]
+    with (
+        torch.inference_mode(),
+        Peak() as peak,
+        tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar,
+    ):
+
+        def rgb() -> Iterator[memoryview]:
+            for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
+                if not frames_CTYX.isfinite().all():
+                    raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
+                yield video.to_rgb24(frames_CTYX)
+                bar.advance(frames_CTYX.shape[1])
+            if tools.force:  # not before there is something to put in their place
+                files.set_aside(output)
+                files.set_aside(manifest.manifest_path(output))
+
+        video.write_mp4(
+            rgb(),
+            output,
+            width=shot["width"],
+            height=shot["height"],
+            fps=shot["fps"],
+            frame_count=shot["frames"],
+            crf=shot["crf"],
+            codec=shot["codec"],
+            comment=f"wancli {shot['id']} {facts['key'][:16]}",
+        )
+    body = facts | {
+        "phases": [*facts["phases"], record.phase("decode", peak)],
+        "files": [manifest.file_record(output, output.parent)],
+    }
+    manifest.write(manifest.manifest_path(output), body)
+    return body

@@ -63,10 +63,10 @@ AB = (".lora_A.weight", ".lora_B.weight")
 NAMED = (".lora_A.default.weight", ".lora_B.default.weight")
 DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 STYLES: dict[str, tuple[Write, tuple[str, str], bool]] = {
-    "generic": (lambda o, d: f"diffusion_model.{o}", AB, False),
-    "generic, alpha": (lambda o, d: f"diffusion_model.{o}", AB, True),
-    "generic, whole model": (lambda o, d: f"model.diffusion_model.{o}", AB, False),
-    "generic, LightX2V": (lambda o, d: f"diffusion_model.{o}", DOWN_UP, True),
+    "ComfyUI": (lambda o, d: f"diffusion_model.{o}", AB, False),
+    "ComfyUI, alpha": (lambda o, d: f"diffusion_model.{o}", AB, True),
+    "ComfyUI, whole model": (lambda o, d: f"model.diffusion_model.{o}", AB, False),
+    "LightX2V": (lambda o, d: f"diffusion_model.{o}", DOWN_UP, True),
     "diffusers": (lambda o, d: f"transformer.{d}", AB, False),
     "diffusers, old": (lambda o, d: f"transformer.{d}", (".lora.down.weight", ".lora.up.weight"), False),
     "diffusers, older": (lambda o, d: f"transformer.{d}", ("_lora.down.weight", "_lora.up.weight"), False),
@@ -80,10 +80,10 @@ STYLES: dict[str, tuple[Write, tuple[str, str], bool]] = {
     "bare": (lambda o, d: o, NAMED, False),
     "bare, no weight": (lambda o, d: o, (".lora_A", ".lora_B"), False),
     "DiffSynth": (lambda o, d: f"pipe.dit.{o}", NAMED, False),
-    "kohya": (lambda o, d: f"lora_unet_{flat(o)}", DOWN_UP, True),
-    "kohya, diffusers names": (lambda o, d: f"lora_transformer_{flat(d)}", DOWN_UP, True),
+    "kohya / musubi": (lambda o, d: f"lora_unet_{flat(o)}", DOWN_UP, True),
+    "kohya / musubi, diffusers names": (lambda o, d: f"lora_transformer_{flat(d)}", DOWN_UP, True),
     "Wan-Fun": (lambda o, d: f"lora_unet__{flat(o)}", DOWN_UP, True),
-    "LyCORIS": (lambda o, d: f"lycoris_{flat(d)}", DOWN_UP, True),
+    "LyCORIS / ai-toolkit": (lambda o, d: f"lycoris_{flat(d)}", DOWN_UP, True),
 }
 
 
@@ -170,7 +170,7 @@ def outside(end: tuple[str, str]) -> Tensors:
     return found
 
 
-@pytest.mark.parametrize("style", ["generic", "generic, LightX2V", "kohya"])
+@pytest.mark.parametrize("style", ["ComfyUI", "LightX2V", "kohya / musubi"])
 def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
     style: str, twins: tuple[WanModel, WanTransformer3DModel], tmp_path: Path
 ) -> None:
@@ -184,13 +184,13 @@ def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
         }
         if has_alpha:
             found[f"{write(ours, theirs)}.alpha"] = torch.tensor(ALPHA)
-        if style != "kohya":
+        if style != "kohya / musubi":
             found[f"{write(ours, theirs)}.diff_b"] = 0.1 * torch.randn(len(up))
-    if style != "kohya":
+    if style != "kohya / musubi":
         found |= {key: 0.1 * tensor for key, tensor in outside((down_end, up_end)).items()}
     convert = (
         _convert_musubi_wan_lora_to_diffusers
-        if style == "kohya"
+        if style == "kohya / musubi"
         else _convert_non_diffusers_wan_lora_to_diffusers
     )
     path = saved(tmp_path / "a.safetensors", found)

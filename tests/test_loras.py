@@ -336,7 +336,7 @@ def test_the_plan_shows_every_lora_once_and_warns(
     said = command(capsys, "plan", written(tmp_path, job))
     assert said.code == 0
     assert [line for line in said.out.splitlines() if line.startswith("lora")] == [
-        "lora: style.safetensors at 0.25, blocks 3, steps 1: 17 targets, rank 2, generic naming",
+        "lora: style.safetensors at 0.25, blocks 3, steps 1: 17 targets, rank 2, ComfyUI naming",
         "lora: peft.safetensors at 0, all blocks, all steps: 17 targets, rank 2, PEFT naming",
     ]
     for warning in (

@@ -131,9 +131,16 @@ def _lora(lora: Mapping[str, Any]) -> Iterator[str]:
     yield from _row("targets", f"{lora['targets']} layers in {lora['blocks']} blocks: {kinds}")
     ranks = ", ".join(map(str, lora["ranks"])) or "none"
     alphas = ", ".join(f"{alpha:g}" for alpha in lora["alphas"])
+    if lora["config"]:
+        alphas = f"in {lora['config']}"
     yield from _row("rank", f"{ranks}; alpha {alphas}" if alphas else f"{ranks}; no alpha, so scale 1")
     if lora["image_layers"]:
         yield from _row("", f"{lora['image_layers']} targets are of image-to-video models only")
+    if lora["unknown"]:
+        examples = ", ".join(lora["examples"])
+        yield from _row(
+            "skipped", f"{lora['unknown']} keys that name nothing of a Wan transformer: {examples}"
+        )
 
 
 def _dtype(dtype: str) -> str:

@@ -17,11 +17,12 @@ from typing import TypeAlias
 
 from wancli import files
 from wancli.errors import CheckpointError, MachineError
+from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.weights.folders import EXPERT_ROLES, Layout, Role, layout_of, load_json
 from wancli.weights.headers import DOWNLOAD_AGAIN
-from wancli.weights.parts import Expert, Kind, Part
+from wancli.weights.parts import Kind, Part
 from wancli.weights.sizes import other_model
 from wancli.weights.trees import HINT, Files, beside, fits, only_in, part_in, parts_of, pick
 from wancli.weights.zoo import read_config
@@ -60,7 +61,7 @@ class Checkpoint:
         """Of the high-noise expert, where there are two."""
         return self.experts[0].files if len(self.experts) > 1 else ()
 
-    def expert(self, expert: str) -> Part:
+    def expert(self, expert: Expert) -> Part:
         """The transformer, or the `high`-noise or `low`-noise one of two."""
         return self.experts[0 if expert == "high" else -1]
 

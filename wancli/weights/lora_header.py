@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
 from wancli.weights.headers import TensorInfo, header, metadata
-from wancli.weights.lora_names import REFUSED, parameter, place
+from wancli.weights.lora_names import REFUSED, Place, parameter, place, style_of
 
 Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
 Shape: TypeAlias = tuple[int, ...]
@@ -77,7 +77,7 @@ def recognise(path: Path) -> LoraFile:
     tensors = header(path)
     modules: dict[str, dict[str, str]] = {}
     written: dict[str, str] = {}
-    styles: list[str] = []
+    places: dict[str, Place] = {}
     unknown = []
     for key, info in tensors.items():
         found = place(key)
@@ -89,9 +89,9 @@ def recognise(path: Path) -> LoraFile:
         if found.part in parts:
             raise _wrong(path, f"{parts[found.part]} and {key} are the same under two names")
         parts[found.part] = key
-        styles.append(found.style)
+        places[key] = found
         written[found.module] = found.written
-    declared, config = _declared(path, peft="PEFT" in styles)
+    declared, config = _declared(path, peft=any(found.style == "PEFT" for found in places.values()))
     changes = []
     for module, parts in modules.items():
         scale = partial(declared, written[module]) if declared else _as_it_is
@@ -101,7 +101,7 @@ def recognise(path: Path) -> LoraFile:
         changes += made
     return LoraFile(
         path,
-        style=max(dict.fromkeys(styles), key=styles.count, default="unknown"),
+        style=style_of(places),
         changes=tuple(changes),
         unknown=tuple(unknown),
         config=config,

@@ -18,21 +18,23 @@ in official and in diffusers naming.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wancli.weights.names import BLOCK_FROM_DIFFUSERS, TRANSFORMER_FROM_DIFFUSERS
 
+COMFY = "ComfyUI"
 # Stripped one after another, the first that fits each time; the first one names the style.
 PREFIXES = {
     "base_model.model.": "PEFT",
-    "model.diffusion_model.": "generic",
-    "diffusion_model.": "generic",
+    "model.diffusion_model.": COMFY,
+    "diffusion_model.": COMFY,
     "transformer.": "diffusers",
     "pipe.dit.": "DiffSynth",
     "lora_unet__": "Wan-Fun",
-    "lora_unet_": "kohya",
-    "lora_transformer_": "kohya",
-    "lycoris_": "LyCORIS",
+    "lora_unet_": "kohya / musubi",
+    "lora_transformer_": "kohya / musubi",
+    "lycoris_": "LyCORIS / ai-toolkit",
 }
 BARE = "bare"
 
@@ -91,12 +93,23 @@ class Place:
 
 def place(key: str) -> Place | None:
     """What a key stands for; None when it names nothing of a Wan transformer."""
-    for what, pattern in _REFUSED.items():
-        if found := pattern.fullmatch(key):
-            return _placed(found["module"], what)
-    if found := _KEY.fullmatch(key):
-        return _placed(found["module"], next(part for part in PARTS if found[part]))
-    return None
+    module, part = _split(key)
+    return _placed(module, part) if part else None
+
+
+def adds(key: str) -> bool:
+    """Whether a tensor of this name is added to a layer of some model rather than being one."""
+    return _split(key)[1] not in ("", "alpha")
+
+
+def style_of(places: Mapping[str, Place]) -> str:
+    """Whose naming the keys of a file have: that of most of them."""
+    styles = [found.style for found in places.values()]
+    style = max(dict.fromkeys(styles), key=styles.count, default="unknown")
+    parts = {found.part for found in places.values()}
+    if style == COMFY and parts & {"diff", "diff_b"} and "down" in parts:
+        return "LightX2V, extracted"
+    return "LightX2V" if style == COMFY and any(".lora_down." in key for key in places) else style
 
 
 def official(module: str) -> str | None:
@@ -127,6 +140,15 @@ def of_images(parameter: str) -> bool:
     """Whether only image-to-video models have this parameter."""
     modules = (*IMAGE_BLOCK_FROM_DIFFUSERS.values(), *IMAGE_FROM_DIFFUSERS.values())
     return any(f".{module}." in f".{parameter}." for module in modules)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The module of a key as it is written, and the part; both empty for what is no part of a change."""
+    for what, pattern in _REFUSED.items():
+        if found := pattern.fullmatch(key):
+            return found["module"], what
+    found = _KEY.fullmatch(key)
+    return (found["module"], next(part for part in PARTS if found[part])) if found else ("", "")
 
 
 def _placed(written: str, part: str) -> Place | None:

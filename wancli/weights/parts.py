@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
 from wancli.weights.contents import Container
 from wancli.weights.gguf import umt5_to_transformers as umt5_from_gguf
-from wancli.weights.lora_styles import LoRA
+from wancli.weights.lora_facts import LoRA
 from wancli.weights.names import (
     transformer_from_diffusers,
     umt5_to_transformers,
@@ -27,7 +28,6 @@ from wancli.weights.schemes import PLAIN, Precision, Scheme, is_helper
 
 Kind: TypeAlias = Literal["transformer", "text encoder", "vae", "lora", "other"]
 Naming: TypeAlias = Literal["official", "diffusers", "transformers", "gguf"]
-Expert: TypeAlias = Literal["high", "low"]
 
 _RENAME: dict[tuple[Kind, Naming], Callable[[str], str]] = {
     ("transformer", "diffusers"): transformer_from_diffusers,

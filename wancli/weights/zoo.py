@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wancli.errors import CheckpointError
+from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config
 from wancli.models.variants import (
     BY_CHANNELS,
@@ -27,11 +28,10 @@ from wancli.models.variants import (
 )
 from wancli.weights.contents import Contents
 from wancli.weights.headers import TensorInfo
-from wancli.weights.lora_styles import is_lora, lora_of
+from wancli.weights.lora_facts import is_lora, lora_of
 from wancli.weights.names import vae_renaming
 from wancli.weights.parts import (
     FOREIGN,
-    Expert,
     Kind,
     Naming,
     Part,
@@ -73,6 +73,7 @@ LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide where the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
 TIED = "encoder.embed_tokens.weight"  # some files hold `shared.weight` a second time under this name
+LORAS = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
 Tensors = dict[str, TensorInfo]
 
 
@@ -246,7 +247,7 @@ def _lora(contents: Contents) -> Part:
         lora=lora,
     )
     if lora.targets:
-        return part
+        return replace(part, refusal=lora.refusal, hint=LORAS if lora.refusal else "")
     return replace(
         part,
         name="LoRA for another model",

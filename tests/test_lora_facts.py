@@ -1,4 +1,4 @@
-"""What a LoRA file is taken for, in every style that is going round."""
+"""What `inspect` tells of a LoRA file, in every style that is going round."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sparse import Entries, write
 
-from wancli.weights.lora_styles import LoRA, official_layer
+from wancli.weights.lora_facts import LoRA
 from wancli.weights.parts import Part
 from wancli.weights.trees import parts_of
 
@@ -81,23 +81,6 @@ def test_every_style_names_the_same_layers(
     assert (part.kind, part.name, part.refusal) == ("lora", "LoRA for Wan 14B", "")
 
 
-def test_layers_outside_the_blocks_are_found_by_every_naming() -> None:
-    for layer, flattened, official in (
-        ("condition_embedder.time_embedder.linear_1", False, "time_embedding.0"),
-        ("condition_embedder.time_proj", False, "time_projection.1"),
-        ("proj_out", False, "head.head"),
-        ("text_embedding_2", True, "text_embedding.2"),
-        ("time_projection_1", True, "time_projection.1"),
-        ("head_head", True, "head.head"),
-        ("blocks_39_attn2_add_k_proj", True, "blocks.39.cross_attn.k_img"),
-        ("blocks.7.attn1.to_v", False, "blocks.7.self_attn.v"),
-        ("double_blocks_3_img_attn_qkv", True, ""),
-        ("blocks_3_attn_qkv", True, ""),
-        ("down_blocks.0.attentions.1.to_q", False, ""),
-    ):
-        assert official_layer(layer, flattened) == official
-
-
 def test_ranks_and_alphas_are_read_from_the_file(tmp_path: Path) -> None:
     entries = layers("lora_unet_blocks_{}_{}", FLAT[:1], *DOWN_UP, rank=16, blocks=2)
     entries |= layers("lora_unet_blocks_{}_{}", FLAT[1:2], *DOWN_UP, rank=64, blocks=2)
@@ -149,7 +132,12 @@ def test_loha_lokr_and_dora_are_named(tmp_path: Path) -> None:
     assert (found.methods, found.ranks, found.targets) == (("LoKr",), (4,), 1)
     dora = pair("diffusion_model.blocks.0.self_attn.q", *AB)
     dora |= {"diffusion_model.blocks.0.self_attn.q.dora_scale": ("F32", (D, 1))}
-    assert lora(write(tmp_path / "c.safetensors", dora)).methods == ("LoRA", "DoRA")
+    part = only(write(tmp_path / "c.safetensors", dora))
+    assert part.lora is not None
+    assert (part.lora.methods, part.lora.targets) == (("LoRA", "DoRA"), 1)
+    assert part.refusal == (
+        "diffusion_model.blocks.0.self_attn.q.dora_scale belongs to DoRA, which wancli does not apply"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,3 +169,23 @@ def test_a_lora_for_another_family_is_refused_with_its_first_tensor(tmp_path: Pa
     part = only(write(tmp_path / "flux.safetensors", pair(layer, *DOWN_UP, d=3072)))
     assert (part.kind, part.refusal) == ("lora", "none of its targets is a layer of Wan")
     assert layer in part.hint
+
+
+def test_the_config_beside_a_file_of_peft_gives_its_scale(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", pair("base_model.model.blocks.0.self_attn.q", *AB))
+    assert lora(path).config == ""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32, "lora_alpha": 64}))
+    assert lora(path).config == "adapter_config.json"
+
+
+def test_the_keys_of_a_text_encoder_are_counted_and_quoted(tmp_path: Path) -> None:
+    entries = pair("diffusion_model.blocks.0.self_attn.q", *AB)
+    entries |= pair("lora_te1_encoder_block_0_layer_0_SelfAttention_q", *DOWN_UP)
+    found = lora(write(tmp_path / "a.safetensors", entries))
+    assert (found.targets, found.unknown, found.refusal) == (1, 2, "")
+    assert found.examples[0].startswith("lora_te1_encoder_block_0")
+
+
+def test_half_a_change_is_shown_with_what_is_wrong(tmp_path: Path) -> None:
+    entries: Entries = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": ("BF16", (32, D))}
+    assert only(write(tmp_path / "a.safetensors", entries)).refusal.endswith("has no up to go with it")

@@ -23,11 +23,11 @@ from torch import Tensor
 from wancli.errors import CheckpointError
 from wancli.weights.headers import DOWNLOAD_AGAIN
 from wancli.weights.packed import FP8, Packed, scale_fits
+from wancli.weights.schemes import MARKER, WEIGHT_SCALES
 
-SCALES = (".scale_weight", ".weight_scale")
+SCALES = tuple(f".{key}" for key in WEIGHT_SCALES)
 DROPPED = (".scale_input", ".input_scale")
 CONFIG = ".comfy_quant"
-MARKER = "scaled_fp8"
 NOT_WEIGHTS = {MARKER, "spiece_model"}
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

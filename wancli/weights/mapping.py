@@ -7,11 +7,10 @@ MAP_NORESERVE books a page when it is written to.
 
 from __future__ import annotations
 
-import json
 import mmap
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli.errors import CheckpointError
 from wancli.weights.headers import DOWNLOAD_AGAIN
@@ -44,20 +43,6 @@ def mapped(path: Path) -> mmap.mmap:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def safetensors_starts(pages: mmap.mmap) -> dict[str, int]:
-    """Where the data of each tensor begin, in a safetensors file that `headers.header` has checked."""
-    size, document = _document(pages)
-    return {
-        name: size + fields["data_offsets"][0] for name, fields in document.items() if name != "__metadata__"
-    }
-
-
-def safetensors_metadata(pages: mmap.mmap) -> dict[str, str]:
-    """The strings a safetensors file carries beside its tensors; likewise checked."""
-    found = _document(pages)[1].get("__metadata__")
-    return found if isinstance(found, dict) else {}
-
-
 def tensor_at(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor over mapped bytes, which it keeps mapped for as long as it lives."""
     import torch
@@ -65,8 +50,3 @@ def tensor_at(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int
     if not prod(shape):
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(pages, dtype=dtype, count=prod(shape), offset=start).view(shape)
-
-
-def _document(pages: mmap.mmap) -> tuple[int, dict[str, Any]]:
-    size = 8 + int.from_bytes(pages[:8], "little")
-    return size, json.loads(pages[8:size])

@@ -14,30 +14,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
 from wancli.weights.headers import DOWNLOAD_AGAIN
-
-
-class Packed(Protocol):
-    """A weight as its file holds it: a dataclass, so that `replace` puts the same bytes elsewhere.
-
-    `unpack` fills `out`, of `shape`, in `dtype` and on the device of `data`.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def data(self) -> Tensor: ...
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def nbytes(self) -> int: ...
-    def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor: ...
+from wancli.weights.packed import Packed
 
 
 def unpack_across(weight: Packed, dtype: torch.dtype, *, out: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.weights import gguf
+from wancli.weights import gguf, headers, parts
 from wancli.weights.fold import Stored, fold
-from wancli.weights.headers import DOWNLOAD_AGAIN, header
-from wancli.weights.mapping import mapped, safetensors_metadata, safetensors_starts, tensor_at
+from wancli.weights.headers import DOWNLOAD_AGAIN
+from wancli.weights.mapping import mapped, tensor_at
 from wancli.weights.packed import Packed
 
 Entry = TypeVar("Entry")
@@ -26,7 +26,7 @@ PATCHES = "patch_embedding"
 # Whole-model files put each network behind a prefix; the first that any name has is taken off.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
-FOREIGN = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", *PREFIXES[:2])
+FOREIGN = (*parts.FOREIGN, *PREFIXES[:2])
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -98,16 +98,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
 
 
 def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    infos = header(path)
-    pages = mapped(path)
-    starts = safetensors_starts(pages)
-    for name, info in infos.items():
-        yield name, tensor_at(pages, starts[name], DTYPES[info.dtype], info.shape)
+    header, pages = headers.read(path), mapped(path)
+    for name, info in header.tensors.items():
+        yield name, tensor_at(pages, header.ranges[name][0], DTYPES[info.dtype], info.shape)
 
 
 def _formats(path: Path) -> dict[str, str]:
     """ComfyUI's _quantization_metadata: the format of each quantized layer."""
-    said = safetensors_metadata(mapped(path)).get("_quantization_metadata")
+    said = headers.metadata(path).get("_quantization_metadata")
     if said is None:
         return {}
     try:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from wancli.memory import Residency
-from wancli.weights.ondisk import Packed, on_disk, unpack_across
+from wancli.weights.ondisk import on_disk, unpack_across
+from wancli.weights.packed import Packed
 
 
 class Weight(Protocol):

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wancli.errors import CheckpointError
-from wancli.weights import gguf
-from wancli.weights.headers import DOWNLOAD_AGAIN, header
-from wancli.weights.mapping import mapped, safetensors_starts
+from wancli.weights import gguf, headers
+from wancli.weights.headers import DOWNLOAD_AGAIN
 
 SPIECE = "spiece_model"
 UNIGRAM = 1
@@ -33,12 +32,10 @@ def tokenizer(path: Path) -> bytes | None:
         values = gguf.header(path).values
         return _assembled(values, path) if "tokenizer.ggml.tokens" in values else None
     if path.suffix == ".safetensors":
-        infos = header(path)
-        name = next((name for name in infos if name.split(".")[-1] == SPIECE), None)
-        if name is not None and infos[name].dtype == "U8":
-            pages = mapped(path)
-            start = safetensors_starts(pages)[name]
-            return pages[start : start + infos[name].shape[0]]
+        header = headers.read(path)
+        name = next((name for name in header.tensors if name.split(".")[-1] == SPIECE), None)
+        if name is not None and header.tensors[name].dtype == "U8":
+            return header.data(name)
     return None
 
 

@@ -13,6 +13,7 @@ from wancli.experts import Expert
 from wancli.peak import Peak
 from wancli.record import Record
 from wancli.shot import Model
+from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ class Networks:
         from wancli.weights.networks import load_vae
 
         return load_vae(self.model.checkpoint, self.model.device)
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for what would only show when the networks are loaded."""
+    from wancli.weights.networks import check
+
+    check(checkpoint)
 
 
 def check_device(device: str) -> None:

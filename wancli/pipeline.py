@@ -20,7 +20,7 @@ from wancli.errors import (
     ShotError,
     WancliError,
 )
-from wancli.loaded import Networks, check_device
+from wancli.loaded import Networks, check_device, check_weights
 from wancli.peak import Peak, fitting
 from wancli.record import Record
 from wancli.shot import Model, Plan, Prompt, Shot
@@ -46,7 +46,8 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     """The shots that are not done yet. Raises before anything slow starts.
 
     OutputExists lists every file in the way; MachineError when ffmpeg or a folder will not do;
-    DoesNotFit when the machine has less memory than a shot needs.
+    CheckpointError for weights that do not fit their networks; DoesNotFit when the machine has less memory
+    than a shot needs.
     """
     wrong = {shot.index: manifest.problems(shot.output, shot.key) for shot in plan.shots}
     todo = [shot for shot in plan.shots if tools.force or wrong[shot.index] or _unmeasured(shot)]
@@ -69,6 +70,8 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
         files.writable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         video.check_ffmpeg(codec)
+    for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
+        check_weights(checkpoint)
     for shot in todo:
         if shot.model.device == "cpu":
             encoded = all(text.file or _cached(text, tools) for text in shot.texts)

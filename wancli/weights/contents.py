@@ -40,7 +40,7 @@ class Contents:
     files: tuple[Path, ...]
     container: Container
     tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]  # of a safetensors header; of GGUF the keys alone
+    metadata: dict[str, str]  # of a safetensors header; of GGUF the texts, and the keys of all else
     sources: dict[str, Header]  # the header that holds a tensor; safetensors only
 
     def data(self, name: str) -> bytes:
@@ -71,7 +71,8 @@ def contents(paths: Sequence[Path]) -> Contents:
             from wancli.weights import gguf  # type: ignore[attr-defined,unused-ignore]
 
             found_there = gguf.header(path)
-            tensors, metadata = dict(found_there.tensors), metadata | dict.fromkeys(found_there.values, "")
+            tensors = dict(found_there.tensors)
+            metadata |= {key: v if isinstance(v, str) else "" for key, v in found_there.values.items()}
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
         found |= tensors

@@ -11,10 +11,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wancli.errors import CheckpointError
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
+MAX_HEADER = 2**24  # bytes, a hundred times that of a 14B model; parsed, JSON may take twenty times its size
 DOWNLOAD_AGAIN = "download this file again"
 BITS = {
     "F4": 4,
@@ -66,8 +67,10 @@ def read(path: Path) -> Header:
         with path.open("rb") as file:
             size = path.stat().st_size
             count = int.from_bytes(file.read(8), "little")
-            if size < 8 or count > min(size - 8, MAX_HEADER):
+            if size < 8 or count > size - 8:
                 raise _damaged(path, f"its header claims {count:,} bytes, the file has {size:,}")
+            if count > MAX_HEADER:
+                raise _damaged(path, f"its header claims {count:,} bytes, more than any model needs")
             text = file.read(count)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
@@ -92,13 +95,18 @@ def _entries(path: Path, text: bytes) -> tuple[list[tuple[str, TensorInfo, tuple
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
         metadata = document.pop("__metadata__", None) or {}
-        entries = [
-            (name, TensorInfo(fields["dtype"], tuple(map(_natural, fields["shape"]))), _range(fields))
-            for name, fields in document.items()
-        ]
+        entries = [_entry(name, fields) for name, fields in document.items()]
         return entries, {key: value for key, value in metadata.items() if isinstance(value, str)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, "its header is not a safetensors header") from error
+        raise _damaged(path, f"its header is not a safetensors header: {error}") from None
+
+
+def _entry(name: str, fields: dict[str, Any]) -> tuple[str, TensorInfo, tuple[int, int]]:
+    try:
+        start, stop = map(_natural, fields["data_offsets"])
+        return name, TensorInfo(fields["dtype"], tuple(map(_natural, fields["shape"]))), (start, stop)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name} says no usable dtype, shape and data_offsets ({error})") from None
 
 
 def _check_ranges(path: Path, entries: list[tuple[str, TensorInfo, tuple[int, int]]], size: int) -> None:
@@ -107,16 +115,16 @@ def _check_ranges(path: Path, entries: list[tuple[str, TensorInfo, tuple[int, in
     for name, info, (start, stop) in sorted(entries, key=lambda entry: entry[2]):
         if info.dtype not in BITS:
             raise _damaged(path, f"{name} has the unknown dtype {info.dtype}")
-        if start != end or (stop - start) * 8 != math.prod(info.shape) * BITS[info.dtype]:
-            raise _damaged(path, f"the bytes of {name} are not where its shape puts them")
+        needed = math.prod(info.shape) * BITS[info.dtype]
+        if (stop - start) * 8 != needed:
+            what = f"{name}, {info.dtype} {list(info.shape)}, needs {needed // 8:,} bytes"
+            raise _damaged(path, f"{what} and has {stop - start:,}")
+        if start != end:
+            what = "overlap those before them" if start < end else "leave a gap before them"
+            raise _damaged(path, f"the bytes of {name}, {start:,} to {stop:,}, {what}")
         end = stop
     if end != size:
         raise _damaged(path, f"its tensors fill {end:,} bytes, the file has {size:,} for them")
-
-
-def _range(fields: dict[str, list[object]]) -> tuple[int, int]:
-    start, stop = map(_natural, fields["data_offsets"])
-    return start, stop
 
 
 def _natural(value: object) -> int:
@@ -126,9 +134,11 @@ def _natural(value: object) -> int:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = value
     return found
 
 

@@ -23,7 +23,7 @@ from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.weights.folders import EXPERT_ROLES, Layout, Role, layout_of, load_json
 from wancli.weights.headers import DOWNLOAD_AGAIN
 from wancli.weights.parts import Kind, Part
-from wancli.weights.sizes import other_model
+from wancli.weights.sizes import other_model, unfit
 from wancli.weights.trees import HINT, Files, beside, fits, only_in, part_in, parts_of, pick
 from wancli.weights.zoo import read_config
 
@@ -217,6 +217,8 @@ def _fitted(
 def _refuse(part: Part) -> None:
     if part.refusal:
         raise CheckpointError(part.refusal, where=str(part.files[0]), hint=part.hint)
+    if part.misfits:
+        raise unfit(part.misfits, str(part.files[0]))
 
 
 def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Variant]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
@@ -14,6 +14,7 @@ from wancli.weights.sizes import Shapes
 
 WIDTHS = {1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
 IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image
+OF_TEXT_ENCODERS = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys
 LISTED = 3  # keys quoted
 
 
@@ -54,13 +55,7 @@ def matched(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverag
         else:
             unused += change.keys.values()
     if not used:
-        raise CheckpointError(
-            f"changes nothing in this model; none of its {len(unused)} keys names a part of it"
-            + "".join(f", {key!r}" for key in unused[:1]),
-            where=str(file.path),
-            hint="Is it a LoRA for a Wan text-to-video model? Known are the namings of ComfyUI, diffusers, "
-            "PEFT, kohya, LyCORIS and DiffSynth.",
-        )
+        raise _changes_nothing(file, skipped, unused)
     blocks = [block_of(change.name) for change in used]
     coverage = Coverage(
         style=file.style,
@@ -92,6 +87,20 @@ def _for_images(change: Change, shapes: Shapes) -> bool:
     width, _, *patch = shapes[change.name]
     columns = IMAGE_CHANNELS * math.prod(patch)
     return change.shape[0] == width and math.prod(change.shape[1:]) == columns
+
+
+def _changes_nothing(file: LoraFile, skipped: int, unused: Sequence[str]) -> CheckpointError:
+    what = f"none of its {len(unused)} keys names a part of it" + "".join(f", {key!r}" for key in unused[:1])
+    hint = (
+        "Is it a LoRA for a Wan text-to-video model? Known are the namings of ComfyUI, diffusers, "
+        "PEFT, kohya, LyCORIS and DiffSynth."
+    )
+    if skipped:
+        what = f"all {skipped} changes are of layers that only image-to-video models have"
+        hint = "Take the text-to-video version of this LoRA."
+    elif unused and all(key.startswith(OF_TEXT_ENCODERS) for key in unused):
+        hint = "Its keys are those of a text encoder; wancli applies LoRAs to the transformer."
+    return CheckpointError(f"changes nothing in this model; {what}", where=str(file.path), hint=hint)
 
 
 def _other_model(file: LoraFile, change: Change, shapes: Shapes, depth: int) -> CheckpointError:

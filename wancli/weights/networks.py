@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from wancli.errors import CheckpointError
 from wancli.experts import Expert
 from wancli.memory import Residency
 from wancli.models import t5
@@ -29,12 +28,11 @@ from wancli.weights.packed import Packed, pack_fp8
 from wancli.weights.parts import Part
 from wancli.weights.readers import packed
 from wancli.weights.residency import AfterUnpack, Lookup, Streamed, matrix_names, placed
-from wancli.weights.sizes import t5_config
+from wancli.weights.sizes import misfits, t5_config, unfit
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-LISTED = 10  # tensors named in one message; the rest are counted
 KEPT_FP32 = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
 
 
@@ -59,20 +57,8 @@ def load_into(
     """
     wanted = module.state_dict()
     found = {rename(name): tensor for name, tensor in tensors}
-    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(wanted[name].shape)}"
-        for name in found.keys() & wanted.keys()
-        if tuple(found[name].shape) != tuple(wanted[name].shape)
-    ]
-    if problems:
-        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
-        raise CheckpointError(
-            "the tensors do not fit the model: " + "; ".join(sorted(problems)[:LISTED] + more),
-            where=where,
-            hint="the file belongs to another model or is damaged; compare it with config.json",
-        )
+    if problems := misfits(_shapes(wanted), _shapes(found)):
+        raise unfit(problems, where)
     made: dict[str, Tensor] = {}
     for name, meta in wanted.items():
         kept = torch.float32 if keep_fp32(name) else dtype
@@ -84,6 +70,22 @@ def load_into(
         # A copy where weights stay away, so that no file stays mapped for the small ones.
         made[name] = unpacked.to(device=device, dtype=kept, copy=bool(leave))
     module.load_state_dict(made, assign=True)
+
+
+def _shapes(tensors: Mapping[str, Tensor | Packed]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for what loading the transformers and the VAE would: scales that are missing
+    or no positive numbers, and tensors of the VAE that are not its own. Reads headers and scales only.
+
+    Names and shapes of the transformers are those that `identify` has checked.
+    """
+    for part in checkpoint.experts:
+        _weights(part)
+    if problems := misfits(_shapes(_bare_vae(checkpoint).state_dict()), _shapes(_weights(checkpoint.vae))):
+        raise unfit(problems, str(checkpoint.vae_files[0]))
 
 
 def load_transformer(
@@ -196,9 +198,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     """The VAE of a checkpoint, in fp32 as the official code runs it."""
     where = str(checkpoint.vae_files[0])
     found = _weights(checkpoint.vae)
-    sizes = vae_sizes(checkpoint)
-    with torch.device("meta"):
-        vae = WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)
+    vae = _bare_vae(checkpoint)
     load_into(
         vae,
         found.items(),
@@ -209,3 +209,9 @@ def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
         where=where,
     )
     return vae.eval()
+
+
+def _bare_vae(checkpoint: Checkpoint) -> VAE:
+    sizes = vae_sizes(checkpoint)
+    with torch.device("meta"):
+        return WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)

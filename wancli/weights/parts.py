@@ -63,7 +63,8 @@ class Part:
     """One network. `refusal` says why wancli cannot use it, `hint` what to use instead; else both are empty.
 
     `config` is None where sizes are not enough to build the network. `gaps` are tensors that some
-    block lacks and the others have.
+    block lacks and the others have, `misfits` all that is not as a network of these sizes has it (of a VAE,
+    that shows when it is built).
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Part:
     parameters: int = 0
     tensors: int = 0
     gaps: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
     tokenizer: bool = False  # the SentencePiece model is in the file
     lora: LoRA | None = None
     refusal: str = ""

@@ -6,7 +6,9 @@ named storages, which lie beside it. Here the pickle may name dicts, tensors and
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import TensorInfo
+from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo
 
 _DTYPES = {
     "FloatStorage": "F32",
@@ -43,18 +45,43 @@ def pickle_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a .pth: dtype and shape. Raises CheckpointError if it is anything but a state dict."""
     try:
         with zipfile.ZipFile(path) as archive:
+            check_zip(archive, path)
             entry = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
             if entry.file_size > _MAX_PICKLE:
                 raise CheckpointError(
                     "its pickle is too large for a state dict", where=str(path), hint=UNREADABLE
                 )
-            with archive.open(entry) as file:
-                found = _Headers(file).load()
+            text = archive.read(entry)
+        _check_memo(text)
+        found = _Headers(io.BytesIO(text)).load()
         if not isinstance(found, dict) or not all(isinstance(info, TensorInfo) for info in found.values()):
             raise CheckpointError("does not hold a plain state dict", where=str(path), hint=UNREADABLE)
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except _UNREADABLE as error:
         raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=UNREADABLE) from None
     return found
+
+
+def check_zip(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raises CheckpointError for a zip that unpacks to more than the file holds: a .pth is not compressed."""
+    members, size = archive.infolist(), path.stat().st_size
+    claimed = sum(member.file_size for member in members)
+    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if packed or claimed > size:
+        what = f"{packed[0]} is compressed" if packed else f"its members claim {claimed:,} bytes of {size:,}"
+        raise CheckpointError(
+            f"{what}, as in a zip bomb; PyTorch does not write such files",
+            where=str(path),
+            hint=DOWNLOAD_AGAIN,
+        )
+
+
+def _check_memo(text: bytes) -> None:
+    """Refuses places in the unpickler's memo that no pickle of this length has: it allocates up to them."""
+    for opcode, argument, _ in pickletools.genops(text):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(text):
+            raise pickle.UnpicklingError(f"it numbers {argument:,} objects in {len(text):,} bytes")
 
 
 class _Headers(pickle.Unpickler):

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.weights import gguf, headers, parts
-from wancli.weights.fold import Stored, fold
+from wancli.weights.fold import ANOTHER, Stored, fold
 from wancli.weights.headers import DOWNLOAD_AGAIN
 from wancli.weights.mapping import mapped, tensor_at
 from wancli.weights.packed import Packed
+from wancli.weights.pickles import check_zip
 
 Entry = TypeVar("Entry")
 
@@ -100,6 +101,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
 def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     header, pages = headers.read(path), mapped(path)
     for name, info in header.tensors.items():
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{name} is stored as {info.dtype}", where=str(path), hint=ANOTHER)
         yield name, tensor_at(pages, header.ranges[name][0], DTYPES[info.dtype], info.shape)
 
 
@@ -170,20 +173,12 @@ def _from_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_zip(path: Path) -> None:
-    """A .pth is an uncompressed zip: what unpacks to more than the file holds is an attack."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+            check_zip(archive, path)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             "truncated, or not a PyTorch file of this decade", where=str(path), hint=DOWNLOAD_AGAIN
         ) from error
-    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if compressed or sum(member.file_size for member in members) > path.stat().st_size:
-        raise CheckpointError(
-            "its members unpack to more than the file holds; PyTorch does not write such files",
-            where=str(path),
-            hint=DOWNLOAD_AGAIN,
-        )

@@ -6,7 +6,7 @@ with the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from wancli.errors import CheckpointError
@@ -15,6 +15,7 @@ from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 USUAL_HEAD_DIM = 128
+LISTED = 10  # tensors named in one message; the rest are counted
 RENDERED = "use a text-to-video checkpoint: Wan2.1-T2V-1.3B or 14B, Wan2.2-T2V-A14B, or Wan2.2-TI2V-5B"
 
 # Part of a tensor name -> the model that has it; the first hit names the checkpoint.
@@ -113,6 +114,28 @@ def transformer_config(read: Mapping[str, int], said: Mapping[str, object], wher
         raise CheckpointError(str(error), where=where) from error
 
 
+def misfits(wanted: Shapes, found: Shapes) -> tuple[str, ...]:
+    """What a network lacks, does not know, or has in another shape; none if the tensors are its own."""
+    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {list(found[name])}, expected {list(wanted[name])}"
+        for name in found.keys() & wanted.keys()
+        if tuple(found[name]) != tuple(wanted[name])
+    ]
+    return tuple(sorted(problems))
+
+
+def unfit(problems: Sequence[str], where: str) -> CheckpointError:
+    """The refusal of tensors that are not those of their network."""
+    more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    return CheckpointError(
+        "the tensors do not fit the model: " + "; ".join([*problems[:LISTED], *more]),
+        where=where,
+        hint="the file belongs to another model or is damaged; compare it with config.json",
+    )
+
+
 def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of a T2V transformer and its shape, however a file may store it."""
     dim, ffn = config.dim, config.ffn_dim
@@ -135,6 +158,24 @@ def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
         others[f"{block}.modulation"] = (1, 6, dim)
     weights = {f"{name}.weight": shape for name, shape in linears.items()}
     return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()} | others
+
+
+def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a UMT5 encoder and its shape, under the names of transformers."""
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    found: dict[str, tuple[int, ...]] = {
+        "shared.weight": (config.vocab_size, d),
+        "encoder.final_layer_norm.weight": (d,),
+    }
+    for layer in (f"encoder.block.{index}.layer" for index in range(config.num_layers)):
+        attention, feed_forward = f"{layer}.0.SelfAttention", f"{layer}.1.DenseReluDense"
+        found |= {f"{attention}.{p}.weight": (inner, d) for p in "qkv"}
+        found[f"{attention}.o.weight"] = (d, inner)
+        found[f"{attention}.relative_attention_bias.weight"] = (config.num_buckets, config.num_heads)
+        found |= {f"{feed_forward}.wi_{p}.weight": (config.d_ff, d) for p in "01"}
+        found[f"{feed_forward}.wo.weight"] = (d, config.d_ff)
+        found |= {f"{layer}.{n}.layer_norm.weight": (d,) for n in "01"}
+    return found
 
 
 def any_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:

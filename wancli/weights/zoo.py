@@ -46,9 +46,12 @@ from wancli.weights.sizes import (
     RENDERED,
     USUAL_HEAD_DIM,
     any_vae_config,
+    misfits,
     other_transformer,
+    parameter_shapes,
     read_transformer,
     t5_config,
+    t5_shapes,
     transformer_config,
 )
 
@@ -95,6 +98,8 @@ def recognise(contents: Contents, said: Mapping[str, object] | None = None) -> t
     for pattern, what in OTHERS.items():
         if any(re.fullmatch(pattern, name) for name in contents.tensors):
             return (_other(contents, what),)
+    if architecture := contents.metadata.get("general.architecture"):
+        return (_other(contents, f"GGUF file of the architecture {architecture!r}, not wan"),)
     return ()
 
 
@@ -170,7 +175,8 @@ def _transformer(part: Part, weights: Tensors, said: Mapping[str, object]) -> Pa
         hint = "put a config.json with num_heads beside the weights, or say `heads` in the job's `model`"
         return replace(part, refusal=message, hint=hint)
     config = transformer_config(read, said, where)
-    return replace(part, config=config, sizes=(*read.items(), ("num_heads", config.num_heads)))
+    sizes = (*read.items(), ("num_heads", config.num_heads))
+    return replace(part, config=config, sizes=sizes, misfits=misfits(parameter_shapes(config), shapes))
 
 
 def variant_of(read: Mapping[str, int], expert: Expert | None) -> Variant:
@@ -210,7 +216,8 @@ def _text_encoder(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
     config = t5_config(shapes, str(part.files[0]))
     name = "UMT5-XXL" if config == XXL else "UMT5"
     sizes = ("num_layers", config.num_layers), ("d_model", config.d_model), ("vocab_size", config.vocab_size)
-    return replace(part, name=name, config=config, sizes=sizes)
+    own = {name: shape for name, shape in shapes.items() if name != TIED}
+    return replace(part, name=name, config=config, sizes=sizes, misfits=misfits(t5_shapes(config), own))
 
 
 def _vae(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:

@@ -196,7 +196,8 @@ def _step(
         v_CTYX = found["uncond"] + walk.stage.guidance * (v_CTYX - found["uncond"])
     state = SOLVERS[walk.solver].step(walk.schedule.sigmas, i, at.state, v_CTYX)
     if not torch.isfinite(state.x).all():
-        raise NotFinite(_blame(model, walk, at.state.x, i))
+        hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
+        raise NotFinite(_blame(model, walk, at.state.x, i), hint=hint)
     cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells)
     return Sampled(i + 1, state, cells)
 

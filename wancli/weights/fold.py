@@ -128,9 +128,10 @@ def _scale(layer: str, stored: Mapping[str, Stored], shape: tuple[int, ...]) -> 
             hint=DOWNLOAD_AGAIN,
         )
     scale = scale.float()
-    if not (scale.isfinite() & (scale > 0)).all():
+    bad = scale[~(scale.isfinite() & (scale > 0))]
+    if bad.numel():
         raise CheckpointError(
-            f"{name} holds NaN, infinities, zeros or negative numbers",
+            f"{name} holds {bad.flatten()[0].item():g}, and scales are positive numbers",
             where=str(entry.file),
             hint=DOWNLOAD_AGAIN,
         )

@@ -29,6 +29,9 @@ from wancli.jobfile import load
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import plan
+from wancli.weights.identify import identify
+from wancli.weights.networks import load_vae
+from wancli.weights.trees import Files
 
 State = dict[str, Tensor]
 Format = Callable[[State], tuple[State, State]]
@@ -242,6 +245,66 @@ def test_a_text_encoder_in_fp8_that_carries_its_tokenizer_and_a_vae_in_bf16_rend
     said = render(folder=tmp_path / "found", model=found, video=KEPT, memory={"residency": residency})
     assert said.code == 0, said.err
     assert torch.equal(latents_of(tmp_path / "found"), latents_of(tmp_path / "meant"))
+
+
+CONVOLUTION = re.compile(r".*(conv\d|time_conv|shortcut|residual\.[26]|head\.2|resample\.1)\.weight")
+
+
+def a_vae_of(model: Path, kind: str, path: Path) -> State:
+    """Writes the VAE with its convolutions in fp8 or all of it in 16 bits, and returns what that means."""
+    state = {name: w.float() for name, w in torch.load(model / VAE, weights_only=True).items()}
+    if kind.startswith("GGUF"):
+        dtype = {"GGUF F16": np.float16, "GGUF F32": np.float32}[kind]
+        writer = gguf.GGUFWriter(path, "pig")
+        for name, w in state.items():
+            writer.add_tensor(name, w.numpy().astype(dtype))
+        close(writer)
+        return {name: torch.from_numpy(w.numpy().astype(dtype)).float() for name, w in state.items()}
+    stored, plain = {}, dict(state)
+    for name, w in state.items():
+        if not CONVOLUTION.fullmatch(name):
+            stored[name] = w
+            continue
+        scale = w.abs().max() / 448 if kind == "fp8 scaled" else torch.tensor(1.0)
+        stored[name] = (w / scale).to(E5M2 if kind == "fp8 e5m2" else E4M3)
+        plain[name] = stored[name].float() * scale
+        if kind == "fp8 scaled":
+            stored[name.replace("weight", "scale_weight")] = scale
+    save_file({name: w.contiguous() for name, w in stored.items()}, path)
+    return plain
+
+
+@pytest.mark.parametrize("kind", ["fp8 e4m3", "fp8 e5m2", "fp8 scaled", "GGUF F16", "GGUF F32"])
+def test_a_vae_in_each_format_decodes_what_its_bytes_mean(
+    kind: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+) -> None:
+    stored = tmp_path / ("vae.gguf" if kind.startswith("GGUF") else "vae.safetensors")
+    plain = a_vae_of(shallow, kind, stored)
+    said = render(folder=tmp_path, model=around(shallow, vae=stored))
+    assert said.code == 0, said.err
+    files = {
+        key: value if key == "heads" else Path(value) for key, value in around(shallow, vae=stored).items()
+    }
+    found = load_vae(identify(Files(**files)), "cpu").state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], w) for name, w in plain.items())
+
+
+def test_an_input_scale_is_for_products_in_fp8_and_changes_nothing(
+    render: Callable[..., Said], shallow: Path, tmp_path: Path
+) -> None:
+    small, _ = FORMATS["ComfyUI comfy_quant"][0](load_file(shallow / TRANSFORMER))
+    save_file(small, tmp_path / "without.safetensors")
+    inputs = {
+        name.replace("weight_scale", "input_scale"): torch.tensor(3.0)
+        for name in small
+        if name.endswith(".weight_scale")
+    }
+    save_file(small | inputs, tmp_path / "with.safetensors")
+    for case in ("with", "without"):
+        model = around(shallow, transformer=tmp_path / f"{case}.safetensors")
+        assert render(folder=tmp_path / case, model=model, video=KEPT).code == 0
+    assert torch.equal(latents_of(tmp_path / "with"), latents_of(tmp_path / "without"))
 
 
 GGUF_WORDS = {

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import time
-from pathlib import Path
 
 # Tensors of many MB in large pages, for both ways alike; read when torch is first imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -17,7 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
 from scripts.bench import dit, startup, vae
-from scripts.bench.machine import Row, matmul_peak
+from scripts.bench.machine import Row, cpu_name, matmul_peak
 from wancli.models.layers import linear
 
 COLUMNS = (
@@ -72,14 +70,6 @@ def cells(row: Row) -> list[str]:
 def markdown(table: list[list[str]]) -> str:
     body = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *table]
     return "\n".join([*(f"| {' | '.join(row)} |" for row in body), ""])
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""`python -m scripts.bench.precision`: what each way of storing weights costs, as a table in Markdown.
+
+The error is that of the velocity against fp32, |v - v_fp32| / |v_fp32|, from the same latents and text, which
+are noise. Two random blocks of 14B's widths under its head, one block in memory at a time; wan-mini; the
+tests' random checkpoint, whose rows of 48, as wan-mini's of 88, are not made of GGUF blocks. Some minutes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scripts.bench.machine import cpu_name
+from scripts.bench.quantize import to_blocks
+from wancli import mini
+from wancli.models.config import WanConfig
+from wancli.models.context import folded
+from wancli.models.dit import Block, Head, WanModel
+from wancli.models.layers import rope_table
+from wancli.weights.identify import identify
+from wancli.weights.networks import KEPT_FP32, transformer_weights
+from wancli.weights.packed import FP8_MAX, Packed, pack_fp8
+
+TINY = Path(__file__).parents[2] / "tests" / "fixtures" / "wan21-tiny"
+MATRIX = re.compile(r"(blocks\.\d+\.)?((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+WIDE = WanConfig(5120, 13824, 40, 2)
+SPREAD = 0.02  # standard deviation of the random matrices: plain fp8 depends on it, scaled fp8 does not
+GRID = (2, 4, 8)  # 64 tokens
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the matrices of the blocks are stored, and the dtype they are multiplied in."""
+
+    stored: Callable[[Tensor], Tensor | Packed]
+    computes: torch.dtype = torch.float32
+
+
+def _unchanged(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _per_tensor(weight: Tensor) -> Packed:
+    scale = weight.abs().max() / FP8_MAX
+    return Packed("fp8", (weight / scale).to(E4M3), tuple(weight.shape), scale)
+
+
+def _cast(dtype: torch.dtype) -> Callable[[Tensor], Packed]:
+    return lambda weight: Packed("fp8", weight.to(dtype), tuple(weight.shape))
+
+
+def _gguf(kind: str) -> Callable[[Tensor], Packed]:
+    return lambda weight: to_blocks(weight, kind)
+
+
+FP32 = Mode(_unchanged)
+GGUF = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K")
+MODES: dict[str, Mode] = {
+    "fp16": Mode(_unchanged, torch.float16),
+    "bf16": Mode(_unchanged, torch.bfloat16),
+    "fp8 made at load (a scale per row)": Mode(pack_fp8),
+    "fp8 e4m3, a scale per tensor": Mode(_per_tensor),
+    "fp8 e4m3, plain": Mode(_cast(E4M3)),
+    "fp8 e5m2, plain": Mode(_cast(E5M2)),
+    **{f"GGUF {kind}": Mode(_gguf(kind)) for kind in GGUF},
+}
+
+
+def main() -> None:
+    columns = {
+        "two blocks of 14B": two_blocks(WIDE),
+        "wan-mini": whole_model(mini.FOLDER),
+        "random, 40 blocks of width 48": whole_model(TINY),
+    }
+    exact = {name: velocity(FP32) for name, velocity in columns.items()}
+    print(f"| stored as | {' | '.join(columns)} |")
+    print("| --- |" + " ---: |" * len(columns))
+    for name, mode in MODES.items():
+        cells = [cell(velocity, mode, exact[column]) for column, velocity in columns.items()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"\n- {datetime.date.today()}, {cpu_name()}, {threads}, torch {torch.__version__}")
+    print(f"- at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory")
+
+
+def cell(velocity: Callable[[Mode], Tensor], mode: Mode, exact: Tensor) -> str:
+    try:
+        return f"{100 * distance(velocity(mode), exact):.2g} %"
+    except ValueError:  # rows that are not made of GGUF blocks
+        return "-"
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact|"""
+    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+
+
+def whole_model(folder: Path) -> Callable[[Mode], Tensor]:
+    """The velocity of a checkpoint at an early and a late step, its matrices stored by a mode."""
+    checkpoint = identify(folder)
+    config = checkpoint.transformer
+    weights = transformer_weights(checkpoint)
+    x_BCTYX, text_NE = noise(1, config.in_dim, 2, 8, 8), noise(20, config.text_dim)
+
+    @torch.inference_mode()
+    def velocity(mode: Mode) -> Tensor:
+        with torch.device("meta"):
+            model = WanModel(config)
+        fill(model, lambda name: weights[name].unpack(torch.float32), mode)
+        contexts = [((model.project(text_NE), 1.0),)] * config.num_layers
+        return torch.cat([model(x_BCTYX, t, contexts) for t in (900.0, 400.0)])
+
+    return velocity
+
+
+def two_blocks(config: WanConfig) -> Callable[[Mode], Tensor]:
+    """What the head makes of random tokens after random blocks, one of them in memory at a time."""
+    with torch.device("meta"):
+        head = Head(config)
+    fill(head, random_weights(head, 0), FP32)
+
+    @torch.inference_mode()
+    def velocity(mode: Mode) -> Tensor:
+        mix = ((folded(noise(20, config.dim), config.text_len), 1.0),)
+        time_BD, time_B6D = 0.3 * noise(1, config.dim), 0.3 * noise(1, 6, config.dim)
+        rope_L1P = rope_table(GRID, config.head_dim, time_BD.device)
+        x_BLD = noise(1, len(rope_L1P), config.dim)
+        for number in range(1, config.num_layers + 1):
+            with torch.device("meta"):
+                block = Block(config)
+            fill(block, random_weights(block, number), mode)
+            x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
+        v_BLF: Tensor = head(x_BLD, time_BD)
+        return v_BLF
+
+    return velocity
+
+
+def fill(module: nn.Module, weight: Callable[[str], Tensor], mode: Mode) -> None:
+    """Gives a module on the meta device its weights one by one, as `load_into` does, the matrices of blocks
+    by way of what the mode stores."""
+    made: dict[str, Tensor] = {}
+    for name in module.state_dict():
+        dtype = torch.float32 if any(part in name for part in KEPT_FP32) else mode.computes
+        stored = mode.stored(weight(name)) if MATRIX.fullmatch(name) else weight(name)
+        made[name] = stored.unpack(dtype) if isinstance(stored, Packed) else stored.to(dtype)
+    module.load_state_dict(made, assign=True)
+
+
+def random_weights(module: nn.Module, seed: int) -> Callable[[str], Tensor]:
+    """Weights by name, made when they are asked for: norms about 1, all else about 0."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    seeds = {name: 100 * seed + index for index, name in enumerate(shapes)}
+    ones = {name for name in shapes if "norm" in name and name.endswith("weight")}
+    return lambda name: SPREAD * noise(*shapes[name], seed=seeds[name]) + float(name in ones)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+if __name__ == "__main__":
+    main()

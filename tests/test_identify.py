@@ -19,11 +19,13 @@ from jobs import SPIECE
 from safetensors.torch import load_file, save_file
 from sparse import Entries, cast, dit, dit_diffusers, pth, scalar, stored, umt5, umt5_official, write
 
+from wancli.cli import run
 from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.vae import WanVAE
 from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
+from wancli.weights import identify as identify_module
 from wancli.weights.headers import header
 from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes
 from wancli.weights.trees import Files
@@ -271,6 +273,20 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path):
     assert fingerprint([path], memo) == "0" * 64  # the memo was used
     path.write_bytes(b"after!")
     assert fingerprint([path], memo) == hashlib.sha256(b"after!").hexdigest() != before
+
+
+def test_hashing_a_large_file_is_told_once_and_to_nobody_who_asked_for_quiet(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(identify_module, "LARGE", 10_000)
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps({"model": str(tiny), "prompt": "a cat", "frames": 2}))
+    for options, expected in ((["-q"], []), ([], [tiny / WEIGHTS]), ([], [])):
+        caplog.clear()
+        cache = tmp_path / ("quiet" if options else "loud")
+        assert run(["render", str(job), "--cache-dir", str(cache), *options]) == 2  # 2 frames are none
+        assert [path.name in caplog.text for path in expected] == [True] * len(expected)
+        assert bool(caplog.records) == bool(expected)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"x": 7}'])

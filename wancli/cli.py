@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -169,6 +170,7 @@ def render(
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
+    _hush(quiet)
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
     plan = _plan(_said(job, prompt, output), cache_dir, measure=measuring)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
@@ -252,6 +254,7 @@ def encode_command(
     from wancli.report import terminal
     from wancli.tools import Tools
 
+    _hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     work = stage1.requested(what, model, max_tokens, truncate, _memo(cache_dir))
     rows = stage1.run(work, out, Tools(_store(cache_dir) if cache else None, display))
@@ -282,6 +285,7 @@ def decode_command(
     from wancli import events, stage3
     from wancli.tools import Tools
 
+    _hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     print(stage3.decode_file(latents, output, model, _memo(None), Tools(None, display, force)))
     return ExitStatus.OK
@@ -313,6 +317,7 @@ def diff_command(
     from wancli.report import terminal
     from wancli.tools import Tools
 
+    _hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else "auto")
     pairs = stage1.pairs(prompts or [], file, model, _memo(cache_dir))
     tools = Tools(_store(cache_dir), display)
@@ -419,6 +424,11 @@ def cache_prune(
     else:
         print(f"removed {len(removed)} entries, {size(total)}")
     return ExitStatus.OK
+
+
+def _hush(quiet: bool) -> None:
+    """Whether what is logged, the hashing of large files, stays unsaid."""
+    logging.getLogger("wancli").disabled = quiet
 
 
 def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,9 @@ from wancli.weights.trees import HINT, Files, beside, fits, only_in, part_in, pa
 from wancli.weights.zoo import read_config
 
 Location: TypeAlias = Path | Files
+
+LARGE = 2**30  # bytes; hashing more takes long enough to say so
+LOG = logging.getLogger("wancli")  # to stderr, where the command line does not turn it off
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     of their digests in this order.
 
     Digests are remembered in the JSON file `memo` as long as a file keeps its path, size, inode and
-    times; a memo that is damaged or missing is made anew.
+    times; a memo that is damaged or missing is made anew. Before a file beyond 1 GiB is read, it is logged.
     """
     known = _memo(memo)
     now = {_identity(path): path for path in paths}
@@ -273,6 +277,8 @@ def _identity(path: Path) -> str:
 
 def _sha256(path: Path) -> str:
     try:
+        if (size := path.stat().st_size) >= LARGE:
+            LOG.warning("wancli: hashing %s, %.1f GB; this is done once", path.name, size / 1e9)
         return files.sha256(path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None

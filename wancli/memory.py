@@ -65,8 +65,8 @@ def sample_phase(
 
     `context_rows` counts the text rows of all contexts together, one padding row each: their K and
     V are kept for every block. `blocks` as in `wan_bytes`; `riders` forwards share a pass over the blocks,
-    and `shots` are sampled in lock-step. With `chunk`, so many tokens at a time have more than their residual,
-    K and V.
+    and `shots` are sampled in lock-step. With `chunk`, so many tokens at a time have more than their
+    residual, K and V.
     """
     channels, t, y, x = latent
     tokens = t * (y // 2) * (x // 2)

@@ -150,7 +150,7 @@ class Shot:
             context_rows=rows,
             element=element,
             resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
-            blocks=None if resident else 2,
+            blocks=0 if model.kernels.fp8_matmul else None if resident else 2,
             riders=1 if resident else RIDERS,
             chunk=model.kernels.chunk,
         )
@@ -171,7 +171,7 @@ class Shot:
     @cached_property
     def latents_key(self) -> str:
         """Hash of all that the latent depends on."""
-        low = self.guidance_low
+        low, kernels = self.guidance_low, self.model.kernels
         experts = [] if low is None else [low, self.model.checkpoint.variant.boundary]
         return _hash(
             {
@@ -185,6 +185,8 @@ class Shot:
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
                 **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
+                **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
+                **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
             }
         )
 

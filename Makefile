@@ -22,6 +22,9 @@ lint: $(VENV)/dev ## Check style and types
 bench: $(VENV)/dev ## Measure against diffusers, side by side in one process
 	$(BIN)/python -m scripts.bench
 
+gpu: $(VENV)/dev ## Test and measure on a GPU, where there is one
+	$(BIN)/python -m scripts.gpu
+
 wheel: install ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -36,5 +39,5 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	scripts/install $(VENV) $(PYTHON) '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test lint bench wheel clean
+.PHONY: help install demo test lint bench gpu wheel clean
 .DEFAULT_GOAL := help

@@ -12,12 +12,9 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from wancli.models.config import WanConfig
+from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import Context, WanModel, concat, lerp
-from wancli.models.layers import attention_backend
 from wancli.weights.identify import identify
 from wancli.weights.names import transformer_from_diffusers
 from wancli.weights.networks import load_transformer
@@ -330,30 +327,33 @@ def test_the_checkpointed_residual_stream_has_gradients_too():
     assert found[0].any()
 
 
-class Called(TorchDispatchMode):
-    """The names of the operators that really run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("only", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-@torch.no_grad()
-def test_the_named_attention_backend_is_the_one_that_runs(only: SDPBackend, bias: bool, dtype: torch.dtype):
-    q = torch.randn(1, 2, 300, 128, dtype=dtype)
-    with sdpa_kernel(only):
-        named = attention_backend("cpu", dtype, 128, bias=bias)
-        with Called() as called:
-            F.scaled_dot_product_attention(q, q, q, q.new_zeros(1, 1, 1, 300) if bias else None)
-    runs = "flash_attention" if any("flash_attention_for_cpu" in name for name in called.names) else "math"
-    assert named == runs == only.name.lower()
+@pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
+@torch.inference_mode()
+def test_a_few_tokens_at_a_time_give_the_velocity_of_all_at_once(chunk: int, dtype: torch.dtype):
+    whole = random_model()
+    torch.manual_seed(0)
+    pieces = WanModel(CONFIG, Kernels(chunk=chunk)).eval()
+    pieces.load_state_dict(whole.state_dict())
+    for block in (*whole.blocks, *pieces.blocks):
+        for layer in (m for m in block.modules() if isinstance(m, nn.Linear)):
+            layer.to(dtype)
+    x, t, text = torch.randn(2, 16, 2, 8, 6), torch.tensor([900.0, 31.5]), torch.randn(5, 32)
+    expected = whole(x, t, everywhere(whole, whole.project(text)))
+    found = pieces(x, t, everywhere(pieces, pieces.project(text)))
+    assert distance(found, expected) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_gradients_flow_through_all_tokens_at_once():
+    whole = random_model()
+    pieces = WanModel(CONFIG, Kernels(chunk=2))
+    pieces.load_state_dict(whole.state_dict())
+    torch.manual_seed(4)
+    x, text = torch.randn(1, 16, 1, 4, 4), torch.randn(5, 32)
+    for model in (whole, pieces):
+        model(x, 500.0, everywhere(model, model.project(text))).square().mean().backward()
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter.grad, pieces.get_parameter(name).grad), name
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from wancli import machine, memory, peak
 from wancli.errors import DoesNotFit
 from wancli.models import t5
-from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.models.config import Kernels, T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
@@ -146,6 +146,32 @@ def test_every_further_rider_costs_its_residual_stream():
     time = 7 * config.dim * 4  # its embedding, which is no matter of tokens
     assert measured[1] - measured[0] == predicted[1] - predicted[0] + time
     assert measured[2] - measured[1] == predicted[2] - predicted[1] + time
+
+
+@torch.no_grad()
+def test_tokens_in_pieces_take_the_memory_that_is_predicted():
+    config, context_rows = WanConfig(dim=192, ffn_dim=1152, num_heads=8, num_layers=2, text_dim=8), 10
+
+    def peak(rows: int, chunk: int | None) -> tuple[int, int]:
+        shape = (16, 4, rows, 32)
+        model = WanModel(config, Kernels(chunk=chunk))
+        context = model.project(torch.randn(context_rows - 1, 8))
+        request = Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2)
+        model.velocities([request])  # keys and values are there
+        return most_live_bytes(lambda: model.velocities([request])), memory.sample_phase(
+            config, shape, context_rows=context_rows, element=4, chunk=chunk
+        ).activation
+
+    (few, few_said), (more, more_said) = peak(16, 128), peak(16, 256)
+    assert more - few == more_said - few_said
+    (long, long_said), rotary = peak(32, 128), 512 * config.head_dim * 4
+    assert long - few == long_said - few_said + rotary
+    whole, whole_said = peak(32, None)
+    assert long < whole / 2
+    assert long_said < whole_said / 2
+    assert memory.sample_phase(
+        config, (16, 4, 32, 32), context_rows=10, element=4, chunk=1024
+    ) == memory.sample_phase(config, (16, 4, 32, 32), context_rows=10, element=4)
 
 
 # ---- prediction ----

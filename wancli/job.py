@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from wancli import mini
 from wancli.inject import Curve
+from wancli.models.config import Attention
 
 
 class Strict(BaseModel):
@@ -193,10 +194,23 @@ class Video(Strict):
     keep_latents: bool = False
 
 
+def _chunk_kind(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<int>"
+
+
+Chunk = Annotated[
+    Annotated[int, Field(ge=256), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
+    Discriminator(_chunk_kind),
+]
+
+
 class Memory(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     residency: Literal["auto", "resident", "packed", "streamed"] = "auto"
+    attention: Attention = "auto"
+    chunk: Chunk = "auto"
+    fp8_matmul: bool = False
     decode_chunk: int = Field(1, ge=1, le=64)
 
 

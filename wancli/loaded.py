@@ -54,6 +54,7 @@ class Networks:
                 self.model.residency,
                 self._fetched,
                 self.model.dtype == "fp8",
+                self.model.kernels,
             )
         self.loading = record.phase("load", peak)
         self._loaded = expert, network

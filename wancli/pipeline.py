@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli import files, latents, machine, manifest, memory, record, underway, video
+from wancli import files, kernels, latents, machine, manifest, memory, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     EntryError,
@@ -66,6 +66,8 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
         )
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
+    for model in dict.fromkeys(shot.model for shot in todo):
+        kernels.check(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
         files.writable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
@@ -213,4 +215,6 @@ def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
         return None
     if facts["latents_key"] != shot.latents_key or _lacks_effects(shot, facts):
         return None
-    return z_CTYX, facts | record.plain(record.of_shot(shot))
+    now = record.plain(record.of_shot(shot))
+    now["model"]["attention"] = facts["model"]["attention"]  # what ran then
+    return z_CTYX, facts | now

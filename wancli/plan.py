@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from wancli import files, loras, machine, mini, presets
+from wancli import files, kernels, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
@@ -87,7 +87,11 @@ def _housed(shots: Sequence[Shot], jobs: JobFile) -> list[Shot]:
     fits into the memory that is free, else streamed. On CUDA it is resident. Raises JobError."""
     asked = [jobs.items[shot.index].job.memory.residency for shot in shots]
     for shot, said in zip(shots, asked):
-        if shot.model.dtype == "fp8" and said in ("resident", "streamed"):
+        if (
+            shot.model.dtype == "fp8"
+            and said in ("resident", "streamed")
+            and not shot.model.kernels.fp8_matmul
+        ):
             raise JobError(
                 f"{said} weights are not made fp8, which is done in memory",
                 where=jobs.items[shot.index].where("memory", "residency"),
@@ -110,7 +114,7 @@ def _house(model: Model, said: str, too_large: Collection[tuple[Model, str]]) ->
     else:
         of_text = of_video = cast("Residency", said)
     if model.dtype == "fp8":
-        of_video = "packed"
+        of_video = "resident" if model.kernels.fp8_matmul else "packed"
     return replace(model, residency=of_video, encoder=replace(model.encoder, residency=of_text))
 
 
@@ -124,7 +128,9 @@ def _shot(
 ) -> Shot:
     job = item.job
     source = presets.resolve(job.model, jobs.directory, lambda *below: item.where("model", *below))
-    model = model_for(source, job.memory.device, job.memory.dtype)
+    computing = kernels.said(item)
+    dtype = "fp8" if computing.fp8_matmul else job.memory.dtype
+    model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
     variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
     steps = sampler.steps or kind.steps or variant.steps

@@ -5,10 +5,12 @@ Letters of shapes: B batch, C latent channels, T Y X the latent grid, L video to
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +46,9 @@ def velocities(model: WanModel, forwards: Sequence[Forward], riders: int | None 
     An injected forward that is measured costs one more, the same without its injection, which rides
     along. `riders` as in `WanModel.velocities`.
     """
-    found = {i: _Changes() for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected}
+    found: dict[int, dict[int, _Change]] = {
+        i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected
+    }
     plain = [
         Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts)) for f in (forwards[i] for i in found)
     ]
@@ -54,40 +58,50 @@ def velocities(model: WanModel, forwards: Sequence[Forward], riders: int | None 
         effects, reads = forwards[i].effects, forwards[i].contexts
         assert effects is not None
         moved = relative(all_BCTYX[i], plain_BCTYX)
-        effects.append(Effect(reads.step, reads.branch, moved, changes.blocks, changes.percent))
+        blocks = {block: math.sqrt(c.moved / max(c.plain, 1e-60)) for block, c in changes.items()}
+        percent = {block: 100 * c.over / c.elements for block, c in changes.items()}
+        effects.append(Effect(reads.step, reads.branch, moved, blocks, percent))
     return all_BCTYX[: len(forwards)]
 
 
-@dataclass(frozen=True)
-class _Changes:
-    """What an injection does to the cross-attention of each injected block."""
+@dataclass
+class _Change:
+    """Of one block's cross-attention output, summed over the pieces in which it comes."""
 
-    blocks: dict[int, float] = field(default_factory=dict)
-    percent: dict[int, float] = field(default_factory=dict)
+    moved: float = 0.0  # sums of squares
+    plain: float = 0.0
+    over: int = 0  # elements that moved by more than the threshold
+    elements: int = 0
+
+    def add(self, out_BLD: Tensor, plain_BLD: Tensor) -> None:
+        change_BLD = out_BLD - plain_BLD
+        self.moved += torch.linalg.vector_norm(change_BLD, dtype=torch.float32).item() ** 2
+        self.plain += torch.linalg.vector_norm(plain_BLD, dtype=torch.float32).item() ** 2
+        self.over += int((change_BLD.abs() > LEGACY_THRESHOLD).sum())
+        self.elements += out_BLD.numel()
 
 
 @contextmanager
-def _comparing(model: WanModel, forwards: Sequence[Forward], found: Mapping[int, _Changes]) -> Iterator[None]:
+def _comparing(
+    model: WanModel, forwards: Sequence[Forward], found: Mapping[int, dict[int, _Change]]
+) -> Iterator[None]:
     """Compares the cross-attention of injected blocks with what they give uninjected on the same tokens."""
+    turns: Counter[int] = (
+        Counter()
+    )  # a block serves the forwards in their order, and may do it piece by piece
 
-    def hook(block: int) -> Callable[[nn.Module, tuple[Tensor, Mix], Tensor], None]:
-        turns = itertools.count()  # a block serves the forwards in their order
-
-        def compare(cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
-            turn = next(turns)
-            if turn not in found or block not in forwards[turn].contexts.injected:
-                return
+    def compare(block: int, cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
+        turn = turns[block] - 1
+        if turn in found and block in forwards[turn].contexts.injected:
             # `forward`, since a call of the module would come back here.
             plain_BLD = cross_attn.forward(args[0], forwards[turn].contexts.base)
-            moved = (out_BLD - plain_BLD).abs() > LEGACY_THRESHOLD
-            found[turn].blocks[block] = relative(out_BLD, plain_BLD)
-            found[turn].percent[block] = 100 * moved.float().mean().item()
+            found[turn].setdefault(block, _Change()).add(out_BLD, plain_BLD)
 
-        return compare
-
-    blocks = {block for turn in found for block in forwards[turn].contexts.injected}
-    layers = {block: model.get_submodule(f"blocks.{block}.cross_attn") for block in blocks}
-    handles = [layer.register_forward_hook(hook(block)) for block, layer in layers.items()]
+    handles = []
+    for block in {block for turn in found for block in forwards[turn].contexts.injected}:
+        layer = model.get_submodule(f"blocks.{block}")
+        handles.append(layer.register_forward_pre_hook(lambda *_, block=block: turns.update([block])))
+        handles.append(layer.get_submodule("cross_attn").register_forward_hook(partial(compare, block)))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import __version__, video
+from wancli import __version__, kernels, video
 from wancli.manifest import canonical
 from wancli.peak import Peak
 from wancli.shot import Prompt, Shot
@@ -67,6 +67,8 @@ def of_shot(shot: Shot) -> Record:
             "dtype": model.dtype,
             "residency": model.residency,
             "device": model.device,
+            "kernels": asdict(model.kernels),
+            "attention": kernels.runs(model),
             "sha256": {
                 "transformer": model.transformer,
                 "text_encoder": model.encoder.fingerprint,

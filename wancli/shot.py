@@ -14,7 +14,7 @@ from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.memory import Phase, Residency
-from wancli.models.config import T5Config, VAE22Config, VAEConfig
+from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
@@ -46,6 +46,7 @@ class Model:
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
+    kernels: Kernels = Kernels()
 
     @property
     def computes(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -149,8 +150,9 @@ class Shot:
             context_rows=rows,
             element=element,
             resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
-            blocks=None if resident else 2,
+            blocks=0 if model.kernels.fp8_matmul else None if resident else 2,
             riders=1 if resident else RIDERS,
+            chunk=model.kernels.chunk,
         )
         return (
             memory.encode_phase(
@@ -169,7 +171,7 @@ class Shot:
     @cached_property
     def latents_key(self) -> str:
         """Hash of all that the latent depends on."""
-        low = self.guidance_low
+        low, kernels = self.guidance_low, self.model.kernels
         experts = [] if low is None else [low, self.model.checkpoint.variant.boundary]
         return _hash(
             {
@@ -183,6 +185,8 @@ class Shot:
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
                 **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
+                **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
+                **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
             }
         )
 

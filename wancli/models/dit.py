@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wancli.models.config import WanConfig
+from wancli.models.config import Kernels, WanConfig
 from wancli.models.context import Context, concat, folded, lerp
 from wancli.models.layers import (
     CrossAttention,
@@ -44,23 +44,57 @@ class Request:
 
 
 class Block(nn.Module):
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
         super().__init__()
         dim = config.dim
         self.eps = config.eps
+        self.chunk = kernels.chunk
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
-        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
+        self.self_attn = SelfAttention(dim, config.num_heads, config.eps, kernels.attention)
         self.norm3 = nn.LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim)
 
     def forward(self, x_BLD: Tensor, time_B6D: Tensor, rope_L1P: Tensor, mix: Mix) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time_B6D).chunk(6, dim=1)
-        y_BLD = self.self_attn(modulate(x_BLD, shift1, scale1, self.eps), rope_L1P)
+        modulation = (self.modulation + time_B6D).chunk(6, dim=1)
+        if self.chunk is None or self.chunk >= x_BLD.shape[1] or torch.is_grad_enabled():
+            return self.changed(x_BLD, modulation, rope_L1P, mix)
+        pieces = list(zip(torch.split(x_BLD, self.chunk, 1), torch.split(rope_L1P, self.chunk), strict=True))
+        keys_values = self.keys_values(x_BLD, modulation, pieces)
+        for piece_BLD, piece_L1P in pieces:
+            self.changed(piece_BLD, modulation, piece_L1P, mix, keys_values)
+        return x_BLD
+
+    def changed(
+        self,
+        x_BLD: Tensor,
+        modulation: Sequence[Tensor],
+        rope_L1P: Tensor,
+        mix: Mix,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The tokens after the block. Those of a piece attend to the keys and values of all; owns x."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y_BLD = self.self_attn(modulate(x_BLD, shift1, scale1, self.eps), rope_L1P, keys_values)
         x_BLD = add_gated(x_BLD, y_BLD, gate1)
+        del y_BLD  # or it stays beside the feed-forward
         x_BLD = add(x_BLD, self.cross_attn(self.norm3(x_BLD), mix))
-        y_BLD = self.ffn(modulate(x_BLD, shift2, scale2, self.eps))
-        return add_gated(x_BLD, y_BLD, gate2)
+        return add_gated(x_BLD, self.ffn(modulate(x_BLD, shift2, scale2, self.eps)), gate2)
+
+    def keys_values(
+        self, x_BLD: Tensor, modulation: Sequence[Tensor], pieces: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Of self-attention, for all tokens, made piece by piece."""
+        shift1, scale1, *_ = modulation
+        of_all = [torch.empty_like(x_BLD, dtype=self.self_attn.o.dtype) for _ in range(2)]
+        k_BHLK, v_BHLK = map(self.self_attn.heads, of_all)
+        start = 0
+        for piece_BLD, piece_L1P in pieces:
+            found = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
+            end = start + piece_BLD.shape[1]
+            k_BHLK[:, :, start:end], v_BHLK[:, :, start:end] = found
+            start = end
+        return k_BHLK, v_BHLK
 
 
 class Head(nn.Module):
@@ -100,7 +134,7 @@ class WanModel(nn.Module):
     the dtype of its weights; residual stream, modulation, time and head are fp32 throughout.
     """
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, kernels: Kernels = Kernels()) -> None:
         super().__init__()
         dim = config.dim
         self.config = config
@@ -108,7 +142,7 @@ class WanModel(nn.Module):
         self.text_embedding = mlp(config.text_dim, dim, dim)
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def project(self, text_NE: Tensor) -> Context:

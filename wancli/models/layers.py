@@ -15,8 +15,9 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
+from wancli.models import config
+from wancli.models.attention import attend
 from wancli.models.context import Context
 
 Mix: TypeAlias = Sequence[tuple[Context, float]]  # contexts whose attention outputs are mixed, and weights
@@ -30,6 +31,11 @@ class Linear(nn.Linear):
     """
 
     gelu = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, and what comes out."""
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, gelu=self.gelu)
@@ -108,7 +114,7 @@ class Attention(nn.Module):
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, K] in the dtype of the matmuls, without a copy."""
-        x_BLHK = x_BLD.to(self.o.weight.dtype).view(*x_BLD.shape[:2], self.num_heads, -1)
+        x_BLHK = x_BLD.to(self.o.dtype).view(*x_BLD.shape[:2], self.num_heads, -1)
         return x_BLHK.transpose(1, 2)
 
     def out(self, y_BHLK: Tensor) -> Tensor:
@@ -117,48 +123,47 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x_BLD: Tensor, rope_L1P: Tensor) -> Tensor:
+    def __init__(self, dim: int, num_heads: int, eps: float, backend: config.Attention) -> None:
+        super().__init__(dim, num_heads, eps)
+        self.backend: config.Attention = backend
+
+    def forward(
+        self, x_BLD: Tensor, rope_L1P: Tensor, keys_values: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Attention of these tokens to themselves, or to others whose keys and values are given."""
         q_BHLK = self.heads(rotate(self.norm_q(self.q(x_BLD)), rope_L1P))
-        k_BHLK = self.heads(rotate(self.norm_k(self.k(x_BLD)), rope_L1P))
-        v_BHLK = self.heads(self.v(x_BLD))
-        return self.out(F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK))
+        k_BHNK, v_BHNK = keys_values or self.keys_values(x_BLD, rope_L1P)
+        return self.out(attend(q_BHLK, k_BHNK, v_BHNK, self.backend))
+
+    def keys_values(self, x_BLD: Tensor, rope_L1P: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, L, K] each."""
+        return self.heads(rotate(self.norm_k(self.k(x_BLD)), rope_L1P)), self.heads(self.v(x_BLD))
 
 
 class CrossAttention(Attention):
     def forward(self, x_BLD: Tensor, mix: Mix) -> Tensor:
         """The sum of weight * attention to each context of the mix."""
         q_BHLK = self.heads(self.norm_q(self.q(x_BLD)))
-        y_BHLK = sum_weighted([(self.attend(q_BHLK, context), weight) for context, weight in mix])
+        y_BHLK = sum_weighted([(self.attend_to(q_BHLK, context), weight) for context, weight in mix])
         y_BLD = self.out(y_BHLK)
         total = sum(weight for _, weight in mix)
         # `o` is shared, but its bias belongs to every context: the sum holds it `total` times.
         return y_BLD if total == 1.0 else y_BLD + (total - 1.0) * self.o.bias
 
-    def attend(self, q_BHLK: Tensor, context: Context) -> Tensor:
+    def attend_to(self, q_BHLK: Tensor, context: Context) -> Tensor:
         k_BHNK, v_BHNK = (x_1HNK.expand(len(q_BHLK), -1, -1, -1) for x_1HNK in self.keys_values(context))
         _, bias_N = context.in_dtype(q_BHLK.dtype)
-        return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_N[None, None, None])
+        return attend(q_BHLK, k_BHNK, v_BHNK, bias_N=bias_N)
 
     def keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, computed once; anew in training, where weights change."""
         if (kept := context.kv.get(self)) is not None and not torch.is_grad_enabled():
             return kept
-        rows_1ND = context.in_dtype(self.k.weight.dtype)[0][None]
+        rows_1ND = context.in_dtype(self.k.dtype)[0][None]
         k_1HNK, v_1HNK = self.heads(self.norm_k(self.k(rows_1ND))), self.heads(self.v(rows_1ND))
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK
         return k_1HNK, v_1HNK
-
-
-def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, *, bias: bool) -> str:
-    """Which implementation torch takes: flash_attention, efficient_attention, cudnn_attention or math.
-
-    `bias` as in cross-attention, where pad rows have one. Asks torch with a few tokens, and runs nothing.
-    """
-    q_BHLK = torch.empty(1, 1, 16, head_dim, dtype=dtype, device=device)
-    bias_111N = q_BHLK.new_zeros(1, 1, 1, 16) if bias else None
-    choice: int = torch._fused_sdp_choice(q_BHLK, q_BHLK, q_BHLK, attn_mask=bias_111N)
-    return SDPBackend(choice).name.lower()
 
 
 def sum_weighted(parts: Sequence[tuple[Tensor, float]]) -> Tensor:

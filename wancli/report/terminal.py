@@ -43,6 +43,9 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
         sizes = model.checkpoint.transformer
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
         runs = f"{model.dtype} on {model.device}, {model.residency}"
+        runs += "" if model.kernels.chunk is None else f", {model.kernels.chunk:,} tokens at a time"
+        runs += "" if model.kernels.attention == "auto" else f", {model.kernels.attention} attention"
+        runs += ", products in fp8" if model.kernels.fp8_matmul else ""
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
     table = _table(
         "shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance", "state"
@@ -162,6 +165,10 @@ def summary(
         yield memory_table(report["memory"])
         process, start = size(report["process"]), duration(report["first_step_after"])
         yield f"measured above the {process} of the process itself; first step after {start}"
+        yield from dict.fromkeys(
+            "attention: {self} among video tokens, {cross} to the text".format_map(shot["model"]["attention"])
+            for shot in fresh
+        )
         cache = report["cache"]
         loaded = "encoder loaded" if cache["encoder_loaded"] else "encoder not loaded"
         yield f"prompts: {cache['hits']} from the cache, {cache['misses']} encoded ({loaded})"

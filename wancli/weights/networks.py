@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from wancli.experts import Expert
 from wancli.memory import Residency
 from wancli.models import t5
-from wancli.models.config import VAE22Config
+from wancli.models.config import Kernels, VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
+from wancli.weights.fp8_matmul import multiply_in_fp8
 from wancli.weights.identify import Checkpoint, vae_sizes
 from wancli.weights.ondisk import on_disk
 from wancli.weights.packed import Packed, pack_fp8
@@ -96,17 +97,22 @@ def load_transformer(
     residency: Residency = "resident",
     after_unpack: AfterUnpack | None = None,
     fp8: bool = False,
+    kernels: Kernels = Kernels(),
 ) -> WanModel:
     """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
     precision everything outside the large matrices of the blocks stays fp32.
 
     `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
     packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
+    `kernels` are what it computes with. Raises ValueError for `fp8_matmul` of weights that are not resident.
     """
+    if kernels.fp8_matmul and residency != "resident":
+        raise ValueError(f"{residency} weights do not multiply in fp8")
     with torch.device("meta"):
-        model = WanModel(checkpoint.transformer)
+        model = WanModel(checkpoint.transformer, kernels)
     found = transformer_weights(checkpoint, expert)
-    away = [] if residency == "resident" else matrix_names(model.blocks, "blocks")
+    whole = residency == "resident" and not kernels.fp8_matmul
+    away = [] if whole else matrix_names(model.blocks, "blocks")
     load_into(
         model,
         found.items(),
@@ -117,7 +123,9 @@ def load_transformer(
         where=str(checkpoint.expert(expert).files[0].parent),
         leave=frozenset(away),
     )
-    if away:
+    if kernels.fp8_matmul:
+        multiply_in_fp8(model.blocks, "blocks", found, device)
+    elif away:
         matrices = {name: found[name] for name in away}
         source = _in_fp8(matrices, device) if fp8 else placed(matrices, residency, device)
         model.blocks = Streamed(model.blocks, "blocks", source, device, after_unpack)

@@ -1,0 +1,130 @@
+"""What a job says of how its transformer computes, from the file to the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
+
+from wancli.errors import JobError
+from wancli.jobfile import load
+from wancli.manifest import read
+from wancli.models.config import Kernels
+from wancli.plan import plan
+from wancli.shot import Shot
+
+
+def planned(folder: Path, **memory: Any) -> Shot:
+    job = tiny_job(memory={"device": "cpu"} | memory)
+    return plan(load(written(folder, job)), folder / "memo").shots[0]
+
+
+def test_a_job_says_what_computes(tmp_path: Path):
+    assert planned(tmp_path).model.kernels == Kernels()
+    assert planned(tmp_path, attention="math", chunk=256).model.kernels == Kernels("math", 256)
+    shot = planned(tmp_path, fp8_matmul=True)
+    assert (shot.model.kernels.fp8_matmul, shot.model.dtype, shot.model.residency) == (
+        True,
+        "fp8",
+        "resident",
+    )
+
+
+def test_another_rounding_is_another_latent_and_smaller_pieces_are_not(tmp_path: Path):
+    plain = planned(tmp_path).latents_key
+    assert planned(tmp_path, chunk=256).latents_key == plain
+    others = {
+        planned(tmp_path, **memory).latents_key
+        for memory in ({"attention": "math"}, {"attention": "flash"}, {"dtype": "fp8"}, {"fp8_matmul": True})
+    }
+    assert len(others | {plain}) == 5
+
+
+def test_products_in_fp8_need_no_second_copy_of_the_weights(tmp_path: Path):
+    packed, product = planned(tmp_path, dtype="fp8"), planned(tmp_path, fp8_matmul=True)
+    assert product.phases[1].model < packed.phases[1].model
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"chunk": 255}, r"job\.yaml:\d+: memory\.chunk: should be greater than or equal to 256, got 255"),
+        ({"chunk": "some"}, r"memory\.chunk: 'some' is not one of 'auto'"),
+        ({"attention": "fast"}, r"memory\.attention: 'fast' is not one of 'auto', .*'sage'"),
+        ({"fp8_matmul": True, "dtype": "bf16"}, r"memory\.dtype: weights in bf16 do not multiply in fp8"),
+        (
+            {"fp8_matmul": True, "residency": "streamed"},
+            r"memory\.residency: streamed weights do not multiply",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, memory: dict[str, Any], message: str):
+    with pytest.raises(JobError, match=message):
+        planned(tmp_path, **memory)
+
+
+def test_loras_and_products_in_fp8_do_not_go_together(tmp_path: Path):
+    job = tiny_job(memory={"fp8_matmul": True}, loras=[{"path": "style.safetensors"}])
+    with pytest.raises(JobError, match="loras: LoRAs cannot be added to weights that multiply in fp8"):
+        plan(load(written(tmp_path, job)), tmp_path / "memo")
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (
+            {"attention": "sage"},
+            "memory.attention: sage attention cannot run: sageattention is not installed",
+        ),
+        ({"attention": "cudnn"}, "memory.attention: cudnn attention cannot run: torch has it not for fp32"),
+        ({"fp8_matmul": True}, "memory.fp8_matmul: only CUDA devices multiply in fp8"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_before_anything_is_loaded(
+    render: Callable[..., Said], memory: dict[str, Any], message: str
+):
+    said = render(memory={"device": "cpu"} | memory)
+    assert said.code == 3
+    assert message in said.err
+
+
+def test_the_manifest_and_the_report_name_what_computed(render: Callable[..., Said], tmp_path: Path, capsys):
+    memory = {"device": "cpu", "attention": "math", "chunk": 256}
+    job = {"size": "256x128", "frames": 9, "memory": memory, "video": {"keep_latents": True}}
+    assert render(**job).code == 0
+    body = manifest_of(tmp_path)["model"]
+    assert body["kernels"] == {"attention": "math", "chunk": 256, "fp8_matmul": False}
+    assert body["attention"] == {"asked": "math", "self": "math", "cross": "flash_attention"}
+
+
+def test_a_shot_in_pieces_is_the_same_and_so_are_its_measured_effects(
+    render: Callable[..., Said], tmp_path: Path
+):
+    found = []
+    for chunk in (256, "auto"):
+        job = {"size": "256x128", "frames": 9, "video": {"keep_latents": True}, "memory": {"chunk": chunk}}
+        said = render(**job, inject=[rule(blocks="1-2")], measure=True, folder=tmp_path / str(chunk))
+        assert said.code == 0
+        effects = read(tmp_path / str(chunk) / "out/clip.manifest.json")["effects"]
+        found.append((latents_of(tmp_path / str(chunk)), effects))
+    (in_pieces, some), (whole, same) = found
+    assert (in_pieces - whole).norm() < 1e-5 * whole.norm()
+    assert len(some) == len(same) == 2
+    for a, b in zip(some, same, strict=True):
+        assert a["blocks"].keys() == {"1", "2"}
+        assert a["blocks"] == pytest.approx(b["blocks"], rel=1e-4)
+        assert a["changed_percent"] == pytest.approx(b["changed_percent"], abs=0.01)
+
+
+def test_the_plan_and_the_summary_say_what_computes(
+    tmp_path: Path, shallow: Path, warm: Path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+    memory = {"device": "cpu", "attention": "math", "chunk": 512}
+    job = written(tmp_path, tiny_job(shallow, memory=memory))
+    assert "resident, 512 tokens at a time, math attention" in command(capsys, "plan", job).out
+    said = command(capsys, "render", job)
+    assert "attention: math among video tokens, flash_attention to the text" in said.err

@@ -1,0 +1,63 @@
+"""What a transformer computes with: as the job says it, and whether and how this machine does it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wancli.errors import JobError
+from wancli.models.config import Kernels
+
+if TYPE_CHECKING:
+    from wancli.jobfile import Item
+    from wancli.shot import Model
+
+
+def said(item: Item) -> Kernels:
+    """The kernels of a job; `chunk: auto` is all tokens at once.
+
+    Raises JobError for what does not go together.
+    """
+    memory = item.job.memory
+    if memory.fp8_matmul:
+        if memory.dtype not in ("auto", "fp8"):
+            message = f"weights in {memory.dtype} do not multiply in fp8"
+            raise JobError(message, where=item.where("memory", "dtype"), hint="Leave out memory.dtype.")
+        if memory.residency not in ("auto", "resident"):
+            raise JobError(
+                f"{memory.residency} weights do not multiply in fp8, resident ones do",
+                where=item.where("memory", "residency"),
+                hint="Leave out memory.residency.",
+            )
+        if item.job.loras:
+            raise JobError(
+                "LoRAs cannot be added to weights that multiply in fp8",
+                where=item.where("loras"),
+                hint="Leave out memory.fp8_matmul; memory.dtype: fp8 takes LoRAs.",
+            )
+    return Kernels(memory.attention, None if memory.chunk == "auto" else memory.chunk, memory.fp8_matmul)
+
+
+def check(model: Model) -> None:
+    """Raises MachineError for kernels that this machine lacks, before anything is loaded."""
+    if model.kernels.attention != "auto":
+        runs(model)
+    if model.kernels.fp8_matmul:
+        from wancli.weights.fp8_matmul import check
+
+        sizes = model.checkpoint.transformer
+        check(model.device, (sizes.dim, sizes.ffn_dim))
+
+
+def runs(model: Model) -> dict[str, Any]:
+    """Which attention really runs: that of video tokens among each other, and that to the text."""
+    import torch
+
+    from wancli.models.attention import attention_backend
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[model.computes]
+    width, asked = model.checkpoint.transformer.head_dim, model.kernels.attention
+    return {
+        "asked": asked,
+        "self": attention_backend(model.device, dtype, width, asked=asked),
+        "cross": attention_backend(model.device, dtype, width, bias=True),
+    }

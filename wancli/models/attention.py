@@ -1,0 +1,136 @@
+"""Scaled dot-product attention, and which of its implementations runs.
+
+Letters: B batch, H heads, L queries, N keys, K head width.
+
+All give softmax(q k' / sqrt(K)) v up to rounding; SageAttention rounds q and k to 8 bits on the way.
+flash-attn and SageAttention are used when asked for, and are no dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wancli.errors import MachineError
+from wancli.models.config import Attention
+
+OF_TORCH = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Package:
+    """Where an implementation comes from, and what it takes: half precision on CUDA, up to a head width."""
+
+    module: str
+    install: str
+    capability: tuple[int, int]
+    head_dim: int
+
+
+PACKAGES = {
+    "flash-attn-2": Package("flash_attn", "pip install flash-attn", (8, 0), 256),
+    "flash-attn-3": Package(
+        "flash_attn_interface", "build hopper/ of github.com/Dao-AILab/flash-attention", (9, 0), 256
+    ),
+    "sage": Package("sageattention", "pip install sageattention", (8, 0), 128),
+}
+
+
+def attend(
+    q_BHLK: Tensor,
+    k_BHNK: Tensor,
+    v_BHNK: Tensor,
+    backend: Attention = "auto",
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    """Attention by the backend, whatever it is named; `bias_N` is added to the scores of each key.
+
+    Only torch's own choice takes a bias everywhere: with one, `backend` must be auto.
+    """
+    if backend == "auto":
+        mask_111N = None if bias_N is None else bias_N[None, None, None]
+        return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=mask_111N)
+    if bias_N is not None:
+        raise ValueError(f"{backend} takes no bias")
+    if backend in OF_TORCH:
+        with sdpa_kernel(OF_TORCH[backend]):
+            return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK)
+    package = importlib.import_module(PACKAGES[backend].module)
+    if backend == "sage":
+        y_BHLK: Tensor = package.sageattn(q_BHLK, k_BHNK, v_BHNK, tensor_layout="HND")
+        return y_BHLK
+    found = package.flash_attn_func(*(x.transpose(1, 2) for x in (q_BHLK, k_BHNK, v_BHNK)))
+    y_BLHK: Tensor = found[0] if isinstance(found, tuple) else found  # some versions add the log-sum-exp
+    return y_BLHK.transpose(1, 2)
+
+
+def attention_backend(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    bias: bool = False,
+    asked: Attention = "auto",
+) -> str:
+    """Which implementation runs: flash_attention, efficient_attention, cudnn_attention or math of torch,
+    or flash-attn-2, flash-attn-3 or sage.
+
+    `bias` as in cross-attention, whose pad rows have one; it is torch's choice whatever is asked. Asks torch
+    with a few tokens, and runs nothing. Raises MachineError for what this machine cannot run.
+    """
+    if asked in PACKAGES and not bias:
+        _check_package(asked, PACKAGES[asked], torch.device(device), dtype, head_dim)
+        return asked
+    q_BHLK = torch.empty(1, 1, 16, head_dim, dtype=dtype, device=device)
+    bias_111N = q_BHLK.new_zeros(1, 1, 1, 16) if bias else None
+    only = nullcontext() if asked == "auto" or bias else sdpa_kernel(OF_TORCH[asked])
+    try:
+        with only, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says there why it passes the others over
+            choice = SDPBackend(torch._fused_sdp_choice(q_BHLK, q_BHLK, q_BHLK, attn_mask=bias_111N))
+    except RuntimeError:
+        choice = SDPBackend.ERROR
+    if choice == SDPBackend.ERROR:
+        raise _refused(asked, f"torch has it not for {_words(dtype)} on {device}, heads {head_dim} wide")
+    return choice.name.lower()
+
+
+def _check_package(
+    asked: Attention, package: Package, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> None:
+    if find_spec(package.module) is None:
+        raise _refused(asked, f"{package.module} is not installed", f"To install it: {package.install}")
+    if device.type != "cuda":
+        raise _refused(asked, f"it runs on CUDA only, not on {device}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise _refused(asked, f"it computes in bf16 or fp16, not in {_words(dtype)}")
+    if head_dim > package.head_dim or head_dim % 8:
+        most = f"up to {package.head_dim} in steps of 8"
+        raise _refused(asked, f"its heads are {most} wide, the model's {head_dim}")
+    if (found := torch.cuda.get_device_capability(device)) < package.capability:
+        need, have = (".".join(map(str, pair)) for pair in (package.capability, found))
+        card = torch.cuda.get_device_name(device)
+        raise _refused(asked, f"it needs compute capability {need}, {card} has {have}")
+
+
+def _refused(
+    asked: str, why: str, hint: str = "Leave memory.attention out, and torch chooses."
+) -> MachineError:
+    return MachineError(f"{asked} attention cannot run: {why}", where="memory.attention", hint=hint)
+
+
+def _words(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -35,8 +35,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from wancli import lockstep, video
 from wancli import plan as planning
-from wancli import underway, video
 from wancli.errors import CheckpointError, JobError
 from wancli.experts import Stage, stages
 from wancli.jobfile import load
@@ -393,7 +393,7 @@ def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
 
 @pytest.mark.parametrize(
     ("waiting", "order"),
-    [(underway.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
+    [(lockstep.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
 )
 def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     a14b: Saved,
@@ -404,7 +404,7 @@ def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     waiting: int,
     order: list[str],
 ) -> None:
-    monkeypatch.setattr(underway, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(lockstep, "WAITING_BYTES", waiting)
     loaded = watch_loading(monkeypatch)
     assert render(a14b, output="out/{id}.mp4", items=ITEMS).code == 0
     assert loaded == order

@@ -110,7 +110,8 @@ def advance(
     ):
         patches.at(loras, steps[0], expert)
         contexts = sample.Contexts(model, rows_NE)
-        walks = [_walk(one, stage, contexts, model, encoded) for one, stage in zip(group, stages)]
+        _start([one for one in group if one.state is None], model, encoded)
+        walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
         for step, now in zip(steps, sample.denoise_together(model, walks, _riders(group))):
             for one, at in zip(group, now):
                 _note(one, at)
@@ -139,19 +140,25 @@ def _riders(group: Sequence[Underway]) -> int:
     return 1 if resident else sum(one.shot.riders for one in group)
 
 
-def _walk(
-    one: Underway, stage: Stage, contexts: Contexts, model: WanModel, encoded: Mapping[str, Encoded]
-) -> Walk:
+def _start(group: Sequence[Underway], model: WanModel, encoded: Mapping[str, Encoded]) -> None:
+    """Noise, and how different the injected prompts are."""
     from wancli import sample
-    from wancli.difference import compare
+    from wancli.difference import compare_all
 
-    shot = one.shot
-    if one.state is None:
+    pairs = {(one.shot.prompt.id, text.id): None for one in group for text in one.shot.injected}
+    embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
+    differences = dict(zip(pairs, compare_all(embeddings, model)))
+    for one in group:
+        shot = one.shot
         one.state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise))
-        main = encoded[shot.prompt.id].embedding
-        injected = (encoded[text.id].embedding for text in shot.injected)
-        one.differences = [compare(main, other, model).as_dict() for other in injected]
-    state = one.state.to(shot.model.device)
+        one.differences = [differences[shot.prompt.id, text.id].as_dict() for text in shot.injected]
+
+
+def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
+    from wancli import sample
+
+    assert one.state is not None
+    shot, state = one.shot, one.state.to(one.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
     return sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
 

@@ -2,9 +2,9 @@
 
     python -m scripts.bench.lockstep [--dtype fp8] [--size 128x128] [--repeats 3]
 
-Writes a random checkpoint of some hundred MB with the widths of Wan 1.3B, renders the same job with `batch: 1`
-and `batch: auto` in turn, each in a process of its own, and compares the latents. The file is in the page
-cache; where every pass reads a disk, sharing gains more.
+Writes a random checkpoint of some hundred MB with the widths of Wan 1.3B, renders the same job with
+`batch: 1` and `batch: auto` in turn, each in a process of its own, and compares the latents. The file is
+in the page cache; where every pass reads a disk, sharing gains more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from scripts.bench.startup import _run
 from scripts.make_random_checkpoint import write_checkpoint
@@ -66,7 +67,7 @@ def measured(folder: Path, dtype: str, size: str, repeats: int) -> dict[str, tup
     }
 
 
-def _sampling(report: dict[str, list[dict[str, float]]]) -> float:
+def _sampling(report: dict[str, Any]) -> float:
     return next(float(phase["seconds"]) for phase in report["memory"] if phase["name"] == "sample")
 
 
@@ -78,12 +79,9 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measured(Path(folder), said.dtype, said.size, said.repeats)
-    (alone, whole_alone), (together, whole_together) = found["1"], found["auto"]
     print(f"{SHOTS} shots of {said.size}, {said.dtype}, the same latents:")
-    print(f"sampling  batch 1 {alone:6.2f} s  auto {together:6.2f} s  {alone / together:.2f}x")
-    print(
-        f"whole run batch 1 {whole_alone:6.2f} s  auto {whole_together:6.2f} s  {whole_alone / whole_together:.2f}x"
-    )
+    for what, alone, together in zip(("sampling", "whole run"), found["1"], found["auto"]):
+        print(f"{what:<9} batch 1 {alone:6.2f} s, auto {together:6.2f} s: {alone / together:.2f}x")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
         waves, encoded, stage1 = [], {}, {}
     networks = Networks(model)
     for shot in shots:
-        if shot.index in recalled and (known := _recalled(shot)):
+        if shot.index in recalled:
+            if not (known := _recalled(shot)):
+                raise EntryError("gone or changed since this run began", where=str(shot.latents))
             yield _published(shot, *known, networks, tools)
     for wave in waves:
         begun = [[underway.begin(shot, tools.force) for shot in group] for group in wave]

@@ -58,7 +58,8 @@ def begin(shot: Shot, force: bool) -> Underway:
         state, facts = latents.load_state(shot.state)
     except EntryError:
         state, facts = None, {"latents_key": None}
-    if state is None or force or facts["latents_key"] != shot.latents_key or facts["measured"] < shot.measure:
+    unmeasured = shot.measure and not facts.get("measured")
+    if state is None or force or facts["latents_key"] != shot.latents_key or unmeasured:
         files.set_aside(shot.state)
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}

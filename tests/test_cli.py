@@ -181,7 +181,7 @@ def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_
     change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))
     said = say("render", written(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
     assert said.code == 1
-    assert "denoise" in said.err
+    assert "sample.py" in said.err
     assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
     assert said.err.endswith("wancli: shot 0000: NaN or Inf at step 0, after the last block\n")
 

@@ -24,6 +24,7 @@ from jobs import (
     change_tensors,
     checkpoint,
     command,
+    files_in,
     forwards,
     latents_of,
     manifest_of,
@@ -35,8 +36,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from wancli import lockstep, video
 from wancli import plan as planning
-from wancli import underway, video
 from wancli.errors import CheckpointError, JobError
 from wancli.experts import Stage, stages
 from wancli.jobfile import load
@@ -393,7 +394,7 @@ def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
 
 @pytest.mark.parametrize(
     ("waiting", "order"),
-    [(underway.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
+    [(lockstep.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
 )
 def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     a14b: Saved,
@@ -404,7 +405,7 @@ def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     waiting: int,
     order: list[str],
 ) -> None:
-    monkeypatch.setattr(underway, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(lockstep, "WAITING_BYTES", waiting)
     loaded = watch_loading(monkeypatch)
     assert render(a14b, output="out/{id}.mp4", items=ITEMS).code == 0
     assert loaded == order
@@ -453,6 +454,99 @@ def test_a_shot_whose_latent_is_there_is_only_decoded(
     assert rendered(items=ITEMS, **again).code == 0
     assert len(calls) == 2 * 2 * STEPS
     assert loaded == ["high", "low"] * 2
+
+
+def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Ctrl-C while the low-noise expert is loaded."""
+    real = networks.load_transformer
+
+    def killed(*arguments: Any) -> WanModel:
+        if arguments[3] == "low":
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(networks, "load_transformer", killed)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
+def test_a_batch_that_is_killed_between_its_experts_goes_on_with_the_second(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, alone: dict[str, Tensor], residency: str
+) -> None:
+    items = [item | {"measure": item["id"] == "b"} for item in ITEMS]
+    rendered = partial(render, a14b, output="out/{id}.mp4", items=items, memory={"residency": residency})
+    with pytest.MonkeyPatch.context() as patched:
+        killed_between_experts(patched)
+        assert rendered().code == 130
+    assert files_in(tmp_path) == [f"{name}.state.safetensors" for name in "abc"]
+    with pytest.MonkeyPatch.context() as patched:
+        loaded, calls = watch_loading(patched), forwards(patched)
+        said = rendered()
+    assert said.code == 0, said.err
+    assert loaded == ["low"]
+    assert len(calls) == 3 * 2 * 2 + 2  # and two more that measure b
+    for name, expected in alone.items():
+        assert torch.equal(latents_of(tmp_path, name), expected)
+    assert not list(tmp_path.glob("out/*.state*"))
+    assert rendered(folder=tmp_path / "whole").code == 0
+    for name in "abc":
+        found, whole = manifest_of(tmp_path, name), manifest_of(tmp_path / "whole", name)
+        for key in ("key", "shot", "injection", "effects"):
+            assert found[key] == whole[key], key
+        names = [[phase["name"] for phase in body["phases"]] for body in (found, whole)]
+        assert names[0] == names[1] == ["encode", *["load", "sample"] * 2, "decode"]
+
+
+def test_the_state_of_another_job_moves_aside_and_a_damaged_one_is_no_use(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = partial(render, a14b, output="out/{id}.mp4", items=ITEMS[:2])
+    with pytest.MonkeyPatch.context() as patched:
+        killed_between_experts(patched)
+        assert rendered().code == 130
+    state = tmp_path / "out" / "a.state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    calls = forwards(monkeypatch)
+    assert rendered(prompt=FISH).code == 0
+    assert len(calls) == 2 * 2 * STEPS
+    assert [name for name in files_in(tmp_path) if "state" in name] == [
+        "a.state.old-1.safetensors",
+        "b.state.old-1.safetensors",
+    ]
+
+
+def test_streamed_experts_are_read_once_a_step_for_a_whole_batch(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, alone: dict[str, Tensor]
+) -> None:
+    passes: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        real = WanModel._pass
+
+        def counted(self: WanModel, *arguments: Any) -> list[Tensor]:
+            passes.append(len(arguments[0]))
+            return real(self, *arguments)
+
+        patched.setattr(WanModel, "_pass", counted)
+        said = render(a14b, output="out/{id}.mp4", items=ITEMS, memory={"residency": "streamed"})
+    assert said.code == 0, said.err
+    assert passes == [6] * STEPS
+    for name, expected in alone.items():
+        assert torch.equal(latents_of(tmp_path, name), expected)
+    memory_of = {name: manifest_of(tmp_path, name)["predicted"][1] for name in "abc"}
+    assert memory_of["a"] == memory_of["b"] == memory_of["c"]
+
+
+def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
+    a14b: Saved, tmp_path: Path, warm: Path
+) -> None:
+    items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
+    job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
+    together = planning.plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    job["items"] = items[:1]
+    (single,) = planning.plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
+    assert together[0].phases[1].buffer - single.phases[1].buffer == (2 + 1) * state
+    assert together[2].phases[1].activation < single.phases[1].activation
 
 
 # ---- checkpoints ----

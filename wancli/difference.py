@@ -117,25 +117,48 @@ class Difference:
 
 def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> Difference:
     """Compare two encoded prompts, and with `model` also what its blocks read of them."""
-    import torch
+    (found,) = compare_all([(a, b)], model)
+    return found
 
+
+def compare_all(
+    pairs: Sequence[tuple[Embedding, Embedding]], model: WanModel | None = None
+) -> list[Difference]:
+    """`compare` for every pair, all on one pass over the blocks, for which weights may be fetched."""
+    read = _what_blocks_read(pairs, model) if model is not None and pairs else [(None, ())] * len(pairs)
+    return [_difference(a, b, *found) for (a, b), found in zip(pairs, read)]
+
+
+def _difference(
+    a: Embedding, b: Embedding, projected: Figures | None, blocks: tuple[float, ...]
+) -> Difference:
     a_AE, b_BE = _content(a), _content(b)
     trimmed = legacy_percent(a.rows_NE, b.rows_NE, max(len(a.ids), len(b.ids)))
     padded = legacy_percent(a.rows_NE, b.rows_NE, LEGACY_ROWS)
-    projected, blocks = None, []
-    if model is not None:
-        with torch.no_grad():
-            device = next(model.parameters()).device
-            context_a, context_b = model.project(a_AE.to(device)), model.project(b_BE.to(device))
-            projected = _figures(_from_pad(context_a.rows_ND), _from_pad(context_b.rows_ND))
-            for block in model.blocks:
-                attention = cast("CrossAttention", block.cross_attn)
+    raw = _figures(a_AE, b_BE)
+    return Difference(_side(a), _side(b), trimmed, padded, raw, projected, blocks, _hints(a, b))
+
+
+def _what_blocks_read(
+    pairs: Sequence[tuple[Embedding, Embedding]], model: WanModel
+) -> list[tuple[Figures, tuple[float, ...]]]:
+    """Figures of the projected texts, and the distance of keys and values in every block."""
+    import torch
+
+    device = next(model.parameters()).device
+    distances: list[list[float]] = [[] for _ in pairs]
+    with torch.no_grad():
+        contexts = [tuple(model.project(_content(x).to(device)) for x in pair) for pair in pairs]
+        projected = [_figures(*(_from_pad(context.rows_ND) for context in pair)) for pair in contexts]
+        for block in model.blocks:
+            attention = cast("CrossAttention", block.cross_attn)
+            for (context_a, context_b), into in zip(contexts, distances):
                 both_a, both_b = attention.keys_values(context_a), attention.keys_values(context_b)
                 keys_AB, values_AB = (_cosines(_heads(x), _heads(y)) for x, y in zip(both_a, both_b))
-                blocks.append(_unmatched((keys_AB + values_AB) / 2))
-    return Difference(
-        _side(a), _side(b), trimmed, padded, _figures(a_AE, b_BE), projected, tuple(blocks), _hints(a, b)
-    )
+                into.append(_unmatched((keys_AB + values_AB) / 2))
+                context_a.kv.clear()  # else those of all blocks and pairs would be kept
+                context_b.kv.clear()
+    return [(figures, tuple(found)) for figures, found in zip(projected, distances)]
 
 
 def lint(text: str) -> list[str]:

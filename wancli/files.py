@@ -110,6 +110,12 @@ def set_aside(path: Path) -> Path | None:
     raise AssertionError("there is always a free number")
 
 
+def remove(path: Path) -> None:
+    """Removes a file, if it is there. Raises MachineError."""
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
 def sweep(folder: Path) -> list[Path]:
     """Remove what dead processes left in `folder`: own temporary files untouched for a day."""
     gone = []

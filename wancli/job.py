@@ -214,6 +214,16 @@ class Memory(Strict):
     decode_chunk: int = Field(1, ge=1, le=64)
 
 
+def _batch_kind(value: Any) -> str:
+    return "<int>" if isinstance(value, int) else "<text>"
+
+
+Batch = Annotated[
+    Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
+    Discriminator(_batch_kind),
+]
+
+
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
@@ -233,4 +243,5 @@ class Job(Strict):
     loras: list[LoraEntry] = []
     video: Video = Video()
     memory: Memory = Memory()
+    batch: Batch = "auto"
     measure: bool = False

@@ -1,19 +1,25 @@
-"""The latent on disk: durable before decoding starts, verified when read, enough to finish a shot alone.
+"""Latents on disk, verified when read: the finished one, and the state of a shot on its way.
 
-NAME.latents.safetensors holds one tensor, `latents` [z, T, H/s, W/s] fp32, still normalised, and
-as metadata the record that the manifest will continue and a SHA-256 over both.
+Both are safetensors files with a record as metadata and a SHA-256 over everything.
+NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised: durable before decoding
+starts, enough to finish a shot alone; its record is what the manifest will continue.
+NAME.state.safetensors holds all that a solver knows between two steps (`x`, `history.0`, `history.1`, `last`,
+those that there are), so that sampling goes on bit for bit; its record says for which shot, and after
+how many steps.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import files
 from wancli.errors import EntryError
 from wancli.manifest import canonical
+from wancli.solvers import State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,15 +29,42 @@ _METADATA = "wancli"
 
 def save(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
     """Replaces the file atomically; after it returns the latent survives power loss. Raises NoSpace."""
-    from safetensors.torch import save
-
-    z_CTYX = z_CTYX.cpu().contiguous()
-    document = {"record": record, "sha256": _digest(z_CTYX, record)}
-    files.replace(path, save({"latents": z_CTYX}, {_METADATA: canonical(document).decode()}))
+    _save(path, {"latents": z_CTYX}, record)
 
 
 def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """The latent and its record. Raises EntryError when either is damaged, or is another program's."""
+    tensors, record = _load(path)
+    if tensors.keys() != {"latents"}:
+        raise EntryError("not a finished latent", where=str(path))
+    return tensors["latents"], record
+
+
+def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
+    """As `save`, what a solver knows between two steps."""
+    past = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
+    last = {} if state.last is None else {"last": state.last}
+    _save(path, {"x": state.x, **past, **last}, record)
+
+
+def load_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """The state and its record. Raises EntryError as `load` does."""
+    tensors, record = _load(path)
+    if "x" not in tensors:
+        raise EntryError("not the state of a shot", where=str(path))
+    history = tuple(tensors[name] for name in sorted(tensors) if name.startswith("history."))
+    return State(tensors["x"], history, tensors.get("last")), record
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    document = {"record": record, "sha256": _digest(tensors, record)}
+    files.replace(path, save(tensors, {_METADATA: canonical(document).decode()}))
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -39,21 +72,22 @@ def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
         payload = path.read_bytes()
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         document = json.loads(header["__metadata__"][_METADATA])
-        z_CTYX, record, sealed = load(payload)["latents"], document["record"], document["sha256"]
+        tensors, record, sealed = load(payload), document["record"], document["sha256"]
     except OSError as error:
         raise EntryError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise EntryError("not a latent of wancli, or damaged", where=str(path)) from None
-    if sealed != _digest(z_CTYX, record):
+    if sealed != _digest(tensors, record):
         raise EntryError(
             "the latent is damaged: its checksum differs", where=str(path), hint="Render the shot again."
         )
-    return z_CTYX, record
+    return tensors, record
 
 
-def _digest(z_CTYX: Tensor, record: dict[str, Any]) -> str:
-    digest = hashlib.sha256(
-        canonical({"shape": [*z_CTYX.shape], "dtype": str(z_CTYX.dtype), "record": record})
-    )
-    digest.update(z_CTYX.numpy().tobytes())
+def _digest(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> str:
+    names = sorted(tensors)
+    about = [[name, [*tensors[name].shape], str(tensors[name].dtype)] for name in names]
+    digest = hashlib.sha256(canonical({"tensors": about, "record": record}))
+    for name in names:
+        digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()

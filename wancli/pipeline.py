@@ -1,8 +1,9 @@
 """The only file that knows the order of the phases: encode, load, sample, decode, write, record.
 
-Each shot is on disk before the next begins, and its latent before its decoding begins; only where
-two experts share the steps are the latents of several shots made together. `render` yields an
-Outcome per shot; a ShotError ends one shot, any other WancliError ends the batch.
+Shots are sampled in the groups and waves of `wancli.lockstep`, one by one where weights are resident. The
+latents of a group are on disk before any of them is decoded, and its videos before other shots
+take their last steps. `render` yields an Outcome per shot; a ShotError ends one shot, any other
+WancliError ends the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli import files, kernels, latents, machine, manifest, memory, record, underway, video
+from wancli import files, kernels, latents, lockstep, machine, manifest, memory, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     EntryError,
@@ -20,6 +21,7 @@ from wancli.errors import (
     ShotError,
     WancliError,
 )
+from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks, check_device, check_weights
 from wancli.peak import Peak, fitting
 from wancli.record import Record
@@ -74,11 +76,14 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
         video.check_ffmpeg(codec)
     for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
         check_weights(checkpoint)
+    free = machine.available()
+    todo = lockstep.arranged(todo, free)
     for shot in todo:
         if shot.model.device == "cpu":
             encoded = all(text.file or _cached(text, tools) for text in shot.texts)
             phases = [phase for phase in shot.phases if phase.name != "encode" or not encoded]
-            memory.require(phases, machine.available(), f"shot {shot.id}")
+            together = f", one of {shot.sharing} by `batch`" if shot.sharing > 1 else ""
+            memory.require(phases, free, f"shot {shot.id}{together}")
     return todo
 
 
@@ -89,7 +94,7 @@ def _unmeasured(shot: Shot) -> bool:
 
 
 def _lacks_effects(shot: Shot, facts: Record) -> bool:
-    return shot.measure and any(rule.on for rule in shot.rules) and not facts["effects"]
+    return shot.measure and shot.injects and not facts["effects"]
 
 
 def _unrecorded(shot: Shot) -> bool:
@@ -120,65 +125,76 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
 
 def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
-    texts = [text for shot in shots if shot.index not in recalled for text in shot.texts]
+    fresh = [shot for shot in shots if shot.index not in recalled]
+    waves = lockstep.waves(fresh, machine.available())
     try:
         with fitting("encoding prompts"):
-            encoded, stage1 = encode_prompts(model, texts, tools)
+            encoded, stage1 = encode_prompts(model, [text for shot in fresh for text in shot.texts], tools)
     except ShotError as error:
-        yield from (Outcome(shot, "failed", error=error) for shot in shots if shot.index not in recalled)
-        shots = [shot for shot in shots if shot.index in recalled]
-        encoded, stage1 = {}, {}
+        yield from (Outcome(shot, "failed", error=error) for shot in fresh)
+        waves, encoded, stage1 = [], {}, {}
     networks = Networks(model)
-    for group in underway.together(shots):
-        yield from _render_together(group, recalled, encoded, stage1, networks, tools)
+    for shot in shots:
+        if shot.index in recalled:
+            if not (known := _recalled(shot)):
+                raise EntryError("gone or changed since this run began", where=str(shot.latents))
+            yield _published(shot, *known, networks, tools)
+    for wave in waves:
+        begun = [[underway.begin(shot, tools.force) for shot in group] for group in wave]
+        for expert in EXPERTS:
+            for group in begun:
+                yield from _render_stage(group, expert, encoded, stage1, networks, tools)
 
 
-def _render_together(
-    shots: Sequence[Shot],
-    recalled: set[int],
+def _render_stage(
+    group: Sequence[Underway],
+    expert: Expert,
     encoded: dict[str, Encoded],
     stage1: Record,
     networks: Networks,
     tools: Tools,
 ) -> Iterator[Outcome]:
-    """Noise to latents, an expert loaded once for all shots; then latents to videos, shot by shot."""
-    ready = {shot.index: known for shot in shots if shot.index in recalled and (known := _recalled(shot))}
-    begun = {shot.index: Underway(shot) for shot in shots if shot.index not in ready}
-    for shot, stage in underway.by_expert(shots):
-        if shot.index not in begun:  # recalled or failed
-            continue
+    """The steps that an expert takes, and after the last ones latents to videos."""
+    ready = [one for one in group if one.next_stage and one.next_stage.expert == expert]
+    if not ready:
+        return
+    with fitting(f"sampling {underway.title(ready)}"):
+        # Without a name for the network, which would keep this expert in memory beside the next.
+        underway.advance(
+            ready,
+            networks.transformer(expert),
+            networks.loading,
+            networks.patches,
+            networks.loras(ready[0].shot.loras),
+            encoded,
+            tools.progress,
+        )
+    kept = []
+    for one in ready:
         try:
-            with fitting(f"shot {shot.id}"):
-                # Without a name for the network, which would keep this expert in memory beside the next.
-                underway.advance(
-                    begun[shot.index],
-                    stage,
-                    networks.transformer(stage.expert),
-                    networks.loading,
-                    networks.patches,
-                    networks.loras(shot.loras),
-                    encoded,
-                    tools.progress,
-                )
-                if stage == shot.stages[-1]:
-                    loras = networks.loras(shot.loras)
-                    ready[shot.index] = underway.keep(begun.pop(shot.index), encoded, loras, stage1)
+            if one.failed:
+                raise one.failed
+            if one.next_stage:
+                underway.wait(one)
+            else:
+                kept.append((one.shot, *underway.keep(one, encoded, networks.loras(one.shot.loras), stage1)))
         except ShotError as error:
-            begun.pop(shot.index, None)
-            yield Outcome(shot, "failed", error=error)
-    for shot in shots:
-        if shot.index not in ready:
-            continue
-        try:
-            with fitting(f"shot {shot.id}"):
-                body = finish(*ready.pop(shot.index), shot.output, networks.vae, tools)
-        except ShotError as error:
-            yield Outcome(shot, "failed", error=error)
-        else:
-            if not shot.keep_latents:
-                with files.writing(shot.latents):
-                    shot.latents.unlink(missing_ok=True)
-            yield Outcome(shot, "rendered", body)
+            files.remove(one.shot.state)
+            yield Outcome(one.shot, "failed", error=error)
+    for shot, z_CTYX, facts in kept:
+        yield _published(shot, z_CTYX, facts, networks, tools)
+
+
+def _published(shot: Shot, z_CTYX: Tensor, facts: Record, networks: Networks, tools: Tools) -> Outcome:
+    try:
+        with fitting(f"shot {shot.id}"):
+            body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
+    except ShotError as error:
+        return Outcome(shot, "failed", error=error)
+    if not shot.keep_latents:
+        files.remove(shot.latents)
+    files.remove(shot.state)
+    return Outcome(shot, "rendered", body)
 
 
 def encode_prompts(

@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from wancli import files, kernels, loras, machine, mini, presets
+from wancli import files, kernels, lockstep, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
@@ -48,7 +48,7 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
             hints += [error.hint] if error.hint and error.hint not in hints else []
     if problems:
         raise JobError("\n".join(problems), hint="\n".join(hints))
-    shots = _housed(shots, jobs)
+    shots = lockstep.arranged(_housed(shots, jobs), machine.available())
     _refuse_collisions(shots, jobs)
     return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
 
@@ -186,6 +186,7 @@ def _shot(
         keep_latents=job.video.keep_latents,
         decode_chunk=job.memory.decode_chunk,
         measure=job.measure or measure,
+        batch=None if job.batch == "auto" else job.batch,
         output=Path(),
     )
     refuse_rules_without_cells(shot, item)

@@ -22,7 +22,6 @@ from wancli.weights.identify import Location
 from wancli.weights.trees import Files
 
 if TYPE_CHECKING:
-    from wancli.difference import Difference
     from wancli.weights.lora import Loras
 
 Record = dict[str, Any]
@@ -58,6 +57,7 @@ def of_shot(shot: Shot) -> Record:
             "crf": shot.crf,
             "codec": shot.codec,
             "decode_chunk": shot.decode_chunk,
+            "sharing": shot.sharing,
         },
         "model": {
             "root": str(model.checkpoint.root),
@@ -110,7 +110,7 @@ def of_prompt(prompt: Prompt, hit: bool) -> Record:
 
 
 def of_injection(
-    shot: Shot, read: Iterable[tuple[int, str, int]], differences: Sequence[Difference]
+    shot: Shot, read: Iterable[tuple[int, str, int]], differences: Sequence[Record]
 ) -> list[Record]:
     """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
     cells = set(read)
@@ -130,7 +130,7 @@ def of_injection(
                 "hits_by_step": dict(Counter(step for step, _, _ in hits)),
                 "hits_by_branch": dict(Counter(branch for _, branch, _ in hits)),
                 "hits_by_block": dict(Counter(block for _, _, block in hits)),
-                "difference": differences[index].as_dict(),
+                "difference": differences[index],
             }
         )
     return found

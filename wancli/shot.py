@@ -19,7 +19,6 @@ from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 
-RIDERS = 2  # forwards that share a pass over fetched weights: cond and uncond
 PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
 
@@ -31,6 +30,11 @@ class Prompt:
     tokens: Tokens
     file: Path | None = None
     index: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Keys that the blocks keep for it: its tokens and one for all padding."""
+        return len(self.tokens.ids) + 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """How many shots share each pass over the weights, and what memory sampling them takes."""
+
+    shots: int
+    sample: Phase
+
+
+@dataclass(frozen=True)
 class Shot:
     """One video to be rendered; nothing in it is left to decide."""
 
@@ -90,7 +102,9 @@ class Shot:
     keep_latents: bool
     decode_chunk: int
     measure: bool
+    batch: int | None  # how many shots may share a pass over the weights; None: as many as fit
     output: Path
+    shared: Shared | None = None  # changes no pixel
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -108,6 +122,11 @@ class Shot:
     @property
     def latents(self) -> Path:
         return self.output.with_suffix(".latents.safetensors")
+
+    @property
+    def state(self) -> Path:
+        """Where its latent waits for the next expert."""
+        return self.output.with_suffix(".state.safetensors")
 
     @property
     def manifest(self) -> Path:
@@ -137,23 +156,43 @@ class Shot:
         return (self.prompt, *([self.negative] if self.negative else []), *self.injected)
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
-        """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding."""
-        model = self.model
-        element = 4 if model.computes == "fp32" else 2
-        wan, resident = model.checkpoint.transformer, model.residency == "resident"
-        rows = sum(len(text.tokens.ids) + 1 for text in self.texts)
-        longest = max(len(text.tokens.ids) for text in self.texts)
-        sample = memory.sample_phase(
+    def injects(self) -> bool:
+        return any(rule.on for rule in self.rules)
+
+    @property
+    def sharing(self) -> int:
+        """How many shots share each pass over the weights, this one included."""
+        return self.shared.shots if self.shared else 1
+
+    @property
+    def riders(self) -> int:
+        """Forwards of one step: a branch each, and where injections are measured another one without."""
+        return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
+
+    def sampling(self, rows: int, riders: int) -> Phase:
+        """Predicted memory of sampling, with `rows` of text and that many forwards on a pass."""
+        model, wan = self.model, self.model.checkpoint.transformer
+        return memory.sample_phase(
             wan,
             self.latent_shape,
             context_rows=rows,
-            element=element,
+            element=4 if model.computes == "fp32" else 2,
             resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
-            blocks=0 if model.kernels.fp8_matmul else None if resident else 2,
-            riders=1 if resident else RIDERS,
+            blocks=0 if model.kernels.fp8_matmul else None if model.residency == "resident" else 2,
+            riders=riders,
             chunk=model.kernels.chunk,
         )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
+        is that of all shots that share its passes."""
+        model = self.model
+        element = 4 if model.computes == "fp32" else 2
+        rows = sum(text.rows for text in self.texts)
+        longest = max(len(text.tokens.ids) for text in self.texts)
+        riders = 1 if model.residency == "resident" else self.riders
+        sample = self.shared.sample if self.shared else self.sampling(rows, riders)
         return (
             memory.encode_phase(
                 model.text_encoder,

@@ -1,35 +1,33 @@
 """Stage 2 of the pipeline: shots on their way from noise to a latent on disk, expert by expert.
 
 Only one expert fits into memory, and loading it takes long. So several shots take their
-high-noise steps, wait as plain states, and then take their low-noise steps.
+high-noise steps, wait as plain states, in memory and on disk, and then take their low-noise steps.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli import files, latents, record
 from wancli.encode import Encoded
+from wancli.errors import EntryError, NotFinite
 from wancli.events import Progress
-from wancli.experts import EXPERTS, Stage
+from wancli.experts import Stage
 from wancli.inject import Branch
 from wancli.peak import Peak
 from wancli.record import Record
-from wancli.shot import RIDERS, Shot
+from wancli.shot import Shot
+from wancli.solvers import State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.difference import Difference
     from wancli.models.dit import WanModel
-    from wancli.solvers import State
+    from wancli.probe import Effect
+    from wancli.sample import Contexts, Sampled, Walk
     from wancli.weights.lora import Loras, Patches
-
-WAITING_BYTES = 2 * 2**30  # for the states of shots that wait for the other expert
-_STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
 
 @dataclass
@@ -37,39 +35,55 @@ class Underway:
     """What the steps of a shot have left so far. Between two experts this is all there is of it."""
 
     shot: Shot
+    step: int = 0  # how many steps are behind it
     state: State | None = None  # in host memory; None before the first step
     read: set[tuple[int, Branch, int]] = field(default_factory=set)
-    effects: list[Any] = field(default_factory=list)
-    differences: list[Difference] = field(default_factory=list)
+    effects: list[Record] = field(default_factory=list)
+    differences: list[Record] = field(default_factory=list)
     phases: list[Record] = field(default_factory=list)
     first_step: float = 0.0  # seconds after the start of the process
+    failed: NotFinite | None = None  # where it ended
+
+    @property
+    def next_stage(self) -> Stage | None:
+        """The steps that come now; None after the last, and for a shot that failed."""
+        coming = [stage for stage in self.shot.stages if stage.steps.start == self.step]
+        return coming[0] if coming and not self.failed else None
 
 
-def together(shots: Sequence[Shot]) -> Iterator[list[Shot]]:
-    """Shots in the groups in which they change experts: one by one where there is one network, else as
-    many as may wait in memory."""
-    group: list[Shot] = []
-    waiting = 0
-    for shot in shots:
-        state = 4 * _STATE_TENSORS * math.prod(shot.latent_shape)
-        if group and (shot.guidance_low is None or waiting + state > WAITING_BYTES):
-            yield group
-            group, waiting = [], 0
-        group.append(shot)
-        waiting += state
-    if group:
-        yield group
+def begin(shot: Shot, force: bool) -> Underway:
+    """A shot before its first step, or where an earlier run left it: see `wait`. The state of another
+    job, or with `force` any, is moved aside."""
+    try:
+        state, facts = latents.load_state(shot.state)
+    except EntryError:
+        state, facts = None, {"latents_key": None}
+    unmeasured = shot.measure and not facts.get("measured")
+    if state is None or force or facts["latents_key"] != shot.latents_key or unmeasured:
+        files.set_aside(shot.state)
+        return Underway(shot)
+    read = {(step, branch, block) for step, branch, block in facts["read"]}
+    past = {name: facts[name] for name in ("effects", "differences", "phases")}
+    return Underway(shot, facts["step"], state, read, **past)
 
 
-def by_expert(shots: Sequence[Shot]) -> list[tuple[Shot, Stage]]:
-    """Every stage of the shots, those of one expert together."""
-    stages = [(shot, stage) for shot in shots for stage in shot.stages]
-    return sorted(stages, key=lambda pair: EXPERTS.index(pair[1].expert))
+def wait(one: Underway) -> None:
+    """Makes the state of a shot durable on disk, so that another run goes on from here bit for bit."""
+    assert one.state is not None
+    facts = {
+        "latents_key": one.shot.latents_key,
+        "step": one.step,
+        "measured": one.shot.measure,
+        "read": sorted(one.read),
+        "effects": one.effects,
+        "differences": one.differences,
+        "phases": one.phases,
+    }
+    latents.save_state(one.shot.state, one.state, record.plain(facts))
 
 
 def advance(
-    one: Underway,
-    stage: Stage,
+    group: Sequence[Underway],
     model: WanModel,
     load: Record,
     patches: Patches,
@@ -77,41 +91,87 @@ def advance(
     encoded: Mapping[str, Encoded],
     progress: Progress,
 ) -> None:
-    """Takes the steps of one stage with its network. Raises NotFinite."""
+    """Takes the steps of the next stage with its network, all shots of a group in lock-step.
+
+    A shot that meets NaN or Inf has `failed`; the others go on.
+    """
     import torch
 
     from wancli import sample
-    from wancli.difference import compare
-    from wancli.probe import Effect
-    from wancli.solvers import State
 
-    shot, device = one.shot, one.shot.model.device
-    rows_NE = {text.id: encoded[text.id].embedding.rows_NE.to(device) for text in shot.texts}
+    stages = [stage for one in group if (stage := one.next_stage)]
+    steps, expert = stages[0].steps, stages[0].expert  # those of the others, too
+    device = group[0].shot.model.device
+    texts = {text.id for one in group for text in one.shot.texts}
+    rows_NE = {id: encoded[id].embedding.rows_NE.to(device) for id in texts}
     with (
         torch.inference_mode(),
         Peak() as peak,
-        progress.phase(shot.id, "sample", len(stage.steps)) as bar,
+        progress.phase(title(group), "sample", len(steps)) as bar,
     ):
-        patches.at(loras, stage.steps[0], stage.expert)
+        patches.at(loras, steps[0], expert)
         contexts = sample.Contexts(model, rows_NE)
-        effects: list[Effect] | None = [] if shot.measure else None
-        if one.state is None:
-            one.state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise))
-            main = encoded[shot.prompt.id].embedding
-            one.differences = [compare(main, encoded[text.id].embedding, model) for text in shot.injected]
-        state = one.state.to(device)
-        walk = sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
-        riders = 1 if shot.model.residency == "resident" else RIDERS
-        for done in sample.denoise(model, walk, riders):
-            state = done.state
-            one.read |= done.read
-            one.first_step = one.first_step or record.since_start()
-            bar.advance(note=f"sigma {shot.schedule.sigmas[done.step]:.3f}")
-            if done.step in stage.steps and patches.at(loras, done.step, stage.expert):
+        _start([one for one in group if one.state is None], model, encoded)
+        walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
+        for step, now in zip(steps, sample.denoise_together(model, walks, _riders(group))):
+            for one, at in zip(group, now):
+                _note(one, at)
+            bar.advance(note=f"sigma {walks[0].schedule.sigmas[step + 1]:.3f}")
+            if all(one.failed for one in group):
+                break
+            if step + 1 in steps and patches.at(loras, step + 1, expert):
                 contexts.forget()
-        one.state = state.to("cpu")
-    one.effects += effects or []
-    one.phases += [load, record.phase("sample", peak)]
+    shared = record.phase("sample", peak) | {"shots": len(group)}
+    for one, walk in zip(group, walks):
+        assert one.state is not None
+        one.state = one.state.to("cpu")
+        one.effects += [asdict(effect) for effect in walk.effects or ()]
+        one.phases += [load, shared]
+
+
+def title(group: Sequence[Underway]) -> str:
+    """What people read of a group: the id of its shot, or how many and which they are."""
+    first, last = group[0].shot.id, group[-1].shot.id
+    return first if len(group) == 1 else f"{len(group)} shots, {first} to {last}"
+
+
+def _riders(group: Sequence[Underway]) -> int:
+    """Forwards on a pass over the blocks: all of the group where the pass fetches weights."""
+    resident = group[0].shot.model.residency == "resident"
+    return 1 if resident else sum(one.shot.riders for one in group)
+
+
+def _start(group: Sequence[Underway], model: WanModel, encoded: Mapping[str, Encoded]) -> None:
+    """Noise, and how different the injected prompts are."""
+    from wancli import sample
+    from wancli.difference import compare_all
+
+    pairs = {(one.shot.prompt.id, text.id): None for one in group for text in one.shot.injected}
+    embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
+    differences = dict(zip(pairs, compare_all(embeddings, model)))
+    for one in group:
+        shot = one.shot
+        one.state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise))
+        one.differences = [differences[shot.prompt.id, text.id].as_dict() for text in shot.injected]
+
+
+def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
+    from wancli import sample
+
+    assert one.state is not None
+    shot, state = one.shot, one.state.to(one.shot.model.device)
+    effects: list[Effect] | None = [] if shot.measure else None
+    return sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
+
+
+def _note(one: Underway, at: Sampled | NotFinite) -> None:
+    """What a step has left."""
+    if isinstance(at, NotFinite):
+        one.failed = at
+        return
+    one.step, one.state = at.step, at.state
+    one.read |= at.read
+    one.first_step = one.first_step or record.since_start()
 
 
 def keep(
@@ -131,7 +191,7 @@ def keep(
         "encoder_loaded": any(not e.hit for e in encoded.values()),
         "injection": record.of_injection(shot, one.read, one.differences),
         "loras": record.of_loras(shot, loras),
-        "effects": [asdict(effect) for effect in one.effects],
+        "effects": one.effects,
         "first_step_after": one.first_step,
         "phases": [stage1, *one.phases],
     }

@@ -95,6 +95,7 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
                 "shift": shot.shift,
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
+                "sharing": shot.sharing,
                 "inject": [
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
                 ],
@@ -194,9 +195,10 @@ def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
             grown = phase["rss"] - shot["phases"][0]["rss_start"]
             entry["measured"] = max(entry["measured"], phase["cuda"] or grown)
-            # Stage 1 and a loading serve several shots, whose manifests then say the same of it.
+            # What served several shots stands in the manifests of all of them, word for word.
             once = (*phase.values(), shot["model"]["root"])
-            if once not in counted or phase["name"] not in ("encode", "load"):
+            serves = phase["name"] in ("encode", "load") or phase.get("shots", 1) > 1
+            if once not in counted or not serves:
                 entry["seconds"] += phase["seconds"]
             counted.add(once)
     return list(found.values())

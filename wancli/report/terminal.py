@@ -56,6 +56,8 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
         numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
         table.add_row(printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", guidance, state(shot))
     yield table
+    if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
+        yield f"\nup to {sharing} shots share each pass over the weights"
     if verbose:
         for shot in plan.shots:
             yield from shot_lines(shot)
@@ -76,6 +78,8 @@ def shot_lines(shot: Shot) -> Iterator[str]:
     ]
     for name, prompt in zip(names, shot.texts):
         yield f"{name:>16}  {_cut(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
+    if shot.sharing > 1:
+        yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
     yield from schedule_lines(shot)

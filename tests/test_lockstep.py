@@ -1,0 +1,277 @@
+"""Several shots on one pass of the weights: which, how many, and that nobody can tell from the latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import (
+    FISH,
+    KEPT,
+    Said,
+    command,
+    files_in,
+    forwards,
+    latents_of,
+    manifest_of,
+    rule,
+    tiny_job,
+    written,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wancli import lockstep, machine, memory, video
+from wancli import plan as planning
+from wancli.jobfile import load
+from wancli.loaded import Networks
+from wancli.models.dit import Request, WanModel
+from wancli.shot import Shot
+
+STREAMED = {"residency": "streamed"}
+STEPS = 3
+UNLIKE: list[dict[str, Any]] = [
+    {"id": "a"},
+    {"id": "b", "prompt": FISH, "frames": 5, "seed": 7, "sampler": {"guidance": 1, "solver": "dpm++"}},
+    {"id": "c", "size": "96x64", "sampler": {"shift": 3}, "inject": [rule(blocks="0-2"), rule(blocks=3)]},
+]
+
+
+@pytest.fixture
+def batch(render: Callable[..., Said]) -> Callable[..., Said]:
+    """Renders items that keep their latents on streamed blocks."""
+
+    def rendered(*options: str, **changes: Any) -> Said:
+        said = {"output": "out/{id}.mp4", "memory": STREAMED, "sampler": {"steps": STEPS}, "video": KEPT}
+        return render(*options, **said | changes)
+
+    return rendered
+
+
+@pytest.fixture
+def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., list[Shot]]:
+    def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
+        job = {"output": "{item}.mp4", "memory": STREAMED, "items": list(items)} | said
+        path = written(tmp_path, tiny_job(shallow, **job))
+        return list(planning.plan(load(path), warm / "memo.json").shots)
+
+    return decided
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one whenever a pass over the blocks fetches its first weight."""
+    real = Networks._fetched
+    found: list[str] = []
+
+    def fetched(self: Networks, name: str, weight: Tensor) -> None:
+        if name == "blocks.0.self_attn.q.weight":
+            found.append(name)
+        real(self, name, weight)
+
+    monkeypatch.setattr(Networks, "_fetched", fetched)
+    return found
+
+
+def differ(folder: Path, other: Path, names: str = "abc") -> list[str]:
+    return [name for name in names if not torch.equal(latents_of(folder, name), latents_of(other, name))]
+
+
+# ---- nobody can tell ----
+
+
+def test_unlike_shots_on_one_pass_have_the_latents_of_shots_alone(
+    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = passes(monkeypatch)
+    said = batch("--json", folder=tmp_path / "together", items=UNLIKE)
+    assert said.code == 0, said.err
+    assert len(read) == STEPS + 1  # the first tells how different the injected prompts are
+    report = json.loads(said.out)
+    for shot in report["shots"]:
+        assert shot["shot"]["sharing"] == 3
+        (sampled,) = (phase for phase in shot["phases"] if phase["name"] == "sample")
+        assert sampled["shots"] == 3
+    (seconds,) = (phase["seconds"] for phase in report["memory"] if phase["name"] == "sample")
+    assert seconds == sampled["seconds"]  # and not three times that
+    read.clear()
+    assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
+    assert len(read) == 3 * STEPS + 1
+    assert manifest_of(tmp_path / "alone", "b")["shot"]["sharing"] == 1
+    assert batch(folder=tmp_path / "resident", items=UNLIKE, memory={"residency": "resident"}).code == 0
+    assert differ(tmp_path / "together", tmp_path / "alone") == []
+    assert differ(tmp_path / "together", tmp_path / "resident") == []
+    for name in "abc":
+        one, other = (manifest_of(tmp_path / folder, name) for folder in ("together", "alone"))
+        assert (one["key"], one["injection"]) == (other["key"], other["injection"])
+
+
+def test_a_shot_that_meets_nan_fails_alone(
+    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
+    real, seen = WanModel.velocities, [0]
+
+    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+        seen[0] += len(requests)
+        found = real(self, requests, riders)
+        return [
+            v * torch.nan if len(requests) == 5 and i == 2 and seen[0] == 10 else v
+            for i, v in enumerate(found)
+        ]
+
+    monkeypatch.setattr(WanModel, "velocities", broken)
+    said = batch(folder=tmp_path / "together", items=UNLIKE)
+    assert (said.code, said.err) == (1, "wancli: shot b: NaN or Inf at step 1, after the last block\n")
+    assert said.out.splitlines() == [str(tmp_path / f"together/out/{name}.mp4") for name in "ac"]
+    assert differ(tmp_path / "together", tmp_path / "alone", "ac") == []
+    assert not list(tmp_path.glob("together/out/b.*"))
+
+
+def test_measured_shots_ride_along_and_have_the_same_effects(
+    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [item | {"measure": True} for item in UNLIKE[:2]] + [UNLIKE[2] | {"measure": True}]
+    read = passes(monkeypatch)
+    assert batch(folder=tmp_path / "together", items=items).code == 0
+    assert len(read) == STEPS + 1
+    assert batch(folder=tmp_path / "alone", items=items, batch=1).code == 0
+    effects = [manifest_of(tmp_path / folder, "c")["effects"] for folder in ("together", "alone")]
+    assert effects[0] == effects[1]
+    assert len(effects[0]) == STEPS
+    assert differ(tmp_path / "together", tmp_path / "alone") == []
+
+
+def test_shots_with_the_same_loras_share_a_pass_and_others_do_not(
+    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down, up = 0.3 * torch.randn(2, 48), 0.3 * torch.randn(48, 2)
+    key = "diffusion_model.blocks.{}.self_attn.q.lora_{}.weight"
+    factors = {key.format(b, side): x for b in range(4) for side, x in (("A", down), ("B", up))}
+    save_file({name: tensor.clone() for name, tensor in factors.items()}, tmp_path / "style.safetensors")
+    changing = {"path": str(tmp_path / "style.safetensors"), "steps": "1-2"}
+    items = [
+        {"id": "a", "loras": [changing]},
+        {"id": "b"},
+        {"id": "c", "loras": [dict(changing)], "seed": 3},
+        {"id": "d", "seed": 3},
+    ]
+    read = passes(monkeypatch)
+    said = batch(folder=tmp_path / "together", items=items)
+    assert said.code == 0, said.err
+    assert len(read) == 2 * STEPS
+    assert [Path(line).stem for line in said.out.splitlines()] == ["a", "c", "b", "d"]
+    assert batch(folder=tmp_path / "alone", items=items, batch=1).code == 0
+    assert differ(tmp_path / "together", tmp_path / "alone", "abcd") == []
+    assert len({latents_of(tmp_path / "alone", name).sum().item() for name in "abcd"}) == 4
+
+
+def test_a_group_has_one_bar_that_says_who_is_in_it(
+    tmp_path: Path, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(shallow, output="out/{id}.mp4", memory=STREAMED, items=[{"id": name} for name in "abc"])
+    path = written(tmp_path, job)
+    said = command(capsys, "plan", path, "-v", "--cache-dir", warm)
+    assert "up to 3 shots share each pass over the weights" in said.out
+    assert "one of 3 shots on each pass over the weights" in said.out
+    said = command(capsys, "render", path, "--progress", "plain", "--cache-dir", warm)
+    sampling = [line for line in said.err.splitlines() if line.startswith("sample ")]
+    assert sampling[0] == "sample 3 shots, a to c: started, 2 steps"
+    assert len(sampling) == 2 + 1  # and the row of the table
+
+
+# ---- nothing is lost ----
+
+
+def test_all_latents_of_a_group_are_on_disk_before_one_is_decoded(
+    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = video.write_mp4
+
+    def write(*arguments: Any, **options: Any) -> None:
+        assert {f"{name}.latents.safetensors" for name in "abc"} <= set(files_in(tmp_path))
+        real(*arguments, **options)
+
+    monkeypatch.setattr(video, "write_mp4", write)
+    assert batch(items=UNLIKE).code == 0
+
+
+def test_shots_that_are_sampled_already_are_published_first_and_the_rest_shares(
+    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert batch(items=UNLIKE[1:2]).code == 0
+    (tmp_path / "out/b.mp4").unlink()
+    calls = forwards(monkeypatch)
+    said = batch(items=UNLIKE)
+    assert [Path(line).stem for line in said.out.splitlines()] == ["b", "a", "c"]
+    assert len(calls) == 2 * 2 * STEPS
+    assert manifest_of(tmp_path, "c")["shot"]["sharing"] == 2
+
+
+# ---- which, and how many ----
+
+
+def test_shots_share_where_steps_weights_and_batch_are_the_same(decide: Callable[..., list[Shot]]) -> None:
+    shots = decide(
+        {"seed": 1},
+        {"prompt": FISH, "size": "64x96", "frames": 5, "inject": [rule(blocks=1)]},
+        {"sampler": {"solver": "euler", "shift": 2, "guidance": 1}, "negative": "rain"},
+        {"sampler": {"steps": 4}},
+        {"batch": 2},
+        {"batch": 1},
+    )
+    assert [shot.sharing for shot in shots] == [3, 3, 3, 1, 1, 1]
+
+
+def test_by_itself_a_group_has_at_most_eight_shots_and_resident_weights_none(
+    decide: Callable[..., list[Shot]],
+) -> None:
+    seeds = [{"seed": seed} for seed in range(19)]
+    assert [shot.sharing for shot in decide(*seeds)] == [8] * 16 + [3] * 3
+    assert {shot.sharing for shot in decide(*seeds, memory={"residency": "resident"})} == {1}
+    resident = decide(*seeds, memory={"residency": "resident"}, batch=4)
+    assert [shot.sharing for shot in resident] == [4] * 16 + [3] * 3
+
+
+def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
+    decide: Callable[..., list[Shot]],
+) -> None:
+    config = decide({})[0].model.checkpoint.transformer
+    one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
+    rows = sum(text.rows for text in one.texts)
+    expected = memory.sample_phase(
+        config, one.latent_shape, context_rows=rows, element=4, blocks=2, riders=6, shots=3
+    )
+    assert lockstep.sampling(same) == expected == same[2].phases[1]
+    small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
+    alone = [
+        memory.sample_phase(config, shot.latent_shape, context_rows=0, element=4, blocks=2, riders=riders)
+        for shot, riders in ((small, 1), (large, 2))
+    ]
+    stream = small.tokens * 4 * (config.dim + config.head_dim)
+    assert lockstep.sampling([small, large]).activation == alone[1].activation + stream
+
+
+def test_as_many_shots_share_a_pass_as_fit(
+    decide: Callable[..., list[Shot]], render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
+    three = lockstep.sampling(decide(*items)[:3]).total
+    monkeypatch.setattr(machine, "available", lambda: three)
+    assert [shot.sharing for shot in decide(*items)] == [3] * 3 + [2] * 2
+    said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
+    assert said.code == 5
+    assert said.err.startswith("wancli: shot 0, one of 5 by `batch`: sample needs 0.")
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"), [(0, "0"), ("many", "'many'"), (True, "True"), (1.5, "1.5")], ids=str
+)
+def test_a_batch_is_a_number_or_auto(render: Callable[..., Said], said: Any, problem: str) -> None:
+    found = render(batch=said)
+    assert found.code == 2
+    assert "batch" in found.err
+    assert problem in found.err or str(said).lower() in found.err

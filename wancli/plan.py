@@ -123,7 +123,7 @@ def _shot(
     measure: bool,
 ) -> Shot:
     job = item.job
-    source = presets.resolve(job.model, jobs.directory, lambda *below: item.where("model", *below))
+    source = presets.resolve(job.model, partial(item.folder, "model"), partial(item.where, "model"))
     model = model_for(source, job.memory.device, job.memory.dtype)
     variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
@@ -137,7 +137,7 @@ def _shot(
     times = schedule(sampler.solver, steps, shift)
     parts = stages(times.timesteps, variant.boundary, guidance, guidance_low)
     width, height = _size(item, variant)
-    prompts = Prompts(jobs.directory, item, model)
+    prompts = Prompts(item, model)
     prompt = prompts.get(job.prompt, "prompt")
     negative = None
     if any(part.guidance != 1 for part in parts):
@@ -146,7 +146,7 @@ def _shot(
     transformer = model.checkpoint.transformer
     depth = transformer.num_layers
     lora_paths = [
-        presets.resolved(jobs.directory, entry.path, item.where("loras", i, "path"))
+        presets.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)

@@ -17,15 +17,14 @@ from wancli.shot import Model, Prompt
 class Prompts:
     """Cleans, counts and names the texts of one shot."""
 
-    def __init__(self, directory: Path, item: Item, model: Model) -> None:
-        self._directory = directory
+    def __init__(self, item: Item, model: Model) -> None:
         self._item = item
         self._model = model
 
     def get(self, said: str | EmbeddingFile, *path: str | int) -> Prompt:
         where = self._item.where(*path)
         if isinstance(said, EmbeddingFile):
-            return self._from_file(said, where)
+            return self._from_file(said, self._item.folder(*path, "embedding"), where)
         if not said.strip() and path != ("negative",):
             raise JobError("is empty", where=where, hint="Only `negative` may be an empty text.")
         options = self._item.job.text
@@ -41,8 +40,8 @@ class Prompts:
         tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(default, 512, truncate=True)
         return Prompt(self._model.encoder.key(tokens), tokens)
 
-    def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
-        path = presets.resolved(self._directory, said.embedding, where)
+    def _from_file(self, said: EmbeddingFile, folder: Path, where: str) -> Prompt:
+        path = presets.resolved(folder, said.embedding, where)
         try:
             payload = path.read_bytes()
         except OSError as error:

@@ -162,7 +162,7 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 def _model(folder: Path | None, memo: Path) -> Model:
     said = str(folder) if folder else mini.NAME
-    model = model_at(presets.resolve(said, Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
+    model = model_at(presets.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
     element = 4 if model.computes == "fp32" else 2
     phase = memory.encode_phase(model.text_encoder, prompt_tokens=512, element=element)
     if model.device == "cpu" and phase.total > machine.available():

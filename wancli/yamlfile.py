@@ -119,7 +119,9 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise JobError("a key must be a word", where=f"{file}:{line}")
-            key = _text(key, f"{file}:{line}: a key of {dotted(path)}" if path else f"{file}:{line}: a key")
+            key = plain_text(
+                key, f"{file}:{line}: a key of {dotted(path)}" if path else f"{file}:{line}: a key"
+            )
             if key in result:
                 first = lines[(*path, key)]
                 raise JobError(
@@ -135,11 +137,11 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
         )  # fmt: skip
     value = loader.construct_object(node)
     if isinstance(value, str):
-        return _text(value, f"{file}:{node.start_mark.line + 1}: {dotted(path)}")
+        return plain_text(value, f"{file}:{node.start_mark.line + 1}: {dotted(path)}")
     return value
 
 
-def _text(value: str, where: str) -> str:
+def plain_text(value: str, where: str) -> str:
     """The text, halves of surrogate pairs put together as JSON means them; no NUL, no lone half."""
     try:
         value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")

@@ -23,9 +23,6 @@ class Flags:
     items: str | None = None
     shard: str | None = None
 
-    def __bool__(self) -> bool:
-        return self != Flags()
-
     def settings(self) -> list[Setting]:
         """Each `--set KEY=VALUE`, the value read as YAML. Raises JobError."""
         return [_setting(*_split(text, "--set")) for text in self.sets]

@@ -16,6 +16,7 @@ from typing import Any
 from wancli import files
 from wancli.errors import JobError
 from wancli.layers import Layer, Layers, assigned, looked_up
+from wancli.problems import STRUCTURE
 from wancli.yamlfile import Key
 
 MAX_SHOTS = 10_000
@@ -35,6 +36,9 @@ class Setting:
     def applied(self, raw: dict[str, Any]) -> tuple[dict[str, Any], Layer]:
         """What the shot says then, and the layer as it lies over that shot. Raises JobError."""
         path = self.key.split(".")
+        if path[0] in STRUCTURE:
+            where = self.layer.where((), of_key=True)
+            raise JobError("is no key of a shot; it says which shots there are", where=where)
         try:
             result = assigned(raw, path, self.layer.value)
         except LookupError as error:
@@ -93,9 +97,8 @@ def axes(matrix: Any, zipped: Any, said: Layers, sweeps: Sequence[Axis]) -> list
         key = sweep[0][0].key
         if key in lengths:
             raise JobError("is walked together with others in zip", where=said.where("zip", key))
-        same = [i for i, axis in enumerate(found) if axis[0][0].key == key]
-        found[same[0] : same[0] + 1] = [sweep] if same else []
-        found += [] if same else [sweep]
+        place = next((i for i, axis in enumerate(found) if axis[0][0].key == key), len(found))
+        found[place : place + 1] = [sweep]
     return found
 
 

@@ -18,7 +18,7 @@ from wancli import files, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
-from wancli.job import ExpertGuidance
+from wancli.job import ExpertGuidance, ModelFiles
 from wancli.jobfile import Item, JobFile
 from wancli.memory import Residency
 from wancli.models.variants import Variant
@@ -36,21 +36,40 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     of all shots, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
+    located = _Locations()
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[str] = []
     hints: list[str] = []
     for index, item in enumerate(jobs.items):
         try:
-            shots.append(_shot(jobs, index, item, model_for, lora_for, measure))
+            shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure))
         except JobError as error:
             problems += [line for line in str(error).splitlines() if line not in problems]
             hints += [error.hint] if error.hint and error.hint not in hints else []
     if problems:
         raise JobError("\n".join(problems), hint="\n".join(hints))
-    shots = _housed(shots, jobs)
     _refuse_collisions(shots, jobs)
-    return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
+    chosen = set(jobs.chosen)
+    asked = _housed([shot for shot in shots if shot.index in chosen], jobs)
+    others = tuple(shot for shot in shots if shot.index not in chosen)
+    return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others)
+
+
+class _Locations:
+    """Where the model of an item is; looked for once for all items that say the same."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, Location] = {}
+
+    def __call__(self, item: Item) -> Location:
+        said = item.job.model
+        keys = [()] if isinstance(said, str) else [(key,) for key in ModelFiles.model_fields]
+        key = (said, *(item.folder("model", *below) for below in keys))
+        if key not in self._found:
+            folder, where = partial(item.folder, "model"), partial(item.where, "model")
+            self._found[key] = presets.resolve(said, folder, where)
+        return self._found[key]
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -118,12 +137,12 @@ def _shot(
     jobs: JobFile,
     index: int,
     item: Item,
+    source: Location,
     model_for: Callable[[Location, str, str], Model],
     lora_for: Callable[..., loras.Fitting],
     measure: bool,
 ) -> Shot:
     job = item.job
-    source = presets.resolve(job.model, partial(item.folder, "model"), partial(item.where, "model"))
     model = model_for(source, job.memory.device, job.memory.dtype)
     variant = model.checkpoint.variant
     sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
@@ -264,29 +283,36 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
 
 
 def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
+    """One line for all shots that share a warning."""
+    of: dict[str, list[str]] = {}
     for shot in shots:
-        for text in shot.texts:
-            if text.tokens.truncated:
-                lost = text.tokens.full_length - len(text.tokens.ids)
-                yield f"shot {shot.id}: {lost} of {text.tokens.full_length} tokens of a prompt are cut off"
-        if shot.model.checkpoint.root == mini.FOLDER:
-            words = [
-                word
-                for text in shot.texts
-                if not text.file
-                for word in mini.unknown_words(text.tokens.pieces)
-            ]
-            if words:
-                yield f"shot {shot.id}: {', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
-        for rule, text in zip(shot.rules, shot.injected):
-            if not rule.on:
-                yield f"shot {shot.id}: an injection has strength 0 and changes nothing"
-            if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
-                yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
-        yield from (f"shot {shot.id}: {warning}" for warning in loras.warnings(shot.loras))
-        guidance = max(stage.guidance for stage in shot.stages)
-        if shot.solver == "distill4" and guidance != 1:
-            yield f"shot {shot.id}: distilled models want guidance 1; {guidance:g} blurs"
+        for warning in dict.fromkeys(_warnings_of(shot)):
+            of.setdefault(warning, []).append(shot.id)
+    for warning, ids in of.items():
+        rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
+        yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
+
+
+def _warnings_of(shot: Shot) -> Iterator[str]:
+    for text in shot.texts:
+        if text.tokens.truncated:
+            lost = text.tokens.full_length - len(text.tokens.ids)
+            yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
+    if shot.model.checkpoint.root == mini.FOLDER:
+        words = [
+            word for text in shot.texts if not text.file for word in mini.unknown_words(text.tokens.pieces)
+        ]
+        if words:
+            yield f"{', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
+    for rule, text in zip(shot.rules, shot.injected):
+        if not rule.on:
+            yield "an injection has strength 0 and changes nothing"
+        if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
+            yield "the injected prompt is the main prompt; nothing will change"
+    yield from loras.warnings(shot.loras)
+    guidance = max(stage.guidance for stage in shot.stages)
+    if shot.solver == "distill4" and guidance != 1:
+        yield f"distilled models want guidance 1; {guidance:g} blurs"
 
 
 def _first(*values: float | None) -> float:

@@ -132,13 +132,18 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
         return result
     if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+]?0[0-9]+", node.value) and node.style is None:
         raise JobError(
-            f"{node.value} has a leading zero", where=f"{file}:{node.start_mark.line + 1}: {dotted(path)}",
+            f"{node.value} has a leading zero", where=_place(file, node, path),
             hint=f"Write {int(node.value)} for the number, '{node.value}' for the text.",
         )  # fmt: skip
     value = loader.construct_object(node)
     if isinstance(value, str):
-        return plain_text(value, f"{file}:{node.start_mark.line + 1}: {dotted(path)}")
+        return plain_text(value, _place(file, node, path))
     return value
+
+
+def _place(file: str, node: yaml.Node, path: tuple[Key, ...]) -> str:
+    line = f"{file}:{node.start_mark.line + 1}"
+    return f"{line}: {dotted(path)}" if path else line
 
 
 def plain_text(value: str, where: str) -> str:

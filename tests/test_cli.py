@@ -66,11 +66,12 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version",
-        "wancli render JOB --prompt -o/--output --set --sweep --items --shard --force --json --cache-dir --log-level --progress -q/--quiet",
+        "wancli render JOB --prompt -o/--output --set --sweep --items --shard --force --json"
+        " --cache-dir --log-level --progress -q/--quiet",
         "wancli plan JOB -v/--verbose --set --sweep --items --shard --json --cache-dir",
         "wancli schema",
-        "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep --items"
-        " --shard --json --cache-dir --progress -q/--quiet",
+        "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep"
+        " --items --shard --json --cache-dir --progress -q/--quiet",
         "wancli decode NAME.latents.safetensors -o/--output --model --force --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
         " -q/--quiet",

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from wancli import files
@@ -44,7 +44,9 @@ class Setting:
         except LookupError as error:
             shot = f", in {raw['id']!r}" if raw.get("id") else ""
             raise JobError(f"{error.args[0]}{shot}", where=self.layer.where((), of_key=True)) from None
-        return result, replace(self.layer, at=looked_up(result, path)[0])
+        said = self.layer
+        at = looked_up(result, path)[0]
+        return result, Layer(said.source, said.directory, said.value, said.prefix, at)
 
 
 Point = tuple[Setting, ...]

@@ -214,7 +214,8 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         "id": shot.id,
         "slug": files.slug(shot.prompt.tokens.text),
         "seed": shot.seed,
-        "key": shot.key[:12],
+        # Of everything else that is decided here, and slow to hash for a thousand shots.
+        "key": shot.key[:12] if "{key" in item.job.output else "",
     }
     try:
         output = files.output_path(jobs.directory, item.job.output, fields)

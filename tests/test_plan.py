@@ -325,9 +325,15 @@ def test_the_shots_of_a_sweep_share_the_work_of_planning(
 
     monkeypatch.setattr(Tokenizer, "tokens", counted)
     axes = {"seed": list(range(20)), "inject.0.blocks": ["early", "late"]}
-    plan = decide(output="{id}.mp4", prompt="One of many.", inject=[rule(prompt="Two of many.")], matrix=axes)
+    plan = decide(
+        output="{id}.mp4",
+        prompt="One of many.",
+        inject=[rule(prompt="Two of many.")],
+        matrix=axes,
+        negative="No.",
+    )
     assert len(plan.shots) == len({shot.key for shot in plan.shots}) == 40
-    assert {text: read.count(text) for text in read} == {"One of many.": 1, "Two of many.": 1, "fog": 1}
+    assert {text: read.count(text) for text in read} == {"One of many.": 1, "Two of many.": 1, "No.": 1}
     assert len({id(shot.table) for shot in plan.shots}) == 2
 
 

@@ -18,7 +18,7 @@ from wancli import files, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
-from wancli.job import ExpertGuidance, ModelFiles
+from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
 from wancli.memory import Residency
 from wancli.models.variants import Variant
@@ -36,7 +36,7 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     of all shots, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
-    located = _Locations()
+    located = presets.Locations()
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[str] = []
@@ -54,22 +54,6 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others)
-
-
-class _Locations:
-    """Where the model of an item is; looked for once for all items that say the same."""
-
-    def __init__(self) -> None:
-        self._found: dict[object, Location] = {}
-
-    def __call__(self, item: Item) -> Location:
-        said = item.job.model
-        keys = [()] if isinstance(said, str) else [(key,) for key in ModelFiles.model_fields]
-        key = (said, *(item.folder("model", *below) for below in keys))
-        if key not in self._found:
-            folder, where = partial(item.folder, "model"), partial(item.where, "model")
-            self._found[key] = presets.resolve(said, folder, where)
-        return self._found[key]
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from wancli import mini
 from wancli.errors import JobError
 from wancli.job import ModelFiles, ModelOnly
+from wancli.jobfile import Item
 from wancli.layers import Source
 from wancli.problems import problems_of
 from wancli.weights.identify import Location
@@ -45,6 +46,22 @@ def resolve(said: str | ModelFiles, folder: Folder, where: Where) -> Location:
     if not os.path.lexists(path):
         raise JobError(f"{said!r} is not there", where=where(), hint=_hint(said, path))
     return path
+
+
+class Locations:
+    """Where the model of an item is; looked for once for all items that say the same."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, Location] = {}
+
+    def __call__(self, item: Item) -> Location:
+        said = item.job.model
+        keys = [()] if isinstance(said, str) else [(key,) for key in ModelFiles.model_fields]
+        key = (said, *(item.folder("model", *below) for below in keys))
+        if key not in self._found:
+            folder, where = partial(item.folder, "model"), partial(item.where, "model")
+            self._found[key] = resolve(said, folder, where)
+        return self._found[key]
 
 
 def presets() -> dict[str, Location]:

@@ -66,12 +66,15 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version",
-        "wancli render JOB --prompt -o/--output --force --json --cache-dir --log-level --progress -q/--quiet",
-        "wancli plan JOB -v/--verbose --json --cache-dir",
-        "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --json"
-        " --cache-dir --progress -q/--quiet",
+        "wancli render JOB --prompt -o/--output --set --sweep --items --shard --force --json"
+        " --cache-dir --log-level --progress -q/--quiet",
+        "wancli plan JOB -v/--verbose --set --sweep --items --shard --json --cache-dir",
+        "wancli schema",
+        "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep"
+        " --items --shard --json --cache-dir --progress -q/--quiet",
         "wancli decode NAME.latents.safetensors -o/--output --model --force --progress -q/--quiet",
-        "wancli diff A B --file --model --dit/--no-dit --json --cache-dir -q/--quiet",
+        "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
+        " -q/--quiet",
         "wancli compare VIDEO... -o/--output",
         "wancli inspect FILE-OR-FOLDER --deep --json",
         "wancli cache",
@@ -231,6 +234,69 @@ def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path) -> N
     assert "2 rendered" in said.err
     again = say("render", job, "-q")
     assert (again.out, again.err) == (said.out, "")
+
+
+def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_others(
+    say: Any, tmp_path: Path
+) -> None:
+    job = written(tmp_path, tiny_job(output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
+    said = say("render", job, "-q", "--items", "2,0")
+    assert said == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
+    path = tmp_path / "out" / "report.json"
+    shots = json.loads(path.read_text())["shots"]
+    assert [shot["status"] for shot in shots] == ["rendered", "not started", "rendered"]
+    said = say("render", job, "-q", "--shard", "1/3", "--json")
+    assert [shot["id"] for shot in json.loads(said.out)["shots"]] == ["seed6"]
+    after = json.loads(path.read_text())["shots"]
+    assert [shot["status"] for shot in after] == ["rendered"] * 3
+    assert (after[0], after[2]) == (shots[0], shots[2])
+    assert say("render", job, "-q").out.count("\n") == 3
+
+
+def test_choosing_nothing_or_a_shot_that_is_not_there_is_a_usage_error(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job())
+    for flags, message in (
+        (("--shard", "0/2"), "--shard: 0/2 holds no shot"),
+        (("--items", "1"), "--items: 1 is past the last shot (0)"),
+    ):
+        for name in ("render", "plan", "encode"):
+            said = say(name, job, *flags)
+            assert (said.code, said.out, said.err.splitlines()[0]) == (2, "", f"wancli: {message}")
+
+
+def test_flags_change_a_job_a_prompt_and_what_is_encoded(say: Any, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4"))
+    flags = ("--set", "sampler.steps=3", "--sweep", "prompt=a cat,a dog", "--sweep", "seed=1,2")
+    shots = json.loads(say("plan", job, *flags, "--json").out)["shots"]
+    assert [(s["index"], s["id"], s["labels"], len(s["timesteps"])) for s in shots] == [
+        (0, "a-cat-seed1", {"prompt": "a cat", "seed": 1}, 3),
+        (1, "a-cat-seed2", {"prompt": "a cat", "seed": 2}, 3),
+        (2, "a-dog-seed1", {"prompt": "a dog", "seed": 1}, 3),
+        (3, "a-dog-seed2", {"prompt": "a dog", "seed": 2}, 3),
+    ]
+    rows = json.loads(say("encode", job, *flags, "--shard", "1/2", "--json", "-q").out)
+    assert [row["text"] for row in rows] == ["a dog", "fog"]
+    said = say("render", "--prompt", "a cat", "--sweep", "seed=1,2", "-o", "x.mp4")
+    assert (said.code, "shots 0 and 1 would both write" in said.err) == (2, True)
+    for arguments in (("encode", "a cat"), ("diff", "a", "b")):
+        said = say(*arguments, *MODEL, "--set", "seed=1")
+        assert (said.code, said.err) == (
+            2,
+            "wancli: --set, --sweep, --items and --shard are for a job, and none was given\n",
+        )
+
+
+def test_a_plan_of_many_shots_shows_the_first_and_the_last(say: Any, tmp_path: Path) -> None:
+    many = list(range(40))
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4", matrix={"seed": many}, inject=[rule(strength=0)]))
+    said = say("plan", job)
+    lines = [line.split()[0] for line in said.out.splitlines() if line.startswith(("seed", "…"))]
+    assert lines == [*(f"seed{n}" for n in range(8)), "…", *(f"seed{n}" for n in range(36, 40))]
+    assert "40 shots: 40 to do; -v shows all" in said.out
+    warning = "shots seed0, seed1, seed2 and 37 more: an injection has strength 0 and changes nothing"
+    assert said.err == f"wancli: warning: {warning}\n"
+    verbose = say("plan", job, "-v").out
+    assert all(f"\nseed{n} " in verbose for n in many)
 
 
 def test_a_job_on_stdin_starts_its_paths_in_the_current_folder(say: Any, tmp_path: Path) -> None:

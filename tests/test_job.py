@@ -13,7 +13,8 @@ from jobs import tiny_job
 
 from wancli.errors import JobError
 from wancli.job import EmbeddingFile
-from wancli.jobfile import JobFile, keys_at, load, parse
+from wancli.jobfile import JobFile, load, parse
+from wancli.problems import keys_at
 
 MINIMAL = "model: m\nprompt: a cat\n"
 TOP = ", ".join(keys_at(()))

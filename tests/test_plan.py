@@ -17,6 +17,7 @@ from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, r
 from wancli import plan as planning
 from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError, EntryError, JobError
+from wancli.flags import Flags
 from wancli.inject import Text
 from wancli.jobfile import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
@@ -298,7 +299,6 @@ def test_an_output_that_cannot_be_is_an_error_with_its_line(
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ("clip", "clip"),
         ("clip", "CLIP"),
         ("straße", "STRASSE"),
         (unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")),
@@ -311,6 +311,52 @@ def test_two_shots_cannot_write_one_file_on_any_file_system(
     (problem,) = problems(decide, output="{id}.mp4", items=[{"id": first}, {"id": second, "seed": 2}])
     assert problem.startswith(":2: output: shots 0 and 1 would both write ")
     assert problem.endswith(f"/{second}.mp4")
+
+
+def test_the_shots_of_a_sweep_share_the_work_of_planning(
+    decide: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = Tokenizer.tokens
+
+    def counted(self: Tokenizer, text: str, *rest: Any, **named: Any) -> Any:
+        read.append(text)
+        return real(self, text, *rest, **named)
+
+    monkeypatch.setattr(Tokenizer, "tokens", counted)
+    axes = {"seed": list(range(20)), "inject.0.blocks": ["early", "late"]}
+    plan = decide(
+        output="{id}.mp4",
+        prompt="One of many.",
+        inject=[rule(prompt="Two of many.")],
+        matrix=axes,
+        negative="No.",
+    )
+    assert len(plan.shots) == len({shot.key for shot in plan.shots}) == 40
+    assert {text: read.count(text) for text in read} == {"One of many.": 1, "Two of many.": 1, "No.": 1}
+    assert len({id(shot.table) for shot in plan.shots}) == 2
+
+
+def test_a_path_starts_where_it_was_said(decide: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "tiny").symlink_to(TINY)
+    written(tmp_path / "shared", {"model": "tiny", "output": "out/{id}.mp4"}, "base.yaml")
+    shot = only(decide({"extends": "shared/base.yaml", "prompt": CAT, "size": "64x64", "frames": 1}))
+    assert shot.model.checkpoint.root == TINY
+    assert shot.output == tmp_path / "out" / "0000.mp4"
+
+
+def test_shots_that_were_not_asked_for_are_known_and_no_two_may_collide(
+    decide: Callable[..., Plan], tmp_path: Path, memo: Path
+) -> None:
+    job = tiny_job(output="{item}.mp4", items=[{"seed": n} for n in range(6)])
+    plan = planning.plan(load(written(tmp_path, job), Flags(items="1-4", shard="1/2")), memo)
+    assert [shot.index for shot in plan.shots] == [3, 4]
+    assert [shot.index for shot in plan.others] == [0, 1, 2, 5]
+    everything = decide(job)
+    assert plan.shots == everything.shots[3:5]
+    with pytest.raises(JobError, match="shots 0 and 1 would both write"):
+        planning.plan(load(written(tmp_path, job | {"output": "x.mp4"}), Flags(items="5")), memo)
 
 
 def test_the_same_output_by_two_ways_is_one_output(decide: Callable[..., Plan], tmp_path: Path) -> None:

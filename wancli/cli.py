@@ -26,6 +26,7 @@ from wancli.events import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.pipeline import Outcome
     from wancli.shot import Plan
@@ -73,6 +74,31 @@ Level = Annotated[
 ]
 Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a key of every shot: sampler.steps=20. Repeatable."
+    ),
+]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="KEY=VALUES",
+        help="Render every shot with each value: seed=1,2,3. Repeatable; replaces an axis of `matrix`.",
+    ),
+]
+Items = Annotated[
+    str | None, typer.Option("--items", metavar="RANGES", help="Only these shots, from 0: 0-9,12 or 1-9:2.")
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only part I, from 0, of N: neighbouring shots, which share the most work.",
+    ),
+]
 ModelDir = Annotated[
     Path | None,
     typer.Option(
@@ -154,6 +180,10 @@ def render(
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="Where it goes. Default: {slug}.mp4"),
     ] = None,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
@@ -172,7 +202,8 @@ def render(
 
     _hush(quiet)
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
-    plan = _plan(_said(job, prompt, output), cache_dir, measure=measuring)
+    flags = _flags(sets, sweeps, items, shard)
+    plan = _plan(_said(job, prompt, output, flags), cache_dir, measure=measuring)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     for warning in plan.warnings:
         display.warn(warning)
@@ -205,6 +236,10 @@ def plan_command(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
     ] = False,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
@@ -214,7 +249,7 @@ def plan_command(
     """
     from wancli.report import data, terminal
 
-    plan = _plan(_job(job), cache_dir)
+    plan = _plan(_job(job, _flags(sets, sweeps, items, shard)), cache_dir)
     store = _store(cache_dir)
     if as_json:
         emit(data.of_plan(plan, store))
@@ -222,6 +257,18 @@ def plan_command(
         terminal.show(terminal.plan_tables(plan, store, verbose=verbose))
         for warning in plan.warnings:
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
+    return ExitStatus.OK
+
+
+@app.command("schema")
+def schema_command() -> int:
+    """Print the JSON Schema of a job file.
+
+    Editors complete and check keys with it.
+    """
+    from wancli import schema
+
+    emit(schema.of_job())
     return ExitStatus.OK
 
 
@@ -241,6 +288,10 @@ def encode_command(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")
     ] = False,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     progress: Progressing = ProgressMode.auto,
@@ -256,7 +307,8 @@ def encode_command(
 
     _hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
-    work = stage1.requested(what, model, max_tokens, truncate, _memo(cache_dir))
+    flags = _flags(sets, sweeps, items, shard)
+    work = stage1.requested(what, model, max_tokens, truncate, _memo(cache_dir), flags)
     rows = stage1.run(work, out, Tools(_store(cache_dir) if cache else None, display))
     if as_json:
         emit(rows)
@@ -305,6 +357,10 @@ def diff_command(
     dit: Annotated[
         bool, typer.Option("--dit/--no-dit", help="Also compare what the transformer's blocks read.")
     ] = True,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     quiet: Quiet = False,
@@ -319,7 +375,8 @@ def diff_command(
 
     _hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else "auto")
-    pairs = stage1.pairs(prompts or [], file, model, _memo(cache_dir))
+    flags = _flags(sets, sweeps, items, shard)
+    pairs = stage1.pairs(prompts or [], file, model, _memo(cache_dir), flags)
     tools = Tools(_store(cache_dir), display)
     differences = [stage1.compared(pair, tools, dit=dit) for pair in pairs]
     if as_json:
@@ -444,23 +501,31 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
         raise
 
 
-def _said(job: str | None, prompt: str | None, output: str | None) -> JobFile:
+def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
     from wancli.jobfile import of_prompt
 
     if prompt is not None and job is None:
-        return of_prompt(prompt, output or "{slug}.mp4")
+        return of_prompt(prompt, output or "{slug}.mp4", flags)
     if job is None or prompt is not None or output is not None:
         raise JobError(
             "give a job file, or --prompt",
             hint='wancli render JOB, or wancli render --prompt "A red circle drifts to the left" -o out.mp4',
         )
-    return _job(job)
+    return _job(job, flags)
 
 
-def _job(job: str) -> JobFile:
+def _flags(sets: list[str] | None, sweeps: list[str] | None, items: str | None, shard: str | None) -> Flags:
+    from wancli.flags import Flags
+
+    return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+
+
+def _job(job: str, flags: Flags) -> JobFile:
     from wancli.jobfile import load, parse
 
-    return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd()) if job == "-" else load(Path(job))
+    if job == "-":
+        return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd(), flags)
+    return load(Path(job), flags)
 
 
 def _plan(jobs: JobFile, cache_dir: Path | None, *, measure: bool = False) -> Plan:

@@ -26,6 +26,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from wancli.errors import JobError, MachineError, NoSpace, OutputExists, WancliError
@@ -225,6 +226,7 @@ def _make_folder(folder: Path) -> None:
 # ---- names ----
 
 
+@lru_cache(1024)  # the shots of a sweep say the same
 def slug(text: str, limit: int = 48) -> str:
     """A readable file name of at most `limit` UTF-8 bytes: lower-case letters and digits of any
     script in NFC, dashes between words. Never empty, never the name of a device."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from wancli.errors import DoesNotFit
@@ -182,6 +183,7 @@ def t5_parameters(t5: T5Config) -> int:
     return t5.vocab_size * t5.d_model + t5.num_layers * layer + t5.d_model
 
 
+@cache
 def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
     """Parameters of the VAE, encoder and decoder."""
     colours = 12 if isinstance(vae, VAE22Config) else 3

@@ -36,21 +36,25 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
     of all shots, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
+    located = presets.Locations()
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[str] = []
     hints: list[str] = []
     for index, item in enumerate(jobs.items):
         try:
-            shots.append(_shot(jobs, index, item, model_for, lora_for, measure))
+            shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure))
         except JobError as error:
             problems += [line for line in str(error).splitlines() if line not in problems]
             hints += [error.hint] if error.hint and error.hint not in hints else []
     if problems:
         raise JobError("\n".join(problems), hint="\n".join(hints))
-    shots = lockstep.arranged(_housed(shots, jobs), machine.available())
     _refuse_collisions(shots, jobs)
-    return Plan(jobs.name, tuple(shots), tuple(dict.fromkeys(_warnings(shots))))
+    chosen = set(jobs.chosen)
+    asked = _housed([shot for shot in shots if shot.index in chosen], jobs)
+    asked = lockstep.arranged(asked, machine.available())
+    others = tuple(shot for shot in shots if shot.index not in chosen)
+    return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others)
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -122,12 +126,12 @@ def _shot(
     jobs: JobFile,
     index: int,
     item: Item,
+    source: Location,
     model_for: Callable[[Location, str, str], Model],
     lora_for: Callable[..., loras.Fitting],
     measure: bool,
 ) -> Shot:
     job = item.job
-    source = presets.resolve(job.model, jobs.directory, lambda *below: item.where("model", *below))
     computing = kernels.said(item)
     dtype = "fp8" if computing.fp8_matmul else job.memory.dtype
     model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
@@ -143,7 +147,7 @@ def _shot(
     times = schedule(sampler.solver, steps, shift)
     parts = stages(times.timesteps, variant.boundary, guidance, guidance_low)
     width, height = _size(item, variant)
-    prompts = Prompts(jobs.directory, item, model)
+    prompts = Prompts(item, model)
     prompt = prompts.get(job.prompt, "prompt")
     negative = None
     if any(part.guidance != 1 for part in parts):
@@ -152,7 +156,7 @@ def _shot(
     transformer = model.checkpoint.transformer
     depth = transformer.num_layers
     lora_paths = [
-        presets.resolved(jobs.directory, entry.path, item.where("loras", i, "path"))
+        presets.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
@@ -202,7 +206,8 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         "id": shot.id,
         "slug": files.slug(shot.prompt.tokens.text),
         "seed": shot.seed,
-        "key": shot.key[:12],
+        # Of everything else that is decided here, and slow to hash for a thousand shots.
+        "key": shot.key[:12] if "{key" in item.job.output else "",
     }
     try:
         output = files.output_path(jobs.directory, item.job.output, fields)
@@ -271,29 +276,36 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
 
 
 def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
+    """One line for all shots that share a warning."""
+    of: dict[str, list[str]] = {}
     for shot in shots:
-        for text in shot.texts:
-            if text.tokens.truncated:
-                lost = text.tokens.full_length - len(text.tokens.ids)
-                yield f"shot {shot.id}: {lost} of {text.tokens.full_length} tokens of a prompt are cut off"
-        if shot.model.checkpoint.root == mini.FOLDER:
-            words = [
-                word
-                for text in shot.texts
-                if not text.file
-                for word in mini.unknown_words(text.tokens.pieces)
-            ]
-            if words:
-                yield f"shot {shot.id}: {', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
-        for rule, text in zip(shot.rules, shot.injected):
-            if not rule.on:
-                yield f"shot {shot.id}: an injection has strength 0 and changes nothing"
-            if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
-                yield f"shot {shot.id}: the injected prompt is the main prompt; nothing will change"
-        yield from (f"shot {shot.id}: {warning}" for warning in loras.warnings(shot.loras))
-        guidance = max(stage.guidance for stage in shot.stages)
-        if shot.solver == "distill4" and guidance != 1:
-            yield f"shot {shot.id}: distilled models want guidance 1; {guidance:g} blurs"
+        for warning in dict.fromkeys(_warnings_of(shot)):
+            of.setdefault(warning, []).append(shot.id)
+    for warning, ids in of.items():
+        rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
+        yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
+
+
+def _warnings_of(shot: Shot) -> Iterator[str]:
+    for text in shot.texts:
+        if text.tokens.truncated:
+            lost = text.tokens.full_length - len(text.tokens.ids)
+            yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
+    if shot.model.checkpoint.root == mini.FOLDER:
+        words = [
+            word for text in shot.texts if not text.file for word in mini.unknown_words(text.tokens.pieces)
+        ]
+        if words:
+            yield f"{', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
+    for rule, text in zip(shot.rules, shot.injected):
+        if not rule.on:
+            yield "an injection has strength 0 and changes nothing"
+        if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
+            yield "the injected prompt is the main prompt; nothing will change"
+    yield from loras.warnings(shot.loras)
+    guidance = max(stage.guidance for stage in shot.stages)
+    if shot.solver == "distill4" and guidance != 1:
+        yield f"distilled models want guidance 1; {guidance:g} blurs"
 
 
 def _first(*values: float | None) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,31 +17,51 @@ from pydantic import ValidationError
 from wancli import mini
 from wancli.errors import JobError
 from wancli.job import ModelFiles, ModelOnly
-from wancli.jobfile import Source, problems_of
+from wancli.jobfile import Item
+from wancli.layers import Source
+from wancli.problems import problems_of
 from wancli.weights.identify import Location
 from wancli.weights.trees import Files
 from wancli.yamlfile import Key, read_yaml
 
 Where = Callable[..., str]
+Folder = Callable[..., Path]
 
 
-def resolve(said: str | ModelFiles, directory: Path, where: Where) -> Location:
-    """The folder, file or files that a model is. `where` names the place of a key below `model`.
+def resolve(said: str | ModelFiles, folder: Folder, where: Where) -> Location:
+    """The folder, file or files that a model is. `where` names the place of a key below `model`, and
+    `folder` tells where the relative path at that key starts.
 
     A name of models.yaml, or wan-mini, wins over a folder of that name, which is `./NAME`. Raises
     JobError for what is not there.
     """
     if isinstance(said, ModelFiles):
-        return _files(said, directory, where)
+        return _files(said, folder, where)
     if said == mini.NAME:
         return mini.FOLDER
     known = presets() if _may_be_name(said) else {}
     if said in known:
         return known[said]
-    path = resolved(directory, said, where())
+    path = resolved(folder(), said, where())
     if not os.path.lexists(path):
         raise JobError(f"{said!r} is not there", where=where(), hint=_hint(said, path))
     return path
+
+
+class Locations:
+    """Where the model of an item is; looked for once for all items that say the same."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, Location] = {}
+
+    def __call__(self, item: Item) -> Location:
+        said = item.job.model
+        keys = [()] if isinstance(said, str) else [(key,) for key in ModelFiles.model_fields]
+        key = (said, *(item.folder("model", *below) for below in keys))
+        if key not in self._found:
+            folder, where = partial(item.folder, "model"), partial(item.where, "model")
+            self._found[key] = resolve(said, folder, where)
+        return self._found[key]
 
 
 def presets() -> dict[str, Location]:
@@ -88,11 +108,11 @@ def _loaded(path: Path, _changed: int) -> dict[str, Location]:
         try:
             model = ModelOnly.model_validate({"model": entry}).model
             if isinstance(model, ModelFiles):
-                found[name] = _files(model, path.parent, where, must_exist=False)
+                found[name] = _files(model, lambda *_: path.parent, where, must_exist=False)
             else:
                 found[name] = resolved(path.parent, model, where())
         except ValidationError as error:
-            problems += problems_of(error, lambda at, where=where: where(*at[1:]))  # type: ignore[misc]
+            problems += problems_of(error, lambda at, _, where=where: where(*at[1:]))  # type: ignore[misc]
         except JobError as error:
             problems += str(error).splitlines()
     if problems:
@@ -100,7 +120,7 @@ def _loaded(path: Path, _changed: int) -> dict[str, Location]:
     return found
 
 
-def _files(said: ModelFiles, directory: Path, where: Where, *, must_exist: bool = True) -> Files:
+def _files(said: ModelFiles, folder: Folder, where: Where, *, must_exist: bool = True) -> Files:
     """The mapping with its paths made absolute. Raises JobError for a contradiction or an absent file."""
     if said.transformer and (said.high_noise or said.low_noise):
         raise JobError("says transformer and an expert; say one or two experts", where=where())
@@ -108,7 +128,7 @@ def _files(said: ModelFiles, directory: Path, where: Where, *, must_exist: bool 
         raise JobError("names no transformer", where=where(), hint="Add transformer: FILE.")
     paths: dict[str, Path] = {}
     for key, text in said.model_dump(exclude_none=True, exclude={"heads"}).items():
-        paths[key] = resolved(directory, text, where(key))
+        paths[key] = resolved(folder(key), text, where(key))
         if must_exist and not os.path.lexists(paths[key]):
             raise JobError(f"{text!r} is not there", where=where(key), hint=f"Looked for {paths[key]}.")
     return Files(**paths, heads=said.heads)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from wancli import presets
-from wancli.encode import Tokenizer, describe
+from wancli.encode import Tokenizer, Tokens, describe
 from wancli.errors import JobError
 from wancli.job import EmbeddingFile
 from wancli.jobfile import Item
@@ -17,32 +17,33 @@ from wancli.shot import Model, Prompt
 class Prompts:
     """Cleans, counts and names the texts of one shot."""
 
-    def __init__(self, directory: Path, item: Item, model: Model) -> None:
-        self._directory = directory
+    def __init__(self, item: Item, model: Model) -> None:
         self._item = item
         self._model = model
 
     def get(self, said: str | EmbeddingFile, *path: str | int) -> Prompt:
         where = self._item.where(*path)
         if isinstance(said, EmbeddingFile):
-            return self._from_file(said, where)
+            return self._from_file(said, self._item.folder(*path, "embedding"), where)
         if not said.strip() and path != ("negative",):
             raise JobError("is empty", where=where, hint="Only `negative` may be an empty text.")
         options = self._item.job.text
-        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(
-            said, options.max_tokens, options.truncate, where
-        )
+        spiece = self._model.checkpoint.tokenizer
+        try:
+            tokens = _tokens(spiece, said, options.max_tokens, options.truncate)
+        except JobError as error:
+            raise type(error)(error.message, where=where, hint=error.hint) from None
         return Prompt(self._model.encoder.key(tokens), tokens)
 
     def negative(self, said: str | EmbeddingFile, default: str) -> Prompt:
         if said != "default":
             return self.get(said, "negative")
         # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
-        tokens = _tokenizer(self._model.checkpoint.tokenizer).tokens(default, 512, truncate=True)
+        tokens = _tokens(self._model.checkpoint.tokenizer, default, 512, True)
         return Prompt(self._model.encoder.key(tokens), tokens)
 
-    def _from_file(self, said: EmbeddingFile, where: str) -> Prompt:
-        path = presets.resolved(self._directory, said.embedding, where)
+    def _from_file(self, said: EmbeddingFile, folder: Path, where: str) -> Prompt:
+        path = presets.resolved(folder, said.embedding, where)
         try:
             payload = path.read_bytes()
         except OSError as error:
@@ -54,6 +55,11 @@ class Prompts:
             )
         digest = hashlib.sha256(payload).hexdigest()
         return Prompt(f"{digest}.{said.index}", found[said.index], path, said.index)
+
+
+@lru_cache(4096)  # the shots of a sweep say the same
+def _tokens(spiece: Path, text: str, max_tokens: int, truncate: bool) -> Tokens:
+    return _tokenizer(spiece).tokens(text, max_tokens, truncate)
 
 
 @cache

@@ -38,7 +38,7 @@ def compiled(
         by_block = strengths(_curve(said.strength), blocks)
     with _blaming(item, *at, "step_strength"):
         by_step = strengths(_curve(said.step_strength), steps)
-    products = {s * f for _, s in by_block for _, f in by_step}
+    products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
     if said.blend == "replace" and products - {0.0, 1.0}:
         raise JobError(
             "replace has strength 1 only", where=item.where(*at, "strength"), hint="Try blend: context-lerp."

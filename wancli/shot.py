@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.memory import Phase, Residency
-from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig
+from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
@@ -141,14 +141,14 @@ class Shot:
         boundary = self.model.checkpoint.variant.boundary
         return stages(self.schedule.timesteps, boundary, self.guidance, self.guidance_low)
 
-    @cached_property
+    @property
     def table(self) -> Table:
-        base: dict[Branch, str] = {"cond": self.prompt.id}
+        base: list[tuple[Branch, str]] = [("cond", self.prompt.id)]
         if self.negative:
-            base["uncond"] = self.negative.id
-        unguided = {step for stage in self.stages if stage.guidance == 1 for step in stage.steps}
+            base.append(("uncond", self.negative.id))
+        unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
         depth = self.model.checkpoint.transformer.num_layers
-        return Table(self.rules, base, depth, self.steps, unguided)
+        return _table(self.rules, tuple(base), depth, self.steps, unguided)
 
     @property
     def texts(self) -> tuple[Prompt, ...]:
@@ -216,10 +216,10 @@ class Shot:
             {
                 "pixels": PIXELS,
                 "transformer": self.model.transformer,
-                "sizes": asdict(self.model.checkpoint.transformer),
+                "sizes": _fields(self.model.checkpoint.transformer),
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.texts],
-                "rules": [asdict(rule) for rule in self.rules],
+                "rules": [_fields(rule) for rule in self.rules],
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
@@ -243,6 +243,24 @@ class Plan:
     name: str
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
+    others: tuple[Shot, ...] = ()  # of the same job, and not asked for
+
+
+# The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.
+@lru_cache(256)
+def _table(
+    rules: tuple[Rule, ...],
+    base: tuple[tuple[Branch, str], ...],
+    depth: int,
+    steps: int,
+    unguided: frozenset[int],
+) -> Table:
+    return Table(rules, dict(base), depth, steps, unguided)
+
+
+@lru_cache(1024)
+def _fields(value: Rule | WanConfig) -> dict[str, Any]:
+    return asdict(value)
 
 
 def _hash(value: object) -> str:

@@ -14,6 +14,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def shifted(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+@cache
 def schedule(solver: str, steps: int, shift: float) -> Schedule:
     """The official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
     kind = SOLVERS[solver]

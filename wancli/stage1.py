@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wancli import machine, memory, mini, pipeline, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
+from wancli.flags import NO_FLAGS, Flags
 from wancli.jobfile import JobFile, load, parse
 from wancli.loaded import Networks
 from wancli.plan import model_at, plan
@@ -43,23 +44,33 @@ class Pair:
 
 
 def requested(
-    what: Sequence[str], folder: Path | None, max_tokens: int, truncate: bool, memo: Path
+    what: Sequence[str],
+    folder: Path | None,
+    max_tokens: int,
+    truncate: bool,
+    memo: Path,
+    flags: Flags = NO_FLAGS,
 ) -> list[Work]:
-    """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin."""
+    """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin.
+
+    `flags` change and choose from every job.
+    """
     if max_tokens not in (256, 512):
         raise JobError(f"{max_tokens} is not 256 or 512", where="--max-tokens")
     said: list[JobFile | str] = []
     for argument in what:
         if argument == "-":
             data = sys.stdin.buffer.read()
-            if re.search(rb"(?m)^(?:prompt|items):|\A\s*\{", data):
-                said.append(parse(data, "stdin", "stdin", Path.cwd()))
+            if re.search(rb"(?m)^(?:prompt|items|matrix|prompts_from|extends):|\A\s*\{", data):
+                said.append(parse(data, "stdin", "stdin", Path.cwd(), flags))
             else:
                 said += [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
         else:
-            said.append(load(Path(argument)) if argument.endswith(JOB_SUFFIXES) else argument)
+            said.append(load(Path(argument), flags) if argument.endswith(JOB_SUFFIXES) else argument)
     if not said:
         raise JobError("no prompts to encode", where="stdin")
+    if not any(isinstance(one, JobFile) for one in said):
+        _refuse(flags)
     work: list[Work] = []
     for are_texts, several in groupby(said, key=lambda one: isinstance(one, str)):
         if are_texts:
@@ -96,7 +107,9 @@ def run(work: Sequence[Work], out: Path | None, tools: Tools) -> list[dict[str, 
     ]
 
 
-def pairs(prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path) -> list[Pair]:
+def pairs(
+    prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path, flags: Flags = NO_FLAGS
+) -> list[Pair]:
     """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
 
     A job file gives its prompt against each injected one; a text file two prompts with an empty
@@ -106,12 +119,14 @@ def pairs(prompts: Sequence[str], file: Path | None, folder: Path | None, memo: 
         raise JobError(
             "give two prompts, or --file FILE", hint='wancli diff "prompt A" "prompt B" --model DIR'
         )
+    if file is None or file.suffix not in JOB_SUFFIXES:
+        _refuse(flags)
     if file is None:
         model = _model(folder, memo)
         a, b = (prompt_of(model, text, 512, False) for text in prompts)
         return [Pair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
-        shots = plan(load(file), memo).shots
+        shots = plan(load(file, flags), memo).shots
         found = {(s.model, s.prompt.id, p.id): Pair(s.model, s.prompt, p) for s in shots for p in s.injected}
         if not found:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
@@ -148,6 +163,11 @@ def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
     return replace(difference, hints=(*said, mini.DIFFERENCES))
 
 
+def _refuse(flags: Flags) -> None:
+    if flags != NO_FLAGS:
+        raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
+
+
 def prompt_of(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
     tokens = Tokenizer(model.checkpoint.tokenizer).tokens(text, max_tokens, truncate)
     return Prompt(model.encoder.key(tokens), tokens)
@@ -162,7 +182,7 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 def _model(folder: Path | None, memo: Path) -> Model:
     said = str(folder) if folder else mini.NAME
-    model = model_at(presets.resolve(said, Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
+    model = model_at(presets.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
     element = 4 if model.computes == "fp32" else 2
     phase = memory.encode_phase(model.text_encoder, prompt_tokens=512, element=element)
     if model.device == "cpu" and phase.total > machine.available():

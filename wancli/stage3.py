@@ -37,7 +37,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
         )
     video.check_ffmpeg(facts["shot"]["codec"])
     if folder:
-        source = presets.resolve(str(folder), Path.cwd(), lambda *_: "--model")
+        source = presets.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
         source = record.source_of(facts["model"])
     checkpoint = identify(source)

@@ -119,7 +119,9 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise JobError("a key must be a word", where=f"{file}:{line}")
-            key = _text(key, f"{file}:{line}: a key of {dotted(path)}" if path else f"{file}:{line}: a key")
+            key = plain_text(
+                key, f"{file}:{line}: a key of {dotted(path)}" if path else f"{file}:{line}: a key"
+            )
             if key in result:
                 first = lines[(*path, key)]
                 raise JobError(
@@ -130,16 +132,21 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
         return result
     if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+]?0[0-9]+", node.value) and node.style is None:
         raise JobError(
-            f"{node.value} has a leading zero", where=f"{file}:{node.start_mark.line + 1}: {dotted(path)}",
+            f"{node.value} has a leading zero", where=_place(file, node, path),
             hint=f"Write {int(node.value)} for the number, '{node.value}' for the text.",
         )  # fmt: skip
     value = loader.construct_object(node)
     if isinstance(value, str):
-        return _text(value, f"{file}:{node.start_mark.line + 1}: {dotted(path)}")
+        return plain_text(value, _place(file, node, path))
     return value
 
 
-def _text(value: str, where: str) -> str:
+def _place(file: str, node: yaml.Node, path: tuple[Key, ...]) -> str:
+    line = f"{file}:{node.start_mark.line + 1}"
+    return f"{line}: {dotted(path)}" if path else line
+
+
+def plain_text(value: str, where: str) -> str:
     """The text, halves of surrogate pairs put together as JSON means them; no NUL, no lone half."""
     try:
         value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")

@@ -26,8 +26,8 @@ def rows(repeats: int = 5) -> list[tuple[str, float]]:
             report = _run(["render", str(job), "-q", "--force", "--json"], environment)
             first_steps.append(float(json.loads(report)["first_step_after"]))
         return [
-            ("wancli --help", _seconds(["--help"], environment, repeats)),
-            ("wancli plan", _seconds(["plan", str(job)], environment, repeats)),
+            ("wancli --help", seconds(["--help"], environment, repeats)),
+            ("wancli plan", seconds(["plan", str(job)], environment, repeats)),
             ("process start to first step, prompts cached", statistics.median(first_steps)),
         ]
 
@@ -41,7 +41,7 @@ def _job(folder: Path) -> Path:
     return path
 
 
-def _seconds(arguments: list[str], environment: dict[str, str], repeats: int) -> float:
+def seconds(arguments: list[str], environment: dict[str, str], repeats: int) -> float:
     found = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -50,27 +50,36 @@ def build(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def write(plan: Plan, report: dict[str, Any]) -> Path:
-    """Puts `report.json` into the folder that the outputs share, or that of the first.
+    """Puts `report.json` into the folder that the outputs of the job share, or that of the first.
 
-    An earlier report is replaced; another program's file of that name is moved aside.
+    An earlier report is replaced, but for the entries of shots that were not asked for; another
+    program's file of that name is moved aside.
     """
-    folder = Path(os.path.commonpath([shot.output.parent for shot in plan.shots]))
+    shots = sorted((*plan.shots, *plan.others), key=lambda shot: shot.index)
+    folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
     if folder == folder.parent:  # they share nothing but the root of the file system
-        folder = plan.shots[0].output.parent
+        folder = shots[0].output.parent
     path = folder / "report.json"
-    if path.exists() and not _is_report(path):
+    earlier = _read(path)
+    if path.exists() and earlier is None:
         files.set_aside(path)
+    if plan.others:
+        known = {entry["output"]: entry for entry in (*(earlier or {}).get("shots", []), *report["shots"])}
+        kept = [known.get(str(shot.output)) or _shot(shot, None) for shot in shots]
+        report = report | {"shots": kept}
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
     files.replace(path, text.encode(errors="backslashreplace"))
     return path
 
 
-def _is_report(path: Path) -> bool:
+def _read(path: Path) -> dict[str, Any] | None:
+    """The report that is there, None if there is none."""
     try:
-        return bool(json.loads(path.read_bytes())["schema"] == SCHEMA)
+        found = json.loads(path.read_bytes())
+        return found if found["schema"] == SCHEMA else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
@@ -81,7 +90,9 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "shots": [
             {
+                "index": shot.index,
                 "id": shot.id,
+                "labels": shot.labels,
                 "output": str(shot.output),
                 "key": shot.key,
                 "state": state(shot),

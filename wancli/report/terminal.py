@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wancli.weights.lora_use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
+MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
 
 
 def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
@@ -50,14 +51,24 @@ def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[Renderab
     table = _table(
         "shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance", "state"
     )
-    for shot in plan.shots:
+    states = [state(shot) for shot in plan.shots]
+    hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
+    for index, shot in enumerate(plan.shots):
+        if index in hidden:
+            if index == hidden[0]:
+                table.add_row("…")
+            continue
         size = f"{shot.width}x{shot.height}"
         guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
         numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
-        table.add_row(printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", guidance, state(shot))
+        shown = (printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", guidance, states[index])
+        table.add_row(*shown)
     yield table
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
+    if len(states) > 1:
+        counts = ", ".join(f"{states.count(s):,} {s}" for s in ("done", "to do", "in the way") if s in states)
+        yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
     if verbose:
         for shot in plan.shots:
             yield from shot_lines(shot)

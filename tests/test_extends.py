@@ -1,0 +1,140 @@
+"""Files that a job extends: what wins, where paths start, where mistakes are, and what goes too far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wancli.errors import JobError
+from wancli.jobfile import JobFile, load, parse
+
+
+def written(folder: Path, **files: str) -> Path:
+    """Writes NAME.yaml for each, `sub__x` into sub/x.yaml; the job is job.yaml."""
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / "job.yaml"
+
+
+def problems(path: Path) -> list[str]:
+    with pytest.raises(JobError) as caught:
+        load(path)
+    return str(caught.value).replace(f"{path.parent}/", "").splitlines()
+
+
+def test_the_job_lies_over_the_last_file_over_the_first(tmp_path: Path) -> None:
+    job = written(
+        tmp_path,
+        one="prompt: one\nseed: 1\nsampler: {steps: 1, shift: 1}\n"
+        "labels: {from: one}\ninject: [{prompt: x}]\n",
+        two="seed: 2\nsampler: {shift: 2}\n",
+        job="extends: [one.yaml, two.yaml]\nsampler: {guidance: 3}\ninject: []\n",
+    )
+    (item,) = load(job).items
+    assert (item.job.prompt, item.job.seed, item.job.labels, item.job.inject) == (
+        "one",
+        2,
+        {"from": "one"},
+        [],
+    )
+    assert (item.job.sampler.steps, item.job.sampler.shift, item.job.sampler.guidance) == (1, 2, 3)
+
+
+def test_an_extended_file_may_extend_and_one_file_may_be_extended_twice(tmp_path: Path) -> None:
+    job = written(
+        tmp_path,
+        base="prompt: base\nseed: 1\n",
+        left="extends: base.yaml\nframes: 5\n",
+        right="extends: base.yaml\nsize: 16x16\n",
+        job="extends: [left.yaml, right.yaml]\n",
+    )
+    (item,) = load(job).items
+    assert (item.job.prompt, item.job.seed, item.job.frames, item.job.size) == ("base", 1, 5, "16x16")
+
+
+def test_a_matrix_grows_axis_by_axis_and_items_are_replaced(tmp_path: Path) -> None:
+    job = written(
+        tmp_path,
+        base="prompt: p\nmatrix: {seed: [1, 2]}\nitems: [{id: old}]\n",
+        job="extends: base.yaml\nmatrix: {noise: [cpu]}\nitems: [{id: new}]\n",
+    )
+    assert [item.job.id for item in load(job).items] == ["new-seed1-cpu", "new-seed2-cpu"]
+
+
+def test_a_path_starts_in_the_folder_of_the_file_that_says_it(tmp_path: Path) -> None:
+    job = written(
+        tmp_path,
+        sub__base="model: {transformer: a, vae: b}\nloras: [{path: x}]\nprompts_from: p.txt\n",
+        job="extends: sub/base.yaml\nmodel: {vae: c}\nnegative: {embedding: n}\n",
+    )
+    (tmp_path / "sub" / "p.txt").write_text("a cat\n")
+    file = load(job)
+    (item,) = file.items
+    sub = tmp_path / "sub"
+    assert item.job.prompt == "a cat"
+    assert item.folder("model", "transformer") == item.folder("loras", 0, "path") == sub
+    assert item.folder("model", "vae") == item.folder("negative", "embedding") == file.directory == tmp_path
+
+
+def test_a_mistake_has_the_file_and_line_of_who_made_it(tmp_path: Path) -> None:
+    job = written(
+        tmp_path,
+        sub__base="# shared\nprompt: p\nseed: x\nsampler:\n  step: 3\nmatrix:\n  frames: [0]\n",
+        job="extends: sub/base.yaml\nsize: 5\n",
+    )
+    assert problems(job) == [
+        "job.yaml:2: size: expected text, got 5; put it in quotes",
+        "sub/base.yaml:7: matrix.frames.0: should be greater than or equal to 1, got 0",
+        "sub/base.yaml:3: seed: expected a whole number, got 'x'",
+        "sub/base.yaml:5: sampler.step: unknown key; did you mean 'steps'?",
+    ]
+
+
+def test_what_nobody_said_could_be_said_in_the_job(tmp_path: Path) -> None:
+    job = written(tmp_path, base="seed: 1\n", job="extends: base.yaml\nframes: 5\n")
+    assert problems(job) == ["job.yaml: prompt: is missing"]
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"job": "extends: job.yaml\n"}, "job.yaml:1: extends: goes in a circle: job.yaml -> job.yaml"),
+        (
+            {"job": "seed: 1\nextends: a.yaml\n", "a": "extends: [b.yaml]\n", "b": "extends: a.yaml\n"},
+            "b.yaml:1: extends: goes in a circle: a.yaml -> b.yaml -> a.yaml",
+        ),
+        (
+            {"job": "extends: no.yaml\n"},
+            "job.yaml:1: extends: 'no.yaml' cannot be read: No such file or directory",
+        ),
+        ({"job": "extends: [.]\n"}, "job.yaml:1: extends.0: '.' cannot be read: Is a directory"),
+        ({"job": "extends: 5\n"}, "job.yaml:1: extends: must be the name of a job file, or a list of names"),
+        (
+            {"job": "extends: ['']\n"},
+            "job.yaml:1: extends: must be the name of a job file, or a list of names",
+        ),
+        ({"job": "extends: a.yaml\n", "a": "[1]\n"}, "a.yaml: a job is a mapping of keys to values"),
+        ({"job": "extends: a.yaml\n", "a": "a: [\n"}, "a.yaml:2:1: is not YAML: "),
+        (
+            {"job": "extends: s0.yaml\n"} | {f"s{i}": f"extends: s{i + 1}.yaml\n" for i in range(12)},
+            "s7.yaml:1: extends: more than 8 files extend one another",
+        ),
+        (
+            {"job": f"extends: [{', '.join(['a.yaml'] * 65)}]\n", "a": "prompt: p\n"},
+            "job.yaml:1: extends.64: more than 64 files",
+        ),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_what_cannot_be_extended_is_one_line(tmp_path: Path, files: dict[str, str], problem: str) -> None:
+    (line,) = problems(written(tmp_path, **files))
+    assert line.startswith(problem)
+
+
+def test_a_job_on_stdin_extends_from_the_current_folder(tmp_path: Path) -> None:
+    written(tmp_path, base="prompt: p\n")
+    job: JobFile = parse(b"extends: base.yaml\n", "stdin", "stdin", tmp_path)
+    assert job.items[0].where("prompt") == "base.yaml:1: prompt"

@@ -1,0 +1,125 @@
+"""--set, --sweep, --items and --shard: what they take, what they choose, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wancli.errors import JobError
+from wancli.flags import Flags
+from wancli.jobfile import Item, parse
+
+JOB = b"model: m\nprompt: a cat\ninject: [{prompt: fish}]\n"
+
+
+def items(**flags: Any) -> tuple[Item, ...]:
+    return parse(JOB, "job.yaml", "job", Path("/jobs"), Flags(**flags)).items
+
+
+def refusal(**flags: Any) -> str:
+    with pytest.raises(JobError) as caught:
+        items(**flags)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("seed=7", lambda job: job.seed == 7),
+        ("prompt=A red circle, moving", lambda job: job.prompt == "A red circle, moving"),
+        ("prompt='7'", lambda job: job.prompt == "7"),
+        ("negative=''", lambda job: job.negative == ""),
+        ("negative=a=b", lambda job: job.negative == "a=b"),
+        ("sampler.steps=1", lambda job: job.sampler.steps == 1),
+        ("sampler={steps: 3, shift: 2}", lambda job: (job.sampler.steps, job.sampler.shift) == (3, 2)),
+        ("inject.0.blocks=[early, 39]", lambda job: job.inject[0].blocks == ["early", 39]),
+        ("inject=[]", lambda job: job.inject == []),
+        ("labels.take=a", lambda job: job.labels == {"take": "a"}),
+        ("measure=true", lambda job: job.measure),
+    ],
+)
+def test_a_value_is_read_as_yaml(text: str, read: Any) -> None:
+    (item,) = items(sets=(text,))
+    assert read(item.job)
+
+
+def test_the_last_of_two_flags_that_set_a_key_wins_and_starts_its_paths_here() -> None:
+    (item,) = items(sets=("model=a", "model=./b"))
+    assert item.job.model == "./b"
+    assert (item.folder("model"), item.folder("prompt")) == (Path.cwd(), Path("/jobs"))
+    assert item.where("model") == "--set model"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"sets": ("seed",)}, "--set: 'seed' sets nothing"),
+        ({"sets": ("=5",)}, "--set: '=5' sets nothing"),
+        ({"sets": ("a..b=5",)}, "--set: 'a..b=5' sets nothing"),
+        ({"sets": ("seed=",)}, "--set seed: has no value"),
+        ({"sets": ("seed=x",)}, "--set seed: expected a whole number, got 'x'"),
+        ({"sets": ("seed=010",)}, "--set seed:1: 010 has a leading zero"),
+        ({"sets": ("seed=1e3",)}, "--set seed: expected a whole number, got 1000.0"),
+        ({"sets": ("negative=no\udcff",)}, "--set negative:1: byte 2 is not UTF-8"),
+        ({"sets": ("negative=&a b",)}, "--set negative:1: anchors and aliases (& and *) are not supported"),
+        ({"sets": ("sampler.step=5",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
+        ({"sets": ("samplr.steps=5",)}, "--set samplr.steps: unknown key; did you mean 'sampler'?"),
+        ({"sets": ("sampler={step: 5}",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
+        ({"sets": ("prompt=A circle: red",)}, "--set prompt.embedding: is missing"),
+        ({"sets": ("matrix.seed=[1]",)}, "--set matrix.seed: is no key of a shot"),
+        ({"sets": ("inject.1.blocks=5",)}, "--set inject.1.blocks: inject has 1 entries, and no 1"),
+        ({"sets": ("inject.x.blocks=5",)}, "--set inject.x.blocks: inject has 1 entries, and no x"),
+        ({"sweeps": ("seed=1,x",)}, "--sweep seed.1: expected a whole number, got 'x'"),
+        ({"sweeps": ("sed=1,2",)}, "--sweep sed: unknown key; did you mean 'seed'?"),
+        ({"sweeps": ("seed=1,2]",)}, "--sweep seed:1:6: is not YAML: expected '<document start>'"),
+        ({"sweeps": ("seed=1", "seed=2")}, "--sweep seed: is given twice"),
+        ({"sweeps": ("seed=1",), "sets": ("seed=2",)}, "--sweep seed: is given twice"),
+        ({"items": ""}, "--items: '' is no range"),
+        ({"items": "a"}, "--items: 'a' is no range"),
+        ({"items": "0,,1"}, "--items: '' is no range"),
+        ({"items": "-1"}, "--items: '-1' is no range"),
+        ({"items": "0-2:0"}, "--items: '0-2:0' is no range"),
+        ({"items": "0-1"}, "--items: 1 is past the last shot (0)"),
+        ({"shard": "1"}, "--shard: '1' is no part"),
+        ({"shard": "2/2"}, "--shard: '2/2' is no part"),
+        ({"shard": "0/0"}, "--shard: '0/0' is no part"),
+        ({"shard": "0/2"}, "--shard: 0/2 holds no shot"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_mistake_names_the_flag(flags: dict[str, Any], message: str) -> None:
+    assert refusal(**flags).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "chosen"),
+    [
+        ("0", [0]),
+        ("0-3,9", [0, 1, 2, 3, 9]),
+        ("1-9:2", [1, 3, 5, 7, 9]),
+        ("1-8:4", [1, 5]),
+        ("9-1:-4", [1, 5, 9]),
+        ("5, 3 ,3-4", [3, 4, 5]),
+    ],
+)
+def test_items_are_ranges_as_openjd_writes_them(ranges: str, chosen: list[int]) -> None:
+    assert list(Flags(items=ranges).chosen(10)) == chosen
+
+
+@pytest.mark.parametrize("ranges", ["3-1", "1-3:-1"])
+def test_a_range_that_runs_the_wrong_way_is_refused(ranges: str) -> None:
+    with pytest.raises(JobError, match="is empty"):
+        Flags(items=ranges).chosen(10)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(10, 3), (8, 8), (1000, 7), (3, 2)])
+def test_the_parts_of_a_job_are_neighbours_and_miss_nothing(count: int, parts: int) -> None:
+    found = [Flags(shard=f"{part}/{parts}").chosen(count) for part in range(parts)]
+    assert [index for part in found for index in part] == list(range(count))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_a_shard_is_taken_of_the_chosen_items() -> None:
+    assert Flags(items="0-9:2", shard="1/2").chosen(10) == (4, 6, 8)

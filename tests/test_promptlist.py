@@ -1,0 +1,130 @@
+"""`prompts_from`: lines become items, and a mistake has the line of its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wancli.errors import JobError
+from wancli.jobfile import Item, load
+from wancli.matrix import MAX_SHOTS
+
+
+def items(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> tuple[Item, ...]:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    (folder / "job.yaml").write_text(f"model: m\nprompts_from: {name}\n{more}")
+    return load(folder / "job.yaml").items
+
+
+def problems(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> list[str]:
+    with pytest.raises(JobError) as caught:
+        items(folder, data, name, more)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+def test_a_text_is_a_prompt_a_line_without_comments_and_empty_lines(tmp_path: Path) -> None:
+    found = items(tmp_path, "\ufeff# cats\n a cat \r\n\n\t# no\na dog: #2, \U0001f415\nno".encode())
+    assert [item.job.prompt for item in found] == ["a cat", "a dog: #2, \U0001f415", "no"]
+    assert found[1].where("prompt") == f"{tmp_path}/lists/p.txt:5: prompt"
+    assert found[1].where("model") == f"{tmp_path}/job.yaml:1: model"
+    assert found[1].where("seed") == f"{tmp_path}/job.yaml: seed"
+
+
+def test_json_lines_may_say_any_key_of_a_job(tmp_path: Path) -> None:
+    data = (
+        b'{"prompt": "a", "id": "x", "labels": {"k": 1}, "loras": [{"path": "l"}]}\n\n# note\n'
+        b'{"prompt": "\\ud83d\\ude00", "sampler": {"steps": 3}}\n'
+    )
+    first, second = items(tmp_path, data, "lists/p.jsonl", "sampler: {shift: 2}\nid: base\n")
+    assert (first.job.prompt, first.job.id, first.job.labels) == ("a", "x", {"k": 1})
+    assert (second.job.prompt, second.job.id) == ("\U0001f600", "base")
+    assert (second.job.sampler.steps, second.job.sampler.shift) == (3, 2)
+    assert first.folder("loras", 0, "path") == tmp_path / "lists"
+    assert second.where("sampler", "steps") == f"{tmp_path}/lists/p.jsonl:4: sampler.steps"
+    assert second.where("sampler", "shift") == f"{tmp_path}/job.yaml:3: sampler.shift"
+
+
+def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
+    found = items(tmp_path, b"a\nb\n", more="matrix: {seed: [1, 2]}\n")
+    assert [(item.job.prompt, item.job.seed) for item in found] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert [item.job.id for item in found] == ["0000-seed1", "0000-seed2", "0001-seed1", "0001-seed2"]
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "lines"),
+    [
+        (b"", "p.txt", ["p.txt: holds no prompts"]),
+        (b"# a\n\n", "p.txt", ["p.txt: holds no prompts"]),
+        (
+            b"a\n\xff\nb\xfe\n",
+            "p.txt",
+            ["p.txt:2: byte 0 of the line is not UTF-8", "p.txt:3: byte 1 of the line is not UTF-8"],
+        ),
+        (b"a\0b\n", "p.txt", ["p.txt:1: prompt: holds NUL, which no name and no prompt can"]),
+        (b"[1]\n", "p.jsonl", ["p.jsonl:1: is no JSON object"]),
+        (b'{"prompt": "a"}\n{"prompt":}\n', "p.jsonl", ["p.jsonl:2: is not JSON: Expecting value"]),
+        (
+            b'{"prompt": "a", "prompt": "b"}\n',
+            "p.jsonl",
+            ["p.jsonl:1: is not JSON: key 'prompt' is there twice"],
+        ),
+        (
+            b'{"prompt": "\\ud800"}\n',
+            "p.jsonl",
+            ["p.jsonl:1: holds half of a surrogate pair, which is no character"],
+        ),
+        (b'{"a": [{"b\\u0000": 1}]}\n', "p.jsonl", ["p.jsonl:1: holds NUL, which no name and no prompt can"]),
+        (
+            b'{"prompt": "a", "sed": 1}\n{"prompt": 5}\n'
+            b'{"prompt": "a", "inject": [{"blocks": 1}]}\n{"seed": NaN}\n',
+            "p.jsonl",
+            [
+                "p.jsonl:1: sed: unknown key; did you mean 'seed'?",
+                "p.jsonl:2: prompt: expected text, got 5; put it in quotes",
+                "p.jsonl:3: inject.0.prompt: is missing",
+                "job.yaml: prompt: is missing",
+                "p.jsonl:4: seed: expected a whole number, got nan",
+            ],
+        ),
+        (
+            b"a\n" * (MAX_SHOTS + 1),
+            "p.txt",
+            [f"p.txt: holds {MAX_SHOTS + 1:,} prompts; {MAX_SHOTS:,} at most"],
+        ),
+        (b"a" * (2**24 + 1), "p.txt", ["p.txt: is larger than 16 MiB"]),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_mistake_has_the_file_and_the_line(
+    tmp_path: Path, data: bytes, name: str, lines: list[str]
+) -> None:
+    assert problems(tmp_path, data, name) == lines
+
+
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, b'{"a": ' + b"[" * 100_000 + b"\n", "p.jsonl")
+    assert line.startswith("p.jsonl:1: is not JSON: ")
+
+
+def test_a_list_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("prompts_from: no.txt\n")
+    with pytest.raises(JobError) as caught:
+        load(tmp_path / "job.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path}/job.yaml:1: prompts_from: 'no.txt' cannot be read: No such file or directory"
+    )
+    assert caught.value.hint == f"Looked for {tmp_path}/no.txt."
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; say one"),
+        ("seed: x\n", "job.yaml:3: seed: expected a whole number, got 'x'"),
+    ],
+)
+def test_the_job_keeps_its_own_mistakes(tmp_path: Path, more: str, problem: str) -> None:
+    assert problems(tmp_path, b"a\nb\n", more=more) == [problem]

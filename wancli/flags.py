@@ -1,0 +1,107 @@
+"""What the command line says about a job: --set and --sweep change it, --items and --shard choose from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wancli.errors import JobError
+from wancli.layers import Layer, Source
+from wancli.matrix import Axis, Setting, axis
+from wancli.yamlfile import read_yaml
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags as they were typed."""
+
+    sets: tuple[str, ...] = ()
+    sweeps: tuple[str, ...] = ()
+    items: str | None = None
+    shard: str | None = None
+
+    def settings(self) -> list[Setting]:
+        """Each `--set KEY=VALUE`, the value read as YAML. Raises JobError."""
+        return [_setting(*_split(text, "--set")) for text in self.sets]
+
+    def axes(self) -> list[Axis]:
+        """Each `--sweep KEY=VALUE,VALUE`, read as a list of YAML. Raises JobError."""
+        found = [_axis(*_split(text, "--sweep")) for text in self.sweeps]
+        keys = [one[0][0].key for one in found]
+        for key in (*keys, *(setting.key for setting in self.settings())):
+            if keys.count(key) > 1 or (key in keys and any(s.key == key for s in self.settings())):
+                raise JobError("is given twice", where=f"--sweep {key}")
+        return found
+
+    def chosen(self, count: int) -> tuple[int, ...]:
+        """The indices of the shots to work on, of `count`: those of --items, and of these the --shard.
+
+        Raises JobError for shots that are not there, and when none is left.
+        """
+        found = sorted(_indices(self.items, count)) if self.items is not None else list(range(count))
+        if self.shard is None:
+            return tuple(found)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", self.shard)
+        if not match or int(match[1]) >= int(match[2]):
+            raise JobError(
+                f"{self.shard!r} is no part", where="--shard", hint="Write 0/8 to 7/8 for the eight parts."
+            )
+        part, parts = int(match[1]), int(match[2])
+        found = found[part * len(found) // parts : (part + 1) * len(found) // parts]
+        if not found:
+            raise JobError(f"{self.shard} holds no shot", where="--shard")
+        return tuple(found)
+
+
+NO_FLAGS = Flags()
+
+
+def _split(text: str, flag: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        example = "sampler.steps=20" if flag == "--set" else "seed=1,2,3"
+        raise JobError(f"{text!r} sets nothing", where=flag, hint=f"Write {flag} {example}.")
+    if not value.strip():
+        raise JobError("has no value", where=f"{flag} {key}", hint=f"For an empty text: {flag} {key}='\"\"'")
+    return key, value
+
+
+def _setting(key: str, value: str) -> Setting:
+    path = tuple(key.split("."))
+    read = _read(value, f"--set {key}")
+    return Setting(key, Layer(Source("--set", flag=True), Path.cwd(), read, path, path))
+
+
+def _axis(key: str, value: str) -> Axis:
+    values = _read(f"[{value}]", f"--sweep {key}")
+    path = tuple(key.split("."))
+    source = Source("--sweep", flag=True)
+    if not values:
+        raise JobError("has no value", where=f"--sweep {key}")
+    return axis(key, [Layer(source, Path.cwd(), v, (key, i), path) for i, v in enumerate(values)])
+
+
+def _read(text: str, where: str) -> Any:
+    return read_yaml(text.encode(errors="surrogateescape"), where)[0]
+
+
+def _indices(text: str, count: int) -> set[int]:
+    """`0-9,12`, `1-9:2` and `9-1:-2`, as OpenJD writes ranges."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9})(?:\s*:\s*(-?[1-9]\d{0,8}))?)?\s*", part)
+        if not match:
+            raise JobError(f"{part!r} is no range", where="--items", hint="Write 0-9,12 or 1-9:2.")
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if max(first, last) >= count:
+            past = max(first, last)
+            raise JobError(f"{past} is past the last shot ({count - 1})", where="--items")
+        indices: Sequence[int] = range(first, last + (1 if step > 0 else -1), step)
+        if not indices:
+            raise JobError(f"{part!r} is empty", where="--items")
+        found.update(indices)
+    return found

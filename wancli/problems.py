@@ -1,0 +1,110 @@
+"""What is wrong with a job, in words: a line for every problem, with a way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from wancli.job import (
+    CurveSpec,
+    EmbeddingFile,
+    ExpertGuidance,
+    Inject,
+    Job,
+    LoraEntry,
+    Memory,
+    ModelFiles,
+    Sampler,
+    SigmaRange,
+    TextOptions,
+    Video,
+)
+from wancli.yamlfile import Key
+
+# Keys of a job file that say which shots there are; a shot has none of them.
+STRUCTURE = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
+
+
+def problems_of(error: ValidationError, where: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
+    """A line for every problem; `where(path, of_key)` names the place of a key of a job, or of its value."""
+    found = [(_path(problem), problem) for problem in error.errors()]
+    # A misspelt key is not also reported as missing.
+    meant = {(*path[:-1], _nearest(path)) for path, p in found if p["type"] == "extra_forbidden"}
+    return [
+        f"{where(path, problem['type'] == 'extra_forbidden')}: {_sentence(path, problem)}"
+        for path, problem in found
+        if problem["type"] != "missing" or path not in meant
+    ]
+
+
+def _path(problem: Any) -> tuple[Key, ...]:
+    """Where in the file: pydantic's location without the tags of unions, which no key of a job is."""
+    *parents, last = problem["loc"]
+    tagged = str(last).startswith("<") and problem["type"] != "extra_forbidden"
+    return (*(p for p in parents if not str(p).startswith("<")), *(() if tagged else (last,)))
+
+
+def _nearest(path: tuple[Key, ...]) -> str | None:
+    """The known key that an unknown one may have been meant for."""
+    known = [key for key in keys_at(path[:-1]) if key != path[-1]]
+    return next(iter(difflib.get_close_matches(str(path[-1]), known, 1, 0.6)), None)
+
+
+def _sentence(path: tuple[Key, ...], problem: Any) -> str:
+    """What is wrong with one value, in words that tell what to write instead."""
+    value, kind, ctx = problem["input"], problem["type"], problem.get("ctx", {})
+    shown = _shown(value)
+    match kind:
+        case "missing":
+            return "is missing"
+        case "extra_forbidden":
+            near = _nearest(path)
+            known = f"known: {', '.join(keys_at(path[:-1]))}"
+            return "unknown key; " + (f"did you mean {near!r}?" if near else known)
+        case "literal_error":
+            return f"{shown} is not one of {str(ctx['expected']).replace(' or ', ', ')}"
+        case "int_type" | "int_from_float":
+            return f"expected a whole number, got {shown}"
+        case "float_type" | "finite_number":
+            return f"expected a number, got {shown}"
+        case "string_type":
+            quote = "; put it in quotes" if isinstance(value, bool | int | float) else ""
+            return f"expected text, got {shown}{quote}"
+        case "bool_type":
+            return f"expected true or false, got {shown}"
+        case "model_type" | "dict_type":
+            return f"expected a mapping of keys to values, got {shown}"
+        case "list_type":
+            return f"expected a list, got {shown}"
+        case "too_short":
+            return f"expected at least {ctx['min_length']} values, got {ctx['actual_length']}"
+        case "too_long":
+            return f"expected at most {ctx['max_length']} values, got {ctx['actual_length']}"
+    return f"{problem['msg'].lower().removeprefix('input ')}, got {shown}"
+
+
+def _shown(value: Any) -> str:
+    kinds = {type(None): "nothing", dict: "a mapping", list: "a list"}
+    if type(value) in kinds:
+        return kinds[type(value)]
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def keys_at(path: tuple[Key, ...]) -> list[str]:
+    """The keys that a job file may have below `path`."""
+    model: type[BaseModel] = Job
+    nested: dict[Key, type[BaseModel]] = {
+        "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,
+        "memory": Memory,
+        "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
+        "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
+    }  # fmt: skip
+    for key in path:
+        model = nested.get(key, model)
+    return [*model.model_fields, *(STRUCTURE if model is Job else ())]

@@ -1,0 +1,63 @@
+"""The JSON Schema of a job file, for editors: made from the models that check it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wancli.job import Job
+
+# What a file says about its shots, and no shot says of itself.
+_STRUCTURE: dict[str, Any] = {
+    "items": {
+        "description": "A list of overrides, one shot each: mappings are merged, lists and values replaced.",
+        "type": "array",
+        "minItems": 1,
+        "items": {"$ref": "#/$defs/Item"},
+    },
+    "matrix": {
+        "description": "Keys like inject.0.blocks with lists of values: every combination is a shot.",
+        "$ref": "#/$defs/Axes",
+    },
+    "zip": {
+        "description": "Keys with lists of one length, walked together.",
+        "$ref": "#/$defs/Axes",
+    },
+    "exclude": {
+        "description": "A combination with all values of an entry is left out.",
+        "type": "array",
+        "items": {"type": "object", "minProperties": 1},
+    },
+    "prompts_from": {
+        "description": "A file with a prompt per line, or JSON lines (.jsonl) with keys of a job.",
+        "type": "string",
+    },
+    "extends": {
+        "description": "Job files that this one is merged over.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    },
+}
+
+
+def of_job() -> dict[str, Any]:
+    """JSON Schema 2020-12. A document it refuses is refused by wancli, too; only wancli sees the rest."""
+    schema = _any_of(Job.model_json_schema())
+    definitions = schema.pop("$defs")
+    # Each key may come from an item, an axis, or a file that is extended.
+    schema.pop("required")
+    item = schema | {"description": "What one shot says over the rest of the file."}
+    axes = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "wancli job",
+        "description": "A job file of wancli.",
+        "properties": schema["properties"] | _STRUCTURE,
+        "$defs": definitions | {"Item": item, "Axes": axes},
+    }
+
+
+def _any_of(value: Any) -> Any:
+    """`oneOf` would refuse 1, which is an integer and a number."""
+    if isinstance(value, dict):
+        return {"anyOf" if key == "oneOf" else key: _any_of(inner) for key, inner in value.items()}
+    return [_any_of(inner) for inner in value] if isinstance(value, list) else value

@@ -22,6 +22,8 @@ from torch import Tensor
 from wancli.errors import CheckpointError
 from wancli.weights.headers import DOWNLOAD_AGAIN
 
+PIECE = 2**20  # bytes read at a time for a CPU, in whose cache they stay until they are unpacked
+
 
 class Packed(Protocol):
     """A weight as its file holds it: a dataclass, so that `replace` puts the same bytes elsewhere.
@@ -37,6 +39,7 @@ class Packed(Protocol):
     def shape(self) -> Sequence[int]: ...
     @property
     def nbytes(self) -> int: ...
+    def part(self, rows: slice) -> Self: ...
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor: ...
 
 
@@ -67,9 +70,14 @@ class OnDisk:
         if bare.dtype == dtype and out.device.type == "cpu":
             self._read(out, self._start)
             return out
-        data = self._scratch.bytes(bare.nbytes).view(bare.dtype).view(bare.shape)
-        self._read(data, self._start)
-        unpack_across(replace(self._bare, data=data), dtype, out=out)
+        size = bare.nbytes // self.shape[0]
+        count = self.shape[0] if out.is_cuda else max(1, PIECE // size)
+        for first in range(0, self.shape[0], count):
+            rows = slice(first, first + count)
+            part = self._bare.part(rows)
+            data = self._scratch.bytes(part.data.nbytes).view(bare.dtype).view(part.data.shape)
+            self._read(data, self._start + first * size)
+            unpack_across(replace(part, data=data), dtype, out=out[rows])
         if out.is_cuda:  # the copy may still be reading the scratch
             torch.cuda.current_stream(out.device).synchronize()
         return out

@@ -111,7 +111,7 @@ class Streamed(nn.ModuleList):
             raise RuntimeError("these blocks are in another loop already")
         self._running = True
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="weights") as reader:
+            with ThreadPoolExecutor(1, "weights", torch.set_num_threads, (1,)) as reader:
                 coming = reader.submit(self._fetch, 0)
                 for i, block in enumerate(super().__iter__()):
                     stage = coming.result()

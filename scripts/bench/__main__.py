@@ -5,11 +5,8 @@ GFLOP/s count the arithmetic of the plain network for both, also where one of th
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import time
-from pathlib import Path
 
 # Tensors of many MB in large pages, for both ways alike; read when torch is first imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -18,6 +15,7 @@ import torch
 
 from scripts.bench import dit, startup, vae
 from scripts.bench.machine import Row, matmul_peak
+from scripts.bench.markdown import stamp, table
 from wancli.models.layers import linear
 
 COLUMNS = (
@@ -34,11 +32,10 @@ COLUMNS = (
 
 def main() -> None:
     before = peaks()
-    table = [cells(row) for row in (*dit.rows(), *vae.rows())]
+    found = [cells(row) for row in (*dit.rows(), *vae.rows())]
     mm, onednn = map(max, zip(before, peaks()))
-    print(markdown(table))
-    threads = f"{torch.get_num_threads()} threads"
-    print(f"- {datetime.date.today()}, {cpu_name()}, {threads}, torch {torch.__version__}")
+    print(table(COLUMNS, found))
+    print(f"- {stamp()}")
     print(f"- matmul of 2048 x 2048: torch.mm {mm:.0f} GFLOP/s, oneDNN {onednn:.0f} GFLOP/s")
     for what, seconds in startup.rows():
         print(f"- {what}: {seconds:.2f} s")
@@ -67,19 +64,6 @@ def cells(row: Row) -> list[str]:
         f"{row.ours_mib:.0f}",
         f"{row.theirs_mib:.0f}",
     ]
-
-
-def markdown(table: list[list[str]]) -> str:
-    body = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *table]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in body), ""])
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

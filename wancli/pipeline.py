@@ -123,7 +123,7 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
         yield from (Outcome(shot, "failed", error=error) for shot in shots if shot.index not in recalled)
         shots = [shot for shot in shots if shot.index in recalled]
         encoded, stage1 = {}, {}
-    networks = Networks(model)
+    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
     for group in underway.together(shots):
         yield from _render_together(group, recalled, encoded, stage1, networks, tools)
 

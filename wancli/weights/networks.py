@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from wancli.models.config import VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
+from wancli.weights.arriving import Arriving
 from wancli.weights.identify import Checkpoint, vae_sizes
 from wancli.weights.ondisk import on_disk
 from wancli.weights.packed import Packed, pack_fp8
@@ -94,32 +96,58 @@ def load_transformer(
     residency: Residency = "resident",
     after_unpack: AfterUnpack | None = None,
     fp8: bool = False,
+    lazily: bool = False,
 ) -> WanModel:
     """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
     precision everything outside the large matrices of the blocks stays fp32.
 
     `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
     packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
+    `lazily` leaves resident blocks to be converted when they first run, see Arriving.
     """
     with torch.device("meta"):
         model = WanModel(checkpoint.transformer)
     found = transformer_weights(checkpoint, expert)
+    arriving = lazily and residency == "resident"
     away = [] if residency == "resident" else matrix_names(model.blocks, "blocks")
+    if arriving:
+        away = [name for name in model.state_dict() if name.startswith("blocks.")]
     load_into(
         model,
         found.items(),
         rename=str,
         dtype=dtype,
         device=device,
-        keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
+        keep_fp32=_kept_fp32,
         where=str(checkpoint.expert(expert).files[0].parent),
         leave=frozenset(away),
     )
-    if away:
+    if arriving:
+        model.blocks = Arriving(model.blocks, partial(_take, found, model.blocks, dtype, device))
+    elif away:
         matrices = {name: found[name] for name in away}
         source = _in_fp8(matrices, device) if fp8 else placed(matrices, residency, device)
         model.blocks = Streamed(model.blocks, "blocks", source, device, after_unpack)
     return model.eval()
+
+
+def _kept_fp32(name: str) -> bool:
+    return any(part in name for part in KEPT_FP32)
+
+
+def _take(
+    found: dict[str, Packed],
+    blocks: nn.ModuleList,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    index: int,
+) -> dict[str, Tensor]:
+    """The tensors of one block, which leave `found`."""
+    taken = {}
+    for part in blocks[index].state_dict():
+        kept = torch.float32 if _kept_fp32(part) else dtype
+        taken[part] = found.pop(f"blocks.{index}.{part}").unpack(kept).to(device)
+    return taken
 
 
 def _in_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:

@@ -22,6 +22,12 @@ lint: $(VENV)/dev ## Check style and types
 bench: $(VENV)/dev ## Measure against diffusers, side by side in one process
 	$(BIN)/python -m scripts.bench
 
+bench-large: $(VENV)/dev ## Measure 14B in 6 GiB and how soon 1.3B runs; half an hour, 40 GB in DIR
+	$(BIN)/python -m scripts.bench.first_block --dir $(DIR)
+	$(BIN)/python -m scripts.bench.streaming --dir $(DIR)/two-blocks
+	$(BIN)/python -m scripts.bench.large --dir $(DIR) --encoder
+	$(BIN)/python -m scripts.bench.large --dir $(DIR)
+
 wheel: install ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -36,5 +42,5 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	scripts/install $(VENV) $(PYTHON) '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test lint bench wheel clean
+.PHONY: help install demo test lint bench bench-large wheel clean
 .DEFAULT_GOAL := help

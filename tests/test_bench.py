@@ -17,10 +17,10 @@ MODEL = "64,128,2,3"
 
 
 def test_streaming_compares_equal_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    streaming.main(["--tiny", "--dir", str(tmp_path / "model"), "--rounds", "1", "--depth", "3"])
+    streaming.main(["--tiny", "--dir", str(tmp_path / "model")])
     table = capsys.readouterr().out
-    assert "| 1 of 256 tokens |" in table
-    assert "| 2 of 512 tokens |" in table
+    assert "| 1 of 16 tokens |" in table
+    assert "| 2 of 32 tokens |" in table
 
 
 def test_a_large_render_is_measured_beside_its_plan_and_diffusers(tmp_path: Path):

@@ -137,7 +137,10 @@ def main(argv: Sequence[str]) -> None:
             rows, limit = [encode(model, Path(folder))], ENCODER_LIMIT
         else:
             model = checkpoint(said.dir / name, *sizes)
-            rows, limit = [render(model, case, Path(folder)) for case in CASES], LIMIT
+            rows, limit = [], LIMIT
+            for case in CASES:
+                rows.append(render(model, case, Path(folder)))
+                print(" | ".join(rows[-1].cells()), file=sys.stderr, flush=True)
     print(table(COLUMNS, [row.cells() for row in rows]))
     if not said.encoder:
         print(f"{diffusers(model, limit)}\n")

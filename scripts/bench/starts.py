@@ -31,10 +31,10 @@ class Moments:
 
     def watch(self, model: Any) -> None:
         """Once."""
-        blocks = list(model.blocks)
-        blocks[0].register_forward_pre_hook(self._now)
-        blocks[0].register_forward_hook(self._now)
-        blocks[-1].register_forward_hook(self._end)
+        first, *_, last = model.blocks.children()  # a loop over them may load them
+        first.register_forward_pre_hook(self._now)
+        first.register_forward_hook(self._now)
+        last.register_forward_hook(self._end)
 
     def _now(self, *_: Any) -> None:
         self._seconds.append(time.time() - self._launched)

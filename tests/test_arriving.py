@@ -48,11 +48,3 @@ def test_a_block_arrives_when_the_loop_is_at_it_and_not_before(tiny: Path):
     assert [i for i, there in enumerate(whole(model)) if there] == [0, 1]
     assert model.blocks[-1] is list(model.blocks.children())[-1]
     assert whole(model)[-1]
-
-
-def test_blocks_that_arrived_in_inference_can_be_trained(tiny: Path):
-    model = load(tiny, True, torch.float32)
-    with torch.inference_mode():
-        velocity(model)
-    velocity(model).square().mean().backward()
-    assert model.blocks[0].self_attn.q.weight.grad is not None

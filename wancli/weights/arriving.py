@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 Take = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their names in it; asked for once
@@ -13,8 +12,9 @@ Take = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their name
 class Arriving(nn.ModuleList):
     """Blocks on the meta device that get their tensors when a loop comes to them, or an index names them.
 
-    From then on they are as if they had been loaded at once. Who walks over the parameters of a network must
-    have walked over its blocks before: those that nothing asked for yet are still on the meta device.
+    From then on they are as if they had been loaded at once, in the mode, inference or not, of that loop. Who
+    walks over the parameters of a network must have walked over its blocks before: those that nothing asked
+    for yet are still on the meta device.
     """
 
     def __init__(self, blocks: nn.ModuleList, take: Take) -> None:
@@ -30,7 +30,6 @@ class Arriving(nn.ModuleList):
     def __getitem__(self, index: int) -> nn.Module:  # type: ignore[override]
         block = super().__getitem__(index)
         if (index := index % len(self)) in self._missing:
-            with torch.inference_mode(False):  # weights for any mode, whichever asks first
-                block.load_state_dict(self._take(index), assign=True)
+            block.load_state_dict(self._take(index), assign=True)
             self._missing.remove(index)
         return block

@@ -3,8 +3,9 @@
 Reading is `pread`, not a mapping, though a mapping is twice as fast where the pages are cached (10 GB/s to 5;
 from disk both give what it gives, 1 to 2 GB/s; measured on two cores of an AMD EPYC): a file that fails
 under a mapping kills the process with SIGBUS, where pread raises, and mapped pages count as this process's
-memory. What was read stays in the kernel's cache while there is room, so a checkpoint that fits beside
-the rest is read from disk once.
+memory. For a CPU it is done in pieces, which stay in the processor's cache until they are unpacked. What was
+read stays in the kernel's cache while there is room, so a checkpoint that fits beside the rest is read from
+disk once.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _halves(code_GE: Tensor, bits_GE: Tensor) -> Tensor:
 
 
 def _holds_e4m3fn_nan(code_GE: Tensor) -> bool:
-    """NaN with a sign is the largest uint8, without one the largest int8: two maxima, and no mask, find it."""
+    """NaN with a sign is the largest uint8, without one the largest int8: two maxima find it."""
     return code_GE.numel() > 0 and (
         int(code_GE.view(torch.uint8).max()) == 0xFF or int(code_GE.view(torch.int8).max()) == 0x7F
     )

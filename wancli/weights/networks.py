@@ -26,7 +26,7 @@ from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
 from wancli.weights.arriving import Arriving
 from wancli.weights.identify import Checkpoint, vae_sizes
-from wancli.weights.ondisk import on_disk
+from wancli.weights.ondisk import OnDisk, on_disk
 from wancli.weights.packed import Packed, pack_fp8
 from wancli.weights.parts import Part
 from wancli.weights.readers import packed
@@ -103,12 +103,12 @@ def load_transformer(
 
     `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
     packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
-    `lazily` leaves resident blocks to be converted when they first run, see Arriving.
+    `lazily` leaves blocks that are resident on a CPU to be converted when they first run, see Arriving.
     """
     with torch.device("meta"):
         model = WanModel(checkpoint.transformer)
     found = transformer_weights(checkpoint, expert)
-    arriving = lazily and residency == "resident"
+    arriving = lazily and residency == "resident" and torch.device(device).type == "cpu"
     away = [] if residency == "resident" else matrix_names(model.blocks, "blocks")
     if arriving:
         away = [name for name in model.state_dict() if name.startswith("blocks.")]
@@ -123,7 +123,8 @@ def load_transformer(
         leave=frozenset(away),
     )
     if arriving:
-        model.blocks = Arriving(model.blocks, partial(_take, found, model.blocks, dtype, device))
+        mapped = {name: found[name] for name in away}
+        model.blocks = Arriving(model.blocks, partial(_take, mapped, on_disk(mapped), model.blocks, dtype))
     elif away:
         matrices = {name: found[name] for name in away}
         source = _in_fp8(matrices, device) if fp8 else placed(matrices, residency, device)
@@ -136,17 +137,22 @@ def _kept_fp32(name: str) -> bool:
 
 
 def _take(
-    found: dict[str, Packed],
+    mapped: dict[str, Packed],
+    read: Mapping[str, OnDisk],
     blocks: nn.ModuleList,
     dtype: torch.dtype,
-    device: torch.device | str,
     index: int,
 ) -> dict[str, Tensor]:
-    """The tensors of one block, which leave `found`."""
+    """The tensors of one block: as they are mapped where the dtype fits, else read and converted, so that
+    the pages of a mapping do not count beside them."""
     taken = {}
-    for part in blocks[index].state_dict():
-        kept = torch.float32 if _kept_fp32(part) else dtype
-        taken[part] = found.pop(f"blocks.{index}.{part}").unpack(kept).to(device)
+    for part, meta in blocks[index].state_dict().items():
+        name, kept = f"blocks.{index}.{part}", torch.float32 if _kept_fp32(part) else dtype
+        weight = mapped.pop(name)
+        if weight.scheme == "plain" and weight.data.dtype == kept:
+            taken[part] = weight.unpack(kept)
+        else:
+            taken[part] = read[name].unpack(kept, out=torch.empty(meta.shape, dtype=kept))
     return taken
 
 

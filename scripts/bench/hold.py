@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         _build(config)
     except (MemoryError, RuntimeError) as caught:
-        error = str(caught).partition("]")[2].strip() or str(caught)
+        error = str(caught).partition("err == 0. ")[2] or str(caught)  # before it: a line of torch
     print(json.dumps({"needs": needs, "error": error}))
 
 

@@ -24,6 +24,11 @@ bench: $(VENV)/dev ## Measure against diffusers, side by side in one process
 
 gpu: $(VENV)/dev ## Test and measure on a GPU, where there is one
 	$(BIN)/python -m scripts.gpu
+bench-large: $(VENV)/dev ## Measure 14B in 6 GiB and how soon 1.3B runs; half an hour, 40 GB in DIR
+	$(BIN)/python -m scripts.bench.first_block --dir $(DIR)
+	$(BIN)/python -m scripts.bench.streaming --dir $(DIR)/two-blocks
+	$(BIN)/python -m scripts.bench.large --dir $(DIR) --encoder
+	$(BIN)/python -m scripts.bench.large --dir $(DIR)
 
 wheel: install ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
@@ -39,5 +44,5 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	scripts/install $(VENV) $(PYTHON) '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test lint bench gpu wheel clean
+.PHONY: help install demo test lint bench bench-large gpu wheel clean
 .DEFAULT_GOAL := help

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from scripts.bench.markdown import table
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
 from wancli import memory
 from wancli.models.attention import attention_backend
@@ -274,11 +275,6 @@ def rows(bench: Bench, folder: Path) -> Iterator[Row]:
         del model
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Test and measure on a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -295,8 +291,8 @@ def main(argv: Sequence[str]) -> int:
     if said.tiny:
         bench = Bench(said.device, TINY, (16, 2, 8, 8), 2)
     with tempfile.TemporaryDirectory() as folder:
-        table = [row.cells(bench.tokens) for row in rows(bench, Path(folder))]
-    print(markdown(table))
+        cells = [row.cells(bench.tokens) for row in rows(bench, Path(folder))]
+    print(table(COLUMNS, cells))
     name = torch.cuda.get_device_name() if said.device == "cuda" else "CPU"
     backend = attention_backend(said.device, torch.bfloat16, bench.config.head_dim)
     print(f"\n{datetime.date.today()}, {name}, torch {torch.__version__}, {bench.tokens:,} tokens, {backend}")

@@ -73,7 +73,8 @@ class Entry:
 
 
 def transformer_entries(config: WanConfig, dtype: str) -> list[Entry]:
-    """All in bf16, or as ComfyUI's fp8_scaled: the blocks' matrices in fp8, each with a `scale_weight`."""
+    """All in fp32 or bf16, or as ComfyUI's fp8_scaled: the blocks' matrices in fp8, each with a
+    `scale_weight`."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
     entries = []
@@ -83,7 +84,7 @@ def transformer_entries(config: WanConfig, dtype: str) -> list[Entry]:
             entries.append(Entry(name, shape, "F8_E4M3", _std(shape) / scale))
             entries.append(Entry(name.replace(".weight", ".scale_weight"), (), "F32", 0.0, scale))
         else:
-            entries.append(_plain(name, shape, "BF16"))
+            entries.append(_plain(name, shape, "F32" if dtype == "fp32" else "BF16"))
     if dtype == "fp8":
         entries.append(Entry("scaled_fp8", (2,), "F8_E4M3", 0.0))  # two elements: multiply in full precision
     return entries
@@ -164,7 +165,7 @@ def write_sharded(folder: Path, entries: Sequence[Entry], most: int) -> None:
 def write_checkpoint(
     folder: Path, config: WanConfig, *, dtype: str, text_encoder: str, vae: str, most: int = SHARD
 ) -> None:
-    """A whole folder. `dtype` is bf16 or fp8, `text_encoder` xxl or tiny, `vae` full or tiny."""
+    """A whole folder. `dtype` is fp32, bf16 or fp8, `text_encoder` xxl or tiny, `vae` full or tiny."""
     folder.mkdir(parents=True)
     (folder / TOKENIZER).parent.mkdir(parents=True)
     shutil.copy(FIXTURE / TOKENIZER, folder / TOKENIZER)
@@ -182,7 +183,8 @@ def write_checkpoint(
     write_sharded(folder, transformer_entries(config, dtype), sys.maxsize if dtype == "fp8" else most)
 
 
-def _model(text: str) -> WanConfig:
+def sizes(text: str) -> WanConfig:
+    """Of a model by its name, or of four numbers. Raises ArgumentTypeError."""
     if text in MODELS:
         return MODELS[text]
     try:
@@ -195,15 +197,15 @@ def _model(text: str) -> WanConfig:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Write a checkpoint of random weights.")
     parser.add_argument("folder", type=Path, help="must not be there")
-    parser.add_argument("--model", type=_model, default="1.3B", help="14B, 1.3B, or DIM,FFN,HEADS,LAYERS")
+    parser.add_argument("--model", type=sizes, default="1.3B", help="14B, 1.3B, or DIM,FFN,HEADS,LAYERS")
     parser.add_argument("--blocks", type=int, help="another depth than the model's")
-    parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), default="bf16")
     parser.add_argument("--text-encoder", choices=("xxl", "tiny"), default="tiny")
     parser.add_argument("--vae", choices=("full", "tiny"), default="tiny")
     said = parser.parse_args(argv)
-    sizes = vars(said.model) | ({"num_layers": said.blocks} if said.blocks else {})
+    config = vars(said.model) | ({"num_layers": said.blocks} if said.blocks else {})
     write_checkpoint(
-        said.folder, WanConfig(**sizes), dtype=said.dtype, text_encoder=said.text_encoder, vae=said.vae
+        said.folder, WanConfig(**config), dtype=said.dtype, text_encoder=said.text_encoder, vae=said.vae
     )
     size = sum(path.stat().st_size for path in said.folder.rglob("*") if path.is_file())
     print(f"{said.folder}: {size / 1e9:.2f} GB")

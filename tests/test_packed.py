@@ -140,6 +140,34 @@ def test_out_is_filled_and_nothing_else(weight: Packed):
             weight.unpack(torch.float32, wrong)
 
 
+@pytest.mark.parametrize("scale", [None, (), (7,), (7, 1), (7, 4, 1)], ids=str)
+def test_a_part_of_an_fp8_weight_is_unpacked_to_the_same_rows(scale: tuple[int, ...] | None):
+    torch.manual_seed(0)
+    scales = None if scale is None else torch.rand(scale) + 0.5
+    weight = Packed("fp8", codes(torch.float8_e4m3fn), (7, 256), scales)
+    whole, part = weight.unpack(torch.float32), weight.part(slice(2, 5))
+    assert part.shape == (3, 256)
+    assert same(part.unpack(torch.float32), whole[2:5])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_part_of_gguf_blocks_is_unpacked_to_the_same_rows(name: str):
+    elements, size = SIZES[name]
+    data = torch.from_numpy(random_blocks(name, 3 * 5)).view(-1)
+    for stored in (data, data.view(3, 5 * size)):
+        weight = Packed(name, stored, (3, 5 * elements))
+        assert torch.equal(weight.part(slice(1, 3)).unpack(torch.float32), weight.unpack(torch.float32)[1:])
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_one_nan_among_numbers_is_found(code: int):
+    data = torch.zeros(5, 64, dtype=torch.uint8)
+    data[3, 9] = code
+    unpacked = Packed("fp8", data.view(torch.float8_e4m3fn), (5, 64)).unpack(torch.float32)
+    assert unpacked[3, 9].isnan()
+    assert unpacked.isnan().sum() == 1
+
+
 class Largest(TorchDispatchMode):
     """The size in bytes of the largest storage that any operation made."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import Context, Request, WanModel
+from wancli.weights import ondisk
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_into, load_transformer
 from wancli.weights.ondisk import on_disk
@@ -181,6 +183,9 @@ class Scaled:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+    def part(self, rows: slice) -> Scaled:
+        return replace(self, data=self.data[rows], shape=self.data[rows].shape)
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
         return out.copy_(self.data).mul_(self.scale)
@@ -397,6 +402,22 @@ def test_weights_on_disk_are_those_of_the_file(path: Path, dtype: torch.dtype):
         out = torch.empty(*weight.shape, dtype=dtype)
         assert weight.nbytes == expected[name].nbytes
         assert torch.equal(weight.unpack(dtype, out=out), expected[name].to(dtype))
+
+
+def test_a_weight_that_is_read_in_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    path = tmp_path / "fp8.safetensors"
+    scales = torch.rand(7, 1)
+    save_file({"a": torch.randn(7, 30).to(torch.float8_e4m3fn)}, path)
+    ((_, data),) = tensors([path])
+    weight = Packed("fp8", data, (7, 30), scales)
+    expected = weight.unpack(torch.float32)
+    read: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: (read.append(preadv(*a)), read[-1])[1])
+    monkeypatch.setattr(ondisk, "PIECE", 65)
+    assert torch.equal(on_disk({"a": weight})["a"].unpack(torch.float32, out=torch.empty(7, 30)), expected)
+    assert read == [60, 60, 60, 30]
 
 
 def test_single_rows_are_read_in_any_order():

@@ -31,6 +31,7 @@ class Networks:
     """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
 
     model: Model
+    lazily: bool = False  # blocks may arrive when they first run; not where LoRAs are put into them before
     loading: Record = field(default_factory=dict)  # what loading the transformer took
     _loaded: tuple[Expert, WanModel] | None = None
     _patches: Patches | None = None  # of the network that is loaded
@@ -55,6 +56,7 @@ class Networks:
                 self._fetched,
                 self.model.dtype == "fp8",
                 self.model.kernels,
+                self.lazily,
             )
         self.loading = record.phase("load", peak)
         self._loaded = expert, network

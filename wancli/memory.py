@@ -136,7 +136,7 @@ def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int
     all where it is resident, 2 where it is packed or streamed.
 
     Matrices and biases of blocks in `element` bytes each, all else in fp32. Beside a packed model are its
-    packed weights; beside one streamed to another dtype than its file's, the largest of them.
+    packed weights; beside one streamed to a GPU in another dtype than its file's, the largest of them.
     """
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
     biases = wan.num_layers * (9 * wan.dim + wan.ffn_dim)

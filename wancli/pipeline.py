@@ -133,7 +133,7 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     except ShotError as error:
         yield from (Outcome(shot, "failed", error=error) for shot in fresh)
         waves, encoded, stage1 = [], {}, {}
-    networks = Networks(model)
+    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
     for shot in shots:
         if shot.index in recalled:
             if not (known := _recalled(shot)):

@@ -5,7 +5,6 @@ GFLOP/s count the arithmetic of the plain network for both, also where one of th
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 
@@ -15,7 +14,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
 from scripts.bench import dit, startup, vae
-from scripts.bench.machine import Row, cpu_name, matmul_peak
+from scripts.bench.machine import Row, matmul_peak
+from scripts.bench.markdown import stamp, table
 from wancli.models.layers import linear
 
 COLUMNS = (
@@ -32,11 +32,10 @@ COLUMNS = (
 
 def main() -> None:
     before = peaks()
-    table = [cells(row) for row in (*dit.rows(), *vae.rows())]
+    found = [cells(row) for row in (*dit.rows(), *vae.rows())]
     mm, onednn = map(max, zip(before, peaks()))
-    print(markdown(table))
-    threads = f"{torch.get_num_threads()} threads"
-    print(f"- {datetime.date.today()}, {cpu_name()}, {threads}, torch {torch.__version__}")
+    print(table(COLUMNS, found))
+    print(f"- {stamp()}")
     print(f"- matmul of 2048 x 2048: torch.mm {mm:.0f} GFLOP/s, oneDNN {onednn:.0f} GFLOP/s")
     for what, seconds in startup.rows():
         print(f"- {what}: {seconds:.2f} s")
@@ -65,11 +64,6 @@ def cells(row: Row) -> list[str]:
         f"{row.ours_mib:.0f}",
         f"{row.theirs_mib:.0f}",
     ]
-
-
-def markdown(table: list[list[str]]) -> str:
-    body = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *table]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in body), ""])
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -70,14 +68,6 @@ def matmul_peak(size: int = 2048, repeats: int = 7) -> float:
     torch.mm(a, b)
     best = min(_seconds(lambda: torch.mm(a, b)) for _ in range(repeats))
     return 2 * size**3 / best / 1e9
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def _seconds(way: Callable[[], object]) -> float:

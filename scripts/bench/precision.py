@@ -7,7 +7,6 @@ tests' random checkpoint, whose rows of 48, as wan-mini's of 88, are not made of
 
 from __future__ import annotations
 
-import datetime
 import re
 import resource
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scripts.bench.machine import cpu_name
 from scripts.bench.quantize import to_blocks
 from wancli import mini
 from wancli.models.config import WanConfig
@@ -86,8 +84,7 @@ def main() -> None:
     for name, mode in MODES.items():
         cells = [cell(velocity, mode, exact[column]) for column, velocity in columns.items()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    threads = f"{torch.get_num_threads()} threads"
-    print(f"\n- {datetime.date.today()}, {cpu_name()}, {threads}, torch {torch.__version__}")
+    print(f"\n- {stamp()}")
     print(f"- at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory")
 
 

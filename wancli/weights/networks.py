@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,10 @@ from wancli.models.config import Kernels, VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
+from wancli.weights.arriving import Arriving
 from wancli.weights.fp8_matmul import multiply_in_fp8
 from wancli.weights.identify import Checkpoint, vae_sizes
-from wancli.weights.ondisk import on_disk
+from wancli.weights.ondisk import OnDisk, on_disk
 from wancli.weights.packed import Packed, pack_fp8
 from wancli.weights.parts import Part
 from wancli.weights.readers import packed
@@ -98,6 +100,7 @@ def load_transformer(
     after_unpack: AfterUnpack | None = None,
     fp8: bool = False,
     kernels: Kernels = Kernels(),
+    lazily: bool = False,
 ) -> WanModel:
     """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
     precision everything outside the large matrices of the blocks stays fp32.
@@ -105,6 +108,7 @@ def load_transformer(
     `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
     packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
     `kernels` are what it computes with. Raises ValueError for `fp8_matmul` of weights that are not resident.
+    `lazily` leaves blocks that are resident on a CPU to be converted when they first run, see Arriving.
     """
     if kernels.fp8_matmul and residency != "resident":
         raise ValueError(f"{residency} weights do not multiply in fp8")
@@ -112,24 +116,54 @@ def load_transformer(
         model = WanModel(checkpoint.transformer, kernels)
     found = transformer_weights(checkpoint, expert)
     whole = residency == "resident" and not kernels.fp8_matmul
+    arriving = lazily and whole and torch.device(device).type == "cpu"
     away = [] if whole else matrix_names(model.blocks, "blocks")
+    if arriving:
+        away = [name for name in model.state_dict() if name.startswith("blocks.")]
     load_into(
         model,
         found.items(),
         rename=str,
         dtype=dtype,
         device=device,
-        keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
+        keep_fp32=_kept_fp32,
         where=str(checkpoint.expert(expert).files[0].parent),
         leave=frozenset(away),
     )
     if kernels.fp8_matmul:
         multiply_in_fp8(model.blocks, "blocks", found, device)
+    elif arriving:
+        mapped = {name: found[name] for name in away}
+        model.blocks = Arriving(model.blocks, partial(_take, mapped, on_disk(mapped), model.blocks, dtype))
     elif away:
         matrices = {name: found[name] for name in away}
         source = _in_fp8(matrices, device) if fp8 else placed(matrices, residency, device)
         model.blocks = Streamed(model.blocks, "blocks", source, device, after_unpack)
     return model.eval()
+
+
+def _kept_fp32(name: str) -> bool:
+    return any(part in name for part in KEPT_FP32)
+
+
+def _take(
+    mapped: dict[str, Packed],
+    read: Mapping[str, OnDisk],
+    blocks: nn.ModuleList,
+    dtype: torch.dtype,
+    index: int,
+) -> dict[str, Tensor]:
+    """The tensors of one block: as they are mapped where the dtype fits, else read and converted, so that
+    the pages of a mapping do not count beside them."""
+    taken = {}
+    for part, meta in blocks[index].state_dict().items():
+        name, kept = f"blocks.{index}.{part}", torch.float32 if _kept_fp32(part) else dtype
+        weight = mapped.pop(name)
+        if weight.scheme == "plain" and weight.data.dtype == kept:
+            taken[part] = weight.unpack(kept)
+        else:
+            taken[part] = read[name].unpack(kept, out=torch.empty(meta.shape, dtype=kept))
+    return taken
 
 
 def _in_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:

@@ -58,6 +58,18 @@ class Packed:
         """Memory of the packed weight and its scales, in bytes."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    def part(self, rows: slice) -> Packed:
+        """The weight of these rows alone, not copied."""
+        count = self.shape[0]
+        data = self.data.view(count, -1)[rows]
+        shape = (len(data), *self.shape[1:])
+        scale = self.scale
+        if scale is not None and scale.numel() > 1:
+            scale = scale[rows]
+        return Packed(
+            self.scheme, data.view(shape) if self.scheme in ("plain", "fp8") else data, shape, scale
+        )
+
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight of `shape` in fp32, bf16 or fp16, on the device of `data`.
@@ -143,36 +155,38 @@ def _unpack_fp8(packed: Packed, out: Tensor) -> None:
     scale = scale.to(out.device, torch.float32)
     groups = scale.numel() if scale.numel() > 1 else out.shape[0] if out.dim() > 1 else 1
     data_GE = packed.data.contiguous().view(groups, -1)
-    decode, factor = (_fp8, 1.0) if out.is_cuda else _FP8_ON_CPU[packed.data.dtype]
-    scale_G1 = (scale * factor).view(-1, 1).expand(groups, 1)
+    e4m3fn, as_half = data_GE.dtype == torch.float8_e4m3fn, not out.is_cuda
+    scale_G1 = (scale * (256.0 if e4m3fn and as_half else 1.0)).view(-1, 1).expand(groups, 1)
+    holds_nan = e4m3fn and as_half and _holds_e4m3fn_nan(data_GE)
+    strips = _strips(data_GE) if as_half else []
+    bits_GE = torch.empty(strips[0].stop if strips else 0, data_GE.shape[1], dtype=torch.int16)
 
     def write(rows: slice, strip: Tensor) -> None:
-        decode(data_GE[rows], strip)
+        code_GE = data_GE[rows]
+        strip.copy_(_halves(code_GE, bits_GE[: len(code_GE)]) if as_half else code_GE)
         strip.mul_(scale_G1[rows])
+        if holds_nan:
+            strip[code_GE.view(torch.uint8) & 0x7F == 0x7F] = torch.nan
 
     _fill(out.view(groups, -1), write)
 
 
-def _fp8(code_GE: Tensor, strip_GE: Tensor) -> None:
-    strip_GE.copy_(code_GE)
+def _halves(code_GE: Tensor, bits_GE: Tensor) -> Tensor:
+    """The values, of e4m3fn times 2^-8 and but for NaN, made in `bits`. An int8 code is widened with its
+    sign, which for e4m3fn lands in bits 15 and 14."""
+    bits_GE.copy_(code_GE.view(torch.int8))
+    if code_GE.dtype == torch.float8_e5m2:
+        bits_GE.mul_(256)
+    else:
+        bits_GE.mul_(128).bitwise_and_(~0x4000)
+    return bits_GE.view(torch.float16)
 
 
-def _e5m2_on_cpu(code_GE: Tensor, strip_GE: Tensor) -> None:
-    bits_GE = code_GE.view(torch.int8).to(torch.int16).mul_(256)
-    strip_GE.copy_(bits_GE.view(torch.float16))
-
-
-def _e4m3fn_on_cpu(code_GE: Tensor, strip_GE: Tensor) -> None:
-    """The values times 2^-8. The int8 code is widened with its sign, which lands in bits 15 and 14."""
-    code_GE = code_GE.view(torch.int8)
-    bits_GE = code_GE.to(torch.int16).mul_(128).bitwise_and_(~0x4000)
-    strip_GE.copy_(bits_GE.view(torch.float16))
-    magnitude_GE = code_GE & 0x7F
-    if magnitude_GE.amax() == 0x7F:
-        strip_GE[magnitude_GE == 0x7F] = torch.nan
-
-
-_FP8_ON_CPU = {torch.float8_e5m2: (_e5m2_on_cpu, 1.0), torch.float8_e4m3fn: (_e4m3fn_on_cpu, 256.0)}
+def _holds_e4m3fn_nan(code_GE: Tensor) -> bool:
+    """NaN with a sign is the largest uint8, without one the largest int8: two maxima find it."""
+    return code_GE.numel() > 0 and (
+        int(code_GE.view(torch.uint8).max()) == 0xFF or int(code_GE.view(torch.int8).max()) == 0x7F
+    )
 
 
 def _unpack_blocks(packed: Packed, out: Tensor) -> None:

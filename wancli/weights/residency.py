@@ -112,7 +112,9 @@ class Streamed(nn.ModuleList):
             raise RuntimeError("these blocks are in another loop already")
         self._running = True
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="weights") as reader:
+            # One thread beside those that compute: unpacking is bound by memory, and threads that wait for
+            # each other on busy cores take a third longer than one alone.
+            with ThreadPoolExecutor(1, "weights", torch.set_num_threads, (1,)) as reader:
                 coming = reader.submit(self._fetch, 0)
                 for i, block in enumerate(super().__iter__()):
                     stage = coming.result()

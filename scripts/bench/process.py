@@ -1,0 +1,42 @@
+"""Whole processes, measured from outside. Without torch: what this process holds counts for its children."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+WANCLI = ("-c", "from wancli.cli import main; main()")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A process that ended: seconds, and the most bytes of RAM that it had."""
+
+    stdout: str
+    seconds: float
+    peak: int
+
+
+def python(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ran:
+    """Runs this Python in the repository. Raises CalledProcessError, its stderr shown."""
+    command = [sys.executable, *arguments]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=out, stderr=err
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), err.seek(0)
+        if process.returncode:
+            sys.stderr.write(err.read())
+            raise subprocess.CalledProcessError(process.returncode, command)
+        return Ran(out.read(), seconds, usage.ru_maxrss * 1024)

@@ -1,0 +1,165 @@
+"""What streaming costs: the same forwards with blocks resident and fetched, in turn, in one process.
+
+    python -m scripts.bench.streaming [--tiny] [--dir DIR]
+
+Blocks of 14B in fp8. Two distinct ones are walked through over and over, as a deep model would: so the
+resident way needs the memory of two. The file is in the kernel's cache, as it is after the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# As the command sets them; read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch
+from torch import nn
+
+from scripts.bench.markdown import stamp, table
+from scripts.make_random_checkpoint import MODELS, write_checkpoint
+from wancli.models.config import WanConfig
+from wancli.models.dit import Request, WanModel
+from wancli.weights.identify import Checkpoint, identify
+from wancli.weights.networks import load_transformer, transformer_weights
+from wancli.weights.residency import Streamed, matrix_names, placed
+
+DISTINCT = 2
+PROMPT = 60  # tokens
+TINY = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DISTINCT, text_dim=32, freq_dim=64)
+COLUMNS = ("forwards of one pass", "resident s/block", "streamed s/block", "overhead", "of the best runs")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Forwards on one pass over `depth` blocks. The first block of a pass is waited for, so that a pass over
+    few blocks shows more than 40 of them would."""
+
+    forwards: int
+    grid: tuple[int, int, int]  # of the latent
+    depth: int
+    rounds: int
+
+    @property
+    def what(self) -> str:
+        t, y, x = self.grid
+        return f"{self.forwards} of {t * y * x // 4} tokens"
+
+
+CASES = (Case(1, (1, 32, 32), depth=16, rounds=3), Case(2, (2, 32, 32), depth=6, rounds=2))
+TINY_CASES = (Case(1, (1, 8, 8), depth=3, rounds=1), Case(2, (2, 8, 8), depth=5, rounds=1))
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds per block of each run."""
+
+    what: str
+    resident: Sequence[float]
+    streamed: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.streamed) / statistics.median(self.resident) - 1
+
+    @property
+    def best(self) -> float:
+        return min(self.streamed) / min(self.resident) - 1
+
+    def cells(self) -> list[str]:
+        medians = (f"{statistics.median(runs):.3f}" for runs in (self.resident, self.streamed))
+        return [self.what, *medians, f"{self.median:+.1%}", f"{self.best:+.1%}"]
+
+
+def both(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanModel]:
+    """Resident and streamed, `depth` blocks each, which share all that is not in the blocks."""
+    checkpoint = _checkpoint(folder, config)
+    resident = load_transformer(checkpoint, torch.float32, "cpu")
+    streamed = WanModel.__new__(WanModel)
+    nn.Module.__init__(streamed)
+    streamed.config = resident.config
+    for name, child in resident.named_children():
+        streamed.add_module(name, child)
+    blocks = list(resident.blocks)
+    with torch.device("meta"):
+        bare = WanModel(replace(config, num_layers=depth)).blocks
+    _small_ones(bare, blocks)
+    found = transformer_weights(checkpoint)
+    names = matrix_names(bare, "blocks")
+    source = {name: found[_distinct(name)] for name in names}
+    streamed.blocks = Streamed(bare, "blocks", placed(source, "streamed", "cpu"), "cpu")
+    resident.blocks = nn.ModuleList(blocks[i % DISTINCT] for i in range(depth))
+    return resident, streamed.eval()
+
+
+def _checkpoint(folder: Path, config: WanConfig) -> Checkpoint:
+    """That of two blocks, made if it is not there."""
+    if not folder.exists():
+        write_checkpoint(
+            folder, replace(config, num_layers=DISTINCT), dtype="fp8", text_encoder="tiny", vae="tiny"
+        )
+    return identify(folder)
+
+
+def _distinct(name: str) -> str:
+    """The name in the checkpoint of a matrix of the deep model."""
+    _, index, part = name.split(".", 2)
+    return f"blocks.{int(index) % DISTINCT}.{part}"
+
+
+def _small_ones(bare: nn.ModuleList, blocks: Sequence[nn.Module]) -> None:
+    """Gives blocks on the meta device all but their matrices."""
+    for i, block in enumerate(bare):
+        state = blocks[i % DISTINCT].state_dict()
+        small = {name: tensor for name, tensor in state.items() if tensor.dim() != 2}
+        block.load_state_dict(small, strict=False, assign=True)
+
+
+@torch.inference_mode()
+def measure(models: tuple[WanModel, WanModel], case: Case) -> Overhead:
+    """Text keys and values are made in the warm-up."""
+    torch.manual_seed(0)
+    config = models[0].config
+    context = models[0].project(torch.randn(PROMPT, config.text_dim))
+    x_BCTYX = torch.randn(1, config.in_dim, *case.grid)
+    requests = [Request(x_BCTYX, 500.0, [((context, 1.0),)] * case.depth) for _ in range(case.forwards)]
+    ways = [_way(model, requests) for model in models]
+    if not torch.equal(*(way()[0] for way in ways)):
+        raise AssertionError("resident and streamed blocks differ")
+    seconds: list[list[float]] = [[], []]
+    for _ in range(case.rounds):
+        for way, log in zip(ways, seconds, strict=True):
+            start = time.perf_counter()
+            way()
+            log.append((time.perf_counter() - start) / case.depth)
+    return Overhead(case.what, *seconds)
+
+
+def _way(model: WanModel, requests: Sequence[Request]) -> Callable[[], list[torch.Tensor]]:
+    return lambda: model.velocities(requests)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description="What streaming costs.")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: does it run?")
+    parser.add_argument("--dir", type=Path, help="where the checkpoint is, or is kept when made")
+    said = parser.parse_args(argv)
+    config, cases = (TINY, TINY_CASES) if said.tiny else (MODELS["14B"], CASES)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = said.dir or Path(temporary) / "model"
+        rows = [measure(both(folder, config, case.depth), case) for case in cases]
+    print(table(COLUMNS, [row.cells() for row in rows]))
+    print(f"{stamp()}; " + ", ".join(f"{case.rounds} runs of {case.depth} blocks" for case in cases))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

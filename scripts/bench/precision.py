@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scripts.bench.markdown import stamp
 from scripts.bench.quantize import to_blocks
 from wancli import mini
 from wancli.models.config import WanConfig

@@ -59,12 +59,13 @@ def sample_phase(
     blocks: int | None = None,
     riders: int = 1,
     shots: int = 1,
+    chunk: int | None = None,
 ) -> Phase:
     """One forward at a time on a latent [z, T, Y, X]; matmuls in `element` bytes, residual in fp32.
 
     `context_rows` counts the text rows of all contexts together, one padding row each: their K and
     V are kept for every block. `blocks` as in `wan_bytes`; `riders` forwards share a pass over the blocks,
-    and `shots` are sampled in lock-step.
+    and `shots` are sampled in lock-step. Of `chunk` tokens at a time there is more than the residual, K and V.
     """
     channels, t, y, x = latent
     tokens = t * (y // 2) * (x // 2)
@@ -72,13 +73,18 @@ def sample_phase(
     feed_forward = (wan.ffn_dim + wan.dim) * element  # hidden, projection
     cast = 0 if element == FP32 else wan.dim * element  # what enters a Linear
     per_token = 2 * wan.dim * FP32 + cast + max(attention, feed_forward)  # residual and its modulated norm
+    activation = tokens * per_token
+    if chunk and chunk < tokens:
+        of_all = wan.dim * FP32 + 2 * wan.dim * element
+        of_chunk = wan.dim * FP32 + cast + max(3 * wan.dim * element, feed_forward)
+        activation = min(activation, tokens * of_all + chunk * of_chunk)
     keys_values = 2 * context_rows * wan.dim * wan.num_layers * element
     latents = shots * _LATENTS_KEPT * channels * t * y * x * FP32
     rider = wan.dim * FP32 + wan.head_dim * FP32  # its residual and its rotary table
     return Phase(
         "sample",
         resident + wan_bytes(wan, element=element, blocks=blocks),
-        tokens * (per_token + (riders - 1) * rider),
+        activation + tokens * (riders - 1) * rider,
         keys_values + latents,
     )
 

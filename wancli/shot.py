@@ -14,7 +14,7 @@ from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.memory import Phase, Residency
-from wancli.models.config import T5Config, VAE22Config, VAEConfig
+from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
@@ -46,6 +46,7 @@ class Model:
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
+    kernels: Kernels = Kernels()
 
     @property
     def computes(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -151,6 +152,7 @@ class Shot:
             resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
             blocks=None if resident else 2,
             riders=1 if resident else RIDERS,
+            chunk=model.kernels.chunk,
         )
         return (
             memory.encode_phase(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
+
+Attention = Literal["auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,16 @@ class T5Config:
     num_layers: int
     num_heads: int
     num_buckets: int = 32
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a transformer computes; changes no more than rounding.
+
+    `attention` is who computes self-attention. Forwards without gradients take `chunk` tokens at a time,
+    or all. `fp8_matmul` multiplies the blocks' matrices, which are then e4m3 in memory, in fp8.
+    """
+
+    attention: Attention = "auto"
+    chunk: int | None = None
+    fp8_matmul: bool = False

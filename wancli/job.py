@@ -197,6 +197,7 @@ class Memory(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     residency: Literal["auto", "resident", "packed", "streamed"] = "auto"
+    budget: str | None = None
     decode_chunk: int = Field(1, ge=1, le=64)
 
 

@@ -67,7 +67,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version",
         "wancli render JOB --prompt -o/--output --force --json --cache-dir --log-level --progress -q/--quiet",
-        "wancli plan JOB -v/--verbose --json --cache-dir",
+        "wancli plan JOB -v/--verbose --memory --json --cache-dir",
         "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --json"
         " --cache-dir --progress -q/--quiet",
         "wancli decode NAME.latents.safetensors -o/--output --model --force --progress -q/--quiet",

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 Expert = Literal["only", "high", "low"]
 EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
+WAITING_BYTES = 2 * 2**30  # of host memory, for the states of shots that wait for the other expert
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli import files, latents, machine, manifest, memory, record, underway, video
+from wancli import choose, files, latents, manifest, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     EntryError,
@@ -70,10 +70,7 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     for codec in dict.fromkeys(shot.codec for shot in todo):
         video.check_ffmpeg(codec)
     for shot in todo:
-        if shot.model.device == "cpu":
-            encoded = all(text.file or _cached(text, tools) for text in shot.texts)
-            phases = [phase for phase in shot.phases if phase.name != "encode" or not encoded]
-            memory.require(phases, machine.available(), f"shot {shot.id}")
+        choose.require(shot, encoded=all(text.file or _cached(text, tools) for text in shot.texts))
     return todo
 
 

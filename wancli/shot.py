@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import memory
+from wancli import footprint
 from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
@@ -19,7 +20,6 @@ from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 
-RIDERS = 2  # forwards that share a pass over fetched weights: cond and uncond
 PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
 
@@ -46,7 +46,9 @@ class Model:
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
-    kernels: Kernels = Kernels()
+    kernels: Kernels = field(default_factory=Kernels)
+    budget: int | None = None  # bytes that the process may take, on CUDA the device; None is what is free
+    why: tuple[str, ...] = ()  # how the residencies and the chunk were chosen
 
     @property
     def computes(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -91,6 +93,7 @@ class Shot:
     decode_chunk: int
     measure: bool
     output: Path
+    waiting: int = 0  # bytes of other shots' latents that wait in host memory for an expert
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -139,34 +142,12 @@ class Shot:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding."""
-        model = self.model
-        element = 4 if model.computes == "fp32" else 2
-        wan, resident = model.checkpoint.transformer, model.residency == "resident"
-        rows = sum(len(text.tokens.ids) + 1 for text in self.texts)
-        longest = max(len(text.tokens.ids) for text in self.texts)
-        sample = memory.sample_phase(
-            wan,
-            self.latent_shape,
-            context_rows=rows,
-            element=element,
-            resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
-            blocks=None if resident else 2,
-            riders=1 if resident else RIDERS,
-            chunk=model.kernels.chunk,
-        )
-        return (
-            memory.encode_phase(
-                model.text_encoder,
-                prompt_tokens=longest,
-                element=element,
-                streamed=model.encoder.residency == "streamed",
-                prompts=len(self.texts),
-            ),
-            sample,
-            memory.decode_phase(
-                model.vae_sizes, self.latent_shape, chunk=self.decode_chunk, resident=sample.model
-            ),
-        )
+        return footprint.phases(self)
+
+    @property
+    def peak(self) -> int:
+        """Predicted bytes of the whole process at most; on CUDA those of the device."""
+        return footprint.process(self.model) + max(phase.total for phase in self.phases)
 
     @cached_property
     def latents_key(self) -> str:
@@ -193,6 +174,12 @@ class Shot:
         """Hash of all that the video depends on."""
         video = [self.model.vae, self.decode_chunk, self.fps, self.crf, self.codec]
         return _hash([self.latents_key, *video])
+
+
+def waits(shot: Shot) -> int:
+    """Bytes of what a shot leaves between its two experts: its latent, and with UniPC two x0 and the last
+    latent. 0 where there is one network."""
+    return 0 if shot.guidance_low is None else 4 * 4 * math.prod(shot.latent_shape)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ high-noise steps, wait as plain states, and then take their low-noise steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from wancli import files, latents, record
 from wancli.encode import Encoded
 from wancli.events import Progress
-from wancli.experts import EXPERTS, Stage
+from wancli.experts import EXPERTS, WAITING_BYTES, Stage
+from wancli.footprint import RIDERS
 from wancli.inject import Branch
 from wancli.peak import Peak
 from wancli.record import Record
-from wancli.shot import RIDERS, Shot
+from wancli.shot import Shot, waits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from wancli.models.dit import WanModel
     from wancli.solvers import State
     from wancli.weights.lora import Loras, Patches
-
-WAITING_BYTES = 2 * 2**30  # for the states of shots that wait for the other expert
-_STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
 
 @dataclass
@@ -51,8 +48,8 @@ def together(shots: Sequence[Shot]) -> Iterator[list[Shot]]:
     group: list[Shot] = []
     waiting = 0
     for shot in shots:
-        state = 4 * _STATE_TENSORS * math.prod(shot.latent_shape)
-        if group and (shot.guidance_low is None or waiting + state > WAITING_BYTES):
+        state = waits(shot)
+        if group and (state == 0 or waiting + state > WAITING_BYTES):
             yield group
             group, waiting = [], 0
         group.append(shot)

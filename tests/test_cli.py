@@ -68,7 +68,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli --version",
         "wancli render JOB --prompt -o/--output --set --sweep --items --shard --force --json"
         " --cache-dir --log-level --progress -q/--quiet",
-        "wancli plan JOB -v/--verbose --set --sweep --items --shard --json --cache-dir",
+        "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
         "wancli schema",
         "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep"
         " --items --shard --json --cache-dir --progress -q/--quiet",

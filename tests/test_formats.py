@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from test_gguf import as_llama_cpp_does
 from torch import Tensor
 
-from wancli import machine
+from wancli import choose
 from wancli.jobfile import load
+from wancli.memory import PROCESS
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import plan
@@ -378,7 +379,7 @@ def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(
     path.write_text(json.dumps(job))
 
     def decided(free: int) -> list[tuple[str, str]]:
-        monkeypatch.setattr(machine, "available", lambda: free)
+        monkeypatch.setattr(choose, "limit", lambda _: PROCESS + free)
         shots = plan(load(path), tmp_path / "memo.json").shots
         return [(shot.model.residency, shot.model.encoder.residency) for shot in shots]
 

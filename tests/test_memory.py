@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wancli import machine, memory, peak
-from wancli.errors import DoesNotFit
 from wancli.models import t5
 from wancli.models.config import Kernels, T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
@@ -215,6 +214,21 @@ def test_memory_of_decoding_does_not_depend_on_the_length_of_the_clip():
     assert memory.decode_phase(VAEConfig(), (16, 1, 60, 104), chunk=1).activation < clips[0].activation
 
 
+def test_a_chunk_spares_all_tokens_but_the_residual_the_keys_and_the_values():
+    latent = (16, 21, 60, 104)
+    whole, some, few = (
+        memory.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=chunk).activation
+        for chunk in (None, 4096, 1024)
+    )
+    assert 0.4 * whole < few < some < whole
+    assert memory.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=10**6).activation == whole
+
+
+def test_a_mapped_vae_is_its_decoder_twice():
+    read, mapped = (memory.decode_phase(VAEConfig(), (16, 3, 6, 4), chunk=1, mapped=m).model for m in (0, 1))
+    assert (read, mapped) == (4 * 126_892_531, 8 * parameters(WanVAE(VAEConfig()).decoder) + 8 * 272)
+
+
 def test_what_stays_loaded_counts_in_the_phase():
     alone = memory.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1)
     beside = memory.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident=10**9)
@@ -225,19 +239,6 @@ def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
     assert memory.encode_phase(UMT5_XXL, prompt_tokens=100, element=2).model == 11_361_820_672
     short, long = (memory.encode_phase(UMT5_XXL, prompt_tokens=n, element=2) for n in (10, 500))
     assert short.activation < long.activation < 10**9
-
-
-def test_a_shot_that_does_not_fit_is_refused_with_the_phase_and_both_figures():
-    phases = [memory.Phase("encode", 2**30, 0, 0), memory.Phase("sample", 2**30, 2**31, 2**29)]
-    memory.require(phases, 7 * 2**29)
-    with pytest.raises(
-        DoesNotFit, match=r"shot 3: sample needs 3\.5 GiB of memory, 1\.0 GiB are free"
-    ) as caught:
-        memory.require(phases, 2**30, "shot 3")
-    assert "smaller size" in caught.value.hint
-    with pytest.raises(DoesNotFit) as caught:
-        memory.require(phases[:1], 1)
-    assert "dtype" in caught.value.hint
 
 
 def test_some_memory_is_available():
@@ -299,7 +300,7 @@ def test_what_touches_disk_and_terminal_loads_without_torch_and_numpy():
 import sys
 from wancli import events, files, manifest, memory, store, video
 wan = memory.WanConfig(96, 96, 4, 1)
-memory.require([memory.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)], 10**9)
+memory.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)
 events.progress(sys.stderr)
 sys.exit(" ".join({"torch", "numpy", "rich", "transformers", "imageio_ffmpeg"} & set(sys.modules)))
 """

@@ -196,7 +196,7 @@ def render(
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
     rendered again. Prints one path per finished shot.
     """
-    from wancli import events, pipeline
+    from wancli import events, pipeline, rates
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
@@ -208,6 +208,8 @@ def render(
     for warning in plan.warnings:
         display.warn(warning)
     outcomes: list[pipeline.Outcome] = []
+    known = rates.read(_rates(cache_dir))
+    expected = data.time_of(plan.shots, _store(cache_dir), known)["phases"]
     try:
         for outcome in _traced(pipeline.render(plan, Tools(_store(cache_dir), display, force)), log_level):
             outcomes.append(outcome)
@@ -220,7 +222,9 @@ def render(
             with suppress(WancliError):  # the first error is the one to tell
                 data.write(plan, data.build(plan, outcomes))
         raise
-    report = data.build(plan, outcomes)
+    fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
+    rates.remember(_rates(cache_dir), rates.learned(fresh))
+    report = data.build(plan, outcomes, expected)
     path = data.write(plan, report)
     if as_json:
         emit(report)
@@ -236,6 +240,10 @@ def plan_command(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Plan for this much, 24GiB; also show what other settings need."),
+    ] = None,
     sets: Sets = None,
     sweeps: Sweeps = None,
     items: Items = None,
@@ -245,18 +253,24 @@ def plan_command(
 ) -> int:
     """Show what a render would do.
 
-    Shots, noise levels, injection per block, prompts to encode, memory. Loads no model.
+    Shots, noise levels, injection per block, prompts to encode, memory, time. Loads no model.
     """
-    from wancli.report import data, terminal
+    from wancli import choose, rates
+    from wancli.report import data, planned, terminal
+    from wancli.units import parse_size
 
-    plan = _plan(_job(job, _flags(sets, sweeps, items, shard)), cache_dir)
-    store = _store(cache_dir)
+    budget = None if memory is None else parse_size(memory, "--memory")
+    plan = _plan(_job(job, _flags(sets, sweeps, items, shard)), cache_dir, budget=budget)
+    store, known = _store(cache_dir), rates.read(_rates(cache_dir))
     if as_json:
-        emit(data.of_plan(plan, store))
+        emit(data.of_plan(plan, store, known))
     else:
-        terminal.show(terminal.plan_tables(plan, store, verbose=verbose))
+        terminal.show(planned.plan_tables(plan, store, known, verbose=verbose, others=budget is not None))
         for warning in plan.warnings:
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
+    for shot in plan.shots:
+        if data.state(shot) != "done":
+            choose.require(shot, encoded=all(text["cached"] for text in data.cached([shot], store)))
     return ExitStatus.OK
 
 
@@ -472,9 +486,10 @@ def cache_prune(
 
     Damaged ones, the oldest beyond a size, those older than some days.
     """
-    from wancli.report.terminal import parse_size, size
+    from wancli.units import parse_size, size
 
-    removed = _store(cache_dir).prune(parse_size(max_size) if max_size is not None else None, older_than)
+    most = None if max_size is None else parse_size(max_size, "--max-size")
+    removed = _store(cache_dir).prune(most, older_than)
     total = sum(entry.bytes for entry in removed)
     if as_json:
         emit({"removed": [entry.key for entry in removed], "bytes": total})
@@ -528,10 +543,10 @@ def _job(job: str, flags: Flags) -> JobFile:
     return load(Path(job), flags)
 
 
-def _plan(jobs: JobFile, cache_dir: Path | None, *, measure: bool = False) -> Plan:
+def _plan(jobs: JobFile, cache_dir: Path | None, *, measure: bool = False, budget: int | None = None) -> Plan:
     from wancli import plan
 
-    return plan.plan(jobs, _memo(cache_dir), measure=measure)
+    return plan.plan(jobs, _memo(cache_dir), measure=measure, budget=budget)
 
 
 def _cache(cache_dir: Path | None) -> Path:
@@ -543,6 +558,10 @@ def _cache(cache_dir: Path | None) -> Path:
 
 def _memo(cache_dir: Path | None) -> Path:
     return _cache(cache_dir) / "hashes.json"
+
+
+def _rates(cache_dir: Path | None) -> Path:
+    return _cache(cache_dir) / "rates.json"
 
 
 def _store(cache_dir: Path | None) -> Store:

@@ -211,6 +211,7 @@ class Memory(Strict):
     attention: Attention = "auto"
     chunk: Chunk = "auto"
     fp8_matmul: bool = False
+    budget: str | None = None
     decode_chunk: int = Field(1, ge=1, le=64)
 
 

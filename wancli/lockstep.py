@@ -11,6 +11,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
+from wancli import choose, footprint
 from wancli.memory import FP32, Phase
 from wancli.shot import Shared, Shot
 
@@ -21,18 +22,18 @@ _STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 Group = list[Shot]
 
 
-def waves(shots: Sequence[Shot], limit: int) -> list[list[Group]]:
+def waves(shots: Sequence[Shot]) -> list[list[Group]]:
     """Shots in groups, and groups in waves, in the order of the first shot of each.
 
-    Every shot is told with how many others it is sampled, and the memory that takes, which is at most
-    `limit` bytes unless a shot alone or the `batch` of a job takes more.
+    Every shot is told with how many others it is sampled, and the memory that takes, which is no more than
+    there is unless a shot alone or the `batch` of a job takes more.
     """
     found: list[list[Group]] = []
     states = largest = 0
-    for group in sorted(_groups(shots, limit), key=lambda group: group[0].index):
+    for group in sorted(_groups(shots), key=lambda group: group[0].index):
         states += _state_bytes(group)
         largest = max(largest, sampling(group).total)
-        if found and _changes_experts(found[-1], group) and _may_wait(group, states, largest, limit):
+        if found and _changes_experts(found[-1], group) and _may_wait(group, states, largest):
             found[-1].append(group)
         else:
             found.append([group])
@@ -40,9 +41,9 @@ def waves(shots: Sequence[Shot], limit: int) -> list[list[Group]]:
     return [_told(wave) for wave in found]
 
 
-def arranged(shots: Sequence[Shot], limit: int) -> list[Shot]:
+def arranged(shots: Sequence[Shot]) -> list[Shot]:
     """The shots of all waves in their order, each told with how many others it is sampled."""
-    told = [shot for wave in waves(shots, limit) for group in wave for shot in group]
+    told = [shot for wave in waves(shots) for group in wave for shot in group]
     return sorted(told, key=lambda shot: shot.index)
 
 
@@ -54,7 +55,7 @@ def sampling(group: Sequence[Shot]) -> Phase:
     for shot in group:
         rows = {text.id: text.rows for text in shot.texts if text.id not in seen}
         seen |= rows.keys()
-        alone, with_one_more = (shot.sampling(sum(rows.values()), riders) for riders in (1, 2))
+        alone, with_one_more = (footprint.sampling(shot, sum(rows.values()), riders) for riders in (1, 2))
         rider = with_one_more.activation - alone.activation
         if shot.model.residency == "resident":  # forwards follow one another
             widest = max(widest, alone.activation)
@@ -65,14 +66,14 @@ def sampling(group: Sequence[Shot]) -> Phase:
     return Phase(alone.name, alone.model, widest + riding, buffer)
 
 
-def _groups(shots: Sequence[Shot], limit: int) -> Iterator[Group]:
+def _groups(shots: Sequence[Shot]) -> Iterator[Group]:
     alike: dict[Hashable, list[Shot]] = {}
     for shot in shots:
         alike.setdefault(_kind(shot), []).append(shot)
     for several in alike.values():
         group: Group = []
         for shot in several:
-            if group and (len(group) == _most(shot) or not _room(group, shot, limit)):
+            if group and (len(group) == _most(shot) or not _fits(group, shot)):
                 yield group
                 group = []
             group.append(shot)
@@ -93,8 +94,8 @@ def _most(shot: Shot) -> int:
     return 1 if shot.model.residency == "resident" or shot.model.device == "cuda" else MOST
 
 
-def _room(group: Group, shot: Shot, limit: int) -> bool:
-    return shot.batch is not None or sampling([*group, shot]).total <= limit
+def _fits(group: Group, shot: Shot) -> bool:
+    return shot.batch is not None or sampling([*group, shot]).total <= choose.room(shot.model)
 
 
 def _changes_experts(wave: Sequence[Group], group: Group) -> bool:
@@ -103,9 +104,10 @@ def _changes_experts(wave: Sequence[Group], group: Group) -> bool:
     return shot.guidance_low is not None and shot.model == wave[0][0].model
 
 
-def _may_wait(group: Group, states: int, largest: int, limit: int) -> bool:
+def _may_wait(group: Group, states: int, largest: int) -> bool:
     """Whether these bytes of states may be in memory beside the largest group."""
-    fits = group[0].model.device == "cuda" or largest + states <= limit
+    model = group[0].model
+    fits = model.device == "cuda" or largest + states <= choose.room(model)
     return fits and states <= WAITING_BYTES
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
+import re
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -18,6 +20,47 @@ def available() -> int:
     except OSError:
         return free
     return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+
+
+def taken() -> int:
+    """Bytes of memory that this process has already."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def cuda_free() -> int | None:
+    """Bytes that are free on the CUDA device, told without torch; None without nvidia-ml-py."""
+    if find_spec("pynvml") is None:
+        return None
+    pynvml = import_module("pynvml")
+    try:
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+            if visible.isdecimal()
+            else pynvml.nvmlDeviceGetHandleByUUID(visible)
+        )
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    except pynvml.NVMLError:
+        return None
+
+
+def device_name(device: str) -> str:
+    """What computes, as rates are remembered for: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
+    if device == "cuda":
+        told = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+        names = re.findall(r"Model:\s*(.+)", "\n".join(told))
+        return names[0].strip() if names else "CUDA"
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    used = min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
+    return f"{names[0].strip() if names else 'CPU'}, {used} core{'s' * (used > 1)}"
 
 
 def has_cuda() -> bool:

@@ -1,5 +1,6 @@
 """Bytes, predicted per phase from sizes alone.
 
+A process takes what Python, torch and the libraries take; a phase comes on top of that.
 A phase needs its weights, the working set of its largest layer, and what it keeps between calls.
 No phase needs the sum over layers (nothing is kept for a backward pass) and none a matrix of
 tokens x tokens (attention runs fused). Phases follow one another; only what the caller names as
@@ -8,17 +9,19 @@ resident stays loaded, so the peak of a shot is the largest total, not their sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from wancli.errors import DoesNotFit
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 
 Residency = Literal["resident", "packed", "streamed"]  # of a network's blocks: see weights/residency.py
 
 FP32 = 4
+# Python, torch, transformers, what torch's kernels keep and the allocator does not give back: 417 to 462 MiB
+# beside what is predicted in renders on two cores of an AMD EPYC, torch 2.13 for CPUs, 2026-11-22. On a GPU
+# what torch allocates is counted, of which the process itself has none.
+PROCESS = 430 * 2**20
 _LATENTS_KEPT = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent
 
 
@@ -98,12 +101,14 @@ def decode_phase(
     chunk: int,
     element: int = FP32,
     resident: int = 0,
+    mapped: bool = False,
 ) -> Phase:
     """`chunk` latent frames at a time; the last stage, at full size, is the largest.
 
     Full size is that of the frames, for the 2.2 VAE of their 2x2 patches. The buffer is the past two
     frames that every causal convolution keeps, on a CPU in strips of 16 rows or more with two rows
-    of overlap. Frame count plays no part.
+    of overlap. Frame count plays no part. Of a VAE that is `mapped` as it computes, the encoder is never
+    read, and the decoder's kernels are beside their reordered copies.
     """
     _, t, y, x = latent
     frames = min(4 * chunk, 4 * t - 3)
@@ -116,19 +121,8 @@ def decode_phase(
     widest = widths * vae.dec_dim * element
     activation = frames * pixels * (widest + colours * (FP32 + 1))
     history = 2 * y * x * _history_channels(vae) * element * 18 // 16
-    return Phase("decode", resident + vae_parameters(vae) * element, activation, history)
-
-
-def require(phases: Sequence[Phase], available: int, where: str = "") -> None:
-    """Raises DoesNotFit if the largest of the phases needs more than `available` bytes."""
-    worst = max(phases, key=lambda phase: phase.total)
-    if worst.total > available:
-        need, have = worst.total / 2**30, available / 2**30
-        message = f"{worst.name} needs {need:.1f} GiB of memory, {have:.1f} GiB are free"
-        hint = "fewer frames or a smaller size"
-        if worst.activation < worst.model:
-            hint = "the weights are most of it: try memory.dtype: bf16, or a smaller model"
-        raise DoesNotFit(message, where=where, hint=hint)
+    weights = 2 * decoder_parameters(vae) if mapped else vae_parameters(vae)
+    return Phase("decode", resident + weights * element, activation, history)
 
 
 def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int:
@@ -197,18 +191,25 @@ def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
         encoder += _residual(c_in, c) + (blocks - 1) * _residual(c, c)
         encoder += 0 if down is None else _conv(c, c, 9) + down * _conv(c, c, 3)
         c_in = c
+    return encoder + decoder_parameters(vae)
+
+
+def decoder_parameters(vae: VAEConfig | VAE22Config) -> int:
+    """Those that decoding reads."""
+    colours = 12 if isinstance(vae, VAE22Config) else 3
+    z, blocks = vae.z_dim, vae.num_res_blocks
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
     top, last = widths[0], widths[-1]
     decoder = _conv(z, top, 27) + _middle(top) + last + _conv(last, colours, 27) + _conv(z, z, 1)
     c_in = top
     for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
         decoder += _residual(c_in, c) + blocks * _residual(c, c)
-        c_in = _upsampled(vae, c)
+        c_in = upsampled_channels(vae, c)
         decoder += 0 if up is None else _conv(c, c_in, 9) + up * _conv(c, 2 * c, 3)
-    return encoder + decoder
+    return decoder
 
 
-def _upsampled(vae: VAEConfig | VAE22Config, channels: int) -> int:
+def upsampled_channels(vae: VAEConfig | VAE22Config, channels: int) -> int:
     """Channels that an upsampler of the decoder leaves."""
     return channels if isinstance(vae, VAE22Config) else channels // 2
 
@@ -234,5 +235,5 @@ def _history_channels(vae: VAEConfig | VAE22Config) -> int:
     for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
         total += pixels * (c_in + c + vae.num_res_blocks * 2 * c + (c if up else 0))
         if up is not None:
-            c_in, pixels = _upsampled(vae, c), 4 * pixels
+            c_in, pixels = upsampled_channels(vae, c), 4 * pixels
     return total + pixels * widths[-1]

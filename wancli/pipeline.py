@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli import files, kernels, latents, lockstep, machine, manifest, memory, record, underway, video
+from wancli import choose, files, kernels, latents, lockstep, manifest, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     EntryError,
@@ -76,14 +76,9 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
         video.check_ffmpeg(codec)
     for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
         check_weights(checkpoint)
-    free = machine.available()
-    todo = lockstep.arranged(todo, free)
+    todo = lockstep.arranged(todo)
     for shot in todo:
-        if shot.model.device == "cpu":
-            encoded = all(text.file or _cached(text, tools) for text in shot.texts)
-            phases = [phase for phase in shot.phases if phase.name != "encode" or not encoded]
-            together = f", one of {shot.sharing} by `batch`" if shot.sharing > 1 else ""
-            memory.require(phases, free, f"shot {shot.id}{together}")
+        choose.require(shot, encoded=all(text.file or _cached(text, tools) for text in shot.texts))
     return todo
 
 
@@ -126,7 +121,7 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
 def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
     fresh = [shot for shot in shots if shot.index not in recalled]
-    waves = lockstep.waves(fresh, machine.available())
+    waves = lockstep.waves(fresh)
     try:
         with fitting("encoding prompts"):
             encoded, stage1 = encode_prompts(model, [text for shot in fresh for text in shot.texts], tools)

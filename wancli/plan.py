@@ -8,29 +8,30 @@ against the model's depth and the schedule, outputs named and checked for collis
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from wancli import files, kernels, lockstep, loras, machine, mini, presets
+from wancli import choose, files, kernels, lockstep, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
 from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
-from wancli.memory import Residency
 from wancli.models.variants import Variant
 from wancli.prompts import Prompts
 from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Model, Plan, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
+from wancli.units import parse_size
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
-def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
-    """Decides every shot of a job file; `measure` asks for it in all of them.
+def plan(jobs: JobFile, memo: Path, *, measure: bool = False, budget: int | None = None) -> Plan:
+    """Decides every shot of a job file; `measure` asks for it in all of them, `budget` is the memory in bytes
+    that they may take, whatever the job says.
 
     `memo` remembers the SHA-256 of weight files between runs. Raises JobError with all problems
     of all shots, or CheckpointError.
@@ -51,8 +52,8 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False) -> Plan:
         raise JobError("\n".join(problems), hint="\n".join(hints))
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.chosen)
-    asked = _housed([shot for shot in shots if shot.index in chosen], jobs)
-    asked = lockstep.arranged(asked, machine.available())
+    asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
+    asked = lockstep.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others)
 
@@ -86,40 +87,22 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     )
 
 
-def _housed(shots: Sequence[Shot], jobs: JobFile) -> list[Shot]:
-    """The shots with the residency of their models decided: `auto` is resident where every shot of a model
-    fits into the memory that is free, else streamed. On CUDA it is resident. Raises JobError."""
-    asked = [jobs.items[shot.index].job.memory.residency for shot in shots]
-    for shot, said in zip(shots, asked):
-        if (
-            shot.model.dtype == "fp8"
-            and said in ("resident", "streamed")
-            and not shot.model.kernels.fp8_matmul
-        ):
+def _housed(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Shot]:
+    """The shots with what `auto` leaves open decided; `budget` is instead of the job's. Raises JobError."""
+    asked = []
+    for shot in shots:
+        item = jobs.items[shot.index]
+        said = item.job.memory
+        made = shot.model.dtype == "fp8" and not shot.model.kernels.fp8_matmul
+        if made and said.residency in ("resident", "streamed"):
             raise JobError(
-                f"{said} weights are not made fp8, which is done in memory",
-                where=jobs.items[shot.index].where("memory", "residency"),
+                f"{said.residency} weights are not made fp8, which is done in memory",
+                where=item.where("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
-    free = machine.available()
-    too_large = {
-        (shot.model, phase.name)
-        for shot in shots
-        for phase in shot.phases
-        if shot.model.device == "cpu" and phase.total > free
-    }
-    return [replace(shot, model=_house(shot.model, said, too_large)) for shot, said in zip(shots, asked)]
-
-
-def _house(model: Model, said: str, too_large: Collection[tuple[Model, str]]) -> Model:
-    if said == "auto":
-        of_text: Residency = "streamed" if (model, "encode") in too_large else "resident"
-        of_video: Residency = "streamed" if (model, "sample") in too_large else "resident"
-    else:
-        of_text = of_video = cast("Residency", said)
-    if model.dtype == "fp8":
-        of_video = "resident" if model.kernels.fp8_matmul else "packed"
-    return replace(model, residency=of_video, encoder=replace(model.encoder, residency=of_text))
+        own = None if said.budget is None else parse_size(said.budget, item.where("memory", "budget"))
+        asked.append(choose.Asked(said.residency, said.chunk, own if budget is None else budget))
+    return choose.settle(shots, asked)
 
 
 def _shot(

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import __version__, kernels, video
+from wancli import __version__, footprint, kernels, video
 from wancli.manifest import canonical
 from wancli.peak import Peak
 from wancli.shot import Prompt, Shot
@@ -66,6 +66,9 @@ def of_shot(shot: Shot) -> Record:
             "sizes": asdict(model.checkpoint.transformer),
             "dtype": model.dtype,
             "residency": model.residency,
+            "text_encoder": model.encoder.residency,
+            "chunk": model.kernels.chunk,
+            "why": list(model.why),
             "device": model.device,
             "kernels": asdict(model.kernels),
             "attention": kernels.runs(model),
@@ -75,7 +78,10 @@ def of_shot(shot: Shot) -> Record:
                 "vae": model.vae,
             },
         },
-        "predicted": [asdict(phase) | {"total": phase.total} for phase in shot.phases],
+        "predicted": [
+            asdict(phase) | {"total": phase.total, "peak": footprint.process(model) + phase.total}
+            for phase in shot.phases
+        ],
         "versions": versions(),
     }
 

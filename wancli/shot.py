@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import memory
+from wancli import footprint
 from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
@@ -50,7 +50,9 @@ class Model:
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
-    kernels: Kernels = Kernels()
+    kernels: Kernels = field(default_factory=Kernels)
+    budget: int | None = None  # bytes that the process may take, on CUDA the device; None is what is free
+    why: tuple[str, ...] = ()  # how the residencies and the chunk were chosen
 
     @property
     def computes(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -169,43 +171,16 @@ class Shot:
         """Forwards of one step: a branch each, and where injections are measured another one without."""
         return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
 
-    def sampling(self, rows: int, riders: int) -> Phase:
-        """Predicted memory of sampling, with `rows` of text and that many forwards on a pass."""
-        model, wan = self.model, self.model.checkpoint.transformer
-        return memory.sample_phase(
-            wan,
-            self.latent_shape,
-            context_rows=rows,
-            element=4 if model.computes == "fp32" else 2,
-            resident=memory.fp8_bytes(wan) if model.dtype == "fp8" else 0,
-            blocks=0 if model.kernels.fp8_matmul else None if model.residency == "resident" else 2,
-            riders=riders,
-            chunk=model.kernels.chunk,
-        )
-
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
         is that of all shots that share its passes."""
-        model = self.model
-        element = 4 if model.computes == "fp32" else 2
-        rows = sum(text.rows for text in self.texts)
-        longest = max(len(text.tokens.ids) for text in self.texts)
-        riders = 1 if model.residency == "resident" else self.riders
-        sample = self.shared.sample if self.shared else self.sampling(rows, riders)
-        return (
-            memory.encode_phase(
-                model.text_encoder,
-                prompt_tokens=longest,
-                element=element,
-                streamed=model.encoder.residency == "streamed",
-                prompts=len(self.texts),
-            ),
-            sample,
-            memory.decode_phase(
-                model.vae_sizes, self.latent_shape, chunk=self.decode_chunk, resident=sample.model
-            ),
-        )
+        return footprint.phases(self)
+
+    @property
+    def peak(self) -> int:
+        """Predicted bytes of the whole process at most; on CUDA those of the device."""
+        return footprint.process(self.model) + max(phase.total for phase in self.phases)
 
     @cached_property
     def latents_key(self) -> str:

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import machine, memory, mini, pipeline, presets
+from wancli import choose, footprint, mini, pipeline, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
 from wancli.flags import NO_FLAGS, Flags
@@ -183,8 +183,7 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 def _model(folder: Path | None, memo: Path) -> Model:
     said = str(folder) if folder else mini.NAME
     model = model_at(presets.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
-    element = 4 if model.computes == "fp32" else 2
-    phase = memory.encode_phase(model.text_encoder, prompt_tokens=512, element=element)
-    if model.device == "cpu" and phase.total > machine.available():
-        return replace(model, encoder=replace(model.encoder, residency="streamed"))
+    longest = footprint.encoding(model, [512])
+    if footprint.process(model) + longest.total > choose.limit(model):
+        return choose.lodged(model, "streamed")
     return model

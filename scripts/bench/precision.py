@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scripts.bench.markdown import stamp
 from scripts.bench.quantize import to_blocks
 from wancli import mini
-from wancli.models.config import WanConfig
+from wancli.models.config import Kernels, WanConfig
 from wancli.models.context import folded
 from wancli.models.dit import Block, Head, WanModel
 from wancli.models.layers import rope_table
@@ -133,7 +133,7 @@ def two_blocks(config: WanConfig) -> Callable[[Mode], Tensor]:
         x_BLD = noise(1, len(rope_L1P), config.dim)
         for number in range(1, config.num_layers + 1):
             with torch.device("meta"):
-                block = Block(config)
+                block = Block(config, Kernels())
             fill(block, random_weights(block, number), mode)
             x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
         v_BLF: Tensor = head(x_BLD, time_BD)

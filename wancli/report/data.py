@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import files, manifest
+from wancli import alternatives, choose, files, footprint, manifest, rates
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
 from wancli.store import unseal
 
 if TYPE_CHECKING:
-    from wancli.memory import Phase
     from wancli.pipeline import Outcome
-    from wancli.shot import Plan, Shot
+    from wancli.rates import Rate
+    from wancli.shot import Model, Plan, Shot
     from wancli.store import Store
 
 SCHEMA = "wancli/report/1"
 
 
-def build(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """All shots of a batch, and its totals. A shot that was never reached is `not started`."""
+def build(
+    plan: Plan, outcomes: Sequence[Outcome], expected: Mapping[str, float | None] | None = None
+) -> dict[str, Any]:
+    """All shots of a batch, and its totals. A shot that was never reached is `not started`. `expected` are
+    the seconds that `time_of` told for each phase before it began."""
     by_index = {outcome.shot.index: outcome for outcome in outcomes}
     shots = [_shot(shot, by_index.get(shot.index)) for shot in plan.shots]
     fresh = [shot for shot in shots if shot["status"] == "rendered"]
@@ -37,9 +40,10 @@ def build(plan: Plan, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),
         "shots": shots,
-        "memory": _memory(fresh),
+        "memory": _memory(fresh, expected or {}),
         "first_step_after": min((shot["first_step_after"] for shot in fresh), default=None),
         "process": max((shot["phases"][0]["rss_start"] for shot in fresh), default=0),
+        "peak": _peak(fresh),
         "cache": {
             "hits": sum(prompt["cached"] for prompt in prompts.values()),
             "misses": sum(not prompt["cached"] for prompt in prompts.values()),
@@ -82,7 +86,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
+def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
     """`wancli plan --json`."""
     return {
         "schema": "wancli/plan/1",
@@ -117,9 +121,38 @@ def of_plan(plan: Plan, store: Store) -> dict[str, Any]:
             }
             for shot in plan.shots
         ],
-        "prompts": cached(plan, store),
-        "memory": [row(phase) for phase in largest(shot.phases for shot in plan.shots)],
+        "prompts": cached(plan.shots, store),
+        "memory": memory_rows(plan.shots),
+        "models": [
+            {
+                "root": str(model.checkpoint.root),
+                "device": model.device,
+                "dtype": model.dtype,
+                "residency": model.residency,
+                "text_encoder": model.encoder.residency,
+                "chunk": model.kernels.chunk,
+                "why": list(model.why),
+                "limit": choose.limit(model),
+                "budget": model.budget,
+            }
+            for model in dict.fromkeys(shot.model for shot in plan.shots)
+        ],
+        "alternatives": [
+            asdict(way) | {"shot": shot.id}
+            for shot in most_needing(plan.shots)
+            for way in alternatives.alternatives(shot)
+        ],
+        "time": time_of([shot for shot in plan.shots if state(shot) != "done"], store, known),
     }
+
+
+def most_needing(shots: Sequence[Shot]) -> list[Shot]:
+    """Of each model the shot that needs most memory."""
+    found: dict[Model, Shot] = {}
+    for shot in shots:
+        if shot.model not in found or shot.peak > found[shot.model].peak:
+            found[shot.model] = shot
+    return list(found.values())
 
 
 def state(shot: Shot) -> str:
@@ -129,9 +162,9 @@ def state(shot: Shot) -> str:
     return "in the way" if shot.output.exists() else "to do"
 
 
-def cached(plan: Plan, store: Store) -> list[dict[str, Any]]:
-    """Every distinct prompt of a plan, and whether stage 1 has it already."""
-    texts = {prompt.id: prompt for shot in plan.shots for prompt in shot.texts}
+def cached(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
+    """Every distinct prompt of the shots, and whether stage 1 has it already."""
+    texts = {prompt.id: prompt for shot in shots for prompt in shot.texts}
     return [
         {
             "id": id,
@@ -163,17 +196,33 @@ def of_cache(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def largest(phases: Iterable[Sequence[Phase]]) -> list[Phase]:
-    """Per phase the prediction of the shot that needs most."""
-    found: dict[str, Phase] = {}
-    for phase in (p for several in phases for p in several):
-        if phase.name not in found or phase.total > found[phase.name].total:
-            found[phase.name] = phase
+def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
+    """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
+    found: dict[str, dict[str, Any]] = {}
+    for shot in shots:
+        process = footprint.process(shot.model)
+        for phase in shot.phases:
+            row = asdict(phase) | {
+                "total": phase.total,
+                "process": process,
+                "peak": process + phase.total,
+            }
+            if phase.name not in found or row["peak"] > found[phase.name]["peak"]:
+                found[phase.name] = row
     return list(found.values())
 
 
-def row(phase: Phase) -> dict[str, Any]:
-    return asdict(phase) | {"total": phase.total}
+def time_of(shots: Sequence[Shot], store: Store, known: Sequence[Rate]) -> dict[str, Any]:
+    """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
+    done here; and the rates they rest on."""
+    missing = {p.id for shot in shots for p in shot.texts if p.file is None and not store.path(p.id).exists()}
+    phases = rates.expected(shots, frozenset(missing), known)
+    parts = list(phases.values())
+    return {
+        "seconds": None if None in parts else sum(part for part in parts if part is not None),
+        "phases": phases,
+        "rates": {name: asdict(rate) for name, rate in rates.sources(shots, known).items()} if shots else {},
+    }
 
 
 def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
@@ -192,8 +241,15 @@ def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
     return entry | (outcome.record or {} if outcome else {})
 
 
-def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per phase: predicted parts, the measured peak above the bare process, and seconds over all shots."""
+def _peak(shots: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Predicted and measured bytes of the whole process, on CUDA those of the device."""
+    measured = [phase["cuda"] or phase["rss"] for shot in shots for phase in shot["phases"]]
+    predicted = [phase["peak"] for shot in shots for phase in shot["predicted"]]
+    return {"predicted": max(predicted, default=0), "measured": max(measured, default=0)}
+
+
+def _memory(shots: Sequence[dict[str, Any]], expected: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Per phase: predicted parts and peak, measured peak of the process, seconds expected and taken."""
     found: dict[str, dict[str, Any]] = {}
     for shot in shots:
         for phase in shot["predicted"]:
@@ -204,8 +260,8 @@ def _memory(shots: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for shot in shots:
         for phase in shot["phases"]:
             entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
-            grown = phase["rss"] - shot["phases"][0]["rss_start"]
-            entry["measured"] = max(entry["measured"], phase["cuda"] or grown)
+            entry["expected"] = expected.get(phase["name"])
+            entry["measured"] = max(entry["measured"], phase["cuda"] or phase["rss"])
             # What served several shots stands in the manifests of all of them, word for word.
             once = (*phase.values(), shot["model"]["root"])
             serves = phase["name"] in ("encode", "load") or phase.get("shots", 1) > 1

@@ -1,31 +1,27 @@
-"""What people read: the plan, the strip of blocks, the summary after a render, the difference table.
+"""What people read: a shot, the strip of blocks, the summary after a render, the difference table.
 
 Everything is built for 80 columns; colour only where the terminal wants it (rich decides).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.errors import JobError
 from wancli.events import printable
 from wancli.inject import Row, strip
-from wancli.report.data import cached, largest, row, state
+from wancli.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
     from wancli.difference import Difference
-    from wancli.shot import Plan, Shot
-    from wancli.store import Store
+    from wancli.shot import Shot
     from wancli.weights.lora_use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
-MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
 
 
 def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
@@ -36,47 +32,6 @@ def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
     for part in parts:
         shown = printable(part) if isinstance(part, str) else part
         console.print(shown, markup=False, soft_wrap=isinstance(part, str))
-
-
-def plan_tables(plan: Plan, store: Store, *, verbose: bool) -> Iterator[RenderableType]:
-    """The shots, what stage 1 has to do, and the memory that the largest shot needs."""
-    for model in dict.fromkeys(shot.model for shot in plan.shots):
-        sizes = model.checkpoint.transformer
-        width = f"{sizes.num_layers} blocks of width {sizes.dim}"
-        runs = f"{model.dtype} on {model.device}, {model.residency}"
-        runs += "" if model.kernels.chunk is None else f", {model.kernels.chunk:,} tokens at a time"
-        runs += "" if model.kernels.attention == "auto" else f", {model.kernels.attention} attention"
-        runs += ", products in fp8" if model.kernels.fp8_matmul else ""
-        yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
-    table = _table(
-        "shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance", "state"
-    )
-    states = [state(shot) for shot in plan.shots]
-    hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
-    for index, shot in enumerate(plan.shots):
-        if index in hidden:
-            if index == hidden[0]:
-                table.add_row("…")
-            continue
-        size = f"{shot.width}x{shot.height}"
-        guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
-        numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
-        shown = (printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", guidance, states[index])
-        table.add_row(*shown)
-    yield table
-    if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
-        yield f"\nup to {sharing} shots share each pass over the weights"
-    if len(states) > 1:
-        counts = ", ".join(f"{states.count(s):,} {s}" for s in ("done", "to do", "in the way") if s in states)
-        yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
-    if verbose:
-        for shot in plan.shots:
-            yield from shot_lines(shot)
-    yield from dict.fromkeys(lora_line(use) for shot in plan.shots for use in shot.loras)
-    prompts = cached(plan, store)
-    hits = sum(prompt["cached"] for prompt in prompts)
-    yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    yield memory_table([row(phase) for phase in largest(shot.phases for shot in plan.shots)])
 
 
 def shot_lines(shot: Shot) -> Iterator[str]:
@@ -151,18 +106,25 @@ def schedule_lines(shot: Shot) -> Iterator[str]:
         yield f"{'sigma' if start == 0 else '':>16}  " + " ".join(pairs[start : start + 7])
 
 
-def memory_table(phases: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Model, activation, buffer and total of each phase; measured peak and time after a render."""
+def memory_table(
+    phases: Sequence[Mapping[str, Any]], expected: Mapping[str, float | None] | None = None
+) -> RenderableType:
+    """Model, activation, buffer and the peak of the whole process in each phase, and the expected time; after
+    a render also the measured peak and time."""
     measured = any("measured" in phase for phase in phases)
-    extra = [">measured", ">time"] if measured else []
-    table = _table("phase", ">model", ">activation", ">buffer", ">total", *extra)
+    extra = [">measured", ">expected", ">time"] if measured else [">expected"]
+    table = grid("phase", ">model", ">activation", ">buffer", ">peak", *extra)
     for phase in phases:
-        parts = [
-            size(phase[part]) if part in phase else "-" for part in ("model", "activation", "buffer", "total")
-        ]
-        if measured:
-            parts += [size(phase["measured"]), duration(phase["seconds"])]
-        table.add_row(phase["name"], *parts)
+        parts = ("model", "activation", "buffer", "peak")
+        cells = [size(phase[part]) if part in phase else "-" for part in parts]
+        took = phase.get("expected") if expected is None else expected.get(phase["name"])
+        cells += [size(phase["measured"])] if measured else []
+        cells += ["?" if took is None else duration(took)]
+        cells += [duration(phase["seconds"])] if measured else []
+        table.add_row(phase["name"], *cells)
+    process = next((phase["process"] for phase in phases if phase.get("process")), 0)
+    if process:
+        table.add_row("process", "", "", "", size(process), *("" for _ in extra))
     return table
 
 
@@ -178,8 +140,9 @@ def summary(
             yield from _effects(shot)
     if fresh:
         yield memory_table(report["memory"])
-        process, start = size(report["process"]), duration(report["first_step_after"])
-        yield f"measured above the {process} of the process itself; first step after {start}"
+        predicted, measured = (size(report["peak"][name]) for name in ("predicted", "measured"))
+        start = duration(report["first_step_after"])
+        yield f"peak {measured}, predicted {predicted}; first step after {start}"
         yield from dict.fromkeys(
             "attention: {self} among video tokens, {cross} to the text".format_map(shot["model"]["attention"])
             for shot in fresh
@@ -196,7 +159,7 @@ def summary(
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
-    table = _table("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
+    table = grid("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
     for shot in shots:
         for index, rule in enumerate(shot["injection"]):
             verdict = rule["difference"]["verdict"]
@@ -255,7 +218,7 @@ def difference_tables(differences: Sequence[Difference]) -> Iterator[RenderableT
     for difference in differences:
         yield f"A  {_cut(difference.a.text, 76)}"
         yield f"B  {_cut(difference.b.text, 76)}\n"
-        table = _table("figure", ">value", "meaning")
+        table = grid("figure", ">value", "meaning")
         for label, value, meaning in difference.rows():
             table.add_row(label, value, meaning)
         yield table
@@ -271,7 +234,7 @@ def encoded_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    table = _table("key", ">tokens", ">size", "used", "text")
+    table = grid("key", ">tokens", ">size", "used", "text")
     for entry in rows:
         used = entry["used"][:16].replace("T", " ")
         table.add_row(
@@ -285,36 +248,13 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     yield f"{len(rows)} entries, {size(sum(entry['bytes'] for entry in rows))}"
 
 
-def parse_size(text: str) -> int:
-    """`500MiB`, `2GiB`, `1000` bytes. Raises JobError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text)
-    if not match:
-        raise JobError(f"{text!r} is no size; write 500MiB or 2GiB", where="--max-size")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
-
-
-def size(count: float) -> str:
-    """Bytes in binary units: `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def duration(value: float) -> str:
-    if value < 120:
-        return f"{value:.1f} s"
-    return f"{value // 60:.0f} min {value % 60:.0f} s" if value < 7200 else f"{value / 3600:.1f} h"
-
-
 def _cut(text: str, limit: int) -> str:
     """One line of printable text."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _table(*columns: str) -> Table:
+def grid(*columns: str) -> Table:
     """A table without lines; `>` before a heading aligns its column to the right."""
     from rich.table import Table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.events import printable
-from wancli.report.terminal import size
+from wancli.units import size
 
 COLUMNS, LABEL = 80, 16
 DTYPES = {"F8_E4M3": "fp8 e4m3fn", "F8_E5M2": "fp8 e5m2", "BF16": "bf16"}

@@ -1,8 +1,8 @@
 """Named tensors -> networks, ready to run.
 
 A network is built on the meta device, where tensors have a shape and no storage, and then takes
-over the tensors read: mapped from the file where the dtype fits, converted one at a time where not.
-So weights are never in memory twice.
+over the tensors read: mapped from the file where the dtype fits, converted one at a time where not,
+and then the pages of the file are given back. So weights are never in memory twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wancli.models.vae22 import WanVAE22
 from wancli.weights.arriving import Arriving
 from wancli.weights.fp8_matmul import multiply_in_fp8
 from wancli.weights.identify import Checkpoint, vae_sizes
-from wancli.weights.ondisk import OnDisk, on_disk
+from wancli.weights.ondisk import Mappings, OnDisk, on_disk
 from wancli.weights.packed import Packed, pack_fp8
 from wancli.weights.parts import Part
 from wancli.weights.readers import packed
@@ -63,6 +63,7 @@ def load_into(
     if problems := misfits(_shapes(wanted), _shapes(found)):
         raise unfit(problems, where)
     made: dict[str, Tensor] = {}
+    mappings = Mappings.now()
     for name, meta in wanted.items():
         kept = torch.float32 if keep_fp32(name) else dtype
         if name in leave:
@@ -72,6 +73,9 @@ def load_into(
         unpacked = tensor.unpack(kept) if isinstance(tensor, Packed) else tensor
         # A copy where weights stay away, so that no file stays mapped for the small ones.
         made[name] = unpacked.to(device=device, dtype=kept, copy=bool(leave))
+        stored = tensor.data
+        if made[name].data_ptr() != stored.data_ptr():
+            mappings.forget(stored)
     module.load_state_dict(made, assign=True)
 
 
@@ -168,10 +172,12 @@ def _take(
 
 def _in_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:
     """Raises CheckpointError for NaN and Inf."""
-    made = {}
+    made, mappings = {}, Mappings.now()
     for name, weight in matrices.items():
         small = pack_fp8(weight.unpack(torch.float32), name) if weight.scheme == "plain" else weight
         made[name] = replace(small, data=small.data.to(device))
+        if made[name].data.data_ptr() != weight.data.data_ptr():
+            mappings.forget(weight.data)
     return made
 
 

@@ -10,6 +10,8 @@ disk once.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -97,7 +99,7 @@ def on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu") ->
 
     They will be unpacked to `device`. Raises ValueError for data that is mapped from no file.
     """
-    ranges, files = _Ranges.now(), dict[str, _File]()
+    ranges, files = Mappings.now(), dict[str, _File]()
     scratch = _Scratch(pinned=torch.device(device).type == "cuda")
     found = {}
     for name, weight in source.items():
@@ -135,7 +137,7 @@ class _File:
         weakref.finalize(self, os.close, self.number)
 
 
-class _Ranges:
+class Mappings:
     """The files mapped into this process. The kernel knows the place of every mapped tensor, so that no
     reader of a format has to."""
 
@@ -160,3 +162,15 @@ class _Ranges:
             if start <= at and at + tensor.nbytes <= end:
                 return Place(path, offset + at - start)
         return None
+
+    def forget(self, tensor: Tensor) -> None:
+        """Gives back the memory that a mapped tensor takes; its pages are read anew when they are touched.
+
+        Nothing is done for a tensor that is mapped from no file.
+        """
+        if self.place(tensor):
+            start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            length = tensor.data_ptr() + tensor.nbytes - start
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED)
+            )

@@ -88,6 +88,10 @@ class Part:
     refusal: str = ""
     hint: str = ""
 
+    def stored(self, group: str) -> Precision:
+        """How a class of tensors is stored; a class that the part does not have is empty."""
+        return next((found for found in self.precision if found.group == group), Precision(group, ()))
+
     def own_name(self, name: str) -> str | None:
         """The network's name for a tensor of the file; None for what belongs to another network there."""
         if not name.startswith(self.prefix) or name.endswith("spiece_model"):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from wancli.weights.contents import Contents
-from wancli.weights.headers import TensorInfo
+from wancli.weights.headers import BITS, TensorInfo
 
 SchemeName: TypeAlias = Literal[
     "plain", "fp8", "fp8_scaled", "kijai", "comfy_quant", "lightx2v", "block", "gguf", "unsupported"
@@ -65,10 +65,12 @@ PLAIN = Scheme()
 
 @dataclass(frozen=True)
 class Precision:
-    """The tensors of one class: how many there are of each dtype."""
+    """The tensors of one class: how many of each dtype, their bytes in the file, those of the largest."""
 
     group: str
     dtypes: tuple[tuple[str, int], ...]
+    nbytes: int = 0
+    largest: int = 0
 
 
 def is_helper(name: str) -> bool:
@@ -110,11 +112,22 @@ def precision_of(
     tensors: Tensors, group: Mapping[str, str], order: Sequence[str] = ()
 ) -> tuple[Precision, ...]:
     """Counts per class and dtype; `group` tells the class of a tensor, `order` which class comes first."""
-    counts: dict[str, Counter[str]] = {}
+    classes: dict[str, list[TensorInfo]] = {}
     for name, where in group.items():
-        counts.setdefault(where, Counter())[tensors[name].dtype] += 1
-    ordered = sorted(counts, key=lambda where: order.index(where) if where in order else len(order))
-    return tuple(Precision(where, tuple(sorted(counts[where].items()))) for where in ordered)
+        classes.setdefault(where, []).append(tensors[name])
+    ordered = sorted(classes, key=lambda where: order.index(where) if where in order else len(order))
+    found = []
+    for where in ordered:
+        dtypes = Counter(info.dtype for info in classes[where])
+        sizes = [_nbytes(info) for info in classes[where]]
+        found.append(Precision(where, tuple(sorted(dtypes.items())), sum(sizes), max(sizes)))
+    return tuple(found)
+
+
+def _nbytes(info: TensorInfo) -> int:
+    """Bytes of a tensor in its file. The headers of GGUF tell them; its module would load torch here."""
+    told: int | None = getattr(info, "nbytes", None)
+    return math.prod(info.shape) * BITS.get(info.dtype, 8) // 8 if told is None else told
 
 
 def _foreign(tensors: Tensors) -> str:

@@ -1,0 +1,99 @@
+"""How long a job will take: what renders left behind, which of it is taken, and what is said without any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from jobs import Said, command, tiny_job, written
+
+from wancli import rates
+from wancli.jobfile import load
+from wancli.plan import plan
+from wancli.rates import Rate
+from wancli.shot import Shot
+
+
+@pytest.fixture
+def shot(tmp_path: Path) -> Shot:
+    return plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
+
+
+def rate_of(shot: Shot, phase: str, per_second: float, **changes: int | str) -> Rate:
+    facts = asdict(rates.work(shot)[phase])
+    facts.pop("amount")
+    return replace(Rate(**facts, per_second=per_second, date="2026-11-22"), **changes)
+
+
+def test_the_nearest_in_width_and_tokens_is_taken_and_other_machines_are_not(shot: Shot) -> None:
+    wanted = rates.work(shot)["sample"]
+    near = rate_of(shot, "sample", 1e9, width=2 * wanted.width)
+    far = rate_of(shot, "sample", 2e9, tokens=9 * wanted.tokens)
+    others = [
+        rate_of(shot, "sample", 3e9, device="another"),
+        rate_of(shot, "sample", 3e9, dtype="bf16"),
+        rate_of(shot, "sample", 3e9, residency="streamed"),
+        rate_of(shot, "decode", 3e9),
+    ]
+    assert rates.nearest([far, *others, near], wanted) == near
+    assert rates.seconds(wanted, [far, near]) == wanted.amount / 1e9
+    assert rates.nearest(others, wanted) is None
+    assert rates.seconds(wanted, others) is None
+
+
+def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> None:
+    known = [rate_of(shot, phase, 1e6) for phase in rates.PHASES]
+    does = rates.work(shot)
+    missing = frozenset(text.id for text in shot.texts)
+    one, two = (rates.expected([shot] * n, missing, known) for n in (1, 2))
+    assert one == {name: pytest.approx(does[name].amount / 1e6) for name in rates.PHASES}
+    assert (two["encode"], two["load"]) == (one["encode"], one["load"])
+    assert two["sample"] == pytest.approx(2 * one["sample"])
+    assert rates.expected([shot], frozenset(), known)["encode"] == 0
+    assert rates.expected([shot], missing, known[1:])["encode"] is None
+
+
+def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "rates.json"
+    path.parent.mkdir()
+    good = rate_of(shot, "sample", 1e9)
+    for damage in ("", "{", "{}", "[1]", '[{"device": 1}]', json.dumps([asdict(good) | {"width": 0}])):
+        path.write_text(damage)
+        assert rates.read(path) == (), damage
+    rates.remember(path, [good])
+    rates.remember(path, [replace(good, per_second=2e9), replace(good, tokens=7)])
+    assert rates.read(path) == (replace(good, per_second=2e9), replace(good, tokens=7))
+
+
+def test_the_first_render_measures_what_the_next_plan_says(
+    render: Callable[..., Said],
+    tmp_path: Path,
+    warm: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (warm / "rates.json").unlink(missing_ok=True)
+    changes = {"output": "out/{seed}.mp4", "id": "one"}
+    before = render("--json", **changes)
+    assert {phase["expected"] for phase in json.loads(before.out)["memory"]} == {None, 0.0}
+    job = tmp_path / "job.yaml"
+    took = {p["name"]: p["seconds"] for p in json.loads(before.out)["memory"]}
+    job.write_text(job.read_text() + "seed: 2\n")
+    assert command(capsys, "plan", job).out.splitlines()[-1].startswith("sampling at ")
+    said = json.loads(command(capsys, "plan", job, "--json").out)["time"]
+    for name in ("load", "sample", "decode"):
+        assert said["phases"][name] == pytest.approx(took[name], rel=0.01, abs=1e-3)
+    assert said["seconds"] == pytest.approx(sum(said["phases"].values()))
+    after = json.loads(render("--json", seed=2, **changes).out)
+    assert next(p for p in after["memory"] if p["name"] == "sample")["expected"] == pytest.approx(
+        took["sample"], rel=0.01, abs=1e-3
+    )
+
+
+def test_without_any_render_the_plan_says_that_the_first_will_measure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = command(capsys, "plan", written(tmp_path, tiny_job())).out
+    assert "time: measured by the first render here (unknown: encode, load, sample, decode)" in out

@@ -1,0 +1,83 @@
+"""What else a shot could run with: precision x residency x attention x size, each with what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from wancli import choose, footprint
+from wancli.memory import Phase, Residency
+from wancli.shot import Model, Shot
+
+SIZES = ((1280, 720), (960, 544), (832, 480), (640, 368), (480, 272), (320, 176), (256, 144))
+SQUARES = ((960, 960), (720, 720), (512, 512), (384, 384), (256, 256), (128, 128))
+SMALLER = 3  # sizes beside the one asked for
+Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to run a shot. `phases` are those in which the transformer is loaded; `total` is the peak of
+    the whole process in them, on CUDA of the device."""
+
+    dtype: Dtype
+    residency: Residency
+    chunk: int | None
+    width: int
+    height: int
+    phases: tuple[Phase, ...]
+    total: int
+    fits: bool
+    chosen: bool
+
+
+def alternatives(shot: Shot) -> list[Alternative]:
+    """All valid ways, the precise ones first; text encoder, frames and prompts as the shot has them."""
+    allowed = choose.limit(shot.model)
+    found = []
+    for model in _models(shot.model):
+        for width, height in sizes(shot):
+            other = replace(shot, model=model, width=width, height=height)
+            phases = tuple(phase for phase in other.phases if phase.name in choose.PIPELINE)
+            total = footprint.process(model) + max(phase.total for phase in phases)
+            found.append(
+                Alternative(
+                    model.dtype,
+                    model.residency,
+                    model.kernels.chunk,
+                    width,
+                    height,
+                    phases,
+                    total,
+                    fits=total <= allowed,
+                    chosen=(model, width, height) == (shot.model, shot.width, shot.height),
+                )
+            )
+    return found
+
+
+def _models(model: Model) -> Iterator[Model]:
+    lean = model.kernels.chunk or choose.CHUNKS[-1]
+    for dtype in get_args(Dtype):
+        residencies: tuple[Residency, ...] = ("packed",) if dtype == "fp8" else get_args(Residency)
+        for residency in residencies:
+            if residency == "packed" != model.residency and footprint.stored_as(model) == dtype:
+                continue  # nothing is to be unpacked
+            for chunk in (None, lean):
+                yield replace(choose.housed(model, residency, chunk), dtype=dtype)
+
+
+def sizes(shot: Shot) -> list[tuple[int, int]]:
+    """The size asked for, and the next smaller standard ones of about its aspect."""
+    stride = shot.model.checkpoint.variant.stride
+    square = max(shot.width, shot.height) < 1.2 * min(shot.width, shot.height)
+    upright = shot.height > shot.width
+    found = [(shot.width, shot.height)]
+    for long, short in SQUARES if square else SIZES:
+        sides = (short, long) if upright else (long, short)
+        width, height = (side // stride * stride for side in sides)
+        area = width * height
+        if area and area < 0.9 * found[-1][0] * found[-1][1] and len(found) <= SMALLER:
+            found.append((width, height))
+    return found

@@ -1,0 +1,200 @@
+"""How a model runs in the memory that it may take: where its weights live, how many tokens at a time.
+
+Of what the user left open the fastest that fits is taken: `resident` before `packed` before `streamed`, all
+tokens at once before some at a time. Precision and size change the picture, so they are never chosen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from wancli import footprint, machine
+from wancli.errors import DoesNotFit
+from wancli.memory import Residency
+from wancli.shot import Model, Shot
+from wancli.units import size
+
+CHUNKS = (None, 4096, 1024)  # tokens at a time, the fastest first
+PIPELINE = ("sample", "decode")  # the phases in which the transformer is loaded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a job says of memory; `auto` is left open. `budget` in bytes, None is what is free."""
+
+    residency: Literal["auto"] | Residency = "auto"
+    chunk: Literal["auto"] | int | None = "auto"
+    budget: int | None = None
+
+
+def limit(model: Model) -> int:
+    """Bytes that the process may take at its peak; on CUDA those of the device."""
+    if model.budget is not None:
+        return model.budget
+    if model.device == "cpu":
+        return machine.available() + machine.taken()
+    free = machine.cuda_free()
+    return sys.maxsize if free is None else free
+
+
+def room(model: Model) -> int:
+    """Bytes that a phase may take, beside the process itself."""
+    return limit(model) - footprint.process(model)
+
+
+def settle(shots: Sequence[Shot], asked: Sequence[Asked]) -> list[Shot]:
+    """The shots with the residencies and the chunk of their models decided, the same for all of a model.
+
+    What does not fit even so is left as small as it gets, for `require` to refuse.
+    """
+    groups: dict[tuple[Model, Asked], list[Shot]] = {}
+    for shot, said in zip(shots, asked, strict=True):
+        groups.setdefault((shot.model, said), []).append(shot)
+    settled = {key: _settled(*key, _distinct(members)) for key, members in groups.items()}
+    return [replace(shot, model=settled[shot.model, said]) for shot, said in zip(shots, asked, strict=True)]
+
+
+def need(model: Model, shots: Sequence[Shot], names: Collection[str]) -> int:
+    """Bytes that the process takes at most in these phases of the shots, if they ran with this model."""
+    phases = [phase for shot in shots for phase in replace(shot, model=model).phases if phase.name in names]
+    return footprint.process(model) + max(phase.total for phase in phases)
+
+
+def housed(model: Model, residency: Residency, chunk: int | None) -> Model:
+    """The model with its transformer's weights there, and so many tokens at a time."""
+    return replace(model, residency=residency, kernels=replace(model.kernels, chunk=chunk))
+
+
+def lodged(model: Model, residency: Residency) -> Model:
+    """The model with its text encoder's weights there."""
+    return replace(model, encoder=replace(model.encoder, residency=residency))
+
+
+def _settled(model: Model, asked: Asked, shots: Sequence[Shot]) -> Model:
+    model = replace(model, budget=asked.budget)
+    of_text: Sequence[Residency] = ("resident", "streamed")
+    of_video: Sequence[Residency] = ("resident", "packed", "streamed")
+    if asked.residency != "auto":
+        of_text = of_video = (asked.residency,)
+    if model.dtype == "fp8":
+        of_video = ("resident",) if model.kernels.fp8_matmul else ("packed",)
+    chunks = CHUNKS if asked.chunk == "auto" else (asked.chunk,)
+    texts: dict[str, Model] = {residency: lodged(model, residency) for residency in of_text}
+    model, why_text = _fastest("text encoder", texts, shots, ("encode",))
+    video = {
+        _called(residency, chunk): housed(model, residency, chunk)
+        for residency in of_video
+        for chunk in chunks
+    }
+    model, why_video = _fastest("transformer", video, shots, PIPELINE)
+    return replace(model, why=(why_text, why_video))
+
+
+def _called(residency: str, chunk: int | None) -> str:
+    return residency if chunk is None else f"{residency}, {chunk:,} tokens at a time"
+
+
+def _fastest(
+    what: str, options: Mapping[str, Model], shots: Sequence[Shot], names: Collection[str]
+) -> tuple[Model, str]:
+    """The first option that fits, else the smallest; and a line that tells why."""
+    needs = {label: need(model, shots, names) for label, model in options.items()}
+    allowed = limit(next(iter(options.values())))
+    fits = [label for label in options if needs[label] <= allowed]
+    chosen = fits[0] if fits else min(needs, key=needs.__getitem__)
+    faster = [label for label in list(options)[: list(options).index(chosen)] if label.isalpha()]
+    against = ", ".join(f"{label} {size(needs[label])}" for label in faster)
+    others = f" ({against})" if against else ""
+    suffix = "" if fits else ": does not fit"
+    line = f"{what}: {chosen} needs {size(needs[chosen])}{others}; {told(options[chosen], allowed)}{suffix}"
+    return options[chosen], line
+
+
+def told(model: Model, allowed: int) -> str:
+    """Where a limit comes from: `the budget is 12.0 GiB`."""
+    if model.budget is not None:
+        return f"the budget is {size(allowed)}"
+    return "what is free is not known" if allowed == sys.maxsize else f"{size(allowed)} are free"
+
+
+def _distinct(shots: Sequence[Shot]) -> list[Shot]:
+    """One shot of each kind that memory can tell apart."""
+    kinds = {
+        (
+            shot.latent_shape,
+            tuple(len(text.tokens.ids) for text in shot.texts),
+            tuple(use.path for use in shot.loras),
+            shot.decode_chunk,
+        ): shot
+        for shot in shots
+    }
+    return list(kinds.values())
+
+
+def require(shot: Shot, *, encoded: bool = False) -> None:
+    """Raises DoesNotFit if a phase of the shot needs more memory than it may take, with the nearest size and
+    number of frames that would fit. `encoded`: its prompts are in the cache, so none is encoded."""
+    names = PIPELINE if encoded else ("encode", *PIPELINE)
+    allowed = limit(shot.model)
+
+    def fits(other: Shot) -> bool:
+        return need(other.model, [other], names) <= allowed
+
+    if fits(shot):
+        return
+    worst = max((phase for phase in shot.phases if phase.name in names), key=lambda phase: phase.total)
+    needed = footprint.process(shot.model) + worst.total
+    alone = replace(shot, shared=None)
+    if shot.sharing > 1 and fits(alone):
+        where, hint = f"shot {shot.id}, one of {shot.sharing} by `batch`", "batch: auto takes as many as fit."
+    else:
+        where = f"shot {shot.id}"
+        hint = _way_out(alone, fits, lambda other: need(other.model, [other], names))
+    raise DoesNotFit(
+        f"{worst.name} needs {size(needed)} of memory, {told(shot.model, allowed)}", where=where, hint=hint
+    )
+
+
+def _way_out(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], int]) -> str:
+    if shot.model.residency != "streamed" and shot.model.dtype != "fp8":
+        streamed = replace(shot, model=lodged(housed(shot.model, "streamed", CHUNKS[-1]), "streamed"))
+        if fits(streamed):
+            return f"memory.residency: auto would stream the weights, which needs {size(needs(streamed))}."
+    smaller = nearest_size(shot, fits)
+    frames = nearest_frames(shot, fits)
+    found = [f"size: {smaller.width}x{smaller.height}"] if smaller else []
+    found += [f"frames: {frames.frames}"] if frames else []
+    if found:
+        return f"What fits: {', or '.join(found)}."
+    stride = shot.model.checkpoint.variant.stride
+    least = needs(replace(shot, width=stride, height=stride, frames=1))
+    budget = f"memory.budget: {-(-least // 2**20)}MiB is the least"
+    return f"Even 1 frame of {stride}x{stride} needs {size(least)}: {budget}."
+
+
+def nearest_size(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:
+    """The largest smaller size of the same aspect, as near as the stride allows, that fits."""
+    stride = shot.model.checkpoint.variant.stride
+    for width in range(shot.width - stride, 0, -stride):
+        height = max(stride, round(width * shot.height / shot.width / stride) * stride)
+        other = replace(shot, width=width, height=min(height, shot.height))
+        if fits(other):
+            return other
+    return None
+
+
+def nearest_frames(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:
+    """The same size with as many frames, 4n+1, as fit."""
+    most = None
+    low, high = 0, (shot.frames - 1) // 4  # n is at least low, if any fits, and below high
+    while low < high:
+        middle = (low + high) // 2
+        other = replace(shot, frames=4 * middle + 1)
+        if fits(other):
+            most, low = other, middle + 1
+        else:
+            high = middle
+    return most

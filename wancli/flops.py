@@ -1,0 +1,85 @@
+"""Arithmetic of each phase in FLOPs, from sizes alone: two for every multiplication of a matrix product.
+
+Norms, softmax and what else is linear in the activations is left out, as torch's own counter does.
+Convolutions count as the plain network's, though the decoder here multiplies less.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wancli.inject import Concat, Lerp
+from wancli.memory import upsampled_channels
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+
+if TYPE_CHECKING:
+    from wancli.inject import Expr
+    from wancli.shot import Shot
+
+
+def of_encoding(t5: T5Config, tokens: int) -> int:
+    """UMT5 on one prompt."""
+    inner = t5.d_kv * t5.num_heads
+    layer = 2 * tokens * (4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff) + 4 * tokens**2 * inner
+    return t5.num_layers * layer
+
+
+def of_forward(wan: WanConfig, tokens: int, text_rows: int) -> int:
+    """The transformer on one latent; `text_rows` are those that blocks attend to, summed over the blocks."""
+    d = wan.dim
+    block = 2 * tokens * (6 * d * d + 2 * d * wan.ffn_dim) + 4 * tokens**2 * d
+    ends = 2 * tokens * 4 * (wan.in_dim + wan.out_dim) * d
+    clock = 2 * (wan.freq_dim * d + 7 * d * d)
+    return wan.num_layers * block + 4 * tokens * text_rows * d + ends + clock
+
+
+def of_context(wan: WanConfig, rows: int) -> int:
+    """The projection of a text, and its keys and values in all blocks."""
+    return 2 * rows * wan.dim * (wan.text_dim + wan.dim + 2 * wan.num_layers * wan.dim)
+
+
+def of_sampling(shot: Shot) -> int:
+    """All forwards of a shot, those included that only measure."""
+    wan = shot.model.checkpoint.transformer
+    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
+    total = len(shot.stages) * sum(of_context(wan, count) for count in rows.values())
+    for branch in shot.table.branches:
+        plain = of_forward(wan, shot.tokens, wan.num_layers * rows[shot.table.base[branch].id])
+        for step in shot.table.steps_of[branch]:
+            cells = shot.table.row(step, branch)
+            read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
+            total += of_forward(wan, shot.tokens, read)
+            if shot.measure and any(cell != ((shot.table.base[branch], 1.0),) for cell in cells):
+                total += plain
+    return total
+
+
+def _rows(expr: Expr, rows: dict[str, int]) -> int:
+    if isinstance(expr, Lerp):
+        return max(_rows(expr.a, rows), _rows(expr.b, rows))
+    if isinstance(expr, Concat):
+        return _rows(expr.a, rows) + _rows(expr.b, rows)
+    return rows[expr.id]
+
+
+def of_decoding(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]) -> int:
+    """The decoder on a latent [z, T, Y, X]."""
+    z, frames, height, width = latent
+    pixels = height * width
+    widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
+    top, colours = widths[0], 12 if isinstance(vae, VAE22Config) else 3
+    around_attention = 2 * 2 * 27 * top * top + 4 * top * top  # two residual blocks, q, k, v and projection
+    products = frames * pixels * (z * z + 27 * z * top + around_attention)
+    products += 2 * frames * pixels**2 * top  # attention among the pixels of a frame
+    c_in = top
+    for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
+        for _ in range(vae.num_res_blocks + 1):
+            products += frames * pixels * (27 * c * (c_in + c) + (c_in * c if c_in != c else 0))
+            c_in = c
+        if up is not None:
+            if up:
+                products += (frames - 1) * pixels * 3 * c * 2 * c
+                frames = 2 * frames - 1
+            c_in, pixels = upsampled_channels(vae, c), 4 * pixels
+            products += frames * pixels * 9 * c * c_in
+    return 2 * (products + frames * pixels * 27 * c_in * colours)

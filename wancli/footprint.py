@@ -1,0 +1,110 @@
+"""What a shot takes of the memory: its sizes and settings put into the formulas of `memory`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from wancli import memory
+from wancli.memory import FP32, Phase
+from wancli.weights.parts import Part
+
+if TYPE_CHECKING:
+    from wancli.shot import Model, Shot
+
+_ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
+_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_MATRICES = "block matrices"
+
+
+def phases(shot: Shot) -> tuple[Phase, ...]:
+    """Encoding, sampling and decoding, while which the transformer stays. On CUDA the bytes of the device."""
+    alone = 1 if shot.model.residency == "resident" else shot.riders
+    rows = sum(text.rows for text in shot.texts)
+    sample = shot.shared.sample if shot.shared else sampling(shot, rows, alone)
+    vae = shot.model.checkpoint.vae
+    plain = {dtype for found in vae.precision for dtype, _ in found.dtypes} == {"F32"}
+    decode = memory.decode_phase(
+        shot.model.vae_sizes,
+        shot.latent_shape,
+        chunk=shot.decode_chunk,
+        resident=sample.model,
+        mapped=plain and shot.model.device == "cpu",
+    )
+    return encoding(shot.model, [len(text.tokens.ids) for text in shot.texts]), sample, decode
+
+
+def process(model: Model) -> int:
+    """Bytes of the process itself, which come on top of every phase."""
+    return memory.PROCESS if model.device == "cpu" else 0
+
+
+def encoding(model: Model, tokens: Sequence[int]) -> Phase:
+    """UMT5 on prompts of so many tokens."""
+    t5 = model.text_encoder
+    dtype, residency = model.encoder.dtype, model.encoder.residency
+    part, element = model.checkpoint.text_encoder, _ELEMENT[dtype]
+    phase = memory.encode_phase(
+        t5,
+        prompt_tokens=max(tokens),
+        element=element,
+        streamed=residency == "streamed",
+        prompts=len(tokens) if residency == "streamed" else 1,
+    )
+    weights = phase.model
+    if residency == "packed":
+        embedding = t5.vocab_size * t5.d_model * element
+        weights = memory.t5_bytes(t5, element=element, streamed=True) + embedding + _packed(model, part)
+    if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
+        held = t5.num_layers if residency == "resident" else 2
+        weights += held * t5.d_model * t5.d_ff * 2
+    return Phase("encode", weights, phase.activation, _scratch(model, part, residency))
+
+
+def sampling(shot: Shot, rows: int, riders: int) -> Phase:
+    """A shot alone, with `rows` of text and that many forwards on a pass."""
+    model, wan = shot.model, shot.model.checkpoint.transformer
+    part, element = model.checkpoint.experts[0], _ELEMENT[model.computes]
+    resident = model.residency == "resident"
+    weights = 0
+    if model.dtype == "fp8" and part.scheme.name == "plain":
+        weights = memory.fp8_bytes(wan)
+    elif model.dtype == "fp8":
+        weights = part.stored(_MATRICES).nbytes + part.stored("scales, markers").nbytes
+    elif model.residency == "packed":
+        weights = _packed(model, part)
+    fetched = None if resident else 2
+    phase = memory.sample_phase(
+        wan,
+        shot.latent_shape,
+        context_rows=rows,
+        element=element,
+        resident=weights + sum(file.stat().st_size for file in {use.path for use in shot.loras}),
+        blocks=0 if resident and model.dtype == "fp8" else fetched,
+        riders=riders,
+        chunk=model.kernels.chunk,
+    )
+    scratch = 0 if model.dtype == "fp8" else _scratch(model, part, model.residency)
+    if shot.loras and element != FP32:  # a sum is made in fp32
+        scratch += max(wan.dim, wan.ffn_dim) * wan.dim * FP32
+    return Phase("sample", phase.model, phase.activation, phase.buffer + scratch)
+
+
+def _packed(model: Model, part: Part) -> int:
+    """Matrices as they are stored: on a CPU mapped, for a GPU in pinned memory of the host."""
+    return part.stored(_MATRICES).nbytes if model.device == "cpu" else 0
+
+
+def _scratch(model: Model, part: Part, residency: str) -> int:
+    """For a GPU, the largest matrix as it is stored, on its way; for a CPU it is read in pieces."""
+    return part.stored(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
+
+
+def stored_as(model: Model) -> str | None:
+    """The dtype of the transformer's matrices in their file, None where they are quantized or mixed."""
+    return _plain(model.checkpoint.experts[0])
+
+
+def _plain(part: Part) -> str | None:
+    dtypes = [name for name, _ in part.stored(_MATRICES).dtypes]
+    return _DTYPES.get(dtypes[0]) if len(dtypes) == 1 else None

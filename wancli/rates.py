@@ -1,0 +1,171 @@
+"""How fast this machine was, remembered from finished renders, and how long a job will take at that.
+
+A rate is FLOP/s of a phase, for `load` bytes/s. `encode` includes loading the text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import files, flops, machine
+from wancli.errors import MachineError
+
+if TYPE_CHECKING:
+    from wancli.shot import Model, Shot
+
+PHASES = ("encode", "load", "sample", "decode")
+KEPT = 400  # records, the newest
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one phase of a render did per second, of a network of this width with so many tokens."""
+
+    device: str
+    dtype: str
+    residency: str
+    phase: str
+    width: int
+    tokens: int
+    per_second: float
+    date: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase has to do, `amount` in FLOPs or bytes, and all that its speed depends on."""
+
+    device: str
+    dtype: str
+    residency: str
+    phase: str
+    width: int
+    tokens: int
+    amount: int
+
+
+def work(shot: Shot) -> dict[str, Work]:
+    """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
+    model, wan = shot.model, shot.model.checkpoint.transformer
+    here = machine.device_name(model.device)
+    counts = [len(text.tokens.ids) for text in shot.texts if not text.file]
+    return {
+        "encode": encoding(model, counts),
+        "load": Work(here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)),
+        "sample": Work(
+            here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, flops.of_sampling(shot)
+        ),
+        "decode": Work(
+            here,
+            "fp32",
+            "resident",
+            "decode",
+            model.vae_sizes.dec_dim,
+            shot.tokens,
+            flops.of_decoding(model.vae_sizes, shot.latent_shape),
+        ),
+    }
+
+
+def encoding(model: Model, counts: Sequence[int]) -> Work:
+    """Prompts of so many tokens."""
+    amount = sum(flops.of_encoding(model.text_encoder, count) for count in counts)
+    encoder, width = model.encoder, model.text_encoder.d_model
+    here = machine.device_name(model.device)
+    return Work(here, encoder.dtype, encoder.residency, "encode", width, max(1, sum(counts)), amount)
+
+
+def read(path: Path) -> tuple[Rate, ...]:
+    """What is remembered; nothing where the file is missing or damaged."""
+    try:
+        rates = [Rate(**entry) for entry in json.loads(path.read_bytes())]
+        return tuple(rate for rate in rates if rate.per_second > 0 and min(rate.width, rate.tokens) > 0)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return ()
+
+
+def remember(path: Path, fresh: Iterable[Rate]) -> None:
+    """Adds rates; of two for the same thing the newer one stays. A full disk is no reason to fail."""
+    known = {tuple(asdict(rate).values())[:6]: rate for rate in (*read(path), *fresh)}
+    text = json.dumps([asdict(rate) for rate in list(known.values())[-KEPT:]], indent=1)
+    with suppress(MachineError):
+        files.replace(path, text.encode())
+
+
+def nearest(rates: Iterable[Rate], wanted: Work) -> Rate | None:
+    """The rate of the same phase, device, dtype and residency whose width and tokens are nearest."""
+
+    def distance(rate: Rate) -> float:
+        return abs(math.log(rate.width / wanted.width)) + abs(math.log(rate.tokens / wanted.tokens))
+
+    same = (wanted.device, wanted.dtype, wanted.residency, wanted.phase)
+    fitting = [rate for rate in rates if (rate.device, rate.dtype, rate.residency, rate.phase) == same]
+    return min(fitting, key=distance, default=None)
+
+
+def seconds(wanted: Work, rates: Iterable[Rate]) -> float | None:
+    """How long it will take; None where nothing like it was ever done here."""
+    if not wanted.amount:
+        return 0.0
+    rate = nearest(rates, wanted)
+    return None if rate is None else wanted.amount / rate.per_second
+
+
+def learned(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
+    """The rates of rendered shots, from what their manifests say of their phases."""
+    found = []
+    for shot, body in shots:
+        took: dict[str, float] = {}
+        for phase in body["phases"]:
+            took[phase["name"]] = took.get(phase["name"], 0.0) + phase["seconds"]
+        done = work(shot)
+        took["load"] = took.get("load", 0.0) / len(shot.stages)
+        if body["encoder_loaded"]:
+            missing = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
+            done["encode"] = encoding(shot.model, list(missing.values()))
+        else:
+            del done["encode"]
+        today = datetime.now(UTC).date().isoformat()
+        for name, one in done.items():
+            if one.amount and took.get(name):
+                facts = asdict(one)
+                amount = facts.pop("amount")
+                found.append(Rate(**facts, per_second=amount / took[name], date=today))
+    return found
+
+
+def expected(
+    shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate]
+) -> dict[str, float | None]:
+    """Seconds of each phase of a batch, None where unknown: prompts in `missing` are encoded once, a
+    transformer or each of two experts is loaded once."""
+    found: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
+
+    def add(name: str, one: Work, times: int = 1) -> None:
+        took, before = seconds(one, rates), found[name]
+        found[name] = None if took is None or before is None else before + times * took
+
+    for model in dict.fromkeys(shot.model for shot in shots):
+        own = [shot for shot in shots if shot.model == model]
+        texts = {text.id: text for shot in own for text in shot.texts if text.id in missing}
+        add("encode", encoding(model, [len(text.tokens.ids) for text in texts.values()]))
+        add("load", work(own[0])["load"], max(len(shot.stages) for shot in own))
+        for shot in own:
+            does = work(shot)
+            add("sample", does["sample"])
+            add("decode", does["decode"])
+    return found
+
+
+def sources(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
+    """Where the rate of each phase of the batch's largest shot is from."""
+    largest = max(shots, key=lambda shot: shot.tokens)
+    found = {name: nearest(rates, one) for name, one in work(largest).items()}
+    return {name: rate for name, rate in found.items() if rate}

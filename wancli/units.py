@@ -1,0 +1,31 @@
+"""Bytes and seconds as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from wancli.errors import JobError
+
+
+def parse_size(text: str, where: str) -> int:
+    """`500MiB`, `2GiB`, `1.5 G`, `1000` bytes: always binary units. Raises JobError, at `where`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text)
+    if not match:
+        raise JobError(f"{text!r} is no size; write 500MiB or 2GiB", where=where)
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def duration(value: float) -> str:
+    """Seconds: `7.0 s`, `3 min 20 s`, `2.5 h`."""
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value // 60:.0f} min {value % 60:.0f} s" if value < 7200 else f"{value / 3600:.1f} h"

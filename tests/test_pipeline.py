@@ -350,6 +350,7 @@ def test_too_little_memory_is_found_out_before_anything_is_loaded(
 ) -> None:
     poison(monkeypatch)
     monkeypatch.setattr(machine, "available", lambda: 1000)
+    monkeypatch.setattr(machine, "taken", lambda: 0)
     said = render()
     assert said.code == 5
     assert said.err.startswith("wancli: shot 0000: ")

@@ -354,7 +354,7 @@ def test_too_little_memory_is_found_out_before_anything_is_loaded(
     said = render()
     assert said.code == 5
     assert said.err.startswith("wancli: shot 0000: ")
-    assert "GiB of memory" in said.err
+    assert " of memory, 1000 B are free" in said.err
 
 
 @pytest.mark.parametrize("change", [{"memory": {"device": "cuda"}}, {"noise": "cuda"}])

@@ -186,7 +186,7 @@ def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_
     assert said.code == 1
     assert "sample.py" in said.err
     assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
-    assert said.err.endswith("wancli: shot 0000: NaN or Inf at step 0, after the last block\n")
+    assert "\nwancli: shot 0000: NaN or Inf at step 0, after the last block\n" in said.err
 
 
 def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_path: Path) -> None:

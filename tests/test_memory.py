@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import subprocess
 import sys
 import time
@@ -248,17 +249,24 @@ def test_some_memory_is_available():
 # ---- measurement ----
 
 
+def fresh_pages(size: int) -> mmap.mmap:
+    """Memory straight from the kernel: what malloc hands out may have been this process's before."""
+    block = mmap.mmap(-1, size)
+    for start in range(0, size, mmap.PAGESIZE):
+        block[start] = 1
+    return block
+
+
 def test_the_peak_of_a_block_is_seen_after_it_is_freed():
     with Peak() as taken:
-        block = bytearray(SMALL)
-        del block
+        block = fresh_pages(SMALL)
+        block.close()
     assert 0.95 * SMALL < taken.rss_peak - taken.rss_start < 2 * SMALL
     assert taken.seconds > 0
 
 
 def test_a_peak_before_the_block_does_not_count():
-    block = bytearray(2 * SMALL)
-    del block
+    fresh_pages(2 * SMALL).close()
     with Peak() as taken:
         pass
     assert taken.rss_peak - taken.rss_start < SMALL
@@ -267,10 +275,11 @@ def test_a_peak_before_the_block_does_not_count():
 def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
     monkeypatch.setattr(peak, "_reset_high_water", lambda: False)
     with Peak() as taken:
-        block = bytearray(SMALL)
-        while taken._sampler._peak < taken.rss_start + 0.95 * SMALL:
+        block = fresh_pages(SMALL)
+        deadline = time.monotonic() + 60
+        while taken._sampler._peak < taken.rss_start + 0.95 * SMALL and time.monotonic() < deadline:
             time.sleep(0.01)
-        del block
+        block.close()
     assert 0.95 * SMALL < taken.rss_peak - taken.rss_start < 2 * SMALL
     assert not taken._sampler.is_alive()
 

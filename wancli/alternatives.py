@@ -33,12 +33,12 @@ class Alternative:
 
 
 def alternatives(shot: Shot) -> list[Alternative]:
-    """All valid ways, the precise ones first; text encoder, frames and prompts as the shot has them."""
+    """All valid ways of a shot alone, the precise ones first; text encoder, frames and prompts as the shot has them."""
     allowed = choose.limit(shot.model)
     found = []
     for model in _models(shot.model):
         for width, height in sizes(shot):
-            other = replace(shot, model=model, width=width, height=height)
+            other = replace(shot, model=model, width=width, height=height, shared=None)
             phases = tuple(phase for phase in other.phases if phase.name in choose.PIPELINE)
             total = footprint.process(model) + max(phase.total for phase in phases)
             found.append(

@@ -122,5 +122,6 @@ def _told(wave: Sequence[Group]) -> list[Group]:
         phase = sampling(group)
         if group[0].model.device == "cpu":  # states wait in the memory of the host
             phase = replace(phase, buffer=phase.buffer + waiting - _state_bytes(group))
-        found.append([replace(shot, shared=Shared(len(group), phase)) for shot in group])
+        shared = Shared(len(group), phase) if len(group) > 1 or waiting > _state_bytes(group) else None
+        found.append([replace(shot, shared=shared) for shot in group])
     return found

@@ -63,10 +63,14 @@ def _above_minimum(
 
 
 def _around_zero(x_BSE: Tensor, half: int, of_scales: int) -> tuple[Tensor, Tensor, Tensor]:
-    """d [B], integer scales [B, S] and q [B, S, E] from -half to half - 1: x = d * scale * q."""
-    scale_BS = x_BSE.abs().amax(2) / half
-    d_B = (scale_BS.amax(1) / of_scales).half().float()
-    scale_BS = _ratio(scale_BS, d_B[:, None]).clamp(0, of_scales)
+    """d [B], integer scales [B, S] and q [B, S, E] from -half to half - 1: x = d * scale * q.
+
+    A scale has the sign that makes -half of the largest weight, which half - 1 would fall short of.
+    """
+    high_BS, low_BS = x_BSE.amax(2), x_BSE.amin(2)
+    scale_BS = torch.where(high_BS > -low_BS, high_BS, low_BS) / -half
+    d_B = (scale_BS.abs().amax(1) / of_scales).half().float()
+    scale_BS = _ratio(scale_BS, d_B[:, None]).clamp(-of_scales, of_scales)
     q_BSE = _ratio(x_BSE, (d_B[:, None] * scale_BS)[..., None]).clamp(-half, half - 1)
     return d_B, scale_BS, q_BSE
 

@@ -33,7 +33,7 @@ class Alternative:
 
 
 def alternatives(shot: Shot) -> list[Alternative]:
-    """All valid ways of a shot alone, the precise ones first; text encoder, frames and prompts as the shot has them."""
+    """All valid ways of a shot alone, the precise ones first; its text encoder, frames and prompts stay."""
     allowed = choose.limit(shot.model)
     found = []
     for model in _models(shot.model):

@@ -61,3 +61,8 @@ def test_what_is_no_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert said.code == 3
     assert "bad.mp4" in said.err
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_video_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = command(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
+    assert (said.code, said.err) == (2, f"wancli: {tmp_path}/nope.mp4: no such file\n")

@@ -171,8 +171,11 @@ def _way_out(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], i
         return f"What fits: {', or '.join(found)}."
     stride = shot.model.checkpoint.variant.stride
     least = needs(replace(shot, width=stride, height=stride, frames=1))
-    budget = f"memory.budget: {-(-least // 2**20)}MiB is the least"
-    return f"Even 1 frame of {stride}x{stride} needs {size(least)}: {budget}."
+    lean = needs(replace(shot, model=lodged(housed(shot.model, "streamed", CHUNKS[-1]), "streamed")))
+    return (
+        f"memory.budget: {-(-lean // 2**20)}MiB is the least for this shot; "
+        f"even 1 frame of {stride}x{stride} needs {size(least)}."
+    )
 
 
 def nearest_size(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:

@@ -8,11 +8,13 @@ from wancli.errors import JobError
 
 
 def parse_size(text: str, where: str) -> int:
-    """`500MiB`, `2GiB`, `1.5 G`, `1000` bytes: always binary units. Raises JobError, at `where`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text)
+    """`500MiB`, `1.5G`: binary units; `2GB`: decimal ones. A number alone is refused, for bytes are hardly
+    ever meant. Raises JobError, at `where`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(B|iB|)", text)
     if not match:
         raise JobError(f"{text!r} is no size; write 500MiB or 2GiB", where=where)
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+    base = 1000 if match[3] == "B" else 1024
+    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2])))
 
 
 def size(count: float) -> str:

@@ -100,8 +100,9 @@ def alternatives_table(ways: Sequence[Alternative]) -> RenderableType:
     sizes = list(dict.fromkeys((way.width, way.height) for way in ways))
     table = grid("weights", "", "attention", *(f">{width}x{height}" for width, height in sizes))
     rows: dict[tuple[str, str, str], list[str]] = {}
+    digits = 1 if max(way.total for way in ways) > 4 * 2**30 else 2
     for way in ways:
-        label = f"{way.total / 2**30:.1f} {'✓' if way.fits else '✗'}"
+        label = f"{way.total / 2**30:.{digits}f} {'✓' if way.fits else '✗'}"
         attention = "whole" if way.chunk is None else f"{way.chunk:,} tokens"
         row = rows.setdefault((way.dtype, way.residency, attention), [])
         row.append(f"[{label}]" if way.chosen else f"{label} ")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wancli import files, manifest, video
+from wancli.errors import JobError
 from wancli.report import font
 from wancli.report.terminal import ranges
 
@@ -29,9 +30,11 @@ PAPER, INK = 250, 40
 
 
 def contact_sheet(videos: Sequence[Path]) -> bytes:
-    """The PNG. Raises FfmpegError for a file that does not decode."""
+    """The PNG. Raises JobError for a file that is not there, FfmpegError for one that does not decode."""
     import numpy as np
 
+    if missing := [str(path) for path in videos if not path.is_file()]:
+        raise JobError("no such file", where=", ".join(missing))
     strips = [_strip(path) for path in videos]
     width = max(strip.shape[1] for strip in strips)
     parts = []

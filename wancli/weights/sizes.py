@@ -101,7 +101,7 @@ def transformer_config(read: Mapping[str, int], said: Mapping[str, object], wher
         raise CheckpointError(
             f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}",
             where=where,
-            hint="put a config.json with num_heads beside the weights, or say `heads` in the job's `model`",
+            hint="put num_heads into the folder's config.json, or say `heads` in the job's `model`",
         )
     if not isinstance(eps, float) or text_len != WanConfig.text_len:
         raise CheckpointError(

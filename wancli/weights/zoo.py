@@ -172,7 +172,7 @@ def _transformer(part: Part, weights: Tensors, said: Mapping[str, object]) -> Pa
         message = (
             f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}"
         )
-        hint = "put a config.json with num_heads beside the weights, or say `heads` in the job's `model`"
+        hint = "name the folder if its config.json says num_heads, or say `heads` in the job's `model`"
         return replace(part, refusal=message, hint=hint)
     config = transformer_config(read, said, where)
     sizes = (*read.items(), ("num_heads", config.num_heads))

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from wancli.errors import JobError
+from wancli.units import duration, parse_size, size
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("500MiB", 500 * 2**20), ("2GiB", 2**31), ("1.5 G", 3 * 2**29), ("2GB", 2 * 10**9), ("7KB", 7000)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert parse_size(text, "here") == count
+
+
+@pytest.mark.parametrize("text", ["12", "12 B", "GiB", "-1GiB", "1e3MiB", ""])
+def test_what_is_no_size_is_refused_with_one_that_is(text: str) -> None:
+    with pytest.raises(JobError, match=r"here: .* is no size; write 500MiB or 2GiB"):
+        parse_size(text, "here")
+
+
+def test_bytes_and_seconds_are_told_in_the_unit_that_fits() -> None:
+    assert [size(n) for n in (0, 1023, 2048, 3 * 2**20, 2**31)] == [
+        "0 B",
+        "1023 B",
+        "2 KiB",
+        "3 MiB",
+        "2.0 GiB",
+    ]
+    assert [duration(s) for s in (7, 119.96, 200, 9000)] == ["7.0 s", "120.0 s", "3 min 20 s", "2.5 h"]

@@ -209,7 +209,6 @@ def render(
         display.warn(warning)
     outcomes: list[pipeline.Outcome] = []
     known = rates.read(_rates(cache_dir))
-    expected = data.time_of(plan.shots, _store(cache_dir), known)["phases"]
     try:
         for outcome in _traced(pipeline.render(plan, Tools(_store(cache_dir), display, force)), log_level):
             outcomes.append(outcome)
@@ -224,7 +223,7 @@ def render(
         raise
     fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
     rates.remember(_rates(cache_dir), rates.learned(fresh))
-    report = data.build(plan, outcomes, expected)
+    report = data.build(plan, outcomes, known)
     path = data.write(plan, report)
     if as_json:
         emit(report)

@@ -65,7 +65,10 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
             known = f"known: {', '.join(keys_at(path[:-1]))}"
             return "unknown key; " + (f"did you mean {near!r}?" if near else known)
         case "literal_error":
-            return f"{shown} is not one of {str(ctx['expected']).replace(' or ', ', ')}"
+            words = str(ctx["expected"]).replace(" or ", ", ")
+            if "," not in words:  # the word that may stand for a number
+                return f"{shown} is neither a number nor {words}"
+            return f"{shown} is not one of {words}"
         case "int_type" | "int_from_float":
             return f"expected a whole number, got {shown}"
         case "float_type" | "finite_number":

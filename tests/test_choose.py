@@ -81,7 +81,11 @@ def test_every_kind_of_shot_is_asked_for_what_it_needs(large: Shot) -> None:
 
 
 def test_models_that_run_alike_are_one_model_however_that_was_chosen(large: Shot) -> None:
-    said = [Asked("streamed", "auto", 9 * GIB), Asked("streamed", None, 9 * GIB), Asked("auto", None, 9 * GIB)]
+    said = [
+        Asked("streamed", "auto", 9 * GIB),
+        Asked("streamed", None, 9 * GIB),
+        Asked("auto", None, 9 * GIB),
+    ]
     whole, also_whole, other = (one.model for one in choose.settle([large] * 3, said))
     assert whole == also_whole != other  # whose text encoder is resident
     assert len(dict.fromkeys((whole, replace(whole, why=("another reason",))))) == 1

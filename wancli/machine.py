@@ -8,7 +8,6 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 
 

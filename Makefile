@@ -24,6 +24,7 @@ bench: $(VENV)/dev ## Measure against diffusers, side by side in one process
 
 gpu: $(VENV)/dev ## Test and measure on a GPU, where there is one
 	$(BIN)/python -m scripts.gpu
+
 bench-large: $(VENV)/dev ## Measure 14B in 6 GiB and how soon 1.3B runs; half an hour, 40 GB in DIR
 	$(BIN)/python -m scripts.bench.first_block --dir $(DIR)
 	$(BIN)/python -m scripts.bench.streaming --dir $(DIR)/two-blocks

@@ -69,6 +69,28 @@ def test_what_is_chosen_fits_and_nothing_faster_does(large: Shot, budget: int) -
     assert all(faster > budget * GIB for faster in needs[:at])
 
 
+def test_every_kind_of_shot_is_asked_for_what_it_needs(large: Shot) -> None:
+    """Without its negative a shot has one forward on a pass, and the same texts otherwise."""
+    assert large.negative
+    lean = replace(large, negative=None, injected=(large.negative,))
+    sizes = [choose.need(choose.housed(s.model, "streamed", None), [s], ("sample",)) for s in (large, lean)]
+    assert sizes[0] > sizes[1]
+    for order in ([large, lean], [lean, large]):
+        settled = choose.settle(order, [Asked("streamed", None)] * 2)[0].model
+        assert settled.why == choose.settle([large], [Asked("streamed", None)])[0].model.why
+
+
+def test_models_that_run_alike_are_one_model_however_that_was_chosen(large: Shot) -> None:
+    said = [
+        Asked("streamed", "auto", 9 * GIB),
+        Asked("streamed", None, 9 * GIB),
+        Asked("auto", None, 9 * GIB),
+    ]
+    whole, also_whole, other = (one.model for one in choose.settle([large] * 3, said))
+    assert whole == also_whole != other  # whose text encoder is resident
+    assert len(dict.fromkeys((whole, replace(whole, why=("another reason",))))) == 1
+
+
 def test_the_reason_names_what_was_too_large_and_the_budget(large: Shot) -> None:
     _, why = chosen(large, 14 * GIB).model.why
     assert why.startswith("transformer: streamed")

@@ -190,6 +190,8 @@ def test_an_embedding_file_stands_where_a_prompt_does() -> None:
             "sampler: {solver: ddim}",
             "sampler.solver: 'ddim' is not one of 'unipc', 'dpm++', 'euler', 'distill4'",
         ),
+        ("batch: all", "batch: 'all' is neither a number nor 'auto'"),
+        ("batch: 1.5", "batch: expected a whole number, got 1.5"),
         ("noise: gpu", "noise: 'gpu' is not one of 'cpu', 'cuda'"),
         ("text: {max_tokens: 300}", "text.max_tokens: 300 is not one of 256, 512"),
         ("video: {codec: av1}", "video.codec: 'av1' is not one of 'h264', 'h265'"),

@@ -52,7 +52,7 @@ def test_products_in_fp8_need_no_second_copy_of_the_weights(tmp_path: Path):
     ("memory", "message"),
     [
         ({"chunk": 255}, r"job\.yaml:\d+: memory\.chunk: should be greater than or equal to 256, got 255"),
-        ({"chunk": "some"}, r"memory\.chunk: 'some' is not one of 'auto'"),
+        ({"chunk": "some"}, r"memory\.chunk: 'some' is neither a number nor 'auto'"),
         ({"attention": "fast"}, r"memory\.attention: 'fast' is not one of 'auto', .*'sage'"),
         ({"fp8_matmul": True, "dtype": "bf16"}, r"memory\.dtype: weights in bf16 do not multiply in fp8"),
         (

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -244,6 +245,24 @@ def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
 
 def test_some_memory_is_available():
     assert machine.available() > 0
+
+
+def test_a_control_group_leaves_what_it_has_not_used_but_for_the_files_it_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    free = machine.available()
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("9000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 4000000\nactive_file 3000000\n")
+    (tmp_path / "memory.max").write_text("10000000\n")
+    assert machine.available() == 8_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available() == pytest.approx(free, rel=0.5)
+
+
+def test_pages_of_files_are_not_counted_twice():
+    memory = psutil.Process().memory_info()
+    assert 0 < machine.taken() < memory.rss
 
 
 # ---- measurement ----

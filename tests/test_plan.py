@@ -188,6 +188,13 @@ def test_all_these_jobs_have_different_keys(decide: Callable[..., Plan]) -> None
     assert len(set(found)) == len(found)
 
 
+def test_a_key_tells_what_weights_in_fp8_are_multiplied_in(decide: Callable[..., Plan]) -> None:
+    """Prompts from files are the same on a GPU, whose text encoder would have run in bf16."""
+    shot = only(decide(memory={"dtype": "fp8", "device": "cpu"}))
+    on_gpu = replace(shot, model=replace(shot.model, device="cuda"))
+    assert shot.latents_key != on_gpu.latents_key
+
+
 def test_keys_depend_on_the_weights_and_not_on_where_they_lie(
     decide: Callable[..., Plan], tmp_path: Path
 ) -> None:

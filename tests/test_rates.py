@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,10 +61,13 @@ def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path
     path = tmp_path / "cache" / "rates.json"
     path.parent.mkdir()
     good = rate_of(shot, "sample", 1e9)
-    for damage in ("", "{", "{}", "[1]", '[{"device": 1}]', json.dumps([asdict(good) | {"width": 0}])):
+    wrong = ({"width": 0}, {"device": []}, {"per_second": math.inf}, {"tokens": "9"}, {"date": {}})
+    entries = [json.dumps([asdict(good) | change]) for change in wrong]
+    for damage in ("", "{", "{}", "[1]", '[{"device": 1}]', *entries):
         path.write_text(damage)
         assert rates.read(path) == (), damage
-    rates.remember(path, [good])
+        rates.remember(path, [good])
+        assert rates.read(path) == (good,), damage
     rates.remember(path, [replace(good, per_second=2e9), replace(good, tokens=7)])
     assert rates.read(path) == (replace(good, per_second=2e9), replace(good, tokens=7))
 
@@ -90,6 +94,36 @@ def test_the_first_render_measures_what_the_next_plan_says(
     assert next(p for p in after["memory"] if p["name"] == "sample")["expected"] == pytest.approx(
         took["sample"], rel=0.01, abs=1e-3
     )
+
+
+def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) -> None:
+    """Two shots with a prompt each: 6 s of encoding, and 4 s of sampling on shared passes."""
+    both = [replace(shot, prompt=replace(shot.prompt, id=id), negative=None) for id in ("one", "two")]
+    phases = [
+        {"name": name, "seconds": seconds, "rss_start": 1, "shots": shots}
+        for name, seconds, shots in (("encode", 6, 1), ("load", 2, 1), ("sample", 4, 2), ("decode", 1, 1))
+    ]
+    count = len(shot.prompt.tokens.ids)
+    bodies = [
+        {"phases": phases, "prompts": [{"id": one.prompt.id, "tokens": count, "cached": False}]}
+        for one in both
+    ]
+    known = rates.learned(list(zip(both, bodies, strict=True)))
+    again = rates.expected(both, frozenset({"one", "two"}), known)
+    assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2})
+
+
+def test_a_report_expects_no_time_of_shots_that_were_done_before(
+    render: Callable[..., Said], warm: Path
+) -> None:
+    (warm / "rates.json").unlink(missing_ok=True)
+    changes = {"output": "out/{id}.mp4", "items": [{"id": "a"}, {"id": "b", "seed": 3}]}
+    one = json.loads(render("--items", "0", "--json", **changes).out)
+    both = json.loads(render("--json", **changes).out)
+    assert [shot["status"] for shot in both["shots"]] == ["already done", "rendered"]
+    (took,) = [phase["seconds"] for phase in one["memory"] if phase["name"] == "sample"]
+    (expected,) = [phase["expected"] for phase in both["memory"] if phase["name"] == "sample"]
+    assert expected == pytest.approx(took)
 
 
 def test_without_any_render_the_plan_says_that_the_first_will_measure(

@@ -128,6 +128,7 @@ def _distinct(shots: Sequence[Shot]) -> list[Shot]:
             tuple(len(text.tokens.ids) for text in shot.texts),
             tuple(use.path for use in shot.loras),
             shot.decode_chunk,
+            shot.riders,
         ): shot
         for shot in shots
     }

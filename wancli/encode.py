@@ -272,14 +272,13 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
 def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
     """UMT5 with its weights on the device, or where its residency has them. Raises CheckpointError with
     the list of what is wrong."""
-    import torch
-
+    from wancli.models.dtypes import DTYPES
     from wancli.weights import networks
 
     return networks.load_umt5(
         encoder.files,
         rename("text encoder", encoder.naming),
-        {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[encoder.dtype],
+        DTYPES[encoder.dtype],
         encoder.device,
         encoder.residency,
         encoder.prefix,

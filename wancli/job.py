@@ -194,13 +194,17 @@ class Video(Strict):
     keep_latents: bool = False
 
 
-def _chunk_kind(value: Any) -> str:
+def _number_or_auto(value: Any) -> str:
     return "<text>" if isinstance(value, str) else "<int>"
 
 
 Chunk = Annotated[
     Annotated[int, Field(ge=256), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_chunk_kind),
+    Discriminator(_number_or_auto),
+]
+Batch = Annotated[
+    Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
+    Discriminator(_number_or_auto),
 ]
 
 
@@ -213,16 +217,6 @@ class Memory(Strict):
     fp8_matmul: bool = False
     budget: str | None = None
     decode_chunk: int = Field(1, ge=1, le=64)
-
-
-def _batch_kind(value: Any) -> str:
-    return "<int>" if isinstance(value, int) else "<text>"
-
-
-Batch = Annotated[
-    Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_batch_kind),
-]
 
 
 class Job(Strict):

@@ -50,11 +50,10 @@ def check(model: Model) -> None:
 
 def runs(model: Model) -> dict[str, Any]:
     """Which attention really runs: that of video tokens among each other, and that to the text."""
-    import torch
-
     from wancli.models.attention import attention_backend
+    from wancli.models.dtypes import DTYPES
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[model.computes]
+    dtype = DTYPES[model.computes]
     width, asked = model.checkpoint.transformer.head_dim, model.kernels.attention
     return {
         "asked": asked,

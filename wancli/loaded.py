@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from wancli.models.vae import VAE
     from wancli.weights.lora import Lora, Loras, Patches
 
-_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 @dataclass
 class Networks:
@@ -41,15 +39,14 @@ class Networks:
         """The network of an expert; the other one makes room first."""
         if self._loaded and self._loaded[0] == expert:
             return self._loaded[1]
-        import torch
-
+        from wancli.models.dtypes import DTYPES
         from wancli.weights.networks import load_transformer
 
         self._loaded = self._patches = None
         with Peak() as peak:
             network = load_transformer(
                 self.model.checkpoint,
-                getattr(torch, _TORCH[self.model.computes]),
+                DTYPES[self.model.computes],
                 self.model.device,
                 expert,
                 self.model.residency,

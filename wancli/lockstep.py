@@ -90,7 +90,7 @@ def _kind(shot: Shot) -> Hashable:
 def _most(shot: Shot) -> int:
     if shot.batch is not None:
         return shot.batch
-    # Resident weights are at hand. What a GPU has free is not known without torch.
+    # Resident weights are at hand; on a GPU shots share what the job tells them to.
     return 1 if shot.model.residency == "resident" or shot.model.device == "cuda" else MOST
 
 

@@ -8,25 +8,33 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
+
 
 def available() -> int:
-    """Bytes this process may still take: what the machine has free, or a control group less."""
+    """Bytes this process may still take: what the machine has free, or a control group less.
+
+    Pages of files that the kernel can drop are free: else a checkpoint that was read would fill a group.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit.strip() == "max" else min(free, int(limit) - int(used))
+    files = int(parts["inactive_file"]) + int(parts["active_file"])
+    return free if limit == "max" else min(free, int(limit) - used + files)
 
 
 def taken() -> int:
-    """Bytes of memory that this process has already."""
+    """Bytes of memory that this process has already, but for pages of files, which `available` counts."""
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    memory = psutil.Process().memory_info()
+    return int(memory.rss) - int(memory.shared)
 
 
 def cuda_free() -> int | None:

@@ -65,7 +65,7 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
             known = f"known: {', '.join(keys_at(path[:-1]))}"
             return "unknown key; " + (f"did you mean {near!r}?" if near else known)
         case "literal_error":
-            return f"{shown} is not one of {str(ctx['expected']).replace(' or ', ', ')}"
+            return f"{shown} is {_none_of(str(ctx['expected']))}"
         case "int_type" | "int_from_float":
             return f"expected a whole number, got {shown}"
         case "float_type" | "finite_number":
@@ -84,6 +84,12 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
         case "too_long":
             return f"expected at most {ctx['max_length']} values, got {ctx['actual_length']}"
     return f"{problem['msg'].lower().removeprefix('input ')}, got {shown}"
+
+
+def _none_of(words: str) -> str:
+    """pydantic's `'a', 'b' or 'c'`; one alone is a word that may stand for a number."""
+    several = " or " in words
+    return f"not one of {words.replace(' or ', ', ')}" if several else f"neither a number nor {words}"
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -86,9 +86,15 @@ def read(path: Path) -> tuple[Rate, ...]:
     """What is remembered; nothing where the file is missing or damaged."""
     try:
         rates = [Rate(**entry) for entry in json.loads(path.read_bytes())]
-        return tuple(rate for rate in rates if rate.per_second > 0 and min(rate.width, rate.tokens) > 0)
+        return tuple(rate for rate in rates if _is_sound(rate))
     except (OSError, ValueError, TypeError, RecursionError):
         return ()
+
+
+def _is_sound(rate: Rate) -> bool:
+    texts = (rate.device, rate.dtype, rate.residency, rate.phase, rate.date)
+    numbers = (rate.per_second, rate.width, rate.tokens)
+    return all(isinstance(text, str) for text in texts) and all(0 < number < math.inf for number in numbers)
 
 
 def remember(path: Path, fresh: Iterable[Rate]) -> None:
@@ -118,27 +124,39 @@ def seconds(wanted: Work, rates: Iterable[Rate]) -> float | None:
     return None if rate is None else wanted.amount / rate.per_second
 
 
-def learned(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
+def learned(shots: Sequence[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
     """The rates of rendered shots, from what their manifests say of their phases."""
-    found = []
+    return [*_of_encoding(shots), *_of_networks(shots)]
+
+
+def _of_encoding(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
+    """The prompts of a batch are encoded together, and each of its manifests has the seconds of all."""
+    passes: dict[tuple[Any, ...], dict[str, int]] = {}
     for shot, body in shots:
-        took: dict[str, float] = {}
+        phase = next(phase for phase in body["phases"] if phase["name"] == "encode")
+        texts = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
+        passes.setdefault((shot.model, phase["seconds"], phase["rss_start"]), {}).update(texts)
+    for (model, seconds, _), texts in passes.items():
+        yield from _rate(encoding(model, list(texts.values())), seconds)
+
+
+def _of_networks(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
+    for shot, body in shots:
+        took = dict.fromkeys(PHASES, 0.0)
         for phase in body["phases"]:
-            took[phase["name"]] = took.get(phase["name"], 0.0) + phase["seconds"]
-        done = work(shot)
-        took["load"] = took.get("load", 0.0) / len(shot.stages)
-        if body["encoder_loaded"]:
-            missing = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
-            done["encode"] = encoding(shot.model, list(missing.values()))
-        else:
-            del done["encode"]
-        today = datetime.now(UTC).date().isoformat()
-        for name, one in done.items():
-            if one.amount and took.get(name):
-                facts = asdict(one)
-                amount = facts.pop("amount")
-                found.append(Rate(**facts, per_second=amount / took[name], date=today))
-    return found
+            took[phase["name"]] += phase["seconds"] / phase.get("shots", 1)
+        took["load"] /= len(shot.stages)
+        for name, one in work(shot).items():
+            if name != "encode":
+                yield from _rate(one, took[name])
+
+
+def _rate(done: Work, took: float) -> Iterator[Rate]:
+    """What was done, per second; nothing of what took no time."""
+    facts = asdict(done)
+    amount = facts.pop("amount")
+    if amount and took:
+        yield Rate(**facts, per_second=amount / took, date=datetime.now(UTC).date().isoformat())
 
 
 def expected(

@@ -52,7 +52,8 @@ class Model:
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
     kernels: Kernels = field(default_factory=Kernels)
     budget: int | None = None  # bytes that the process may take, on CUDA the device; None is what is free
-    why: tuple[str, ...] = ()  # how the residencies and the chunk were chosen
+    # How the residencies and the chunk were chosen. Models of the same settings are the same.
+    why: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def computes(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -201,6 +202,8 @@ class Shot:
                 **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
+                # Weights in fp8 do not say it themselves: a GPU multiplies them in bf16.
+                **({"computes": "bf16"} if self.model.computes == "bf16" != self.model.dtype else {}),
             }
         )
 

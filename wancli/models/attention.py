@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wancli.errors import MachineError
 from wancli.models.config import Attention
+from wancli.models.dtypes import NAMES
 
 OF_TORCH = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -104,7 +105,7 @@ def attention_backend(
     except RuntimeError:
         choice = SDPBackend.ERROR
     if choice == SDPBackend.ERROR:
-        raise _refused(asked, f"torch has it not for {_words(dtype)} on {device}, heads {head_dim} wide")
+        raise _refused(asked, f"torch has it not for {NAMES[dtype]} on {device}, heads {head_dim} wide")
     return choice.name.lower()
 
 
@@ -116,7 +117,7 @@ def _check_package(
     if device.type != "cuda":
         raise _refused(asked, f"it runs on CUDA only, not on {device}")
     if dtype not in (torch.float16, torch.bfloat16):
-        raise _refused(asked, f"it computes in bf16 or fp16, not in {_words(dtype)}")
+        raise _refused(asked, f"it computes in bf16 or fp16, not in {NAMES[dtype]}")
     if head_dim > package.head_dim or head_dim % 8:
         most = f"up to {package.head_dim} in steps of 8"
         raise _refused(asked, f"its heads are {most} wide, the model's {head_dim}")
@@ -130,7 +131,3 @@ def _refused(
     asked: str, why: str, hint: str = "Leave memory.attention out, and torch chooses."
 ) -> MachineError:
     return MachineError(f"{asked} attention cannot run: {why}", where="memory.attention", hint=hint)
-
-
-def _words(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 SCHEMA = "wancli/report/1"
 
 
-def build(
-    plan: Plan, outcomes: Sequence[Outcome], expected: Mapping[str, float | None] | None = None
-) -> dict[str, Any]:
-    """All shots of a batch, and its totals. A shot that was never reached is `not started`. `expected` are
-    the seconds that `time_of` told for each phase before it began."""
+def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -> dict[str, Any]:
+    """All shots of a batch, and its totals. A shot that was never reached is `not started`. `known` are the
+    rates that what was rendered is expected to take, those from before it began."""
     by_index = {outcome.shot.index: outcome for outcome in outcomes}
     shots = [_shot(shot, by_index.get(shot.index)) for shot in plan.shots]
     fresh = [shot for shot in shots if shot["status"] == "rendered"]
     prompts = {prompt["id"]: prompt for shot in fresh for prompt in shot["prompts"]}
+    missing = frozenset(id for id, prompt in prompts.items() if not prompt["cached"])
+    rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
     return {
         "schema": SCHEMA,
         "job": plan.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),
         "shots": shots,
-        "memory": _memory(fresh, expected or {}),
+        "memory": _memory(fresh, rates.expected(rendered, missing, known)),
         "first_step_after": min((shot["first_step_after"] for shot in fresh), default=None),
         "process": max((shot["phases"][0]["rss_start"] for shot in fresh), default=0),
         "peak": _peak(fresh),

@@ -3,7 +3,7 @@
     X.weight        fp8, or a plain float
     X.scale_weight  its scale: ComfyUI's first layout, kijai
     X.weight_scale  its scale: ComfyUI's second layout, kijai, LightX2V (per row)
-    X.scale_input, X.input_scale   for fp8 matrix products, which wancli does not make: dropped
+    X.scale_input, X.input_scale   for fp8 matrix products, where wancli makes its own: dropped
     X.comfy_quant   JSON in bytes; its "format" promises a scale (ComfyUI's second layout)
     scaled_fp8      promises a scale for every fp8 matrix (ComfyUI's first layout, kijai)
     spiece_model    ComfyUI's UMT5 files carry their tokenizer: not a weight

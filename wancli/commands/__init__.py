@@ -1,0 +1,1 @@
+"""The commands, which `wancli.cli` offers: parse, call, show. No logic, no torch."""

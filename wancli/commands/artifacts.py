@@ -1,0 +1,90 @@
+"""`wancli decode`, `compare`, `inspect` and `schema`: latents, videos, weights, and what a job may say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands.common import emit, hush, memo_of
+from wancli.commands.options import Force, Json, ModelDir, Progressing, ProgressMode, Quiet
+from wancli.errors import ExitStatus
+
+
+def decode_command(
+    latents: Annotated[
+        Path, typer.Argument(metavar="NAME.latents.safetensors", help="A latent that a render left.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default: the name it was made for.")
+    ] = None,
+    model: ModelDir = None,
+    force: Force = False,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Finish a shot from its latent.
+
+    Decodes it, writes and verifies the MP4, prints its path. The latent stays.
+    """
+    from wancli import events, stage3
+    from wancli.tools import Tools
+
+    hush(quiet)
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    print(stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force)))
+    return ExitStatus.OK
+
+
+def compare_command(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="MP4 files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
+        "contact-sheet.png"
+    ),
+) -> int:
+    """Put videos side by side: a contact sheet.
+
+    A PNG with frames of each, from first to last, under what its manifest says it is.
+    """
+    from wancli.report import sheet
+
+    sheet.write(output, sheet.contact_sheet(videos))
+    print(output)
+    return ExitStatus.OK
+
+
+def inspect_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE-OR-FOLDER", help="Weights: a checkpoint, a part of one, a LoRA.")
+    ],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also look for NaN and Inf in every tensor, and hash the files.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Say what a file or folder of weights is.
+
+    Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
+    """
+    from wancli import inspect
+    from wancli.report import terminal, weights
+
+    document = inspect.inspect(path, deep=deep)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show(weights.inspect_lines(document))
+    return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK
+
+
+def schema_command() -> int:
+    """Print the JSON Schema of a job file.
+
+    Editors complete and check keys with it.
+    """
+    from wancli import schema
+
+    emit(schema.of_job())
+    return ExitStatus.OK

@@ -1,0 +1,68 @@
+"""`wancli cache`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from wancli.commands.common import emit, store_of
+from wancli.commands.options import CacheDir, Json
+from wancli.errors import ExitStatus
+
+app = typer.Typer(help="List, verify or shrink the embedding cache.")
+
+
+@app.command("ls")
+def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
+    """List the embeddings in the cache, last used first."""
+    from wancli.report import data, terminal
+
+    rows = data.of_cache(store_of(cache_dir))
+    if as_json:
+        emit(rows)
+    else:
+        terminal.show(terminal.cache_table(rows))
+    return ExitStatus.OK
+
+
+@app.command("verify")
+def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
+    """Read every entry back.
+
+    Lists damaged ones and exits with 4; a render computes them again.
+    """
+    store = store_of(cache_dir)
+    count, damaged = len(store.entries()), [str(entry.path) for entry in store.verify()]
+    if as_json:
+        emit({"entries": count, "damaged": damaged})
+    else:
+        print(*damaged, f"{count - len(damaged)} of {count} entries verify", sep="\n")
+    return ExitStatus.INTEGRITY if damaged else ExitStatus.OK
+
+
+@app.command("prune")
+def cache_prune(
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Keep the newest up to this: 500MiB, 2GiB.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove what was not used for so long.")
+    ] = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Remove old or surplus entries.
+
+    Damaged ones, the oldest beyond a size, those older than some days.
+    """
+    from wancli.units import parse_size, size
+
+    most = None if max_size is None else parse_size(max_size, "--max-size")
+    removed = store_of(cache_dir).prune(most, older_than)
+    total = sum(entry.bytes for entry in removed)
+    if as_json:
+        emit({"removed": [entry.key for entry in removed], "bytes": total})
+    else:
+        print(f"removed {len(removed)} entries, {size(total)}")
+    return ExitStatus.OK

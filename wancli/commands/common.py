@@ -1,0 +1,80 @@
+"""What options mean, and how commands speak: results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli.errors import WancliError
+from wancli.events import printable
+
+if TYPE_CHECKING:
+    from wancli.flags import Flags
+    from wancli.jobfile import JobFile
+    from wancli.shot import Plan
+    from wancli.store import Store
+
+
+def complain(error: WancliError, prefix: str = "") -> None:
+    """The message, then the way out, on stderr."""
+    for line in str(error).split("\n"):
+        print(printable(f"wancli: {prefix}{line}"), file=sys.stderr)
+    for line in error.hint.splitlines():
+        print(printable(f"  {line}"), file=sys.stderr)
+
+
+def emit(document: Any) -> None:
+    json.dump(document, sys.stdout, indent=2)
+    print()
+
+
+def hush(quiet: bool) -> None:
+    """Whether what is logged, the hashing of large files, stays unsaid."""
+    logging.getLogger("wancli").disabled = quiet
+
+
+def flags_of(sets: list[str] | None, sweeps: list[str] | None, items: str | None, shard: str | None) -> Flags:
+    from wancli.flags import Flags
+
+    return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+
+
+def job_of(job: str, flags: Flags) -> JobFile:
+    from wancli.jobfile import load, parse
+
+    if job == "-":
+        return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd(), flags)
+    return load(Path(job), flags)
+
+
+def plan_of(
+    jobs: JobFile, cache_dir: Path | None, *, measure: bool = False, budget: int | None = None
+) -> Plan:
+    from wancli import plan
+
+    return plan.plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
+
+
+def cache_of(cache_dir: Path | None) -> Path:
+    from platformdirs import user_cache_path
+
+    said = os.environ.get("WANCLI_CACHE")
+    return (cache_dir or (Path(said) if said else user_cache_path("wancli"))).expanduser()
+
+
+def memo_of(cache_dir: Path | None) -> Path:
+    return cache_of(cache_dir) / "hashes.json"
+
+
+def rates_of(cache_dir: Path | None) -> Path:
+    return cache_of(cache_dir) / "rates.json"
+
+
+def store_of(cache_dir: Path | None) -> Store:
+    from wancli.store import Store
+
+    return Store(cache_of(cache_dir) / "embeddings")

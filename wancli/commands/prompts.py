@@ -1,0 +1,110 @@
+"""`wancli encode` and `wancli diff`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands.common import emit, flags_of, hush, memo_of, store_of
+from wancli.commands.options import (
+    CacheDir,
+    Items,
+    Json,
+    ModelDir,
+    Progressing,
+    ProgressMode,
+    Quiet,
+    Sets,
+    Shard,
+    Sweeps,
+)
+from wancli.errors import ExitStatus
+
+
+def encode_command(
+    what: Annotated[
+        list[str], typer.Argument(metavar="JOB|PROMPT...", help="A job file, prompts, or - for stdin.")
+    ],
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep the embeddings in the cache.")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write them to a .safetensors file.")
+    ] = None,
+    model: ModelDir = None,
+    max_tokens: Annotated[int, typer.Option(help="256 or 512; for prompts given here.")] = 256,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")
+    ] = False,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Turn prompts into embeddings: stage 1 alone.
+
+    Each is computed once ever and kept in the cache. Prints one key per prompt.
+    """
+    from wancli import events, stage1
+    from wancli.report import terminal
+    from wancli.tools import Tools
+
+    hush(quiet)
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    flags = flags_of(sets, sweeps, items, shard)
+    work = stage1.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
+    rows = stage1.run(work, out, Tools(store_of(cache_dir) if cache else None, display))
+    if as_json:
+        emit(rows)
+    else:
+        terminal.show(terminal.encoded_lines(rows))
+    return ExitStatus.OK
+
+
+def diff_command(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="A B", help="Two prompts.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Both from a file: a job (prompt against injections), a text, an embedding file.",
+        ),
+    ] = None,
+    model: ModelDir = None,
+    dit: Annotated[
+        bool, typer.Option("--dit/--no-dit", help="Also compare what the transformer's blocks read.")
+    ] = True,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how different two prompts are.
+
+    As the model reads them. Aim for more than 50 % before you inject one into the other.
+    """
+    from wancli import events, stage1
+    from wancli.report import terminal
+    from wancli.tools import Tools
+
+    hush(quiet)
+    display = events.progress(sys.stderr, "none" if quiet else "auto")
+    flags = flags_of(sets, sweeps, items, shard)
+    pairs = stage1.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
+    tools = Tools(store_of(cache_dir), display)
+    differences = [stage1.compared(pair, tools, dit=dit) for pair in pairs]
+    if as_json:
+        emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
+    else:
+        terminal.show(terminal.difference_tables(differences))
+    return ExitStatus.OK

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wancli import __version__
-from wancli.errors import ExitStatus, JobError, WancliError, stack
+from wancli.errors import ExitStatus, JobError, Stopped, WancliError, stack
 from wancli.events import printable
 
 if TYPE_CHECKING:
@@ -91,6 +92,14 @@ Sweeps = Annotated[
 Items = Annotated[
     str | None, typer.Option("--items", metavar="RANGES", help="Only these shots, from 0: 0-9,12 or 1-9:2.")
 ]
+SaveEvery = Annotated[
+    str | None,
+    typer.Option(
+        "--save-every",
+        metavar="TIME|STEPS",
+        help="How often the state of sampling goes to disk: 30s, 5min, or 5 for five steps. Default: 60s.",
+    ),
+]
 Shard = Annotated[
     str | None,
     typer.Option(
@@ -126,6 +135,8 @@ def run(arguments: list[str]) -> int:
         code = int(app(arguments, prog_name="wancli", standalone_mode=False) or 0)
     except WancliError as error:
         complain(error)
+        if isinstance(error, Stopped):
+            print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
         return error.status
     except typer.TyperException as error:
         print(
@@ -184,6 +195,7 @@ def render(
     sweeps: Sweeps = None,
     items: Items = None,
     shard: Shard = None,
+    save_every: SaveEvery = None,
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
@@ -194,15 +206,16 @@ def render(
     """Render every shot of a job, or a prompt.
 
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
-    rendered again. Prints one path per finished shot.
+    rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
-    from wancli import events, pipeline, rates
+    from wancli import events, pipeline, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
     _hush(quiet)
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
-    flags = _flags(sets, sweeps, items, shard)
+    every = [] if save_every is None else [f"save_every={save_every}"]
+    flags = _flags([*(sets or []), *every], sweeps, items, shard)
     plan = _plan(_said(job, prompt, output, flags), cache_dir, measure=measuring)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     for warning in plan.warnings:
@@ -210,13 +223,18 @@ def render(
     outcomes: list[pipeline.Outcome] = []
     known = rates.read(_rates(cache_dir))
     expected = data.time_of(plan.shots, _store(cache_dir), known)["phases"]
+    stopped: Stopped | None = None
     try:
-        for outcome in _traced(pipeline.render(plan, Tools(_store(cache_dir), display, force)), log_level):
-            outcomes.append(outcome)
-            if outcome.error:
-                complain(outcome.error, f"shot {outcome.shot.id}: ")
-            elif not as_json:
-                print(outcome.shot.output, flush=True)
+        with signals.listening() as stop:
+            tools = Tools(_store(cache_dir), display, force, stop)
+            for outcome in _traced(pipeline.render(plan, tools), log_level):
+                outcomes.append(outcome)
+                if outcome.error:
+                    complain(outcome.error, f"shot {outcome.shot.id}: ")
+                elif outcome.record and not as_json:
+                    print(outcome.shot.output, flush=True)
+    except Stopped as error:
+        stopped = error
     except BaseException:
         if outcomes:
             with suppress(WancliError):  # the first error is the one to tell
@@ -231,6 +249,8 @@ def render(
     if not quiet:
         shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=measuring)
         terminal.show(shown, stderr=True)
+    if stopped:
+        raise stopped
     return ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
 
 

@@ -194,13 +194,13 @@ class Video(Strict):
     keep_latents: bool = False
 
 
-def _chunk_kind(value: Any) -> str:
+def _text_or_int(value: Any) -> str:
     return "<text>" if isinstance(value, str) else "<int>"
 
 
 Chunk = Annotated[
     Annotated[int, Field(ge=256), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_chunk_kind),
+    Discriminator(_text_or_int),
 ]
 
 
@@ -225,6 +225,12 @@ Batch = Annotated[
 ]
 
 
+Often = Annotated[
+    Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[str, Tag("<text>")],
+    Discriminator(_text_or_int),
+]
+
+
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
@@ -245,4 +251,5 @@ class Job(Strict):
     video: Video = Video()
     memory: Memory = Memory()
     batch: Batch = "auto"
+    save_every: Often = "60s"
     measure: bool = False

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,8 @@ def learned(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
         for phase in body["phases"]:
             took[phase["name"]] = took.get(phase["name"], 0.0) + phase["seconds"]
         done = work(shot)
-        took["load"] = took.get("load", 0.0) / len(shot.stages)
+        loads = sum(phase["name"] == "load" for phase in body["phases"])
+        took["load"] = took.get("load", 0.0) / max(1, loads)
         if body["encoder_loaded"]:
             missing = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
             done["encode"] = encoding(shot.model, list(missing.values()))
@@ -159,7 +160,8 @@ def expected(
         add("load", work(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
             does = work(shot)
-            add("sample", does["sample"])
+            alone = 1 - (shot.fork.step if shot.fork else 0) / shot.steps
+            add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
     return found
 

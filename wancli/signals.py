@@ -38,8 +38,9 @@ class Stop:
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """A flag that the signals set while the block runs; afterwards they mean what they meant before. Only
-    for the main thread, as Python has it."""
+    """A flag that the signals set while the block runs; afterwards they mean what they meant before.
+
+    One that is ignored, as Ctrl-C in the background of a script, stays so. For the main thread alone."""
     stop = Stop()
 
     def heard(number: int, _: FrameType | None) -> None:
@@ -47,7 +48,8 @@ def listening() -> Iterator[Stop]:
             os._exit(128 + number)
         stop.reason = cast("Reason", signal.Signals(number).name)
 
-    before = {number: signal.signal(number, heard) for number in _HEARD}
+    heeded = [number for number in _HEARD if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, heard) for number in heeded}
     try:
         yield stop
     finally:

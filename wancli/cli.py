@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -17,7 +18,8 @@ import typer
 from wancli import __version__
 from wancli.commands import artifacts, cache, prompts, render
 from wancli.commands.common import complain
-from wancli.errors import ExitStatus, WancliError
+from wancli.errors import ExitStatus, Stopped, WancliError
+from wancli.events import printable
 
 app = typer.Typer(
     name="wancli",
@@ -57,6 +59,8 @@ def run(arguments: list[str]) -> int:
         code = int(app(arguments, prog_name="wancli", standalone_mode=False) or 0)
     except WancliError as error:
         complain(error)
+        if isinstance(error, Stopped):
+            print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
         return error.status
     except typer.TyperException as error:
         print(

@@ -11,6 +11,8 @@
     │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
+    ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
+    │  └─ Interrupted    130   the same by Ctrl-C
     └─ ShotError           1   one shot failed, the others go on
        ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
        └─ InjectionMissed      a rule reached fewer cells of its table than planned
@@ -36,6 +38,7 @@ class ExitStatus(IntEnum):
     INTEGRITY = 4  # checkpoint, cache or output does not verify
     MEMORY = 5  # does not fit
     BUG = 70  # a bug in wancli; the traceback is in the log file
+    STOPPED = 75  # stopped early by SIGTERM or SIGUSR1; the same command goes on
     INTERRUPTED = 130  # Ctrl-C
 
 
@@ -94,6 +97,14 @@ class EntryError(IntegrityError):
 
 class DoesNotFit(WancliError):
     status, code = ExitStatus.MEMORY, "memory"
+
+
+class Stopped(WancliError):
+    status, code = ExitStatus.STOPPED, "stopped"
+
+
+class Interrupted(Stopped):
+    status, code = ExitStatus.INTERRUPTED, "stopped.interrupted"
 
 
 class ShotError(WancliError):

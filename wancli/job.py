@@ -219,6 +219,16 @@ class Memory(Strict):
     decode_chunk: int = Field(1, ge=1, le=64)
 
 
+def _text_or_int(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<int>"
+
+
+Often = Annotated[
+    Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[str, Tag("<text>")],
+    Discriminator(_text_or_int),
+]
+
+
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
@@ -239,4 +249,5 @@ class Job(Strict):
     video: Video = Video()
     memory: Memory = Memory()
     batch: Batch = "auto"
+    save_every: Often = "60s"
     measure: bool = False

@@ -1,8 +1,9 @@
 """Which shots are sampled together.
 
 Where weights are fetched for every pass over the blocks, shots that take the same steps share it: they
-form a group, and go in lock-step. Where two experts share the steps, groups form a wave: all of them
-take their high-noise steps before the expert is changed. Which shots share what changes no pixel.
+form a group, and go in lock-step. Groups form a wave where two experts share the steps: all of them
+take their high-noise steps before the expert is changed; and where shots agree on their first steps: these
+are taken once, see `wancli.legs`. Which shots share what changes no pixel.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from wancli import choose, footprint
+from wancli.legs import Fork, Tree
 from wancli.memory import FP32, Phase
-from wancli.shot import Shared, Shot
+from wancli.shot import Model, Shared, Shot
 
 MOST = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
-WAITING_BYTES = 2 * 2**30  # for the states of shots that wait for the other expert
+WAITING_BYTES = 2 * 2**30  # for states that wait: for the other expert, or for those that fork from them
 _STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
 Group = list[Shot]
@@ -25,20 +27,21 @@ Group = list[Shot]
 def waves(shots: Sequence[Shot]) -> list[list[Group]]:
     """Shots in groups, and groups in waves, in the order of the first shot of each.
 
-    Every shot is told with how many others it is sampled, and the memory that takes, which is no more than
-    there is unless a shot alone or the `batch` of a job takes more.
+    Every shot is told with how many others it is sampled, the memory that takes, which is no more than
+    there is unless a shot alone or the `batch` of a job takes more, and where it forks from which other.
     """
-    found: list[list[Group]] = []
-    states = largest = 0
-    for group in sorted(_groups(shots), key=lambda group: group[0].index):
-        states += _state_bytes(group)
-        largest = max(largest, sampling(group).total)
-        if found and _changes_experts(found[-1], group) and _may_wait(group, states, largest):
-            found[-1].append(group)
-        else:
-            found.append([group])
-            states, largest = _state_bytes(group), sampling(group).total
-    return [_told(wave) for wave in found]
+    found: list[_Wave] = []
+    open_to: dict[Hashable, _Wave] = {}
+    ways = Tree()
+    for group in sorted(_groups(shots, ways), key=lambda group: group[0].index):
+        meets = {_meets(shot, ways) for shot in group}
+        wave = next((open_to[one] for one in meets if one in open_to), None)
+        if wave is None or not wave.takes(group):
+            wave = _Wave()
+            wave.takes(group)
+            found.append(wave)
+        open_to.update(dict.fromkeys(meets, wave))
+    return [wave.told() for wave in found]
 
 
 def arranged(shots: Sequence[Shot]) -> list[Shot]:
@@ -66,13 +69,14 @@ def sampling(group: Sequence[Shot]) -> Phase:
     return Phase(alone.name, alone.model, widest + riding, buffer)
 
 
-def _groups(shots: Sequence[Shot]) -> Iterator[Group]:
-    alike: dict[Hashable, list[Shot]] = {}
+def _groups(shots: Sequence[Shot], ways: Tree) -> Iterator[Group]:
+    """Shots of one kind, those that share steps side by side."""
+    alike: dict[Hashable, dict[Hashable, list[Shot]]] = {}
     for shot in shots:
-        alike.setdefault(_kind(shot), []).append(shot)
-    for several in alike.values():
+        alike.setdefault(_kind(shot), {}).setdefault(ways.first(shot), []).append(shot)
+    for families in alike.values():
         group: Group = []
-        for shot in several:
+        for shot in (shot for family in families.values() for shot in family):
             if group and (len(group) == _most(shot) or not _fits(group, shot)):
                 yield group
                 group = []
@@ -98,30 +102,63 @@ def _fits(group: Group, shot: Shot) -> bool:
     return shot.batch is not None or sampling([*group, shot]).total <= choose.room(shot.model)
 
 
-def _changes_experts(wave: Sequence[Group], group: Group) -> bool:
-    """Whether the group may go with the wave from one expert to the other."""
-    shot = group[0]
-    return shot.guidance_low is not None and shot.model == wave[0][0].model
+def _meets(shot: Shot, ways: Tree) -> Hashable:
+    """The same for shots that gain by being in one wave."""
+    return shot.model if _changes_experts(shot) else (shot.model, ways.first(shot))
 
 
-def _may_wait(group: Group, states: int, largest: int) -> bool:
-    """Whether these bytes of states may be in memory beside the largest group."""
-    model = group[0].model
-    fits = model.device == "cuda" or largest + states <= choose.room(model)
-    return fits and states <= WAITING_BYTES
+def _changes_experts(shot: Shot) -> bool:
+    return shot.guidance_low is not None
 
 
-def _state_bytes(group: Group) -> int:
-    return sum(FP32 * _STATE_TENSORS * math.prod(shot.latent_shape) for shot in group)
+class _Wave:
+    """Groups whose states are in memory at the same time."""
+
+    def __init__(self) -> None:
+        self._groups: list[Group] = []
+        self._tree = Tree()
+        self._forks: set[Fork] = set()
+        self._waiting = 0  # bytes of states in memory beside the group that is being sampled, or with it
+        self._largest = 0
+
+    def takes(self, group: Group) -> bool:
+        """Whether the states that wait may be in memory beside the largest group, with this one, too; the
+        first always may. Once the answer is no the wave is complete.
+
+        All states wait for the other of two experts, else those that others fork from.
+        """
+        group = [replace(shot, fork=self._tree.add(shot)) for shot in group]
+        waiting, forks = self._waiting, set(self._forks)
+        for shot in group:
+            if _changes_experts(shot) or (shot.fork and shot.fork not in forks):
+                waiting += _state_bytes(shot)
+            forks |= {shot.fork} if shot.fork else set()
+        largest = max(self._largest, sampling(group).total)
+        if self._groups and not _may_wait(group[0].model, waiting, largest):
+            return False
+        self._groups.append(group)
+        self._waiting, self._forks, self._largest = waiting, forks, largest
+        return True
+
+    def told(self) -> list[Group]:
+        """The groups, each shot with the memory that sampling takes."""
+        found = []
+        for group in self._groups:
+            phase = sampling(group)
+            others = self._waiting
+            if _changes_experts(group[0]):
+                others -= sum(map(_state_bytes, group))
+            if group[0].model.device == "cpu":  # states wait in the memory of the host
+                phase = replace(phase, buffer=phase.buffer + others)
+            shared = Shared(len(group), phase) if len(group) > 1 or others else None
+            found.append([replace(shot, shared=shared) for shot in group])
+        return found
 
 
-def _told(wave: Sequence[Group]) -> list[Group]:
-    waiting = sum(map(_state_bytes, wave))
-    found = []
-    for group in wave:
-        phase = sampling(group)
-        if group[0].model.device == "cpu":  # states wait in the memory of the host
-            phase = replace(phase, buffer=phase.buffer + waiting - _state_bytes(group))
-        shared = Shared(len(group), phase) if len(group) > 1 or waiting > _state_bytes(group) else None
-        found.append([replace(shot, shared=shared) for shot in group])
-    return found
+def _may_wait(model: Model, waiting: int, largest: int) -> bool:
+    fits = model.device == "cuda" or largest + waiting <= choose.room(model)
+    return fits and waiting <= WAITING_BYTES
+
+
+def _state_bytes(shot: Shot) -> int:
+    return FP32 * _STATE_TENSORS * math.prod(shot.latent_shape)

@@ -53,8 +53,14 @@ class Peak:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.read()
+        if self._sampler:
+            self._sampler.stop()
+
+    def read(self) -> None:
+        """Measures up to now, while the block still runs."""
         self.seconds = time.monotonic() - self._started
-        peak = self._sampler.stop() if self._sampler else _status("VmHWM")
+        peak = self._sampler.peak if self._sampler else _status("VmHWM")
         self.rss_peak = max(peak, self.rss_start, _rss())
         if torch := _torch_on_cuda():
             self.cuda_peak = torch.cuda.max_memory_allocated()
@@ -65,18 +71,17 @@ class _Sampler(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._peak = 0
+        self.peak = 0
         self._stop_now = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self._stop_now.wait(0.01):
-            self._peak = max(self._peak, _rss())
+            self.peak = max(self.peak, _rss())
 
-    def stop(self) -> int:
+    def stop(self) -> None:
         self._stop_now.set()
         self.join()
-        return self._peak
 
 
 def _reset_high_water() -> bool:

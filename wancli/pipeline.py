@@ -3,7 +3,8 @@
 Shots are sampled in the groups and waves of `wancli.lockstep`, one by one where weights are resident. The
 latents of a group are on disk before any of them is decoded, and its videos before other shots
 take their last steps. `render` yields an Outcome per shot; a ShotError ends one shot, any other
-WancliError ends the batch.
+WancliError ends the batch. Where somebody asks for an end it comes after the step, prompt or chunk of
+frames that is being worked on, with all states on disk.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli import choose, files, kernels, latents, lockstep, manifest, record, underway, video
+from wancli import advance, choose, files, kernels, latents, lockstep, manifest, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     EntryError,
     JobError,
     OutputExists,
     ShotError,
+    Stopped,
     WancliError,
 )
 from wancli.experts import EXPERTS, Expert
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one shot. `record` is the body of its manifest, if it has one."""
+    """What became of one shot. `record` is the body of its manifest, if it has one; `stopped` is one that a
+    state or a latent on disk waits for."""
 
     shot: Shot
-    status: Literal["rendered", "already done", "failed"]
+    status: Literal["rendered", "already done", "failed", "stopped"]
     record: Record | None = None
     error: WancliError | None = None
 
@@ -108,14 +111,27 @@ def _cached(text: Prompt, tools: Tools) -> bool:
 
 
 def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
-    """Renders what `preflight` leaves to do, one checkpoint after the other."""
+    """Renders what `preflight` leaves to do, one checkpoint after the other.
+
+    Raises Stopped at the end where somebody asked for it before all was done.
+    """
     todo = preflight(plan, tools)
     pending = {shot.index for shot in todo}
     for shot in plan.shots:
         if shot.index not in pending:
             yield Outcome(shot, "already done", manifest.read(shot.manifest))
+    stopped = 0
     for model in dict.fromkeys(shot.model for shot in todo):
-        yield from _render_all(model, [shot for shot in todo if shot.model == model], tools)
+        for outcome in _render_all(model, [shot for shot in todo if shot.model == model], tools):
+            stopped += outcome.status == "stopped"
+            pending.discard(outcome.shot.index)
+            yield outcome
+    if tools.stop.asked and (stopped or pending):
+        raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun")
+
+
+def _shots(count: int) -> str:
+    return "1 shot is" if count == 1 else f"{count} shots are"
 
 
 def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
@@ -128,6 +144,8 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     except ShotError as error:
         yield from (Outcome(shot, "failed", error=error) for shot in fresh)
         waves, encoded, stage1 = [], {}, {}
+    except Stopped:
+        waves, encoded, stage1 = [], {}, {}
     networks = Networks(model, lazily=not any(shot.loras for shot in shots))
     for shot in shots:
         if shot.index in recalled:
@@ -135,10 +153,28 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
             yield _published(shot, *known, networks, tools)
     for wave in waves:
-        begun = [[underway.begin(shot, tools.force) for shot in group] for group in wave]
-        for expert in EXPERTS:
-            for group in begun:
-                yield from _render_stage(group, expert, encoded, stage1, networks, tools)
+        if not tools.stop.asked:
+            yield from _render_wave(wave, encoded, stage1, networks, tools)
+
+
+def _render_wave(
+    wave: Sequence[Sequence[Shot]],
+    encoded: dict[str, Encoded],
+    stage1: Record,
+    networks: Networks,
+    tools: Tools,
+) -> Iterator[Outcome]:
+    begun = [[underway.begin(shot, tools) for shot in group] for group in wave]
+    ones = [one for group in begun for one in group]
+    underway.join(ones)
+    for expert in EXPERTS:
+        for group in begun:
+            yield from _render_stage(group, expert, encoded, stage1, networks, tools)
+    for one in ones:  # where somebody asked for an end
+        if one.step and not one.over:
+            if one.step > one.saved:
+                underway.save(one)
+            yield Outcome(one.shot, "stopped")
 
 
 def _render_stage(
@@ -150,30 +186,24 @@ def _render_stage(
     tools: Tools,
 ) -> Iterator[Outcome]:
     """The steps that an expert takes, and after the last ones latents to videos."""
-    ready = [one for one in group if one.next_stage and one.next_stage.expert == expert]
-    if not ready:
-        return
-    with fitting(f"sampling {underway.title(ready)}"):
-        # Without a name for the network, which would keep this expert in memory beside the next.
-        underway.advance(
-            ready,
-            networks.transformer(expert),
-            networks.loading,
-            networks.patches,
-            networks.loras(ready[0].shot.loras),
-            encoded,
-            tools.progress,
-        )
+    while not tools.stop.asked and (together := advance.ready(group, expert)):
+        with fitting(f"sampling {advance.title(together)}"):
+            advance.advance(together, advance.leg(group, together), networks, encoded, tools)
     kept = []
-    for one in ready:
+    for one in group:
         try:
+            if one.over or one.fork:
+                continue
             if one.failed:
                 raise one.failed
-            if one.next_stage:
-                underway.wait(one)
-            else:
-                kept.append((one.shot, *underway.keep(one, encoded, networks.loras(one.shot.loras), stage1)))
+            if one.step == one.shot.steps:
+                loras = networks.loras(one.shot.loras)
+                kept.append((one.shot, *advance.keep(one, encoded, loras, stage1)))
+                one.over = True
+            elif one.step > one.saved:
+                underway.save(one)
         except ShotError as error:
+            one.over = True
             files.remove(one.shot.state)
             yield Outcome(one.shot, "failed", error=error)
     for shot, z_CTYX, facts in kept:
@@ -182,10 +212,14 @@ def _render_stage(
 
 def _published(shot: Shot, z_CTYX: Tensor, facts: Record, networks: Networks, tools: Tools) -> Outcome:
     try:
+        if tools.stop.asked:
+            raise tools.stop.error("before decoding")
         with fitting(f"shot {shot.id}"):
             body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
     except ShotError as error:
         return Outcome(shot, "failed", error=error)
+    except Stopped:
+        return Outcome(shot, "stopped")
     if not shot.keep_latents:
         files.remove(shot.latents)
     files.remove(shot.state)
@@ -195,7 +229,9 @@ def _published(shot: Shot, z_CTYX: Tensor, facts: Record, networks: Networks, to
 def encode_prompts(
     model: Model, prompts: Sequence[Prompt], tools: Tools
 ) -> tuple[dict[str, Encoded], Record]:
-    """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns."""
+    """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns.
+
+    Raises Stopped between two prompts."""
     import torch  # noqa: F401 - before the measurement, which is of what comes on top
 
     check_device(model.device)
@@ -209,6 +245,8 @@ def encode_prompts(
         for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], tools.store):
             found[result.key] = result
             bar.advance()
+            if tools.stop.asked and len(found) < len(texts):
+                raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer.text_dim
     for prompt in texts.values():
         rows_NE = found[prompt.id].embedding.rows_NE

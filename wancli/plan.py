@@ -23,9 +23,9 @@ from wancli.jobfile import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.prompts import Prompts
 from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
-from wancli.shot import Model, Plan, Shot
+from wancli.shot import Interval, Model, Plan, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
-from wancli.units import parse_size
+from wancli.units import parse_duration, parse_size
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
@@ -174,11 +174,19 @@ def _shot(
         decode_chunk=job.memory.decode_chunk,
         measure=job.measure or measure,
         batch=None if job.batch == "auto" else job.batch,
+        save_every=_interval(item),
         output=Path(),
     )
     refuse_rules_without_cells(shot, item)
     refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
+
+
+def _interval(item: Item) -> Interval:
+    said = item.job.save_every
+    if isinstance(said, int):
+        return Interval(steps=said)
+    return Interval(seconds=parse_duration(said, item.where("save_every")))
 
 
 def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:

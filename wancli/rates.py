@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,10 +145,11 @@ def _of_networks(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Ra
         took = dict.fromkeys(PHASES, 0.0)
         for phase in body["phases"]:
             took[phase["name"]] += phase["seconds"] / phase.get("shots", 1)
-        took["load"] /= len(shot.stages)
+        took["load"] /= max(1, sum(phase["name"] == "load" for phase in body["phases"]))
         for name, one in work(shot).items():
-            if name != "encode":
-                yield from _rate(one, took[name])
+            if name == "encode" or (name == "sample" and shot.fork):  # whose first steps another shot took
+                continue
+            yield from _rate(one, took[name])
 
 
 def _rate(done: Work, took: float) -> Iterator[Rate]:
@@ -177,7 +178,8 @@ def expected(
         add("load", work(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
             does = work(shot)
-            add("sample", does["sample"])
+            alone = 1 - (shot.fork.step if shot.fork else 0) / shot.steps
+            add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from wancli import footprint
 from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
+from wancli.legs import Fork
 from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.solvers import Schedule, schedule
@@ -69,6 +71,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """How often the state of a shot is saved: after so much work that would be lost, by either measure."""
+
+    seconds: float = math.inf
+    steps: float = math.inf
+
+
+@dataclass(frozen=True)
 class Shared:
     """How many shots share each pass over the weights, and what memory sampling them takes."""
 
@@ -106,8 +116,10 @@ class Shot:
     decode_chunk: int
     measure: bool
     batch: int | None  # how many shots may share a pass over the weights; None: as many as fit
+    save_every: Interval
     output: Path
     shared: Shared | None = None  # changes no pixel
+    fork: Fork | None = None  # the steps that another shot takes for it; likewise
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -128,7 +140,7 @@ class Shot:
 
     @property
     def state(self) -> Path:
-        """Where its latent waits for the next expert."""
+        """Where its sampling goes on if this run does not come to the end."""
         return self.output.with_suffix(".state.safetensors")
 
     @property

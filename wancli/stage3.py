@@ -53,7 +53,9 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
 
 
 def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) -> Record:
-    """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body."""
+    """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body.
+
+    Raises Stopped between two chunks of frames."""
     import torch
 
     shot = facts["shot"]
@@ -65,6 +67,8 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) 
 
         def rgb() -> Iterator[memoryview]:
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
+                if tools.stop.asked:
+                    raise tools.stop.error(f"the latent of shot {shot['id']} is on disk")
                 if not frames_CTYX.isfinite().all():
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield video.to_rgb24(frames_CTYX)

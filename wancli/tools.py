@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wancli.events import Progress
+from wancli.signals import Stop
 from wancli.store import Store
 
 
 @dataclass(frozen=True)
 class Tools:
-    """The embedding cache, the display, and how to treat what is there."""
+    """The embedding cache, the display, how to treat what is there, and whether somebody asked for an end."""
 
     store: Store | None
     progress: Progress
     force: bool = False
+    stop: Stop = field(default_factory=Stop)

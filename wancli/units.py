@@ -17,6 +17,14 @@ def parse_size(text: str, where: str) -> int:
     return int(float(match[1]) * base ** (1 + "KMGT".index(match[2])))
 
 
+def parse_duration(text: str, where: str) -> float:
+    """`30s`, `2.5 min`, `1h`: seconds. Raises JobError, at `where`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)", text)
+    if not match:
+        raise JobError(f"{text!r} is no time; write 30s, 5min or 1h", where=where)
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
 def size(count: float) -> str:
     """Bytes in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB"):

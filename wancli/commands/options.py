@@ -56,6 +56,14 @@ Sweeps = Annotated[
 Items = Annotated[
     str | None, typer.Option("--items", metavar="RANGES", help="Only these shots, from 0: 0-9,12 or 1-9:2.")
 ]
+SaveEvery = Annotated[
+    str | None,
+    typer.Option(
+        "--save-every",
+        metavar="TIME|STEPS",
+        help="How often the state of sampling goes to disk: 30s, 5min, or 5 for five steps. Default: 60s.",
+    ),
+]
 Shard = Annotated[
     str | None,
     typer.Option(

@@ -20,11 +20,12 @@ from wancli.commands.options import (
     Progressing,
     ProgressMode,
     Quiet,
+    SaveEvery,
     Sets,
     Shard,
     Sweeps,
 )
-from wancli.errors import ExitStatus, JobError, WancliError, stack
+from wancli.errors import ExitStatus, JobError, Stopped, WancliError, stack
 from wancli.events import printable
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def render(
     sweeps: Sweeps = None,
     items: Items = None,
     shard: Shard = None,
+    save_every: SaveEvery = None,
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
@@ -60,28 +62,34 @@ def render(
     """Render every shot of a job, or a prompt.
 
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
-    rendered again. Prints one path per finished shot.
+    rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
-    from wancli import events, pipeline, rates
+    from wancli import events, pipeline, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
     hush(quiet)
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
-    flags = flags_of(sets, sweeps, items, shard)
+    every = [] if save_every is None else [f"save_every={save_every}"]
+    flags = flags_of([*(sets or []), *every], sweeps, items, shard)
     plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=measuring)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     for warning in plan.warnings:
         display.warn(warning)
     outcomes: list[pipeline.Outcome] = []
     known = rates.read(rates_of(cache_dir))
+    stopped: Stopped | None = None
     try:
-        for outcome in _traced(pipeline.render(plan, Tools(store_of(cache_dir), display, force)), log_level):
-            outcomes.append(outcome)
-            if outcome.error:
-                complain(outcome.error, f"shot {outcome.shot.id}: ")
-            elif not as_json:
-                print(outcome.shot.output, flush=True)
+        with signals.listening() as stop:
+            tools = Tools(store_of(cache_dir), display, force, stop)
+            for outcome in _traced(pipeline.render(plan, tools), log_level):
+                outcomes.append(outcome)
+                if outcome.error:
+                    complain(outcome.error, f"shot {outcome.shot.id}: ")
+                elif outcome.record and not as_json:
+                    print(outcome.shot.output, flush=True)
+    except Stopped as error:
+        stopped = error
     except BaseException:
         if outcomes:
             with suppress(WancliError):  # the first error is the one to tell
@@ -96,6 +104,8 @@ def render(
     if not quiet:
         shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=measuring)
         terminal.show(shown, stderr=True)
+    if stopped:
+        raise stopped
     return ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
 
 

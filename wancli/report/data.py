@@ -111,6 +111,7 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
                 "sharing": shot.sharing,
+                "fork": asdict(shot.fork) if shot.fork else None,
                 "inject": [
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
                 ],
@@ -121,6 +122,7 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
             }
             for shot in plan.shots
         ],
+        "steps": steps_of(plan.shots),
         "prompts": cached(plan.shots, store),
         "memory": memory_rows(plan.shots),
         "models": [
@@ -144,6 +146,12 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
         ],
         "time": time_of([shot for shot in plan.shots if state(shot) != "done"], store, known),
     }
+
+
+def steps_of(shots: Iterable[Shot]) -> dict[str, int]:
+    """How many steps all shots have, and how many of them are shared: another shot takes them."""
+    forks = [shot.fork.step for shot in shots if shot.fork]
+    return {"all": sum(shot.steps for shot in shots), "shared": sum(forks)}
 
 
 def most_needing(shots: Sequence[Shot]) -> list[Shot]:

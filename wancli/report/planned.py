@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives
 from wancli.events import printable
-from wancli.report.data import cached, memory_rows, most_needing, state, time_of
+from wancli.report.data import cached, memory_rows, most_needing, state, steps_of, time_of
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import duration
 
@@ -41,6 +41,10 @@ def plan_tables(
     yield _shots_table(plan.shots, states, hidden)
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
+    steps = steps_of(plan.shots)
+    if steps["shared"]:
+        taken = steps["all"] - steps["shared"]
+        yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
     if len(states) > 1:
         counts = ", ".join(f"{states.count(s):,} {s}" for s in ("done", "to do", "in the way") if s in states)
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"

@@ -1,0 +1,275 @@
+"""Steps that shots share are taken once, and nobody can tell from the latents."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import (
+    FISH,
+    KEPT,
+    Said,
+    command,
+    files_in,
+    forwards,
+    latents_of,
+    manifest_of,
+    rule,
+    tiny_job,
+    written,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wancli import lockstep
+from wancli import plan as planning
+from wancli.jobfile import load
+from wancli.legs import Fork, Tree
+from wancli.models.dit import Request, WanModel
+from wancli.shot import Shot
+
+STEPS = 6
+HALF = [{"id": "plain"}] + [
+    {"id": f"{blocks}-{strength}", "inject": [rule(blocks=blocks, strength=strength, steps="50-100%")]}
+    for blocks in ("early", "late")
+    for strength in (0.3, 0.6, 1.0)
+] + [{"id": "both", "inject": [rule(blocks="all", branch="both", steps="50-100%")]}]  # fmt: skip
+NAMES = [str(item["id"]) for item in HALF]
+
+Decide = Callable[..., list[Shot]]
+Render = Callable[..., Said]
+
+
+@pytest.fixture
+def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
+    def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
+        job = {"output": "{item}.mp4", "sampler": {"steps": 10}, "items": list(items)} | said
+        path = written(tmp_path, tiny_job(shallow, **job))
+        return list(planning.plan(load(path), warm / "memo.json").shots)
+
+    return decided
+
+
+@pytest.fixture
+def sweep(render: Render) -> Render:
+    """Renders items that keep their latents."""
+
+    def rendered(*options: str, **changes: Any) -> Said:
+        said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": HALF}
+        return render(*options, **said | changes)
+
+    return rendered
+
+
+@pytest.fixture
+def alone(sweep: Render, tmp_path: Path) -> dict[str, Tensor]:
+    """The latents of HALF, each rendered by itself."""
+    for item in HALF:
+        assert sweep(items=[item], folder=tmp_path / "alone").code == 0
+    return {name: latents_of(tmp_path / "alone", name) for name in NAMES}
+
+
+def forks(shots: Sequence[Shot]) -> list[tuple[int, int] | None]:
+    return [shot.fork and (shot.fork.of, shot.fork.step) for shot in shots]
+
+
+def differ(folder: Path, expected: dict[str, Tensor]) -> list[str]:
+    return [name for name, latents in expected.items() if not torch.equal(latents_of(folder, name), latents)]
+
+
+# ---- which steps are shared ----
+
+
+def test_shots_share_the_steps_before_anything_they_read_differs(decide: Decide) -> None:
+    shots = decide(
+        {},
+        {"inject": [rule(blocks=0, steps="4-9")]},
+        {"inject": [rule(blocks=0, steps="4-9"), rule(blocks=1, steps="7-9")]},
+        {"inject": [rule(blocks=0, steps="2-9")]},
+        {"inject": [rule(blocks=0, steps=9)]},
+        {"seed": 1},
+        {"seed": 1, "inject": [rule(blocks=0, steps="4-9")]},
+    )
+    assert forks(shots) == [None, (0, 4), (1, 7), (0, 2), (0, 9), None, (5, 4)]
+
+
+def test_what_is_shared_is_decided_by_what_is_read_and_not_by_how_it_was_said(decide: Decide) -> None:
+    shots = decide(
+        {"inject": [rule(blocks="early", steps="0-50%")]},
+        {"inject": [rule(blocks=[0, 1], steps="0-4", branch="cond")]},
+        {"inject": [rule(blocks=0, steps="0-4"), rule(blocks=1, steps="0-6")]},
+        {"inject": [rule(blocks=[0, 1], steps="0-4"), rule(blocks=2, strength=0, steps="0-2")]},
+    )
+    assert forks(shots) == [None, (0, 10), (0, 5), (0, 10)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"prompt": FISH},
+        {"negative": "rain"},
+        {"size": "64x96"},
+        {"frames": 5},
+        {"sampler": {"steps": 10, "solver": "euler"}},
+        {"sampler": {"steps": 9}},
+        {"sampler": {"steps": 10, "shift": 4}},
+        {"sampler": {"steps": 10, "guidance": 4}},
+        {"sampler": {"steps": 10, "guidance": 1}},
+        {"inject": [rule(blocks=0)]},
+        {"inject": [rule(blocks=0, steps=0, branch="uncond")]},
+        {"measure": True},
+        {"memory": {"dtype": "bf16"}},
+    ],
+    ids=str,
+)
+def test_shots_that_differ_from_the_first_step_on_share_nothing(
+    decide: Decide, change: dict[str, Any]
+) -> None:
+    assert forks(decide({}, change)) == [None, None]
+
+
+def test_shots_whose_latents_are_the_same_share_all_steps(decide: Decide) -> None:
+    assert forks(decide({}, {"video": {"crf": 30}}, {"measure": True}, {"measure": True})) == [
+        None,
+        (0, 10),
+        None,
+        (2, 10),
+    ]
+
+
+def test_loras_that_come_later_do_not_hinder_sharing(decide: Decide, tmp_path: Path) -> None:
+    down, up = torch.randn(2, 48), torch.randn(48, 2)
+    key = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
+    save_file({key.format("A"): down, key.format("B"): up}, tmp_path / "style.safetensors")
+    lora = {"path": str(tmp_path / "style.safetensors")}
+    shots = decide(
+        {},
+        {"loras": [lora | {"steps": "6-9"}]},
+        {"loras": [lora | {"steps": "6-9", "strength": 0.5}]},
+        {"loras": [lora | {"steps": "6-7"}]},
+        {"loras": [lora]},
+    )
+    assert forks(shots) == [None, (0, 6), (0, 6), (1, 8), None]
+
+
+def test_a_shot_that_is_on_its_way_forks_later_or_not_at_all(decide: Decide) -> None:
+    early, late = {"inject": [rule(blocks=0, steps="4-9")]}, {"inject": [rule(blocks=0, steps="8-9")]}
+    first, second, third = decide({}, early, late)
+    tree = Tree()
+    assert tree.add(first, start=6) is None  # what it read before is not there any more
+    assert tree.add(second) is None
+    assert tree.add(third) == Fork(0, 8)
+    tree = Tree()
+    assert (tree.add(first), tree.add(second, start=5)) == (None, None)
+    assert tree.add(third, start=3) == Fork(0, 8)
+
+
+def test_the_plan_says_how_many_steps_are_shared(
+    tmp_path: Path, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(shallow, output="{id}.mp4", items=HALF, sampler={"steps": 20})
+    path = written(tmp_path, job)
+    said = command(capsys, "plan", path, "--cache-dir", warm)
+    assert "sampling 90 of 160 steps; 70 are shared\n" in said.out
+    document = json.loads(command(capsys, "plan", path, "--cache-dir", warm, "--json").out)
+    assert document["steps"] == {"all": 160, "shared": 70}
+    assert document["shots"][1]["fork"] == {"of": 0, "step": 10}
+
+
+# ---- nobody can tell ----
+
+
+@pytest.mark.parametrize("said", [{}, {"batch": 3}, {"memory": {"residency": "streamed"}}], ids=str)
+def test_eight_variants_that_differ_in_the_second_half_have_the_latents_of_separate_renders(
+    sweep: Render,
+    alone: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, Any],
+) -> None:
+    calls = forwards(monkeypatch)
+    rendered = sweep("--json", **said)
+    assert rendered.code == 0, rendered.err
+    assert len(calls) == 2 * (STEPS + 7 * STEPS // 2)
+    assert differ(tmp_path, alone) == []
+    for name in NAMES:
+        one, other = (manifest_of(folder, name) for folder in (tmp_path, tmp_path / "alone"))
+        assert (one["key"], one["injection"]) == (other["key"], other["injection"])
+        trunk, *_ = (phase for phase in one["phases"] if phase["name"] == "sample")
+        assert trunk["shots"] == len(HALF)
+    assert len({tuple(latents.flatten().tolist()) for latents in alone.values()}) == len(HALF)
+
+
+def test_measured_variants_have_the_effects_of_separate_renders(
+    sweep: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = rule(blocks="0-1")
+    items = [
+        {"id": "a", "inject": [first], "measure": True},
+        {"id": "b", "inject": [first, rule(blocks=3, steps="3-5")], "measure": True},
+    ]
+    calls = forwards(monkeypatch)
+    assert sweep(items=items).code == 0
+    assert len(calls) == 3 * (STEPS + 3)
+    assert sweep(items=items[1:], folder=tmp_path / "alone").code == 0
+    assert manifest_of(tmp_path, "b")["effects"] == manifest_of(tmp_path / "alone", "b")["effects"]
+
+
+def test_where_no_state_may_wait_every_shot_takes_all_its_steps(
+    sweep: Render, alone: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "WAITING_BYTES", 0)
+    calls = forwards(monkeypatch)
+    assert sweep().code == 0
+    assert len(calls) == 2 * STEPS * len(HALF)
+    assert differ(tmp_path, alone) == []
+
+
+def test_nan_in_a_shared_step_fails_all_that_share_it(
+    sweep: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = WanModel.velocities, []
+
+    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+        calls.append(1)
+        return [v * torch.nan if len(calls) == 2 else v for v in real(self, requests, riders)]
+
+    monkeypatch.setattr(WanModel, "velocities", broken)
+    said = sweep(items=[*HALF[:3], {"id": "other", "seed": 5}])
+    assert said.code == 1
+    assert said.out.splitlines() == [f"{tmp_path}/out/other.mp4"]
+    for name in NAMES[:3]:
+        assert f"wancli: shot {name}: NaN or Inf at step 1, after the last block" in said.err
+    assert len(calls) == 2 + STEPS
+
+
+# ---- and nothing is lost ----
+
+
+@pytest.mark.parametrize("forward", [2, 2 * 3, 2 * 4])
+def test_variants_that_are_stopped_share_the_rest_and_repeat_nothing(
+    sweep: Render, alone: dict[str, Tensor], tmp_path: Path, forward: int
+) -> None:
+    total = 2 * (STEPS + 7 * STEPS // 2)
+
+    def stop(call: int) -> None:
+        if call == forward:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        forwards(patched, stop)
+        assert sweep().code == 75
+    saved = [name for name in files_in(tmp_path) if "state" in name]
+    assert len(saved) == (1 if forward < 2 * 2 else len(HALF))
+    with pytest.MonkeyPatch.context() as patched:
+        calls = forwards(patched)
+        assert sweep().code == 0
+        assert len(calls) == total - (forward + 2)
+    assert differ(tmp_path, alone) == []
+    assert not [name for name in files_in(tmp_path) if "state" in name]

@@ -1,0 +1,298 @@
+"""Shots that are stopped or killed on their way: nothing that was saved is sampled again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import (
+    FISH,
+    KEPT,
+    Said,
+    files_in,
+    forwards,
+    latents_of,
+    manifest_of,
+    poison,
+    rule,
+    tiny_job,
+    written,
+)
+from torch import Tensor
+
+from wancli import encode, video
+from wancli.models.dit import WanModel
+
+Render = Callable[..., Said]
+STREAMED = {"residency": "streamed"}
+
+
+def signalled(number: signal.Signals, forward: int) -> Callable[[int], None]:
+    """Sends this process a signal at the start of the n-th forward."""
+
+    def send(call: int) -> None:
+        if call == forward:
+            signal.raise_signal(number)
+
+    return send
+
+
+def stopped(render: Render, forward: int, number: signal.Signals = signal.SIGTERM) -> Callable[..., Said]:
+    """Renders until a signal comes in the n-th forward."""
+
+    def rendered(*options: str, **changes: Any) -> Said:
+        with pytest.MonkeyPatch.context() as patched:
+            forwards(patched, signalled(number, forward))
+            return render(*options, **changes)
+
+    return rendered
+
+
+# ---- a stop at every step ----
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_a_run_that_is_stopped_in_every_one_of_its_20_steps_has_the_latent_of_one_that_is_not(
+    render: Render, tmp_path: Path, solver: str
+) -> None:
+    said = {"sampler": {"steps": 20, "solver": solver}, "video": KEPT, "inject": [rule(blocks="late")]}
+    assert render(folder=tmp_path / "whole", **said).code == 0
+    for step in range(20):
+        ended = stopped(render, 0)(**said)
+        if step < 19:
+            assert ended.code == 75, ended.err
+            assert files_in(tmp_path) == ["clip.state.safetensors", "report.json"]
+            assert "stopped by SIGTERM; 1 shot is saved on the way, 0 not begun" in ended.err
+    assert ended.code == 75  # sampled, and not decoded
+    assert files_in(tmp_path) == ["clip.latents.safetensors", "report.json"]
+    with pytest.MonkeyPatch.context() as patched:
+        poison(patched)
+        assert render(**said).code == 0
+    assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
+    found, whole = (manifest_of(folder) for folder in (tmp_path, tmp_path / "whole"))
+    assert found["injection"] == whole["injection"]
+    names = [phase["name"] for phase in found["phases"]]
+    assert names == ["encode", *["load", "sample"] * 20, "decode"]
+    assert files_in(tmp_path) == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
+    render: Render, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    items = [{"id": name, "seed": ord(name)} for name in "abc"]
+    rendered = partial(render, output="out/{id}.mp4", items=items, video=KEPT)
+    said = stopped(rendered, 4, number)("--json")
+    assert said.code == code
+    assert said.err.splitlines() == [
+        f"wancli: stopped by {number.name}; 1 shot is saved on the way, 1 not begun",
+        f"  go on: wancli render {tmp_path}/job.yaml -q --json",
+    ]
+    expected = ["rendered", "stopped", "not started"]
+    assert [shot["status"] for shot in json.loads(said.out)["shots"]] == expected
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [shot["status"] for shot in report["shots"]] == expected
+    with pytest.MonkeyPatch.context() as patched:
+        calls = forwards(patched)
+        assert rendered().code == 0
+        assert len(calls) == 2 + 4
+    assert rendered(folder=tmp_path / "whole").code == 0
+    for name in "abc":
+        assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / "whole", name))
+
+
+def test_a_group_that_goes_in_lock_step_is_saved_whole_and_late_comers_catch_up(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [{"id": name, "seed": ord(name)} for name in "abcd"]
+    sampler = {"steps": 5}
+    rendered = partial(render, output="out/{id}.mp4", memory=STREAMED, video=KEPT, sampler=sampler)
+    ended = stopped(rendered, 3 * 2 * 2)(items=items[:3])
+    assert ended.code == 75
+    assert files_in(tmp_path) == [*(f"{name}.state.safetensors" for name in "abc"), "report.json"]
+    calls = forwards(monkeypatch)
+    assert rendered(items=items).code == 0
+    assert len(calls) == 2 * (3 * 2 + 5)
+    assert rendered(items=items, folder=tmp_path / "whole").code == 0
+    for name in "abcd":
+        assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / "whole", name))
+
+
+def test_the_last_signal_comes_too_late_and_all_is_done(render: Render, tmp_path: Path) -> None:
+    real = video.write_mp4
+
+    def write(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(video, "write_mp4", write)
+        assert render().code == 0
+
+
+# ---- a stop elsewhere ----
+
+
+def test_a_stop_while_decoding_leaves_the_latent_and_no_part_of_a_video(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = video.to_rgb24
+
+    def converted(frames: Tensor) -> memoryview:
+        signal.raise_signal(signal.SIGTERM)
+        return real(frames)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(video, "to_rgb24", converted)
+        said = render(frames=9)
+    assert said.code == 75
+    assert files_in(tmp_path) == ["clip.latents.safetensors", "report.json"]
+    assert not list(tmp_path.rglob(".wancli-*"))
+    poison(monkeypatch)
+    assert render(frames=9).code == 0
+
+
+def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"A prompt that nobody has asked for, number {n} of the stopped." for n in range(3)]
+    real, kept = encode.pack, []
+
+    def pack(embeddings: Sequence[encode.Embedding]) -> bytes:
+        kept.append(embeddings[0].text)
+        if len(kept) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(embeddings)
+
+    monkeypatch.setattr(encode, "pack", pack)
+    rendered = partial(
+        render, output="out/{id}.mp4", items=[{"id": f"{n}", "prompt": p} for n, p in enumerate(prompts)]
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        poison(patched, (WanModel, "velocities"))
+        said = rendered()
+    assert said.code == 75
+    assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved on the way, 3 not begun\n")
+    assert kept == prompts[:2]
+    assert rendered().code == 0
+    assert kept == prompts
+
+
+# ---- killed ----
+
+
+def test_a_run_that_is_killed_repeats_at_most_the_steps_since_it_was_saved(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"sampler": {"steps": 10}, "video": KEPT, "inject": [rule(blocks="late")], "measure": True}
+    assert render("--save-every", "3", folder=tmp_path / "whole", **said).code == 0
+
+    def killed(call: int) -> None:
+        if call == 3 * 8:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        forwards(patched, killed)
+        assert render("--save-every", "3", **said).code == 130
+    assert files_in(tmp_path) == ["clip.state.safetensors"]
+    calls = forwards(monkeypatch)
+    assert render(**said).code == 0
+    assert len(calls) == 3 * (10 - 6)
+    assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
+    found, whole = (manifest_of(folder) for folder in (tmp_path, tmp_path / "whole"))
+    assert found["effects"] == whole["effects"]
+    sampled = [phase for phase in found["phases"] if phase["name"] == "sample"]
+    assert len(sampled) == 2  # what the first run took until it saved, and the second
+
+
+@pytest.mark.parametrize(("often", "saves"), [("0s", 4), ("1h", 0), (2, 2), (10, 0)])
+def test_states_are_saved_as_often_as_the_job_says(
+    render: Render, monkeypatch: pytest.MonkeyPatch, often: str | int, saves: int
+) -> None:
+    from wancli import advance, underway
+
+    real, seen = underway.save, []
+
+    def save(one: underway.Underway, phases: Sequence[Any] = ()) -> None:
+        seen.append(one.step)
+        real(one, phases)
+
+    monkeypatch.setattr(advance, "save", save)
+    assert render(save_every=often, sampler={"steps": 5}).code == 0
+    assert len(seen) == saves
+
+
+@pytest.mark.parametrize("often", [0, "soon", "3 days", 1.5, True])
+def test_how_often_is_a_time_or_a_number_of_steps(render: Render, often: Any) -> None:
+    said = render(save_every=often)
+    assert said.code == 2
+    assert "save_every" in said.err
+
+
+def test_only_shots_that_an_edit_changed_are_sampled_from_the_start(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items: list[dict[str, Any]] = [{"id": name, "seed": ord(name)} for name in "abc"]
+    sampler = {"steps": 4}
+    rendered = partial(render, output="out/{id}.mp4", memory=STREAMED, sampler=sampler)
+    assert stopped(rendered, 3 * 2 * 2)(items=items).code == 75
+    items[1]["prompt"] = FISH
+    calls = forwards(monkeypatch)
+    said = rendered(items=items)
+    assert said.code == 0
+    assert len(calls) == 2 * (1 + 4 + 1)
+    assert [name for name in files_in(tmp_path) if "state" in name] == ["b.state.old-1.safetensors"]
+
+
+def test_a_damaged_state_is_set_aside_with_a_word_on_it(
+    tmp_path: Path, render: Render, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs import command
+
+    assert stopped(render, 2)(sampler={"steps": 3}).code == 75
+    state = tmp_path / "out/clip.state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+    said = command(capsys, "render", tmp_path / "job.yaml", "--progress", "plain", "--cache-dir", warm)
+    assert said.code == 0
+    assert f"warning: {state}: the latent is damaged: its checksum differs; moved aside" in said.err
+    assert "clip.state.old-1.safetensors" in files_in(tmp_path)
+
+
+# ---- a real process ----
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_real_process_ends_in_good_order_and_another_goes_on(
+    render: Render, tmp_path: Path, shallow: Path, warm: Path, number: signal.Signals, code: int
+) -> None:
+    said = {"sampler": {"steps": 60}, "video": KEPT, "frames": 9}
+    path = written(tmp_path, tiny_job(shallow, **said))
+    arguments = ["render", str(path), "-q", "--cache-dir", str(warm), "--save-every", "1"]
+    program = "from wancli.cli import main; main()"
+    command = [sys.executable, "-c", program, *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out/clip.state.safetensors").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"stopped by {number.name}" in err
+    assert render(**said).code == 0
+    assert render(folder=tmp_path / "whole", **said).code == 0
+    assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))

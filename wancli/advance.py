@@ -1,0 +1,193 @@
+"""Stage 2 of the pipeline, leg by leg: steps that one network takes for some shots in lock-step.
+
+A leg ends where the expert changes, where a shot forks or catches up with others of its group, or with the
+last step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from wancli import files, latents, record
+from wancli.encode import Encoded
+from wancli.errors import NotFinite
+from wancli.experts import Expert, Stage
+from wancli.loaded import Networks
+from wancli.peak import Peak
+from wancli.record import Record
+from wancli.solvers import State
+from wancli.tools import Tools
+from wancli.underway import Underway, due, hand_over, save
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.models.dit import WanModel
+    from wancli.probe import Effect
+    from wancli.sample import Contexts, Sampled, Walk
+    from wancli.weights.lora import Loras
+
+
+def ready(group: Sequence[Underway], expert: Expert) -> list[Underway]:
+    """The shots of a group whose next steps are this expert's: those that are least far, in lock-step."""
+    found = [one for one in group if one.next_stage and one.next_stage.expert == expert and not one.fork]
+    return [one for one in found if one.step == min(other.step for other in found)]
+
+
+def leg(group: Sequence[Underway], together: Sequence[Underway]) -> range:
+    """The steps that the shots `together` of a group take now."""
+    start = together[0].step
+    stage = together[0].next_stage
+    assert stage
+    ahead = [one.step for one in group if one.step > start and not one.failed]
+    forks = [heir.fork.step for one in together for heir in one.heirs if heir.fork]
+    return range(start, min(stop for stop in (stage.steps.stop, *ahead, *forks) if stop > start))
+
+
+def advance(
+    group: Sequence[Underway],
+    steps: range,
+    networks: Networks,
+    encoded: Mapping[str, Encoded],
+    tools: Tools,
+) -> None:
+    """Takes these steps with the network of their expert, all shots of the group in lock-step, and hands
+    the states over to shots that fork there; fewer steps where somebody asks for an end.
+
+    A shot that meets NaN or Inf has `failed`; the others go on.
+    """
+    import torch
+
+    from wancli import sample
+
+    stages = [replace(stage, steps=steps) for one in group if (stage := one.next_stage)]
+    expert, shot = stages[0].expert, group[0].shot
+    loras = networks.loras(shot.loras)
+    # Without a name that outlives this call, which would keep this expert in memory beside the next.
+    model, patches = networks.transformer(expert), networks.patches
+    heirs = [heir for one in group for heir in one.all_heirs()]
+    texts = {text.id for one in (*group, *heirs) for text in one.shot.texts}
+    rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in texts}
+
+    def taken() -> list[Record]:
+        return [networks.loading, record.phase("sample", peak) | {"shots": len(group) + len(heirs)}]
+
+    with (
+        torch.inference_mode(),
+        Peak() as peak,
+        tools.progress.phase(title(group), "sample", len(steps)) as bar,
+    ):
+        patches.at(loras, steps[0], expert)
+        contexts = sample.Contexts(model, rows_NE)
+        _start(group, heirs, model, encoded)
+        walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
+        results = sample.denoise_together(model, walks, _riders(group))
+        for step in steps:
+            if tools.stop.asked:
+                break
+            for one, walk, at in zip(group, walks, next(results)):
+                _note(one, walk, at)
+            bar.advance(note=f"sigma {walks[0].schedule.sigmas[step + 1]:.3f}")
+            if all(one.failed for one in group):
+                break
+            if step + 1 in steps:
+                for one in group:
+                    if due(one) and not one.failed:
+                        peak.read()
+                        save(one, taken())
+                if patches.at(loras, step + 1, expert):
+                    contexts.forget()
+    for one in group:
+        assert one.state is not None
+        one.state = one.state.to("cpu")
+        one.add_phases(taken())
+        hand_over(one)
+
+
+def title(group: Sequence[Underway]) -> str:
+    """What people read of a group: the id of its shot, or how many and which they are."""
+    first, last = group[0].shot.id, group[-1].shot.id
+    return first if len(group) == 1 else f"{len(group)} shots, {first} to {last}"
+
+
+def _riders(group: Sequence[Underway]) -> int:
+    """Forwards on a pass over the blocks: all of the group where the pass fetches weights."""
+    resident = group[0].shot.model.residency == "resident"
+    return 1 if resident else sum(one.shot.riders for one in group)
+
+
+def _start(
+    group: Sequence[Underway], heirs: Sequence[Underway], model: WanModel, encoded: Mapping[str, Encoded]
+) -> None:
+    """Noise, the time, and how different the injected prompts are: by the network of the first step, so for
+    those that fork later, too."""
+    from wancli import sample
+    from wancli.difference import compare_all
+
+    now = time.monotonic()
+    for one in group:
+        shot = one.shot
+        one.began, one.unsaved_since = min(one.began, now), min(one.unsaved_since, now)
+        if one.state is None:
+            one.state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise))
+    new = [one for one in (*group, *heirs) if one.shot.injected and not one.differences]
+    pairs = {(one.shot.prompt.id, text.id): None for one in new for text in one.shot.injected}
+    embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
+    differences = dict(zip(pairs, compare_all(embeddings, model)))
+    for one in new:
+        one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
+
+
+def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
+    from wancli import sample
+
+    assert one.state is not None
+    shot, state = one.shot, one.state.to(one.shot.model.device)
+    effects: list[Effect] | None = [] if shot.measure else None
+    return sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
+
+
+def _note(one: Underway, walk: Walk, at: Sampled | NotFinite) -> None:
+    """What a step has left."""
+    if isinstance(at, NotFinite):
+        one.failed = at
+        return
+    one.step, one.state = at.step, at.state
+    one.read |= at.read
+    one.first_step = one.first_step or record.since_start()
+    if walk.effects:
+        one.effects += [asdict(effect) for effect in walk.effects]
+        walk.effects.clear()
+
+
+def keep(
+    one: Underway, encoded: Mapping[str, Encoded], loras: Loras, stage1: Record
+) -> tuple[Tensor, Record]:
+    """The finished latent, now durable on disk, and all that the manifest will say of its making.
+
+    Raises InjectionMissed where a rule did not reach the blocks it was planned for.
+    """
+    from wancli.sample import check_hits
+
+    shot = one.shot
+    assert one.state is not None
+    check_hits(shot.table, frozenset(one.read))
+    facts = record.of_shot(shot) | {
+        "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
+        "encoder_loaded": any(not e.hit for e in encoded.values()),
+        "injection": record.of_injection(shot, one.read, one.differences),
+        "loras": record.of_loras(shot, loras),
+        "effects": one.effects,
+        "first_step_after": one.first_step,
+        "phases": [stage1, *one.phases],
+    }
+    facts = record.plain(facts)
+    files.set_aside(shot.latents)  # another shot's, or with --force this one's
+    z_CTYX = one.state.x
+    latents.save(shot.latents, z_CTYX, facts)
+    files.remove(shot.state)
+    one.state = None
+    return z_CTYX, facts

@@ -1,0 +1,57 @@
+"""Being asked to stop: a flag that the first SIGTERM, SIGINT or SIGUSR1 sets, and the work polls.
+
+Whoever works looks at it where stopping loses nothing: between steps, prompts and chunks of frames. A
+second signal ends the process at once, with 128 + its number, as the shell says of a killed one; ffmpeg is
+on a leash (`wancli.video`) and dies with it, and what is on disk is whole (`wancli.files`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Literal, cast
+
+from wancli.errors import Interrupted, Stopped
+
+Reason = Literal["SIGTERM", "SIGINT", "SIGUSR1"]
+_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stop:
+    """Whether somebody asked for an end, and by which signal."""
+
+    def __init__(self) -> None:
+        self.reason: Reason | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.reason is not None
+
+    def error(self, left: str) -> Stopped:
+        """What is raised once all that can be saved is saved; `left` says where things stand."""
+        kind = Interrupted if self.reason == "SIGINT" else Stopped
+        return kind(f"stopped by {self.reason}; {left}")
+
+
+@contextmanager
+def listening() -> Iterator[Stop]:
+    """A flag that the signals set while the block runs; afterwards they mean what they meant before.
+
+    One that is ignored, as Ctrl-C in the background of a script, stays so. For the main thread alone."""
+    stop = Stop()
+
+    def heard(number: int, _: FrameType | None) -> None:
+        if stop.asked:
+            os._exit(128 + number)
+        stop.reason = cast("Reason", signal.Signals(number).name)
+
+    heeded = [number for number in _HEARD if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, heard) for number in heeded}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -177,9 +177,8 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
         return real(embeddings)
 
     monkeypatch.setattr(encode, "pack", pack)
-    rendered = partial(
-        render, output="out/{id}.mp4", items=[{"id": f"{n}", "prompt": p} for n, p in enumerate(prompts)]
-    )
+    items = [{"id": f"{n}", "prompt": prompt} for n, prompt in enumerate(prompts)]
+    rendered = partial(render, output="out/{id}.mp4", items=items)
     with pytest.MonkeyPatch.context() as patched:
         poison(patched, (WanModel, "velocities"))
         said = rendered()

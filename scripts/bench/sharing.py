@@ -85,9 +85,7 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sweep, separate = measured(Path(folder), said.steps, said.size, said.repeats)
-    print(
-        f"8 variants, {said.steps} steps of {said.size}, injections from half of them on, the same latents:"
-    )
+    print(f"8 variants, {said.steps} steps of {said.size}, injections from half on, the same latents:")
     for what, together, apart in zip(("sampling", "whole runs"), sweep, separate):
         print(f"{what:<10} one sweep {together:6.2f} s, eight renders {apart:6.2f} s: {together / apart:.2f}")
 

@@ -8,13 +8,13 @@ from wancli.errors import JobError
 
 
 def parse_size(text: str, where: str) -> int:
-    """`500MiB`, `1.5G`: binary units; `2GB`: decimal ones. A number alone is refused, for bytes are hardly
-    ever meant. Raises JobError, at `where`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(B|iB|)", text)
+    """`500MiB`, `1.5G`: binary units; `2GB`: decimal ones; `64B`: bytes. A number alone is refused, for bytes
+    are hardly ever meant. Raises JobError, at `where`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(B|iB|)|B)", text)
     if not match:
         raise JobError(f"{text!r} is no size; write 500MiB or 2GiB", where=where)
     base = 1000 if match[3] == "B" else 1024
-    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2])))
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 
 
 def parse_duration(text: str, where: str) -> float:

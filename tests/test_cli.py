@@ -152,13 +152,26 @@ def test_every_error_ends_with_the_code_of_its_class_and_says_where_what_and_wha
 
     monkeypatch.setattr(pipeline, "render", fails)
     said = say("render", written(tmp_path, tiny_job()))
-    assert said == (error.status, "", "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n")
+    message = "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n"
+    if issubclass(error, errors.Stopped):  # after the summary, and with the command that goes on
+        message += f"  go on: wancli render {tmp_path}/job.yaml\n"
+        assert (said.code, said.out, said.err.endswith(message)) == (error.status, "", True)
+    else:
+        assert said == (error.status, "", message)
 
 
 def test_the_codes_are_those_of_the_architecture() -> None:
     found = {kind.__name__: int(kind.status) for kind in errors.WancliError.__subclasses__()}
     assert (
-        found | {"ShotError": 1, "JobError": 2, "MachineError": 3, "IntegrityError": 4, "DoesNotFit": 5}
+        found
+        | {
+            "ShotError": 1,
+            "JobError": 2,
+            "MachineError": 3,
+            "IntegrityError": 4,
+            "DoesNotFit": 5,
+            "Stopped": 75,
+        }
         == found
     )
     assert int(errors.WancliError.status) == 70

@@ -141,7 +141,6 @@ def test_a_wrong_command_line_is_one_line_and_where_to_look(
         kind
         for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.WancliError) and kind is not errors.WancliError
-        if not issubclass(kind, errors.Stopped)  # a report is written first: tests/test_signals.py
     ],
 )
 def test_every_error_ends_with_the_code_of_its_class_and_says_where_what_and_what_next(

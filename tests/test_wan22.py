@@ -413,6 +413,29 @@ def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
         assert torch.equal(latents_of(tmp_path, name), expected)
 
 
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
+def test_shots_that_differ_for_the_low_noise_expert_share_all_steps_of_the_other(
+    a14b: Saved, render: Callable[..., Said], tmp_path: Path, residency: str
+) -> None:
+    items = [
+        {"id": "a"},
+        {"id": "b", "inject": [rule(blocks="late", expert="low")]},
+        {"id": "c", "sampler": SAMPLER | {"guidance": {"high": 4.0, "low": 1.0}}},
+        {"id": "d", "inject": [rule(blocks="late", steps=5)]},
+    ]
+    rendered = partial(render, a14b, output="out/{id}.mp4", memory={"residency": residency})
+    with pytest.MonkeyPatch.context() as patched:
+        calls = forwards(patched)
+        assert rendered(items=items).code == 0
+    assert len(calls) == 2 * 4 + 2 * 2 + 2 * 2 + 2 + 2
+    for item in items:
+        assert rendered(items=[item], folder=tmp_path / "alone").code == 0
+        name = str(item["id"])
+        found, whole = manifest_of(tmp_path, name), manifest_of(tmp_path / "alone", name)
+        assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / "alone", name))
+        assert found["injection"] == whole["injection"]
+
+
 def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     a14b: Saved,
     render: Callable[..., Said],

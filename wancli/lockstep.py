@@ -34,7 +34,7 @@ def waves(shots: Sequence[Shot]) -> list[list[Group]]:
     open_to: dict[Hashable, _Wave] = {}
     ways = Tree()
     for group in sorted(_groups(shots, ways), key=lambda group: group[0].index):
-        meets = {_meets(shot, ways) for shot in group}
+        meets = dict.fromkeys(_meets(shot, ways) for shot in group)
         wave = next((open_to[one] for one in meets if one in open_to), None)
         if wave is None or not wave.takes(group):
             wave = _Wave()
@@ -120,13 +120,16 @@ class _Wave:
         self._forks: set[Fork] = set()
         self._waiting = 0  # bytes of states in memory beside the group that is being sampled, or with it
         self._largest = 0
+        self._complete = False
 
     def takes(self, group: Group) -> bool:
         """Whether the states that wait may be in memory beside the largest group, with this one, too; the
-        first always may. Once the answer is no the wave is complete.
+        first always may. Once the answer was no the wave is complete.
 
         All states wait for the other of two experts, else those that others fork from.
         """
+        if self._complete:
+            return False
         group = [replace(shot, fork=self._tree.add(shot)) for shot in group]
         waiting, forks = self._waiting, set(self._forks)
         for shot in group:
@@ -135,6 +138,7 @@ class _Wave:
             forks |= {shot.fork} if shot.fork else set()
         largest = max(self._largest, sampling(group).total)
         if self._groups and not _may_wait(group[0].model, waiting, largest):
+            self._complete = True
             return False
         self._groups.append(group)
         self._waiting, self._forks, self._largest = waiting, forks, largest

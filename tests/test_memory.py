@@ -296,7 +296,7 @@ def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
     with Peak() as taken:
         block = fresh_pages(SMALL)
         deadline = time.monotonic() + 60
-        while taken._sampler._peak < taken.rss_start + 0.95 * SMALL and time.monotonic() < deadline:
+        while taken._sampler.peak < taken.rss_start + 0.95 * SMALL and time.monotonic() < deadline:
             time.sleep(0.01)
         block.close()
     assert 0.95 * SMALL < taken.rss_peak - taken.rss_start < 2 * SMALL

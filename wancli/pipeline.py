@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Outcome:
     """What became of one shot. `record` is the body of its manifest, if it has one; `stopped` is one that a
-    state or a latent on disk waits for."""
+    state or a latent on disk waits for, `elsewhere` one that another worker has not finished."""
 
     shot: Shot
-    status: Literal["rendered", "already done", "failed", "stopped"]
+    status: Literal["rendered", "already done", "failed", "stopped", "elsewhere"]
     record: Record | None = None
     error: WancliError | None = None
 

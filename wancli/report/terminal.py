@@ -163,13 +163,20 @@ def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
     """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
     the command that tries them again."""
     table = grid("failed shot", "code", "message")
-    for column in table.columns:
+    rows = [
+        (
+            _cut(shot["id"], 24),
+            shot["error"]["code"],
+            _cut(shot["error"]["message"].replace("\n", " / "), 999),
+        )
+        for shot in report["shots"]
+        if "error" in shot
+    ]
+    for index, column in enumerate(table.columns):
         column.no_wrap, column.overflow = True, "ellipsis"
-    table.columns[0].max_width = 24
-    for shot in report["shots"]:
-        if "error" in shot:
-            message = _cut(shot["error"]["message"].replace("\n", " / "), 1000)
-            table.add_row(printable(shot["id"]), shot["error"]["code"], message)
+        column.min_width = max(len(row[index]) for row in rows) if index < 2 else None
+    for row in rows:
+        table.add_row(*row)
     yield table
     yield f"again: {again}"
 

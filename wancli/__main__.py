@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Imports and runs the command line. Until that is imported nothing is begun, so that Ctrl-C just ends."""
+    """Imports and runs the command line. Until that is imported nothing is begun, and Ctrl-C just ends."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script ignores
         signal.signal(signal.SIGINT, _leave)
     from wancli import cli

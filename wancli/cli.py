@@ -18,7 +18,7 @@ import typer
 from wancli import __version__
 from wancli.commands import artifacts, cache, prompts, render
 from wancli.commands.common import complain
-from wancli.errors import ExitStatus, Stopped, WancliError
+from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
 from wancli.events import printable
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
+app.command("errors")(artifacts.errors_command)
 app.add_typer(cache.app, name="cache")
 
 
@@ -63,16 +64,14 @@ def run(arguments: list[str]) -> int:
             print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
         return error.status
     except typer.TyperException as error:
-        print(
-            f"wancli: {error.format_message()}\n  `wancli COMMAND --help` lists what there is.",
-            file=sys.stderr,
-        )
-        return ExitStatus.USAGE
+        usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
+        complain(usage)
+        return usage.status
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        print(f"wancli: a bug in wancli {__version__}; please report it with {log.name}", file=sys.stderr)
-        return ExitStatus.BUG
+        complain(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
+        return Bug.status
     if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
     return code

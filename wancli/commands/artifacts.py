@@ -1,4 +1,4 @@
-"""`wancli decode`, `compare`, `inspect` and `schema`: latents, videos, weights, and what a job may say."""
+"""`wancli decode`, `compare`, `inspect`, `schema` and `errors`: latents, videos, weights; what may be said."""
 
 from __future__ import annotations
 
@@ -87,4 +87,19 @@ def schema_command() -> int:
     from wancli import schema
 
     emit(schema.of_job())
+    return ExitStatus.OK
+
+
+def errors_command(as_json: Json = False) -> int:
+    """List what can go wrong.
+
+    Codes as events and reports have them, exit codes, whether another try may help.
+    """
+    from wancli import errors
+    from wancli.report import terminal
+
+    if as_json:
+        emit([errors.described(kind) for kind in errors.kinds()])
+    else:
+        terminal.show(terminal.error_lines(errors.kinds()))
     return ExitStatus.OK

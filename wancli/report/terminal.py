@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import Row, strip
 from wancli.units import duration, size
@@ -246,6 +247,15 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         )
     yield table
     yield f"{len(rows)} entries, {size(sum(entry['bytes'] for entry in rows))}"
+
+
+def error_lines(kinds: Sequence[type[WancliError]]) -> Iterator[str]:
+    """`wancli errors`: `CODE  EXIT CODE  retry|-  MEANING`, one line each."""
+    yield f"{'code':<22} exit  retry  meaning"
+    for kind in kinds:
+        facts = described(kind)
+        again = "yes" if facts["retryable"] else "no"
+        yield f"{facts['code']:<22} {facts['exit_code']:>4}  {again:<5}  {facts['meaning']}"
 
 
 def _cut(text: str, limit: int) -> str:

@@ -66,6 +66,10 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
         complain(usage)
+        if "--json-stream" in arguments:
+            from wancli.report.stream import refused
+
+            refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), usage)
         return usage.status
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:

@@ -1,4 +1,4 @@
-"""`wancli decode`, `compare`, `inspect`, `schema` and `errors`: latents, videos, weights; what may be said."""
+"""`wancli decode`, `compare`, `inspect`, `schema`, `errors`: latents, videos, weights; what may be said."""
 
 from __future__ import annotations
 
@@ -79,14 +79,19 @@ def inspect_command(
     return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK
 
 
-def schema_command() -> int:
+def schema_command(
+    events: Annotated[
+        bool, typer.Option("--events", help="Of the lines of `render --json-stream` instead.")
+    ] = False,
+) -> int:
     """Print the JSON Schema of a job file.
 
     Editors complete and check keys with it.
     """
     from wancli import schema
+    from wancli.report import event_schema
 
-    emit(schema.of_job())
+    emit(event_schema.of_events() if events else schema.of_job())
     return ExitStatus.OK
 
 

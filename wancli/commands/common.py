@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
 from wancli.events import printable
 
 if TYPE_CHECKING:
+    from wancli.events import Mode, Progress
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.shot import Plan
@@ -30,6 +31,21 @@ def complain(error: WancliError, prefix: str = "") -> None:
 def emit(document: Any) -> None:
     json.dump(document, sys.stdout, indent=2)
     print()
+
+
+def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool, command: str) -> Progress:
+    """Who shows progress: to programs on stdout, else to people on stderr."""
+    from wancli import events
+
+    if as_stream:
+        from wancli.report.stream import Stream
+
+        return Stream(sys.stdout, command)
+    if mode == "openjd":
+        from wancli.report.openjd import OpenJD
+
+        return OpenJD(sys.stdout)
+    return events.progress(sys.stderr, "none" if quiet else mode)
 
 
 def hush(quiet: bool) -> None:

@@ -8,24 +8,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands.common import complain, emit, flags_of, hush, job_of, plan_of, rates_of, store_of
+from wancli.commands.common import (
+    complain,
+    display_of,
+    emit,
+    flags_of,
+    hush,
+    job_of,
+    plan_of,
+    rates_of,
+    store_of,
+)
 from wancli.commands.options import (
     CacheDir,
     Force,
     Items,
     JobArgument,
     Json,
+    JsonStream,
     Level,
     LogLevel,
-    Progressing,
-    ProgressMode,
     Quiet,
+    RenderProgress,
+    RenderProgressing,
     SaveEvery,
     Sets,
     Shard,
     Sweeps,
 )
-from wancli.errors import ExitStatus, JobError, Stopped, WancliError, stack
+from wancli.errors import ExitStatus, JobError, Stopped, UsageError, WancliError, stack
 from wancli.events import printable
 
 if TYPE_CHECKING:
@@ -37,6 +48,7 @@ if TYPE_CHECKING:
 
 
 def render(
+    context: typer.Context,
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")
     ] = None,
@@ -54,9 +66,10 @@ def render(
     save_every: SaveEvery = None,
     force: Force = False,
     as_json: Json = False,
+    json_stream: JsonStream = False,
     cache_dir: CacheDir = None,
     log_level: Level = LogLevel.basic,
-    progress: Progressing = ProgressMode.auto,
+    progress: RenderProgressing = RenderProgress.auto,
     quiet: Quiet = False,
 ) -> int:
     """Render every shot of a job, or a prompt.
@@ -64,16 +77,19 @@ def render(
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
-    from wancli import events, pipeline, rates, signals
+    from wancli import pipeline, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
     hush(quiet)
+    display = context.with_resource(display_of(progress.value, quiet, json_stream, "render"))
+    if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
+        raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
     plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=measuring)
-    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    display.planned(plan)
     for warning in plan.warnings:
         display.warn(warning)
     outcomes: list[pipeline.Outcome] = []
@@ -84,9 +100,10 @@ def render(
             tools = Tools(store_of(cache_dir), display, force, stop)
             for outcome in _traced(pipeline.render(plan, tools), log_level):
                 outcomes.append(outcome)
+                display.came_to(outcome)
                 if outcome.error:
                     complain(outcome.error, f"shot {outcome.shot.id}: ")
-                elif outcome.record and not as_json:
+                elif outcome.record and not (as_json or json_stream):
                     print(outcome.shot.output, flush=True)
     except Stopped as error:
         stopped = error
@@ -104,9 +121,11 @@ def render(
     if not quiet:
         shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=measuring)
         terminal.show(shown, stderr=True)
+    status = ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
+    display.ended(status, path)
     if stopped:
         raise stopped
-    return ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
+    return status
 
 
 def plan_command(

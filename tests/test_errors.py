@@ -74,7 +74,9 @@ def test_errors_lists_them_for_people_and_for_programs(capsys: pytest.CaptureFix
         kind.code: kind.status for kind in KINDS.values()
     }
     assert [entry["code"] for entry in listed if entry["retryable"]] == [
+        "machine.disk",
         "machine.ffmpeg",
+        "memory.exhausted",
         "stopped",
         "stopped.interrupted",
     ]

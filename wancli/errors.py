@@ -6,21 +6,25 @@
     │  ├─ PromptTooLong        more tokens than text.max_tokens, and truncate is off
     │  └─ OutputExists         an output is there that this plan did not make
     ├─ MachineError        3   space, permission, ffmpeg, device
-    │  ├─ NoSpace              the disk or the quota is full
-    │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames
+    │  ├─ NoSpace              the disk or the quota is full; ends the batch
+    │  ├─ DiskError            the disk fails (EIO); retryable
+    │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames; retryable
     ├─ IntegrityError      4   a file does not verify
     │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
+    │  └─ OutOfMemory          it ran out while a phase was at work; retryable
     ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
     │  └─ Interrupted    130   the same by Ctrl-C
-    ├─ ShotError           1   one shot failed, the others go on
+    ├─ ShotError           1   the numbers of one shot are wrong
     │  ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
     │  └─ InjectionMissed      a rule reached fewer cells of its table than planned
     └─ Bug                70   anything else, Ctrl-C (130) aside
 
-Everything between raises; `wancli.cli` alone turns an error into an exit code. Each class has a `code`
-for programs, and says in the first line of its docstring what it means: `wancli errors` lists them.
+Everything between raises; `wancli.cli` alone turns an error into an exit code. What goes wrong with one shot
+fails that shot, and the batch ends with the worst of them (`wancli.policy`); NoSpace and Stopped end it at
+once. Each class has a `code` for programs, and says in the first line of its docstring what it means: `wancli
+errors` lists them.
 """
 
 from __future__ import annotations
@@ -103,6 +107,12 @@ class NoSpace(MachineError):
     code = "machine.no_space"
 
 
+class DiskError(MachineError):
+    """The disk fails to keep what it took."""
+
+    code, retryable = "machine.disk", True
+
+
 class FfmpegError(MachineError):
     """ffmpeg is missing, died, or wrote another number of frames."""
 
@@ -133,6 +143,12 @@ class DoesNotFit(WancliError):
     status, code = ExitStatus.MEMORY, "memory"
 
 
+class OutOfMemory(DoesNotFit):
+    """Memory ran out while a phase was at work."""
+
+    code, retryable = "memory.exhausted", True
+
+
 class Stopped(WancliError):
     """SIGTERM or SIGUSR1 asked for an end; all is saved, the same command goes on."""
 
@@ -146,7 +162,7 @@ class Interrupted(Stopped):
 
 
 class ShotError(WancliError):
-    """A shot failed; the others go on."""
+    """The numbers of a shot are wrong."""
 
     status, code = ExitStatus.SOME_FAILED, "shot"
 
@@ -186,6 +202,16 @@ def described(kind: type[WancliError]) -> dict[str, Any]:
         "retryable": kind.retryable,
         "meaning": meaning,
     }
+
+
+def bare(error: WancliError) -> WancliError:
+    """The error without the frames it passed, which would keep their tensors in memory as long as it lives."""
+    link: BaseException | None = error
+    while link:
+        link.__traceback__, following = None, link.__cause__ or link.__context__
+        link.__cause__ = link.__context__ = None
+        link = following
+    return error
 
 
 def stack(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, cache, prompts, render
+from wancli.commands import artifacts, batch, cache, prompts, render
 from wancli.commands.common import complain
 from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
 from wancli.events import printable
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 app.command("render")(render.render)
 app.command("plan")(render.plan_command)
+app.command("status")(batch.status_command)
+app.command("check")(batch.check_command)
 app.command("schema")(artifacts.schema_command)
 app.command("encode")(prompts.encode_command)
 app.command("decode")(artifacts.decode_command)

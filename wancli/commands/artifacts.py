@@ -22,6 +22,7 @@ def decode_command(
     ] = None,
     model: ModelDir = None,
     force: Force = False,
+    as_json: Json = False,
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
@@ -29,12 +30,22 @@ def decode_command(
 
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
-    from wancli import events, stage3
+    from wancli import events, manifest, stage3
     from wancli.tools import Tools
 
     hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
-    print(stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force)))
+    path = stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force))
+    if as_json:
+        emit(
+            {
+                "schema": "wancli/decode/1",
+                "output": str(path),
+                **(manifest.read(manifest.manifest_path(path)) or {}),
+            }
+        )
+    else:
+        print(path)
     return ExitStatus.OK
 
 
@@ -43,6 +54,7 @@ def compare_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
         "contact-sheet.png"
     ),
+    as_json: Json = False,
 ) -> int:
     """Put videos side by side: a contact sheet.
 
@@ -51,7 +63,10 @@ def compare_command(
     from wancli.report import sheet
 
     sheet.write(output, sheet.contact_sheet(videos))
-    print(output)
+    if as_json:
+        emit({"schema": "wancli/compare/1", "output": str(output), "videos": [*map(str, videos)]})
+    else:
+        print(output)
     return ExitStatus.OK
 
 

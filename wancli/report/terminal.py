@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from wancli.difference import Difference
     from wancli.shot import Shot
+    from wancli.verify import Verdict
     from wancli.weights.lora_use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -247,6 +248,19 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         )
     yield table
     yield f"{len(rows)} entries, {size(sum(entry['bytes'] for entry in rows))}"
+
+
+def check_lines(found: Verdict) -> Iterator[str]:
+    """`wancli check`: `PATH: PROBLEM`, what else is there, and how much verifies."""
+    yield from (f"{path}: {problem}" for path, problem in found.problems)
+    yield from (f"orphan, no manifest: {path}" for path in found.orphans)
+    yield from (f"left by a dead process: {path}" for path in found.debris)
+    verified = [f"{found.videos:,} videos", f"{found.latents:,} latents", f"{found.states:,} states"]
+    yield f"verified: {', '.join(verified)}; problems: {len(found.problems):,}"
+    if found.missing:
+        yield f"not rendered yet: {len(found.missing):,}"
+    if found.aside:
+        yield f"moved aside by --force, not verified: {len(found.aside):,}"
 
 
 def error_lines(kinds: Sequence[type[WancliError]]) -> Iterator[str]:

@@ -205,7 +205,7 @@ def described(kind: type[WancliError]) -> dict[str, Any]:
 
 
 def bare(error: WancliError) -> WancliError:
-    """The error without the frames it passed, which would keep their tensors in memory as long as it lives."""
+    """The error without the frames it passed, which would keep their tensors as long as it lives."""
     link: BaseException | None = error
     while link:
         link.__traceback__, following = None, link.__cause__ or link.__context__

@@ -2,30 +2,33 @@
 
 Shots are sampled in the groups and waves of `wancli.lockstep`, one by one where weights are resident. The
 latents of a group are on disk before any of them is decoded, and its videos before other shots
-take their last steps. `render` yields an Outcome per shot; a ShotError ends one shot, any other
-WancliError ends the batch. Where somebody asks for an end it comes after the step, prompt or chunk of
-frames that is being worked on, with all states on disk.
+take their last steps. `render` yields an Outcome per shot; what an error ends, its shot, all shots of a
+checkpoint or the batch, `wancli.policy` tells. Where somebody asks for an end it comes after the step,
+prompt or chunk of frames that is being worked on, with all states on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from wancli import advance, choose, files, kernels, latents, lockstep, manifest, record, underway, video
+from wancli import advance, files, latents, lockstep, manifest, record, underway
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
+    CheckpointError,
     EntryError,
     JobError,
-    OutputExists,
     ShotError,
     Stopped,
     WancliError,
 )
 from wancli.experts import EXPERTS, Expert
-from wancli.loaded import Networks, check_device, check_weights
-from wancli.peak import Peak, fitting
+from wancli.loaded import Networks, check_device
+from wancli.peak import Peak, fitting, release
+from wancli.policy import Failing
+from wancli.preflight import Found, lacks_effects, preflight
 from wancli.record import Record
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.stage3 import finish
@@ -44,117 +47,129 @@ class Outcome:
     shot: Shot
     status: Literal["rendered", "already done", "failed", "stopped", "elsewhere"]
     record: Record | None = None
-    error: WancliError | None = None
-
-
-def preflight(plan: Plan, tools: Tools) -> list[Shot]:
-    """The shots that are not done yet. Raises before anything slow starts.
-
-    OutputExists lists every file in the way; MachineError when ffmpeg or a folder will not do;
-    CheckpointError for weights that do not fit their networks; DoesNotFit when the machine has less memory
-    than a shot needs.
-    """
-    wrong = {shot.index: manifest.problems(shot.output, shot.key) for shot in plan.shots}
-    todo = [shot for shot in plan.shots if tools.force or wrong[shot.index] or _unmeasured(shot)]
-    in_the_way = [
-        shot
-        for shot in todo
-        if shot.output.exists() and wrong[shot.index] and not tools.force and not _unrecorded(shot)
-    ]
-    if in_the_way:
-        reasons = {shot.output: wrong[shot.index][0].rpartition(": ")[2] for shot in in_the_way}
-        raise OutputExists(
-            "\n".join(
-                f"{p} exists, and is not what this job makes now ({why})" for p, why in reasons.items()
-            ),
-            hint="--force moves it aside; or change `output`.",
-        )
-    for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
-        check_device(device)
-    for model in dict.fromkeys(shot.model for shot in todo):
-        kernels.check(model)
-    for folder in dict.fromkeys(shot.output.parent for shot in todo):
-        files.writable(folder)
-    for codec in dict.fromkeys(shot.codec for shot in todo):
-        video.check_ffmpeg(codec)
-    for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
-        check_weights(checkpoint)
-    todo = lockstep.arranged(todo)
-    for shot in todo:
-        choose.require(shot, encoded=all(text.file or _cached(text, tools) for text in shot.texts))
-    return todo
-
-
-def _unmeasured(shot: Shot) -> bool:
-    """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
-    body = manifest.read(shot.manifest) if shot.measure else None
-    return body is not None and _lacks_effects(shot, body)
-
-
-def _lacks_effects(shot: Shot, facts: Record) -> bool:
-    return shot.measure and shot.injects and not facts["effects"]
-
-
-def _unrecorded(shot: Shot) -> bool:
-    """Whether a run may have died between the video of this shot and its manifest: then its latent is
-    still there. The video is made once more, and publishing the same bytes is no overwriting."""
-    if shot.manifest.exists():
-        return False
-    try:
-        return bool(latents.load(shot.latents)[1]["key"] == shot.key)
-    except EntryError:
-        return False
-
-
-def _cached(text: Prompt, tools: Tools) -> bool:
-    return tools.store is not None and tools.store.path(text.id).exists()
+    error: WancliError | None = None  # without its frames: what they say is in `stack`
+    stack: str = ""
 
 
 def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
-    """Renders what `preflight` leaves to do, one checkpoint after the other.
+    """Renders what `preflight` leaves to do, one checkpoint after the other, and yields what became of each.
 
-    Raises Stopped at the end where somebody asked for it before all was done.
+    Raises what `preflight` does before anything is started, NoSpace at once, with all states on disk that
+    found room there, and Stopped at the end where somebody asked for it before all was done.
     """
-    todo = preflight(plan, tools)
-    pending = {shot.index for shot in todo}
-    for shot in plan.shots:
-        if shot.index not in pending:
-            yield Outcome(shot, "already done", manifest.read(shot.manifest))
-    stopped = 0
-    for model in dict.fromkeys(shot.model for shot in todo):
-        for outcome in _render_all(model, [shot for shot in todo if shot.model == model], tools):
-            stopped += outcome.status == "stopped"
-            pending.discard(outcome.shot.index)
-            yield outcome
-    if tools.stop.asked and (stopped or pending):
+    found = preflight(plan, tools)
+    pending = {shot.index for shot in found.todo}
+    stopped = failed = 0
+    for outcome in _outcomes(plan, found, tools):
+        stopped += outcome.status == "stopped"
+        failed += outcome.status == "failed"
+        tools.stop.enough = tools.policy.ends(failed)
+        pending.discard(outcome.shot.index)
+        yield outcome
+    if tools.stop.reason and (stopped or pending):
         raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun")
+
+
+def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
+    """Of shots that are done, then of those that cannot be, then of the others as they come."""
+    untouched = {shot.index for shot in found.todo} | found.refused.keys()
+    for shot in plan.shots:
+        if shot.index not in untouched:
+            yield Outcome(shot, "already done", manifest.read(shot.manifest))
+    for shot in plan.shots:
+        if shot.index in found.refused:
+            yield Outcome(shot, "failed", error=found.refused[shot.index])
+    for model in dict.fromkeys(shot.model for shot in found.todo):
+        shots = [shot for shot in found.todo if shot.model == model]
+        if not tools.stop.asked:
+            _clear_the_way([shot for shot in shots if shot.index in found.damaged], tools)
+            yield from _until_settled(model, shots, tools)
+
+
+def _clear_the_way(damaged: Sequence[Shot], tools: Tools) -> None:
+    """Moves aside what was this very shot and no longer verifies, for whoever wants to know why."""
+    for shot in damaged:
+        aside = files.set_aside(shot.output, "damaged")
+        files.set_aside(shot.manifest, "damaged")
+        name = aside.name if aside else "nowhere"
+        tools.progress.warn(f"{shot.output} no longer verifies; moved to {name}, shot {shot.id} is made anew")
+
+
+def _until_settled(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+    """The shots of a model, those again whose failure may pass. What is tried again goes on from what is on
+    disk, also with --force, and alone, which needs the least memory."""
+    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
+    tries = 0
+    while shots and not tools.stop.asked:
+        tries += 1
+        again = []
+        for outcome in _render_all(model, shots, networks, tools, anew=tools.force and tries == 1):
+            if outcome.error and not tools.stop.asked and tools.policy.tries_again(outcome.error, tries):
+                said = f"{outcome.error}; tried again ({tries} of {tools.policy.retries})"
+                tools.progress.warn(f"shot {outcome.shot.id}: {said}")
+                again.append(outcome)
+            else:
+                yield outcome
+        if tools.stop.asked:
+            yield from again
+        shots = [replace(outcome.shot, batch=1, shared=None, fork=None) for outcome in again]
 
 
 def _shots(count: int) -> str:
     return "1 shot is" if count == 1 else f"{count} shots are"
 
 
-def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
-    recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
-    fresh = [shot for shot in shots if shot.index not in recalled]
-    waves = lockstep.waves(fresh)
+def _render_all(
+    model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools, *, anew: bool
+) -> Iterator[Outcome]:
+    """Every shot of a model. A checkpoint that turns out to be damaged fails all that are left of them."""
+    left = {shot.index: shot for shot in shots}
+    broken = Failing()
     try:
-        with fitting("encoding prompts"):
-            encoded, stage1 = encode_prompts(model, [text for shot in fresh for text in shot.texts], tools)
-    except ShotError as error:
-        yield from (Outcome(shot, "failed", error=error) for shot in fresh)
-        waves, encoded, stage1 = [], {}, {}
+        for outcome in _one_by_one(model, shots, networks, tools, anew):
+            left.pop(outcome.shot.index)
+            yield outcome
+    except CheckpointError as error:
+        broken.take(error)
+    if broken.error:
+        yield from (_failed(shot, broken) for shot in left.values())
+
+
+def _one_by_one(
+    model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools, anew: bool
+) -> Iterator[Outcome]:
+    recalled = {shot.index for shot in shots if not anew and _recalled(shot)}
+    encoded: dict[str, Encoded] = {}
+    unencoded: dict[str, Failing] = {}
+    stage1: Record = {}
+    fresh = [shot for shot in shots if shot.index not in recalled]
+    attempt = Failing()
+    try:
+        with attempt:
+            texts = [text for shot in fresh for text in shot.texts]
+            encoded, unencoded, stage1 = _encode_prompts(model, texts, tools)
     except Stopped:
-        waves, encoded, stage1 = [], {}, {}
-    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
+        fresh = []
+    if attempt.error:
+        release()
+        yield from (_failed(shot, attempt) for shot in fresh)
+        fresh = []
+    sick = {shot.index: unencoded[id] for shot in fresh for id in _ids(shot) if id in unencoded}
+    yield from (_failed(shot, sick[shot.index]) for shot in fresh if shot.index in sick)
     for shot in shots:
         if shot.index in recalled:
-            if not (known := _recalled(shot)):
-                raise EntryError("gone or changed since this run began", where=str(shot.latents))
-            yield _published(shot, *known, networks, tools)
-    for wave in waves:
+            yield _published(shot, None, networks, tools)
+    for wave in lockstep.waves([shot for shot in fresh if shot.index not in sick]):
         if not tools.stop.asked:
-            yield from _render_wave(wave, encoded, stage1, networks, tools)
+            yield from _render_wave(wave, encoded, stage1, networks, tools, anew)
+
+
+def _ids(shot: Shot) -> list[str]:
+    return [text.id for text in shot.texts]
+
+
+def _failed(shot: Shot, attempt: Failing) -> Outcome:
+    return Outcome(shot, "failed", error=attempt.error, stack=attempt.stack)
 
 
 def _render_wave(
@@ -163,18 +178,36 @@ def _render_wave(
     stage1: Record,
     networks: Networks,
     tools: Tools,
+    anew: bool,
 ) -> Iterator[Outcome]:
-    begun = [[underway.begin(shot, tools) for shot in group] for group in wave]
-    ones = [one for group in begun for one in group]
-    underway.join(ones)
-    for expert in EXPERTS:
-        for group in begun:
-            yield from _render_stage(group, expert, encoded, stage1, networks, tools)
-    for one in ones:  # where somebody asked for an end
+    begun: list[list[Underway]] = [[] for _ in wave]
+    for shots, ones in zip(wave, begun):
+        for shot in shots:
+            with Failing() as attempt, fitting("load", f"shot {shot.id}"):
+                ones.append(underway.begin(shot, replace(tools, force=anew)))
+            if attempt.error:
+                yield _failed(shot, attempt)
+    everyone = [one for group in begun for one in group]
+    underway.join(everyone)
+    try:
+        for expert in EXPERTS:
+            for group in begun:
+                yield from _render_stage(group, expert, encoded, stage1, networks, tools)
+    except Exception:  # a full disk above all: where there is no room for one, there may be for the next
+        for one in everyone:
+            with suppress(WancliError):
+                _save(one)
+        raise
+    for one in everyone:  # where an end was asked for
         if one.step and not one.over:
-            if one.step > one.saved:
-                underway.save(one)
-            yield Outcome(one.shot, "stopped")
+            with Failing() as attempt:
+                _save(one)
+            yield _failed(one.shot, attempt) if attempt.error else Outcome(one.shot, "stopped")
+
+
+def _save(one: Underway) -> None:
+    if one.step > one.saved and one.state is not None and not one.over:
+        underway.save(one)
 
 
 def _render_stage(
@@ -185,44 +218,73 @@ def _render_stage(
     networks: Networks,
     tools: Tools,
 ) -> Iterator[Outcome]:
-    """The steps that an expert takes, and after the last ones latents to videos."""
+    """The steps that an expert takes, and after the last ones latents to videos. A shot that fails is told
+    as soon as it does."""
     while not tools.stop.asked and (together := advance.ready(group, expert)):
-        with fitting(f"sampling {advance.title(together)}"):
+        with Failing() as attempt, fitting("sample", advance.title(together)):
             advance.advance(together, advance.leg(group, together), networks, encoded, tools)
-    kept = []
+        if attempt.error:
+            release()
+            underway.fail(together, attempt.error)
+        yield from _told(group, attempt.stack)
+    yield from _told(group, "")
+    kept: list[tuple[Shot, tuple[Tensor, Record]]] = []
     for one in group:
-        try:
-            if one.over or one.fork:
-                continue
-            if one.failed:
-                raise one.failed
+        if one.over or one.fork:
+            continue
+        with Failing() as attempt, fitting("sample", f"shot {one.shot.id}"):
             if one.step == one.shot.steps:
                 loras = networks.loras(one.shot.loras)
-                kept.append((one.shot, *advance.keep(one, encoded, loras, stage1)))
+                kept.append((one.shot, advance.keep(one, encoded, loras, stage1)))
                 one.over = True
-            elif one.step > one.saved:
-                underway.save(one)
-        except ShotError as error:
+            else:
+                _save(one)
+        if attempt.error:
             one.over = True
-            files.remove(one.shot.state)
-            yield Outcome(one.shot, "failed", error=error)
-    for shot, z_CTYX, facts in kept:
-        yield _published(shot, z_CTYX, facts, networks, tools)
+            if isinstance(attempt.error, ShotError):
+                with suppress(WancliError):
+                    files.remove(one.shot.state)
+            yield _failed(one.shot, attempt)
+    for shot, latent in kept:
+        yield _published(shot, latent, networks, tools)
 
 
-def _published(shot: Shot, z_CTYX: Tensor, facts: Record, networks: Networks, tools: Tools) -> Outcome:
+def _told(group: Sequence[Underway], stack: str) -> Iterator[Outcome]:
+    """Those that failed in their steps. The state of one that met NaN would only lead there again; that of
+    another is what the next run goes on from."""
+    for one in group:
+        if one.failed and not one.over:
+            attempt = Failing()
+            attempt.take(one.failed)
+            with suppress(WancliError):
+                if isinstance(one.failed, ShotError):
+                    files.remove(one.shot.state)
+                else:
+                    _save(one)
+            one.over, one.state = True, None
+            yield Outcome(one.shot, "failed", error=attempt.error, stack=attempt.stack or stack)
+
+
+def _published(shot: Shot, latent: tuple[Tensor, Record] | None, networks: Networks, tools: Tools) -> Outcome:
+    """The video of a latent: the one given, or the one that an earlier run left."""
+    body = None
+    attempt = Failing()
     try:
         if tools.stop.asked:
             raise tools.stop.error("before decoding")
-        with fitting(f"shot {shot.id}"):
-            body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
-    except ShotError as error:
-        return Outcome(shot, "failed", error=error)
+        with attempt, fitting("decode", f"shot {shot.id}"):
+            if latent is None and (latent := _recalled(shot)) is None:
+                raise EntryError("gone or changed since this run began", where=str(shot.latents))
+            body = finish(*latent, shot.output, networks.vae, tools)
+            if not shot.keep_latents:
+                files.remove(shot.latents)
+            files.remove(shot.state)
     except Stopped:
         return Outcome(shot, "stopped")
-    if not shot.keep_latents:
-        files.remove(shot.latents)
-    files.remove(shot.state)
+    if attempt.error:
+        latent = None
+        release()
+        return _failed(shot, attempt)
     return Outcome(shot, "rendered", body)
 
 
@@ -231,29 +293,48 @@ def encode_prompts(
 ) -> tuple[dict[str, Encoded], Record]:
     """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns.
 
-    Raises Stopped between two prompts."""
+    Raises Stopped between two prompts, and in the end what went wrong with the first that failed."""
+    found, failed, stage1 = _encode_prompts(model, prompts, tools)
+    for attempt in failed.values():
+        assert attempt.error
+        raise attempt.error
+    return found, stage1
+
+
+def _encode_prompts(
+    model: Model, prompts: Sequence[Prompt], tools: Tools
+) -> tuple[dict[str, Encoded], dict[str, Failing], Record]:
+    """As `encode_prompts`, with those that failed by id."""
     import torch  # noqa: F401 - before the measurement, which is of what comes on top
 
     check_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
+    failed: dict[str, Failing] = {}
     with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
-                found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
+                with Failing() as attempt:
+                    found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
+                failed |= {prompt.id: attempt} if attempt.error else {}
                 bar.advance()
         for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], tools.store):
-            found[result.key] = result
+            if isinstance(result, Encoded):
+                found[result.key] = result
+            else:
+                failed[result.key] = Failing()
+                failed[result.key].take(result.error)
             bar.advance()
-            if tools.stop.asked and len(found) < len(texts):
+            if tools.stop.asked and len(found) + len(failed) < len(texts):
                 raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer.text_dim
-    for prompt in texts.values():
-        rows_NE = found[prompt.id].embedding.rows_NE
+    for id, done in found.items():
+        rows_NE = done.embedding.rows_NE
         if rows_NE.shape[1] != width:
             message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
-            raise JobError(message, where=str(prompt.file or model.encoder.files[0]))
-    return found, record.phase("encode", peak)
+            failed[id] = Failing()
+            failed[id].take(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
+    return found, failed, record.phase("encode", peak)
 
 
 def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
@@ -262,8 +343,8 @@ def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
         z_CTYX, facts = latents.load(shot.latents)
     except EntryError:
         return None
-    if facts["latents_key"] != shot.latents_key or _lacks_effects(shot, facts):
+    if facts["latents_key"] != shot.latents_key or lacks_effects(shot, facts):
         return None
     now = record.plain(record.of_shot(shot))
     now["model"]["attention"] = facts["model"]["attention"]  # what ran then
-    return z_CTYX, facts | now
+    return z_CTYX, facts | now | {"phases": record.earlier(facts["phases"])}

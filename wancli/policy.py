@@ -1,8 +1,8 @@
 """What follows from a shot that fails: for itself, for the others, and for the exit code.
 
-What goes wrong with one shot fails that shot, and the batch goes on. Tried again is what an error's class says
-may go well another time, from what is on disk. A full disk ends the batch at once: what would follow could not
-be kept either.
+What goes wrong with one shot fails that shot, and the batch goes on. Tried again is what an error's class
+says may go well another time, from what is on disk. A full disk ends the batch at once: what would follow
+could not be kept either.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from wancli.store import Store
 
 @dataclass(frozen=True)
 class Tools:
-    """The embedding cache, the display, how to treat what is there, whether somebody asked for an end, and what
-    follows from a failed shot."""
+    """The embedding cache, the display, how to treat what is there, whether somebody asked for an end, and
+    what follows from a failed shot."""
 
     store: Store | None
     progress: Progress
     force: bool = False
     stop: Stop = field(default_factory=Stop)
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)

@@ -80,7 +80,7 @@ def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Any, deep: 
             found.debris.append(path)
         elif _ASIDE.search(path.name):
             found.aside.append(path)
-        elif path.name.startswith("report") and path.suffix == ".json":
+        elif path.name.endswith("report.json"):
             found.problems += _of_report(path, ours)
         elif kind := next((s for s in (_MANIFEST, _LATENT, _STATE, _VIDEO) if path.name.endswith(s)), ""):
             output = path.with_name(path.name.removesuffix(kind) + _VIDEO)

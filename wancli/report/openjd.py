@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from wancli.errors import Stopped
 from wancli.events import Phase, Progress, printable
+from wancli.report.lines import line
 
 if TYPE_CHECKING:
     from wancli.pipeline import Outcome
@@ -71,9 +72,7 @@ class OpenJD(Progress):
 
     def _say(self, kind: str, text: str) -> None:
         # On one line: what came on a second one could be another message, a text of the job's choice.
-        line = " ".join(printable(text).split("\n"))
-        self._out.write(f"openjd_{kind}: {line}\n")
-        self._out.flush()
+        line(self._out, f"openjd_{kind}: {' '.join(printable(text).split(chr(10)))}")
 
 
 class _Phase:

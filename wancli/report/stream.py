@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -20,6 +20,7 @@ from wancli import __version__, signals
 from wancli.errors import Bug, ExitStatus, Interrupted, UsageError, WancliError
 from wancli.events import Phase, Progress
 from wancli.report.event_schema import SCHEMA
+from wancli.report.lines import line
 
 if TYPE_CHECKING:
     from wancli.pipeline import Outcome
@@ -48,8 +49,7 @@ class Stream(Progress):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        with suppress(OSError):  # nobody reads any more
-            self._end(_told(error) if error else self._failures())
+        self._end(_told(error) if error else self._failures())
         self._stack.close()
 
     def planned(self, plan: Plan) -> None:
@@ -168,8 +168,7 @@ def _envelope(
 
 def _write(out: TextIO, kind: str, facts: dict[str, Any]) -> None:
     head = {"schema": SCHEMA, "type": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    out.write(json.dumps(head | facts) + "\n")
-    out.flush()
+    line(out, json.dumps(head | facts))
 
 
 def _named(shot: Shot) -> dict[str, Any]:

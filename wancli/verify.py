@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from wancli.shot import Shot
 
 _MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
+_KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)
 _ASIDE = re.compile(r"\.old-\d+\.[a-z0-9]+$")
 _DEBRIS = re.compile(r"\.wancli-.*\.tmp$")
+
+Ours = Callable[[Path], bool]  # whether an output is one to be looked at
 
 
 @dataclass
@@ -72,9 +75,9 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in sorted(names))
 
 
-def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Any, deep: bool) -> Verdict:
+def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Ours, deep: bool) -> Verdict:
     found = Verdict()
-    videos = set()
+    outputs = set()
     for path in paths:
         if _DEBRIS.fullmatch(path.name):
             found.debris.append(path)
@@ -82,30 +85,38 @@ def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Any, deep: 
             found.aside.append(path)
         elif path.name.endswith("report.json"):
             found.problems += _of_report(path, ours)
-        elif kind := next((s for s in (_MANIFEST, _LATENT, _STATE, _VIDEO) if path.name.endswith(s)), ""):
+        elif kind := next((suffix for suffix in _KINDS if path.name.endswith(suffix)), ""):
             output = path.with_name(path.name.removesuffix(kind) + _VIDEO)
-            shot = expected.get(output)
-            if expected and not shot:
+            if expected and output not in expected:
                 found.orphans += [path] if kind == _VIDEO and not _recorded(path) else []
             elif kind in (_MANIFEST, _VIDEO):
-                videos.add(output)
-            elif problem := _of_latent(path, output, shot) if kind == _LATENT else _of_state(path, shot):
-                found.problems.append((path, problem))
-            elif kind == _LATENT:
-                found.latents += 1
+                outputs.add(output)
             else:
-                found.states += 1
-    told = {path for path, _ in found.problems}
-    for output in sorted(videos):
-        if not _recorded(output):
-            found.orphans += [output] if output not in told else []
-        elif problems := _of_video(output, expected.get(output), deep):
-            found.problems += problems
-        else:
-            found.videos += 1
-    found.missing += [output for output in expected if output not in videos and output not in told]
+                _look_at_tensors(path, kind, output, expected.get(output), found)
+    lost = {path for path, _ in found.problems}
+    for output in sorted(outputs):
+        _look_at_video(output, expected.get(output), lost, deep, found)
+    found.missing += [output for output in expected if output not in outputs | lost]
     found.problems = sorted(dict.fromkeys(found.problems))
     return found
+
+
+def _look_at_video(output: Path, shot: Shot | None, lost: set[Path], deep: bool, found: Verdict) -> None:
+    if not _recorded(output):
+        found.orphans += [output] if manifest.manifest_path(output) not in lost else []
+    elif problems := _of_video(output, shot, deep):
+        found.problems += problems
+    else:
+        found.videos += 1
+
+
+def _look_at_tensors(path: Path, kind: str, output: Path, shot: Shot | None, found: Verdict) -> None:
+    if problem := _of_latent(path, output, shot) if kind == _LATENT else _of_state(path, output, shot):
+        found.problems.append((path, problem))
+    elif kind == _LATENT:
+        found.latents += 1
+    else:
+        found.states += 1
 
 
 def _recorded(output: Path) -> bool:
@@ -147,12 +158,12 @@ def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
     return "the latent of another job, version or model" if _another(facts, shot) else ""
 
 
-def _of_state(path: Path, shot: Shot | None) -> str:
+def _of_state(path: Path, output: Path, shot: Shot | None) -> str:
     try:
         facts = latents.load_state(path)[1]
     except EntryError as error:
         return error.message
-    if facts.get("output") not in (None, path.name.removesuffix(_STATE) + _VIDEO):
+    if facts.get("output") not in (None, output.name):
         return f"the state of {facts['output']}"
     return "the state of another job, version or model" if _another(facts, shot) else ""
 
@@ -161,7 +172,7 @@ def _another(facts: Mapping[str, Any], shot: Shot | None) -> bool:
     return shot is not None and facts.get("latents_key") != shot.latents_key
 
 
-def _of_report(path: Path, ours: Any) -> Iterator[tuple[Path, str]]:
+def _of_report(path: Path, ours: Ours) -> Iterator[tuple[Path, str]]:
     """What a report has as finished and is not there. Of another program's report nothing is known."""
     try:
         report = json.loads(path.read_bytes())

@@ -37,13 +37,8 @@ def decode_command(
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     path = stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force))
     if as_json:
-        emit(
-            {
-                "schema": "wancli/decode/1",
-                "output": str(path),
-                **(manifest.read(manifest.manifest_path(path)) or {}),
-            }
-        )
+        body = manifest.read(manifest.manifest_path(path)) or {}
+        emit({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
     else:
         print(path)
     return ExitStatus.OK

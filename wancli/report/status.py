@@ -1,6 +1,6 @@
-"""Where a batch stands: `wancli status`. A glance that loads no model and hashes no video; `wancli check` proves.
+"""Where a batch stands: `wancli status`. A glance that loads no model and hashes no video.
 
-A shot is `done` when its manifest has its key and its video the size that was recorded.
+What `wancli check` proves is only looked at: a shot is `done` when its manifest has its key and its video the size that was recorded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Where a batch stands: `wancli status`. A glance that loads no model and hashes no video.
 
-What `wancli check` proves is only looked at: a shot is `done` when its manifest has its key and its video the size that was recorded.
+What `wancli check` proves is only looked at: a shot is `done` when its manifest has its key and its video the
+size that was recorded.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def _left(
 
 def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     """For people, at 80 columns: counts, time, and the shots that are not done, the first of many."""
+    from rich.cells import set_cell_size
+
     counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
     yield f"{status['job']}, {len(status['shots']):,} shots: {', '.join(counts)}"
     seconds = status["time"]["seconds"]
@@ -123,7 +126,8 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
     for shot in shown[:_LINES]:
-        line = f"{shot['index']:>5} {_cut(shot['id'], 20):<20} {shot['state']:<11} {_about(shot, now)}"
+        name = set_cell_size(_cut(shot["id"], 20), 20)
+        line = f"{shot['index']:>5} {name} {shot['state']:<11} {_about(shot, now)}"
         yield _cut(line.rstrip(), 80)
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"
@@ -134,7 +138,8 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
 def _about(shot: Mapping[str, Any], now: datetime) -> str:
     parts = []
     if claim := shot["claim"]:
-        parts.append(f"by {claim['host']}:{claim['pid']} since {claim['since'][11:19]}")
+        host = claim["host"].partition(".")[0]
+        parts.append(f"by {host}:{claim['pid']} since {claim['since'][11:19]}")
     if shot["saved"]:
         age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
         parts.append(f"step {shot['step']} of {shot['steps']}, saved {duration(max(0.0, age))} ago")
@@ -144,5 +149,7 @@ def _about(shot: Mapping[str, Any], now: datetime) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
     text = printable(text).replace("\n", " ")
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return text if cell_len(text) <= limit else f"{set_cell_size(text, limit - 1)}…"

@@ -144,6 +144,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
 
 def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
     job = written(tmp_path, tiny_job(shallow, **CHANGES))
-    program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}]); print('torch' in sys.modules)"
+    program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}])"
+    program += "; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-2:] == ["to do: 0-2", "False"]

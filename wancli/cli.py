@@ -26,7 +26,6 @@ app = typer.Typer(
     help="Render Wan text-to-video in batches, with a second prompt injected into chosen blocks.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.render)

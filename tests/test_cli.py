@@ -65,18 +65,22 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
-        "wancli --version",
+        "wancli --version --install-completion --show-completion",
         "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every --fail-fast"
-        " --max-failures --retries --force --json --cache-dir --log-level --progress -q/--quiet",
+        " --max-failures --retries --force --json --json-stream --cache-dir --log-level --progress"
+        " -q/--quiet",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
-        "wancli schema",
+        "wancli status JOB --set --sweep --items --shard --json --cache-dir",
+        "wancli check DIR|JOB --deep --set --sweep --items --shard --json --cache-dir",
+        "wancli schema --events",
         "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep"
         " --items --shard --json --cache-dir --progress -q/--quiet",
-        "wancli decode NAME.latents.safetensors -o/--output --model --force --progress -q/--quiet",
+        "wancli decode NAME.latents.safetensors -o/--output --model --force --json --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
         " -q/--quiet",
-        "wancli compare VIDEO... -o/--output",
+        "wancli compare VIDEO... -o/--output --json",
         "wancli inspect FILE-OR-FOLDER --deep --json",
+        "wancli errors --json",
         "wancli cache",
         "wancli cache ls --json --cache-dir",
         "wancli cache verify --json --cache-dir",
@@ -130,6 +134,40 @@ def test_a_wrong_command_line_is_one_line_and_where_to_look(
     assert (said.code, said.out) == (2, "")
     assert first.startswith(f"wancli: {message}")
     assert rest == ["  `wancli COMMAND --help` lists what there is."]
+
+
+# ---- completion ----
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("wancli ren", {"render"}),
+        ("wancli che", {"check"}),
+        ("wancli render --log-level ", {"off", "basic", "verbose", "trace"}),
+        ("wancli render --progress o", {"openjd"}),
+        ("wancli encode --progress ", {"auto", "bar", "plain", "none"}),
+        ("wancli status --js", {"--json"}),
+        ("wancli cache v", {"verify"}),
+    ],
+)
+def test_bash_completes_commands_options_and_values(tmp_path: Path, typed: str, offered: set[str]) -> None:
+    program = tmp_path / "wancli"
+    program.write_text(f"#!{sys.executable}\nfrom wancli.cli import main\nmain()\n")
+    program.chmod(0o755)
+    words = typed.split(" ")
+    script = (
+        'eval "$(_WANCLI_COMPLETE=source_bash wancli)"\n'
+        f"COMP_WORDS=({' '.join(w or chr(39) * 2 for w in words)}) COMP_CWORD={len(words) - 1}\n"
+        "_wancli_completion wancli\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(errors.__file__).parents[1]),
+    }
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert set(said.stdout.split()) == offered
 
 
 # ---- exit codes ----

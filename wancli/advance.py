@@ -78,7 +78,7 @@ def advance(
     with (
         torch.inference_mode(),
         Peak() as peak,
-        tools.progress.phase(title(group), "sample", len(steps)) as bar,
+        tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
     ):
         patches.at(loras, steps[0], expert)
         contexts = sample.Contexts(model, rows_NE)

@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, cache, prompts, render
+from wancli.commands import artifacts, batch, cache, prompts, render
 from wancli.commands.common import complain
-from wancli.errors import ExitStatus, Stopped, WancliError
+from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
 from wancli.events import printable
 
 app = typer.Typer(
@@ -26,17 +26,19 @@ app = typer.Typer(
     help="Render Wan text-to-video in batches, with a second prompt injected into chosen blocks.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.render)
 app.command("plan")(render.plan_command)
+app.command("status")(batch.status_command)
+app.command("check")(batch.check_command)
 app.command("schema")(artifacts.schema_command)
 app.command("encode")(prompts.encode_command)
 app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
+app.command("errors")(artifacts.errors_command)
 app.add_typer(cache.app, name="cache")
 
 
@@ -63,16 +65,18 @@ def run(arguments: list[str]) -> int:
             print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
         return error.status
     except typer.TyperException as error:
-        print(
-            f"wancli: {error.format_message()}\n  `wancli COMMAND --help` lists what there is.",
-            file=sys.stderr,
-        )
-        return ExitStatus.USAGE
+        usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
+        complain(usage)
+        if "--json-stream" in arguments:
+            from wancli.report.stream import refused
+
+            refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), usage)
+        return usage.status
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        print(f"wancli: a bug in wancli {__version__}; please report it with {log.name}", file=sys.stderr)
-        return ExitStatus.BUG
+        complain(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
+        return Bug.status
     if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
     return code

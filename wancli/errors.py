@@ -1,6 +1,7 @@
 """Everything that can go wrong, drawn, and the exit code each kind becomes.
 
     WancliError
+    ├─ UsageError          2   a command line that no command understands
     ├─ JobError            2   a job file, flag or prompt is wrong; nothing was started
     │  ├─ PromptTooLong        more tokens than text.max_tokens, and truncate is off
     │  └─ OutputExists         an output is there that this plan did not make
@@ -15,20 +16,22 @@
     │  └─ OutOfMemory          it ran out while a phase was at work; retryable
     ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
     │  └─ Interrupted    130   the same by Ctrl-C
-    └─ ShotError           1   the numbers of one shot are wrong
-       ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
-       └─ InjectionMissed      a rule reached fewer cells of its table than planned
+    ├─ ShotError           1   the numbers of one shot are wrong
+    │  ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
+    │  └─ InjectionMissed      a rule reached fewer cells of its table than planned
+    └─ Bug                70   anything else, Ctrl-C (130) aside
 
 Everything between raises; `wancli.cli` alone turns an error into an exit code. What goes wrong with one shot
 fails that shot, and the batch ends with the worst of them (`wancli.policy`); NoSpace and Stopped end it at
-once. Anything that is not a WancliError, nor Ctrl-C (130), is a bug in wancli and exits with 70.
+once. Each class has a `code` for programs, and says in the first line of its docstring what it means: `wancli
+errors` lists them.
 """
 
 from __future__ import annotations
 
 import traceback
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ExitStatus(IntEnum):
@@ -54,7 +57,7 @@ class WancliError(Exception):
 
     status: ClassVar[ExitStatus] = ExitStatus.BUG
     code: ClassVar[str] = "bug"  # stable name for machines, one per class
-    retryable: ClassVar[bool] = False  # whether the same may go well another time
+    retryable: ClassVar[bool] = False  # whether the same command, unchanged, may come through next time
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(f"{where}: {message}" if where else message)
@@ -62,73 +65,143 @@ class WancliError(Exception):
         self.where = where
         self.hint = hint
 
+    def as_dict(self) -> dict[str, Any]:
+        """The error object of reports, events and envelopes."""
+        facts = {"code": self.code, "message": self.message, "where": self.where}
+        return facts | {"hint": self.hint, "retryable": self.retryable}
+
+
+class UsageError(WancliError):
+    """The command line is wrong: a command, option or value that there is not."""
+
+    status, code = ExitStatus.USAGE, "usage"
+
 
 class JobError(WancliError):
+    """A job file, flag or prompt is wrong; nothing was started."""
+
     status, code = ExitStatus.USAGE, "job"
 
 
 class PromptTooLong(JobError):
+    """A prompt has more tokens than `text.max_tokens`, and `truncate` is off."""
+
     code = "job.prompt_too_long"
 
 
 class OutputExists(JobError):
+    """An output is there that this job does not make."""
+
     code = "job.output_exists"
 
 
 class MachineError(WancliError):
+    """The machine does not do what is needed: permission, file system, device."""
+
     status, code = ExitStatus.MACHINE, "machine"
 
 
 class NoSpace(MachineError):
+    """The disk or the quota is full."""
+
     code = "machine.no_space"
 
 
 class DiskError(MachineError):
+    """The disk fails to keep what it took."""
+
     code, retryable = "machine.disk", True
 
 
 class FfmpegError(MachineError):
+    """ffmpeg is missing, died, or wrote another number of frames."""
+
     code, retryable = "machine.ffmpeg", True
 
 
 class IntegrityError(WancliError):
+    """A file is not what it should be."""
+
     status, code = ExitStatus.INTEGRITY, "integrity"
 
 
 class CheckpointError(IntegrityError):
+    """A checkpoint is truncated, or has missing, unknown or mis-shaped tensors."""
+
     code = "integrity.checkpoint"
 
 
 class EntryError(IntegrityError):
+    """A cache entry, embedding, latent, state or manifest is damaged."""
+
     code = "integrity.entry"
 
 
 class DoesNotFit(WancliError):
+    """More memory is needed than there is."""
+
     status, code = ExitStatus.MEMORY, "memory"
 
 
 class OutOfMemory(DoesNotFit):
+    """Memory ran out while a phase was at work."""
+
     code, retryable = "memory.exhausted", True
 
 
 class Stopped(WancliError):
-    status, code = ExitStatus.STOPPED, "stopped"
+    """SIGTERM or SIGUSR1 asked for an end; all is saved, the same command goes on."""
+
+    status, code, retryable = ExitStatus.STOPPED, "stopped", True
 
 
 class Interrupted(Stopped):
+    """Ctrl-C asked for an end; all is saved, the same command goes on."""
+
     status, code = ExitStatus.INTERRUPTED, "stopped.interrupted"
 
 
 class ShotError(WancliError):
+    """The numbers of a shot are wrong."""
+
     status, code = ExitStatus.SOME_FAILED, "shot"
 
 
 class NotFinite(ShotError):
+    """NaN or Inf in an embedding, a latent or frames."""
+
     code = "shot.not_finite"
 
 
 class InjectionMissed(ShotError):
+    """An injection did not reach the blocks it was planned for."""
+
     code = "shot.injection_missed"
+
+
+class Bug(WancliError):
+    """Something that wancli did not foresee; the traceback is in a log file."""
+
+
+def kinds() -> list[type[WancliError]]:
+    """Every kind of error that a user may meet, sorted by exit code; one `code` each."""
+    found: list[type[WancliError]] = []
+    open_to = WancliError.__subclasses__()
+    while open_to:
+        found.append(kind := open_to.pop())
+        open_to += kind.__subclasses__()
+    return sorted(found, key=lambda kind: (kind.status, kind.code))
+
+
+def described(kind: type[WancliError]) -> dict[str, Any]:
+    """Its code, exit code, whether another try may help, and what it means in one line."""
+    meaning = (kind.__doc__ or "").partition("\n")[0].removesuffix(".")
+    return {
+        "code": kind.code,
+        "exit_code": int(kind.status),
+        "retryable": kind.retryable,
+        "meaning": meaning,
+    }
 
 
 def bare(error: WancliError) -> WancliError:

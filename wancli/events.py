@@ -2,19 +2,26 @@
 
 All of it goes to the stream it was made for (stderr), never to stdout. A phase of a shot counts
 steps; when it ends, one line of it stays. Texts from a job are shown without control characters.
+What programs read is in `wancli.report.stream` and `wancli.report.openjd`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+    from wancli.errors import ExitStatus
+    from wancli.pipeline import Outcome
+    from wancli.shot import Plan
 
 Mode = Literal["auto", "bar", "plain", "none"]
 
@@ -29,10 +36,29 @@ class Phase(Protocol):
 
 
 class Progress:
-    """Shows nothing; the other kinds override. `phase()` is a `with` block around a counted loop."""
+    """Shows nothing; the other kinds override. `phase()` is a `with` block around a counted loop.
+
+    A context: it learns of the error that its command ends by."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def planned(self, plan: Plan) -> None:
+        """What the batch is going to be."""
+
+    def came_to(self, outcome: Outcome) -> None:
+        """What became of a shot."""
+
+    def ended(self, status: ExitStatus, report: Path | None) -> None:
+        """What the command will exit with, and where its report is."""
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int) -> Iterator[Phase]:  # noqa: ARG002
+    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
+        """`shot` is what people read; `ids` are those of the shots, unless it is one and `shot` its id."""
         yield _SilentPhase()
 
     def note(self, text: str) -> None:
@@ -90,7 +116,7 @@ class _Lines(Progress):
         self._stream = stream
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int) -> Iterator[Phase]:
+    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
         title = f"{name} {shot}"
         self.note(f"{title}: started, {total} steps")
         began = time.monotonic()
@@ -124,7 +150,7 @@ class _Bars(Progress):
         self._console = Console(file=stream, force_terminal=True, highlight=False)
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int) -> Iterator[Phase]:
+    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
         began = time.monotonic()
         ending = "[red]stopped after[/]"
         try:

@@ -43,14 +43,19 @@ def of_sampling(shot: Shot) -> int:
     wan = shot.model.checkpoint.transformer
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
     total = len(shot.stages) * sum(of_context(wan, count) for count in rows.values())
-    for branch in shot.table.branches:
-        plain = of_forward(wan, shot.tokens, wan.num_layers * rows[shot.table.base[branch].id])
-        for step in shot.table.steps_of[branch]:
-            cells = shot.table.row(step, branch)
-            read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
-            total += of_forward(wan, shot.tokens, read)
-            if shot.measure and any(cell != ((shot.table.base[branch], 1.0),) for cell in cells):
-                total += plain
+    table, tokens = shot.table, shot.tokens
+    for branch in table.branches:
+        base = table.base[branch]
+        plain = of_forward(wan, tokens, wan.num_layers * rows[base.id])
+        took: dict[int, int] = {}  # by the id of a row: many steps have the same one
+        for step in table.steps_of[branch]:
+            cells = table.row(step, branch)
+            if id(cells) not in took:
+                read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
+                took[id(cells)] = of_forward(wan, tokens, read)
+                if shot.measure and any(cell != ((base, 1.0),) for cell in cells):
+                    took[id(cells)] += plain
+            total += took[id(cells)]
     return total
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _METADATA = "wancli"
+_HEADER_BYTES = 100 * 2**20  # what safetensors allows
 
 
 def save(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
@@ -38,6 +39,19 @@ def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
     if tensors.keys() != {"latents"}:
         raise EntryError("not a finished latent", where=str(path))
     return tensors["latents"], record
+
+
+def peek(path: Path) -> dict[str, Any] | None:
+    """The record of a latent or a state, of which nothing else is read or verified; None if there is none.
+    Needs no torch."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < _HEADER_BYTES else b"")
+        record = json.loads(header["__metadata__"][_METADATA])["record"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def save_state(path: Path, state: State, record: dict[str, Any]) -> None:

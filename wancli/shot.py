@@ -156,7 +156,7 @@ class Shot:
         boundary = self.model.checkpoint.variant.boundary
         return stages(self.schedule.timesteps, boundary, self.guidance, self.guidance_low)
 
-    @property
+    @cached_property
     def table(self) -> Table:
         base: list[tuple[Branch, str]] = [("cond", self.prompt.id)]
         if self.negative:

@@ -56,3 +56,21 @@ def listening() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise Stopped while the block runs, so that whoever is in it can say so. Where
+    there is work to be saved `listening` replaces this."""
+
+    def heard(number: int, _: FrameType | None) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, heard) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -96,6 +96,7 @@ def save(one: Underway, phases: Sequence[Record] = ()) -> None:
     facts = {
         "format": _FORMAT,
         "latents_key": one.shot.latents_key,
+        "output": one.shot.output.name,
         "step": one.step,
         "measured": one.shot.measure,
         "read": sorted(one.read),

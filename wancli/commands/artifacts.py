@@ -1,4 +1,4 @@
-"""`wancli decode`, `compare`, `inspect` and `schema`: latents, videos, weights, and what a job may say."""
+"""`wancli decode`, `compare`, `inspect`, `schema`, `errors`: latents, videos, weights; what may be said."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def decode_command(
     ] = None,
     model: ModelDir = None,
     force: Force = False,
+    as_json: Json = False,
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
@@ -29,12 +30,17 @@ def decode_command(
 
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
-    from wancli import events, stage3
+    from wancli import events, manifest, stage3
     from wancli.tools import Tools
 
     hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
-    print(stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force)))
+    path = stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force))
+    if as_json:
+        body = manifest.read(manifest.manifest_path(path)) or {}
+        emit({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
+    else:
+        print(path)
     return ExitStatus.OK
 
 
@@ -43,6 +49,7 @@ def compare_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
         "contact-sheet.png"
     ),
+    as_json: Json = False,
 ) -> int:
     """Put videos side by side: a contact sheet.
 
@@ -51,7 +58,10 @@ def compare_command(
     from wancli.report import sheet
 
     sheet.write(output, sheet.contact_sheet(videos))
-    print(output)
+    if as_json:
+        emit({"schema": "wancli/compare/1", "output": str(output), "videos": [*map(str, videos)]})
+    else:
+        print(output)
     return ExitStatus.OK
 
 
@@ -79,12 +89,32 @@ def inspect_command(
     return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK
 
 
-def schema_command() -> int:
+def schema_command(
+    events: Annotated[
+        bool, typer.Option("--events", help="Of the lines of `render --json-stream` instead.")
+    ] = False,
+) -> int:
     """Print the JSON Schema of a job file.
 
     Editors complete and check keys with it.
     """
     from wancli import schema
+    from wancli.report import event_schema
 
-    emit(schema.of_job())
+    emit(event_schema.of_events() if events else schema.of_job())
+    return ExitStatus.OK
+
+
+def errors_command(as_json: Json = False) -> int:
+    """List what can go wrong.
+
+    Codes as events and reports have them, exit codes, whether another try may help.
+    """
+    from wancli import errors
+    from wancli.report import terminal
+
+    if as_json:
+        emit([errors.described(kind) for kind in errors.kinds()])
+    else:
+        terminal.show(terminal.error_lines(errors.kinds()))
     return ExitStatus.OK

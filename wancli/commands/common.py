@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from wancli.errors import WancliError
 from wancli.events import printable
 
 if TYPE_CHECKING:
+    from wancli.events import Mode, Progress
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.shot import Plan
@@ -60,6 +61,21 @@ def again(context: typer.Context, items: str) -> str:
             option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
             words += option if one is True else [*option, str(getattr(one, "value", one))]
     return shlex.join([*words, "--items", items])
+
+
+def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool, command: str) -> Progress:
+    """Who shows progress: to programs on stdout, else to people on stderr."""
+    from wancli import events
+
+    if as_stream:
+        from wancli.report.stream import Stream
+
+        return Stream(sys.stdout, command)
+    if mode == "openjd":
+        from wancli.report.openjd import OpenJD
+
+        return OpenJD(sys.stdout)
+    return events.progress(sys.stderr, "none" if quiet else mode)
 
 
 def hush(quiet: bool) -> None:

@@ -23,8 +23,23 @@ class ProgressMode(StrEnum):
     none = "none"
 
 
+class RenderProgress(StrEnum):
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    none = "none"
+    openjd = "openjd"
+
+
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
+JsonStream = Annotated[
+    bool,
+    typer.Option(
+        "--json-stream",
+        help="Events on stdout while it happens, one JSON document per line; `wancli schema --events`.",
+    ),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Render again; what is there moves aside as NAME.old-1.mp4.")
 ]
@@ -38,6 +53,10 @@ Level = Annotated[
     LogLevel, typer.Option(help="verbose measures what each block's injection changed; trace adds stacks.")
 ]
 Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
+RenderProgressing = Annotated[
+    RenderProgress,
+    typer.Option(help="How to show progress on stderr; openjd: on stdout, as Open Job Description reads it."),
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 Sets = Annotated[
     list[str] | None,

@@ -12,6 +12,7 @@ import typer
 from wancli.commands.common import (
     again,
     complain,
+    display_of,
     emit,
     flags_of,
     hush,
@@ -28,19 +29,20 @@ from wancli.commands.options import (
     Items,
     JobArgument,
     Json,
+    JsonStream,
     Level,
     LogLevel,
     MaxFailures,
-    Progressing,
-    ProgressMode,
     Quiet,
+    RenderProgress,
+    RenderProgressing,
     Retries,
     SaveEvery,
     Sets,
     Shard,
     Sweeps,
 )
-from wancli.errors import ExitStatus, JobError, Stopped, WancliError, stack
+from wancli.errors import ExitStatus, JobError, Stopped, UsageError, WancliError, stack
 from wancli.events import printable
 
 if TYPE_CHECKING:
@@ -73,9 +75,10 @@ def render(
     retries: Retries = 0,
     force: Force = False,
     as_json: Json = False,
+    json_stream: JsonStream = False,
     cache_dir: CacheDir = None,
     log_level: Level = LogLevel.basic,
-    progress: Progressing = ProgressMode.auto,
+    progress: RenderProgressing = RenderProgress.auto,
     quiet: Quiet = False,
 ) -> int:
     """Render every shot of a job, or a prompt.
@@ -84,17 +87,20 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     A shot that fails does not keep the others from being rendered.
     """
-    from wancli import events, pipeline, policy, rates, signals
+    from wancli import pipeline, policy, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
     hush(quiet)
+    display = context.with_resource(display_of(progress.value, quiet, json_stream, "render"))
+    if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
+        raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
     failing = policy.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
     plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=measuring)
-    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    display.planned(plan)
     for warning in plan.warnings:
         display.warn(warning)
     outcomes: list[Outcome] = []
@@ -105,7 +111,8 @@ def render(
             tools = Tools(store_of(cache_dir), display, force, stop, failing)
             for outcome in _traced(pipeline.render(plan, tools), log_level):
                 outcomes.append(outcome)
-                _tell(outcome, paths=not as_json)
+                display.came_to(outcome)
+                _tell(outcome, paths=not (as_json or json_stream))
     except Stopped as error:
         stopped = error
     except BaseException:
@@ -126,9 +133,11 @@ def render(
     if failed and not quiet:
         rerun = again(context, terminal.ranges([outcome.shot.index for outcome in failed]))
         terminal.show(terminal.failures(report, rerun), stderr=True)
+    status = policy.exit_status(outcome.error for outcome in failed if outcome.error)
+    display.ended(status, path)
     if stopped:
         raise stopped
-    return policy.exit_status(outcome.error for outcome in failed if outcome.error)
+    return status
 
 
 def _tell(outcome: Outcome, *, paths: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import Row, strip
 from wancli.units import duration, size
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from wancli.difference import Difference
     from wancli.shot import Shot
+    from wancli.verify import Verdict
     from wancli.weights.lora_use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -262,6 +264,28 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         )
     yield table
     yield f"{len(rows)} entries, {size(sum(entry['bytes'] for entry in rows))}"
+
+
+def check_lines(found: Verdict) -> Iterator[str]:
+    """`wancli check`: `PATH: PROBLEM`, what else is there, and how much verifies."""
+    yield from (f"{path}: {problem}" for path, problem in found.problems)
+    yield from (f"orphan, no manifest: {path}" for path in found.orphans)
+    yield from (f"left by a dead process: {path}" for path in found.debris)
+    verified = [f"{found.videos:,} videos", f"{found.latents:,} latents", f"{found.states:,} states"]
+    yield f"verified: {', '.join(verified)}; problems: {len(found.problems):,}"
+    if found.missing:
+        yield f"not rendered yet: {len(found.missing):,}"
+    if found.aside:
+        yield f"moved aside by --force, not verified: {len(found.aside):,}"
+
+
+def error_lines(kinds: Sequence[type[WancliError]]) -> Iterator[str]:
+    """`wancli errors`: `CODE  EXIT CODE  retry|-  MEANING`, one line each."""
+    yield f"{'code':<22} exit  retry  meaning"
+    for kind in kinds:
+        facts = described(kind)
+        again = "yes" if facts["retryable"] else "no"
+        yield f"{facts['code']:<22} {facts['exit_code']:>4}  {again:<5}  {facts['meaning']}"
 
 
 def _cut(text: str, limit: int) -> str:

@@ -1,0 +1,150 @@
+"""`wancli status`: where a batch stands, shot by shot."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Said, command, forwards, tiny_job, written
+from rich.cells import cell_len
+
+from wancli.farm.claims import Claims
+from wancli.jobfile import load
+from wancli.models.dit import WanModel
+from wancli.plan import plan
+from wancli.report import status
+
+ITEMS = [{"id": "a"}, {"id": "b", "seed": 2}, {"id": "c", "seed": 3}]
+CHANGES: dict[str, Any] = {"items": ITEMS, "output": "out/{id}.mp4", "sampler": {"steps": 4}}
+
+
+@pytest.fixture
+def states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: Path
+) -> Callable[..., dict[str, dict[str, Any]]]:
+    def asked(*options: str) -> dict[str, dict[str, Any]]:
+        said = command(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm, *options)
+        assert (said.code, said.err) == (0, "")
+        return {shot["id"]: shot for shot in json.loads(said.out)["shots"]}
+
+    return asked
+
+
+def test_before_during_and_after(
+    render: Callable[..., Said], states: Any, shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, tiny_job(shallow, **CHANGES))
+    assert [shot["state"] for shot in states().values()] == ["to do"] * 3
+    with monkeypatch.context() as patch:
+        # 8 forwards a shot; in the second step of the second somebody asks for an end
+        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 10 else None)
+        assert render(**CHANGES).code == 75
+    found = states()
+    assert [shot["state"] for shot in found.values()] == ["done", "half done", "to do"]
+    assert (found["b"]["step"], found["b"]["steps"]) == (2, 4)
+    age = datetime.now(UTC) - datetime.fromisoformat(found["b"]["saved"])
+    assert timedelta(seconds=-1) < age < timedelta(minutes=5)
+    assert render(**CHANGES).code == 0
+    assert [shot["state"] for shot in states().values()] == ["done"] * 3
+
+
+def test_a_failed_shot_has_its_reason_until_it_is_done(
+    render: Callable[..., Said], states: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        real = WanModel.velocities
+        patch.setattr(WanModel, "velocities", lambda *a, **k: [v * float("nan") for v in real(*a, **k)])
+        assert render(**CHANGES).code == 1
+    found = states()["a"]
+    assert (found["state"], found["error"]["code"]) == ("failed", "shot.not_finite")
+    assert render(**CHANGES).code == 0
+    assert (states()["a"]["state"], states()["a"]["error"]) == ("done", None)
+
+
+def test_a_latent_alone_and_a_video_in_the_way_are_told_apart(
+    render: Callable[..., Said], states: Any, tmp_path: Path
+) -> None:
+    changes = CHANGES | {"video": {"keep_latents": True}}
+    render(**changes)
+    for name in ("a.mp4", "a.manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out/b.manifest.json").unlink()
+    (tmp_path / "out/b.latents.safetensors").unlink()
+    found = states()
+    assert [shot["state"] for shot in found.values()] == ["latent only", "in the way", "done"]
+    assert found["a"]["step"] == 4
+
+
+def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_path: Path) -> None:
+    job = written(tmp_path, tiny_job(shallow, **CHANGES))
+    shots = plan(load(job), tmp_path / "memo").shots
+    for shot in shots:
+        shot.output.parent.mkdir(exist_ok=True)
+    with Claims() as claims:
+        claims.take(shots[1:2])
+        found = states()
+        assert [shot["state"] for shot in found.values()] == ["to do", "claimed", "to do"]
+        assert found["b"]["claim"].keys() == {"host", "pid", "since"}
+    assert states()["b"]["state"] == "to do"
+
+
+def test_the_time_left_counts_what_is_left(
+    render: Callable[..., Said], capsys: pytest.CaptureFixture[str], tmp_path: Path, warm: Path
+) -> None:
+    render(**CHANGES | {"video": {"keep_latents": True}})
+
+    def left() -> float:
+        said = command(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm)
+        return float(json.loads(said.out)["time"]["seconds"])
+
+    assert left() == 0
+    for name in ("a.mp4", "a.manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    decode = left()
+    (tmp_path / "out/a.latents.safetensors").unlink()
+    assert 0 < decode < left()
+
+
+def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
+    def row(index: int) -> dict[str, Any]:
+        state = status.STATES[index % len(status.STATES)] if index < 100 else "to do"
+        return {
+            "index": index,
+            "id": f"{index:03}-猫-a-very-long-name-of-a-shot",
+            "state": state,
+            "step": 3,
+            "steps": 50,
+            "saved": "2026-11-23T10:00:00+00:00" if state in ("half done", "claimed") else None,
+            "claim": {"host": "node-17.farm.example.org", "pid": 12345, "since": "2026-11-23T09:00:00+00:00"}
+            if state == "claimed"
+            else None,
+            "error": {"message": "NaN or Inf\nin block 7 " * 9} if state == "failed" else None,
+        }
+
+    rows = [row(index) for index in range(1000)]
+    counts = {state: sum(r["state"] == state for r in rows) for state in status.STATES}
+    document = {"job": "sweep", "counts": counts, "shots": rows, "time": {"seconds": 7300}}
+    shown = [*status.lines(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
+    assert len(shown) < 25
+    assert shown[0].startswith("sweep, 1,000 shots: 15 done, 15 claimed, 14 half done")
+    assert shown[1].startswith("time left: about 2.0 h")
+    assert all(cell_len(line) <= 80 for line in shown[2:]), max(shown[2:], key=cell_len)
+    assert "claimed     by node-17:12345 since 09:00:00" in shown[2]
+    assert shown[-2] == "      and 51 more; --json lists all"
+    assert re.match(r"to do: 6,13,20", shown[-1])
+
+
+def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
+    job = written(tmp_path, tiny_job(shallow, **CHANGES))
+    program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}])"
+    program += "; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-2:] == ["to do: 0-2", "False"]

@@ -1,0 +1,114 @@
+"""The JSON Schema of the events of `render --json-stream`, as `wancli schema --events` prints it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SCHEMA = "wancli/event/1"
+
+_TEXT = {"type": "string"}
+_COUNT = {"type": "integer", "minimum": 0}
+_SECONDS = {"type": "number", "minimum": 0}
+_IDS = {"type": "array", "items": _TEXT, "description": "The ids of shots."}
+_HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_NAMED = {
+    "index": _COUNT | {"description": "Its place in the job, as `--items` counts."},
+    "id": _TEXT,
+    "key": _HASH | {"description": "Of everything that changes its pixels."},
+    "path": _TEXT | {"description": "Of its video."},
+}
+_LABELS = {"type": "object", "description": "The job's own words, as they were."}
+_ERROR = {
+    "code": _TEXT | {"description": "One of those that `wancli errors` lists."},
+    "message": _TEXT,
+    "where": _TEXT | {"description": "A file, or a line and key of a job; may be empty."},
+    "hint": _TEXT | {"description": "The next thing to try; may be empty."},
+    "retryable": {"type": "boolean", "description": "Whether the same command may come through next time."},
+}
+_COUNTS = ("shots", "rendered", "already_done", "failed", "stopped", "elsewhere", "not_started")
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def _with_status(*of: str) -> dict[str, Any]:
+    return _NAMED | {
+        "labels": _LABELS,
+        "seconds": _SECONDS | {"description": "Since shot-started."},
+        "status": {"enum": list(of)},
+    }
+
+
+_EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plan": (
+        "What will be done; the first event, unless planning fails.",
+        {
+            "job": _TEXT,
+            "steps": _COUNT | {"description": "Of all shots together."},
+            "shared_steps": _COUNT | {"description": "Those of them that another shot takes."},
+            "shots": {"type": "array", "items": _object(**_NAMED, labels=_LABELS, steps=_COUNT)},
+        },
+    ),
+    "shot-started": ("The first phase of a shot begins.", _NAMED),
+    "phase": (
+        "Encoding, sampling or decoding begins or ends.",
+        {
+            "name": {"enum": ["encode", "sample", "decode"]},
+            "shots": _IDS,
+            "total": _COUNT | {"description": "Prompts, steps or frames."},
+            "state": {"enum": ["begin", "end"]},
+            "done": _COUNT | {"description": "Less than `total` at the end of a phase that was left early."},
+            "seconds": _SECONDS,
+        },
+    ),
+    "step": (
+        "A phase has come so far; at most ten a second.",
+        {"name": {"enum": ["encode", "sample", "decode"]}, "shots": _IDS, "done": _COUNT, "total": _COUNT},
+    ),
+    "shot-finished": (
+        "Its video and manifest are on disk.",
+        _with_status("rendered", "already done") | {"sha256": _HASH, "bytes": _COUNT},
+    ),
+    "shot-failed": ("It failed; others go on.", _with_status("failed") | {"error": _object(**_ERROR)}),
+    "shot-left": (
+        "Not finished here: a state or latent of it is on disk, or another worker has it.",
+        _with_status("stopped", "elsewhere"),
+    ),
+    "warning": ("Something that may be wrong, and does not stop the work.", {"message": _TEXT}),
+    "envelope": (
+        "How the command ended; always the last event, and there is one.",
+        {
+            "ok": {"type": "boolean"},
+            "command": _TEXT,
+            "version": _TEXT,
+            "exit_code": {"type": "integer", "minimum": 0, "maximum": 255},
+            "data": {
+                "anyOf": [
+                    {"type": "null"},
+                    _object(
+                        job={"type": ["string", "null"]},
+                        counts=_object(**dict.fromkeys(_COUNTS, _COUNT)),
+                        report={"type": ["string", "null"]},
+                        seconds=_SECONDS,
+                    ),
+                ]
+            },
+            "error": {"anyOf": [{"type": "null"}, _object(**_ERROR)]},
+        },
+    ),
+}
+
+
+def of_events() -> dict[str, Any]:
+    """JSON Schema 2020-12 of one line. What later versions add is more types and keys under the same name."""
+    head = {"schema": {"const": SCHEMA}, "time": {"type": "string", "format": "date-time"}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "wancli event",
+        "description": "One line of `wancli render --json-stream`.",
+        "oneOf": [
+            _object(type={"const": kind}, **head, **properties) | {"title": kind, "description": meaning}
+            for kind, (meaning, properties) in _EVENTS.items()
+        ],
+    }

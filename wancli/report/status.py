@@ -1,0 +1,155 @@
+"""Where a batch stands: `wancli status`. A glance that loads no model and hashes no video.
+
+What `wancli check` proves is only looked at: a shot is `done` when its manifest has its key and its video the
+size that was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import latents, rates
+from wancli.events import printable
+from wancli.farm import claims
+from wancli.legs import Fork
+from wancli.report import data
+from wancli.report.terminal import ranges
+from wancli.units import duration
+
+if TYPE_CHECKING:
+    from wancli.rates import Rate
+    from wancli.shot import Plan, Shot
+    from wancli.store import Store
+
+SCHEMA = "wancli/status/1"
+STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "to do")
+_LINES = 20  # shots that are shown one by one
+
+
+def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
+    """`wancli status --json`: every shot with what there is of it, and how long the rest will take."""
+    failed = _failures(data.report_path(plan))
+    rows = [_row(shot, failed.get(str(shot.output))) for shot in plan.shots]
+    counts = Counter(row["state"] for row in rows)
+    return {
+        "schema": SCHEMA,
+        "job": plan.name,
+        "counts": {state: counts[state] for state in STATES},
+        "shots": rows,
+        "time": _left(plan.shots, rows, store, known),
+    }
+
+
+def _row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
+    about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
+    found: dict[str, Any] = {"step": 0, "steps": shot.steps, "saved": None, "claim": None, "error": None}
+    holder = claims.holder(shot)
+    found["claim"] = asdict(holder) if holder else None
+    if _looks_done(shot):
+        return about | {"key": shot.key, "state": "done"} | found | {"step": shot.steps}
+    facts = latents.peek(shot.latents)
+    saved = latents.peek(shot.state)
+    has_latent = facts is not None and facts.get("latents_key") == shot.latents_key
+    has_state = saved is not None and saved.get("latents_key") == shot.latents_key
+    if has_latent or has_state:
+        path = shot.latents if has_latent else shot.state
+        found["step"] = shot.steps if has_latent or saved is None else saved["step"]
+        found["saved"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    found["error"] = error
+    if holder:
+        state = "claimed"
+    elif shot.output.exists() and not (has_latent and not shot.manifest.exists()):
+        state = "in the way"
+    elif error:
+        state = "failed"
+    elif has_latent:
+        state = "latent only"
+    else:
+        state = "half done" if has_state else "to do"
+    return about | {"key": shot.key, "state": state} | found
+
+
+def _looks_done(shot: Shot) -> bool:
+    try:
+        body = json.loads(shot.manifest.read_bytes())
+        sizes = {file["path"]: file["bytes"] for file in body["files"]}
+        return bool(body["key"] == shot.key and sizes[shot.output.name] == shot.output.stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _failures(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The errors that the last report of the job has, by output."""
+    try:
+        shots = json.loads(path.read_bytes())["shots"]
+        return {shot["output"]: shot["error"] for shot in shots if shot["status"] == "failed"}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _left(
+    shots: Sequence[Shot], rows: Sequence[Mapping[str, Any]], store: Store, known: Sequence[Rate]
+) -> dict[str, Any]:
+    """Seconds that what is not done will take one worker, None where nothing like it was ever done here."""
+    todo: list[Shot] = []
+    decoding: list[float | None] = []
+    for shot, row in zip(shots, rows):
+        if row["state"] == "done":
+            continue
+        if row["step"] == shot.steps:
+            decoding.append(rates.seconds(rates.work(shot)["decode"], known))
+        else:  # the steps that were taken need not be taken again, as if another shot had
+            at = max(row["step"], shot.fork.step if shot.fork else 0)
+            todo.append(replace(shot, fork=Fork(shot.index, at)) if at else shot)
+    parts = [data.time_of(todo, store, known)["seconds"] if todo else 0.0, *decoding]
+    return {"seconds": None if None in parts else sum(part for part in parts if part is not None)}
+
+
+def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
+    """For people, at 80 columns: counts, time, and the shots that are not done, the first of many."""
+    from rich.cells import set_cell_size
+
+    counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
+    yield f"{status['job']}, {len(status['shots']):,} shots: {', '.join(counts)}"
+    seconds = status["time"]["seconds"]
+    if seconds is None:
+        yield "time left: unknown, nothing like it was rendered here"
+    elif seconds:
+        yield f"time left: about {duration(seconds)} for one worker, at the rates of earlier renders"
+    order = {state: place for place, state in enumerate(STATES)}
+    open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
+    shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
+    for shot in shown[:_LINES]:
+        name = set_cell_size(_cut(shot["id"], 20), 20)
+        line = f"{shot['index']:>5} {name} {shot['state']:<11} {_about(shot, now)}"
+        yield _cut(line.rstrip(), 80)
+    if len(shown) > _LINES:
+        yield f"      and {len(shown) - _LINES:,} more; --json lists all"
+    if todo := [shot["index"] for shot in status["shots"] if shot["state"] == "to do"]:
+        yield _cut(f"to do: {ranges(todo)}", 80)
+
+
+def _about(shot: Mapping[str, Any], now: datetime) -> str:
+    parts = []
+    if claim := shot["claim"]:
+        host = claim["host"].partition(".")[0]
+        parts.append(f"by {host}:{claim['pid']} since {claim['since'][11:19]}")
+    if shot["saved"]:
+        age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
+        parts.append(f"step {shot['step']} of {shot['steps']}, saved {duration(max(0.0, age))} ago")
+    if shot["state"] == "failed":
+        parts.append(shot["error"]["message"].partition("\n")[0])
+    return "; ".join(parts)
+
+
+def _cut(text: str, limit: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    text = printable(text).replace("\n", " ")
+    return text if cell_len(text) <= limit else f"{set_cell_size(text, limit - 1)}…"

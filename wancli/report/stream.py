@@ -1,0 +1,183 @@
+"""`render --json-stream`: what happens as lines of JSON on stdout, for programs.
+
+One event per line, flushed, and at the end exactly one `envelope`, however the command ends: with all shots,
+with failures, by an error, a bug or the first signal. Events carry ids and keys, never prompts. Their schema
+is `wancli.report.event_schema`; readers must ignore types and keys that they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from wancli import __version__, signals
+from wancli.errors import Bug, ExitStatus, Interrupted, UsageError, WancliError
+from wancli.events import Phase, Progress
+from wancli.report.event_schema import SCHEMA
+from wancli.report.lines import line
+
+if TYPE_CHECKING:
+    from wancli.pipeline import Outcome
+    from wancli.shot import Plan, Shot
+
+_STEP_SECONDS = 0.1  # at most ten steps a second
+
+
+class Stream(Progress):
+    """Writes events. A context: when it ends, however it ends, the envelope is written."""
+
+    def __init__(self, out: TextIO, command: str) -> None:
+        self._out, self._command = out, command
+        self._stack = ExitStack()
+        self._began = time.monotonic()
+        self._job: str | None = None
+        self._shots: dict[str, Shot] = {}
+        self._started: dict[str, float] = {}
+        self._outcomes: list[Outcome] = []
+        self._status = ExitStatus.OK
+        self._report: Path | None = None
+        self._next_step = 0.0
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(signals.unwinding())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._end(_told(error) if error else self._failures())
+        self._stack.close()
+
+    def planned(self, plan: Plan) -> None:
+        self._job = plan.name
+        self._shots = {shot.id: shot for shot in plan.shots}
+        self._tell(
+            "plan",
+            job=plan.name,
+            steps=sum(shot.steps for shot in plan.shots),
+            shared_steps=sum(shot.fork.step for shot in plan.shots if shot.fork),
+            shots=[_named(s) | {"labels": s.labels, "steps": s.steps} for s in plan.shots],
+        )
+
+    def came_to(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        shot = outcome.shot
+        took = round(time.monotonic() - self._started.get(shot.id, time.monotonic()), 3)
+        about = _named(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
+        if outcome.error:
+            self._tell("shot-failed", **about, error=outcome.error.as_dict())
+        elif outcome.record:
+            files = {file["path"]: file for file in outcome.record["files"]}
+            video = files[shot.output.name]
+            self._tell("shot-finished", **about, sha256=video["sha256"], bytes=video["bytes"])
+        else:
+            self._tell("shot-left", **about)
+
+    def ended(self, status: ExitStatus, report: Path | None) -> None:
+        self._status, self._report = status, report
+
+    @contextmanager
+    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:
+        ids = [id for id in ids or [shot] if id in self._shots]
+        for id in ids:
+            if id not in self._started:
+                self._started[id] = time.monotonic()
+                self._tell("shot-started", **_named(self._shots[id]))
+        began, phase = time.monotonic(), _Phase(self, name, ids, total)
+        about = {"name": name, "shots": ids, "total": total}
+        self._tell("phase", **about, state="begin", done=0, seconds=0.0)
+        try:
+            yield phase
+        finally:
+            seconds = round(time.monotonic() - began, 3)
+            self._tell("phase", **about, state="end", done=phase.done, seconds=seconds)
+
+    def step(self, name: str, ids: list[str], done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_step:
+            self._next_step = now + _STEP_SECONDS
+            self._tell("step", name=name, shots=ids, done=done, total=total)
+
+    def note(self, text: str) -> None:
+        self.warn(text)
+
+    def warn(self, text: str) -> None:
+        self._tell("warning", message=text)
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        _write(self._out, kind, facts)
+
+    def _failures(self) -> WancliError | None:
+        """The error of a batch in which shots failed: the one that the exit code is from."""
+        failed = [outcome.error for outcome in self._outcomes if outcome.error]
+        if self._status == ExitStatus.OK or not failed:
+            return None
+        return next((error for error in failed if error.status == self._status), failed[0])
+
+    def _end(self, error: WancliError | None) -> None:
+        found = Counter(outcome.status for outcome in self._outcomes)
+        reached = {outcome.shot.id for outcome in self._outcomes}
+        counts = {
+            "shots": len(self._shots),
+            "rendered": found["rendered"],
+            "already_done": found["already done"],
+            "failed": found["failed"],
+            "stopped": found["stopped"],
+            "elsewhere": found["elsewhere"],
+            "not_started": len(self._shots.keys() - reached),
+        }
+        report = str(self._report) if self._report else None
+        status = self._status
+        if error and not any(outcome.error is error for outcome in self._outcomes):
+            status = error.status
+        data = {
+            "job": self._job,
+            "counts": counts,
+            "report": report,
+            "seconds": round(time.monotonic() - self._began, 3),
+        }
+        _envelope(self._out, self._command, status, data, error)
+
+
+class _Phase:
+    def __init__(self, stream: Stream, name: str, ids: list[str], total: int) -> None:
+        self._stream, self._name, self._ids, self._total = stream, name, ids, total
+        self.done = 0
+
+    def advance(self, n: int = 1, note: str = "") -> None:  # noqa: ARG002
+        self.done += n
+        self._stream.step(self._name, self._ids, self.done, self._total)
+
+
+def refused(out: TextIO, command: str, error: UsageError) -> None:
+    """The envelope of a command line that was not understood: all there is of its stream."""
+    _envelope(out, command, error.status, None, error)
+
+
+def _envelope(
+    out: TextIO, command: str, status: ExitStatus, data: dict[str, Any] | None, error: WancliError | None
+) -> None:
+    facts = {"ok": status == ExitStatus.OK, "command": command, "version": __version__}
+    about = {"exit_code": int(status), "data": data, "error": error.as_dict() if error else None}
+    _write(out, "envelope", facts | about)
+
+
+def _write(out: TextIO, kind: str, facts: dict[str, Any]) -> None:
+    head = {"schema": SCHEMA, "type": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    line(out, json.dumps(head | facts))
+
+
+def _named(shot: Shot) -> dict[str, Any]:
+    return {"index": shot.index, "id": shot.id, "key": shot.key, "path": str(shot.output)}
+
+
+def _told(error: BaseException) -> WancliError:
+    if isinstance(error, WancliError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("stopped by SIGINT")
+    return Bug(f"{type(error).__name__}: {error}", hint="stderr names the log with the traceback.")

@@ -1,0 +1,190 @@
+"""What is on disk held against the records beside it: `wancli check`. Reads everything, changes nothing.
+
+A video verifies when its manifest does, lists it, and has its bytes; a latent and a state when their own
+checksums do. What the report of a batch has as finished must be there. What wancli did not make, or does not
+need any more, is listed and no problem.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import latents, manifest, video
+from wancli.errors import EntryError, FfmpegError
+
+if TYPE_CHECKING:
+    from wancli.shot import Shot
+
+_MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
+_KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)
+_ASIDE = re.compile(r"\.old-\d+\.[a-z0-9]+$")
+_DEBRIS = re.compile(r"\.wancli-.*\.tmp$")
+
+Ours = Callable[[Path], bool]  # whether an output is one to be looked at
+
+
+@dataclass
+class Verdict:
+    """What was found: how much verifies, what does not and why, and what is there besides."""
+
+    videos: int = 0
+    latents: int = 0
+    states: int = 0
+    problems: list[tuple[Path, str]] = field(default_factory=list)
+    missing: list[Path] = field(default_factory=list)  # of a job: what was not rendered yet
+    orphans: list[Path] = field(default_factory=list)  # videos without a manifest
+    aside: list[Path] = field(default_factory=list)  # what --force moved aside
+    debris: list[Path] = field(default_factory=list)  # what dead processes left
+
+    def as_dict(self) -> dict[str, Any]:
+        """`wancli check --json`."""
+        return {
+            "schema": "wancli/check/1",
+            "verified": {"videos": self.videos, "latents": self.latents, "states": self.states},
+            "problems": [{"path": str(path), "problem": problem} for path, problem in self.problems],
+            **{name: [*map(str, getattr(self, name))] for name in ("missing", "orphans", "aside", "debris")},
+        }
+
+
+def folder(root: Path, *, deep: bool = False) -> Verdict:
+    """Everything below a folder. `deep` also decodes every video, and counts its frames."""
+    root = root.resolve()
+    return _verdict(list(_walk(root)), {}, lambda path: path.is_relative_to(root), deep)
+
+
+def shots(all_of: Iterable[Shot], *, deep: bool = False) -> Verdict:
+    """The outputs of a job, which also must be those of the job as it is now; and what else is in their
+    folders."""
+    expected = {shot.output: shot for shot in all_of}
+    folders = sorted({output.parent for output in expected})
+    # The report is in the folder that all of them share.
+    above = {Path(os.path.commonpath(folders)), *folders}
+    paths = sorted({path for one in above if one.is_dir() for path in one.iterdir() if path.is_file()})
+    return _verdict(paths, expected, lambda path: path in expected, deep)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for place, inner, names in os.walk(root):
+        inner[:] = sorted(name for name in inner if name != ".wancli")
+        yield from (Path(place, name) for name in sorted(names))
+
+
+def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Ours, deep: bool) -> Verdict:
+    found = Verdict()
+    outputs = set()
+    for path in paths:
+        if _DEBRIS.fullmatch(path.name):
+            found.debris.append(path)
+        elif _ASIDE.search(path.name):
+            found.aside.append(path)
+        elif path.name.endswith("report.json"):
+            found.problems += _of_report(path, ours)
+        elif kind := next((suffix for suffix in _KINDS if path.name.endswith(suffix)), ""):
+            output = path.with_name(path.name.removesuffix(kind) + _VIDEO)
+            if expected and output not in expected:
+                found.orphans += [path] if kind == _VIDEO and not _recorded(path) else []
+            elif kind in (_MANIFEST, _VIDEO):
+                outputs.add(output)
+            else:
+                _look_at_tensors(path, kind, output, expected.get(output), found)
+    lost = {path for path, _ in found.problems}
+    for output in sorted(outputs):
+        _look_at_video(output, expected.get(output), lost, deep, found)
+    found.missing += [output for output in expected if output not in outputs | lost]
+    found.problems = sorted(dict.fromkeys(found.problems))
+    return found
+
+
+def _look_at_video(output: Path, shot: Shot | None, lost: set[Path], deep: bool, found: Verdict) -> None:
+    if not _recorded(output):
+        found.orphans += [output] if manifest.manifest_path(output) not in lost else []
+    elif problems := _of_video(output, shot, deep):
+        found.problems += problems
+    else:
+        found.videos += 1
+
+
+def _look_at_tensors(path: Path, kind: str, output: Path, shot: Shot | None, found: Verdict) -> None:
+    if problem := _of_latent(path, output, shot) if kind == _LATENT else _of_state(path, output, shot):
+        found.problems.append((path, problem))
+    elif kind == _LATENT:
+        found.latents += 1
+    else:
+        found.states += 1
+
+
+def _recorded(output: Path) -> bool:
+    return os.path.lexists(manifest.manifest_path(output))
+
+
+def _of_video(output: Path, shot: Shot | None, deep: bool) -> list[tuple[Path, str]]:
+    path = manifest.manifest_path(output)
+    try:
+        body = manifest.read(path) or {}
+        wrong = manifest.problems(output, shot.key if shot else body["key"])
+        frames = body["shot"]["frames"]
+    except EntryError as error:
+        return [(path, error.message)]
+    except (KeyError, TypeError):
+        return [(path, "the manifest lacks what every manifest has")]
+    if deep and not wrong:
+        try:
+            if (count := video.count_frames(output)) != frames:
+                wrong = [f"{output}: {count} frames where the manifest has {frames}"]
+        except FfmpegError as error:
+            wrong = [f"{output}: cannot be decoded: {error.message}"]
+    return [_split(line, output, path) for line in wrong]
+
+
+def _split(line: str, *paths: Path) -> tuple[Path, str]:
+    """Which of the files a problem is of, and what it is."""
+    path = next((path for path in paths if line.startswith(f"{path}: ")), paths[0])
+    return path, line.removeprefix(f"{path}: ")
+
+
+def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
+    try:
+        facts = latents.load(path)[1]
+    except EntryError as error:
+        return error.message
+    if facts["shot"]["output"] != output.name:
+        return f"the latent of {facts['shot']['output']}"
+    return "the latent of another job, version or model" if _another(facts, shot) else ""
+
+
+def _of_state(path: Path, output: Path, shot: Shot | None) -> str:
+    try:
+        facts = latents.load_state(path)[1]
+    except EntryError as error:
+        return error.message
+    if facts.get("output") not in (None, output.name):
+        return f"the state of {facts['output']}"
+    return "the state of another job, version or model" if _another(facts, shot) else ""
+
+
+def _another(facts: Mapping[str, Any], shot: Shot | None) -> bool:
+    return shot is not None and facts.get("latents_key") != shot.latents_key
+
+
+def _of_report(path: Path, ours: Ours) -> Iterator[tuple[Path, str]]:
+    """What a report has as finished and is not there. Of another program's report nothing is known."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        yield path, "is not whole"
+        return
+    if not isinstance(report, dict) or not str(report.get("schema", "")).startswith("wancli/report/"):
+        return
+    for entry in report.get("shots", []):
+        output = Path(entry["output"])
+        if entry["status"] in ("rendered", "already done") and ours(output):
+            if not output.exists():
+                yield output, f"is gone; {path.name} has it as {entry['status']}"
+            if not _recorded(output):
+                yield manifest.manifest_path(output), f"is gone; {path.name} has it as {entry['status']}"

@@ -91,7 +91,7 @@ def advance(
             for one, walk, at in zip(group, walks, next(results)):
                 _note(one, walk, at)
             bar.advance(note=f"sigma {walks[0].schedule.sigmas[step + 1]:.3f}")
-            if all(one.failed for one in group):
+            if all(one.failed for one in group) or tools.lost:
                 break
             if step + 1 in steps:
                 for one in group:

@@ -12,7 +12,8 @@
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
     ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
-    │  └─ Interrupted    130   the same by Ctrl-C
+    │  ├─ Interrupted    130   the same by Ctrl-C
+    │  └─ Elsewhere           other workers are at the rest
     └─ ShotError           1   one shot failed, the others go on
        ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
        └─ InjectionMissed      a rule reached fewer cells of its table than planned
@@ -105,6 +106,10 @@ class Stopped(WancliError):
 
 class Interrupted(Stopped):
     status, code = ExitStatus.INTERRUPTED, "stopped.interrupted"
+
+
+class Elsewhere(Stopped):
+    code = "stopped.elsewhere"
 
 
 class ShotError(WancliError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from wancli import advance, choose, files, kernels, latents, lockstep, manifest, record, underway, video
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
+    Elsewhere,
     EntryError,
     JobError,
     OutputExists,
@@ -54,12 +55,15 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
     CheckpointError for weights that do not fit their networks; DoesNotFit when the machine has less memory
     than a shot needs.
     """
+    if tools.claims:
+        tools.claims.remember(plan.shots)
     wrong = {shot.index: manifest.problems(shot.output, shot.key) for shot in plan.shots}
     todo = [shot for shot in plan.shots if tools.force or wrong[shot.index] or _unmeasured(shot)]
     in_the_way = [
         shot
         for shot in todo
         if shot.output.exists() and wrong[shot.index] and not tools.force and not _unrecorded(shot)
+        if manifest.problems(shot.output, shot.key)  # still: another worker may be finishing it
     ]
     if in_the_way:
         reasons = {shot.output: wrong[shot.index][0].rpartition(": ")[2] for shot in in_the_way}
@@ -120,18 +124,60 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     for shot in plan.shots:
         if shot.index not in pending:
             yield Outcome(shot, "already done", manifest.read(shot.manifest))
-    stopped = 0
-    for model in dict.fromkeys(shot.model for shot in todo):
-        for outcome in _render_all(model, [shot for shot in todo if shot.model == model], tools):
-            stopped += outcome.status == "stopped"
-            pending.discard(outcome.shot.index)
-            yield outcome
-    if tools.stop.asked and (stopped or pending):
-        raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun")
+    stopped = elsewhere = 0
+    for outcome in _render_and_wait(todo, tools):
+        stopped += outcome.status == "stopped"
+        elsewhere += outcome.status == "elsewhere"
+        pending.discard(outcome.shot.index)
+        yield outcome
+    if tools.stop.asked and (stopped or elsewhere or pending):
+        others = f", {elsewhere} with other workers" if elsewhere else ""
+        raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
+    if elsewhere:
+        raise Elsewhere(f"{_shots(elsewhere)} with other workers")
 
 
 def _shots(count: int) -> str:
     return "1 shot is" if count == 1 else f"{count} shots are"
+
+
+def _render_and_wait(todo: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+    """All these shots; what other workers hold comes once they let go of it, finished, or to be rendered from
+    where they left it. `elsewhere` is what is not waited for."""
+    held: list[Shot] = []
+    while todo:
+        for model in dict.fromkeys(shot.model for shot in todo):
+            for outcome in _render_all(model, [shot for shot in todo if shot.model == model], tools):
+                if outcome.status == "elsewhere":
+                    held.append(outcome.shot)
+                else:
+                    yield outcome
+        todo = []
+        while held and tools.claims and tools.claims.waits and not todo and not tools.stop.asked:
+            workers = dict.fromkeys(map(str, tools.claims.others(held).values()))
+            tools.progress.note(f"waiting for {_named(held)}, rendered by {', '.join(workers)}")
+            free = {shot.index for shot in tools.claims.wait(held, tools.stop)}
+            for shot in [shot for shot in held if shot.index in free and not _left(shot, tools)]:
+                yield Outcome(shot, "already done", manifest.read(shot.manifest))
+            todo = [shot for shot in held if shot.index in free and _left(shot, tools)]
+            held = [shot for shot in held if shot.index not in free]
+    yield from (Outcome(shot, "elsewhere") for shot in held)
+
+
+def _named(shots: Sequence[Shot]) -> str:
+    first, last = shots[0].id, shots[-1].id
+    return f"shot {first}" if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
+
+
+def _left(shot: Shot, tools: Tools) -> bool:
+    """Whether there is something to do for a shot, now that no other worker is at it."""
+    if tools.force and not (tools.claims and tools.claims.remade(shot)):
+        return True
+    return bool(manifest.problems(shot.output, shot.key)) or _unmeasured(shot)
+
+
+def _ours(shot: Shot, tools: Tools) -> bool:
+    return tools.claims is None or tools.claims.holds(shot)
 
 
 def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
@@ -149,12 +195,42 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     networks = Networks(model, lazily=not any(shot.loras for shot in shots))
     for shot in shots:
         if shot.index in recalled:
-            if not (known := _recalled(shot)):
-                raise EntryError("gone or changed since this run began", where=str(shot.latents))
-            yield _published(shot, *known, networks, tools)
+            yield from _render_taken([[shot]], encoded, stage1, networks, tools)
     for wave in waves:
         if not tools.stop.asked:
-            yield from _render_wave(wave, encoded, stage1, networks, tools)
+            yield from _render_taken(wave, encoded, stage1, networks, tools)
+
+
+def _render_taken(
+    wave: Sequence[Sequence[Shot]],
+    encoded: dict[str, Encoded],
+    stage1: Record,
+    networks: Networks,
+    tools: Tools,
+) -> Iterator[Outcome]:
+    """Of a wave what no other worker holds, or has finished meanwhile."""
+    shots = [shot for group in wave for shot in group]
+    taken = tools.claims.take(shots) if tools.claims else shots
+    mine = {shot.index for shot in taken}
+    yield from (Outcome(shot, "elsewhere") for shot in shots if shot.index not in mine)
+    try:
+        for shot in taken:
+            if not _left(shot, tools):
+                mine.remove(shot.index)
+                yield Outcome(shot, "already done", manifest.read(shot.manifest))
+            elif not tools.force and (known := _recalled(shot)):
+                mine.remove(shot.index)
+                yield _published(shot, *known, networks, tools)
+            elif any(text.id not in encoded for text in shot.texts):
+                raise EntryError("gone or changed since this run began", where=str(shot.latents))
+        ours = [[shot for shot in group if shot.index in mine] for group in wave]
+        for outcome in _render_wave([group for group in ours if group], encoded, stage1, networks, tools):
+            if tools.claims:
+                tools.claims.release([outcome.shot])
+            yield outcome
+    finally:
+        if tools.claims:
+            tools.claims.release(taken)
 
 
 def _render_wave(
@@ -170,11 +246,12 @@ def _render_wave(
     for expert in EXPERTS:
         for group in begun:
             yield from _render_stage(group, expert, encoded, stage1, networks, tools)
-    for one in ones:  # where somebody asked for an end
-        if one.step and not one.over:
-            if one.step > one.saved:
+    lost = tools.lost
+    for one in ones:  # where somebody asked for an end, or another worker took shots over
+        if not one.over and (one.step or lost):
+            if one.step > one.saved and _ours(one.shot, tools):
                 underway.save(one)
-            yield Outcome(one.shot, "stopped")
+            yield Outcome(one.shot, "elsewhere" if lost else "stopped")
 
 
 def _render_stage(
@@ -186,13 +263,13 @@ def _render_stage(
     tools: Tools,
 ) -> Iterator[Outcome]:
     """The steps that an expert takes, and after the last ones latents to videos."""
-    while not tools.stop.asked and (together := advance.ready(group, expert)):
+    while not (tools.stop.asked or tools.lost) and (together := advance.ready(group, expert)):
         with fitting(f"sampling {advance.title(together)}"):
             advance.advance(together, advance.leg(group, together), networks, encoded, tools)
     kept = []
     for one in group:
         try:
-            if one.over or one.fork:
+            if one.over or one.fork or not _ours(one.shot, tools):
                 continue
             if one.failed:
                 raise one.failed
@@ -211,6 +288,8 @@ def _render_stage(
 
 
 def _published(shot: Shot, z_CTYX: Tensor, facts: Record, networks: Networks, tools: Tools) -> Outcome:
+    if not _ours(shot, tools):
+        return Outcome(shot, "elsewhere")
     try:
         if tools.stop.asked:
             raise tools.stop.error("before decoding")
@@ -218,8 +297,14 @@ def _published(shot: Shot, z_CTYX: Tensor, facts: Record, networks: Networks, to
             body = finish(z_CTYX, facts, shot.output, networks.vae, tools)
     except ShotError as error:
         return Outcome(shot, "failed", error=error)
+    except Elsewhere:
+        return Outcome(shot, "elsewhere")
     except Stopped:
         return Outcome(shot, "stopped")
+    except OutputExists:
+        if _ours(shot, tools):
+            raise
+        return Outcome(shot, "elsewhere")
     if not shot.keep_latents:
         files.remove(shot.latents)
     files.remove(shot.state)

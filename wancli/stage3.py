@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli import files, latents, manifest, presets, record, video
-from wancli.errors import CheckpointError, JobError, NotFinite, OutputExists
+from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutputExists
 from wancli.peak import Peak, fitting
 from wancli.record import Record
 from wancli.tools import Tools
@@ -69,6 +69,8 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) 
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
                 if tools.stop.asked:
                     raise tools.stop.error(f"the latent of shot {shot['id']} is on disk")
+                if tools.lost:
+                    raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
                 if not frames_CTYX.isfinite().all():
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield video.to_rgb24(frames_CTYX)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wancli.events import Progress
+from wancli.farm.claims import Claims
 from wancli.signals import Stop
 from wancli.store import Store
 
@@ -17,3 +18,9 @@ class Tools:
     progress: Progress
     force: bool = False
     stop: Stop = field(default_factory=Stop)
+    claims: Claims | None = None  # of this worker; None where nobody else is at work
+
+    @property
+    def lost(self) -> bool:
+        """Whether another worker took a shot over that this one is at: it was suspended for long."""
+        return self.claims is not None and not self.claims.intact()

@@ -72,6 +72,12 @@ Shard = Annotated[
         help="Only part I, from 0, of N: neighbouring shots, which share the most work.",
     ),
 ]
+NoWait = Annotated[
+    bool,
+    typer.Option(
+        "--no-wait", help="Leave with exit code 75 where other workers are at the rest of the shots."
+    ),
+]
 ModelDir = Annotated[
     Path | None,
     typer.Option(

@@ -17,6 +17,7 @@ from wancli.commands.options import (
     Json,
     Level,
     LogLevel,
+    NoWait,
     Progressing,
     ProgressMode,
     Quiet,
@@ -52,6 +53,7 @@ def render(
     items: Items = None,
     shard: Shard = None,
     save_every: SaveEvery = None,
+    no_wait: NoWait = False,
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
@@ -65,6 +67,7 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
     from wancli import events, pipeline, rates, signals
+    from wancli.farm.claims import Claims
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
@@ -80,8 +83,8 @@ def render(
     known = rates.read(rates_of(cache_dir))
     stopped: Stopped | None = None
     try:
-        with signals.listening() as stop:
-            tools = Tools(store_of(cache_dir), display, force, stop)
+        with signals.listening() as stop, Claims(waits=not no_wait) as claims:
+            tools = Tools(store_of(cache_dir), display, force, stop, claims=claims)
             for outcome in _traced(pipeline.render(plan, tools), log_level):
                 outcomes.append(outcome)
                 if outcome.error:

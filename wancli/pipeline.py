@@ -124,17 +124,19 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     for shot in plan.shots:
         if shot.index not in pending:
             yield Outcome(shot, "already done", manifest.read(shot.manifest))
-    stopped = elsewhere = 0
+    stopped, elsewhere = 0, []
     for outcome in _render_and_wait(todo, tools):
         stopped += outcome.status == "stopped"
-        elsewhere += outcome.status == "elsewhere"
+        if outcome.status == "elsewhere":
+            elsewhere.append(outcome.shot)
         pending.discard(outcome.shot.index)
         yield outcome
     if tools.stop.asked and (stopped or elsewhere or pending):
-        others = f", {elsewhere} with other workers" if elsewhere else ""
+        others = f", {len(elsewhere)} with other workers" if elsewhere else ""
         raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
-    if elsewhere:
-        raise Elsewhere(f"{_shots(elsewhere)} with other workers")
+    if elsewhere and tools.claims:
+        workers = tools.claims.names(elsewhere)
+        raise Elsewhere(f"{_shots(len(elsewhere))} with other workers: {workers}")
 
 
 def _shots(count: int) -> str:
@@ -154,8 +156,8 @@ def _render_and_wait(todo: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
                     yield outcome
         todo = []
         while held and tools.claims and tools.claims.waits and not todo and not tools.stop.asked:
-            workers = dict.fromkeys(map(str, tools.claims.others(held).values()))
-            tools.progress.note(f"waiting for {_named(held)}, rendered by {', '.join(workers)}")
+            workers = tools.claims.names(held)
+            tools.progress.note(f"waiting for {_named(held)}, rendered by {workers}")
             free = {shot.index for shot in tools.claims.wait(held, tools.stop)}
             for shot in [shot for shot in held if shot.index in free and not _left(shot, tools)]:
                 yield Outcome(shot, "already done", manifest.read(shot.manifest))

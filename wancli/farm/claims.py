@@ -122,6 +122,10 @@ class Claims:
                 found[shot.index] = who
         return found
 
+    def names(self, shots: Sequence[Shot]) -> str:
+        """The workers that hold some of the shots, for people."""
+        return ", ".join(dict.fromkeys(map(str, self.others(shots).values()))) or "nobody any more"
+
     def wait(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
         """Waits until other workers give up some of the shots, and returns these; none where somebody asked
         for an end."""

@@ -138,6 +138,7 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
     fresh = [shot for shot in shots if shot.index not in recalled]
     waves = lockstep.waves(fresh)
+    networks = _networks(model, shots, tools)
     try:
         with fitting("encoding prompts"):
             encoded, stage1 = encode_prompts(model, [text for shot in fresh for text in shot.texts], tools)
@@ -146,7 +147,6 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
         waves, encoded, stage1 = [], {}, {}
     except Stopped:
         waves, encoded, stage1 = [], {}, {}
-    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
     for shot in shots:
         if shot.index in recalled:
             if not (known := _recalled(shot)):
@@ -155,6 +155,19 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     for wave in waves:
         if not tools.stop.asked:
             yield from _render_wave(wave, encoded, stage1, networks, tools)
+
+
+def _networks(model: Model, shots: Sequence[Shot], tools: Tools) -> Networks:
+    """The networks of these shots, or those that were kept; these make room where prompts are to be encoded
+    and the text encoder does not fit beside them."""
+    lazily = not any(shot.loras for shot in shots)
+    if tools.kept is None:
+        return Networks(model, lazily)
+    networks = tools.kept.networks(model, lazily)
+    missing = [shot for shot in shots if not all(text.file or _cached(text, tools) for text in shot.texts)]
+    if not all(choose.beside(shot) for shot in missing):
+        networks.release()
+    return networks
 
 
 def _render_wave(

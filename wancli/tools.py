@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from wancli.events import Progress
 from wancli.signals import Stop
 from wancli.store import Store
+
+if TYPE_CHECKING:
+    from wancli.loaded import Kept
 
 
 @dataclass(frozen=True)
@@ -17,3 +21,5 @@ class Tools:
     progress: Progress
     force: bool = False
     stop: Stop = field(default_factory=Stop)
+    kept: Kept | None = None  # networks that stay in memory between renders
+    began: float | None = None  # when the command did, in seconds since 1970; None: with this process

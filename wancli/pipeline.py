@@ -186,6 +186,7 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
     recalled = {shot.index for shot in shots if not tools.force and _recalled(shot)}
     fresh = [shot for shot in shots if shot.index not in recalled]
     waves = lockstep.waves(fresh)
+    networks = _networks(model, shots, tools)
     try:
         with fitting("encoding prompts"):
             encoded, stage1 = encode_prompts(model, [text for shot in fresh for text in shot.texts], tools)
@@ -194,7 +195,6 @@ def _render_all(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[O
         waves, encoded, stage1 = [], {}, {}
     except Stopped:
         waves, encoded, stage1 = [], {}, {}
-    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
     for shot in shots:
         if shot.index in recalled:
             yield from _render_taken([[shot]], encoded, stage1, networks, tools)
@@ -233,6 +233,19 @@ def _render_taken(
     finally:
         if tools.claims:
             tools.claims.release(taken)
+
+
+def _networks(model: Model, shots: Sequence[Shot], tools: Tools) -> Networks:
+    """The networks of these shots, or those that were kept; these make room where prompts are to be encoded
+    and the text encoder does not fit beside them."""
+    lazily = not any(shot.loras for shot in shots)
+    if tools.kept is None:
+        return Networks(model, lazily)
+    networks = tools.kept.networks(model, lazily)
+    missing = [shot for shot in shots if not all(text.file or _cached(text, tools) for text in shot.texts)]
+    if not all(choose.beside(shot) for shot in missing):
+        networks.release()
+    return networks
 
 
 def _render_wave(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from wancli.events import Progress
 from wancli.farm.claims import Claims
 from wancli.signals import Stop
 from wancli.store import Store
+
+if TYPE_CHECKING:
+    from wancli.loaded import Kept
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Tools:
     force: bool = False
     stop: Stop = field(default_factory=Stop)
     claims: Claims | None = None  # of this worker; None where nobody else is at work
+    kept: Kept | None = None  # networks that stay in memory between renders
+    began: float | None = None  # when the command did, in seconds since 1970; None: with this process
 
     @property
     def lost(self) -> bool:

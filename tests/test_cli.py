@@ -255,7 +255,7 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
     job = written(tmp_path, tiny_job(output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
     said = say("render", job, "-q", "--items", "2,0")
     assert said == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
-    path = tmp_path / "out" / "report.json"
+    path = tmp_path / "out" / "job.report.json"
     shots = json.loads(path.read_text())["shots"]
     assert [shot["status"] for shot in shots] == ["rendered", "not started", "rendered"]
     said = say("render", job, "-q", "--shard", "1/3", "--json")

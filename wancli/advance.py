@@ -91,7 +91,7 @@ def advance(
             for one, walk, at in zip(group, walks, next(results)):
                 _note(one, walk, at, tools)
             bar.advance(note=f"sigma {walks[0].schedule.sigmas[step + 1]:.3f}")
-            if all(one.failed for one in group) or tools.lost:
+            if any(one.failed for one in group) or tools.lost:  # told before the others go on
                 break
             if step + 1 in steps:
                 for one in group:

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli import files
-from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, PromptTooLong
+from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, PromptTooLong, WancliError
 from wancli.memory import Residency
+from wancli.peak import fitting, release
+from wancli.policy import Failing
 from wancli.weights.parts import Naming, rename
 from wancli.weights.tokenizer import tokenizer
 
@@ -241,11 +243,20 @@ class Encoded:
     hit: bool
 
 
-def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> Iterator[Encoded]:
+@dataclass(frozen=True)
+class Unencoded:
+    """A prompt of which nothing came: NaN, or no memory for it. The others go on."""
+
+    key: str
+    error: WancliError
+
+
+def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> Iterator[Encoded | Unencoded]:
     """Yield every distinct prompt once: first those in the store, then the others as they are computed.
 
     UMT5 is loaded when the first is missing, never if none is, and freed when the loop ends. A
-    damaged entry counts as missing. Raises CheckpointError, and NotFinite before anything is kept.
+    damaged entry counts as missing, and what is not finite is not kept. Raises CheckpointError, and
+    OutOfMemory where UMT5 itself is too large.
     """
     missing = {}
     for key, tokens in {encoder.key(tokens): tokens for tokens in prompts}.items():
@@ -257,22 +268,34 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
         return
     from wancli.models import t5
 
-    model = load_encoder(encoder)
+    with fitting("encode", str(encoder.files[0])):
+        model = load_encoder(encoder)
     todo = _rotated(list(missing.items()))
     together = len(todo) if encoder.residency == "streamed" else 1  # one pass over fetched weights is enough
     for some in (todo[i : i + together] for i in range(0, len(todo), together)):
         if len(some) == 1 and store and (known := _recall(store, some[0][0])):  # by another worker meanwhile
             yield Encoded(some[0][0], known, hit=True)
             continue
-        for (key, tokens), rows_NE in zip(some, t5.rows_of_each(model, [tokens.ids for _, tokens in some])):
-            if not rows_NE.isfinite().all():
-                raise NotFinite(
-                    f"UMT5 gives NaN or Inf for {_shown(tokens.text)}", where=str(encoder.files[0])
-                )
-            embedding = Embedding.of(tokens, rows_NE.cpu(), encoder.fingerprint)
-            if store:
-                store.put(key, pack([embedding]))
-            yield Encoded(key, embedding, hit=False)
+        of_each: Sequence[Tensor] = ()
+        with Failing() as attempt, fitting("encode", _shown(some[0][1].text)):
+            of_each = t5.rows_of_each(model, [tokens.ids for _, tokens in some])
+        if attempt.error:
+            release()
+            yield from (Unencoded(key, attempt.error) for key, _ in some)
+        for (key, tokens), rows_NE in zip(some, of_each):
+            yield _kept(key, tokens, rows_NE, encoder, store)
+
+
+def _kept(
+    key: str, tokens: Tokens, rows_NE: Tensor, encoder: Encoder, store: Store | None
+) -> Encoded | Unencoded:
+    if not rows_NE.isfinite().all():
+        message = f"UMT5 gives NaN or Inf for {_shown(tokens.text)}"
+        return Unencoded(key, NotFinite(message, where=str(encoder.files[0])))
+    embedding = Embedding.of(tokens, rows_NE.cpu(), encoder.fingerprint)
+    if store:
+        store.put(key, pack([embedding]))
+    return Encoded(key, embedding, hit=False)
 
 
 def _rotated(todo: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:

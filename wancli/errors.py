@@ -5,21 +5,24 @@
     │  ├─ PromptTooLong        more tokens than text.max_tokens, and truncate is off
     │  └─ OutputExists         an output is there that this plan did not make
     ├─ MachineError        3   space, permission, ffmpeg, device
-    │  ├─ NoSpace              the disk or the quota is full
-    │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames
+    │  ├─ NoSpace              the disk or the quota is full; ends the batch
+    │  ├─ DiskError            the disk fails (EIO); retryable
+    │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames; retryable
     ├─ IntegrityError      4   a file does not verify
     │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
+    │  └─ OutOfMemory          it ran out while a phase was at work; retryable
     ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
     │  ├─ Interrupted    130   the same by Ctrl-C
     │  └─ Elsewhere           other workers are at the rest
-    └─ ShotError           1   one shot failed, the others go on
+    └─ ShotError           1   the numbers of one shot are wrong
        ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
        └─ InjectionMissed      a rule reached fewer cells of its table than planned
 
-Everything between raises; `wancli.cli` alone turns an error into an exit code. Anything
-that is not a WancliError, nor Ctrl-C (130), is a bug in wancli and exits with 70.
+Everything between raises; `wancli.cli` alone turns an error into an exit code. What goes wrong with one shot
+fails that shot, and the batch ends with the worst of them (`wancli.policy`); NoSpace and Stopped end it at
+once. Anything that is not a WancliError, nor Ctrl-C (130), is a bug in wancli and exits with 70.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class WancliError(Exception):
 
     status: ClassVar[ExitStatus] = ExitStatus.BUG
     code: ClassVar[str] = "bug"  # stable name for machines, one per class
+    retryable: ClassVar[bool] = False  # whether the same may go well another time
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(f"{where}: {message}" if where else message)
@@ -80,8 +84,12 @@ class NoSpace(MachineError):
     code = "machine.no_space"
 
 
+class DiskError(MachineError):
+    code, retryable = "machine.disk", True
+
+
 class FfmpegError(MachineError):
-    code = "machine.ffmpeg"
+    code, retryable = "machine.ffmpeg", True
 
 
 class IntegrityError(WancliError):
@@ -98,6 +106,10 @@ class EntryError(IntegrityError):
 
 class DoesNotFit(WancliError):
     status, code = ExitStatus.MEMORY, "memory"
+
+
+class OutOfMemory(DoesNotFit):
+    code, retryable = "memory.exhausted", True
 
 
 class Stopped(WancliError):
@@ -122,6 +134,16 @@ class NotFinite(ShotError):
 
 class InjectionMissed(ShotError):
     code = "shot.injection_missed"
+
+
+def bare(error: WancliError) -> WancliError:
+    """The error without the frames it passed, which would keep their tensors as long as it lives."""
+    link: BaseException | None = error
+    while link:
+        link.__traceback__, following = None, link.__cause__ or link.__context__
+        link.__cause__ = link.__context__ = None
+        link = following
+    return error
 
 
 def stack(error: BaseException) -> str:

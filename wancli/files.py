@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from wancli.errors import JobError, MachineError, NoSpace, OutputExists, WancliError
+from wancli.errors import DiskError, JobError, MachineError, NoSpace, OutputExists, WancliError
 
 _PREFIX, _SUFFIX = ".wancli-", ".tmp"
 _DEBRIS_AGE = 24 * 3600.0
@@ -96,14 +96,14 @@ def replace(path: Path, data: bytes) -> None:
         _sync(path.parent)
 
 
-def set_aside(path: Path) -> Path | None:
+def set_aside(path: Path, called: str = "old") -> Path | None:
     """Move an existing file to NAME.old-1.EXT, or the next free number. None if there was none."""
     if not os.path.lexists(path):
         return None
     if path.is_dir():
         raise OutputExists("a folder has the name of an output", where=str(path))
     for number in itertools.count(1):
-        aside = path.with_name(f"{path.stem}.old-{number}{path.suffix}")
+        aside = path.with_name(f"{path.stem}.{called}-{number}{path.suffix}")
         with writing(aside), suppress(FileExistsError):
             _move(path, aside)
             _sync(path.parent)
@@ -327,6 +327,8 @@ def translate(error: OSError, path: Path) -> WancliError:
             message, where=str(path), hint="free some space and run again; finished shots are kept"
         )
     reason = error.strerror or str(error)
+    if error.errno == errno.EIO:
+        return DiskError(f"cannot write: {reason}", where=str(path), hint="dmesg may say more of the disk.")
     return MachineError(f"cannot write: {reason}", where=str(path), hint=_REASONS.get(error.errno or 0, ""))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 import threading
@@ -12,23 +13,40 @@ from pathlib import Path
 from types import ModuleType
 from typing import Self
 
-from wancli.errors import DoesNotFit
+from wancli.errors import OutOfMemory
+from wancli.units import size
 
 
 @contextmanager
-def fitting(where: str) -> Iterator[None]:
-    """Running out of memory ends with DoesNotFit, whatever the allocator calls it."""
+def fitting(phase: str, where: str) -> Iterator[None]:
+    """Running out of memory while a phase is at work, whatever the allocator calls it, is OutOfMemory, with
+    the peak up to then."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         # torch says "CUDA out of memory" and "DefaultCPUAllocator: can't allocate memory".
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise DoesNotFit(
-            "out of memory",
+        raise OutOfMemory(
+            f"out of memory: {phase}, at a peak of {size(_high_water(error))}",
             where=where,
-            hint="Fewer frames, a smaller size, or memory.decode_chunk: 1. A finished latent is kept.",
+            hint="Fewer frames, a smaller size, or memory.budget with less. What is on disk is kept.",
         ) from error
+
+
+def release() -> None:
+    """Gives back what a phase that ran out of memory left; for outside of the `except` that caught it."""
+    gc.collect()
+    if torch := _torch_on_cuda():
+        torch.cuda.empty_cache()
+
+
+def _high_water(error: Exception) -> int:
+    """Bytes since the last `Peak` began: of the device, if the error is of CUDA."""
+    torch = _torch_on_cuda()
+    if torch and "CUDA" in str(error):
+        return int(torch.cuda.max_memory_allocated())
+    return max(_status("VmHWM"), _rss())
 
 
 class Peak:

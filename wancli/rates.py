@@ -133,7 +133,9 @@ def _of_encoding(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Ra
     """The prompts of a batch are encoded together, and each of its manifests has the seconds of all."""
     passes: dict[tuple[Any, ...], dict[str, int]] = {}
     for shot, body in shots:
-        phase = next(phase for phase in body["phases"] if phase["name"] == "encode")
+        phase = next((p for p in body["phases"] if p["name"] == "encode" and not p.get("earlier")), None)
+        if phase is None:
+            continue
         texts = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
         passes.setdefault((shot.model, phase["seconds"], phase["rss_start"]), {}).update(texts)
     for (model, seconds, _), texts in passes.items():

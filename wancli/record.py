@@ -166,6 +166,11 @@ def phase(name: str, peak: Peak) -> Record:
     }
 
 
+def earlier(phases: Iterable[Record]) -> list[Record]:
+    """The phases of a run before this one, marked so that nobody takes them for this one's."""
+    return [phase | {"earlier": True} for phase in phases]
+
+
 def since(began: float | None) -> float:
     """Seconds since a moment, in seconds since 1970; None is when this process was started."""
     import psutil

@@ -21,19 +21,20 @@ _HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stop:
-    """Whether somebody asked for an end, and by which signal."""
+    """Whether an end is asked for: by which signal, or because `enough` shots failed."""
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
+        self.enough = False
 
     @property
     def asked(self) -> bool:
-        return self.reason is not None
+        return self.enough or self.reason is not None
 
     def error(self, left: str) -> Stopped:
         """What is raised once all that can be saved is saved; `left` says where things stand."""
         kind = Interrupted if self.reason == "SIGINT" else Stopped
-        return kind(f"stopped by {self.reason}; {left}")
+        return kind(f"stopped by {self.reason or 'failed shots'}; {left}")
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def listening() -> Iterator[Stop]:
     stop = Stop()
 
     def heard(number: int, _: FrameType | None) -> None:
-        if stop.asked:
+        if stop.reason:
             os._exit(128 + number)
         stop.reason = cast("Reason", signal.Signals(number).name)
 

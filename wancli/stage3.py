@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli import files, latents, manifest, presets, record, video
-from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutputExists
-from wancli.peak import Peak, fitting
+from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
+from wancli.peak import Peak, fitting, release
 from wancli.record import Record
 from wancli.tools import Tools
 
@@ -47,26 +47,62 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
             where=str(checkpoint.vae_files[0]),
             hint="--model DIR names the checkpoint to decode with.",
         )
-    with fitting(str(path)):
-        finish(z_CTYX, facts, output, load_vae(checkpoint, facts["model"]["device"]), tools)
+    finish(z_CTYX, facts, output, load_vae(checkpoint, facts["model"]["device"]), tools)
     return output
 
 
 def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) -> Record:
     """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body.
 
-    Raises Stopped between two chunks of frames."""
+    Where decoding runs out of memory it is tried again with less, see `ways`, with a warning, and the
+    manifest says so. Raises OutOfMemory after the last way, Stopped between two chunks of frames.
+    """
+    shot = facts["shot"]
+    home = next(vae.parameters()).device.type
+    tries = ways(home, shot["decode_chunk"])
+    for number, (device, chunk) in enumerate(tries):
+        try:
+            with fitting("decode", f"shot {shot['id']}"), Peak() as peak:
+                vae.to(device)
+                _write(z_CTYX, facts, output, vae, chunk, tools)
+            break
+        except OutOfMemory as error:
+            if number + 1 == len(tries):
+                raise
+            ran_out = bare(error)
+        finally:
+            vae.to(home)
+        release()
+        way = f"on {tries[number + 1][0]} with decode_chunk {tries[number + 1][1]}"
+        tools.progress.warn(f"{ran_out}; decoding {way} instead, which may round pixels otherwise")
+    body = facts | {
+        "phases": [*facts["phases"], record.phase("decode", peak)],
+        "decoded": {"device": device, "chunk": chunk, "fallback": number > 0},
+        "files": [manifest.file_record(output, output.parent)],
+    }
+    manifest.write(manifest.manifest_path(output), body)
+    return body
+
+
+def ways(device: str, chunk: int) -> list[tuple[str, int]]:
+    """Device and chunk to decode with, each in less memory than the one before: as planned, one latent frame
+    at a time, and where a GPU has no room for that, on the CPU.
+
+    A chunk of another size groups frames otherwise in the convolutions over time, and a CPU has other
+    kernels: pixels are those of the plan but for rounding.
+    """
+    found = [(device, chunk), (device, 1)]
+    return list(dict.fromkeys([*found, ("cpu", 1)] if device == "cuda" else found))
+
+
+def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, tools: Tools) -> None:
     import torch
 
     shot = facts["shot"]
-    with (
-        torch.inference_mode(),
-        Peak() as peak,
-        tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar,
-    ):
+    with torch.inference_mode(), tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar:
 
         def rgb() -> Iterator[memoryview]:
-            for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), shot["decode_chunk"]):
+            for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), chunk):
                 if tools.stop.asked:
                     raise tools.stop.error(f"the latent of shot {shot['id']} is on disk")
                 if tools.lost:
@@ -90,9 +126,3 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) 
             codec=shot["codec"],
             comment=f"wancli {shot['id']} {facts['key'][:16]}",
         )
-    body = facts | {
-        "phases": [*facts["phases"], record.phase("decode", peak)],
-        "files": [manifest.file_record(output, output.parent)],
-    }
-    manifest.write(manifest.manifest_path(output), body)
-    return body

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wancli.events import Progress
 from wancli.farm.claims import Claims
+from wancli.policy import Policy
 from wancli.signals import Stop
 from wancli.store import Store
 
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tools:
-    """The embedding cache, the display, how to treat what is there, and whether somebody asked for an end."""
+    """The embedding cache, the display, how to treat what is there, whether somebody asked for an end, and
+    what follows from a failed shot."""
 
     store: Store | None
     progress: Progress
     force: bool = False
     stop: Stop = field(default_factory=Stop)
+    policy: Policy = field(default_factory=Policy)
     claims: Claims | None = None  # of this worker; None where nobody else is at work
     kept: Kept | None = None  # networks that stay in memory between renders
     began: float | None = None  # when the command did, in seconds since 1970; None: with this process

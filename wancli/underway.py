@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wancli import files, latents, record
-from wancli.errors import EntryError, NotFinite
+from wancli.errors import EntryError, WancliError
 from wancli.experts import Stage
 from wancli.inject import Branch
 from wancli.legs import Fork, Tree
@@ -38,7 +38,7 @@ class Underway:
     differences: list[Record] = field(default_factory=list)
     phases: list[Record] = field(default_factory=list)
     first_step: float = 0.0  # seconds after the start of the process
-    failed: NotFinite | None = None  # where it ended
+    failed: WancliError | None = None  # why it ended
     over: bool = False  # its latent is on disk, or it failed and that was told
     fork: Fork | None = None  # it waits for another shot to come so far
     heirs: list[Underway] = field(default_factory=list)  # those that wait for this one
@@ -79,7 +79,8 @@ def begin(shot: Shot, tools: Tools) -> Underway:
             tools.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}
-    past = {name: facts[name] for name in ("effects", "differences", "phases")}
+    past = {name: facts[name] for name in ("effects", "differences")}
+    past["phases"] = record.earlier(facts["phases"])
     return Underway(shot, facts["step"], state, read, **past, saved=facts["step"])
 
 
@@ -128,6 +129,16 @@ def join(ones: Sequence[Underway]) -> None:
             found[one.fork.of].heirs.append(one)
     for one in ones:
         hand_over(one)
+
+
+def fail(ones: Iterable[Underway], error: WancliError) -> None:
+    """These end with this error, and all that wait for them; their states stay as the last step left them."""
+    for one in ones:
+        if not one.failed:
+            one.failed = error
+            if one.state is not None:
+                one.state = one.state.to("cpu")
+            hand_over(one)
 
 
 def hand_over(one: Underway) -> None:

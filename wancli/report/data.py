@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, files, footprint, manifest, rates
+from wancli import alternatives, choose, files, footprint, preflight, rates
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -31,7 +32,8 @@ def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -
     by_index = {outcome.shot.index: outcome for outcome in outcomes}
     shots = [_shot(shot, by_index.get(shot.index)) for shot in plan.shots]
     fresh = [shot for shot in shots if shot["status"] == "rendered"]
-    prompts = {prompt["id"]: prompt for shot in fresh for prompt in shot["prompts"]}
+    begun = [shot for shot in fresh if not _recalled(shot)]
+    prompts = {prompt["id"]: prompt for shot in begun for prompt in shot["prompts"]}
     missing = frozenset(id for id, prompt in prompts.items() if not prompt["cached"])
     rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
     return {
@@ -41,20 +43,32 @@ def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -
         "warnings": list(plan.warnings),
         "shots": shots,
         "memory": _memory(fresh, rates.expected(rendered, missing, known)),
-        "first_step_after": min((shot["first_step_after"] for shot in fresh), default=None),
-        "process": max((shot["phases"][0]["rss_start"] for shot in fresh), default=0),
+        "first_step_after": min(
+            (s["first_step_after"] for s in begun if s["first_step_after"]), default=None
+        ),
+        "process": max((_own_phases(shot)[0]["rss_start"] for shot in fresh), default=0),
         "peak": _peak(fresh),
         "cache": {
             "hits": sum(prompt["cached"] for prompt in prompts.values()),
             "misses": sum(not prompt["cached"] for prompt in prompts.values()),
-            "encoder_loaded": any(shot["encoder_loaded"] for shot in fresh),
+            "encoder_loaded": any(shot["encoder_loaded"] for shot in begun),
         },
         "versions": versions(),
     }
 
 
+def _own_phases(shot: dict[str, Any]) -> list[dict[str, Any]]:
+    """What this run did for a shot; what an earlier one did is marked."""
+    return [phase for phase in shot["phases"] if not phase.get("earlier")]
+
+
+def _recalled(shot: dict[str, Any]) -> bool:
+    """Whether an earlier run left the latent, so that this one read no prompt and took no step."""
+    return not any(phase["name"] == "encode" for phase in _own_phases(shot))
+
+
 def write(plan: Plan, report: dict[str, Any]) -> Path:
-    """Puts `report.json` into the folder that the outputs of the job share, or that of the first.
+    """Puts `{job}.report.json` into the folder that the outputs of the job share, or that of the first.
 
     An earlier report is replaced, but for the entries of shots that were not asked for; another
     program's file of that name is moved aside.
@@ -63,7 +77,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
     if folder == folder.parent:  # they share nothing but the root of the file system
         folder = shots[0].output.parent
-    path = folder / "report.json"
+    path = folder / f"{_short(plan.name)}.report.json"
     earlier = _read(path)
     if path.exists() and earlier is None:
         files.set_aside(path)
@@ -75,6 +89,12 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
     files.replace(path, text.encode(errors="backslashreplace"))
     return path
+
+
+def _short(name: str) -> str:
+    """The name of a job, cut by a digest where it would be too long for a file's with more behind it."""
+    data = os.fsencode(name)
+    return name if len(data) <= 200 else f"{files.slug(name)}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -164,10 +184,9 @@ def most_needing(shots: Sequence[Shot]) -> list[Shot]:
 
 
 def state(shot: Shot) -> str:
-    """What a render would find: `done`, `to do`, or `in the way`, which takes --force or another output."""
-    if manifest.done(shot.output, shot.key):
-        return "done"
-    return "in the way" if shot.output.exists() else "to do"
+    """What a render would find: `done`, `to do`, `damaged`, which is made anew, or `in the way`, which takes
+    --force or another output."""
+    return preflight.condition(shot)[0]
 
 
 def cached(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
@@ -251,7 +270,7 @@ def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
 
 def _peak(shots: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Predicted and measured bytes of the whole process, on CUDA those of the device."""
-    measured = [phase["cuda"] or phase["rss"] for shot in shots for phase in shot["phases"]]
+    measured = [phase["cuda"] or phase["rss"] for shot in shots for phase in _own_phases(shot)]
     predicted = [phase["peak"] for shot in shots for phase in shot["predicted"]]
     return {"predicted": max(predicted, default=0), "measured": max(measured, default=0)}
 
@@ -266,7 +285,7 @@ def _memory(shots: Sequence[dict[str, Any]], expected: Mapping[str, float | None
                 best |= phase
     counted: set[tuple[Any, ...]] = set()
     for shot in shots:
-        for phase in shot["phases"]:
+        for phase in _own_phases(shot):
             entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
             entry["expected"] = expected.get(phase["name"])
             entry["measured"] = max(entry["measured"], phase["cuda"] or phase["rss"])

@@ -46,7 +46,9 @@ def plan_tables(
         taken = steps["all"] - steps["shared"]
         yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
     if len(states) > 1:
-        counts = ", ".join(f"{states.count(s):,} {s}" for s in ("done", "to do", "in the way") if s in states)
+        counts = ", ".join(
+            f"{states.count(s):,} {s}" for s in ("done", "to do", "damaged", "in the way") if s in states
+        )
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
     if verbose:
         for shot in plan.shots:

@@ -141,8 +141,9 @@ def summary(
     if fresh:
         yield memory_table(report["memory"])
         predicted, measured = (size(report["peak"][name]) for name in ("predicted", "measured"))
-        start = duration(report["first_step_after"])
-        yield f"peak {measured}, predicted {predicted}; first step after {start}"
+        begun = report["first_step_after"]
+        start = "" if begun is None else f"; first step after {duration(begun)}"
+        yield f"peak {measured}, predicted {predicted}{start}"
         yield from dict.fromkeys(
             "attention: {self} among video tokens, {cross} to the text".format_map(shot["model"]["attention"])
             for shot in fresh
@@ -156,6 +157,21 @@ def summary(
     yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     if path:
         yield f"report: {path}"
+
+
+def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
+    """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
+    the command that tries them again."""
+    table = grid("failed shot", "code", "message")
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    table.columns[0].max_width = 24
+    for shot in report["shots"]:
+        if "error" in shot:
+            message = _cut(shot["error"]["message"].replace("\n", " / "), 1000)
+            table.add_row(printable(shot["id"]), shot["error"]["code"], message)
+    yield table
+    yield f"again: {again}"
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -1,0 +1,146 @@
+"""What there is before a render: what is done, to do, or cannot be; found before anything slow starts.
+
+One output in the way, or one shot that is too large, fails that shot alone. What would meet every shot ends
+the batch before it begins: no ffmpeg, a folder that takes no files, too little space, weights that do not fit
+their networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from wancli import choose, files, kernels, latents, lockstep, machine, manifest, space, video
+from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
+from wancli.loaded import check_device, check_weights
+from wancli.record import Record
+from wancli.shot import Plan, Prompt, Shot
+from wancli.tools import Tools
+
+Condition = Literal["done", "to do", "damaged", "in the way"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """`todo` are the shots to render, each told with how many others; `refused` why others cannot be, by
+    index."""
+
+    todo: tuple[Shot, ...]
+    refused: dict[int, WancliError]
+
+
+def preflight(plan: Plan, tools: Tools) -> Found:
+    """Looks at every output, and whether the machine will do.
+
+    Raises OutputExists where all that is to do is in the way, DoesNotFit where all of it is too large;
+    MachineError when ffmpeg or a folder will not do, NoSpace with figures; CheckpointError for weights that
+    do not fit their networks. Nothing was started then.
+    """
+    todo: list[Shot] = []
+    refused: dict[int, WancliError] = {}
+    for shot in plan.shots:
+        state, why = ("to do", "") if tools.force else condition(shot)
+        if state == "in the way":
+            message = f"{shot.output} exists, and is not what this job makes now ({why})"
+            refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
+        elif state != "done" or unmeasured(shot):
+            todo.append(shot)
+    if refused and not todo:
+        raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
+    _check_machine(todo)
+    fitting = []
+    for shot in lockstep.arranged(todo):
+        try:
+            choose.require(shot, encoded=all(text.file or cached(text, tools) for text in shot.texts))
+            fitting.append(shot)
+        except DoesNotFit as error:
+            refused[shot.index] = error
+    if todo and not fitting:
+        raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
+    space.require(fitting, tools.store)
+    return Found(tuple(fitting), refused)
+
+
+def condition(shot: Shot) -> tuple[Condition, str]:
+    """What is at the output of a shot, and why it is not the finished shot.
+
+    `damaged` is one of this very shot, by its manifest, that no longer verifies: it may be made anew once it
+    is moved aside. `in the way` is everything else.
+    """
+    wrong = manifest.problems(shot.output, shot.key)
+    if not wrong:
+        return "done", ""
+    why = wrong[0].rpartition(": ")[2]
+    if not os.path.lexists(shot.output) or _unrecorded(shot):
+        return "to do", why
+    if not manifest.problems(shot.output, shot.key):  # another worker has finished it just now
+        return "done", ""
+    ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
+    return ("damaged" if ours else "in the way"), why
+
+
+def _claims(shot: Shot) -> bool:
+    """Whether the manifest, sealed or not, says that the output is this very shot."""
+    try:
+        return bool(json.loads(shot.manifest.read_bytes())["key"] == shot.key)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _unrecorded(shot: Shot) -> bool:
+    """Whether a run may have died between the video of this shot and its manifest: then its latent is
+    still there. The video is made once more, and publishing the same bytes is no overwriting."""
+    if shot.manifest.exists():
+        return False
+    try:
+        return bool(latents.load(shot.latents)[1]["key"] == shot.key)
+    except EntryError:
+        return False
+
+
+def unmeasured(shot: Shot) -> bool:
+    """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
+    body = manifest.read(shot.manifest) if shot.measure else None
+    return body is not None and lacks_effects(shot, body)
+
+
+def lacks_effects(shot: Shot, facts: Record) -> bool:
+    return shot.measure and shot.injects and not facts["effects"]
+
+
+def _check_machine(todo: Sequence[Shot]) -> None:
+    for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
+        check_device(device)
+    for model in dict.fromkeys(shot.model for shot in todo):
+        kernels.check(model)
+    for folder in dict.fromkeys(shot.output.parent for shot in todo):
+        files.writable(folder)
+    for codec in dict.fromkeys(shot.codec for shot in todo):
+        video.check_ffmpeg(codec)
+    for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
+        check_weights(checkpoint)
+
+
+def lacking(shots: Sequence[Shot]) -> Iterator[str]:
+    """What the shots ask of a machine that this one cannot do: a plan for another says it, `render` refuses.
+
+    Torch is loaded only where a job names its attention or asks for products in fp8."""
+    on_cuda = [shot for shot in shots if "cuda" in (shot.model.device, shot.noise)]
+    missing = bool(on_cuda) and not machine.has_cuda()
+    if missing:
+        key = "memory.device" if on_cuda[0].model.device == "cuda" else "noise"
+        yield f"{key} is cuda, and no CUDA device is found here: `render` would refuse"
+    for model in dict.fromkeys(shot.model for shot in shots):
+        try:
+            if not (missing and model.device == "cuda"):
+                kernels.check(model)
+        except MachineError as error:
+            yield f"{error}: `render` would refuse"
+
+
+def cached(text: Prompt, tools: Tools) -> bool:
+    """Whether the store has the embedding of a prompt."""
+    return tools.store is not None and tools.store.path(text.id).exists()

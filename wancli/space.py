@@ -1,0 +1,100 @@
+"""Bytes that a batch will write, against what is free where it writes them.
+
+The estimate is generous. A video takes 2 bits per pixel at crf 16, twice that for every 6 less, up to raw
+4:2:0: four times what a grainy texture takes, a third of pure noise. Beside it are a manifest of 64 KiB, the
+latent where it is kept, and for the largest wave of shots the latents and states that lie there until its
+videos are made, each a second time while it is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wancli import files, lockstep
+from wancli.errors import NoSpace
+from wancli.memory import FP32
+from wancli.shot import Shot
+from wancli.store import Store
+from wancli.units import size
+
+_RECORD = 64 * 2**10  # a manifest, or what is told of a latent beside its numbers
+_RAW = 12.6  # bits per pixel of 4:2:0 that did not compress, and some
+_STATE_TENSORS = 4
+_MARGIN, _LEAST = 1.05, 2**20  # for other files, and other programs
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one file system has to hold. `folder` is the first that lies there."""
+
+    folder: Path
+    needed: int
+    free: int
+
+    @property
+    def enough(self) -> bool:
+        return self.free >= self.needed * _MARGIN + _LEAST
+
+
+def needs(shots: Sequence[Shot], store: Store | None = None) -> list[Need]:
+    """Per file system that the shots write to; with `store` also what missing embeddings take, where that is
+    on one of them."""
+    per_device: dict[int, int] = {}
+    folders: dict[int, Path] = {}
+    for shot in shots:
+        device = _device(shot.output.parent)
+        folders.setdefault(device, shot.output.parent)
+        per_device[device] = per_device.get(device, 0) + _lasting(shot)
+    waves = [[shot for group in wave for shot in group] for wave in lockstep.waves(shots)]
+    for device in folders:
+        passing = (sum(_passing(s) for s in wave if _device(s.output.parent) == device) for wave in waves)
+        per_device[device] += max(passing, default=0)
+    if store and (device := _device(store.root)) in folders:
+        per_device[device] += embeddings(shots, store)
+    return [Need(folder, per_device[d], files.free_space(folder)) for d, folder in folders.items()]
+
+
+def embeddings(shots: Iterable[Shot], store: Store) -> int:
+    """Bytes that the store will take for prompts that are not there yet."""
+    texts = {text.id: (shot, text) for shot in shots for text in shot.texts if text.file is None}
+    missing = [found for id, found in texts.items() if not store.path(id).exists()]
+    rows = ((len(text.tokens.ids), shot.model.checkpoint.transformer.text_dim) for shot, text in missing)
+    return sum(count * width * FP32 + _RECORD for count, width in rows)
+
+
+def require(shots: Sequence[Shot], store: Store | None = None) -> None:
+    """Raises NoSpace, with the figures, where less is free than the shots may need."""
+    for need in needs(shots, store):
+        if not need.enough:
+            raise NoSpace(
+                f"{len(shots)} shots may need {size(need.needed)} on this disk, {size(need.free)} are free",
+                where=str(need.folder),
+                hint="Free some space, write elsewhere with `output`, or render a part with --items.",
+            )
+
+
+def video_bytes(shot: Shot) -> int:
+    """What the MP4 takes, generously."""
+    bits = min(_RAW, 2 * 2 ** ((16 - shot.crf) / 6))
+    return math.ceil(shot.width * shot.height * shot.frames * bits / 8)
+
+
+def _lasting(shot: Shot) -> int:
+    latent = FP32 * math.prod(shot.latent_shape) + _RECORD
+    return video_bytes(shot) + _RECORD + (latent if shot.keep_latents else 0)
+
+
+def _passing(shot: Shot) -> int:
+    """The latent, and its state twice, unless they are there already."""
+    latent = FP32 * math.prod(shot.latent_shape) + _RECORD
+    there = sum(path.stat().st_size for path in (shot.latents, shot.state) if path.exists())
+    return max(0, latent + 2 * (_STATE_TENSORS * latent) - there)
+
+
+def _device(path: Path) -> int:
+    while not path.exists():
+        path = path.absolute().parent
+    return path.stat().st_dev

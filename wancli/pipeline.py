@@ -63,10 +63,16 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     if tools.claims:
         tools.claims.remember(plan.shots)
     found = preflight(plan, tools)
-    pending = {shot.index for shot in found.todo}
+    yield from tallied(_outcomes(plan, found, tools), found.todo, tools)
+
+
+def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+    """The outcomes as they come. Asks for an end where so many failed that it is enough, and raises at the
+    end what `render` does."""
+    pending = {shot.index for shot in todo}
     stopped = failed = 0
     elsewhere: list[Shot] = []
-    for outcome in _outcomes(plan, found, tools):
+    for outcome in outcomes:
         stopped += outcome.status == "stopped"
         failed += outcome.status == "failed"
         elsewhere += [outcome.shot] if outcome.status == "elsewhere" else []

@@ -39,17 +39,7 @@ def preflight(plan: Plan, tools: Tools) -> Found:
     MachineError when ffmpeg or a folder will not do, NoSpace with figures; CheckpointError for weights that
     do not fit their networks. Nothing was started then.
     """
-    todo: list[Shot] = []
-    refused: dict[int, WancliError] = {}
-    for shot in plan.shots:
-        state, why = ("to do", "") if tools.force else condition(shot)
-        if state == "in the way":
-            message = f"{shot.output} exists, and is not what this job makes now ({why})"
-            refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
-        elif state != "done" or unmeasured(shot):
-            todo.append(shot)
-    if refused and not todo:
-        raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
+    todo, refused = outputs(plan, tools)
     _check_machine(todo)
     fitting = []
     for shot in lockstep.arranged(todo):
@@ -62,6 +52,23 @@ def preflight(plan: Plan, tools: Tools) -> Found:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
     space.require(fitting, tools.store)
     return Found(tuple(fitting), refused)
+
+
+def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError]]:
+    """The shots that are not done, and by index why others cannot be. Raises OutputExists where all that is
+    to do is in the way."""
+    todo: list[Shot] = []
+    refused: dict[int, WancliError] = {}
+    for shot in plan.shots:
+        state, why = ("to do", "") if tools.force else condition(shot)
+        if state == "in the way":
+            message = f"{shot.output} exists, and is not what this job makes now ({why})"
+            refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
+        elif state != "done" or unmeasured(shot):
+            todo.append(shot)
+    if refused and not todo:
+        raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
+    return todo, refused
 
 
 def condition(shot: Shot) -> tuple[Condition, str]:

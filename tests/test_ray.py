@@ -37,7 +37,7 @@ JOB: dict[str, Any] = {
 def started(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[subprocess.Popen[str]]:
     """The command with two workers, in a process of its own: Ray warns, and keeps what is global."""
     job = written(tmp_path, tiny_job(shallow, **JOB))
-    short = tempfile.mkdtemp(prefix="r", dir="/tmp")  # noqa: S108 - names of sockets are short
+    short = tempfile.mkdtemp(prefix="r", dir="/tmp")
     program = "import os; os.cpu_count = lambda: 2; from wancli.cli import main; main()"
     arguments = ["render", job, "--engine", "ray", "--cpus-per-worker", "1", "--cache-dir", warm]
     with subprocess.Popen(

@@ -310,7 +310,7 @@ def folder(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[Callable[..., 
 
 
 def report_of(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "out/report.json").read_text())["shots"]
+    found: list[dict[str, Any]] = json.loads((folder / "out/job.report.json").read_text())["shots"]
     return found
 
 
@@ -331,7 +331,7 @@ def test_eight_workers_that_start_together_take_every_step_of_every_shot_once(
     companions = {
         f"{id}{suffix}" for id in ids for suffix in (".mp4", ".manifest.json", ".latents.safetensors")
     }
-    assert set(files_in(tmp_path)) == companions | {"report.json"}
+    assert set(files_in(tmp_path)) == companions | {"job.report.json"}
 
 
 def test_what_a_killed_worker_had_saved_another_goes_on_from_while_it_runs(
@@ -373,7 +373,7 @@ def test_a_worker_that_was_suspended_until_another_did_its_work_publishes_nothin
     out, err = sleeper.communicate()
     assert (sleeper.returncode, out) == (0, f"{tmp_path}/out/a.mp4\n"), err
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("a.*")}
-    assert files_in(tmp_path) == [*sorted(before), "report.json"]
+    assert files_in(tmp_path) == [*sorted(before), "job.report.json"]
     assert [shot["status"] for shot in report_of(tmp_path)] == ["already done"]
 
 

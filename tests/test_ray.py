@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,9 +28,9 @@ IDS = "abcdefgh"
 JOB: dict[str, Any] = {
     "output": "out/{id}.mp4",
     "items": [{"id": id, "seed": ord(id)} for id in IDS],
-    "sampler": {"steps": 12},
+    "sampler": {"steps": 40},
     "video": KEPT,
-    "save_every": "1",
+    "save_every": 1,
 }
 
 
@@ -94,10 +95,11 @@ def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
     started.terminate()
     out, err = started.communicate()
     assert started.returncode == 75, err
-    assert "stopped by SIGTERM; " in err
     assert "  go on: wancli render " in err
     done = {Path(line).stem for line in out.split()}
-    assert 0 < len(done) + len(list((tmp_path / "out").glob("*.state.safetensors"))) < len(IDS)
+    assert len(done) < len(IDS)
+    saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done
+    assert re.search(rf"stopped by SIGTERM; {len(saved)} shots? (is|are) saved on the way", err), err
     assert not (tmp_path / "out/.wancli").exists()  # claims were given up, not left
     assert render(**JOB).code == 0
     assert len(list((tmp_path / "out").glob("*.mp4"))) == len(IDS)

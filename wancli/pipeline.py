@@ -83,7 +83,9 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> 
         others = f", {len(elsewhere)} with other workers" if elsewhere else ""
         raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
     if elsewhere and tools.claims and not failed:
-        raise Elsewhere(f"{_shots(len(elsewhere))} with other workers: {tools.claims.names(elsewhere)}")
+        raise Elsewhere(
+            f"{_shots(len(elsewhere))} with other workers: {tools.claims.names(elsewhere) or 'gone now'}"
+        )
 
 
 def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
@@ -116,7 +118,8 @@ def _let_go(held: Sequence[Shot], tools: Tools) -> Sequence[Shot]:
         return []
     first, last = held[0].id, held[-1].id
     which = f"shot {first}" if len(held) == 1 else f"{len(held)} shots, {first} to {last}"
-    tools.progress.note(f"waiting for {which}, rendered by {tools.claims.names(held)}")
+    if workers := tools.claims.names(held):
+        tools.progress.note(f"waiting for {which}, rendered by {workers}")
     return tools.claims.wait(held, tools.stop)
 
 

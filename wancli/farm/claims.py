@@ -123,8 +123,8 @@ class Claims:
         return found
 
     def names(self, shots: Sequence[Shot]) -> str:
-        """The workers that hold some of the shots, for people."""
-        return ", ".join(dict.fromkeys(map(str, self.others(shots).values()))) or "nobody any more"
+        """The workers that hold some of the shots, for people; empty where nobody does any more."""
+        return ", ".join(dict.fromkeys(map(str, self.others(shots).values())))
 
     def wait(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
         """Waits until other workers give up some of the shots, and returns these; none where somebody asked

@@ -101,7 +101,8 @@ def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
     saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done
     assert re.search(rf"stopped by SIGTERM; {len(saved)} shots? (is|are) saved on the way", err), err
     assert not (tmp_path / "out/.wancli").exists()  # claims were given up, not left
-    assert render(**JOB).code == 0
+    said = render(**JOB)
+    assert said.code == 0, said.err
     assert len(list((tmp_path / "out").glob("*.mp4"))) == len(IDS)
 
 

@@ -105,12 +105,12 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), chunk):
                 if tools.stop.asked:
                     raise tools.stop.error(f"the latent of shot {shot['id']} is on disk")
-                if tools.lost:
-                    raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
                 if not frames_CTYX.isfinite().all():
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield video.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
+                if tools.lost:
+                    raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
                 files.set_aside(output)
                 files.set_aside(manifest.manifest_path(output))

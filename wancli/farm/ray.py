@@ -8,9 +8,14 @@ start a dead worker again and repeat what it was at: it goes on from the states 
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,11 +93,25 @@ def _outcomes(
         for wave in lockstep.waves([shot for shot in todo if shot.model == model])
     ]
     if waves:
-        ray = _connected(cluster)
-        try:
-            yield from _spread(ray, waves, tools, task, cluster)
-        finally:
-            ray.shutdown()  # and with it all workers
+        with redirect_stdout(_Stdout()):
+            ray = _connected(cluster)
+            try:
+                yield from _spread(ray, waves, tools, task, cluster)
+            finally:
+                ray.shutdown()  # and with it all workers
+
+
+class _Stdout(io.TextIOBase):
+    """What this thread prints is a result. Threads of Ray print what they think of the cluster: to stderr."""
+
+    def __init__(self) -> None:
+        self._out, self._mine = sys.stdout, threading.current_thread()
+
+    def write(self, text: str) -> int:
+        return (self._out if threading.current_thread() is self._mine else sys.stderr).write(text)
+
+    def flush(self) -> None:
+        self._out.flush()
 
 
 def _connected(cluster: Cluster) -> Any:
@@ -102,8 +121,6 @@ def _connected(cluster: Cluster) -> Any:
         raise MachineError(
             "--engine ray needs Ray, which is not installed", hint="pip install 'wancli[ray]'"
         ) from error
-    import signal
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a farm reports to nobody
     heard = signal.getsignal(signal.SIGTERM)  # ray.init puts a handler of its own there
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}

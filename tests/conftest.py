@@ -51,6 +51,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.delenv("WANCLI_MODELS", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are encoded in their order, whatever the number of this process."""
+    from wancli import encode
+
+    monkeypatch.setattr(encode, "_rotated", lambda todo: todo)
+
+
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that keeps embeddings and digests from test to test; one for the whole run."""

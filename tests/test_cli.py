@@ -67,8 +67,8 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version --install-completion --show-completion",
         "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every --fail-fast"
-        " --max-failures --retries --force --json --json-stream --cache-dir --log-level --progress"
-        " -q/--quiet",
+        " --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
+        " --json-stream --cache-dir --log-level --progress -q/--quiet",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
         "wancli status JOB --set --sweep --items --shard --json --cache-dir",
         "wancli check DIR|JOB --deep --set --sweep --items --shard --json --cache-dir",

@@ -184,9 +184,9 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
         said = rendered()
     assert said.code == 75
     assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved on the way, 3 not begun\n")
-    assert kept == prompts[:2]
+    assert len({*kept} & {*prompts}) == 2
     assert rendered().code == 0
-    assert kept == prompts
+    assert sorted(kept) == prompts
 
 
 # ---- killed ----

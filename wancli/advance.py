@@ -89,9 +89,9 @@ def advance(
             if tools.stop.asked:
                 break
             for one, walk, at in zip(group, walks, next(results)):
-                _note(one, walk, at)
+                _note(one, walk, at, tools)
             bar.advance(note=f"sigma {walks[0].schedule.sigmas[step + 1]:.3f}")
-            if any(one.failed for one in group):  # told before the others go on
+            if any(one.failed for one in group) or tools.lost:  # told before the others go on
                 break
             if step + 1 in steps:
                 for one in group:
@@ -150,14 +150,14 @@ def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
     return sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
 
 
-def _note(one: Underway, walk: Walk, at: Sampled | NotFinite) -> None:
+def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: Tools) -> None:
     """What a step has left."""
     if isinstance(at, NotFinite):
         one.failed = at
         return
     one.step, one.state = at.step, at.state
     one.read |= at.read
-    one.first_step = one.first_step or record.since_start()
+    one.first_step = one.first_step or record.since(tools.began)
     if walk.effects:
         one.effects += [asdict(effect) for effect in walk.effects]
         walk.effects.clear()

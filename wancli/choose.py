@@ -37,12 +37,18 @@ def limit(model: Model) -> int:
     if model.device == "cpu":
         return machine.available() + machine.taken()
     free = machine.cuda_free()
-    return sys.maxsize if free is None else free
+    return sys.maxsize if free is None else free + machine.cuda_taken()
 
 
 def room(model: Model) -> int:
     """Bytes that a phase may take, beside the process itself."""
     return limit(model) - footprint.process(model)
+
+
+def beside(shot: Shot) -> bool:
+    """Whether the text encoder fits beside the networks of an earlier shot of this kind."""
+    encode, _, decode = shot.phases
+    return footprint.process(shot.model) + encode.total + decode.model <= limit(shot.model)
 
 
 def settle(shots: Sequence[Shot], asked: Sequence[Asked]) -> list[Shot]:

@@ -13,7 +13,10 @@ import hashlib
 import html
 import importlib.metadata
 import json
+import os
 import re
+import socket
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -267,9 +270,12 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
 
     with fitting("encode", str(encoder.files[0])):
         model = load_encoder(encoder)
-    todo = list(missing.items())
+    todo = _rotated(list(missing.items()))
     together = len(todo) if encoder.residency == "streamed" else 1  # one pass over fetched weights is enough
     for some in (todo[i : i + together] for i in range(0, len(todo), together)):
+        if len(some) == 1 and store and (known := _recall(store, some[0][0])):  # by another worker meanwhile
+            yield Encoded(some[0][0], known, hit=True)
+            continue
         of_each: Sequence[Tensor] = ()
         with Failing() as attempt, fitting("encode", _shown(some[0][1].text)):
             of_each = t5.rows_of_each(model, [tokens.ids for _, tokens in some])
@@ -290,6 +296,12 @@ def _kept(
     if store:
         store.put(key, pack([embedding]))
     return Encoded(key, embedding, hit=False)
+
+
+def _rotated(todo: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:
+    """Workers that begin a job together begin at different prompts, and find what the others have done."""
+    start = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % len(todo)
+    return todo[start:] + todo[:start]
 
 
 def load_encoder(encoder: Encoder) -> UMT5EncoderModel:

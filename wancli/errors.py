@@ -15,7 +15,8 @@
     ├─ DoesNotFit          5   more memory is needed than there is
     │  └─ OutOfMemory          it ran out while a phase was at work; retryable
     ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
-    │  └─ Interrupted    130   the same by Ctrl-C
+    │  ├─ Interrupted    130   the same by Ctrl-C
+    │  └─ Elsewhere           other workers are at the rest
     ├─ ShotError           1   the numbers of one shot are wrong
     │  ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
     │  └─ InjectionMissed      a rule reached fewer cells of its table than planned
@@ -159,6 +160,12 @@ class Interrupted(Stopped):
     """Ctrl-C asked for an end; all is saved, the same command goes on."""
 
     status, code = ExitStatus.INTERRUPTED, "stopped.interrupted"
+
+
+class Elsewhere(Stopped):
+    """Other workers are at the rest of the batch."""
+
+    code = "stopped.elsewhere"
 
 
 class ShotError(WancliError):

@@ -88,11 +88,51 @@ class Networks:
                 self._loras[use.sha256] = load(use.path, shapes)
         return Loras(uses, [self._loras[use.sha256] for use in uses])
 
+    def reuse(self) -> None:
+        """The networks stay for another render, which loads nothing but its LoRAs."""
+        self._loras.clear()
+        with Peak() as peak:
+            pass
+        self.loading = record.phase("load", peak) | {"seconds": 0.0}
+
+    def release(self) -> None:
+        """Gives the memory back; what is used next is loaded anew."""
+        self._loaded = self._patches = None
+        self.__dict__.pop("vae", None)
+
     @cached_property
     def vae(self) -> VAE:
         from wancli.weights.networks import load_vae
 
         return load_vae(self.model.checkpoint, self.model.device)
+
+
+class Kept:
+    """Keeps the networks of the last model in memory from one render to the next."""
+
+    def __init__(self) -> None:
+        self._networks: Networks | None = None
+
+    def networks(self, model: Model, lazily: bool) -> Networks:
+        """Those that are here if they are of this model and ran as it would, else new ones; what was here
+        before is gone then."""
+        here = self._networks
+        if here and _networks_of(here.model) == _networks_of(model) and lazily >= here.lazily:
+            here.reuse()
+            return here
+        self._networks = here = None  # before others are loaded
+        self._networks = Networks(model, lazily)
+        return self._networks
+
+    def forget(self) -> None:
+        """Gives the memory back."""
+        self._networks = None
+
+
+def _networks_of(model: Model) -> tuple[object, ...]:
+    """All that a network in memory depends on."""
+    weights = (model.checkpoint, model.transformer, model.vae)
+    return (*weights, model.device, model.dtype, model.residency, model.kernels)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:

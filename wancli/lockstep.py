@@ -18,6 +18,7 @@ from wancli.memory import FP32, Phase
 from wancli.shot import Model, Shared, Shot
 
 MOST = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
+TAKEN = 8  # shots that a worker claims at once: one sweep is work for many, and more would share little more
 WAITING_BYTES = 2 * 2**30  # for states that wait: for the other expert, or for those that fork from them
 _STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
@@ -123,12 +124,13 @@ class _Wave:
         self._complete = False
 
     def takes(self, group: Group) -> bool:
-        """Whether the states that wait may be in memory beside the largest group, with this one, too; the
-        first always may. Once the answer was no the wave is complete.
+        """Whether the wave may be claimed at once with this group, too, and the states that wait be in memory
+        beside the largest group; the first always may. Once the answer was no the wave is complete.
 
         All states wait for the other of two experts, else those that others fork from.
         """
-        if self._complete:
+        if self._complete or sum(map(len, self._groups)) + len(group) > max(TAKEN, len(group)):
+            self._complete = True
             return False
         group = [replace(shot, fork=self._tree.add(shot)) for shot in group]
         waiting, forks = self._waiting, set(self._forks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +54,12 @@ def cuda_free() -> int | None:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
     except pynvml.NVMLError:
         return None
+
+
+def cuda_taken() -> int:
+    """Bytes of the CUDA device that this process has already for tensors, and may use again."""
+    torch = sys.modules.get("torch")  # who has not imported it has none
+    return int(torch.cuda.memory_reserved()) if torch and torch.cuda.is_initialized() else 0
 
 
 def device_name(device: str) -> str:

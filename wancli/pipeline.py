@@ -14,12 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from wancli import advance, files, latents, lockstep, manifest, record, underway
+from wancli import advance, choose, files, latents, lockstep, manifest, record, underway
 from wancli.encode import Encoded, encode, load_embedding
 from wancli.errors import (
     CheckpointError,
+    Elsewhere,
     EntryError,
     JobError,
+    OutputExists,
     ShotError,
     Stopped,
     WancliError,
@@ -28,7 +30,7 @@ from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks, check_device
 from wancli.peak import Peak, fitting, release
 from wancli.policy import Failing
-from wancli.preflight import Found, lacks_effects, preflight
+from wancli.preflight import Found, cached, condition, lacks_effects, preflight, unmeasured
 from wancli.record import Record
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.stage3 import finish
@@ -55,19 +57,35 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     """Renders what `preflight` leaves to do, one checkpoint after the other, and yields what became of each.
 
     Raises what `preflight` does before anything is started, NoSpace at once, with all states on disk that
-    found room there, and Stopped at the end where somebody asked for it before all was done.
+    found room there, and Stopped at the end where somebody asked for it before all was done. Elsewhere, where
+    the claims do not wait for what other workers are at.
     """
+    if tools.claims:
+        tools.claims.remember(plan.shots)
     found = preflight(plan, tools)
-    pending = {shot.index for shot in found.todo}
+    yield from tallied(_outcomes(plan, found, tools), found.todo, tools)
+
+
+def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+    """The outcomes as they come. Asks for an end where so many failed that it is enough, and raises at the
+    end what `render` does."""
+    pending = {shot.index for shot in todo}
     stopped = failed = 0
-    for outcome in _outcomes(plan, found, tools):
+    elsewhere: list[Shot] = []
+    for outcome in outcomes:
         stopped += outcome.status == "stopped"
         failed += outcome.status == "failed"
+        elsewhere += [outcome.shot] if outcome.status == "elsewhere" else []
         tools.stop.enough = tools.policy.ends(failed)
         pending.discard(outcome.shot.index)
         yield outcome
-    if tools.stop.reason and (stopped or pending):
-        raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun")
+    if tools.stop.reason and (stopped or pending or elsewhere):
+        others = f", {len(elsewhere)} with other workers" if elsewhere else ""
+        raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
+    if elsewhere and tools.claims and not failed:
+        raise Elsewhere(
+            f"{_shots(len(elsewhere))} with other workers: {tools.claims.names(elsewhere) or 'gone now'}"
+        )
 
 
 def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
@@ -79,26 +97,36 @@ def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
     for shot in plan.shots:
         if shot.index in found.refused:
             yield Outcome(shot, "failed", error=found.refused[shot.index])
-    for model in dict.fromkeys(shot.model for shot in found.todo):
-        shots = [shot for shot in found.todo if shot.model == model]
-        if not tools.stop.asked:
-            _clear_the_way([shot for shot in shots if shot.index in found.damaged], tools)
-            yield from _until_settled(model, shots, tools)
+    held: list[Shot] = []
+    todo: Sequence[Shot] = found.todo
+    while todo:
+        for model in dict.fromkeys(shot.model for shot in todo):
+            if not tools.stop.asked:
+                for outcome in _until_settled(model, [shot for shot in todo if shot.model == model], tools):
+                    if outcome.status == "elsewhere":
+                        held.append(outcome.shot)
+                    else:
+                        yield outcome
+        todo = _let_go(held, tools)
+        held = [shot for shot in held if shot.index not in {free.index for free in todo}]
+    yield from (Outcome(shot, "elsewhere") for shot in held)
 
 
-def _clear_the_way(damaged: Sequence[Shot], tools: Tools) -> None:
-    """Moves aside what was this very shot and no longer verifies, for whoever wants to know why."""
-    for shot in damaged:
-        aside = files.set_aside(shot.output, "damaged")
-        files.set_aside(shot.manifest, "damaged")
-        name = aside.name if aside else "nowhere"
-        tools.progress.warn(f"{shot.output} no longer verifies; moved to {name}, shot {shot.id} is made anew")
+def _let_go(held: Sequence[Shot], tools: Tools) -> Sequence[Shot]:
+    """Waits until other workers are done with some of these shots, or gave them up; returns those."""
+    if not held or tools.claims is None or not tools.claims.waits or tools.stop.asked:
+        return []
+    first, last = held[0].id, held[-1].id
+    which = f"shot {first}" if len(held) == 1 else f"{len(held)} shots, {first} to {last}"
+    if workers := tools.claims.names(held):
+        tools.progress.note(f"waiting for {which}, rendered by {workers}")
+    return tools.claims.wait(held, tools.stop)
 
 
 def _until_settled(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
     """The shots of a model, those again whose failure may pass. What is tried again goes on from what is on
     disk, also with --force, and alone, which needs the least memory."""
-    networks = Networks(model, lazily=not any(shot.loras for shot in shots))
+    networks = _networks(model, shots, tools)
     tries = 0
     while shots and not tools.stop.asked:
         tries += 1
@@ -113,6 +141,19 @@ def _until_settled(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterato
         if tools.stop.asked:
             yield from again
         shots = [replace(outcome.shot, batch=1, shared=None, fork=None) for outcome in again]
+
+
+def _networks(model: Model, shots: Sequence[Shot], tools: Tools) -> Networks:
+    """The networks of these shots, or those that were kept; these make room where prompts are to be encoded
+    and the text encoder does not fit beside them."""
+    lazily = not any(shot.loras for shot in shots)
+    if tools.kept is None:
+        return Networks(model, lazily)
+    networks = tools.kept.networks(model, lazily)
+    missing = [shot for shot in shots if not all(text.file or cached(text, tools) for text in shot.texts)]
+    if not all(choose.beside(shot) for shot in missing):
+        networks.release()
+    return networks
 
 
 def _shots(count: int) -> str:
@@ -158,10 +199,73 @@ def _one_by_one(
     yield from (_failed(shot, sick[shot.index]) for shot in fresh if shot.index in sick)
     for shot in shots:
         if shot.index in recalled:
-            yield _published(shot, None, networks, tools)
+            yield from _render_taken([[shot]], encoded, stage1, networks, tools, anew)
     for wave in lockstep.waves([shot for shot in fresh if shot.index not in sick]):
         if not tools.stop.asked:
-            yield from _render_wave(wave, encoded, stage1, networks, tools, anew)
+            yield from _render_taken(wave, encoded, stage1, networks, tools, anew)
+
+
+def _render_taken(
+    wave: Sequence[Sequence[Shot]],
+    encoded: dict[str, Encoded],
+    stage1: Record,
+    networks: Networks,
+    tools: Tools,
+    anew: bool,
+) -> Iterator[Outcome]:
+    """Of a wave what no other worker holds. What another has finished, or left as a latent, since this run
+    looked at it is not sampled."""
+    shots = [shot for group in wave for shot in group]
+    taken = tools.claims.take(shots) if tools.claims else shots
+    others = {shot.index for shot in shots} - {shot.index for shot in taken}
+    yield from (Outcome(shot, "elsewhere") for shot in shots if shot.index in others)
+    try:
+        settled = set(others)
+        for shot in taken:
+            if outcome := _settled(shot, encoded, networks, tools, anew):
+                settled.add(shot.index)
+                yield outcome
+        mine = [[shot for shot in group if shot.index not in settled] for group in wave]
+        for outcome in _render_wave(
+            [group for group in mine if group], encoded, stage1, networks, tools, anew
+        ):
+            if tools.claims:
+                tools.claims.release([outcome.shot])
+            yield outcome
+    finally:
+        if tools.claims:
+            tools.claims.release(taken)
+
+
+def _settled(
+    shot: Shot, encoded: dict[str, Encoded], networks: Networks, tools: Tools, anew: bool
+) -> Outcome | None:
+    """What became of a shot that is not to be sampled. What was this very shot and no longer verifies moves
+    aside, for whoever wants to know why."""
+    with Failing() as attempt:
+        if not tools.force or (tools.claims and tools.claims.remade(shot)):
+            state, why = condition(shot)
+            if state == "done" and not unmeasured(shot):
+                return Outcome(shot, "already done", manifest.read(shot.manifest))
+            if state == "in the way":
+                raise OutputExists(
+                    f"exists, and is not what this job makes now ({why})", where=str(shot.output)
+                )
+            if state == "damaged":
+                aside = files.set_aside(shot.output, "damaged")
+                files.set_aside(shot.manifest, "damaged")
+                moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
+                tools.progress.warn(f"{shot.output} no longer verifies; {moved}")
+    if attempt.error:
+        return _failed(shot, attempt)
+    unencoded = any(id not in encoded for id in _ids(shot))
+    if unencoded or (not anew and _recalled(shot)):
+        return _published(shot, None, networks, tools)
+    return None
+
+
+def _ours(shot: Shot, tools: Tools) -> bool:
+    return tools.claims is None or tools.claims.holds(shot)
 
 
 def _ids(shot: Shot) -> list[str]:
@@ -196,17 +300,19 @@ def _render_wave(
     except Exception:  # a full disk above all: where there is no room for one, there may be for the next
         for one in everyone:
             with suppress(WancliError):
-                _save(one)
+                _save(one, tools)
         raise
-    for one in everyone:  # where an end was asked for
-        if one.step and not one.over:
+    lost = tools.lost
+    for one in everyone:  # where an end was asked for, or another worker took shots over
+        if not one.over and (one.step or lost):
             with Failing() as attempt:
-                _save(one)
-            yield _failed(one.shot, attempt) if attempt.error else Outcome(one.shot, "stopped")
+                _save(one, tools)
+            left = Outcome(one.shot, "elsewhere" if lost else "stopped")
+            yield _failed(one.shot, attempt) if attempt.error else left
 
 
-def _save(one: Underway) -> None:
-    if one.step > one.saved and one.state is not None and not one.over:
+def _save(one: Underway, tools: Tools) -> None:
+    if one.step > one.saved and one.state is not None and not one.over and _ours(one.shot, tools):
         underway.save(one)
 
 
@@ -220,17 +326,17 @@ def _render_stage(
 ) -> Iterator[Outcome]:
     """The steps that an expert takes, and after the last ones latents to videos. A shot that fails is told
     as soon as it does."""
-    while not tools.stop.asked and (together := advance.ready(group, expert)):
+    while not (tools.stop.asked or tools.lost) and (together := advance.ready(group, expert)):
         with Failing() as attempt, fitting("sample", advance.title(together)):
             advance.advance(together, advance.leg(group, together), networks, encoded, tools)
         if attempt.error:
             release()
             underway.fail(together, attempt.error)
-        yield from _told(group, attempt.stack)
-    yield from _told(group, "")
+        yield from _told(group, attempt.stack, tools)
+    yield from _told(group, "", tools)
     kept: list[tuple[Shot, tuple[Tensor, Record]]] = []
     for one in group:
-        if one.over or one.fork:
+        if one.over or one.fork or not _ours(one.shot, tools):
             continue
         with Failing() as attempt, fitting("sample", f"shot {one.shot.id}"):
             if one.step == one.shot.steps:
@@ -238,7 +344,7 @@ def _render_stage(
                 kept.append((one.shot, advance.keep(one, encoded, loras, stage1)))
                 one.over = True
             else:
-                _save(one)
+                _save(one, tools)
         if attempt.error:
             one.over = True
             if isinstance(attempt.error, ShotError):
@@ -249,18 +355,18 @@ def _render_stage(
         yield _published(shot, latent, networks, tools)
 
 
-def _told(group: Sequence[Underway], stack: str) -> Iterator[Outcome]:
+def _told(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outcome]:
     """Those that failed in their steps. The state of one that met NaN would only lead there again; that of
     another is what the next run goes on from."""
     for one in group:
-        if one.failed and not one.over:
+        if one.failed and not one.over and _ours(one.shot, tools):
             attempt = Failing()
             attempt.take(one.failed)
             with suppress(WancliError):
                 if isinstance(one.failed, ShotError):
                     files.remove(one.shot.state)
                 else:
-                    _save(one)
+                    _save(one, tools)
             one.over, one.state = True, None
             yield Outcome(one.shot, "failed", error=attempt.error, stack=attempt.stack or stack)
 
@@ -269,6 +375,8 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, networks: Netwo
     """The video of a latent: the one given, or the one that an earlier run left."""
     body = None
     attempt = Failing()
+    if not _ours(shot, tools):
+        return Outcome(shot, "elsewhere")
     try:
         if tools.stop.asked:
             raise tools.stop.error("before decoding")
@@ -279,12 +387,15 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, networks: Netwo
             if not shot.keep_latents:
                 files.remove(shot.latents)
             files.remove(shot.state)
+    except Elsewhere:
+        return Outcome(shot, "elsewhere")
     except Stopped:
         return Outcome(shot, "stopped")
     if attempt.error:
         latent = None
         release()
-        return _failed(shot, attempt)
+        # Two that make the same video may differ in what wrote it: whoever holds the shot has it right.
+        return _failed(shot, attempt) if _ours(shot, tools) else Outcome(shot, "elsewhere")
     return Outcome(shot, "rendered", body)
 
 

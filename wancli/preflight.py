@@ -25,11 +25,10 @@ Condition = Literal["done", "to do", "damaged", "in the way"]
 
 @dataclass(frozen=True)
 class Found:
-    """`todo` are the shots to render, each told with how many others; `damaged` the indices of those whose
-    old output moves aside first; `refused` why others cannot be, by index."""
+    """`todo` are the shots to render, each told with how many others; `refused` why others cannot be, by
+    index."""
 
     todo: tuple[Shot, ...]
-    damaged: frozenset[int]
     refused: dict[int, WancliError]
 
 
@@ -40,8 +39,25 @@ def preflight(plan: Plan, tools: Tools) -> Found:
     MachineError when ffmpeg or a folder will not do, NoSpace with figures; CheckpointError for weights that
     do not fit their networks. Nothing was started then.
     """
+    todo, refused = outputs(plan, tools)
+    _check_machine(todo)
+    fitting = []
+    for shot in lockstep.arranged(todo):
+        try:
+            choose.require(shot, encoded=all(text.file or cached(text, tools) for text in shot.texts))
+            fitting.append(shot)
+        except DoesNotFit as error:
+            refused[shot.index] = error
+    if todo and not fitting:
+        raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
+    space.require(fitting, tools.store)
+    return Found(tuple(fitting), refused)
+
+
+def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError]]:
+    """The shots that are not done, and by index why others cannot be. Raises OutputExists where all that is
+    to do is in the way."""
     todo: list[Shot] = []
-    damaged: set[int] = set()
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
         state, why = ("to do", "") if tools.force else condition(shot)
@@ -50,21 +66,9 @@ def preflight(plan: Plan, tools: Tools) -> Found:
             refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
         elif state != "done" or unmeasured(shot):
             todo.append(shot)
-            damaged |= {shot.index} if state == "damaged" else set()
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
-    _check_machine(todo)
-    fitting = []
-    for shot in lockstep.arranged(todo):
-        try:
-            choose.require(shot, encoded=all(text.file or _cached(text, tools) for text in shot.texts))
-            fitting.append(shot)
-        except DoesNotFit as error:
-            refused[shot.index] = error
-    if todo and not fitting:
-        raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    space.require(fitting, tools.store)
-    return Found(tuple(fitting), frozenset(damaged), refused)
+    return todo, refused
 
 
 def condition(shot: Shot) -> tuple[Condition, str]:
@@ -79,6 +83,8 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     why = wrong[0].rpartition(": ")[2]
     if not os.path.lexists(shot.output) or _unrecorded(shot):
         return "to do", why
+    if not manifest.problems(shot.output, shot.key):  # another worker has finished it just now
+        return "done", ""
     ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
     return ("damaged" if ours else "in the way"), why
 
@@ -142,5 +148,6 @@ def lacking(shots: Sequence[Shot]) -> Iterator[str]:
             yield f"{error}: `render` would refuse"
 
 
-def _cached(text: Prompt, tools: Tools) -> bool:
+def cached(text: Prompt, tools: Tools) -> bool:
+    """Whether the store has the embedding of a prompt."""
     return tools.store is not None and tools.store.path(text.id).exists()

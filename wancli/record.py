@@ -171,11 +171,11 @@ def earlier(phases: Iterable[Record]) -> list[Record]:
     return [phase | {"earlier": True} for phase in phases]
 
 
-def since_start() -> float:
-    """Seconds since this process was started."""
+def since(began: float | None) -> float:
+    """Seconds since a moment, in seconds since 1970; None is when this process was started."""
     import psutil
 
-    return round(time.time() - float(psutil.Process().create_time()), 3)
+    return round(time.time() - (began or float(psutil.Process().create_time())), 3)
 
 
 def plain(record: Record) -> Record:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli import files, latents, manifest, presets, record, video
-from wancli.errors import CheckpointError, JobError, NotFinite, OutOfMemory, OutputExists, bare
+from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
 from wancli.peak import Peak, fitting, release
 from wancli.record import Record
 from wancli.tools import Tools
@@ -109,6 +109,8 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield video.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
+                if tools.lost:
+                    raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
                 files.set_aside(output)
                 files.set_aside(manifest.manifest_path(output))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from wancli.events import Progress
+from wancli.farm.claims import Claims
 from wancli.policy import Policy
 from wancli.signals import Stop
 from wancli.store import Store
+
+if TYPE_CHECKING:
+    from wancli.loaded import Kept
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,11 @@ class Tools:
     force: bool = False
     stop: Stop = field(default_factory=Stop)
     policy: Policy = field(default_factory=Policy)
+    claims: Claims | None = None  # of this worker; None where nobody else is at work
+    kept: Kept | None = None  # networks that stay in memory between renders
+    began: float | None = None  # when the command did, in seconds since 1970; None: with this process
+
+    @property
+    def lost(self) -> bool:
+        """Whether another worker took a shot over that this one is at: it was suspended for long."""
+        return self.claims is not None and not self.claims.intact()

@@ -16,6 +16,11 @@ class LogLevel(StrEnum):
     trace = "trace"
 
 
+class Engine(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
 class ProgressMode(StrEnum):
     auto = "auto"
     bar = "bar"
@@ -103,6 +108,25 @@ Shard = Annotated[
         "--shard",
         metavar="I/N",
         help="Only part I, from 0, of N: neighbouring shots, which share the most work.",
+    ),
+]
+Engines = Annotated[
+    Engine, typer.Option("--engine", help="ray: workers on a Ray cluster, one per GPU. Needs wancli[ray].")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|HOST:PORT", help="Which Ray cluster. Default: one of this machine, for this command."
+    ),
+]
+CpusPerWorker = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Cores of a worker of --engine ray without GPUs. Default: all."),
+]
+NoWait = Annotated[
+    bool,
+    typer.Option(
+        "--no-wait", help="Leave with exit code 75 where other workers are at the rest of the shots."
     ),
 ]
 ModelDir = Annotated[

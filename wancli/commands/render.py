@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wancli.commands.common import (
     again,
+    cache_of,
     complain,
     display_of,
     emit,
@@ -23,7 +26,11 @@ from wancli.commands.common import (
     store_of,
 )
 from wancli.commands.options import (
+    Address,
     CacheDir,
+    CpusPerWorker,
+    Engine,
+    Engines,
     FailFast,
     Force,
     Items,
@@ -33,6 +40,7 @@ from wancli.commands.options import (
     Level,
     LogLevel,
     MaxFailures,
+    NoWait,
     Quiet,
     RenderProgress,
     RenderProgressing,
@@ -51,6 +59,7 @@ if TYPE_CHECKING:
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.pipeline import Outcome
+    from wancli.tools import Tools
 
 
 def render(
@@ -73,6 +82,10 @@ def render(
     fail_fast: FailFast = False,
     max_failures: MaxFailures = None,
     retries: Retries = 0,
+    no_wait: NoWait = False,
+    engine: Engines = Engine.local,
+    address: Address = None,
+    cpus_per_worker: CpusPerWorker = None,
     force: Force = False,
     as_json: Json = False,
     json_stream: JsonStream = False,
@@ -88,6 +101,7 @@ def render(
     A shot that fails does not keep the others from being rendered.
     """
     from wancli import pipeline, policy, rates, signals
+    from wancli.farm.claims import Claims
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
@@ -96,6 +110,8 @@ def render(
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
+    if engine is not Engine.ray and (address or cpus_per_worker):
+        raise JobError("--address and --cpus-per-worker are of --engine ray")
     failing = policy.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
@@ -107,9 +123,15 @@ def render(
     known = rates.read(rates_of(cache_dir))
     stopped: Stopped | None = None
     try:
-        with signals.listening() as stop:
-            tools = Tools(store_of(cache_dir), display, force, stop, failing)
-            for outcome in _traced(pipeline.render(plan, tools), log_level):
+        with signals.listening() as stop, Claims(waits=not no_wait) as claims:
+            tools = Tools(store_of(cache_dir), display, force, stop, failing, claims)
+            rendered = pipeline.render(plan, tools)
+            if engine is Engine.ray:
+                from wancli.farm import ray
+
+                task = ray.Task(**_task(tools, job, flags, cache_dir, measuring))
+                rendered = ray.render(plan, tools, task, ray.Cluster(address, cpus_per_worker))
+            for outcome in _traced(rendered, log_level):
                 outcomes.append(outcome)
                 display.came_to(outcome)
                 _tell(outcome, paths=not (as_json or json_stream))
@@ -138,6 +160,24 @@ def render(
     if stopped:
         raise stopped
     return status
+
+
+def _task(
+    tools: Tools, job: str | None, flags: Flags, cache_dir: Path | None, measuring: bool
+) -> dict[str, Any]:
+    """What the workers of an engine plan for themselves."""
+    assert tools.claims
+    if job is None or job == "-":
+        raise JobError("--engine ray needs a job file, which its workers read for themselves")
+    return asdict(flags) | {
+        "job": job,
+        "folder": str(Path.cwd()),
+        "cache": str(cache_of(cache_dir).absolute()),
+        "measure": measuring,
+        "force": tools.force,
+        "retries": tools.policy.retries,
+        "waits": tools.claims.waits,
+    }
 
 
 def _tell(outcome: Outcome, *, paths: bool) -> None:

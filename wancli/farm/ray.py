@@ -1,0 +1,330 @@
+"""`--engine ray`: workers on a Ray cluster, each an actor that holds the networks of one model.
+
+The driver sends a worker the indices of shots that go together (`wancli.lockstep`), to one that has their
+model if there is one, and gets back what became of each: small records. What they made is on the disk that
+all share, and read from there. Claims (`wancli.farm.claims`) keep two from doing one thing, so that Ray may
+start a dead worker again and repeat what it was at: it goes on from the states on disk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import lockstep, manifest
+from wancli.errors import MachineError, Stopped, WancliError
+from wancli.pipeline import Outcome, tallied
+from wancli.pipeline import render as render_here
+from wancli.preflight import outputs
+from wancli.record import Record
+from wancli.signals import Stop
+
+if TYPE_CHECKING:
+    from wancli.shot import Model, Plan, Shot
+    from wancli.tools import Tools
+
+_RESTARTS, _TASK_RETRIES = 3, 2
+_PAUSE = 0.2  # seconds between two looks for signals
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker plans and renders for itself: a job file and the flags, as they were given."""
+
+    job: str
+    folder: str  # where the command was given: relative paths begin there
+    sets: tuple[str, ...]
+    sweeps: tuple[str, ...]
+    items: str | None
+    shard: str | None
+    cache: str
+    measure: bool
+    force: bool
+    retries: int
+    waits: bool
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which one, None for one of this machine alone; and how many cores a worker has where there is no GPU,
+    None for those of a machine."""
+
+    address: str | None = None
+    cpus_per_worker: int | None = None
+
+
+# ---- the driver ----
+
+
+def render(plan: Plan, tools: Tools, task: Task, cluster: Cluster) -> Iterator[Outcome]:
+    """As `pipeline.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
+    cluster cannot be reached, and where all workers died for good."""
+    todo, refused = outputs(plan, tools)
+    return tallied(_outcomes(plan, todo, refused, tools, task, cluster), todo, tools)
+
+
+def _outcomes(
+    plan: Plan,
+    todo: Sequence[Shot],
+    refused: dict[int, WancliError],
+    tools: Tools,
+    task: Task,
+    cluster: Cluster,
+) -> Iterator[Outcome]:
+    left = {shot.index for shot in todo}
+    for shot in plan.shots:
+        if shot.index in refused:
+            yield Outcome(shot, "failed", error=refused[shot.index])
+        elif shot.index not in left:
+            yield Outcome(shot, "already done", manifest.read(shot.manifest))
+    models = dict.fromkeys(shot.model for shot in todo)
+    waves = [
+        [shot for group in wave for shot in group]
+        for model in models
+        for wave in lockstep.waves([shot for shot in todo if shot.model == model])
+    ]
+    if waves:
+        with redirect_stdout(_Stdout()):
+            ray = _connected(cluster)
+            try:
+                yield from _spread(ray, waves, tools, task, cluster)
+            finally:
+                ray.shutdown()  # and with it all workers
+
+
+class _Stdout(io.TextIOBase):
+    """What this thread prints is a result. Threads of Ray print what they think of the cluster: to stderr."""
+
+    def __init__(self) -> None:
+        self._out, self._mine = sys.stdout, threading.current_thread()
+
+    def write(self, text: str) -> int:
+        return (self._out if threading.current_thread() is self._mine else sys.stderr).write(text)
+
+    def flush(self) -> None:
+        self._out.flush()
+
+
+def _connected(cluster: Cluster) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise MachineError(
+            "--engine ray needs Ray, which is not installed", hint="pip install 'wancli[ray]'"
+        ) from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a farm reports to nobody
+    heard = signal.getsignal(signal.SIGTERM)  # ray.init puts a handler of its own there
+    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    try:
+        if cluster.address is None:
+            ray.init("local", include_dashboard=False, **quiet)
+        else:
+            ray.init(cluster.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        hint = (
+            "`ray status` shows the cluster of this machine; all of it needs one version of Ray and Python."
+        )
+        where = f"--address {cluster.address}" if cluster.address else "--engine ray"
+        raise MachineError(f"no Ray cluster: {error}", where=where, hint=hint) from error
+    signal.signal(signal.SIGTERM, heard)
+    return ray
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A worker, and the model that it holds."""
+
+    number: int
+    actor: Any
+    model: Model | None = None
+
+
+def _spread(
+    ray: Any, waves: list[list[Shot]], tools: Tools, task: Task, cluster: Cluster
+) -> Iterator[Outcome]:
+    """Sends waves to workers until all are done, or an end is asked for; workers save their states then."""
+    idle = _hired(ray, waves, task, cluster)
+    count = len(idle)
+    busy: dict[Any, tuple[_Seat, list[Shot]]] = {}
+    ending: WancliError | None = None
+    while busy or (waves and not (ending or tools.stop.asked)):
+        while idle and waves and not (ending or tools.stop.asked):
+            seat, wave = _match(idle, waves)
+            tools.progress.note(f"{_title(wave)}: to worker {seat.number} of {count}")
+            busy[seat.actor.render.remote([[shot.index, shot.key] for shot in wave])] = seat, wave
+        for done in ray.wait(list(busy), timeout=_PAUSE)[0]:
+            seat, wave = busy.pop(done)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayActorError:
+                tools.progress.warn(f"worker {seat.number} died for good; {_title(wave)} goes to another")
+                waves.insert(0, wave)
+                continue
+            idle.append(seat)
+            yield from _told(wave, result["outcomes"])
+            ending = ending or (_error(result["raised"]) if result["raised"] else None)
+        if not (idle or busy):
+            raise MachineError(
+                f"all {count} workers died",
+                where="--engine ray",
+                hint="The logs of Ray say why; too little memory is most likely. The same command goes on.",
+            )
+        if ending or tools.stop.asked:
+            for seat, _ in busy.values():  # more than once: one may just have been started again
+                seat.actor.stop.remote(tools.stop.reason or "SIGTERM")
+    if ending:
+        raise ending
+
+
+def _hired(ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Cluster) -> list[_Seat]:
+    """A worker per GPU, or per so many cores, and no more than there are waves."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(shot.model.device == "cuda" for wave in waves for shot in wave):
+        each = {"num_gpus": 1, "num_cpus": 1}
+        fit = sum(int(machine.get("GPU", 0)) for machine in machines)
+        lacking = "no GPU"
+    else:
+        cores = [int(machine.get("CPU", 0)) for machine in machines]
+        each = {"num_cpus": cluster.cpus_per_worker or min(filter(None, cores), default=1)}
+        fit = sum(have // each["num_cpus"] for have in cores)
+        lacking = f"no machine with {each['num_cpus']} cores"
+    if not fit:
+        raise MachineError(f"the cluster has {lacking}", where="--engine ray")
+    actor = ray.remote(max_restarts=_RESTARTS, max_task_retries=_TASK_RETRIES, max_concurrency=2, **each)(
+        Worker
+    )  # two calls at a time: `render`, and `stop` meanwhile
+    return [_Seat(number, actor.remote(asdict(task))) for number in range(1, min(fit, len(waves)) + 1)]
+
+
+def _match(idle: list[_Seat], waves: list[list[Shot]]) -> tuple[_Seat, list[Shot]]:
+    """The first wave whose model an idle worker has, else the first wave and one that has none yet."""
+    for wave in waves:
+        for seat in idle:
+            if seat.model == wave[0].model:
+                break
+        else:
+            continue
+        break
+    else:
+        wave, seat = waves[0], next((seat for seat in idle if seat.model is None), idle[0])
+    waves.remove(wave)
+    idle.remove(seat)
+    seat.model = wave[0].model
+    return seat, wave
+
+
+def _title(wave: Sequence[Shot]) -> str:
+    first, last = wave[0].id, wave[-1].id
+    return f"shot {first}" if len(wave) == 1 else f"{len(wave)} shots, {first} to {last}"
+
+
+def _told(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
+    by_index = {shot.index: shot for shot in wave}
+    for one in outcomes:
+        shot, error = by_index[one["index"]], _error(one["error"]) if one["error"] else None
+        made = one["status"] in ("rendered", "already done")
+        record = manifest.read(shot.manifest) if made else None
+        yield Outcome(shot, one["status"], record, error, one["stack"])
+
+
+def _error(said: Record) -> WancliError:
+    """An error as its class and words came over the wire."""
+    kinds, found = [WancliError], WancliError
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found = kind if kind.code == said["code"] else found
+    return found(said["message"], where=said["where"], hint=said["hint"])
+
+
+# ---- the worker ----
+
+
+class Worker:
+    """What Ray runs in a process of its own, and again if that dies. Takes and gives plain data."""
+
+    def __init__(self, task: Record) -> None:
+        from wancli.loaded import Kept
+
+        self._task = Task(**task)
+        self._stop = Stop()
+        self._kept = Kept()
+        self._plan: Plan | None = None
+
+    def stop(self, reason: Any) -> None:
+        """Ends what is under way after the next step, with all states on disk."""
+        self._stop.reason = reason
+
+    def render(self, wanted: list[Any]) -> Record:
+        """What became of these shots, by [index, key], and the error that ended it, if one did."""
+        found: list[Record] = []
+        raised: WancliError | None = None
+        try:
+            for outcome in self._rendered(dict(wanted)):
+                error = _plain(outcome.error) if outcome.error else None
+                found.append(
+                    {
+                        "index": outcome.shot.index,
+                        "status": outcome.status,
+                        "error": error,
+                        "stack": outcome.stack,
+                    }
+                )
+        except Stopped:
+            pass  # the driver knows why; or others are at the rest, as the outcomes say
+        except WancliError as error:
+            raised = error
+        return {"outcomes": found, "raised": _plain(raised) if raised else None}
+
+    def _rendered(self, wanted: dict[int, str]) -> Iterator[Outcome]:
+        from wancli.events import Progress
+        from wancli.farm.claims import Claims
+        from wancli.policy import Policy
+        from wancli.store import Store
+        from wancli.tools import Tools
+
+        task = self._task
+        self._plan = self._plan or _planned(task)
+        shots = tuple(shot for shot in self._plan.shots if shot.index in wanted)
+        if {shot.index: shot.key for shot in shots} != wanted:
+            raise MachineError(
+                f"{socket.gethostname()} would render other pixels than the machine that asks it",
+                where=task.job,
+                hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
+            )
+        store = Store(Path(task.cache) / "embeddings")
+        with Claims(waits=task.waits) as claims:
+            tools = Tools(
+                store, Progress(), task.force, self._stop, Policy(retries=task.retries), claims, self._kept
+            )
+            yield from render_here(replace(self._plan, shots=shots, others=()), tools)
+
+
+def _planned(task: Task) -> Plan:
+    from wancli import plan
+    from wancli.flags import Flags
+    from wancli.jobfile import load
+
+    try:
+        os.chdir(task.folder)
+    except OSError as error:
+        raise MachineError(
+            f"{socket.gethostname()} does not see it: {error.strerror}",
+            where=task.folder,
+            hint="All machines of the cluster need the folders of the job, the model and the output.",
+        ) from error
+    flags = Flags(task.sets, task.sweeps, task.items, task.shard)
+    return plan.plan(load(Path(task.job), flags), Path(task.cache) / "hashes.json", measure=task.measure)
+
+
+def _plain(error: WancliError) -> Record:
+    return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}

@@ -11,15 +11,18 @@ import shlex
 import sys
 import tempfile
 import traceback
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, cache, prompts, render
-from wancli.commands.common import complain
+from wancli.commands import artifacts, cache, farm, prompts, render
+from wancli.commands.common import Invocation, complain
 from wancli.errors import ExitStatus, Stopped, WancliError
 from wancli.events import printable
+
+if TYPE_CHECKING:
+    from wancli.loaded import Kept
 
 app = typer.Typer(
     name="wancli",
@@ -37,6 +40,7 @@ app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
+app.command("serve")(farm.serve)
 app.add_typer(cache.app, name="cache")
 
 
@@ -53,10 +57,13 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str]) -> int:
-    """Runs one command line and returns its exit code; the only place where errors become codes."""
+def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
+    """Runs one command line and returns its exit code; the only place where errors become codes.
+
+    `kept` and `began`: of a process that runs several, networks and when this one began."""
     try:
-        code = int(app(arguments, prog_name="wancli", standalone_mode=False) or 0)
+        invocation = Invocation(arguments, kept, began)
+        code = int(app(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
     except WancliError as error:
         complain(error)
         if isinstance(error, Stopped):

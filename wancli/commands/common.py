@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,18 @@ from wancli.events import printable
 if TYPE_CHECKING:
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
+    from wancli.loaded import Kept
     from wancli.shot import Plan
     from wancli.store import Store
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command line; where a process runs several, the networks it keeps and when this one began."""
+
+    arguments: list[str]
+    kept: Kept | None = None
+    began: float | None = None
 
 
 def complain(error: WancliError, prefix: str = "") -> None:

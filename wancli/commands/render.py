@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands.common import complain, emit, flags_of, hush, job_of, plan_of, rates_of, store_of
+from wancli.commands.common import (
+    Invocation,
+    cache_of,
+    complain,
+    emit,
+    flags_of,
+    hush,
+    job_of,
+    plan_of,
+    rates_of,
+    store_of,
+)
 from wancli.commands.options import (
     CacheDir,
     Force,
@@ -23,6 +34,7 @@ from wancli.commands.options import (
     SaveEvery,
     Sets,
     Shard,
+    Socket,
     Sweeps,
 )
 from wancli.errors import ExitStatus, JobError, Stopped, WancliError, stack
@@ -37,6 +49,7 @@ if TYPE_CHECKING:
 
 
 def render(
+    context: typer.Context,
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")
     ] = None,
@@ -55,6 +68,7 @@ def render(
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
+    socket: Socket = None,
     log_level: Level = LogLevel.basic,
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
@@ -64,6 +78,9 @@ def render(
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
+    invocation: Invocation = context.obj
+    if (code := _served(invocation, socket, quiet)) is not None:
+        return code
     from wancli import events, pipeline, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
@@ -81,7 +98,8 @@ def render(
     stopped: Stopped | None = None
     try:
         with signals.listening() as stop:
-            tools = Tools(store_of(cache_dir), display, force, stop)
+            store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
+            tools = Tools(store, display, force, stop, kept=kept, began=began)
             for outcome in _traced(pipeline.render(plan, tools), log_level):
                 outcomes.append(outcome)
                 if outcome.error:
@@ -146,6 +164,15 @@ def plan_command(
         if data.state(shot) != "done":
             choose.require(shot, encoded=all(text["cached"] for text in data.cached([shot], store)))
     return ExitStatus.OK
+
+
+def _served(invocation: Invocation, socket: str | None, quiet: bool) -> int | None:
+    """The exit code, where a server at the socket rendered; None where this process is to."""
+    if socket is None or invocation.kept is not None:
+        return None
+    from wancli.farm import client
+
+    return client.render(invocation.arguments, socket, cache_of(None), quiet=quiet)
 
 
 def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.events import printable
@@ -88,7 +88,7 @@ class _Render:
             "arguments": list(arguments),
             "folder": str(Path.cwd()),
             "environment": dict(os.environ),
-            "encodings": [stream.encoding for stream in (sys.stdout, sys.stderr)],
+            "written": [_how_written(stream) for stream in (sys.stdout, sys.stderr)],
             "umask": _umask(),
             "began": _began(),
             "identity": meeting.identity(),
@@ -132,6 +132,12 @@ def _standard_streams() -> Iterator[list[int]]:
     """stdin, stdout and stderr; in the place of one that is closed, nothing."""
     with Path(os.devnull).open("r+b") as nothing:
         yield [fd if _is_open(fd) else nothing.fileno() for fd in range(3)]
+
+
+def _how_written(stream: TextIO) -> dict[str, Any]:
+    """As its reader and the user's environment have it."""
+    direct = bool(getattr(stream, "write_through", False))  # PYTHONUNBUFFERED
+    return {"encoding": stream.encoding, "write_through": direct}
 
 
 def _is_open(fd: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,8 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
         _set_environment({**request["environment"], **fixed})
         for fd, stream in enumerate(streams):
             os.dup2(stream, fd)
-        out, err = request["encodings"]
-        sys.stdin, sys.stdout, sys.stderr = _reader(), _writer(1, out), _writer(2, err)
+        out, err = request["written"]
+        sys.stdin, sys.stdout, sys.stderr = _reader(), _writer(1, **out), _writer(2, **err)
         yield
         for written in (sys.stdout, sys.stderr):
             try:
@@ -44,12 +45,15 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
 
 
 def _reader() -> TextIO:
-    return open(0, closefd=False)
+    return open(0, closefd=False)  # noqa: SIM115 - a descriptor, for the time of one request
 
 
-def _writer(fd: int, encoding: str) -> TextIO:
-    lines = 1 if fd == 2 or os.isatty(fd) else -1  # as Python itself has them
-    return open(fd, "w", buffering=lines, encoding=encoding, errors="backslashreplace", closefd=False)
+def _writer(fd: int, *, encoding: str | None, write_through: bool) -> TextIO:
+    lines = fd == 2 or os.isatty(fd)  # as Python itself has them
+    raw = open(fd, "wb", buffering=0 if write_through else -1, closefd=False)  # noqa: SIM115 - a descriptor, for the time of one request
+    return io.TextIOWrapper(
+        raw, encoding, errors="backslashreplace", line_buffering=lines, write_through=write_through
+    )
 
 
 def _set_environment(wanted: dict[str, str]) -> None:

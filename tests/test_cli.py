@@ -67,7 +67,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version",
         "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every --force --json"
-        " --cache-dir --log-level --progress -q/--quiet",
+        " --cache-dir --socket --log-level --progress -q/--quiet",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
         "wancli schema",
         "wancli encode JOB|PROMPT... --cache/--no-cache --out --model --max-tokens --truncate --set --sweep"
@@ -77,6 +77,10 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         " -q/--quiet",
         "wancli compare VIDEO... -o/--output",
         "wancli inspect FILE-OR-FOLDER --deep --json",
+        "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --cache-dir",
+        "wancli export",
+        "wancli export slurm JOB --shards --gpus --time --cpus --mem --margin",
+        "wancli export openjd JOB --gpus --at-once --items",
         "wancli cache",
         "wancli cache ls --json --cache-dir",
         "wancli cache verify --json --cache-dir",

@@ -41,6 +41,7 @@ app.command("diff")(prompts.diff_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
 app.command("serve")(farm.serve)
+app.add_typer(farm.export, name="export")
 app.add_typer(cache.app, name="cache")
 
 

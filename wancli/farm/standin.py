@@ -45,7 +45,7 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
 
 
 def _reader() -> TextIO:
-    return open(0, closefd=False)  # noqa: SIM115 - a descriptor, for the time of one request
+    return open(0, closefd=False)
 
 
 def _writer(fd: int, *, encoding: str | None, write_through: bool) -> TextIO:

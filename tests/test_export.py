@@ -1,4 +1,4 @@
-"""What is written for schedulers is run: the Slurm script with a scheduler's part played, OpenJD by its own runner."""
+"""What is written for schedulers is run: the Slurm script as Slurm would, OpenJD by its own runner."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
         (["slurm", "JOB", "--set", "framez=5"], "framez"),
         (["slurm", "-"], "JOB: must be a file, which the tasks read"),
         (["openjd", "JOB", "--items", "4"], "--items: 4 is past the last shot (3)"),
-        (["openjd", "JOB", "--set", "prompt={{x}}"], "'prompt={{x}}' holds {{, which OpenJD replaces"),
+        (["openjd", "JOB", "--cache-dir", "{{x}}"], "'{{x}}' holds {{, which OpenJD replaces"),
     ],
 )
 def test_what_would_fail_on_the_farm_fails_here(

@@ -67,7 +67,8 @@ def template(
         "extensions": ["TASK_CHUNKING"],
         "name": re.sub(r"\{\{|[^\x20-\x7e]", "-", name)[:64],
         "parameterDefinitions": [
-            {"name": "JobFile", "type": "PATH", "objectType": "FILE", "dataFlow": "IN", "default": str(job)},
+            # Not a PATH, whose default starts in the folder of the template, wherever that will be.
+            {"name": "JobFile", "type": "STRING", "default": str(job)},
             {"name": "Items", "type": "STRING", "default": items},
         ],
         "steps": [step],

@@ -68,7 +68,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli --version --install-completion --show-completion",
         "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every --fail-fast"
         " --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
-        " --json-stream --cache-dir --log-level --progress -q/--quiet",
+        " --json-stream --cache-dir --socket --log-level --progress -q/--quiet",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
         "wancli status JOB --set --sweep --items --shard --json --cache-dir",
         "wancli check DIR|JOB --deep --set --sweep --items --shard --json --cache-dir",
@@ -80,7 +80,10 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         " -q/--quiet",
         "wancli compare VIDEO... -o/--output --json",
         "wancli inspect FILE-OR-FOLDER --deep --json",
-        "wancli errors --json",
+        "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --cache-dir",
+        "wancli export",
+        "wancli export slurm JOB --shards --gpus --time --cpus --mem --margin",
+        "wancli export openjd JOB --gpus --at-once --items",
         "wancli cache",
         "wancli cache ls --json --cache-dir",
         "wancli cache verify --json --cache-dir",

@@ -11,15 +11,18 @@ import shlex
 import sys
 import tempfile
 import traceback
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, batch, cache, prompts, render
-from wancli.commands.common import complain
+from wancli.commands import artifacts, batch, cache, farm, plan, prompts, render
+from wancli.commands.common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
 from wancli.events import printable
+
+if TYPE_CHECKING:
+    from wancli.loaded import Kept
 
 app = typer.Typer(
     name="wancli",
@@ -29,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("render")(render.render)
-app.command("plan")(render.plan_command)
+app.command("plan")(plan.plan_command)
 app.command("status")(batch.status_command)
 app.command("check")(batch.check_command)
 app.command("schema")(artifacts.schema_command)
@@ -39,6 +42,8 @@ app.command("diff")(prompts.diff_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
 app.command("errors")(artifacts.errors_command)
+app.command("serve")(farm.serve)
+app.add_typer(farm.export, name="export")
 app.add_typer(cache.app, name="cache")
 
 
@@ -55,10 +60,13 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: list[str]) -> int:
-    """Runs one command line and returns its exit code; the only place where errors become codes."""
+def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
+    """Runs one command line and returns its exit code; the only place where errors become codes.
+
+    `kept` and `began`: of a process that runs several, networks and when this one began."""
     try:
-        code = int(app(arguments, prog_name="wancli", standalone_mode=False) or 0)
+        invocation = Invocation(arguments, kept, began)
+        code = int(app(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
     except WancliError as error:
         complain(error)
         if isinstance(error, Stopped):

@@ -19,10 +19,10 @@ def parse_size(text: str, where: str) -> int:
 
 def parse_duration(text: str, where: str) -> float:
     """`30s`, `2.5 min`, `1h`: seconds. Raises JobError, at `where`."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)", text)
     if not match:
         raise JobError(f"{text!r} is no time; write 30s, 5min or 1h", where=where)
-    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
 
 
 def size(count: float) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +20,18 @@ if TYPE_CHECKING:
     from wancli.events import Mode, Progress
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
+    from wancli.loaded import Kept
     from wancli.shot import Plan
     from wancli.store import Store
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command line; where a process runs several, the networks it keeps and when this one began."""
+
+    arguments: list[str]
+    kept: Kept | None = None
+    began: float | None = None
 
 
 def complain(error: WancliError, prefix: str = "") -> None:

@@ -135,3 +135,12 @@ ModelDir = Annotated[
         "--model", metavar="DIR", help="The checkpoint: a folder, a file, or a name. Default: wan-mini."
     ),
 ]
+Socket = Annotated[
+    str | None,
+    typer.Option(
+        "--socket",
+        metavar="auto|PATH",
+        envvar="WANCLI_SOCKET",
+        help="Let `wancli serve` render, there; auto: if one serves at the user's own place.",
+    ),
+]

@@ -1,4 +1,4 @@
-"""`wancli render` and `wancli plan`."""
+"""`wancli render`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wancli.commands.common import (
+    Invocation,
     again,
     cache_of,
     complain,
     display_of,
-    emit,
     flags_of,
     hush,
     job_of,
@@ -34,7 +34,6 @@ from wancli.commands.options import (
     FailFast,
     Force,
     Items,
-    JobArgument,
     Json,
     JsonStream,
     Level,
@@ -48,17 +47,20 @@ from wancli.commands.options import (
     SaveEvery,
     Sets,
     Shard,
+    Socket,
     Sweeps,
 )
-from wancli.errors import ExitStatus, JobError, Stopped, UsageError, WancliError, stack
-from wancli.events import printable
+from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from wancli.farm.ray import Cluster
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.pipeline import Outcome
+    from wancli.rates import Rate
+    from wancli.shot import Plan
     from wancli.tools import Tools
 
 
@@ -90,6 +92,7 @@ def render(
     as_json: Json = False,
     json_stream: JsonStream = False,
     cache_dir: CacheDir = None,
+    socket: Socket = None,
     log_level: Level = LogLevel.basic,
     progress: RenderProgressing = RenderProgress.auto,
     quiet: Quiet = False,
@@ -100,18 +103,20 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     A shot that fails does not keep the others from being rendered.
     """
+    invocation: Invocation = context.obj
+    if (code := _served(invocation, socket, quiet)) is not None:
+        return code
     from wancli import pipeline, policy, rates, signals
     from wancli.farm.claims import Claims
-    from wancli.report import data, terminal
+    from wancli.report import data
     from wancli.tools import Tools
 
     hush(quiet)
     display = context.with_resource(display_of(progress.value, quiet, json_stream, "render"))
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
+    cluster = _cluster(engine, address, cpus_per_worker)
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
-    if engine is not Engine.ray and (address or cpus_per_worker):
-        raise JobError("--address and --cpus-per-worker are of --engine ray")
     failing = policy.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
@@ -124,14 +129,13 @@ def render(
     stopped: Stopped | None = None
     try:
         with signals.listening() as stop, Claims(waits=not no_wait) as claims:
-            tools = Tools(store_of(cache_dir), display, force, stop, failing, claims)
-            rendered = pipeline.render(plan, tools)
-            if engine is Engine.ray:
-                from wancli.farm import ray
-
-                task = ray.Task(**_task(tools, job, flags, cache_dir, measuring))
-                rendered = ray.render(plan, tools, task, ray.Cluster(address, cpus_per_worker))
-            for outcome in _traced(rendered, log_level):
+            store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
+            tools = Tools(store, display, force, stop, failing, claims, kept, began)
+            if engine is Engine.local:
+                work = pipeline.render(plan, tools)
+            else:
+                work = _by_ray(plan, tools, _task(tools, job, flags, cache_dir, measuring), cluster)
+            for outcome in _traced(work, log_level):
                 outcomes.append(outcome)
                 display.came_to(outcome)
                 _tell(outcome, paths=not (as_json or json_stream))
@@ -142,24 +146,61 @@ def render(
             with suppress(WancliError):  # the first error is the one to tell
                 data.write(plan, data.build(plan, outcomes))
         raise
-    fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
-    rates.remember(rates_of(cache_dir), rates.learned(fresh))
-    report = data.build(plan, outcomes, known)
-    path = data.write(plan, report)
+    report, path = _report(plan, outcomes, rates_of(cache_dir), known)
     if as_json:
         result(json.dumps(report, indent=2))
     if not quiet:
-        shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=measuring)
-        terminal.show(shown, stderr=True)
-    failed = [outcome for outcome in outcomes if outcome.error]
-    if failed and not quiet:
-        rerun = again(context, terminal.ranges([outcome.shot.index for outcome in failed]))
-        terminal.show(terminal.failures(report, rerun), stderr=True)
-    status = policy.exit_status(outcome.error for outcome in failed if outcome.error)
+        _summarize(context, report, path, outcomes, log_level)
+    status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
     display.ended(status, path)
     if stopped:
         raise stopped
     return status
+
+
+def _report(
+    plan: Plan, outcomes: Sequence[Outcome], rates_file: Path, known: Sequence[Rate]
+) -> tuple[dict[str, Any], Path]:
+    """What the batch did, as data and as the file it is in; what it learned about time is kept."""
+    from wancli import rates
+    from wancli.report import data
+
+    fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
+    rates.remember(rates_file, rates.learned(fresh))
+    report = data.build(plan, outcomes, known)
+    return report, data.write(plan, report)
+
+
+def _summarize(
+    context: typer.Context,
+    report: dict[str, Any],
+    path: Path,
+    outcomes: Sequence[Outcome],
+    log_level: LogLevel,
+) -> None:
+    """The report for people, and how to try again what failed."""
+    from wancli.report import terminal
+
+    effects = log_level in (LogLevel.verbose, LogLevel.trace)
+    shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=effects)
+    terminal.show(shown, stderr=True)
+    if failed := [outcome.shot.index for outcome in outcomes if outcome.error]:
+        terminal.show(terminal.failures(report, again(context, terminal.ranges(failed))), stderr=True)
+
+
+def _cluster(engine: Engine, address: str | None, cpus_per_worker: int | None) -> Cluster:
+    """Where --engine ray finds its workers."""
+    from wancli.farm.ray import Cluster
+
+    if engine is not Engine.ray and (address or cpus_per_worker):
+        raise UsageError("--address and --cpus-per-worker are of --engine ray")
+    return Cluster(address, cpus_per_worker)
+
+
+def _by_ray(plan: Plan, tools: Tools, task: dict[str, Any], cluster: Cluster) -> Iterator[Outcome]:
+    from wancli.farm import ray
+
+    return ray.render(plan, tools, ray.Task(**task), cluster)
 
 
 def _task(
@@ -189,43 +230,13 @@ def _tell(outcome: Outcome, *, paths: bool) -> None:
         result(str(outcome.shot.output))
 
 
-def plan_command(
-    job: JobArgument,
-    verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
-    ] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Plan for this much, 24GiB; also show what other settings need."),
-    ] = None,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
-    as_json: Json = False,
-    cache_dir: CacheDir = None,
-) -> int:
-    """Show what a render would do.
+def _served(invocation: Invocation, socket: str | None, quiet: bool) -> int | None:
+    """The exit code, where a server at the socket rendered; None where this process is to."""
+    if socket is None or invocation.kept is not None:
+        return None
+    from wancli.farm import client
 
-    Shots, noise levels, injection per block, prompts to encode, memory, time. Loads no model.
-    """
-    from wancli import choose, preflight, rates
-    from wancli.report import data, planned, terminal
-    from wancli.units import parse_size
-
-    budget = None if memory is None else parse_size(memory, "--memory")
-    plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
-    store, known = store_of(cache_dir), rates.read(rates_of(cache_dir))
-    if as_json:
-        emit(data.of_plan(plan, store, known))
-    else:
-        terminal.show(planned.plan_tables(plan, store, known, verbose=verbose, others=budget is not None))
-        for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
-            print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    for shot in plan.shots:
-        if data.state(shot) != "done":
-            choose.require(shot, encoded=all(text["cached"] for text in data.cached([shot], store)))
-    return ExitStatus.OK
+    return client.render(invocation.arguments, socket, cache_of(None), quiet=quiet)
 
 
 def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:

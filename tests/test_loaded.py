@@ -1,0 +1,151 @@
+"""Networks that stay in memory between renders: the same bytes, loaded once, never those of another job."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
+from safetensors.torch import load_file, save_file
+
+from wancli import choose, encode, jobfile, machine, pipeline, plan
+from wancli.events import Progress
+from wancli.flags import NO_FLAGS
+from wancli.loaded import Kept
+from wancli.models.dit import WanModel
+from wancli.store import Store
+from wancli.tools import Tools
+from wancli.weights import networks
+
+Render = Callable[..., list[str]]
+
+
+@pytest.fixture
+def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
+    """Renders the tiny job in a folder of its own, with or without networks that were kept."""
+
+    def render(name: str, kept: Kept | None, **changes: Any) -> list[str]:
+        job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
+        planned = plan.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+        tools = Tools(Store(warm / "embeddings"), Progress(), kept=kept)
+        return [outcome.status for outcome in pipeline.render(planned, tools)]
+
+    return render
+
+
+@pytest.fixture
+def style(tmp_path: Path, shallow: Path) -> Path:
+    """A LoRA that is strong enough to be seen."""
+    weights, name = load_file(shallow / TRANSFORMER), "blocks.1.self_attn.q"
+    width = weights[f"{name}.weight"].shape[0]
+    factors = {"lora_A": torch.full((2, width), 0.3), "lora_B": torch.full((width, 2), 0.3)}
+    path = tmp_path / "style.safetensors"
+    save_file({f"diffusion_model.{name}.{part}.weight": tensor for part, tensor in factors.items()}, path)
+    return path
+
+
+def video(tmp_path: Path, name: str) -> bytes:
+    return (tmp_path / name / "out" / "clip.mp4").read_bytes()
+
+
+def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
+    rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    changes = {"seed": 3, "inject": [rule(blocks="late")]}
+    assert rendered("alone", None, **changes) == ["rendered"]
+    assert rendered("first", kept) == ["rendered"]
+    poison(monkeypatch, (networks, "load_transformer"), (networks, "load_vae"), (encode, "load_encoder"))
+    assert rendered("second", kept, **changes) == ["rendered"]
+    assert video(tmp_path, "second") == video(tmp_path, "alone") != video(tmp_path, "first")
+    loads = [
+        phase["seconds"] for phase in manifest_of(tmp_path / "second")["phases"] if phase["name"] == "load"
+    ]
+    assert loads == [0.0]
+
+
+def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path: Path, style: Path) -> None:
+    kept = Kept()
+    loras = [{"path": str(style), "strength": 3.0}]
+    assert rendered("plain", None) == rendered("styled", None, loras=loras) == ["rendered"]
+    for name, changes in {"1": {}, "2": {"loras": loras}, "3": {}, "4": {"loras": loras}}.items():
+        assert rendered(name, kept, **changes) == ["rendered"]
+    assert video(tmp_path, "1") == video(tmp_path, "3") == video(tmp_path, "plain")
+    assert video(tmp_path, "2") == video(tmp_path, "4") == video(tmp_path, "styled")
+    assert video(tmp_path, "plain") != video(tmp_path, "styled")
+
+
+def test_another_model_takes_the_place_of_the_one_that_was_kept(
+    rendered: Render, tmp_path: Path, tiny: Path
+) -> None:
+    kept = Kept()
+    assert rendered("first", kept) == ["rendered"]
+    planned = plan.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), tmp_path / "hashes.json")
+    here = kept.networks(planned.shots[0].model, lazily=True)
+    network = weakref.ref(here.transformer("only"))
+    del here
+    assert rendered("other", kept, model=str(tiny)) == ["rendered"]
+    gc.collect()
+    assert network() is None
+    assert rendered("alone", None, model=str(tiny)) == ["rendered"]
+    assert video(tmp_path, "other") == video(tmp_path, "alone")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them(
+    rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    kept = Kept()
+    assert rendered("first", kept) == ["rendered"]
+    loaded: list[object] = []
+    real = networks.load_transformer
+    monkeypatch.setattr(networks, "load_transformer", lambda *a: loaded.append(a) or real(*a))
+    monkeypatch.setattr(choose, "beside", lambda _: fits)
+    assert rendered("second", kept, prompt=f"{CAT} Nobody asked for this, {fits}.") == ["rendered"]
+    assert len(loaded) == (0 if fits else 1)
+    assert rendered("third", kept, seed=9) == ["rendered"]  # all its prompts are in the cache
+    assert len(loaded) == (0 if fits else 1)
+    assert "clip.mp4" in files_in(tmp_path / "third")
+
+
+def test_what_is_kept_does_not_count_as_taken_by_others(
+    rendered: Render, tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is what is free and what the process has: a model is never refused for being loaded."""
+    assert rendered("first", Kept()) == ["rendered"]
+    planned = plan.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), warm / "hashes.json")
+    shot = planned.shots[0]
+    monkeypatch.setattr(machine, "available", lambda: 0)
+    monkeypatch.setattr(machine, "taken", lambda: shot.peak)
+    choose.require(shot)
+    encoded, _, decode = shot.phases
+    together = choose.footprint.process(shot.model) + encoded.total + decode.model
+    for limit, expected in ((together, True), (together - 1, False)):
+        monkeypatch.setattr(machine, "taken", lambda limit=limit: limit)
+        assert choose.beside(shot) == expected
+
+
+def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(
+    tmp_path: Path, shallow: Path, warm: Path
+) -> None:
+    job = written(tmp_path, tiny_job(model=shallow))
+    planned = plan.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+    began = time.time() + 1000
+    list(pipeline.render(planned, Tools(Store(warm / "embeddings"), Progress(), began=began)))
+    assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900
+
+
+def test_networks_that_are_forgotten_are_loaded_anew(rendered: Render, tmp_path: Path) -> None:
+    kept = Kept()
+    assert rendered("first", kept) == ["rendered"]
+    kept.forget()
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is WanModel]
+    assert rendered("second", kept) == ["rendered"]
+    assert video(tmp_path, "first") == video(tmp_path, "second")

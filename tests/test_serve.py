@@ -1,0 +1,487 @@
+"""A resident worker: what it renders for others has the bytes, the codes and the words of a render alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, tiny_job, written
+
+from wancli.errors import JobError, MachineError
+from wancli.farm import meeting
+from wancli.farm.serve import Server
+from wancli.loaded import Kept
+from wancli.manifest import read
+
+WANCLI = [sys.executable, "-c", "from wancli.cli import main; main()"]
+LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped on its way
+Done = subprocess.CompletedProcess[str]
+
+
+def wancli(*arguments: object, **options: Any) -> Done:
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True} | options
+    return subprocess.run([*WANCLI, *map(str, arguments)], text=True, timeout=120, **options)
+
+
+def begin(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    program = [*WANCLI, *map(str, arguments)]
+    return subprocess.Popen(
+        program,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def on_its_way(folder: Path) -> None:
+    """Waits until a step of the shot there is on disk."""
+    until = time.monotonic() + 60
+    while "clip.state.safetensors" not in files_in(folder):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def busy(path: Path) -> Iterator[None]:
+    """The server there does not answer while the block runs."""
+    pid = _pid(path)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _pid(path: Path) -> int:
+    connection = meeting.connect(path)
+    assert connection
+    with connection:
+        return meeting.peer(connection)[0]
+
+
+def ended(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=60)
+    return Done(process.args, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def serving(path: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+    with begin("serve", "--socket", path, *options) as server:
+        assert server.stderr
+        assert re.match(f"wancli serve: at {path}, process {server.pid}\n", server.stderr.readline())
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Iterator[Path]:
+    """A server for all tests that leave it alive, after a render, so that the cache knows the prompts."""
+    folder = tmp_path_factory.mktemp("there")
+    job, environment = written(folder, tiny_job(shallow)), os.environ | {"WANCLI_CACHE": str(warm)}
+    with serving(folder / "s"):
+        assert wancli("render", job, "--socket", folder / "s", env=environment).returncode == 0
+        yield folder / "s"
+
+
+@pytest.fixture
+def job(tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes the tiny job with some changes, for a cache that knows its prompts."""
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+    monkeypatch.delenv("WANCLI_SOCKET", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+
+    def write(name: str = ".", **changes: Any) -> Path:
+        return written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
+
+    return write
+
+
+def video(folder: Path) -> bytes:
+    return (folder / "out" / "clip.mp4").read_bytes()
+
+
+# ---- the same ----
+
+
+def words(text: str, folder: Path) -> str:
+    """What was said, without what two runs of one command may say differently."""
+    text = text.replace(str(folder), "FOLDER")
+    text = re.sub(r" +", " ", re.sub(r"\d+(\.\d+)? ?(s|[KMG]iB)\b|\d+:\d\d", "N", text))
+    return re.sub(r"N +|(?<=: )N|\? ", "", re.sub(r'"(rss|seconds|created|process|peak)[^,}]*', "", text))
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "arguments"),
+    [
+        (0, {}, ["job.yaml"]),
+        (0, {"items": [{"id": "clip"}, {"id": "two", "seed": 2}], "output": "out/{id}.mp4"}, ["job.yaml"]),
+        (0, {}, ["-"]),
+        (0, {}, ["../here/job.yaml", "--set", "seed=3", "-q"]),
+        (2, {"frames": 6}, ["job.yaml"]),
+        (2, {}, ["job.yaml", "--items", "7"]),
+        (2, {}, ["job.yaml", "--bogus"]),
+        (2, {}, ["missing.yaml"]),
+        (2, {"model": "there/is/none"}, ["job.yaml"]),
+        (3, {"output": "/proc/none/clip.mp4"}, ["job.yaml"]),
+        (5, {"memory": {"budget": "1MiB"}}, ["job.yaml"]),
+    ],
+)
+def test_results_words_and_exit_codes_are_those_of_a_render_alone(
+    there: Path, job: Callable[..., Path], tmp_path: Path, code: int, changes: dict[str, Any], arguments: Any
+) -> None:
+    said = {}
+    for name, options in {"alone": [], "served": ["--socket", there]}.items():
+        folder = tmp_path / name / "here"
+        path = job(f"{name}/here", **changes)
+        (folder / "out").mkdir()
+        with path.open() as stdin:
+            done = wancli("render", *arguments, "--progress", "none", *options, cwd=folder, stdin=stdin)
+        said[name] = (done.returncode, done.stdout.replace(str(folder), ""), words(done.stderr, folder))
+        said[name] += tuple(files_in(folder))
+    assert said["served"] == said["alone"]
+    assert said["alone"][0] == code, said
+    if code == 0:
+        assert video(tmp_path / "served/here") == video(tmp_path / "alone/here")
+
+
+def test_a_shot_that_fails_fails_there_too_and_the_next_one_is_sound(
+    there: Path, job: Callable[..., Path], tmp_path: Path, shallow: Path
+) -> None:
+    broken = shutil.copytree(shallow, tmp_path / "broken")
+
+    def poisoned(tensors: dict[str, Any]) -> None:
+        tensors["blocks.1.ffn.2.bias"][0] = float("nan")
+
+    change_tensors(broken / TRANSFORMER, poisoned)
+    done = wancli("render", job("bad", model=str(broken)), "-q", "--socket", there)
+    assert done.returncode == 1
+    assert "block 1" in done.stderr
+    assert wancli("render", job("good"), "-q", "--socket", there).returncode == 0
+    assert wancli("render", job("alone"), "-q").returncode == 0
+    assert video(tmp_path / "good") == video(tmp_path / "alone")
+
+
+def test_the_second_render_loads_nothing_and_its_json_is_one_document_on_stdout(
+    there: Path, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("1", "2"):
+        done = wancli("render", job(name), "-q", "--json", "--socket", there)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("{\n")
+    phases = manifest_of(tmp_path / "2")["phases"]
+    assert [phase["seconds"] for phase in phases if phase["name"] == "load"] == [0.0]
+    assert 0 < manifest_of(tmp_path / "2")["first_step_after"] < 60  # not the age of the server
+
+
+def test_the_environment_names_the_server_and_a_request_leaves_nothing_behind(
+    there: Path, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    elsewhere = os.environ | {"WANCLI_SOCKET": str(there), "WANCLI_CACHE": str(tmp_path / "cache")}
+    done = wancli("render", job("1"), "-q", env=elsewhere, umask=0o077)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cache" / "embeddings").exists()
+    assert (tmp_path / "1/out/clip.mp4").stat().st_mode & 0o777 == 0o600
+    known = set((tmp_path / "cache").rglob("*"))
+    done = wancli("render", job("2"), "-q", "--socket", there, umask=0o022)
+    assert (tmp_path / "2/out/clip.mp4").stat().st_mode & 0o777 == 0o644
+    assert set((tmp_path / "cache").rglob("*")) == known
+
+
+def test_a_client_imports_nothing_slow(there: Path, job: Callable[..., Path]) -> None:
+    program = (
+        "import sys\nfrom wancli.cli import run\ncode = run(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'yaml', 'psutil', 'rich'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)\n"
+    )
+    arguments = ["render", str(job()), "-q", "--socket", str(there)]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("options", "unbuffered"), [([], "1"), (["--json"], "1"), (["--json"], "")])
+def test_a_reader_that_went_away_ends_as_it_does_alone(
+    there: Path,
+    job: Callable[..., Path],
+    options: list[str],
+    unbuffered: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    codes = []
+    for name, more in {"alone": [], "served": ["--socket", there]}.items():
+        read, write = os.pipe()
+        os.close(read)
+        done = wancli(
+            "render", job(name), "-q", *options, *more, capture_output=False, stdout=write,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(write)
+        codes.append(done.returncode)
+    assert codes[0] == codes[1] != 0
+    assert wancli("render", job("next"), "-q", "--socket", there).returncode == 0
+
+
+# ---- one after the other ----
+
+
+def test_who_comes_second_waits_and_is_told(there: Path, job: Callable[..., Path], tmp_path: Path) -> None:
+    with busy(there), begin("render", job(), "--progress", "none", "--socket", there) as client:
+        assert client.stderr
+        assert client.stderr.readline() == f"wancli: waiting for the render that {there} is busy with\n"
+        assert files_in(tmp_path) == []
+        os.kill(_pid(there), signal.SIGCONT)
+        assert ended(client).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_who_waits_can_leave_and_nothing_was_begun(
+    there: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
+) -> None:
+    with busy(there), begin("render", job("1"), "--socket", there) as client:
+        assert client.stderr
+        assert "waiting" in client.stderr.readline()
+        client.send_signal(number)
+        left = ended(client)
+    assert (left.returncode, "nothing was begun" in left.stderr) == (code, True)
+    assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0
+    assert files_in(tmp_path / "1") == []
+
+
+# ---- signals and deaths ----
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_to_the_client_saves_and_the_same_command_goes_on(
+    there: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
+) -> None:
+    path = job("1", **LONG)
+    with begin("render", path, "-q", "--socket", there) as client:
+        on_its_way(tmp_path / "1")
+        client.send_signal(number)
+        stopped = ended(client)
+    assert stopped.returncode == code
+    assert f"go on: wancli render {path}" in stopped.stderr
+    assert "clip.state.safetensors" in files_in(tmp_path / "1")
+    assert wancli("render", path, "-q", "--socket", there).returncode == 0
+    assert wancli("render", job("2", **LONG), "-q").returncode == 0
+    assert video(tmp_path / "1") == video(tmp_path / "2")
+
+
+def test_a_client_that_is_killed_has_its_render_saved(
+    there: Path, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    with begin("render", job("1", **LONG), "-q", "--socket", there) as client:
+        on_its_way(tmp_path / "1")
+        client.kill()
+    assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0  # when the other is over
+    assert "clip.state.safetensors" in files_in(tmp_path / "1")
+    assert "clip.mp4" not in files_in(tmp_path / "1")
+
+
+def test_a_second_signal_ends_at_once_and_says_that_the_server_is_gone(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "private" / "s"
+    with serving(path) as server:
+        with begin("render", job(**LONG), "-q", "--socket", path) as client:
+            on_its_way(tmp_path)
+            server.send_signal(signal.SIGSTOP)  # so that both come before a step is over
+            client.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            client.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            server.send_signal(signal.SIGCONT)
+            done = ended(client)
+        codes = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # which of two pending ones is second is free
+        assert done.returncode == 130
+        assert server.wait(30) in codes
+        assert "a second signal, SIGINT" in done.stderr
+
+
+def test_a_server_that_dies_is_told_with_75_and_the_same_command_goes_on(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, work = tmp_path / "private" / "s", job("1", **LONG)
+    with serving(path) as server, begin("render", work, "-q", "--socket", path) as client:
+        on_its_way(tmp_path / "1")
+        server.kill()
+        done = ended(client)
+    assert done.returncode == 75
+    assert f"the server at {path} has died; what was saved is on disk" in done.stderr
+    assert "go on: wancli render" in done.stderr
+    with serving(path):  # what the dead one left is no hindrance
+        assert wancli("render", work, "-q", "--socket", path).returncode == 0
+    assert wancli("render", job("2", **LONG), "-q").returncode == 0
+    assert video(tmp_path / "1") == video(tmp_path / "2")
+
+
+def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "private" / "s"
+    with serving(path) as server:
+        with begin("render", job(**LONG), "-q", "--socket", path) as client:
+            on_its_way(tmp_path)
+            assert wancli("serve", "--stop", "--socket", path).returncode == 0
+            assert not path.exists()
+            done = ended(client)
+        assert server.wait(30) == 0
+    assert done.returncode == 75
+    assert "stopped by SIGTERM; 1 shot is saved on the way" in done.stderr
+    assert "clip.state.safetensors" in files_in(tmp_path)
+    nobody = wancli("serve", "--stop", "--socket", path)
+    assert (nobody.returncode, nobody.stderr) == (3, f"wancli: {path}: nobody serves there\n")
+
+
+# ---- who may talk ----
+
+
+def test_without_a_server_auto_renders_quietly_and_a_name_is_an_error(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = wancli("render", job("1"), "-q", "--socket", "auto")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = wancli("render", job("2"), "-q", "--socket", tmp_path / "none" / "s")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[0] == f"wancli: {tmp_path}/none/s: nobody serves there"
+    assert "--daemonize starts a server" in done.stderr
+    assert files_in(tmp_path / "2") == []
+
+
+def test_a_server_that_cannot_render_the_same_refuses(
+    there: Path, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = wancli("render", job(), "-q", "--socket", there, env=other)
+    assert done.returncode == 3
+    assert "refuses: OMP_NUM_THREADS is 1 at the server, 2 at the client" in done.stderr
+    assert files_in(tmp_path) == []
+
+
+def test_auto_says_that_it_renders_without_a_server_that_refuses(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    runtime = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    path = job()
+    assert wancli("serve", "--daemonize", "--wait-ready", env=runtime).returncode == 0
+    try:
+        done = wancli("render", path, "-q", "--socket", "auto", env=runtime | {"OMP_NUM_THREADS": "2"})
+        assert done.returncode == 0
+        assert done.stderr.count("\n") == 1
+        assert "2 at the client; rendering without it" in done.stderr
+    finally:
+        assert wancli("serve", "--stop", env=runtime).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["the version of wancli", "Python's folder", "wancli's code", "OMP_NUM_THREADS"]
+)
+def test_both_ends_must_be_the_same(name: str) -> None:
+    here = meeting.identity()
+    assert meeting.difference(here, here) is None
+    assert (
+        meeting.difference(here, here | {name: "x"})
+        == f"{name} is {here[name]} at the server, x at the client"
+    )
+    assert meeting.difference(here, {}) is not None
+
+
+def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    assert meeting.peer(there) == (os.getpid(), os.geteuid())
+    monkeypatch.setattr(meeting, "peer", lambda _: (1, os.geteuid() + 1))
+    with here, there:
+        Server(lambda *_: 1 // 0, Kept(), idle=None)._answer(here)
+        message = meeting.Lines(there).next()
+    assert message is not None
+    assert message["refused"].startswith(f"you are user {os.geteuid() + 1}")
+
+
+def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o755)
+    said = rf"{tmp_path}: not a private folder \(owner {os.geteuid()}, mode 0755\)"
+    with pytest.raises(MachineError, match=said):
+        meeting.connect(tmp_path / "s")
+    for command in (["serve"], ["render", job()]):
+        done = wancli(*command, "--socket", tmp_path / "s")
+        assert (done.returncode, "mode 0700" in done.stderr) == (3, True)
+    meeting.make_private(tmp_path / "new" / "one")
+    assert (tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    longest = Path("/", "x" * 106)
+    assert meeting.place(str(longest), tmp_path) == longest
+    with pytest.raises(JobError, match="a path of 108 bytes; a socket's has 107 at most"):
+        meeting.place(f"{longest}y", tmp_path)
+
+
+def test_auto_is_the_users_runtime_folder_or_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert meeting.place("auto", Path("/cache")) == tmp_path / "wancli" / "serve"
+    for value in (str(tmp_path / "gone"), ""):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+        assert meeting.place("auto", Path("/cache")) == Path("/cache/run") / os.uname().nodename
+
+
+# ---- its life ----
+
+
+def test_a_server_ends_when_nobody_asks(tmp_path: Path) -> None:
+    with serving(tmp_path / "private" / "s", "--idle", "0.2s") as server:
+        assert server.wait(30) == 0
+    assert [path.name for path in (tmp_path / "private").iterdir()] == ["s.lock"]
+
+
+def test_there_is_one_server_at_a_place(there: Path) -> None:
+    done = wancli("serve", "--socket", there)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"wancli: {there}: another server is there\n")
+
+
+def test_in_the_background_it_returns_when_the_model_is_loaded(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "private" / "s"
+    began = wancli("serve", job(), "--socket", path, "--daemonize", "--wait-ready")
+    assert (began.returncode, began.stdout, began.stderr) == (0, "", "")
+    try:
+        assert wancli("render", job(), "-q", "--socket", path).returncode == 0
+        body = read(tmp_path / "out" / "clip.manifest.json")
+        assert body is not None
+        assert [phase["seconds"] for phase in body["phases"] if phase["name"] == "load"] == [0.0]
+    finally:
+        assert wancli("serve", "--stop", "--socket", path).returncode == 0
+    log = path.with_name("s.log").read_text().splitlines()
+    assert log[0].startswith(f"wancli serve: at {path}, process ")
+    assert re.fullmatch(r"wancli serve: process \d+ in '.*': exit code 0 after \d+\.\d s", log[1])
+
+
+def test_a_background_that_does_not_come_to_be_says_why(job: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "private" / "s"
+    done = wancli("serve", job(frames=6), "--socket", path, "--daemonize", "--wait-ready")
+    assert done.returncode == 2
+    assert "frames" in done.stderr
+    done = wancli("serve", "--socket", path, "--wait-ready")
+    assert (done.returncode, "--daemonize" in done.stderr) == (2, True)

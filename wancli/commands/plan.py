@@ -1,0 +1,52 @@
+"""`wancli plan`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from wancli.commands.common import emit, flags_of, job_of, plan_of, rates_of, store_of
+from wancli.commands.options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
+from wancli.errors import ExitStatus
+from wancli.events import printable
+
+
+def plan_command(
+    job: JobArgument,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Plan for this much, 24GiB; also show what other settings need."),
+    ] = None,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Show what a render would do.
+
+    Shots, noise levels, injection per block, prompts to encode, memory, time. Loads no model.
+    """
+    from wancli import choose, preflight, rates
+    from wancli.report import data, planned, terminal
+    from wancli.units import parse_size
+
+    budget = None if memory is None else parse_size(memory, "--memory")
+    plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
+    store, known = store_of(cache_dir), rates.read(rates_of(cache_dir))
+    if as_json:
+        emit(data.of_plan(plan, store, known))
+    else:
+        terminal.show(planned.plan_tables(plan, store, known, verbose=verbose, others=budget is not None))
+        for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
+            print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
+    for shot in plan.shots:
+        if data.state(shot) != "done":
+            choose.require(shot, encoded=all(text["cached"] for text in data.cached([shot], store)))
+    return ExitStatus.OK

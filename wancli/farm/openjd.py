@@ -1,0 +1,76 @@
+"""`wancli export openjd`: a job template for Open Job Description, as AWS Deadline Cloud and others run it.
+
+A session starts one server, whose model all tasks of the session share, and ends it. A task is some shots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wancli.errors import JobError
+
+_SOCKET = "{{Session.WorkingDirectory}}/wancli/socket"
+_ENTER = """\
+set -euo pipefail
+"$1" serve "$2" --socket "$3" --idle 1h --daemonize --wait-ready
+echo "openjd_env: WANCLI_SOCKET=$3"
+"""
+
+
+def template(
+    wancli: str, job: Path, items: str, options: Sequence[str], *, name: str, gpus: int, at_once: int
+) -> str:
+    """The template as YAML; `options` are further ones of `wancli render`, `at_once` the shots of a task.
+
+    Raises JobError for an option that OpenJD would read as a format string."""
+    if odd := [word for word in (wancli, *options) if "{{" in word]:
+        raise JobError(f"{odd[0]!r} holds {{{{, which OpenJD replaces", hint="Say it in the job file.")
+    socket = ["--socket", _SOCKET]
+    enter = {
+        "command": "bash",
+        "args": ["{{Env.File.Enter}}", wancli, "{{Param.JobFile}}", _SOCKET],
+        "timeout": 3600,
+    }
+    leave = {"command": wancli, "args": ["serve", "--stop", *socket]}
+    render = ["render", "{{Param.JobFile}}", "--items", "{{Task.Param.Item}}", *socket, "--progress", "plain"]
+    model = {
+        "name": "Model",
+        "script": {
+            "actions": {"onEnter": enter, "onExit": leave},
+            "embeddedFiles": [{"name": "Enter", "type": "TEXT", "data": _ENTER}],
+        },
+    }
+    parts = {
+        "name": "Item",
+        "type": "CHUNK[INT]",
+        "range": "{{Param.Items}}",
+        "chunks": {"defaultTaskCount": at_once, "rangeConstraint": "NONCONTIGUOUS"},
+    }
+    stop = {"mode": "NOTIFY_THEN_TERMINATE", "notifyPeriodInSeconds": 180}
+    step: dict[str, Any] = {
+        "name": "Render",
+        "stepEnvironments": [model],
+        "parameterSpace": {"taskParameterDefinitions": [parts]},
+        "script": {
+            "actions": {"onRun": {"command": wancli, "args": [*render, *options], "cancelation": stop}}
+        },
+    }
+    if gpus:
+        step["hostRequirements"] = {"amounts": [{"name": "amount.worker.gpu", "min": gpus}]}
+    whole = {
+        "specificationVersion": "jobtemplate-2023-09",
+        "extensions": ["TASK_CHUNKING"],
+        "name": re.sub(r"\{\{|[^\x20-\x7e]", "-", name)[:64],
+        "parameterDefinitions": [
+            # Not a PATH, whose default starts in the folder of the template, wherever that will be.
+            {"name": "JobFile", "type": "STRING", "default": str(job)},
+            {"name": "Items", "type": "STRING", "default": items},
+        ],
+        "steps": [step],
+    }
+    return str(yaml.safe_dump(whole, sort_keys=False, width=110, allow_unicode=True))

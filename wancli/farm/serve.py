@@ -1,0 +1,264 @@
+"""`wancli serve`: one process that renders for many commands, with networks that stay in memory.
+
+One request after the other runs in the main thread as its command line would in a process of its own: on the
+client's streams, in its folder, environment and umask. A thread hands its signals on; where the client
+is gone the render is asked to stop. What waits its turn waits in the socket.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+from wancli.errors import ExitStatus, MachineError
+from wancli.farm import meeting
+from wancli.farm.standin import Unread, standing_in
+from wancli.loaded import Kept, check_device, check_weights
+from wancli.peak import fitting
+
+if TYPE_CHECKING:
+    from wancli.shot import Plan
+
+Run = Callable[[list[str], Kept, float], int]  # a command line, networks and when it began, to its exit code
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PATIENCE = 10.0  # seconds for a request to arrive
+_LOST = 120  # as Python itself ends where the last of its output reaches nobody
+# Ends after which a network is whole. Others come from anywhere, so that it is loaded anew.
+_SOUND = (
+    ExitStatus.OK,
+    ExitStatus.SOME_FAILED,
+    ExitStatus.USAGE,
+    ExitStatus.STOPPED,
+    ExitStatus.INTERRUPTED,
+)
+
+
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """While the block runs no other server takes this socket. Raises MachineError where one has."""
+    meeting.make_private(path.parent)
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise MachineError(
+            "another server is there" if isinstance(error, BlockingIOError) else str(error.strerror),
+            where=str(path),
+            hint="wancli serve --stop ends it; --socket DIR/NAME names another place.",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """The socket of a place that is `reserved`, for its user alone; it goes with the block."""
+    path.unlink(missing_ok=True)  # of a server that died
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def prepare(plan: Plan | None, kept: Kept) -> None:
+    """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
+    would where they are damaged or do not fit."""
+    from wancli import choose, kernels, pipeline, sample, stage3  # noqa: F401
+    from wancli.report import data, terminal  # noqa: F401
+    from wancli.weights import lora, networks  # noqa: F401
+
+    if plan is None:
+        return
+    shot = plan.shots[0]
+    check_device(shot.model.device)
+    kernels.check(shot.model)
+    check_weights(shot.model.checkpoint)
+    choose.require(shot, encoded=True)
+    with fitting("loading", str(shot.model.checkpoint.root)):
+        loaded = kept.networks(shot.model, lazily=False)
+        _ = loaded.transformer(shot.model.first_expert), loaded.vae
+
+
+class Server:
+    """Runs what clients ask for, until it is told to end or nobody has asked for anything for `idle` seconds.
+
+    SIGTERM or SIGINT end it, in the middle of a render as they end a render: saved, or with its planning.
+    For the main thread.
+    """
+
+    def __init__(self, run: Run, kept: Kept, *, idle: float | None) -> None:
+        self._run, self._kept, self._idle = run, kept, idle
+        self._identity = meeting.identity()
+        self._state: Literal["waiting", "running", "busy"] = "busy"  # running a command, busy with itself
+        self._ending = False
+        self._relayed: list[int] = []  # signals of the client whose command runs
+
+    @contextmanager
+    def heeding(self) -> Iterator[None]:
+        """Signals end the server. Where Ctrl-C is for the script that started it, it does not get there."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            with suppress(OSError):  # it leads a session of its own
+                os.setpgid(0, 0)
+        before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _heard(self, number: int, _: FrameType | None) -> None:
+        """A signal, but for the time in which a render listens by itself."""
+        ours = number not in self._relayed
+        self._ending = self._ending or ours
+        if self._state == "running" or (ours and self._state == "waiting"):
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def serve(self, listener: socket.socket) -> None:
+        while not self._ending:
+            connection = self._next(listener)
+            if connection is None:
+                return
+            with connection:
+                self._answer(connection)
+
+    def _next(self, listener: socket.socket) -> socket.socket | None:
+        try:
+            self._state = "waiting"
+            if self._ending or not select.select([listener], [], [], self._idle)[0]:
+                return None
+            return listener.accept()[0]
+        except (KeyboardInterrupt, SystemExit):
+            return None
+        finally:
+            self._state = "busy"
+
+    def _answer(self, connection: socket.socket) -> None:
+        pid, user = meeting.peer(connection)
+        if user != os.geteuid():
+            meeting.send(connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"})
+            return
+        connection.settimeout(_PATIENCE)
+        try:
+            _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        except OSError:
+            return
+        try:
+            request = meeting.Lines(connection).next()
+            connection.settimeout(None)
+            if request is None or len(streams) != 3 or _is_gone(connection):  # while it waited its turn
+                return
+            began = time.monotonic()
+            if why := meeting.difference(self._identity, request["identity"]):
+                _tell(connection, {"refused": why})
+                return
+            _tell(connection, {"begun": os.getpid()})
+            code = self._rendered(connection, request, streams)
+        finally:
+            for stream in streams:
+                os.close(stream)
+        _tell(connection, {"code": code})
+        took = time.monotonic() - began
+        sys.stderr.write(
+            f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
+        )
+        if code not in _SOUND:
+            self._kept.forget()
+        if code != ExitStatus.OK:
+            gc.collect()  # of what an error holds on to
+
+    def _rendered(self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]) -> int:
+        try:
+            os.chdir(request["folder"])
+        except OSError as error:
+            os.write(streams[2], f"wancli: {request['folder']}: {error.strerror}\n".encode())
+            return ExitStatus.MACHINE
+        try:
+            with standing_in(request, streams):
+                return self._command(connection, request)
+        except Unread:
+            return _LOST
+        finally:
+            os.chdir("/")
+
+    def _command(self, connection: socket.socket, request: dict[str, Any]) -> int:
+        relay = threading.Thread(target=self._relay, args=[connection], daemon=True)
+        try:
+            self._state = "running"
+            relay.start()
+            code = self._run(request["arguments"], self._kept, request["began"])
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        except KeyboardInterrupt:
+            code = ExitStatus.INTERRUPTED
+        finally:
+            self._state = "busy"
+        if code in (ExitStatus.STOPPED, ExitStatus.INTERRUPTED) and not self._relayed:
+            self._ending = True
+        with suppress(OSError):  # it is gone
+            connection.shutdown(socket.SHUT_RD)
+        relay.join()
+        self._relayed.clear()
+        return code
+
+    def _relay(self, connection: socket.socket) -> None:
+        """Raises the client's signals in the main thread, and SIGTERM where it is gone before its end."""
+        lines = meeting.Lines(connection)
+        main = threading.main_thread().ident
+        assert main is not None
+        while True:
+            message = lines.next()
+            number = signal.Signals[message["signal"]] if message else signal.SIGTERM
+            if self._state != "running":
+                return
+            self._relayed.append(number)
+            signal.pthread_kill(main, number)
+            if message is None:
+                return
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the other end has closed; it says nothing before it is answered."""
+    return bool(select.select([connection], [], [], 0)[0])
+
+
+def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
+    with suppress(OSError):  # it is gone
+        meeting.send(connection, message)
+
+
+def stop(path: Path) -> None:
+    """Ends the server there once its render is saved, and waits for that. Raises MachineError."""
+    connection = meeting.connect(path)
+    if connection is None:
+        raise MachineError("nobody serves there", where=str(path))
+    with connection:
+        pid, _ = meeting.peer(connection)
+        process = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+            select.select([process], [], [])
+        finally:
+            os.close(process)

@@ -1,0 +1,62 @@
+"""Standing in for another process: its streams, its environment and its umask, for a while."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from wancli.farm import meeting
+
+
+class Unread(Exception):
+    """The last of the output reached nobody."""
+
+
+@contextmanager
+def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[None]:
+    """In the block this process has the client's streams, environment and umask."""
+    own_streams, own_python = [os.dup(fd) for fd in range(3)], (sys.stdin, sys.stdout, sys.stderr)
+    own_environment = dict(os.environ)
+    own_mask = os.umask(request["umask"])
+    fixed = {name: value for name, value in own_environment.items() if name in meeting.FIXED}
+    try:
+        _set_environment({**request["environment"], **fixed})
+        for fd, stream in enumerate(streams):
+            os.dup2(stream, fd)
+        out, err = request["written"]
+        sys.stdin, sys.stdout, sys.stderr = _reader(), _writer(1, **out), _writer(2, **err)
+        yield
+        for written in (sys.stdout, sys.stderr):
+            try:
+                written.flush()
+            except OSError:
+                raise Unread from None
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = own_python
+        for fd, stream in enumerate(own_streams):
+            os.dup2(stream, fd)
+            os.close(stream)
+        os.umask(own_mask)
+        _set_environment(own_environment)
+
+
+def _reader() -> TextIO:
+    return open(0, closefd=False)
+
+
+def _writer(fd: int, *, encoding: str | None, write_through: bool) -> TextIO:
+    lines = fd == 2 or os.isatty(fd)  # as Python itself has them
+    raw = open(fd, "wb", buffering=0 if write_through else -1, closefd=False)  # noqa: SIM115 - a descriptor, for the time of one request
+    return io.TextIOWrapper(
+        raw, encoding, errors="backslashreplace", line_buffering=lines, write_through=write_through
+    )
+
+
+def _set_environment(wanted: dict[str, str]) -> None:
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in wanted.items() if os.environ.get(name) != value})

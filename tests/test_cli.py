@@ -30,7 +30,7 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, cli, encode, errors, pipeline
+from wancli import __version__, cli, encode, errors, machine, pipeline
 from wancli.models.dit import WanModel
 from wancli.weights import networks
 
@@ -266,6 +266,37 @@ def test_a_reader_that_went_away_is_no_bug_and_no_success(tmp_path: Path) -> Non
     done = wancli("plan", written(tmp_path, tiny_job()), stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path) -> None:
+    items = [{"id": "a"}, {"id": "b", "seed": 1}]
+    read, write = os.pipe()
+    os.close(read)
+    done = wancli("render", written(tmp_path, tiny_job(output="{id}.mp4", items=items)), "-q", stdout=write)
+    os.close(write)
+    said = b"wancli: nobody reads stdout any more; the work goes on\n"
+    assert (done.returncode, done.stderr) == (0, said)
+    assert (tmp_path / "a.mp4").exists()
+    assert (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("memory", "warned"),
+    [
+        (
+            {"device": "cuda"},
+            "memory.device is cuda, and no CUDA device is found here: `render` would refuse",
+        ),
+        ({"device": "cpu", "attention": "sage"}, "sage attention cannot run: "),
+        ({"device": "cpu", "fp8_matmul": True}, "only CUDA devices multiply in fp8: `render` would refuse"),
+    ],
+)
+def test_a_plan_warns_of_what_this_machine_lacks(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, Any], warned: str
+) -> None:
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
+    said = say("plan", written(tmp_path, tiny_job(memory=memory)))
+    assert (said.code, warned in said.err) == (0, True), said.err
 
 
 def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) -> None:

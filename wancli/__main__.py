@@ -1,4 +1,4 @@
-"""What starts `wancli` and `python -m wancli`: the command line, quiet when Ctrl-C comes before it."""
+"""What `wancli` and `python -m wancli` start: the command line, quiet when Ctrl-C comes before it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The traps of YAML and of numbers, as whole jobs: tests/golden/job_traps.jsonl has what is said of each.
 
-What YAML 1.1 reads as something else (`no`, `010`, `12:30`, a date) is text or refused, never silently a number.
+What YAML 1.1 reads as something else (`no`, `010`, `12:30`, a date) is text or refused, never a number.
 """
 
 from __future__ import annotations

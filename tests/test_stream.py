@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,6 +242,25 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
     assert said.returncode == 0
     assert "nobody reads stdout any more; the work goes on" in said.stderr
     assert manifest_of(tmp_path)["key"]
+
+
+def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs/machines.md").read_text(), re.DOTALL)
+    program = tmp_path / "wancli"
+    program.write_text(f"#!{sys.executable}\nfrom wancli.cli import main\nmain()\n")
+    program.chmod(0o755)
+    written(tmp_path, tiny_job())
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"0000 {tmp_path}/out/clip.mp4 {manifest_of(tmp_path)['files'][0]['sha256'][:12]}" in said.stdout
 
 
 # ---- what the parts do ----

@@ -25,13 +25,15 @@ class Fork:
 
 
 class Tree:
-    """The ways of shots of one model from noise to latent; each is added after those it may fork from."""
+    """The ways of shots of one model from noise to latent; each is added after those it may fork from. Of the
+    tables it has seen it knows what its `kin` knows, and the other way round."""
 
-    def __init__(self) -> None:
+    def __init__(self, kin: Tree | None = None) -> None:
         self._nodes: dict[tuple[int, Hashable], int] = {}  # from a node by what is read to the next
         self._passes: dict[int, int] = {}  # the shot that goes through a node
-        self._rows: dict[Row, int] = {}
-        self._tables: dict[int, tuple[Table, list[Hashable]]] = {}  # by id; held, so that it stays the id
+        self._rows: dict[Row, int] = kin._rows if kin else {}
+        # By the id of a table; held, so that it stays the id.
+        self._tables: dict[int, tuple[Table, list[Hashable]]] = kin._tables if kin else {}
 
     def add(self, shot: Shot, start: int = 0) -> Fork | None:
         """Where the shot forks from one before it, as late as can be. `start` says after how many steps it

@@ -38,7 +38,7 @@ def waves(shots: Sequence[Shot]) -> list[list[Group]]:
         meets = dict.fromkeys(_meets(shot, ways) for shot in group)
         wave = next((open_to[one] for one in meets if one in open_to), None)
         if wave is None or not wave.takes(group):
-            wave = _Wave()
+            wave = _Wave(ways)
             wave.takes(group)
             found.append(wave)
         open_to.update(dict.fromkeys(meets, wave))
@@ -115,9 +115,9 @@ def _changes_experts(shot: Shot) -> bool:
 class _Wave:
     """Groups whose states are in memory at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, ways: Tree) -> None:
         self._groups: list[Group] = []
-        self._tree = Tree()
+        self._tree = Tree(ways)
         self._forks: set[Fork] = set()
         self._waiting = 0  # bytes of states in memory beside the group that is being sampled, or with it
         self._largest = 0

@@ -184,7 +184,7 @@ class Shot:
         """Forwards of one step: a branch each, and where injections are measured another one without."""
         return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
 
-    @property
+    @cached_property
     def phases(self) -> tuple[Phase, ...]:
         """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
         is that of all shots that share its passes."""

@@ -90,12 +90,8 @@ def test_a_report_replaces_a_report_and_nothing_else(render: Callable[..., Said]
     (tmp_path / "out" / "job.report.json").write_text('{"holiday": true}')
     for _ in range(2):
         assert render().code == 0
-    assert files_in(tmp_path) == [
-        "clip.manifest.json",
-        "clip.mp4",
-        "job.report.json",
-        "job.report.old-1.json",
-    ]
+    reports = ["job.report.json", "job.report.old-1.json"]
+    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", *reports]
     assert (tmp_path / "out" / "job.report.old-1.json").read_text() == '{"holiday": true}'
 
 

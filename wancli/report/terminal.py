@@ -162,14 +162,14 @@ def summary(
 def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
     """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
     the command that tries them again."""
+    from rich.console import Console
+
     table = grid("failed shot", "code", "message")
-    for column in table.columns:
-        column.no_wrap, column.overflow = True, "ellipsis"
-    table.columns[0].max_width = 24
-    for shot in report["shots"]:
-        if "error" in shot:
-            message = _cut(shot["error"]["message"].replace("\n", " / "), 1000)
-            table.add_row(printable(shot["id"]), shot["error"]["code"], message)
+    errors = [(_cut(shot["id"], 24), shot["error"]) for shot in report["shots"] if "error" in shot]
+    left = [max(11, *(len(id) for id, _ in errors)), max(len(error["code"]) for _, error in errors)]
+    room = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
+    for id, error in errors:
+        table.add_row(id, error["code"], _cut(error["message"].replace("\n", " / "), room))
     yield table
     yield f"again: {again}"
 

@@ -80,6 +80,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         " -q/--quiet",
         "wancli compare VIDEO... -o/--output --json",
         "wancli inspect FILE-OR-FOLDER --deep --json",
+        "wancli errors --json",
         "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --cache-dir",
         "wancli export",
         "wancli export slurm JOB --shards --gpus --time --cpus --mem --margin",

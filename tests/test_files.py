@@ -232,27 +232,87 @@ def test_a_file_size_limit_is_told_as_no_space_and_leaves_nothing(tmp_path):
 
 
 def test_a_short_write_is_continued(tmp_path, monkeypatch):
-    class Slow:
-        def __init__(self, file):
-            self.file = file
+    real, sizes = os.write, []
 
-        def __enter__(self):
-            return self
+    def short(fd, data):
+        sizes.append(real(fd, data[: len(data) // 2 + 1]))
+        return sizes[-1]
 
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            return self.file.write(data[: len(data) // 2 + 1])
-
-        def fileno(self):
-            return self.file.fileno()
-
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda *args, **kwargs: Slow(real(*args, **kwargs)))
+    monkeypatch.setattr(os, "write", short)
     files.replace(tmp_path / "a", bytes(range(256)))
     monkeypatch.undo()
     assert (tmp_path / "a").read_bytes() == bytes(range(256))
+    assert len(sizes) > 5
+
+
+def test_a_published_file_that_cannot_be_synced_is_written_once_more(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+
+    def first_one_fails(fd):
+        synced.append(os.fstat(fd).st_ino)
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "I/O error")
+        real(fd)
+
+    with files.temporary(tmp_path / "a") as tmp:
+        tmp.write_bytes(b"content")
+        monkeypatch.setattr(os, "fsync", first_one_fails)
+        files.publish(tmp, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"content"
+    assert (tmp_path / "a").stat().st_ino == synced[1] != synced[0]
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_disk_that_never_takes_the_bytes_is_told_and_nothing_stays(tmp_path, monkeypatch):
+    def fails(fd):
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with files.temporary(tmp_path / "a") as tmp, pytest.raises(MachineError, match="I/O error"):
+        files.publish(tmp, tmp_path / "a")
+    with pytest.raises(MachineError, match="I/O error"):
+        files.replace(tmp_path / "b", b"content")
+    assert names(tmp_path) == []
+
+
+def test_a_temporary_file_that_another_host_took_for_debris_is_written_again(tmp_path, monkeypatch):
+    real, robbed = os.open, []
+
+    def robbing(path, flags, *arguments, **options):
+        if not flags & os.O_CREAT and not robbed and str(path).endswith(".tmp"):
+            robbed.append(path)
+            os.unlink(path)  # noqa: PTH108
+        return real(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", robbing)
+    files.replace(tmp_path / "a", b"content")
+    assert robbed
+    assert (tmp_path / "a").read_bytes() == b"content"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("years", [-1, 1])
+def test_a_clock_that_jumps_robs_no_live_writer(tmp_path, monkeypatch, years):
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + years * 366 * 86400)
+    with files.temporary(tmp_path / "a") as tmp:
+        assert files.sweep(tmp_path) == []
+        files.writable(tmp_path)
+        tmp.write_bytes(b"content")
+        files.publish(tmp, tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_preflight_sweeps_debris_by_the_clock_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # what this host believes does not count
+    (tmp_path / "now").touch()
+    now = (tmp_path / "now").stat().st_mtime
+    for name, age in {".wancli-far-1-old.tmp": 90_000, ".wancli-far-1-new.tmp": 80_000}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - age,) * 2)
+    files.writable(tmp_path)
+    assert names(tmp_path) == [".wancli-far-1-new.tmp", "now"]
 
 
 def test_a_folder_that_takes_files_passes_the_preflight_and_stays_empty(tmp_path):

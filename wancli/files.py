@@ -17,6 +17,7 @@ import errno
 import hashlib
 import itertools
 import os
+import platform
 import secrets
 import shutil
 import stat
@@ -52,7 +53,7 @@ def temporary(final: Path) -> Iterator[Path]:
     The block fills it, or lets another program do so, and hands it to `publish()`.
     Raises MachineError or NoSpace if it cannot be made.
     """
-    path = final.parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
+    path = final.parent / f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
     with writing(final):
         _make_folder(final.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
@@ -69,8 +70,15 @@ def publish(tmp: Path, final: Path) -> None:
     A file with the same bytes under that name is success; anything else raises OutputExists.
     """
     with writing(final):
-        _sync(tmp)
-        _place(tmp, final)
+        data = tmp.read_bytes()  # while the kernel still has what it could not write
+        try:
+            _sync(tmp)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            publish_bytes(final, data)
+        else:
+            _place(tmp, final)
 
 
 def publish_bytes(final: Path, data: bytes) -> None:
@@ -110,14 +118,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove what dead processes left in `folder`: own temporary files untouched for a day."""
+def sweep(folder: Path, now: float | None = None) -> list[Path]:
+    """Remove what dead processes left in `folder`: own temporary files untouched for a day.
+
+    One of this host goes only if its process does not live, whatever the clocks say. `now` is the time by
+    the clock that dates the files there, if it is known.
+    """
+    now = time.time() if now is None else now
     gone = []
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        host, _, pid = path.name.removeprefix(_PREFIX).rpartition("-")[0].rpartition("-")
+        lives = host in ("", _host()) and Path("/proc", pid).exists()
         with suppress(OSError):
-            old = time.time() - path.lstat().st_mtime > _DEBRIS_AGE
-            pid = path.name.removeprefix(_PREFIX).partition("-")[0]
-            if old and not Path("/proc", pid).exists():
+            if not lives and now - path.lstat().st_mtime > _DEBRIS_AGE:
                 path.unlink()
                 gone.append(path)
     return gone
@@ -126,9 +139,10 @@ def sweep(folder: Path) -> list[Path]:
 def writable(folder: Path) -> None:
     """Prove that `folder` (made if missing) takes new files, by publishing and removing one.
 
-    Raises MachineError with the cause. The preflight before any model is loaded.
+    Also sweeps it. Raises MachineError with the cause. The preflight before any model is loaded.
     """
     with temporary(folder / "x") as tmp:
+        sweep(folder, tmp.stat().st_mtime)
         proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
         try:
             publish(tmp, proof)
@@ -144,20 +158,24 @@ def _spilled(final: Path, data: bytes) -> Iterator[Path]:
         try:
             _fill(tmp, data)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.ENOENT):
                 raise
-            # the kernel dropped the pages that it could not write: another fsync would lie
+            # EIO: the kernel dropped the pages that it could not write, and another fsync would lie.
+            # ENOENT: a host whose clock is days off took the file for debris.
             tmp = stack.enter_context(temporary(final))
             _fill(tmp, data)
         yield tmp
 
 
 def _fill(path: Path, data: bytes) -> None:
-    with path.open("wb", buffering=0) as file:
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         rest = memoryview(data)
         while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
+            rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _place(tmp: Path, final: Path) -> None:
@@ -207,6 +225,11 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _host() -> str:
+    """This machine's name, as a part of a file name without dashes."""
+    return "".join(char for char in platform.node() if char.isalnum() or char == ".")[:40]
 
 
 def _make_folder(folder: Path) -> None:

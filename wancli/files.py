@@ -147,7 +147,7 @@ def writable(folder: Path) -> None:
         try:
             publish(tmp, proof)
         finally:
-            proof.unlink(missing_ok=True)
+            remove(proof)
 
 
 @contextmanager

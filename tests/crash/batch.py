@@ -59,13 +59,13 @@ class Ran(NamedTuple):
 class Rig:
     """The batch in a folder of its own, run in forked children of a zygote."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder = folder
-        self.out, self.cache = folder / "out", folder / "cache"
-        self.job = written(folder, job(model))
+    def __init__(self, folder: Path, model: Path, *, quick: bool = True, **changes: Any) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.out, self.cache = self.home / "out", self.home / "cache"
+        self.job = written(self.home, job(model, **changes))
         self.arguments = ["render", str(self.job), "-q"]
         self.environment = os.environ | {
-            "IMAGEIO_FFMPEG_EXE": str(_quick_ffmpeg(folder)),
+            "IMAGEIO_FFMPEG_EXE": str(_quick_ffmpeg(folder)) if quick else imageio_ffmpeg.get_ffmpeg_exe(),
             "WANCLI_CACHE": str(self.cache),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
@@ -77,7 +77,6 @@ class Rig:
         assert self._answer() == "ready", "the rig does not run"
         self.wanted = {name: hashlib.sha256((self.out / f"{name}.mp4").read_bytes()) for name in SHOTS}
         self.latents = {name: latents.load(self.out / f"{name}.latents.safetensors")[0] for name in KEPT}
-        self.states: dict[str, list[torch.Tensor]] = {}
         self.reset()
 
     def __enter__(self) -> Self:
@@ -99,12 +98,22 @@ class Rig:
         for folder in (self.out, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def run(self, *faults: Fault, blobs: Path | None = None, options: Sequence[str] = ()) -> Ran:
-        """The batch, on a disk that fails so."""
+    def run(
+        self, *faults: Fault, blobs: Path | None = None, options: Sequence[str] = (), watched: bool = True
+    ) -> Ran:
+        """The batch, on a disk that fails so; on the real one if it is not watched."""
+        self.start(*faults, blobs=blobs, options=options, watched=watched)
+        return self.ended()
+
+    def start(
+        self, *faults: Fault, blobs: Path | None = None, options: Sequence[str] = (), watched: bool = True
+    ) -> None:
+        """`run` without waiting for its end."""
         out, err, log = (self.folder / name for name in ("said.txt", "complained.txt", "log.txt"))
+        log.write_bytes(b"")
         trial = {
             "arguments": [*self.arguments, *options],
-            "watched": [str(self.out), str(self.cache)],
+            "watched": [str(self.home)] if watched else [],
             "faults": faults,
             "log": str(log),
             "blobs": blobs and str(blobs),
@@ -114,9 +123,14 @@ class Rig:
         assert self._zygote.stdin
         self._zygote.stdin.write(json.dumps(trial) + "\n")
         self._zygote.stdin.flush()
+
+    def ended(self) -> Ran:
+        """What the run that was started came to."""
         code = self._answer()
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        return Ran(code, out.read_text(), err.read_text(), lines)
+        out, err, log = (
+            (self.folder / name).read_text() for name in ("said.txt", "complained.txt", "log.txt")
+        )
+        return Ran(code, out, err, [json.loads(line) for line in log.splitlines()])
 
     # ---- what must hold ----
 
@@ -126,7 +140,7 @@ class Rig:
         wrong = [*self.promises(ran), *self.torn()]
         removals = {call["number"] for call in ran.calls if call["kind"] in ("unlink", "remove")}
         if ran.code >= 0 and not any(fault.at in removals for fault in faults):
-            wrong += [f"{path.name} stayed" for path in self.folder.rglob(".wancli-*")]
+            wrong += [f"{path.name} stayed" for path in self.home.rglob(".wancli-*")]
         wrong += self.resumes()
         return [f"{' then '.join(f'{f.kind} at {f.at}' for f in faults)}: {one}" for one in wrong]
 
@@ -141,44 +155,48 @@ class Rig:
             wrong.append(f"exit code {ran.code} without a word")
         if ran.code == 0 and not all(self.is_done(name) for name in SHOTS):
             wrong.append("exit code 0, and not all is done")
-        wrong += [f"{path.name} was told, and is not done" for path in ran.told if not self.is_done(path.stem)]
+        wrong += [
+            f"{path.name} was told, and is not done" for path in ran.told if not self.is_done(path.stem)
+        ]
         wrong += [f"a stray {line['stray']} of {line['path']}" for line in ran.strays]
         return wrong
 
-    def is_done(self, name: str) -> bool:
-        output = self.out / f"{name}.mp4"
+    def is_done(self, name: str, home: Path | None = None) -> bool:
+        """Whether the manifest of a shot verifies: in this folder, or in a copy of it."""
+        output = (home or self.home) / "out" / f"{name}.mp4"
         try:
             body = manifest.read(manifest.manifest_path(output))
         except EntryError:
             return False
         return body is not None and manifest.done(output, body["key"])
 
-    def torn(self) -> list[str]:
+    def torn(self, home: Path | None = None) -> list[str]:
         """Files under final names that are not what they should be."""
+        home = home or self.home
         wrong = []
-        for path in sorted(self.out.glob("*")):
+        for path in sorted((home / "out").glob("*")):
             if path.name.startswith(".wancli-"):
                 continue
             if path.name == "report.json":
                 json.loads(path.read_bytes())
             elif not _NAMES.match(path.name):
                 wrong.append(f"what is {path.name}?")
-            elif ".old-" not in path.name and not self._is_right(path):
+            elif ".old-" not in path.name and not self._is_right(path, home):
                 wrong.append(f"{path.name} is torn or wrong")
-        wrong += [f"{entry.path.name} is torn" for entry in Store(self.cache / "embeddings").verify()]
-        for path in self.cache.glob("*.json"):
+        wrong += [f"{entry.path.name} is torn" for entry in Store(home / "cache/embeddings").verify()]
+        for path in (home / "cache").glob("*.json"):
             json.loads(path.read_bytes())
         return wrong
 
-    def _is_right(self, path: Path) -> bool:
+    def _is_right(self, path: Path, home: Path) -> bool:
         name, _, kind = path.name.partition(".")
         try:
             if kind == "mp4":
                 return hashlib.sha256(path.read_bytes()).digest() == self.wanted[name].digest()
             if kind == "manifest.json":
-                return self.is_done(name)
+                return self.is_done(name, home)
             if kind == "state.safetensors":
-                return 0 < latents.load_state(path)[1]["step"] <= 2
+                return latents.load_state(path)[1]["step"] > 0
             z_CTYX, _ = latents.load(path)
         except EntryError:
             return False

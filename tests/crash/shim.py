@@ -154,7 +154,19 @@ class Shim:
         self.tell(stray=event, path=whole)
 
 
-_NAMED = ("link", "rename", "replace", "unlink", "remove", "mkdir", "rmdir", "symlink", "utime", "truncate", "chmod")
+_NAMED = (
+    "link",
+    "rename",
+    "replace",
+    "unlink",
+    "remove",
+    "mkdir",
+    "rmdir",
+    "symlink",
+    "utime",
+    "truncate",
+    "chmod",
+)
 _WRAPPED = ("open", "close", "write", "fsync", *_NAMED)
 
 

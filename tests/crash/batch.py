@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -123,6 +124,22 @@ class Rig:
         assert self._zygote.stdin
         self._zygote.stdin.write(json.dumps(trial) + "\n")
         self._zygote.stdin.flush()
+
+    def child(self) -> int:
+        """The process of the run that was started."""
+        while True:
+            tasks = Path(f"/proc/{self._zygote.pid}/task/{self._zygote.pid}/children").read_text().split()
+            if tasks:
+                return int(tasks[0])
+
+    def signal(self, child: int, number: int) -> None:
+        """Sent to the run alone, if there still is one."""
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    def is_running(self, child: int) -> bool:
+        """Whether it has not ended."""
+        return Path(f"/proc/{child}").exists()
 
     def ended(self) -> Ran:
         """What the run that was started came to."""

@@ -60,13 +60,17 @@ class Ran(NamedTuple):
 class Rig:
     """The batch in a folder of its own, run in forked children of a zygote."""
 
-    def __init__(self, folder: Path, model: Path, *, quick: bool = True, **changes: Any) -> None:
-        self.folder, self.home = folder, folder / "home"
+    def __init__(
+        self, folder: Path, model: Path, *, quick: bool = True, talk: Path | None = None, **changes: Any
+    ) -> None:
+        self.folder, self.home = talk or folder, folder / "home"
         self.out, self.cache = self.home / "out", self.home / "cache"
         self.job = written(self.home, job(model, **changes))
         self.arguments = ["render", str(self.job), "-q"]
         self.environment = os.environ | {
-            "IMAGEIO_FFMPEG_EXE": str(_quick_ffmpeg(folder)) if quick else imageio_ffmpeg.get_ffmpeg_exe(),
+            "IMAGEIO_FFMPEG_EXE": str(_quick_ffmpeg(self.folder))
+            if quick
+            else imageio_ffmpeg.get_ffmpeg_exe(),
             "WANCLI_CACHE": str(self.cache),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
@@ -245,7 +249,9 @@ def _quick_ffmpeg(folder: Path) -> Path:
     path.write_text(
         "#!/bin/sh\n"
         f'case "$*" in *-version*|*-encoders*) exec {real} "$@";;\n'
-        '*framecrc*) for last; do case "$last" in file:*) test -s "${last#file:}" && echo one frame;; esac; done;;\n'
+        '*framecrc*) for last; do case "$last" in
+'
+        'file:*) test -s "${last#file:}" && echo one frame;; esac; done;;\n'
         '*) for last; do :; done; exec cat > "${last#file:}";;\nesac\n'
     )
     path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Files that change after they were written: every damage is found, and none becomes a traceback or a result."""
+"""Files that change after they were written: every damage is found, none becomes a traceback or result."""
 
 from __future__ import annotations
 

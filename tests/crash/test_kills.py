@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.002)
 
 
+def meets(process: subprocess.Popen[str], latent: Path, home: Path) -> bool:
+    """Whether ffmpeg works on the video of this latent, or all is over."""
+    return process.poll() is not None or (latent.exists() and bool(ffmpegs(home)))
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_killed_run_leaves_no_orphan_and_nothing_torn_and_the_next_one_finishes(
     long_rig: Rig, part: int
@@ -51,13 +57,8 @@ def test_a_killed_run_leaves_no_orphan_and_nothing_torn_and_the_next_one_finishe
         ) as process:
             assert process.stdout
             if number % 2:  # while ffmpeg works on the first video, or the second
-                name = draw.choice("ab")
-                wait_for(
-                    lambda: (
-                        process.poll() is not None
-                        or (long_rig.latent(name).exists() and ffmpegs(long_rig.home))
-                    )
-                )
+                latent = long_rig.latent(draw.choice("ab"))
+                wait_for(partial(meets, process, latent, long_rig.home))
             else:
                 wait_for(lambda: long_rig.out.exists())
                 time.sleep(draw.uniform(0, 1.0))

@@ -1,7 +1,7 @@
 """A power cut after any call: what was told to be done is there, and nothing under a final name is torn.
 
-It is worked out from the recorded calls of a real run (`replay`), so it needs no rights and no mount. That the
-recording is whole is a test of its own. `make crash-mounts` does the same on a mounted ext4, as root.
+It is worked out from the recorded calls of a real run (`replay`), so it needs no rights and no mount. That
+the recording is whole is a test of its own. `make crash-mounts` does the same on a mounted ext4, as root.
 """
 
 from __future__ import annotations

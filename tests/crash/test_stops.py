@@ -1,4 +1,4 @@
-"""SIGTERM from outside, again and again until a 20-step batch is done: every bit as if there had been none."""
+"""SIGTERM from outside, again and again until a 20-step batch is done: every bit as if there was none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long to go on, and what no input may do: escape as anything but a WancliError, hang, or fill the memory."""
+"""How long to go on, and what no input may do: end in more than a WancliError, hang, or fill the memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Budget:
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds * FACTOR
-        self.count = self.refused = 0
+        self.count = self.refused = self.silent = 0
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
         self._before = _peak()
 
@@ -37,7 +37,7 @@ class Budget:
         return time.monotonic() > self._end and self.count > 0
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self, data: bytes) -> Iterator[None]:
         """One input. A refusal is fine; all else that ends the block is not."""
 
         def hung(_: int, __: FrameType | None) -> None:
@@ -50,8 +50,10 @@ class Budget:
             yield
         except WancliError as error:
             self.refused += 1
-            assert str(error).strip()
-            str(error).encode(errors="backslashreplace")
+            self.silent += not str(error).strip()
+        except BaseException as error:
+            error.add_note(f"input: {data!r}")
+            raise
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
@@ -60,6 +62,7 @@ class Budget:
         """That something was tried, something refused, and nothing grew."""
         assert self.count
         assert self.refused
+        assert not self.silent
         grown = _peak() - self._before
         assert grown < GROWTH, f"{grown / 1e6:.0f} MB more after {self.count} inputs"
 

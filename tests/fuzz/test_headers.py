@@ -26,7 +26,7 @@ FORM = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_he
 
 def tried(path: Path, budget: Budget) -> None:
     """Reads the header and, where it holds, every tensor in the file."""
-    with budget.attempt():
+    with budget.attempt(path.read_bytes()):
         if path.suffix == ".gguf":
             gguf.header(path)
         else:

@@ -22,7 +22,7 @@ from wancli.problems import STRUCTURE
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [
-    *(path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))),
+    *((ROOT / "configs" / name).read_bytes() for name in ("demo.yaml", "sweep.yaml")),
     yaml.safe_dump(tiny_job(inject=[rule()], items=[{"seed": 1}, {"prompt": "a dog"}])).encode(),
     yaml.safe_dump(
         tiny_job(matrix={"seed": [1, 2], "inject.0.strength": [0.1, 0.9]}, inject=[rule()])
@@ -109,12 +109,8 @@ def test_no_change_to_the_text_of_a_job_escapes_as_anything_but_a_refusal(tmp_pa
     draw, budget = random.Random(5), Budget(12)
     while not budget.over:
         data = mutated(draw)
-        try:
-            with budget.attempt():
-                tried(data, tmp_path)
-        except BaseException:
-            print(f"input: {data!r}")
-            raise
+        with budget.attempt(data):
+            tried(data, tmp_path)
     budget.check()
 
 
@@ -185,7 +181,9 @@ def near(schema: dict[str, Any], root: dict[str, Any]) -> st.SearchStrategy[Any]
 
 
 SCHEMA = Job.model_json_schema()
-KEYS = {name: near(one, SCHEMA) for name, one in SCHEMA["properties"].items() if name != "model"}
+KEYS = {
+    name: near(one, SCHEMA) for name, one in SCHEMA["properties"].items() if name not in ("model", "prompt")
+}
 SHAPES = {
     "items": st.lists(st.fixed_dictionaries({}, optional=KEYS), max_size=3) | ODDER,
     "matrix": st.dictionaries(
@@ -203,7 +201,7 @@ def test_no_structure_of_a_job_escapes_as_anything_but_a_refusal(tmp_path: Path)
     @given(st.fixed_dictionaries({"prompt": st.just(CAT) | ODD}, optional=KEYS | SHAPES))
     def each(said: dict[str, Any]) -> None:
         data = yaml_of(tiny_job(TINY) | said)
-        with budget.attempt():
+        with budget.attempt(data):
             tried(data, tmp_path)
 
     while not budget.over:
@@ -221,6 +219,4 @@ def yaml_of(said: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize("seed", range(len(SEEDS)))
 def test_the_unchanged_files_are_jobs(seed: int, tmp_path: Path) -> None:
-    assert (
-        parse(SEEDS[seed], "fuzz", "fuzz.yaml", ROOT / "configs", NO_FLAGS).items or b"models" in SEEDS[seed]
-    )
+    assert parse(SEEDS[seed], "fuzz", "fuzz.yaml", ROOT / "configs", NO_FLAGS).items

@@ -249,8 +249,7 @@ def _quick_ffmpeg(folder: Path) -> Path:
     path.write_text(
         "#!/bin/sh\n"
         f'case "$*" in *-version*|*-encoders*) exec {real} "$@";;\n'
-        '*framecrc*) for last; do case "$last" in
-'
+        '*framecrc*) for last; do case "$last" in\n'
         'file:*) test -s "${last#file:}" && echo one frame;; esac; done;;\n'
         '*) for last; do :; done; exec cat > "${last#file:}";;\nesac\n'
     )

@@ -1,8 +1,8 @@
 """What a power cut would have left, worked out from a recording of the calls.
 
 Two disks at the edges of what file systems promise. `Strict` has a file's bytes only as of its last fsync,
-and a folder's names only as of the last fsync of the folder. `Eager` has every name at once, and bytes only as of
-the last fsync, so that a renamed file that was not synced is empty, as ext4 did in 2009.
+and a folder's names only as of the last fsync of the folder. `Eager` has every name at once, and bytes only
+as of the last fsync, so that a renamed file that was not synced is empty, as ext4 did in 2009.
 """
 
 from __future__ import annotations

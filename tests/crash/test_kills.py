@@ -32,7 +32,7 @@ def ffmpegs(folder: Path) -> list[int]:
     return found
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it never came"
@@ -65,7 +65,7 @@ def test_a_killed_run_leaves_no_orphan_and_nothing_torn_and_the_next_one_finishe
             alive += bool(ffmpegs(long_rig.home))
             process.kill()
             told = process.stdout.read().split()
-        wait_for(lambda: not ffmpegs(long_rig.home), 5)
+        wait_for(lambda: not ffmpegs(long_rig.home), 60)
         found = long_rig.torn()
         found += [
             f"{path} was told, and is not done" for path in told if not long_rig.is_done(Path(path).stem)

@@ -162,21 +162,21 @@ def near(schema: dict[str, Any], root: dict[str, Any]) -> st.SearchStrategy[Any]
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
     choices: list[st.SearchStrategy[Any]] = [ODDER]
     if "enum" in schema:
-        choices += [st.sampled_from(schema["enum"])] * 3
+        choices += [st.sampled_from(schema["enum"])] * 6
     for key in ("anyOf", "oneOf"):
         choices += [near(one, root) for one in schema.get(key, [])]
     match schema.get("type"):
         case "object":
             known = {name: near(one, root) for name, one in schema.get("properties", {}).items()}
-            choices += [st.fixed_dictionaries({}, optional=known)] * 4
+            choices += [st.fixed_dictionaries({}, optional=known)] * 6
         case "array":
-            choices += [st.lists(near(schema.get("items", {}), root), max_size=3)] * 3
+            choices += [st.lists(near(schema.get("items", {}), root), max_size=3)] * 6
         case "integer":
-            choices += [st.integers(schema.get("minimum", 0), min(schema.get("maximum", 50), 50))] * 3
+            choices += [st.integers(low := schema.get("minimum", 0), low + 50)] * 6
         case "number":
-            choices += [st.floats(-1, 2)] * 3
+            choices += [st.floats(-1, 2)] * 6
         case "string":
-            choices += [st.sampled_from([CAT, "a", "{id}.mp4", "all", "0-3", "high"])] * 3
+            choices += [st.sampled_from([CAT, "a", "{id}.mp4", "all", "0-3", "high"])] * 6
     return st.one_of(choices)
 
 

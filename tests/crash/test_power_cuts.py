@@ -87,7 +87,7 @@ def test_a_power_cut_after_any_call_loses_nothing_that_was_told(
             found += rig.resumes()
         wrong += [f"cut {number}: {one}" for one in found]
         count += 1
-    assert count > 100
+    assert count > 80
     assert not wrong, "\n".join(wrong)
 
 

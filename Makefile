@@ -14,6 +14,18 @@ demo: install ## Render configs/demo.yaml and say where the videos are
 test: $(VENV)/dev ## Run the tests
 	$(BIN)/pytest -n 2
 
+crash: $(VENV)/dev ## Only the rigs: failing disks, kills, power cuts, damages, fuzz (part of `make test`)
+	$(BIN)/pytest -n 2 tests/crash tests/fuzz
+
+crash-long: $(VENV)/dev ## The rigs with the counts of a release: 2,000 triple faults, 100 kills, 10x the fuzz
+	WANCLI_CRASH_LONG=1 WANCLI_FUZZ=10 WANCLI_SOAK=200 $(BIN)/pytest -n 2 tests/crash tests/fuzz
+
+crash-mounts: $(VENV)/dev ## 30 power cuts on a mounted ext4; root only
+	$(BIN)/python tests/crash/mounted.py
+
+soak: $(VENV)/dev ## 200 renders in one process; the memory must stay
+	WANCLI_SOAK=200 $(BIN)/pytest tests/crash/test_soak.py
+
 lint: $(VENV)/dev ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -45,5 +57,5 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	scripts/install $(VENV) $(PYTHON) '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test lint bench bench-large gpu wheel clean
+.PHONY: help install demo test crash crash-long crash-mounts soak lint bench bench-large gpu wheel clean
 .DEFAULT_GOAL := help

@@ -76,3 +76,17 @@ def test_the_map_of_the_house_names_every_module() -> None:
         )
     for folder in (p for p in (ROOT / "wancli").iterdir() if (p / "__init__.py").exists()):
         assert f"`wancli/{folder.name}/`" in house, folder.name
+
+
+def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
+    page = (ROOT / "docs/reliability.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {
+        name
+        for path in ROOT.glob("tests/**/*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 30
+    assert named <= there, named - there
+    for path in re.findall(r"tests/\w+(?:/\w+\.py|\.py)", page):
+        assert (ROOT / path).exists(), path

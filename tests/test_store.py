@@ -102,6 +102,55 @@ def test_a_link_in_the_cache_is_not_followed(store, tmp_path):
     assert store.get(key("a")) == b"mine"
 
 
+def test_a_folder_of_the_cache_that_is_a_link_is_not_followed(store, tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    store.root.mkdir(mode=0o700)
+    store.path(key("a")).parent.symlink_to(tmp_path / "elsewhere")
+    assert not store.put(key("a"), b"payload")
+    assert "a symbolic link leads out of the cache" in caplog.text
+    (tmp_path / "elsewhere" / store.path(key("a")).name).write_bytes(seal(b"payload", key("a")))
+    assert store.get(key("a")) is None
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("mode", "refused"), [(0o777, True), (0o757, True), (0o1777, False), (0o775, False)])
+def test_a_cache_folder_that_anybody_may_replace_is_refused(tmp_path, mode, refused):
+    above = tmp_path / "above"
+    above.mkdir()
+    above.chmod(mode)
+    if refused:
+        with pytest.raises(MachineError, match="anybody may replace") as caught:
+            Store(above / "cache")
+        assert "chmod o-w" in caught.value.hint
+    else:
+        assert Store(above / "cache").put(key("a"), b"payload")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "mkdir", "replace"])
+def test_any_fault_of_the_disk_costs_only_the_entry(store, monkeypatch, call, number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fails)
+    assert not store.put(key("a"), b"payload")
+    monkeypatch.undo()
+    assert store.get(key("a")) is None
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("years", [-1, 1])
+def test_no_hit_depends_on_the_clock(store, monkeypatch, years):
+    real = time.time
+    store.put(key("a"), b"payload")
+    monkeypatch.setattr(time, "time", lambda: real() + years * 366 * 86400)
+    assert store.get(key("a")) == b"payload"
+    assert store.put(key("b"), b"payload")
+    assert store.get(key("b")) == b"payload"
+    if years < 0:
+        assert store.prune(older_than_days=1) == []
+
+
 def test_a_full_disk_costs_the_entry_and_one_warning_but_not_the_work(store, monkeypatch, caplog):
     def full(fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,29 +13,23 @@ out before any work is done. Nothing relies on locks.
 from __future__ import annotations
 
 import ctypes
-import difflib
 import errno
 import hashlib
 import itertools
 import os
-import re
+import platform
 import secrets
 import shutil
 import stat
 import time
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 
-from wancli.errors import DiskError, JobError, MachineError, NoSpace, OutputExists, WancliError
+from wancli.errors import DiskError, MachineError, NoSpace, OutputExists, WancliError
 
 _PREFIX, _SUFFIX = ".wancli-", ".tmp"
 _DEBRIS_AGE = 24 * 3600.0
-_NAME_BYTES = 255 - len(".latents.safetensors")  # companions of NAME.mp4 have longer names
-_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REASONS = {
@@ -59,7 +53,7 @@ def temporary(final: Path) -> Iterator[Path]:
     The block fills it, or lets another program do so, and hands it to `publish()`.
     Raises MachineError or NoSpace if it cannot be made.
     """
-    path = final.parent / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
+    path = final.parent / f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
     with writing(final):
         _make_folder(final.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
@@ -76,8 +70,15 @@ def publish(tmp: Path, final: Path) -> None:
     A file with the same bytes under that name is success; anything else raises OutputExists.
     """
     with writing(final):
-        _sync(tmp)
-        _place(tmp, final)
+        data = tmp.read_bytes()  # while the kernel still has what it could not write
+        try:
+            _sync(tmp)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            publish_bytes(final, data)
+        else:
+            _place(tmp, final)
 
 
 def publish_bytes(final: Path, data: bytes) -> None:
@@ -117,14 +118,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove what dead processes left in `folder`: own temporary files untouched for a day."""
+def sweep(folder: Path, now: float | None = None) -> list[Path]:
+    """Remove what dead processes left in `folder`: own temporary files untouched for a day.
+
+    One of this host goes only if its process does not live, whatever the clocks say. `now` is the time by
+    the clock that dates the files there, if it is known.
+    """
+    now = time.time() if now is None else now
     gone = []
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        host, _, pid = path.name.removeprefix(_PREFIX).rpartition("-")[0].rpartition("-")
+        lives = host in ("", _host()) and Path("/proc", pid).exists()
         with suppress(OSError):
-            old = time.time() - path.lstat().st_mtime > _DEBRIS_AGE
-            pid = path.name.removeprefix(_PREFIX).partition("-")[0]
-            if old and not Path("/proc", pid).exists():
+            if not lives and now - path.lstat().st_mtime > _DEBRIS_AGE:
                 path.unlink()
                 gone.append(path)
     return gone
@@ -133,14 +139,15 @@ def sweep(folder: Path) -> list[Path]:
 def writable(folder: Path) -> None:
     """Prove that `folder` (made if missing) takes new files, by publishing and removing one.
 
-    Raises MachineError with the cause. The preflight before any model is loaded.
+    Also sweeps it. Raises MachineError with the cause. The preflight before any model is loaded.
     """
     with temporary(folder / "x") as tmp:
+        sweep(folder, tmp.stat().st_mtime)
         proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
         try:
             publish(tmp, proof)
         finally:
-            proof.unlink(missing_ok=True)
+            remove(proof)
 
 
 @contextmanager
@@ -151,20 +158,24 @@ def _spilled(final: Path, data: bytes) -> Iterator[Path]:
         try:
             _fill(tmp, data)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.ENOENT):
                 raise
-            # the kernel dropped the pages that it could not write: another fsync would lie
+            # EIO: the kernel dropped the pages that it could not write, and another fsync would lie.
+            # ENOENT: a host whose clock is days off took the file for debris.
             tmp = stack.enter_context(temporary(final))
             _fill(tmp, data)
         yield tmp
 
 
 def _fill(path: Path, data: bytes) -> None:
-    with path.open("wb", buffering=0) as file:
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         rest = memoryview(data)
         while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
+            rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _place(tmp: Path, final: Path) -> None:
@@ -216,90 +227,16 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def _host() -> str:
+    """This machine's name, as a part of a file name without dashes."""
+    return "".join(char for char in platform.node() if char.isalnum() or char == ".")[:40]
+
+
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)
-
-
-# ---- names ----
-
-
-@lru_cache(1024)  # the shots of a sweep say the same
-def slug(text: str, limit: int = 48) -> str:
-    """A readable file name of at most `limit` UTF-8 bytes: lower-case letters and digits of any
-    script in NFC, dashes between words. Never empty, never the name of a device."""
-    name = ""
-    for char in unicodedata.normalize("NFC", text.lower()):
-        is_mark = unicodedata.category(char).startswith("M")
-        if char.isalnum() or (is_mark and name[-1:] not in ("", "-")):
-            name += char
-        elif name[-1:] not in ("", "-"):
-            name += "-"
-    name = name.encode()[:limit].decode(errors="ignore").strip("-") or "shot"
-    return f"{name}-shot" if _DEVICES.fullmatch(name) else name
-
-
-def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> Path:
-    """The path that an output template means, relative to `root`.
-
-    The folders before the first {field} are the user's own: absolute, `~` and `..` are fine
-    there. What comes after must stay inside of them. Raises JobError.
-    """
-    parts = template.split("/")
-    first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
-    try:
-        base = Path("/".join([*parts[:first], ""])).expanduser()
-    except RuntimeError as error:
-        raise JobError(str(error), where=template) from None
-    return inside(root / base, expand_template("/".join(parts[first:]), fields))
-
-
-def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
-    """Put fields into `{name}` and `{name:04d}`, the only two forms there are.
-
-    Raises JobError for an unknown field, another form, or a value that would add a folder.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        name, form = match.group(1), match.group(2)
-        if name is None:
-            raise JobError(f"a lone {match.group()} in the template", where=template)
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            known = " ".join(f"{{{field}}}" for field in fields)
-            hint = f"did you mean {{{close[0]}}}?" if close else f"known fields: {known}"
-            raise JobError(f"no field {{{name}}}", where=template, hint=hint)
-        content = fields[name]
-        if form is not None and not (isinstance(content, int) and re.fullmatch(r"0?[1-9]?d", form)):
-            hint = "{name} for text, {name:04d} for numbers"
-            raise JobError(f"cannot write {{{name}}} as {form!r}", where=template, hint=hint)
-        text = format(content, form or "")
-        if not text.isprintable() or "/" in text or "\\" in text:
-            hint = "a field may not hold a slash or a control character; {slug} is always safe"
-            raise JobError(f"{{{name}}} is {text!r}", where=template, hint=hint)
-        return text
-
-    return _FIELD.sub(value, template)
-
-
-def inside(root: Path, relative: str) -> Path:
-    """`root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
-    path = Path(relative)
-    if path.is_absolute() or not path.parts:
-        raise JobError("not a name inside the output folder", where=relative or "output")
-    for part in path.parts:
-        size = len(part.encode(errors="surrogatepass"))
-        if part[0] in ".-" or "\0" in part or _DEVICES.fullmatch(part):
-            raise JobError(f"{part!r} is not a safe file name", where=relative, hint="begin it with a letter")
-        if size > _NAME_BYTES:
-            raise JobError(
-                f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
-            )
-    if not (root / path).parent.resolve().is_relative_to(root.resolve()):
-        raise JobError(f"a symbolic link leads out of {root}", where=relative)
-    return root / path
 
 
 # ---- reading and reasons ----

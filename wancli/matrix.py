@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wancli import files
 from wancli.errors import JobError
 from wancli.layers import Layer, Layers, assigned, looked_up
+from wancli.names import slug
 from wancli.problems import STRUCTURE
 from wancli.yamlfile import Key
 
@@ -215,7 +215,7 @@ def _slug(name: str, value: Any) -> str:
     if isinstance(value, int | float):
         return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
     if isinstance(value, str) and any(char.isalnum() for char in value):
-        return files.slug(value, ID_BYTES)
+        return slug(value, ID_BYTES)
     return ""
 
 

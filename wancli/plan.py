@@ -14,13 +14,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import choose, files, kernels, lockstep, loras, machine, mini, presets
+from wancli import choose, kernels, lockstep, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
 from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
 from wancli.models.variants import Variant
+from wancli.names import output_path, slug
 from wancli.prompts import Prompts
 from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Interval, Model, Plan, Shot
@@ -195,13 +196,13 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         "job": jobs.name,
         "item": shot.index,
         "id": shot.id,
-        "slug": files.slug(shot.prompt.tokens.text),
+        "slug": slug(shot.prompt.tokens.text),
         "seed": shot.seed,
         # Of everything else that is decided here, and slow to hash for a thousand shots.
         "key": shot.key[:12] if "{key" in item.job.output else "",
     }
     try:
-        output = files.output_path(jobs.directory, item.job.output, fields)
+        output = output_path(jobs.directory, item.job.output, fields)
         folder = output.parent.resolve()
     except JobError as error:
         raise JobError(error.message, where=item.where("output"), hint=error.hint) from None

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 import struct
 import time
 from contextlib import suppress
@@ -72,7 +73,7 @@ class Entry:
 class Store:
     """The sealed entries under `root`, which is made on the first `put()`, for this user alone.
 
-    Raises MachineError if `root` is another user's, or others may write to it.
+    Raises MachineError if `root` is another user's, or others may write to it, or put another in its place.
     """
 
     def __init__(self, root: Path) -> None:
@@ -80,12 +81,16 @@ class Store:
         self._warned = False
         with files.writing(root):
             status = root.stat() if root.exists() else None
+            above = root.parent.stat() if root.parent.is_dir() else None
         if status:
             hint = f"chmod go-w {root}, or choose another folder with --cache-dir"
             if status.st_uid != os.geteuid():
                 raise MachineError("the cache folder belongs to another user", where=str(root), hint=hint)
             if status.st_mode & 0o022:
                 raise MachineError("others may write to the cache folder", where=str(root), hint=hint)
+        if above and above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
+            hint = f"chmod o-w {root.parent}, or choose another folder with --cache-dir"
+            raise MachineError("anybody may replace the cache folder", where=str(root), hint=hint)
 
     def path(self, key: str) -> Path:
         """Where the entry of a key is, or would be. Keys are hex digits."""
@@ -97,6 +102,8 @@ class Store:
         """The payload that was put under `key`, or None. Reading marks the entry as used."""
         path = self.path(key)
         try:
+            if path.parent.is_symlink():
+                return None
             payload = unseal(_read(path), key)
         except OSError:
             return None  # absent, pruned under us, stale handle, a link: all the same to the caller
@@ -115,6 +122,8 @@ class Store:
         try:
             with files.writing(self.root):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.parent.is_symlink():
+                raise MachineError("a symbolic link leads out of the cache", where=str(path.parent))
             files.replace(path, seal(payload, key))
         except MachineError as error:
             if not self._warned:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, files, footprint, preflight, rates
+from wancli import alternatives, choose, files, footprint, names, preflight, rates
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -100,7 +100,7 @@ def report_path(plan: Plan) -> Path:
 def _short(name: str) -> str:
     """The name of a job, cut by a digest where it would be too long for a file's with more behind it."""
     data = os.fsencode(name)
-    return name if len(data) <= 200 else f"{files.slug(name)}-{hashlib.sha256(data).hexdigest()[:12]}"
+    return name if len(data) <= 200 else f"{names.slug(name)}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

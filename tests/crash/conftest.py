@@ -1,0 +1,65 @@
+"""The rig of the crash tests: one for each process of the test run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from batch import Rig
+
+
+@pytest.fixture(scope="session")
+def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint cut down to one block, in the format that loads fastest."""
+    import torch
+    from jobs import T5, TRANSFORMER, VAE, change_tensors, checkpoint
+    from safetensors.torch import save_file
+
+    model = checkpoint(tmp_path_factory.mktemp("one-block"))
+
+    def cut(tensors: dict[str, object]) -> None:
+        for name in [name for name in tensors if name.startswith("blocks.")]:
+            if not name.startswith("blocks.0."):
+                del tensors[name]
+
+    change_tensors(model / TRANSFORMER, cut)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_layers": 1}))
+    for name in (T5, VAE):
+        tensors = torch.load(model / name, weights_only=True)
+        copied = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+        save_file(copied, (model / name).with_suffix(".safetensors"))
+        (model / name).unlink()
+    return model
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder where writing costs nothing, if there is such a place."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="wancli-crash-", dir=place) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def rig(one_block: Path) -> Iterator[Rig]:
+    """Two shots, with a stand-in for ffmpeg."""
+    with in_memory() as folder, Rig(folder, one_block) as rig:
+        yield rig
+
+
+@pytest.fixture(scope="session")
+def long_rig(one_block: Path) -> Iterator[Rig]:
+    """Two shots of 20 steps and 9 frames, with the real ffmpeg."""
+    with in_memory() as folder, Rig(folder, one_block, quick=False, frames=9, sampler={"steps": 20}) as rig:
+        yield rig

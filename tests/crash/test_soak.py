@@ -1,0 +1,64 @@
+"""Many renders in one process: 60 in CI, 200 with `make soak`. The memory stays that after the first 20."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from batch import HERE, job
+from jobs import written
+
+RENDERS, WARM = int(os.environ.get("WANCLI_SOAK", "60")), 20
+SLACK = 0.05
+
+
+def resident() -> int:
+    """Bytes of this process in memory, after what is free was given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+
+def soak(path: Path) -> list[int]:
+    """Renders a batch again and again; the memory after each."""
+    import torch
+
+    from wancli.cli import run
+
+    torch.set_num_threads(1)
+    sizes = []
+    for _ in range(RENDERS):
+        shutil.rmtree(path.parent / "out", ignore_errors=True)
+        if run(["render", str(path), "-q"]) != 0:
+            raise AssertionError("a render failed")
+        sizes.append(resident())
+    return sizes
+
+
+def test_the_memory_after_many_renders_is_that_after_the_first_twenty(
+    one_block: Path, tmp_path: Path
+) -> None:
+    path = written(tmp_path, job(one_block))
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, __file__, str(path)],
+        env=os.environ
+        | {"PYTHONPATH": paths, "WANCLI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    sizes = [int(size) for size in ended.stderr.split()]
+    assert len(sizes) == RENDERS > WARM
+    assert sizes[-1] <= (1 + SLACK) * sizes[WARM - 1], [size // 10**6 for size in sizes[WARM - 1 :: 10]]
+
+
+if __name__ == "__main__":
+    sys.stderr.write(" ".join(map(str, soak(Path(sys.argv[1])))))

@@ -1,0 +1,145 @@
+"""Names of outputs: readable, safe, and never outside of the folder."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wancli import names
+from wancli.errors import JobError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A gray tabby cat, walking!", "a-gray-tabby-cat-walking"),
+        ("  --../../etc/passwd", "etc-passwd"),
+        ("猫在花园里散步", "猫在花园里散步"),
+        ("Cafe\u0301", "caf\u00e9"),
+        ("हिन्दी", "हिन्दी"),
+        ("🐈 ❤\ufe0f", "shot"),
+        ("", "shot"),
+        ("CON", "con-shot"),
+        ("x" * 100, "x" * 48),
+        ("猫" * 100, "猫" * 16),
+    ],
+)
+def test_a_slug_is_readable_and_short(text, expected):
+    assert names.slug(text) == expected
+
+
+@given(st.text(), st.integers(8, 80))
+def test_a_slug_of_any_text_is_one_safe_name(text, limit):
+    name = names.slug(text, limit)
+    assert 0 < len(name.encode()) <= max(limit, 9)
+    assert name == unicodedata.normalize("NFC", name).lower() or not text.isascii()
+    assert names.inside(Path("/root"), name + ".mp4") == Path("/root", name + ".mp4")
+
+
+FIELDS: dict[str, str | int] = {"job": "cats", "item": 7, "slug": "a-cat", "id": "x"}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{job}/{item:04d}-{slug}.mp4", "cats/0007-a-cat.mp4"),
+        ("{item}{item:d}{item:3d}", "77  7"),
+        ("plain", "plain"),
+    ],
+)
+def test_a_template_takes_fields_and_zero_padded_numbers(template, expected):
+    assert names.expand_template(template, FIELDS) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{slag}", "no field {slag}"),
+        ("{job.__class__}", "no field"),
+        ("{job[0]}", "no field"),
+        ("{}", "no field {}"),
+        ("{job", "a lone {"),
+        ("job}", "a lone }"),
+        ("{{job}}", "a lone {"),
+        ("{slug:04d}", "cannot write {slug}"),
+        ("{item:>9999999999}", "cannot write {item}"),
+        ("{item:{job}}", "a lone {"),
+        ("{job!r}", "no field"),
+    ],
+)
+def test_anything_else_in_a_template_is_an_error(template, message):
+    with pytest.raises(JobError, match=message.replace("{", r"\{")):
+        names.expand_template(template, FIELDS)
+
+
+def test_a_mistyped_field_is_corrected():
+    with pytest.raises(JobError) as caught:
+        names.expand_template("{slag}", FIELDS)
+    assert caught.value.hint == "did you mean {slug}?"
+
+
+@pytest.mark.parametrize("value", ["a/b", "..\\b", "\0", "a\nb", "a\u202eb", "\ud800"])
+def test_a_field_cannot_add_folders_or_invisible_characters(value):
+    with pytest.raises(JobError, match="id"):
+        names.expand_template("{id}.mp4", {"id": value})
+
+
+@pytest.mark.parametrize(
+    "relative",
+    ["", ".", "..", "../a", "a/../../b", "/a", "-y.mp4", ".hidden", "a\0b", "NUL", "com1.mp4", "x" * 250],
+)
+def test_an_unsafe_name_inside_the_output_folder_is_refused(tmp_path, relative):
+    with pytest.raises(JobError):
+        names.inside(tmp_path, relative)
+
+
+def test_the_companions_of_the_longest_allowed_name_can_be_written(tmp_path):
+    name = "x" * names._NAME_BYTES
+    path = names.inside(tmp_path, name)
+    path.with_suffix(".latents.safetensors").touch()
+    with pytest.raises(JobError, match="bytes"):
+        names.inside(tmp_path, name + "x")
+
+
+def test_a_link_that_leads_out_of_the_output_folder_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "away").symlink_to(tmp_path)
+    (tmp_path / "out" / "near").symlink_to(tmp_path / "out")
+    with pytest.raises(JobError, match="symbolic link"):
+        names.inside(tmp_path / "out", "away/a.mp4")
+    assert names.inside(tmp_path / "out", "near/a.mp4")
+
+
+def test_the_folders_that_the_user_wrote_himself_may_be_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    root = Path("/jobs")
+    assert names.output_path(root, "out/{job}/{item:02d}.mp4", FIELDS) == Path("/jobs/out/cats/07.mp4")
+    assert names.output_path(root, "../o/{slug}.mp4", FIELDS) == Path("/jobs/../o/a-cat.mp4")
+    assert names.output_path(root, "/data/.x/{slug}.mp4", FIELDS) == Path("/data/.x/a-cat.mp4")
+    assert names.output_path(root, "~/v/a.mp4", FIELDS) == Path("/home/me/v/a.mp4")
+    assert names.output_path(root, "a.mp4", FIELDS) == Path("/jobs/a.mp4")
+
+
+@pytest.mark.parametrize("value", ["..", "-", ".git", "con", ""])
+def test_what_a_field_puts_into_a_path_stays_inside(value):
+    with pytest.raises(JobError):
+        names.output_path(Path("/jobs"), "out/{id}", {"id": value})
+
+
+def test_a_tilde_from_a_field_is_a_plain_name():
+    assert names.output_path(Path("/jobs"), "{id}/a", {"id": "~"}) == Path("/jobs/~/a")
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_no_label_leads_out_of_the_output_folder(a, b):
+    try:
+        path = names.output_path(Path("/jobs"), "out/{a}/{b}-{a}.mp4", {"a": a, "b": b})
+    except JobError:
+        return
+    assert Path(os.path.normpath(path)).is_relative_to("/jobs/out")
+    assert len(path.parts) == 5

@@ -1,0 +1,96 @@
+"""Names of outputs: what a template means, and which names are safe on every file system.
+
+A name that comes out of here stays inside the folder that the user wrote, fits with those of its companions,
+and is no device, option or hidden file anywhere. Nothing is created.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from wancli.errors import JobError
+
+_NAME_BYTES = 255 - len(".latents.safetensors")  # companions of NAME.mp4 have longer names
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
+
+
+@lru_cache(1024)  # the shots of a sweep say the same
+def slug(text: str, limit: int = 48) -> str:
+    """A readable file name of at most `limit` UTF-8 bytes: lower-case letters and digits of any
+    script in NFC, dashes between words. Never empty, never the name of a device."""
+    name = ""
+    for char in unicodedata.normalize("NFC", text.lower()):
+        is_mark = unicodedata.category(char).startswith("M")
+        if char.isalnum() or (is_mark and name[-1:] not in ("", "-")):
+            name += char
+        elif name[-1:] not in ("", "-"):
+            name += "-"
+    name = name.encode()[:limit].decode(errors="ignore").strip("-") or "shot"
+    return f"{name}-shot" if _DEVICES.fullmatch(name) else name
+
+
+def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> Path:
+    """The path that an output template means, relative to `root`.
+
+    The folders before the first {field} are the user's own: absolute, `~` and `..` are fine
+    there. What comes after must stay inside of them. Raises JobError.
+    """
+    parts = template.split("/")
+    first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
+    try:
+        base = Path("/".join([*parts[:first], ""])).expanduser()
+    except RuntimeError as error:
+        raise JobError(str(error), where=template) from None
+    return inside(root / base, expand_template("/".join(parts[first:]), fields))
+
+
+def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
+    """Put fields into `{name}` and `{name:04d}`, the only two forms there are.
+
+    Raises JobError for an unknown field, another form, or a value that would add a folder.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, form = match.group(1), match.group(2)
+        if name is None:
+            raise JobError(f"a lone {match.group()} in the template", where=template)
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            known = " ".join(f"{{{field}}}" for field in fields)
+            hint = f"did you mean {{{close[0]}}}?" if close else f"known fields: {known}"
+            raise JobError(f"no field {{{name}}}", where=template, hint=hint)
+        content = fields[name]
+        if form is not None and not (isinstance(content, int) and re.fullmatch(r"0?[1-9]?d", form)):
+            hint = "{name} for text, {name:04d} for numbers"
+            raise JobError(f"cannot write {{{name}}} as {form!r}", where=template, hint=hint)
+        text = format(content, form or "")
+        if not text.isprintable() or "/" in text or "\\" in text:
+            hint = "a field may not hold a slash or a control character; {slug} is always safe"
+            raise JobError(f"{{{name}}} is {text!r}", where=template, hint=hint)
+        return text
+
+    return _FIELD.sub(value, template)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """`root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
+    path = Path(relative)
+    if path.is_absolute() or not path.parts:
+        raise JobError("not a name inside the output folder", where=relative or "output")
+    for part in path.parts:
+        size = len(part.encode(errors="surrogatepass"))
+        if part[0] in ".-" or "\0" in part or _DEVICES.fullmatch(part):
+            raise JobError(f"{part!r} is not a safe file name", where=relative, hint="begin it with a letter")
+        if size > _NAME_BYTES:
+            raise JobError(
+                f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
+            )
+    if not (root / path).parent.resolve().is_relative_to(root.resolve()):
+        raise JobError(f"a symbolic link leads out of {root}", where=relative)
+    return root / path

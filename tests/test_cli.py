@@ -30,7 +30,7 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, cli, encode, errors, pipeline
+from wancli import __version__, cli, encode, errors, machine, pipeline
 from wancli.models.dit import WanModel
 from wancli.weights import networks
 
@@ -66,8 +66,9 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version --install-completion --show-completion",
-        "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every --force --json"
-        " --json-stream --cache-dir --log-level --progress -q/--quiet",
+        "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every"
+        " --fail-fast --max-failures --retries --force --json --json-stream --cache-dir --log-level"
+        " --progress -q/--quiet",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
         "wancli status JOB --set --sweep --items --shard --json --cache-dir",
         "wancli check DIR|JOB --deep --set --sweep --items --shard --json --cache-dir",
@@ -264,6 +265,37 @@ def test_a_reader_that_went_away_is_no_bug_and_no_success(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path) -> None:
+    items = [{"id": "a"}, {"id": "b", "seed": 1}]
+    read, write = os.pipe()
+    os.close(read)
+    done = wancli("render", written(tmp_path, tiny_job(output="{id}.mp4", items=items)), "-q", stdout=write)
+    os.close(write)
+    said = b"wancli: nobody reads stdout any more; the work goes on\n"
+    assert (done.returncode, done.stderr) == (0, said)
+    assert (tmp_path / "a.mp4").exists()
+    assert (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("memory", "warned"),
+    [
+        (
+            {"device": "cuda"},
+            "memory.device is cuda, and no CUDA device is found here: `render` would refuse",
+        ),
+        ({"device": "cpu", "attention": "sage"}, "sage attention cannot run: "),
+        ({"device": "cpu", "fp8_matmul": True}, "only CUDA devices multiply in fp8: `render` would refuse"),
+    ],
+)
+def test_a_plan_warns_of_what_this_machine_lacks(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, Any], warned: str
+) -> None:
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
+    said = say("plan", written(tmp_path, tiny_job(memory=memory)))
+    assert (said.code, warned in said.err) == (0, True), said.err
+
+
 def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job(id="猫", prompt=f"{CAT} 猫"))
     latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
@@ -292,7 +324,7 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
     job = written(tmp_path, tiny_job(output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
     said = say("render", job, "-q", "--items", "2,0")
     assert said == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
-    path = tmp_path / "out" / "report.json"
+    path = tmp_path / "out" / "job.report.json"
     shots = json.loads(path.read_text())["shots"]
     assert [shot["status"] for shot in shots] == ["rendered", "not started", "rendered"]
     said = say("render", job, "-q", "--shard", "1/3", "--json")

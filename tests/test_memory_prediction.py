@@ -74,7 +74,7 @@ def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, hou
     (shot,) = plan(load(job), tmp_path / "memo.json").shots
     assert max(shot.phases, key=lambda phase: phase.total).name in ("sample", "decode")
     assert measured(job) == pytest.approx(shot.peak, rel=0.1)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert report["peak"]["predicted"] == shot.peak
     assert report["peak"]["measured"] == pytest.approx(shot.peak, rel=0.1)
 

@@ -50,7 +50,7 @@ def test_a_finished_job_is_not_rendered_again(
     assert [shot["status"] for shot in json.loads(second.out)["shots"]] == ["already done"]
     assert render().out == first.out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "report.json"]
+    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
 
 
 def test_only_what_is_not_done_yet_is_rendered(
@@ -103,8 +103,7 @@ def test_a_file_that_is_in_the_way_is_never_touched(
     (tmp_path / "out").mkdir()
     for name in "ab":
         (tmp_path / "out" / f"{name}.mp4").write_bytes(b"holiday")
-    items = [{"id": "a"}, {"id": "b"}, {"id": "c"}]
-    said = render(output="out/{id}.mp4", items=items)
+    said = render(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}])
     assert said.code == 2
     assert said.err.splitlines() == [
         f"wancli: {tmp_path}/out/a.mp4 exists, and is not what this job makes now (no manifest)",
@@ -131,15 +130,72 @@ def test_a_video_of_another_seed_is_in_the_way_and_force_moves_it_aside(
     assert manifest_of(tmp_path)["shot"]["seed"] == 1
 
 
-def test_a_video_that_was_changed_afterwards_is_not_done_and_not_overwritten(
+def test_a_file_in_the_way_of_one_shot_fails_that_shot_alone(
     render: Callable[..., Said], tmp_path: Path
 ) -> None:
-    assert render(video=KEPT).code == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.mp4").write_bytes(b"holiday")
+    items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
+    said = render("--json", output="out/{id}.mp4", items=items)
+    assert said.code == 1
+    shots = json.loads(said.out)["shots"]
+    assert [shot["status"] for shot in shots] == ["rendered", "failed", "rendered"]
+    assert shots[1]["error"]["code"] == "job.output_exists"
+    assert (tmp_path / "out" / "b.mp4").read_bytes() == b"holiday"
+    assert render(output="out/{id}.mp4", items=items).code == 2  # nothing but that one is to do
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with its latent", "without"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "seal"])
+def test_an_output_of_this_very_job_that_no_longer_verifies_moves_aside_and_is_made_anew(
+    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, kept: bool
+) -> None:
+    said = {"video": {"keep_latents": kept}}
+    assert render(**said).code == 0
     path = tmp_path / "out" / "clip.mp4"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    damaged = path.read_bytes()
-    assert render(video=KEPT).code == 2
-    assert path.read_bytes() == damaged
+    whole, manifest = path.read_bytes(), path.with_name("clip.manifest.json")
+    match damage:
+        case "flipped":
+            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        case "cut":
+            path.write_bytes(whole[:-1])
+        case "seal":
+            manifest.write_text(manifest.read_text().replace('"seal": "', '"seal": "0'))
+    damaged, record = path.read_bytes(), manifest.read_bytes()
+    calls = forwards(monkeypatch)
+    assert render(**said).code == 0
+    assert len(calls) == (0 if kept else 4)
+    assert path.read_bytes() == whole
+    assert path.with_name("clip.damaged-1.mp4").read_bytes() == damaged
+    assert path.with_name("clip.manifest.damaged-1.json").read_bytes() == record
+    assert done(path, manifest_of(tmp_path)["key"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "another manifest", "garbage for one"])
+def test_what_is_not_proven_to_be_of_this_job_stays_where_it_is(
+    render: Callable[..., Said], tmp_path: Path, kind: str
+) -> None:
+    assert render().code == 0
+    path = tmp_path / "out" / "clip.mp4"
+    manifest = path.with_name("clip.manifest.json")
+    path.unlink()
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "link":
+            (tmp_path / "mine").write_bytes(b"mine")
+            path.symlink_to(tmp_path / "mine")
+        case "dangling link":
+            path.symlink_to(tmp_path / "nowhere")
+        case "another manifest":
+            path.write_bytes(b"mine")
+            manifest.write_text('{"key": "0"}')
+        case "garbage for one":
+            path.write_bytes(b"mine")
+            manifest.write_text("{")
+    before = sorted(path.parent.iterdir())
+    assert render().code == 2
+    assert sorted(path.parent.iterdir()) == before
 
 
 # ---- the latent is safe ----
@@ -160,15 +216,15 @@ def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
     fake_ffmpeg(script)
     said = render(inject=[rule(blocks="late")])
     assert said.code == 3
-    assert said.err.startswith(f"wancli: {tmp_path}/out/")
-    assert files_in(tmp_path) == ["clip.latents.safetensors"]
+    assert said.err.startswith(f"wancli: shot 0000: {tmp_path}/out/")
+    assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     z_CTYX = latents_of(tmp_path)
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     poison(monkeypatch, (WanModel, "velocities"), (networks, "load_transformer"), (encode, "load_encoder"))
     assert render(inject=[rule(blocks="late")]).code == 0
-    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "report.json"]
+    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_block"] == {"3": 2}
 
 
@@ -232,7 +288,7 @@ def test_outputs_that_share_only_the_root_have_their_report_beside_the_first(
         items = [{"output": "out/a.mp4"}, {"output": f"{elsewhere}/b.mp4"}]
         assert render(items=items).code == 0
         assert sorted(path.name for path in Path(elsewhere).iterdir()) == ["b.manifest.json", "b.mp4"]
-    assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "report.json"]
+    assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "job.report.json"]
 
 
 @pytest.mark.parametrize("place", [0, 8, 60, -300, -1, "cut", "empty", "foreign", "missing"])
@@ -383,8 +439,8 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_debris(
     assert said.code == 130
     assert said.out == f"{tmp_path}/out/a.mp4\n"
     assert said.err == "wancli: interrupted; finished shots are kept, run again to go on\n"
-    assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "report.json"]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "job.report.json"]
+    report = json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == ["rendered", "not started", "not started"]
     assert render(output="out/{id}.mp4", items=items).code == 0
     assert len(calls) == 7 + 8

@@ -66,7 +66,7 @@ def test_the_report_holds_every_shot_and_the_memory_of_every_phase(
     items = [{"id": "a", "inject": [rule(blocks="late")]}, {"id": "b"}]
     said = render("--json", output="out/{id}.mp4", items=items)
     report = json.loads(said.out)
-    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report == json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert report["schema"] == "wancli/report/1"
     first, second = report["shots"]
     assert first["output"] == str(tmp_path / "out" / "a.mp4")
@@ -87,11 +87,12 @@ def test_the_report_holds_every_shot_and_the_memory_of_every_phase(
 
 def test_a_report_replaces_a_report_and_nothing_else(render: Callable[..., Said], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "report.json").write_text('{"holiday": true}')
+    (tmp_path / "out" / "job.report.json").write_text('{"holiday": true}')
     for _ in range(2):
         assert render().code == 0
-    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "report.json", "report.old-1.json"]
-    assert (tmp_path / "out" / "report.old-1.json").read_text() == '{"holiday": true}'
+    reports = ["job.report.json", "job.report.old-1.json"]
+    assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", *reports]
+    assert (tmp_path / "out" / "job.report.old-1.json").read_text() == '{"holiday": true}'
 
 
 def test_a_folder_whose_name_is_not_utf8_can_be_rendered_into(
@@ -99,7 +100,7 @@ def test_a_folder_whose_name_is_not_utf8_can_be_rendered_into(
 ) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     assert render("--json", folder=folder).code == 0
-    report = json.loads((folder / "out" / "report.json").read_text())
+    report = json.loads((folder / "out" / "job.report.json").read_text())
     assert Path(report["shots"][0]["output"]) == folder / "out" / "clip.mp4"
 
 

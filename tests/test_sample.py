@@ -144,7 +144,7 @@ def test_nan_in_the_weights_is_named_and_nothing_is_written(
     said = render(model=str(model))
     assert said.code == 1
     assert said.err.splitlines()[0] == f"wancli: shot 0000: {message}"
-    assert files_in(tmp_path) == ["report.json"]
+    assert files_in(tmp_path) == ["job.report.json"]
 
 
 def test_nan_from_the_text_encoder_is_told_and_never_cached(
@@ -157,7 +157,7 @@ def test_nan_from_the_text_encoder_is_told_and_never_cached(
     assert said.code == 1
     assert "UMT5 gives NaN or Inf for 'A gray tabby cat" in said.err
     assert not list((tmp_path / "cache").rglob("*.entry"))
-    assert [name for name in files_in(tmp_path) if name != "report.json"] == []
+    assert [name for name in files_in(tmp_path) if name != "job.report.json"] == []
 
 
 def test_measuring_a_finished_shot_keeps_its_video_and_adds_the_effects(

@@ -71,10 +71,10 @@ def test_a_run_that_is_stopped_in_every_one_of_its_20_steps_has_the_latent_of_on
         ended = stopped(render, 0)(**said)
         if step < 19:
             assert ended.code == 75, ended.err
-            assert files_in(tmp_path) == ["clip.state.safetensors", "report.json"]
+            assert files_in(tmp_path) == ["clip.state.safetensors", "job.report.json"]
             assert "stopped by SIGTERM; 1 shot is saved on the way, 0 not begun" in ended.err
     assert ended.code == 75  # sampled, and not decoded
-    assert files_in(tmp_path) == ["clip.latents.safetensors", "report.json"]
+    assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     with pytest.MonkeyPatch.context() as patched:
         poison(patched)
         assert render(**said).code == 0
@@ -102,7 +102,7 @@ def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
     ]
     expected = ["rendered", "stopped", "not started"]
     assert [shot["status"] for shot in json.loads(said.out)["shots"]] == expected
-    report = json.loads((tmp_path / "out/report.json").read_text())
+    report = json.loads((tmp_path / "out/job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == expected
     with pytest.MonkeyPatch.context() as patched:
         calls = forwards(patched)
@@ -121,7 +121,7 @@ def test_a_group_that_goes_in_lock_step_is_saved_whole_and_late_comers_catch_up(
     rendered = partial(render, output="out/{id}.mp4", memory=STREAMED, video=KEPT, sampler=sampler)
     ended = stopped(rendered, 3 * 2 * 2)(items=items[:3])
     assert ended.code == 75
-    assert files_in(tmp_path) == [*(f"{name}.state.safetensors" for name in "abc"), "report.json"]
+    assert files_in(tmp_path) == [*(f"{name}.state.safetensors" for name in "abc"), "job.report.json"]
     calls = forwards(monkeypatch)
     assert rendered(items=items).code == 0
     assert len(calls) == 2 * (3 * 2 + 5)
@@ -158,7 +158,7 @@ def test_a_stop_while_decoding_leaves_the_latent_and_no_part_of_a_video(
         patched.setattr(video, "to_rgb24", converted)
         said = render(frames=9)
     assert said.code == 75
-    assert files_in(tmp_path) == ["clip.latents.safetensors", "report.json"]
+    assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     assert not list(tmp_path.rglob(".wancli-*"))
     poison(monkeypatch)
     assert render(frames=9).code == 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import typer
 
 from wancli.errors import WancliError
 from wancli.events import printable
@@ -46,6 +49,29 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool, com
 
         return OpenJD(sys.stdout)
     return events.progress(sys.stderr, "none" if quiet else mode)
+
+
+def result(text: str) -> None:
+    """A result on stdout, for a command whose work does not end with its readers: what it makes is on disk.
+    Where nobody reads any more this and all that follows goes nowhere, and stderr says so."""
+    from wancli.report.lines import line
+
+    line(sys.stdout, text)
+
+
+def again(context: typer.Context, items: str) -> str:
+    """The command line that does the same for these shots alone, in a shell's quotes."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        said = context.get_parameter_source(name)
+        if name in ("items", "shard") or said is None or said.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
+            words += option if one is True else [*option, str(getattr(one, "value", one))]
+    return shlex.join([*words, "--items", items])
 
 
 def hush(quiet: bool) -> None:

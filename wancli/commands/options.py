@@ -83,6 +83,20 @@ SaveEvery = Annotated[
         help="How often the state of sampling goes to disk: 30s, 5min, or 5 for five steps. Default: 60s.",
     ),
 ]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first shot that fails.")]
+MaxFailures = Annotated[
+    int | None,
+    typer.Option("--max-failures", metavar="N", min=1, help="End when N shots have failed."),
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries",
+        metavar="N",
+        min=0,
+        help="Try a shot up to N times more where that may help: ffmpeg died, the disk, no memory.",
+    ),
+]
 Shard = Annotated[
     str | None,
     typer.Option(

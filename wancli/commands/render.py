@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wancli.commands.common import (
+    again,
     complain,
     display_of,
     emit,
@@ -17,10 +19,12 @@ from wancli.commands.common import (
     job_of,
     plan_of,
     rates_of,
+    result,
     store_of,
 )
 from wancli.commands.options import (
     CacheDir,
+    FailFast,
     Force,
     Items,
     JobArgument,
@@ -28,9 +32,11 @@ from wancli.commands.options import (
     JsonStream,
     Level,
     LogLevel,
+    MaxFailures,
     Quiet,
     RenderProgress,
     RenderProgressing,
+    Retries,
     SaveEvery,
     Sets,
     Shard,
@@ -64,6 +70,9 @@ def render(
     items: Items = None,
     shard: Shard = None,
     save_every: SaveEvery = None,
+    fail_fast: FailFast = False,
+    max_failures: MaxFailures = None,
+    retries: Retries = 0,
     force: Force = False,
     as_json: Json = False,
     json_stream: JsonStream = False,
@@ -76,8 +85,9 @@ def render(
 
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
+    A shot that fails does not keep the others from being rendered.
     """
-    from wancli import pipeline, rates, signals
+    from wancli import pipeline, policy, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
@@ -86,25 +96,23 @@ def render(
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
+    failing = policy.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
     plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=measuring)
     display.planned(plan)
     for warning in plan.warnings:
         display.warn(warning)
-    outcomes: list[pipeline.Outcome] = []
+    outcomes: list[Outcome] = []
     known = rates.read(rates_of(cache_dir))
     stopped: Stopped | None = None
     try:
         with signals.listening() as stop:
-            tools = Tools(store_of(cache_dir), display, force, stop)
+            tools = Tools(store_of(cache_dir), display, force, stop, failing)
             for outcome in _traced(pipeline.render(plan, tools), log_level):
                 outcomes.append(outcome)
                 display.came_to(outcome)
-                if outcome.error:
-                    complain(outcome.error, f"shot {outcome.shot.id}: ")
-                elif outcome.record and not (as_json or json_stream):
-                    print(outcome.shot.output, flush=True)
+                _tell(outcome, paths=not (as_json or json_stream))
     except Stopped as error:
         stopped = error
     except BaseException:
@@ -117,15 +125,28 @@ def render(
     report = data.build(plan, outcomes, known)
     path = data.write(plan, report)
     if as_json:
-        emit(report)
+        result(json.dumps(report, indent=2))
     if not quiet:
         shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=measuring)
         terminal.show(shown, stderr=True)
-    status = ExitStatus.SOME_FAILED if any(o.error for o in outcomes) else ExitStatus.OK
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed and not quiet:
+        rerun = again(context, terminal.ranges([outcome.shot.index for outcome in failed]))
+        terminal.show(terminal.failures(report, rerun), stderr=True)
+    status = policy.exit_status(outcome.error for outcome in failed if outcome.error)
     display.ended(status, path)
     if stopped:
         raise stopped
     return status
+
+
+def _tell(outcome: Outcome, *, paths: bool) -> None:
+    """A shot's error on stderr, and if wanted its path on stdout."""
+    if outcome.error:
+        where = f"shot {outcome.shot.id}"
+        complain(outcome.error, "" if outcome.error.where == where else f"{where}: ")
+    elif outcome.record and paths:
+        result(str(outcome.shot.output))
 
 
 def plan_command(
@@ -148,7 +169,7 @@ def plan_command(
 
     Shots, noise levels, injection per block, prompts to encode, memory, time. Loads no model.
     """
-    from wancli import choose, rates
+    from wancli import choose, preflight, rates
     from wancli.report import data, planned, terminal
     from wancli.units import parse_size
 
@@ -159,7 +180,7 @@ def plan_command(
         emit(data.of_plan(plan, store, known))
     else:
         terminal.show(planned.plan_tables(plan, store, known, verbose=verbose, others=budget is not None))
-        for warning in plan.warnings:
+        for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
     for shot in plan.shots:
         if data.state(shot) != "done":
@@ -172,7 +193,7 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
     try:
         for outcome in outcomes:
             if outcome.error and log_level is LogLevel.trace:
-                print(stack(outcome.error), file=sys.stderr)
+                print(outcome.stack, file=sys.stderr)
             yield outcome
     except Exception as error:
         if log_level is LogLevel.trace:

@@ -143,8 +143,9 @@ def summary(
     if fresh:
         yield memory_table(report["memory"])
         predicted, measured = (size(report["peak"][name]) for name in ("predicted", "measured"))
-        start = duration(report["first_step_after"])
-        yield f"peak {measured}, predicted {predicted}; first step after {start}"
+        begun = report["first_step_after"]
+        start = "" if begun is None else f"; first step after {duration(begun)}"
+        yield f"peak {measured}, predicted {predicted}{start}"
         yield from dict.fromkeys(
             "attention: {self} among video tokens, {cross} to the text".format_map(shot["model"]["attention"])
             for shot in fresh
@@ -158,6 +159,21 @@ def summary(
     yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     if path:
         yield f"report: {path}"
+
+
+def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
+    """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
+    the command that tries them again."""
+    from rich.console import Console
+
+    table = grid("failed shot", "code", "message")
+    errors = [(_cut(shot["id"], 24), shot["error"]) for shot in report["shots"] if "error" in shot]
+    left = [max(11, *(len(id) for id, _ in errors)), max(len(error["code"]) for _, error in errors)]
+    room = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
+    for id, error in errors:
+        table.add_row(id, error["code"], _cut(error["message"].replace("\n", " / "), room))
+    yield table
+    yield f"again: {again}"
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:

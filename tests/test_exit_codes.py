@@ -1,0 +1,187 @@
+"""The truth table of exit codes, through the real command line: every pair of things that can happen."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Said, command, tiny_job, written
+
+from wancli import errors, pipeline
+from wancli.errors import ExitStatus
+
+# What can happen to one shot: the error of its decoding, None where it goes well.
+SHOTS: dict[str, Callable[[], BaseException | None]] = {
+    "done": lambda: None,
+    "failed": lambda: errors.NotFinite("NaN"),
+    "in the way": lambda: errors.OutputExists("another made it meanwhile"),
+    "no memory": lambda: errors.OutOfMemory("out of memory"),
+    "ffmpeg died": lambda: errors.FfmpegError("died"),
+    "damaged": lambda: errors.EntryError("does not verify"),
+    "checkpoint": lambda: errors.CheckpointError("does not verify"),
+}
+# What ends a batch after a shot, and its code. It outranks what happened to shots before.
+ENDS = {"TERM": 75, "USR1": 75, "INT": 130, "disk full": 3, "bug": 70}
+CODES = {
+    "done": 0,
+    "failed": 1,
+    "in the way": 1,
+    "no memory": 5,
+    "ffmpeg died": 3,
+    "damaged": 4,
+    "checkpoint": 4,
+}
+RANK = [0, 1, 5, 3, 4]  # the worst last
+
+
+def worst(*codes: int) -> int:
+    return max(codes, key=RANK.index)
+
+
+@pytest.fixture
+def batch(
+    tmp_path: Path,
+    shallow: Path,
+    warm: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Said]:
+    """Renders shots to which these things happen, one after the other, without sampling them."""
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+
+    def rendered(*happen: str, flags: tuple[str, ...] = ()) -> Said:
+        items = [{"id": f"{n}", "seed": n} for n in range(len(happen))]
+        job = written(tmp_path, tiny_job(shallow, output="out/{id}.mp4", items=items))
+        coming: Iterator[str] = itertools.chain(happen, itertools.repeat("done"))
+
+        def finish(*_: Any) -> dict[str, Any]:
+            what = next(coming)
+            match what:
+                case "TERM" | "USR1" | "INT":
+                    signal.raise_signal(signal.Signals[f"SIG{what}"])
+                    raise errors.Stopped("before decoding")
+                case "disk full":
+                    raise errors.NoSpace("No space left on device")
+                case "bug":
+                    raise ZeroDivisionError
+            error = SHOTS[what]()
+            if error:
+                raise error
+            return BODY
+
+        monkeypatch.setattr(pipeline, "finish", finish)
+        return command(capsys, "render", job, "-q", *flags)
+
+    return rendered
+
+
+PHASE = {"name": "decode", "seconds": 0.0, "rss": 0, "rss_start": 0, "cuda": None}
+BODY: dict[str, Any] = {
+    "phases": [PHASE],
+    "prompts": [],
+    "predicted": [],
+    "first_step_after": 0.0,
+    "encoder_loaded": False,
+    "model": {"root": ""},
+}
+
+
+@pytest.mark.parametrize("two", list(itertools.product(SHOTS, repeat=2)), ids=" then ".join)
+def test_a_batch_ends_with_the_worst_that_happened_to_its_shots(
+    batch: Callable[..., Said], two: tuple[str, str]
+) -> None:
+    first, second = two
+    reached = [first] if first == "checkpoint" else [first, second]  # which both shots need
+    assert batch(*two).code == worst(*(CODES[what] for what in reached))
+
+
+@pytest.mark.parametrize("first", SHOTS)
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_the_batch_outranks_what_happened_to_shots(
+    batch: Callable[..., Said], first: str, end: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said = batch(first, end, "done")
+    assert said.code == (4 if first == "checkpoint" else ENDS[end])
+
+
+@pytest.mark.parametrize("first", [name for name in SHOTS if name not in ("done", "checkpoint")])
+def test_fail_fast_ends_with_the_code_of_the_failure(batch: Callable[..., Said], first: str) -> None:
+    assert batch(first, "bug", flags=("--fail-fast",)).code == CODES[first]
+
+
+def test_a_stop_that_came_when_all_was_done_is_none(batch: Callable[..., Said]) -> None:
+    assert batch("done", "done").code == 0
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_retry_that_goes_well_leaves_no_trace_in_the_code(batch: Callable[..., Said], retries: int) -> None:
+    said = batch("ffmpeg died", "done", "done", flags=("--retries", str(retries)))
+    assert said.code == (0 if retries else 3)
+
+
+@pytest.mark.parametrize(
+    ("case", "code"),
+    [
+        ("usage", 2),
+        ("no such file", 2),
+        ("all in the way", 2),
+        ("some in the way", 1),
+        ("all too large", 5),
+        ("one too large", 5),
+        ("no ffmpeg", 3),
+        ("no space", 3),
+        ("checkpoint", 4),
+        ("fail-fast and max-failures", 2),
+    ],
+)
+def test_what_is_found_before_the_start(
+    render: Callable[..., Said],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    code: int,
+) -> None:
+    items: list[dict[str, Any]] = [{"id": "a"}, {"id": "b", "seed": 1}]
+    flags: tuple[str, ...] = ()
+    changes: dict[str, Any] = {}
+    out = tmp_path / "out"
+    match case:
+        case "usage":
+            flags = ("--farce",)
+        case "no such file":
+            assert command(capsys, "render", tmp_path / "no.yaml").code == code
+            return
+        case "all in the way" | "some in the way":
+            out.mkdir()
+            for name in "ab" if case.startswith("all") else "a":
+                (out / f"{name}.mp4").write_bytes(b"mine")
+        case "all too large":
+            changes = {"memory": {"budget": "1MiB"}}
+        case "one too large":
+            items[1] |= {"size": "1280x720", "frames": 81}
+            changes = {"memory": {"budget": "900MiB"}}
+        case "no ffmpeg":
+            monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
+        case "no space":
+            monkeypatch.setattr("wancli.files.free_space", lambda _: 1000)
+        case "checkpoint":
+            (tmp_path / "model").mkdir()
+            changes = {"model": str(tmp_path / "model")}
+        case "fail-fast and max-failures":
+            flags = ("--fail-fast", "--max-failures", "2")
+    said = render(*flags, output="out/{id}.mp4", items=items, **changes)
+    assert said.code == code, said.err
+    started = case in ("some in the way", "one too large")
+    assert sorted(path.name for path in out.glob("*.manifest.json")) == (
+        [] if not started else ["b.manifest.json"] if case == "some in the way" else ["a.manifest.json"]
+    )
+
+
+def test_the_table_names_every_code() -> None:
+    assert {*CODES.values(), *ENDS.values(), 2} == {int(status) for status in ExitStatus}

@@ -1,0 +1,140 @@
+"""Space on the disk: told before anything is loaded, and what becomes of a batch that runs out of it."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Said, files_in, latents_of, poison, tiny_job, written
+
+from wancli import files, space
+from wancli.jobfile import load
+from wancli.plan import plan
+from wancli.shot import Shot
+from wancli.store import Store
+
+Render = Callable[..., Said]
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Callable[..., tuple[Shot, ...]]:
+    def planned(**changes: Any) -> tuple[Shot, ...]:
+        return plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+
+    return planned
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "wancli-test", str(folder)]
+    if subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shots: Any) -> None:
+    crf = {n: shots(size="160x96", frames=17, video={"crf": n})[0] for n in (0, 10, 16, 22, 51)}
+    pixels = 160 * 96 * 17
+    found = {n: space.video_bytes(shot) / pixels * 8 for n, shot in crf.items()}
+    assert found == pytest.approx({0: 12.6, 10: 4, 16: 2, 22: 1, 51: 2 ** (-29 / 6)}, abs=1e-3)
+
+
+def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:
+    seeds = {"output": "out/{seed}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
+    (plain,) = space.needs(shots(**seeds))
+    (kept,) = space.needs(shots(**seeds, video={"keep_latents": True}))
+    latent = 4 * 16 * 1 * 8 * 8 + 2**16
+    assert kept.needed - plain.needed == 4 * latent
+    (one,) = space.needs(shots()[:1])
+    assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
+
+
+def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:
+    found = shots()
+    (alone,) = space.needs(found)
+    (both,) = space.needs(found, Store(tmp_path / "cache"))
+    assert both.needed > alone.needed
+    (elsewhere,) = space.needs(found, Store(Path("/proc/nowhere")))
+    assert elsewhere.needed == alone.needed
+
+
+def test_too_little_space_is_told_with_figures_before_anything_is_loaded(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    monkeypatch.setattr(files, "free_space", lambda _: 700 * 1024)
+    said = render()
+    assert said.code == 3
+    line, hint = said.err.splitlines()
+    assert line.startswith(f"wancli: {tmp_path}/out: 1 shots may need ")
+    assert line.endswith(" on this disk, 700 KiB are free")
+    assert "--items" in hint
+    assert files_in(tmp_path) == []
+
+
+def test_the_margin_is_a_twentieth_and_a_mebibyte() -> None:
+    needed = 100 * 2**20
+    least = int(needed * 1.05) + 2**20
+    assert space.Need(Path(), needed, least).enough
+    assert not space.Need(Path(), needed, least - 1).enough
+
+
+def test_a_disk_that_is_full_on_the_way_ends_the_batch_and_keeps_what_is_done(
+    render: Render, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preflight is told of room that there is not, as where another program takes it meanwhile."""
+    items = [{"id": f"s{n}", "seed": n, "video": {"keep_latents": True}} for n in range(60)]
+    said = {"output": "out/{id}.mp4", "items": items}
+    assert render(folder=small, **said).code == 3
+    assert files_in(small) == []
+    (small / "ballast").write_bytes(b"x" * 3 * 2**19)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(space, "require", lambda *_: None)
+        ended = render(folder=small, **said)
+    assert ended.code == 3
+    assert "No space left on device; 0.0 MB are free there" in ended.err
+    assert list(small.rglob(".wancli-*")) == []
+    done = ended.out.split()
+    assert 0 < len(done) < 60
+    assert all(path.with_suffix(".manifest.json").exists() for path in map(Path, done))
+    (small / "ballast").unlink()
+    monkeypatch.setattr(space, "require", lambda *_: None)
+    assert render(folder=small, output="out/{id}.mp4", items=items[: len(done) + 1]).code == 0
+
+
+def test_a_full_cache_costs_a_warning_and_nothing_else(
+    small: Path, tmp_path: Path, shallow: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    from jobs import command
+
+    (small / "ballast").write_bytes(b"x" * 2**21)
+    job = written(tmp_path, tiny_job(shallow, prompt="one that no cache knows"))
+    assert command(capsys, "render", job, "--cache-dir", small / "cache").code == 0
+    assert "going on without the cache: " in caplog.text
+    assert list(small.rglob("*.entry")) == []
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk_and_the_next_run_goes_on(
+    render: Render, tmp_path: Path, shallow: Path, warm: Path
+) -> None:
+    job = written(tmp_path, tiny_job(shallow, frames=17, video={"keep_latents": True}))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    program = [sys.executable, "-m", "wancli", "render", str(job), "-q", "--cache-dir", str(warm)]
+    ended = subprocess.run(program, capture_output=True, text=True, preexec_fn=limited)
+    assert ended.returncode == 3
+    assert "File too large" in ended.stderr
+    assert list(tmp_path.rglob(".wancli-*")) == []
+    assert render(frames=17, video={"keep_latents": True}).code == 0
+    assert latents_of(tmp_path).shape[1] == 5

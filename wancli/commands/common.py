@@ -50,13 +50,9 @@ def emit(document: Any) -> None:
 def result(text: str) -> None:
     """A result on stdout, for a command whose work does not end with its readers: what it makes is on disk.
     Where nobody reads any more this and all that follows goes nowhere, and stderr says so."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        print("wancli: nobody reads stdout any more; the work goes on", file=sys.stderr)
+    from wancli.report.lines import line
+
+    line(sys.stdout, text)
 
 
 def again(context: typer.Context, items: str) -> str:

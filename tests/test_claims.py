@@ -20,13 +20,13 @@ import torch
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, tiny_job, written
 
 from wancli import manifest
+from wancli.batch import render as render_plan
 from wancli.encode import encode
 from wancli.errors import MachineError, Stopped
 from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
 from wancli.jobfile import load
-from wancli.pipeline import render as render_plan
 from wancli.plan import plan
 from wancli.shot import Plan
 from wancli.signals import Stop

@@ -30,7 +30,7 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, cli, encode, errors, machine, pipeline
+from wancli import __version__, batch, cli, encode, errors, machine
 from wancli.models.dit import WanModel
 from wancli.weights import networks
 
@@ -191,7 +191,7 @@ def test_every_error_ends_with_the_code_of_its_class_and_says_where_what_and_wha
     def fails(*_: object) -> None:
         raise error("went wrong\nin two ways", where="here", hint="Try there.")
 
-    monkeypatch.setattr(pipeline, "render", fails)
+    monkeypatch.setattr(batch, "render", fails)
     said = say("render", written(tmp_path, tiny_job()))
     message = "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n"
     if issubclass(error, errors.Stopped):  # after the summary, and with the command that goes on
@@ -226,7 +226,7 @@ def test_a_bug_is_one_line_and_a_log_with_the_traceback(
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr(pipeline, "render", fails)
+    monkeypatch.setattr(batch, "render", fails)
     said = say("render", written(tmp_path, tiny_job()))
     assert (said.code, said.out) == (70, "")
     (log,) = tmp_path.glob("wancli-*.log")

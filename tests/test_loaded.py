@@ -14,7 +14,7 @@ import torch
 from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
 from safetensors.torch import load_file, save_file
 
-from wancli import choose, encode, jobfile, machine, pipeline, plan
+from wancli import batch, choose, encode, jobfile, machine, plan
 from wancli.events import Progress
 from wancli.flags import NO_FLAGS
 from wancli.loaded import Kept
@@ -34,7 +34,7 @@ def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
         planned = plan.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
         tools = Tools(Store(warm / "embeddings"), Progress(), kept=kept)
-        return [outcome.status for outcome in pipeline.render(planned, tools)]
+        return [outcome.status for outcome in batch.render(planned, tools)]
 
     return render
 
@@ -137,7 +137,7 @@ def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process
     job = written(tmp_path, tiny_job(model=shallow))
     planned = plan.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
     began = time.time() + 1000
-    list(pipeline.render(planned, Tools(Store(warm / "embeddings"), Progress(), began=began)))
+    list(batch.render(planned, Tools(Store(warm / "embeddings"), Progress(), began=began)))
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900
 
 

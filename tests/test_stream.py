@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
 
-from wancli import pipeline
+from wancli import batch, outcome
 from wancli.errors import FfmpegError, kinds
 from wancli.events import Progress
 from wancli.models.dit import WanModel
@@ -153,7 +153,7 @@ def test_whatever_ends_a_batch_is_in_the_envelope(
     def fails(*_: object) -> None:
         raise kind("went wrong", where="here", hint="Try there.")
 
-    monkeypatch.setattr(pipeline, "render", fails)
+    monkeypatch.setattr(batch, "render", fails)
     said = say("render", written(tmp_path, tiny_job()), "--json-stream", "-q")
     plan, envelope = events(said.out)
     assert (plan["type"], said.code) == ("plan", kind.status)
@@ -163,7 +163,7 @@ def test_whatever_ends_a_batch_is_in_the_envelope(
 
 
 def test_so_is_a_bug(say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "render", lambda *_: 1 / 0)
+    monkeypatch.setattr(batch, "render", lambda *_: 1 / 0)
     said = say("render", written(tmp_path, tiny_job()), "--json-stream")
     envelope = events(said.out)[-1]
     assert (said.code, envelope["exit_code"]) == (70, 70)
@@ -210,7 +210,7 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
 def test_each_line_is_there_at_once(tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job(sampler={"steps": 200}))
     program = [sys.executable, "-c", "from wancli.cli import main; main()"]
-    environment = os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(outcome.__file__).parents[1])}
     with subprocess.Popen(
         [*program, "render", str(job), "--json-stream", "-q"],
         stdout=subprocess.PIPE,
@@ -284,7 +284,7 @@ def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_path: Path) -> None:
     def outcome(id: str, error: Exception) -> Any:
         shot = SimpleShot(id)
-        return pipeline.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
+        return outcome.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
 
     out = io.StringIO()
     with stream.Stream(out, "render") as display:

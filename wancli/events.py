@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from wancli.errors import ExitStatus
-    from wancli.pipeline import Outcome
+    from wancli.outcome import Outcome
     from wancli.shot import Plan
 
 Mode = Literal["auto", "bar", "plain", "none"]

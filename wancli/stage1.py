@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import choose, footprint, mini, pipeline, presets
+from wancli import choose, embed, footprint, mini, presets
 from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
 from wancli.errors import JobError, OutputExists
 from wancli.flags import NO_FLAGS, Flags
@@ -87,7 +87,7 @@ def run(work: Sequence[Work], out: Path | None, tools: Tools) -> list[dict[str, 
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
-        found, _ = pipeline.encode_prompts(one.model, one.prompts, tools)
+        found, _ = embed.embed(one.model, one.prompts, tools)
         encoded += [found[prompt.id] for prompt in one.prompts]
     if out:
         try:
@@ -153,7 +153,7 @@ def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.difference import compare
 
-    found, _ = pipeline.encode_prompts(pair.model, [pair.a, pair.b], tools)
+    found, _ = embed.embed(pair.model, [pair.a, pair.b], tools)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != mini.FOLDER:

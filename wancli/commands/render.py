@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from wancli.farm.ray import Cluster
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
-    from wancli.pipeline import Outcome
+    from wancli.outcome import Outcome
     from wancli.rates import Rate
     from wancli.shot import Plan
     from wancli.tools import Tools
@@ -106,7 +106,7 @@ def render(
     invocation: Invocation = context.obj
     if (code := _served(invocation, socket, quiet)) is not None:
         return code
-    from wancli import pipeline, policy, rates, signals
+    from wancli import batch, policy, rates, signals
     from wancli.farm.claims import Claims
     from wancli.report import data
     from wancli.tools import Tools
@@ -132,7 +132,7 @@ def render(
             store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
             tools = Tools(store, display, force, stop, failing, claims, kept, began)
             if engine is Engine.local:
-                work = pipeline.render(plan, tools)
+                work = batch.render(plan, tools)
             else:
                 work = _by_ray(plan, tools, _task(tools, job, flags, cache_dir, measuring), cluster)
             for outcome in _traced(work, log_level):

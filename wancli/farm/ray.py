@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import lockstep, manifest
+from wancli.batch import render as render_here
+from wancli.batch import tallied
 from wancli.errors import MachineError, Stopped, WancliError
-from wancli.pipeline import Outcome, tallied
-from wancli.pipeline import render as render_here
+from wancli.outcome import Outcome
 from wancli.preflight import outputs
 from wancli.record import Record
 from wancli.signals import Stop
@@ -66,7 +67,7 @@ class Cluster:
 
 
 def render(plan: Plan, tools: Tools, task: Task, cluster: Cluster) -> Iterator[Outcome]:
-    """As `pipeline.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
+    """As `batch.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
     cluster cannot be reached, and where all workers died for good."""
     todo, refused = outputs(plan, tools)
     return tallied(_outcomes(plan, todo, refused, tools, task, cluster), todo, tools)

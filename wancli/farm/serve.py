@@ -86,7 +86,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
 def prepare(plan: Plan | None, kept: Kept) -> None:
     """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
     would where they are damaged or do not fit."""
-    from wancli import choose, kernels, pipeline, sample, stage3  # noqa: F401
+    from wancli import batch, choose, kernels, sample, stage3  # noqa: F401
     from wancli.report import data, terminal  # noqa: F401
     from wancli.weights import lora, networks  # noqa: F401
 

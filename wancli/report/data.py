@@ -18,7 +18,7 @@ from wancli.record import versions
 from wancli.store import unseal
 
 if TYPE_CHECKING:
-    from wancli.pipeline import Outcome
+    from wancli.outcome import Outcome
     from wancli.rates import Rate
     from wancli.shot import Model, Plan, Shot
     from wancli.store import Store

@@ -16,7 +16,7 @@ from wancli.events import Phase, Progress, printable
 from wancli.report.lines import line
 
 if TYPE_CHECKING:
-    from wancli.pipeline import Outcome
+    from wancli.outcome import Outcome
     from wancli.shot import Plan
 
 _SECONDS = 1.0  # between two lines of progress

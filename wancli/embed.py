@@ -1,0 +1,62 @@
+"""Stage 1: the embeddings of prompts, each encoded once ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wancli import record
+from wancli.encode import Encoded, encode, load_embedding
+from wancli.errors import JobError
+from wancli.loaded import check_device
+from wancli.peak import Peak
+from wancli.policy import Failing
+from wancli.record import Record
+from wancli.shot import Model, Prompt
+from wancli.tools import Tools
+
+
+def embed(model: Model, prompts: Sequence[Prompt], tools: Tools) -> tuple[dict[str, Encoded], Record]:
+    """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns.
+
+    Raises Stopped between two prompts, and in the end what went wrong with the first that failed."""
+    found, failed, stage1 = embed_each(model, prompts, tools)
+    for attempt in failed.values():
+        assert attempt.error
+        raise attempt.error
+    return found, stage1
+
+
+def embed_each(
+    model: Model, prompts: Sequence[Prompt], tools: Tools
+) -> tuple[dict[str, Encoded], dict[str, Failing], Record]:
+    """As `embed`, with those that failed by id."""
+    import torch  # noqa: F401 - before the measurement, which is of what comes on top
+
+    check_device(model.device)
+    texts = {prompt.id: prompt for prompt in prompts}
+    found: dict[str, Encoded] = {}
+    failed: dict[str, Failing] = {}
+    with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
+        for prompt in texts.values():
+            if prompt.file:
+                with Failing() as attempt:
+                    found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
+                failed |= {prompt.id: attempt} if attempt.error else {}
+                bar.advance()
+        for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], tools.store):
+            if isinstance(result, Encoded):
+                found[result.key] = result
+            else:
+                failed[result.key] = Failing()
+                failed[result.key].take(result.error)
+            bar.advance()
+            if tools.stop.asked and len(found) + len(failed) < len(texts):
+                raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
+    width = model.checkpoint.transformer.text_dim
+    for id, done in found.items():
+        rows_NE = done.embedding.rows_NE
+        if rows_NE.shape[1] != width:
+            message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
+            failed[id] = Failing()
+            failed[id].take(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
+    return found, failed, record.phase("encode", peak)

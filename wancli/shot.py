@@ -227,6 +227,16 @@ class Shot:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What is made of shots together, once they are done: the ids of all, and of the one they are beside."""
+
+    shots: tuple[str, ...]
+    baseline: str
+    sheet: bool
+    video: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be rendered, and what the user should know before it starts."""
 
@@ -234,6 +244,7 @@ class Plan:
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
     others: tuple[Shot, ...] = ()  # of the same job, and not asked for
+    comparison: Comparison | None = None
 
 
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.

@@ -64,7 +64,7 @@ def render(
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
-    from wancli import events, pipeline, rates, signals
+    from wancli import compare, events, pipeline, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
 
@@ -88,6 +88,7 @@ def render(
                     complain(outcome.error, f"shot {outcome.shot.id}: ")
                 elif outcome.record and not as_json:
                     print(outcome.shot.output, flush=True)
+            compare.after(plan, tools)
     except Stopped as error:
         stopped = error
     except BaseException:

@@ -1,0 +1,173 @@
+"""Videos beside a baseline: a contact sheet, an MP4 side by side, and what a job wants of both.
+
+Of a job they go to JOB.compare.json, .png and .mp4 beside the outputs; what is there and was made of the same
+videos stays. Frames are decoded one by one, a few of them are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wancli import __version__, clip, figures, files, manifest
+from wancli.clip import Clip
+from wancli.errors import JobError, Stopped, WancliError
+from wancli.figures import SCHEMA, Record
+from wancli.report import sheet, side
+from wancli.tools import Tools
+
+if TYPE_CHECKING:
+    from wancli.shot import Comparison, Plan
+
+
+def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
+    """The baseline: the first, or the one with this id or number, from 0. Raises JobError."""
+    if said is None:
+        return clips[0]
+    for one in clips:
+        if one.id == said:
+            return one
+    if said.isdecimal() and int(said) < len(clips):
+        return clips[int(said)]
+    ids = ", ".join(one.id for one in clips[:8])
+    raise JobError(
+        f"{said!r} is none of the videos", where="--baseline", hint=f"0 to {len(clips) - 1}, or {ids}"
+    )
+
+
+def document(clips: Sequence[Clip], baseline: Clip, tools: Tools, job: str | None = None) -> Record:
+    """The figures of all. Raises FfmpegError, and Stopped between two videos."""
+    shots = []
+    with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
+        for shot in figures.measure(clips, baseline):
+            shots.append(shot)
+            bar.advance()
+            _refuse_to_go_on(tools)
+    return {
+        "schema": SCHEMA,
+        "job": job,
+        "baseline": baseline.id,
+        "shots": shots,
+        "sheet": None,
+        "video": None,
+    }
+
+
+def _refuse_to_go_on(tools: Tools) -> None:
+    if tools.stop.asked:
+        raise tools.stop.error("shots are done, comparing them is not")
+
+
+def draw(
+    found: Record, clips: Sequence[Clip], sheets: Path | None, videos: Path | None, tools: Tools
+) -> list[Path]:
+    """Makes the sheets and the videos side by side, one of each where not one is too many; returns them.
+
+    Raises JobError where one would take the place of a video that is compared, else as their writers."""
+    baseline = next(one for one in clips if one.id == found["baseline"])
+    said = dict(zip([one.id for one in clips], figures.lines(found)))
+    png = _pages(sheets, clips, baseline, sheet.PAGE) if sheets else []
+    mp4 = _pages(videos, clips, baseline, side.GRID) if videos else []
+    taken = {one.path.resolve() for one in clips}
+    for path in [path for path, _ in (*png, *mp4)]:
+        if path.resolve() in taken:
+            raise JobError(
+                "is a video that is compared, or named twice", where=str(path), hint="Choose another."
+            )
+        taken.add(path.resolve())
+    with tools.progress.phase(baseline.id, "draw", len(png) + len(mp4)) as bar:
+        for path, part in png:
+            sheet.write(path, sheet.contact_sheet(part, [said[one.id] for one in part]))
+            bar.advance()
+        for path, part in mp4:
+            _refuse_to_go_on(tools)
+            side.write(path, part, [said[one.id] for one in part])
+            bar.advance()
+    return [path for path, _ in (*png, *mp4)]
+
+
+def _pages(path: Path, clips: Sequence[Clip], baseline: Clip, most: int) -> list[tuple[Path, list[Clip]]]:
+    """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, the baseline on each; in the
+    order given where one page is enough, else with the baseline first."""
+    if len(clips) <= most:
+        return [(path, [*clips])]
+    others = [one for one in clips if one is not baseline]
+    parts = [others[at : at + most - 1] for at in range(0, len(others), most - 1)]
+    names = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(parts) + 1))]
+    return [(name, [baseline, *part]) for name, part in zip(names, parts)]
+
+
+def after(plan: Plan, tools: Tools) -> None:
+    """What a job wants compared, of the shots that are done. What goes wrong fails no shot: it is a warning.
+
+    Raises Stopped where somebody asks for an end."""
+    if plan.comparison is None:
+        return
+    try:
+        _of_job(plan, plan.comparison, tools)
+    except Stopped:
+        raise
+    except WancliError as error:
+        tools.progress.warn(f"not compared: {error}")
+
+
+def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
+    shots = sorted((*plan.shots, *plan.others), key=lambda shot: shot.index)
+    done = [shot for shot in shots if shot.id in wanted.shots and manifest.done(shot.output, shot.key)]
+    if wanted.baseline not in [shot.id for shot in done]:
+        tools.progress.warn(f"not compared: the baseline, shot {wanted.baseline}, is not done")
+        return
+    if missing := len(wanted.shots) - len(done):
+        tools.progress.warn(f"{missing} of {len(wanted.shots)} shots are not done, and not compared")
+    folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
+    if folder == folder.parent:  # as the report
+        folder = shots[0].output.parent
+    path = folder / f"{plan.name}.compare.json"
+    clips = clip.read([shot.output for shot in done])
+    key = _key(clips, wanted)
+    if _stands(path, key):
+        return
+    baseline = next(one for one in clips if one.id == wanted.baseline)
+    found = document(clips, baseline, tools, plan.name)
+    png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
+    made = draw(found, clips, png if wanted.sheet else None, mp4 if wanted.video else None, tools)
+    for shot in found["shots"]:
+        shot["output"] = Path(os.path.relpath(shot["output"], folder)).as_posix()
+    found |= {
+        "sheet": png.name if wanted.sheet else None,
+        "video": mp4.name if wanted.video else None,
+        "key": key,
+        "files": [manifest.file_record(one, folder) for one in made],
+    }
+    _write(path, found)
+    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made))}")
+
+
+def _write(path: Path, found: Record) -> None:
+    """Over an earlier one; another file of that name moves aside."""
+    if not sheet.marked(path, SCHEMA.encode(), 100):
+        files.set_aside(path)
+    text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
+    files.replace(path, text.encode(errors="backslashreplace"))
+
+
+def _key(clips: Sequence[Clip], wanted: Comparison) -> str:
+    """Hash of all that a comparison depends on."""
+    made_of = [[one.id, one.record and one.record["files"], one.latents.exists()] for one in clips]
+    wish = [wanted.baseline, wanted.sheet, wanted.video]
+    return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
+
+
+def _stands(path: Path, key: str) -> bool:
+    """Whether what this key means is there, whole."""
+    try:
+        found = json.loads(path.read_bytes())
+        return found["key"] == key and all(
+            files.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

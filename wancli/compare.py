@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from wancli import __version__, clip, figures, files, manifest
 from wancli.clip import Clip
@@ -21,7 +22,22 @@ from wancli.report import sheet, side
 from wancli.tools import Tools
 
 if TYPE_CHECKING:
-    from wancli.shot import Comparison, Plan
+    from wancli.shot import Comparison, Plan, Shot
+
+
+Page: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The files of a comparison."""
+
+    sheets: list[Page]
+    videos: list[Page]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for path, _ in (*self.sheets, *self.videos)]
 
 
 def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
@@ -62,35 +78,43 @@ def _refuse_to_go_on(tools: Tools) -> None:
         raise tools.stop.error("shots are done, comparing them is not")
 
 
-def draw(
-    found: Record, clips: Sequence[Clip], sheets: Path | None, videos: Path | None, tools: Tools
-) -> list[Path]:
-    """Makes the sheets and the videos side by side, one of each where not one is too many; returns them.
+def pages(
+    clips: Sequence[Clip],
+    baseline: Clip,
+    sheets: Path | None,
+    videos: Path | None,
+    reserved: Sequence[Path] = (),
+) -> Pages:
+    """Which sheets and which videos side by side there will be, one of each where not one is too many.
 
-    Raises JobError where one would take the place of a video that is compared, else as their writers."""
-    baseline = next(one for one in clips if one.id == found["baseline"])
-    said = dict(zip([one.id for one in clips], figures.lines(found)))
-    png = _pages(sheets, clips, baseline, sheet.PAGE) if sheets else []
-    mp4 = _pages(videos, clips, baseline, side.GRID) if videos else []
-    taken = {one.path.resolve() for one in clips}
-    for path in [path for path, _ in (*png, *mp4)]:
+    Raises JobError where one would take the place of a video or of a `reserved` name."""
+    found = Pages(
+        _pages(sheets, clips, baseline, sheet.PAGE) if sheets else [],
+        _pages(videos, clips, baseline, side.GRID) if videos else [],
+    )
+    taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
+    for path in found.paths:
         if path.resolve() in taken:
-            raise JobError(
-                "is a video that is compared, or named twice", where=str(path), hint="Choose another."
-            )
+            message = "is a video that is compared, or named twice"
+            raise JobError(message, where=str(path), hint="Choose another name.")
         taken.add(path.resolve())
-    with tools.progress.phase(baseline.id, "draw", len(png) + len(mp4)) as bar:
-        for path, part in png:
+    return found
+
+
+def draw(found: Record, wanted: Pages, tools: Tools) -> None:
+    """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
+    said = dict(zip([shot["id"] for shot in found["shots"]], figures.lines(found)))
+    with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
+        for path, part in wanted.sheets:
             sheet.write(path, sheet.contact_sheet(part, [said[one.id] for one in part]))
             bar.advance()
-        for path, part in mp4:
+        for path, part in wanted.videos:
             _refuse_to_go_on(tools)
             side.write(path, part, [said[one.id] for one in part])
             bar.advance()
-    return [path for path, _ in (*png, *mp4)]
 
 
-def _pages(path: Path, clips: Sequence[Clip], baseline: Clip, most: int) -> list[tuple[Path, list[Clip]]]:
+def _pages(path: Path, clips: Sequence[Clip], baseline: Clip, most: int) -> list[Page]:
     """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, the baseline on each; in the
     order given where one page is enough, else with the baseline first."""
     if len(clips) <= most:
@@ -127,24 +151,26 @@ def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
     if folder == folder.parent:  # as the report
         folder = shots[0].output.parent
     path = folder / f"{plan.name}.compare.json"
-    clips = clip.read([shot.output for shot in done])
-    key = _key(clips, wanted)
+    key = _key(done, wanted)
     if _stands(path, key):
         return
+    clips = clip.read([shot.output for shot in done])
     baseline = next(one for one in clips if one.id == wanted.baseline)
-    found = document(clips, baseline, tools, plan.name)
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
-    made = draw(found, clips, png if wanted.sheet else None, mp4 if wanted.video else None, tools)
+    outputs = [shot.output for shot in shots]
+    made = pages(clips, baseline, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
+    found = document(clips, baseline, tools, plan.name)
+    draw(found, made, tools)
     for shot in found["shots"]:
         shot["output"] = Path(os.path.relpath(shot["output"], folder)).as_posix()
     found |= {
         "sheet": png.name if wanted.sheet else None,
         "video": mp4.name if wanted.video else None,
         "key": key,
-        "files": [manifest.file_record(one, folder) for one in made],
+        "files": [manifest.file_record(one, folder) for one in made.paths],
     }
     _write(path, found)
-    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made))}")
+    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made.paths))}")
 
 
 def _write(path: Path, found: Record) -> None:
@@ -155,9 +181,10 @@ def _write(path: Path, found: Record) -> None:
     files.replace(path, text.encode(errors="backslashreplace"))
 
 
-def _key(clips: Sequence[Clip], wanted: Comparison) -> str:
-    """Hash of all that a comparison depends on."""
-    made_of = [[one.id, one.record and one.record["files"], one.latents.exists()] for one in clips]
+def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
+    """Hash of all that a comparison of finished shots depends on."""
+    bodies = [manifest.read(shot.manifest) or {} for shot in shots]
+    made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
     wish = [wanted.baseline, wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 

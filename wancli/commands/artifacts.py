@@ -65,12 +65,14 @@ def compare_command(
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     clips = clip.read(videos)
     tools = Tools(None, display)
-    found = compare.document(clips, compare.chosen(clips, baseline), tools)
-    made = compare.draw(found, clips, output, video, tools)
+    beside = compare.chosen(clips, baseline)
+    pages = compare.pages(clips, beside, output, video)
+    found = compare.document(clips, beside, tools)
+    compare.draw(found, pages, tools)
     if as_json:
         emit(found | {"sheet": str(output), "video": None if video is None else str(video)})
     else:
-        print(*made, sep="\n")
+        print(*pages.paths, sep="\n")
     return ExitStatus.OK
 
 

@@ -108,12 +108,11 @@ def layout(clips: Sequence[Clip], lines: int) -> Layout:
         )
 
     def odd(columns: int) -> float:
-        wide, high = grid(columns, 1, 1).size
+        wide, high = grid(columns, times, 1).size
         return abs(math.log(wide / high / SHAPE))
 
+    times, step = max(1, SMALLEST // width), 1
     columns = min(range(1, len(clips) + 1), key=odd)
-    times = max(1, SMALLEST // width)
-    step = 1
     while step < width and any(
         length > most for length, most in zip(grid(columns, times, step).size, LARGEST)
     ):

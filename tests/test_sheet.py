@@ -46,7 +46,8 @@ def test_large_frames_are_averaged_down(tmp_path: Path) -> None:
 
 def test_many_videos_stand_in_columns_so_that_the_sheet_is_about_square(tmp_path: Path) -> None:
     one = clips.read([clip(tmp_path / "one.mp4", [(0, 0, 0)] * 5)])
-    picture = Image.open(io.BytesIO(sheet.contact_sheet(one * 60, ["figures"] * 60)))
+    notes = ["", *["figures"] * 59]  # the columns are not of one height
+    picture = Image.open(io.BytesIO(sheet.contact_sheet(one * 60, notes)))
     assert 2 / 3 < picture.width / picture.height < 3 / 2
     assert max(picture.size) < 4000
 

@@ -159,7 +159,7 @@ def _beside(stacks: Sequence[Picture]) -> Picture:
     """Stacks of one width on the page, with gaps around."""
     import numpy as np
 
-    height, width, _ = stacks[0].shape
+    height, width = max(len(stack) for stack in stacks), stacks[0].shape[1]
     page = np.full((height + GAP, len(stacks) * (width + GAP) + GAP, 3), PAPER, dtype=np.uint8)
     for place, stack in enumerate(stacks):
         left = GAP + place * (width + GAP)

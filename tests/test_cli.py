@@ -78,7 +78,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli decode NAME.latents.safetensors -o/--output --model --force --json --progress -q/--quiet",
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
         " -q/--quiet",
-        "wancli compare VIDEO... -o/--output --json",
+        "wancli compare VIDEO... -o/--output --video --baseline --json --progress -q/--quiet",
         "wancli inspect FILE-OR-FOLDER --deep --json",
         "wancli errors --json",
         "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --cache-dir",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from wancli import files, latents, record
+from wancli import files, latents, record, scores
 from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.experts import Expert, Stage
@@ -184,9 +184,9 @@ def keep(
         "first_step_after": one.first_step,
         "phases": [stage1, *one.phases],
     }
-    facts = record.plain(facts)
-    files.set_aside(shot.latents)  # another shot's, or with --force this one's
     z_CTYX = one.state.x
+    facts = record.plain(facts | {"latent": scores.sketch(z_CTYX.numpy())})
+    files.set_aside(shot.latents)  # another shot's, or with --force this one's
     latents.save(shot.latents, z_CTYX, facts)
     files.remove(shot.state)
     one.state = None

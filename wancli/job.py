@@ -229,6 +229,23 @@ Often = Annotated[
 ]
 
 
+class Compare(Strict):
+    """What a render makes of its shots together, once they are done: files beside the outputs."""
+
+    baseline: str | None = None
+    sheet: bool = True
+    video: bool = True
+
+
+def _compare_kind(value: Any) -> str:
+    return "<mapping>" if isinstance(value, dict | Compare) else "<bool>"
+
+
+Comparing = Annotated[
+    Annotated[bool, Tag("<bool>")] | Annotated[Compare, Tag("<mapping>")], Discriminator(_compare_kind)
+]
+
+
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
@@ -251,3 +268,4 @@ class Job(Strict):
     batch: Batch = "auto"
     save_every: Often = "60s"
     measure: bool = False
+    compare: Comparing = False

@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import choose, kernels, lockstep, loras, machine, mini, presets
+from wancli import baseline, choose, kernels, lockstep, loras, machine, mini, presets
 from wancli.encode import Encoder
 from wancli.errors import JobError
 from wancli.experts import stages
@@ -56,7 +56,7 @@ def plan(jobs: JobFile, memo: Path, *, measure: bool = False, budget: int | None
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
     asked = lockstep.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
-    return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others)
+    return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others, baseline.decide(jobs, shots))
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:

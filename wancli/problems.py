@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from wancli.job import (
+    Compare,
     CurveSpec,
     EmbeddingFile,
     ExpertGuidance,
@@ -107,7 +108,7 @@ def keys_at(path: tuple[Key, ...]) -> list[str]:
     model: type[BaseModel] = Job
     nested: dict[Key, type[BaseModel]] = {
         "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,
-        "memory": Memory,
+        "memory": Memory, "compare": Compare,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip

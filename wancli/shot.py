@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,10 +18,12 @@ from wancli.inject import Branch, Rule, Table
 from wancli.legs import Fork
 from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.names import slug
 from wancli.solvers import Schedule, schedule
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 
+_NAME_BYTES = 200  # of a job, for the names of files about it
 PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
 
@@ -227,6 +230,16 @@ class Shot:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What is made of shots together, once they are done: the ids of all, and of the one they are beside."""
+
+    shots: tuple[str, ...]
+    baseline: str
+    sheet: bool
+    video: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be rendered, and what the user should know before it starts."""
 
@@ -234,6 +247,23 @@ class Plan:
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
     others: tuple[Shot, ...] = ()  # of the same job, and not asked for
+    comparison: Comparison | None = None
+
+    @property
+    def whole(self) -> list[Shot]:
+        """All shots of the job, also those that were not asked for."""
+        return sorted((*self.shots, *self.others), key=lambda shot: shot.index)
+
+    def companion(self, suffix: str) -> Path:
+        """Where a file about the whole job is: in the folder that its outputs share, or that of the first."""
+        shots = self.whole
+        folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
+        if folder == folder.parent:  # they share nothing but the root of the file system
+            folder = shots[0].output.parent
+        name = os.fsencode(self.name)
+        if len(name) > _NAME_BYTES:
+            return folder / f"{slug(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
+        return folder / f"{self.name}.{suffix}"
 
 
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.

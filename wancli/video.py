@@ -62,6 +62,15 @@ class Frame(NamedTuple):
     rgb: bytes
 
 
+class About(NamedTuple):
+    """What a video is."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+
 class _Ffmpeg:
     """A running ffmpeg that is fed, or else listened to. Leaving the block kills what is left of it."""
 
@@ -239,24 +248,34 @@ def write_mp4(
 
 def count_frames(path: Path, *, named: Path | None = None) -> int:
     """Decode a whole mp4 and count. Raises FfmpegError if anything in it is damaged."""
-    arguments = [*_reading(path), "-f", "framecrc", "pipe:1"]
-    lines = _output(arguments, named or path).splitlines()
-    return sum(1 for line in lines if line and not line.startswith(b"#"))
+    return sum(1 for line in _checksums(path, named or path) if not line.startswith(b"#"))
+
+
+def about(path: Path) -> About:
+    """Decode a whole mp4, count, and measure. Raises FfmpegError if anything in it is damaged."""
+    lines = _checksums(path, path)
+    # "#tb 0: 1/16", a sixteenth of a second, "#dimensions 0: 832x480", then a line for each frame
+    said = dict(line[1:].split(b" 0: ", 1) for line in lines if line.startswith(b"#") and b" 0: " in line)
+    seconds, parts = (int(number) for number in said[b"tb"].split(b"/"))
+    width, height = (int(number) for number in said[b"dimensions"].split(b"x"))
+    return About(sum(not line.startswith(b"#") for line in lines), parts / seconds, width, height)
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
     """Decode an mp4, one frame at a time. Raises FfmpegError if anything in it is damaged."""
     with _Ffmpeg([*_reading(path), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"], path, feed=False) as ffmpeg:
-        waiting = b""
+        waiting = bytearray()
         for chunk in ffmpeg.receive():
             waiting += chunk
             while waiting.count(b"\n", 0, 32) >= 3:  # "P6\n832 480\n255\n", then the picture
-                _, size, _, rest = waiting.split(b"\n", 3)
+                _, size, depth, _ = bytes(waiting[:32]).split(b"\n", 3)
                 width, height = (int(number) for number in size.split())
-                if len(rest) < width * height * 3:
+                start = len(b"P6\n") + len(size) + len(b"\n") + len(depth) + len(b"\n")
+                end = start + width * height * 3
+                if len(waiting) < end:
                     break
-                yield Frame(width, height, rest[: width * height * 3])
-                waiting = rest[width * height * 3 :]
+                yield Frame(width, height, bytes(waiting[start:end]))
+                del waiting[:end]
         ffmpeg.finish(silent=True)
 
 
@@ -299,6 +318,12 @@ def _reading(path: Path) -> list[str]:
     # passthrough: every coded frame once, none doubled or dropped to keep time
     source = ["-f", "mp4", "-i", f"file:{path.absolute()}"]
     return ["-loglevel", "error", *source, "-map", "0:v:0", "-fps_mode", "passthrough"]
+
+
+def _checksums(path: Path, named: Path) -> list[bytes]:
+    """What ffmpeg tells of a video that it decodes from end to end: facts, and a line for each frame."""
+    lines = _output([*_reading(path), "-f", "framecrc", "pipe:1"], named).splitlines()
+    return [line for line in lines if line]
 
 
 def _output(arguments: list[str], subject: Path) -> bytes:

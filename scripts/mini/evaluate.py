@@ -27,7 +27,7 @@ from scripts.mini.captions import STYLES, caption
 from scripts.mini.recognise import Seen, recognise
 from scripts.mini.vae import psnr
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all, random_scene
-from wancli import mini, video
+from wancli import clip, mini, video
 from wancli.models.vae import VAE
 from wancli.report import sheet
 from wancli.weights.identify import identify
@@ -225,5 +225,6 @@ def show_worst(cases: Sequence[Case], seen: dict[str, Seen], out: Path) -> None:
         said = [f"{name} {getattr(seen[case.name], name) or 'none'}" for name in wrong(case)]
         print(f"- {case.name}: {', '.join(said)} for: {case.prompt}")
     if worst:
-        sheet.write(out / "worst.png", sheet.contact_sheet([out / f"{case.name}.mp4" for case in worst]))
+        clips = clip.read([out / f"{case.name}.mp4" for case in worst])
+        sheet.write(out / "worst.png", sheet.contact_sheet(clips, [""] * len(clips)))
         print(f"\nworst cases: {out / 'worst.png'}")

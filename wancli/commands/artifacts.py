@@ -49,19 +49,36 @@ def compare_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
         "contact-sheet.png"
     ),
+    video: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also an MP4 of all of them, side by side.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="N|ID", help="What the others are measured by. Default: 0, the first."),
+    ] = None,
     as_json: Json = False,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
 ) -> int:
-    """Put videos side by side: a contact sheet.
+    """Put videos side by side: a contact sheet, an MP4, figures.
 
-    A PNG with frames of each, from first to last, under what its manifest says it is.
+    A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
+    the baseline: distance of the latents, PSNR, SSIM, motion.
     """
-    from wancli.report import sheet
+    from wancli import clip, compare, events
+    from wancli.tools import Tools
 
-    sheet.write(output, sheet.contact_sheet(videos))
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    clips = clip.read(videos)
+    tools = Tools(None, display)
+    beside = compare.chosen(clips, baseline)
+    pages = compare.pages(clips, beside, output, video)
+    found = compare.document(clips, beside, tools)
+    compare.draw(found, pages, tools)
     if as_json:
-        emit({"schema": "wancli/compare/1", "output": str(output), "videos": [*map(str, videos)]})
+        emit(found | {"sheet": str(output), "video": None if video is None else str(video)})
     else:
-        print(output)
+        print(*pages.paths, sep="\n")
     return ExitStatus.OK
 
 

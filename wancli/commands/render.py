@@ -106,7 +106,7 @@ def render(
     invocation: Invocation = context.obj
     if (code := _served(invocation, socket, quiet)) is not None:
         return code
-    from wancli import batch, policy, rates, signals
+    from wancli import batch, compare, policy, rates, signals
     from wancli.farm.claims import Claims
     from wancli.report import data
     from wancli.tools import Tools
@@ -139,6 +139,7 @@ def render(
                 outcomes.append(outcome)
                 display.came_to(outcome)
                 _tell(outcome, paths=not (as_json or json_stream))
+            compare.after(plan, tools)
     except Stopped as error:
         stopped = error
     except BaseException:

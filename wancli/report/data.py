@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, files, footprint, names, preflight, rates
+from wancli import alternatives, choose, files, footprint, preflight, rates
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -73,7 +71,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     An earlier report is replaced, but for the entries of shots that were not asked for; another
     program's file of that name is moved aside.
     """
-    shots = sorted((*plan.shots, *plan.others), key=lambda shot: shot.index)
+    shots = plan.whole
     path = report_path(plan)
     earlier = _read(path)
     if path.exists() and earlier is None:
@@ -90,17 +88,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
 
 def report_path(plan: Plan) -> Path:
     """Where the report of a job is."""
-    shots = sorted((*plan.shots, *plan.others), key=lambda shot: shot.index)
-    folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
-    if folder == folder.parent:  # they share nothing but the root of the file system
-        folder = shots[0].output.parent
-    return folder / f"{_short(plan.name)}.report.json"
-
-
-def _short(name: str) -> str:
-    """The name of a job, cut by a digest where it would be too long for a file's with more behind it."""
-    data = os.fsencode(name)
-    return name if len(data) <= 200 else f"{names.slug(name)}-{hashlib.sha256(data).hexdigest()[:12]}"
+    return plan.companion("report.json")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

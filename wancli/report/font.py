@@ -35,3 +35,16 @@ def text(words: str) -> NDArray[np.bool_]:
         for column, bits in enumerate(_COLUMNS[start : start + 5]):
             ink[1:9, WIDTH * place + column] = [bits >> row & 1 for row in range(8)]
     return ink
+
+
+def cut(words: str, most: int) -> str:
+    """At most so many letters of it: the end gives way."""
+    return words if len(words) <= most else words[: max(0, most - 3)] + "..."[:most]
+
+
+def cut_middle(words: str, most: int) -> str:
+    """At most so many letters of it: the middle gives way, for the ids of a sweep differ at the end."""
+    if len(words) <= most:
+        return words
+    kept = max(0, most - 3)
+    return words[: kept // 2] + "..."[:most] + words[len(words) - (kept - kept // 2) :]

@@ -5,14 +5,15 @@ Letters: Y rows, X columns, 3 colours; pictures are uint8 [Y, X, 3].
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from wancli import files, manifest, video
-from wancli.errors import JobError
+from wancli import files
+from wancli.clip import Clip
 from wancli.report import font
 from wancli.report.terminal import ranges
 
@@ -24,36 +25,42 @@ if TYPE_CHECKING:
 
 FRAMES = 5
 CELL = 160  # columns of a frame at most; smaller ones are shown as a whole multiple
+PAGE = 60  # videos on a sheet
 GAP = 8
 MARK = b"Software\0wancli"
 PAPER, INK = 250, 40
 
 
-def contact_sheet(videos: Sequence[Path]) -> bytes:
-    """The PNG. Raises JobError for a file that is not there, FfmpegError for one that does not decode."""
-    import numpy as np
-
-    if missing := [str(path) for path in videos if not path.is_file()]:
-        raise JobError("no such file", where=", ".join(missing))
-    strips = [_strip(path) for path in videos]
+def contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
+    """The PNG, with a line of figures for each video, in as many columns as make it about square. Raises
+    FfmpegError for a video that does not decode."""
+    strips = [_strip(clip) for clip in clips]
     width = max(strip.shape[1] for strip in strips)
-    parts = []
-    for path, strip in zip(videos, strips, strict=True):
-        parts += [_label(label, width) for label in _labels(path)]
-        parts.append(_padded(strip, width))
-    sheet = np.full((sum(len(p) + GAP for p in parts) + GAP, width + 2 * GAP, 3), PAPER, dtype=np.uint8)
-    top = GAP
-    for part in parts:
-        sheet[top : top + len(part), GAP : GAP + width] = part
-        top += len(part) + GAP
-    return png(sheet)
+    entries = [
+        _stacked([*(_label(line, width) for line in _lines(clip, note)), _padded(strip, width)])
+        for clip, note, strip in zip(clips, notes, strips, strict=True)
+    ]
+    height = sum(len(entry) for entry in entries)
+    columns = max(1, round(math.sqrt(height / (width + GAP))))
+    most = -(-len(entries) // columns)
+    stacks = [_stacked(entries[at : at + most]) for at in range(0, len(entries), most)]
+    return png(_beside(stacks))
 
 
 def write(path: Path, data: bytes) -> None:
     """Puts a sheet there. An earlier sheet is replaced; another file of that name is moved aside."""
-    if path.exists() and MARK not in path.read_bytes()[:128]:
+    if not marked(path, MARK, 128):
         files.set_aside(path)
     files.replace(path, data)
+
+
+def marked(path: Path, mark: bytes, within: int) -> bool:
+    """Whether a file that can be read has this mark in its first bytes."""
+    try:
+        with path.open("rb") as file:
+            return mark in file.read(within)
+    except OSError:
+        return False
 
 
 def png(picture_YX3: Picture) -> bytes:
@@ -69,56 +76,64 @@ def png(picture_YX3: Picture) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
 
 
-def _strip(path: Path) -> Picture:
+def repeated(picture_YX3: Picture, times: int) -> Picture:
+    """Each pixel as a square of `times` x `times`."""
+    return picture_YX3.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def averaged(picture_YX3: Picture, step: int) -> Picture:
+    """A pixel for each square of `step` x `step`; what is left over at the ends is cut off."""
+    import numpy as np
+
+    rows, columns = (max(1, length // step) for length in picture_YX3.shape[:2])
+    whole_YX3 = picture_YX3[: rows * step, : columns * step]
+    squares = whole_YX3.reshape(rows, len(whole_YX3) // rows, columns, -1, 3)
+    means: Picture = squares.mean(axis=(1, 3)).round().astype(np.uint8)
+    return means
+
+
+def _strip(clip: Clip) -> Picture:
     """Frames from first to last, side by side."""
     import numpy as np
 
-    count = video.count_frames(path)
-    chosen = sorted({round(i * (count - 1) / (FRAMES - 1)) for i in range(FRAMES)})
-    cells = [
-        _fitted(np.frombuffer(frame.rgb, dtype=np.uint8).reshape(frame.height, frame.width, 3))
-        for index, frame in enumerate(video.read_frames(path))
-        if index in chosen
-    ]
+    last = clip.about.frames - 1
+    chosen = sorted({round(i * last / (FRAMES - 1)) for i in range(FRAMES)})
+    cells = [_fitted(picture) for index, picture in enumerate(clip.pictures()) if index in chosen]
     between = np.full((len(cells[0]), GAP, 3), PAPER, dtype=np.uint8)
     return np.concatenate([part for cell in cells for part in (cell, between)][:-1], axis=1)
 
 
-def _fitted(frame_YX3: Picture) -> Picture:
-    """At most CELL columns: each pixel repeated, or squares of pixels averaged."""
-    import numpy as np
-
-    height, width, _ = frame_YX3.shape
+def _fitted(picture_YX3: Picture) -> Picture:
+    """At most CELL columns."""
+    width = picture_YX3.shape[1]
     if width <= CELL:
-        times = CELL // width
-        return frame_YX3.repeat(times, axis=0).repeat(times, axis=1)
-    step = -(-width // CELL)
-    rows, columns = height // step, width // step
-    squares = frame_YX3[: rows * step, : columns * step].reshape(rows, step, columns, step, 3)
-    averaged: Picture = squares.mean(axis=(1, 3)).round().astype(np.uint8)
-    return averaged
+        return repeated(picture_YX3, CELL // width)
+    return averaged(picture_YX3, -(-width // CELL))
 
 
-def _labels(path: Path) -> list[str]:
-    """What the manifest beside a video says of it, else its name."""
-    body = manifest.read(manifest.manifest_path(path))
-    if body is None:
-        return [path.stem]
-    texts = {prompt["id"]: prompt["text"] for prompt in body["prompts"]}
-    first = f"{body['shot']['id']}: {body['prompts'][0]['text']}"
-    return [first, *(_rule(rule, texts) for rule in body["injection"])]
+def _lines(clip: Clip, note: str) -> Iterator[str]:
+    """What the manifest of a video says of it, else its name; then the figures."""
+    if clip.record is None:
+        yield clip.id
+    else:
+        yield f"{clip.id}: {clip.record['prompts'][0]['text']}"
+        texts = {prompt["id"]: prompt["text"] for prompt in clip.record["prompts"]}
+        yield from (_rule(rule, texts) for rule in clip.record["injection"])
+    if note:
+        yield f"  {note}"
 
 
 def _rule(rule: dict[str, Any], texts: dict[str, str]) -> str:
     blocks = ranges([int(block) for block in rule["blocks"]])
-    return f"  blocks {blocks} read: {texts[rule['text']]}"
+    strengths = sorted({f"{strength:g}" for strength in rule["blocks"].values()}, key=float)
+    strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
+    return f"  blocks {blocks} at {strength} read: {texts[rule['text']]}"
 
 
 def _label(words: str, width: int) -> Picture:
     import numpy as np
 
-    most = width // font.WIDTH
-    ink_YX = font.text(words if len(words) <= most else words[: most - 3] + "...")
+    ink_YX = font.text(font.cut(words, width // font.WIDTH))
     label = np.full((font.HEIGHT, width, 3), PAPER, dtype=np.uint8)
     label[:, : ink_YX.shape[1]][ink_YX] = INK
     return label
@@ -130,3 +145,23 @@ def _padded(picture_YX3: Picture, width: int) -> Picture:
     out = np.full((len(picture_YX3), width, 3), PAPER, dtype=np.uint8)
     out[:, : picture_YX3.shape[1]] = picture_YX3
     return out
+
+
+def _stacked(parts: Iterable[Picture]) -> Picture:
+    """Pictures of one width, a gap below each."""
+    import numpy as np
+
+    spaced = [np.pad(part, ((0, GAP), (0, 0), (0, 0)), constant_values=PAPER) for part in parts]
+    return np.concatenate(spaced)
+
+
+def _beside(stacks: Sequence[Picture]) -> Picture:
+    """Stacks of one width on the page, with gaps around."""
+    import numpy as np
+
+    height, width = max(len(stack) for stack in stacks), stacks[0].shape[1]
+    page = np.full((height + GAP, len(stacks) * (width + GAP) + GAP, 3), PAPER, dtype=np.uint8)
+    for place, stack in enumerate(stacks):
+        left = GAP + place * (width + GAP)
+        page[GAP : GAP + len(stack), left : left + width] = stack
+    return page

@@ -1,0 +1,73 @@
+"""What a job says about comparing its shots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import rule, tiny_job, written
+
+from wancli.errors import JobError
+from wancli.jobfile import load
+from wancli.plan import plan
+from wancli.shot import Comparison
+
+ITEMS = [{"id": "a", "inject": [rule()]}, {"id": "b"}, {"id": "c", "inject": [rule(blocks="early")]}]
+
+
+def decided(folder: Path, **changes: Any) -> Comparison | None:
+    job = tiny_job(**{"output": "out/{id}.mp4", "items": ITEMS} | changes)
+    return plan(load(written(folder, job)), folder / "memo.json").comparison
+
+
+def test_nothing_is_compared_unless_asked(tmp_path: Path) -> None:
+    assert decided(tmp_path) is None
+    assert decided(tmp_path, compare=False) is None
+
+
+def test_the_baseline_is_the_first_shot_without_injection_or_the_first(tmp_path: Path) -> None:
+    assert decided(tmp_path, compare=True) == Comparison(("a", "b", "c"), "b", sheet=True, video=True)
+    found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[2]])
+    assert found
+    assert found.baseline == "a"
+
+
+def test_baseline_sheet_and_video_are_what_the_job_says(tmp_path: Path) -> None:
+    found = decided(tmp_path, compare={"baseline": "c", "sheet": False})
+    assert found == Comparison(("a", "b", "c"), "c", sheet=False, video=True)
+
+
+def test_an_item_may_stay_out(tmp_path: Path) -> None:
+    found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[1] | {"compare": False}, ITEMS[2]])
+    assert found == Comparison(("a", "c"), "a", sheet=True, video=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"compare": {"baseline": "d"}},
+            r"job.yaml:\d+: compare.baseline: no shot that is compared has the id",
+        ),
+        ({"compare": {"baselin": "a"}}, r"compare.baselin: unknown key; did you mean 'baseline'"),
+        ({"compare": {"baseline": 7}}, r"compare.baseline: expected text, got 7; put it in quotes"),
+        ({"compare": "yes"}, r"compare: expected true or false, got 'yes'"),
+        (
+            {"items": [{"id": "a", "compare": True}, {"id": "b", "compare": {"video": False}}]},
+            r"items.1.compare: shots a and b want other comparisons",
+        ),
+    ],
+    ids=["unknown id", "unknown key", "number", "text", "two minds"],
+)
+def test_what_cannot_be_is_said_with_its_line(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        decided(tmp_path, **changes)
+
+
+def test_comparing_changes_no_key_of_a_shot(tmp_path: Path) -> None:
+    keys = [
+        [shot.key for shot in plan(load(written(tmp_path, job)), tmp_path / "memo.json").shots]
+        for job in (tiny_job(), tiny_job(compare=True))
+    ]
+    assert keys[0] == keys[1]

@@ -1,0 +1,196 @@
+"""Videos beside a baseline: a contact sheet, an MP4 side by side, and what a job wants of both.
+
+Of a job they go to JOB.compare.json, .png and .mp4 beside the outputs; what is there and was made of the same
+videos stays. Frames are decoded one by one, a few of them are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from wancli import __version__, clip, figures, files, manifest
+from wancli.clip import Clip
+from wancli.errors import JobError, Stopped, WancliError
+from wancli.figures import SCHEMA, Record
+from wancli.report import sheet, side
+from wancli.tools import Tools
+
+if TYPE_CHECKING:
+    from wancli.shot import Comparison, Plan, Shot
+
+
+Page: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The files of a comparison."""
+
+    sheets: list[Page]
+    videos: list[Page]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for path, _ in (*self.sheets, *self.videos)]
+
+
+def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
+    """The baseline: the first, or the one with this id or number, from 0. Raises JobError."""
+    if said is None:
+        return clips[0]
+    for one in clips:
+        if one.id == said:
+            return one
+    if said.isdecimal() and int(said) < len(clips):
+        return clips[int(said)]
+    ids = ", ".join(one.id for one in clips[:8])
+    raise JobError(
+        f"{said!r} is none of the videos", where="--baseline", hint=f"0 to {len(clips) - 1}, or {ids}"
+    )
+
+
+def document(clips: Sequence[Clip], baseline: Clip, tools: Tools, job: str | None = None) -> Record:
+    """The figures of all. Raises FfmpegError, and Stopped between two videos."""
+    shots = []
+    with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
+        for shot in figures.measure(clips, baseline):
+            shots.append(shot)
+            bar.advance()
+            _refuse_to_go_on(tools)
+    return {
+        "schema": SCHEMA,
+        "job": job,
+        "baseline": baseline.id,
+        "shots": shots,
+        "sheet": None,
+        "video": None,
+    }
+
+
+def _refuse_to_go_on(tools: Tools) -> None:
+    if tools.stop.asked:
+        raise tools.stop.error("shots are done, comparing them is not")
+
+
+def pages(
+    clips: Sequence[Clip],
+    baseline: Clip,
+    sheets: Path | None,
+    videos: Path | None,
+    reserved: Sequence[Path] = (),
+) -> Pages:
+    """Which sheets and which videos side by side there will be, one of each where not one is too many.
+
+    Raises JobError where one would take the place of a video or of a `reserved` name."""
+    found = Pages(
+        _pages(sheets, clips, baseline, sheet.PAGE) if sheets else [],
+        _pages(videos, clips, baseline, side.GRID) if videos else [],
+    )
+    taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
+    for path in found.paths:
+        if path.resolve() in taken:
+            message = "is a video that is compared, or named twice"
+            raise JobError(message, where=str(path), hint="Choose another name.")
+        taken.add(path.resolve())
+    return found
+
+
+def draw(found: Record, wanted: Pages, tools: Tools) -> None:
+    """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
+    said = dict(zip([shot["id"] for shot in found["shots"]], figures.lines(found)))
+    with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
+        for path, part in wanted.sheets:
+            sheet.write(path, sheet.contact_sheet(part, [said[one.id] for one in part]))
+            bar.advance()
+        for path, part in wanted.videos:
+            _refuse_to_go_on(tools)
+            side.write(path, part, [said[one.id] for one in part])
+            bar.advance()
+
+
+def _pages(path: Path, clips: Sequence[Clip], baseline: Clip, most: int) -> list[Page]:
+    """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, the baseline on each; in the
+    order given where one page is enough, else with the baseline first."""
+    if len(clips) <= most:
+        return [(path, [*clips])]
+    others = [one for one in clips if one is not baseline]
+    parts = [others[at : at + most - 1] for at in range(0, len(others), most - 1)]
+    names = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(parts) + 1))]
+    return [(name, [baseline, *part]) for name, part in zip(names, parts)]
+
+
+def after(plan: Plan, tools: Tools) -> None:
+    """What a job wants compared, of the shots that are done. What goes wrong fails no shot: it is a warning.
+
+    Raises Stopped where somebody asks for an end."""
+    if plan.comparison is None:
+        return
+    try:
+        _of_job(plan, plan.comparison, tools)
+    except Stopped:
+        raise
+    except WancliError as error:
+        tools.progress.warn(f"not compared: {error}")
+
+
+def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
+    done = [shot for shot in plan.whole if shot.id in wanted.shots and manifest.done(shot.output, shot.key)]
+    if wanted.baseline not in [shot.id for shot in done]:
+        tools.progress.warn(f"not compared: the baseline, shot {wanted.baseline}, is not done")
+        return
+    if missing := len(wanted.shots) - len(done):
+        tools.progress.warn(f"{missing} of {len(wanted.shots)} shots are not done, and not compared")
+    path = plan.companion("compare.json")
+    key = _key(done, wanted)
+    if _stands(path, key):
+        return
+    clips = clip.read([shot.output for shot in done])
+    baseline = next(one for one in clips if one.id == wanted.baseline)
+    png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
+    outputs = [shot.output for shot in plan.whole]
+    made = pages(clips, baseline, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
+    found = document(clips, baseline, tools, plan.name)
+    draw(found, made, tools)
+    for shot in found["shots"]:
+        shot["output"] = Path(os.path.relpath(shot["output"], path.parent)).as_posix()
+    found |= {
+        "sheet": png.name if wanted.sheet else None,
+        "video": mp4.name if wanted.video else None,
+        "key": key,
+        "files": [manifest.file_record(one, path.parent) for one in made.paths],
+    }
+    _write(path, found)
+    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made.paths))}")
+
+
+def _write(path: Path, found: Record) -> None:
+    """Over an earlier one; another file of that name moves aside."""
+    if not sheet.marked(path, SCHEMA.encode(), 100):
+        files.set_aside(path)
+    text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
+    files.replace(path, text.encode(errors="backslashreplace"))
+
+
+def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
+    """Hash of all that a comparison of finished shots depends on."""
+    bodies = [manifest.read(shot.manifest) or {} for shot in shots]
+    made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
+    wish = [wanted.baseline, wanted.sheet, wanted.video]
+    return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
+
+
+def _stands(path: Path, key: str) -> bool:
+    """Whether what this key means is there, whole."""
+    try:
+        found = json.loads(path.read_bytes())
+        return found["key"] == key and all(
+            files.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,136 @@
+"""Every video's figures beside a baseline, as data and as a line: what JOB.compare.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+from wancli import latents, scores
+from wancli.clip import Clip
+from wancli.errors import EntryError
+
+Record: TypeAlias = dict[str, Any]
+
+SCHEMA = "wancli/compare/1"
+
+
+def measure(clips: Sequence[Clip], baseline: Clip) -> Iterator[Record]:
+    """The figures of one after the other, the baseline's among them. A figure that there is not is None, and
+    `why` says why. Raises FfmpegError."""
+    moves = scores.motion(baseline.pictures())
+    for one in clips:
+        yield _of_baseline(one, moves) if one is baseline else _beside(one, baseline, moves)
+
+
+def lines(document: Record) -> list[str]:
+    """What stands under the name of each video; nothing where there is but one."""
+    alone = len(document["shots"]) == 1
+    return ["" if alone else _line(shot, shot["id"] == document["baseline"]) for shot in document["shots"]]
+
+
+def _line(shot: Record, is_baseline: bool) -> str:
+    parts = ["baseline"] if is_baseline else []
+    if not is_baseline and shot["identical"]:
+        parts.append("identical")
+    elif not is_baseline and shot["ssim"] is not None:
+        parts.append(f"SSIM {shot['ssim']:.3f}")
+        parts += [] if shot["psnr"] is None else [f"PSNR {shot['psnr']:.1f} dB"]
+    if not is_baseline and shot["latent_distance"] is not None:
+        parts.append(f"latent {shot['latent_distance']:.3f}")
+    if shot["motion"] is not None:
+        parts.append(f"motion {shot['motion']:.2%}")
+    return "  ".join(parts)
+
+
+def _of_baseline(one: Clip, moves: float | None) -> Record:
+    why = {"psnr": "it is the baseline", "heatmap": "it is the baseline"}
+    if moves is None:
+        why |= {"motion": "a single frame", "baseline_motion": "a single frame"}
+    return {
+        "id": one.id,
+        "output": str(one.path),
+        "frames": one.about.frames,
+        "identical": True,
+        "latent_distance": 0.0,
+        "latent_from": None,
+        "psnr": None,
+        "ssim": 1.0,
+        "motion": _rounded(moves),
+        "baseline_motion": _rounded(moves),
+        "heatmap": None,
+        "why": why,
+    }
+
+
+def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
+    moved = scores.motion(one.pictures())
+    distance, source = _distance(one, baseline)
+    why = {} if distance is not None else {"latent_distance": source}
+    if moved is None:
+        why["motion"] = "a single frame"
+    if moves is None:
+        why["baseline_motion"] = "a single frame"
+    found: Record = {
+        "id": one.id,
+        "output": str(one.path),
+        "frames": min(one.about.frames, baseline.about.frames),
+        "identical": False,
+        "latent_distance": _rounded(distance),
+        "latent_from": None if distance is None else source,
+        "psnr": None,
+        "ssim": None,
+        "motion": _rounded(moved),
+        "baseline_motion": _rounded(moves),
+        "heatmap": None,
+        "why": why,
+    }
+    if one.size != baseline.size:
+        sizes = " beside ".join(f"{width}x{height}" for width, height in (one.size, baseline.size))
+        why |= dict.fromkeys(("psnr", "ssim", "heatmap"), sizes)
+        return found
+    like = scores.likeness(zip(one.pictures(), baseline.pictures()))
+    if like.psnr is None:
+        why["psnr"] = "no pixel differs"
+    if like.ssim is None:
+        why["ssim"] = f"smaller than {scores.WINDOW}x{scores.WINDOW}"
+    height, width = like.heatmap_YX.shape
+    return found | {
+        "identical": like.identical and one.about.frames == baseline.about.frames,
+        "psnr": _rounded(like.psnr),
+        "ssim": _rounded(like.ssim),
+        "heatmap": {
+            "width": width,
+            "height": height,
+            "values": [round(float(value), 3) for value in like.heatmap_YX.ravel()],
+        },
+    }
+
+
+def _distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
+    """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
+    records = [clip.record["latent"] for clip in (one, baseline) if clip.record and "latent" in clip.record]
+    if len(records) < 2:
+        return None, "a video without a manifest that knows its latent"
+    if records[0]["shape"] != records[1]["shape"]:
+        return None, f"latents of {records[0]['shape']} and {records[1]['shape']}"
+    stored = [_latent(clip) for clip in (one, baseline)]
+    if stored[0] is not None and stored[1] is not None:
+        distance, source = scores.distance(stored[0], stored[1]), "latents"
+    else:
+        distance, source = scores.sketched_distance(records[0], records[1]), "sketch"
+    return distance, source if distance is not None else "the latent of the baseline is zero"
+
+
+def _latent(clip: Clip) -> Any:
+    """The array on disk that a video was decoded from, None if it is not there."""
+    if clip.record is None or not clip.latents.exists():
+        return None
+    try:
+        z_CTYX, facts = latents.load(clip.latents)
+    except EntryError:
+        return None
+    return z_CTYX.numpy() if facts["latents_key"] == clip.record["latents_key"] else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

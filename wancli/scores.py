@@ -1,0 +1,165 @@
+"""How alike two videos are, in numbers: PSNR, SSIM, motion, where they differ; how far apart two latents are.
+
+Frames come one by one, so that the length of a video costs no memory. Letters: Y rows, X columns, 3 colours.
+A picture is uint8 [Y, X, 3]; its luma is 0.2126 R + 0.7152 G + 0.0722 B (BT.709), 0..255, in fp32.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Picture = NDArray[np.uint8]
+
+PEAK = 255.0
+WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian
+C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+HEATMAP_WIDTH = 32
+SKETCH = 251  # numbers that stand for a latent; a prime, so that neighbours in space are spread over them
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What a video is beside another: the frames that were compared, PSNR in dB (None where all are the
+    same), mean SSIM (None for pictures smaller than its window), and where they differ, 0..1, row by row."""
+
+    frames: int
+    identical: bool
+    psnr: float | None
+    ssim: float | None
+    heatmap_YX: Floats
+
+
+def likeness(pairs: Iterable[tuple[Picture, Picture]]) -> Likeness:
+    """Of the frames of two videos of one size, pair by pair; at least one pair.
+
+    PSNR is that of the mean squared error of luma over all frames, as ffmpeg's `average`; SSIM that of
+    luma (Wang et al. 2004) over all pixels, the mean of the frames; the heat-map is the mean over time and
+    colours of |difference| / 255, averaged to at most 32 columns.
+    """
+    import numpy as np
+
+    count, squares, similar, identical = 0, 0.0, 0.0, True
+    apart_YX: Floats | None = None
+    for a_YX3, b_YX3 in pairs:
+        a_YX, b_YX = luma(a_YX3), luma(b_YX3)
+        apart_YX3 = np.maximum(a_YX3, b_YX3) - np.minimum(a_YX3, b_YX3)
+        frame_YX = pooled(apart_YX3.mean(axis=2, dtype=np.float32) / np.float32(PEAK), HEATMAP_WIDTH)
+        apart_YX = frame_YX if apart_YX is None else apart_YX + frame_YX
+        identical = identical and np.array_equal(a_YX3, b_YX3)
+        squares += float(np.square(a_YX - b_YX).mean(dtype=np.float64))
+        similar += ssim(a_YX, b_YX) if min(a_YX.shape) >= WINDOW else math.nan
+        count += 1
+    if apart_YX is None:
+        raise ValueError("no frames to compare")
+    return Likeness(
+        count,
+        identical,
+        10 * math.log10(PEAK**2 * count / squares) if squares else None,
+        None if math.isnan(similar) else similar / count,
+        apart_YX / np.float32(count),
+    )
+
+
+def motion(frames: Iterable[Picture]) -> float | None:
+    """The mean |change of luma| from a frame to the next, 0..1; None for a single frame."""
+    import numpy as np
+
+    last_YX: Floats | None = None
+    changes = []
+    for frame_YX3 in frames:
+        now_YX = luma(frame_YX3)
+        if last_YX is not None:
+            changes.append(float(np.abs(now_YX - last_YX).mean(dtype=np.float64)) / PEAK)
+        last_YX = now_YX
+    return sum(changes) / len(changes) if changes else None
+
+
+def luma(picture_YX3: Picture) -> Floats:
+    """0..255."""
+    import numpy as np
+
+    return (picture_YX3 @ np.array([0.2126, 0.7152, 0.0722], np.float32)).astype(np.float32, copy=False)
+
+
+def ssim(a_YX: Floats, b_YX: Floats) -> float:
+    """Mean structural similarity of two pictures, https://doi.org/10.1109/TIP.2003.819861: a Gaussian window
+    of 11 x 11 with sigma 1.5, only where it lies within the picture."""
+    import numpy as np
+
+    # about 128, where fp32 loses less of the squares
+    a_YX, b_YX = a_YX - np.float32(128), b_YX - np.float32(128)
+    mean_a, mean_b = _blurred(a_YX), _blurred(b_YX)
+    both = mean_a * mean_b
+    squared = np.square(mean_a) + np.square(mean_b)
+    variances = _blurred(np.square(a_YX) + np.square(b_YX)) - squared
+    covariance = _blurred(a_YX * b_YX) - both
+    shift = 128 * (mean_a + mean_b) + 128.0**2
+    light = (2 * (both + shift) + C1) / (squared + 2 * shift + C1)
+    return float((light * ((2 * covariance + C2) / (variances + C2))).mean(dtype=np.float64))
+
+
+def _blurred(x_YX: Floats) -> Floats:
+    """By the Gaussian, first the columns, then the rows; what the window does not fill is left out."""
+    import numpy as np
+
+    middle = WINDOW // 2
+    taps = np.exp(-np.square(np.arange(WINDOW) - middle) / (2 * SIGMA**2))
+    taps = (taps / taps.sum()).astype(np.float32)
+    for _ in range(2):
+        rows = len(x_YX) - WINDOW + 1
+        blurred = taps[middle] * x_YX[middle : middle + rows]
+        for tap in range(middle):
+            blurred += taps[tap] * (x_YX[tap : tap + rows] + x_YX[WINDOW - 1 - tap :][:rows])
+        x_YX = blurred.T
+    return x_YX
+
+
+def pooled(map_YX: Floats, width: int) -> Floats:
+    """The means of squares, which are as large as it takes to be `width` at most; at the ends of parts."""
+    import numpy as np
+
+    step = -(-map_YX.shape[1] // width)
+    rows, columns = (np.arange(0, length, step) for length in map_YX.shape)
+    sums = np.add.reduceat(np.add.reduceat(map_YX, rows, axis=0), columns, axis=1)
+    heights, widths = (np.diff([*starts, length]) for starts, length in zip((rows, columns), map_YX.shape))
+    means_YX: Floats = (sums / np.outer(heights, widths)).astype(np.float32)
+    return means_YX
+
+
+def sketch(z: Floats) -> dict[str, Any]:
+    """What a manifest keeps of a latent, so that its distance to others is known when it is gone: shape,
+    norm, and 251 sums of its elements with random signs (Johnson and Lindenstrauss)."""
+    import numpy as np
+
+    norm = float(np.linalg.norm(z.astype(np.float64)))
+    # RandomState, which numpy has promised never to change
+    signs = np.unpackbits(np.frombuffer(np.random.RandomState(0).bytes(-(-z.size // 8)), np.uint8))
+    signed = np.where(signs[: z.size], z.ravel(), -z.ravel())
+    sums = np.pad(signed, (0, -z.size % SKETCH)).reshape(-1, SKETCH).sum(axis=0, dtype=np.float64)
+    text = base64.b64encode(sums.astype("<f4").tobytes()).decode()
+    return {"shape": [*z.shape], "norm": norm, "sketch": text}
+
+
+def distance(z: Floats, baseline: Floats) -> float | None:
+    """|z - baseline| / |baseline|; None where the baseline is zero."""
+    import numpy as np
+
+    norm = float(np.linalg.norm(baseline.astype(np.float64)))
+    return float(np.linalg.norm(z.astype(np.float64) - baseline)) / norm if norm else None
+
+
+def sketched_distance(one: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
+    """The same from two sketches of one shape: right to 4.5 % of itself (one standard deviation)."""
+    import numpy as np
+
+    a, b = (np.frombuffer(base64.b64decode(of["sketch"]), "<f4").astype(np.float64) for of in (one, baseline))
+    return float(np.linalg.norm(a - b)) / baseline["norm"] if baseline["norm"] else None

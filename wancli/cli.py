@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, cache, prompts, render
+from wancli.commands import artifacts, cache, probe, prompts, render
 from wancli.commands.common import complain
 from wancli.errors import ExitStatus, Stopped, WancliError
 from wancli.events import printable
@@ -35,6 +35,7 @@ app.command("schema")(artifacts.schema_command)
 app.command("encode")(prompts.encode_command)
 app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
+app.command("probe")(probe.probe_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
 app.add_typer(cache.app, name="cache")

@@ -11,7 +11,29 @@ from wancli.experts import Stage
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
 from wancli.job import CurveSpec, Inject, SigmaRange, Strength
 from wancli.jobfile import Item
-from wancli.shot import Shot
+from wancli.maps import Choice, Shelf
+from wancli.shot import Model, Shot
+
+
+def numbered(
+    item: Item, index: int, said: Inject, main: str, text: str, model: Model, shelf: Shelf
+) -> tuple[Inject, tuple[Choice, ...]]:
+    """The rule with numbers for what it leaves to a measured map, `auto:top8`, and what these became."""
+    at = ("inject", index, "blocks")
+    depth = model.checkpoint.transformer.num_layers
+    parts = said.blocks if isinstance(said.blocks, list) else [said.blocks]
+    blocks: list[str | int] = []
+    choices = []
+    for part in parts:
+        if not (isinstance(part, str) and part.startswith("auto")):
+            blocks.append(part)
+            continue
+        with _blaming(item, *at):
+            chosen, choice = shelf.chosen(part, index, model.transformer, depth, [main, text])
+        blocks += chosen
+        choices += [choice] if choice else []
+    same = blocks == parts
+    return said if same else said.model_copy(update={"blocks": blocks}), tuple(choices)
 
 
 def compiled(
@@ -95,9 +117,11 @@ def refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
 
 @contextmanager
 def _blaming(item: Item, *path: str | int) -> Iterator[None]:
-    """Gives a ValueError of a parser the file, line and key that it came from."""
+    """Gives an error of a parser the file, line and key that it came from."""
     try:
         yield
+    except JobError as error:
+        raise JobError(error.message, where=item.where(*path), hint=error.hint) from None
     except ValueError as error:
         raise JobError(str(error), where=item.where(*path)) from None
 

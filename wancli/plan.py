@@ -23,7 +23,7 @@ from wancli.jobfile import Item, JobFile
 from wancli.maps import Shelf
 from wancli.models.variants import Variant
 from wancli.prompts import Prompts
-from wancli.rules import compiled, no_experts, numbered, refuse_lerps_of_joined, refuse_rules_without_cells
+from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Interval, Model, Plan, Shot
 from wancli.solvers import SOLVERS, Solver, schedule
 from wancli.units import parse_duration, parse_size
@@ -144,10 +144,7 @@ def _shot(
     injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
     transformer = model.checkpoint.transformer
     depth = transformer.num_layers
-    ruled = [
-        numbered(item, i, rule, prompt.id, text.id, model, shelf)
-        for i, (rule, text) in enumerate(zip(job.inject, injected))
-    ]
+    rules, choices = compiled(item, (prompt, *injected), model, shelf, times.sigmas, parts)
     lora_paths = [
         presets.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
@@ -162,10 +159,7 @@ def _shot(
         prompt=prompt,
         negative=negative,
         injected=injected,
-        rules=tuple(
-            compiled(item, i, rule, text.id, depth, times.sigmas, parts)
-            for i, ((rule, _), text) in enumerate(zip(ruled, injected))
-        ),
+        rules=rules,
         loras=decided,
         width=width,
         height=height,
@@ -186,7 +180,7 @@ def _shot(
         batch=None if job.batch == "auto" else job.batch,
         save_every=_interval(item),
         output=Path(),
-        choices=tuple(choice for _, choices in ruled for choice in choices),
+        choices=choices,
     )
     refuse_rules_without_cells(shot, item)
     refuse_lerps_of_joined(shot, item)

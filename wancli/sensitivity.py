@@ -45,9 +45,9 @@ def velocities(place: Place, rows: Sequence[Sequence[Mix]], riders: int = 1) -> 
     order = sorted(starts, key=lambda i: starts[i])
     groups = [order[i : i + riders] for i in range(0, len(order), riders)] or [[]]
     trunk, at = model.embed(place.x_1CTYX, place.t), 0
-    for group in groups:
-        # The trunk waits where the last of the group leaves it; with the last group it walks on to the end.
-        stop = len(plain) if group is groups[-1] else starts[group[-1]]
+    # The trunk goes along to where the next group leaves it, with the last one to the end.
+    stops = [*(starts[group[0]] for group in groups[1:]), len(plain)]
+    for group, stop in zip(groups, stops):
         forks: dict[int, Stream] = {}
         for block, layer in enumerate(model.blocks.since(at), at):
             forks |= {i: trunk.fork() for i in group if starts[i] == block}

@@ -20,6 +20,7 @@ from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.tools import Tools
 from wancli.units import size
 
+LEVELS = 3  # unless somebody says another number
 UNITS: dict[Method, str] = {
     "inject": "relative change of the velocity",
     "skip": "relative change of the velocity",
@@ -54,7 +55,7 @@ class Survey:
         return (*self.plain.texts, self.shot.injected[0])
 
 
-def survey(plan: Plan, method: Method, levels: int, ranges: str | None, shot_id: str | None) -> Survey:
+def survey(plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None) -> Survey:
     """Decides what to measure of a plan. Raises JobError for what it does not have."""
     injecting = [shot for shot in plan.shots if shot.rules]
     if shot_id is not None:
@@ -67,6 +68,7 @@ def survey(plan: Plan, method: Method, levels: int, ranges: str | None, shot_id:
             hint="Give the job `inject: [{prompt: ...}]`; `wancli plan` lists its shots.",
         )
     shot = injecting[0]
+    levels = min(LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")
     depth = shot.model.checkpoint.transformer.num_layers

@@ -40,8 +40,9 @@ def probe_command(
         ),
     ] = MethodName.inject,
     levels: Annotated[
-        int, typer.Option(metavar="K", help="Noise levels to measure at, from early to late.")
-    ] = 3,
+        int | None,
+        typer.Option(metavar="K", help="Noise levels to measure at, from early to late. Default: 3."),
+    ] = None,
     ranges: Annotated[
         str | None,
         typer.Option(

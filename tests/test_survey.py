@@ -115,10 +115,13 @@ def test_injecting_changes_the_velocity_as_whole_forwards_say(
     probe: Probe, folder: Path, cache: Path, shallow: Path
 ) -> None:
     written(folder, tiny_job(shallow), "plain.yaml")
-    single = document(probe("--json", "--levels", "1"))
-    several = document(probe("--json", "--levels", "1", "--ranges", "0-1,3,alternating"))
+    single, several = (
+        document(probe("--json", "--levels", "2", *options))
+        for options in ((), ("--ranges", "0-1,3,alternating"))
+    )
     assert several["ranges"] == [[0, 1], [3], [0, 2]]
-    for value, blocks in zip([*single["total"], *several["total"]], [[0], [1], [2], [3], *several["ranges"]]):
+    values = [*single["values"][1], *several["values"][1]]
+    for value, blocks in zip(values, [[0], [1], [2], [3], *several["ranges"]]):
         assert value == pytest.approx(reference(folder, cache, blocks)[0], rel=1e-4), blocks
 
 
@@ -134,7 +137,7 @@ def test_the_gradient_is_near_the_change_by_small_strengths(
     probe: Probe, folder: Path, cache: Path, shallow: Path
 ) -> None:
     written(folder, tiny_job(shallow), "plain.yaml")
-    values = document(probe("--json", "--levels", "1", "--method", "gradient"))["total"]
+    values = document(probe("--json", "--levels", "2", "--method", "gradient"))["values"][1]
     for block, value in enumerate(values):  # one projection, and each token for itself: not the same number
         assert 0.3 < value / reference(folder, cache, [block], 0.05)[1] < 3
 
@@ -243,7 +246,8 @@ def test_a_job_takes_its_blocks_from_the_map(
 ) -> None:
     ranking = maps.ranked(document(probe("--json", "--levels", "1"))["total"])
     (top, bottom) = (sorted(ranking[:2]), sorted(ranking[2:]))
-    for said, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), (["auto:top2", *bottom], [*top, *bottom])):
+    both = ["auto:top2", *bottom], [*top, *bottom]
+    for said, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
         auto = planned(folder, shallow, capsys, "--json", inject=[rule(blocks=said)])
         written(folder, tiny_job(shallow, inject=[rule(blocks=blocks)]), "numbers.yaml")
         numbers = command(capsys, "plan", folder / "numbers.yaml", "--json")

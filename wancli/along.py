@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from wancli import kernels, sample, sensitivity, survey
 from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.events import Phase
+from wancli.experts import Stage
 from wancli.inject import Cell, Text
 from wancli.loaded import Networks, check_device, check_weights
 from wancli.maps import Map
@@ -80,25 +81,39 @@ def _passes(asked: Survey) -> int:
 def _way(asked: Survey, encoded: Mapping[str, Encoded], riders: int) -> Iterator[tuple[int, Place | None]]:
     """The plain shot up to the last level: (step, where it is) before a step that is a level, and
     (step, None) after each step."""
-    shot, last = asked.plain, asked.levels[-1]
+    shot = asked.plain
     networks = Networks(shot.model)
-    loras = networks.loras(shot.loras)
-    rows_NE = {id: one.embedding.rows_NE.to(shot.model.device) for id, one in encoded.items()}
     state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
-    for stage in (stage for stage in shot.stages if stage.steps.start <= last):
-        model = networks.transformer(stage.expert).requires_grad_(False)
-        contexts = sample.Contexts(model, rows_NE)
-        for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
-            if networks.patches.at(loras, step, stage.expert):
-                contexts.forget()
-            if step in asked.levels:
-                yield step, _place(asked, model, contexts, state, step)
-            if step < last:
-                one = replace(stage, steps=range(step, step + 1))
-                walk = sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
-                (at,) = sample.denoise(model, walk, shot.riders if riders > 1 else 1)
-                state = at.state
-                yield step, None
+    for stage in (stage for stage in shot.stages if stage.steps.start <= asked.levels[-1]):
+        state = yield from _along(asked, stage, state, networks, encoded, riders)
+
+
+def _along(
+    asked: Survey,
+    stage: Stage,
+    state: State,
+    networks: Networks,
+    encoded: Mapping[str, Encoded],
+    riders: int,
+) -> Generator[tuple[int, Place | None], None, State]:
+    """The steps of one network, which nothing names when they are over: another one takes its place."""
+    shot, last = asked.plain, asked.levels[-1]
+    loras = networks.loras(shot.loras)
+    model = networks.transformer(stage.expert).requires_grad_(False)
+    rows_NE = {id: one.embedding.rows_NE.to(shot.model.device) for id, one in encoded.items()}
+    contexts = sample.Contexts(model, rows_NE)
+    for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
+        if networks.patches.at(loras, step, stage.expert):
+            contexts.forget()
+        if step in asked.levels:
+            yield step, _place(asked, model, contexts, state, step)
+        if step < last:
+            one = replace(stage, steps=range(step, step + 1))
+            walk = sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
+            (at,) = sample.denoise(model, walk, shot.riders if riders > 1 else 1)
+            state = at.state
+            yield step, None
+    return state
 
 
 def _place(asked: Survey, model: WanModel, contexts: Contexts, state: State, step: int) -> Place:

@@ -75,7 +75,8 @@ def survey(plan: Plan, method: Method, levels: int | None, ranges: str | None, s
     if ranges is None and method == "render":
         ranges = str(min(8, depth))
     blocks = [(block,) for block in range(depth)] if ranges is None else _ranges(ranges, depth)
-    steps = tuple(int((i + 0.5) * shot.steps / levels) for i in range(levels))
+    # Where each part of the way begins: what is decided early moves the video most.
+    steps = tuple(i * shot.steps // levels for i in range(levels))
     return Survey(plan.name, shot, method, () if method == "render" else steps, tuple(blocks), ranges is None)
 
 

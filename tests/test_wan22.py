@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
@@ -434,6 +435,18 @@ def test_shots_that_differ_for_the_low_noise_expert_share_all_steps_of_the_other
         found, whole = manifest_of(tmp_path, name), manifest_of(tmp_path / "alone", name)
         assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / "alone", name))
         assert found["injection"] == whole["injection"]
+
+
+def test_a_block_map_has_levels_of_both_experts(
+    a14b: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = watch_loading(monkeypatch)
+    said = {"negative": NEGATIVE, "frames": 5, "sampler": SAMPLER, "inject": [rule(blocks="all")]}
+    path = written(tmp_path, tiny_job(a14b.folder, **said))
+    probed = command(capsys, "probe", path, "--levels", "3", "--json", "-q")
+    assert probed.code == 0, probed.err
+    assert loaded == ["high", "low"]
+    assert len(json.loads(probed.out)["values"]) == 3
 
 
 def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
 from jobs import command, manifest_of, written
 
-from wancli import mini, video
+from wancli import maps, mini, video
 from wancli.models.variants import MINI
+from wancli.rendered import mean_difference
 from wancli.weights.identify import identify
 
 RED = "A red circle drifts to the left across dark stripes."
@@ -122,8 +125,6 @@ def test_words_from_outside_its_world_are_named_with_a_hint_and_rendered(
 def test_prompts_that_mean_the_same_differ_less_than_prompts_that_do_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import json
-
     def percent(a: str, b: str) -> float:
         said = command(capsys, "diff", a, b, "--json", "--cache-dir", tmp_path / "cache")
         assert said.code == 0
@@ -140,3 +141,30 @@ def test_a_job_and_a_prompt_together_are_refused(tmp_path: Path, capsys: pytest.
         said = command(capsys, "render", *arguments)
         assert said.code == 2
         assert "give a job file, or --prompt" in said.err
+
+
+def test_a_block_map_is_stable_its_gradient_agrees_and_its_top_moves_more_than_its_bottom(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One noise level; `python -m scripts.bench.probe` measures three, with more seeds and prompts."""
+    cache = ("--cache-dir", tmp_path / "cache")
+    job = {"output": "out/{id}.mp4", "prompt": RED, "inject": [{"prompt": BLUE}], "sampler": {"steps": 6}}
+
+    def probed(seed: int, method: str) -> list[float]:
+        options = ("--method", method, "--levels", "1", "--set", f"seed={seed}", "--json", "-q")
+        said = command(capsys, "probe", written(tmp_path, job), *options, *cache)
+        assert said.code == 0
+        return list(json.loads(said.out)["total"])
+
+    one, other, gradient = probed(1, "inject"), probed(2, "inject"), probed(2, "gradient")
+    assert statistics.correlation(one, other) > 0.8
+    places = [[maps.ranked(total).index(block) for block in range(40)] for total in (other, gradient)]
+    assert statistics.correlation(*places) > 0.7
+    items = [
+        {"id": "plain", "inject": []},
+        *({"id": end, "inject": [{"prompt": BLUE, "blocks": f"auto:{end}10"}]} for end in ("top", "bottom")),
+    ]
+    path = written(tmp_path, job | {"seed": 2, "items": items}, "quarters.yaml")
+    assert command(capsys, "render", path, *cache).code == 0
+    plain, top, bottom = (tmp_path / "out" / f"{name}.mp4" for name in ("plain", "top", "bottom"))
+    assert mean_difference(top, plain) > mean_difference(bottom, plain)

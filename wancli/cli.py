@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, batch, cache, farm, plan, prompts, render
+from wancli.commands import artifacts, batch, cache, farm, plan, probe, prompts, render
 from wancli.commands.common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
 from wancli.events import printable
@@ -39,6 +39,7 @@ app.command("schema")(artifacts.schema_command)
 app.command("encode")(prompts.encode_command)
 app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
+app.command("probe")(probe.probe_command)
 app.command("compare")(artifacts.compare_command)
 app.command("inspect")(artifacts.inspect_command)
 app.command("errors")(artifacts.errors_command)

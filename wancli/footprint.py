@@ -12,7 +12,7 @@ from wancli.weights.parts import Part
 if TYPE_CHECKING:
     from wancli.shot import Model, Shot
 
-_ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
+ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _MATRICES = "block matrices"
 
@@ -43,7 +43,7 @@ def encoding(model: Model, tokens: Sequence[int]) -> Phase:
     """UMT5 on prompts of so many tokens."""
     t5 = model.text_encoder
     dtype, residency = model.encoder.dtype, model.encoder.residency
-    part, element = model.checkpoint.text_encoder, _ELEMENT[dtype]
+    part, element = model.checkpoint.text_encoder, ELEMENT[dtype]
     phase = memory.encode_phase(
         t5,
         prompt_tokens=max(tokens),
@@ -64,7 +64,7 @@ def encoding(model: Model, tokens: Sequence[int]) -> Phase:
 def sampling(shot: Shot, rows: int, riders: int) -> Phase:
     """A shot alone, with `rows` of text and that many forwards on a pass."""
     model, wan = shot.model, shot.model.checkpoint.transformer
-    part, element = model.checkpoint.experts[0], _ELEMENT[model.computes]
+    part, element = model.checkpoint.experts[0], ELEMENT[model.computes]
     resident = model.residency == "resident"
     weights = 0
     if model.dtype == "fp8" and part.scheme.name == "plain":

@@ -94,6 +94,14 @@ def sample_phase(
     )
 
 
+def derivative_bytes(wan: WanConfig, tokens: int, *, element: int) -> int:
+    """The working set of a derivative by each block's text: the residual before every block, and one block's
+    activations there and back. Autograd keeps 6.1 rows of fp32 and 7.4 rows and a hidden one in the dtype of
+    the matmuls, which a test measures; gradients on their way are about half as much again."""
+    row = wan.dim * (10 * FP32 + 8 * element) + 3 * wan.ffn_dim * element
+    return tokens * (wan.num_layers * wan.dim * FP32 + row)
+
+
 def decode_phase(
     vae: VAEConfig | VAE22Config,
     latent: tuple[int, int, int, int],

@@ -20,6 +20,7 @@ from wancli.errors import JobError
 from wancli.experts import stages
 from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
+from wancli.maps import Shelf
 from wancli.models.variants import Variant
 from wancli.names import output_path, slug
 from wancli.prompts import Prompts
@@ -30,22 +31,26 @@ from wancli.units import parse_duration, parse_size
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
-def plan(jobs: JobFile, memo: Path, *, measure: bool = False, budget: int | None = None) -> Plan:
+def plan(
+    jobs: JobFile, memo: Path, *, measure: bool = False, budget: int | None = None, unmeasured: bool = False
+) -> Plan:
     """Decides every shot of a job file; `measure` asks for it in all of them, `budget` is the memory in bytes
     that they may take, whatever the job says.
 
-    `memo` remembers the SHA-256 of weight files between runs. Raises JobError with all problems
+    `memo` remembers the SHA-256 of weight files between runs; block maps are beside it. `unmeasured` asks for
+    none: `auto` blocks are all, for whoever is about to measure. Raises JobError with all problems
     of all shots, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
     located = presets.Locations()
+    shelf = Shelf(memo.parent / "maps", open_=unmeasured)
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[str] = []
     hints: list[str] = []
     for index, item in enumerate(jobs.items):
         try:
-            shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure))
+            shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure, shelf))
         except JobError as error:
             problems += [line for line in str(error).splitlines() if line not in problems]
             hints += [error.hint] if error.hint and error.hint not in hints else []
@@ -114,6 +119,7 @@ def _shot(
     model_for: Callable[[Location, str, str], Model],
     lora_for: Callable[..., loras.Fitting],
     measure: bool,
+    shelf: Shelf,
 ) -> Shot:
     job = item.job
     computing = kernels.said(item)
@@ -139,6 +145,7 @@ def _shot(
     injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
     transformer = model.checkpoint.transformer
     depth = transformer.num_layers
+    rules, choices = compiled(item, (prompt, *injected), model, shelf, times.sigmas, parts)
     lora_paths = [
         presets.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
@@ -153,10 +160,7 @@ def _shot(
         prompt=prompt,
         negative=negative,
         injected=injected,
-        rules=tuple(
-            compiled(item, i, rule, text.id, depth, times.sigmas, parts)
-            for i, (rule, text) in enumerate(zip(job.inject, injected))
-        ),
+        rules=rules,
         loras=decided,
         width=width,
         height=height,
@@ -177,6 +181,7 @@ def _shot(
         batch=None if job.batch == "auto" else job.batch,
         save_every=_interval(item),
         output=Path(),
+        choices=choices,
     )
     refuse_rules_without_cells(shot, item)
     refuse_lerps_of_joined(shot, item)
@@ -294,6 +299,9 @@ def _warnings_of(shot: Shot) -> Iterator[str]:
             yield "an injection has strength 0 and changes nothing"
         if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield "the injected prompt is the main prompt; nothing will change"
+    for choice in shot.choices:
+        if choice.of_others:
+            yield f"{choice.said} goes by {choice.by}, which is of {choice.of_others}"
     yield from loras.warnings(shot.loras)
     guidance = max(stage.guidance for stage in shot.stages)
     if shot.solver == "distill4" and guidance != 1:

@@ -9,15 +9,55 @@ from typing import Any
 from wancli.errors import JobError
 from wancli.experts import Stage
 from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
-from wancli.job import CurveSpec, Inject, SigmaRange, Strength
+from wancli.job import Blocks, CurveSpec, Inject, SigmaRange, Strength
 from wancli.jobfile import Item
-from wancli.shot import Shot
+from wancli.maps import Choice, Shelf
+from wancli.shot import Model, Prompt, Shot
 
 
 def compiled(
     item: Item,
+    texts: Sequence[Prompt],
+    model: Model,
+    shelf: Shelf,
+    sigmas: Sequence[float],
+    parts: Sequence[Stage],
+) -> tuple[tuple[Rule, ...], tuple[Choice, ...]]:
+    """The rules of a shot, and the blocks that measured maps chose for them. `texts` are its prompt and the
+    injected ones. Raises JobError."""
+    main, *injected = (text.id for text in texts)
+    depth = model.checkpoint.transformer.num_layers
+    rules: list[Rule] = []
+    choices: list[Choice] = []
+    for i, (said, text) in enumerate(zip(item.job.inject, injected, strict=True)):
+        with _blaming(item, "inject", i, "blocks"):
+            blocks, found = _measured(said.blocks, i, shelf, model.transformer, depth, (main, text))
+        choices += found
+        rules.append(_compiled(item, i, said, blocks, text, depth, sigmas, parts))
+    return tuple(rules), tuple(choices)
+
+
+def _measured(
+    said: Blocks, index: int, shelf: Shelf, transformer: str, depth: int, ids: tuple[str, str]
+) -> tuple[Blocks, list[Choice]]:
+    """The blocks with numbers for what is left to a map, as `auto:top8`, and what these became."""
+    blocks: list[str | int] = []
+    choices = []
+    for part in said if isinstance(said, list) else [said]:
+        if isinstance(part, str) and part.startswith("auto"):
+            chosen, choice = shelf.chosen(part, index, transformer, depth, ids)
+            blocks += chosen
+            choices += [choice] if choice else []
+        else:
+            blocks.append(part)
+    return blocks, choices
+
+
+def _compiled(
+    item: Item,
     index: int,
     said: Inject,
+    said_blocks: Blocks,
     text: str,
     depth: int,
     sigmas: Sequence[float],
@@ -25,7 +65,7 @@ def compiled(
 ) -> Rule:
     at = ("inject", index)
     with _blaming(item, *at, "blocks"):
-        blocks = parse_blocks(said.blocks, depth)
+        blocks = parse_blocks(said_blocks, depth)
     with _blaming(item, *at, "steps"):
         spec = said.steps
         steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
@@ -95,9 +135,11 @@ def refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
 
 @contextmanager
 def _blaming(item: Item, *path: str | int) -> Iterator[None]:
-    """Gives a ValueError of a parser the file, line and key that it came from."""
+    """Gives an error of a parser the file, line and key that it came from."""
     try:
         yield
+    except JobError as error:
+        raise JobError(error.message, where=item.where(*path), hint=error.hint) from None
     except ValueError as error:
         raise JobError(str(error), where=item.where(*path)) from None
 

@@ -16,6 +16,7 @@ from wancli.encode import Encoder, Tokens
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.legs import Fork
+from wancli.maps import Choice
 from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.names import slug
@@ -123,6 +124,7 @@ class Shot:
     output: Path
     shared: Shared | None = None  # changes no pixel
     fork: Fork | None = None  # the steps that another shot takes for it; likewise
+    choices: tuple[Choice, ...] = ()  # the blocks of its rules that a measured map chose
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -29,6 +29,7 @@ from scripts.bench.markdown import stamp, table
 from scripts.make_random_checkpoint import MODELS, write_checkpoint
 from wancli.models.config import WanConfig
 from wancli.models.dit import Request, WanModel
+from wancli.models.layers import Blocks
 from wancli.weights.identify import Checkpoint, identify
 from wancli.weights.networks import load_transformer, transformer_weights
 from wancli.weights.residency import Streamed, matrix_names, placed
@@ -97,7 +98,7 @@ def both(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanMode
     names = matrix_names(bare, "blocks")
     source = {name: found[_distinct(name)] for name in names}
     streamed.blocks = Streamed(bare, "blocks", placed(source, "streamed", "cpu"), "cpu")
-    resident.blocks = nn.ModuleList(blocks[i % DISTINCT] for i in range(depth))
+    resident.blocks = Blocks(blocks[i % DISTINCT] for i in range(depth))
     return resident, streamed.eval()
 
 

@@ -7,7 +7,7 @@ Letters: B batch, C latent channels, T Y X latent frames, rows and columns, L vi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from wancli.models.config import Kernels, WanConfig
 from wancli.models.context import Context, concat, folded, lerp
 from wancli.models.layers import (
+    Blocks,
     CrossAttention,
     FeedForward,
     Linear,
@@ -111,13 +112,18 @@ class Head(nn.Module):
 
 
 @dataclass
-class _Stream:
+class Stream:
     """A request on its way through the blocks."""
 
     x_BLD: Tensor
     time_BD: Tensor
     time_B6D: Tensor
     rope_L1P: Tensor
+    shape_BCTYX: torch.Size
+
+    def fork(self) -> Stream:
+        """Another one at the same place, which goes its own way from here."""
+        return replace(self, x_BLD=self.x_BLD.clone())
 
     def through(self, block: nn.Module, mix: Mix, checkpointed: bool) -> None:
         arguments = self.x_BLD, self.time_B6D, self.rope_L1P, mix
@@ -142,7 +148,7 @@ class WanModel(nn.Module):
         self.text_embedding = mlp(config.text_dim, dim, dim)
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
+        self.blocks = Blocks(Block(config, kernels) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def project(self, text_NE: Tensor) -> Context:
@@ -182,25 +188,29 @@ class WanModel(nn.Module):
     ) -> Iterator[Tensor]:
         """The residual stream [B, L, D] after each block, fp32; without gradients each is overwritten by
         the next."""
-        stream = self._embed(Request(x_BCTYX, t, contexts))
+        stream = self.embed(x_BCTYX, t)
         for block, mix in zip(self.blocks, contexts, strict=True):
             stream.through(block, mix, checkpointed)
             yield stream.x_BLD
 
     def _pass(self, requests: Sequence[Request], checkpointed: bool = False) -> list[Tensor]:
         """One walk over the blocks with all requests, so that a block's weights are needed once."""
-        streams = [self._embed(request) for request in requests]
+        streams = [self.embed(request.x_BCTYX, request.t) for request in requests]
         for block, *mixes in zip(self.blocks, *(r.contexts for r in requests), strict=True):
             for stream, mix in zip(streams, mixes):
                 stream.through(block, mix, checkpointed)
-        return [
-            _unpatchify(self.head(s.x_BLD, s.time_BD), r.x_BCTYX.shape) for s, r in zip(streams, requests)
-        ]
+        return [self.velocity(stream) for stream in streams]
 
-    def _embed(self, request: Request) -> _Stream:
-        time_BD, time_B6D = self._embed_time(request.t, request.x_BCTYX.device)
-        x_BLD, rope_L1P = self._embed_video(request.x_BCTYX)
-        return _Stream(x_BLD, time_BD, time_B6D, rope_L1P)
+    def embed(self, x_BCTYX: Tensor, t: float | Tensor) -> Stream:
+        """The stream before the first block. Whoever wants more of a walk than velocities takes it through
+        `blocks` itself, and ends with `velocity`."""
+        time_BD, time_B6D = self._embed_time(t, x_BCTYX.device)
+        x_BLD, rope_L1P = self._embed_video(x_BCTYX)
+        return Stream(x_BLD, time_BD, time_B6D, rope_L1P, x_BCTYX.shape)
+
+    def velocity(self, stream: Stream) -> Tensor:
+        """What a stream is after the last block, fp32."""
+        return _unpatchify(self.head(stream.x_BLD, stream.time_BD), stream.shape_BCTYX)
 
     def _embed_time(self, t: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         t_B = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1)

@@ -9,7 +9,8 @@ times the arithmetic done on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -20,7 +21,16 @@ from wancli.models import config
 from wancli.models.attention import attend
 from wancli.models.context import Context
 
-Mix: TypeAlias = Sequence[tuple[Context, float]]  # contexts whose attention outputs are mixed, and weights
+# Contexts whose attention outputs are mixed, and weights: one for all tokens, or one for each [L]. An empty
+# mix is no text: nothing is added.
+Mix: TypeAlias = Sequence[tuple[Context, float | Tensor]]
+
+
+class Blocks(nn.ModuleList):
+    """Layers that are walked over in order, by a plain loop or from some layer on."""
+
+    def since(self, first: int) -> Iterator[nn.Module]:
+        return islice(self, first, None)
 
 
 class Linear(nn.Linear):
@@ -143,11 +153,15 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     def forward(self, x_BLD: Tensor, mix: Mix) -> Tensor:
         """The sum of weight * attention to each context of the mix."""
+        if not mix:
+            return torch.zeros_like(x_BLD)
         q_BHLK = self.heads(self.norm_q(self.q(x_BLD)))
         y_BHLK = sum_weighted([(self.attend_to(q_BHLK, context), weight) for context, weight in mix])
         y_BLD = self.out(y_BHLK)
         total = sum(weight for _, weight in mix)
         # `o` is shared, but its bias belongs to every context: the sum holds it `total` times.
+        if isinstance(total, Tensor):
+            return y_BLD + (total - 1.0)[:, None] * self.o.bias
         return y_BLD if total == 1.0 else y_BLD + (total - 1.0) * self.o.bias
 
     def attend_to(self, q_BHLK: Tensor, context: Context) -> Tensor:
@@ -166,12 +180,19 @@ class CrossAttention(Attention):
         return k_1HNK, v_1HNK
 
 
-def sum_weighted(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    (total, weight), *others = parts
-    total = total if weight == 1.0 else total * weight
-    for part, weight in others:
-        total = total.add(part, alpha=weight)
-    return total
+def sum_weighted(parts: Sequence[tuple[Tensor, float | Tensor]]) -> Tensor:
+    """The parts [B, H, L, K], each times its weight: a number, or one per token [L]."""
+    (first_BHLK, weight), *others = parts
+    if isinstance(weight, Tensor):
+        total_BHLK = first_BHLK * weight[:, None]
+    else:
+        total_BHLK = first_BHLK if weight == 1.0 else first_BHLK * weight
+    for part_BHLK, weight in others:
+        if isinstance(weight, Tensor):
+            total_BHLK = total_BHLK + part_BHLK * weight[:, None]
+        else:
+            total_BHLK = total_BHLK.add(part_BHLK, alpha=weight)
+    return total_BHLK
 
 
 def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float) -> Tensor:

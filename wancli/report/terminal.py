@@ -50,6 +50,8 @@ def shot_lines(shot: Shot) -> Iterator[str]:
         yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
+        for choice in (choice for choice in shot.choices if choice.rule == index):
+            yield f"{choice.said:>16}  is {choice.blocks}, by {choice.by}"
     yield from schedule_lines(shot)
     if shot.rules:
         yield from table_strips(shot)
@@ -91,14 +93,14 @@ def ranges(numbers: Sequence[int]) -> str:
 def table_strips(shot: Shot) -> Iterator[str]:
     """The injection table, one column per block: how much of what a block reads was injected."""
     depth = shot.model.checkpoint.transformer.num_layers
-    yield f"{'block':>16}  {_scale(depth)}"
+    yield f"{'block':>16}  {ruler(depth)}"
     for branch in shot.table.branches:
         grouped: dict[Row, list[int]] = {}
         for step in shot.table.steps_of[branch]:
             grouped.setdefault(shot.table.row(step, branch), []).append(step)
         for cells_of, steps in grouped.items():
             cells = strip(cells_of, shot.table.base[branch])
-            yield f"{f'{branch} {ranges(steps)}':>16}  {_bar(cells)}"
+            yield f"{f'{branch} {ranges(steps)}':>16}  {bar(cells)}"
 
 
 def schedule_lines(shot: Shot) -> Iterator[str]:
@@ -207,22 +209,22 @@ def _effects(shot: Mapping[str, Any]) -> Iterator[RenderableType]:
             legacy.setdefault(block, []).append(effect["changed_percent"][block])
     top = max(value for values in blocks.values() for value in values) or 1.0
     yield f"\nshot {shot['id']}: what the injection changed, relative L2; a full bar is {top:.1f} %"
-    yield f"{'step':>6} {'branch':<7} velocity  {_scale(depth)}"
+    yield f"{'step':>6} {'branch':<7} velocity  {ruler(depth)}"
     for effect in shot["effects"]:
         shares = [100 * effect["blocks"].get(str(block), 0.0) / top for block in range(depth)]
-        yield f"{effect['step']:>6} {effect['branch']:<7} {100 * effect['velocity']:6.2f} %  {_bar(shares)}"
+        yield f"{effect['step']:>6} {effect['branch']:<7} {100 * effect['velocity']:6.2f} %  {bar(shares)}"
     yield "cross-attention output, mean over steps, % (in brackets the legacy share of |change| > 0.01)"
     cells = [f"{b:>2}: {_mean(blocks[b]):5.1f} ({_mean(legacy[b]):3.0f})" for b in sorted(blocks, key=int)]
     for start in range(0, len(cells), 4):
         yield "  " + "  ".join(cells[start : start + 4])
 
 
-def _scale(depth: int) -> str:
+def ruler(depth: int) -> str:
     """A ruler over the blocks: a digit for every ten."""
     return "".join(str(block // 10 % 10) if block % 10 == 0 else "." for block in range(depth))
 
 
-def _bar(shares: Iterable[float]) -> str:
+def bar(shares: Iterable[float]) -> str:
     """One character per block, from · for 0 to a full block for 1."""
     return "".join("·" if share == 0 else LEVELS[max(1, round(share * 8))] for share in shares)
 

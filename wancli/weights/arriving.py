@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from wancli.models.layers import Blocks
+
 Take = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their names in it; asked for once
 
 
-class Arriving(nn.ModuleList):
+class Arriving(Blocks):
     """Blocks on the meta device that get their tensors when a loop comes to them, or an index names them.
 
     From then on they are as if they had been loaded at once, in the mode, inference or not, of that loop. Who
@@ -24,7 +26,10 @@ class Arriving(nn.ModuleList):
     __repr__ = nn.Module.__repr__  # a list's own would load them all
 
     def __iter__(self) -> Iterator[nn.Module]:
-        for i in range(len(self)):
+        return self.since(0)
+
+    def since(self, first: int) -> Iterator[nn.Module]:
+        for i in range(first, len(self)):
             yield self[i]
 
     def __getitem__(self, index: int) -> nn.Module:  # type: ignore[override]

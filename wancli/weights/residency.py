@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wancli.memory import Residency
+from wancli.models.layers import Blocks
 from wancli.weights.ondisk import on_disk, unpack_across
 from wancli.weights.packed import Packed
 
@@ -72,7 +74,7 @@ def matrix_names(blocks: nn.ModuleList, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{name}" for i in range(len(blocks)) for name in matrices(blocks[i])]
 
 
-class Streamed(nn.ModuleList):
+class Streamed(Blocks):
     """Blocks of one shape whose matrices are bound only while the loop is at them.
 
     The blocks come with their matrices on the meta device, in the dtype that each computes in, and there
@@ -106,6 +108,9 @@ class Streamed(nn.ModuleList):
     __repr__ = nn.Module.__repr__  # a list's own would run the loop
 
     def __iter__(self) -> Iterator[nn.Module]:
+        return self.since(0)
+
+    def since(self, first: int) -> Iterator[nn.Module]:
         if torch.is_grad_enabled():
             raise RuntimeError("streamed blocks run without gradients only")
         if self._running:
@@ -115,8 +120,8 @@ class Streamed(nn.ModuleList):
             # One thread beside those that compute: unpacking is bound by memory, and threads that wait for
             # each other on busy cores take a third longer than one alone.
             with ThreadPoolExecutor(1, "weights", torch.set_num_threads, (1,)) as reader:
-                coming = reader.submit(self._fetch, 0)
-                for i, block in enumerate(super().__iter__()):
+                coming = reader.submit(self._fetch, first)
+                for i, block in islice(enumerate(super().__iter__()), first, None):
                     stage = coming.result()
                     if i + 1 < len(self):
                         coming = reader.submit(self._fetch, i + 1)

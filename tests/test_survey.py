@@ -1,0 +1,286 @@
+"""`wancli probe` from the job to the map, and `auto:top8` from the map to the blocks of a shot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
+
+from wancli import events, maps, sample, store, video
+from wancli.embed import embed
+from wancli.inject import Text
+from wancli.jobfile import load
+from wancli.loaded import Networks
+from wancli.models.dit import WanModel
+from wancli.plan import plan
+from wancli.solvers import State
+from wancli.tools import Tools
+
+Probe = Callable[..., Said]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def cache(folder: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for the maps, which knows the prompts."""
+    own = folder / "cache"
+    own.mkdir()
+    (own / "embeddings").symlink_to(warm / "embeddings")
+    (warm / "embeddings").mkdir(exist_ok=True, mode=0o700)
+    monkeypatch.setenv("WANCLI_CACHE", str(own))
+    return own
+
+
+@pytest.fixture
+def probe(folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> Probe:
+    """Probes the tiny job with an injection on 4 blocks."""
+
+    def probed(*options: str, **changes: Any) -> Said:
+        said = tiny_job(shallow, **{"inject": [rule(blocks="1-2")]} | changes)
+        return command(capsys, "probe", written(folder, said), "-q", *options)
+
+    return probed
+
+
+def document(said: Said) -> dict[str, Any]:
+    assert said.code == 0, said.err
+    return dict(json.loads(said.out))
+
+
+# ---- the map ----
+
+
+def test_the_map_is_written_shown_and_kept(probe: Probe, folder: Path, cache: Path) -> None:
+    said = probe("--levels", "2")
+    assert (said.code, said.err) == (0, "")
+    path = folder / "out" / "job.map.inject.json"
+    assert said.out.splitlines()[-1] == f"map: {path}"
+    assert "inject map of shot 0000: 4 blocks at 2 noise levels" in said.out
+    assert "suggestion: blocks: " in said.out
+    assert max(map(len, said.out.splitlines()[:-1])) <= 80
+    found = maps.read(path)
+    assert found is not None
+    assert [maps.read(kept) for kept in (cache / "maps").glob("*/*.json")] == [found]
+    assert (found.job, found.shot, found.size, found.frames, found.seed) == ("job", "0000", "64x64", 1, 0)
+    assert (found.prompts[0].main, found.prompts[0].injected) == (CAT, FISH)
+    assert [level.step for level in found.levels] == [0, 1]
+    assert found.total == pytest.approx(np.mean(found.values, axis=0))
+    assert found.forwards == 2 * (4 + 4 + 3 + 2 + 1) / 4
+    assert found.suggestion == str(maps.ranked(found.total)[0])
+
+
+def test_json_is_the_file(probe: Probe, folder: Path) -> None:
+    found = document(probe("--json", "-o", str(folder / "deep" / "m.json"), "--levels", "1"))
+    assert found == json.loads((folder / "deep" / "m.json").read_text())
+    assert found["schema"] == "wancli/map/1"
+    assert not (folder / "out" / "job.map.inject.json").exists()
+
+
+def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> tuple[float, float]:
+    """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
+    forwards of the table; and the same of their outputs mixed with strength s, over s."""
+    (shot,) = plan(load(folder / "job.yaml"), cache / "hashes.json").shots
+    encoded, _ = embed(shot.model, shot.texts, Tools(store.Store(cache / "embeddings"), events.Progress()))
+    model = Networks(shot.model).transformer("only")
+    with torch.no_grad():
+        contexts = sample.Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+        state = State(sample.noise(shot.latent_shape, shot.seed))
+        plain_table = plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
+        (stage,) = shot.stages
+        walk = sample.Walk(state, shot.schedule, shot.solver, plain_table, contexts, stage)
+        x_1CTYX = next(sample.denoise(model, walk)).state.x[None]
+        t = shot.schedule.timesteps[1]
+        a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))
+        plain = model(x_1CTYX, t, [((a, 1.0),)] * 4)
+        whole = model(x_1CTYX, t, [((b if i in blocks else a, 1.0),) for i in range(4)])
+        part = model(x_1CTYX, t, [((a, 1 - s), (b, s)) if i in blocks else ((a, 1.0),) for i in range(4)])
+    return tuple(((v - plain).norm() / plain.norm()).item() / of for v, of in ((whole, 1), (part, s)))  # type: ignore[return-value]
+
+
+def test_injecting_changes_the_velocity_as_whole_forwards_say(
+    probe: Probe, folder: Path, cache: Path, shallow: Path
+) -> None:
+    written(folder, tiny_job(shallow), "plain.yaml")
+    single, several = (
+        document(probe("--json", "--levels", "2", *options))
+        for options in ((), ("--ranges", "0-1,3,alternating"))
+    )
+    assert several["ranges"] == [[0, 1], [3], [0, 2]]
+    values = [*single["values"][1], *several["values"][1]]
+    for value, blocks in zip(values, [[0], [1], [2], [3], *several["ranges"]]):
+        assert value == pytest.approx(reference(folder, cache, blocks)[0], rel=1e-4), blocks
+
+
+def test_streamed_and_resident_weights_have_the_same_map(probe: Probe) -> None:
+    of = [
+        document(probe("--json", "--levels", "1", memory={"residency": residency}))["values"]
+        for residency in ("resident", "streamed")
+    ]
+    assert of[0] == of[1]
+
+
+def test_the_gradient_is_near_the_change_by_small_strengths(
+    probe: Probe, folder: Path, cache: Path, shallow: Path
+) -> None:
+    written(folder, tiny_job(shallow), "plain.yaml")
+    values = document(probe("--json", "--levels", "2", "--method", "gradient"))["values"][1]
+    for block, value in enumerate(values):  # one projection, and each token for itself: not the same number
+        assert 0.3 < value / reference(folder, cache, [block], 0.05)[1] < 3
+
+
+def test_skipping_a_block_is_not_injecting_into_it(probe: Probe) -> None:
+    inject, skip = (document(probe("--json", "--levels", "1", "--method", m)) for m in ("inject", "skip"))
+    assert skip["method"] == "skip"
+    assert all(a != b > 0 for a, b in zip(inject["total"], skip["total"]))
+
+
+def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
+    probe: Probe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = document(probe("--json", "--method", "render", "--ranges", "2"))
+    assert (found["ranges"], found["levels"], found["values"]) == ([[0, 1], [2, 3]], [], [])
+    videos = sorted((folder / "out" / "clip.map").glob("*.mp4"))
+    names = ["00-plain", "01-blocks-0-1", "02-blocks-2-3"]
+    assert [path.stem for path in videos] == names
+    plain, *others = (
+        np.stack([np.frombuffer(frame.rgb, np.uint8) for frame in video.read_frames(path)]).astype(float)
+        for path in videos
+    )
+    assert found["total"] == [pytest.approx(np.abs(other - plain).mean()) for other in others]
+    poison(monkeypatch)
+    assert document(probe("--json", "--method", "render", "--ranges", "2"))["total"] == found["total"]
+
+
+# ---- what is asked for ----
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ([], {"inject": []}, "job: no shot injects a prompt, so there is nothing to measure"),
+        (["--shot", "x"], {}, "--shot: no shot 'x' that injects a prompt, so there is nothing to measure"),
+        (["--levels", "3"], {}, "--levels: 3 is not within 1 and the 2 steps"),
+        (["--levels", "0"], {}, "--levels: 0 is not within 1 and the 2 steps"),
+        (["--ranges", "5"], {}, "--ranges: 4 blocks do not make 5 ranges"),
+        (["--ranges", "0-9"], {}, "--ranges: 9 is past the last block (3)"),
+        (
+            ["--method", "gradient"],
+            {"memory": {"residency": "streamed"}},
+            "--method: gradient does not go back over weights that are streamed",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
+    options: list[str],
+    changes: dict[str, Any],
+    message: str,
+    probe: Probe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    poison(monkeypatch)
+    said = probe(*options, **changes)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.splitlines()[0] == f"wancli: {message}"
+
+
+def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
+    said = probe(memory={"budget": "431MiB", "residency": "resident"}, size="512x512", frames=81)
+    assert said.code == 5
+    assert "probing needs" in said.err
+    assert "Fewer frames" in said.err
+
+
+def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:
+    items = [{"id": "plain", "inject": []}, {"id": "a"}, {"id": "b", "seed": 5}]
+    for options, shot, seed in (((), "a", 0), (("--shot", "b"), "b", 5)):
+        found = document(probe("--json", "--levels", "1", *options, items=items, output="out/{id}.mp4"))
+        assert (found["shot"], found["seed"]) == (shot, seed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_probe_that_is_stopped_says_so_and_leaves_no_map(
+    number: signal.Signals, code: int, probe: Probe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = WanModel.velocity, []
+
+    def velocity(self: WanModel, stream: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:  # of the second level
+            os.kill(os.getpid(), number)
+        return real(self, stream)
+
+    monkeypatch.setattr(WanModel, "velocity", velocity)
+    said = probe("--levels", "2")
+    assert said.code == code
+    assert said.err.splitlines()[0] == f"wancli: stopped by {number.name}; nothing of the map is kept"
+    assert not list(folder.rglob("*.map.*")) + list(folder.rglob("maps"))
+
+
+# ---- auto:top8 ----
+
+
+def planned(
+    folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], *options: str, **changes: Any
+) -> Said:
+    said = tiny_job(shallow, **{"inject": [rule(blocks="auto:top2")]} | changes)
+    return command(capsys, "plan", written(folder, said, "auto.yaml"), *options)
+
+
+def test_a_job_takes_its_blocks_from_the_map(
+    probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranking = maps.ranked(document(probe("--json", "--levels", "1"))["total"])
+    (top, bottom) = (sorted(ranking[:2]), sorted(ranking[2:]))
+    both = ["auto:top2", *bottom], [*top, *bottom]
+    for said, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
+        auto = planned(folder, shallow, capsys, "--json", inject=[rule(blocks=said)])
+        written(folder, tiny_job(shallow, inject=[rule(blocks=blocks)]), "numbers.yaml")
+        numbers = command(capsys, "plan", folder / "numbers.yaml", "--json")
+        keys = [json.loads(one.out)["shots"][0]["key"] for one in (auto, numbers)]
+        assert keys[0] == keys[1]
+    verbose = planned(folder, shallow, capsys, "-v")
+    assert verbose.err == ""
+    became = f"auto:top2  is {maps.as_blocks(top)}, by the inject map of shot 0000 of job, 20"
+    assert became in verbose.out
+
+
+def test_a_map_of_other_prompts_is_taken_with_a_warning_that_names_it(
+    probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document(probe("--json", "--levels", "1"))
+    said = planned(folder, shallow, capsys, prompt="A lighthouse on a cliff.")
+    assert said.code == 0
+    assert "auto:top2 goes by the inject map of shot 0000 of job, 20" in said.err
+    assert "which is of 'A gray tabby cat walks through" in said.err
+
+
+def test_without_a_map_the_error_names_the_command_and_that_command_needs_none(
+    probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    said = planned(folder, shallow, capsys)
+    assert said.code == 2
+    assert "inject.0.blocks: auto:top2 needs a map, and none was measured with this model" in said.err
+    assert "`wancli probe JOB` measures one" in said.err
+    assert probe("--levels", "1", inject=[rule(blocks="auto:top2")]).code == 0
+    assert planned(folder, shallow, capsys).code == 0
+
+
+def test_a_set_that_is_none_is_an_error_of_its_line(
+    folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = planned(folder, shallow, capsys, inject=[rule(blocks="auto:top99")])
+    assert said.code == 2
+    assert "inject.0.blocks: 'auto:top99' is not within 1 and the model's 4 blocks" in said.err

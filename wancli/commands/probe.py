@@ -1,0 +1,91 @@
+"""`wancli probe`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands.common import cache_of, emit, flags_of, hush, job_of, memo_of, store_of
+from wancli.commands.options import (
+    CacheDir,
+    JobArgument,
+    Json,
+    Progressing,
+    ProgressMode,
+    Quiet,
+    Sets,
+)
+from wancli.errors import ExitStatus
+from wancli.events import printable
+
+
+class MethodName(StrEnum):
+    inject = "inject"
+    skip = "skip"
+    gradient = "gradient"
+    render = "render"
+
+
+def probe_command(
+    job: JobArgument,
+    method: Annotated[
+        MethodName,
+        typer.Option(
+            help="inject: each block reads the injected prompt. skip: it reads nothing. gradient: all at "
+            "once, by first order. render: whole videos, compared in pixels."
+        ),
+    ] = MethodName.inject,
+    levels: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Noise levels to measure at, from early to late. Default: 3."),
+    ] = None,
+    ranges: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|SETS",
+            help="Instead of single blocks N ranges, or sets: early,middle,late. Default of render: 8.",
+        ),
+    ] = None,
+    shot: Annotated[
+        str | None, typer.Option(metavar="ID", help="The shot. Default: the first that injects a prompt.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The map. Default: JOB.map.METHOD.json."),
+    ] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Measure which block's text matters.
+
+    For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
+    `inject.blocks: auto:top8` finds it.
+    """
+    from wancli import events, maps, plan, signals, survey
+    from wancli.report import blockmap, terminal
+    from wancli.tools import Tools
+
+    hush(quiet)
+    planned = plan.plan(job_of(job, flags_of(sets, None, None, None)), memo_of(cache_dir), unmeasured=True)
+    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    asked = survey.survey(planned, next(m for m in maps.METHODS if m == method), levels, ranges, shot)
+    for warning in planned.warnings:
+        display.warn(warning)
+    with signals.listening() as stop:
+        found = survey.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
+    path = output or survey.beside(planned, asked.method)
+    maps.write(path, found)
+    maps.Shelf(cache_of(cache_dir) / "maps").keep(found)
+    if as_json:
+        emit(found.as_dict())
+    else:
+        terminal.show(blockmap.map_lines(found))
+        print(printable(f"map: {path}"))
+    return ExitStatus.OK

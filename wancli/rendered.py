@@ -1,0 +1,68 @@
+"""`wancli probe --method render`: a shot is rendered for every range of blocks, and scored in pixels.
+
+The renders are shots like others: those that agree share steps, what was stopped goes on, what is done is
+not rendered again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from wancli import batch, lockstep, survey, video
+from wancli.inject import Rule
+from wancli.maps import Map, as_blocks
+from wancli.shot import Plan, Shot
+from wancli.survey import Survey
+from wancli.tools import Tools
+
+
+def measure(asked: Survey, tools: Tools) -> Map:
+    """The map. The videos stay in NAME.map beside the output NAME.mp4.
+
+    Raises what ends a batch, the error of a shot that failed, and Stopped, after which the same call goes on.
+    """
+    began = time.monotonic()
+    shots = renders(asked)
+    for outcome in batch.render(Plan(asked.job, tuple(shots), ()), tools):
+        if outcome.error:
+            raise outcome.error
+    plain, *others = shots
+    total = [mean_difference(shot.output, plain.output) for shot in others]
+    blocks = sum(_forwards(shot) for shot in shots)
+    return survey.found_map(asked, [], total, time.monotonic() - began, blocks)
+
+
+def renders(asked: Survey) -> list[Shot]:
+    """The plain shot, and one for each range: the first rule of the shot, at its steps, with strength 1."""
+    rule = asked.shot.rules[0]
+    made = [_named(asked.plain, 0, "plain")]
+    for index, blocks in enumerate(asked.ranges, 1):
+        one: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
+        shot = replace(asked.plain, rules=(one,), injected=asked.shot.injected[:1])
+        made.append(_named(shot, index, f"blocks {as_blocks(blocks)}"))
+    return lockstep.arranged(made)
+
+
+def _named(shot: Shot, index: int, name: str) -> Shot:
+    folder = shot.output.with_suffix(".map")
+    output = folder / f"{index:02d}-{name.replace(' ', '-')}.mp4"
+    return replace(shot, index=index, id=name, labels={}, output=output)
+
+
+def _forwards(shot: Shot) -> float:
+    taken = shot.steps - (shot.fork.step if shot.fork else 0)
+    return taken * shot.riders
+
+
+def mean_difference(a: Path, b: Path) -> float:
+    """Mean |a - b| over all frames, pixels and colours of two videos of one size, from 0 to 255."""
+    import numpy as np
+
+    total = count = 0
+    for one, other in zip(video.read_frames(a), video.read_frames(b), strict=True):
+        pixels, others = (np.frombuffer(frame.rgb, dtype=np.uint8).astype(np.int16) for frame in (one, other))
+        total += int(np.abs(pixels - others).sum())
+        count += pixels.size
+    return total / count

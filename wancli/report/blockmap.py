@@ -1,0 +1,56 @@
+"""A block map as people read it: a strip of blocks for each noise level, the ranking, and what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from wancli.maps import Map, ranked
+from wancli.report.terminal import bar, ruler
+from wancli.units import duration
+
+STRONGEST = 8
+
+
+def map_lines(found: Map) -> Iterator[str]:
+    """Within 80 columns for models of up to 60 blocks. Each strip goes from 0 to its own largest value."""
+    levels = len(found.levels)
+    places = f"{len(found.ranges)} ranges" if found.ranges else f"{found.model.blocks} blocks"
+    where = f" at {levels} noise level{'s' if levels > 1 else ''}" if levels else ""
+    yield f"{found.method} map of shot {found.shot}: {places}{where}"
+    yield f"{found.unit}; {found.forwards:g} forwards in {duration(found.seconds)}"
+    yield f"\n{'block':>18}  {ruler(found.model.blocks)}"
+    for level, values in zip(found.levels, found.values):
+        yield f"{f'step {level.step} sigma {level.sigma:.2f}':>18}  {_strip(found, values)}"
+    if levels != 1:
+        yield f"{'mean' if levels else 'all steps':>18}  {_strip(found, found.total)}"
+    yield ""
+    line = "strongest:"
+    for place in ranked(found.total)[:STRONGEST]:
+        part = f"  {_named(found, place)} {_amount(found, found.total[place])}"
+        if len(line) + len(part) > 80:
+            yield line
+            line = " " * len("strongest:")
+        line += part
+    yield line
+    yield f"suggestion: blocks: {found.suggestion}"
+
+
+def _strip(found: Map, values: Sequence[float]) -> str:
+    """One character for each block; that of a range is the range's."""
+    top = max(values) or 1.0
+    shares = [0.0] * found.model.blocks
+    ranges = found.ranges or [[block] for block in range(found.model.blocks)]
+    for blocks, value in zip(ranges, values):
+        for block in blocks:
+            shares[block] = max(shares[block], value / top)
+    return bar(shares)
+
+
+def _named(found: Map, place: int) -> str:
+    from wancli.maps import as_blocks
+
+    return str(place) if found.ranges is None else as_blocks(found.ranges[place])
+
+
+def _amount(found: Map, value: float) -> str:
+    return f"({value:.2f})" if found.method == "render" else f"({100 * value:.2f} %)"

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, cache, prompts, render
+from wancli.commands import artifacts, cache, pages, prompts, render
 from wancli.commands.common import complain
 from wancli.errors import ExitStatus, Stopped, WancliError
 from wancli.events import printable
@@ -36,6 +36,8 @@ app.command("encode")(prompts.encode_command)
 app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
 app.command("compare")(artifacts.compare_command)
+app.command("report")(pages.report_command)
+app.command("explore")(pages.explore_command)
 app.command("inspect")(artifacts.inspect_command)
 app.add_typer(cache.app, name="cache")
 

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands.common import complain, emit, flags_of, hush, job_of, plan_of, rates_of, store_of
+from wancli.commands.common import (
+    complain,
+    emit,
+    flags_of,
+    hush,
+    job_of,
+    plan_of,
+    posters_of,
+    rates_of,
+    store_of,
+)
 from wancli.commands.options import (
     CacheDir,
     Force,
@@ -65,7 +75,7 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
     from wancli import events, pipeline, rates, signals
-    from wancli.report import data, terminal
+    from wancli.report import data, page, terminal
     from wancli.tools import Tools
 
     hush(quiet)
@@ -99,6 +109,7 @@ def render(
     rates.remember(rates_of(cache_dir), rates.learned(fresh))
     report = data.build(plan, outcomes, known)
     path = data.write(plan, report)
+    page.write(path, posters_of(cache_dir))
     if as_json:
         emit(report)
     if not quiet:

@@ -38,7 +38,7 @@ def job_of(body: Mapping[str, Any], output: str) -> Job:
         "noise": shot["noise"],
         "sampler": {"solver": shot["solver"], "steps": shot["steps"], "shift": shot["shift"], "guidance": guidance},
         "text": {
-            "max_tokens": max(prompt.get("max_tokens", 256) for prompt in prompts),
+            "max_tokens": prompts[0].get("max_tokens", 256),
             "truncate": any(prompt["truncated"] for prompt in prompts),
         },
         "inject": [_rule(rule, texts[rule["text"]]) for rule in rules],

@@ -60,10 +60,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     program's file of that name is moved aside.
     """
     shots = sorted((*plan.shots, *plan.others), key=lambda shot: shot.index)
-    folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
-    if folder == folder.parent:  # they share nothing but the root of the file system
-        folder = shots[0].output.parent
-    path = folder / "report.json"
+    path = report_path(plan)
     earlier = _read(path)
     if path.exists() and earlier is None:
         files.set_aside(path)
@@ -75,6 +72,15 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
     files.replace(path, text.encode(errors="backslashreplace"))
     return path
+
+
+def report_path(plan: Plan) -> Path:
+    """Where the report of a plan goes."""
+    shots = sorted((*plan.shots, *plan.others), key=lambda shot: shot.index)
+    folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
+    if folder == folder.parent:  # they share nothing but the root of the file system
+        folder = shots[0].output.parent
+    return folder / "report.json"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

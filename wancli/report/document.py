@@ -38,7 +38,17 @@ class _Pool:
         return place
 
 
-POOLS = ("models", "schedules", "prompts", "rules", "shares", "differences", "predictions", "versions", "phases")
+POOLS = (
+    "models",
+    "schedules",
+    "prompts",
+    "rules",
+    "shares",
+    "differences",
+    "predictions",
+    "versions",
+    "phases",
+)
 
 
 def of_found(found: Found, page: Path, posters: Mapping[int, str]) -> dict[str, Any]:
@@ -67,12 +77,17 @@ def of_found(found: Found, page: Path, posters: Mapping[int, str]) -> dict[str, 
     }
 
 
-def of_models(models: Sequence[Mapping[str, Any]], variants: Mapping[str, Any], chosen: int) -> dict[str, Any]:
+def of_models(
+    models: Sequence[Mapping[str, Any]], variants: Mapping[str, Any], chosen: int
+) -> dict[str, Any]:
     """The document of a page without renders: the same sections, of shots that nobody rendered."""
     shots = []
     for index, model in enumerate(models):
         variant = variants[model["variant"]]
-        t, y, x = (variant.frames - 1) // 4 + 1, *(s // variant.stride for s in (variant.height, variant.width))
+        t, y, x = (
+            (variant.frames - 1) // 4 + 1,
+            *(s // variant.stride for s in (variant.height, variant.width)),
+        )
         shots.append({
             "id": model["variant"], "status": "not rendered", "model": index, "labels": {}, "tokens": t * y * x,
             "width": variant.width, "height": variant.height, "frames": variant.frames, "fps": variant.fps,
@@ -207,12 +222,14 @@ def _effects(effects: Sequence[Mapping[str, Any]], *, whole: bool) -> dict[str, 
         "blocks": blocks,
         "mean": [_mean([e["blocks"][str(b)] for e in effects if str(b) in e["blocks"]]) for b in blocks],
         "legacy": [
-            _mean([e["changed_percent"][str(b)] for e in effects if str(b) in e["changed_percent"]]) for b in blocks
+            _mean([e["changed_percent"][str(b)] for e in effects if str(b) in e["changed_percent"]])
+            for b in blocks
         ],
     }
     if whole:
         found["values"] = [
-            [_significant(e["blocks"][str(b)]) if str(b) in e["blocks"] else None for b in blocks] for e in effects
+            [_significant(e["blocks"][str(b)]) if str(b) in e["blocks"] else None for b in blocks]
+            for e in effects
         ]
     return found
 

@@ -84,7 +84,7 @@ def calculator(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> 
     widths = vae.dim_mult[1] + 2 * vae.dim_mult[0] if patches else 2 * vae.dim_mult[0]
     return {
         "device": device,
-        "process": memory.PROCESS if device == "cpu" else 0,
+        "process": memory.PROCESS,
         "stride": variants.BY_CHANNELS[wan.in_dim].stride,
         "channels": wan.in_dim,
         "wan": {**asdict(wan), "head_dim": wan.head_dim, "parameters": wan_parameters(wan)},
@@ -115,9 +115,7 @@ def released(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
     inner = UMT5_XXL.d_kv * UMT5_XXL.num_heads
     of_text = 4 * UMT5_XXL.d_model * inner + 3 * UMT5_XXL.d_model * UMT5_XXL.d_ff
     transformer = _stored("transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim)
-    text = _stored(
-        "text encoder", "BF16", 2, of_text * UMT5_XXL.num_layers, UMT5_XXL.d_model * UMT5_XXL.d_ff
-    )
+    text = _stored("text encoder", "BF16", 2, of_text * UMT5_XXL.num_layers, UMT5_XXL.d_model * UMT5_XXL.d_ff)
     convolutions = _stored("vae", "F32", 4, memory.vae_parameters(vae), 0)
     return _checkpoint(variant, wan, transformer, text, convolutions), UMT5_XXL, vae
 

@@ -44,9 +44,10 @@ def of_report(path: Path) -> Found:
     return found
 
 
-def of_plan(plan: Plan) -> Found:
-    """What the outputs of a job are now; its videos are not hashed."""
+def of_plan(plan: Plan, report: Path) -> Found:
+    """What the outputs of a job are now, and what its last report says; its videos are not hashed."""
     found = Found(plan.name)
+    found.reports = [last] if (last := _document(report, REPORT)) else []
     for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
         entry = _read(shot.manifest, found)
         if entry is None or entry.get("key") not in (None, shot.key):
@@ -63,7 +64,9 @@ def of_folder(folder: Path) -> Found:
     found = Found(folder.resolve().name)
     manifests = sorted(folder.rglob(f"*{MANIFEST}"))
     found.reports = [r for p in sorted(folder.rglob("*report.json")) if (r := _document(p, REPORT))]
-    jobs = {Path(entry["output"]).name: report["job"] for report in found.reports for entry in report["shots"]}
+    jobs = {
+        Path(entry["output"]).name: report["job"] for report in found.reports for entry in report["shots"]
+    }
     for path in manifests:
         entry = _read(path, found)
         if entry is not None:
@@ -73,7 +76,9 @@ def of_folder(folder: Path) -> Found:
         missing = [entry for entry in report["shots"] if Path(entry["output"]).name not in there]
         found.entries += [(report["job"], _without_record(entry)) for entry in missing]
     if not found.entries and not found.problems:
-        raise JobError("no manifest is in or below it", where=str(folder), hint="Render something there first.")
+        raise JobError(
+            "no manifest is in or below it", where=str(folder), hint="Render something there first."
+        )
     _beside(found, {folder, *(path.parent for path in manifests)})
     return found
 
@@ -89,7 +94,9 @@ def baseline_of(found: Found) -> str | None:
 def _without_record(entry: Entry) -> Entry:
     """What a report said of a shot whose manifest is gone."""
     status = "gone" if "shot" in entry else entry["status"]
-    return {key: entry[key] for key in ("id", "labels", "output", "error") if key in entry} | {"status": status}
+    return {key: entry[key] for key in ("id", "labels", "output", "error") if key in entry} | {
+        "status": status
+    }
 
 
 def _read(path: Path, found: Found) -> Entry | None:
@@ -109,7 +116,10 @@ def _read(path: Path, found: Found) -> Entry | None:
 
 def _beside(found: Found, folders: Iterable[Path]) -> None:
     for folder in sorted(folders):
-        for pattern, schema, into in (("*.map.*.json", MAP, found.maps), ("*.compare.json", COMPARE, found.compares)):
+        for pattern, schema, into in (
+            ("*.map.*.json", MAP, found.maps),
+            ("*.compare.json", COMPARE, found.compares),
+        ):
             for path in sorted(folder.glob(pattern)):
                 document = _document(path, schema)
                 if document is None:

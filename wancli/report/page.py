@@ -66,13 +66,19 @@ def html(data: Mapping[str, Any]) -> bytes:
     )
     text = environment.from_string((ASSETS / "page.html.j2").read_text()).render(
         data=data,
-        columns=COLUMNS,
+        columns=_columns(data),
         policy=_policy(styles, script),
         styles=Markup(styles),
         script=Markup(script),
         json=Markup(_embedded(data)),
     )
     return text.encode(errors="backslashreplace")
+
+
+def _columns(data: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the table of shots; the job is not told where there is one only."""
+    one = len({shot.get("job") for shot in data["shots"]}) < 2
+    return {key: label for key, label in COLUMNS.items() if not (one and key == "job")}
 
 
 def _embedded(data: Mapping[str, Any]) -> str:

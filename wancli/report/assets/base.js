@@ -23,7 +23,7 @@ function table(head, rows, props = {}) {
   const cells = (row, tag) => row.map((cell, i) => {
     const value = cell?.value ?? cell;
     const num = typeof value === 'string' && i > 0 && /^[-−+]?[\d.,]+( ?[%×]| ?[KMGT]?i?B| [kMGTP]?FLOP| m?s)?$/.test(value);
-    return i === 0 && tag === 'td' ? h('th', { scope: 'row' }, value) : h(tag, { class: num || cell?.num ? 'num' : null, scope: tag === 'th' ? 'col' : null }, value);
+    return i === 0 && tag === 'td' ? h('th', { scope: 'row' }, value) : h(tag, { class: num || cell?.num ? 'num' : typeof value === 'string' && value.length < 12 ? 'tight' : null, scope: tag === 'th' ? 'col' : null }, value);
   });
   return h('div', { class: 'scroll' }, h('table', props,
     head ? h('thead', {}, h('tr', {}, cells(head, 'th'))) : null,

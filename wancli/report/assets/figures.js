@@ -1,5 +1,8 @@
 // Drawings: ramps of heat, curves, strips of bars, stacked bars. SVG, coloured by the style sheet.
 
+// Drawings keep the size of their letters, so they are made for the room there is.
+const broad = (most) => Math.min(most, document.documentElement.clientWidth - 64);
+
 const shade = (share, ink = '--heat') => `color-mix(in oklab, var(${ink}) ${Math.round(100 * Math.min(1, Math.max(0, share)))}%, var(--paper))`;
 
 const legend = (low, high, ink = '--heat') => h('div', { class: 'legend' }, low,
@@ -8,26 +11,26 @@ const legend = (low, high, ink = '--heat') => h('div', { class: 'legend' }, low,
 // values[row][column], null where there is none
 function heatmap({ values, rows, columns, top, title, unit, ink = '--heat', name }) {
   const width = values[0].length;
-  const cell = Math.max(6, Math.min(18, Math.floor(720 / width)));
+  const cell = Math.max(6, Math.min(18, Math.floor((broad(580) - 46) / width)));
   const tall = Math.max(6, Math.min(18, Math.floor(420 / values.length)));
   const left = 46;
   const high = top ?? (Math.max(...values.flat().filter((v) => v !== null)) || 1);
   const every = Math.max(1, Math.ceil(values.length / 14));
   const marks = values.map((row, r) => row.map((value, c) => svg('rect', {
     x: left + c * cell, y: 16 + r * tall, width: cell - 1, height: tall - 1,
-    style: { fill: value === null ? 'none' : shade(value / high, ink), stroke: value === null ? 'var(--line)' : 'none' },
+    style: { fill: value === null ? 'var(--paper)' : shade(value / high, ink) },
   }, svg('title', {}, `${name(r, c)}: ${value === null ? 'none' : unit(value)}`))));
   const side = rows.map((text, r) => (r % every ? null : svg('text', { x: left - 6, y: 16 + r * tall + tall / 2 + 4, 'text-anchor': 'end' }, text)));
   const above = columns.map((text, c) => (c % 5 ? null : svg('text', { x: left + c * cell + cell / 2, y: 11, 'text-anchor': 'middle' }, text)));
   const size = [left + width * cell, 16 + values.length * tall];
   return h('figure', { style: { margin: '0' } },
     h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': title },
-      svg('svg', { viewBox: `0 0 ${size[0]} ${size[1]}`, width: size[0], role: 'img', 'aria-label': title, style: { 'min-width': `${Math.min(size[0], 420)}px` } }, marks, side, above)),
+      svg('svg', { viewBox: `0 0 ${size[0]} ${size[1]}`, width: size[0], role: 'img', 'aria-label': title }, marks, side, above)),
     legend('0', unit(high), ink));
 }
 
 // lines: [{points: [[x, y]], class, label}]; y from 0 to top
-function curves({ lines, top, xLabel, yLabel, title, half, width = 520, height = 200 }) {
+function curves({ lines, top, xLabel, yLabel, title, half, width = broad(520), height = 200 }) {
   const [left, right, up, down] = [44, 10, 10, 30];
   const last = Math.max(1, ...lines.flatMap((line) => line.points.map(([x]) => x)));
   const x = (value) => left + (value / last) * (width - left - right);
@@ -40,7 +43,7 @@ function curves({ lines, top, xLabel, yLabel, title, half, width = 520, height =
       svg('text', { x: left - 6, y: y(tick) + 4, 'text-anchor': 'end' }, figure(tick))]),
     marks.map((mark) => svg('text', { x: x(mark), y: height - down + 14, 'text-anchor': 'middle' }, mark)),
     svg('text', { x: width - right, y: height - 3, 'text-anchor': 'end' }, xLabel),
-    svg('text', { x: left + 4, y: up + 2 }, yLabel),
+    svg('text', { x: width - right, y: up + 14, 'text-anchor': 'end' }, yLabel),
     half === undefined ? null : svg('line', { class: 'half', x1: left, x2: width - right, y1: y(half), y2: y(half) }),
     lines.map((line) => [svg('polyline', { class: `curve ${line.class ?? ''}`, points: line.points.map(([a, b]) => `${x(a)},${y(b)}`).join(' ') }),
       line.points.map(([a, b]) => svg('circle', { class: `dot ${line.class ?? ''}`, cx: x(a), cy: y(b), r: 2.2 }, svg('title', {}, `${line.label} ${a}: ${figure(b)}`)))]));
@@ -48,19 +51,19 @@ function curves({ lines, top, xLabel, yLabel, title, half, width = 520, height =
 
 // One bar per block; `half` draws the 50 % line
 function strip({ values, top, title, unit, half, ink = '--accent' }) {
-  const cell = Math.max(7, Math.min(16, Math.floor(640 / values.length)));
-  const [left, height] = [36, 90];
+  const cell = Math.max(6, Math.min(16, Math.floor((broad(570) - 42) / values.length)));
+  const [left, height] = [42, 90];
   const y = (value) => 6 + height - (Math.min(value, top) / top) * height;
   return h('div', { class: 'scroll' }, svg('svg', { viewBox: `0 0 ${left + values.length * cell} ${height + 26}`, width: left + values.length * cell, role: 'img', 'aria-label': title },
     [0, 0.5, 1].map((share) => [svg('line', { class: 'rule', x1: left, x2: left + values.length * cell, y1: y(share * top), y2: y(share * top) }),
       svg('text', { x: left - 5, y: y(share * top) + 4, 'text-anchor': 'end' }, unit(share * top))]),
-    values.map((value, i) => svg('rect', { x: left + i * cell, y: y(value), width: cell - 1.5, height: 6 + height - y(value), style: { fill: `var(${ink})` } }, svg('title', {}, `block ${i}: ${unit(value)}`))),
+    values.map((value, i) => svg('rect', { x: left + i * cell, y: y(value), width: cell - 1.5, height: 6 + height - y(value), style: { fill: shade(0.6, ink) } }, svg('title', {}, `block ${i}: ${unit(value)}`))),
     half === undefined ? null : svg('line', { class: 'half', x1: left, x2: left + values.length * cell, y1: y(half), y2: y(half) }),
     values.map((_, i) => (i % 5 ? null : svg('text', { x: left + i * cell + cell / 2, y: height + 20, 'text-anchor': 'middle' }, i)))));
 }
 
 // rows: [{label, parts: {model, activation, buffer, process}, measured}]
-function stacked({ rows, title, width = 560 }) {
+function stacked({ rows, title, width = broad(560) }) {
   const [left, tall, gap, right] = [64, 20, 12, 78];
   const total = (row) => Object.values(row.parts).reduce((a, b) => a + b, 0);
   const most = Math.max(1, ...rows.map((row) => Math.max(total(row), row.measured ?? 0)));

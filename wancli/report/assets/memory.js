@@ -5,6 +5,7 @@ const FP32 = 4;
 const LATENTS_KEPT = 6;
 const ELEMENT = { fp32: 4, bf16: 2, fp16: 2 };
 
+const processOf = (of) => (of.device === 'cpu' ? of.process : 0);
 const computes = (of, asked) => (asked.dtype !== 'fp8' ? asked.dtype : of.device === 'cpu' ? 'fp32' : 'bf16');
 
 function latentShape(of, asked) {

@@ -76,6 +76,8 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli diff A B --file --model --dit/--no-dit --set --sweep --items --shard --json --cache-dir"
         " -q/--quiet",
         "wancli compare VIDEO... -o/--output",
+        "wancli report DIR|JOB -o/--output --csv --cache-dir",
+        "wancli explore MODEL -o/--output",
         "wancli inspect FILE-OR-FOLDER --deep --json",
         "wancli cache",
         "wancli cache ls --json --cache-dir",

@@ -109,7 +109,7 @@ def networks(model: Model) -> dict[str, Any]:
 def networks_of(
     checkpoint: Checkpoint, text_encoder: T5Config, vae: VAEConfig | VAE22Config
 ) -> dict[str, Any]:
-    """Sizes of the networks, and how their matrices are stored: bytes of all, of the largest, of the scales."""
+    """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
     stored = {}
     for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
         matrices = part.stored(_MATRICES)

@@ -36,7 +36,7 @@ def job_of(body: Mapping[str, Any], output: str) -> Job:
         "frames": shot["frames"],
         "seed": shot["seed"],
         "noise": shot["noise"],
-        "sampler": {"solver": shot["solver"], "steps": shot["steps"], "shift": shot["shift"], "guidance": guidance},
+        "sampler": {key: shot[key] for key in ("solver", "steps", "shift")} | {"guidance": guidance},
         "text": {
             "max_tokens": prompts[0].get("max_tokens", 256),
             "truncate": any(prompt["truncated"] for prompt in prompts),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wancli import memory
 from wancli.inject import Rule, Table, strip
+from wancli.models.config import WanConfig
 from wancli.report import again, facts
 from wancli.report.experiments import row
 from wancli.report.gather import Entry, Found, baseline_of
@@ -19,8 +19,9 @@ from wancli.report.gather import Entry, Found, baseline_of
 SCHEMA = "wancli/page/1"
 CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
 _OF_SHOT = (
-    "width height frames tokens seed noise solver steps shift guidance stages fps crf codec decode_chunk sharing"
-).split()
+    "width", "height", "frames", "tokens", "seed", "noise", "solver", "steps", "shift", "guidance", "stages",
+    "fps", "crf", "codec", "decode_chunk", "sharing",
+)  # fmt: skip
 
 
 class _Pool:
@@ -89,9 +90,9 @@ def of_models(
             *(s // variant.stride for s in (variant.height, variant.width)),
         )
         shots.append({
-            "id": model["variant"], "status": "not rendered", "model": index, "labels": {}, "tokens": t * y * x,
-            "width": variant.width, "height": variant.height, "frames": variant.frames, "fps": variant.fps,
-            "steps": variant.steps, "shift": variant.shift, "guidance": variant.guidance, "decode_chunk": 1,
+            "id": model["variant"], "status": "not rendered", "model": index, "labels": {}, "decode_chunk": 1,
+            "width": variant.width, "height": variant.height, "frames": variant.frames, "tokens": t * y * x,
+            "steps": variant.steps, "shift": variant.shift, "guidance": variant.guidance, "fps": variant.fps,
         })  # fmt: skip
     empty: dict[str, Any] = {name: [] for name in POOLS if name != "models"}
     return {
@@ -117,7 +118,7 @@ def _claims() -> list[dict[str, Any]]:
 
 
 def _model(model: Mapping[str, Any]) -> dict[str, Any]:
-    wan = memory.WanConfig(**model["sizes"])
+    wan = WanConfig(**model["sizes"])
     said = {key: model[key] for key in model if key not in ("networks", "sizes", "files")}
     networks = model.get("networks")
     return said | {
@@ -178,8 +179,8 @@ def _injection(rule: Mapping[str, Any], pools: Mapping[str, _Pool]) -> dict[str,
 
 
 def shares(entry: Entry) -> list[dict[str, Any]]:
-    """How much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for each branch
-    the steps that have the same, and the share of each block."""
+    """How much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for each
+    branch the steps that have the same, and the share of each block."""
     shot, prompts = entry["shot"], entry["prompts"]
     rules = [
         Rule(
@@ -206,7 +207,9 @@ def shares(entry: Entry) -> list[dict[str, Any]]:
         for step in table.steps_of[branch]:
             cells = strip(table.row(step, branch), table.base[branch])
             found.setdefault((branch, tuple(round(cell, 4) for cell in cells)), []).append(step)
-    return [{"branch": branch, "steps": steps, "blocks": cells} for (branch, cells), steps in found.items()]
+    return [
+        {"branch": branch, "steps": steps, "blocks": list(cells)} for (branch, cells), steps in found.items()
+    ]
 
 
 def _effects(effects: Sequence[Mapping[str, Any]], *, whole: bool) -> dict[str, Any] | None:

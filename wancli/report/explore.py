@@ -16,8 +16,8 @@ WHERE = "MODEL"
 
 
 def document_of(said: str | None) -> dict[str, Any]:
-    """All released models and wan-mini, with the one that was said in front of the reader; or, where it is the
-    name or path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
+    """All released models and wan-mini, with the one that was said in front; or, where it is the name or
+    path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
     names = {name.lower(): name for name in (*facts.RELEASED, mini.NAME)}
     if said is not None and said.lower() not in names:
         return _of_checkpoint(said, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def calculator(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> 
 
 
 def _vae(sizes: dict[str, Any]) -> VAEConfig | VAE22Config:
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    lists: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()
+    }
     return VAE22Config(**lists) if "dec_dim" in lists else VAEConfig(**lists)
 
 
@@ -127,8 +129,6 @@ def _stored(kind: Kind, dtype: str, element: int, count: int, largest: int) -> P
 
 
 def _checkpoint(variant: Variant, wan: WanConfig, transformer: Part, text: Part, vae: Part) -> Checkpoint:
-    from dataclasses import replace
-
     root = Path(variant.name)
     return Checkpoint(root, variant, (replace(transformer, config=wan),), text, root, vae, root)
 

@@ -21,8 +21,8 @@ from wancli.report.gather import Found
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
-    "base", "figures", "memory", "overview", "explorer", "heatmap", "calculator", "prompts", "timing", "videos",
-    "table", "main",
+    "base", "figures", "memory", "overview", "explorer", "heatmap", "calculator", "prompts", "timing",
+    "videos", "table", "main",
 )  # fmt: skip
 MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 

@@ -81,12 +81,11 @@ function paintCells(grid, key, colour) {
   for (const cell of grid.querySelectorAll('.cell')) {
     const block = Number(cell.dataset.block);
     const share = colour ? colour.values[block] / top : 0;
-    cell.style.setProperty('background', shade(share, colour?.ink));
-    cell.classList.toggle('hot', share > 0.5);
+    cell.style.setProperty('background', tint(share, colour?.ink));
     cell.setAttribute('aria-label', colour ? `block ${block}, ${colour.label} ${colour.unit(colour.values[block])}` : `block ${block}`);
     cell.title = colour ? `${colour.label} ${colour.unit(colour.values[block])}` : '';
   }
-  key.replaceChildren(...(colour ? [legend('0', colour.unit(top), colour.ink)] : []));
+  key.replaceChildren(...(colour ? [legend('0', colour.unit(top), colour.ink, 0.5)] : []));
 }
 
 const partFlops = (part, tokens, rows) => tokens * (part.flops.token + tokens * part.flops.token2 + rows * part.flops.token_text);
@@ -151,7 +150,7 @@ function injectionOverSteps(shot, block) {
     const at = effects.steps.findIndex((s, i) => s === step && effects.branches[i] === branch);
     return at < 0 ? null : effects.values[at][place];
   };
-  const cell = (value, top, ink, text) => h('td', value ? { style: { background: shade((0.7 * value) / top, ink) } } : {}, text);
+  const cell = (value, top, ink, text) => h('td', value ? { style: { background: tint(value / top, ink) } } : {}, text);
   const most = place >= 0 ? Math.max(...effects.values.map((row) => row[place] ?? 0)) || 1 : 1;
   return h('div', {},
     h('h3', {}, 'Injection over the steps'),

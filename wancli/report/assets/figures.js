@@ -5,8 +5,11 @@ const broad = (most) => Math.min(most, document.documentElement.clientWidth - 64
 
 const shade = (share, ink = '--heat') => `color-mix(in oklab, var(${ink}) ${Math.round(100 * Math.min(1, Math.max(0, share)))}%, var(--paper))`;
 
-const legend = (low, high, ink = '--heat') => h('div', { class: 'legend' }, low,
-  h('span', { class: 'ramp', style: { background: `linear-gradient(to right, ${shade(0, ink)}, ${shade(1, ink)})` } }), high);
+const legend = (low, high, ink = '--heat', most = 1) => h('div', { class: 'legend' }, low,
+  h('span', { class: 'ramp', style: { background: `linear-gradient(to right, ${shade(0, ink)}, ${shade(most, ink)})` } }), high);
+
+// Behind letters: half as strong at most, so that they can be read.
+const tint = (share, ink) => shade(Math.min(1, share) / 2, ink);
 
 // values[row][column], null where there is none
 function heatmap({ values, rows, columns, top, title, unit, ink = '--heat', name }) {

@@ -6,7 +6,8 @@ An entry is what a report says of a shot: id, labels, output, status, and the bo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,24 +64,28 @@ def of_folder(folder: Path) -> Found:
     say of shots without one. Raises JobError where there is none."""
     found = Found(folder.resolve().name)
     manifests = sorted(folder.rglob(f"*{MANIFEST}"))
-    found.reports = [r for p in sorted(folder.rglob("*report.json")) if (r := _document(p, REPORT))]
-    jobs = {
-        Path(entry["output"]).name: report["job"] for report in found.reports for entry in report["shots"]
-    }
+    said: dict[Path, tuple[str, Entry]] = {}
+    for path in sorted(folder.rglob("*report.json")):
+        if report := _document(path, REPORT):
+            found.reports.append(report)
+            said |= {place: (report["job"], entry) for place, entry in _places(path, report["shots"])}
     for path in manifests:
-        entry = _read(path, found)
-        if entry is not None:
-            found.entries.append((jobs.get(Path(entry["output"]).name, path.parent.name), entry))
-    there = {Path(entry["output"]).name for _, entry in found.entries}
-    for report in found.reports:
-        missing = [entry for entry in report["shots"] if Path(entry["output"]).name not in there]
-        found.entries += [(report["job"], _without_record(entry)) for entry in missing]
+        if entry := _read(path, found):
+            job, _ = said.pop(Path(entry["output"]), (path.parent.name, None))
+            found.entries.append((job, entry))
+    found.entries += [(job, _without_record(entry)) for job, entry in said.values()]
     if not found.entries and not found.problems:
-        raise JobError(
-            "no manifest is in or below it", where=str(folder), hint="Render something there first."
-        )
+        hint = "Render something there first."
+        raise JobError("no manifest is in or below it", where=str(folder), hint=hint)
     _beside(found, {folder, *(path.parent for path in manifests)})
     return found
+
+
+def _places(report: Path, shots: Sequence[Entry]) -> Iterator[tuple[Path, Entry]]:
+    """Where the outputs of a report are, if its folder was moved: as they were from the one they share."""
+    shared = os.path.commonpath([Path(entry["output"]).parent for entry in shots]) if shots else ""
+    for entry in shots:
+        yield report.parent / Path(entry["output"]).relative_to(shared), entry
 
 
 def baseline_of(found: Found) -> str | None:

@@ -74,7 +74,7 @@ def of_found(found: Found, page: Path, posters: Mapping[int, str]) -> dict[str, 
         "jobs": [_job(report) for report in found.reports],
         "problems": found.problems,
         "claims": _claims(),
-        "chosen": 0,
+        "chosen": next((i for i, shot in enumerate(shots) if shot.get("injection")), 0),
     }
 
 

@@ -151,6 +151,7 @@ def of_loras(shot: Shot, loaded: Loras) -> list[Record]:
     return [
         {
             "path": str(use.path),
+            "bytes": use.path.stat().st_size,
             **use.decided,
             "coverage": asdict(lora.coverage),
             "scales": lora.scales,

@@ -26,6 +26,8 @@ from wancli.plan import plan
 from wancli.report import document, facts, page
 from wancli.report.gather import Found
 from wancli.shot import Model, Shot
+from wancli.weights.lora_match import Coverage
+from wancli.weights.lora_use import LoraUse
 
 TINY = Path(__file__).parent.parent / "fixtures" / "wan21-tiny"
 
@@ -233,7 +235,7 @@ def settings_of(shot: Shot) -> dict[str, Any]:
         "tokens": [len(text.tokens.ids) for text in shot.texts],
         "riders": shot.riders,
         "decodeChunk": shot.decode_chunk,
-        "loras": 0,
+        "loras": sum(path.stat().st_size for path in {use.path for use in shot.loras}),
     }
 
 
@@ -268,11 +270,11 @@ def grid(shot: Shot) -> list[Shot]:
 
 
 def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Path, tmp_path: Path) -> None:
-    shots = [
-        s
-        for s in plan(load(out.parent / "job.yaml"), tmp_path / "memo.json").shots
-        if s.id in ("plain", "fish")
-    ]
+    style = tmp_path / "style.safetensors"
+    style.write_bytes(bytes(1_234_567))
+    lora = LoraUse(style, "", 1.0, None, None, None, Coverage("kohya", 1, {}, (0,), 0, (4,), True, 0, 0, ()))
+    plain, fish, _ = plan(load(out.parent / "job.yaml"), tmp_path / "memo.json").shots
+    shots = [plain, replace(fish, loras=(lora, lora))]
     every_way = [way for shot in shots for way in grid(shot)]
     assert len(every_way) == 2 * 10 * 10 * 2 * 3
     asked = [

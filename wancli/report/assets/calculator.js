@@ -10,7 +10,8 @@ function askedOf(shot) {
     device: model.device, dtype: model.dtype, residency: model.residency, encoder: model.text_encoder, chunk: model.chunk,
     width: shot.width, height: shot.height, frames: shot.frames, tokens: texts,
     riders: (shot.prompts && !shot.negative ? 1 : 2) * measured,
-    decodeChunk: shot.decode_chunk, loras: 0,
+    decodeChunk: shot.decode_chunk,
+    loras: [...new Map((shot.loras ?? []).map((lora) => [lora.path, lora.bytes ?? 0])).values()].reduce((a, b) => a + b, 0),
   };
 }
 

@@ -31,6 +31,10 @@ lint: $(VENV)/dev ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+browser: $(VENV)/dev ## Test pages in Chromium, and fail where there is none
+	@command -v chromium chromedriver >/dev/null || apt-get install -y chromium chromium-driver
+	WANCLI_BROWSER=required $(BIN)/pytest tests/browser
+
 bench: $(VENV)/dev ## Measure against diffusers, side by side in one process
 	$(BIN)/python -m scripts.bench
 
@@ -57,5 +61,5 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	scripts/install $(VENV) $(PYTHON) '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test crash crash-long crash-mounts soak lint bench bench-large gpu wheel clean
+.PHONY: help install demo test crash crash-long crash-mounts soak lint browser bench bench-large gpu wheel clean
 .DEFAULT_GOAL := help

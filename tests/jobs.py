@@ -102,7 +102,8 @@ def words(count: int) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "out").glob("*")) if (folder / "out").exists() else []
+    """The outputs, but for the page that every render makes of them."""
+    return sorted(path.name for path in (folder / "out").glob("*") if path.suffix != ".html")
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> None:

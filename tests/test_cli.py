@@ -81,6 +81,8 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli probe JOB --method --levels --ranges --shot -o/--output --set --json --cache-dir --progress"
         " -q/--quiet",
         "wancli compare VIDEO... -o/--output --video --baseline --json --progress -q/--quiet",
+        "wancli report DIR|JOB -o/--output --csv --cache-dir",
+        "wancli explore MODEL -o/--output",
         "wancli inspect FILE-OR-FOLDER --deep --json",
         "wancli errors --json",
         "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --cache-dir",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wancli import __version__
-from wancli.commands import artifacts, batch, cache, farm, plan, probe, prompts, render
+from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
 from wancli.commands.common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
 from wancli.events import printable
@@ -41,6 +41,8 @@ app.command("decode")(artifacts.decode_command)
 app.command("diff")(prompts.diff_command)
 app.command("probe")(probe.probe_command)
 app.command("compare")(artifacts.compare_command)
+app.command("report")(pages.report_command)
+app.command("explore")(pages.explore_command)
 app.command("inspect")(artifacts.inspect_command)
 app.command("errors")(artifacts.errors_command)
 app.command("serve")(farm.serve)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from wancli import memory
 from wancli.memory import FP32, Phase
+from wancli.models.config import T5Config, VAE22Config, VAEConfig
 from wancli.weights.parts import Part
 
 if TYPE_CHECKING:
     from wancli.shot import Model, Shot
+    from wancli.weights.identify import Checkpoint
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -22,14 +25,12 @@ def phases(shot: Shot) -> tuple[Phase, ...]:
     alone = 1 if shot.model.residency == "resident" else shot.riders
     rows = sum(text.rows for text in shot.texts)
     sample = shot.shared.sample if shot.shared else sampling(shot, rows, alone)
-    vae = shot.model.checkpoint.vae
-    plain = {dtype for found in vae.precision for dtype, _ in found.dtypes} == {"F32"}
     decode = memory.decode_phase(
         shot.model.vae_sizes,
         shot.latent_shape,
         chunk=shot.decode_chunk,
         resident=sample.model,
-        mapped=plain and shot.model.device == "cpu",
+        mapped=shot.model.device == "cpu" and _only_fp32(shot.model.checkpoint.vae),
     )
     return encoding(shot.model, [len(text.tokens.ids) for text in shot.texts]), sample, decode
 
@@ -100,6 +101,33 @@ def _scratch(model: Model, part: Part, residency: str) -> int:
     return part.stored(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
 
 
+def networks(model: Model) -> dict[str, Any]:
+    """What these formulas read of a checkpoint beside the sizes of its transformer, as manifests keep it."""
+    return networks_of(model.checkpoint, model.text_encoder, model.vae_sizes)
+
+
+def networks_of(
+    checkpoint: Checkpoint, text_encoder: T5Config, vae: VAEConfig | VAE22Config
+) -> dict[str, Any]:
+    """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
+    stored = {}
+    for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
+        matrices = part.stored(_MATRICES)
+        stored[name] = {
+            "plain": part.scheme.name == "plain",
+            "dtype": _plain(part),
+            "matrices": matrices.nbytes,
+            "largest": matrices.largest,
+            "scales": part.stored("scales, markers").nbytes,
+        }
+    return {
+        "text_encoder": asdict(text_encoder),
+        "vae": asdict(vae),
+        "vae_in_fp32": _only_fp32(checkpoint.vae),
+        "stored": stored,
+    }
+
+
 def stored_as(model: Model) -> str | None:
     """The dtype of the transformer's matrices in their file, None where they are quantized or mixed."""
     return _plain(model.checkpoint.experts[0])
@@ -108,3 +136,7 @@ def stored_as(model: Model) -> str | None:
 def _plain(part: Part) -> str | None:
     dtypes = [name for name, _ in part.stored(_MATRICES).dtypes]
     return _DTYPES.get(dtypes[0]) if len(dtypes) == 1 else None
+
+
+def _only_fp32(part: Part) -> bool:
+    return {dtype for found in part.precision for dtype, _ in found.dtypes} == {"F32"}

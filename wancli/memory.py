@@ -128,7 +128,7 @@ def decode_phase(
         widths, colours = 2 * vae.dim_mult[0], 3  # a residual block holds its input and one hidden copy
     widest = widths * vae.dec_dim * element
     activation = frames * pixels * (widest + colours * (FP32 + 1))
-    history = 2 * y * x * _history_channels(vae) * element * 18 // 16
+    history = 2 * y * x * history_channels(vae) * element * 18 // 16
     weights = 2 * decoder_parameters(vae) if mapped else vae_parameters(vae)
     return Phase("decode", resident + weights * element, activation, history)
 
@@ -235,7 +235,7 @@ def _middle(c: int) -> int:
     return 2 * _residual(c, c) + c + _conv(c, 3 * c, 1) + _conv(c, c, 1)
 
 
-def _history_channels(vae: VAEConfig | VAE22Config) -> int:
+def history_channels(vae: VAEConfig | VAE22Config) -> int:
     """Input channels of the decoder's causal convolutions, summed, per pixel of the latent."""
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
     total = vae.z_dim + 4 * widths[0]

@@ -64,6 +64,7 @@ def of_shot(shot: Shot) -> Record:
             "files": _named_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
+            "networks": footprint.networks(model),
             "dtype": model.dtype,
             "residency": model.residency,
             "text_encoder": model.encoder.residency,
@@ -109,8 +110,11 @@ def of_prompt(prompt: Prompt, hit: bool) -> Record:
         "id": prompt.id,
         "text": tokens.text,
         "tokens": len(tokens.ids),
+        "pieces": list(tokens.pieces),
+        "max_tokens": tokens.max_tokens,
         "truncated": tokens.truncated,
         "file": str(prompt.file) if prompt.file else None,
+        "index": prompt.index,
         "cached": hit,
     }
 
@@ -147,6 +151,7 @@ def of_loras(shot: Shot, loaded: Loras) -> list[Record]:
     return [
         {
             "path": str(use.path),
+            "bytes": use.path.stat().st_size,
             **use.decided,
             "coverage": asdict(lora.coverage),
             "scales": lora.scales,

@@ -279,6 +279,16 @@ def read_frames(path: Path) -> Iterator[Frame]:
         ffmpeg.finish(silent=True)
 
 
+def poster(path: Path, seconds: float) -> bytes:
+    """A JPEG of the frame at that time, at most 192 pixels wide. Raises FfmpegError."""
+    source = ["-loglevel", "error", "-ss", f"{seconds:.4f}", "-f", "mp4", "-i", f"file:{path.absolute()}"]
+    picture = ["-frames:v", "1", "-vf", "scale='min(192,iw)':-2", "-q:v", "6", "-f", "mjpeg", "pipe:1"]
+    data = _output([*source, *picture], path)
+    if not data:
+        raise FfmpegError(f"no frame at {seconds:g} s", where=str(path))
+    return data
+
+
 def to_rgb24(frames_CTYX: Tensor) -> memoryview:
     """Frames in [-1, 1] as bytes [T, Y, X, 3], trunc((x + 1) / 2 * 255) as in the official code."""
     unit_CTYX = frames_CTYX.float().clamp(-1, 1).add_(1).div_(2).mul_(255)

@@ -127,6 +127,10 @@ def rates_of(cache_dir: Path | None) -> Path:
     return cache_of(cache_dir) / "rates.json"
 
 
+def posters_of(cache_dir: Path | None) -> Path:
+    return cache_of(cache_dir) / "posters"
+
+
 def store_of(cache_dir: Path | None) -> Store:
     from wancli.store import Store
 

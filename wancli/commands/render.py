@@ -21,6 +21,7 @@ from wancli.commands.common import (
     hush,
     job_of,
     plan_of,
+    posters_of,
     rates_of,
     result,
     store_of,
@@ -147,7 +148,7 @@ def render(
             with suppress(WancliError):  # the first error is the one to tell
                 data.write(plan, data.build(plan, outcomes))
         raise
-    report, path = _report(plan, outcomes, rates_of(cache_dir), known)
+    report, path = _report(plan, outcomes, cache_dir, known)
     if as_json:
         result(json.dumps(report, indent=2))
     if not quiet:
@@ -160,16 +161,19 @@ def render(
 
 
 def _report(
-    plan: Plan, outcomes: Sequence[Outcome], rates_file: Path, known: Sequence[Rate]
+    plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None, known: Sequence[Rate]
 ) -> tuple[dict[str, Any], Path]:
-    """What the batch did, as data and as the file it is in; what it learned about time is kept."""
+    """What the batch did, as data and as the file it is in, with a page beside it; what it learned about time
+    is kept."""
     from wancli import rates
-    from wancli.report import data
+    from wancli.report import data, page
 
     fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
-    rates.remember(rates_file, rates.learned(fresh))
+    rates.remember(rates_of(cache_dir), rates.learned(fresh))
     report = data.build(plan, outcomes, known)
-    return report, data.write(plan, report)
+    path = data.write(plan, report)
+    page.write(path, posters_of(cache_dir))
+    return report, path
 
 
 def _summarize(

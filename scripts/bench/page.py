@@ -1,0 +1,93 @@
+"""How long a page takes to make and to open: `python -m scripts.bench.page`. Needs Chromium, chromedriver."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+
+from wancli.cli import run
+from wancli.report import gather, page
+
+SHOTS = 100
+RUNS = 5
+JOB = """
+prompt: A red circle drifts to the left across dark stripes.
+output: {folder}/{{id}}.mp4
+frames: 5
+sampler: {{steps: 4}}
+measure: true
+inject: [{{prompt: A blue triangle moves up in front of a white background.}}]
+"""
+# Letters on the screen, counted from the start of the navigation, as the page itself sees it.
+DRAWN = """
+const done = arguments[0];
+requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0));
+"""
+
+
+def shots(folder: Path) -> gather.Found:
+    """A rendered shot, as often as that, with the noise levels and measurements of 50 steps."""
+    job = folder / "job.yaml"
+    job.write_text(JOB.format(folder=folder))
+    assert run(["render", str(job), "-q"]) == 0
+    (entry,) = gather.of_folder(folder).entries
+    one = entry[1]
+    one["shot"] |= {"steps": 50, "sigmas": [1 - step / 50 for step in range(51)]}
+    one["effects"] = [effect | {"step": step} for step, effect in enumerate((one["effects"] * 50)[:50])]
+    found = gather.Found("sweep")
+    for index in range(SHOTS):
+        copied: dict[str, Any] = copy.deepcopy(one)
+        labels = {"seed": index % 10, "take": index // 10}
+        found.entries.append(("sweep", copied | {"id": f"shot-{index}", "labels": labels}))
+    return found
+
+
+def opened(path: Path) -> list[float]:
+    """Milliseconds until the page is drawn, of several loads in a fresh browser."""
+    options = Options()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*flags, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        try:
+            found = []
+            for _ in range(RUNS):
+                driver.get(path.as_uri())
+                found.append(float(driver.execute_async_script(DRAWN)))
+            return found
+        finally:
+            driver.quit()
+
+
+def main() -> None:
+    """Prints seconds and bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = shots(folder)
+        report = next(folder.rglob("*.report.json"))
+        for what in ("with the import of jinja2", "after it"):
+            started = time.process_time()
+            page.write(report, folder)
+            took = 1000 * (time.process_time() - started)
+            print(f"page of a render of one shot, {what}: {took:.0f} ms of one core")
+        path = folder / "hundred.html"
+        started = time.perf_counter()
+        data = page.of_found(found, path, folder / "posters", make=True)
+        print(f"page of {SHOTS} shots: {time.perf_counter() - started:.2f} s, {len(data) / 1e6:.2f} MB")
+        path.write_bytes(data)
+        print(f"opened in {', '.join(f'{value / 1000:.2f}' for value in opened(path))} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""`wancli report` and `wancli explore`: pages to look at in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands.common import job_of, plan_of, posters_of
+from wancli.commands.options import CacheDir
+from wancli.errors import ExitStatus
+
+
+def report_command(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="DIR|JOB", help="A folder of renders, of any number of jobs; or a job file."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Default: beside the outputs."),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also a CSV file with a line per shot.")
+    ] = None,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Make a page of what was rendered.
+
+    One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
+    """
+    from wancli import files
+    from wancli.flags import NO_FLAGS
+    from wancli.report import data, experiments, gather, page
+
+    if Path(what).is_dir():
+        path = Path(what) / "report.html"
+        found = gather.of_folder(Path(what))
+    else:
+        plan = plan_of(job_of(what, NO_FLAGS), cache_dir)
+        report = data.report_path(plan)
+        found, path = gather.of_plan(plan, report), report.with_suffix(".html")
+    path = output or path
+    page.publish(path, page.of_found(found, path.absolute(), posters_of(cache_dir), make=True))
+    print(path)
+    if table:
+        rows = [experiments.row(entry, job) for job, entry in found.entries]
+        files.replace(table, experiments.to_csv(rows, gather.labelled(found.entries)))
+        print(table)
+    return ExitStatus.OK
+
+
+def explore_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A released model by name, a name of models.yaml, or a checkpoint."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path(
+        "explore.html"
+    ),
+) -> int:
+    """Make a page about models, without a render.
+
+    Shapes, what every part of a block costs, and a memory calculator, for all models that Wan released or
+    for yours. Prints its path.
+    """
+    from wancli.report import explore, page
+
+    page.publish(output, page.html(explore.document_of(model)))
+    print(output)
+    return ExitStatus.OK

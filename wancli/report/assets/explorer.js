@@ -1,0 +1,199 @@
+// The blocks of the model: a cell each, and what is known of the one that is picked.
+
+const COLUMNS = 10;
+const explorer = { block: null, colour: null }; // null until somebody chooses
+
+// What cells can be coloured by: {label, values, unit, ink}
+function colourings(shot) {
+  const depth = depthOf(shot);
+  const rules = rulesOf(shot);
+  const per = (get) => Array.from({ length: depth }, (_, block) => get(block));
+  const found = {};
+  if (shot.shares !== null && shot.shares !== undefined) {
+    const rows = data.shares[shot.shares];
+    found.injected = { label: 'injected share', values: per((b) => Math.max(...rows.map((row) => row.blocks[b]))), unit: (v) => percent(v, 0), top: 1, ink: '--accent' };
+    found.hits = { label: 'hits', values: per((b) => rules.reduce((sum, rule) => sum + (rule.hits_by_block[b] ?? 0), 0)), unit: count, ink: '--accent' };
+  }
+  if (shot.effects) {
+    const at = new Map(shot.effects.blocks.map((block, i) => [block, shot.effects.mean[i]]));
+    found.effect = { label: 'measured effect', values: per((b) => at.get(b) ?? 0), unit: (v) => percent(v), ink: '--heat' };
+  }
+  if (rules.length && data.differences[rules[0].difference].blocks.length === depth) {
+    found.difference = { label: 'K/V difference', values: data.differences[rules[0].difference].blocks, unit: (v) => percent(v), top: 1, ink: '--accent' };
+  }
+  for (const map of data.maps) {
+    if (map.total?.length === depth) found[`map-${map.method}`] = { label: `map: ${map.method}`, values: map.total, unit: figure, ink: '--heat' };
+  }
+  return found;
+}
+
+function drawBlocks(shot) {
+  const root = body('blocks');
+  root.replaceChildren();
+  if (!known(shot)) return root.append(nothing(shot));
+  const depth = depthOf(shot);
+  const colours = colourings(shot);
+  const colour = () => (explorer.colour in colours ? explorer.colour : Object.keys(colours)[0]);
+  let current = Math.min(explorer.block ?? (colours.injected ? colours.injected.values.findIndex(Boolean) : 0), depth - 1);
+  const grid = h('div', { class: 'grid', role: 'grid', 'aria-label': `${depth} blocks; arrow keys move` });
+  const detail = h('div', { id: 'block', 'aria-live': 'polite' });
+  const said = h('div', { id: 'claims' });
+  const key = h('div', {});
+  const paint = () => paintCells(grid, key, colours[colour()]);
+  const pick = (block, focus) => {
+    current = block;
+    for (const cell of grid.querySelectorAll('.cell')) {
+      const chosen = Number(cell.dataset.block) === block;
+      cell.setAttribute('aria-selected', chosen);
+      cell.tabIndex = chosen ? 0 : -1;
+      if (chosen && focus) cell.focus();
+    }
+    detail.replaceChildren(...blockDetail(shot, block));
+    said.replaceChildren(...claimsOf(shot, block));
+  };
+  const choose = (block, focus) => { explorer.block = block; pick(block, focus); };
+  for (let start = 0; start < depth; start += COLUMNS) {
+    grid.append(h('div', { role: 'row', style: { display: 'contents' } },
+      Array.from({ length: Math.min(COLUMNS, depth - start) }, (_, i) => h('button', {
+        type: 'button', class: 'cell', role: 'gridcell', 'data-block': start + i, on: { click: () => choose(start + i) },
+      }, start + i))));
+  }
+  grid.addEventListener('keydown', (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: COLUMNS, ArrowUp: -COLUMNS, Home: -current, End: depth - 1 - current }[event.key];
+    if (step === undefined) return;
+    event.preventDefault();
+    const to = current + step;
+    if (to >= 0 && to < depth) choose(to, true);
+  });
+  const options = Object.entries(colours).map(([name, { label }]) => [name, label]);
+  root.append(h('div', { class: 'cols' },
+    h('div', {},
+      options.length > 0 && h('div', { class: 'controls' }, choice('Colour by', options, colour(), (value) => { explorer.colour = value; paint(); }, { id: 'colour' })),
+      grid, key, wholeModel(shot), said),
+    detail));
+  paint();
+  pick(current, false);
+  return root;
+}
+
+function paintCells(grid, key, colour) {
+  const top = colour ? colour.top ?? (Math.max(...colour.values) || 1) : 1;
+  for (const cell of grid.querySelectorAll('.cell')) {
+    const block = Number(cell.dataset.block);
+    const share = colour ? colour.values[block] / top : 0;
+    cell.style.setProperty('background', tint(share, colour?.ink));
+    cell.setAttribute('aria-label', colour ? `block ${block}, ${colour.label} ${colour.unit(colour.values[block])}` : `block ${block}`);
+    cell.title = colour ? `${colour.label} ${colour.unit(colour.values[block])}` : '';
+  }
+  key.replaceChildren(...(colour ? [legend('0', colour.unit(top), colour.ink, 0.5)] : []));
+}
+
+const partFlops = (part, tokens, rows) => tokens * (part.flops.token + tokens * part.flops.token2 + rows * part.flops.token_text);
+
+// Bytes of a part's weights: matrices in the dtype of the model, all else in fp32 (biases of blocks in it, too).
+function partBytes(part, dtype) {
+  const element = { fp32: 4, bf16: 2, fp16: 2, fp8: 1 }[dtype];
+  return part.matrices * element + (part.weights - part.matrices) * (dtype === 'fp8' ? 2 : element);
+}
+
+function textRows(shot) {
+  return shot.prompts ? data.prompts[shot.prompts[0]].tokens + 1 : 257;
+}
+
+function blockDetail(shot, block) {
+  const model = modelOf(shot);
+  const rows = textRows(shot);
+  const element = { fp32: 4, bf16: 2, fp16: 2, fp8: model.device === 'cpu' ? 4 : 2 }[model.dtype];
+  const parts = model.parts.map((part) => ({
+    name: part.name, weights: part.weights, bytes: partBytes(part, model.dtype), flops: partFlops(part, shot.tokens, rows), held: shot.tokens * part.values * element,
+  }));
+  const sum = (of) => parts.reduce((total, part) => total + part[of], 0);
+  const all = sum('flops');
+  return [
+    h('h3', { style: { 'margin-top': '0' } }, `Block ${block}`),
+    facts(blockFacts(shot, block)),
+    table(['part', 'weights', `in ${model.dtype}`, 'FLOP per forward', 'share', 'working set'],
+      [...parts.map((part) => [part.name, count(part.weights), size(part.bytes), flop(part.flops), percent(part.flops / all), size(part.held)]),
+        ['the block', count(sum('weights')), size(sum('bytes')), flop(all), '100 %', `${size(Math.max(...parts.map((part) => part.held)))} at once`]], { id: 'parts' }),
+    muted(`For ${count(shot.tokens)} video tokens and ${rows} text rows. Keys and values of the text are made once per prompt: ${flop(rows * model.parts.reduce((total, part) => total + part.flops.text, 0))}, ${size(2 * rows * model.sizes.dim * element)} kept in each block.`),
+    injectionOverSteps(shot, block),
+  ].filter(Boolean);
+}
+
+function blockFacts(shot, block) {
+  const rules = rulesOf(shot);
+  const place = shot.effects ? shot.effects.blocks.indexOf(block) : -1;
+  const differences = rules.map((rule) => data.differences[rule.difference].blocks[block]).filter((value) => value !== undefined);
+  return [
+    ['hits', rules.length ? rules.map((rule, i) => `${rules.length > 1 ? `rule ${i}: ` : ''}${count(rule.hits_by_block[block] ?? 0)}`).join('; ') : null],
+    ['measured effect', place >= 0 ? `${percent(shot.effects.mean[place])} of its cross-attention output, mean over steps (|change| > 0.01 in ${shot.effects.legacy[place]} % of the elements)`
+      : rules.length ? (shot.effects ? 'none here: no rule reaches this block' : 'not measured; render with measure: true, or --log-level verbose') : null],
+    ['K/V difference', differences.length ? differences.map((value) => percent(value)).join('; ') : null],
+    ...data.maps.filter((map) => map.total?.length > block).map((map) => [`map: ${map.method}`, `${figure(map.total[block])} ${map.unit ?? ''}, ${rankOf(map.total, block)}`]),
+  ];
+}
+
+function rankOf(values, block) {
+  const rank = 1 + values.filter((value) => value > values[block]).length;
+  return `rank ${rank} of ${values.length}`;
+}
+
+function injectionOverSteps(shot, block) {
+  if (shot.shares === null || shot.shares === undefined) return null;
+  const rows = data.shares[shot.shares];
+  const steps = Array.from({ length: shot.steps }, (_, step) => step);
+  const branches = [...new Set(rows.map((row) => row.branch))].filter((branch) => branch === 'cond' || rows.some((row) => row.branch === branch && row.blocks.some(Boolean)));
+  const share = (branch, step) => rows.find((row) => row.branch === branch && row.steps.includes(step))?.blocks[block];
+  const effects = shot.effects?.values ? shot.effects : null;
+  const place = effects ? effects.blocks.indexOf(block) : -1;
+  const effect = (branch, step) => {
+    const at = effects.steps.findIndex((s, i) => s === step && effects.branches[i] === branch);
+    return at < 0 ? null : effects.values[at][place];
+  };
+  const cell = (value, top, ink, text) => h('td', value ? { style: { background: tint(value / top, ink) } } : {}, text);
+  const most = place >= 0 ? Math.max(...effects.values.map((row) => row[place] ?? 0)) || 1 : 1;
+  return h('div', {},
+    h('h3', {}, 'Injection over the steps'),
+    h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': `Injection into block ${block} over the steps` }, h('table', { class: 'steps', id: 'over-steps' },
+      h('tbody', {},
+        h('tr', {}, h('th', { scope: 'row' }, 'step'), steps.map((step) => h('th', { scope: 'col' }, step))),
+        h('tr', {}, h('th', { scope: 'row' }, 'σ'), steps.map((step) => h('td', {}, data.schedules[shot.schedule].sigmas[step].toFixed(2)))),
+        branches.map((branch) => h('tr', {}, h('th', { scope: 'row' }, `${branch}, share`), steps.map((step) => {
+          const value = share(branch, step);
+          return cell(value, 1, '--accent', value === undefined ? '–' : value === 0 ? '·' : figure(value));
+        }))),
+        place >= 0 && branches.filter((branch) => effects.branches.includes(branch)).map((branch) => h('tr', {}, h('th', { scope: 'row' }, `${branch}, effect %`), steps.map((step) => {
+          const value = effect(branch, step);
+          return cell(value, most, '--heat', value === null ? '–' : figure(Math.round(100 * value)));
+        })))))));
+}
+
+function claimsOf(shot, block) {
+  const model = modelOf(shot);
+  const scaled = (block * 40) / depthOf(shot);
+  const rows = data.claims.filter((claim) => !claim.model || claim.model === model.variant).flatMap((claim) => claim.ranges
+    .filter(([range]) => { const [first, last] = range.split('-').map(Number); return first <= scaled && scaled < last + 1; })
+    .map(([range, says]) => [says, range, `${claim.source}: ${claim.where}`]));
+  return [
+    h('h3', {}, 'What others say of this range'),
+    muted('Presets are plain ranges. These claims contradict each other (texture early or structure early, meaning late or detail late), and but for wan-mini none comes with a measurement.',
+      depthOf(shot) === 40 ? '' : ` They speak of 40 blocks; block ${block} of ${depthOf(shot)} is taken for ${Math.floor(scaled)}.`,
+      ' To measure this model with your prompts: wancli probe JOB.'),
+    table(['said to make', 'of 40', 'source'], rows, { class: 'small' }),
+  ];
+}
+
+function wholeModel(shot) {
+  const model = modelOf(shot);
+  const rows = textRows(shot);
+  const depth = depthOf(shot);
+  const total = (of, list) => list.reduce((sum, part) => sum + of(part), 0);
+  const weights = (part) => part.weights;
+  const flops = (part) => partFlops(part, shot.tokens, rows);
+  const all = depth * total(weights, model.parts) + total(weights, model.ends);
+  return h('div', {}, h('h3', {}, 'The whole transformer'), facts([
+    ['parameters', `${count(all)}; ${percent((depth * total(weights, model.parts)) / all)} in ${depth} blocks`],
+    ['FLOP per forward', flop(depth * total(flops, model.parts) + total(flops, model.ends))],
+    ['width', `${count(model.sizes.dim)}, ${model.sizes.num_heads} heads of ${model.sizes.dim / model.sizes.num_heads}; feed-forward ${count(model.sizes.ffn_dim)}`],
+  ]));
+}

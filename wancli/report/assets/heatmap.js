@@ -1,0 +1,92 @@
+// Block × step of one shot, as planned and as measured, and the block maps that were found beside the outputs.
+
+const mapping = { kind: null, map: 0 };
+
+function drawMaps(shot) {
+  const root = body('maps');
+  root.replaceChildren();
+  const views = known(shot) ? viewsOf(shot) : {};
+  const maps = data.maps.filter((map) => map.values?.length && map.values[0].length);
+  if (!Object.keys(views).length && !maps.length) {
+    return root.append(muted('No rule of this shot injects anything, and no block map lies beside the outputs. wancli probe JOB measures one: which block does what for these prompts.'));
+  }
+  const columns = h('div', { class: 'cols' });
+  root.append(columns);
+  if (Object.keys(views).length) columns.append(viewOf(shot, views));
+  if (maps.length) columns.append(mapOf(maps));
+  else columns.append(h('div', {}, h('h3', { style: { 'margin-top': '0' } }, 'Block map'), muted('No block map lies beside the outputs. wancli probe JOB measures one.')));
+  return root;
+}
+
+function viewsOf(shot) {
+  const found = {};
+  const depth = depthOf(shot);
+  if (shot.shares !== null && shot.shares !== undefined) {
+    for (const branch of new Set(data.shares[shot.shares].filter((row) => row.blocks.some(Boolean)).map((row) => row.branch))) {
+      const values = Array.from({ length: shot.steps }, () => Array(depth).fill(null));
+      for (const row of data.shares[shot.shares]) if (row.branch === branch) for (const step of row.steps) values[step] = row.blocks;
+      found[`${branch}, injected share`] = { values, ink: '--accent', top: 1, unit: (v) => percent(v, 0) };
+    }
+  }
+  if (shot.effects?.values) {
+    for (const branch of new Set(shot.effects.branches)) {
+      const values = Array.from({ length: shot.steps }, () => Array(depth).fill(null));
+      shot.effects.steps.forEach((step, i) => {
+        if (shot.effects.branches[i] === branch) shot.effects.blocks.forEach((block, j) => { values[step][block] = shot.effects.values[i][j]; });
+      });
+      found[`${branch}, measured effect`] = { values, ink: '--heat', unit: (v) => percent(v) };
+    }
+  }
+  return found;
+}
+
+function viewOf(shot, views) {
+  const names = Object.keys(views);
+  if (!names.includes(mapping.kind)) mapping.kind = names.find((name) => name.endsWith('effect')) ?? names[0];
+  const place = h('div', {});
+  const draw = () => {
+    const view = views[mapping.kind];
+    place.replaceChildren(heatmap({
+      ...view,
+      rows: view.values.map((_, step) => step),
+      columns: view.values[0].map((_, block) => block),
+      title: `${mapping.kind}: a row per step, a column per block`,
+      name: (step, block) => `step ${step}, block ${block}`,
+    }));
+  };
+  draw();
+  return h('div', {}, h('h3', { style: { 'margin-top': '0' } }, `Steps × blocks of ${shot.id}`),
+    h('div', { class: 'controls' }, choice('Show', names, mapping.kind, (value) => { mapping.kind = value; draw(); })),
+    place,
+    muted('Effect: ‖CA(injected) − CA(plain)‖ / ‖CA(plain)‖ of each block’s cross-attention.', shot.effects && !shot.effects.values ? ' This page has too many shots to hold it per step.' : ''));
+}
+
+function mapOf(maps) {
+  const place = h('div', {});
+  mapping.map = Math.min(mapping.map, maps.length - 1);
+  const draw = () => {
+    const map = maps[mapping.map];
+    const blocks = map.values[0].length;
+    const names = map.ranges?.length === blocks ? map.ranges.map((range) => (Array.isArray(range) ? range.join('-') : range)) : map.values[0].map((_, i) => i);
+    place.replaceChildren(
+      heatmap({
+        values: map.total ? [...map.values, map.total] : map.values,
+        rows: [...map.levels.map((level) => (level.sigma === undefined ? level.step : `σ ${Number(level.sigma).toFixed(2)}`)), 'total'],
+        columns: names,
+        title: `Block map by ${map.method}: a row per noise level, a column per block`,
+        name: (level, block) => `${map.levels[level] ? `σ ${map.levels[level].sigma}` : 'total'}, block ${names[block]}`,
+        unit: figure,
+      }),
+      facts([
+        ['suggestion', map.suggestion ? h('code', {}, `blocks: ${map.suggestion}`) : null],
+        ['unit', map.unit],
+        ['prompts', (map.prompts ?? []).map((pair) => `${pair.main} ⇐ ${pair.injected}`).join(' · ')],
+        ['measured', [map.size, map.frames ? `${map.frames} frames` : null, map.seed === undefined ? null : `seed ${map.seed}`, map.forwards ? `${map.forwards} forwards` : null, map.seconds ? duration(map.seconds) : null].filter(Boolean).join(', ')],
+        ['model', map.model?.root],
+      ]));
+  };
+  draw();
+  const names = maps.map((map, i) => [i, `${map.job}: ${map.method}`]);
+  return h('div', { id: 'map' }, h('h3', { style: { 'margin-top': '0' } }, 'Block map'),
+    h('div', { class: 'controls' }, choice('Map', names, mapping.map, (value) => { mapping.map = Number(value); draw(); })), place);
+}

@@ -1,0 +1,69 @@
+// Which shot is shown, the theme, and the first drawing.
+
+let chosen = 0;
+
+function select(index) {
+  chosen = Math.max(0, Math.min(data.shots.length - 1, index));
+  const shot = data.shots[chosen];
+  $('shot').value = chosen;
+  $('previous').disabled = chosen === 0;
+  $('next').disabled = chosen === data.shots.length - 1;
+  for (const element of document.querySelectorAll('[data-shot]')) element.classList.toggle('chosen', Number(element.dataset.shot) === chosen);
+  drawPipeline(shot);
+  drawBlocks(shot);
+  drawMemory(shot);
+  if ($('maps')) {
+    drawMaps(shot);
+    drawPrompts(shot);
+    drawTime(shot);
+    drawAgain(shot);
+  }
+}
+
+function summary() {
+  const parts = [new Date(data.created).toISOString().slice(0, 16).replace('T', ' ')];
+  const counts = new Map();
+  for (const shot of data.shots) counts.set(shot.status, (counts.get(shot.status) ?? 0) + 1);
+  if ($('maps')) {
+    parts.push([...counts].map(([status, n]) => `${n} ${status}`).join(', '));
+    const peaks = data.jobs.map((job) => job.peak?.measured ?? 0);
+    if (Math.max(0, ...peaks)) parts.push(`peak ${size(Math.max(...peaks))}`);
+    const warnings = data.jobs.flatMap((job) => job.warnings ?? []);
+    if (warnings.length) parts.push(`${warnings.length} warnings: ${warnings.join(' · ')}`);
+  } else parts.push('no render: shapes, blocks and memory of models');
+  $('summary').textContent = parts.join(' · ');
+}
+
+function theme() {
+  const button = $('theme');
+  const dark = window.matchMedia('(prefers-color-scheme: dark)');
+  let on = dark.matches;
+  const name = () => { button.textContent = on ? 'Light' : 'Dark'; };
+  button.addEventListener('click', () => {
+    on = !on;
+    document.documentElement.style.setProperty('color-scheme', on ? 'dark' : 'light');
+    name();
+  });
+  dark.addEventListener('change', () => {
+    on = dark.matches;
+    document.documentElement.style.removeProperty('color-scheme');
+    name();
+  });
+  name();
+}
+
+$('shot').append(...data.shots.map((shot, i) => h('option', { value: i }, data.jobs.length > 1 ? `${shot.job}: ${shot.id}` : shot.id)));
+$('shot').addEventListener('change', (event) => select(Number(event.target.value)));
+$('previous').addEventListener('click', () => select(chosen - 1));
+$('next').addEventListener('click', () => select(chosen + 1));
+let room = 0;
+window.addEventListener('resize', () => {
+  cancelAnimationFrame(room);
+  const narrow = document.documentElement.clientWidth;
+  room = requestAnimationFrame(() => { if (narrow < 640) select(chosen); });
+});
+theme();
+summary();
+prepareTable();
+if ($('videos')) drawVideos();
+if (data.shots.length) select(data.chosen);

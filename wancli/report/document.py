@@ -1,0 +1,258 @@
+"""Entries to the one JSON document that a page carries. What shots share stands in it once, by its place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from wancli.inject import Rule, Table, strip
+from wancli.models.config import WanConfig
+from wancli.report import again, facts
+from wancli.report.experiments import row
+from wancli.report.gather import Entry, Found, baseline_of
+
+SCHEMA = "wancli/page/1"
+CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
+_OF_SHOT = (
+    "width", "height", "frames", "tokens", "seed", "noise", "solver", "steps", "shift", "guidance", "stages",
+    "fps", "crf", "codec", "decode_chunk", "sharing",
+)  # fmt: skip
+
+
+class _Pool:
+    """Values in the order in which they first came; the same value has one place."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._places: dict[str, int] = {}
+
+    def put(self, value: Any) -> int:
+        """Where the value stands."""
+        place = self._places.setdefault(json.dumps(value, sort_keys=True), len(self.values))
+        if place == len(self.values):
+            self.values.append(value)
+        return place
+
+
+POOLS = (
+    "models",
+    "schedules",
+    "prompts",
+    "rules",
+    "shares",
+    "differences",
+    "predictions",
+    "versions",
+    "phases",
+)
+
+
+def of_found(found: Found, page: Path, posters: Mapping[int, str]) -> dict[str, Any]:
+    """The document of a page at `page`; `posters` are data URIs by the number of an entry."""
+    pools = {name: _Pool() for name in POOLS}
+    cells = sum(len(effect["blocks"]) for _, entry in found.entries for effect in entry.get("effects", []))
+    shots = [
+        _shot(entry, job, pools, page, whole=cells <= CELLS) | {"poster": posters.get(index)}
+        for index, (job, entry) in enumerate(found.entries)
+    ]
+    models = [_model(model) for model in pools.pop("models").values]
+    return {
+        "schema": SCHEMA,
+        "name": found.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shots": shots,
+        "models": models,
+        **{name: pool.values for name, pool in pools.items()},
+        "baseline": baseline_of(found),
+        "maps": [_rounded(map_) for map_ in found.maps],
+        "compares": [_rounded(compare) for compare in found.compares],
+        "jobs": [_job(report) for report in found.reports],
+        "problems": found.problems,
+        "claims": _claims(),
+        "chosen": next((i for i, shot in enumerate(shots) if shot.get("injection")), 0),
+    }
+
+
+def of_models(
+    models: Sequence[Mapping[str, Any]], variants: Mapping[str, Any], chosen: int
+) -> dict[str, Any]:
+    """The document of a page without renders: the same sections, of shots that nobody rendered."""
+    shots = []
+    for index, model in enumerate(models):
+        variant = variants[model["variant"]]
+        t, y, x = (
+            (variant.frames - 1) // 4 + 1,
+            *(s // variant.stride for s in (variant.height, variant.width)),
+        )
+        shots.append({
+            "id": model["variant"], "status": "not rendered", "model": index, "labels": {}, "decode_chunk": 1,
+            "width": variant.width, "height": variant.height, "frames": variant.frames, "tokens": t * y * x,
+            "steps": variant.steps, "shift": variant.shift, "guidance": variant.guidance, "fps": variant.fps,
+        })  # fmt: skip
+    empty: dict[str, Any] = {name: [] for name in POOLS if name != "models"}
+    return {
+        "schema": SCHEMA,
+        "name": "wancli explore",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shots": shots,
+        "models": [_model(model) for model in models],
+        **empty,
+        "baseline": None,
+        "maps": [],
+        "compares": [],
+        "jobs": [],
+        "problems": [],
+        "claims": _claims(),
+        "chosen": chosen,
+    }
+
+
+def _claims() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((Path(__file__).parent / "assets" / "claims.json").read_bytes())
+    return found
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+    wan = WanConfig(**model["sizes"])
+    said = {key: model[key] for key in model if key not in ("networks", "sizes", "files")}
+    networks = model.get("networks")
+    return said | {
+        "sizes": model["sizes"],
+        "calculator": facts.calculator(model["sizes"], networks, model["device"]) if networks else None,
+        "parts": facts.block_parts(wan),
+        "ends": facts.ends(wan),
+    }
+
+
+def _job(report: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("job", "created", "warnings", "memory", "first_step_after", "process", "peak", "cache")
+    return {key: report[key] for key in kept if key in report}
+
+
+def _shot(entry: Entry, job: str, pools: Mapping[str, _Pool], page: Path, *, whole: bool) -> dict[str, Any]:
+    output = Path(entry["output"])
+    found: dict[str, Any] = {
+        "id": entry["id"],
+        "job": job,
+        "status": entry["status"],
+        "labels": entry["labels"],
+        "error": entry.get("error"),
+        "output": str(output),
+        "row": {key: value for key, value in row(entry, job).items() if value is not None},
+    }
+    if "shot" not in entry:
+        return found
+    if entry["status"] != "video gone":
+        found["video"] = quote(os.path.relpath(output, page.parent), safe="/", errors="surrogateescape")
+    shot = entry["shot"]
+    found |= {key: shot[key] for key in _OF_SHOT}
+    found["schedule"] = pools["schedules"].put({"sigmas": shot["sigmas"], "timesteps": shot["timesteps"]})
+    found["model"] = pools["models"].put(entry["model"])
+    found["prompts"] = [pools["prompts"].put(_without(prompt, "cached")) for prompt in entry["prompts"]]
+    found["cached"] = [prompt["cached"] for prompt in entry["prompts"]]
+    found["negative"] = len(entry["prompts"]) > 1 + len(entry["injection"])
+    found["injection"] = [_injection(rule, pools) for rule in entry["injection"]]
+    found["shares"] = pools["shares"].put(shares(entry)) if entry["injection"] else None
+    found["effects"] = _effects(entry["effects"], whole=whole)
+    found["predicted"] = pools["predictions"].put(entry["predicted"])
+    found["versions"] = pools["versions"].put(entry["versions"])
+    found["phases"] = pools["phases"].put(entry["phases"])
+    found["encoder_loaded"], found["first_step_after"] = entry["encoder_loaded"], entry["first_step_after"]
+    found["loras"], found["files"] = entry["loras"], entry["files"]
+    found["key"] = entry["key"]
+    found["again"] = again.command(again.job_of(entry, str(output)))
+    return found
+
+
+def _injection(rule: Mapping[str, Any], pools: Mapping[str, _Pool]) -> dict[str, Any]:
+    own = ("text", "hits", "planned", "hits_by_branch")
+    shared = ("blocks", "steps", "branches", "blend", "gain", "hits_by_block", "hits_by_step")
+    return {key: rule[key] for key in own} | {
+        "rule": pools["rules"].put({key: rule[key] for key in shared}),
+        "difference": pools["differences"].put(_rounded(rule["difference"], 5)),
+    }
+
+
+def shares(entry: Entry) -> list[dict[str, Any]]:
+    """How much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for each
+    branch the steps that have the same, and the share of each block."""
+    shot, prompts = entry["shot"], entry["prompts"]
+    rules = [
+        Rule(
+            rule["text"],
+            tuple((int(block), strength) for block, strength in rule["blocks"].items()),
+            tuple((int(step), factor) for step, factor in rule["steps"].items()),
+            tuple(rule["branches"]),
+            rule["blend"],
+            rule["gain"],
+        )
+        for rule in entry["injection"]
+    ]
+    negative = len(prompts) > 1 + len(rules)
+    base = {"cond": prompts[0]["id"]} | ({"uncond": prompts[1]["id"]} if negative else {})
+    unguided = [
+        step
+        for stage in shot["stages"]
+        if stage["guidance"] == 1
+        for step in range(stage["steps"][0], stage["steps"][1] + 1)
+    ]
+    table = Table(rules, base, entry["model"]["sizes"]["num_layers"], shot["steps"], unguided)  # type: ignore[arg-type]
+    found: dict[tuple[str, tuple[float, ...]], list[int]] = {}
+    for branch in table.branches:
+        for step in table.steps_of[branch]:
+            cells = strip(table.row(step, branch), table.base[branch])
+            found.setdefault((branch, tuple(round(cell, 4) for cell in cells)), []).append(step)
+    return [
+        {"branch": branch, "steps": steps, "blocks": list(cells)} for (branch, cells), steps in found.items()
+    ]
+
+
+def _effects(effects: Sequence[Mapping[str, Any]], *, whole: bool) -> dict[str, Any] | None:
+    """Measured changes: of the velocity per forward, of each block per forward (or, where that would be too
+    much, not) and in the mean."""
+    if not effects:
+        return None
+    blocks = sorted({int(block) for effect in effects for block in effect["blocks"]})
+    found: dict[str, Any] = {
+        "steps": [effect["step"] for effect in effects],
+        "branches": [effect["branch"] for effect in effects],
+        "velocity": [_significant(effect["velocity"]) for effect in effects],
+        "blocks": blocks,
+        "mean": [_mean([e["blocks"][str(b)] for e in effects if str(b) in e["blocks"]]) for b in blocks],
+        "legacy": [
+            _mean([e["changed_percent"][str(b)] for e in effects if str(b) in e["changed_percent"]])
+            for b in blocks
+        ],
+    }
+    if whole:
+        found["values"] = [
+            [_significant(e["blocks"][str(b)]) if str(b) in e["blocks"] else None for b in blocks]
+            for e in effects
+        ]
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return _significant(sum(values) / len(values))
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _rounded(value: Any, digits: int = 4) -> Any:
+    """The same with numbers to so many significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner, digits) for key, inner in value.items()}
+    return [_rounded(inner, digits) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _without(value: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: inner for key, inner in value.items() if key not in keys}

@@ -1,0 +1,109 @@
+"""Renders as rows of a lab book: one per shot, what went in and what came out. As a table, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wancli.report.terminal import ranges
+
+Row = dict[str, str | int | float | None]
+COLUMNS = {
+    "job": "job",
+    "shot": "shot",
+    "status": "status",
+    "prompt": "prompt",
+    "injected": "injected prompt",
+    "difference": "difference %",
+    "blocks": "blocks",
+    "strength": "strength",
+    "steps": "steps",
+    "branch": "branch",
+    "blend": "blend",
+    "effect": "effect %",
+    "seed": "seed",
+    "size": "size",
+    "frames": "frames",
+    "solver": "solver",
+    "sampler_steps": "of steps",
+    "guidance": "guidance",
+    "seconds": "seconds",
+    "peak_mib": "peak MiB",
+    "model": "model",
+}
+ONLY_IN_FILES = ("negative", "shift", "hits", "planned", "output", "key", "created_by")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+
+
+def row(entry: Mapping[str, Any], job: str) -> Row:
+    """A shot of a report or a manifest; what it does not say is None. `effect` is the mean relative change of
+    the velocity over the forwards that were measured, `seconds` the phases that the shot took part in."""
+    found: Row = dict.fromkeys((*COLUMNS, *ONLY_IN_FILES))
+    found |= {"job": job, "shot": entry["id"], "status": entry["status"], "output": entry["output"]}
+    if "shot" not in entry:
+        return found
+    shot, rules, effects = entry["shot"], entry["injection"], entry["effects"]
+    texts = {prompt["id"]: prompt["text"] for prompt in entry["prompts"]}
+    velocities = [100 * effect["velocity"] for effect in effects]
+    guidance = "/".join(f"{stage['guidance']:g}" for stage in shot["stages"])
+    return found | {
+        "prompt": entry["prompts"][0]["text"],
+        "negative": entry["prompts"][1]["text"] if len(entry["prompts"]) > 1 + len(rules) else None,
+        "injected": _joined(texts[rule["text"]] for rule in rules),
+        "difference": _figure([rule["difference"]["verdict"]["percent"] for rule in rules], 1),
+        "blocks": _joined(ranges([int(block) for block in rule["blocks"]]) for rule in rules),
+        "strength": _joined(_span(rule) for rule in rules),
+        "steps": _joined(ranges([int(step) for step in rule["steps"]]) for rule in rules),
+        "branch": _joined("+".join(rule["branches"]) for rule in rules),
+        "blend": _joined(rule["blend"] for rule in rules),
+        "effect": _figure([sum(velocities) / len(velocities)] if velocities else [], 2),
+        "seed": shot["seed"],
+        "size": f"{shot['width']}x{shot['height']}",
+        "frames": shot["frames"],
+        "solver": shot["solver"],
+        "sampler_steps": shot["steps"],
+        "shift": shot["shift"],
+        "guidance": float(guidance) if "/" not in guidance else guidance,
+        "seconds": round(sum(phase["seconds"] for phase in entry["phases"]), 2),
+        "peak_mib": round(max(phase["cuda"] or phase["rss"] for phase in entry["phases"]) / 2**20),
+        "model": entry["model"]["variant"],
+        "hits": sum(rule["hits"] for rule in rules),
+        "planned": sum(rule["planned"] for rule in rules),
+        "key": entry["key"],
+        "created_by": f"wancli {entry['versions']['wancli']}",
+    }
+
+
+def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
+    """RFC 4180, UTF-8: a header, then a line per shot; the labels of the shots are columns of their own.
+
+    A text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    names = list(dict.fromkeys(name for label in labels for name in label))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    own = (*COLUMNS, *ONLY_IN_FILES)
+    writer.writerow([*own, *(_defused(f"label.{name}") for name in names)])
+    for found, label in zip(rows, labels, strict=True):
+        writer.writerow([_defused(value) for value in (*map(found.get, own), *map(label.get, names))])
+    return out.getvalue().encode(errors="backslashreplace")
+
+
+def _defused(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def _joined(parts: Any) -> str | None:
+    return " | ".join(parts) or None
+
+
+def _figure(values: Sequence[float], digits: int) -> float | None:
+    return round(min(values), digits) if values else None
+
+
+def _span(rule: Mapping[str, Any]) -> str:
+    values = [s * f for s in rule["blocks"].values() for f in rule["steps"].values()]
+    low, high = (f"{value:.4g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

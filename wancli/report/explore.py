@@ -1,0 +1,57 @@
+"""The page of models that nothing was rendered for: those that Wan released, or one on this disk."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from wancli import machine, mini, presets
+from wancli.errors import JobError
+from wancli.models import variants
+from wancli.report import document, facts
+from wancli.weights.identify import identify, text_encoder_sizes, vae_sizes
+
+WHERE = "MODEL"
+
+
+def document_of(said: str | None) -> dict[str, Any]:
+    """All released models and wan-mini, with the one that was said in front; or, where it is the name or
+    path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
+    names = {name.lower(): name for name in (*facts.RELEASED, mini.NAME)}
+    if said is not None and said.lower() not in names:
+        return _of_checkpoint(said, names)
+    device, dtype = _here()
+    models = [facts.explored(*facts.released(name), device, dtype) for name in facts.RELEASED]
+    models.append(_explored(mini.FOLDER, mini.NAME))
+    known = {name: variant for name, (variant, _) in facts.RELEASED.items()} | {mini.NAME: variants.MINI}
+    shown = [model["variant"] for model in models]
+    return document.of_models(models, known, shown.index(names[said.lower()]) if said else 0)
+
+
+def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
+    def where(*_: object) -> str:
+        return WHERE
+
+    try:
+        location = presets.resolve(said, lambda *_: Path.cwd(), where)
+    except JobError as error:
+        near = next(iter(difflib.get_close_matches(said.lower(), names, 1, 0.5)), None)
+        meant = f"did you mean {names[near]}? " if near else ""
+        hint = f"{meant}Released models are {', '.join(names.values())}. {error.hint}"
+        raise JobError(error.message, where=error.where, hint=hint) from None
+    checkpoint = identify(location)
+    device, dtype = _here()
+    model = facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), device, dtype)
+    return document.of_models([model], {checkpoint.variant.name: checkpoint.variant}, 0)
+
+
+def _explored(folder: Path, name: str) -> dict[str, Any]:
+    checkpoint = identify(folder)
+    model = facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_here())
+    return model | {"root": name}
+
+
+def _here() -> tuple[str, str]:
+    """The device and the dtype that this machine computes with."""
+    return ("cuda", "bf16") if machine.has_cuda() else ("cpu", "fp32")

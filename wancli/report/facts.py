@@ -1,0 +1,150 @@
+"""Facts about models, without a render: what each part of a block costs, and the models that Wan released."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from wancli import footprint, memory
+from wancli.memory import wan_parameters
+from wancli.models import variants
+from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.variants import Variant
+from wancli.weights.identify import Checkpoint
+from wancli.weights.parts import Kind, Part
+from wancli.weights.schemes import Precision
+
+UMT5_XXL = T5Config(256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+RELEASED = {
+    variant.name: (variant, WanConfig(dim, ffn, dim // 128, layers, in_dim=channels, out_dim=channels))
+    for (dim, ffn, layers, channels), variant in variants.RELEASED.items()
+}
+RELEASED[variants.T2V_A14B.name] = (variants.T2V_A14B, RELEASED[variants.T2V_14B.name][1])
+
+
+def block_parts(wan: WanConfig) -> list[dict[str, Any]]:
+    """The parts of one block: parameters, those among them in matrices, and what they cost per forward.
+
+    FLOPs of a part on L video tokens and R text rows are L·token + L²·token2 + L·R·token_text; once per text
+    and not per step, `text` for each of its rows. `values` are numbers per video token that the part holds at
+    once. Over a block the parameters and the FLOPs add up to those of `memory` and `flops`.
+    """
+    d, f = wan.dim, wan.ffn_dim
+    square = {"weights": d * d + d, "matrices": d * d}
+    return [
+        _part("modulation, norms", weights=6 * d + 2 * d, values=d),
+        _part("self-attention q, k, v", weights=3 * square["weights"] + 2 * d, matrices=3 * d * d,
+              token=6 * d * d, values=3 * d),
+        _part("self-attention, tokens x tokens", token2=4 * d, values=4 * d),
+        _part("self-attention out", **square, token=2 * d * d, values=5 * d),
+        _part("cross-attention q", weights=square["weights"] + d, matrices=d * d, token=2 * d * d, values=d),
+        _part("cross-attention k, v of the text", weights=2 * square["weights"] + d, matrices=2 * d * d,
+              text=4 * d * d),
+        _part("cross-attention, tokens x text", token_text=4 * d, values=2 * d),
+        _part("cross-attention out", **square, token=2 * d * d, values=2 * d),
+        _part("feed-forward", weights=2 * d * f + f + d, matrices=2 * d * f, token=4 * d * f, values=f + d),
+    ]  # fmt: skip
+
+
+def _part(
+    name: str,
+    *,
+    weights: int = 0,
+    matrices: int = 0,
+    token: int = 0,
+    token2: int = 0,
+    token_text: int = 0,
+    text: int = 0,
+    values: int = 0,
+) -> dict[str, Any]:
+    flops = {"token": token, "token2": token2, "token_text": token_text, "text": text}
+    return {"name": name, "weights": weights, "matrices": matrices, "flops": flops, "values": values}
+
+
+def ends(wan: WanConfig) -> list[dict[str, Any]]:
+    """What is before and after the blocks, in the same terms."""
+    d = wan.dim
+    into, out = 4 * wan.in_dim, 4 * wan.out_dim
+    return [
+        _part("patch embedding", weights=into * d + d, token=2 * into * d),
+        _part("text projection", weights=wan.text_dim * d + d + d * d + d, text=2 * d * (wan.text_dim + d)),
+        _part("time embedding", weights=wan.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d),
+        _part("head", weights=out * (d + 1) + 2 * d, token=2 * out * d),
+    ]
+
+
+def calculator(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> dict[str, Any]:
+    """The constants of the memory formulas for one model: what its sizes and files say, whatever is asked
+    of it. `sizes` and `networks` as a manifest has them."""
+    wan = WanConfig(**sizes)
+    t5 = T5Config(**networks["text_encoder"])
+    vae = _vae(networks["vae"])
+    patches = isinstance(vae, VAE22Config)
+    widths = vae.dim_mult[1] + 2 * vae.dim_mult[0] if patches else 2 * vae.dim_mult[0]
+    return {
+        "device": device,
+        "process": memory.PROCESS,
+        "stride": variants.BY_CHANNELS[wan.in_dim].stride,
+        "channels": wan.in_dim,
+        "wan": {**asdict(wan), "head_dim": wan.head_dim, "parameters": wan_parameters(wan)},
+        "t5": {**asdict(t5), "parameters": memory.t5_parameters(t5)},
+        "vae": {
+            "widest": widths * vae.dec_dim,
+            "colours": 12 if patches else 3,
+            "parameters": memory.vae_parameters(vae),
+            "decoder": memory.decoder_parameters(vae),
+            "history": memory.history_channels(vae),
+            "in_fp32": networks["vae_in_fp32"],
+        },
+        "stored": networks["stored"],
+    }
+
+
+def _vae(sizes: dict[str, Any]) -> VAEConfig | VAE22Config:
+    lists: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()
+    }
+    return VAE22Config(**lists) if "dec_dim" in lists else VAEConfig(**lists)
+
+
+def released(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
+    """A released model as its authors publish it, without its files: the transformer and the VAE in fp32, the
+    text encoder in bf16."""
+    variant, wan = RELEASED[name]
+    vae = VAE22Config() if wan.in_dim == variants.TI2V_5B.latent_channels else VAEConfig()
+    matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
+    inner = UMT5_XXL.d_kv * UMT5_XXL.num_heads
+    of_text = 4 * UMT5_XXL.d_model * inner + 3 * UMT5_XXL.d_model * UMT5_XXL.d_ff
+    transformer = _stored("transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim)
+    text = _stored("text encoder", "BF16", 2, of_text * UMT5_XXL.num_layers, UMT5_XXL.d_model * UMT5_XXL.d_ff)
+    convolutions = _stored("vae", "F32", 4, memory.vae_parameters(vae), 0)
+    return _checkpoint(variant, wan, transformer, text, convolutions), UMT5_XXL, vae
+
+
+def _stored(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Part:
+    group = "convolutions" if kind == "vae" else "block matrices"
+    precision = Precision(group, ((dtype, 1),), count * element, largest * element)
+    return Part(kind, kind, (), "safetensors", precision=(precision,))
+
+
+def _checkpoint(variant: Variant, wan: WanConfig, transformer: Part, text: Part, vae: Part) -> Checkpoint:
+    root = Path(variant.name)
+    return Checkpoint(root, variant, (replace(transformer, config=wan),), text, root, vae, root)
+
+
+def explored(
+    checkpoint: Checkpoint, text: T5Config, vae: VAEConfig | VAE22Config, device: str, dtype: str
+) -> dict[str, Any]:
+    """The model of a page that nothing was rendered for, as a manifest says it."""
+    return {
+        "root": str(checkpoint.root),
+        "variant": checkpoint.variant.name,
+        "sizes": asdict(checkpoint.transformer),
+        "networks": footprint.networks_of(checkpoint, text, vae),
+        "dtype": dtype,
+        "residency": "resident",
+        "text_encoder": "resident",
+        "chunk": None,
+        "device": device,
+    }

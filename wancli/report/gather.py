@@ -1,0 +1,147 @@
+"""What pages are made of: the entries of a report, of a job's outputs, or of all manifests below a folder.
+
+An entry is what a report says of a shot: id, labels, output, status, and the body of its manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wancli import manifest
+from wancli.errors import EntryError, JobError
+
+if TYPE_CHECKING:
+    from wancli.shot import Plan
+
+Entry = dict[str, Any]
+REPORT, MAP, COMPARE = "wancli/report/1", "wancli/map/1", "wancli/compare/1"
+MANIFEST = ".manifest.json"
+
+
+@dataclass
+class Found:
+    """Shots with the name of the job of each, documents that lie beside them, and what could not be read."""
+
+    name: str
+    entries: list[tuple[str, Entry]] = field(default_factory=list)
+    reports: list[Mapping[str, Any]] = field(default_factory=list)
+    maps: list[Mapping[str, Any]] = field(default_factory=list)
+    compares: list[Mapping[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def of_report(path: Path) -> Found:
+    """What a render just wrote. Raises JobError if it is no report."""
+    report = _document(path, REPORT)
+    if report is None:
+        raise JobError("is no report of wancli", where=str(path))
+    found = Found(report["job"], [(report["job"], entry) for entry in report["shots"]], [report])
+    _beside(found, {path.parent, *(Path(entry["output"]).parent for entry in report["shots"])})
+    return found
+
+
+def of_plan(plan: Plan, report: Path) -> Found:
+    """What the outputs of a job are now, and what its last report says; its videos are not hashed."""
+    found = Found(plan.name)
+    found.reports = [last] if (last := _document(report, REPORT)) else []
+    for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
+        entry = _read(shot.manifest, found)
+        if entry is None or entry.get("key") not in (None, shot.key):
+            status = "not started" if entry is None else "another job's"
+            entry = {"id": shot.id, "labels": shot.labels, "output": str(shot.output), "status": status}
+        found.entries.append((plan.name, entry))
+    _beside(found, {shot.output.parent for shot in (*plan.shots, *plan.others)})
+    return found
+
+
+def of_folder(folder: Path) -> Found:
+    """Every manifest below a folder, by the reports that lie there told which job it is of, and what those
+    say of shots without one. Raises JobError where there is none."""
+    found = Found(folder.resolve().name)
+    manifests = sorted(folder.rglob(f"*{MANIFEST}"))
+    said: dict[Path, tuple[str, Entry]] = {}
+    for path in sorted(folder.rglob("*report.json")):
+        if report := _document(path, REPORT):
+            found.reports.append(report)
+            said |= {place: (report["job"], entry) for place, entry in _places(path, report["shots"])}
+    for path in manifests:
+        if entry := _read(path, found):
+            job, _ = said.pop(Path(entry["output"]), (path.parent.name, None))
+            found.entries.append((job, entry))
+    found.entries += [(job, _without_record(entry)) for job, entry in said.values()]
+    if not found.entries and not found.problems:
+        hint = "Render something there first."
+        raise JobError("no manifest is in or below it", where=str(folder), hint=hint)
+    _beside(found, {folder, *(path.parent for path in manifests)})
+    return found
+
+
+def _places(report: Path, shots: Sequence[Entry]) -> Iterator[tuple[Path, Entry]]:
+    """Where the outputs of a report are, if its folder was moved: as they were from the one they share."""
+    shared = os.path.commonpath([Path(entry["output"]).parent for entry in shots]) if shots else ""
+    for entry in shots:
+        yield report.parent / Path(entry["output"]).relative_to(shared), entry
+
+
+def baseline_of(found: Found) -> str | None:
+    """The shot that others are compared with: what a comparison says, else the first without injections."""
+    for compare in found.compares:
+        return str(compare["baseline"])
+    plain = [entry["id"] for _, entry in found.entries if "shot" in entry and not entry["injection"]]
+    return plain[0] if plain else None
+
+
+def _without_record(entry: Entry) -> Entry:
+    """What a report said of a shot whose manifest is gone."""
+    status = "gone" if "shot" in entry else entry["status"]
+    return {key: entry[key] for key in ("id", "labels", "output", "error") if key in entry} | {
+        "status": status
+    }
+
+
+def _read(path: Path, found: Found) -> Entry | None:
+    """The entry of a manifest; None where there is none, or a damaged one, which becomes a problem."""
+    try:
+        body = manifest.read(path)
+        if body is None:
+            return None
+        shot = body["shot"]
+        output = path.parent / shot["output"]
+        status = "rendered" if output.exists() else "video gone"
+        return body | {"id": shot["id"], "labels": shot["labels"], "output": str(output), "status": status}
+    except (EntryError, KeyError, TypeError) as error:
+        found.problems.append(str(error) if isinstance(error, EntryError) else f"{path}: lacks {error}")
+        return None
+
+
+def _beside(found: Found, folders: Iterable[Path]) -> None:
+    for folder in sorted(folders):
+        for pattern, schema, into in (
+            ("*.map.*.json", MAP, found.maps),
+            ("*.compare.json", COMPARE, found.compares),
+        ):
+            for path in sorted(folder.glob(pattern)):
+                document = _document(path, schema)
+                if document is None:
+                    found.problems.append(f"{path}: not {schema}")
+                else:
+                    into.append(document)
+
+
+def _document(path: Path, schema: str) -> dict[str, Any] | None:
+    """A JSON file of this schema, None for anything else."""
+    try:
+        document = json.loads(path.read_bytes())
+        return document if document["schema"] == schema else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def labelled(entries: Sequence[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
+    """The labels of the shots, in their order."""
+    return [entry["labels"] for _, entry in entries]

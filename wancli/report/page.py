@@ -1,0 +1,103 @@
+"""Pages: one self-contained HTML file that opens from a folder, without a network.
+
+The template writes the frame and the table of shots; the scripts of `assets` draw the rest from the JSON
+document in the page. Scripts and styles run by their hashes and nothing else does, so that no text of a
+job can become code.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wancli import files
+from wancli.report import document, gather, posters
+from wancli.report.experiments import COLUMNS
+from wancli.report.gather import Found
+
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = (
+    "base", "figures", "memory", "overview", "explorer", "heatmap", "calculator", "prompts", "timing",
+    "videos", "table", "main",
+)  # fmt: skip
+MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
+
+
+def write(report: Path, kept: Path) -> Path:
+    """The page beside a report that a render wrote, with the posters that the folder `kept` has already."""
+    path = report.with_suffix(".html")
+    publish(path, of_found(gather.of_report(report), path, kept, make=False))
+    return path
+
+
+def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
+    """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
+    shown = {i: posters.poster(entry, kept, make=make) for i, (_, entry) in enumerate(found.entries)}
+    return html(document.of_found(found, path, {i: uri for i, uri in shown.items() if uri}))
+
+
+def publish(path: Path, page: bytes) -> None:
+    """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
+    if path.exists():
+        with path.open("rb") as file:
+            earlier = file.read(len(MARK))
+        if earlier != MARK:
+            files.set_aside(path)
+    files.replace(path, page)
+
+
+def html(data: Mapping[str, Any]) -> bytes:
+    """The page of a document."""
+    import jinja2
+    from markupsafe import Markup
+
+    styles = (ASSETS / "page.css").read_text()
+    script = "\n".join((ASSETS / f"{name}.js").read_text() for name in SCRIPTS)
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    text = environment.from_string((ASSETS / "page.html.j2").read_text()).render(
+        data=data,
+        columns=_columns(data),
+        policy=_policy(styles, script),
+        styles=Markup(styles),
+        script=Markup(script),
+        json=Markup(_embedded(data)),
+    )
+    return text.encode(errors="backslashreplace")
+
+
+def _columns(data: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the table of shots; the job is not told where there is one only."""
+    one = len({shot.get("job") for shot in data["shots"]}) < 2
+    return {key: label for key, label in COLUMNS.items() if not (one and key == "job")}
+
+
+def _embedded(data: Mapping[str, Any]) -> str:
+    """JSON that no text in it can end: ASCII, without `<`."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _policy(styles: str, script: str) -> str:
+    def hashed(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {hashed(script)}",
+            f"style-src {hashed(styles)}",
+            "img-src data:",
+            "media-src 'self' file:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )

@@ -1,0 +1,40 @@
+"""A picture of each video for a page: a small JPEG, made once and kept by the video's digest."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from wancli import files, video
+from wancli.errors import WancliError
+
+
+def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
+    """The middle frame of a shot's video as a data URI, from the folder `kept`, or made now if `make`.
+
+    None where there is none: a page does without.
+    """
+    digest = next((file["sha256"] for file in entry.get("files", []) if file["path"].endswith(".mp4")), "")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return None
+    path = kept / f"{digest[:32]}.jpg"
+    try:
+        return _uri(path.read_bytes())
+    except OSError:
+        if not make:
+            return None
+    shot = entry["shot"]
+    with suppress(WancliError):
+        picture = video.poster(Path(entry["output"]), shot["frames"] // 2 / shot["fps"])
+        with suppress(WancliError):  # a folder that cannot be written costs the work again
+            files.replace(path, picture)
+        return _uri(picture)
+    return None
+
+
+def _uri(picture: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

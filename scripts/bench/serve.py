@@ -49,12 +49,16 @@ def main() -> None:
         try:
             served = ["--socket", socket]
             measured([job, *served], environment)  # the first job
-            found = [(measured([job], environment), measured([job, *served], environment)) for _ in range(repeats)]
+            found = [
+                (measured([job], environment), measured([job, *served], environment)) for _ in range(repeats)
+            ]
         finally:
             subprocess.run([*server[:-3], "--stop", "--socket", socket], env=environment, check=True)
     for index, what in enumerate(("process start to first step", "the whole command")):
         alone, second = (statistics.median(pair[who][index] for pair in found) for who in (0, 1))
-        print(f"{what}: alone {alone:.2f} s, by the server {second:.2f} s, {alone / second:.1f} times as soon")
+        print(
+            f"{what}: alone {alone:.2f} s, by the server {second:.2f} s, {alone / second:.1f} times as soon"
+        )
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ class Server:
             meeting.send(connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"})
             return
         connection.settimeout(_PATIENCE)
+        _tell(connection, {"turn": os.getpid()})
         try:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         except OSError:
@@ -168,7 +169,7 @@ class Server:
         try:
             request = meeting.Lines(connection).next()
             connection.settimeout(None)
-            if request is None or len(streams) != 3 or _is_gone(connection):  # while it waited its turn
+            if request is None or len(streams) != 3:  # it has gone
                 return
             began = time.monotonic()
             if why := meeting.difference(self._identity, request["identity"]):
@@ -237,11 +238,6 @@ class Server:
             signal.pthread_kill(main, number)
             if message is None:
                 return
-
-
-def _is_gone(connection: socket.socket) -> bool:
-    """Whether the other end has closed; it says nothing before it is answered."""
-    return bool(select.select([connection], [], [], 0)[0])
 
 
 def _tell(connection: socket.socket, message: dict[str, Any]) -> None:

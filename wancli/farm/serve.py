@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -172,7 +173,7 @@ class Server:
             if request is None or len(streams) != 3:  # it has gone
                 return
             began = time.monotonic()
-            if why := meeting.difference(self._identity, request["identity"]):
+            if why := meeting.difference(self._identity, request.get("identity", {})):
                 _tell(connection, {"refused": why})
                 return
             _tell(connection, {"begun": os.getpid()})
@@ -194,7 +195,8 @@ class Server:
         try:
             os.chdir(request["folder"])
         except OSError as error:
-            os.write(streams[2], f"wancli: {request['folder']}: {error.strerror}\n".encode())
+            with suppress(OSError):
+                os.write(streams[2], f"wancli: {request['folder']!r}: {error.strerror}\n".encode())
             return ExitStatus.MACHINE
         try:
             with standing_in(request, streams):
@@ -214,6 +216,10 @@ class Server:
             code = ended.code if isinstance(ended.code, int) else 1
         except KeyboardInterrupt:
             code = ExitStatus.INTERRUPTED
+        except Exception:  # as where Python ends by it: somebody closed its stderr
+            with suppress(OSError):
+                traceback.print_exc()
+            code = 1
         finally:
             self._state = "busy"
         if code in (ExitStatus.STOPPED, ExitStatus.INTERRUPTED) and not self._relayed:

@@ -46,8 +46,7 @@ def render(arguments: Sequence[str], said: str, cache: Path, *, quiet: bool) -> 
                 "--socket auto does without one.",
             )
         with connection, _Render(connection, path) as asked:
-            asked.send(arguments)
-            return asked.answer(quiet=quiet)
+            return asked.answer(arguments, quiet=quiet)
     except (MachineError, JobError) as error:
         if said != meeting.AUTO:
             raise
@@ -83,7 +82,33 @@ class _Render:
         with suppress(OSError):  # it has just ended, and says so
             meeting.send(self._connection, {"signal": name})
 
-    def send(self, arguments: Sequence[str]) -> None:
+    def answer(self, arguments: Sequence[str], *, quiet: bool) -> int:
+        """The exit code."""
+        if not quiet and not select.select([self._connection], [], [], _PATIENCE)[0]:
+            _say(f"waiting for the render that {self._path} is busy with")
+        said = self._next()
+        if "turn" in said:
+            self._send(arguments)
+            said = self._next()
+        if "refused" in said:
+            raise MachineError(
+                f"refuses: {said['refused']}",
+                where=str(self._path),
+                hint="wancli serve --stop ends the server; start it again from here.",
+            )
+        self._begun = bool(said)
+        if not self._begun:
+            raise MachineError("the server there ended before it was our turn", where=str(self._path))
+        said = self._next()
+        if "code" in said:
+            return int(said["code"])
+        if len(self._sent) > 1:
+            name = signal.Signals(self._sent[-1]).name
+            _say(f"ended at once by a second signal, {name}; so is the server")
+            return 128 + self._sent[-1]
+        raise Stopped(f"the server at {self._path} has died; what was saved is on disk")
+
+    def _send(self, arguments: Sequence[str]) -> None:
         request = {
             "arguments": list(arguments),
             "folder": str(Path.cwd()),
@@ -96,28 +121,6 @@ class _Render:
         with suppress(ConnectionError), _standard_streams() as streams:
             socket.send_fds(self._connection, [b"\n"], streams)
             meeting.send(self._connection, request)
-
-    def answer(self, *, quiet: bool) -> int:
-        if not quiet and not select.select([self._connection], [], [], _PATIENCE)[0]:
-            _say(f"waiting for the render that {self._path} is busy with")
-        first = self._next()
-        if "refused" in first:
-            raise MachineError(
-                f"refuses: {first['refused']}",
-                where=str(self._path),
-                hint="wancli serve --stop ends the server; start it again from here.",
-            )
-        self._begun = bool(first)
-        last = self._next() if first else first
-        if "code" in last:
-            return int(last["code"])
-        if not self._begun:
-            raise MachineError("the server there ended before it was our turn", where=str(self._path))
-        if len(self._sent) > 1:
-            name = signal.Signals(self._sent[-1]).name
-            _say(f"ended at once by a second signal, {name}; so is the server")
-            return 128 + self._sent[-1]
-        raise Stopped(f"the server at {self._path} has died; what was saved is on disk")
 
     def _next(self) -> dict[str, Any]:
         return self._lines.next() or {}

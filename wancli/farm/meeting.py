@@ -1,7 +1,8 @@
 """Where a client and a server of one user meet: a Unix socket in a private folder, and who may talk there.
 
-A message is a line of JSON. The client sends `Request` with its three standard streams, and later
-`{"signal": NAME}`; the server answers `{"begun": PID}` or `{"refused": WHY}`, and in the end `{"code": N}`.
+A message is a line of JSON. The server says `{"turn": PID}` when it is the client's; the client sends its
+standard streams and what it asks for, and later `{"signal": NAME}`; the server answers `{"begun": PID}` or
+`{"refused": WHY}`, and in the end `{"code": N}`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -161,6 +162,7 @@ class Server:
             meeting.send(connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"})
             return
         connection.settimeout(_PATIENCE)
+        _tell(connection, {"turn": os.getpid()})
         try:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         except OSError:
@@ -168,10 +170,10 @@ class Server:
         try:
             request = meeting.Lines(connection).next()
             connection.settimeout(None)
-            if request is None or len(streams) != 3 or _is_gone(connection):  # while it waited its turn
+            if request is None or len(streams) != 3:  # it has gone
                 return
             began = time.monotonic()
-            if why := meeting.difference(self._identity, request["identity"]):
+            if why := meeting.difference(self._identity, request.get("identity", {})):
                 _tell(connection, {"refused": why})
                 return
             _tell(connection, {"begun": os.getpid()})
@@ -193,7 +195,8 @@ class Server:
         try:
             os.chdir(request["folder"])
         except OSError as error:
-            os.write(streams[2], f"wancli: {request['folder']}: {error.strerror}\n".encode())
+            with suppress(OSError):
+                os.write(streams[2], f"wancli: {request['folder']!r}: {error.strerror}\n".encode())
             return ExitStatus.MACHINE
         try:
             with standing_in(request, streams):
@@ -213,6 +216,10 @@ class Server:
             code = ended.code if isinstance(ended.code, int) else 1
         except KeyboardInterrupt:
             code = ExitStatus.INTERRUPTED
+        except Exception:  # as where Python ends by it: somebody closed its stderr
+            with suppress(OSError):
+                traceback.print_exc()
+            code = 1
         finally:
             self._state = "busy"
         if code in (ExitStatus.STOPPED, ExitStatus.INTERRUPTED) and not self._relayed:
@@ -237,11 +244,6 @@ class Server:
             signal.pthread_kill(main, number)
             if message is None:
                 return
-
-
-def _is_gone(connection: socket.socket) -> bool:
-    """Whether the other end has closed; it says nothing before it is answered."""
-    return bool(select.select([connection], [], [], 0)[0])
 
 
 def _tell(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def test_the_version_is_all_that_version_prints(say: Any) -> None:
         (["foo"], "No such command 'foo'."),
         (["plan"], "Missing argument 'JOB'."),
         (["render", "a.yaml", "b.yaml"], "Got unexpected extra argument(s) (b.yaml)"),
-        (["render", "a.yaml", "--farce"], "No such option: --farce (Possible options: --force)"),
+        (["render", "a.yaml", "--farce"], "No such option: --farce (Possible options: --address, --force)"),
         (["render", "a.yaml", "--log-level", "loud"], "Invalid value for '--log-level': "),
         (["render", "a.yaml", "--progress", "x"], "Invalid value for '--progress': "),
         (["encode", "x", "--max-tokens", "many"], "Invalid value for '--max-tokens': "),

@@ -78,6 +78,7 @@ def test_errors_lists_them_for_people_and_for_programs(capsys: pytest.CaptureFix
         "machine.ffmpeg",
         "memory.exhausted",
         "stopped",
+        "stopped.elsewhere",
         "stopped.interrupted",
     ]
     lines = command(capsys, "errors").out.splitlines()

@@ -196,14 +196,14 @@ def test_the_manifest_says_which_lora_and_what_of_it(
     assert (found["coverage"]["blocks"], found["coverage"]["outside"]) == ([0, 1, 2, 3], 1)
 
 
-def test_a_lora_with_nan_stops_the_batch_and_names_the_key(
+def test_a_lora_with_nan_fails_its_shot_and_names_the_key(
     render: Callable[..., Said], tmp_path: Path, lora: Path
 ) -> None:
     key = "diffusion_model.blocks.2.ffn.2.lora_B.weight"
     change_tensors(lora, lambda tensors: tensors[key].view(-1)[:1].fill_(float("nan")))
     said = render(loras=[{"path": "style.safetensors"}])
     assert said.code == 4
-    assert said.err.splitlines()[0] == f"wancli: {lora}: {key} holds NaN or Inf"
+    assert said.err.splitlines()[0] == f"wancli: shot 0000: {lora}: {key} holds NaN or Inf"
     assert not (tmp_path / "out" / "clip.mp4").exists()
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
-from wancli.errors import InjectionMissed, NoSpace, WancliError
+from wancli.errors import Bug, InjectionMissed, NoSpace, WancliError
 from wancli.farm.ray import _error, _match, _plain, _Seat
 
 Render = Callable[..., Said]
@@ -143,7 +143,7 @@ def test_shots_go_to_the_worker_that_has_their_model() -> None:
     assert (idle, len(waves)) == ([], 1)
 
 
-@pytest.mark.parametrize("kind", [WancliError, NoSpace, InjectionMissed])
+@pytest.mark.parametrize("kind", [NoSpace, InjectionMissed, Bug])
 def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None:
     error = kind("a message", where="a place", hint="a way out")
     other = _error(json.loads(json.dumps(_plain(error))))

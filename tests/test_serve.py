@@ -232,7 +232,7 @@ def test_a_reader_that_went_away_ends_as_it_does_alone(
         )  # fmt: skip
         os.close(write)
         codes.append(done.returncode)
-    assert codes[0] == codes[1] != 0
+    assert codes == [0, 0]  # what was made is on disk
     assert wancli("render", job("next"), "-q", "--socket", there).returncode == 0
 
 

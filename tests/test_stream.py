@@ -282,14 +282,14 @@ def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_path: Path) -> None:
-    def outcome(id: str, error: Exception) -> Any:
+    def failed(id: str, error: Exception) -> Any:
         shot = SimpleShot(id)
         return outcome.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
 
     out = io.StringIO()
     with stream.Stream(out, "render") as display:
-        display.came_to(outcome("a", kinds()[0]("first")))
-        display.came_to(outcome("b", FfmpegError("second")))
+        display.came_to(failed("a", kinds()[0]("first")))
+        display.came_to(failed("b", FfmpegError("second")))
         display.ended(FfmpegError.status, None)
     envelope = events(out.getvalue())[-1]
     assert (envelope["exit_code"], envelope["error"]["code"]) == (3, "machine.ffmpeg")

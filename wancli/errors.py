@@ -15,8 +15,8 @@
     ├─ DoesNotFit          5   more memory is needed than there is
     │  └─ OutOfMemory          it ran out while a phase was at work; retryable
     ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
-    │  ├─ Interrupted    130   the same by Ctrl-C
-    │  └─ Elsewhere           other workers are at the rest
+    │  ├─ Elsewhere           other workers are at the rest of the batch
+    │  └─ Interrupted    130   as Stopped, by Ctrl-C
     ├─ ShotError           1   the numbers of one shot are wrong
     │  ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
     │  └─ InjectionMissed      a rule reached fewer cells of its table than planned

@@ -68,7 +68,7 @@ def render_model(
         release()
         yield from (failed(shot, attempt) for shot in fresh)
         fresh = []
-    sick = {shot.index: unencoded[id] for shot in fresh for id in _ids(shot) if id in unencoded}
+    sick = {shot.index: unencoded[id] for shot in fresh for id in reversed(_ids(shot)) if id in unencoded}
     yield from (failed(shot, sick[shot.index]) for shot in fresh if shot.index in sick)
     for shot in shots:
         if shot.index in recalled:

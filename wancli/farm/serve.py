@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import ExitStatus, MachineError
 from wancli.farm import meeting
-from wancli.farm.standin import Unread, standing_in
+from wancli.farm.standin import standing_in
 from wancli.loaded import Kept, check_device, check_weights
 from wancli.peak import fitting
 
@@ -201,7 +201,7 @@ class Server:
         try:
             with standing_in(request, streams):
                 return self._command(connection, request)
-        except Unread:
+        except BrokenPipeError:
             return _LOST
         finally:
             os.chdir("/")

@@ -12,13 +12,10 @@ from typing import Any, TextIO
 from wancli.farm import meeting
 
 
-class Unread(Exception):
-    """The last of the output reached nobody."""
-
-
 @contextmanager
 def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[None]:
-    """In the block this process has the client's streams, environment and umask."""
+    """In the block this process has the client's streams, environment and umask. Raises BrokenPipeError where
+    the last of the output reached nobody."""
     own_streams, own_python = [os.dup(fd) for fd in range(3)], (sys.stdin, sys.stdout, sys.stderr)
     own_environment = dict(os.environ)
     own_mask = os.umask(request["umask"])
@@ -34,7 +31,7 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
             try:
                 written.flush()
             except OSError:
-                raise Unread from None
+                raise BrokenPipeError from None
     finally:
         sys.stdin, sys.stdout, sys.stderr = own_python
         for fd, stream in enumerate(own_streams):

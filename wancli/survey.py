@@ -4,11 +4,9 @@ map that comes of it. Without torch."""
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
 
 from wancli import choose, footprint, maps, memory
 from wancli.errors import DoesNotFit, JobError
@@ -167,13 +165,6 @@ def measured(asked: Survey, tools: Tools) -> Map:
     from wancli import along
 
     return along.measure(asked, tools)
-
-
-def beside(plan: Plan, method: Method) -> Path:
-    """Where the map of a job goes: into the folder that its outputs share, or that of the first."""
-    parents = [shot.output.parent for shot in plan.shots]
-    folder = Path(os.path.commonpath(parents))
-    return (parents[0] if folder == folder.parent else folder) / f"{plan.name}.map.{method}.json"
 
 
 def found_map(

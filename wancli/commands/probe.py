@@ -80,7 +80,7 @@ def probe_command(
         display.warn(warning)
     with signals.listening() as stop:
         found = survey.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
-    path = output or survey.beside(planned, asked.method)
+    path = output or planned.companion(f"map.{asked.method}.json")
     maps.write(path, found)
     maps.Shelf(cache_of(cache_dir) / "maps").keep(found)
     if as_json:

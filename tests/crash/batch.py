@@ -200,6 +200,9 @@ class Rig:
                 continue
             if path.name == "job.report.json":
                 json.loads(path.read_bytes())
+            elif path.name == "job.report.html":
+                if not path.read_text().rstrip().endswith("</html>"):
+                    wrong.append(f"{path.name} is torn")
             elif not _NAMES.match(path.name):
                 wrong.append(f"what is {path.name}?")
             elif ".old-" not in path.name and not self._is_right(path, home):

@@ -161,6 +161,7 @@ def summary(
     yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     if path:
         yield f"report: {path}"
+        yield f"page: {path.with_suffix('.html')}"
 
 
 def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:

@@ -120,6 +120,7 @@ def test_without_ray_the_message_says_what_to_install(
 def test_options_of_the_engine_and_jobs_that_no_worker_can_read_are_usage_errors(render: Render) -> None:
     assert render("--address", "auto").code == 2
     assert render("--cpus-per-worker", "2").code == 2
+    assert render("--engine", "ray", "--socket", "auto").code == 2
 
 
 def test_what_is_done_needs_no_cluster(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def render(
     A shot that fails does not keep the others from being rendered.
     """
     invocation: Invocation = context.obj
-    if (code := _served(invocation, socket, quiet)) is not None:
+    if engine is Engine.local and (code := _served(invocation, socket, quiet)) is not None:
         return code
     from wancli import batch, compare, policy, rates, signals
     from wancli.farm.claims import Claims
@@ -116,7 +116,7 @@ def render(
     display = context.with_resource(display_of(progress.value, quiet, json_stream, "render"))
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
-    cluster = _cluster(engine, address, cpus_per_worker)
+    cluster = _cluster(context, engine, address, cpus_per_worker)
     measuring = log_level in (LogLevel.verbose, LogLevel.trace)
     failing = policy.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
@@ -193,10 +193,15 @@ def _summarize(
         terminal.show(terminal.failures(report, again(context, terminal.ranges(failed))), stderr=True)
 
 
-def _cluster(engine: Engine, address: str | None, cpus_per_worker: int | None) -> Cluster:
+def _cluster(
+    context: typer.Context, engine: Engine, address: str | None, cpus_per_worker: int | None
+) -> Cluster:
     """Where --engine ray finds its workers."""
     from wancli.farm.ray import Cluster
 
+    source = context.get_parameter_source("socket")
+    if engine is Engine.ray and source is not None and source.name == "COMMANDLINE":
+        raise UsageError("--socket is of a server on this host; --engine ray has workers of its own")
     if engine is not Engine.ray and (address or cpus_per_worker):
         raise UsageError("--address and --cpus-per-worker are of --engine ray")
     return Cluster(address, cpus_per_worker)

@@ -155,7 +155,7 @@ def summary(
         cache = report["cache"]
         loaded = "encoder loaded" if cache["encoder_loaded"] else "encoder not loaded"
         yield f"prompts: {cache['hits']} from the cache, {cache['misses']} encoded ({loaded})"
-    counts = dict.fromkeys(("rendered", "already done", "failed", "stopped", "not started"), 0)
+    counts = dict.fromkeys(("rendered", "already done", "failed", "stopped", "elsewhere", "not started"), 0)
     for shot in report["shots"]:
         counts[shot["status"]] += 1
     yield ", ".join(f"{count} {status}" for status, count in counts.items() if count)

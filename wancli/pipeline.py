@@ -77,7 +77,8 @@ def preflight(plan: Plan, tools: Tools) -> list[Shot]:
         files.writable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         video.check_ffmpeg(codec)
-    for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
+    unknown = [shot.model for shot in todo if not (tools.kept and tools.kept.holds(shot.model))]
+    for checkpoint in dict.fromkeys(model.checkpoint for model in unknown):
         check_weights(checkpoint)
     todo = lockstep.arranged(todo)
     for shot in todo:

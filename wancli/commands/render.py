@@ -10,7 +10,6 @@ import typer
 
 from wancli.commands.common import (
     Invocation,
-    cache_of,
     complain,
     emit,
     flags_of,
@@ -68,7 +67,7 @@ def render(
     force: Force = False,
     as_json: Json = False,
     cache_dir: CacheDir = None,
-    socket: Socket = None,
+    socket: Socket = None,  # noqa: ARG001 - heeded by wancli.__main__, before this is imported
     log_level: Level = LogLevel.basic,
     progress: Progressing = ProgressMode.auto,
     quiet: Quiet = False,
@@ -79,8 +78,6 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     """
     invocation: Invocation = context.obj
-    if (code := _served(invocation, socket, quiet)) is not None:
-        return code
     from wancli import events, pipeline, rates, signals
     from wancli.report import data, terminal
     from wancli.tools import Tools
@@ -164,15 +161,6 @@ def plan_command(
         if data.state(shot) != "done":
             choose.require(shot, encoded=all(text["cached"] for text in data.cached([shot], store)))
     return ExitStatus.OK
-
-
-def _served(invocation: Invocation, socket: str | None, quiet: bool) -> int | None:
-    """The exit code, where a server at the socket rendered; None where this process is to."""
-    if socket is None or invocation.kept is not None:
-        return None
-    from wancli.farm import client
-
-    return client.render(invocation.arguments, socket, cache_of(None), quiet=quiet)
 
 
 def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:

@@ -1,27 +1,83 @@
-"""What `wancli` and `python -m wancli` start: the command line, quiet when Ctrl-C comes before it."""
+"""The `wancli` command. A render that a server is to do goes there before anything slow is imported."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from wancli.errors import WancliError
+
 
 def main() -> None:
-    """Imports and runs the command line. Until that is imported nothing is begun, and Ctrl-C just ends."""
+    # Threads that spin while they wait stall each other when a machine runs more of them than it has
+    # cores, as farms do: seconds instead of milliseconds a step. Waiting quietly costs next to nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in Chinese on a terminal in latin-1
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script ignores
         signal.signal(signal.SIGINT, _leave)
-    from wancli import cli
+    arguments = sys.argv[1:]
+    code = _served(arguments)
+    sys.exit(_alone(arguments) if code is None else code)
 
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+
+def _alone(arguments: list[str]) -> int:
+    from wancli.cli import run
+
+    _imported()
+    return run(arguments)
+
+
+def _served(arguments: list[str]) -> int | None:
+    """The exit code of a render, where a server at `--socket` did it; else None. What is wrong with the
+    command line the server says, in the words that it has here."""
+    socket = _socket(arguments)
+    if socket is None:
+        return None
+    from wancli.commands.common import cache_of
+    from wancli.farm import client
+
+    _imported()
+    quiet = not {"-q", "--quiet"}.isdisjoint(arguments)
+    try:
+        return client.render(arguments, socket, cache_of(None), quiet=quiet)
+    except WancliError as error:
+        from wancli.cli import ended
+
+        return ended(error, arguments)
+
+
+def _socket(arguments: Sequence[str]) -> str | None:
+    """Where a server is to render. Other commands, --help and --engine have none."""
+    own = any(word in ("-h", "--help") or word.startswith("--engine") for word in arguments)
+    if arguments[:1] != ["render"] or own:
+        return None
+    said = os.environ.get("WANCLI_SOCKET") or None
+    for word, following in zip(arguments, [*arguments[1:], None]):
+        if word == "--socket":
+            said = following
+        elif word.startswith("--socket="):
+            said = word.removeprefix("--socket=")
+    return said
 
 
 def _leave(_: int, __: FrameType | None) -> NoReturn:
+    """Ctrl-C while the command line is imported: nothing is begun."""
     os.write(2, b"wancli: interrupted; nothing was begun\n")
     os._exit(130)
+
+
+def _imported() -> None:
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ stdout carries results only: paths, or one JSON document. Everything else goes t
 
 from __future__ import annotations
 
-import io
-import os
 import shlex
 import sys
 import tempfile
@@ -52,15 +50,9 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """The `wancli` command."""
-    # Threads that spin while they wait stall each other when a machine runs more of them than it has
-    # cores, as farms do: seconds instead of milliseconds a step. Waiting quietly costs next to nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name in Chinese on a terminal in latin-1
-    sys.exit(run(sys.argv[1:]))
+    from wancli.__main__ import main as start
+
+    start()
 
 
 def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
@@ -68,13 +60,10 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
 
     `kept` and `began`: of a process that runs several, networks and when this one began."""
     try:
-        invocation = Invocation(arguments, kept, began)
+        invocation = Invocation(kept, began)
         code = int(app(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
     except WancliError as error:
-        complain(error)
-        if isinstance(error, Stopped):
-            print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
-        return error.status
+        return ended(error, arguments)
     except typer.TyperException as error:
         usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
         complain(usage)
@@ -91,6 +80,14 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
     if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
     return code
+
+
+def ended(error: WancliError, arguments: list[str]) -> ExitStatus:
+    """Says why a command line came to its end, and returns its exit code."""
+    complain(error)
+    if isinstance(error, Stopped):
+        print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
+    return error.status
 
 
 @app.callback(invoke_without_command=True)

@@ -117,12 +117,16 @@ class Kept:
         """Those that are here if they are of this model and ran as it would, else new ones; what was here
         before is gone then."""
         here = self._networks
-        if here and _networks_of(here.model) == _networks_of(model) and lazily >= here.lazily:
+        if here and self.holds(model) and lazily >= here.lazily:
             here.reuse()
             return here
         self._networks = here = None  # before others are loaded
         self._networks = Networks(model, lazily)
         return self._networks
+
+    def holds(self, model: Model) -> bool:
+        """Whether the networks that are here are of this model, whose weights were checked then."""
+        return self._networks is not None and _networks_of(self._networks.model) == _networks_of(model)
 
     def forget(self) -> None:
         """Gives the memory back."""

@@ -40,7 +40,7 @@ def preflight(plan: Plan, tools: Tools) -> Found:
     do not fit their networks. Nothing was started then.
     """
     todo, refused = outputs(plan, tools)
-    _check_machine(todo)
+    _check_machine(todo, tools)
     fitting = []
     for shot in lockstep.arranged(todo):
         try:
@@ -118,7 +118,7 @@ def lacks_effects(shot: Shot, facts: Record) -> bool:
     return shot.measure and shot.injects and not facts["effects"]
 
 
-def _check_machine(todo: Sequence[Shot]) -> None:
+def _check_machine(todo: Sequence[Shot], tools: Tools) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
@@ -127,7 +127,8 @@ def _check_machine(todo: Sequence[Shot]) -> None:
         files.writable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         video.check_ffmpeg(codec)
-    for checkpoint in dict.fromkeys(shot.model.checkpoint for shot in todo):
+    unknown = [shot.model for shot in todo if not (tools.kept and tools.kept.holds(shot.model))]
+    for checkpoint in dict.fromkeys(model.checkpoint for model in unknown):
         check_weights(checkpoint)
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -304,8 +305,13 @@ def check_ffmpeg(codec: str = "h264") -> None:
     """The preflight: ffmpeg is there, runs, and can encode. Raises FfmpegError."""
     executable = Path(_executable())
     name = _CODECS[codec][1]
-    if name.encode() not in _output(["-encoders"], executable).split():
+    if name.encode() not in _encoders(executable, executable.stat().st_mtime_ns):
         raise FfmpegError(f"this ffmpeg has no {name} encoder", where=str(executable), hint=_GET_FFMPEG)
+
+
+@lru_cache(4)  # a process that renders for others asks again and again
+def _encoders(executable: Path, _changed: int) -> frozenset[bytes]:
+    return frozenset(_output(["-encoders"], executable).split())
 
 
 _GET_FFMPEG = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"

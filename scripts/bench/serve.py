@@ -2,8 +2,8 @@
 
     python -m scripts.bench.serve [--repeats 5]
 
-wan-mini, prompts in the cache. Both as the command counts it: from the start of its process to the end of its
-first step; and the whole command, 2 steps and decoding included. In turn, medians.
+wan-mini, one frame of 128x128, prompts in the cache. As the command counts it: from the start of its process
+to the end of its first step; and the whole command, 2 steps and decoding included. In turn, medians.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from scripts.bench.startup import WANCLI, _run
 JOB = """\
 output: out/clip.mp4
 prompt: A red circle drifts to the left across dark stripes.
-frames: 5
+frames: 1
+size: 128x128
 seed: 3
 sampler: {steps: 2}
 """

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-WANCLI = [sys.executable, "-c", "from wancli.cli import main; main()"]
+WANCLI = [sys.executable, "-m", "wancli"]
 
 
 def rows(repeats: int = 5) -> list[tuple[str, float]]:

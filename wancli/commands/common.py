@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invocation:
-    """A command line; where a process runs several, the networks it keeps and when this one began."""
+    """What a process that runs several command lines gives each: the networks it keeps, and when it began."""
 
-    arguments: list[str]
     kept: Kept | None = None
     began: float | None = None
 

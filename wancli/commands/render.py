@@ -93,7 +93,7 @@ def render(
     as_json: Json = False,
     json_stream: JsonStream = False,
     cache_dir: CacheDir = None,
-    socket: Socket = None,
+    socket: Socket = None,  # noqa: ARG001 - heeded by wancli.__main__, before this is imported
     log_level: Level = LogLevel.basic,
     progress: RenderProgressing = RenderProgress.auto,
     quiet: Quiet = False,
@@ -105,8 +105,6 @@ def render(
     A shot that fails does not keep the others from being rendered.
     """
     invocation: Invocation = context.obj
-    if engine is Engine.local and (code := _served(invocation, socket, quiet)) is not None:
-        return code
     from wancli import batch, compare, policy, rates, signals
     from wancli.farm.claims import Claims
     from wancli.report import data
@@ -238,15 +236,6 @@ def _tell(outcome: Outcome, *, paths: bool) -> None:
         complain(outcome.error, "" if outcome.error.where == where else f"{where}: ")
     elif outcome.record and paths:
         result(str(outcome.shot.output))
-
-
-def _served(invocation: Invocation, socket: str | None, quiet: bool) -> int | None:
-    """The exit code, where a server at the socket rendered; None where this process is to."""
-    if socket is None or invocation.kept is not None:
-        return None
-    from wancli.farm import client
-
-    return client.render(invocation.arguments, socket, cache_of(None), quiet=quiet)
 
 
 def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:

@@ -37,7 +37,15 @@ def template(
         "timeout": 3600,
     }
     leave = {"command": wancli, "args": ["serve", "--stop", *socket]}
-    render = ["render", "{{Param.JobFile}}", "--items", "{{Task.Param.Item}}", *socket, "--progress", "plain"]
+    render = [
+        "render",
+        "{{Param.JobFile}}",
+        "--items",
+        "{{Task.Param.Item}}",
+        *socket,
+        "--progress",
+        "openjd",
+    ]
     model = {
         "name": "Model",
         "script": {

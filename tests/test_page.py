@@ -42,7 +42,7 @@ def made(out: Path, entry: dict[str, Any]) -> bytes:
 
 
 def test_a_render_leaves_a_page_beside_its_report_that_needs_nothing_else(out: Path) -> None:
-    data = (out / "report.html").read_bytes()
+    data = (out / "job.report.html").read_bytes()
     found = pages.Page(data)
     assert found.document["name"] == "job"
     assert [shot["id"] for shot in found.document["shots"]] == ["plain", "fish"]
@@ -63,7 +63,7 @@ def test_a_render_leaves_a_page_beside_its_report_that_needs_nothing_else(out: P
 
 
 def test_only_the_scripts_and_styles_of_the_package_run(out: Path) -> None:
-    found = pages.Page((out / "report.html").read_bytes())
+    found = pages.Page((out / "job.report.html").read_bytes())
     policy = next(a["content"] for t, a in found.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy
     assert policy.startswith("default-src 'none'; ")

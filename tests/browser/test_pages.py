@@ -76,7 +76,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
 
 @pytest.fixture
 def opened(browser: Any, out: Path) -> WebDriver:
-    driver: WebDriver = browser.opened(out / "report.html")
+    driver: WebDriver = browser.opened(out / "job.report.html")
     return driver
 
 
@@ -356,7 +356,7 @@ def test_a_comparison_is_written_under_a_video_and_drawn_over_it(opened: WebDriv
 
 @pytest.mark.parametrize("width", [360, 768, 1280, 1920])
 def test_nothing_is_wider_than_the_window(browser: Any, out: Path, width: int) -> None:
-    driver = browser.opened(out / "report.html", width=width)
+    driver = browser.opened(out / "job.report.html", width=width)
     pick(driver, "fish")
     wide, room = driver.execute_script(
         "const e = document.documentElement;"
@@ -369,7 +369,7 @@ def test_nothing_is_wider_than_the_window(browser: Any, out: Path, width: int) -
 def test_the_theme_follows_the_system_until_the_button_is_pressed(
     browser: Any, out: Path, dark: bool
 ) -> None:
-    driver = browser.opened(out / "report.html", dark=dark)
+    driver = browser.opened(out / "job.report.html", dark=dark)
     paper = "return getComputedStyle(document.body).backgroundColor"
     before = driver.execute_script(paper)
     assert before == ("rgb(18, 21, 24)" if dark else "rgb(247, 247, 245)")
@@ -409,7 +409,7 @@ return found;
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_can_be_read_against_what_is_behind_it(browser: Any, out: Path, dark: bool) -> None:
-    driver = browser.opened(out / "report.html", dark=dark)
+    driver = browser.opened(out / "job.report.html", dark=dark)
     pick(driver, "fish")
     assert driver.execute_script(CONTRAST) == []
 

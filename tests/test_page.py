@@ -315,3 +315,12 @@ def test_models_are_explored_without_weights(tmp_path: Path, shallow: Path) -> N
     assert run(["explore", str(shallow), "-o", str(path)]) == 0
     (model,) = pages.Page(path.read_bytes()).document["models"]
     assert model["sizes"]["num_layers"] == 4
+
+
+def test_csv_moves_a_file_that_is_no_table_of_ours_aside(out: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("prompt: precious\n")
+    for _ in range(2):
+        assert run(["report", str(out), "-o", str(tmp_path / "p.html"), "--csv", str(mine)]) == 0
+    assert (tmp_path / "mine.old-1.yaml").read_text() == "prompt: precious\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.old-1.yaml", "mine.yaml", "p.html"]

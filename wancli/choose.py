@@ -141,11 +141,12 @@ def _distinct(shots: Sequence[Shot]) -> list[Shot]:
     return list(kinds.values())
 
 
-def require(shot: Shot, *, encoded: bool = False) -> None:
+def require(shot: Shot, *, encoded: bool = False, allowed: int | None = None) -> None:
     """Raises DoesNotFit if a phase of the shot needs more memory than it may take, with the nearest size and
-    number of frames that would fit. `encoded`: its prompts are in the cache, so none is encoded."""
+    number of frames that would fit. `encoded`: its prompts are in the cache, so none is encoded. `allowed`:
+    the `limit` of its model, where it is known."""
     names = PIPELINE if encoded else ("encode", *PIPELINE)
-    allowed = limit(shot.model)
+    allowed = limit(shot.model) if allowed is None else allowed
 
     def fits(other: Shot) -> bool:
         return need(other.model, [other], names) <= allowed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,14 +69,10 @@ def device_name(device: str) -> str:
         told = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
         names = re.findall(r"Model:\s*(.+)", "\n".join(told))
         return names[0].strip() if names else "CUDA"
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
     cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", "")
     used = min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
-    return f"{names[0].strip() if names else 'CPU'}, {used} core{'s' * (used > 1)}"
+    return f"{_cpu()}, {used} core{'s' * (used > 1)}"
 
 
 def has_cuda() -> bool:
@@ -83,3 +80,12 @@ def has_cuda() -> bool:
     # A container shows the driver of its host in /proc, but only the devices that it may use.
     devices = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
     return devices and not metadata.version("torch").endswith("+cpu")
+
+
+@cache
+def _cpu() -> str:
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0].strip() if names else "CPU"

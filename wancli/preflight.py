@@ -42,9 +42,11 @@ def preflight(plan: Plan, tools: Tools) -> Found:
     todo, refused = outputs(plan, tools)
     _check_machine(todo, tools)
     fitting = []
+    limits = {model: choose.limit(model) for model in {shot.model for shot in todo}}
     for shot in lockstep.arranged(todo):
         try:
-            choose.require(shot, encoded=all(text.file or cached(text, tools) for text in shot.texts))
+            encoded = all(text.file or cached(text, tools) for text in shot.texts)
+            choose.require(shot, encoded=encoded, allowed=limits[shot.model])
             fitting.append(shot)
         except DoesNotFit as error:
             refused[shot.index] = error

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
 _KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)
-_ASIDE = re.compile(r"\.old-\d+\.[a-z0-9]+$")
+_ASIDE = re.compile(r"\.(old|damaged)-\d+\.[a-z0-9]+$")
+_COMPARED = re.compile(r"\.compare(-\d+)?\.mp4$")  # shots side by side
 _DEBRIS = re.compile(r"\.wancli-.*\.tmp$")
 
 Ours = Callable[[Path], bool]  # whether an output is one to be looked at
@@ -39,7 +40,7 @@ class Verdict:
     problems: list[tuple[Path, str]] = field(default_factory=list)
     missing: list[Path] = field(default_factory=list)  # of a job: what was not rendered yet
     orphans: list[Path] = field(default_factory=list)  # videos without a manifest
-    aside: list[Path] = field(default_factory=list)  # what --force moved aside
+    aside: list[Path] = field(default_factory=list)  # what --force, or damage, moved aside
     debris: list[Path] = field(default_factory=list)  # what dead processes left
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,6 +80,8 @@ def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Ours, deep:
     found = Verdict()
     outputs = set()
     for path in paths:
+        if _COMPARED.search(path.name):
+            continue
         if _DEBRIS.fullmatch(path.name):
             found.debris.append(path)
         elif _ASIDE.search(path.name):

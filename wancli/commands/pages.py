@@ -30,7 +30,6 @@ def report_command(
 
     One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
     """
-    from wancli import files
     from wancli.flags import NO_FLAGS
     from wancli.report import data, experiments, gather, page
 
@@ -46,7 +45,7 @@ def report_command(
     print(path)
     if table:
         rows = [experiments.row(entry, job) for job, entry in found.entries]
-        files.replace(table, experiments.to_csv(rows, gather.labelled(found.entries)))
+        experiments.publish(table, experiments.to_csv(rows, gather.labelled(found.entries)))
         print(table)
     return ExitStatus.OK
 

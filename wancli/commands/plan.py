@@ -46,7 +46,9 @@ def plan_command(
         terminal.show(planned.plan_tables(plan, store, known, verbose=verbose, others=budget is not None))
         for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
+    limits = {model: choose.limit(model) for model in {shot.model for shot in plan.shots}}
     for shot in plan.shots:
         if data.state(shot) != "done":
-            choose.require(shot, encoded=all(text["cached"] for text in data.cached([shot], store)))
+            encoded = all(text["cached"] for text in data.cached([shot], store))
+            choose.require(shot, encoded=encoded, allowed=limits[shot.model])
     return ExitStatus.OK

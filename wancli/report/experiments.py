@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from wancli import files
 from wancli.report.terminal import ranges
 
 Row = dict[str, str | int | float | None]
@@ -89,6 +91,14 @@ def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
     for found, label in zip(rows, labels, strict=True):
         writer.writerow([_defused(value) for value in (*map(found.get, own), *map(label.get, names))])
     return out.getvalue().encode(errors="backslashreplace")
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Writes the table. Another table is replaced, any other file moved aside."""
+    header = ",".join((*COLUMNS, *ONLY_IN_FILES)).encode()
+    if path.exists() and not path.read_bytes().startswith(header):
+        files.set_aside(path)
+    files.replace(path, data)
 
 
 def _defused(value: Any) -> Any:

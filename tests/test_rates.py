@@ -90,6 +90,10 @@ def test_the_first_render_measures_what_the_next_plan_says(
     for name in ("load", "sample", "decode"):
         assert said["phases"][name] == pytest.approx(took[name], rel=0.01, abs=1e-3)
     assert said["seconds"] == pytest.approx(sum(said["phases"].values()))
+    assert not said["rough"]
+    large = ["--set", "size=256x256", "--set", "frames=33"]
+    assert json.loads(command(capsys, "plan", job, "--json", *large).out)["time"]["rough"]
+    assert "; a rough guess, from shots of another size" in command(capsys, "plan", job, *large).out
     after = json.loads(render("--json", seed=2, **changes).out)
     assert next(p for p in after["memory"] if p["name"] == "sample")["expected"] == pytest.approx(
         took["sample"], rel=0.01, abs=1e-3

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PHASES = ("encode", "load", "sample", "decode")
 KEPT = 400  # records, the newest
+FAR = 4  # times the tokens
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,11 @@ def expected(
             add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
     return found
+
+
+def far(rate: Rate, tokens: int) -> bool:
+    """Whether a rate is of shots so much smaller or larger that it only tells the order of magnitude."""
+    return rate.phase == "sample" and not 1 / FAR <= rate.tokens / tokens <= FAR
 
 
 def sources(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:

@@ -235,14 +235,16 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
 
 def time_of(shots: Sequence[Shot], store: Store, known: Sequence[Rate]) -> dict[str, Any]:
     """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
-    done here; and the rates they rest on."""
+    done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
     missing = {p.id for shot in shots for p in shot.texts if p.file is None and not store.path(p.id).exists()}
     phases = rates.expected(shots, frozenset(missing), known)
     parts = list(phases.values())
+    sources = rates.sources(shots, known) if shots else {}
     return {
         "seconds": None if None in parts else sum(part for part in parts if part is not None),
         "phases": phases,
-        "rates": {name: asdict(rate) for name, rate in rates.sources(shots, known).items()} if shots else {},
+        "rough": any(rates.far(rate, max(shot.tokens for shot in shots)) for rate in sources.values()),
+        "rates": {name: asdict(rate) for name, rate in sources.items()},
     }
 
 

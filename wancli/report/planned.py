@@ -94,7 +94,8 @@ def time_lines(time: Mapping[str, Any]) -> Iterator[str]:
         unknown = ", ".join(name for name, took in time["phases"].items() if took is None)
         yield f"time: measured by the first render here (unknown: {unknown})"
     elif seconds:
-        yield f"time: {duration(seconds)} for what is to do"
+        rough = "; a rough guess, from shots of another size" if time["rough"] else ""
+        yield f"time: {duration(seconds)} for what is to do{rough}"
     if "sample" in time["rates"]:
         rate = time["rates"]["sample"]
         size, tokens = f"width {rate['width']}", f"{rate['tokens']:,} tokens"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from jobs import KEPT, Said, files_in, latents_of, manifest_of, tiny_job, written
+from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli import manifest
 from wancli.batch import render as render_plan
@@ -221,6 +221,16 @@ def test_a_folder_that_takes_no_claim_is_a_machine_error(shot: Any) -> None:
     (shot.output.parent / ".wancli").write_text("in the way")
     with Claims() as claims, pytest.raises(MachineError, match="cannot write"):
         claims.take([shot])
+
+
+def test_where_no_claim_can_be_nothing_is_encoded(
+    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.wancli").write_text("in the way")
+    said = render(prompt="Never asked before.")
+    assert (said.code, files_in(tmp_path)) == (3, [".wancli"]), said.err
 
 
 # ---- workers on one job ----

@@ -149,9 +149,7 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
             with suppress(WancliError):
                 _save(one, tools)
         raise
-    stopped = (
-        tools.stop.asked
-    )  # else a claim was lost, if only for one look; `batch` finds out
+    stopped = tools.stop.asked  # else a claim was lost, if only for one look; `batch` finds out
     for one in everyone:
         if not one.over and (one.step or not stopped):
             with Failing() as attempt:

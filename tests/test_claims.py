@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from jobs import KEPT, Said, files_in, latents_of, manifest_of, tiny_job, written
+from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli import manifest
 from wancli.batch import render as render_plan
+from wancli.batch import tallied
 from wancli.encode import encode
 from wancli.errors import MachineError, Stopped
 from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
 from wancli.jobfile import load
+from wancli.outcome import Outcome
 from wancli.plan import plan
 from wancli.shot import Plan
 from wancli.signals import Stop
@@ -219,6 +221,16 @@ def test_a_folder_that_takes_no_claim_is_a_machine_error(shot: Any) -> None:
     (shot.output.parent / ".wancli").write_text("in the way")
     with Claims() as claims, pytest.raises(MachineError, match="cannot write"):
         claims.take([shot])
+
+
+def test_where_no_claim_can_be_nothing_is_encoded(
+    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.wancli").write_text("in the way")
+    said = render(prompt="Never asked before.")
+    assert (said.code, files_in(tmp_path)) == (3, [".wancli"]), said.err
 
 
 # ---- workers on one job ----
@@ -425,6 +437,36 @@ def test_who_waits_can_be_stopped(folder: Callable[..., Folder], render: Render)
     notes = Notes(lambda: setattr(stop, "reason", "SIGTERM"))
     with Claims() as claims, pytest.raises(Stopped, match="stopped by SIGTERM"):
         list(render_plan(shots, tools(job, claims, notes, stop=stop)))
+
+
+@pytest.mark.parametrize("look", [*range(1, 12)])
+def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
+    folder: Callable[..., Folder], monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    """As where it was moved away and put back, or where NFS shows it late."""
+    job = folder("ab")
+    real = Claims.intact
+    looks = 0
+
+    def intact(self: Claims) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks != look and real(self)
+
+    monkeypatch.setattr(Claims, "intact", intact)
+    with Claims(**QUICK) as claims:
+        outcomes = list(render_plan(planned(job), tools(job, claims)))
+    assert looks >= look
+    assert sorted((one.shot.id, one.status) for one in outcomes) == [("a", "rendered"), ("b", "rendered")]
+
+
+def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Callable[..., Folder]) -> None:
+    job = folder("ab")
+    a, b = planned(job).shots
+    with Claims() as claims:
+        for left in ([], [Outcome(b, "stopped")]):
+            with pytest.raises(Stopped, match=r"1 (not begun|shot is saved)"):
+                list(tallied(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
 
 
 def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(

@@ -14,8 +14,8 @@ import pytest
 from jobs import CAT, KEPT, Said, command, files_in, latents_of, manifest_of, poison, rule, tiny_job, written
 from test_sheet import clip as plain
 
-from wancli import clip, compare, figures, scores, video
-from wancli.errors import FfmpegError, Stopped
+from wancli import clip, compare, figures, pipeline, scores, video
+from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.events import Progress
 from wancli.tools import Tools
 
@@ -340,3 +340,19 @@ def test_figures_of_a_render_are_finite_numbers_and_the_document_is_strict_json(
     found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     for shot in found["shots"][1:]:
         assert np.isfinite([shot[name] for name in ("latent_distance", "psnr", "ssim", "motion")]).all()
+
+
+def test_what_is_done_is_compared_also_where_so_many_failed_that_it_was_enough(
+    loud: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pipeline.finish
+
+    def finish(*arguments: Any) -> Any:
+        if "late" in str(arguments[2]):
+            raise NotFinite("NaN")
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "finish", finish)
+    said = loud("--fail-fast", **BATCH, compare={"baseline": "plain"})
+    assert said.code == 1, said.err
+    assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "early"]

@@ -115,6 +115,8 @@ def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
     [
         (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots (4)"),
         (["slurm", "JOB", "--shard", "1/2"], "--shard: is for the exported job to say"),
+        (["slurm", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
+        (["openjd", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
         (["slurm", "JOB", "--socket=x"], "--socket: is for the exported job to say"),
         (["slurm", "JOB", "--bogus"], "No such option: --bogus"),
         (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is nothing that Slurm reads"),

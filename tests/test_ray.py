@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,12 @@ import pytest
 import torch
 from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
-from wancli.errors import Bug, InjectionMissed, NoSpace, WancliError
-from wancli.farm.ray import _error, _match, _plain, _Seat
+from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
+from wancli.farm.claimfile import stamp
+from wancli.farm.ray import Task, Worker, _error, _match, _plain, _Seat, _told
+from wancli.jobfile import load
+from wancli.plan import plan
+from wancli.shot import Plan
 
 Render = Callable[..., Said]
 IDS = "abcdefgh"
@@ -149,3 +154,35 @@ def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None
     error = kind("a message", where="a place", hint="a way out")
     other = _error(json.loads(json.dumps(_plain(error))))
     assert (type(other), str(other), other.hint) == (kind, "a place: a message", "a way out")
+
+
+def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
+    job = written(
+        folder, tiny_job(model, **JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}} | changes)
+    )
+    return job, plan(load(job), folder / "memo")
+
+
+def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:
+    shots = planned(tmp_path, shallow)[1].shots
+    told = [{"index": shot.index, "status": "rendered", "error": None, "stack": ""} for shot in shots]
+    for outcome in _told(shots, told):
+        assert (outcome.status, outcome.record) == ("failed", None)
+        assert isinstance(outcome.error, MachineError)
+        assert "no manifest" in str(outcome.error)
+        assert f"must share one folder {tmp_path}/out" in outcome.error.hint
+
+
+def test_a_worker_that_is_asked_again_renders_nothing_anew_that_was_forced_already(
+    tmp_path: Path, shallow: Path, warm: Path, render: Render, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job, whole = planned(tmp_path, shallow, video={})
+    assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
+    wanted = [[shot.index, shot.key, stamp(shot.manifest)] for shot in whole.shots]
+    task = Task(str(job), str(tmp_path), (), (), None, None, str(warm), False, True, 0, True)
+    for status in ("rendered", "already done"):  # by a fresh process, as Ray starts it again
+        said = Worker(asdict(task)).render(wanted)
+        assert (said["raised"], [one["status"] for one in said["outcomes"]]) == (None, [status] * 2)
+    videos = [name for name in files_in(tmp_path) if name.endswith(".mp4")]
+    assert videos == ["a.mp4", "a.old-1.mp4", "b.mp4", "b.old-1.mp4"]

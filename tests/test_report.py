@@ -156,3 +156,19 @@ def test_a_prompt_at_the_edge_of_its_256_tokens_renders_and_one_more_does_not(
     assert "text.max_tokens: 512" in said.err
     assert render(folder=tmp_path / "cut", prompt=words(600), text={"truncate": True}).code == 0
     assert manifest_of(tmp_path / "cut")["prompts"][0]["truncated"]
+
+
+def test_shots_that_were_not_asked_for_have_what_their_manifests_say(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "output": "out/{id}.mp4",
+        "items": [{"id": id, "seed": ord(id)} for id in "abc"],
+    }
+    assert render("--items", "0-1", **changes).code == 0
+    path = tmp_path / "out/job.report.json"
+    path.unlink()
+    assert render("--items", "0", **changes).code == 0
+    shots = json.loads(path.read_text())["shots"]
+    assert [shot["status"] for shot in shots] == ["already done", "already done", "not started"]
+    assert shots[1]["key"] == manifest_of(tmp_path, "b")["key"]

@@ -16,6 +16,7 @@ import pytest
 from jobs import Said, command, forwards, tiny_job, written
 from rich.cells import cell_len
 
+from wancli import latents
 from wancli.farm.claims import Claims
 from wancli.jobfile import load
 from wancli.models.dit import WanModel
@@ -148,3 +149,21 @@ def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
     program += "; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-2:] == ["to do: 0-2", "False"]
+
+
+def test_a_state_that_goes_while_it_is_looked_at_is_no_error(
+    render: Callable[..., Said], states: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+        assert render(**CHANGES).code == 75
+    real = latents.peek
+
+    def peek(path: Path) -> Any:
+        found = real(path)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(latents, "peek", peek)
+    found = states()["a"]
+    assert (found["state"], found["saved"]) == ("half done", None)

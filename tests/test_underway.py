@@ -295,3 +295,22 @@ def test_a_real_process_ends_in_good_order_and_another_goes_on(
     assert render(**said).code == 0
     assert render(folder=tmp_path / "whole", **said).code == 0
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
+
+
+def test_a_stopped_force_goes_on_with_the_shots_that_it_has_not_made(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "output": "out/{id}.mp4",
+        "items": [{"id": id, "seed": ord(id)} for id in "abc"],
+    }
+    assert render(**changes).code == 0
+    with monkeypatch.context() as patch:
+        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 5 else None)
+        said = render("--force", **changes)
+    assert said.code == 75
+    command = f"wancli render {tmp_path}/job.yaml --force --quiet --items 1-2"
+    assert said.err.endswith(f"  go on: {command}\n")
+    assert render("--force", "--items", "1-2", **changes).code == 0
+    assert len(list((tmp_path / "out").glob("*.old-1.mp4"))) == 3
+    assert not list((tmp_path / "out").glob("*.old-2.mp4"))

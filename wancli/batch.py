@@ -46,7 +46,8 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> 
         tools.stop.enough = tools.policy.ends(failures)
         pending.discard(outcome.shot.index)
         yield outcome
-    if tools.stop.reason and (stopped or pending or elsewhere):
+    unfinished = bool(stopped or pending)
+    if (tools.stop.reason and (unfinished or elsewhere)) or (unfinished and not failures):
         others = f", {len(elsewhere)} with other workers" if elsewhere else ""
         raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
     if elsewhere and tools.claims and not failures:

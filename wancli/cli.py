@@ -86,7 +86,8 @@ def ended(error: WancliError, arguments: list[str]) -> ExitStatus:
     """Says why a command line came to its end, and returns its exit code."""
     complain(error)
     if isinstance(error, Stopped):
-        print(printable(f"  go on: wancli {shlex.join(arguments)}"), file=sys.stderr)
+        command = error.command or f"wancli {shlex.join(arguments)}"
+        print(printable(f"  go on: {command}"), file=sys.stderr)
     return error.status
 
 

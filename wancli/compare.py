@@ -74,7 +74,7 @@ def document(clips: Sequence[Clip], baseline: Clip, tools: Tools, job: str | Non
 
 
 def _refuse_to_go_on(tools: Tools) -> None:
-    if tools.stop.asked:
+    if tools.stop.reason:  # that enough shots failed ends rendering alone
         raise tools.stop.error("shots are done, comparing them is not")
 
 

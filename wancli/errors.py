@@ -154,6 +154,7 @@ class Stopped(WancliError):
     """SIGTERM or SIGUSR1 asked for an end; all is saved, the same command goes on."""
 
     status, code, retryable = ExitStatus.STOPPED, "stopped", True
+    command = ""  # that goes on, where it is not the same
 
 
 class Interrupted(Stopped):

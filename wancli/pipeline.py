@@ -149,12 +149,12 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
             with suppress(WancliError):
                 _save(one, tools)
         raise
-    lost = tools.lost
-    for one in everyone:  # where an end was asked for, or another worker took shots over
-        if not one.over and (one.step or lost):
+    stopped = tools.stop.asked  # else a claim was lost, if only for one look; `batch` finds out
+    for one in everyone:
+        if not one.over and (one.step or not stopped):
             with Failing() as attempt:
                 _save(one, tools)
-            left = Outcome(one.shot, "elsewhere" if lost else "stopped")
+            left = Outcome(one.shot, "stopped" if stopped else "elsewhere")
             yield failed(one.shot, attempt) if attempt.error else left
 
 

@@ -127,6 +127,8 @@ def _check_machine(todo: Sequence[Shot], tools: Tools) -> None:
         kernels.check(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
         files.writable(folder)
+        if tools.claims:
+            tools.claims.possible(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         video.check_ffmpeg(codec)
     unknown = [shot.model for shot in todo if not (tools.kept and tools.kept.holds(shot.model))]

@@ -34,7 +34,8 @@ class Stop:
     def error(self, left: str) -> Stopped:
         """What is raised once all that can be saved is saved; `left` says where things stand."""
         kind = Interrupted if self.reason == "SIGINT" else Stopped
-        return kind(f"stopped by {self.reason or 'failed shots'}; {left}")
+        why = self.reason or ("failed shots" if self.enough else "what no worker told")
+        return kind(f"stopped by {why}; {left}")
 
 
 @contextmanager

@@ -54,13 +54,13 @@ def result(text: str) -> None:
     line(sys.stdout, text)
 
 
-def again(context: typer.Context, items: str) -> str:
-    """The command line that does the same for these shots alone, in a shell's quotes."""
+def again(context: typer.Context, items: str, without: str = "") -> str:
+    """The command line that does the same for these shots alone, but for one option, in a shell's quotes."""
     words = context.command_path.split()
     for parameter in context.command.params:
         name = parameter.name or ""
         said = context.get_parameter_source(name)
-        if name in ("items", "shard") or said is None or said.name != "COMMANDLINE":
+        if name in ("items", "shard", without) or said is None or said.name != "COMMANDLINE":
             continue
         value = context.params[name]
         for one in value if isinstance(value, (list, tuple)) else [value]:

@@ -176,6 +176,12 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags]:
     for name in (*ours, "--socket", "--prompt", "--output"):
         if any(word == name or word.startswith(f"{name}=") for word in options):
             raise JobError("is for the exported job to say", where=name)
+    if given["force"]:
+        raise JobError(
+            "would begin anew in every task that queues again",
+            where="--force",
+            hint="Move the old videos away, or give the job another output.",
+        )
     flags = Flags(tuple(given["sets"] or ()), tuple(given["sweeps"] or ()), given["items"], given["shard"])
     return Path(job).resolve(), flags
 

@@ -154,6 +154,7 @@ def render(
     status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
     display.ended(status, path)
     if stopped:
+        stopped.command = _going_on(context, plan, outcomes) if force else ""
         raise stopped
     return status
 
@@ -189,6 +190,16 @@ def _summarize(
     terminal.show(shown, stderr=True)
     if failed := [outcome.shot.index for outcome in outcomes if outcome.error]:
         terminal.show(terminal.failures(report, again(context, terminal.ranges(failed))), stderr=True)
+
+
+def _going_on(context: typer.Context, plan: Plan, outcomes: Sequence[Outcome]) -> str:
+    """How a render with --force goes on: what it has made is not made once more."""
+    from wancli.report.terminal import ranges
+
+    made = {outcome.shot.index for outcome in outcomes if outcome.record}
+    every = [shot.index for shot in plan.shots]
+    left = [index for index in every if index not in made]
+    return again(context, ranges(left)) if left else again(context, ranges(every), without="force")
 
 
 def _cluster(

@@ -19,7 +19,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -68,7 +68,15 @@ class Claims:
     What is still held at the end is released.
     """
 
-    def __init__(self, beat: float = BEAT, stale: int = STALE, waits: bool = True) -> None:
+    def __init__(
+        self,
+        beat: float = BEAT,
+        stale: int = STALE,
+        waits: bool = True,
+        before: Mapping[Path, tuple[int, int] | None] | None = None,
+    ) -> None:
+        """`before`: manifests as they were when another process began what this one is a part of."""
+        self._given = before or {}
         self._beat, self._stale = beat, stale
         self.waits = waits  # for shots of others, when nothing else is left
         self._me = process()
@@ -99,6 +107,12 @@ class Claims:
             self._thread = threading.Thread(target=self._beats, name="wancli-claims", daemon=True)
             self._thread.start()
         return [shot for shot in shots if self._take(claim_path(shot))]
+
+    def possible(self, folder: Path) -> None:
+        """Raises MachineError or NoSpace where no claim on an output of this folder can be written."""
+        path = folder / ".wancli" / "claims" / f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        self._create(path)
+        self._drop([path])
 
     def release(self, shots: Iterable[Shot]) -> None:
         """Gives up those of the shots that are held."""
@@ -138,7 +152,7 @@ class Claims:
 
     def remember(self, shots: Iterable[Shot]) -> None:
         """Notes which manifests there are, for `remade()`."""
-        self._before |= {shot.manifest: stamp(shot.manifest) for shot in shots}
+        self._before |= {shot.manifest: stamp(shot.manifest) for shot in shots} | self._given
 
     def remade(self, shot: Shot) -> bool:
         """Whether another worker has written the manifest since: where all are told to render again, each

@@ -15,15 +15,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from wancli import lockstep, manifest
 from wancli.batch import render as render_here
 from wancli.batch import tallied
 from wancli.errors import MachineError, Stopped, WancliError
+from wancli.farm.claimfile import stamp
 from wancli.outcome import Outcome
 from wancli.preflight import outputs
 from wancli.record import Record
@@ -153,6 +154,7 @@ def _spread(
     ray: Any, waves: list[list[Shot]], tools: Tools, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
     """Sends waves to workers until all are done, or an end is asked for; workers save their states then."""
+    before = {shot.index: stamp(shot.manifest) for wave in waves for shot in wave}
     idle = _hired(ray, waves, task, cluster)
     count = len(idle)
     busy: dict[Any, tuple[_Seat, list[Shot]]] = {}
@@ -161,7 +163,8 @@ def _spread(
         while idle and waves and not (ending or tools.stop.asked):
             seat, wave = _match(idle, waves)
             tools.progress.note(f"{_title(wave)}: to worker {seat.number} of {count}")
-            busy[seat.actor.render.remote([[shot.index, shot.key] for shot in wave])] = seat, wave
+            wanted = [[shot.index, shot.key, before[shot.index]] for shot in wave]
+            busy[seat.actor.render.remote(wanted)] = seat, wave
         for done in ray.wait(list(busy), timeout=_PAUSE)[0]:
             seat, wave = busy.pop(done)
             try:
@@ -233,8 +236,21 @@ def _told(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]
     for one in outcomes:
         shot, error = by_index[one["index"]], _error(one["error"]) if one["error"] else None
         made = one["status"] in ("rendered", "already done")
-        record = manifest.read(shot.manifest) if made else None
-        yield Outcome(shot, one["status"], record, error, one["stack"])
+        yield _seen(shot, one["status"]) if made else Outcome(shot, one["status"], None, error, one["stack"])
+
+
+def _seen(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
+    """What a worker says is done, once this host finds it so."""
+    with suppress(OSError):
+        list(shot.output.parent.iterdir())  # makes NFS ask its server
+    if wrong := manifest.problems(shot.output, shot.key):
+        error = MachineError(
+            f"a worker says it is {status}; not so on {socket.gethostname()}: {wrong[0]}",
+            where=str(shot.output),
+            hint=f"All machines of the cluster must share one folder {shot.output.parent}.",
+        )
+        return Outcome(shot, "failed", error=error)
+    return Outcome(shot, status, manifest.read(shot.manifest))
 
 
 def _error(said: Record) -> WancliError:
@@ -266,11 +282,12 @@ class Worker:
         self._stop.reason = reason
 
     def render(self, wanted: list[Any]) -> Record:
-        """What became of these shots, by [index, key], and the error that ended it, if one did."""
+        """What became of these shots, by [index, key, stamp of the manifest before all began], and the error
+        that ended it, if one did. Asked again, after a worker died, it makes none again that is made."""
         found: list[Record] = []
         raised: WancliError | None = None
         try:
-            for outcome in self._rendered(dict(wanted)):
+            for outcome in self._rendered(wanted):
                 error = _plain(outcome.error) if outcome.error else None
                 found.append(
                     {
@@ -286,7 +303,7 @@ class Worker:
             raised = error
         return {"outcomes": found, "raised": _plain(raised) if raised else None}
 
-    def _rendered(self, wanted: dict[int, str]) -> Iterator[Outcome]:
+    def _rendered(self, wanted: list[Any]) -> Iterator[Outcome]:
         from wancli.events import Progress
         from wancli.farm.claims import Claims
         from wancli.policy import Policy
@@ -295,15 +312,18 @@ class Worker:
 
         task = self._task
         self._plan = self._plan or _planned(task)
-        shots = tuple(shot for shot in self._plan.shots if shot.index in wanted)
-        if {shot.index: shot.key for shot in shots} != wanted:
+        keys = {index: key for index, key, _ in wanted}
+        shots = tuple(shot for shot in self._plan.shots if shot.index in keys)
+        if {shot.index: shot.key for shot in shots} != keys:
             raise MachineError(
                 f"{socket.gethostname()} would render other pixels than the machine that asks it",
                 where=task.job,
                 hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
             )
         store = Store(Path(task.cache) / "embeddings")
-        with Claims(waits=task.waits) as claims:
+        stamps = {index: tuple(found) if found else None for index, _, found in wanted}
+        before = {shot.manifest: stamps[shot.index] for shot in shots}
+        with Claims(waits=task.waits, before=before) as claims:
             tools = Tools(
                 store, Progress(), task.force, self._stop, Policy(retries=task.retries), claims, self._kept
             )

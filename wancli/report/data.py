@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, files, footprint, preflight, rates
+from wancli import alternatives, choose, files, footprint, manifest, preflight, rates
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -77,13 +78,26 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     if path.exists() and earlier is None:
         files.set_aside(path)
     if plan.others:
-        known = {entry["output"]: entry for entry in (*(earlier or {}).get("shots", []), *report["shots"])}
-        kept = [known.get(str(shot.output)) or _shot(shot, None) for shot in shots]
+        asked = {entry["output"]: entry for entry in report["shots"]}
+        known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
+        kept = [asked.get(str(shot.output)) or _unasked(shot, known.get(str(shot.output))) for shot in shots]
         report = report | {"shots": kept}
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
     files.replace(path, text.encode(errors="backslashreplace"))
     return path
+
+
+def _unasked(shot: Shot, entry: dict[str, Any] | None) -> dict[str, Any]:
+    """What is known of a shot that was not asked for: what a report said of it as it is now, or its manifest;
+    its video is not hashed."""
+    if entry and entry.get("key") == shot.key:
+        return entry
+    with suppress(EntryError):
+        body = manifest.read(shot.manifest)
+        if body and body.get("key") == shot.key and shot.output.exists():
+            return _shot(shot, None) | {"status": "already done"} | body
+    return entry or _shot(shot, None)
 
 
 def report_path(plan: Plan) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +61,8 @@ def _row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     if has_latent or has_state:
         path = shot.latents if has_latent else shot.state
         found["step"] = shot.steps if has_latent or saved is None else saved["step"]
-        found["saved"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        with suppress(OSError):  # gone since: what it became, the next look tells
+            found["saved"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
     found["error"] = error
     if holder:
         state = "claimed"

@@ -138,6 +138,13 @@ def test_what_would_fail_on_the_farm_fails_here(
 # ---- Open Job Description ----
 
 
+def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    job = written(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
+    said = command(capsys, "export", "openjd", job)
+    assert (said.code, said.out) == (2, "")
+    assert "is no UTF-8" in said.err
+
+
 def test_the_template_is_sound_and_its_defaults_are_all_shots(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
 ) -> None:

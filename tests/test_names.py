@@ -131,6 +131,13 @@ def test_what_a_field_puts_into_a_path_stays_inside(value):
         names.output_path(Path("/jobs"), "out/{id}", {"id": value})
 
 
+@pytest.mark.parametrize("template", ["out/a\nb{item}.mp4", "a\nb/{item}.mp4", "a\u202eb.mp4", "a\udcff.mp4"])
+def test_a_template_whose_path_is_not_one_line_of_text_is_refused(template):
+    odd = next(char for char in template if not char.isprintable())
+    with pytest.raises(JobError, match=rf"U\+{ord(odd):04X}"):
+        names.output_path(Path("/jobs"), template, FIELDS)
+
+
 def test_a_tilde_from_a_field_is_a_plain_name():
     assert names.output_path(Path("/jobs"), "{id}/a", {"id": "~"}) == Path("/jobs/~/a")
 

@@ -94,10 +94,18 @@ def test_what_was_done_already_is_said_to_be_so(render: Callable[..., Said]) -> 
     first = of("shot-finished", events(render("--json-stream").out))
     again = events(render("--json-stream").out)
     (finished,) = of("shot-finished", again)
-    assert (finished["status"], finished["seconds"]) == ("already done", 0)
+    assert (finished["status"], finished["seconds"]) == ("already done", None)
     assert finished["sha256"] == first[0]["sha256"]
     assert [event["type"] for event in again] == ["plan", "shot-finished", "envelope"]
     assert again[-1]["data"]["counts"]["already_done"] == 1
+
+
+def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with stream.Stream(sys.stdout, "render") as display:
+        display.note("shot a: to worker 1 of 2")
+        display.warn("worker 1 died for good")
+    told = [(event["type"], event["message"]) for event in events(capsys.readouterr().out)[:-1]]
+    assert told == [("note", "shot a: to worker 1 of 2"), ("warning", "worker 1 died for good")]
 
 
 def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(

@@ -178,3 +178,18 @@ def test_what_is_neither_folder_nor_job_is_a_job_error(
     said: Said = command(capsys, "check", tmp_path / "no")
     assert said.code == 2
     assert "cannot be read: No such file" in said.err
+
+
+@pytest.mark.parametrize("lacking", ["output", "status", "shots"])
+@pytest.mark.parametrize("instead", [None, 7])
+def test_a_report_that_lacks_what_it_should_hold_is_a_problem(
+    copy: Path, lacking: str, instead: int | None
+) -> None:
+    path = copy / "out/job.report.json"
+    report = json.loads(path.read_text())
+    holder = report if lacking == "shots" else report["shots"][0]
+    del holder[lacking]
+    if instead is not None:
+        holder[lacking] = instead
+    path.write_text(json.dumps(report))
+    assert verify.folder(copy / "out").problems == [(path, "is not whole")]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+from wancli import streams
 from wancli.errors import WancliError
 
 
@@ -19,9 +20,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name in Chinese on a terminal in latin-1
+    streams.prepare()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script ignores
         signal.signal(signal.SIGINT, _leave)
     arguments = sys.argv[1:]
@@ -71,7 +70,8 @@ def _socket(arguments: Sequence[str]) -> str | None:
 
 def _leave(_: int, __: FrameType | None) -> NoReturn:
     """Ctrl-C while the command line is imported: nothing is begun."""
-    os.write(2, b"wancli: interrupted; nothing was begun\n")
+    with suppress(OSError):
+        os.write(2, b"wancli: interrupted; nothing was begun\n")
     os._exit(130)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli import __version__
+from wancli import __version__, streams
 from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
 from wancli.commands.common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
@@ -62,6 +62,7 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
     try:
         invocation = Invocation(kept, began)
         code = int(app(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
+        sys.stdout.flush()
     except WancliError as error:
         return ended(error, arguments)
     except typer.TyperException as error:
@@ -72,6 +73,8 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
 
             refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), usage)
         return usage.status
+    except BrokenPipeError:
+        return ExitStatus.SOME_FAILED
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
@@ -79,6 +82,8 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
         return Bug.status
     if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
+    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and streams.failure(sys.stdout):
+        return ExitStatus.MACHINE  # of a batch whose work went on; stderr has it
     return code
 
 

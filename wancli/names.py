@@ -39,8 +39,12 @@ def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> P
     """The path that an output template means, relative to `root`.
 
     The folders before the first {field} are the user's own: absolute, `~` and `..` are fine
-    there. What comes after must stay inside of them. Raises JobError.
+    there. What comes after must stay inside of them. Raises JobError, also for a character that
+    cannot be shown, anywhere: results are paths, one a line.
     """
+    if odd := next((char for char in template if not char.isprintable()), ""):
+        hint = "a name may not hold control characters, line ends or invisible spaces"
+        raise JobError(f"the character U+{ord(odd):04X} in the output", where=template, hint=hint)
     parts = template.split("/")
     first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
     try:

@@ -184,10 +184,18 @@ def _of_report(path: Path, ours: Ours) -> Iterator[tuple[Path, str]]:
         return
     if not isinstance(report, dict) or not str(report.get("schema", "")).startswith("wancli/report/"):
         return
-    for entry in report.get("shots", []):
+    shots = report.get("shots")
+    if not isinstance(shots, list) or not all(map(_is_entry, shots)):
+        yield path, "is not whole"
+        return
+    for entry in shots:
         output = Path(entry["output"])
         if entry["status"] in ("rendered", "already done") and ours(output):
             if not output.exists():
                 yield output, f"is gone; {path.name} has it as {entry['status']}"
             if not _recorded(output):
                 yield manifest.manifest_path(output), f"is gone; {path.name} has it as {entry['status']}"
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("output", "status"))

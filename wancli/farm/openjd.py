@@ -27,7 +27,11 @@ def template(
 ) -> str:
     """The template as YAML; `options` are further ones of `wancli render`, `at_once` the shots of a task.
 
-    Raises JobError for an option that OpenJD would read as a format string."""
+    Raises JobError for an option that OpenJD would read as a format string, and for what YAML cannot hold."""
+    for word in (wancli, str(job), *options):
+        if any("\ud800" <= char <= "\udfff" for char in word):
+            hint = "Rename it, or use `wancli export slurm`."
+            raise JobError(f"{word!r} is no UTF-8, which a template of OpenJD is", hint=hint)
     if odd := [word for word in (wancli, *options) if "{{" in word]:
         raise JobError(f"{odd[0]!r} holds {{{{, which OpenJD replaces", hint="Say it in the job file.")
     socket = ["--socket", _SOCKET]

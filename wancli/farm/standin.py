@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from wancli.errors import MachineError
 from wancli.farm import meeting
+from wancli.streams import writer
 
 
 @contextmanager
@@ -25,13 +26,13 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
         for fd, stream in enumerate(streams):
             os.dup2(stream, fd)
         out, err = request["written"]
-        sys.stdin, sys.stdout, sys.stderr = _reader(), _writer(1, **out), _writer(2, **err)
+        sys.stdin, sys.stdout, sys.stderr = _reader(), writer(1, **out), writer(2, **err)
         yield
-        for written in (sys.stdout, sys.stderr):
-            try:
-                written.flush()
-            except OSError:
-                raise BrokenPipeError from None
+        try:
+            sys.stdout.flush()
+        except (BrokenPipeError, MachineError):
+            sys.stdout.flush()  # to nowhere, not to the server's own
+            raise BrokenPipeError from None
     finally:
         sys.stdin, sys.stdout, sys.stderr = own_python
         for fd, stream in enumerate(own_streams):
@@ -43,14 +44,6 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
 
 def _reader() -> TextIO:
     return open(0, closefd=False)
-
-
-def _writer(fd: int, *, encoding: str | None, write_through: bool) -> TextIO:
-    lines = fd == 2 or os.isatty(fd)  # as Python itself has them
-    raw = open(fd, "wb", buffering=0 if write_through else -1, closefd=False)  # noqa: SIM115 - a descriptor, for the time of one request
-    return io.TextIOWrapper(
-        raw, encoding, errors="backslashreplace", line_buffering=lines, write_through=write_through
-    )
 
 
 def _set_environment(wanted: dict[str, str]) -> None:

@@ -35,7 +35,11 @@ def _object(**properties: Any) -> dict[str, Any]:
 def _with_status(*of: str) -> dict[str, Any]:
     return _NAMED | {
         "labels": _LABELS,
-        "seconds": _SECONDS | {"description": "Since shot-started."},
+        "seconds": {
+            "type": ["number", "null"],
+            "minimum": 0,
+            "description": "Since shot-started; null where there was none.",
+        },
         "status": {"enum": list(of)},
     }
 
@@ -75,6 +79,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Not finished here: a state or latent of it is on disk, or another worker has it.",
         _with_status("stopped", "elsewhere"),
     ),
+    "note": ("Something worth knowing; nothing is wrong.", {"message": _TEXT}),
     "warning": ("Something that may be wrong, and does not stop the work.", {"message": _TEXT}),
     "envelope": (
         "How the command ended; always the last event, and there is one.",

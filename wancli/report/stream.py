@@ -66,7 +66,8 @@ class Stream(Progress):
     def came_to(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
         shot = outcome.shot
-        took = round(time.monotonic() - self._started.get(shot.id, time.monotonic()), 3)
+        began = self._started.get(shot.id)
+        took = None if began is None else round(time.monotonic() - began, 3)
         about = _named(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
         if outcome.error:
             self._tell("shot-failed", **about, error=outcome.error.as_dict())
@@ -103,7 +104,7 @@ class Stream(Progress):
             self._tell("step", name=name, shots=ids, done=done, total=total)
 
     def note(self, text: str) -> None:
-        self.warn(text)
+        self._tell("note", message=text)
 
     def warn(self, text: str) -> None:
         self._tell("warning", message=text)

@@ -20,7 +20,7 @@ from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, tiny_job, w
 
 from wancli.errors import JobError, MachineError
 from wancli.farm import meeting
-from wancli.farm.serve import Server
+from wancli.farm.serve import Server, listening
 from wancli.loaded import Kept
 from wancli.manifest import read
 
@@ -458,6 +458,22 @@ def test_there_is_one_server_at_a_place(there: Path) -> None:
     done = wancli("serve", "--socket", there)
     assert done.returncode == 3
     assert done.stderr.startswith(f"wancli: {there}: another server is there\n")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "private" / "notes"
+    path.parent.mkdir(mode=0o700)
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "private")
+    found = path.lstat()
+    with pytest.raises(MachineError, match="notes: is there, and is no socket"), listening(path):
+        pass
+    assert path.lstat() == found
 
 
 def test_in_the_background_it_returns_when_the_model_is_loaded(

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -69,8 +70,9 @@ def reserved(path: Path) -> Iterator[None]:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """The socket of a place that is `reserved`, for its user alone; it goes with the block."""
-    path.unlink(missing_ok=True)  # of a server that died
+    """The socket of a place that is `reserved`, for its user alone; it goes with the block. Raises
+    MachineError where something else is there."""
+    _clear(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         mask = os.umask(0o177)
         try:
@@ -82,6 +84,19 @@ def listening(path: Path) -> Iterator[socket.socket]:
             yield listener
         finally:
             path.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Removes the socket of a server that died."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise MachineError(
+            "is there, and is no socket", where=str(path), hint="--socket names another place."
+        )
+    path.unlink()
 
 
 def prepare(plan: Plan | None, kept: Kept) -> None:

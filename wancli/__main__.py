@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from wancli.errors import WancliError
+from wancli.errors import ExitStatus, WancliError
+
+_ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> None:
@@ -22,11 +24,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name in Chinese on a terminal in latin-1
+    arguments = sys.argv[1:]
+    rendering = arguments[:1] == ["render"]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script ignores
         signal.signal(signal.SIGINT, _leave)
-    arguments = sys.argv[1:]
+    asking = [n for n in _ASKING if rendering and signal.getsignal(n) is signal.SIG_DFL]
+    for number in asking:
+        signal.signal(number, _leave)
     code = _served(arguments)
-    sys.exit(_alone(arguments) if code is None else code)
+    code = _alone(arguments) if code is None else code
+    for number in asking:  # all is done: it ends with what came of it
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _alone(arguments: list[str]) -> int:
@@ -69,10 +78,13 @@ def _socket(arguments: Sequence[str]) -> str | None:
     return said
 
 
-def _leave(_: int, __: FrameType | None) -> NoReturn:
-    """Ctrl-C while the command line is imported: nothing is begun."""
-    os.write(2, b"wancli: interrupted; nothing was begun\n")
-    os._exit(130)
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    """A signal while the command line is imported: nothing is begun. Of a render also what asks for its end
+    until it heeds that itself, so that a scheduler runs it again."""
+    interrupted = number == signal.SIGINT
+    said = "interrupted" if interrupted else f"stopped by {signal.Signals(number).name}"
+    os.write(2, f"wancli: {said}; nothing was begun\n".encode())
+    os._exit(ExitStatus.INTERRUPTED if interrupted else ExitStatus.STOPPED)
 
 
 def _imported() -> None:

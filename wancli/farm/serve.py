@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.errors import ExitStatus, MachineError
+from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import meeting
 from wancli.farm.standin import standing_in
 from wancli.loaded import Kept, check_device, check_weights
@@ -157,7 +157,9 @@ class Server:
     def _heard(self, number: int, _: FrameType | None) -> None:
         """A signal, but for the time in which a render listens by itself."""
         if self._state == "running" or (self._state == "waiting" and self._ending()):
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     def _ending(self) -> bool:
         """Whether a signal came that no client sent. A render hears its signals itself, so that they are
@@ -183,7 +185,7 @@ class Server:
             if self._ending() or not select.select([listener], [], [], self._idle)[0]:
                 return None
             return listener.accept()[0]
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, Stopped):
             return None
         finally:
             self._state = "busy"
@@ -248,6 +250,8 @@ class Server:
             code = ended.code if isinstance(ended.code, int) else 1
         except KeyboardInterrupt:
             code = ExitStatus.INTERRUPTED
+        except Stopped:
+            code = ExitStatus.STOPPED
         except Exception:  # as where Python ends by it: somebody closed its stderr
             with suppress(OSError):
                 traceback.print_exc()

@@ -129,3 +129,8 @@ def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = la
 
     monkeypatch.setattr(WanModel, "velocities", counted)
     return calls
+
+
+def as_shells_say(returncode: int) -> int:
+    """The exit code that a shell shows: of a process that died of a signal 128 and its number."""
+    return 128 - returncode if returncode < 0 else returncode

@@ -85,7 +85,7 @@ def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpo
         "wancli explore MODEL -o/--output",
         "wancli inspect FILE-OR-FOLDER --deep --json",
         "wancli errors --json",
-        "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --cache-dir",
+        "wancli serve JOB --socket --idle --daemonize --wait-ready --stop --set --cache-dir",
         "wancli export",
         "wancli export slurm JOB --shards --gpus --time --cpus --mem --margin",
         "wancli export openjd JOB --gpus --at-once --items",

@@ -160,6 +160,24 @@ def test_the_template_is_sound_and_its_defaults_are_all_shots(
     assert step["script"]["actions"]["onRun"]["args"][-2:] == ["--save-every", "5"]
 
 
+def test_the_server_of_a_session_has_the_options_of_its_renders(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+) -> None:
+    job = written(tmp_path, tiny_job("there/is/none", **SWEEP))  # without its options nothing can be loaded
+    path, cache = tmp_path / "template.yaml", tmp_path / "another cache"
+    options = ["--set", f"model={shallow}", "--set=prompt=it's $HOME", "--cache-dir", cache, "--retries", 1]
+    path.write_text(exported(capsys, "openjd", job, "--gpus", 0, *options))
+    elsewhere["env"].pop("WANCLI_SOCKET", None)
+    elsewhere["env"]["WANCLI_CACHE"] = str(tmp_path / "unused")
+    run = [OPENJD, "run", path, "--step", "Render", "-p", "Items=0"]
+    done = subprocess.run(run, capture_output=True, timeout=300, **elsewhere)
+    assert done.returncode == 0, done.stdout
+    phases = manifest_of(tmp_path, "0")["phases"]
+    assert [phase["seconds"] for phase in phases if phase["name"] == "load"] == [0.0]
+    assert (cache / "hashes.json").exists()
+    assert not (tmp_path / "unused" / "hashes.json").exists()
+
+
 def test_openjd_renders_the_shots_with_one_load_of_the_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
 ) -> None:

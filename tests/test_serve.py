@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, tiny_job, written
+from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
 
+from wancli import signals
 from wancli.errors import JobError, MachineError
 from wancli.farm import meeting
-from wancli.farm.serve import Server
+from wancli.farm.serve import Server, listening
 from wancli.loaded import Kept
 from wancli.manifest import read
 
@@ -74,7 +75,7 @@ def _pid(path: Path) -> int:
 
 def ended(process: subprocess.Popen[str]) -> Done:
     out, err = process.communicate(timeout=60)
-    return Done(process.args, process.returncode, out, err)
+    return Done(process.args, as_shells_say(process.returncode), out, err)
 
 
 @contextlib.contextmanager
@@ -295,6 +296,21 @@ def test_a_client_that_is_killed_has_its_render_saved(
     assert "clip.mp4" not in files_in(tmp_path / "1")
 
 
+def test_a_client_that_is_told_and_then_killed_has_its_render_saved(
+    there: Path, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    with begin("render", job("1", **LONG), "-q", "--socket", there) as client:
+        on_its_way(tmp_path / "1")
+        with busy(there):  # so that both reach it before a step is over
+            client.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            client.kill()
+            client.wait()
+    assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0
+    assert "clip.state.safetensors" in files_in(tmp_path / "1")
+    assert "clip.mp4" not in files_in(tmp_path / "1")
+
+
 def test_a_second_signal_ends_at_once_and_says_that_the_server_is_gone(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -348,6 +364,59 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
     assert "clip.state.safetensors" in files_in(tmp_path)
     nobody = wancli("serve", "--stop", "--socket", path)
     assert (nobody.returncode, nobody.stderr) == (3, f"wancli: {path}: nobody serves there\n")
+
+
+# ---- which signals are the server's ----
+
+
+def code_of(server: Server, run: Callable[[socket.socket], int]) -> int:
+    """Its exit code where the server runs `run`, which gets the client's end."""
+    here, client = socket.socketpair()
+    with here, client:
+        server._run = lambda *_: run(client)
+        return server._command(here, {"arguments": [], "began": 0.0})
+
+
+def heard(number: signal.Signals, send: Callable[[], None], *, code: int) -> int:
+    """What a render does that listens itself: it hears the signal, and ends as it ends."""
+    with signals.listening() as stop:
+        send()
+        until = time.monotonic() + 30
+        while not stop.asked:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        assert stop.reason == number.name
+    return code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
+    number: signal.Signals, code: int
+) -> None:
+    server = Server(lambda *_: 0, Kept(), idle=None)
+    with server.heeding():
+        got = code_of(server, lambda _: heard(number, lambda: os.kill(os.getpid(), number), code=code))
+        assert (got, server._ending()) == (code, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("code", [0, 75, 130])
+def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, code: int) -> None:
+    server = Server(lambda *_: 0, Kept(), idle=None)
+
+    def run(client: socket.socket) -> int:
+        return heard(number, lambda: meeting.send(client, {"signal": number.name}), code=code)
+
+    with server.heeding():
+        for _ in range(3):
+            assert (code_of(server, run), server._ending()) == (code, False)
+
+
+def test_a_render_that_ends_with_75_by_itself_does_not_end_the_server() -> None:
+    server = Server(lambda *_: 0, Kept(), idle=None)
+    with server.heeding():
+        assert (code_of(server, lambda _: 75), server._ending()) == (75, False)
 
 
 # ---- who may talk ----
@@ -458,6 +527,22 @@ def test_there_is_one_server_at_a_place(there: Path) -> None:
     done = wancli("serve", "--socket", there)
     assert done.returncode == 3
     assert done.stderr.startswith(f"wancli: {there}: another server is there\n")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "private" / "notes"
+    path.parent.mkdir(mode=0o700)
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "private")
+    found = path.lstat()
+    with pytest.raises(MachineError, match="notes: is there, and is no socket"), listening(path):
+        pass
+    assert path.lstat() == found
 
 
 def test_in_the_background_it_returns_when_the_model_is_loaded(

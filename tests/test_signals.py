@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from jobs import Said, tiny_job, written
 
+import wancli
 from wancli.errors import ExitStatus
+from wancli.report import data
 from wancli.signals import Stop, listening
 
 
@@ -51,3 +58,88 @@ def test_what_a_script_ignores_stays_ignored() -> None:
             assert not stop.asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# ---- outside of the work: a scheduler queues again what ends with 75, and nothing else ----
+
+ASKING = [signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", ASKING)
+@pytest.mark.parametrize("display", [["--progress", "plain"], ["--json"], ["--progress", "openjd"], ["-q"]])
+def test_a_signal_while_planning_ends_with_75(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, display: list[str]
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr("wancli.plan.plan", lambda *_, **__: signal.raise_signal(number))
+    said = render(*display)
+    assert said.code == 75
+    assert f"wancli: stopped by {number.name}\n  go on: wancli render" in said.err
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [*ASKING, signal.SIGINT])
+def test_a_signal_while_the_report_is_written_lets_it_be_finished(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    write = data.write
+
+    def disturbed(*arguments: Any) -> Path:
+        signal.raise_signal(number)
+        return write(*arguments)
+
+    monkeypatch.setattr(data, "write", disturbed)
+    assert render("-q").code == 0
+    assert list(tmp_path.rglob("*.report.json"))
+    assert list(tmp_path.rglob("*.html"))
+
+
+def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProcess[str]:
+    """The command, with a signal that comes when the module `at` is imported, or, `exit`, at the end."""
+    program = (
+        "import atexit, signal, sys\nfrom wancli.__main__ import main\n"
+        "class Finder:\n    def find_spec(self, name, *_):\n"
+        f"        if name == {at!r}:\n            sys.meta_path.remove(self)\n"
+        f"            signal.raise_signal({int(number)})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"if {at!r} == 'exit':\n    atexit.register(signal.raise_signal, {int(number)})\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, text=True)
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
+    job = str(written(tmp_path, tiny_job()))
+    said = process("render", job, at="typer", number=number)
+    assert (said.returncode, said.stderr) == (75, f"wancli: stopped by {number.name}; nothing was begun\n")
+    said = process("render", job, at="wancli.batch", number=number)
+    assert said.returncode == 75
+    assert said.stderr.startswith(f"wancli: stopped by {number.name}\n  go on: wancli render")
+    assert process("plan", job, at="typer", number=number).returncode == -number
+
+
+def test_a_signal_after_the_end_of_a_render_leaves_its_exit_code(tmp_path: Path) -> None:
+    said = process("render", str(tmp_path / "none.yaml"), at="exit", number=signal.SIGTERM)
+    assert said.returncode == 2
+
+
+def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:
+    """Bash goes on after a command that ended with 130 by itself, and stops after one that died of it."""
+    (tmp_path / "job.yaml").write_text(
+        "output: out/clip.mp4\nprompt: A red circle.\nseed: 1\nsampler: {steps: 200}\n"
+    )
+    loop = f"for n in 1 2; do echo turn $n; {sys.executable} -m wancli render job.yaml --progress plain; done"
+    process = subprocess.Popen(
+        ["bash", "-c", loop], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"PYTHONPATH": str(Path(wancli.__file__).parents[1])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stderr
+    while "sample" not in process.stderr.readline():
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert out == "turn 1\n"
+    assert "stopped by SIGINT" in err

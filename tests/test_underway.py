@@ -19,6 +19,7 @@ from jobs import (
     FISH,
     KEPT,
     Said,
+    as_shells_say,
     files_in,
     forwards,
     latents_of,
@@ -290,7 +291,7 @@ def test_a_real_process_ends_in_good_order_and_another_goes_on(
             time.sleep(0.01)
         os.kill(process.pid, number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    assert as_shells_say(process.returncode) == code, err
     assert f"stopped by {number.name}" in err
     assert render(**said).code == 0
     assert render(folder=tmp_path / "whole", **said).code == 0

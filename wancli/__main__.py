@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -11,7 +12,9 @@ from types import FrameType
 from typing import NoReturn
 
 from wancli import streams
-from wancli.errors import WancliError
+from wancli.errors import ExitStatus, WancliError
+
+_ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> None:
@@ -21,11 +24,21 @@ def main() -> None:
     # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     streams.prepare()
+    ending: list[int] = []
+    atexit.register(_as_a_shell_expects, ending)  # registered first, so that it runs last
+    arguments = sys.argv[1:]
+    rendering = arguments[:1] == ["render"]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script ignores
         signal.signal(signal.SIGINT, _leave)
-    arguments = sys.argv[1:]
+    asking = [n for n in _ASKING if rendering and signal.getsignal(n) is signal.SIG_DFL]
+    for number in asking:
+        signal.signal(number, _leave)
     code = _served(arguments)
-    sys.exit(_alone(arguments) if code is None else code)
+    code = _alone(arguments) if code is None else code
+    for number in asking:  # all is done: it ends with what came of it
+        signal.signal(number, signal.SIG_IGN)
+    ending.append(code)
+    sys.exit(code)
 
 
 def _alone(arguments: list[str]) -> int:
@@ -68,11 +81,23 @@ def _socket(arguments: Sequence[str]) -> str | None:
     return said
 
 
-def _leave(_: int, __: FrameType | None) -> NoReturn:
-    """Ctrl-C while the command line is imported: nothing is begun."""
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    """A signal while the command line is imported: nothing is begun. Of a render also what asks for its end
+    until it heeds that itself, so that a scheduler runs it again."""
+    interrupted = number == signal.SIGINT
+    said = "interrupted" if interrupted else f"stopped by {signal.Signals(number).name}"
     with suppress(OSError):
-        os.write(2, b"wancli: interrupted; nothing was begun\n")
-    os._exit(130)
+        os.write(2, f"wancli: {said}; nothing was begun\n".encode())
+    if interrupted:
+        _as_a_shell_expects([ExitStatus.INTERRUPTED])
+    os._exit(ExitStatus.STOPPED)
+
+
+def _as_a_shell_expects(codes: Sequence[int]) -> None:
+    """What Ctrl-C ended dies of it, which a shell shows as 130 and takes as the end of its loop, too."""
+    if ExitStatus.INTERRUPTED in codes:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _imported() -> None:

@@ -61,8 +61,8 @@ def listening() -> Iterator[Stop]:
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise Stopped while the block runs, so that whoever is in it can say so. Where
-    there is work to be saved `listening` replaces this."""
+    """SIGTERM and SIGUSR1 raise Stopped while the block runs, so that whoever is in it can say so, and ends
+    with 75: schedulers run it again. Where there is work to be saved `listening` replaces this."""
 
     def heard(number: int, _: FrameType | None) -> None:
         raise Stopped(f"stopped by {signal.Signals(number).name}")

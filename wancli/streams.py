@@ -67,7 +67,7 @@ class _Descriptor(io.FileIO):
         super().__init__(fd, "w", closefd=False)
         self.failure: MachineError | None = None
 
-    def write(self, data: ReadableBuffer, /) -> int:  # type: ignore[override]
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wancli.commands.common import cache_of, flags_of, job_of, plan_of
-from wancli.commands.options import CacheDir, Items, JobArgument
+from wancli.commands.options import CacheDir, Items, JobArgument, Sets
 from wancli.errors import ExitStatus, JobError, WancliError
 from wancli.events import printable
 
@@ -48,6 +48,7 @@ def serve(
     stop: Annotated[
         bool, typer.Option("--stop", help="End the server there, once what it renders is saved.")
     ] = False,
+    sets: Sets = None,
     cache_dir: CacheDir = None,
 ) -> int:
     """Render for other commands, with the model kept in memory.
@@ -66,6 +67,10 @@ def serve(
         return ExitStatus.OK
     if wait_ready and not daemonize:
         raise JobError("is for --daemonize", where="--wait-ready")
+    if sets and job is None:
+        raise JobError(
+            "is for the job that is loaded", where="--set", hint="wancli serve JOB --set KEY=VALUE"
+        )
     meeting.make_private(path.parent)
     background: daemon.Background | None = None
     if daemonize:
@@ -74,7 +79,7 @@ def serve(
             return found
         background = found
     try:
-        _serve(path, job, seconds, cache_dir, background)
+        _serve(path, job, sets, seconds, cache_dir, background)
     except WancliError as error:
         if background:
             background.failed(error.status)
@@ -83,7 +88,12 @@ def serve(
 
 
 def _serve(
-    path: Path, job: str | None, idle: float | None, cache_dir: Path | None, background: Background | None
+    path: Path,
+    job: str | None,
+    sets: list[str] | None,
+    idle: float | None,
+    cache_dir: Path | None,
+    background: Background | None,
 ) -> None:
     from wancli.cli import run
     from wancli.farm.serve import Server, listening, prepare, reserved
@@ -92,7 +102,7 @@ def _serve(
     kept = Kept()
     with ExitStack() as stack:
         stack.enter_context(reserved(path))
-        plan = plan_of(job_of(job, flags_of(None, None, None, None)), cache_dir) if job else None
+        plan = plan_of(job_of(job, flags_of(sets, None, None, None)), cache_dir) if job else None
         prepare(plan, kept)
         server = Server(run, kept, idle=idle)
         stack.enter_context(server.heeding())
@@ -129,7 +139,7 @@ def slurm_command(
     """
     from wancli.farm.slurm import Wanted, script
 
-    path, flags = _checked(job, context.args, "--shard")
+    path, flags, _ = _checked(job, context.args, "--shard")
     if shards > (count := len(flags.chosen(_shots(path, flags)))):
         raise JobError(f"{shards} is more than there are shots ({count})", where="--shards")
     for flag, said in (("--time", time), ("--mem", mem or "0")):
@@ -154,16 +164,17 @@ def openjd_command(
     """
     from wancli.farm.openjd import template
 
-    path, flags = _checked(job, context.args, "--shard", "--items")
+    path, flags, cache = _checked(job, context.args, "--shard", "--items")
     count = _shots(path, replace(flags, items=items))
     chosen = items or f"0-{count - 1}"
-    options = context.args
-    text = template(_wancli(), path, chosen, options, name=path.stem, gpus=gpus, at_once=at_once)
+    served = [word for said in flags.sets for word in ("--set", said)]
+    served += ["--cache-dir", str(cache)] if cache else []
+    text = template(_wancli(), path, chosen, served, context.args, name=path.stem, gpus=gpus, at_once=at_once)
     print(text, end="")
 
 
-def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags]:
-    """Where the job is, and the flags among the options of a render. Raises what the render would."""
+def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Path | None]:
+    """Where the job is, and the flags and the cache among the options of a render. Raises what that would."""
     from wancli.commands.render import render
     from wancli.flags import Flags
 
@@ -183,7 +194,7 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags]:
             hint="Move the old videos away, or give the job another output.",
         )
     flags = Flags(tuple(given["sets"] or ()), tuple(given["sweeps"] or ()), given["items"], given["shard"])
-    return Path(job).resolve(), flags
+    return Path(job).resolve(), flags, given["cache_dir"]
 
 
 def _shots(job: Path, flags: Flags) -> int:

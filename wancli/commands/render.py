@@ -104,8 +104,11 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     A shot that fails does not keep the others from being rendered.
     """
+    from wancli import signals
+
+    context.with_resource(signals.unwinding())
     invocation: Invocation = context.obj
-    from wancli import batch, compare, policy, rates, signals
+    from wancli import batch, compare, policy, rates
     from wancli.farm.claims import Claims
     from wancli.report import data
     from wancli.tools import Tools
@@ -126,33 +129,34 @@ def render(
     outcomes: list[Outcome] = []
     known = rates.read(rates_of(cache_dir))
     stopped: Stopped | None = None
-    try:
-        with signals.listening() as stop, Claims(waits=not no_wait) as claims:
-            store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
-            tools = Tools(store, display, force, stop, failing, claims, kept, began)
-            if engine is Engine.local:
-                work = batch.render(plan, tools)
-            else:
-                work = _by_ray(plan, tools, _task(tools, job, flags, cache_dir, measuring), cluster)
-            for outcome in _traced(work, log_level):
-                outcomes.append(outcome)
-                display.came_to(outcome)
-                _tell(outcome, paths=not (as_json or json_stream))
-            compare.after(plan, tools)
-    except Stopped as error:
-        stopped = error
-    except BaseException:
-        if outcomes:
-            with suppress(WancliError):  # the first error is the one to tell
-                data.write(plan, data.build(plan, outcomes))
-        raise
-    report, path = _report(plan, outcomes, cache_dir, known)
-    if as_json:
-        result(json.dumps(report, indent=2))
-    if not quiet:
-        _summarize(context, report, path, outcomes, log_level)
-    status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
-    display.ended(status, path)
+    with signals.listening() as stop:  # also for the report: what was rendered is told
+        try:
+            with Claims(waits=not no_wait) as claims:
+                store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
+                tools = Tools(store, display, force, stop, failing, claims, kept, began)
+                if engine is Engine.local:
+                    work = batch.render(plan, tools)
+                else:
+                    work = _by_ray(plan, tools, _task(tools, job, flags, cache_dir, measuring), cluster)
+                for outcome in _traced(work, log_level):
+                    outcomes.append(outcome)
+                    display.came_to(outcome)
+                    _tell(outcome, paths=not (as_json or json_stream))
+                compare.after(plan, tools)
+        except Stopped as error:
+            stopped = error
+        except BaseException:
+            if outcomes:
+                with suppress(WancliError):  # the first error is the one to tell
+                    data.write(plan, data.build(plan, outcomes))
+            raise
+        report, path = _report(plan, outcomes, cache_dir, known)
+        if as_json:
+            result(json.dumps(report, indent=2))
+        if not quiet:
+            _summarize(context, report, path, outcomes, log_level)
+        status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
+        display.ended(status, path)
     if stopped:
         stopped.command = _going_on(context, plan, outcomes) if force else ""
         raise stopped

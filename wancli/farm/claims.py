@@ -152,7 +152,8 @@ class Claims:
 
     def remember(self, shots: Iterable[Shot]) -> None:
         """Notes which manifests there are, for `remade()`."""
-        self._before |= {shot.manifest: stamp(shot.manifest) for shot in shots} | self._given
+        self._before |= {shot.manifest: stamp(shot.manifest) for shot in shots}
+        self._before |= self._given
 
     def remade(self, shot: Shot) -> bool:
         """Whether another worker has written the manifest since: where all are told to render again, each

@@ -17,15 +17,24 @@ from wancli.errors import JobError
 _SOCKET = "{{Session.WorkingDirectory}}/wancli/socket"
 _ENTER = """\
 set -euo pipefail
-"$1" serve "$2" --socket "$3" --idle 1h --daemonize --wait-ready
+"$1" serve "$2" --socket "$3" --idle 1h --daemonize --wait-ready "${@:4}"
 echo "openjd_env: WANCLI_SOCKET=$3"
 """
 
 
 def template(
-    wancli: str, job: Path, items: str, options: Sequence[str], *, name: str, gpus: int, at_once: int
+    wancli: str,
+    job: Path,
+    items: str,
+    served: Sequence[str],
+    options: Sequence[str],
+    *,
+    name: str,
+    gpus: int,
+    at_once: int,
 ) -> str:
-    """The template as YAML; `options` are further ones of `wancli render`, `at_once` the shots of a task.
+    """The template as YAML; `options` are further ones of `wancli render`, `served` those among them that
+    `wancli serve` takes, too, `at_once` the shots of a task.
 
     Raises JobError for an option that OpenJD would read as a format string, and for what YAML cannot hold."""
     for word in (wancli, str(job), *options):
@@ -37,7 +46,7 @@ def template(
     socket = ["--socket", _SOCKET]
     enter = {
         "command": "bash",
-        "args": ["{{Env.File.Enter}}", wancli, "{{Param.JobFile}}", _SOCKET],
+        "args": ["{{Env.File.Enter}}", wancli, "{{Param.JobFile}}", _SOCKET, *served],
         "timeout": 3600,
     }
     leave = {"command": wancli, "args": ["serve", "--stop", *socket]}

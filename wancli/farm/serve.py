@@ -13,17 +13,19 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.errors import ExitStatus, MachineError
+from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import meeting
 from wancli.farm.standin import standing_in
 from wancli.loaded import Kept, check_device, check_weights
@@ -69,8 +71,9 @@ def reserved(path: Path) -> Iterator[None]:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """The socket of a place that is `reserved`, for its user alone; it goes with the block."""
-    path.unlink(missing_ok=True)  # of a server that died
+    """The socket of a place that is `reserved`, for its user alone; it goes with the block. Raises
+    MachineError where something else is there."""
+    _clear(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         mask = os.umask(0o177)
         try:
@@ -82,6 +85,19 @@ def listening(path: Path) -> Iterator[socket.socket]:
             yield listener
         finally:
             path.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Removes the socket of a server that died."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise MachineError(
+            "is there, and is no socket", where=str(path), hint="--socket names another place."
+        )
+    path.unlink()
 
 
 def prepare(plan: Plan | None, kept: Kept) -> None:
@@ -114,8 +130,10 @@ class Server:
         self._run, self._kept, self._idle = run, kept, idle
         self._identity = meeting.identity()
         self._state: Literal["waiting", "running", "busy"] = "busy"  # running a command, busy with itself
-        self._ending = False
-        self._relayed: list[int] = []  # signals of the client whose command runs
+        self._told = False  # by a signal that no client sent
+        self._came: Counter[int] = Counter()  # signals since the command began that runs, whoever heard them
+        self._relayed: Counter[int] = Counter()  # those of its client among them
+        self._woken: int | None = None  # where Python writes the number of each signal that comes
 
     @contextmanager
     def heeding(self) -> Iterator[None]:
@@ -123,22 +141,38 @@ class Server:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             with suppress(OSError):  # it leads a session of its own
                 os.setpgid(0, 0)
+        self._woken, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        woken = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(woken)
+            os.close(self._woken)
+            os.close(written)
+            self._woken = None
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         """A signal, but for the time in which a render listens by itself."""
-        ours = number not in self._relayed
-        self._ending = self._ending or ours
-        if self._state == "running" or (ours and self._state == "waiting"):
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        if self._state == "running" or (self._state == "waiting" and self._ending()):
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+    def _ending(self) -> bool:
+        """Whether a signal came that no client sent. A render hears its signals itself, so that they are
+        counted where Python meets them, and its exit code says nothing about them."""
+        if self._woken is not None:
+            with suppress(BlockingIOError):
+                while numbers := os.read(self._woken, 512):
+                    self._came.update(numbers)
+        self._told = self._told or any(self._came[number] > self._relayed[number] for number in _SIGNALS)
+        return self._told
 
     def serve(self, listener: socket.socket) -> None:
-        while not self._ending:
+        while not self._ending():
             connection = self._next(listener)
             if connection is None:
                 return
@@ -148,10 +182,10 @@ class Server:
     def _next(self, listener: socket.socket) -> socket.socket | None:
         try:
             self._state = "waiting"
-            if self._ending or not select.select([listener], [], [], self._idle)[0]:
+            if self._ending() or not select.select([listener], [], [], self._idle)[0]:
                 return None
             return listener.accept()[0]
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, Stopped):
             return None
         finally:
             self._state = "busy"
@@ -216,31 +250,34 @@ class Server:
             code = ended.code if isinstance(ended.code, int) else 1
         except KeyboardInterrupt:
             code = ExitStatus.INTERRUPTED
+        except Stopped:
+            code = ExitStatus.STOPPED
         except Exception:  # as where Python ends by it: somebody closed its stderr
             with suppress(OSError):
                 traceback.print_exc()
             code = 1
         finally:
             self._state = "busy"
-        if code in (ExitStatus.STOPPED, ExitStatus.INTERRUPTED) and not self._relayed:
-            self._ending = True
         with suppress(OSError):  # it is gone
             connection.shutdown(socket.SHUT_RD)
         relay.join()
+        self._ending()
+        self._came.clear()
         self._relayed.clear()
         return code
 
     def _relay(self, connection: socket.socket) -> None:
-        """Raises the client's signals in the main thread, and SIGTERM where it is gone before its end."""
+        """Raises the client's signals in the main thread, and SIGTERM where it is gone before its end, unless
+        it asked for that already: a second signal is for those who do not want to wait."""
         lines = meeting.Lines(connection)
         main = threading.main_thread().ident
         assert main is not None
         while True:
             message = lines.next()
             number = signal.Signals[message["signal"]] if message else signal.SIGTERM
-            if self._state != "running":
+            if self._state != "running" or (message is None and self._relayed):
                 return
-            self._relayed.append(number)
+            self._relayed[number] += 1
             signal.pthread_kill(main, number)
             if message is None:
                 return

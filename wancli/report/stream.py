@@ -11,12 +11,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from wancli import __version__, signals
+from wancli import __version__
 from wancli.errors import Bug, ExitStatus, Interrupted, UsageError, WancliError
 from wancli.events import Phase, Progress
 from wancli.report.event_schema import SCHEMA
@@ -34,7 +34,6 @@ class Stream(Progress):
 
     def __init__(self, out: TextIO, command: str) -> None:
         self._out, self._command = out, command
-        self._stack = ExitStack()
         self._began = time.monotonic()
         self._job: str | None = None
         self._shots: dict[str, Shot] = {}
@@ -45,12 +44,10 @@ class Stream(Progress):
         self._next_step = 0.0
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(signals.unwinding())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._end(_told(error) if error else self._failures())
-        self._stack.close()
 
     def planned(self, plan: Plan) -> None:
         self._job = plan.name

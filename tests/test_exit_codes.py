@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,3 +188,26 @@ def test_what_is_found_before_the_start(
 
 def test_the_table_names_every_code() -> None:
     assert {*CODES.values(), *ENDS.values(), 2} == {int(status) for status in ExitStatus}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "job.yaml"], ["render", "job.yaml"], ["render", "job.yaml", "--json-stream"]]
+)
+def test_a_working_folder_that_was_deleted_is_no_bug(tmp_path: Path, arguments: list[str]) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    program = (
+        "import os, sys\nfrom wancli.__main__ import main\n"
+        f"sys.argv[1:] = {arguments}\nos.chdir({str(gone)!r})\nos.rmdir({str(gone)!r})\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr.startswith("wancli: the working folder is gone (No such file or directory)\n  cd")
+    if "--json-stream" in arguments:
+        envelope = json.loads(done.stdout)
+        assert (envelope["type"], envelope["exit_code"], envelope["error"]["code"]) == (
+            "envelope",
+            3,
+            "machine",
+        )
+    else:
+        assert done.stdout == ""

@@ -444,6 +444,16 @@ def test_a_server_that_cannot_render_the_same_refuses(
     assert files_in(tmp_path) == []
 
 
+def test_a_client_whose_folder_was_deleted_says_so(there: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom wancli.__main__ import main\n"
+        f"sys.argv[1:] = ['render', 'job.yaml', '--socket', {str(there)!r}]\n"
+        f"os.chdir({str(tmp_path)!r})\nos.rmdir({str(tmp_path)!r})\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "working folder is gone" in done.stderr) == (3, True)
+
+
 def test_auto_says_that_it_renders_without_a_server_that_refuses(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:

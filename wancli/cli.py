@@ -16,8 +16,9 @@ import typer
 from wancli import __version__, streams
 from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
 from wancli.commands.common import Invocation, complain
-from wancli.errors import Bug, ExitStatus, Stopped, UsageError, WancliError
+from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.events import printable
+from wancli.names import here
 
 if TYPE_CHECKING:
     from wancli.loaded import Kept
@@ -60,6 +61,11 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
 
     `kept` and `began`: of a process that runs several, networks and when this one began."""
     try:
+        if not arguments[:1] or not arguments[0].startswith("-"):  # --help is understood anywhere
+            here()
+    except MachineError as error:
+        return _refused(error, arguments)
+    try:
         invocation = Invocation(kept, began)
         code = int(app(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
         sys.stdout.flush()
@@ -67,12 +73,7 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
         return ended(error, arguments)
     except typer.TyperException as error:
         usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
-        complain(usage)
-        if "--json-stream" in arguments:
-            from wancli.report.stream import refused
-
-            refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), usage)
-        return usage.status
+        return _refused(usage, arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
     except Exception:
@@ -85,6 +86,16 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
     if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and streams.failure(sys.stdout):
         return ExitStatus.MACHINE  # of a batch whose work went on; stderr has it
     return code
+
+
+def _refused(error: WancliError, arguments: list[str]) -> ExitStatus:
+    """Says why no command was begun, also to programs, and returns the exit code."""
+    complain(error)
+    if "--json-stream" in arguments:
+        from wancli.report.stream import refused
+
+        refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), error)
+    return error.status
 
 
 def ended(error: WancliError, arguments: list[str]) -> ExitStatus:

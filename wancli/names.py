@@ -13,11 +13,21 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from wancli.errors import JobError
+from wancli.errors import JobError, MachineError
 
 _NAME_BYTES = 255 - len(".latents.safetensors")  # companions of NAME.mp4 have longer names
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
+
+
+def here() -> Path:
+    """The working folder, where relative names start. Raises MachineError where it was deleted."""
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise MachineError(
+            f"the working folder is gone ({error.strerror})", hint="cd to one that is there."
+        ) from None
 
 
 @lru_cache(1024)  # the shots of a sweep say the same

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
 from wancli.errors import WancliError
 from wancli.events import printable
 
 if TYPE_CHECKING:
+    import typer
+
     from wancli.events import Mode, Progress
     from wancli.flags import Flags
     from wancli.jobfile import JobFile

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.events import printable
 from wancli.farm import meeting
+from wancli.names import here
 
 _PATIENCE = 0.5  # seconds without an answer after which a server is busy
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -111,7 +112,7 @@ class _Render:
     def _send(self, arguments: Sequence[str]) -> None:
         request = {
             "arguments": list(arguments),
-            "folder": str(Path.cwd()),
+            "folder": str(here()),
             "environment": dict(os.environ),
             "written": [_how_written(stream) for stream in (sys.stdout, sys.stderr)],
             "umask": _umask(),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from wancli import __version__
-from wancli.errors import Bug, ExitStatus, Interrupted, UsageError, WancliError
+from wancli.errors import Bug, ExitStatus, Interrupted, WancliError
 from wancli.events import Phase, Progress
 from wancli.report.event_schema import SCHEMA
 from wancli.report.lines import line
@@ -151,8 +151,8 @@ class _Phase:
         self._stream.step(self._name, self._ids, self.done, self._total)
 
 
-def refused(out: TextIO, command: str, error: UsageError) -> None:
-    """The envelope of a command line that was not understood: all there is of its stream."""
+def refused(out: TextIO, command: str, error: WancliError) -> None:
+    """The envelope of a command line that was not begun: all there is of its stream."""
     _envelope(out, command, error.status, None, error)
 
 

@@ -188,3 +188,10 @@ def test_no_color_takes_the_colours_away(clock, monkeypatch):
 )
 def test_durations_are_written_for_people(seconds, text):
     assert events.span(seconds) == text
+
+
+def test_a_phase_that_ends_before_its_last_step_says_so() -> None:
+    out = io.StringIO()
+    with events.progress(out, "plain").phase("a", "sample", 20) as phase:
+        phase.advance(3)
+    assert out.getvalue().splitlines()[-1].startswith("sample a: stopped after 3 of 20 steps and ")

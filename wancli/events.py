@@ -90,6 +90,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def _ending(done: int, total: int) -> str:
+    """How a phase ended that raised nothing: somebody may have asked for its end."""
+    return "done in" if done >= total else f"stopped after {done} of {total} steps and"
+
+
 class _SilentPhase:
     def advance(self, n: int = 1, note: str = "") -> None: ...
 
@@ -97,18 +102,18 @@ class _SilentPhase:
 class _LinePhase:
     def __init__(self, lines: _Lines, title: str, total: int) -> None:
         self._lines, self._title, self._total = lines, title, total
-        self._done = self._shown = 0
+        self.done = self._shown = 0
         self._began = self._shown_at = time.monotonic()
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self._done += n
+        self.done += n
         now = time.monotonic()
-        moved = self._done - self._shown >= _LINE_SHARE * self._total
-        if moved and now - self._shown_at >= _LINE_SECONDS and self._done < self._total:
-            self._shown, self._shown_at = self._done, now
-            left = (now - self._began) / self._done * (self._total - self._done)
+        moved = self.done - self._shown >= _LINE_SHARE * self._total
+        if moved and now - self._shown_at >= _LINE_SECONDS and self.done < self._total:
+            self._shown, self._shown_at = self.done, now
+            left = (now - self._began) / self.done * (self._total - self.done)
             tail = f", {note}" if note else ""
-            self._lines.note(f"{self._title}: {self._done}/{self._total}, ETA {span(left)}{tail}")
+            self._lines.note(f"{self._title}: {self.done}/{self._total}, ETA {span(left)}{tail}")
 
 
 class _Lines(Progress):
@@ -120,12 +125,13 @@ class _Lines(Progress):
         title = f"{name} {shot}"
         self.note(f"{title}: started, {total} steps")
         began = time.monotonic()
+        phase = _LinePhase(self, title, total)
         try:
-            yield _LinePhase(self, title, total)
+            yield phase
         except BaseException:
             self.note(f"{title}: stopped after {span(time.monotonic() - began)}")
             raise
-        self.note(f"{title}: done in {span(time.monotonic() - began)}")
+        self.note(f"{title}: {_ending(phase.done, total)} {span(time.monotonic() - began)}")
 
     def note(self, text: str) -> None:
         self._stream.write(printable(text) + "\n")
@@ -155,8 +161,10 @@ class _Bars(Progress):
         ending = "[red]stopped after[/]"
         try:
             with self._bars() as bars:
-                yield _BarPhase(bars, bars.add_task(name, total=total, shot=printable(shot), note=""))
-            ending = "[green]done in[/]"
+                task = bars.add_task(name, total=total, shot=printable(shot), note="")
+                yield _BarPhase(bars, task)
+            done = round(bars.tasks[task].completed)
+            ending = f"[{'green' if done >= total else 'red'}]{_ending(done, total)}[/]"
         finally:
             after = f"{ending} {span(time.monotonic() - began)}"
             self._line(f"{name} {shot}: ", after=after)

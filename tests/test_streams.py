@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,34 +73,37 @@ def test_a_path_on_stdout_has_the_bytes_of_its_name(tmp_path: Path) -> None:
     assert b"u\\udcff/job.report.json" in done.stderr
 
 
-@pytest.fixture
-def full() -> Iterator[int]:
-    kept, nowhere = os.dup(1), os.open("/dev/full", os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    yield 1
-    os.dup2(kept, 1)
-    os.close(kept)
-    os.close(nowhere)
+@contextmanager
+def stdout_is(fd: int) -> Iterator[None]:
+    """Within a test, not as a fixture: pytest gives the descriptor back to its capture between the two."""
+    kept = os.dup(1)
+    os.dup2(fd, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @pytest.mark.parametrize("write_through", [False, True])
-def test_a_failure_is_raised_once_and_remembered(full: int, write_through: bool) -> None:
-    out = streams.writer(full, encoding="utf-8", write_through=write_through)
+def test_a_failure_is_raised_once_and_remembered(write_through: bool) -> None:
+    out = streams.writer(1, encoding="utf-8", write_through=write_through)
     assert streams.failure(out) is None
-    with pytest.raises(MachineError, match="stdout: cannot be written: No space left"):
-        print("a", file=out, flush=True)
-    print("b", file=out, flush=True)
+    full = os.open("/dev/full", os.O_WRONLY)
+    with stdout_is(full):
+        with pytest.raises(MachineError, match="stdout: cannot be written: No space left"):
+            print("a", file=out, flush=True)
+        print("b", file=out, flush=True)
+    os.close(full)
     assert isinstance(streams.failure(out), MachineError)
     assert streams.failure(io.StringIO()) is None
 
 
 def test_what_is_no_name_of_a_file_is_escaped() -> None:
     read, write = os.pipe()
-    kept = os.dup(1)
-    os.dup2(write, 1)
     out = streams.writer(1, encoding="utf-8", write_through=False)
-    print("\udcff \ud800 猫", file=out, flush=True)
-    os.dup2(kept, 1)
+    with stdout_is(write):
+        print("\udcff \ud800 猫", file=out, flush=True)
     assert os.read(read, 100) == b"\xff \\ud800 \xe7\x8c\xab\n"
-    for fd in (read, write, kept):
+    for fd in (read, write):
         os.close(fd)

@@ -118,6 +118,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """`os.write` until nothing is left: a disk that is nearly full takes a part. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
 def sweep(folder: Path, now: float | None = None) -> list[Path]:
     """Remove what dead processes left in `folder`: own temporary files untouched for a day.
 
@@ -170,9 +177,7 @@ def _spilled(final: Path, data: bytes) -> Iterator[Path]:
 def _fill(path: Path, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
+        write_all(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -195,7 +195,7 @@ class Claims:
             except FileExistsError:
                 return False
             try:
-                os.write(fd, (json.dumps(body) + "\n").encode())
+                files.write_all(fd, (json.dumps(body) + "\n").encode())
             except OSError:
                 path.unlink()
                 raise

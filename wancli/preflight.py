@@ -79,6 +79,8 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     `damaged` is one of this very shot, by its manifest, that no longer verifies: it may be made anew once it
     is moved aside. `in the way` is everything else.
     """
+    if not os.path.lexists(shot.output) and not shot.manifest.exists():
+        return "to do", "no manifest"  # most of a fresh batch, whose keys are slow to compute
     wrong = manifest.problems(shot.output, shot.key)
     if not wrong:
         return "done", ""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -266,6 +267,12 @@ class Plan:
         if len(name) > _NAME_BYTES:
             return folder / f"{slug(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
         return folder / f"{self.name}.{suffix}"
+
+
+def named(shots: Sequence[Shot]) -> str:
+    """What people read of shots: the id of one, or how many and which they are."""
+    first, last = shots[0].id, shots[-1].id
+    return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
 
 
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.

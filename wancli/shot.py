@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli import footprint
-from wancli.encode import Encoder, Tokens
+from wancli.encode import Encoder
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.legs import Fork
@@ -22,6 +22,7 @@ from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.names import slug
 from wancli.solvers import Schedule, schedule
+from wancli.tokens import Tokens
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 

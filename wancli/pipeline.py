@@ -161,8 +161,8 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
         if attempt.error:
             release()
             underway.fail(together, attempt.error)
-        yield from _told(group, attempt.stack, tools)
-    yield from _told(group, "", tools)
+        yield from _failures(group, attempt.stack, tools)
+    yield from _failures(group, "", tools)
     kept: list[tuple[Shot, tuple[Tensor, Record]]] = []
     for one in group:
         if one.over or one.fork or not _ours(one.shot, tools):
@@ -184,7 +184,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
         yield _published(shot, latent, means)
 
 
-def _told(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outcome]:
+def _failures(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outcome]:
     """Those that failed in their steps. The state of one that met NaN would only lead there again; that of
     another is what the next run goes on from."""
     for one in group:

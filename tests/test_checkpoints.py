@@ -27,9 +27,10 @@ from jobs import (
 )
 from safetensors.torch import load_file, save_file
 
-from wancli import encode
+from wancli.embedding import Embedding, save_embeddings
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
+from wancli.tokens import Tokenizer
 from wancli.weights import networks
 
 
@@ -157,8 +158,8 @@ def test_an_embedding_of_another_width_is_refused(
     render: Callable[..., Said], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.safetensors"
-    tokens = encode.Tokenizer(TINY / "google/umt5-xxl/spiece.model").tokens("a fog", 256)
-    encode.save_embeddings(out, [encode.Embedding.of(tokens, torch.zeros(len(tokens.ids), 32), "x")])
+    tokens = Tokenizer(TINY / "google/umt5-xxl/spiece.model").tokens("a fog", 256)
+    save_embeddings(out, [Embedding.of(tokens, torch.zeros(len(tokens.ids), 32), "x")])
     said = render(prompt={"embedding": "a.safetensors"})
     assert said.code == 1
     assert f"wancli: shot 0000: {out}: its rows are 32 wide, the model reads 64\n" in said.err

@@ -27,6 +27,7 @@ from wancli.errors import MachineError, Stopped
 from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
+from wancli.force import Force
 from wancli.jobfile import load
 from wancli.outcome import Outcome
 from wancli.plan import plan
@@ -413,6 +414,10 @@ def tools(job: Folder, claims: Claims, progress: Progress | None = None, **chang
     return Tools(Store(job.cache / "embeddings"), progress or Progress(), claims=claims, **changes)
 
 
+def forced(job: Folder) -> Force:
+    return Force.of(planned(job).shots)
+
+
 def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_done(
     folder: Callable[..., Folder],
 ) -> None:
@@ -490,11 +495,11 @@ def test_workers_that_are_all_told_to_render_again_do_it_once(
 
         def late(shots: Any) -> Any:
             monkeypatch.undo()
-            list(render_plan(planned(job), tools(job, others, force=True)))
+            list(render_plan(planned(job), tools(job, others, force=forced(job))))
             return real(shots)
 
         monkeypatch.setattr(claims, "take", late)
-        (outcome,) = render_plan(planned(job), tools(job, claims, force=True))
+        (outcome,) = render_plan(planned(job), tools(job, claims, force=forced(job)))
     assert outcome.status == "already done"
     assert [name for name in files_in(tmp_path) if name.endswith("mp4")] == ["a.mp4", "a.old-1.mp4"]
 

@@ -15,13 +15,13 @@ import pytest
 from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, rule, tiny_job, words, written
 
 from wancli import plan as planning
-from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.flags import Flags
 from wancli.inject import Text
 from wancli.jobfile import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.shot import Plan, Shot
+from wancli.tokens import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ from jobs import (
 )
 
 from wancli import errors, files, video
-from wancli.encode import Tokenizer
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE
 from wancli.policy import Failing, Policy, exit_status, of_flags
 from wancli.stage3 import ways
+from wancli.tokens import Tokenizer
 from wancli.weights import networks
 
 Render = Callable[..., Said]

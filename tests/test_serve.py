@@ -21,7 +21,8 @@ from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_
 from wancli import signals
 from wancli.errors import JobError, MachineError
 from wancli.farm import meeting
-from wancli.farm.serve import Server, listening
+from wancli.farm.meeting import listening
+from wancli.farm.serve import Server
 from wancli.loaded import Kept
 from wancli.manifest import read
 

@@ -32,6 +32,7 @@ from jobs import (
 from torch import Tensor
 
 from wancli import encode, video
+from wancli.embedding import Embedding
 from wancli.models.dit import WanModel
 
 Render = Callable[..., Said]
@@ -171,7 +172,7 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
     prompts = [f"A prompt that nobody has asked for, number {n} of the stopped." for n in range(3)]
     real, kept = encode.pack, []
 
-    def pack(embeddings: Sequence[encode.Embedding]) -> bytes:
+    def pack(embeddings: Sequence[Embedding]) -> bytes:
         kept.append(embeddings[0].text)
         if len(kept) == 2:
             signal.raise_signal(signal.SIGTERM)

@@ -62,7 +62,7 @@ def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError
     todo: list[Shot] = []
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
-        state, why = ("to do", "") if tools.force else condition(shot)
+        state, why = standing(shot, tools)
         if state == "in the way":
             message = f"{shot.output} exists, and is not what this job makes now ({why})"
             refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
@@ -71,6 +71,14 @@ def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
+
+
+def standing(shot: Shot, tools: Tools) -> tuple[Condition, str]:
+    """The condition of a shot, to a render; with --force what lay there before is neither done nor in the
+    way."""
+    if tools.force and tools.force.outdated(shot, "manifest"):
+        return "to do", ""
+    return condition(shot)
 
 
 def condition(shot: Shot) -> tuple[Condition, str]:

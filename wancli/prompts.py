@@ -7,11 +7,12 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from wancli import presets
-from wancli.encode import Tokenizer, Tokens, describe
+from wancli.embedding import describe
 from wancli.errors import JobError
 from wancli.job import EmbeddingFile
 from wancli.jobfile import Item
 from wancli.shot import Model, Prompt
+from wancli.tokens import Tokenizer, Tokens
 
 
 class Prompts:

@@ -96,7 +96,8 @@ def _serve(
     background: Background | None,
 ) -> None:
     from wancli.cli import run
-    from wancli.farm.serve import Server, listening, prepare, reserved
+    from wancli.farm.meeting import listening, reserved
+    from wancli.farm.serve import Server, prepare
     from wancli.loaded import Kept
 
     kept = Kept()

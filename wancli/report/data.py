@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives, choose, files, footprint, manifest, preflight, rates
-from wancli.encode import describe
+from wancli.embedding import describe
 from wancli.errors import EntryError
 from wancli.record import versions
 from wancli.store import unseal

@@ -21,7 +21,7 @@ from wancli.jobfile import load
 from wancli.manifest import manifest_path
 from wancli.models.config import WanConfig
 from wancli.plan import plan
-from wancli.report import again, document, experiments, facts, gather, page
+from wancli.report import again, data, document, experiments, facts, page
 from wancli.report.gather import Found
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -180,10 +180,14 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     (folder / "one" / "fish.mp4").write_bytes((out / "fish.mp4").read_bytes())
     (folder / "two" / "bad.manifest.json").write_text('{"schema": "wancli/manifest/1"}')
     (folder / "two" / "x.map.inject.json").write_text("{}")
+    (folder / "two" / "x.compare.json").write_text('{"schema": "wancli/compare/1", "shots": [{}]}')
+    score = {"id": "fish", "output": "fish.mp4", "baseline": "plain", "ssim": 0.5}
+    compared = {"schema": "wancli/compare/1", "baseline": "plain", "shots": [score]}
+    (folder / "one" / "job.compare.json").write_text(json.dumps(compared))
     # The folder was moved since; and a job of another folder has a shot of that name.
     entry = {"id": "nan", "labels": {}, "output": "/farm/two/nan.mp4", "status": "failed", "error": None}
     other = {"id": "fish", "labels": {}, "output": "/farm/two/fish.mp4", "status": "rendered"}
-    report = {"schema": gather.REPORT, "job": "sweep", "shots": [entry, other]}
+    report = {"schema": data.SCHEMA, "job": "sweep", "shots": [entry, other]}
     (folder / "two" / "report.json").write_text(json.dumps(report))
     said = command(capsys, "report", folder)
     assert (said.code, said.out) == (0, f"{folder}/report.html\n")
@@ -191,9 +195,12 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     rows = [(shot["job"], shot["id"], shot["status"]) for shot in found.document["shots"]]
     assert rows == [("one", "fish", "rendered"), ("sweep", "fish", "video gone"), ("sweep", "nan", "failed")]
     problems = [
-        text for text in found.inside("p") if "not wancli/map/1" in text or "manifest is damaged" in text
+        text
+        for text in found.inside("p")
+        if "not wancli/map/1" in text or "not wancli/compare/1" in text or "manifest is damaged" in text
     ]
-    assert len(problems) == 2
+    assert len(problems) == 3
+    assert [shot["score"] for shot in found.document["shots"]] == [score, None, None]  # not of its namesake
     assert found.document["shots"][0]["video"] == "one/fish.mp4"
     assert found.document["shots"][0]["poster"].startswith("data:image/jpeg;base64,/9j/")
 

@@ -149,11 +149,10 @@ def write(path: Path, found: Map) -> None:
 def read(path: Path) -> Map | None:
     """The map in a file; None where there is none that is whole."""
     try:
-        document = json.loads(path.read_bytes())
-        found = Map.model_validate(document) if document.get("schema") == SCHEMA else None
-    except (OSError, ValueError, AttributeError, RecursionError, ValidationError):
+        found = Map.model_validate(files.document(path, SCHEMA))
+    except ValidationError:
         return None
-    return found if found and _is_sound(found) else None
+    return found if _is_sound(found) else None
 
 
 def _is_sound(found: Map) -> bool:

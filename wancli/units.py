@@ -38,4 +38,5 @@ def duration(value: float) -> str:
     """Seconds: `7.0 s`, `3 min 20 s`, `2.5 h`."""
     if value < 120:
         return f"{value:.1f} s"
-    return f"{value // 60:.0f} min {value % 60:.0f} s" if value < 7200 else f"{value / 3600:.1f} h"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds} s" if value < 7200 else f"{value / 3600:.1f} h"

@@ -74,7 +74,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     """
     shots = plan.whole
     path = report_path(plan)
-    earlier = _read(path)
+    earlier = read(path)
     if path.exists() and earlier is None:
         files.set_aside(path)
     if plan.others:
@@ -105,13 +105,9 @@ def report_path(plan: Plan) -> Path:
     return plan.companion("report.json")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-        return found if found["schema"] == SCHEMA else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return files.document(path, SCHEMA)
 
 
 def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:

@@ -151,7 +151,8 @@ def test_files_of_one_name_in_two_folders_have_their_paths_as_ids(tmp_path: Path
         (["a.mp4", "no.mp4"], 2, "no.mp4: no such file"),
         (["a.mp4", "."], 2, ".: no such file"),
         (["a.mp4", "cut.mp4"], 3, "cut.mp4: ffmpeg failed"),
-        (["a.mp4", "text.mp4"], 3, "text.mp4: ffmpeg failed"),
+        (["a.mp4", "text.mp4"], 2, "text.mp4: is no MP4\n  It takes MP4 files"),
+        (["a.latents.safetensors", "a.mp4"], 2, "a.latents.safetensors: is no MP4\n  It takes MP4 files"),
         (["a.mp4", "sound.mp4"], 3, "sound.mp4: ffmpeg failed"),
         (["a.mp4", "--video", "a.mp4"], 2, "a.mp4: is a video that is compared, or named twice"),
         (["a.mp4", "-o", "./a.mp4"], 2, "a.mp4: is a video that is compared, or named twice"),
@@ -172,6 +173,7 @@ def test_what_cannot_be_compared_is_one_message_and_nothing_is_touched(
     whole = pattern(Path("a.mp4")).read_bytes()
     Path("cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     Path("text.mp4").write_text("no video")
+    Path("a.latents.safetensors").write_bytes(b"\x10" + bytes(7) + b'{"__metadata__":{}}')
     Path("folder").mkdir()
     sound = ["-f", "lavfi", "-i", "sine=duration=0.2", "sound.mp4"]
     subprocess.run([FFMPEG, "-v", "error", *sound], check=True)

@@ -215,6 +215,26 @@ def test_a_job_is_shown_as_it_stands(out: Path, capsys: pytest.CaptureFixture[st
     assert (target.parent / document["shots"][0]["video"]).resolve() == out / "plain.mp4"
 
 
+def test_a_job_that_nobody_rendered_yet_has_its_table_of_shots(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    job = written(tmp_path, (out.parent / "job.yaml").read_text())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fish.manifest.json").write_text("{")
+    assert command(capsys, "report", job, "-o", tmp_path / "page.html").code == 0
+    found = pages.Page((tmp_path / "page.html").read_bytes())
+    assert [shot["status"] for shot in found.document["shots"]] == ["not started", "damaged"]
+    assert "experiments" in [attrs.get("id") for tag, attrs in found.elements if tag == "table"]
+
+
+def test_a_page_does_not_take_the_name_of_a_folder(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for options in (["-o", tmp_path], ["-o", tmp_path / "p.html", "--csv", tmp_path]):
+        said = command(capsys, "report", out, *options)
+        assert (said.code, said.err) == (2, f"wancli: {tmp_path}: a folder has the name of an output\n")
+
+
 def test_what_a_page_cannot_be_made_of_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = command(capsys, "report", tmp_path)
     assert said.code == 2
@@ -291,6 +311,12 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
     assert found == [f"'{text}" if text[0] in "=+-@\t" else text for text in texts]
     assert not [cell for line in read for cell in line.values() if cell and cell[0] in "=+@\t\r"]
     assert {line["label.take"] for line in read} == {"-2.5"}  # a number is no formula
+
+
+def test_the_columns_of_the_csv_are_those_that_the_docs_name() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    told = text.partition("with the columns ")[2].partition("and the labels")[0]
+    assert re.findall(r"`(\w+)`", told) == [*experiments.COLUMNS, *experiments.ONLY_IN_FILES]
 
 
 def test_csv_is_written_beside_the_page(out: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import __version__, clip, figures, files, manifest
+from wancli import __version__, clip, companions, figures, files, manifest
 from wancli.clip import Clip
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.figures import SCHEMA, Record
@@ -194,10 +194,8 @@ def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
 
 def _write(path: Path, found: Record) -> None:
     """Over an earlier one; another file of that name moves aside."""
-    if not sheet.marked(path, SCHEMA.encode(), 100):
-        files.set_aside(path)
     text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
-    files.replace(path, text.encode(errors="backslashreplace"))
+    companions.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
@@ -211,7 +209,7 @@ def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
 def _stands(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
-        found = files.document(path, SCHEMA) or {}
+        found = companions.document(path, SCHEMA) or {}
         return found["key"] == key and all(
             files.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )

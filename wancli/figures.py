@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from wancli import files, latents, scores
+from wancli import companions, latents, scores
 from wancli.clip import Clip
 from wancli.errors import EntryError
 
@@ -29,7 +29,7 @@ def measure(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[Recor
 
 def read(path: Path) -> list[Record] | None:
     """The shots of JOB.compare.json; None if it is no such document."""
-    found = files.document(path, SCHEMA) or {}
+    found = companions.document(path, SCHEMA) or {}
     shots = found.get("shots")
     if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
         return None

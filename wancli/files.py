@@ -16,7 +16,6 @@ import ctypes
 import errno
 import hashlib
 import itertools
-import json
 import os
 import platform
 import secrets
@@ -26,7 +25,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from wancli.errors import DiskError, MachineError, NoSpace, OutputExists, WancliError
 
@@ -247,15 +245,6 @@ def _make_folder(folder: Path) -> None:
 
 
 # ---- reading and reasons ----
-
-
-def document(path: Path, schema: str) -> dict[str, Any] | None:
-    """The JSON object in a file that says it is of this schema; None for anything else."""
-    try:
-        found = json.loads(path.read_bytes())
-        return found if found["schema"] == schema else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def sha256(path: Path) -> str:

@@ -188,17 +188,18 @@ def _summarize(
 ) -> None:
     """The report for people, and how to try again what failed."""
     from wancli.report import terminal
+    from wancli.units import ranges
 
     effects = log_level in (LogLevel.verbose, LogLevel.trace)
     shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=effects)
     terminal.show(shown, stderr=True)
     if failed := [outcome.shot.index for outcome in outcomes if outcome.error]:
-        terminal.show(terminal.failures(report, again(context, terminal.ranges(failed))), stderr=True)
+        terminal.show(terminal.failures(report, again(context, ranges(failed))), stderr=True)
 
 
 def _going_on(context: typer.Context, plan: Plan, outcomes: Sequence[Outcome]) -> str:
     """How a render with --force goes on: what it has made is not made once more."""
-    from wancli.report.terminal import ranges
+    from wancli.units import ranges
 
     made = {outcome.shot.index for outcome in outcomes if outcome.record}
     every = [shot.index for shot in plan.shots]

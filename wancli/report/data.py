@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, files, footprint, manifest, preflight, rates
+from wancli import alternatives, choose, companions, files, footprint, manifest, preflight, rates
 from wancli.encode import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -107,7 +107,7 @@ def report_path(plan: Plan) -> Path:
 
 def read(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
-    return files.document(path, SCHEMA)
+    return companions.document(path, SCHEMA)
 
 
 def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -233,11 +233,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
     for shot in shots:
         process = footprint.process(shot.model)
         for phase in shot.phases:
-            row = asdict(phase) | {
-                "total": phase.total,
-                "process": process,
-                "peak": process + phase.total,
-            }
+            row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
             if phase.name not in found or row["peak"] > found[phase.name]["peak"]:
                 found[phase.name] = row
     return list(found.values())

@@ -64,6 +64,7 @@ def of_found(found: Found, page: Path, posters: Mapping[int, str]) -> dict[str, 
     models = [_model(model) for model in pools.pop("models").values]
     return {
         "schema": SCHEMA,
+        "rendered": True,
         "name": found.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "shots": shots,
@@ -96,6 +97,7 @@ def of_models(
     empty: dict[str, Any] = {name: [] for name in POOLS if name != "models"}
     return {
         "schema": SCHEMA,
+        "rendered": False,
         "name": "wancli explore",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "shots": shots,

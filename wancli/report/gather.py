@@ -52,8 +52,8 @@ def of_plan(plan: Plan, report: Path) -> Found:
     found.reports = [last] if (last := data.read(report)) else []
     for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
         entry = _read(shot.manifest, found)
-        if entry is None or entry.get("key") not in (None, shot.key):
-            status = "not started" if entry is None else "another job's"
+        if entry is None or entry.get("key") != shot.key:
+            status = "another job's" if entry else "damaged" if shot.manifest.exists() else "not started"
             entry = {"id": shot.id, "labels": shot.labels, "output": str(shot.output), "status": status}
         found.entries.append((plan.name, entry))
     _beside(found, {shot.output.parent for shot in (*plan.shots, *plan.others)})

@@ -12,7 +12,7 @@ function select(index) {
   drawPipeline(shot);
   drawBlocks(shot);
   drawMemory(shot);
-  if ($('maps')) {
+  if (data.rendered) {
     drawMaps(shot);
     drawPrompts(shot);
     drawTime(shot);
@@ -24,7 +24,7 @@ function summary() {
   const parts = [new Date(data.created).toISOString().slice(0, 16).replace('T', ' ')];
   const counts = new Map();
   for (const shot of data.shots) counts.set(shot.status, (counts.get(shot.status) ?? 0) + 1);
-  if ($('maps')) {
+  if (data.rendered) {
     parts.push([...counts].map(([status, n]) => `${n} ${status}`).join(', '));
     const peaks = data.jobs.map((job) => job.peak?.measured ?? 0);
     if (Math.max(0, ...peaks)) parts.push(`peak ${size(Math.max(...peaks))}`);
@@ -69,5 +69,5 @@ window.addEventListener('resize', () => {
 theme();
 summary();
 prepareTable();
-if ($('videos')) drawVideos();
+if (data.rendered) drawVideos();
 if (data.shots.length) select(data.chosen);

@@ -205,6 +205,16 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     assert found.document["shots"][0]["poster"].startswith("data:image/jpeg;base64,/9j/")
 
 
+def test_the_command_of_a_page_works_in_any_folder(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)
+    assert run(["report", out.name, "-o", str(tmp_path / "page.html")]) == 0
+    (shot, *_) = pages.Page((tmp_path / "page.html").read_bytes()).document["shots"]
+    assert f'"output": "{out}/' in shot["again"]
+    assert (tmp_path / shot["video"]).resolve().parent == out
+
+
 def test_a_job_is_shown_as_it_stands(out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     target = tmp_path / "here" / "page.html"
     said = command(capsys, "report", out.parent / "job.yaml", "-o", target)
@@ -239,6 +249,11 @@ def test_what_a_page_cannot_be_made_of_is_refused(tmp_path: Path, capsys: pytest
     said = command(capsys, "report", tmp_path)
     assert said.code == 2
     assert said.err.startswith(f"wancli: {tmp_path}: no manifest is in or below it")
+    (tmp_path / "a.manifest.json").write_text("{")
+    said = command(capsys, "report", tmp_path)
+    assert said.code == 4
+    assert said.err.startswith(f"wancli: {tmp_path}: no manifest is whole\n  {tmp_path}/a.manifest.json: the")
+    assert not (tmp_path / "report.html").exists()
     said = command(capsys, "explore", "Wan2.1-T2V-41B", "-o", tmp_path / "x.html")
     assert said.code == 2
     assert "did you mean Wan2.1-T2V-14B?" in said.err

@@ -62,7 +62,8 @@ def of_plan(plan: Plan, report: Path) -> Found:
 
 def of_folder(folder: Path) -> Found:
     """Every manifest below a folder, by the reports that lie there told which job it is of, and what those
-    say of shots without one. Raises JobError where there is none."""
+    say of shots without one. Raises JobError where there is none, EntryError where all are damaged."""
+    folder = folder.absolute()
     found = Found(folder.resolve().name)
     manifests = sorted(folder.rglob(f"*{MANIFEST}"))
     said: dict[Path, tuple[str, Entry]] = {}
@@ -75,7 +76,9 @@ def of_folder(folder: Path) -> Found:
             job, _ = said.pop(Path(entry["output"]), (path.parent.name, None))
             found.entries.append((job, entry))
     found.entries += [(job, _without_record(entry)) for job, entry in said.values()]
-    if not found.entries and not found.problems:
+    if not found.entries:
+        if found.problems:
+            raise EntryError("no manifest is whole", where=str(folder), hint="\n".join(found.problems[:8]))
         hint = "Render something there first."
         raise JobError("no manifest is in or below it", where=str(folder), hint=hint)
     _beside(found, {folder, *(path.parent for path in manifests)})

@@ -27,7 +27,9 @@ def test_nothing_is_compared_unless_asked(tmp_path: Path) -> None:
 
 
 def test_the_baseline_is_the_first_shot_without_injection_or_the_first(tmp_path: Path) -> None:
-    assert decided(tmp_path, compare=True) == Comparison(("a", "b", "c"), "b", sheet=True, video=True)
+    assert decided(tmp_path, compare=True) == Comparison(
+        dict.fromkeys("abc", "b"), "b", sheet=True, video=True
+    )
     found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[2]])
     assert found
     assert found.baseline == "a"
@@ -35,12 +37,35 @@ def test_the_baseline_is_the_first_shot_without_injection_or_the_first(tmp_path:
 
 def test_baseline_sheet_and_video_are_what_the_job_says(tmp_path: Path) -> None:
     found = decided(tmp_path, compare={"baseline": "c", "sheet": False})
-    assert found == Comparison(("a", "b", "c"), "c", sheet=False, video=True)
+    assert found == Comparison(dict.fromkeys("abc", "c"), "c", sheet=False, video=True)
+
+
+def test_a_shot_is_beside_the_one_that_differs_in_the_injection_alone(tmp_path: Path) -> None:
+    sweep = {"seed": [7, 8], "inject.0.strength": [0, 0.5, 1.0]}
+    swept = {"inject": [rule()], "matrix": sweep, "items": [{}], "output": "out/{seed}-{strength}.mp4"}
+    found = decided(tmp_path, compare=True, **swept)
+    assert found
+    assert found.baseline == "seed7-strength0"
+    assert {id: found.beside[id] for id in found.beside} == {
+        f"seed{seed}-strength{strength}": f"seed{seed}-strength0"
+        for seed in (7, 8)
+        for strength in ("0", "0.5", "1")
+    }
+    one = decided(tmp_path, compare={"baseline": "seed8-strength1"}, **swept)
+    assert one
+    assert {*one.beside.values()} == {"seed8-strength1"}
+
+
+def test_a_shot_that_no_other_differs_from_in_the_injection_alone_is_beside_the_first(tmp_path: Path) -> None:
+    items = [{"id": "a"}, {"id": "b", "seed": 8}, {"id": "c", "seed": 9, "inject": [rule()]}]
+    found = decided(tmp_path, compare=True, items=items)
+    assert found
+    assert found.beside == dict.fromkeys("abc", "a")
 
 
 def test_an_item_may_stay_out(tmp_path: Path) -> None:
     found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[1] | {"compare": False}, ITEMS[2]])
-    assert found == Comparison(("a", "c"), "a", sheet=True, video=True)
+    assert found == Comparison(dict.fromkeys("ac", "a"), "a", sheet=True, video=True)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,8 @@ def test_files_of_one_name_in_two_folders_have_their_paths_as_ids(tmp_path: Path
         (["a.mp4", "no.mp4"], 2, "no.mp4: no such file"),
         (["a.mp4", "."], 2, ".: no such file"),
         (["a.mp4", "cut.mp4"], 3, "cut.mp4: ffmpeg failed"),
-        (["a.mp4", "text.mp4"], 3, "text.mp4: ffmpeg failed"),
+        (["a.mp4", "text.mp4"], 2, "text.mp4: is no MP4\n  It takes MP4 files"),
+        (["a.latents.safetensors", "a.mp4"], 2, "a.latents.safetensors: is no MP4\n  It takes MP4 files"),
         (["a.mp4", "sound.mp4"], 3, "sound.mp4: ffmpeg failed"),
         (["a.mp4", "--video", "a.mp4"], 2, "a.mp4: is a video that is compared, or named twice"),
         (["a.mp4", "-o", "./a.mp4"], 2, "a.mp4: is a video that is compared, or named twice"),
@@ -172,6 +173,7 @@ def test_what_cannot_be_compared_is_one_message_and_nothing_is_touched(
     whole = pattern(Path("a.mp4")).read_bytes()
     Path("cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     Path("text.mp4").write_text("no video")
+    Path("a.latents.safetensors").write_bytes(b"\x10" + bytes(7) + b'{"__metadata__":{}}')
     Path("folder").mkdir()
     sound = ["-f", "lavfi", "-i", "sine=duration=0.2", "sound.mp4"]
     subprocess.run([FFMPEG, "-v", "error", *sound], check=True)
@@ -198,14 +200,22 @@ def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said]
 def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> None:
     one = clip.Clip(Path("x.mp4"), "x", None, video.About(1, 8, 64, 64))
     clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.about) for n in range(8)]
-    found = compare._pages(Path("s.png"), clips, clips[2], 4)
+    found = compare._pages(Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4)
     assert [(str(path), [one.id for one in part]) for path, part in found] == [
         ("s.png", ["2", "0", "1", "3"]),
         ("s-2.png", ["2", "4", "5", "6"]),
         ("s-3.png", ["2", "7"]),
     ]
-    (alone,) = compare._pages(Path("s.png"), clips[:4], clips[2], 4)
+    (alone,) = compare._pages(Path("s.png"), clips[:4], dict.fromkeys("0123", clips[2]), 4)
     assert [one.id for one in alone[1]] == ["0", "1", "2", "3"]
+
+
+def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> None:
+    about = video.About(1, 8, 64, 64)
+    clips = {name: clip.Clip(Path(f"{name}.mp4"), name, None, about) for name in "aAbBcC"}
+    beside = {name: clips[name.lower()] for name in clips}
+    found = compare._pages(Path("s.png"), [*clips.values()], beside, 3)
+    assert [[one.id for one in part] for _, part in found] == [["a", "A", "b"], ["b", "B", "c"], ["c", "C"]]
 
 
 # ---- a job ----
@@ -235,6 +245,38 @@ def test_a_job_compares_its_shots_beside_the_outputs(
     before = (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns
     assert render(**BATCH, compare=True, video=KEPT).code == 0
     assert (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns == before
+
+
+def test_shots_of_two_seeds_are_each_beside_that_of_their_own(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    items = [
+        {"id": f"{name}{seed}", "seed": seed, "inject": inject}
+        for seed in (0, 1)
+        for name, inject in (("plain", []), ("early", [rule(blocks="early")]))
+    ]
+    assert render(**BATCH | {"items": items}, compare={"video": False}, video=KEPT).code == 0
+    found = {shot["id"]: shot for shot in compared(tmp_path)["shots"]}
+    assert {id: shot["baseline"] for id, shot in found.items()} == {
+        "plain0": "plain0", "early0": "plain0", "plain1": "plain1", "early1": "plain1",
+    }  # fmt: skip
+    z, base = (latents_of(tmp_path, name).double() for name in ("early1", "plain1"))
+    assert found["early1"]["latent_distance"] == pytest.approx(
+        float((z - base).norm() / base.norm()), rel=1e-4
+    )
+    assert found["early1"]["baseline_motion"] == found["plain1"]["motion"]
+    assert figures.lines(compared(tmp_path))[3].endswith("beside plain1")
+
+
+def test_a_shot_that_was_rendered_under_another_id_is_compared(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    items = [{"id": "plain", "output": "out/plain.mp4"}, {**ITEMS[1], "output": "out/early.mp4"}]
+    assert render(**BATCH | {"items": items}).code == 0
+    items[0]["id"] = "renamed"
+    said = render(**BATCH | {"items": items}, compare={"video": False})
+    assert (said.code, said.err) == (0, "")
+    assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["renamed", "early"]
 
 
 def test_without_latents_on_disk_the_manifests_tell_their_distance(
@@ -312,7 +354,7 @@ def test_who_asks_for_an_end_gets_it_between_two_videos(
 
     monkeypatch.setattr(figures, "_beside", asked)
     with pytest.raises(Stopped, match="comparing them is not"):
-        compare.document([*clips, clips[1]], clips[0], tools)
+        compare.document([*clips, clips[1]], clips[0], dict.fromkeys("ab", clips[0]), tools)
     assert seen == ["b"]
 
 

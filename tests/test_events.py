@@ -81,6 +81,24 @@ def test_a_quick_phase_is_two_lines(clock):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "counted"),
+    [
+        ("sample", 1, "1 step"),
+        ("encode", 2, "2 prompts"),
+        ("decode", 81, "81 frames"),
+        ("compare", 3, "3 videos"),
+        ("draw", 1, "1 file"),
+        ("probe", 2740, "2,740 block runs"),
+    ],
+)
+def test_a_phase_says_what_it_counts(name: str, total: int, counted: str) -> None:
+    stream = io.StringIO()
+    with events.progress(stream).phase("a", name, total) as bar:
+        bar.advance(total)
+    assert stream.getvalue().startswith(f"{name} a: started, {counted}\n")
+
+
 def test_a_long_phase_tells_every_tenth_with_the_time_that_is_left(clock):
     stream = io.StringIO()
     run(events.progress(stream), clock, 100, 3, note="3.00 s/step")

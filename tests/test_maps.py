@@ -44,6 +44,12 @@ def made(**changes: Any) -> Map:
 # ---- the file ----
 
 
+def test_a_map_of_a_job_whose_name_is_not_utf8_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "job.map.inject.json"
+    maps.write(path, made(job="caf\udce9"))
+    assert maps.read(path) == made(job="caf\udce9")
+
+
 def test_a_map_that_is_written_is_the_map_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "job.map.inject.json"
     maps.write(path, made())

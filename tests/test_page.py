@@ -21,7 +21,7 @@ from wancli.jobfile import load
 from wancli.manifest import manifest_path
 from wancli.models.config import WanConfig
 from wancli.plan import plan
-from wancli.report import again, document, experiments, facts, gather, page
+from wancli.report import again, data, document, experiments, facts, page
 from wancli.report.gather import Found
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -180,10 +180,14 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     (folder / "one" / "fish.mp4").write_bytes((out / "fish.mp4").read_bytes())
     (folder / "two" / "bad.manifest.json").write_text('{"schema": "wancli/manifest/1"}')
     (folder / "two" / "x.map.inject.json").write_text("{}")
+    (folder / "two" / "x.compare.json").write_text('{"schema": "wancli/compare/1", "shots": [{}]}')
+    score = {"id": "fish", "output": "fish.mp4", "baseline": "plain", "ssim": 0.5}
+    compared = {"schema": "wancli/compare/1", "baseline": "plain", "shots": [score]}
+    (folder / "one" / "job.compare.json").write_text(json.dumps(compared))
     # The folder was moved since; and a job of another folder has a shot of that name.
     entry = {"id": "nan", "labels": {}, "output": "/farm/two/nan.mp4", "status": "failed", "error": None}
     other = {"id": "fish", "labels": {}, "output": "/farm/two/fish.mp4", "status": "rendered"}
-    report = {"schema": gather.REPORT, "job": "sweep", "shots": [entry, other]}
+    report = {"schema": data.SCHEMA, "job": "sweep", "shots": [entry, other]}
     (folder / "two" / "report.json").write_text(json.dumps(report))
     said = command(capsys, "report", folder)
     assert (said.code, said.out) == (0, f"{folder}/report.html\n")
@@ -191,11 +195,24 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     rows = [(shot["job"], shot["id"], shot["status"]) for shot in found.document["shots"]]
     assert rows == [("one", "fish", "rendered"), ("sweep", "fish", "video gone"), ("sweep", "nan", "failed")]
     problems = [
-        text for text in found.inside("p") if "not wancli/map/1" in text or "manifest is damaged" in text
+        text
+        for text in found.inside("p")
+        if "not wancli/map/1" in text or "not wancli/compare/1" in text or "manifest is damaged" in text
     ]
-    assert len(problems) == 2
+    assert len(problems) == 3
+    assert [shot["score"] for shot in found.document["shots"]] == [score, None, None]  # not of its namesake
     assert found.document["shots"][0]["video"] == "one/fish.mp4"
     assert found.document["shots"][0]["poster"].startswith("data:image/jpeg;base64,/9j/")
+
+
+def test_the_command_of_a_page_works_in_any_folder(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)
+    assert run(["report", out.name, "-o", str(tmp_path / "page.html")]) == 0
+    (shot, *_) = pages.Page((tmp_path / "page.html").read_bytes()).document["shots"]
+    assert f'"output": "{out}/' in shot["again"]
+    assert (tmp_path / shot["video"]).resolve().parent == out
 
 
 def test_a_job_is_shown_as_it_stands(out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -208,10 +225,35 @@ def test_a_job_is_shown_as_it_stands(out: Path, capsys: pytest.CaptureFixture[st
     assert (target.parent / document["shots"][0]["video"]).resolve() == out / "plain.mp4"
 
 
+def test_a_job_that_nobody_rendered_yet_has_its_table_of_shots(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    job = written(tmp_path, (out.parent / "job.yaml").read_text())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fish.manifest.json").write_text("{")
+    assert command(capsys, "report", job, "-o", tmp_path / "page.html").code == 0
+    found = pages.Page((tmp_path / "page.html").read_bytes())
+    assert [shot["status"] for shot in found.document["shots"]] == ["not started", "damaged"]
+    assert "experiments" in [attrs.get("id") for tag, attrs in found.elements if tag == "table"]
+
+
+def test_a_page_does_not_take_the_name_of_a_folder(
+    out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for options in (["-o", tmp_path], ["-o", tmp_path / "p.html", "--csv", tmp_path]):
+        said = command(capsys, "report", out, *options)
+        assert (said.code, said.err) == (2, f"wancli: {tmp_path}: a folder has the name of an output\n")
+
+
 def test_what_a_page_cannot_be_made_of_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = command(capsys, "report", tmp_path)
     assert said.code == 2
     assert said.err.startswith(f"wancli: {tmp_path}: no manifest is in or below it")
+    (tmp_path / "a.manifest.json").write_text("{")
+    said = command(capsys, "report", tmp_path)
+    assert said.code == 4
+    assert said.err.startswith(f"wancli: {tmp_path}: no manifest is whole\n  {tmp_path}/a.manifest.json: the")
+    assert not (tmp_path / "report.html").exists()
     said = command(capsys, "explore", "Wan2.1-T2V-41B", "-o", tmp_path / "x.html")
     assert said.code == 2
     assert "did you mean Wan2.1-T2V-14B?" in said.err
@@ -284,6 +326,12 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
     assert found == [f"'{text}" if text[0] in "=+-@\t" else text for text in texts]
     assert not [cell for line in read for cell in line.values() if cell and cell[0] in "=+@\t\r"]
     assert {line["label.take"] for line in read} == {"-2.5"}  # a number is no formula
+
+
+def test_the_columns_of_the_csv_are_those_that_the_docs_name() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    told = text.partition("with the columns ")[2].partition("and the labels")[0]
+    assert re.findall(r"`(\w+)`", told) == [*experiments.COLUMNS, *experiments.ONLY_IN_FILES]
 
 
 def test_csv_is_written_beside_the_page(out: Path, tmp_path: Path) -> None:

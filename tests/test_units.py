@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from wancli.errors import JobError
-from wancli.units import duration, parse_size, size
+from wancli.units import counted, duration, parse_size, ranges, size
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,13 @@ def test_bytes_and_seconds_are_told_in_the_unit_that_fits() -> None:
         "2.0 GiB",
     ]
     assert [duration(s) for s in (7, 119.96, 200, 9000)] == ["7.0 s", "120.0 s", "3 min 20 s", "2.5 h"]
+    assert duration(179.7) == "3 min 0 s"
+
+
+def test_one_is_not_several() -> None:
+    assert [counted(n, "state") for n in (0, 1, 2000)] == ["0 states", "1 state", "2,000 states"]
+    assert [counted(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]
+
+
+def test_numbers_are_told_as_ranges() -> None:
+    assert ranges([10, 0, 2, 1, 7, 11]) == "0-2,7,10-11"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import files, manifest, video
+from wancli import companions, files, manifest, video
 from wancli.errors import JobError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Clip:
 def read(paths: Sequence[Path]) -> list[Clip]:
     """The videos, each decoded once, under ids that differ.
 
-    Raises JobError for files that are not there or hold no frame, FfmpegError for one that does not decode,
-    EntryError for a damaged manifest.
+    Raises JobError for files that are not there, are no MP4 or hold no frame, FfmpegError for one that does
+    not decode, EntryError for a damaged manifest.
     """
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise JobError("no such file", where=", ".join(missing))
@@ -61,6 +61,9 @@ def read(paths: Sequence[Path]) -> list[Clip]:
 
 
 def _read(path: Path) -> Clip:
+    if not companions.marked(path, b"ftyp", 8):
+        hint = "It takes MP4 files. `wancli decode` makes one of a latent, `wancli inspect` tells of weights."
+        raise JobError("is no MP4", where=str(path), hint=hint)
     body = manifest.read(manifest.manifest_path(path))
     if body and files.sha256(path) not in [record["sha256"] for record in body["files"]]:
         body = None  # another video under that name

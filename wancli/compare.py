@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import __version__, clip, figures, files, manifest
+from wancli import __version__, clip, companions, figures, files, manifest
 from wancli.clip import Clip
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.figures import SCHEMA, Record
@@ -55,11 +55,14 @@ def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
     )
 
 
-def document(clips: Sequence[Clip], baseline: Clip, tools: Tools, job: str | None = None) -> Record:
-    """The figures of all. Raises FfmpegError, and Stopped between two videos."""
+def document(
+    clips: Sequence[Clip], baseline: Clip, beside: Mapping[str, Clip], tools: Tools, job: str | None = None
+) -> Record:
+    """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
+    none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
     with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
-        for shot in figures.measure(clips, baseline):
+        for shot in figures.measure(clips, beside):
             shots.append(shot)
             bar.advance()
             _refuse_to_go_on(tools)
@@ -80,7 +83,7 @@ def _refuse_to_go_on(tools: Tools) -> None:
 
 def pages(
     clips: Sequence[Clip],
-    baseline: Clip,
+    beside: Mapping[str, Clip],
     sheets: Path | None,
     videos: Path | None,
     reserved: Sequence[Path] = (),
@@ -89,8 +92,8 @@ def pages(
 
     Raises JobError where one would take the place of a video or of a `reserved` name."""
     found = Pages(
-        _pages(sheets, clips, baseline, sheet.PAGE) if sheets else [],
-        _pages(videos, clips, baseline, side.GRID) if videos else [],
+        _pages(sheets, clips, beside, sheet.PAGE) if sheets else [],
+        _pages(videos, clips, beside, side.GRID) if videos else [],
     )
     taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
     for path in found.paths:
@@ -114,15 +117,25 @@ def draw(found: Record, wanted: Pages, tools: Tools) -> None:
             bar.advance()
 
 
-def _pages(path: Path, clips: Sequence[Clip], baseline: Clip, most: int) -> list[Page]:
-    """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, the baseline on each; in the
-    order given where one page is enough, else with the baseline first."""
+def _pages(path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: int) -> list[Page]:
+    """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, and each with its baseline; in
+    the order given where one page is enough, else baselines before what is beside them."""
     if len(clips) <= most:
         return [(path, [*clips])]
-    others = [one for one in clips if one is not baseline]
-    parts = [others[at : at + most - 1] for at in range(0, len(others), most - 1)]
+    parts: list[list[Clip]] = [[]]
+    placed: set[str] = set()
+    for one in clips:
+        if one.id in placed:
+            continue
+        pair = {clip.id: clip for clip in (beside[one.id], one)}
+        wanted = [clip for clip in pair.values() if clip not in parts[-1]]
+        if len(parts[-1]) + len(wanted) > most:
+            parts.append([])
+            wanted = [*pair.values()]
+        parts[-1] += wanted
+        placed |= pair.keys()
     names = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(parts) + 1))]
-    return [(name, [baseline, *part]) for name, part in zip(names, parts)]
+    return list(zip(names, parts))
 
 
 def after(plan: Plan, tools: Tools) -> None:
@@ -140,22 +153,32 @@ def after(plan: Plan, tools: Tools) -> None:
 
 
 def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
-    done = [shot for shot in plan.whole if shot.id in wanted.shots and manifest.done(shot.output, shot.key)]
-    if wanted.baseline not in [shot.id for shot in done]:
-        tools.progress.warn(f"not compared: the baseline, shot {wanted.baseline}, is not done")
+    finished = {
+        shot.id: shot
+        for shot in plan.whole
+        if shot.id in wanted.beside and manifest.done(shot.output, shot.key)
+    }
+    baselines = dict.fromkeys(wanted.beside[id] for id in finished) or {wanted.baseline: None}
+    for id in baselines.keys() - finished.keys():
+        tools.progress.warn(f"not compared: the baseline, shot {id}, is not done")
+    done = [shot for shot in finished.values() if wanted.beside[shot.id] in finished]
+    if not done:
         return
-    if missing := len(wanted.shots) - len(done):
-        tools.progress.warn(f"{missing} of {len(wanted.shots)} shots are not done, and not compared")
+    if missing := len(wanted.beside) - len(finished):
+        tools.progress.warn(f"{missing} of {len(wanted.beside)} shots are not done, and not compared")
     path = plan.companion("compare.json")
     key = _key(done, wanted)
     if _stands(path, key):
         return
-    clips = clip.read([shot.output for shot in done])
-    baseline = next(one for one in clips if one.id == wanted.baseline)
+    # A manifest may be of a time when the shot had another id.
+    clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
+    by_id = {one.id: one for one in clips}
+    beside = {id: by_id[wanted.beside[id]] for id in by_id}
+    baseline = by_id.get(wanted.baseline, beside[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
     outputs = [shot.output for shot in plan.whole]
-    made = pages(clips, baseline, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
-    found = document(clips, baseline, tools, plan.name)
+    made = pages(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
+    found = document(clips, baseline, beside, tools, plan.name)
     draw(found, made, tools)
     for shot in found["shots"]:
         shot["output"] = Path(os.path.relpath(shot["output"], path.parent)).as_posix()
@@ -171,26 +194,24 @@ def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
 
 def _write(path: Path, found: Record) -> None:
     """Over an earlier one; another file of that name moves aside."""
-    if not sheet.marked(path, SCHEMA.encode(), 100):
-        files.set_aside(path)
     text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
-    files.replace(path, text.encode(errors="backslashreplace"))
+    companions.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash of all that a comparison of finished shots depends on."""
     bodies = [manifest.read(shot.manifest) or {} for shot in shots]
     made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
-    wish = [wanted.baseline, wanted.sheet, wanted.video]
+    wish = [[wanted.beside[shot.id] for shot in shots], wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 
 
 def _stands(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
-        found = json.loads(path.read_bytes())
+        found = companions.document(path, SCHEMA) or {}
         return found["key"] == key and all(
             files.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return False

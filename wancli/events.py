@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
+from wancli.units import counted
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -90,9 +92,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def _ending(done: int, total: int) -> str:
+# What each phase counts, where it is not steps.
+_COUNTED = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "file", "probe": "block run"}
+
+
+def _size(name: str, total: int) -> str:
+    return counted(total, _COUNTED.get(name, "step"))
+
+
+def _ending(name: str, done: int, total: int) -> str:
     """How a phase ended that raised nothing: somebody may have asked for its end."""
-    return "done in" if done >= total else f"stopped after {done} of {total} steps and"
+    return "done in" if done >= total else f"stopped after {done} of {_size(name, total)} and"
 
 
 class _SilentPhase:
@@ -123,7 +133,7 @@ class _Lines(Progress):
     @contextmanager
     def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
         title = f"{name} {shot}"
-        self.note(f"{title}: started, {total} steps")
+        self.note(f"{title}: started, {_size(name, total)}")
         began = time.monotonic()
         phase = _LinePhase(self, title, total)
         try:
@@ -131,7 +141,7 @@ class _Lines(Progress):
         except BaseException:
             self.note(f"{title}: stopped after {span(time.monotonic() - began)}")
             raise
-        self.note(f"{title}: {_ending(phase.done, total)} {span(time.monotonic() - began)}")
+        self.note(f"{title}: {_ending(name, phase.done, total)} {span(time.monotonic() - began)}")
 
     def note(self, text: str) -> None:
         self._stream.write(printable(text) + "\n")
@@ -164,7 +174,7 @@ class _Bars(Progress):
                 task = bars.add_task(name, total=total, shot=printable(shot), note="")
                 yield _BarPhase(bars, task)
             done = round(bars.tasks[task].completed)
-            ending = f"[{'green' if done >= total else 'red'}]{_ending(done, total)}[/]"
+            ending = f"[{'green' if done >= total else 'red'}]{_ending(name, done, total)}[/]"
         finally:
             after = f"{ending} {span(time.monotonic() - began)}"
             self._line(f"{name} {shot}: ", after=after)

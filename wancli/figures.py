@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from wancli import latents, scores
+from wancli import companions, latents, scores
 from wancli.clip import Clip
 from wancli.errors import EntryError
 
@@ -14,21 +15,44 @@ Record: TypeAlias = dict[str, Any]
 SCHEMA = "wancli/compare/1"
 
 
-def measure(clips: Sequence[Clip], baseline: Clip) -> Iterator[Record]:
-    """The figures of one after the other, the baseline's among them. A figure that there is not is None, and
-    `why` says why. Raises FfmpegError."""
-    moves = scores.motion(baseline.pictures())
+def measure(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[Record]:
+    """The figures of one after the other beside its baseline, which `beside` has by its id; baselines are
+    among them. A figure that there is not is None, and `why` says why. Raises FfmpegError."""
+    moves: dict[str, float | None] = {}
     for one in clips:
-        yield _of_baseline(one, moves) if one is baseline else _beside(one, baseline, moves)
+        baseline = beside[one.id]
+        if baseline.id not in moves:
+            moves[baseline.id] = scores.motion(baseline.pictures())
+        known = moves[baseline.id]
+        yield _of_baseline(one, known) if one is baseline else _beside(one, baseline, known)
+
+
+def read(path: Path) -> list[Record] | None:
+    """The shots of JOB.compare.json; None if it is no such document."""
+    found = companions.document(path, SCHEMA) or {}
+    shots = found.get("shots")
+    if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
+        return None
+    return shots
+
+
+def _is_whole(shot: Any) -> bool:
+    texts = ("id", "output", "baseline")
+    return isinstance(shot, dict) and all(isinstance(shot.get(name), str) for name in texts)
 
 
 def lines(document: Record) -> list[str]:
-    """What stands under the name of each video; nothing where there is but one."""
-    alone = len(document["shots"]) == 1
-    return ["" if alone else _line(shot, shot["id"] == document["baseline"]) for shot in document["shots"]]
+    """What stands under the name of each video; nothing where there is but one. Where there are several
+    baselines, which."""
+    shots = document["shots"]
+    if len(shots) == 1:
+        return [""]
+    several = len({shot["baseline"] for shot in shots}) > 1
+    return [_line(shot, several) for shot in shots]
 
 
-def _line(shot: Record, is_baseline: bool) -> str:
+def _line(shot: Record, several: bool) -> str:
+    is_baseline = shot["id"] == shot["baseline"]
     parts = ["baseline"] if is_baseline else []
     if not is_baseline and shot["identical"]:
         parts.append("identical")
@@ -39,6 +63,8 @@ def _line(shot: Record, is_baseline: bool) -> str:
         parts.append(f"latent {shot['latent_distance']:.3f}")
     if shot["motion"] is not None:
         parts.append(f"motion {shot['motion']:.2%}")
+    if several and not is_baseline:
+        parts.append(f"beside {shot['baseline']}")
     return "  ".join(parts)
 
 
@@ -49,6 +75,7 @@ def _of_baseline(one: Clip, moves: float | None) -> Record:
     return {
         "id": one.id,
         "output": str(one.path),
+        "baseline": one.id,
         "frames": one.about.frames,
         "identical": True,
         "latent_distance": 0.0,
@@ -73,6 +100,7 @@ def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
     found: Record = {
         "id": one.id,
         "output": str(one.path),
+        "baseline": baseline.id,
         "frames": min(one.about.frames, baseline.about.frames),
         "identical": False,
         "latent_distance": _rounded(distance),

@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from wancli import files
+from wancli import companions
 from wancli.errors import JobError
+from wancli.units import ranges
 
 SCHEMA = "wancli/map/1"
 Method = Literal["inject", "gradient", "skip", "render"]
@@ -129,31 +130,24 @@ def suggestion(total: Sequence[float], ranges: Sequence[Sequence[int]] | None) -
 
 def as_blocks(blocks: Sequence[int]) -> str:
     """`27-34`, or `[3, 7-9]` where they are several runs: YAML for a job."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+    said = ranges(blocks)
+    return f"[{said.replace(',', ', ')}]" if "," in said else said
 
 
 def write(path: Path, found: Map) -> None:
     """Puts a map there. An earlier map is replaced; another file of that name is moved aside."""
-    if path.exists() and read(path) is None:
-        files.set_aside(path)
-    files.replace(path, (json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+    # Names of files that are not UTF-8 arrive as lone surrogates.
+    text = json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n"
+    companions.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def read(path: Path) -> Map | None:
     """The map in a file; None where there is none that is whole."""
     try:
-        document = json.loads(path.read_bytes())
-        found = Map.model_validate(document) if document.get("schema") == SCHEMA else None
-    except (OSError, ValueError, AttributeError, RecursionError, ValidationError):
+        found = Map.model_validate(companions.document(path, SCHEMA))
+    except ValidationError:
         return None
-    return found if found and _is_sound(found) else None
+    return found if _is_sound(found) else None
 
 
 def _is_sound(found: Map) -> bool:
@@ -229,13 +223,6 @@ class Shelf:
         with suppress(OSError):
             for path in sorted(self._folder(transformer).glob("*.json")):
                 found = read(path)
-                if (
-                    found
-                    and found.by_block
-                    and (found.model.sha256, found.model.blocks)
-                    == (
-                        transformer,
-                        depth,
-                    )
-                ):
+                model = found and (found.model.sha256, found.model.blocks)
+                if found and found.by_block and model == (transformer, depth):
                     yield found

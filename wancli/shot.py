@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -235,10 +235,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is made of shots together, once they are done: the ids of all, and of the one they are beside."""
+    """What is made of shots together, once they are done: by the id of each that of the shot it is beside."""
 
-    shots: tuple[str, ...]
-    baseline: str
+    beside: Mapping[str, str]
+    baseline: str  # of those that have none of their own
     sheet: bool
     video: bool
 

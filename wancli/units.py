@@ -1,8 +1,9 @@
-"""Bytes and seconds as people write them."""
+"""Bytes, seconds, counts and ranges as people write them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from wancli.errors import JobError
 
@@ -38,4 +39,21 @@ def duration(value: float) -> str:
     """Seconds: `7.0 s`, `3 min 20 s`, `2.5 h`."""
     if value < 120:
         return f"{value:.1f} s"
-    return f"{value // 60:.0f} min {value % 60:.0f} s" if value < 7200 else f"{value / 3600:.1f} h"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds} s" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 shot`, `2,000 shots`; `many` is the word for several where it is not that with an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7,10-39`."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

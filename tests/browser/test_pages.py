@@ -18,8 +18,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.select import Select
 
-from wancli import cli, footprint
+from wancli import cli, footprint, maps
 from wancli.jobfile import load
+from wancli.maps import Level, Map, MapModel, Prompts
 from wancli.models import variants
 from wancli.models.config import Kernels
 from wancli.plan import plan
@@ -46,22 +47,25 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
         },
     ]
     found = pages.render(folder, shallow, items=items, frames=5)
-    levels = [{"step": 0, "sigma": 1.0}, {"step": 1, "sigma": 0.8}]
-    values = [[0.1, 0.4, 0.2, 0.3], [0.2, 0.5, 0.3, 0.1]]
-    block_map = {
-        "job": "job",
-        "method": "inject",
-        "levels": levels,
-        "values": values,
-        "unit": "of the velocity",
-    }
-    block_map |= {"schema": "wancli/map/1", "total": [0.15, 0.45, 0.25, 0.2], "suggestion": "1"}
-    (found / "job.map.inject.json").write_text(json.dumps(block_map))
+    model = pages.entries(found)["model"]
+    by_block = Map(
+        job="job", shot="fish", model=MapModel(root="x", sha256=model["sha256"]["transformer"], blocks=4),
+        loras=[], method="inject", prompts=[Prompts(main="A cat.", injected="A reef.", ids=["a", "b"])],
+        size="64x64", frames=5, seed=0, levels=[Level(step=0, sigma=1.0), Level(step=1, sigma=0.8)],
+        unit="of the velocity", values=[[0.1, 0.4, 0.2, 0.3], [0.2, 0.5, 0.3, 0.1]], ranges=None,
+        total=[0.15, 0.45, 0.25, 0.2], suggestion="1", seconds=1.5, forwards=5.5, versions={}, created="2026",
+    )  # fmt: skip
+    rendered = {"levels": [], "values": [], "ranges": [[0, 1], [2, 3]], "total": [3.0, 7.0]}
+    by_range = by_block.model_copy(update={"method": "render", "suggestion": "2-3", **rendered})
+    strange = by_block.model_copy(update={"model": MapModel(root="y", sha256="f" * 64, blocks=4)})
+    for name, one_map in (("inject", by_block), ("render", by_range), ("strange", strange)):
+        maps.write(found / f"job.map.{name}.json", one_map)
     heat = {"width": 2, "height": 2, "values": [0, 0.5, 1, 0.25]}
     scores = [
         {
             "id": "fish",
             "output": "fish.mp4",
+            "baseline": "plain",
             "psnr": 21.5,
             "ssim": 0.5,
             "latent_distance": 0.75,
@@ -150,7 +154,9 @@ def test_a_block_is_picked_by_mouse_and_by_keys_and_shows_the_facts_of_python(
     effects = [effect["blocks"]["2"] for effect in body["effects"]]
     told = one(opened, "#block .facts").text
     assert f"{100 * sum(effects) / len(effects):.1f} % of its cross-attention" in told
-    assert "rank 2 of 4" in told  # in the map
+    assert "rank 2 of 4" in told  # in the map of blocks
+    assert "7 of the velocity, rank 1 of 2, as one of blocks 2-3" in told  # in that of ranges
+    assert told.count("rank") == 2  # in none of another network
     assert body["injection"][0]["hits_by_block"]["2"] == 2
     assert "hits\n2" in told
     assert [cell.text for cell in every(opened, "#over-steps tr:nth-child(3) td")] == ["0.75", "·"]
@@ -173,10 +179,17 @@ def test_the_prompt_difference_is_that_of_the_manifest(opened: WebDriver, out: P
 
 def test_heat_maps_of_steps_and_of_a_block_map_are_there(opened: WebDriver) -> None:
     pick(opened, "fish")
+    choice = Select(one(opened, "#map select"))
+    assert [option.text for option in choice.options] == ["job, fish: inject", "job, fish: render"]
+    choice.select_by_index(1)
+    titles = [title.get_attribute("textContent") for title in every(opened, "#map svg title")]
+    assert titles == ["video, blocks 0-1: 3", "video, blocks 2-3: 7"]
+    choice = Select(one(opened, "#map select"))
+    choice.select_by_index(0)
     assert len(every(opened, "#map svg rect")) == 3 * 4  # two levels and their total
     assert "blocks: 1" in one(opened, "#map").text
     titles = [title.get_attribute("textContent") for title in every(opened, "#map svg title")]
-    assert "σ 0.8, block 1: 0.5" in titles
+    assert "σ 0.80, block 1: 0.5" in titles
 
 
 # ---- memory ----

@@ -73,9 +73,10 @@ def compare_command(
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
     clips = clip.read(videos)
     tools = Tools(None, display)
-    beside = compare.chosen(clips, baseline)
+    chosen = compare.chosen(clips, baseline)
+    beside = {one.id: chosen for one in clips}
     pages = compare.pages(clips, beside, output, video)
-    found = compare.document(clips, beside, tools)
+    found = compare.document(clips, chosen, beside, tools)
     compare.draw(found, pages, tools)
     if as_json:
         emit(found | {"sheet": str(output), "video": None if video is None else str(video)})

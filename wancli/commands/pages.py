@@ -45,7 +45,7 @@ def report_command(
     print(path)
     if table:
         rows = [experiments.row(entry, job) for job, entry in found.entries]
-        experiments.publish(table, experiments.to_csv(rows, gather.labelled(found.entries)))
+        experiments.publish(table, experiments.to_csv(rows, [entry["labels"] for _, entry in found.entries]))
         print(table)
     return ExitStatus.OK
 

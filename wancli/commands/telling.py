@@ -13,6 +13,7 @@ from wancli import policy
 from wancli.commands.common import again, complain, posters_of, rates_of, result
 from wancli.commands.options import LogLevel
 from wancli.errors import ExitStatus
+from wancli.units import ranges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,13 +72,11 @@ class Telling:
         shown = terminal.summary(report, path, injections=injections, effects=self.measuring)
         terminal.show(shown, stderr=True)
         if failed := [outcome.shot.index for outcome in outcomes if outcome.error]:
-            command = again(self.context, terminal.ranges(failed))
+            command = again(self.context, ranges(failed))
             terminal.show(terminal.failures(report, command), stderr=True)
 
     def going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
         """How a render with --force goes on: what it has made is not made once more."""
-        from wancli.report.terminal import ranges
-
         made = {outcome.shot.index for outcome in outcomes if outcome.record}
         every = [shot.index for shot in plan.shots]
         if left := [index for index in every if index not in made]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli.maps import Map, ranked
+from wancli.maps import Map, as_blocks, ranked
 from wancli.report.terminal import bar, ruler
-from wancli.units import duration
+from wancli.units import counted, duration
 
 STRONGEST = 8
 
@@ -14,8 +14,8 @@ STRONGEST = 8
 def map_lines(found: Map) -> Iterator[str]:
     """Within 80 columns for models of up to 60 blocks. Each strip goes from 0 to its own largest value."""
     levels = len(found.levels)
-    places = f"{len(found.ranges)} ranges" if found.ranges else f"{found.model.blocks} blocks"
-    where = f" at {levels} noise level{'s' if levels > 1 else ''}" if levels else ""
+    places = counted(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
+    where = f" at {counted(levels, 'noise level')}" if levels else ""
     yield f"{found.method} map of shot {found.shot}: {places}{where}"
     yield f"{found.unit}; {found.forwards:g} forwards in {duration(found.seconds)}"
     yield f"\n{'block':>18}  {ruler(found.model.blocks)}"
@@ -47,8 +47,6 @@ def _strip(found: Map, values: Sequence[float]) -> str:
 
 
 def _named(found: Map, place: int) -> str:
-    from wancli.maps import as_blocks
-
     return str(place) if found.ranges is None else as_blocks(found.ranges[place])
 
 

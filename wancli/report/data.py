@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, files, footprint, manifest, preflight, rates
+from wancli import alternatives, choose, companions, files, footprint, manifest, preflight, rates
 from wancli.embedding import describe
 from wancli.errors import EntryError
 from wancli.record import versions
@@ -74,7 +74,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     """
     shots = plan.whole
     path = report_path(plan)
-    earlier = _read(path)
+    earlier = read(path)
     if path.exists() and earlier is None:
         files.set_aside(path)
     if plan.others:
@@ -105,13 +105,9 @@ def report_path(plan: Plan) -> Path:
     return plan.companion("report.json")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-        return found if found["schema"] == SCHEMA else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return companions.document(path, SCHEMA)
 
 
 def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -237,11 +233,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
     for shot in shots:
         process = footprint.process(shot.model)
         for phase in shot.phases:
-            row = asdict(phase) | {
-                "total": phase.total,
-                "process": process,
-                "peak": process + phase.total,
-            }
+            row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
             if phase.name not in found or row["peak"] > found[phase.name]["peak"]:
                 found[phase.name] = row
     return list(found.values())

@@ -14,7 +14,7 @@ from wancli.inject import Rule, Table, strip
 from wancli.models.config import WanConfig
 from wancli.report import again, facts
 from wancli.report.experiments import row
-from wancli.report.gather import Entry, Found, baseline_of
+from wancli.report.gather import Entry, Found, located
 
 SCHEMA = "wancli/page/1"
 CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
@@ -57,24 +57,24 @@ def of_found(found: Found, page: Path, posters: Mapping[int, str]) -> dict[str, 
     pools = {name: _Pool() for name in POOLS}
     cells = sum(len(effect["blocks"]) for _, entry in found.entries for effect in entry.get("effects", []))
     shots = [
-        _shot(entry, job, pools, page, whole=cells <= CELLS) | {"poster": posters.get(index)}
+        _shot(entry, job, pools, page, whole=cells <= CELLS)
+        | {"poster": posters.get(index), "score": _rounded(found.scores.get(located(Path(entry["output"]))))}
         for index, (job, entry) in enumerate(found.entries)
     ]
     models = [_model(model) for model in pools.pop("models").values]
     return {
         "schema": SCHEMA,
+        "rendered": True,
         "name": found.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "shots": shots,
         "models": models,
         **{name: pool.values for name, pool in pools.items()},
-        "baseline": baseline_of(found),
-        "maps": [_rounded(map_) for map_ in found.maps],
-        "compares": [_rounded(compare) for compare in found.compares],
+        "maps": [_rounded(one.as_dict()) for one in found.maps],
         "jobs": [_job(report) for report in found.reports],
         "problems": found.problems,
         "claims": _claims(),
-        "chosen": next((i for i, shot in enumerate(shots) if shot.get("injection")), 0),
+        "chosen": next((i for i, (_, entry) in enumerate(found.entries) if _injects(entry)), 0),
     }
 
 
@@ -97,19 +97,22 @@ def of_models(
     empty: dict[str, Any] = {name: [] for name in POOLS if name != "models"}
     return {
         "schema": SCHEMA,
+        "rendered": False,
         "name": "wancli explore",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "shots": shots,
         "models": [_model(model) for model in models],
         **empty,
-        "baseline": None,
         "maps": [],
-        "compares": [],
         "jobs": [],
         "problems": [],
         "claims": _claims(),
         "chosen": chosen,
     }
+
+
+def _injects(entry: Entry) -> bool:
+    return any(strength for rule in entry.get("injection", []) for strength in rule["blocks"].values())
 
 
 def _claims() -> list[dict[str, Any]]:

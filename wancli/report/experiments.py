@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wancli import files
-from wancli.report.terminal import ranges
+from wancli import companions
+from wancli.units import ranges
 
 Row = dict[str, str | int | float | None]
 COLUMNS = {
@@ -96,9 +96,7 @@ def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
 def publish(path: Path, data: bytes) -> None:
     """Writes the table. Another table is replaced, any other file moved aside."""
     header = ",".join((*COLUMNS, *ONLY_IN_FILES)).encode()
-    if path.exists() and not path.read_bytes().startswith(header):
-        files.set_aside(path)
-    files.replace(path, data)
+    companions.put(path, data, header, len(header))
 
 
 def _defused(value: Any) -> Any:

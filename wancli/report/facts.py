@@ -14,8 +14,8 @@ from wancli.models.variants import Variant
 from wancli.weights.identify import Checkpoint
 from wancli.weights.parts import Kind, Part
 from wancli.weights.schemes import Precision
+from wancli.weights.zoo import XXL
 
-UMT5_XXL = T5Config(256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 RELEASED = {
     variant.name: (variant, WanConfig(dim, ffn, dim // 128, layers, in_dim=channels, out_dim=channels))
     for (dim, ffn, layers, channels), variant in variants.RELEASED.items()
@@ -114,12 +114,12 @@ def released(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
     variant, wan = RELEASED[name]
     vae = VAE22Config() if wan.in_dim == variants.TI2V_5B.latent_channels else VAEConfig()
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
-    inner = UMT5_XXL.d_kv * UMT5_XXL.num_heads
-    of_text = 4 * UMT5_XXL.d_model * inner + 3 * UMT5_XXL.d_model * UMT5_XXL.d_ff
+    inner = XXL.d_kv * XXL.num_heads
+    of_text = 4 * XXL.d_model * inner + 3 * XXL.d_model * XXL.d_ff
     transformer = _stored("transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim)
-    text = _stored("text encoder", "BF16", 2, of_text * UMT5_XXL.num_layers, UMT5_XXL.d_model * UMT5_XXL.d_ff)
+    text = _stored("text encoder", "BF16", 2, of_text * XXL.num_layers, XXL.d_model * XXL.d_ff)
     convolutions = _stored("vae", "F32", 4, memory.vae_parameters(vae), 0)
-    return _checkpoint(variant, wan, transformer, text, convolutions), UMT5_XXL, vae
+    return _checkpoint(variant, wan, transformer, text, convolutions), XXL, vae
 
 
 def _stored(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Part:

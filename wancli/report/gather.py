@@ -5,39 +5,40 @@ An entry is what a report says of a shot: id, labels, output, status, and the bo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import manifest
+from wancli import figures, manifest, maps
 from wancli.errors import EntryError, JobError
+from wancli.maps import Map
+from wancli.report import data
 
 if TYPE_CHECKING:
     from wancli.shot import Plan
 
 Entry = dict[str, Any]
-REPORT, MAP, COMPARE = "wancli/report/1", "wancli/map/1", "wancli/compare/1"
 MANIFEST = ".manifest.json"
 
 
 @dataclass
 class Found:
-    """Shots with the name of the job of each, documents that lie beside them, and what could not be read."""
+    """Shots with the name of the job of each, what lies beside them, and what could not be read. `scores` are
+    the figures of comparisons, by the paths of the videos."""
 
     name: str
     entries: list[tuple[str, Entry]] = field(default_factory=list)
     reports: list[Mapping[str, Any]] = field(default_factory=list)
-    maps: list[Mapping[str, Any]] = field(default_factory=list)
-    compares: list[Mapping[str, Any]] = field(default_factory=list)
+    maps: list[Map] = field(default_factory=list)
+    scores: dict[str, figures.Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 def of_report(path: Path) -> Found:
     """What a render just wrote. Raises JobError if it is no report."""
-    report = _document(path, REPORT)
+    report = data.read(path)
     if report is None:
         raise JobError("is no report of wancli", where=str(path))
     found = Found(report["job"], [(report["job"], entry) for entry in report["shots"]], [report])
@@ -48,11 +49,11 @@ def of_report(path: Path) -> Found:
 def of_plan(plan: Plan, report: Path) -> Found:
     """What the outputs of a job are now, and what its last report says; its videos are not hashed."""
     found = Found(plan.name)
-    found.reports = [last] if (last := _document(report, REPORT)) else []
+    found.reports = [last] if (last := data.read(report)) else []
     for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
         entry = _read(shot.manifest, found)
-        if entry is None or entry.get("key") not in (None, shot.key):
-            status = "not started" if entry is None else "another job's"
+        if entry is None or entry.get("key") != shot.key:
+            status = "another job's" if entry else "damaged" if shot.manifest.exists() else "not started"
             entry = {"id": shot.id, "labels": shot.labels, "output": str(shot.output), "status": status}
         found.entries.append((plan.name, entry))
     _beside(found, {shot.output.parent for shot in (*plan.shots, *plan.others)})
@@ -61,12 +62,13 @@ def of_plan(plan: Plan, report: Path) -> Found:
 
 def of_folder(folder: Path) -> Found:
     """Every manifest below a folder, by the reports that lie there told which job it is of, and what those
-    say of shots without one. Raises JobError where there is none."""
+    say of shots without one. Raises JobError where there is none, EntryError where all are damaged."""
+    folder = folder.absolute()
     found = Found(folder.resolve().name)
     manifests = sorted(folder.rglob(f"*{MANIFEST}"))
     said: dict[Path, tuple[str, Entry]] = {}
     for path in sorted(folder.rglob("*report.json")):
-        if report := _document(path, REPORT):
+        if report := data.read(path):
             found.reports.append(report)
             said |= {place: (report["job"], entry) for place, entry in _places(path, report["shots"])}
     for path in manifests:
@@ -74,7 +76,9 @@ def of_folder(folder: Path) -> Found:
             job, _ = said.pop(Path(entry["output"]), (path.parent.name, None))
             found.entries.append((job, entry))
     found.entries += [(job, _without_record(entry)) for job, entry in said.values()]
-    if not found.entries and not found.problems:
+    if not found.entries:
+        if found.problems:
+            raise EntryError("no manifest is whole", where=str(folder), hint="\n".join(found.problems[:8]))
         hint = "Render something there first."
         raise JobError("no manifest is in or below it", where=str(folder), hint=hint)
     _beside(found, {folder, *(path.parent for path in manifests)})
@@ -86,14 +90,6 @@ def _places(report: Path, shots: Sequence[Entry]) -> Iterator[tuple[Path, Entry]
     shared = os.path.commonpath([Path(entry["output"]).parent for entry in shots]) if shots else ""
     for entry in shots:
         yield report.parent / Path(entry["output"]).relative_to(shared), entry
-
-
-def baseline_of(found: Found) -> str | None:
-    """The shot that others are compared with: what a comparison says, else the first without injections."""
-    for compare in found.compares:
-        return str(compare["baseline"])
-    plain = [entry["id"] for _, entry in found.entries if "shot" in entry and not entry["injection"]]
-    return plain[0] if plain else None
 
 
 def _without_record(entry: Entry) -> Entry:
@@ -121,27 +117,19 @@ def _read(path: Path, found: Found) -> Entry | None:
 
 def _beside(found: Found, folders: Iterable[Path]) -> None:
     for folder in sorted(folders):
-        for pattern, schema, into in (
-            ("*.map.*.json", MAP, found.maps),
-            ("*.compare.json", COMPARE, found.compares),
-        ):
-            for path in sorted(folder.glob(pattern)):
-                document = _document(path, schema)
-                if document is None:
-                    found.problems.append(f"{path}: not {schema}")
-                else:
-                    into.append(document)
+        for path in sorted(folder.glob("*.map.*.json")):
+            if one := maps.read(path):
+                found.maps.append(one)
+            else:
+                found.problems.append(f"{path}: not {maps.SCHEMA}")
+        for path in sorted(folder.glob("*.compare.json")):
+            shots = figures.read(path)
+            if shots is None:
+                found.problems.append(f"{path}: not {figures.SCHEMA}")
+            else:
+                found.scores |= {located(path.parent / shot["output"]): shot for shot in shots}
 
 
-def _document(path: Path, schema: str) -> dict[str, Any] | None:
-    """A JSON file of this schema, None for anything else."""
-    try:
-        document = json.loads(path.read_bytes())
-        return document if document["schema"] == schema else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def labelled(entries: Sequence[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
-    """The labels of the shots, in their order."""
-    return [entry["labels"] for _, entry in entries]
+def located(path: Path) -> str:
+    """The one spelling of where a video is."""
+    return os.path.abspath(path)  # noqa: PTH100 - which keeps `..`

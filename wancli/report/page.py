@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli import files
+from wancli import companions
 from wancli.report import document, gather, posters
 from wancli.report.experiments import COLUMNS
 from wancli.report.gather import Found
@@ -42,12 +42,7 @@ def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
 
 def publish(path: Path, page: bytes) -> None:
     """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
-    if path.exists():
-        with path.open("rb") as file:
-            earlier = file.read(len(MARK))
-        if earlier != MARK:
-            files.set_aside(path)
-    files.replace(path, page)
+    companions.put(path, page, MARK, len(MARK))
 
 
 def html(data: Mapping[str, Any]) -> bytes:

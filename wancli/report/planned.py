@@ -10,7 +10,7 @@ from wancli import alternatives
 from wancli.events import printable
 from wancli.report.data import cached, memory_rows, most_needing, state, steps_of, time_of
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
-from wancli.units import duration
+from wancli.units import counted, duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,7 +65,8 @@ def plan_tables(
     yield from time_lines(time)
     if others:
         for shot in most_needing(plan.shots):
-            yield f"\nshot {printable(shot.id)}, {shot.frames} frames: what other settings would need, GiB"
+            frames = counted(shot.frames, "frame")
+            yield f"\nshot {printable(shot.id)}, {frames}: what other settings would need, GiB"
             yield alternatives_table(alternatives.alternatives(shot))
             yield "✓ fits, ✗ does not, [ ] chosen; the text encoder is not in it: see encode above"
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from wancli import files
+from wancli import companions
 from wancli.clip import Clip
 from wancli.report import font
-from wancli.report.terminal import ranges
+from wancli.units import ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,18 +49,7 @@ def contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
 
 def write(path: Path, data: bytes) -> None:
     """Puts a sheet there. An earlier sheet is replaced; another file of that name is moved aside."""
-    if not marked(path, MARK, 128):
-        files.set_aside(path)
-    files.replace(path, data)
-
-
-def marked(path: Path, mark: bytes, within: int) -> bool:
-    """Whether a file that can be read has this mark in its first bytes."""
-    try:
-        with path.open("rb") as file:
-            return mark in file.read(within)
-    except OSError:
-        return False
+    companions.put(path, data, MARK, 128)
 
 
 def png(picture_YX3: Picture) -> bytes:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import files, video
+from wancli import companions, files, video
 from wancli.clip import Clip
 from wancli.report import font
-from wancli.report.sheet import INK, PAPER, averaged, marked, repeated
+from wancli.report.sheet import INK, PAPER, averaged, repeated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
                 if picture_YX3 is not None:
                     _put(page_YX3, plan, place, picture_YX3)
             yield page_YX3.tobytes()
-        if marked(path, _MARK, 1 << 22):  # not before there is something to put in its place
+        if companions.marked(path, _MARK, 1 << 22):  # not before there is something to put in its place
             files.remove(path)
         files.set_aside(path)
 

@@ -20,8 +20,7 @@ from wancli.events import printable
 from wancli.farm import claims
 from wancli.legs import Fork
 from wancli.report import data
-from wancli.report.terminal import ranges
-from wancli.units import duration
+from wancli.units import counted, duration, ranges
 
 if TYPE_CHECKING:
     from wancli.rates import Rate
@@ -118,7 +117,7 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     from rich.cells import set_cell_size
 
     counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
-    yield f"{status['job']}, {len(status['shots']):,} shots: {', '.join(counts)}"
+    yield f"{status['job']}, {counted(len(status['shots']), 'shot')}: {', '.join(counts)}"
     seconds = status["time"]["seconds"]
     if seconds is None:
         yield "time left: unknown, nothing like it was rendered here"

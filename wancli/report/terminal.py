@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import Row, strip
-from wancli.units import duration, size
+from wancli.units import counted, duration, ranges, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,17 +77,6 @@ def lora_line(use: LoraUse) -> str:
         f"lora: {printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
         f"{coverage.targets} targets{rank}, {coverage.style} naming{skipped}"
     )
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """`0-3,7,10-39`."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def table_strips(shot: Shot) -> Iterator[str]:
@@ -266,7 +255,7 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             _cut(entry["text"], 30),
         )
     yield table
-    yield f"{len(rows)} entries, {size(sum(entry['bytes'] for entry in rows))}"
+    yield f"{counted(len(rows), 'entry', 'entries')}, {size(sum(entry['bytes'] for entry in rows))}"
 
 
 def check_lines(found: Verdict) -> Iterator[str]:
@@ -274,8 +263,9 @@ def check_lines(found: Verdict) -> Iterator[str]:
     yield from (f"{path}: {problem}" for path, problem in found.problems)
     yield from (f"orphan, no manifest: {path}" for path in found.orphans)
     yield from (f"left by a dead process: {path}" for path in found.debris)
-    verified = [f"{found.videos:,} videos", f"{found.latents:,} latents", f"{found.states:,} states"]
-    yield f"verified: {', '.join(verified)}; problems: {len(found.problems):,}"
+    kinds = {"video": found.videos, "latent": found.latents, "state": found.states}
+    verified = ", ".join(counted(count, what) for what, count in kinds.items())
+    yield f"verified: {verified}; problems: {len(found.problems):,}"
     if found.missing:
         yield f"not rendered yet: {len(found.missing):,}"
     if found.aside:

@@ -37,10 +37,11 @@ const facts = (pairs) => h('dl', { class: 'facts' },
 const muted = (...children) => h('p', { class: 'muted' }, ...children);
 
 const count = (n) => Number(n).toLocaleString('en-US', { maximumFractionDigits: 0 });
+const counted = (n, what) => `${count(n)} ${what}${n === 1 ? '' : 's'}`;
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 const figure = (x) => (x === 0 ? '0' : Math.abs(x) >= 1000 ? count(x) : String(Number(x.toPrecision(3))));
 
-// As wancli/units.py.
+// As wancli/units.py, but for times below a second.
 function size(bytes) {
   for (const unit of ['B', 'KiB', 'MiB']) {
     if (bytes < 1024) return `${bytes.toFixed(0)} ${unit}`;
@@ -53,7 +54,8 @@ function duration(seconds) {
   if (seconds === null || seconds === undefined) return '?';
   if (seconds < 1) return `${(1000 * seconds).toFixed(0)} ms`;
   if (seconds < 120) return `${seconds.toFixed(1)} s`;
-  return seconds < 7200 ? `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s` : `${(seconds / 3600).toFixed(1)} h`;
+  const whole = Math.round(seconds);
+  return seconds < 7200 ? `${Math.floor(whole / 60)} min ${whole % 60} s` : `${(seconds / 3600).toFixed(1)} h`;
 }
 
 function flop(n) {
@@ -88,4 +90,8 @@ const modelOf = (shot) => data.models[shot.model];
 const depthOf = (shot) => modelOf(shot).sizes.num_layers;
 const rulesOf = (shot) => (shot.injection ?? []).map((use) => ({ ...use, ...data.rules[use.rule] }));
 const known = (shot) => shot.model !== undefined;
+// The block maps of a shot's network, and the place in one that a block has: alone, or as part of a range.
+const mapsOf = (shot) => data.maps.filter((map) => map.model.sha256 === modelOf(shot).sha256?.transformer);
+const mapName = (map) => (data.maps.length > 1 ? `${map.job}, ${map.shot}: ${map.method}` : map.method);
+const placeIn = (map, block) => (map.ranges ? map.ranges.findIndex((range) => range.includes(block)) : block);
 const nothing = (shot) => muted(`This shot has no manifest to tell: ${shot.status}.`, shot.error ? ` ${shot.error.message}` : '');

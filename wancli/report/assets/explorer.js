@@ -21,9 +21,9 @@ function colourings(shot) {
   if (rules.length && data.differences[rules[0].difference].blocks.length === depth) {
     found.difference = { label: 'K/V difference', values: data.differences[rules[0].difference].blocks, unit: (v) => percent(v), top: 1, ink: '--accent' };
   }
-  for (const map of data.maps) {
-    if (map.total?.length === depth) found[`map-${map.method}`] = { label: `map: ${map.method}`, values: map.total, unit: figure, ink: '--heat' };
-  }
+  mapsOf(shot).forEach((map, i) => {
+    found[`map-${i}`] = { label: `map: ${mapName(map)}`, values: per((b) => map.total[placeIn(map, b)] ?? 0), unit: figure, ink: '--heat' };
+  });
   return found;
 }
 
@@ -34,7 +34,7 @@ function drawBlocks(shot) {
   const depth = depthOf(shot);
   const colours = colourings(shot);
   const colour = () => (explorer.colour in colours ? explorer.colour : Object.keys(colours)[0]);
-  let current = Math.min(explorer.block ?? (colours.injected ? colours.injected.values.findIndex(Boolean) : 0), depth - 1);
+  let current = Math.min(explorer.block ?? Math.max(0, colours.injected?.values.findIndex(Boolean) ?? 0), depth - 1);
   const grid = h('div', { class: 'grid', role: 'grid', 'aria-label': `${depth} blocks; arrow keys move` });
   const detail = h('div', { id: 'block', 'aria-live': 'polite' });
   const said = h('div', { id: 'claims' });
@@ -114,7 +114,7 @@ function blockDetail(shot, block) {
     facts(blockFacts(shot, block)),
     table(['part', 'weights', `in ${model.dtype}`, 'FLOP per forward', 'share', 'working set'],
       [...parts.map((part) => [part.name, count(part.weights), size(part.bytes), flop(part.flops), percent(part.flops / all), size(part.held)]),
-        ['the block', count(sum('weights')), size(sum('bytes')), flop(all), '100 %', `${size(Math.max(...parts.map((part) => part.held)))} at once`]], { id: 'parts' }),
+        ['the block', count(sum('weights')), size(sum('bytes')), flop(all), '100 %', { num: true, value: `${size(Math.max(...parts.map((part) => part.held)))} at once` }]], { id: 'parts' }),
     muted(`For ${count(shot.tokens)} video tokens and ${rows} text rows. Keys and values of the text are made once per prompt: ${flop(rows * model.parts.reduce((total, part) => total + part.flops.text, 0))}, ${size(2 * rows * model.sizes.dim * element)} kept in each block.`),
     injectionOverSteps(shot, block),
   ].filter(Boolean);
@@ -129,7 +129,8 @@ function blockFacts(shot, block) {
     ['measured effect', place >= 0 ? `${percent(shot.effects.mean[place])} of its cross-attention output, mean over steps (|change| > 0.01 in ${shot.effects.legacy[place]} % of the elements)`
       : rules.length ? (shot.effects ? 'none here: no rule reaches this block' : 'not measured; render with measure: true, or --log-level verbose') : null],
     ['K/V difference', differences.length ? differences.map((value) => percent(value)).join('; ') : null],
-    ...data.maps.filter((map) => map.total?.length > block).map((map) => [`map: ${map.method}`, `${figure(map.total[block])} ${map.unit ?? ''}, ${rankOf(map.total, block)}`]),
+    ...mapsOf(shot).map((map) => [map, placeIn(map, block)]).filter(([, place]) => place >= 0)
+      .map(([map, place]) => [`map: ${mapName(map)}`, `${figure(map.total[place])} ${map.unit}, ${rankOf(map.total, place)}${map.ranges ? `, as one of blocks ${ranges(map.ranges[place])}` : ''}`]),
   ];
 }
 

@@ -1,7 +1,8 @@
 // Drawings: ramps of heat, curves, strips of bars, stacked bars. SVG, coloured by the style sheet.
 
 // Drawings keep the size of their letters, so they are made for the room there is.
-const broad = (most) => Math.min(most, document.documentElement.clientWidth - 64);
+// A page that opens in a background tab has no width yet.
+const broad = (most) => Math.min(most, Math.max(240, document.documentElement.clientWidth - 64));
 
 const shade = (share, ink = '--heat') => `color-mix(in oklab, var(${ink}) ${Math.round(100 * Math.min(1, Math.max(0, share)))}%, var(--paper))`;
 
@@ -14,7 +15,8 @@ const tint = (share, ink) => shade(Math.min(1, share) / 2, ink);
 // values[row][column], null where there is none
 function heatmap({ values, rows, columns, top, title, unit, ink = '--heat', name }) {
   const width = values[0].length;
-  const cell = Math.max(6, Math.min(18, Math.floor((broad(580) - 46) / width)));
+  const widest = Math.max(18, ...columns.map((text) => 7 * String(text).length)); // named columns are as wide as their names
+  const cell = Math.max(widest > 18 ? widest : 6, Math.min(18, Math.floor((broad(580) - 46) / width)));
   const tall = Math.max(6, Math.min(18, Math.floor(420 / values.length)));
   const left = 46;
   const high = top ?? (Math.max(...values.flat().filter((v) => v !== null)) || 1);
@@ -24,7 +26,7 @@ function heatmap({ values, rows, columns, top, title, unit, ink = '--heat', name
     style: { fill: value === null ? 'var(--paper)' : shade(value / high, ink) },
   }, svg('title', {}, `${name(r, c)}: ${value === null ? 'none' : unit(value)}`))));
   const side = rows.map((text, r) => (r % every ? null : svg('text', { x: left - 6, y: 16 + r * tall + tall / 2 + 4, 'text-anchor': 'end' }, text)));
-  const above = columns.map((text, c) => (c % 5 ? null : svg('text', { x: left + c * cell + cell / 2, y: 11, 'text-anchor': 'middle' }, text)));
+  const above = columns.map((text, c) => (c % 5 && text === c ? null : svg('text', { x: left + c * cell + cell / 2, y: 11, 'text-anchor': 'middle' }, text)));
   const size = [left + width * cell, 16 + values.length * tall];
   return h('figure', { style: { margin: '0' } },
     h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': title },

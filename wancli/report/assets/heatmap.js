@@ -6,7 +6,7 @@ function drawMaps(shot) {
   const root = body('maps');
   root.replaceChildren();
   const views = known(shot) ? viewsOf(shot) : {};
-  const maps = data.maps.filter((map) => map.values?.length && map.values[0].length);
+  const maps = known(shot) ? mapsOf(shot) : [];
   if (!Object.keys(views).length && !maps.length) {
     return root.append(muted('No rule of this shot injects anything, and no block map lies beside the outputs. wancli probe JOB measures one: which block does what for these prompts.'));
   }
@@ -66,27 +66,29 @@ function mapOf(maps) {
   mapping.map = Math.min(mapping.map, maps.length - 1);
   const draw = () => {
     const map = maps[mapping.map];
-    const blocks = map.values[0].length;
-    const names = map.ranges?.length === blocks ? map.ranges.map((range) => (Array.isArray(range) ? range.join('-') : range)) : map.values[0].map((_, i) => i);
+    const names = map.ranges ? map.ranges.map(ranges) : map.total.map((_, block) => block);
+    const levels = map.levels.map((level) => `σ ${level.sigma.toFixed(2)}`);
+    const total = levels.length === 0 ? ['video'] : levels.length > 1 ? ['mean'] : [];
+    const rows = [...levels, ...total];
     place.replaceChildren(
       heatmap({
-        values: map.total ? [...map.values, map.total] : map.values,
-        rows: [...map.levels.map((level) => (level.sigma === undefined ? level.step : `σ ${Number(level.sigma).toFixed(2)}`)), 'total'],
+        values: total.length ? [...map.values, map.total] : map.values,
+        rows,
         columns: names,
         title: `Block map by ${map.method}: a row per noise level, a column per block`,
-        name: (level, block) => `${map.levels[level] ? `σ ${map.levels[level].sigma}` : 'total'}, block ${names[block]}`,
+        name: (level, block) => `${rows[level]}, ${map.ranges ? 'blocks' : 'block'} ${names[block]}`,
         unit: figure,
       }),
       facts([
-        ['suggestion', map.suggestion ? h('code', {}, `blocks: ${map.suggestion}`) : null],
+        ['suggestion', h('code', {}, `blocks: ${map.suggestion}`)],
         ['unit', map.unit],
-        ['prompts', (map.prompts ?? []).map((pair) => `${pair.main} ⇐ ${pair.injected}`).join(' · ')],
-        ['measured', [map.size, map.frames ? `${map.frames} frames` : null, map.seed === undefined ? null : `seed ${map.seed}`, map.forwards ? `${map.forwards} forwards` : null, map.seconds ? duration(map.seconds) : null].filter(Boolean).join(', ')],
-        ['model', map.model?.root],
+        ['prompts', map.prompts.map((pair) => `${pair.main} ⇐ ${pair.injected}`).join(' · ')],
+        ['measured', `${map.size}, ${counted(map.frames, 'frame')}, seed ${map.seed}, ${figure(map.forwards)} forwards, ${duration(map.seconds)}`],
+        ['model', map.model.root],
       ]));
   };
   draw();
-  const names = maps.map((map, i) => [i, `${map.job}: ${map.method}`]);
+  const names = maps.map((map, i) => [i, mapName(map)]);
   return h('div', { id: 'map' }, h('h3', { style: { 'margin-top': '0' } }, 'Block map'),
     h('div', { class: 'controls' }, choice('Map', names, mapping.map, (value) => { mapping.map = Number(value); draw(); })), place);
 }

@@ -12,7 +12,7 @@ function select(index) {
   drawPipeline(shot);
   drawBlocks(shot);
   drawMemory(shot);
-  if ($('maps')) {
+  if (data.rendered) {
     drawMaps(shot);
     drawPrompts(shot);
     drawTime(shot);
@@ -24,12 +24,12 @@ function summary() {
   const parts = [new Date(data.created).toISOString().slice(0, 16).replace('T', ' ')];
   const counts = new Map();
   for (const shot of data.shots) counts.set(shot.status, (counts.get(shot.status) ?? 0) + 1);
-  if ($('maps')) {
+  if (data.rendered) {
     parts.push([...counts].map(([status, n]) => `${n} ${status}`).join(', '));
     const peaks = data.jobs.map((job) => job.peak?.measured ?? 0);
     if (Math.max(0, ...peaks)) parts.push(`peak ${size(Math.max(...peaks))}`);
     const warnings = data.jobs.flatMap((job) => job.warnings ?? []);
-    if (warnings.length) parts.push(`${warnings.length} warnings: ${warnings.join(' · ')}`);
+    if (warnings.length) parts.push(`${counted(warnings.length, 'warning')}: ${warnings.join(' · ')}`);
   } else parts.push('no render: shapes, blocks and memory of models');
   $('summary').textContent = parts.join(' · ');
 }
@@ -57,13 +57,17 @@ $('shot').addEventListener('change', (event) => select(Number(event.target.value
 $('previous').addEventListener('click', () => select(chosen - 1));
 $('next').addEventListener('click', () => select(chosen + 1));
 let room = 0;
+let drawnFor = document.documentElement.clientWidth;
 window.addEventListener('resize', () => {
   cancelAnimationFrame(room);
-  const narrow = document.documentElement.clientWidth;
-  room = requestAnimationFrame(() => { if (narrow < 640) select(chosen); });
+  room = requestAnimationFrame(() => {
+    const now = document.documentElement.clientWidth;
+    if (now !== drawnFor && Math.min(now, drawnFor) < 640) select(chosen);
+    drawnFor = now;
+  });
 });
 theme();
 summary();
 prepareTable();
-if ($('videos')) drawVideos();
+if (data.rendered) drawVideos();
 if (data.shots.length) select(data.chosen);

@@ -21,7 +21,7 @@ function drawPipeline(shot) {
   const forwards = rendered ? stepsOf(shot).reduce((sum, branches) => sum + branches.length, 0) : shot.steps * (shot.guidance === 1 ? 1 : 2);
   const rules = rulesOf(shot);
   root.append(
-    h('p', {}, h('strong', {}, shot.id), ` on ${model.variant}: `, `${shot.width} × ${shot.height}, ${shot.frames} frames make `,
+    h('p', {}, h('strong', {}, shot.id), ` on ${model.variant}: `, `${shot.width} × ${shot.height}, ${counted(shot.frames, 'frame')} make${shot.frames === 1 ? 's' : ''} `,
       h('strong', { id: 'tokens' }, count(shot.tokens)), ' video tokens. ',
       `The VAE turns 4 frames into one after the first, (${shot.frames} − 1) / 4 + 1 = ${t}, and ${stride / 2} × ${stride / 2} pixels into one; `
       + `a patch is 1 × 2 × 2 of those, so a token stands for ${stride} × ${stride} pixels: ${t} × ${y / 2} × ${x / 2} = ${count(shot.tokens)}. `

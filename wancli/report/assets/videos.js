@@ -13,8 +13,8 @@ function axesOf(shots) {
   return Object.fromEntries(Object.entries(found).filter(([, of]) => different(of) > 1));
 }
 
-const scoresOf = (shot) => data.compares.flatMap((compare) => compare.shots.map((score) => ({ ...score, baseline: score.id === compare.baseline })))
-  .find((score) => score.id === shot.id && (!score.output || score.output.split('/').at(-1) === shot.output.split('/').at(-1)));
+// The largest difference of all, 0 to 1, which is drawn in full colour.
+const strongest = Math.max(0, ...data.shots.flatMap((shot) => shot.score?.heatmap?.values ?? []));
 
 function drawVideos() {
   const root = body('videos');
@@ -33,12 +33,12 @@ function drawVideos() {
       choice('Columns', [['', '–'], ...names], wall.columns, (value) => { wall.columns = value || null; redraw(); }, { id: 'columns' }),
       choice('Rows', [['', '–'], ...names], wall.rows, (value) => { wall.rows = value || null; redraw(); }, { id: 'rows' }));
   }
-  if (data.compares.length) {
+  if (strongest) {
     const box = h('input', { type: 'checkbox', id: 'heat', on: { change: () => { wall.heat = box.checked; for (const canvas of grid.querySelectorAll('canvas')) canvas.hidden = !wall.heat; } } });
-    bar.append(h('label', {}, box, 'difference from the baseline'));
+    bar.append(h('label', {}, box, `difference from the baseline, full colour for ${percent(strongest, 0)}`));
   }
   root.replaceChildren(bar, grid,
-    data.compares.length ? '' : muted('Scores and heat-maps against a baseline come with compare: true in the job, or wancli compare.'));
+    data.shots.some((shot) => shot.score) ? '' : muted('Scores and heat-maps against a baseline come with compare: true in the job, or wancli compare.'));
   redraw();
   return root;
 }
@@ -62,7 +62,7 @@ const seen = 'IntersectionObserver' in window ? new IntersectionObserver((entrie
 
 function card(shot) {
   const index = data.shots.indexOf(shot);
-  const score = scoresOf(shot);
+  const { score } = shot;
   const video = h('video', { src: shot.video, poster: shot.poster, preload: shot.poster || seen ? 'none' : 'metadata', loop: true, playsinline: true, 'aria-label': `Video of ${shot.id}`, tabindex: -1 });
   video.muted = true;
   video.addEventListener('error', () => video.replaceWith(h('div', { class: 'none' }, 'the video is not there')));
@@ -72,7 +72,7 @@ function card(shot) {
     h('div', { class: `frame${small ? ' small-pixels' : ''}`, style: { 'aspect-ratio': `${shot.width ?? 16} / ${shot.height ?? 9}` } }, video, score?.heatmap ? heatOver(score.heatmap) : null),
     h('footer', {}, h('button', { type: 'button', class: 'pick', on: { click: () => select(index) } }, shot.id),
       h('p', {}, Object.entries(shot.labels).map(([name, value]) => `${name} ${value}`).join(', ') || (shot.row.blocks ? `blocks ${shot.row.blocks} at ${shot.row.strength}` : 'plain')),
-      data.baseline === shot.id ? h('p', {}, 'baseline') : score && !score.baseline ? h('p', {}, scoreText(score)) : null,
+      score && h('p', {}, score.baseline === score.id ? 'baseline' : `${scoreText(score)}, beside ${score.baseline}`),
       h('a', { href: shot.video }, 'open')));
 }
 
@@ -84,7 +84,7 @@ function heatOver({ width, height, values }) {
   canvas.hidden = !wall.heat;
   const context = canvas.getContext('2d');
   values.forEach((value, i) => {
-    context.fillStyle = `rgb(255 70 0 / ${Math.min(0.9, value)})`;
+    context.fillStyle = `rgb(255 70 0 / ${Math.min(0.9, value / strongest)})`;
     context.fillRect(i % width, Math.floor(i / width), 1, 1);
   });
   return canvas;

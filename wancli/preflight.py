@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import choose, files, kernels, latents, lockstep, machine, manifest, space, video
+from wancli import changed, choose, files, kernels, latents, lockstep, machine, manifest, space, video
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.loaded import check_device, check_weights
 from wancli.record import Record
@@ -64,13 +64,17 @@ def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError
     for shot in plan.shots:
         state, why = ("to do", "") if tools.force else condition(shot)
         if state == "in the way":
-            message = f"{shot.output} exists, and is not what this job makes now ({why})"
-            refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
+            refused[shot.index] = in_the_way(shot, why)
         elif state != "done" or unmeasured(shot):
             todo.append(shot)
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
+
+
+def in_the_way(shot: Shot, why: str) -> OutputExists:
+    message = f"{shot.output} exists, and is not what this job makes now ({why})"
+    return OutputExists(message, hint="--force moves it aside; or change `output`.")
 
 
 def condition(shot: Shot) -> tuple[Condition, str]:
@@ -88,7 +92,7 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     if not manifest.problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
     ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
-    return ("damaged" if ours else "in the way"), why
+    return ("damaged", why) if ours else ("in the way", changed.why(shot) or why)
 
 
 def _claims(shot: Shot) -> bool:

@@ -32,7 +32,8 @@ def read(name: str, by: Layer, where: str) -> list[Layer]:
         except JobError as error:
             problems.append(str(error))
             continue
-        lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}  # where one is missing, too
+        # Also the place of a prompt that is missing.
+        lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
         layers.append(Layer(Source(shown, lines), path.parent, value))
     if len(layers) > MAX_SHOTS:
         raise JobError(f"holds {len(layers):,} prompts; {MAX_SHOTS:,} at most", where=shown)

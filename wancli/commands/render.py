@@ -51,7 +51,7 @@ from wancli.commands.options import (
     Socket,
     Sweeps,
 )
-from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
+from wancli.errors import JobError, OutputExists, Stopped, UsageError, WancliError, stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -192,8 +192,16 @@ def _summarize(
     effects = log_level in (LogLevel.verbose, LogLevel.trace)
     shown = terminal.summary(report, path, injections=log_level is not LogLevel.off, effects=effects)
     terminal.show(shown, stderr=True)
-    if failed := [outcome.shot.index for outcome in outcomes if outcome.error]:
-        terminal.show(terminal.failures(report, again(context, terminal.ranges(failed))), stderr=True)
+    failed = [outcome.shot.index for outcome in outcomes if outcome.error]
+    taken = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
+    ways = []
+    if left := [index for index in failed if index not in taken]:
+        ways.append(f"again: {again(context, terminal.ranges(left))}")
+    if taken:
+        anew = again(context, terminal.ranges(taken), without="force")
+        ways.append(f"in the way: name another `output`, or move what is there aside: {anew} --force")
+    if ways:
+        terminal.show(terminal.failures(report, ways), stderr=True)
 
 
 def _going_on(context: typer.Context, plan: Plan, outcomes: Sequence[Outcome]) -> str:

@@ -164,9 +164,9 @@ def summary(
         yield f"page: {path.with_suffix('.html')}"
 
 
-def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
+def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[RenderableType]:
     """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
-    the command that tries them again."""
+    the ways out."""
     from rich.console import Console
 
     table = grid("failed shot", "code", "message")
@@ -176,7 +176,7 @@ def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
     for id, error in errors:
         table.add_row(id, error["code"], _cut(error["message"].replace("\n", " / "), room))
     yield table
-    yield f"again: {again}"
+    yield from ways
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:

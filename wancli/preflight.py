@@ -95,6 +95,11 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     return ("damaged", why) if ours else ("in the way", changed.why(shot) or why)
 
 
+def finished(shot: Shot) -> bool:
+    """Whether there is nothing to do for it."""
+    return condition(shot)[0] == "done" and not unmeasured(shot)
+
+
 def _claims(shot: Shot) -> bool:
     """Whether the manifest, sealed or not, says that the output is this very shot."""
     try:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "wancli/status/1"
 STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "to do")
-_LINES = 20  # shots that are shown one by one
+_LINES = 19  # shots that are shown one by one
 
 
 def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -119,6 +119,8 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
 
     counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
     yield f"{status['job']}, {len(status['shots']):,} shots: {', '.join(counts)}"
+    if status["counts"]["done"]:
+        yield "done by manifest and size alone; `wancli check` reads the videos"
     seconds = status["time"]["seconds"]
     if seconds is None:
         yield "time left: unknown, nothing like it was rendered here"

@@ -20,6 +20,7 @@ from wancli.events import printable
 from wancli.farm import claims
 from wancli.legs import Fork
 from wancli.report import data
+from wancli.report.shortened import told_apart
 from wancli.report.terminal import ranges
 from wancli.units import duration
 
@@ -129,9 +130,9 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     order = {state: place for place, state in enumerate(STATES)}
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
-    for shot in shown[:_LINES]:
-        name = set_cell_size(_cut(shot["id"], 20), 20)
-        line = f"{shot['index']:>5} {name} {shot['state']:<11} {_about(shot, now)}"
+    names = told_apart([shot["id"] for shot in shown[:_LINES]], 20)
+    for shot, name in zip(shown, names):
+        line = f"{shot['index']:>5} {set_cell_size(name, 20)} {shot['state']:<11} {_about(shot, now)}"
         yield _cut(line.rstrip(), 80)
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"

@@ -434,6 +434,27 @@ def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_don
     assert notes.notes == ["waiting for shot a, rendered by other:7"]
 
 
+def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Callable[..., Folder]) -> None:
+    job = folder("a")
+    (shot,) = planned(job).shots
+    with Claims() as claims:
+        assert [one.status for one in render_plan(planned(job), tools(job, claims))] == ["rendered"]
+    there, hidden = shot.output, shot.output.with_suffix(".hidden")
+    there.rename(hidden)
+    path = put(shot, body(host="other", pid=7))
+    phases: list[str] = []
+
+    class Watch(Notes):
+        def phase(self, shot: str, name: str, *rest: Any) -> Any:
+            phases.append(f"{name} {shot}")
+            return super().phase(shot, name, *rest)
+
+    notes = Watch(lambda: (hidden.rename(there), path.unlink()))
+    with Claims() as claims:
+        (outcome,) = render_plan(planned(job), tools(job, claims, notes))
+    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode prompts"])
+
+
 def test_who_waits_can_be_stopped(folder: Callable[..., Folder], render: Render) -> None:
     job = folder("a")
     shots = planned(job)

@@ -364,7 +364,11 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
     assert "stopped by SIGTERM; 1 shot is saved on the way" in done.stderr
     assert "clip.state.safetensors" in files_in(tmp_path)
     nobody = wancli("serve", "--stop", "--socket", path)
-    assert (nobody.returncode, nobody.stderr) == (3, f"wancli: {path}: nobody serves there\n")
+    assert (nobody.returncode, nobody.stderr) == (
+        3,
+        f"wancli: {path}: nobody serves there\n"
+        "  It has ended; or it serves at another place, which --socket PATH names.\n",
+    )
 
 
 # ---- which signals are the server's ----
@@ -561,7 +565,11 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
 ) -> None:
     path = tmp_path / "private" / "s"
     began = wancli("serve", job(), "--socket", path, "--daemonize", "--wait-ready")
-    assert (began.returncode, began.stdout, began.stderr) == (0, "", "")
+    assert (began.returncode, began.stdout) == (0, "")
+    assert began.stderr == (
+        f"wancli serve: serves at {path}; `wancli render --socket {path} JOB` asks it, "
+        f"`wancli serve --stop --socket {path}` ends it\n"
+    )
     try:
         assert wancli("render", job(), "-q", "--socket", path).returncode == 0
         body = read(tmp_path / "out" / "clip.manifest.json")

@@ -136,10 +136,11 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     shown = [*status.lines(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
     assert len(shown) < 25
     assert shown[0].startswith("sweep, 1,000 shots: 15 done, 15 claimed, 14 half done")
-    assert shown[1].startswith("time left: about 2.0 h")
-    assert all(cell_len(line) <= 80 for line in shown[2:]), max(shown[2:], key=cell_len)
-    assert "claimed     by node-17:12345 since 09:00:00" in shown[2]
-    assert shown[-2] == "      and 51 more; --json lists all"
+    assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"
+    assert shown[2].startswith("time left: about 2.0 h")
+    assert all(cell_len(line) <= 80 for line in shown[1:]), max(shown[1:], key=cell_len)
+    assert "claimed     by node-17:12345 since 09:00:00" in shown[3]
+    assert shown[-2] == "      and 52 more; --json lists all"
     assert re.match(r"to do: 6,13,20", shown[-1])
 
 

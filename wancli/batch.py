@@ -15,7 +15,7 @@ from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
 from wancli.pipeline import render_model
 from wancli.policy import Failing
-from wancli.preflight import Found, cached, preflight
+from wancli.preflight import Found, cached, finished, preflight
 from wancli.shot import Model, Plan, Shot, named
 from wancli.tools import Tools
 
@@ -67,8 +67,14 @@ def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
                         held.append(outcome.shot)
                     else:
                         yield outcome
-        todo = _let_go(held, tools)
-        held = [shot for shot in held if shot.index not in {free.index for free in todo}]
+        free = _let_go(held, tools)
+        held = [shot for shot in held if shot.index not in {one.index for one in free}]
+        todo = []
+        for shot in free:
+            if not tools.force and finished(shot):
+                yield Outcome(shot, "already done", manifest.read(shot.manifest))
+            else:
+                todo.append(shot)
     yield from (Outcome(shot, "elsewhere") for shot in held)
 
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from wancli import advance, files, latents, lockstep, manifest, record, underway
 from wancli.embed import embed_each
 from wancli.encode import Encoded
-from wancli.errors import Elsewhere, EntryError, OutputExists, ShotError, Stopped, WancliError
+from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
 from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
 from wancli.peak import fitting, release
 from wancli.policy import Failing
-from wancli.preflight import lacks_effects, standing, unmeasured
+from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.record import Record
 from wancli.shot import Model, Shot
 from wancli.stage3 import finish
@@ -108,7 +108,7 @@ def _settled(shot: Shot, means: Means) -> Outcome | None:
         if state == "done" and not unmeasured(shot):
             return Outcome(shot, "already done", manifest.read(shot.manifest))
         if state == "in the way":
-            raise OutputExists(f"exists, and is not what this job makes now ({why})", where=str(shot.output))
+            raise in_the_way(shot, why)
         if state == "damaged":
             aside = files.set_aside(shot.output, "damaged")
             files.set_aside(shot.manifest, "damaged")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from wancli import advice, baseline, choose, kernels, lockstep, loras, machine, presets
 from wancli.encode import Encoder
-from wancli.errors import JobError
+from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.experts import Stage, stages
 from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
@@ -39,23 +39,24 @@ def plan(
 
     `memo` remembers the SHA-256 of weight files between runs; block maps are beside it. `unmeasured` asks for
     none: `auto` blocks are all, for whoever is about to measure. Raises JobError with all problems
-    of all shots, or CheckpointError.
+    of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
     located = presets.Locations()
     shelf = Shelf(memo.parent / "maps", open_=unmeasured)
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
-    problems: list[str] = []
-    hints: list[str] = []
+    problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
         try:
             shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure, shelf))
-        except JobError as error:
-            problems += [line for line in str(error).splitlines() if line not in problems]
-            hints += [error.hint] if error.hint and error.hint not in hints else []
+        except (JobError, EntryError) as error:
+            problems.append(error)
     if problems:
-        raise JobError("\n".join(problems), hint="\n".join(hints))
+        lines = dict.fromkeys(line for problem in problems for line in str(problem).splitlines())
+        hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
+        kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
+        raise kind("\n".join(lines), hint="\n".join(hints))
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.chosen)
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
@@ -124,7 +125,10 @@ def _shot(
     job = item.job
     computing = kernels.said(item)
     dtype = "fp8" if computing.fp8_matmul else job.memory.dtype
-    model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
+    try:
+        model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
     variant = model.checkpoint.variant
     way = _way(item, variant)
     width, height = _size(item, variant)

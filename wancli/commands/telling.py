@@ -12,7 +12,7 @@ import typer
 from wancli import policy
 from wancli.commands.common import again, complain, posters_of, rates_of, result
 from wancli.commands.options import LogLevel
-from wancli.errors import ExitStatus
+from wancli.errors import ExitStatus, OutputExists
 from wancli.units import ranges
 
 if TYPE_CHECKING:
@@ -71,9 +71,16 @@ class Telling:
         injections = self.level is not LogLevel.off
         shown = terminal.summary(report, path, injections=injections, effects=self.measuring)
         terminal.show(shown, stderr=True)
-        if failed := [outcome.shot.index for outcome in outcomes if outcome.error]:
-            command = again(self.context, ranges(failed))
-            terminal.show(terminal.failures(report, command), stderr=True)
+        failed = [outcome.shot.index for outcome in outcomes if outcome.error]
+        taken = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
+        ways = []
+        if left := [index for index in failed if index not in taken]:
+            ways.append(f"again: {again(self.context, ranges(left))}")
+        if taken:
+            anew = again(self.context, ranges(taken), without="force")
+            ways.append(f"in the way: name another `output`, or move what is there aside: {anew} --force")
+        if ways:
+            terminal.show(terminal.failures(report, ways), stderr=True)
 
     def going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
         """How a render with --force goes on: what it has made is not made once more."""

@@ -241,7 +241,8 @@ def stop(path: Path) -> None:
     """Ends the server there once its render is saved, and waits for that. Raises MachineError."""
     connection = meeting.connect(path)
     if connection is None:
-        raise MachineError("nobody serves there", where=str(path))
+        hint = "It has ended; or it serves at another place, which --socket PATH names."
+        raise MachineError("nobody serves there", where=str(path), hint=hint)
     with connection:
         pid, _ = meeting.peer(connection)
         process = os.pidfd_open(pid)

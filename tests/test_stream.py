@@ -100,6 +100,25 @@ def test_what_was_done_already_is_said_to_be_so(render: Callable[..., Said]) -> 
     assert again[-1]["data"]["counts"]["already_done"] == 1
 
 
+def test_comparing_is_told_and_begins_no_shot_that_is_over(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    for state in ("rendered", "already done"):
+        found = events(render("--json-stream", items=ITEMS, output="out/{id}.mp4", compare=True).out)
+        assert [event["status"] for event in of("shot-finished", found)] == [state] * 2
+        assert len(of("shot-started", found)) == (2 if state == "rendered" else 0)
+        ended = [event for event in of("phase", found) if event["state"] == "end"][-2:]
+        told = [(event["name"], event["done"], event["total"]) for event in ended]
+        assert told == [("compare", 2, 2), ("draw", 2, 2)]
+        (tmp_path / "out/job.compare.json").unlink()
+
+
+def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Said]) -> None:
+    items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="1-1")]}]
+    found = events(render("--json-stream", items=items, output="out/{id}.mp4").out)
+    assert (found[0]["steps"], found[0]["shared_steps"]) == (4, 1)
+
+
 def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with stream.Stream(sys.stdout, "render") as display:
         display.note("shot a: to worker 1 of 2")

@@ -143,6 +143,8 @@ def test_orphans_debris_and_what_was_moved_aside_are_listed_and_no_problem(copy:
     out = copy / "out"
     for name in ("mine.mp4", ".wancli-box-1-abc.tmp", "s1.old-1.mp4", "s1.manifest.old-1.json", "notes.txt"):
         (out / name).write_bytes(b"x")
+    for name in ("job.compare.mp4", "job.compare-2.mp4"):  # shots side by side
+        (out / name).write_bytes(b"x")
     found = verify.folder(out)
     assert found.problems == []
     assert [path.name for path in found.orphans] == ["mine.mp4"]

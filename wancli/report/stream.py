@@ -81,8 +81,9 @@ class Stream(Progress):
     @contextmanager
     def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:
         ids = [id for id in ids or [shot] if id in self._shots]
+        over = {outcome.shot.id for outcome in self._outcomes}  # which comparing them begins no more
         for id in ids:
-            if id not in self._started:
+            if id not in self._started and id not in over:
                 self._started[id] = time.monotonic()
                 self._event("shot-started", **_named(self._shots[id]))
         began, phase = time.monotonic(), _Phase(self, name, ids, total)

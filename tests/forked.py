@@ -8,6 +8,7 @@ is killed, suspended or told to stop, has it from here.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -17,11 +18,12 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self
 
 WANCLI = "from wancli.cli import main; main()"
 
@@ -183,6 +185,8 @@ def _imported() -> None:
         if module.name not in ("wancli.__main__", "wancli.farm.ray"):
             import_module(module.name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads that a fork would lose"
+    gc.collect()
+    gc.freeze()  # or each fork copies the pages of all objects, to count what refers to them
 
 
 def _asked(source: socket.socket) -> dict[str, Any] | None:
@@ -215,6 +219,24 @@ def _asked(source: socket.socket) -> dict[str, Any] | None:
     return said
 
 
+def _ends(program: str) -> NoReturn:
+    """Runs a program and ends as Python would after it, but for freeing all that was imported."""
+    code: Any = 0
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        code = traceback.format_exc()
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
+
+
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as source:
         _imported()
@@ -226,4 +248,4 @@ if __name__ == "__main__":
         if said["umask"] >= 0:
             os.umask(said["umask"])
         sys.argv = ["wancli", *said["arguments"]]
-        exec(compile(said["program"], "<program>", "exec"), {"__name__": "__main__"})
+        _ends(said["program"])

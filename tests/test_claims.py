@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from forked import Forked, begin
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli import manifest
@@ -278,18 +279,13 @@ class Folder:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": items}
         self.path, self.cache, self.log = path, cache, path / "log"
         self.job = written(path, tiny_job(model, **said | changes))
-        self._running: list[subprocess.Popen[str]] = []
+        self._running: list[Forked] = []
 
-    def start(self, *options: str, event: str = "", at: tuple[str, int] = ("", 0)) -> subprocess.Popen[str]:
+    def start(self, *options: str, event: str = "", at: tuple[str, int] = ("", 0)) -> Forked:
         """A real process; at a step of a shot it does not come back from, or is suspended."""
         special = [self.log, self.path / event, at[0], at[1]]
         arguments = ["render", self.job, "--cache-dir", self.cache, "--save-every", "1", *options]
-        child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *map(str, (*special, *arguments))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        child = begin(*special, *arguments, program=PROGRAM)
         self._running.append(child)
         return child
 
@@ -305,8 +301,8 @@ class Folder:
 
     def end(self) -> None:
         for child in self._running:
-            child.kill()
-            child.communicate()
+            with child:
+                child.kill()
 
 
 @pytest.fixture
@@ -376,7 +372,7 @@ def test_a_worker_that_was_suspended_until_another_did_its_work_publishes_nothin
 ) -> None:
     job = folder("a")
     sleeper = job.start(event="stop", at=at)
-    os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+    sleeper.until_suspended()
     with Claims(**QUICK) as claims:
         (outcome,) = render_plan(planned(job), tools(job, claims))
     assert outcome.status == "rendered"

@@ -36,18 +36,11 @@ def pattern(path: Path, size: str = "128x96", frames: int = 6, skip: int = 0) ->
 
 
 @pytest.fixture
-def loud(
-    tmp_path: Path,
-    shallow: Path,
-    warm: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Said]:
+def loud(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """As `render`, with all that is said on the way."""
-    monkeypatch.setenv("WANCLI_CACHE", str(warm))
 
     def said(*options: str, **changes: Any) -> Said:
-        return command(capsys, "render", written(tmp_path, tiny_job(shallow, **changes)), *options)
+        return command(capsys, "render", written(tmp_path, tiny_job(known, **changes)), *options)
 
     return said
 

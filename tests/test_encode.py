@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -299,13 +300,10 @@ def test_processes_that_encode_the_same_prompts_leave_one_good_entry_each(store:
     program = f"""
 import os
 from pathlib import Path
-import torch
 from transformers import UMT5EncoderModel
 from wancli.encode import Encoder, encode
 from wancli.tokens import Tokenizer
 from wancli.store import Store
-from wancli.weights.ondisk import OnDisk
-torch.set_num_threads(1)
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
 prompts = [tokenizer.tokens(text, 256) for text in {list(PROMPTS.values())!r}]
 encoder = Encoder((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")
@@ -319,7 +317,7 @@ while True:
     except ChildProcessError:
         break
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run(program=program).check_returncode()
     assert len(store.entries()) == 3
     assert store.verify() == []
     assert all(done.hit for done in encode(ENCODER, map(tokens, PROMPTS.values()), store))

@@ -15,6 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from forked import begin
 from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
 
 from wancli import batch, outcome
@@ -234,16 +235,9 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
         assert found[-1]["data"]["report"]
 
 
-def test_each_line_is_there_at_once(tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(sampler={"steps": 200}))
-    program = [sys.executable, "-c", "from wancli.cli import main; main()"]
-    environment = os.environ | {"PYTHONPATH": str(Path(outcome.__file__).parents[1])}
-    with subprocess.Popen(
-        [*program, "render", str(job), "--json-stream", "-q"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as running:
+def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
+    job = written(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
+    with begin("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
         assert running.stdout
         lines, asked = [], False
         for line in running.stdout:
@@ -257,8 +251,8 @@ def test_each_line_is_there_at_once(tmp_path: Path) -> None:
     assert of("shot-left", events("".join(lines)))
 
 
-def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job())
+def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Path) -> None:
+    job = written(tmp_path, tiny_job(known))
     program = f"{sys.executable} -c 'from wancli.cli import main; main()'"
     said = subprocess.run(
         ["bash", "-c", f"{program} render {job} --json-stream | true; exit ${{PIPESTATUS[0]}}"],
@@ -271,13 +265,13 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
     assert manifest_of(tmp_path)["key"]
 
 
-def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path) -> None:
+def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, known: Path) -> None:
     root = Path(__file__).parent.parent
     (block,) = re.findall(r"```python\n(.*?)```", (root / "docs/machines.md").read_text(), re.DOTALL)
     program = tmp_path / "wancli"
     program.write_text(f"#!{sys.executable}\nfrom wancli.cli import main\nmain()\n")
     program.chmod(0o755)
-    written(tmp_path, tiny_job())
+    written(tmp_path, tiny_job(known))
     path = f"{tmp_path}:{os.environ['PATH']}"
     said = subprocess.run(
         [sys.executable, "-c", block],

@@ -20,7 +20,7 @@ from wancli.shot import Model, Shared, Shot
 MOST = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
 TAKEN = 8  # shots that a worker claims at once: one sweep is work for many, and more would share little more
 WAITING_BYTES = 2 * 2**30  # for states that wait: for the other expert, or for those that fork from them
-_STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
+STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
 Group = list[Shot]
 
@@ -167,4 +167,4 @@ def _may_wait(model: Model, waiting: int, largest: int) -> bool:
 
 
 def _state_bytes(shot: Shot) -> int:
-    return FP32 * _STATE_TENSORS * math.prod(shot.latent_shape)
+    return FP32 * STATE_TENSORS * math.prod(shot.latent_shape)

@@ -22,7 +22,6 @@ from wancli.units import size
 
 _RECORD = 64 * 2**10  # a manifest, or what is told of a latent beside its numbers
 _RAW = 12.6  # bits per pixel of 4:2:0 that did not compress, and some
-_STATE_TENSORS = 4
 _MARGIN, _LEAST = 1.05, 2**20  # for other files, and other programs
 
 
@@ -91,7 +90,7 @@ def _passing(shot: Shot) -> int:
     """The latent, and its state twice, unless they are there already."""
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD
     there = sum(path.stat().st_size for path in (shot.latents, shot.state) if path.exists())
-    return max(0, latent + 2 * (_STATE_TENSORS * latent) - there)
+    return max(0, latent + 2 * (lockstep.STATE_TENSORS * latent) - there)
 
 
 def _device(path: Path) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from wancli.commands.common import emit, hush, memo_of
+from wancli.commands.common import display_of, emit, memo_of
 from wancli.commands.options import Force, Json, ModelDir, Progressing, ProgressMode, Quiet
 from wancli.errors import ExitStatus
 
@@ -30,12 +29,11 @@ def decode_command(
 
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
-    from wancli import events, manifest, stage3
+    from wancli import manifest, stage3
     from wancli.force import Force
     from wancli.tools import Tools
 
-    hush(quiet)
-    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    display = display_of(progress.value, quiet)
     tools = Tools(None, display, Force.of(()) if force else None)
     path = stage3.decode_file(latents, output, model, memo_of(None), tools)
     if as_json:
@@ -67,10 +65,10 @@ def compare_command(
     A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
     the baseline: distance of the latents, PSNR, SSIM, motion.
     """
-    from wancli import clip, compare, events
+    from wancli import clip, compare
     from wancli.tools import Tools
 
-    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    display = display_of(progress.value, quiet)
     clips = clip.read(videos)
     tools = Tools(None, display)
     chosen = compare.chosen(clips, baseline)

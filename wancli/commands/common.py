@@ -69,14 +69,16 @@ def again(context: typer.Context, items: str, without: str = "") -> str:
     return shlex.join([*words, "--items", items])
 
 
-def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool, command: str) -> Progress:
-    """Who shows progress: to programs on stdout, else to people on stderr."""
+def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
+    """Who shows progress: to programs that follow a render on stdout, else to people on stderr. With `quiet`
+    what is logged, the hashing of large files, stays unsaid, too."""
     from wancli import events
 
+    logging.getLogger("wancli").disabled = quiet
     if as_stream:
         from wancli.report.stream import Stream
 
-        return Stream(sys.stdout, command)
+        return Stream(sys.stdout, "render")
     if mode == "openjd":
         from wancli.report.openjd import OpenJD
 
@@ -84,12 +86,12 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool, com
     return events.progress(sys.stderr, "none" if quiet else mode)
 
 
-def hush(quiet: bool) -> None:
-    """Whether what is logged, the hashing of large files, stays unsaid."""
-    logging.getLogger("wancli").disabled = quiet
-
-
-def flags_of(sets: list[str] | None, sweeps: list[str] | None, items: str | None, shard: str | None) -> Flags:
+def flags_of(
+    sets: list[str] | None,
+    sweeps: list[str] | None = None,
+    items: str | None = None,
+    shard: str | None = None,
+) -> Flags:
     from wancli.flags import Flags
 
     return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)

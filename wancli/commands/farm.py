@@ -116,7 +116,7 @@ def _serve(
     kept = Kept()
     with ExitStack() as stack:
         stack.enter_context(reserved(path))
-        plan = plan_of(job_of(job, flags_of(sets, None, None, None)), cache_dir) if job else None
+        plan = plan_of(job_of(job, flags_of(sets)), cache_dir) if job else None
         prepare(plan, kept)
         server = Server(run, kept, idle=idle)
         stack.enter_context(server.heeding())
@@ -195,7 +195,6 @@ def openjd_command(
 def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Path | None]:
     """Where the job is, and the flags and the cache among the options of a render. Raises what that would."""
     from wancli.commands.render import render
-    from wancli.flags import Flags
 
     if job == "-":
         raise JobError("must be a file, which the tasks read", where="JOB")
@@ -212,7 +211,7 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Pat
             where="--force",
             hint="Move the old videos away, or give the job another output.",
         )
-    flags = Flags(tuple(given["sets"] or ()), tuple(given["sweeps"] or ()), given["items"], given["shard"])
+    flags = flags_of(given["sets"], given["sweeps"], given["items"], given["shard"])
     return Path(job).resolve(), flags, given["cache_dir"]
 
 

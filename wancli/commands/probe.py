@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from wancli.commands.common import cache_of, emit, flags_of, hush, job_of, memo_of, store_of
+from wancli.commands.common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
 from wancli.commands.options import (
     CacheDir,
     JobArgument,
@@ -68,13 +67,12 @@ def probe_command(
     For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
     `inject.blocks: auto:top8` finds it.
     """
-    from wancli import events, maps, plan, signals, survey
+    from wancli import maps, plan, signals, survey
     from wancli.report import blockmap, terminal
     from wancli.tools import Tools
 
-    hush(quiet)
-    planned = plan.plan(job_of(job, flags_of(sets, None, None, None)), memo_of(cache_dir), unmeasured=True)
-    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    display = display_of(progress.value, quiet)
+    planned = plan.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
     asked = survey.survey(planned, next(m for m in maps.METHODS if m == method), levels, ranges, shot)
     for warning in planned.warnings:
         display.warn(warning)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from wancli.commands.common import emit, flags_of, hush, memo_of, store_of
+from wancli.commands.common import display_of, emit, flags_of, memo_of, store_of
 from wancli.commands.options import (
     CacheDir,
     Items,
@@ -52,12 +51,11 @@ def encode_command(
 
     Each is computed once ever and kept in the cache. Prints one key per prompt.
     """
-    from wancli import events, stage1
+    from wancli import stage1
     from wancli.report import terminal
     from wancli.tools import Tools
 
-    hush(quiet)
-    display = events.progress(sys.stderr, "none" if quiet else progress.value)
+    display = display_of(progress.value, quiet)
     flags = flags_of(sets, sweeps, items, shard)
     work = stage1.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
     rows = stage1.run(work, out, Tools(store_of(cache_dir) if cache else None, display))
@@ -93,12 +91,11 @@ def diff_command(
 
     As the model reads them. Aim for more than 50 % before you inject one into the other.
     """
-    from wancli import events, stage1
+    from wancli import stage1
     from wancli.report import terminal
     from wancli.tools import Tools
 
-    hush(quiet)
-    display = events.progress(sys.stderr, "none" if quiet else "auto")
+    display = display_of("auto", quiet)
     flags = flags_of(sets, sweeps, items, shard)
     pairs = stage1.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
     tools = Tools(store_of(cache_dir), display)

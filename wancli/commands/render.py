@@ -15,7 +15,6 @@ from wancli.commands.common import (
     cache_of,
     display_of,
     flags_of,
-    hush,
     job_of,
     plan_of,
     store_of,
@@ -101,8 +100,9 @@ def render(
     A shot that fails does not keep the others from being rendered.
     """
     context.with_resource(signals.unwinding())
-    hush(quiet)
-    display = context.with_resource(display_of(progress.value, quiet, json_stream, "render"))
+    from wancli import batch  # noqa: F401 - takes long: what asks for an end meanwhile ends it at once
+
+    display = context.with_resource(display_of(progress.value, quiet, as_stream=json_stream))
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     telling = Telling(context, display, log_level, quiet, as_json, paths=not (as_json or json_stream))

@@ -135,6 +135,14 @@ def test_top_and_bottom_are_the_ends_of_the_ranking(tmp_path: Path) -> None:
     assert chosen(shelf, "auto:top8") == chosen(shelf, "auto:bottom8") == list(range(8))
 
 
+def test_a_map_is_read_once_for_all_shots_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Shelf(tmp_path).keep(made())
+    shelf = Shelf(tmp_path)
+    assert chosen(shelf, "auto:top2") == [2, 4]
+    monkeypatch.setattr(maps, "read", lambda path: pytest.fail(f"{path} was read again"))
+    assert chosen(shelf, "auto:top3") == [2, 4, 6]
+
+
 def test_the_same_prompts_come_first_then_the_method_then_the_date(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
 
@@ -154,7 +162,7 @@ def test_the_same_prompts_come_first_then_the_method_then_the_date(tmp_path: Pat
     ):
         kept.append(shelf.keep(made(**favours(number), **changes)))
     for best in (4, 3, 2, 1, 0):
-        blocks, choice = shelf.chosen("auto:top1", 3, SHA, 8, ["aa", "bb"])
+        blocks, choice = Shelf(tmp_path).chosen("auto:top1", 3, SHA, 8, ["aa", "bb"])
         assert blocks == [best]
         assert choice is not None
         assert (choice.rule, choice.said, choice.blocks) == (3, "auto:top1", str(best))

@@ -179,6 +179,7 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
         (["--levels", "0"], {}, "--levels: 0 is not within 1 and the 2 steps"),
         (["--ranges", "5"], {}, "--ranges: 4 blocks do not make 5 ranges"),
         (["--ranges", "0-9"], {}, "--ranges: 9 is past the last block (3)"),
+        (["-o", "/"], {}, "/: a folder has the name of an output"),
         (
             ["--method", "gradient"],
             {"memory": {"residency": "streamed"}},

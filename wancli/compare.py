@@ -106,14 +106,15 @@ def pages(
 
 def draw(found: Record, wanted: Pages, tools: Tools) -> None:
     """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
-    said = dict(zip([shot["id"] for shot in found["shots"]], figures.lines(found)))
+    ids = [shot["id"] for shot in found["shots"]]
+    said, brief = (dict(zip(ids, figures.lines(found, beside=beside))) for beside in (True, False))
     with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
         for path, part in wanted.sheets:
             sheet.write(path, sheet.contact_sheet(part, [said[one.id] for one in part]))
             bar.advance()
         for path, part in wanted.videos:
             _refuse_to_go_on(tools)
-            side.write(path, part, [said[one.id] for one in part])
+            side.write(path, part, [brief[one.id] for one in part])
             bar.advance()
 
 

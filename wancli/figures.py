@@ -41,17 +41,17 @@ def _is_whole(shot: Any) -> bool:
     return isinstance(shot, dict) and all(isinstance(shot.get(name), str) for name in texts)
 
 
-def lines(document: Record) -> list[str]:
-    """What stands under the name of each video; nothing where there is but one. Where there are several
-    baselines, which."""
+def lines(document: Record, *, beside: bool) -> list[str]:
+    """What stands under the name of each video; nothing where there is but one. With `beside` and where there
+    are several baselines, which."""
     shots = document["shots"]
     if len(shots) == 1:
         return [""]
     several = len({shot["baseline"] for shot in shots}) > 1
-    return [_line(shot, several) for shot in shots]
+    return [_line(shot, beside and several) for shot in shots]
 
 
-def _line(shot: Record, several: bool) -> str:
+def _line(shot: Record, beside: bool) -> str:
     is_baseline = shot["id"] == shot["baseline"]
     parts = ["baseline"] if is_baseline else []
     if not is_baseline and shot["identical"]:
@@ -63,7 +63,7 @@ def _line(shot: Record, several: bool) -> str:
         parts.append(f"latent {shot['latent_distance']:.3f}")
     if shot["motion"] is not None:
         parts.append(f"motion {shot['motion']:.2%}")
-    if several and not is_baseline:
+    if beside and not is_baseline:
         parts.append(f"beside {shot['baseline']}")
     return "  ".join(parts)
 

@@ -129,6 +129,13 @@ class Table:
     def row(self, step: int, branch: Branch) -> Row:
         return self._rows[step, branch]
 
+    def rows(self, branch: Branch) -> dict[Row, list[int]]:
+        """The different rows of a branch, each with the steps that have it."""
+        found: dict[Row, list[int]] = {}
+        for step in self.steps_of[branch]:
+            found.setdefault(self.row(step, branch), []).append(step)
+        return found
+
 
 def _row(rules: Sequence[Rule], active: Sequence[float], base: Text, depth: int) -> Row:
     cells: list[Cell] = [((base, 1.0),)] * depth

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -176,9 +176,11 @@ class Shelf:
 
     root: Path
     open_: bool = False
+    _seen: dict[str, list[Map]] = field(default_factory=dict, repr=False, compare=False)  # by transformer
 
     def keep(self, found: Map) -> Path:
         """Puts a map on the shelf, in place of one of the same thing. Raises MachineError or NoSpace."""
+        self._seen.clear()
         path = self._folder(found.model.sha256) / f"{found.key}.json"
         write(path, found)
         return path
@@ -218,8 +220,13 @@ class Shelf:
     def _folder(self, transformer: str) -> Path:
         return self.root / transformer[:16]
 
-    def _known(self, transformer: str, depth: int) -> Iterator[Map]:
-        """The maps of single blocks of a transformer."""
+    def _known(self, transformer: str, depth: int) -> list[Map]:
+        """The maps of single blocks of a transformer, read once: the shots of a sweep all ask."""
+        if transformer not in self._seen:
+            self._seen[transformer] = [*self._read(transformer, depth)]
+        return self._seen[transformer]
+
+    def _read(self, transformer: str, depth: int) -> Iterator[Map]:
         with suppress(OSError):
             for path in sorted(self._folder(transformer).glob("*.json")):
                 found = read(path)

@@ -18,7 +18,7 @@ from wancli.commands.options import (
     Quiet,
     Sets,
 )
-from wancli.errors import ExitStatus
+from wancli.errors import ExitStatus, OutputExists
 from wancli.events import printable
 
 
@@ -67,20 +67,23 @@ def probe_command(
     For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
     `inject.blocks: auto:top8` finds it.
     """
-    from wancli import maps, plan, signals, survey
+    from wancli import files, maps, plan, signals, survey
     from wancli.report import blockmap, terminal
     from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)
     planned = plan.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
     asked = survey.survey(planned, next(m for m in maps.METHODS if m == method), levels, ranges, shot)
+    path = output or planned.companion(f"map.{asked.method}.json")
+    if path.is_dir():
+        raise OutputExists("a folder has the name of an output", where=str(path))
+    files.writable(path.parent)
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
         found = survey.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
-    path = output or planned.companion(f"map.{asked.method}.json")
-    maps.write(path, found)
     maps.Shelf(cache_of(cache_dir) / "maps").keep(found)
+    maps.write(path, found)
     if as_json:
         emit(found.as_dict())
     else:

@@ -205,13 +205,14 @@ def shares(entry: Entry) -> list[dict[str, Any]]:
         for step in range(stage["steps"][0], stage["steps"][1] + 1)
     ]
     table = Table(rules, base, entry["model"]["sizes"]["num_layers"], shot["steps"], unguided)  # type: ignore[arg-type]
-    found: dict[tuple[str, tuple[float, ...]], list[int]] = {}
-    for branch in table.branches:
-        for step in table.steps_of[branch]:
-            cells = strip(table.row(step, branch), table.base[branch])
-            found.setdefault((branch, tuple(round(cell, 4) for cell in cells)), []).append(step)
     return [
-        {"branch": branch, "steps": steps, "blocks": list(cells)} for (branch, cells), steps in found.items()
+        {
+            "branch": branch,
+            "steps": steps,
+            "blocks": [round(cell, 4) for cell in strip(row, table.base[branch])],
+        }
+        for branch in table.branches
+        for row, steps in table.rows(branch).items()
     ]
 
 

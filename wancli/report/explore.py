@@ -10,7 +10,7 @@ from wancli import machine, mini, presets
 from wancli.errors import JobError
 from wancli.models import variants
 from wancli.report import document, facts
-from wancli.weights.identify import identify, text_encoder_sizes, vae_sizes
+from wancli.weights.identify import Checkpoint, identify, text_encoder_sizes, vae_sizes
 
 WHERE = "MODEL"
 
@@ -23,7 +23,7 @@ def document_of(said: str | None) -> dict[str, Any]:
         return _of_checkpoint(said, names)
     device, dtype = _here()
     models = [facts.explored(*facts.released(name), device, dtype) for name in facts.RELEASED]
-    models.append(_explored(mini.FOLDER, mini.NAME))
+    models.append(_explored(identify(mini.FOLDER)) | {"root": mini.NAME})
     known = {name: variant for name, (variant, _) in facts.RELEASED.items()} | {mini.NAME: variants.MINI}
     shown = [model["variant"] for model in models]
     return document.of_models(models, known, shown.index(names[said.lower()]) if said else 0)
@@ -41,15 +41,11 @@ def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
         hint = f"{meant}Released models are {', '.join(names.values())}. {error.hint}"
         raise JobError(error.message, where=error.where, hint=hint) from None
     checkpoint = identify(location)
-    device, dtype = _here()
-    model = facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), device, dtype)
-    return document.of_models([model], {checkpoint.variant.name: checkpoint.variant}, 0)
+    return document.of_models([_explored(checkpoint)], {checkpoint.variant.name: checkpoint.variant}, 0)
 
 
-def _explored(folder: Path, name: str) -> dict[str, Any]:
-    checkpoint = identify(folder)
-    model = facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_here())
-    return model | {"root": name}
+def _explored(checkpoint: Checkpoint) -> dict[str, Any]:
+    return facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_here())
 
 
 def _here() -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.errors import WancliError, described
 from wancli.events import printable
-from wancli.inject import Row, strip
+from wancli.inject import strip
 from wancli.report.shortened import told_apart
 from wancli.units import counted, duration, ranges, size
 
@@ -85,10 +85,7 @@ def table_strips(shot: Shot) -> Iterator[str]:
     depth = shot.model.checkpoint.transformer.num_layers
     yield f"{'block':>16}  {ruler(depth)}"
     for branch in shot.table.branches:
-        grouped: dict[Row, list[int]] = {}
-        for step in shot.table.steps_of[branch]:
-            grouped.setdefault(shot.table.row(step, branch), []).append(step)
-        for cells_of, steps in grouped.items():
+        for cells_of, steps in shot.table.rows(branch).items():
             cells = strip(cells_of, shot.table.base[branch])
             yield f"{f'{branch} {ranges(steps)}':>16}  {bar(cells)}"
 

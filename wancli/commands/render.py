@@ -158,7 +158,9 @@ def render(
         status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
         display.ended(status, path)
     if stopped:
-        stopped.command = _going_on(context, plan, outcomes) if force else ""
+        if force:
+            stopped.command = _going_on(context, plan, outcomes)
+            stopped.hint = "--force begins anew what was on its way"
         raise stopped
     return status
 

@@ -549,7 +549,7 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
     began = wancli("serve", job(), "--socket", path, "--daemonize", "--wait-ready")
     assert (began.returncode, began.stdout) == (0, "")
     assert began.stderr == (
-        f"wancli serve: serves at {path}; `wancli render --socket {path} JOB` asks it, "
+        f"wancli serve: serves at {path}, its log beside it; `wancli render --socket {path} JOB` asks it, "
         f"`wancli serve --stop --socket {path}` ends it\n"
     )
     try:

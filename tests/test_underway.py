@@ -307,7 +307,7 @@ def test_a_stopped_force_goes_on_with_the_shots_that_it_has_not_made(
         said = render("--force", **changes)
     assert said.code == 75
     command = f"wancli render {tmp_path}/job.yaml --force --quiet --items 1-2"
-    assert said.err.endswith(f"  go on: {command}\n")
+    assert said.err.endswith(f"\n  --force begins anew what was on its way\n  go on: {command}\n")
     assert render("--force", "--items", "1-2", **changes).code == 0
     assert len(list((tmp_path / "out").glob("*.old-1.mp4"))) == 3
     assert not list((tmp_path / "out").glob("*.old-2.mp4"))

@@ -94,10 +94,10 @@ def serve(
 def _say_where(path: Path, said: str, *, ready: bool) -> None:
     """Of a server in the background, for who started it: where it is, how it is asked and how it ends."""
     place = f"--socket {shlex.quote(said)}"
-    state = "serves" if ready else "is starting, with a log beside it,"
+    state = "serves" if ready else "is starting"
     ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
     how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
-    print(printable(f"wancli serve: {state} at {path}; {how}"), file=sys.stderr)
+    print(printable(f"wancli serve: {state} at {path}, its log beside it; {how}"), file=sys.stderr)
 
 
 def _serve(

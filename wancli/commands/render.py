@@ -117,7 +117,9 @@ def render(
     outcomes, stopped = _rendered(plan, work, tools, telling)
     status = telling.ended(plan, outcomes, cache_dir)
     if stopped:
-        stopped.command = telling.going_on(plan, outcomes) if force else ""
+        if force:
+            stopped.command = telling.going_on(plan, outcomes)
+            stopped.hint = "--force begins anew what was on its way"
         raise stopped
     return status
 

@@ -58,6 +58,16 @@ def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(
     assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
 
 
+def test_a_shot_on_its_way_takes_its_latent_and_its_state_twice_less_what_is_there(shots: Any) -> None:
+    (shot,) = shots()[:1]
+    latent = 4 * 16 * 1 * 8 * 8 + 2**16
+    video = 64 * 64 * 2 // 8 + 2**16
+    assert space.needs([shot])[0].needed == video + latent + 2 * 4 * latent
+    shot.state.parent.mkdir(exist_ok=True)
+    shot.state.write_bytes(bytes(1000))
+    assert space.needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
+
+
 def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:
     found = shots()
     (alone,) = space.needs(found)

@@ -315,6 +315,20 @@ def test_a_retry_decodes_the_latent_that_is_on_disk_also_with_force(
     ]
 
 
+def test_a_full_disk_leaves_the_states_of_those_that_were_on_their_way(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [{"id": "a"}, {"id": "b", "inject": [rule(blocks="2-3", steps="2-3")]}]
+    said = {"output": "out/{id}.mp4", "items": items, "sampler": {"steps": 4}}
+    with pytest.MonkeyPatch.context() as patched:
+        failing(patched, video, "write_mp4", {0: errors.NoSpace("No space left on device")})
+        assert render(**said).code == 3
+    assert {"a.latents.safetensors", "b.state.safetensors"} <= set(files_in(tmp_path))
+    calls = forwards(monkeypatch)
+    assert render(**said).code == 0
+    assert len(calls) == 2 * 2
+
+
 def test_shots_of_a_group_are_tried_again_alone(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

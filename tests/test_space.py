@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
-from wancli import files, space
+from wancli import files, space, video
 from wancli.jobfile import load
 from wancli.plan import plan
 from wancli.shot import Shot
@@ -46,6 +47,22 @@ def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shot
     pixels = 160 * 96 * 17
     found = {n: space.video_bytes(shot) / pixels * 8 for n, shot in crf.items()}
     assert found == pytest.approx({0: 12.6, 10: 4, 16: 2, 22: 1, 51: 2 ** (-29 / 6)}, abs=1e-3)
+
+
+def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: Path) -> None:
+    (shot,) = shots(size="320x192", frames=17)[:1]
+    dice = np.random.default_rng(0)
+    slope = np.linspace(40, 200, 320)[None, None, :, None]
+    grain = np.clip(slope + dice.normal(0, 3, (17, 192, 320, 1)), 0, 255)
+    noise = dice.integers(0, 256, (17, 192, 320, 3))
+    found = {}
+    for name, pictures in {"grain": np.broadcast_to(grain, noise.shape), "noise": noise}.items():
+        chunks = [picture.astype(np.uint8).tobytes() for picture in pictures]
+        said = {"width": 320, "height": 192, "fps": 16, "frame_count": 17, "crf": 16, "codec": "h264"}
+        path = video.write_mp4(iter(chunks), tmp_path / f"{name}.mp4", **said, comment="")  # type: ignore[arg-type]
+        found[name] = path.stat().st_size / space.video_bytes(shot)
+    assert 0.5 < found["grain"] < 1, found
+    assert 2 < found["noise"] < 4, found
 
 
 def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:

@@ -24,7 +24,7 @@ from wancli import files, manifest
 from wancli.batch import render as render_plan
 from wancli.batch import tallied
 from wancli.encode import encode
-from wancli.errors import MachineError, NoSpace, Stopped
+from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
 from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
@@ -526,6 +526,19 @@ def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Calla
         for left in ([], [Outcome(b, "stopped")]):
             with pytest.raises(Stopped, match=r"1 (not begun|shot is saved)"):
                 list(tallied(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
+
+
+def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
+    folder: Callable[..., Folder],
+) -> None:
+    job = folder("ab")
+    a, b = planned(job).shots
+    error = MachineError("ffmpeg died")
+    with Claims() as claims:
+        both = [Outcome(a, "failed", error=error), Outcome(b, "elsewhere")]
+        assert list(tallied(iter(both), [a, b], tools(job, claims))) == both
+        with pytest.raises(Elsewhere, match="1 shot is with other workers"):
+            list(tallied(iter(both[1:]), [b], tools(job, claims)))
 
 
 def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(

@@ -168,6 +168,25 @@ def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path)
     assert shot.key == body["key"]
 
 
+def test_the_command_has_the_loras_and_the_guidance_of_both_experts(out: Path) -> None:
+    body = pages.entries(out)
+    lora = {
+        "path": "/loras/style.safetensors",
+        "strength": 0.5,
+        "expert": "low",
+        "blocks": None,
+        "steps": None,
+    }
+    stages = [
+        {"expert": "high", "steps": [0, 0], "guidance": 4.0},
+        {"expert": "low", "steps": [1, 1], "guidance": 3.0},
+    ]
+    found = again.job_of(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
+    assert found["sampler"]["guidance"] == {"high": 4.0, "low": 3.0}
+    (said,) = found["loras"]
+    assert (said["path"], said["strength"], said["expert"]) == ("/loras/style.safetensors", 0.5, "low")
+
+
 def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

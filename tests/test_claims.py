@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,11 +21,11 @@ import torch
 from forked import Forked, begin
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
-from wancli import manifest
+from wancli import files, manifest
 from wancli.batch import render as render_plan
 from wancli.batch import tallied
 from wancli.encode import encode
-from wancli.errors import MachineError, Stopped
+from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
 from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
@@ -233,6 +234,64 @@ def test_where_no_claim_can_be_nothing_is_encoded(
     (tmp_path / "out/.wancli").write_text("in the way")
     said = render(prompt="Never asked before.")
     assert (said.code, files_in(tmp_path)) == (3, [".wancli"]), said.err
+
+
+def test_a_claim_that_cannot_be_read_is_somebody_elses(shot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(shot, body(pid=2**22 + 1))  # which nobody can see now
+    real = Path.open
+
+    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, *arguments, **options)
+
+    with Claims() as claims:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", opened)
+            assert claims.take([shot]) == []
+            assert claims.names([shot]) == "unknown:0"
+        assert claims.take([shot]) == [shot]
+
+
+def test_a_claim_that_finds_no_room_leaves_no_claim(shot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Claims() as claims:
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "write_all", full)
+            with pytest.raises(NoSpace):
+                claims.take([shot])
+        assert not claim_path(shot).exists()
+        assert claims.take([shot]) == [shot]
+
+
+def test_who_takes_over_clears_away_what_others_who_did_so_left(shot: Any) -> None:
+    path = put(shot, body(pid=2**22 + 1))
+    grave = path.with_name(f".wancli-{2**22 + 1}-abc.tmp")
+    grave.touch()
+    os.utime(grave, (0, 0))
+    with Claims() as claims:
+        assert claims.take([shot]) == [shot]
+        assert [one.name for one in path.parent.iterdir()] == [path.name]
+    assert not (shot.output.parent / ".wancli").exists()
+
+
+def test_a_folder_of_claims_that_another_worker_removes_just_now_is_made_again(
+    shot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.open, [2]
+
+    def opened(path: Any, *arguments: Any) -> int:
+        if path == claim_path(shot) and left[0]:
+            left[0] -= 1
+            claim_path(shot).parent.rmdir()
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", opened)
+    with Claims() as claims:
+        assert claims.take([shot]) == [shot]
+    assert left == [0]
 
 
 # ---- workers on one job ----
@@ -489,6 +548,19 @@ def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Calla
         for left in ([], [Outcome(b, "stopped")]):
             with pytest.raises(Stopped, match=r"1 (not begun|shot is saved)"):
                 list(tallied(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
+
+
+def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
+    folder: Callable[..., Folder],
+) -> None:
+    job = folder("ab")
+    a, b = planned(job).shots
+    error = MachineError("ffmpeg died")
+    with Claims() as claims:
+        both = [Outcome(a, "failed", error=error), Outcome(b, "elsewhere")]
+        assert list(tallied(iter(both), [a, b], tools(job, claims))) == both
+        with pytest.raises(Elsewhere, match="1 shot is with other workers"):
+            list(tallied(iter(both[1:]), [b], tools(job, claims)))
 
 
 def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(

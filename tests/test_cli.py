@@ -30,7 +30,7 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, batch, cli, encode, errors, machine
+from wancli import __version__, batch, cli, encode, errors, machine, video
 from wancli.models.dit import WanModel
 from wancli.weights import networks
 
@@ -508,6 +508,45 @@ def test_encode_says_what_it_misses(say: Any, tmp_path: Path, arguments: list[ob
     said = say("encode", *arguments, "-q")
     assert said.code in (2, 4)
     assert said.err.splitlines()[0] == f"wancli: {message.format(tmp=tmp_path)}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--wait-ready"], "--wait-ready: is for --daemonize"),
+        (["serve", "--set", "seed=1"], "--set: is for the job that is loaded"),
+        (["serve", "--idle", "soon"], "--idle: 'soon' is no time; write 30s, 5min or 1h"),
+        (
+            ["render", "job.yaml", "--json", "--progress", "openjd"],
+            "stdout can take one of --json, --json-stream and --progress openjd",
+        ),
+        (
+            ["render", "job.yaml", "--fail-fast", "--max-failures", "2"],
+            "--fail-fast is --max-failures 1; give one of them",
+        ),
+        (
+            ["render", "job.yaml", "--engine", "ray", "--socket", "auto"],
+            "--socket is of a server on this host; --engine ray has workers of its own",
+        ),
+        (["render", "job.yaml", "--address", "auto"], "--address and --cpus-per-worker are of --engine ray"),
+        (
+            ["render", "--prompt", "A red circle moves left.", "--engine", "ray"],
+            "--engine ray needs a job file, which its workers read for themselves",
+        ),
+        (["compare", "odd.mp4", "-o", "s.png"], "odd.mp4: has no frames"),
+    ],
+    ids=lambda said: " ".join(said) if isinstance(said, list) else "",
+)
+def test_what_does_not_go_together_is_one_line(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, tiny_job())
+    (tmp_path / "odd.mp4").touch()
+    monkeypatch.setattr(video, "about", lambda _: video.About(0, 8, 64, 64))
+    said = say(*arguments)
+    assert said.code == 2
+    assert said.err.splitlines()[0] == f"wancli: {message}"
 
 
 def test_encode_cuts_only_when_asked_to(say: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from wancli.cli import app, run
 from wancli.errors import ExitStatus
 from wancli.job import Inject, Job
 from wancli.jobfile import parse
+from wancli.report.event_schema import of_events
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,3 +92,35 @@ def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
     assert named <= there, named - there
     for path in re.findall(r"tests/\w+(?:/\w+\.py|\.py)", page):
         assert (ROOT / path).exists(), path
+
+
+def test_every_command_that_shows_a_promise_selects_tests() -> None:
+    shown = [
+        command
+        for page in ("guarantees.md", "reliability.md")
+        for command in re.findall(r"`pytest ([^`]+)`", (ROOT / "docs" / page).read_text())
+    ]
+    assert len(shown) > 15
+    for command in shown:
+        where, _, words = command.partition(" -k ")
+        paths = [ROOT / path for path in where.split()]
+        files = [f for path in paths for f in ([path] if path.is_file() else path.glob("test_*.py"))]
+        assert len(files) >= len(paths), command
+        names = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+        for word in filter(None, words.strip('"').split(" or ")):
+            assert any(word in name for name in names), (command, word)
+
+
+def test_every_measurement_the_documents_name_can_be_run() -> None:
+    named = {
+        name for page in PAGES for name in re.findall(r"python -m (scripts\.[a-z_.]+[a-z])", page.read_text())
+    }
+    assert len(named) > 8
+    for name in named:
+        assert importlib.util.find_spec(name), name
+
+
+def test_the_events_in_the_documents_are_those_of_the_schema() -> None:
+    section = (ROOT / "docs/machines.md").read_text().split("## Events")[1].split("\n## ")[0]
+    told = set(re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE))
+    assert told == {one["properties"]["type"]["const"] for one in of_events()["oneOf"]}

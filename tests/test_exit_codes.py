@@ -122,6 +122,15 @@ def test_a_retry_that_goes_well_leaves_no_trace_in_the_code(batch: Callable[...,
     assert said.code == (0 if retries else 3)
 
 
+def test_a_shot_that_was_to_be_tried_again_has_failed_where_an_end_is_asked_for(
+    batch: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = batch("ffmpeg died", "TERM", flags=("--retries", "1"))
+    assert (said.code, "shot 0: died" in said.err) == (75, True)
+    report = json.loads((tmp_path / "out/job.report.json").read_text())
+    assert [shot["status"] for shot in report["shots"]] == ["failed", "stopped"]
+
+
 @pytest.mark.parametrize(
     ("case", "code"),
     [

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from jobs import Said, command, files_in, manifest_of, tiny_job, written
 
+from wancli.farm import slurm
+
 ROOT = Path(__file__).parent.parent
 OPENJD = Path(sys.executable).with_name("openjd")
 SWEEP = {"output": "out/{item}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
@@ -124,6 +126,30 @@ def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
     assert done.stdout.splitlines() == [f"{tmp_path}/out/{item}.mp4" for item in (2, 3)]
     assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
     assert [name for name in files_in(tmp_path) if name.endswith(".mp4")] == ["2.mp4", "3.mp4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_task_that_somebody_ended_does_not_queue_again(
+    tmp_path: Path, elsewhere: dict[str, Any], number: signal.Signals
+) -> None:
+    stub = "trap 'exit 75' TERM USR1; pwd; touch ready; while :; do sleep 0.02; done"
+    batch = tmp_path / "job.sbatch"
+    (tmp_path / "work here").mkdir()
+    batch.write_text(slurm.script(["bash", "-c", stub], tmp_path / "work here", "job", slurm.Wanted()))
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    elsewhere["env"] |= ids | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", batch], stdout=subprocess.PIPE, **elsewhere) as task:
+        until = time.monotonic() + 60
+        while not (tmp_path / "work here" / "ready").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        task.send_signal(number)
+        assert task.wait(60) == 75
+        assert task.stdout
+        assert task.stdout.read().strip() == f"{tmp_path}/work here"
+    assert (tmp_path / "asked").exists() is (number is signal.SIGUSR1)
 
 
 @pytest.mark.parametrize(

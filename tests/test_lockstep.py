@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,28 @@ def test_by_itself_a_group_has_at_most_eight_shots_and_resident_weights_none(
     assert {shot.sharing for shot in decide(*seeds, memory={"residency": "resident"})} == {1}
     resident = decide(*seeds, memory={"residency": "resident"}, batch=4)
     assert [shot.sharing for shot in resident] == [4] * 16 + [3] * 3
+
+
+def test_on_a_gpu_shots_share_what_the_job_tells_them_to(decide: Callable[..., list[Shot]]) -> None:
+    def groups(**said: Any) -> list[int]:
+        shots = decide(*({"seed": seed} for seed in range(4)), **said)
+        there = [replace(shot, model=replace(shot.model, device="cuda")) for shot in shots]
+        return [len(group) for wave in lockstep.waves(there) for group in wave]
+
+    assert groups() == [1] * 4
+    assert groups(batch=2) == [2, 2]
+
+
+def test_a_worker_takes_eight_shots_at_once_or_as_many_as_the_job_says(
+    decide: Callable[..., list[Shot]],
+) -> None:
+    late = [{"inject": [rule(blocks=0, strength=n / 10, steps="1-1")]} for n in range(1, 11)]
+
+    def sizes(**said: Any) -> list[int]:
+        return [sum(map(len, wave)) for wave in lockstep.waves(decide(*late, **said))]
+
+    assert sizes(memory={"residency": "resident"}) == [8, 2]
+    assert sizes(batch=10) == [10]
 
 
 def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(

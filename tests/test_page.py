@@ -21,7 +21,7 @@ from wancli.jobfile import load
 from wancli.manifest import manifest_path
 from wancli.models.config import WanConfig
 from wancli.plan import plan
-from wancli.report import again, data, document, experiments, facts, page
+from wancli.report import again, data, document, experiments, facts, page, posters
 from wancli.report.gather import Found
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -168,6 +168,25 @@ def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path)
     assert shot.key == body["key"]
 
 
+def test_the_command_has_the_loras_and_the_guidance_of_both_experts(out: Path) -> None:
+    body = pages.entries(out)
+    lora = {
+        "path": "/loras/style.safetensors",
+        "strength": 0.5,
+        "expert": "low",
+        "blocks": None,
+        "steps": None,
+    }
+    stages = [
+        {"expert": "high", "steps": [0, 0], "guidance": 4.0},
+        {"expert": "low", "steps": [1, 1], "guidance": 3.0},
+    ]
+    found = again.job_of(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
+    assert found["sampler"]["guidance"] == {"high": 4.0, "low": 3.0}
+    (said,) = found["loras"]
+    assert (said["path"], said["strength"], said["expert"]) == ("/loras/style.safetensors", 0.5, "low")
+
+
 def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,6 +300,25 @@ def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert pages.Page(nothing).document["shots"][0]["poster"] is None
 
 
+def test_a_poster_that_cannot_be_kept_or_made_costs_no_page(out: Path, tmp_path: Path) -> None:
+    entry = pages.entries(out)
+    (tmp_path / "kept").write_text("in the way")
+    picture = posters.poster(entry, tmp_path / "kept", make=True)
+    assert picture
+    assert picture.startswith("data:image/jpeg;base64,/9j/")
+    odd = entry | {"files": [{"path": "fish.mp4", "sha256": "../../etc/passwd"}]}
+    assert posters.poster(odd, tmp_path, make=True) is None
+    assert posters.poster(entry | {"output": str(tmp_path / "gone.mp4")}, tmp_path, make=True) is None
+
+
+def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out: Path) -> None:
+    entry = pages.entries(out)
+    gone = entry | {"status": "video gone"}
+    assert "video" not in pages.Page(made(out, gone)).document["shots"][0]
+    odd = entry | {"output": str(out / "100% #1?.mp4")}
+    assert pages.Page(made(out, odd)).document["shots"][0]["video"] == "100%25%20%231%3F.mp4"
+
+
 # ---- experiments ----
 
 
@@ -301,6 +339,14 @@ def test_a_line_of_the_lab_book_says_what_went_in_and_what_came_out(out: Path) -
         body["injection"][0]["difference"]["verdict"]["percent"], abs=0.06
     )
     assert row["seconds"] == pytest.approx(sum(phase["seconds"] for phase in body["phases"]), abs=0.006)
+
+
+def test_of_several_rules_the_difference_is_that_of_the_prompt_that_differs_least(out: Path) -> None:
+    entry = pages.entries(out)
+    (rule,) = entry["injection"]
+    near = rule | {"difference": rule["difference"] | {"verdict": {"percent": 1.25}}}
+    row = experiments.row(entry | {"injection": [rule, near]}, "job")
+    assert (row["difference"], row["blocks"]) == (1.2, "1-2 | 1-2")
 
 
 def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path) -> None:

@@ -315,6 +315,55 @@ def test_a_retry_decodes_the_latent_that_is_on_disk_also_with_force(
     ]
 
 
+def test_a_full_disk_leaves_the_states_of_those_that_were_on_their_way(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [{"id": "a"}, {"id": "b", "inject": [rule(blocks="2-3", steps="2-3")]}]
+    said = {"output": "out/{id}.mp4", "items": items, "sampler": {"steps": 4}}
+    with pytest.MonkeyPatch.context() as patched:
+        failing(patched, video, "write_mp4", {0: errors.NoSpace("No space left on device")})
+        assert render(**said).code == 3
+    assert {"a.latents.safetensors", "b.state.safetensors"} <= set(files_in(tmp_path))
+    calls = forwards(monkeypatch)
+    assert render(**said).code == 0
+    assert len(calls) == 2 * 2
+
+
+def test_shots_of_a_group_are_tried_again_alone(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, groups = WanModel.velocities, []
+
+    def at_most_two(self: WanModel, requests: Any, riders: Any = None) -> Any:
+        groups.append(len(requests))
+        if len(requests) > 2:  # the two branches of one shot
+            raise MemoryError
+        return real(self, requests, riders)
+
+    monkeypatch.setattr(WanModel, "velocities", at_most_two)
+    items = [{"id": "a"}, {"id": "b", "seed": 1}]
+    said = {"output": "out/{id}.mp4", "items": items, "batch": 2, "memory": {"residency": "streamed"}}
+    assert render(**said).code == 5
+    assert render("--retries", "1", **said).code == 0
+    assert groups == [4, 4, *[2] * 4]
+
+
+def test_the_state_of_a_shot_that_met_nan_goes_for_it_would_lead_there_again(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, state = WanModel.velocities, tmp_path / "out/clip.state.safetensors"
+    there: list[bool] = []
+
+    def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
+        there.append(state.exists())
+        return [v * (float("nan") if there[-1] else 1) for v in real(self, requests, riders)]
+
+    monkeypatch.setattr(WanModel, "velocities", sick)
+    assert render(save_every=1, sampler={"steps": 4}).code == 1
+    assert there[-1]
+    assert not state.exists()
+
+
 def test_what_no_retry_can_mend_is_not_tried_again(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +129,43 @@ def test_options_of_the_engine_and_jobs_that_no_worker_can_read_are_usage_errors
     assert render("--address", "auto").code == 2
     assert render("--cpus-per-worker", "2").code == 2
     assert render("--engine", "ray", "--socket", "auto").code == 2
+
+
+def test_a_cluster_that_is_not_there_or_has_no_room_is_told(
+    render: Render, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Nobody(types.ModuleType):
+        def init(self, address: str, **_: Any) -> None:
+            if address == "auto":
+                raise ConnectionError("no running Ray instance was found")
+
+        def nodes(self) -> list[dict[str, Any]]:
+            return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+
+        def shutdown(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "ray", Nobody("ray"))
+    said = render("--engine", "ray", "--address", "auto")
+    assert said.code == 3
+    assert said.err.startswith("wancli: --address auto: no Ray cluster: no running Ray instance was found\n")
+    said = render("--engine", "ray", "--cpus-per-worker", "8")
+    assert said.code == 3
+    assert said.err.startswith("wancli: --engine ray: the cluster has no machine with 8 cores")
+
+
+def test_a_worker_that_would_render_something_else_or_sees_no_folder_says_so(
+    tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job, whole = planned(tmp_path, shallow)
+    task = Task(str(job), str(tmp_path), NO_FLAGS, str(warm), False, None, 0, True)
+    said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
+    assert said["outcomes"] == []
+    assert "would render other pixels than the machine that asks it" in said["raised"]["message"]
+    said = Worker(replace(task, folder=str(tmp_path / "gone"))).render({0: whole.shots[0].key})
+    assert said["raised"]["where"] == str(tmp_path / "gone")
+    assert "does not see it: No such file or directory" in said["raised"]["message"]
 
 
 def test_what_is_done_needs_no_cluster(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

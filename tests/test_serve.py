@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_
 
 from wancli import signals
 from wancli.errors import JobError, MachineError
-from wancli.farm import meeting
+from wancli.farm import client, meeting
 from wancli.farm.meeting import listening
 from wancli.farm.serve import Server
 from wancli.loaded import Kept
@@ -492,6 +493,29 @@ def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
         assert (done.returncode, "mode 0700" in done.stderr) == (3, True)
     meeting.make_private(tmp_path / "new" / "one")
     assert (tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_server_of_another_user_is_not_talked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting.make_private(tmp_path / "p")
+    monkeypatch.setattr(meeting, "peer", lambda _: (1, os.geteuid() + 1))
+    with listening(tmp_path / "p/s"), pytest.raises(MachineError, match=f"by user {os.geteuid() + 1}"):
+        meeting.connect(tmp_path / "p/s")
+
+
+def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> None:
+    meeting.make_private(tmp_path / "p")
+    with listening(tmp_path / "p/s") as listener:
+        leaving = threading.Thread(target=lambda: listener.accept()[0].close())
+        leaving.start()
+        with pytest.raises(MachineError, match="the server there ended before it was our turn"):
+            client.render(["render"], str(tmp_path / "p/s"), tmp_path, quiet=True)
+        leaving.join()
+
+
+def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match=f"{tmp_path}/file/p: cannot be made: "):
+        meeting.make_private(tmp_path / "file/p")
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from forked import WANCLI, run
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
-from wancli import files, space
+from wancli import files, space, video
 from wancli.jobfile import load
 from wancli.plan import plan
 from wancli.shot import Shot
@@ -47,6 +48,22 @@ def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shot
     assert found == pytest.approx({0: 12.6, 10: 4, 16: 2, 22: 1, 51: 2 ** (-29 / 6)}, abs=1e-3)
 
 
+def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: Path) -> None:
+    (shot,) = shots(size="320x192", frames=17)[:1]
+    dice = np.random.default_rng(0)
+    slope = np.linspace(40, 200, 320)[None, None, :, None]
+    grain = np.clip(slope + dice.normal(0, 3, (17, 192, 320, 1)), 0, 255)
+    noise = dice.integers(0, 256, (17, 192, 320, 3))
+    found = {}
+    for name, pictures in {"grain": np.broadcast_to(grain, noise.shape), "noise": noise}.items():
+        chunks = [picture.astype(np.uint8).tobytes() for picture in pictures]
+        said = {"width": 320, "height": 192, "fps": 16, "frame_count": 17, "crf": 16, "codec": "h264"}
+        path = video.write_mp4(iter(chunks), tmp_path / f"{name}.mp4", **said, comment="")  # type: ignore[arg-type]
+        found[name] = path.stat().st_size / space.video_bytes(shot)
+    assert 0.5 < found["grain"] < 1, found
+    assert 2 < found["noise"] < 4, found
+
+
 def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:
     seeds = {"output": "out/{seed}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
     (plain,) = space.needs(shots(**seeds))
@@ -55,6 +72,16 @@ def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(
     assert kept.needed - plain.needed == 4 * latent
     (one,) = space.needs(shots()[:1])
     assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
+
+
+def test_a_shot_on_its_way_takes_its_latent_and_its_state_twice_less_what_is_there(shots: Any) -> None:
+    (shot,) = shots()[:1]
+    latent = 4 * 16 * 1 * 8 * 8 + 2**16
+    video = 64 * 64 * 2 // 8 + 2**16
+    assert space.needs([shot])[0].needed == video + latent + 2 * 4 * latent
+    shot.state.parent.mkdir(exist_ok=True)
+    shot.state.write_bytes(bytes(1000))
+    assert space.needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
 
 
 def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:

@@ -216,6 +216,25 @@ def test_a_run_that_is_killed_repeats_at_most_the_steps_since_it_was_saved(
     assert len(sampled) == 2  # what the first run took until it saved, and the second
 
 
+def test_steps_of_an_earlier_run_are_marked_and_count_in_no_total(render: Render) -> None:
+    assert stopped(render, 4)(sampler={"steps": 5}).code == 75
+    report = json.loads(render("--json", sampler={"steps": 5}).out)
+    sampled = [phase for phase in report["shots"][0]["phases"] if phase["name"] == "sample"]
+    assert [phase.get("earlier", False) for phase in sampled] == [True, False]
+    (total,) = [phase for phase in report["memory"] if phase["name"] == "sample"]
+    assert total["seconds"] == pytest.approx(sampled[1]["seconds"], abs=0.002)
+
+
+def test_a_shot_that_is_to_be_measured_does_not_go_on_from_steps_that_were_not(
+    render: Render, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: dict[str, Any] = {"inject": [rule(blocks="1-2")], "sampler": {"steps": 4}}
+    assert stopped(render, 4)(**said).code == 75
+    assert render(measure=True, **said).code == 0
+    measured = {effect["step"] for effect in manifest_of(tmp_path)["effects"]}
+    assert measured == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(("often", "saves"), [("0s", 4), ("1h", 0), (2, 2), (10, 0)])
 def test_states_are_saved_as_often_as_the_job_says(
     render: Render, monkeypatch: pytest.MonkeyPatch, often: str | int, saves: int

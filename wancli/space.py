@@ -1,7 +1,7 @@
 """Bytes that a batch will write, against what is free where it writes them.
 
 The estimate is generous. A video takes 2 bits per pixel at crf 16, twice that for every 6 less, up to raw
-4:2:0: four times what a grainy texture takes, a third of pure noise. Beside it are a manifest of 64 KiB, the
+4:2:0: more than grain of 3 levels takes, and a third of pure noise. Beside it are a manifest of 64 KiB, the
 latent where it is kept, and for the largest wave of shots the latents and states that lie there until its
 videos are made, each a second time while it is replaced.
 """

@@ -12,13 +12,13 @@ demo: install ## Render configs/demo.yaml and say where the videos are
 	@scripts/demo
 
 test: $(VENV)/dev ## Run the tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal --durations 15
 
 crash: $(VENV)/dev ## Only the rigs: failing disks, kills, power cuts, damages, fuzz (part of `make test`)
-	$(BIN)/pytest -n 2 tests/crash tests/fuzz
+	$(BIN)/pytest -n 2 --dist worksteal tests/crash tests/fuzz
 
 crash-long: $(VENV)/dev ## The rigs with the counts of a release: 2,000 triple faults, 100 kills, 10x the fuzz
-	WANCLI_CRASH_LONG=1 WANCLI_FUZZ=10 WANCLI_SOAK=200 $(BIN)/pytest -n 2 tests/crash tests/fuzz
+	WANCLI_CRASH_LONG=1 WANCLI_FUZZ=10 WANCLI_SOAK=200 $(BIN)/pytest -n 2 --dist worksteal tests/crash tests/fuzz
 
 crash-mounts: $(VENV)/dev ## 30 power cuts on a mounted ext4; root only
 	$(BIN)/python tests/crash/mounted.py

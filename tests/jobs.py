@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +129,26 @@ def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = la
 
     monkeypatch.setattr(WanModel, "velocities", counted)
     return calls
+
+
+def make_sick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transformer gives NaN for videos of 5 frames, and only for those."""
+    real = WanModel.velocities
+
+    def sick(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[torch.Tensor]:
+        answers = zip(requests, real(self, requests, riders))
+        return [v * (float("nan") if request.x_BCTYX.shape[2] == 2 else 1) for request, v in answers]
+
+    monkeypatch.setattr(WanModel, "velocities", sick)
+
+
+def spoiled(whole: bytes) -> Iterator[bytes]:
+    """These bytes cut at every length, and with each bit flipped."""
+    yield from (whole[:length] for length in range(len(whole)))
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
 
 
 def as_shells_say(returncode: int) -> int:

@@ -24,6 +24,7 @@ from jobs import (
     change_tensors,
     checkpoint,
     command,
+    make_sick,
     rule,
     tiny_job,
     written,
@@ -31,7 +32,6 @@ from jobs import (
 from safetensors.torch import load_file
 
 from wancli import __version__, batch, cli, encode, errors, machine, video
-from wancli.models.dit import WanModel
 from wancli.weights import networks
 
 MODEL = ("--model", TINY, "-q")
@@ -404,13 +404,7 @@ def test_a_job_on_stdin_starts_its_paths_in_the_current_folder(say: Any, tmp_pat
 def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = WanModel.velocities
-
-    def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
-        answers = zip(requests, real(self, requests, riders))
-        return [v * (float("nan") if request.x_BCTYX.shape[2] == 2 else 1) for request, v in answers]
-
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    make_sick(monkeypatch)
     items = [{"id": "a", "frames": 5}, {"id": "b"}]
     said = say("render", written(tmp_path, tiny_job(output="{id}.mp4", items=items)), "--json")
     report = json.loads(said.out)

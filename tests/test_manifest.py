@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from jobs import spoiled
 
 from wancli import manifest
 from wancli.errors import EntryError
@@ -57,12 +58,7 @@ def test_every_flipped_bit_and_every_cut_of_a_manifest_is_noticed(tmp_path):
     path = tmp_path / "x.manifest.json"
     manifest.write(path, {"key": KEY, "steps": 50, "files": []})
     whole = path.read_bytes()
-    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\n"]
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        damaged.append(bytes(flipped))
-    for data in damaged:
+    for data in [*spoiled(whole), whole + b"\n"]:
         path.write_bytes(data)
         with pytest.raises(EntryError, match="damaged"):
             manifest.read(path)

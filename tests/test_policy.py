@@ -20,6 +20,7 @@ from jobs import (
     files_in,
     forwards,
     latents_of,
+    make_sick,
     manifest_of,
     rule,
     tiny_job,
@@ -259,13 +260,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
 def test_a_shot_that_fails_in_a_group_is_told_before_the_others_are_sampled(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = WanModel.velocities
-
-    def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
-        answers = zip(requests, real(self, requests, riders))
-        return [v * (float("nan") if request.x_BCTYX.shape[2] == 2 else 1) for request, v in answers]
-
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    make_sick(monkeypatch)
     items = [{"id": "a", "frames": 5}, {"id": "b"}]
     said = {"output": "out/{id}.mp4", "items": items, "memory": {"residency": "streamed"}}
     assert render("--fail-fast", sampler={"steps": 5}, **said).code == 1

@@ -30,6 +30,16 @@ def recorded(rig: Rig, tmp_path_factory: pytest.TempPathFactory):  # type: ignor
     return ran, blobs, left, contents
 
 
+def homes(
+    rig: Rig, recorded, names: str, home: Path, *, syncs: bool = True
+) -> Iterator[tuple[int, list[str]]]:  # type: ignore[no-untyped-def]
+    """Lays the disk out in `home` after each call: the place in the log, and the shots told."""
+    for number, disk in cuts(rig, recorded, syncs=syncs):
+        shutil.rmtree(home, ignore_errors=True)
+        disk.laid_out(getattr(disk, names)(), recorded[1], home)
+        yield number, told(recorded[0].log, number)
+
+
 def cuts(rig: Rig, recorded, *, syncs: bool = True) -> Iterator[tuple[int, Disk]]:  # type: ignore[no-untyped-def]
     """The disk after each call, with the place in the log."""
     disk = Disk(rig.home)
@@ -68,17 +78,10 @@ def test_a_power_cut_after_any_call_loses_nothing_that_was_told(
     tmp_path: Path,
     names: str,  # type: ignore[no-untyped-def]
 ) -> None:
-    wrong, count = [], 0
-    for number, disk in cuts(rig, recorded):
-        home = tmp_path / "home"
-        shutil.rmtree(home, ignore_errors=True)
-        disk.laid_out(getattr(disk, names)(), recorded[1], home)
+    wrong, count, home = [], 0, tmp_path / "home"
+    for number, promised in homes(rig, recorded, names, home):
         found = rig.torn(home)
-        found += [
-            f"{shot} was told, and is lost"
-            for shot in told(recorded[0].log, number)
-            if not rig.is_done(shot, home)
-        ]
+        found += [f"{shot} was told, and is lost" for shot in promised if not rig.is_done(shot, home)]
         if number % EVERY == 0:
             rig.reset()
             for name in ("out", "cache"):
@@ -99,12 +102,8 @@ def test_without_fsync_the_same_cuts_lose_what_was_told(
     names: str,  # type: ignore[no-untyped-def]
 ) -> None:
     lost = total = 0
-    for number, disk in cuts(rig, recorded, syncs=False):
-        home = tmp_path / "home"
-        shutil.rmtree(home, ignore_errors=True)
-        disk.laid_out(getattr(disk, names)(), recorded[1], home)
-        for shot in told(recorded[0].log, number):
-            total += 1
-            lost += not rig.is_done(shot, home)
+    for _, promised in homes(rig, recorded, names, tmp_path / "home", syncs=False):
+        total += len(promised)
+        lost += sum(not rig.is_done(shot, tmp_path / "home") for shot in promised)
     assert total > 40
     assert lost == total

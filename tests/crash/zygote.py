@@ -6,6 +6,7 @@ a line with the exit code, negative for a signal. It has no thread but its own, 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -41,6 +42,8 @@ def main() -> None:
     for argument in json.loads(sys.argv[1]):  # what a first run imports and remembers
         assert run(argument) == 0, argument
     assert len(os.listdir("/proc/self/task")) == 1, "threads that a fork would lose"
+    gc.collect()
+    gc.freeze()  # or each fork copies the pages of all objects, to count what refers to them
     os.write(answers, b'"ready"\n')
     for line in sys.stdin:
         pid = os.fork()

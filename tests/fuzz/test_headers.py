@@ -35,6 +35,20 @@ def tried(path: Path, budget: Budget) -> None:
             assert weight.data.nbytes <= path.stat().st_size
 
 
+def try_all(files: st.SearchStrategy[bytes], path: Path, budget: Budget) -> None:
+    """Round after round until the time is over."""
+
+    @FORM
+    @given(files)
+    def each(data: bytes) -> None:
+        path.write_bytes(data)
+        tried(path, budget)
+
+    while not budget.over:
+        each()
+    budget.check()
+
+
 ENTRY = st.fixed_dictionaries(
     {
         "dtype": DTYPE,
@@ -79,17 +93,7 @@ def safetensors(draw: st.DrawFn) -> bytes:
 
 
 def test_no_safetensors_header_escapes_as_anything_but_a_refusal(tmp_path: Path) -> None:
-    budget, path = Budget(13), tmp_path / "x.safetensors"
-
-    @FORM
-    @given(safetensors())
-    def each(data: bytes) -> None:
-        path.write_bytes(data)
-        tried(path, budget)
-
-    while not budget.over:
-        each()
-    budget.check()
+    try_all(safetensors(), tmp_path / "x.safetensors", Budget(13))
 
 
 COUNT = st.integers(0, 3) | st.integers(0, 3) | st.sampled_from([2**16, 2**31, 2**32 - 1, 2**63, 2**64 - 1])
@@ -145,14 +149,4 @@ def ggufs(draw: st.DrawFn) -> bytes:
 
 
 def test_no_gguf_header_escapes_as_anything_but_a_refusal(tmp_path: Path) -> None:
-    budget, path = Budget(12), tmp_path / "x.gguf"
-
-    @FORM
-    @given(ggufs())
-    def each(data: bytes) -> None:
-        path.write_bytes(data)
-        tried(path, budget)
-
-    while not budget.over:
-        each()
-    budget.check()
+    try_all(ggufs(), tmp_path / "x.gguf", Budget(12))

@@ -82,20 +82,19 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def render(
-    tmp_path: Path,
-    shallow: Path,
-    warm: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Said]:
+def known(shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of 4 blocks, with a cache that knows the prompts of the tiny job."""
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
+    return shallow
+
+
+@pytest.fixture
+def render(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """Renders the tiny job with some changes on 4 blocks, with a cache that knows its prompts."""
     from jobs import command, tiny_job, written
 
-    monkeypatch.setenv("WANCLI_CACHE", str(warm))
-
     def rendered(*options: str, folder: Path = tmp_path, **changes: Any) -> Said:
-        job = tiny_job(**{"model": shallow} | changes)
+        job = tiny_job(**{"model": known} | changes)
         return command(capsys, "render", written(folder, job), "-q", *options)
 
     return rendered

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from wancli import encode
 from wancli.cli import run
-from wancli.encode import Tokenizer
 from wancli.manifest import read
 from wancli.models.dit import Request, WanModel
+from wancli.tokens import Tokenizer
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"

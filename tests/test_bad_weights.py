@@ -321,7 +321,7 @@ def test_no_lie_about_sizes_makes_wancli_allocate(
         [sys.executable, "-c", PLAN, *map(str, jobs), str(HUGE)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 4, done.stderr
-    assert done.stderr.startswith(f"wancli: {model}"), done.stderr
+    assert done.stderr.startswith(f"wancli: {jobs[0]}:1: model: {model}"), done.stderr
 
 
 # ---- GGUF ----

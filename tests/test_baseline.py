@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jobs import rule, tiny_job, written
+from safetensors.torch import save_file
 
 from wancli.errors import JobError
 from wancli.jobfile import load
 from wancli.plan import plan
 from wancli.shot import Comparison
 
+BIAS = "blocks.0.self_attn.q"
 ITEMS = [{"id": "a", "inject": [rule()]}, {"id": "b"}, {"id": "c", "inject": [rule(blocks="early")]}]
 
 
@@ -33,6 +36,14 @@ def test_the_baseline_is_the_first_shot_without_injection_or_the_first(tmp_path:
     found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[2]])
     assert found
     assert found.baseline == "a"
+
+
+def test_a_shot_with_a_lora_is_no_baseline_where_there_is_another(tmp_path: Path, shallow: Path) -> None:
+    save_file({f"diffusion_model.{BIAS}.diff_b": torch.ones(48)}, tmp_path / "style.safetensors")
+    lora = {"id": "styled", "loras": [{"path": str(tmp_path / "style.safetensors")}]}
+    found = decided(tmp_path, model=str(shallow), compare=True, items=[lora, {"id": "plain"}])
+    assert found
+    assert found.baseline == "plain"
 
 
 def test_baseline_sheet_and_video_are_what_the_job_says(tmp_path: Path) -> None:

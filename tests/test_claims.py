@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from forked import Forked, begin
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli import manifest
@@ -27,6 +28,7 @@ from wancli.errors import MachineError, Stopped
 from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
+from wancli.force import Force
 from wancli.jobfile import load
 from wancli.outcome import Outcome
 from wancli.plan import plan
@@ -277,18 +279,13 @@ class Folder:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": items}
         self.path, self.cache, self.log = path, cache, path / "log"
         self.job = written(path, tiny_job(model, **said | changes))
-        self._running: list[subprocess.Popen[str]] = []
+        self._running: list[Forked] = []
 
-    def start(self, *options: str, event: str = "", at: tuple[str, int] = ("", 0)) -> subprocess.Popen[str]:
+    def start(self, *options: str, event: str = "", at: tuple[str, int] = ("", 0)) -> Forked:
         """A real process; at a step of a shot it does not come back from, or is suspended."""
         special = [self.log, self.path / event, at[0], at[1]]
         arguments = ["render", self.job, "--cache-dir", self.cache, "--save-every", "1", *options]
-        child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *map(str, (*special, *arguments))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        child = begin(*special, *arguments, program=PROGRAM)
         self._running.append(child)
         return child
 
@@ -304,8 +301,8 @@ class Folder:
 
     def end(self) -> None:
         for child in self._running:
-            child.kill()
-            child.communicate()
+            with child:
+                child.kill()
 
 
 @pytest.fixture
@@ -375,7 +372,7 @@ def test_a_worker_that_was_suspended_until_another_did_its_work_publishes_nothin
 ) -> None:
     job = folder("a")
     sleeper = job.start(event="stop", at=at)
-    os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+    sleeper.until_suspended()
     with Claims(**QUICK) as claims:
         (outcome,) = render_plan(planned(job), tools(job, claims))
     assert outcome.status == "rendered"
@@ -413,6 +410,10 @@ def tools(job: Folder, claims: Claims, progress: Progress | None = None, **chang
     return Tools(Store(job.cache / "embeddings"), progress or Progress(), claims=claims, **changes)
 
 
+def forced(job: Folder) -> Force:
+    return Force.of(planned(job).shots)
+
+
 def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_done(
     folder: Callable[..., Folder],
 ) -> None:
@@ -427,6 +428,27 @@ def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_don
         ("a", "rendered"),
     ]
     assert notes.notes == ["waiting for shot a, rendered by other:7"]
+
+
+def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Callable[..., Folder]) -> None:
+    job = folder("a")
+    (shot,) = planned(job).shots
+    with Claims() as claims:
+        assert [one.status for one in render_plan(planned(job), tools(job, claims))] == ["rendered"]
+    there, hidden = shot.output, shot.output.with_suffix(".hidden")
+    there.rename(hidden)
+    path = put(shot, body(host="other", pid=7))
+    phases: list[str] = []
+
+    class Watch(Notes):
+        def phase(self, shot: str, name: str, *rest: Any) -> Any:
+            phases.append(f"{name} {shot}")
+            return super().phase(shot, name, *rest)
+
+    notes = Watch(lambda: (hidden.rename(there), path.unlink()))
+    with Claims() as claims:
+        (outcome,) = render_plan(planned(job), tools(job, claims, notes))
+    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode prompts"])
 
 
 def test_who_waits_can_be_stopped(folder: Callable[..., Folder], render: Render) -> None:
@@ -490,11 +512,11 @@ def test_workers_that_are_all_told_to_render_again_do_it_once(
 
         def late(shots: Any) -> Any:
             monkeypatch.undo()
-            list(render_plan(planned(job), tools(job, others, force=True)))
+            list(render_plan(planned(job), tools(job, others, force=forced(job))))
             return real(shots)
 
         monkeypatch.setattr(claims, "take", late)
-        (outcome,) = render_plan(planned(job), tools(job, claims, force=True))
+        (outcome,) = render_plan(planned(job), tools(job, claims, force=forced(job)))
     assert outcome.status == "already done"
     assert [name for name in files_in(tmp_path) if name.endswith("mp4")] == ["a.mp4", "a.old-1.mp4"]
 

@@ -273,11 +273,12 @@ def test_a_reader_that_went_away_is_no_bug_and_no_success(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path) -> None:
+def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Path) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 1}]
     read, write = os.pipe()
     os.close(read)
-    done = wancli("render", written(tmp_path, tiny_job(output="{id}.mp4", items=items)), "-q", stdout=write)
+    job = written(tmp_path, tiny_job(known, output="{id}.mp4", items=items))
+    done = wancli("render", job, "-q", stdout=write)
     os.close(write)
     said = b"wancli: nobody reads stdout any more; the work goes on\n"
     assert (done.returncode, done.stderr) == (0, said)

@@ -36,18 +36,11 @@ def pattern(path: Path, size: str = "128x96", frames: int = 6, skip: int = 0) ->
 
 
 @pytest.fixture
-def loud(
-    tmp_path: Path,
-    shallow: Path,
-    warm: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Said]:
+def loud(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """As `render`, with all that is said on the way."""
-    monkeypatch.setenv("WANCLI_CACHE", str(warm))
 
     def said(*options: str, **changes: Any) -> Said:
-        return command(capsys, "render", written(tmp_path, tiny_job(shallow, **changes)), *options)
+        return command(capsys, "render", written(tmp_path, tiny_job(known, **changes)), *options)
 
     return said
 
@@ -197,6 +190,13 @@ def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said]
     assert clip.read([output])[0].record is None
 
 
+def test_a_video_that_goes_on_where_the_baseline_ends_is_not_identical(tmp_path: Path) -> None:
+    long, short = (plain(tmp_path / f"{n}.mp4", [(9, 90, 200)] * n) for n in (3, 2))
+    baseline, one = clip.read([long, short])
+    found = list(figures.measure([baseline, one], {"3": baseline, "2": baseline}))[1]
+    assert (found["frames"], found["psnr"], found["identical"]) == (2, None, False)
+
+
 def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> None:
     one = clip.Clip(Path("x.mp4"), "x", None, video.About(1, 8, 64, 64))
     clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.about) for n in range(8)]
@@ -289,6 +289,28 @@ def test_without_latents_on_disk_the_manifests_tell_their_distance(
     assert "job.compare.mp4" not in files_in(tmp_path)
     assert [shot["latent_from"] for shot in found["shots"]] == [None, "sketch", "sketch"]
     assert all(shot["latent_distance"] > 0 for shot in found["shots"][1:])
+
+
+def test_distances_rest_on_the_latents_that_these_videos_were_made_of(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    assert render(**BATCH, compare=True, video=KEPT).code == 0
+    assert compared(tmp_path)["shots"][1]["latent_from"] == "latents"
+    early, late = (tmp_path / "out" / f"{name}.latents.safetensors" for name in ("early", "late"))
+    late.unlink()  # which is reason enough to compare again
+    assert render(**BATCH, compare=True, video=KEPT).code == 0
+    assert [shot["latent_from"] for shot in compared(tmp_path)["shots"]] == [None, "latents", "sketch"]
+    late.write_bytes(early.read_bytes())  # another shot's
+    before = compared(tmp_path)["shots"][2]["latent_distance"]
+    assert render(**BATCH, compare=True, video=KEPT).code == 0
+    shot = compared(tmp_path)["shots"][2]
+    assert (shot["latent_from"], shot["latent_distance"]) == ("sketch", before)
+
+
+def test_an_item_that_stays_out_is_in_no_figure(render: Callable[..., Said], tmp_path: Path) -> None:
+    items = [ITEMS[0], ITEMS[1] | {"compare": False}, ITEMS[2]]
+    assert render(**BATCH | {"items": items}, compare=True).code == 0
+    assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "late"]
 
 
 def test_a_finished_job_is_compared_when_asked_later_and_again_when_a_file_is_gone(

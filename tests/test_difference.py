@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from wancli.difference import Difference, compare, legacy_percent, lint
-from wancli.encode import EOS, Embedding, Encoder, Tokenizer, encode
+from wancli.embedding import Embedding
+from wancli.encode import Encoder, encode
 from wancli.models.dit import WanModel
+from wancli.tokens import EOS, Tokenizer
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_transformer
 

@@ -11,29 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from wancli.encode import (
-    EOS,
+from wancli.embedding import (
     Embedding,
-    Encoder,
-    Tokenizer,
-    Tokens,
-    Unencoded,
-    clean,
     describe,
     embedding_key,
-    encode,
     load_embedding,
     pack,
     save_embeddings,
     unpack,
     versions,
 )
+from wancli.encode import Encoder, Unencoded, encode
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
 from wancli.store import Store
+from wancli.tokens import EOS, Tokenizer, Tokens, clean
 from wancli.weights.ondisk import OnDisk
 
 ROOT = Path(__file__).parent / "fixtures" / "wan21-tiny"
@@ -166,7 +162,9 @@ def test_a_plan_can_clean_count_name_and_list_without_torch(tmp_path: Path):
     program = f"""
 import sys
 from pathlib import Path
-from wancli.encode import Encoder, Tokenizer, describe
+from wancli.embedding import describe
+from wancli.encode import Encoder
+from wancli.tokens import Tokenizer
 tokens = Tokenizer(Path({str(SPIECE)!r})).tokens("a fog", 256)
 Encoder((), "official", "weights", "tokenizer", "bf16").key(tokens)
 assert describe(Path({str(entry)!r}).read_bytes()) == [tokens]
@@ -196,7 +194,7 @@ def test_whatever_changes_an_embedding_changes_its_key(monkeypatch: pytest.Monke
         {"cleaned": "a cat\u0301"},
     ]
     keys = [embedding_key(**same_parts), *(embedding_key(**same_parts | change) for change in changes)]
-    monkeypatch.setattr("wancli.encode.versions", lambda: versions() | {"ftfy": "7.0"})
+    monkeypatch.setattr("wancli.embedding.versions", lambda: versions() | {"ftfy": "7.0"})
     keys.append(embedding_key(**same_parts))
     assert len(set(keys)) == len(changes) + 2
     assert all(len(key) == 64 for key in keys)
@@ -302,12 +300,10 @@ def test_processes_that_encode_the_same_prompts_leave_one_good_entry_each(store:
     program = f"""
 import os
 from pathlib import Path
-import torch
 from transformers import UMT5EncoderModel
-from wancli.encode import Encoder, Tokenizer, encode
+from wancli.encode import Encoder, encode
+from wancli.tokens import Tokenizer
 from wancli.store import Store
-from wancli.weights.ondisk import OnDisk
-torch.set_num_threads(1)
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
 prompts = [tokenizer.tokens(text, 256) for text in {list(PROMPTS.values())!r}]
 encoder = Encoder((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")
@@ -321,7 +317,7 @@ while True:
     except ChildProcessError:
         break
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run(program=program).check_returncode()
     assert len(store.entries()) == 3
     assert store.verify() == []
     assert all(done.hit for done in encode(ENCODER, map(tokens, PROMPTS.values()), store))

@@ -47,18 +47,13 @@ def worst(*codes: int) -> int:
 
 @pytest.fixture
 def batch(
-    tmp_path: Path,
-    shallow: Path,
-    warm: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Said]:
     """Renders shots to which these things happen, one after the other, without sampling them."""
-    monkeypatch.setenv("WANCLI_CACHE", str(warm))
 
     def rendered(*happen: str, flags: tuple[str, ...] = ()) -> Said:
         items = [{"id": f"{n}", "seed": n} for n in range(len(happen))]
-        job = written(tmp_path, tiny_job(shallow, output="out/{id}.mp4", items=items))
+        job = written(tmp_path, tiny_job(known, output="out/{id}.mp4", items=items))
         coming: Iterator[str] = itertools.chain(happen, itertools.repeat("done"))
 
         def finish(*_: Any) -> dict[str, Any]:

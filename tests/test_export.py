@@ -59,6 +59,22 @@ def test_the_script_asks_for_what_was_asked(
     assert "#SBATCH --gres=gpu:1\n" in exported(capsys, "slurm", job)
 
 
+@pytest.mark.parametrize("scheduler", ["slurm", "openjd"])
+def test_a_job_that_computes_on_cpus_asks_for_no_gpu_unless_told_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
+) -> None:
+    items = [{"id": "a", "memory": {"device": "cpu"}}, {"id": "b"}]
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
+
+    def asks(*options: object) -> bool:
+        return "gpu" in exported(capsys, scheduler, job, *options)
+
+    assert asks()
+    assert not asks("--items", "0")
+    assert not asks("--set", "memory.device=cpu")
+    assert asks("--set", "memory.device=cpu", "--gpus", 1)
+
+
 def test_odd_names_reach_the_render_whole(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
 ) -> None:

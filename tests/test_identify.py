@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from sparse import Entries, cast, dit, dit_diffusers, pth, scalar, stored, umt5, umt5_official, write
 
 from wancli.cli import run
-from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.vae import WanVAE
 from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
+from wancli.tokens import Tokenizer
 from wancli.weights import identify as identify_module
 from wancli.weights.headers import header
 from wancli.weights.identify import fingerprint, identify, text_encoder_sizes, vae_sizes

@@ -316,6 +316,15 @@ def test_mistakes_of_items_have_their_own_lines() -> None:
     ]
 
 
+def test_what_some_items_say_is_missing_at_the_line_of_the_others() -> None:
+    text = "seed: 3\nitems:\n  - prompt: a\n  - seed: 1\n  - {}\n"
+    assert problems(text) == [
+        "job.yaml:4: items.1.prompt: is missing",
+        "job.yaml:5: items.2.prompt: is missing",
+    ]
+    assert problems("seed: 3\nitems:\n  - seed: 1\n  - seed: 2\n") == ["job.yaml: prompt: is missing"]
+
+
 def test_items_have_no_items_of_their_own() -> None:
     (problem,) = problems(MINIMAL + "items:\n  - items: [{seed: 1}]\n")
     assert problem.startswith("job.yaml:4: items.0.items: unknown key; known: ")

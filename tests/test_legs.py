@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torch import Tensor
 from wancli import lockstep
 from wancli import plan as planning
 from wancli.cli import run
+from wancli.experts import Stage
 from wancli.jobfile import load
 from wancli.legs import Fork, Tree
 from wancli.models.dit import Request, WanModel
@@ -160,6 +162,33 @@ def test_loras_that_come_later_do_not_hinder_sharing(decide: Decide, tmp_path: P
         {"loras": [lora]},
     )
     assert forks(shots) == [None, (0, 6), (0, 6), (1, 8), None]
+
+
+def test_a_lora_of_the_second_expert_does_not_hinder_sharing_the_steps_of_the_first(decide: Decide) -> None:
+    (plain,) = decide({})
+    stages = (Stage("high", range(4), 4.0), Stage("low", range(4, 10), 3.0))
+
+    def shot(index: int, expert: str | None, noise: str = "cpu") -> Any:
+        use = SimpleNamespace(sha256="ab", strength=1, blocks=None, expert=expert, steps=None)
+        said = {name: getattr(plain, name) for name in ("solver", "steps", "shift", "seed", "latent_shape")}
+        told = {"loras": [use] if expert else [], "stages": stages, "table": plain.table}
+        return SimpleNamespace(**said, **told, index=index, measure=False, noise=noise)
+
+    tree = Tree()
+    found = [tree.add(shot(0, None)), tree.add(shot(1, "low")), tree.add(shot(2, "high"))]
+    assert found == [None, Fork(0, 4), None]
+    assert tree.add(shot(3, None, noise="cuda")) is None  # other numbers from the same seed
+
+
+def test_what_a_shot_was_handed_is_saved_before_the_other_goes_on(
+    sweep: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[bool] = []
+    state = tmp_path / "out" / "early-0.3.state.safetensors"
+    forwards(monkeypatch, lambda _: there.append(state.exists()))
+    assert sweep(items=HALF[:2], save_every=1).code == 0
+    # 12 forwards of the first, the second forks after 6; and 6 of its own
+    assert there == [False] * 6 + [True] * 12
 
 
 def test_a_shot_that_is_on_its_way_forks_later_or_not_at_all(decide: Decide) -> None:

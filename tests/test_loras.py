@@ -29,7 +29,7 @@ from jobs import (
 from safetensors.torch import load_file, save_file
 
 from wancli import plan as planning
-from wancli.encode import load_embedding
+from wancli.embedding import load_embedding
 from wancli.errors import CheckpointError, JobError
 from wancli.jobfile import load
 from wancli.sample import noise

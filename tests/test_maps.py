@@ -176,6 +176,14 @@ def test_the_newer_of_two_maps_of_the_same_thing_is_kept(tmp_path: Path) -> None
     assert chosen(shelf, "auto:top2") == [3, 5]
 
 
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"loras": ["style.safetensors"]}, {"method": "skip"}, {"frames": 5}], ids=str
+)
+def test_maps_of_other_things_lie_beside_each_other(change: dict[str, Any], tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    assert shelf.keep(made()) != shelf.keep(made(**change))
+
+
 def test_other_models_ranges_and_damaged_files_are_no_maps(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shelf.keep(made(model=MapModel(root="/m", sha256="cd" * 32, blocks=8)))

@@ -22,11 +22,11 @@ from scripts.mini.batched import project, velocity
 from scripts.mini.recipe import Recipe, recipe
 from scripts.mini.recognise import recognise
 from scripts.mini.training import Pace, load, rate
-from wancli.encode import Tokenizer
 from wancli.errors import JobError
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.layers import Mix
+from wancli.tokens import Tokenizer
 
 TINY = Recipe(
     dim=24,

@@ -120,7 +120,9 @@ def test_a_video_of_another_seed_is_in_the_way_and_force_moves_it_aside(
 ) -> None:
     assert render().code == 0
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
-    assert render(seed=1).code == 2
+    said = render(seed=1)
+    assert said.code == 2
+    assert "out/clip.mp4 exists, and is not what this job makes now (made with seed 0, not 1)" in said.err
     assert render("--force", seed=1).code == 0
     second = (tmp_path / "out" / "clip.mp4").read_bytes()
     assert render("--force", seed=1).code == 0

@@ -15,13 +15,13 @@ import pytest
 from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, rule, tiny_job, words, written
 
 from wancli import plan as planning
-from wancli.encode import Tokenizer
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.flags import Flags
 from wancli.inject import Text
 from wancli.jobfile import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.shot import Plan, Shot
+from wancli.tokens import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +239,20 @@ def test_an_embedding_file_must_be_there_be_whole_and_hold_the_index(
     ):
         assert problems(decide, prompt=said) == [f":3: prompt: {problem}"]
     out.write_bytes(out.read_bytes()[:50])
-    with pytest.raises(EntryError, match=r"a.safetensors: not an embedding file of wancli, or damaged"):
-        decide(prompt={"embedding": "a.safetensors"})
+
+    def cut() -> dict[str, Any]:
+        return {"prompt": {"embedding": "a.safetensors"}}
+
+    with pytest.raises(EntryError) as caught:
+        decide(items=[{"id": "a"}, {"id": "b"} | cut(), {"id": "c", "inject": [rule(**cut())]}])
+    why = "'a.safetensors': not an embedding file of wancli, or damaged"
+    assert [line.partition("job.yaml")[2] for line in str(caught.value).splitlines()] == [
+        f":12: items.1.prompt: {why}",
+        f":16: items.2.inject.0.prompt: {why}",
+    ]
+    assert "wancli encode --out" in caught.value.hint
+    found = problems(decide, items=[cut(), {"size": "1x1"}])
+    assert [line.split(": ")[1] for line in found] == ["items.0.prompt", "items.1.size"]
 
 
 # ---- outputs ----
@@ -505,8 +517,11 @@ def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at
     assert problems(decide, model="x" * 300)[0].endswith("is not there")
     assert problems(decide, model="~nosuchuser/x")[0].startswith(":1: model: '~nosuchuser/x': ")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file: truncated or damaged"):
+    with pytest.raises(CheckpointError, match=r"job.yaml:1: model: .*/file: truncated or damaged"):
         decide(model="file")
+    with pytest.raises(CheckpointError, match=r"yaml:\d+: items.1.model: .*: no Wan transformer") as caught:
+        decide(items=[{"id": "a"}, {"id": "b", "model": "."}])
+    assert caught.value.hint.startswith("give an official or a diffusers folder")
 
 
 def test_problems_of_all_items_come_together_and_those_they_share_once(decide: Callable[..., Plan]) -> None:

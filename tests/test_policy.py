@@ -27,12 +27,12 @@ from jobs import (
 )
 
 from wancli import errors, files, video
-from wancli.encode import Tokenizer
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE
 from wancli.policy import Failing, Policy, exit_status, of_flags
 from wancli.stage3 import ways
+from wancli.tokens import Tokenizer
 from wancli.weights import networks
 
 Render = Callable[..., Said]
@@ -376,6 +376,26 @@ def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
     assert report["shots"][1]["error"]["message"].endswith("at last")
     words = ["render", str(job), *flags[:-1], "1-2,4"]
     assert command(capsys, *words).code == 0
+
+
+def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.mp4").write_bytes(b"holiday")
+    many = [{"id": f"{n}", "seed": n} for n in range(3)]
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=many))
+    failing(monkeypatch, video, "write_mp4", {0: errors.FfmpegError("died")})
+    said = command(capsys, "render", job, "--progress", "plain")
+    assert said.code == 3
+    *_, again, taken = said.err.splitlines()
+    assert again == f"again: wancli render {job} --progress plain --items 1"
+    assert taken.startswith("in the way: name another `output`, or move what is there aside: ")
+    way_out = taken.rpartition(": wancli ")[2].split()
+    assert way_out == ["render", str(job), "--progress", "plain", "--items", "0", "--force"]
+    assert command(capsys, *way_out).code == 0
+    said = command(capsys, "render", job, "--set", "seed=9")
+    assert (said.code, "again:" in said.err) == (1, False)
 
 
 def test_two_jobs_in_one_folder_have_a_report_each(

@@ -85,7 +85,7 @@ def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
                 "p.jsonl:1: sed: unknown key; did you mean 'seed'?",
                 "p.jsonl:2: prompt: expected text, got 5; put it in quotes",
                 "p.jsonl:3: inject.0.prompt: is missing",
-                "job.yaml: prompt: is missing",
+                "p.jsonl:4: prompt: is missing",
                 "p.jsonl:4: seed: expected a whole number, got nan",
             ],
         ),

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,10 @@ import torch
 from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
-from wancli.farm.claimfile import stamp
-from wancli.farm.ray import Task, Worker, _error, _match, _plain, _Seat, _told
+from wancli.farm.ray import _match, _received, _Seat
+from wancli.farm.worker import Task, Worker, unwired, wired
+from wancli.flags import NO_FLAGS
+from wancli.force import Force
 from wancli.jobfile import load
 from wancli.plan import plan
 from wancli.shot import Plan
@@ -152,7 +153,7 @@ def test_shots_go_to_the_worker_that_has_their_model() -> None:
 @pytest.mark.parametrize("kind", [NoSpace, InjectionMissed, Bug])
 def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None:
     error = kind("a message", where="a place", hint="a way out")
-    other = _error(json.loads(json.dumps(_plain(error))))
+    other = unwired(json.loads(json.dumps(wired(error))))
     assert (type(other), str(other), other.hint) == (kind, "a place: a message", "a way out")
 
 
@@ -166,7 +167,7 @@ def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
 def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:
     shots = planned(tmp_path, shallow)[1].shots
     told = [{"index": shot.index, "status": "rendered", "error": None, "stack": ""} for shot in shots]
-    for outcome in _told(shots, told):
+    for outcome in _received(shots, told):
         assert (outcome.status, outcome.record) == ("failed", None)
         assert isinstance(outcome.error, MachineError)
         assert "no manifest" in str(outcome.error)
@@ -179,10 +180,10 @@ def test_a_worker_that_is_asked_again_renders_nothing_anew_that_was_forced_alrea
     monkeypatch.chdir(tmp_path)
     job, whole = planned(tmp_path, shallow, video={})
     assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
-    wanted = [[shot.index, shot.key, stamp(shot.manifest)] for shot in whole.shots]
-    task = Task(str(job), str(tmp_path), (), (), None, None, str(warm), False, True, 0, True)
+    keys = {shot.index: shot.key for shot in whole.shots}
+    task = Task(str(job), str(tmp_path), NO_FLAGS, str(warm), False, Force.of(whole.shots), 0, True)
     for status in ("rendered", "already done"):  # by a fresh process, as Ray starts it again
-        said = Worker(asdict(task)).render(wanted)
+        said = Worker(task).render(keys)
         assert (said["raised"], [one["status"] for one in said["outcomes"]]) == (None, [status] * 2)
     videos = [name for name in files_in(tmp_path) if name.endswith(".mp4")]
     assert videos == ["a.mp4", "a.old-1.mp4", "b.mp4", "b.old-1.mp4"]

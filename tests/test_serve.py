@@ -16,35 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked, begin
+from forked import run as wancli
 from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
 
 from wancli import signals
 from wancli.errors import JobError, MachineError
 from wancli.farm import meeting
-from wancli.farm.serve import Server, listening
+from wancli.farm.meeting import listening
+from wancli.farm.serve import Server
 from wancli.loaded import Kept
 from wancli.manifest import read
 
-WANCLI = [sys.executable, "-m", "wancli"]
 LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped on its way
 Done = subprocess.CompletedProcess[str]
-
-
-def wancli(*arguments: object, **options: Any) -> Done:
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True} | options
-    return subprocess.run([*WANCLI, *map(str, arguments)], text=True, timeout=120, **options)
-
-
-def begin(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    program = [*WANCLI, *map(str, arguments)]
-    return subprocess.Popen(
-        program,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
 
 
 def on_its_way(folder: Path) -> None:
@@ -73,13 +58,13 @@ def _pid(path: Path) -> int:
         return meeting.peer(connection)[0]
 
 
-def ended(process: subprocess.Popen[str]) -> Done:
+def ended(process: Forked) -> Done:
     out, err = process.communicate(timeout=60)
     return Done(process.args, as_shells_say(process.returncode), out, err)
 
 
 @contextlib.contextmanager
-def serving(path: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+def serving(path: Path, *options: object) -> Iterator[Forked]:
     with begin("serve", "--socket", path, *options) as server:
         assert server.stderr
         assert re.match(f"wancli serve: at {path}, process {server.pid}\n", server.stderr.readline())
@@ -227,10 +212,8 @@ def test_a_reader_that_went_away_ends_as_it_does_alone(
     for name, more in {"alone": [], "served": ["--socket", there]}.items():
         read, write = os.pipe()
         os.close(read)
-        done = wancli(
-            "render", job(name), "-q", *options, *more, capture_output=False, stdout=write,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        program = [sys.executable, "-m", "wancli", "render", job(name), "-q", *options, *more]
+        done = subprocess.run(program, stdout=write, stderr=subprocess.DEVNULL, timeout=120)
         os.close(write)
         codes.append(done.returncode)
     assert codes == [0, 0]  # what was made is on disk
@@ -363,7 +346,11 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
     assert "stopped by SIGTERM; 1 shot is saved on the way" in done.stderr
     assert "clip.state.safetensors" in files_in(tmp_path)
     nobody = wancli("serve", "--stop", "--socket", path)
-    assert (nobody.returncode, nobody.stderr) == (3, f"wancli: {path}: nobody serves there\n")
+    assert (nobody.returncode, nobody.stderr) == (
+        3,
+        f"wancli: {path}: nobody serves there\n"
+        "  It has ended; or it serves at another place, which --socket PATH names.\n",
+    )
 
 
 # ---- which signals are the server's ----
@@ -560,7 +547,11 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
 ) -> None:
     path = tmp_path / "private" / "s"
     began = wancli("serve", job(), "--socket", path, "--daemonize", "--wait-ready")
-    assert (began.returncode, began.stdout, began.stderr) == (0, "", "")
+    assert (began.returncode, began.stdout) == (0, "")
+    assert began.stderr == (
+        f"wancli serve: serves at {path}; `wancli render --socket {path} JOB` asks it, "
+        f"`wancli serve --stop --socket {path}` ends it\n"
+    )
     try:
         assert wancli("render", job(), "-q", "--socket", path).returncode == 0
         body = read(tmp_path / "out" / "clip.manifest.json")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import WANCLI, run
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
 from wancli import files, space
@@ -128,11 +127,8 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_and_the_next_run_goes_on(
 ) -> None:
     job = written(tmp_path, tiny_job(shallow, frames=17, video={"keep_latents": True}))
 
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    program = [sys.executable, "-m", "wancli", "render", str(job), "-q", "--cache-dir", str(warm)]
-    ended = subprocess.run(program, capture_output=True, text=True, preexec_fn=limited)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    ended = run("render", job, "-q", "--cache-dir", warm, program=limit + WANCLI)
     assert ended.returncode == 3
     assert "File too large" in ended.stderr
     assert list(tmp_path.rglob(".wancli-*")) == []

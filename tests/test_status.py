@@ -84,6 +84,25 @@ def test_a_latent_alone_and_a_video_in_the_way_are_told_apart(
     assert found["a"]["step"] == 4
 
 
+def test_the_videos_of_a_job_that_was_edited_since_are_in_the_way(
+    render: Callable[..., Said], states: Any
+) -> None:
+    assert render(**CHANGES).code == 0
+    found = states("--set", "sampler.shift=4")
+    assert [shot["state"] for shot in found.values()] == ["in the way"] * 3
+
+
+def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_for(
+    render: Callable[..., Said], states: Any, tmp_path: Path
+) -> None:
+    changes = CHANGES | {"video": {"keep_latents": True}}
+    assert render(**changes).code == 0
+    (tmp_path / "out/a.manifest.json").unlink()
+    assert states()["a"]["state"] == "latent only"
+    assert render(**changes).code == 0  # which makes the same bytes, and that is no overwriting
+    assert states()["a"]["state"] == "done"
+
+
 def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job(shallow, **CHANGES))
     shots = plan(load(job), tmp_path / "memo").shots
@@ -114,6 +133,28 @@ def test_the_time_left_counts_what_is_left(
     assert 0 < decode < left()
 
 
+def test_steps_that_are_on_disk_need_no_time_any_more(
+    render: Callable[..., Said],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    warm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = CHANGES | {"items": ITEMS[:1]}
+
+    def left(*options: str) -> float:
+        asked = ["status", tmp_path / "job.yaml", "--json", "--cache-dir", warm]
+        return float(json.loads(command(capsys, *asked, *options).out)["time"]["seconds"])
+
+    assert render(**changes | {"seed": 9, "output": "other/{id}.mp4"}).code == 0  # which tells the rates
+    with monkeypatch.context() as patch:
+        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+        assert render(**changes).code == 75
+    begun, fresh = left(), left("--set", "seed=3")
+    (tmp_path / "out/a.state.safetensors").unlink()
+    assert 0 < begun < left() == pytest.approx(fresh)
+
+
 def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     def row(index: int) -> dict[str, Any]:
         state = status.STATES[index % len(status.STATES)] if index < 100 else "to do"
@@ -136,10 +177,11 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     shown = [*status.lines(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
     assert len(shown) < 25
     assert shown[0].startswith("sweep, 1,000 shots: 15 done, 15 claimed, 14 half done")
-    assert shown[1].startswith("time left: about 2.0 h")
-    assert all(cell_len(line) <= 80 for line in shown[2:]), max(shown[2:], key=cell_len)
-    assert "claimed     by node-17:12345 since 09:00:00" in shown[2]
-    assert shown[-2] == "      and 51 more; --json lists all"
+    assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"
+    assert shown[2].startswith("time left: about 2.0 h")
+    assert all(cell_len(line) <= 80 for line in shown[1:]), max(shown[1:], key=cell_len)
+    assert "claimed     by node-17:12345 since 09:00:00" in shown[3]
+    assert shown[-2] == "      and 52 more; --json lists all"
     assert re.match(r"to do: 6,13,20", shown[-1])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from forked import begin
 from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
 
 from wancli import batch, outcome
@@ -98,6 +99,25 @@ def test_what_was_done_already_is_said_to_be_so(render: Callable[..., Said]) -> 
     assert finished["sha256"] == first[0]["sha256"]
     assert [event["type"] for event in again] == ["plan", "shot-finished", "envelope"]
     assert again[-1]["data"]["counts"]["already_done"] == 1
+
+
+def test_comparing_is_told_and_begins_no_shot_that_is_over(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    for state in ("rendered", "already done"):
+        found = events(render("--json-stream", items=ITEMS, output="out/{id}.mp4", compare=True).out)
+        assert [event["status"] for event in of("shot-finished", found)] == [state] * 2
+        assert len(of("shot-started", found)) == (2 if state == "rendered" else 0)
+        ended = [event for event in of("phase", found) if event["state"] == "end"][-2:]
+        told = [(event["name"], event["done"], event["total"]) for event in ended]
+        assert told == [("compare", 2, 2), ("draw", 2, 2)]
+        (tmp_path / "out/job.compare.json").unlink()
+
+
+def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Said]) -> None:
+    items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="1-1")]}]
+    found = events(render("--json-stream", items=items, output="out/{id}.mp4").out)
+    assert (found[0]["steps"], found[0]["shared_steps"]) == (4, 1)
 
 
 def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,16 +235,9 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
         assert found[-1]["data"]["report"]
 
 
-def test_each_line_is_there_at_once(tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(sampler={"steps": 200}))
-    program = [sys.executable, "-c", "from wancli.cli import main; main()"]
-    environment = os.environ | {"PYTHONPATH": str(Path(outcome.__file__).parents[1])}
-    with subprocess.Popen(
-        [*program, "render", str(job), "--json-stream", "-q"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as running:
+def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
+    job = written(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
+    with begin("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
         assert running.stdout
         lines, asked = [], False
         for line in running.stdout:
@@ -238,8 +251,8 @@ def test_each_line_is_there_at_once(tmp_path: Path) -> None:
     assert of("shot-left", events("".join(lines)))
 
 
-def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job())
+def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Path) -> None:
+    job = written(tmp_path, tiny_job(known))
     program = f"{sys.executable} -c 'from wancli.cli import main; main()'"
     said = subprocess.run(
         ["bash", "-c", f"{program} render {job} --json-stream | true; exit ${{PIPESTATUS[0]}}"],
@@ -252,13 +265,13 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
     assert manifest_of(tmp_path)["key"]
 
 
-def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path) -> None:
+def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, known: Path) -> None:
     root = Path(__file__).parent.parent
     (block,) = re.findall(r"```python\n(.*?)```", (root / "docs/machines.md").read_text(), re.DOTALL)
     program = tmp_path / "wancli"
     program.write_text(f"#!{sys.executable}\nfrom wancli.cli import main\nmain()\n")
     program.chmod(0o755)
-    written(tmp_path, tiny_job())
+    written(tmp_path, tiny_job(known))
     path = f"{tmp_path}:{os.environ['PATH']}"
     said = subprocess.run(
         [sys.executable, "-c", block],

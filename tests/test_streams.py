@@ -42,9 +42,9 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
     ],
 )
 def test_no_stream_that_is_lost_keeps_a_shot_from_being_rendered(
-    tmp_path: Path, line: str, code: int, err: bytes
+    tmp_path: Path, known: Path, line: str, code: int, err: bytes
 ) -> None:
-    written(tmp_path, tiny_job(output="{id}.mp4", items=[{"id": "a"}, {"id": "b", "seed": 1}]))
+    written(tmp_path, tiny_job(known, output="{id}.mp4", items=[{"id": "a"}, {"id": "b", "seed": 1}]))
     done = shell(line, tmp_path)
     assert (done.returncode, done.stderr) == (code, err)
     assert (tmp_path / "a.mp4").exists()
@@ -65,9 +65,9 @@ def test_a_wrong_job_is_told_by_its_code_where_nobody_reads(tmp_path: Path) -> N
     assert shell("wancli render job.yaml 2>&-", tmp_path).returncode == 2
 
 
-def test_a_path_on_stdout_has_the_bytes_of_its_name(tmp_path: Path) -> None:
+def test_a_path_on_stdout_has_the_bytes_of_its_name(tmp_path: Path, known: Path) -> None:
     folder = tmp_path / os.fsdecode(b"u\xff")
-    written(folder, tiny_job(output="a.mp4"))
+    written(folder, tiny_job(known, output="a.mp4"))
     done = shell("wancli render job.yaml | xargs -n 1 stat -c %n", folder)
     assert (done.returncode, done.stdout) == (0, os.fsencode(folder) + b"/a.mp4\n"), done.stderr
     assert b"u\\udcff/job.report.json" in done.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import events, maps, sample, store, video
+from wancli import events, footprint, maps, sample, store, survey, video
 from wancli.embed import embed
+from wancli.errors import DoesNotFit, JobError
 from wancli.inject import Text
 from wancli.jobfile import load
 from wancli.loaded import Networks
+from wancli.memory import Phase
+from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import plan
 from wancli.solvers import State
@@ -202,6 +206,39 @@ def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: 
     assert said.code == 5
     assert "probing needs" in said.err
     assert "Fewer frames" in said.err
+
+
+def asked_of(folder: Path, method: maps.Method, **changes: Any) -> survey.Survey:
+    job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
+    return survey.survey(plan(load(written(folder, job)), folder / "memo"), method, None, None, None)
+
+
+def test_prompts_that_are_to_be_encoded_need_room_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_of(tmp_path, "inject", memory={"budget": "8GiB"})
+    monkeypatch.setattr(footprint, "encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
+    assert survey.riders(asked, encoded=True) == 1
+    with pytest.raises(DoesNotFit, match="probing needs 9"):
+        survey.riders(asked, encoded=False)
+
+
+def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> None:
+    gradient, inject = (asked_of(tmp_path, method, size="256x256") for method in ("gradient", "inject"))
+    wan = gradient.shot.model.checkpoint.transformer
+    streams = wan.num_layers * gradient.shot.tokens * wan.dim * 4
+    assert survey.phase(inject, 1).activation < streams <= survey.phase(gradient, 1).activation
+
+
+@pytest.mark.parametrize(
+    ("kernels", "lacking"),
+    [(Kernels(fp8_matmul=True), "products in fp8"), (Kernels(attention="sage"), "SageAttention")],
+)
+def test_what_no_gradient_goes_back_over_is_named(tmp_path: Path, kernels: Kernels, lacking: str) -> None:
+    asked = asked_of(tmp_path, "gradient")
+    shot = replace(asked.shot, model=replace(asked.shot.model, kernels=kernels))
+    with pytest.raises(JobError, match=f"--method: gradient does not go back over {lacking}"):
+        survey.riders(replace(asked, shot=shot), encoded=True)
 
 
 def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:

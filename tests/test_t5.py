@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from wancli.encode import Dtype, Encoder, load_encoder
+from wancli.embedding import Dtype
+from wancli.encode import Encoder, load_encoder
 from wancli.errors import CheckpointError
 from wancli.memory import Residency
 from wancli.models import t5

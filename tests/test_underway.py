@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import begin
 from jobs import (
     FISH,
     KEPT,
@@ -32,6 +30,7 @@ from jobs import (
 from torch import Tensor
 
 from wancli import encode, video
+from wancli.embedding import Embedding
 from wancli.models.dit import WanModel
 
 Render = Callable[..., Said]
@@ -171,7 +170,7 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
     prompts = [f"A prompt that nobody has asked for, number {n} of the stopped." for n in range(3)]
     real, kept = encode.pack, []
 
-    def pack(embeddings: Sequence[encode.Embedding]) -> bytes:
+    def pack(embeddings: Sequence[Embedding]) -> bytes:
         kept.append(embeddings[0].text)
         if len(kept) == 2:
             signal.raise_signal(signal.SIGTERM)
@@ -281,15 +280,12 @@ def test_a_real_process_ends_in_good_order_and_another_goes_on(
 ) -> None:
     said = {"sampler": {"steps": 60}, "video": KEPT, "frames": 9}
     path = written(tmp_path, tiny_job(shallow, **said))
-    arguments = ["render", str(path), "-q", "--cache-dir", str(warm), "--save-every", "1"]
-    program = "from wancli.cli import main; main()"
-    command = [sys.executable, "-c", program, *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with begin("render", path, "-q", "--cache-dir", warm, "--save-every", "1") as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out/clip.state.safetensors").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(process.pid, number)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert as_shells_say(process.returncode) == code, err
     assert f"stopped by {number.name}" in err

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from jobs import Said, command, forwards, tiny_job, written
 
 from wancli import verify, video
+from wancli.farm import claimfile
 
 COUNT = 12
 SWEEP = {"matrix": {"seed": [*range(COUNT)]}, "output": "out/s{seed}.mp4", "video": {"keep_latents": True}}
@@ -141,11 +143,24 @@ def test_orphans_debris_and_what_was_moved_aside_are_listed_and_no_problem(copy:
     out = copy / "out"
     for name in ("mine.mp4", ".wancli-box-1-abc.tmp", "s1.old-1.mp4", "s1.manifest.old-1.json", "notes.txt"):
         (out / name).write_bytes(b"x")
+    for name in ("job.compare.mp4", "job.compare-2.mp4"):  # shots side by side
+        (out / name).write_bytes(b"x")
     found = verify.folder(out)
     assert found.problems == []
     assert [path.name for path in found.orphans] == ["mine.mp4"]
     assert [path.name for path in found.debris] == [".wancli-box-1-abc.tmp"]
     assert [path.name for path in found.aside] == ["s1.manifest.old-1.json", "s1.old-1.mp4"]
+
+
+def test_claims_of_dead_workers_are_listed_and_those_of_the_living_are_not(copy: Path) -> None:
+    folder = copy / "out" / ".wancli" / "claims"
+    folder.mkdir(parents=True)
+    me = asdict(claimfile.process())
+    claims = {"s1": me, "s2": me | {"born": "1"}, "s3": me | {"host": "elsewhere", "born": "1"}, "gone": {}}
+    for name, body in claims.items():
+        (folder / f"{name}.json").write_text(json.dumps(body))
+    found = verify.folder(copy)
+    assert (found.problems, [path.name for path in found.debris]) == ([], ["s2.json"])
 
 
 def test_a_job_is_checked_against_what_it_says_now(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from wancli import video
+from wancli import ffmpeg, video
 from wancli.errors import FfmpegError, NoSpace, OutputExists
 
 WIDTH, HEIGHT = 64, 48
@@ -272,7 +272,7 @@ def test_an_ffmpeg_without_the_encoder_is_found_out_in_the_preflight(fake_ffmpeg
 def test_the_bundled_ffmpeg_passes_the_preflight_and_tells_its_version():
     video.check_ffmpeg("h264")
     video.check_ffmpeg("h265")
-    assert video.ffmpeg_version() == imageio_ffmpeg.get_ffmpeg_version()
+    assert ffmpeg.version() == imageio_ffmpeg.get_ffmpeg_version()
 
 
 def test_a_video_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path):

@@ -18,6 +18,7 @@ from wancli.experts import Expert, Stage
 from wancli.loaded import Networks
 from wancli.peak import Peak
 from wancli.record import Record
+from wancli.shot import named
 from wancli.solvers import State
 from wancli.tools import Tools
 from wancli.underway import Underway, due, hand_over, save
@@ -108,9 +109,8 @@ def advance(
 
 
 def title(group: Sequence[Underway]) -> str:
-    """What people read of a group: the id of its shot, or how many and which they are."""
-    first, last = group[0].shot.id, group[-1].shot.id
-    return first if len(group) == 1 else f"{len(group)} shots, {first} to {last}"
+    """What people read of a group."""
+    return named([one.shot for one in group])
 
 
 def _riders(group: Sequence[Underway]) -> int:

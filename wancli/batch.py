@@ -15,8 +15,8 @@ from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
 from wancli.pipeline import render_model
 from wancli.policy import Failing
-from wancli.preflight import Found, cached, preflight
-from wancli.shot import Model, Plan, Shot
+from wancli.preflight import Found, cached, finished, preflight
+from wancli.shot import Model, Plan, Shot, named
 from wancli.tools import Tools
 
 
@@ -27,8 +27,6 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     found room there, and Stopped at the end where somebody asked for it before all was done. Elsewhere, where
     the claims do not wait for what other workers are at.
     """
-    if tools.claims:
-        tools.claims.remember(plan.shots)
     found = preflight(plan, tools)
     yield from tallied(_outcomes(plan, found, tools), found.todo, tools)
 
@@ -57,14 +55,8 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> 
 
 
 def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
-    """Of shots that are done, then of those that cannot be, then of the others as they come."""
-    untouched = {shot.index for shot in found.todo} | found.refused.keys()
-    for shot in plan.shots:
-        if shot.index not in untouched:
-            yield Outcome(shot, "already done", manifest.read(shot.manifest))
-    for shot in plan.shots:
-        if shot.index in found.refused:
-            yield Outcome(shot, "failed", error=found.refused[shot.index])
+    """Of shots that are `settled`, then of the others as they come."""
+    yield from settled(plan, found)
     held: list[Shot] = []
     todo: Sequence[Shot] = found.todo
     while todo:
@@ -75,31 +67,51 @@ def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
                         held.append(outcome.shot)
                     else:
                         yield outcome
-        todo = _let_go(held, tools)
-        held = [shot for shot in held if shot.index not in {free.index for free in todo}]
+        free = _let_go(held, tools)
+        held = [shot for shot in held if shot.index not in {one.index for one in free}]
+        todo = []
+        for shot in free:
+            if not tools.force and finished(shot):
+                yield Outcome(shot, "already done", manifest.read(shot.manifest))
+            else:
+                todo.append(shot)
     yield from (Outcome(shot, "elsewhere") for shot in held)
+
+
+def settled(plan: Plan, found: Found) -> Iterator[Outcome]:
+    """Of shots that are done, then of those that cannot be."""
+    untouched = {shot.index for shot in found.todo} | found.refused.keys()
+    for shot in plan.shots:
+        if shot.index not in untouched:
+            yield Outcome(shot, "already done", manifest.read(shot.manifest))
+    for shot in plan.shots:
+        if shot.index in found.refused:
+            yield Outcome(shot, "failed", error=found.refused[shot.index])
+
+
+def several(shots: Sequence[Shot]) -> str:
+    """What people read of shots in the middle of a sentence."""
+    return f"shot {named(shots)}" if len(shots) == 1 else named(shots)
 
 
 def _let_go(held: Sequence[Shot], tools: Tools) -> Sequence[Shot]:
     """Waits until other workers are done with some of these shots, or gave them up; returns those."""
     if not held or tools.claims is None or not tools.claims.waits or tools.stop.asked:
         return []
-    first, last = held[0].id, held[-1].id
-    which = f"shot {first}" if len(held) == 1 else f"{len(held)} shots, {first} to {last}"
     if workers := tools.claims.names(held):
-        tools.progress.note(f"waiting for {which}, rendered by {workers}")
+        tools.progress.note(f"waiting for {several(held)}, rendered by {workers}")
     return tools.claims.wait(held, tools.stop)
 
 
 def _until_settled(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
-    """The shots of a model, those again whose failure may pass. What is tried again goes on from what is on
-    disk, also with --force, and alone, which needs the least memory."""
+    """The shots of a model, those again whose failure may pass: from what is on disk by then, and alone,
+    which needs the least memory."""
     networks = _networks(model, shots, tools)
     tries = 0
     while shots and not tools.stop.asked:
         tries += 1
         again = []
-        for outcome in _until_damage(model, shots, networks, tools, anew=tools.force and tries == 1):
+        for outcome in _until_damage(model, shots, networks, tools):
             if outcome.error and not tools.stop.asked and tools.policy.tries_again(outcome.error, tries):
                 said = f"{outcome.error}; tried again ({tries} of {tools.policy.retries})"
                 tools.progress.warn(f"shot {outcome.shot.id}: {said}")
@@ -128,14 +140,12 @@ def _shots(count: int) -> str:
     return "1 shot is" if count == 1 else f"{count} shots are"
 
 
-def _until_damage(
-    model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools, *, anew: bool
-) -> Iterator[Outcome]:
+def _until_damage(model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools) -> Iterator[Outcome]:
     """Every shot of a model. A checkpoint that turns out to be damaged fails all that are left of them."""
     left = {shot.index: shot for shot in shots}
     broken = Failing()
     try:
-        for outcome in render_model(model, shots, networks, tools, anew=anew):
+        for outcome in render_model(model, shots, networks, tools):
             left.pop(outcome.shot.index)
             yield outcome
     except CheckpointError as error:

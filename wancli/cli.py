@@ -9,9 +9,12 @@ import shlex
 import sys
 import tempfile
 import traceback
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import typer.core
+import typer.main
 
 from wancli import __version__, streams
 from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
@@ -56,6 +59,14 @@ def main() -> None:
     start()
 
 
+@lru_cache(1)
+def _command() -> typer.core.TyperGroup:
+    """The commands with all their options, made once in a process that runs several command lines."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    return command
+
+
 def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
     """Runs one command line and returns its exit code; the only place where errors become codes.
 
@@ -67,7 +78,7 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
         return _refused(error, arguments)
     try:
         invocation = Invocation(kept, began)
-        code = int(app(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
+        code = int(_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
         sys.stdout.flush()
     except WancliError as error:
         return ended(error, arguments)

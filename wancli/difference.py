@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.encode import Embedding
+    from wancli.embedding import Embedding
     from wancli.models.dit import WanModel
     from wancli.models.layers import CrossAttention
 

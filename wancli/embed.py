@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wancli import record
-from wancli.encode import Encoded, encode, load_embedding
+from wancli.embedding import load_embedding
+from wancli.encode import Encoded, encode
 from wancli.errors import JobError
 from wancli.loaded import check_device
 from wancli.peak import Peak

@@ -6,6 +6,7 @@ Convolutions count as the plain network's, though the decoder here multiplies le
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from wancli.inject import Concat, Lerp
@@ -13,7 +14,7 @@ from wancli.memory import upsampled_channels
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 
 if TYPE_CHECKING:
-    from wancli.inject import Expr
+    from wancli.inject import Expr, Table
     from wancli.shot import Shot
 
 
@@ -42,8 +43,16 @@ def of_sampling(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
     wan = shot.model.checkpoint.transformer
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
-    total = len(shot.stages) * sum(of_context(wan, count) for count in rows.values())
-    table, tokens = shot.table, shot.tokens
+    contexts = len(shot.stages) * sum(of_context(wan, count) for count in rows.values())
+    return contexts + _of_steps(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
+
+
+@lru_cache(256)  # the shots of a sweep share tables
+def _of_steps(
+    wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
+) -> int:
+    """The forwards of all steps, for texts of so many rows."""
+    rows, total = dict(text_rows), 0
     for branch in table.branches:
         base = table.base[branch]
         plain = of_forward(wan, tokens, wan.num_layers * rows[base.id])
@@ -53,7 +62,7 @@ def of_sampling(shot: Shot) -> int:
             if id(cells) not in took:
                 read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
                 took[id(cells)] = of_forward(wan, tokens, read)
-                if shot.measure and any(cell != ((base, 1.0),) for cell in cells):
+                if measure and any(cell != ((base, 1.0),) for cell in cells):
                     took[id(cells)] += plain
             total += took[id(cells)]
     return total

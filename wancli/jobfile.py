@@ -5,7 +5,7 @@ Every problem of a file is reported at once, each with file, line, key, value an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def _items(said: Layers, flags: Flags) -> Iterator[Item]:
     sweeps, settings = flags.axes(), flags.settings()
     axes = matrix.axes(structure.get("matrix", {}), structure.get("zip", {}), said, sweeps)
     excluded = matrix.Exclusions(structure.get("exclude", []), said)
+    listed = {key for item in items for key in item.value}
     _refuse_too_many(len(items) * matrix.count(axes), said)
     for setting in settings:
         if any(setting.key == s.key for axis in axes for s in axis[0]):
@@ -97,7 +98,7 @@ def _items(said: Layers, flags: Flags) -> Iterator[Item]:
                     continue
                 one = _named(one, number, combination)
                 one, above = _applied(one, settings)
-                found.append(_validated(one, said.over(item, *layers, *above)))
+                found.append(_validated(one, said.over(item, *layers, *above), item, listed))
             except JobError as error:
                 problems |= dict.fromkeys(str(error).splitlines())
     swept = [sweep[0][0].key for sweep in sweeps]
@@ -147,12 +148,18 @@ def _named(raw: dict[str, Any], number: str, combination: matrix.Combination) ->
     return {**raw, "labels": labels, "id": matrix.shot_id(said, number, combination)}
 
 
-def _validated(raw: dict[str, Any], said: Layers) -> Item:
+def _validated(raw: dict[str, Any], said: Layers, item: Layer, listed: Container[Key]) -> Item:
+    """`listed` are the keys that some item says: one without them is where they are missing."""
+
+    def where(path: tuple[Key, ...], of_key: bool) -> str:
+        owner = said.owner(path)
+        unsaid = not owner.reach(path)[0]
+        return (item if unsaid and path[0] in listed else owner).where(path, of_key=of_key)
+
     try:
         return Item(Job.model_validate(raw), said)
     except ValidationError as error:
-        problems = problems_of(error, lambda path, key: said.owner(path).where(path, of_key=key))
-        raise JobError("\n".join(problems)) from None
+        raise JobError("\n".join(problems_of(error, where))) from None
 
 
 def _refuse_too_many(count: int, said: Layers) -> None:

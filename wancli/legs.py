@@ -56,11 +56,12 @@ class Tree:
         sampler = (shot.solver, shot.steps, shot.shift, shot.measure)
         key: Hashable = (shot.seed, shot.noise, shot.latent_shape, sampler)
         for stage in shot.stages:
+            of_stage = [use for use in shot.loras if use.expert in (None, stage.expert)]
             for step in stage.steps:
                 loras = tuple(
                     (use.sha256, use.strength, use.blocks)
-                    for use in shot.loras
-                    if use.expert in (None, stage.expert) and (use.steps is None or step in use.steps)
+                    for use in of_stage
+                    if use.steps is None or step in use.steps
                 )
                 yield key, rows[step], stage.guidance, loras
                 key = None

@@ -105,6 +105,6 @@ def inside(root: Path, relative: str) -> Path:
             raise JobError(
                 f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
             )
-    if not (root / path).parent.resolve().is_relative_to(root.resolve()):
+    if len(path.parts) > 1 and not (root / path).parent.resolve().is_relative_to(root.resolve()):
         raise JobError(f"a symbolic link leads out of {root}", where=relative)
     return root / path

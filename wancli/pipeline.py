@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from wancli import advance, files, latents, lockstep, manifest, record, underway
 from wancli.embed import embed_each
 from wancli.encode import Encoded
-from wancli.errors import Elsewhere, EntryError, OutputExists, ShotError, Stopped, WancliError
+from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
 from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
 from wancli.peak import fitting, release
 from wancli.policy import Failing
-from wancli.preflight import condition, lacks_effects, unmeasured
+from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.record import Record
 from wancli.shot import Model, Shot
 from wancli.stage3 import finish
@@ -36,26 +36,23 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Means:
     """What the shots of a model are made with: its networks, the embeddings of their prompts by id, and what
-    encoding them took. `anew`: nothing that an earlier run left is gone on from."""
+    encoding them took."""
 
     networks: Networks
     tools: Tools
-    anew: bool
     encoded: dict[str, Encoded] = field(default_factory=dict)
     stage1: Record = field(default_factory=dict)
 
 
-def render_model(
-    model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools, *, anew: bool
-) -> Iterator[Outcome]:
+def render_model(model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools) -> Iterator[Outcome]:
     """Every shot of a model, as they come; of those that other workers hold, that they do.
 
     Raises CheckpointError and NoSpace, with all states on disk that found room there. Where an end is asked
     for, shots that were not begun are left out.
     """
-    recalled = {shot.index for shot in shots if not anew and _recalled(shot)}
+    recalled = {shot.index for shot in shots if _recalled(shot, tools)}
     fresh = [shot for shot in shots if shot.index not in recalled]
-    means = Means(networks, tools, anew)
+    means = Means(networks, tools)
     unencoded: dict[str, Failing] = {}
     attempt = Failing()
     try:
@@ -107,25 +104,21 @@ def _settled(shot: Shot, means: Means) -> Outcome | None:
     aside, for whoever wants to know why."""
     tools = means.tools
     with Failing() as attempt:
-        if not tools.force or (tools.claims and tools.claims.remade(shot)):
-            state, why = condition(shot)
-            if state == "done" and not unmeasured(shot):
-                return Outcome(shot, "already done", manifest.read(shot.manifest))
-            if state == "in the way":
-                raise OutputExists(
-                    f"exists, and is not what this job makes now ({why})", where=str(shot.output)
-                )
-            if state == "damaged":
-                aside = files.set_aside(shot.output, "damaged")
-                files.set_aside(shot.manifest, "damaged")
-                moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
-                tools.progress.warn(f"{shot.output} no longer verifies; {moved}")
+        state, why = standing(shot, tools)
+        if state == "done" and not unmeasured(shot):
+            return Outcome(shot, "already done", manifest.read(shot.manifest))
+        if state == "in the way":
+            raise in_the_way(shot, why)
+        if state == "damaged":
+            aside = files.set_aside(shot.output, "damaged")
+            files.set_aside(shot.manifest, "damaged")
+            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
+            tools.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
         return failed(shot, attempt)
+    latent = _recalled(shot, tools)
     unencoded = any(id not in means.encoded for id in _ids(shot))
-    if unencoded or (not means.anew and _recalled(shot)):
-        return _published(shot, None, means)
-    return None
+    return _published(shot, latent, means) if latent or unencoded else None
 
 
 def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outcome]:
@@ -135,7 +128,7 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
     for shots, ones in zip(wave, begun):
         for shot in shots:
             with Failing() as attempt, fitting("load", f"shot {shot.id}"):
-                ones.append(underway.begin(shot, replace(tools, force=means.anew)))
+                ones.append(underway.begin(shot, tools))
             if attempt.error:
                 yield failed(shot, attempt)
     everyone = [one for group in begun for one in group]
@@ -168,8 +161,8 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
         if attempt.error:
             release()
             underway.fail(together, attempt.error)
-        yield from _told(group, attempt.stack, tools)
-    yield from _told(group, "", tools)
+        yield from _failures(group, attempt.stack, tools)
+    yield from _failures(group, "", tools)
     kept: list[tuple[Shot, tuple[Tensor, Record]]] = []
     for one in group:
         if one.over or one.fork or not _ours(one.shot, tools):
@@ -191,7 +184,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
         yield _published(shot, latent, means)
 
 
-def _told(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outcome]:
+def _failures(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outcome]:
     """Those that failed in their steps. The state of one that met NaN would only lead there again; that of
     another is what the next run goes on from."""
     for one in group:
@@ -208,7 +201,7 @@ def _told(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outco
 
 
 def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -> Outcome:
-    """The video of a latent: the one given, or the one that an earlier run left."""
+    """The video of a latent; None is one that an earlier run left and that is not there any more."""
     networks, tools = means.networks, means.tools
     body = None
     attempt = Failing()
@@ -218,7 +211,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
         if tools.stop.asked:
             raise tools.stop.error("before decoding")
         with attempt, fitting("decode", f"shot {shot.id}"):
-            if latent is None and (latent := _recalled(shot)) is None:
+            if latent is None:
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
             body = finish(*latent, shot.output, networks.vae, tools)
             if not shot.keep_latents:
@@ -236,8 +229,10 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
     return Outcome(shot, "rendered", body)
 
 
-def _recalled(shot: Shot) -> tuple[Tensor, Record] | None:
+def _recalled(shot: Shot, tools: Tools) -> tuple[Tensor, Record] | None:
     """The latent that an earlier run left for this shot, whose video may have changed since."""
+    if tools.force and tools.force.outdated(shot, "latents"):
+        return None
     try:
         z_CTYX, facts = latents.load(shot.latents)
     except EntryError:

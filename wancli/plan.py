@@ -8,16 +8,16 @@ against the model's depth and the schedule, outputs named and checked for collis
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from wancli import baseline, choose, kernels, lockstep, loras, machine, mini, presets
+from wancli import advice, baseline, choose, kernels, lockstep, loras, machine, presets
 from wancli.encode import Encoder
-from wancli.errors import JobError
-from wancli.experts import stages
+from wancli.errors import CheckpointError, EntryError, JobError
+from wancli.experts import Stage, stages
 from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
 from wancli.maps import Shelf
@@ -25,8 +25,8 @@ from wancli.models.variants import Variant
 from wancli.names import output_path, slug
 from wancli.prompts import Prompts
 from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
-from wancli.shot import Interval, Model, Plan, Shot
-from wancli.solvers import SOLVERS, Solver, schedule
+from wancli.shot import Interval, Model, Plan, Prompt, Shot
+from wancli.solvers import SOLVERS, Schedule, Solver, schedule
 from wancli.units import parse_duration, parse_size
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
@@ -39,29 +39,30 @@ def plan(
 
     `memo` remembers the SHA-256 of weight files between runs; block maps are beside it. `unmeasured` asks for
     none: `auto` blocks are all, for whoever is about to measure. Raises JobError with all problems
-    of all shots, or CheckpointError.
+    of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
     located = presets.Locations()
     shelf = Shelf(memo.parent / "maps", open_=unmeasured)
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
-    problems: list[str] = []
-    hints: list[str] = []
+    problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
         try:
             shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure, shelf))
-        except JobError as error:
-            problems += [line for line in str(error).splitlines() if line not in problems]
-            hints += [error.hint] if error.hint and error.hint not in hints else []
+        except (JobError, EntryError) as error:
+            problems.append(error)
     if problems:
-        raise JobError("\n".join(problems), hint="\n".join(hints))
+        lines = dict.fromkeys(line for problem in problems for line in str(problem).splitlines())
+        hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
+        kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
+        raise kind("\n".join(lines), hint="\n".join(hints))
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.chosen)
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
     asked = lockstep.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
-    return Plan(jobs.name, tuple(asked), tuple(_warnings(asked)), others, baseline.decide(jobs, shots))
+    return Plan(jobs.name, tuple(asked), tuple(advice.of_shots(asked)), others, baseline.decide(jobs, shots))
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -124,34 +125,22 @@ def _shot(
     job = item.job
     computing = kernels.said(item)
     dtype = "fp8" if computing.fp8_matmul else job.memory.dtype
-    model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
+    try:
+        model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
     variant = model.checkpoint.variant
-    sampler, kind = job.sampler, SOLVERS[job.sampler.solver]
-    steps = sampler.steps or kind.steps or variant.steps
-    if kind.steps and steps != kind.steps:
-        raise JobError(
-            f"{sampler.solver} has {kind.steps} steps, not {steps}", where=item.where("sampler", "steps")
-        )
-    shift = _first(sampler.shift, kind.shift, variant.shift)
-    guidance, guidance_low = _guidance(item, kind, variant)
-    times = schedule(sampler.solver, steps, shift)
-    parts = stages(times.timesteps, variant.boundary, guidance, guidance_low)
+    way = _way(item, variant)
     width, height = _size(item, variant)
-    prompts = Prompts(item, model)
-    prompt = prompts.get(job.prompt, "prompt")
-    negative = None
-    if any(part.guidance != 1 for part in parts):
-        negative = prompts.negative(job.negative, variant.negative)
-    injected = tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject))
-    transformer = model.checkpoint.transformer
-    depth = transformer.num_layers
-    rules, choices = compiled(item, (prompt, *injected), model, shelf, times.sigmas, parts)
+    prompt, negative, injected = _texts(item, model, guided=any(part.guidance != 1 for part in way.stages))
+    transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
+    rules, choices = compiled(item, (prompt, *injected), model, shelf, sigmas, way.stages)
     lora_paths = [
         presets.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
-    decided = loras.decide(item, lora_paths, fit, depth, times.sigmas, parts)
+    decided = loras.decide(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -167,11 +156,11 @@ def _shot(
         frames=_frames(item, variant),
         seed=job.seed,
         noise=job.noise,
-        solver=sampler.solver,
-        steps=steps,
-        shift=shift,
-        guidance=guidance,
-        guidance_low=guidance_low,
+        solver=job.sampler.solver,
+        steps=way.steps,
+        shift=way.shift,
+        guidance=way.guidance,
+        guidance_low=way.guidance_low,
         fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
@@ -186,6 +175,44 @@ def _shot(
     refuse_rules_without_cells(shot, item)
     refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
+
+
+class _Way(NamedTuple):
+    """From noise to the latent: what the sampler of a job comes to."""
+
+    steps: int
+    shift: float
+    guidance: float
+    guidance_low: float | None
+    schedule: Schedule
+    stages: tuple[Stage, ...]
+
+
+def _way(item: Item, variant: Variant) -> _Way:
+    sampler = item.job.sampler
+    solver = SOLVERS[sampler.solver]
+    steps = sampler.steps or solver.steps or variant.steps
+    if solver.steps and steps != solver.steps:
+        raise JobError(
+            f"{sampler.solver} has {solver.steps} steps, not {steps}", where=item.where("sampler", "steps")
+        )
+    shift = _first(sampler.shift, solver.shift, variant.shift)
+    guidance, low = _guidance(item, solver, variant)
+    times = schedule(sampler.solver, steps, shift)
+    parts = stages(times.timesteps, variant.boundary, guidance, low)
+    return _Way(steps, shift, guidance, low, times, parts)
+
+
+def _texts(item: Item, model: Model, *, guided: bool) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
+    """The prompt, the negative one where guidance needs it, and the injected ones."""
+    job, prompts = item.job, Prompts(item, model)
+    prompt = prompts.get(job.prompt, "prompt")
+    negative = prompts.negative(job.negative, model.checkpoint.variant.negative) if guided else None
+    return (
+        prompt,
+        negative,
+        tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
+    )
 
 
 def _interval(item: Item) -> Interval:
@@ -270,42 +297,6 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
                 hint="Put {item}, {id} or {seed} into the output template.",
             )
         seen[folded] = shot
-
-
-def _warnings(shots: Sequence[Shot]) -> Iterator[str]:
-    """One line for all shots that share a warning."""
-    of: dict[str, list[str]] = {}
-    for shot in shots:
-        for warning in dict.fromkeys(_warnings_of(shot)):
-            of.setdefault(warning, []).append(shot.id)
-    for warning, ids in of.items():
-        rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
-        yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
-
-
-def _warnings_of(shot: Shot) -> Iterator[str]:
-    for text in shot.texts:
-        if text.tokens.truncated:
-            lost = text.tokens.full_length - len(text.tokens.ids)
-            yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
-    if shot.model.checkpoint.root == mini.FOLDER:
-        words = [
-            word for text in shot.texts if not text.file for word in mini.unknown_words(text.tokens.pieces)
-        ]
-        if words:
-            yield f"{', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
-    for rule, text in zip(shot.rules, shot.injected):
-        if not rule.on:
-            yield "an injection has strength 0 and changes nothing"
-        if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
-            yield "the injected prompt is the main prompt; nothing will change"
-    for choice in shot.choices:
-        if choice.of_others:
-            yield f"{choice.said} goes by {choice.by}, which is of {choice.of_others}"
-    yield from loras.warnings(shot.loras)
-    guidance = max(stage.guidance for stage in shot.stages)
-    if shot.solver == "distill4" and guidance != 1:
-        yield f"distilled models want guidance 1; {guidance:g} blurs"
 
 
 def _first(*values: float | None) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import choose, files, kernels, latents, lockstep, machine, manifest, space, video
+from wancli import changed, choose, files, kernels, latents, lockstep, machine, manifest, space, video
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.loaded import check_device, check_weights
 from wancli.record import Record
@@ -62,15 +62,27 @@ def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError
     todo: list[Shot] = []
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
-        state, why = ("to do", "") if tools.force else condition(shot)
+        state, why = standing(shot, tools)
         if state == "in the way":
-            message = f"{shot.output} exists, and is not what this job makes now ({why})"
-            refused[shot.index] = OutputExists(message, hint="--force moves it aside; or change `output`.")
+            refused[shot.index] = in_the_way(shot, why)
         elif state != "done" or unmeasured(shot):
             todo.append(shot)
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
+
+
+def standing(shot: Shot, tools: Tools) -> tuple[Condition, str]:
+    """The condition of a shot, to a render; with --force what lay there before is neither done nor in the
+    way."""
+    if tools.force and tools.force.outdated(shot, "manifest"):
+        return "to do", ""
+    return condition(shot)
+
+
+def in_the_way(shot: Shot, why: str) -> OutputExists:
+    message = f"{shot.output} exists, and is not what this job makes now ({why})"
+    return OutputExists(message, hint="--force moves it aside; or change `output`.")
 
 
 def condition(shot: Shot) -> tuple[Condition, str]:
@@ -79,6 +91,8 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     `damaged` is one of this very shot, by its manifest, that no longer verifies: it may be made anew once it
     is moved aside. `in the way` is everything else.
     """
+    if not os.path.lexists(shot.output) and not shot.manifest.exists():
+        return "to do", "no manifest"  # most of a fresh batch, whose keys are slow to compute
     wrong = manifest.problems(shot.output, shot.key)
     if not wrong:
         return "done", ""
@@ -88,7 +102,12 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     if not manifest.problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
     ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
-    return ("damaged" if ours else "in the way"), why
+    return ("damaged", why) if ours else ("in the way", changed.why(shot) or why)
+
+
+def finished(shot: Shot) -> bool:
+    """Whether there is nothing to do for it."""
+    return condition(shot)[0] == "done" and not unmeasured(shot)
 
 
 def _claims(shot: Shot) -> bool:

@@ -9,7 +9,7 @@ from wancli.errors import JobError
 from wancli.extends import named
 from wancli.layers import Layer, Source
 from wancli.matrix import MAX_SHOTS
-from wancli.yamlfile import plain_text
+from wancli.yamlfile import Key, plain_text
 
 MAX_BYTES = 16 * 1024 * 1024
 
@@ -32,7 +32,9 @@ def read(name: str, by: Layer, where: str) -> list[Layer]:
         except JobError as error:
             problems.append(str(error))
             continue
-        layers.append(Layer(Source(shown, {(key,): number for key in value}), path.parent, value))
+        # Also the place of a prompt that is missing.
+        lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
+        layers.append(Layer(Source(shown, lines), path.parent, value))
     if len(layers) > MAX_SHOTS:
         raise JobError(f"holds {len(layers):,} prompts; {MAX_SHOTS:,} at most", where=shown)
     if problems:

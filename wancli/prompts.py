@@ -7,11 +7,12 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from wancli import presets
-from wancli.encode import Tokenizer, Tokens, describe
-from wancli.errors import JobError
+from wancli.embedding import describe
+from wancli.errors import EntryError, JobError
 from wancli.job import EmbeddingFile
 from wancli.jobfile import Item
 from wancli.shot import Model, Prompt
+from wancli.tokens import Tokenizer, Tokens
 
 
 class Prompts:
@@ -48,7 +49,11 @@ class Prompts:
             payload = path.read_bytes()
         except OSError as error:
             raise JobError(f"{said.embedding!r} cannot be read: {error.strerror}", where=where) from None
-        found = describe(payload, str(path))
+        try:
+            found = describe(payload)
+        except EntryError as error:
+            hint = "`wancli encode --out FILE` writes one."
+            raise EntryError(f"{said.embedding!r}: {error.message}", where=where, hint=hint) from None
         if said.index >= len(found):
             raise JobError(
                 f"{said.embedding!r} holds {len(found)} embeddings; {said.index} is not one", where=where

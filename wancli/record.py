@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import __version__, footprint, kernels, video
+from wancli import __version__, ffmpeg, footprint, kernels
 from wancli.manifest import canonical
 from wancli.peak import Peak
 from wancli.shot import Prompt, Shot
@@ -196,7 +196,7 @@ def versions() -> dict[str, str]:
         "wancli": __version__,
         "python": platform.python_version(),
         **libraries,
-        "ffmpeg": video.ffmpeg_version(),
+        "ffmpeg": ffmpeg.version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "platform": sys.platform,
     }

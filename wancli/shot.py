@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from wancli import footprint
-from wancli.encode import Encoder, Tokens
+from wancli.encode import Encoder
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.legs import Fork
@@ -22,6 +22,7 @@ from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.names import slug
 from wancli.solvers import Schedule, schedule
+from wancli.tokens import Tokens
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse
 
@@ -267,6 +268,12 @@ class Plan:
         if len(name) > _NAME_BYTES:
             return folder / f"{slug(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
         return folder / f"{self.name}.{suffix}"
+
+
+def named(shots: Sequence[Shot]) -> str:
+    """What people read of shots: the id of one, or how many and which they are."""
+    first, last = shots[0].id, shots[-1].id
+    return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
 
 
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.

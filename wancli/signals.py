@@ -2,14 +2,14 @@
 
 Whoever works looks at it where stopping loses nothing: between steps, prompts and chunks of frames. A
 second signal ends the process at once, with 128 + its number, as the shell says of a killed one; ffmpeg is
-on a leash (`wancli.video`) and dies with it, and what is on disk is whole (`wancli.files`).
+on a leash (`wancli.ffmpeg`) and dies with it, and what is on disk is whole (`wancli.files`).
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Literal, cast
@@ -50,13 +50,8 @@ def listening() -> Iterator[Stop]:
             os._exit(128 + number)
         stop.reason = cast("Reason", signal.Signals(number).name)
 
-    heeded = [number for number in _HEARD if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, heard) for number in heeded}
-    try:
+    with _heeded(_HEARD, heard):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -67,7 +62,14 @@ def unwinding() -> Iterator[None]:
     def heard(number: int, _: FrameType | None) -> None:
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    with _heeded((signal.SIGTERM, signal.SIGUSR1), heard):
+        yield
+
+
+@contextmanager
+def _heeded(
+    numbers: Sequence[signal.Signals], heard: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, heard) for number in heeded}
     try:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import choose, embed, footprint, mini, presets
-from wancli.encode import Encoded, Tokenizer, describe, save_embeddings
+from wancli.embedding import describe, save_embeddings
+from wancli.encode import Encoded
 from wancli.errors import JobError, OutputExists
 from wancli.flags import NO_FLAGS, Flags
 from wancli.jobfile import JobFile, load, parse
 from wancli.loaded import Networks
 from wancli.plan import model_at, plan
 from wancli.shot import Model, Prompt
+from wancli.tokens import Tokenizer
 from wancli.tools import Tools
 
 if TYPE_CHECKING:

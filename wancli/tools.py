@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wancli.events import Progress
 from wancli.farm.claims import Claims
+from wancli.force import Force
 from wancli.policy import Policy
 from wancli.signals import Stop
 from wancli.store import Store
@@ -22,7 +23,7 @@ class Tools:
 
     store: Store | None
     progress: Progress
-    force: bool = False
+    force: Force | None = None  # None: what is done stays
     stop: Stop = field(default_factory=Stop)
     policy: Policy = field(default_factory=Policy)
     claims: Claims | None = None  # of this worker; None where nobody else is at work

@@ -69,13 +69,16 @@ class Underway:
 
 def begin(shot: Shot, tools: Tools) -> Underway:
     """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
-    job's, and with `force` any, is moved aside."""
+    job's, and with --force one of before, is moved aside."""
+    if tools.force and tools.force.outdated(shot, "state"):
+        files.set_aside(shot.state)
+        return Underway(shot)
     try:
         state, facts = latents.load_state(shot.state)
-        if tools.force or not _of(shot, facts):
+        if not _of(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
-        if files.set_aside(shot.state) and not tools.force:
+        if files.set_aside(shot.state):
             tools.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import latents, manifest, video
 from wancli.errors import EntryError, FfmpegError
+from wancli.farm import claimfile
+from wancli.farm.claims import claim_path
 
 if TYPE_CHECKING:
     from wancli.shot import Shot
@@ -41,7 +43,7 @@ class Verdict:
     missing: list[Path] = field(default_factory=list)  # of a job: what was not rendered yet
     orphans: list[Path] = field(default_factory=list)  # videos without a manifest
     aside: list[Path] = field(default_factory=list)  # what --force, or damage, moved aside
-    debris: list[Path] = field(default_factory=list)  # what dead processes left
+    debris: list[Path] = field(default_factory=list)  # what dead processes left, claims among it
 
     def as_dict(self) -> dict[str, Any]:
         """`wancli check --json`."""
@@ -56,7 +58,9 @@ class Verdict:
 def folder(root: Path, *, deep: bool = False) -> Verdict:
     """Everything below a folder. `deep` also decodes every video, and counts its frames."""
     root = root.resolve()
-    return _verdict(list(_walk(root)), {}, lambda path: path.is_relative_to(root), deep)
+    found = _verdict(list(_walk(root)), {}, lambda path: path.is_relative_to(root), deep)
+    found.debris += _dead(sorted(root.rglob(".wancli/claims/*.json")))
+    return found
 
 
 def shots(all_of: Iterable[Shot], *, deep: bool = False) -> Verdict:
@@ -67,7 +71,14 @@ def shots(all_of: Iterable[Shot], *, deep: bool = False) -> Verdict:
     # The report is in the folder that all of them share.
     above = {Path(os.path.commonpath(folders)), *folders}
     paths = sorted({path for one in above if one.is_dir() for path in one.iterdir() if path.is_file()})
-    return _verdict(paths, expected, lambda path: path in expected, deep)
+    found = _verdict(paths, expected, lambda path: path in expected, deep)
+    found.debris += _dead(map(claim_path, expected.values()))
+    return found
+
+
+def _dead(claims: Iterable[Path]) -> list[Path]:
+    """Those whose workers are known to be gone: of this host."""
+    return [path for path in claims if (seen := claimfile.look(path)) and claimfile.gone(seen)]
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -1,9 +1,10 @@
-"""How soon the first step is over: a process of its own, and a render by a server that has the model.
+"""How soon a render begins: a process of its own, and one by a server that has the model.
 
     python -m scripts.bench.serve [--repeats 5]
 
-wan-mini, one frame of 128x128, prompts in the cache. As the command counts it: from the start of its process
-to the end of its first step; and the whole command, 2 steps and decoding included. In turn, medians.
+wan-mini, one frame of 128x128, prompts in the cache. From the start of the command's process, by its events:
+until sampling begins, until its first step is over, and until all of it is, 2 steps and decoding. In turn,
+medians.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 from scripts.bench.startup import WANCLI, _run
@@ -27,13 +29,20 @@ size: 128x128
 seed: 3
 sampler: {steps: 2}
 """
+WHAT = ("until sampling begins", "until its first step is over", "the whole command")
 
 
-def measured(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds to the first step and to the end."""
-    start = time.perf_counter()
-    report = _run(["render", *arguments, "-q", "--force", "--json"], environment)
-    return float(json.loads(report)["first_step_after"]), time.perf_counter() - start
+def measured(arguments: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds of each of WHAT."""
+    start = time.time()
+    said = _run(["render", *arguments, "-q", "--force", "--json-stream"], environment)
+    end = time.time()
+    events = [json.loads(line) for line in said.splitlines()]
+    sampling = [event for event in events if event.get("name") == "sample"]
+    begins = next(event for event in sampling if event["type"] == "phase")
+    first = next(event for event in sampling if event["type"] == "step")
+    begun, stepped = (datetime.fromisoformat(event["time"]).timestamp() for event in (begins, first))
+    return begun - start, stepped - start, end - start
 
 
 def main() -> None:
@@ -55,7 +64,7 @@ def main() -> None:
             ]
         finally:
             subprocess.run([*server[:-3], "--stop", "--socket", socket], env=environment, check=True)
-    for index, what in enumerate(("process start to first step", "the whole command")):
+    for index, what in enumerate(WHAT):
         alone, second = (statistics.median(pair[who][index] for pair in found) for who in (0, 1))
         print(
             f"{what}: alone {alone:.2f} s, by the server {second:.2f} s, {alone / second:.1f} times as soon"

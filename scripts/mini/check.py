@@ -16,8 +16,8 @@ from scripts.mini.recipe import Recipe
 from scripts.mini.recognise import recognise
 from scripts.mini.training import load
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Grid, draw_all, random_scene
-from wancli.encode import Tokenizer
 from wancli.models.vae import WanVAE
+from wancli.tokens import Tokenizer
 
 GRID: Grid = (9, 64, 64)
 

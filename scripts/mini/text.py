@@ -24,9 +24,9 @@ from scripts.mini.recipe import Recipe
 from scripts.mini.training import State, adamw, rate, rng_of, set_rate
 from scripts.mini.world import ATTRIBUTES, random_scene
 from wancli import files
-from wancli.encode import Tokenizer
 from wancli.models import t5
 from wancli.models.config import T5Config
+from wancli.tokens import Tokenizer
 from wancli.weights.names import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
 
 if TYPE_CHECKING:

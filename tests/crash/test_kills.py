@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from batch import LONG, Rig
+from forked import Forked, begin
 
 KILLS = 100 if LONG else 10
 PARTS = 2
-PROGRAM = "import torch; torch.set_num_threads(1); from wancli.cli import main; main()"
 
 
 def ffmpegs(folder: Path) -> list[int]:
@@ -39,7 +38,7 @@ def wait_for(what: Callable[[], object], seconds: float = 600) -> None:
         time.sleep(0.002)
 
 
-def meets(process: subprocess.Popen[str], latent: Path, home: Path) -> bool:
+def meets(process: Forked, latent: Path, home: Path) -> bool:
     """Whether ffmpeg works on the video of this latent, or all is over."""
     return process.poll() is not None or (latent.exists() and bool(ffmpegs(home)))
 
@@ -49,12 +48,9 @@ def test_a_killed_run_leaves_no_orphan_and_nothing_torn_and_the_next_one_finishe
     long_rig: Rig, part: int
 ) -> None:
     draw, wrong, alive = random.Random(part), [], 0
-    command = [sys.executable, "-c", PROGRAM, *long_rig.arguments]
     for number in range(KILLS // PARTS):
         long_rig.reset()
-        with subprocess.Popen(
-            command, env=long_rig.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
+        with begin(*long_rig.arguments, env=long_rig.environment, stderr=subprocess.DEVNULL) as process:
             assert process.stdout
             if number % 2:  # while ffmpeg works on the first video, or the second
                 latent = long_rig.latent(draw.choice("ab"))

@@ -31,11 +31,13 @@ def decode_command(
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
     from wancli import events, manifest, stage3
+    from wancli.force import Force
     from wancli.tools import Tools
 
     hush(quiet)
     display = events.progress(sys.stderr, "none" if quiet else progress.value)
-    path = stage3.decode_file(latents, output, model, memo_of(None), Tools(None, display, force))
+    tools = Tools(None, display, Force.of(()) if force else None)
+    path = stage3.decode_file(latents, output, model, memo_of(None), tools)
     if as_json:
         body = manifest.read(manifest.manifest_path(path)) or {}
         emit({"schema": "wancli/decode/1", "output": str(path), "manifest": body})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +21,7 @@ from wancli.events import printable
 if TYPE_CHECKING:
     from wancli.farm.daemon import Background
     from wancli.flags import Flags
+    from wancli.jobfile import Item
 
 
 def serve(
@@ -76,6 +78,8 @@ def serve(
     if daemonize:
         found = daemon.detached(path.with_name(path.name + ".log"), wait=wait_ready)
         if not isinstance(found, daemon.Background):
+            if found is ExitStatus.OK:
+                _say_where(path, socket, ready=wait_ready)
             return found
         background = found
     try:
@@ -87,6 +91,15 @@ def serve(
     return ExitStatus.OK
 
 
+def _say_where(path: Path, said: str, *, ready: bool) -> None:
+    """Of a server in the background, for who started it: where it is, how it is asked and how it ends."""
+    place = f"--socket {shlex.quote(said)}"
+    state = "serves" if ready else "is starting, with a log beside it,"
+    ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
+    how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
+    print(printable(f"wancli serve: {state} at {path}; {how}"), file=sys.stderr)
+
+
 def _serve(
     path: Path,
     job: str | None,
@@ -96,7 +109,8 @@ def _serve(
     background: Background | None,
 ) -> None:
     from wancli.cli import run
-    from wancli.farm.serve import Server, listening, prepare, reserved
+    from wancli.farm.meeting import listening, reserved
+    from wancli.farm.serve import Server, prepare
     from wancli.loaded import Kept
 
     kept = Kept()
@@ -117,7 +131,10 @@ def _serve(
 export = typer.Typer(help="Write a job for a scheduler, to stdout.", rich_markup_mode=None)
 # What these do not know themselves are options of `wancli render`.
 _PASSING = {"allow_extra_args": True, "ignore_unknown_options": True}
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each task; 0 asks for none.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(min=0, help="GPUs of each task. Default: 1, or 0 where memory.device of all shots is cpu."),
+]
 
 
 @export.command("slurm", context_settings=_PASSING)
@@ -125,7 +142,7 @@ def slurm_command(
     context: typer.Context,
     job: JobArgument,
     shards: Annotated[int, typer.Option(min=1, help="Tasks of the array; each renders a part.")] = 1,
-    gpus: Gpus = 1,
+    gpus: Gpus = None,
     time: Annotated[str, typer.Option(help="How long a task may take before it queues again.")] = "8:00:00",
     cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each task.")] = None,
     mem: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of each task: 64G.")] = None,
@@ -140,13 +157,14 @@ def slurm_command(
     from wancli.farm.slurm import Wanted, script
 
     path, flags, _ = _checked(job, context.args, "--shard")
-    if shards > (count := len(flags.chosen(_shots(path, flags)))):
+    shots = _shots(path, flags)
+    if shards > (count := len(shots)):
         raise JobError(f"{shards} is more than there are shots ({count})", where="--shards")
     for flag, said in (("--time", time), ("--mem", mem or "0")):
         if not re.fullmatch(r"[0-9:.-]+[KMGT]?", said):
             raise JobError(f"{said!r} is nothing that Slurm reads", where=flag, hint="8:00:00, or 64G.")
     command = [_wancli(), "render", str(path), "--progress", "plain", *context.args]
-    wanted = Wanted(shards, gpus, time, cpus, mem, margin)
+    wanted = Wanted(shards, _gpus_of(shots) if gpus is None else gpus, time, cpus, mem, margin)
     print(script(command, Path.cwd(), path.stem, wanted), end="")
 
 
@@ -154,7 +172,7 @@ def slurm_command(
 def openjd_command(
     context: typer.Context,
     job: JobArgument,
-    gpus: Gpus = 1,
+    gpus: Gpus = None,
     at_once: Annotated[int, typer.Option(min=1, help="Shots of a task, which share the most work.")] = 1,
     items: Items = None,
 ) -> None:
@@ -165,8 +183,9 @@ def openjd_command(
     from wancli.farm.openjd import template
 
     path, flags, cache = _checked(job, context.args, "--shard", "--items")
-    count = _shots(path, replace(flags, items=items))
-    chosen = items or f"0-{count - 1}"
+    shots = _shots(path, replace(flags, items=items))
+    chosen = items or f"0-{len(shots) - 1}"
+    gpus = _gpus_of(shots) if gpus is None else gpus
     served = [word for said in flags.sets for word in ("--set", said)]
     served += ["--cache-dir", str(cache)] if cache else []
     text = template(_wancli(), path, chosen, served, context.args, name=path.stem, gpus=gpus, at_once=at_once)
@@ -197,13 +216,17 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Pat
     return Path(job).resolve(), flags, given["cache_dir"]
 
 
-def _shots(job: Path, flags: Flags) -> int:
-    """How many the job has. Raises JobError for what is wrong with it, and for items that are not there."""
+def _shots(job: Path, flags: Flags) -> list[Item]:
+    """Those that are asked for. Raises JobError for what is wrong with the job, and for items that are not
+    there."""
     from wancli.jobfile import load
 
-    count = len(load(job, replace(flags, items=None)).items)
-    flags.chosen(count)
-    return count
+    jobs = load(job, flags)
+    return [jobs.items[index] for index in jobs.chosen]
+
+
+def _gpus_of(shots: list[Item]) -> int:
+    return int(any(item.job.memory.device != "cpu" for item in shots))
 
 
 def _wancli() -> str:

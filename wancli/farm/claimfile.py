@@ -75,14 +75,6 @@ def look(path: Path) -> Seen | None:
     return Seen(touched, body if isinstance(body, dict) else {})
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
-    """The same as long as a file is the same; None where there is none."""
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns
-    return None
-
-
 def new(path: Path) -> int:
     """A file that was not there. Its folder may go at any time: with the last claim of another worker."""
     for _ in range(100):

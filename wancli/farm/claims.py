@@ -19,7 +19,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli import files
-from wancli.farm.claimfile import Holder, Seen, gone, look, new, process, stamp
+from wancli.farm.claimfile import Holder, Seen, gone, look, new, process
 
 if TYPE_CHECKING:
     from wancli.shot import Shot
@@ -68,22 +68,13 @@ class Claims:
     What is still held at the end is released.
     """
 
-    def __init__(
-        self,
-        beat: float = BEAT,
-        stale: int = STALE,
-        waits: bool = True,
-        before: Mapping[Path, tuple[int, int] | None] | None = None,
-    ) -> None:
-        """`before`: manifests as they were when another process began what this one is a part of."""
-        self._given = before or {}
+    def __init__(self, beat: float = BEAT, stale: int = STALE, waits: bool = True) -> None:
         self._beat, self._stale = beat, stale
         self.waits = waits  # for shots of others, when nothing else is left
         self._me = process()
         self._held: dict[Path, str] = {}  # path to the token in the file
         self._made: set[str] = set()  # every token of ours
         self._watched: dict[Path, _Watch] = {}  # claims of others
-        self._before: dict[Path, tuple[int, int] | None] = {}  # manifests as they were at first
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -149,16 +140,6 @@ class Claims:
             if len(held) < len(shots):
                 return [shot for shot in shots if shot.index not in held]
         return []
-
-    def remember(self, shots: Iterable[Shot]) -> None:
-        """Notes which manifests there are, for `remade()`."""
-        self._before |= {shot.manifest: stamp(shot.manifest) for shot in shots}
-        self._before |= self._given
-
-    def remade(self, shot: Shot) -> bool:
-        """Whether another worker has written the manifest since: where all are told to render again, each
-        shot is rendered again once."""
-        return stamp(shot.manifest) != self._before.get(shot.manifest)
 
     def beat(self) -> None:
         """Touches what is held, and counts how long others have not touched what they hold."""

@@ -7,6 +7,7 @@ standard streams and what it asks for, and later `{"signal": NAME}`; the server 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,57 @@ def make_private(folder: Path) -> None:
     except OSError as error:
         raise MachineError(f"cannot be made: {error.strerror}", where=str(folder)) from error
     private(folder)
+
+
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """While the block runs no other server takes this socket. Raises MachineError where one has."""
+    make_private(path.parent)
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise MachineError(
+            "another server is there" if isinstance(error, BlockingIOError) else str(error.strerror),
+            where=str(path),
+            hint="wancli serve --stop ends it; --socket DIR/NAME names another place.",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """The socket of a place that is `reserved`, for its user alone; it goes with the block. Raises
+    MachineError where something else is there."""
+    _clear(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Removes the socket of a server that died."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise MachineError(
+            "is there, and is no socket", where=str(path), hint="--socket names another place."
+        )
+    path.unlink()
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:

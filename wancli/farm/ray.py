@@ -1,9 +1,8 @@
 """`--engine ray`: workers on a Ray cluster, each an actor that holds the networks of one model.
 
-The driver sends a worker the indices of shots that go together (`wancli.lockstep`), to one that has their
-model if there is one, and gets back what became of each: small records. What they made is on the disk that
-all share, and read from there. Claims (`wancli.farm.claims`) keep two from doing one thing, so that Ray may
-start a dead worker again and repeat what it was at: it goes on from the states on disk.
+This is the driver. It sends a worker (`wancli.farm.worker`) the indices of shots that go together
+(`wancli.lockstep`), one that has their model if there is one, and gets back what became of each: small
+records. What they made is on the disk that all share, and read from there.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli import lockstep, manifest
-from wancli.batch import render as render_here
-from wancli.batch import tallied
-from wancli.errors import MachineError, Stopped, WancliError
-from wancli.farm.claimfile import stamp
+from wancli.batch import settled, several, tallied
+from wancli.errors import MachineError, WancliError
+from wancli.farm.worker import Task, Worker, unwired
 from wancli.outcome import Outcome
-from wancli.preflight import outputs
+from wancli.preflight import Found, outputs
 from wancli.record import Record
-from wancli.signals import Stop
 
 if TYPE_CHECKING:
     from wancli.shot import Model, Plan, Shot
@@ -36,23 +32,6 @@ if TYPE_CHECKING:
 
 _RESTARTS, _TASK_RETRIES = 3, 2
 _PAUSE = 0.2  # seconds between two looks for signals
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every worker plans and renders for itself: a job file and the flags, as they were given."""
-
-    job: str
-    folder: str  # where the command was given: relative paths begin there
-    sets: tuple[str, ...]
-    sweeps: tuple[str, ...]
-    items: str | None
-    shard: str | None
-    cache: str
-    measure: bool
-    force: bool
-    retries: int
-    waits: bool
 
 
 @dataclass(frozen=True)
@@ -64,35 +43,21 @@ class Cluster:
     cpus_per_worker: int | None = None
 
 
-# ---- the driver ----
-
-
 def render(plan: Plan, tools: Tools, task: Task, cluster: Cluster) -> Iterator[Outcome]:
     """As `batch.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
     cluster cannot be reached, and where all workers died for good."""
     todo, refused = outputs(plan, tools)
-    return tallied(_outcomes(plan, todo, refused, tools, task, cluster), todo, tools)
+    found = Found(tuple(todo), refused)
+    return tallied(_outcomes(plan, found, tools, task, cluster), todo, tools)
 
 
-def _outcomes(
-    plan: Plan,
-    todo: Sequence[Shot],
-    refused: dict[int, WancliError],
-    tools: Tools,
-    task: Task,
-    cluster: Cluster,
-) -> Iterator[Outcome]:
-    left = {shot.index for shot in todo}
-    for shot in plan.shots:
-        if shot.index in refused:
-            yield Outcome(shot, "failed", error=refused[shot.index])
-        elif shot.index not in left:
-            yield Outcome(shot, "already done", manifest.read(shot.manifest))
-    models = dict.fromkeys(shot.model for shot in todo)
+def _outcomes(plan: Plan, found: Found, tools: Tools, task: Task, cluster: Cluster) -> Iterator[Outcome]:
+    yield from settled(plan, found)
+    models = dict.fromkeys(shot.model for shot in found.todo)
     waves = [
         [shot for group in wave for shot in group]
         for model in models
-        for wave in lockstep.waves([shot for shot in todo if shot.model == model])
+        for wave in lockstep.waves([shot for shot in found.todo if shot.model == model])
     ]
     if waves:
         with redirect_stdout(_Stdout()):
@@ -154,7 +119,6 @@ def _spread(
     ray: Any, waves: list[list[Shot]], tools: Tools, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
     """Sends waves to workers until all are done, or an end is asked for; workers save their states then."""
-    before = {shot.index: stamp(shot.manifest) for wave in waves for shot in wave}
     idle = _hired(ray, waves, task, cluster)
     count = len(idle)
     busy: dict[Any, tuple[_Seat, list[Shot]]] = {}
@@ -162,20 +126,19 @@ def _spread(
     while busy or (waves and not (ending or tools.stop.asked)):
         while idle and waves and not (ending or tools.stop.asked):
             seat, wave = _match(idle, waves)
-            tools.progress.note(f"{_title(wave)}: to worker {seat.number} of {count}")
-            wanted = [[shot.index, shot.key, before[shot.index]] for shot in wave]
-            busy[seat.actor.render.remote(wanted)] = seat, wave
+            tools.progress.note(f"{several(wave)}: to worker {seat.number} of {count}")
+            busy[seat.actor.render.remote({shot.index: shot.key for shot in wave})] = seat, wave
         for done in ray.wait(list(busy), timeout=_PAUSE)[0]:
             seat, wave = busy.pop(done)
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError:
-                tools.progress.warn(f"worker {seat.number} died for good; {_title(wave)} goes to another")
+                tools.progress.warn(f"worker {seat.number} died for good; {several(wave)} goes to another")
                 waves.insert(0, wave)
                 continue
             idle.append(seat)
-            yield from _told(wave, result["outcomes"])
-            ending = ending or (_error(result["raised"]) if result["raised"] else None)
+            yield from _received(wave, result["outcomes"])
+            ending = ending or (unwired(result["raised"]) if result["raised"] else None)
         if not (idle or busy):
             raise MachineError(
                 f"all {count} workers died",
@@ -206,35 +169,24 @@ def _hired(ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Clust
     actor = ray.remote(max_restarts=_RESTARTS, max_task_retries=_TASK_RETRIES, max_concurrency=2, **each)(
         Worker
     )  # two calls at a time: `render`, and `stop` meanwhile
-    return [_Seat(number, actor.remote(asdict(task))) for number in range(1, min(fit, len(waves)) + 1)]
+    return [_Seat(number, actor.remote(task)) for number in range(1, min(fit, len(waves)) + 1)]
 
 
 def _match(idle: list[_Seat], waves: list[list[Shot]]) -> tuple[_Seat, list[Shot]]:
     """The first wave whose model an idle worker has, else the first wave and one that has none yet."""
-    for wave in waves:
-        for seat in idle:
-            if seat.model == wave[0].model:
-                break
-        else:
-            continue
-        break
-    else:
-        wave, seat = waves[0], next((seat for seat in idle if seat.model is None), idle[0])
+    matches = ((seat, wave) for wave in waves for seat in idle if seat.model == wave[0].model)
+    unused = next((seat for seat in idle if seat.model is None), idle[0])
+    seat, wave = next(matches, (unused, waves[0]))
     waves.remove(wave)
     idle.remove(seat)
     seat.model = wave[0].model
     return seat, wave
 
 
-def _title(wave: Sequence[Shot]) -> str:
-    first, last = wave[0].id, wave[-1].id
-    return f"shot {first}" if len(wave) == 1 else f"{len(wave)} shots, {first} to {last}"
-
-
-def _told(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
+def _received(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
     by_index = {shot.index: shot for shot in wave}
     for one in outcomes:
-        shot, error = by_index[one["index"]], _error(one["error"]) if one["error"] else None
+        shot, error = by_index[one["index"]], unwired(one["error"]) if one["error"] else None
         made = one["status"] in ("rendered", "already done")
         yield _seen(shot, one["status"]) if made else Outcome(shot, one["status"], None, error, one["stack"])
 
@@ -251,101 +203,3 @@ def _seen(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
         )
         return Outcome(shot, "failed", error=error)
     return Outcome(shot, status, manifest.read(shot.manifest))
-
-
-def _error(said: Record) -> WancliError:
-    """An error as its class and words came over the wire."""
-    kinds, found = [WancliError], WancliError
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
-        found = kind if kind.code == said["code"] else found
-    return found(said["message"], where=said["where"], hint=said["hint"])
-
-
-# ---- the worker ----
-
-
-class Worker:
-    """What Ray runs in a process of its own, and again if that dies. Takes and gives plain data."""
-
-    def __init__(self, task: Record) -> None:
-        from wancli.loaded import Kept
-
-        self._task = Task(**task)
-        self._stop = Stop()
-        self._kept = Kept()
-        self._plan: Plan | None = None
-
-    def stop(self, reason: Any) -> None:
-        """Ends what is under way after the next step, with all states on disk."""
-        self._stop.reason = reason
-
-    def render(self, wanted: list[Any]) -> Record:
-        """What became of these shots, by [index, key, stamp of the manifest before all began], and the error
-        that ended it, if one did. Asked again, after a worker died, it makes none again that is made."""
-        found: list[Record] = []
-        raised: WancliError | None = None
-        try:
-            for outcome in self._rendered(wanted):
-                error = _plain(outcome.error) if outcome.error else None
-                found.append(
-                    {
-                        "index": outcome.shot.index,
-                        "status": outcome.status,
-                        "error": error,
-                        "stack": outcome.stack,
-                    }
-                )
-        except Stopped:
-            pass  # the driver knows why; or others are at the rest, as the outcomes say
-        except WancliError as error:
-            raised = error
-        return {"outcomes": found, "raised": _plain(raised) if raised else None}
-
-    def _rendered(self, wanted: list[Any]) -> Iterator[Outcome]:
-        from wancli.events import Progress
-        from wancli.farm.claims import Claims
-        from wancli.policy import Policy
-        from wancli.store import Store
-        from wancli.tools import Tools
-
-        task = self._task
-        self._plan = self._plan or _planned(task)
-        keys = {index: key for index, key, _ in wanted}
-        shots = tuple(shot for shot in self._plan.shots if shot.index in keys)
-        if {shot.index: shot.key for shot in shots} != keys:
-            raise MachineError(
-                f"{socket.gethostname()} would render other pixels than the machine that asks it",
-                where=task.job,
-                hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
-            )
-        store = Store(Path(task.cache) / "embeddings")
-        stamps = {index: tuple(found) if found else None for index, _, found in wanted}
-        before = {shot.manifest: stamps[shot.index] for shot in shots}
-        with Claims(waits=task.waits, before=before) as claims:
-            tools = Tools(
-                store, Progress(), task.force, self._stop, Policy(retries=task.retries), claims, self._kept
-            )
-            yield from render_here(replace(self._plan, shots=shots, others=()), tools)
-
-
-def _planned(task: Task) -> Plan:
-    from wancli import plan
-    from wancli.flags import Flags
-    from wancli.jobfile import load
-
-    try:
-        os.chdir(task.folder)
-    except OSError as error:
-        raise MachineError(
-            f"{socket.gethostname()} does not see it: {error.strerror}",
-            where=task.folder,
-            hint="All machines of the cluster need the folders of the job, the model and the output.",
-        ) from error
-    flags = Flags(task.sets, task.sweeps, task.items, task.shard)
-    return plan.plan(load(Path(task.job), flags), Path(task.cache) / "hashes.json", measure=task.measure)
-
-
-def _plain(error: WancliError) -> Record:
-    return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}

@@ -7,13 +7,11 @@ is gone the render is asked to stop. What waits its turn waits in the socket.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import select
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -49,57 +47,6 @@ _SOUND = (
 )
 
 
-@contextmanager
-def reserved(path: Path) -> Iterator[None]:
-    """While the block runs no other server takes this socket. Raises MachineError where one has."""
-    meeting.make_private(path.parent)
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise MachineError(
-            "another server is there" if isinstance(error, BlockingIOError) else str(error.strerror),
-            where=str(path),
-            hint="wancli serve --stop ends it; --socket DIR/NAME names another place.",
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextmanager
-def listening(path: Path) -> Iterator[socket.socket]:
-    """The socket of a place that is `reserved`, for its user alone; it goes with the block. Raises
-    MachineError where something else is there."""
-    _clear(path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        listener.listen()
-        try:
-            yield listener
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _clear(path: Path) -> None:
-    """Removes the socket of a server that died."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise MachineError(
-            "is there, and is no socket", where=str(path), hint="--socket names another place."
-        )
-    path.unlink()
-
-
 def prepare(plan: Plan | None, kept: Kept) -> None:
     """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
     would where they are damaged or do not fit."""
@@ -130,7 +77,7 @@ class Server:
         self._run, self._kept, self._idle = run, kept, idle
         self._identity = meeting.identity()
         self._state: Literal["waiting", "running", "busy"] = "busy"  # running a command, busy with itself
-        self._told = False  # by a signal that no client sent
+        self._signalled = False  # by a signal that no client sent
         self._came: Counter[int] = Counter()  # signals since the command began that runs, whoever heard them
         self._relayed: Counter[int] = Counter()  # those of its client among them
         self._woken: int | None = None  # where Python writes the number of each signal that comes
@@ -168,8 +115,10 @@ class Server:
             with suppress(BlockingIOError):
                 while numbers := os.read(self._woken, 512):
                     self._came.update(numbers)
-        self._told = self._told or any(self._came[number] > self._relayed[number] for number in _SIGNALS)
-        return self._told
+        self._signalled = self._signalled or any(
+            self._came[number] > self._relayed[number] for number in _SIGNALS
+        )
+        return self._signalled
 
     def serve(self, listener: socket.socket) -> None:
         while not self._ending():
@@ -196,7 +145,7 @@ class Server:
             meeting.send(connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"})
             return
         connection.settimeout(_PATIENCE)
-        _tell(connection, {"turn": os.getpid()})
+        _reply(connection, {"turn": os.getpid()})
         try:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         except OSError:
@@ -208,14 +157,14 @@ class Server:
                 return
             began = time.monotonic()
             if why := meeting.difference(self._identity, request.get("identity", {})):
-                _tell(connection, {"refused": why})
+                _reply(connection, {"refused": why})
                 return
-            _tell(connection, {"begun": os.getpid()})
+            _reply(connection, {"begun": os.getpid()})
             code = self._rendered(connection, request, streams)
         finally:
             for stream in streams:
                 os.close(stream)
-        _tell(connection, {"code": code})
+        _reply(connection, {"code": code})
         took = time.monotonic() - began
         sys.stderr.write(
             f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
@@ -283,7 +232,7 @@ class Server:
                 return
 
 
-def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
+def _reply(connection: socket.socket, message: dict[str, Any]) -> None:
     with suppress(OSError):  # it is gone
         meeting.send(connection, message)
 
@@ -292,7 +241,8 @@ def stop(path: Path) -> None:
     """Ends the server there once its render is saved, and waits for that. Raises MachineError."""
     connection = meeting.connect(path)
     if connection is None:
-        raise MachineError("nobody serves there", where=str(path))
+        hint = "It has ended; or it serves at another place, which --socket PATH names."
+        raise MachineError("nobody serves there", where=str(path), hint=hint)
     with connection:
         pid, _ = meeting.peer(connection)
         process = os.pidfd_open(pid)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives, choose, companions, files, footprint, manifest, preflight, rates
-from wancli.encode import describe
+from wancli.embedding import describe
 from wancli.errors import EntryError
 from wancli.record import versions
 from wancli.store import unseal
@@ -242,8 +242,9 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
 def time_of(shots: Sequence[Shot], store: Store, known: Sequence[Rate]) -> dict[str, Any]:
     """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
     done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
-    missing = {p.id for shot in shots for p in shot.texts if p.file is None and not store.path(p.id).exists()}
-    phases = rates.expected(shots, frozenset(missing), known)
+    texts = {text.id for shot in shots for text in shot.texts if text.file is None}
+    missing = frozenset(id for id in texts if not store.path(id).exists())
+    phases = rates.expected(shots, missing, known)
     parts = list(phases.values())
     sources = rates.sources(shots, known) if shots else {}
     return {

@@ -25,6 +25,7 @@ _ERROR = {
     "hint": _TEXT | {"description": "The next thing to try; may be empty."},
     "retryable": {"type": "boolean", "description": "Whether the same command may come through next time."},
 }
+_PHASE = {"enum": ["encode", "sample", "decode", "compare", "draw"]}
 _COUNTS = ("shots", "rendered", "already_done", "failed", "stopped", "elsewhere", "not_started")
 
 
@@ -56,11 +57,11 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "shot-started": ("The first phase of a shot begins.", _NAMED),
     "phase": (
-        "Encoding, sampling or decoding begins or ends.",
+        "Encoding, sampling, decoding, comparing or drawing begins or ends.",
         {
-            "name": {"enum": ["encode", "sample", "decode"]},
+            "name": _PHASE,
             "shots": _IDS,
-            "total": _COUNT | {"description": "Prompts, steps or frames."},
+            "total": _COUNT | {"description": "Prompts, steps, frames, videos or files."},
             "state": {"enum": ["begin", "end"]},
             "done": _COUNT | {"description": "Less than `total` at the end of a phase that was left early."},
             "seconds": _SECONDS,
@@ -68,7 +69,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "step": (
         "A phase has come so far; at most ten a second.",
-        {"name": {"enum": ["encode", "sample", "decode"]}, "shots": _IDS, "done": _COUNT, "total": _COUNT},
+        {"name": _PHASE, "shots": _IDS, "done": _COUNT, "total": _COUNT},
     ),
     "shot-finished": (
         "Its video and manifest are on disk.",

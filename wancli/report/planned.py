@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wancli import alternatives
 from wancli.events import printable
 from wancli.report.data import cached, memory_rows, most_needing, state, steps_of, time_of
+from wancli.report.shortened import room, told_apart
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import counted, duration
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from wancli.shot import Plan, Shot
     from wancli.store import Store
 
+MIN_NAME = 16  # cells of the name of a shot; then other columns fold
 MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
 
 
@@ -38,7 +40,7 @@ def plan_tables(
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
     states = [state(shot) for shot in plan.shots]
     hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
-    yield _shots_table(plan.shots, states, hidden)
+    yield from _shots_table(plan.shots, states, hidden)
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
     steps = steps_of(plan.shots)
@@ -71,21 +73,38 @@ def plan_tables(
             yield "✓ fits, ✗ does not, [ ] chosen; the text encoder is not in it: see encode above"
 
 
-def _shots_table(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> RenderableType:
-    table = grid(
-        "shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance", "state"
-    )
-    for index, shot in enumerate(shots):
-        if index in hidden:
-            if index == hidden[0]:
-                table.add_row("…")
-            continue
-        size = f"{shot.width}x{shot.height}"
-        guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
-        numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
-        shown = (printable(shot.id), size, *map(str, numbers), f"{shot.shift:g}", guidance, states[index])
-        table.add_row(*shown)
-    return table
+def _shots_table(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> Iterator[RenderableType]:
+    """A row for each shot. What is the same for all of them is a line above it where the terminal is too
+    narrow for all columns."""
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    heads = ["shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance"]
+    heads.append("state")
+    rows = [[shot.id, *_cells(shot), state] for shot, state in zip(shots, states, strict=True)]
+    width = Console().width
+    if max(cell_len(printable(shot.id)) for shot in shots) > room(heads, rows, width):
+        alike = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
+        if alike:
+            line = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in alike)
+            yield textwrap.fill(f"all: {line}", 80, subsequent_indent="  ")
+        heads = [head for n, head in enumerate(heads) if n not in alike]
+        rows = [[cell for n, cell in enumerate(row) if n not in alike] for row in rows]
+    names = told_apart([shot.id for shot in shots], max(MIN_NAME, room(heads, rows, width)))
+    table = grid(*heads)
+    for index, (name, row) in enumerate(zip(names, rows)):
+        if index not in hidden:
+            table.add_row(name, *row[1:])
+        elif index == hidden[0]:
+            table.add_row("…")
+    yield table
+
+
+def _cells(shot: Shot) -> list[str]:
+    size = f"{shot.width}x{shot.height}"
+    guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
+    numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
+    return [size, *map(str, numbers), f"{shot.shift:g}", guidance]
 
 
 def time_lines(time: Mapping[str, Any]) -> Iterator[str]:

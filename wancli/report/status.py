@@ -20,6 +20,7 @@ from wancli.events import printable
 from wancli.farm import claims
 from wancli.legs import Fork
 from wancli.report import data
+from wancli.report.shortened import told_apart
 from wancli.units import counted, duration, ranges
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "wancli/status/1"
 STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "to do")
-_LINES = 20  # shots that are shown one by one
+_LINES = 19  # shots that are shown one by one
 
 
 def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -118,6 +119,8 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
 
     counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
     yield f"{status['job']}, {counted(len(status['shots']), 'shot')}: {', '.join(counts)}"
+    if status["counts"]["done"]:
+        yield "done by manifest and size alone; `wancli check` reads the videos"
     seconds = status["time"]["seconds"]
     if seconds is None:
         yield "time left: unknown, nothing like it was rendered here"
@@ -126,9 +129,9 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     order = {state: place for place, state in enumerate(STATES)}
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
-    for shot in shown[:_LINES]:
-        name = set_cell_size(_cut(shot["id"], 20), 20)
-        line = f"{shot['index']:>5} {name} {shot['state']:<11} {_about(shot, now)}"
+    names = told_apart([shot["id"] for shot in shown[:_LINES]], 20)
+    for shot, name in zip(shown, names):
+        line = f"{shot['index']:>5} {set_cell_size(name, 20)} {shot['state']:<11} {_about(shot, now)}"
         yield _cut(line.rstrip(), 80)
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"

@@ -47,12 +47,12 @@ class Stream(Progress):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._end(_told(error) if error else self._failures())
+        self._end(_known(error) if error else self._failures())
 
     def planned(self, plan: Plan) -> None:
         self._job = plan.name
         self._shots = {shot.id: shot for shot in plan.shots}
-        self._tell(
+        self._event(
             "plan",
             job=plan.name,
             steps=sum(shot.steps for shot in plan.shots),
@@ -67,13 +67,13 @@ class Stream(Progress):
         took = None if began is None else round(time.monotonic() - began, 3)
         about = _named(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
         if outcome.error:
-            self._tell("shot-failed", **about, error=outcome.error.as_dict())
+            self._event("shot-failed", **about, error=outcome.error.as_dict())
         elif outcome.record:
             files = {file["path"]: file for file in outcome.record["files"]}
             video = files[shot.output.name]
-            self._tell("shot-finished", **about, sha256=video["sha256"], bytes=video["bytes"])
+            self._event("shot-finished", **about, sha256=video["sha256"], bytes=video["bytes"])
         else:
-            self._tell("shot-left", **about)
+            self._event("shot-left", **about)
 
     def ended(self, status: ExitStatus, report: Path | None) -> None:
         self._status, self._report = status, report
@@ -81,32 +81,33 @@ class Stream(Progress):
     @contextmanager
     def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:
         ids = [id for id in ids or [shot] if id in self._shots]
+        over = {outcome.shot.id for outcome in self._outcomes}  # which comparing them begins no more
         for id in ids:
-            if id not in self._started:
+            if id not in self._started and id not in over:
                 self._started[id] = time.monotonic()
-                self._tell("shot-started", **_named(self._shots[id]))
+                self._event("shot-started", **_named(self._shots[id]))
         began, phase = time.monotonic(), _Phase(self, name, ids, total)
         about = {"name": name, "shots": ids, "total": total}
-        self._tell("phase", **about, state="begin", done=0, seconds=0.0)
+        self._event("phase", **about, state="begin", done=0, seconds=0.0)
         try:
             yield phase
         finally:
             seconds = round(time.monotonic() - began, 3)
-            self._tell("phase", **about, state="end", done=phase.done, seconds=seconds)
+            self._event("phase", **about, state="end", done=phase.done, seconds=seconds)
 
     def step(self, name: str, ids: list[str], done: int, total: int) -> None:
         now = time.monotonic()
         if now >= self._next_step:
             self._next_step = now + _STEP_SECONDS
-            self._tell("step", name=name, shots=ids, done=done, total=total)
+            self._event("step", name=name, shots=ids, done=done, total=total)
 
     def note(self, text: str) -> None:
-        self._tell("note", message=text)
+        self._event("note", message=text)
 
     def warn(self, text: str) -> None:
-        self._tell("warning", message=text)
+        self._event("warning", message=text)
 
-    def _tell(self, kind: str, **facts: Any) -> None:
+    def _event(self, kind: str, **facts: Any) -> None:
         _write(self._out, kind, facts)
 
     def _failures(self) -> WancliError | None:
@@ -173,7 +174,7 @@ def _named(shot: Shot) -> dict[str, Any]:
     return {"index": shot.index, "id": shot.id, "key": shot.key, "path": str(shot.output)}
 
 
-def _told(error: BaseException) -> WancliError:
+def _known(error: BaseException) -> WancliError:
     if isinstance(error, WancliError):
         return error
     if isinstance(error, KeyboardInterrupt):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import strip
+from wancli.report.shortened import told_apart
 from wancli.units import counted, duration, ranges, size
 
 if TYPE_CHECKING:
@@ -150,28 +151,30 @@ def summary(
         yield f"page: {path.with_suffix('.html')}"
 
 
-def failures(report: Mapping[str, Any], again: str) -> Iterator[RenderableType]:
+def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[RenderableType]:
     """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
-    the command that tries them again."""
+    the ways out."""
     from rich.console import Console
 
     table = grid("failed shot", "code", "message")
-    errors = [(_cut(shot["id"], 24), shot["error"]) for shot in report["shots"] if "error" in shot]
+    failed = [shot for shot in report["shots"] if "error" in shot]
+    names = told_apart([shot["id"] for shot in failed], 24)
+    errors = list(zip(names, (shot["error"] for shot in failed)))
     left = [max(11, *(len(id) for id, _ in errors)), max(len(error["code"]) for _, error in errors)]
     room = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
     for id, error in errors:
         table.add_row(id, error["code"], _cut(error["message"].replace("\n", " / "), room))
     yield table
-    yield f"again: {again}"
+    yield from ways
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
     table = grid("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
-    for shot in shots:
+    for shot, name in zip(shots, told_apart([shot["id"] for shot in shots], 20)):
         for index, rule in enumerate(shot["injection"]):
             verdict = rule["difference"]["verdict"]
             table.add_row(
-                printable(shot["id"]),
+                name,
                 str(index),
                 ranges([int(block) for block in rule["blocks"]]),
                 ranges([int(step) for step in rule["steps"]]),

@@ -49,6 +49,10 @@ class Checkpoint:
     vae: Part
     source: Location
 
+    def __hash__(self) -> int:
+        """Of equal ones the same; every header in it would be slow to hash for each shot of a sweep."""
+        return hash(self.root)
+
     @property
     def transformer(self) -> WanConfig:
         config = self.experts[0].config

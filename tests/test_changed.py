@@ -1,0 +1,59 @@
+"""A video in the way says by which keys of the job it differs from the shot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Said, rule, tiny_job, written
+
+from wancli import changed
+from wancli import plan as planning
+from wancli.jobfile import load
+from wancli.shot import Shot
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"seed": 5}, "seed 0, not 5"),
+    ({"size": "64x80", "frames": 5}, "size 64x64, not 64x80; frames 1, not 5"),
+    ({"sampler": {"steps": 3}}, "sampler.steps 2, not 3; another inject.0.steps"),
+    ({"sampler": {"steps": 2, "solver": "euler", "guidance": 3}}, "sampler.solver unipc, not euler; "
+     "sampler.guidance 5, not 3"),
+    ({"video": {"crf": 20}}, "video.crf 16, not 20"),
+    ({"video": {"crf": 20, "fps": 8, "codec": "h265"}, "noise": "cuda"},
+     "noise cpu, not cuda; video.fps 16, not 8; video.crf 16, not 20; 1 more"),
+    ({"memory": {"dtype": "bf16", "attention": "math"}},
+     "memory.dtype fp32, not bf16; memory.attention auto, not math; another encoder of prompt; 2 more"),
+    ({"prompt": "a dog"}, "another prompt"),
+    ({"negative": "rain"}, "another negative"),
+    ({"text": {"max_tokens": 512}}, "text.max_tokens 256, not 512"),
+    ({"inject": []}, "another inject"),
+    ({"inject": [{"prompt": "a bird"}]}, "another inject.0.prompt"),
+    ({"inject": [{"blocks": "1-2"}]}, "another inject.0.blocks"),
+    ({"inject": [{"strength": 0.5}]}, "another inject.0.strength"),
+    ({"inject": [{"steps": 0}]}, "another inject.0.steps"),
+    ({"inject": [{"branch": "both", "blend": "output-mix", "gain": 2}]},
+     "inject.0.branch cond, not cond+uncond; inject.0.blend context-lerp, not output-mix; "
+     "inject.0.gain 1.0, not 2.0"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def shot(render: Callable[..., Said], tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
+    """The only shot of a job beside a video that the tiny job with a rule has made."""
+    assert render(inject=[rule(blocks="all")]).code == 0
+
+    def planned(**changes: Any) -> Shot:
+        job = written(tmp_path, tiny_job(**{"model": shallow, "inject": [rule(blocks="all")]} | changes))
+        return planning.plan(load(job), warm / "hashes.json").shots[0]
+
+    return planned
+
+
+def test_each_key_that_differs_is_named_with_what_it_was_and_is(shot: Callable[..., Shot]) -> None:
+    for changes, differs in CASES:
+        if "inject" in changes:
+            changes = changes | {"inject": [rule(blocks="all") | one for one in changes["inject"]]}
+        assert changed.why(shot(**changes)) == (differs and f"made with {differs}"), changes

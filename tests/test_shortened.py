@@ -1,0 +1,61 @@
+"""In 80 columns two shots are told apart by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jobs import command, tiny_job, written
+from rich.cells import cell_len
+
+from wancli.report.shortened import told_apart
+
+STORM = "a-rather-long-name-of-a-storm-at-{}-strength0.3"
+
+
+@pytest.mark.parametrize(
+    ("ids", "limit", "shown"),
+    [
+        (["a", "b"], 16, ["a", "b"]),
+        ([STORM.format(x) for x in ("night", "noon")], 16, ["…night…", "…noon…"]),
+        ([STORM.format(x) for x in ("night-seed1", "noon-seed22")], 10, ["…nig…eed1…", "…noo…ed22…"]),
+        (["storm-12345678-aaaa", "storm-12345678"], 12, ["…1234…8-aaaa", "…12345678"]),
+        (["abcdefghijklmnop" + x + "abcdefghijklmnop" for x in "xy"], 8, ["abc…mnop", "abc…mnop"]),
+        (["abcdefghijklmnop" * 4] * 2, 8, ["abc…mnop"] * 2),
+        (["猫" * 9 + "1", "猫" * 9 + "2"], 9, ["猫猫…猫1", "猫猫…猫2"]),
+        (["alike-0123456789-x-tail", "alike-0123456780-x-tail"], 12, ["…0123456789…", "…0123456780…"]),
+    ],
+)
+def test_names_lose_what_all_share_and_then_their_middles(
+    ids: Sequence[str], limit: int, shown: list[str]
+) -> None:
+    assert told_apart(ids, limit) == shown
+
+
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=6), st.integers(8, 40))
+def test_names_keep_to_their_room(ids: list[str], limit: int) -> None:
+    shown = told_apart(ids, limit)
+    assert len(shown) == len(ids)
+    assert all(cell_len(name) <= limit for name in shown)
+
+
+def test_a_plan_in_80_columns_says_once_what_all_shots_share_and_cuts_no_name(
+    tmp_path: Path, shallow: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    items: list[dict[str, Any]] = [
+        {"id": STORM.format("night"), "seed": 123456789},
+        {"id": STORM.format("noon"), "seed": 7},
+    ]
+    lines = command(capsys, "plan", written(tmp_path, tiny_job(shallow, output="{id}.mp4", items=items))).out
+    alike, heads, *shots = lines.splitlines()[1:5]
+    assert alike == "all: size 64x64, frames 1, tokens 16, solver unipc, steps 2, shift 5, guidance 5"
+    assert heads.split() == ["shot", "seed", "state"]
+    assert [shot.split() for shot in shots] == [
+        [items[0]["id"], "123456789", "to", "do"],
+        [items[1]["id"], "7", "to", "do"],
+    ]

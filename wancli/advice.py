@@ -1,0 +1,44 @@
+"""What looks wrong in shots that can be rendered: told before anything slow starts, by plan and render."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from wancli import loras, mini
+from wancli.shot import Shot
+
+
+def of_shots(shots: Sequence[Shot]) -> Iterator[str]:
+    """One line for all shots that share a warning."""
+    of: dict[str, list[str]] = {}
+    for shot in shots:
+        for warning in dict.fromkeys(_of(shot)):
+            of.setdefault(warning, []).append(shot.id)
+    for warning, ids in of.items():
+        rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
+        yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
+
+
+def _of(shot: Shot) -> Iterator[str]:
+    for text in shot.texts:
+        if text.tokens.truncated:
+            lost = text.tokens.full_length - len(text.tokens.ids)
+            yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
+    if shot.model.checkpoint.root == mini.FOLDER:
+        words = [
+            word for text in shot.texts if not text.file for word in mini.unknown_words(text.tokens.pieces)
+        ]
+        if words:
+            yield f"{', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
+    for rule, text in zip(shot.rules, shot.injected):
+        if not rule.on:
+            yield "an injection has strength 0 and changes nothing"
+        if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
+            yield "the injected prompt is the main prompt; nothing will change"
+    for choice in shot.choices:
+        if choice.of_others:
+            yield f"{choice.said} goes by {choice.by}, which is of {choice.of_others}"
+    yield from loras.warnings(shot.loras)
+    guidance = max(stage.guidance for stage in shot.stages)
+    if shot.solver == "distill4" and guidance != 1:
+        yield f"distilled models want guidance 1; {guidance:g} blurs"

@@ -1,0 +1,106 @@
+"""What `wancli render` tells: results on stdout, all else on stderr, and its report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from wancli import policy
+from wancli.commands.common import again, complain, posters_of, rates_of, result
+from wancli.commands.options import LogLevel
+from wancli.errors import ExitStatus, OutputExists
+from wancli.units import ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wancli.events import Progress
+    from wancli.outcome import Outcome
+    from wancli.shot import Plan
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Who is told what: programs by events, by one document or by `paths`, people on stderr."""
+
+    context: typer.Context
+    display: Progress
+    level: LogLevel
+    quiet: bool
+    as_json: bool
+    paths: bool
+
+    @property
+    def measuring(self) -> bool:
+        """Whether it is to be told what injections changed."""
+        return self.level in (LogLevel.verbose, LogLevel.trace)
+
+    def planned(self, plan: Plan) -> None:
+        self.display.planned(plan)
+        for warning in plan.warnings:
+            self.display.warn(warning)
+
+    def came_to(self, outcome: Outcome) -> None:
+        """A shot's error on stderr, and if wanted its path on stdout."""
+        self.display.came_to(outcome)
+        if outcome.error:
+            where = f"shot {outcome.shot.id}"
+            complain(outcome.error, "" if outcome.error.where == where else f"{where}: ")
+        elif outcome.record and self.paths:
+            result(str(outcome.shot.output))
+
+    def ended(self, plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -> ExitStatus:
+        """The report, and what the command exits with if nobody stopped it."""
+        report, path = _reported(plan, outcomes, cache_dir)
+        if self.as_json:
+            result(json.dumps(report, indent=2))
+        if not self.quiet:
+            self._summarize(report, path, outcomes)
+        status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
+        self.display.ended(status, path)
+        return status
+
+    def _summarize(self, report: dict[str, Any], path: Path, outcomes: Sequence[Outcome]) -> None:
+        """The report for people, and how to try again what failed."""
+        from wancli.report import terminal
+
+        injections = self.level is not LogLevel.off
+        shown = terminal.summary(report, path, injections=injections, effects=self.measuring)
+        terminal.show(shown, stderr=True)
+        failed = [outcome.shot.index for outcome in outcomes if outcome.error]
+        taken = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
+        ways = []
+        if left := [index for index in failed if index not in taken]:
+            ways.append(f"again: {again(self.context, ranges(left))}")
+        if taken:
+            anew = again(self.context, ranges(taken), without="force")
+            ways.append(f"in the way: name another `output`, or move what is there aside: {anew} --force")
+        if ways:
+            terminal.show(terminal.failures(report, ways), stderr=True)
+
+    def going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
+        """How a render with --force goes on: what it has made is not made once more."""
+        made = {outcome.shot.index for outcome in outcomes if outcome.record}
+        every = [shot.index for shot in plan.shots]
+        if left := [index for index in every if index not in made]:
+            return again(self.context, ranges(left))
+        return again(self.context, ranges(every), without="force")
+
+
+def _reported(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -> tuple[dict[str, Any], Path]:
+    """What the batch did, as data and as the file it is in, with a page beside it; what it learned about time
+    is kept."""
+    from wancli import rates
+    from wancli.report import data, page
+
+    known = rates.read(rates_of(cache_dir))
+    fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
+    rates.remember(rates_of(cache_dir), rates.learned(fresh))
+    report = data.build(plan, outcomes, known)
+    path = data.write(plan, report)
+    page.write(path, posters_of(cache_dir))
+    return report, path

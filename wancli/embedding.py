@@ -1,0 +1,161 @@
+"""An encoded prompt, the key that names it, and the file that holds it.
+
+Letters: N tokens of one prompt (its `</s>` included), M rows of a padded context, E text width.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wancli import files
+from wancli.errors import EntryError, JobError
+from wancli.tokens import Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1  # of the key and the payload; a new one never reads an old entry as its own
+Dtype = Literal["fp32", "bf16", "fp16"]
+_METADATA = "wancli"  # one metadata key only: safetensors writes several in random order
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding(Tokens):
+    """An encoded prompt: `rows_NE` on the CPU without padding, and the fingerprint of its encoder."""
+
+    rows_NE: Tensor
+    encoder: str
+
+    @classmethod
+    def of(cls, tokens: Tokens, rows_NE: Tensor, encoder: str) -> Embedding:
+        """The rows of a tokenised prompt."""
+        t = tokens
+        return cls(t.text, t.ids, t.pieces, t.max_tokens, t.full_length, rows_NE, encoder)
+
+    def padded(self) -> Tensor:
+        """[max_tokens, E], rows past the prompt zero."""
+        rows_ME = self.rows_NE.new_zeros(self.max_tokens, self.rows_NE.shape[1])
+        rows_ME[: len(self.ids)] = self.rows_NE
+        return rows_ME
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """major.minor of every library that has a say in an embedding."""
+    names = ("ftfy", "sentencepiece", "torch", "transformers")
+    return {name: ".".join(importlib.metadata.version(name).split(".")[:2]) for name in names}
+
+
+def embedding_key(encoder: str, tokenizer_sha: str, dtype: Dtype, max_tokens: int, cleaned: str) -> str:
+    """SHA-256 over everything that decides an embedding; `encoder` is the weights' fingerprint."""
+    parts = {
+        "format": FORMAT,
+        "encoder": encoder,
+        "tokenizer": tokenizer_sha,
+        "dtype": dtype,
+        "max_tokens": max_tokens,
+        "text": cleaned,
+        "versions": versions(),
+    }
+    return hashlib.sha256(_canonical(parts)).hexdigest()
+
+
+def pack(embeddings: Sequence[Embedding]) -> bytes:
+    """A safetensors file: tensors `embedding.0`, `embedding.1`, ..., texts and tokens as metadata.
+
+    Equal embeddings give equal bytes. The metadata holds a SHA-256 of the rest of it and of all rows.
+    """
+    from safetensors.torch import save
+
+    entries = []
+    for e in embeddings:
+        tokens = {field.name: getattr(e, field.name) for field in fields(Tokens)}
+        entries.append(tokens | {"encoder": e.encoder})
+    rows = [e.rows_NE.contiguous() for e in embeddings]
+    record = {"format": FORMAT, "versions": versions(), "embeddings": entries}
+    sealed = record | {"sha256": _digest(record, rows)}
+    named = {f"embedding.{i}": rows_NE for i, rows_NE in enumerate(rows)}
+    return save(named, {_METADATA: _canonical(sealed).decode()})
+
+
+def describe(payload: bytes, where: str = "") -> list[Tokens]:
+    """Texts and tokens of a payload, without torch and without reading or checking its tensors."""
+    try:
+        return [_tokens(entry) for entry in _record(payload, where)["embeddings"]]
+    except (KeyError, TypeError) as error:
+        raise EntryError("the embedding file is damaged", where=where) from error
+
+
+def unpack(payload: bytes, where: str = "") -> list[Embedding]:
+    """What `pack` wrote, verified. Raises EntryError when anything in it has changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    record = _record(payload, where)
+    try:
+        tensors = load(payload)
+        rows = [tensors[f"embedding.{i}"] for i in range(len(tensors))]
+    except (SafetensorError, KeyError) as error:
+        raise EntryError(f"the embedding file is damaged: {error}", where=where) from error
+    if record.pop("sha256", None) != _digest(record, rows):
+        raise EntryError("the embedding file is damaged: its checksum differs", where=where)
+    return [
+        Embedding.of(_tokens(entry), rows_NE, entry["encoder"])
+        for entry, rows_NE in zip(record["embeddings"], rows, strict=True)
+    ]
+
+
+def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
+    """Publish embeddings as a file that a job can name instead of a prompt."""
+    files.publish_bytes(path, pack(embeddings))
+
+
+def load_embedding(path: Path, index: int = 0) -> Embedding:
+    """One embedding of a file. Raises JobError when it is not there, EntryError when damaged."""
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise JobError(f"the embedding file cannot be read: {error.strerror}", where=str(path)) from error
+    embeddings = unpack(payload, str(path))
+    if index >= len(embeddings):
+        raise JobError(f"no embedding {index}: the file holds {len(embeddings)}, from 0", where=str(path))
+    return embeddings[index]
+
+
+def _record(payload: bytes, where: str) -> dict[str, Any]:
+    """The metadata of a payload: safetensors begins with the length of a JSON header, then that."""
+    try:
+        end = 8 + int.from_bytes(payload[:8], "little")
+        record = json.loads(json.loads(payload[8:end])["__metadata__"][_METADATA])
+        if record["format"] != FORMAT:
+            raise EntryError(f"embedding format {record['format']} is not {FORMAT}", where=where)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EntryError("not an embedding file of wancli, or damaged", where=where) from error
+    return dict(record)
+
+
+def _tokens(entry: dict[str, Any]) -> Tokens:
+    return Tokens(
+        entry["text"], tuple(entry["ids"]), tuple(entry["pieces"]), entry["max_tokens"], entry["full_length"]
+    )
+
+
+def _digest(record: dict[str, Any], rows: Sequence[Tensor]) -> str:
+    import torch
+
+    forms = [[str(rows_NE.dtype), *rows_NE.shape] for rows_NE in rows]
+    digest = hashlib.sha256(_canonical(record | {"forms": forms}))
+    for rows_NE in rows:
+        digest.update(rows_NE.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

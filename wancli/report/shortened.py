@@ -1,0 +1,70 @@
+"""Names of shots in the room that a table has for them, so that two of them are still told apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from wancli.events import printable
+
+GAP = 2  # columns between two of a table
+
+
+def told_apart(ids: Sequence[str], limit: int) -> list[str]:
+    """The ids in `limit` cells each: whole if all fit, else without what all begin or end with, else cut in
+    the middle, or where that makes two of them alike at one end."""
+    from rich.cells import cell_len
+
+    shown = [printable(id).replace("\n", " ") for id in ids]
+    if all(cell_len(id) <= limit for id in shown):
+        return shown
+    inner = _without_ends(shown)
+    ways = [
+        [_cut(id, limit, (limit - 1) // 2) for id in inner],
+        [_cut(id, limit, 0) for id in inner],
+        [_cut(id, limit, limit - 1) for id in inner],
+    ]
+    return next((way for way in ways if len(set(way)) == len(set(ids))), ways[0])
+
+
+def room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
+    """The cells that the other columns leave to the first one."""
+    from rich.cells import cell_len
+
+    columns = zip(*([head.removeprefix(">") for head in heads], *rows), strict=True)
+    others = [max(map(cell_len, column)) for column in columns][1:]
+    return width - sum(others) - GAP * len(others)
+
+
+def _without_ends(ids: Sequence[str]) -> list[str]:
+    """With … for the words that all begin with, and for those that all end with."""
+    if len(set(ids)) == 1:
+        return list(ids)
+    begin = re.sub(r"[^-_. ]*$", "", _common(ids))
+    rest = [id[len(begin) :] for id in ids]
+    end = re.sub(r"[^-_. ]*$", "", _common([id[::-1] for id in rest]))[::-1]
+    if min(map(len, rest)) <= len(end):
+        end = ""
+    before, after = ("…" if len(part) > 1 else part for part in (begin, end))
+    return [f"{before}{id[: len(id) - len(end)]}{after}" for id in rest]
+
+
+def _common(texts: Sequence[str]) -> str:
+    """What all of them begin with."""
+    first, last = min(texts), max(texts)
+    return first[: next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), len(first))]
+
+
+def _cut(text: str, limit: int, head: int) -> str:
+    """At most `limit` cells of a text: its first `head`, … and its end."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= limit:
+        return text
+    first = text
+    while cell_len(first) > head:
+        first = first[:-1]
+    last = text[len(first) :]
+    while cell_len(last) > limit - 1 - cell_len(first):
+        last = last[1:]
+    return f"{first}…{last}"

@@ -1,0 +1,91 @@
+"""What UMT5 reads of a prompt: the text cleaned as official Wan does it, and its tokens. Without torch."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wancli.errors import CheckpointError, JobError, PromptTooLong
+from wancli.weights.tokenizer import tokenizer
+
+EOS = 1  # `</s>`
+
+
+def clean(text: str, where: str = "") -> str:
+    """The text as official Wan tokenises it: ftfy, two rounds of HTML unescaping, single spaces.
+
+    ftfy also straightens curly quotes and makes full-width commas plain. Raises JobError on NUL
+    and on surrogates, which ftfy would drop or no encoder can write.
+    """
+    import ftfy
+
+    if bad := re.search("[\0\ud800-\udfff]", text):
+        point = f"U+{ord(bad[0]):04X}"
+        kind = "NUL" if bad[0] == "\0" else "half of a surrogate pair"
+        raise JobError(f"the prompt holds {point} ({kind}) at character {bad.start()}", where=where)
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", unescaped.strip()).strip()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A cleaned prompt and what UMT5 reads of it. `ids` ends with `</s>`, `pieces` names each id."""
+
+    text: str
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    max_tokens: int
+    full_length: int  # tokens before truncation
+
+    @property
+    def truncated(self) -> bool:
+        return self.full_length > len(self.ids)
+
+
+class Tokenizer:
+    """UMT5's SentencePiece model: ids = pieces of the cleaned text, then `</s>`."""
+
+    def __init__(self, spiece: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            if spiece.suffix in (".safetensors", ".gguf"):
+                self._model = SentencePieceProcessor(model_proto=tokenizer(spiece) or b"")
+            else:
+                self._model = SentencePieceProcessor(model_file=str(spiece))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
+
+    def ids(self, cleaned: str) -> list[int]:
+        return [*self._model.encode(cleaned, out_type=int), EOS]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._model.id_to_piece(id) for id in ids]
+
+    def tokens(self, text: str, max_tokens: int, truncate: bool = False, where: str = "") -> Tokens:
+        """Clean and tokenise. `max_tokens` counts `</s>`, which truncation keeps, as officially.
+
+        Raises JobError as `clean` does, PromptTooLong when the prompt is longer and not to be cut.
+        """
+        cleaned = clean(text, where)
+        ids = self.ids(cleaned)
+        full_length = len(ids)
+        if full_length > max_tokens:
+            if not truncate:
+                longer = "text.max_tokens: 512 or " if full_length <= 512 else ""
+                lost = self._model.decode(ids[max_tokens - 1 : -1])
+                raise PromptTooLong(
+                    f"the prompt has {full_length} tokens, text.max_tokens is {max_tokens}",
+                    where=where,
+                    hint=f"set {longer}text.truncate: true, which would cut {shown(lost)}",
+                )
+            ids = [*ids[: max_tokens - 1], EOS]
+        return Tokens(cleaned, tuple(ids), tuple(self.pieces(ids)), max_tokens, full_length)
+
+
+def shown(text: str) -> str:
+    """A prompt in a message: quoted, short, invisible characters escaped."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -193,7 +193,7 @@ def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said]
 def test_a_video_that_goes_on_where_the_baseline_ends_is_not_identical(tmp_path: Path) -> None:
     long, short = (plain(tmp_path / f"{n}.mp4", [(9, 90, 200)] * n) for n in (3, 2))
     baseline, one = clip.read([long, short])
-    found = list(figures.measure([baseline, one], baseline))[1]
+    found = list(figures.measure([baseline, one], {"3": baseline, "2": baseline}))[1]
     assert (found["frames"], found["psnr"], found["identical"]) == (2, None, False)
 
 

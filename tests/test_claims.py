@@ -510,6 +510,26 @@ def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Call
     assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode prompts"])
 
 
+def test_who_waits_for_several_waits_for_the_last_of_them(folder: Callable[..., Folder]) -> None:
+    job = folder("ab")
+    with Claims() as claims:
+        assert len([*render_plan(planned(job), tools(job, claims))]) == 2
+    hidden = [(one.output, one.output.with_suffix(".hidden")) for one in planned(job).shots]
+    for there, aside in hidden:
+        there.rename(aside)
+    paths = [put(shot, body(host="other", pid=7)) for shot in planned(job).shots]
+
+    class OneByOne(Progress):
+        def note(self, _: str) -> None:
+            there, aside = hidden.pop()
+            aside.rename(there)
+            paths.pop().unlink()
+
+    with Claims() as claims:
+        outcomes = [*render_plan(planned(job), tools(job, claims, OneByOne()))]
+    assert [(one.shot.id, one.status) for one in outcomes] == [("b", "already done"), ("a", "already done")]
+
+
 def test_who_waits_can_be_stopped(folder: Callable[..., Folder], render: Render) -> None:
     job = folder("a")
     shots = planned(job)

@@ -59,7 +59,7 @@ def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
     yield from settled(plan, found)
     held: list[Shot] = []
     todo: Sequence[Shot] = found.todo
-    while todo:
+    while todo or held:
         for model in dict.fromkeys(shot.model for shot in todo):
             if not tools.stop.asked:
                 for outcome in _until_settled(model, [shot for shot in todo if shot.model == model], tools):
@@ -68,13 +68,12 @@ def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
                     else:
                         yield outcome
         free = _let_go(held, tools)
+        if not free:
+            break
         held = [shot for shot in held if shot.index not in {one.index for one in free}]
-        todo = []
-        for shot in free:
-            if not tools.force and finished(shot):
-                yield Outcome(shot, "already done", manifest.read(shot.manifest))
-            else:
-                todo.append(shot)
+        ended = {shot.index: shot for shot in free if not tools.force and finished(shot)}
+        yield from (Outcome(shot, "already done", manifest.read(shot.manifest)) for shot in ended.values())
+        todo = [shot for shot in free if shot.index not in ended]
     yield from (Outcome(shot, "elsewhere") for shot in held)
 
 

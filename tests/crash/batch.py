@@ -104,14 +104,26 @@ class Rig:
             shutil.rmtree(folder, ignore_errors=True)
 
     def run(
-        self, *faults: Fault, blobs: Path | None = None, options: Sequence[str] = (), watched: bool = True
+        self,
+        *faults: Fault,
+        blobs: Path | None = None,
+        options: Sequence[str] = (),
+        watched: bool = True,
+        beat: float | None = None,
     ) -> Ran:
-        """The batch, on a disk that fails so; on the real one if it is not watched."""
-        self.start(*faults, blobs=blobs, options=options, watched=watched)
+        """The batch, on a disk that fails so; on the real one if it is not watched.
+
+        `beat`: seconds between two touches of a claim, of which a torn one wants twelve without any."""
+        self.start(*faults, blobs=blobs, options=options, watched=watched, beat=beat)
         return self.ended()
 
     def start(
-        self, *faults: Fault, blobs: Path | None = None, options: Sequence[str] = (), watched: bool = True
+        self,
+        *faults: Fault,
+        blobs: Path | None = None,
+        options: Sequence[str] = (),
+        watched: bool = True,
+        beat: float | None = None,
     ) -> None:
         """`run` without waiting for its end."""
         out, err, log = (self.folder / name for name in ("said.txt", "complained.txt", "log.txt"))
@@ -124,6 +136,7 @@ class Rig:
             "blobs": blobs and str(blobs),
             "out": str(out),
             "err": str(err),
+            "beat": beat,
         }
         assert self._zygote.stdin
         self._zygote.stdin.write(json.dumps(trial) + "\n")
@@ -232,7 +245,7 @@ class Rig:
         kept = [self.out / f"{name}.mp4" for name in finished]
         kept += [path for name in KEPT if (path := self.out / f"{name}.latents.safetensors").exists()]
         before = {path: _identity(path) for path in kept}
-        ran = self.run()
+        ran = self.run(beat=0.05)
         wrong = [*self.promises(ran), *self.torn()]
         if ran.code != 0:
             wrong.append(f"resume ended with {ran.code}: {ran.err}")

@@ -123,12 +123,7 @@ def _shot(
     shelf: Shelf,
 ) -> Shot:
     job = item.job
-    computing = kernels.said(item)
-    dtype = "fp8" if computing.fp8_matmul else job.memory.dtype
-    try:
-        model = replace(model_for(source, job.memory.device, dtype), kernels=computing)
-    except CheckpointError as error:
-        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
+    model = _model(item, source, model_for)
     variant = model.checkpoint.variant
     way = _way(item, variant)
     width, height = _size(item, variant)
@@ -175,6 +170,15 @@ def _shot(
     refuse_rules_without_cells(shot, item)
     refuse_lerps_of_joined(shot, item)
     return _named(shot, jobs, item)
+
+
+def _model(item: Item, source: Location, model_for: Callable[[Location, str, str], Model]) -> Model:
+    memory, computing = item.job.memory, kernels.said(item)
+    try:
+        model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
+    except CheckpointError as error:
+        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
+    return replace(model, kernels=computing)
 
 
 class _Way(NamedTuple):

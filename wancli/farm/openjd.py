@@ -37,12 +37,35 @@ def template(
     `wancli serve` takes, too, `at_once` the shots of a task.
 
     Raises JobError for an option that OpenJD would read as a format string, and for what YAML cannot hold."""
-    for word in (wancli, str(job), *options):
+    _refuse_odd((wancli, *options), job)
+    step = _step(wancli, served, options, at_once)
+    if gpus:
+        step["hostRequirements"] = {"amounts": [{"name": "amount.worker.gpu", "min": gpus}]}
+    whole = {
+        "specificationVersion": "jobtemplate-2023-09",
+        "extensions": ["TASK_CHUNKING"],
+        "name": re.sub(r"\{\{|[^\x20-\x7e]", "-", name)[:64],
+        "parameterDefinitions": [
+            # Not a PATH, whose default starts in the folder of the template, wherever that will be.
+            {"name": "JobFile", "type": "STRING", "default": str(job)},
+            {"name": "Items", "type": "STRING", "default": items},
+        ],
+        "steps": [step],
+    }
+    return str(yaml.safe_dump(whole, sort_keys=False, width=110, allow_unicode=True))
+
+
+def _refuse_odd(words: Sequence[str], job: Path) -> None:
+    for word in (*words, str(job)):
         if any("\ud800" <= char <= "\udfff" for char in word):
             hint = "Rename it, or use `wancli export slurm`."
             raise JobError(f"{word!r} is no UTF-8, which a template of OpenJD is", hint=hint)
-    if odd := [word for word in (wancli, *options) if "{{" in word]:
+    if odd := [word for word in words if "{{" in word]:
         raise JobError(f"{odd[0]!r} holds {{{{, which OpenJD replaces", hint="Say it in the job file.")
+
+
+def _step(wancli: str, served: Sequence[str], options: Sequence[str], at_once: int) -> dict[str, Any]:
+    """The only step: a session starts a server with the model, and each of its tasks asks that."""
     socket = ["--socket", _SOCKET]
     enter = {
         "command": "bash",
@@ -73,7 +96,7 @@ def template(
         "chunks": {"defaultTaskCount": at_once, "rangeConstraint": "NONCONTIGUOUS"},
     }
     stop = {"mode": "NOTIFY_THEN_TERMINATE", "notifyPeriodInSeconds": 180}
-    step: dict[str, Any] = {
+    return {
         "name": "Render",
         "stepEnvironments": [model],
         "parameterSpace": {"taskParameterDefinitions": [parts]},
@@ -81,17 +104,3 @@ def template(
             "actions": {"onRun": {"command": wancli, "args": [*render, *options], "cancelation": stop}}
         },
     }
-    if gpus:
-        step["hostRequirements"] = {"amounts": [{"name": "amount.worker.gpu", "min": gpus}]}
-    whole = {
-        "specificationVersion": "jobtemplate-2023-09",
-        "extensions": ["TASK_CHUNKING"],
-        "name": re.sub(r"\{\{|[^\x20-\x7e]", "-", name)[:64],
-        "parameterDefinitions": [
-            # Not a PATH, whose default starts in the folder of the template, wherever that will be.
-            {"name": "JobFile", "type": "STRING", "default": str(job)},
-            {"name": "Items", "type": "STRING", "default": items},
-        ],
-        "steps": [step],
-    }
-    return str(yaml.safe_dump(whole, sort_keys=False, width=110, allow_unicode=True))

@@ -536,7 +536,7 @@ def test_what_does_not_go_together_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path, tiny_job())
-    (tmp_path / "odd.mp4").touch()
+    (tmp_path / "odd.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     monkeypatch.setattr(video, "about", lambda _: video.About(0, 8, 64, 64))
     said = say(*arguments)
     assert said.code == 2

@@ -67,6 +67,14 @@ def test_a_shot_is_beside_the_one_that_differs_in_the_injection_alone(tmp_path: 
     assert {*one.beside.values()} == {"seed8-strength1"}
 
 
+def test_a_baseline_is_coded_as_what_is_beside_it(tmp_path: Path) -> None:
+    sweep = {"video.crf": [16, 40], "inject.0.strength": [0, 1.0]}
+    output = "out/{crf}-{strength}.mp4"
+    found = decided(tmp_path, compare=True, inject=[rule()], matrix=sweep, items=[{}], output=output)
+    assert found
+    assert found.beside["crf40-strength1"] == found.beside["crf40-strength0"] == "crf40-strength0"
+
+
 def test_a_shot_that_no_other_differs_from_in_the_injection_alone_is_beside_the_first(tmp_path: Path) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 8}, {"id": "c", "seed": 9, "inject": [rule()]}]
     found = decided(tmp_path, compare=True, items=items)

@@ -337,6 +337,18 @@ def test_parts_of_a_job_are_compared_with_what_is_done_of_the_others(
     assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "early"]
 
 
+def test_baselines_that_are_not_done_are_one_warning(loud: Callable[..., Said], tmp_path: Path) -> None:
+    sweep = {"seed": [7, 8, 9], "inject.0.strength": [0, 1.0]}
+    changes = {"inject": [rule(blocks="early")], "matrix": sweep, "output": "out/{seed}-{strength}.mp4"}
+    said = loud("--items", "1-5:2", **changes, compare=True)
+    assert said.code == 0, said.err
+    (told,) = [line for line in said.err.splitlines() if "compared" in line]
+    assert told == (
+        "warning: 3 shots are not compared: their baselines, seed7-strength0 and 2 more, are not done"
+    )
+    assert "job.compare.json" not in files_in(tmp_path)
+
+
 def test_a_comparison_that_fails_fails_no_shot(
     loud: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

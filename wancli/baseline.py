@@ -64,4 +64,4 @@ def _is_plain(shot: Shot) -> bool:
 
 def _stripped(shot: Shot) -> str:
     """The same for shots that differ in nothing but injections and LoRAs."""
-    return replace(shot, rules=(), injected=(), loras=()).latents_key
+    return replace(shot, rules=(), injected=(), loras=()).key

@@ -159,10 +159,8 @@ def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
         for shot in plan.whole
         if shot.id in wanted.beside and manifest.done(shot.output, shot.key)
     }
-    baselines = dict.fromkeys(wanted.beside[id] for id in finished) or {wanted.baseline: None}
-    for id in baselines.keys() - finished.keys():
-        tools.progress.warn(f"not compared: the baseline, shot {id}, is not done")
     done = [shot for shot in finished.values() if wanted.beside[shot.id] in finished]
+    _tell_of_baselines(finished, wanted, tools)
     if not done:
         return
     if missing := len(wanted.beside) - len(finished):
@@ -191,6 +189,18 @@ def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
     }
     _write(path, found)
     tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made.paths))}")
+
+
+def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: Tools) -> None:
+    """One warning for all baselines that are not done, and whose shots are."""
+    beside = [wanted.beside[id] for id in finished] or [wanted.baseline]
+    absent = list(dict.fromkeys(id for id in beside if id not in finished))
+    if len(absent) == 1:
+        tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
+    elif absent:
+        count = sum(id in absent for id in beside)
+        which = f"{absent[0]} and {len(absent) - 1:,} more"
+        tools.progress.warn(f"{count:,} shots are not compared: their baselines, {which}, are not done")
 
 
 def _write(path: Path, found: Record) -> None:

@@ -47,7 +47,7 @@ def of_sampling(shot: Shot) -> int:
     return contexts + _of_steps(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
 
 
-@lru_cache(256)  # the shots of a sweep share tables
+@lru_cache(64)  # the shots of a sweep share tables, which are large
 def _of_steps(
     wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
 ) -> int:

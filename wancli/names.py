@@ -105,6 +105,7 @@ def inside(root: Path, relative: str) -> Path:
             raise JobError(
                 f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
             )
-    if len(path.parts) > 1 and not (root / path).parent.resolve().is_relative_to(root.resolve()):
+    linked = any(folder.is_symlink() for folder in (root / parent for parent in path.parents[:-1]))
+    if linked and not (root / path).parent.resolve().is_relative_to(root.resolve()):
         raise JobError(f"a symbolic link leads out of {root}", where=relative)
     return root / path

@@ -12,22 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from wancli import advice, baseline, choose, kernels, lockstep, loras, machine, presets
 from wancli.encode import Encoder
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.experts import Stage, stages
-from wancli.job import ExpertGuidance
 from wancli.jobfile import Item, JobFile
 from wancli.maps import Shelf
 from wancli.models.variants import Variant
 from wancli.names import output_path, slug
 from wancli.prompts import Prompts
-from wancli.rules import compiled, no_experts, refuse_lerps_of_joined, refuse_rules_without_cells
+from wancli.rules import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Interval, Model, Plan, Prompt, Shot
-from wancli.solvers import SOLVERS, Schedule, Solver, schedule
 from wancli.units import parse_duration, parse_size
+from wancli.way import way_of
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
@@ -125,7 +123,7 @@ def _shot(
     job = item.job
     model = _model(item, source, model_for)
     variant = model.checkpoint.variant
-    way = _way(item, variant)
+    way = way_of(item, variant)
     width, height = _size(item, variant)
     prompt, negative, injected = _texts(item, model, guided=any(part.guidance != 1 for part in way.stages))
     transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
@@ -181,32 +179,6 @@ def _model(item: Item, source: Location, model_for: Callable[[Location, str, str
     return replace(model, kernels=computing)
 
 
-class _Way(NamedTuple):
-    """From noise to the latent: what the sampler of a job comes to."""
-
-    steps: int
-    shift: float
-    guidance: float
-    guidance_low: float | None
-    schedule: Schedule
-    stages: tuple[Stage, ...]
-
-
-def _way(item: Item, variant: Variant) -> _Way:
-    sampler = item.job.sampler
-    solver = SOLVERS[sampler.solver]
-    steps = sampler.steps or solver.steps or variant.steps
-    if solver.steps and steps != solver.steps:
-        raise JobError(
-            f"{sampler.solver} has {solver.steps} steps, not {steps}", where=item.where("sampler", "steps")
-        )
-    shift = _first(sampler.shift, solver.shift, variant.shift)
-    guidance, low = _guidance(item, solver, variant)
-    times = schedule(sampler.solver, steps, shift)
-    parts = stages(times.timesteps, variant.boundary, guidance, low)
-    return _Way(steps, shift, guidance, low, times, parts)
-
-
 def _texts(item: Item, model: Model, *, guided: bool) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
     """The prompt, the negative one where guidance needs it, and the injected ones."""
     job, prompts = item.job, Prompts(item, model)
@@ -249,19 +221,6 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     return replace(shot, output=folder / output.name)
 
 
-def _guidance(item: Item, solver: Solver, variant: Variant) -> tuple[float, float | None]:
-    """Of the only network; or of the high-noise expert and the low-noise one."""
-    said = item.job.sampler.guidance
-    if isinstance(said, ExpertGuidance):
-        if variant.boundary is None:
-            raise no_experts(item, "sampler", "guidance")
-        return said.high, said.low
-    of_all = solver.guidance if said is None else said
-    if of_all is None:
-        return variant.guidance, variant.guidance_low
-    return of_all, None if variant.boundary is None else of_all
-
-
 def _size(item: Item, variant: Variant) -> tuple[int, int]:
     if item.job.size is None:
         return variant.width, variant.height
@@ -301,7 +260,3 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
                 hint="Put {item}, {id} or {seed} into the output template.",
             )
         seen[folded] = shot
-
-
-def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)

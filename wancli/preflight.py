@@ -81,8 +81,8 @@ def standing(shot: Shot, tools: Tools) -> tuple[Condition, str]:
 
 
 def in_the_way(shot: Shot, why: str) -> OutputExists:
-    message = f"{shot.output} exists, and is not what this job makes now ({why})"
-    return OutputExists(message, hint="--force moves it aside; or change `output`.")
+    hint = "--force moves it aside; or change `output`."
+    return OutputExists(f"in the way: {why}", where=str(shot.output), hint=hint)
 
 
 def condition(shot: Shot) -> tuple[Condition, str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from wancli import presets
 from wancli.embedding import describe
+from wancli.encode import Encoder
 from wancli.errors import EntryError, JobError
 from wancli.job import EmbeddingFile
 from wancli.jobfile import Item
 from wancli.shot import Model, Prompt
-from wancli.tokens import Tokenizer, Tokens
+from wancli.tokens import Tokenizer
 
 
 class Prompts:
@@ -29,19 +30,19 @@ class Prompts:
         if not said.strip() and path != ("negative",):
             raise JobError("is empty", where=where, hint="Only `negative` may be an empty text.")
         options = self._item.job.text
-        spiece = self._model.checkpoint.tokenizer
         try:
-            tokens = _tokens(spiece, said, options.max_tokens, options.truncate)
+            return self._of_text(said, options.max_tokens, options.truncate)
         except JobError as error:
             raise type(error)(error.message, where=where, hint=error.hint) from None
-        return Prompt(self._model.encoder.key(tokens), tokens)
 
     def negative(self, said: str | EmbeddingFile, default: str) -> Prompt:
         if said != "default":
             return self.get(said, "negative")
         # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
-        tokens = _tokens(self._model.checkpoint.tokenizer, default, 512, True)
-        return Prompt(self._model.encoder.key(tokens), tokens)
+        return self._of_text(default, 512, True)
+
+    def _of_text(self, text: str, max_tokens: int, truncate: bool) -> Prompt:
+        return _prompt(self._model.checkpoint.tokenizer, self._model.encoder, text, max_tokens, truncate)
 
     def _from_file(self, said: EmbeddingFile, folder: Path, where: str) -> Prompt:
         path = presets.resolved(folder, said.embedding, where)
@@ -63,8 +64,9 @@ class Prompts:
 
 
 @lru_cache(4096)  # the shots of a sweep say the same
-def _tokens(spiece: Path, text: str, max_tokens: int, truncate: bool) -> Tokens:
-    return _tokenizer(spiece).tokens(text, max_tokens, truncate)
+def _prompt(spiece: Path, encoder: Encoder, text: str, max_tokens: int, truncate: bool) -> Prompt:
+    tokens = _tokenizer(spiece).tokens(text, max_tokens, truncate)
+    return Prompt(encoder.key(tokens), tokens)
 
 
 @cache

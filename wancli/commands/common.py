@@ -78,7 +78,7 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = Fa
     if as_stream:
         from wancli.report.stream import Stream
 
-        return Stream(sys.stdout, "render")
+        return Stream(sys.stdout)
     if mode == "openjd":
         from wancli.report.openjd import OpenJD
 

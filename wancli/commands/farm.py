@@ -67,12 +67,7 @@ def serve(
 
         end(path)
         return ExitStatus.OK
-    if wait_ready and not daemonize:
-        raise JobError("is for --daemonize", where="--wait-ready")
-    if sets and job is None:
-        raise JobError(
-            "is for the job that is loaded", where="--set", hint="wancli serve JOB --set KEY=VALUE"
-        )
+    _refuse_what_misses(job, sets, daemonize=daemonize, wait_ready=wait_ready)
     meeting.make_private(path.parent)
     background: daemon.Background | None = None
     if daemonize:
@@ -89,6 +84,18 @@ def serve(
             background.failed(error.status)
         raise
     return ExitStatus.OK
+
+
+def _refuse_what_misses(
+    job: str | None, sets: list[str] | None, *, daemonize: bool, wait_ready: bool
+) -> None:
+    """Options that mean nothing without another."""
+    if wait_ready and not daemonize:
+        raise JobError("is for --daemonize", where="--wait-ready")
+    if sets and job is None:
+        raise JobError(
+            "is for the job that is loaded", where="--set", hint="wancli serve JOB --set KEY=VALUE"
+        )
 
 
 def _say_where(path: Path, said: str, *, ready: bool) -> None:

@@ -67,17 +67,14 @@ def probe_command(
     For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
     `inject.blocks: auto:top8` finds it.
     """
-    from wancli import files, maps, plan, signals, survey
+    from wancli import maps, plan, signals, survey
     from wancli.report import blockmap, terminal
     from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)
     planned = plan.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
     asked = survey.survey(planned, next(m for m in maps.METHODS if m == method), levels, ranges, shot)
-    path = output or planned.companion(f"map.{asked.method}.json")
-    if path.is_dir():
-        raise OutputExists("a folder has the name of an output", where=str(path))
-    files.writable(path.parent)
+    path = _free(output or planned.companion(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
@@ -90,3 +87,13 @@ def probe_command(
         terminal.show(blockmap.map_lines(found))
         print(printable(f"map: {path}"))
     return ExitStatus.OK
+
+
+def _free(path: Path) -> Path:
+    """Where a map can be written: found out before anything is measured."""
+    from wancli import files
+
+    if path.is_dir():
+        raise OutputExists("a folder has the name of an output", where=str(path))
+    files.writable(path.parent)
+    return path

@@ -117,10 +117,7 @@ def render(
     outcomes, stopped = _rendered(plan, work, tools, telling)
     status = telling.ended(plan, outcomes, cache_dir)
     if stopped:
-        if force:
-            stopped.command = telling.going_on(plan, outcomes)
-            stopped.hint = "--force begins anew what was on its way"
-        raise stopped
+        raise telling.stopped(stopped, plan, outcomes) if force else stopped
     return status
 
 

@@ -12,7 +12,7 @@ import typer
 from wancli import policy
 from wancli.commands.common import again, complain, posters_of, rates_of, result
 from wancli.commands.options import LogLevel
-from wancli.errors import ExitStatus, OutputExists
+from wancli.errors import ExitStatus, OutputExists, Stopped
 from wancli.units import ranges
 
 if TYPE_CHECKING:
@@ -82,8 +82,15 @@ class Telling:
         if ways:
             terminal.show(terminal.failures(report, ways), stderr=True)
 
-    def going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
-        """How a render with --force goes on: what it has made is not made once more."""
+    def stopped(self, error: Stopped, plan: Plan, outcomes: Sequence[Outcome]) -> Stopped:
+        """The end of a render with --force, and how to go on from it."""
+        error.command = self._going_on(plan, outcomes)
+        if any(outcome.status == "stopped" for outcome in outcomes):
+            error.hint = "--force begins anew what was on its way"
+        return error
+
+    def _going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
+        """What --force has made is not made once more."""
         made = {outcome.shot.index for outcome in outcomes if outcome.record}
         every = [shot.index for shot in plan.shots]
         if left := [index for index in every if index not in made]:

@@ -42,9 +42,7 @@ def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -
         "warnings": list(plan.warnings),
         "shots": shots,
         "memory": _memory(fresh, rates.expected(rendered, missing, known)),
-        "first_step_after": min(
-            (s["first_step_after"] for s in begun if s["first_step_after"]), default=None
-        ),
+        "first_step_after": min(filter(None, (shot["first_step_after"] for shot in begun)), default=None),
         "process": max((_own_phases(shot)[0]["rss_start"] for shot in fresh), default=0),
         "peak": _peak(fresh),
         "cache": {

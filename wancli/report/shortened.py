@@ -1,4 +1,5 @@
-"""Names of shots in the room that a table has for them, so that two of them are still told apart."""
+"""Names of shots in the room that a table has for them, so that two of them are still told apart if they
+differ near an end."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ _STEP_SECONDS = 0.1  # at most ten steps a second
 class Stream(Progress):
     """Writes events. A context: when it ends, however it ends, the envelope is written."""
 
-    def __init__(self, out: TextIO, command: str) -> None:
-        self._out, self._command = out, command
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self._began = time.monotonic()
         self._job: str | None = None
         self._shots: dict[str, Shot] = {}
@@ -139,7 +139,7 @@ class Stream(Progress):
             "report": report,
             "seconds": round(time.monotonic() - self._began, 3),
         }
-        _envelope(self._out, self._command, status, data, error)
+        _envelope(self._out, "render", status, data, error)
 
 
 class _Phase:

@@ -152,18 +152,19 @@ def summary(
 
 
 def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[RenderableType]:
-    """Each shot that failed on one line, the message cut to the terminal, for all of it is in the report; and
-    the ways out."""
+    """Each shot that failed on one line, without the path of its output and cut to the terminal, for the
+    report has all of it; and the ways out."""
     from rich.console import Console
 
     table = grid("failed shot", "code", "message")
     failed = [shot for shot in report["shots"] if "error" in shot]
     names = told_apart([shot["id"] for shot in failed], 24)
-    errors = list(zip(names, (shot["error"] for shot in failed)))
-    left = [max(11, *(len(id) for id, _ in errors)), max(len(error["code"]) for _, error in errors)]
+    codes = [shot["error"]["code"] for shot in failed]
+    left = [max(11, *map(len, names)), max(map(len, codes))]
     room = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
-    for id, error in errors:
-        table.add_row(id, error["code"], _cut(error["message"].replace("\n", " / "), room))
+    for name, code, shot in zip(names, codes, failed):
+        message = shot["error"]["message"].removeprefix(f"{shot['output']}: ")
+        table.add_row(name, code, _cut(message.replace("\n", " / "), room))
     yield table
     yield from ways
 

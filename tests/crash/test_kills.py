@@ -1,4 +1,7 @@
-"""The real command, the real ffmpeg, and a real SIGKILL: 10 moments in CI, 100 with `make crash-long`."""
+"""The real command, the real ffmpeg, and a real SIGKILL: 20 moments in CI, 100 with `make crash-long`.
+
+A run begins where all is imported: what is killed before that has written nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pytest
 from batch import LONG, Rig
 from forked import Forked, begin
 
-KILLS = 100 if LONG else 10
+KILLS = 100 if LONG else 20
 PARTS = 2
 
 

@@ -57,6 +57,8 @@ def test_a_shot_is_beside_the_one_that_differs_in_the_injection_alone(tmp_path: 
     found = decided(tmp_path, compare=True, **swept)
     assert found
     assert found.baseline == "seed7-strength0"
+    job = load(written(tmp_path, tiny_job(compare=True, **swept)))
+    assert plan(job, tmp_path / "memo.json").warnings == ()  # its injections of strength 0 are meant
     assert {id: found.beside[id] for id in found.beside} == {
         f"seed{seed}-strength{strength}": f"seed{seed}-strength0"
         for seed in (7, 8)

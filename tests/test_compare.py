@@ -17,6 +17,7 @@ from test_sheet import clip as plain
 from wancli import clip, compare, figures, pipeline, scores, video
 from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.events import Progress
+from wancli.report import sheet
 from wancli.tools import Tools
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -208,6 +209,14 @@ def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> 
     ]
     (alone,) = compare._pages(Path("s.png"), clips[:4], dict.fromkeys("0123", clips[2]), 4)
     assert [one.id for one in alone[1]] == ["0", "1", "2", "3"]
+
+
+def test_a_sheet_says_what_blocks_read_and_not_what_has_strength_0() -> None:
+    rules = [{"blocks": {"3": strength, "4": strength}, "text": "fish"} for strength in (0.0, 0.5)]
+    prompts = [{"id": "cat", "text": "a cat"}, {"id": "fish", "text": "a fish"}]
+    record = {"prompts": prompts, "injection": rules}
+    one = clip.Clip(Path("x.mp4"), "x", record, video.About(1, 8, 64, 64))
+    assert [*sheet._lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
 
 
 def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ("matrix:", ["job.yaml:6: matrix: must be a mapping of keys to lists of values"]),
         ("zip: [1]", ["job.yaml:6: zip: must be a mapping of keys to lists of values"]),
         ("matrix:\n  seed: 5", ["job.yaml:7: matrix.seed: must be a list of values"]),
-        ("matrix:\n  seed: []", ["job.yaml:7: matrix.seed: must be a list of values"]),
+        ("matrix:\n  seed: []", ["job.yaml:7: matrix.seed: has no values, so that there would be no shot"]),
         ("matrix:\n  a..b: [1]", ["job.yaml:7: matrix.a..b: is no key; write sampler.steps"]),
         (
             "matrix:\n  seed:\n    - 1\n    - x\n",

@@ -422,6 +422,16 @@ def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
     assert command(capsys, *words).code == 0
 
 
+def test_a_force_that_ended_early_comes_with_the_command_for_all_that_it_has_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
+    failing(monkeypatch, video, "write_mp4", {1: errors.FfmpegError("died")})
+    said = command(capsys, "render", job, "--force", "--fail-fast")
+    assert said.code == 3
+    assert said.err.splitlines()[-1] == f"again: wancli render {job} --fail-fast --force --items 1-2"
+
+
 def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -485,6 +485,8 @@ def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o755)
+    assert meeting.connect(tmp_path / "s") is None  # nobody's is there, whatever the folder
+    (tmp_path / "s").touch()
     said = rf"{tmp_path}: not a private folder \(owner {os.geteuid()}, mode 0755\)"
     with pytest.raises(MachineError, match=said):
         meeting.connect(tmp_path / "s")
@@ -573,7 +575,8 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
     began = wancli("serve", job(), "--socket", path, "--daemonize", "--wait-ready")
     assert (began.returncode, began.stdout) == (0, "")
     assert began.stderr == (
-        f"wancli serve: serves at {path}, its log beside it; `wancli render --socket {path} JOB` asks it, "
+        f"wancli serve: serves at {path}, its log in {path.name}.log; "
+        f"`wancli render --socket {path} JOB` asks it, "
         f"`wancli serve --stop --socket {path}` ends it\n"
     )
     try:

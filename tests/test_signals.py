@@ -47,7 +47,8 @@ def test_the_second_signal_ends_the_process_at_once(second: signal.Signals) -> N
         "finally:\n    print('unwound')\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + second, b"", b"")
+    said = b"wancli: ended at once; what was saved before is on disk\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + second, b"", said)
 
 
 def test_what_a_script_ignores_stays_ignored() -> None:

@@ -101,7 +101,7 @@ def test_too_little_space_is_told_with_figures_before_anything_is_loaded(
     said = render()
     assert said.code == 3
     line, hint = said.err.splitlines()
-    assert line.startswith(f"wancli: {tmp_path}/out: 1 shots may need ")
+    assert line.startswith(f"wancli: {tmp_path}/out: 1 shot may need ")
     assert line.endswith(" on this disk, 700 KiB are free")
     assert "--items" in hint
     assert files_in(tmp_path) == []

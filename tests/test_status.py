@@ -84,12 +84,15 @@ def test_a_latent_alone_and_a_video_in_the_way_are_told_apart(
     assert found["a"]["step"] == 4
 
 
-def test_the_videos_of_a_job_that_was_edited_since_are_in_the_way(
-    render: Callable[..., Said], states: Any
+def test_the_videos_of_a_job_that_was_edited_since_are_in_the_way_and_take_no_time(
+    render: Callable[..., Said], states: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: Path
 ) -> None:
     assert render(**CHANGES).code == 0
-    found = states("--set", "sampler.shift=4")
-    assert [shot["state"] for shot in found.values()] == ["in the way"] * 3
+    edited = ("--set", "sampler.shift=4")
+    assert [shot["state"] for shot in states(*edited).values()] == ["in the way"] * 3
+    for asked in ("status", "plan"):
+        said = command(capsys, asked, tmp_path / "job.yaml", "--json", "--cache-dir", warm, *edited)
+        assert json.loads(said.out)["time"]["seconds"] == 0
 
 
 def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_for(

@@ -115,7 +115,7 @@ def test_a_job_without_a_model_takes_the_embedded_one_with_its_defaults(
 def test_words_from_outside_its_world_are_named_with_a_hint_and_rendered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = {"output": "out/clip.mp4", "prompt": "A tabby cat walks to the left.", "sampler": {"steps": 2}}
+    job = {"output": "out/clip.mp4", "prompt": "A $tabby cat walks to the left.", "sampler": {"steps": 2}}
     said = command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache")
     assert said.code == 0
     assert "tabby, cat, walks? wan-mini knows a red, green, blue or yellow circle" in said.err

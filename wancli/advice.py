@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from wancli import loras, mini
-from wancli.shot import Shot
+from wancli.shot import Comparison, Shot
 
 
-def of_shots(shots: Sequence[Shot]) -> Iterator[str]:
+def of_shots(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
     """One line for all shots that share a warning."""
+    baselines = set(comparison.beside.values()) if comparison else set()
     of: dict[str, list[str]] = {}
     for shot in shots:
-        for warning in dict.fromkeys(_of(shot)):
+        for warning in dict.fromkeys(_of(shot, is_baseline=shot.id in baselines)):
             of.setdefault(warning, []).append(shot.id)
     for warning, ids in of.items():
         rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
         yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
 
 
-def _of(shot: Shot) -> Iterator[str]:
+def _of(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
     for text in shot.texts:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
@@ -31,7 +32,7 @@ def _of(shot: Shot) -> Iterator[str]:
         if words:
             yield f"{', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
     for rule, text in zip(shot.rules, shot.injected):
-        if not rule.on:
+        if not rule.on and not is_baseline:
             yield "an injection has strength 0 and changes nothing"
         if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield "the injected prompt is the main prompt; nothing will change"

@@ -164,7 +164,9 @@ def _columns(said: Any, name: str, layers: Layers, problems: list[str]) -> Itera
         if not all(key.split(".")):
             problems.append(f"{layers.where(name, key)}: is no key; write sampler.steps")
             continue
-        if not isinstance(values, list) or not values:
+        if values == []:
+            problems.append(f"{layers.where(name, key)}: has no values, so that there would be no shot")
+        elif not isinstance(values, list):
             problems.append(f"{layers.where(name, key)}: must be a list of values")
             continue
         owner = layers.owner((name, key))

@@ -26,4 +26,4 @@ def unknown_words(pieces: Sequence[str]) -> list[str]:
             words.append([])
         words[-1].append(piece.removeprefix("▁"))
     spelled = [word for word in words if any(part.isalnum() and (len(part) == 1) for part in word[1:])]
-    return list(dict.fromkeys("".join(word).strip(".,:;!?'-") for word in spelled))
+    return list(dict.fromkeys("".join(word).replace("<unk>", "").strip(".,:;!?'-") for word in spelled))

@@ -60,7 +60,8 @@ def plan(
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
     asked = lockstep.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
-    return Plan(jobs.name, tuple(asked), tuple(advice.of_shots(asked)), others, baseline.decide(jobs, shots))
+    comparison = baseline.decide(jobs, shots)
+    return Plan(jobs.name, tuple(asked), tuple(advice.of_shots(asked, comparison)), others, comparison)
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:

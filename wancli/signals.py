@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal, cast
 
@@ -47,6 +47,8 @@ def listening() -> Iterator[Stop]:
 
     def heard(number: int, _: FrameType | None) -> None:
         if stop.reason:
+            with suppress(OSError):
+                os.write(2, b"wancli: ended at once; what was saved before is on disk\n")
             os._exit(128 + number)
         stop.reason = cast("Reason", signal.Signals(number).name)
 

@@ -18,7 +18,7 @@ from wancli.errors import NoSpace
 from wancli.memory import FP32
 from wancli.shot import Shot
 from wancli.store import Store
-from wancli.units import size
+from wancli.units import counted, size
 
 _RECORD = 64 * 2**10  # a manifest, or what is told of a latent beside its numbers
 _RAW = 12.6  # bits per pixel of 4:2:0 that did not compress, and some
@@ -34,8 +34,13 @@ class Need:
     free: int
 
     @property
+    def asked(self) -> int:
+        """With what is left for others."""
+        return math.ceil(self.needed * _MARGIN) + _LEAST
+
+    @property
     def enough(self) -> bool:
-        return self.free >= self.needed * _MARGIN + _LEAST
+        return self.free >= self.asked
 
 
 def needs(shots: Sequence[Shot], store: Store | None = None) -> list[Need]:
@@ -68,8 +73,9 @@ def require(shots: Sequence[Shot], store: Store | None = None) -> None:
     """Raises NoSpace, with the figures, where less is free than the shots may need."""
     for need in needs(shots, store):
         if not need.enough:
+            many, needed, free = counted(len(shots), "shot"), size(need.asked), size(need.free)
             raise NoSpace(
-                f"{len(shots)} shots may need {size(need.needed)} on this disk, {size(need.free)} are free",
+                f"{many} may need {needed} on this disk, {free} are free",
                 where=str(need.folder),
                 hint="Free some space, write elsewhere with `output`, or render a part with --items.",
             )

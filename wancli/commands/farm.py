@@ -104,7 +104,7 @@ def _say_where(path: Path, said: str, *, ready: bool) -> None:
     state = "serves" if ready else "is starting"
     ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
     how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
-    print(printable(f"wancli serve: {state} at {path}, its log beside it; {how}"), file=sys.stderr)
+    print(printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr)
 
 
 def _serve(

@@ -59,12 +59,12 @@ class Telling:
         if self.as_json:
             result(json.dumps(report, indent=2))
         if not self.quiet:
-            self._summarize(report, path, outcomes)
+            self._summarize(report, path, plan, outcomes)
         status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
         self.display.ended(status, path)
         return status
 
-    def _summarize(self, report: dict[str, Any], path: Path, outcomes: Sequence[Outcome]) -> None:
+    def _summarize(self, report: dict[str, Any], path: Path, plan: Plan, outcomes: Sequence[Outcome]) -> None:
         """The report for people, and how to try again what failed."""
         from wancli.report import terminal
 
@@ -72,6 +72,8 @@ class Telling:
         shown = terminal.summary(report, path, injections=injections, effects=self.measuring)
         terminal.show(shown, stderr=True)
         failed = [outcome.shot.index for outcome in outcomes if outcome.error]
+        if failed and self.context.params["force"]:  # the same command would make again what it has made
+            failed = _unmade(plan, outcomes)
         taken = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
         ways = []
         if left := [index for index in failed if index not in taken]:
@@ -91,11 +93,14 @@ class Telling:
 
     def _going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
         """What --force has made is not made once more."""
-        made = {outcome.shot.index for outcome in outcomes if outcome.record}
-        every = [shot.index for shot in plan.shots]
-        if left := [index for index in every if index not in made]:
+        if left := _unmade(plan, outcomes):
             return again(self.context, ranges(left))
-        return again(self.context, ranges(every), without="force")
+        return again(self.context, ranges([shot.index for shot in plan.shots]), without="force")
+
+
+def _unmade(plan: Plan, outcomes: Sequence[Outcome]) -> list[int]:
+    made = {outcome.shot.index for outcome in outcomes if outcome.record}
+    return [shot.index for shot in plan.shots if shot.index not in made]
 
 
 def _reported(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -> tuple[dict[str, Any], Path]:

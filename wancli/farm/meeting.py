@@ -139,6 +139,7 @@ def peer(connection: socket.socket) -> tuple[int, int]:
 def connect(path: Path) -> socket.socket | None:
     """A connection to the server there, None if there is none. Raises MachineError if it is not our own."""
     try:
+        path.lstat()
         private(path.parent)
     except OSError:
         return None

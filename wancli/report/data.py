@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wancli.store import Store
 
 SCHEMA = "wancli/report/1"
+TODO = ("to do", "damaged")  # what a render would make
 
 
 def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
             for shot in most_needing(plan.shots)
             for way in alternatives.alternatives(shot)
         ],
-        "time": time_of([shot for shot in plan.shots if state(shot) != "done"], store, known),
+        "time": time_of([shot for shot in plan.shots if state(shot) in TODO], store, known),
     }
 
 

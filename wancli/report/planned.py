@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives
 from wancli.events import printable
-from wancli.report.data import cached, memory_rows, most_needing, state, steps_of, time_of
+from wancli.report.data import TODO, cached, memory_rows, most_needing, state, steps_of, time_of
 from wancli.report.shortened import room, told_apart
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import counted, duration
@@ -59,7 +59,7 @@ def plan_tables(
     prompts = cached(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    todo = [shot for shot, found in zip(plan.shots, states) if found != "done"]
+    todo = [shot for shot, found in zip(plan.shots, states) if found in TODO]
     time = time_of(todo, store, known)
     yield memory_table(memory_rows(plan.shots), time["phases"])
     for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.why):

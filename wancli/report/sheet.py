@@ -107,7 +107,7 @@ def _lines(clip: Clip, note: str) -> Iterator[str]:
     else:
         yield f"{clip.id}: {clip.record['prompts'][0]['text']}"
         texts = {prompt["id"]: prompt["text"] for prompt in clip.record["prompts"]}
-        yield from (_rule(rule, texts) for rule in clip.record["injection"])
+        yield from (_rule(rule, texts) for rule in clip.record["injection"] if any(rule["blocks"].values()))
     if note:
         yield f"  {note}"
 

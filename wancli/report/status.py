@@ -98,11 +98,11 @@ def _failures(path: Path) -> dict[str, Mapping[str, Any]]:
 def _left(
     shots: Sequence[Shot], rows: Sequence[Mapping[str, Any]], store: Store, known: Sequence[Rate]
 ) -> dict[str, Any]:
-    """Seconds that what is not done will take one worker, None where nothing like it was ever done here."""
+    """Seconds that what is to do will take one worker, None where nothing like it was ever done here."""
     todo: list[Shot] = []
     decoding: list[float | None] = []
     for shot, row in zip(shots, rows):
-        if row["state"] == "done":
+        if row["state"] in ("done", "in the way"):
             continue
         if row["step"] == shot.steps:
             decoding.append(rates.seconds(rates.work(shot)["decode"], known))
@@ -115,7 +115,7 @@ def _left(
 
 def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     """For people, at 80 columns: counts, time, and the shots that are not done, the first of many."""
-    from rich.cells import set_cell_size
+    from rich.cells import cell_len, set_cell_size
 
     counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
     yield f"{status['job']}, {counted(len(status['shots']), 'shot')}: {', '.join(counts)}"
@@ -129,9 +129,11 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     order = {state: place for place, state in enumerate(STATES)}
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
-    names = told_apart([shot["id"] for shot in shown[:_LINES]], 20)
-    for shot, name in zip(shown, names):
-        line = f"{shot['index']:>5} {set_cell_size(name, 20)} {shot['state']:<11} {_about(shot, now)}"
+    said = [_about(shot, now) for shot in shown[:_LINES]]
+    names = told_apart([shot["id"] for shot in shown[:_LINES]], 20 if any(said) else 60)
+    width = max([20, *map(cell_len, names)])
+    for shot, name, about in zip(shown, names, said):
+        line = f"{shot['index']:>5} {set_cell_size(name, width)} {shot['state']:<11} {about}"
         yield _cut(line.rstrip(), 80)
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import strip
-from wancli.report.shortened import told_apart
+from wancli.report.shortened import room, told_apart
 from wancli.units import counted, duration, ranges, size
 
 if TYPE_CHECKING:
@@ -170,12 +170,15 @@ def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[Rendera
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
-    table = grid("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
-    for shot, name in zip(shots, told_apart([shot["id"] for shot in shots], 20)):
+    from rich.console import Console
+
+    heads = ("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
+    rows = []
+    for shot in shots:
         for index, rule in enumerate(shot["injection"]):
             verdict = rule["difference"]["verdict"]
-            table.add_row(
-                name,
+            row = (
+                shot["id"],
                 str(index),
                 ranges([int(block) for block in rule["blocks"]]),
                 ranges([int(step) for step in rule["steps"]]),
@@ -184,6 +187,11 @@ def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
                 f"{rule['hits']:,}/{rule['planned']:,}",
                 f"{verdict['percent']:.0f} %, {verdict['band']}",
             )
+            rows.append(row)
+    names = told_apart([row[0] for row in rows], max(8, room(heads, rows, Console(stderr=True).width)))
+    table = grid(*heads)
+    for name, row in zip(names, rows):
+        table.add_row(name, *row[1:])
     return table
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wancli import alternatives
 from wancli.events import printable
 from wancli.report.data import TODO, cached, memory_rows, most_needing, state, steps_of, time_of
-from wancli.report.shortened import room, told_apart
+from wancli.report.shortened import room, said_once, told_apart
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import counted, duration
 
@@ -84,12 +84,9 @@ def _shots_table(shots: Sequence[Shot], states: Sequence[str], hidden: range) ->
     rows = [[shot.id, *_cells(shot), state] for shot, state in zip(shots, states, strict=True)]
     width = Console().width
     if max(cell_len(printable(shot.id)) for shot in shots) > room(heads, rows, width):
-        alike = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
-        if alike:
-            line = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in alike)
-            yield textwrap.fill(f"all: {line}", 80, subsequent_indent="  ")
-        heads = [head for n, head in enumerate(heads) if n not in alike]
-        rows = [[cell for n, cell in enumerate(row) if n not in alike] for row in rows]
+        line, heads, rows = said_once(heads, rows)
+        if line:
+            yield textwrap.fill(line, 80, subsequent_indent="  ")
     names = told_apart([shot.id for shot in shots], max(MIN_NAME, room(heads, rows, width)))
     table = grid(*heads)
     for index, (name, row) in enumerate(zip(names, rows)):

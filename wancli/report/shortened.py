@@ -1,5 +1,4 @@
-"""Names of shots in the room that a table has for them, so that two of them are still told apart if they
-differ near an end."""
+"""Names of shots in the room that a table has for them, so that two of them are still told apart."""
 
 from __future__ import annotations
 
@@ -13,19 +12,29 @@ GAP = 2  # columns between two of a table
 
 def told_apart(ids: Sequence[str], limit: int) -> list[str]:
     """The ids in `limit` cells each: whole if all fit, else without what all begin or end with, else cut in
-    the middle, or where that makes two of them alike at one end."""
+    the middle, or where that makes two of them alike at one end; at last with a number before their ends."""
     from rich.cells import cell_len
 
     shown = [printable(id).replace("\n", " ") for id in ids]
     if all(cell_len(id) <= limit for id in shown):
         return shown
     inner = _without_ends(shown)
+    numbers = {id: str(number) for number, id in enumerate(dict.fromkeys(shown))}
     ways = [
         [_cut(id, limit, (limit - 1) // 2) for id in inner],
         [_cut(id, limit, 0) for id in inner],
         [_cut(id, limit, limit - 1) for id in inner],
+        [f"{numbers[id]}{_cut(id, limit - len(numbers[id]), 0)}" for id in shown],
     ]
     return next((way for way in ways if len(set(way)) == len(set(ids))), ways[0])
+
+
+def said_once(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, list[str], list[list[str]]]:
+    """What all rows say alike, but for the first and last column, in a line; and the table without it."""
+    alike = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
+    line = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in alike)
+    kept = [n for n in range(len(heads)) if n not in alike]
+    return line and f"all: {line}", [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
 def room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import strip
-from wancli.report.shortened import room, told_apart
+from wancli.report.shortened import room, said_once, told_apart
 from wancli.units import counted, duration, ranges, size
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def summary(
     """What a batch did: injections and how far their prompts differ, memory and time, the failures."""
     fresh = [shot for shot in report["shots"] if shot["status"] == "rendered"]
     if injections and any(shot["injection"] for shot in fresh):
-        yield _injections(fresh)
+        yield from _injections(fresh)
     if effects:
         for shot in fresh:
             yield from _effects(shot)
@@ -169,15 +169,16 @@ def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[Rendera
     yield from ways
 
 
-def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _injections(shots: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    from rich.cells import cell_len
     from rich.console import Console
 
-    heads = ("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
+    heads: Sequence[str] = ("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
     rows = []
     for shot in shots:
         for index, rule in enumerate(shot["injection"]):
             verdict = rule["difference"]["verdict"]
-            row = (
+            row = [
                 shot["id"],
                 str(index),
                 ranges([int(block) for block in rule["blocks"]]),
@@ -186,13 +187,18 @@ def _injections(shots: Sequence[Mapping[str, Any]]) -> RenderableType:
                 rule["blend"],
                 f"{rule['hits']:,}/{rule['planned']:,}",
                 f"{verdict['percent']:.0f} %, {verdict['band']}",
-            )
+            ]
             rows.append(row)
-    names = told_apart([row[0] for row in rows], max(8, room(heads, rows, Console(stderr=True).width)))
+    width = Console(stderr=True).width
+    if max(cell_len(printable(row[0])) for row in rows) > room(heads, rows, width):
+        line, heads, rows = said_once(heads, rows)
+        if line:
+            yield line
+    names = told_apart([row[0] for row in rows], max(8, room(heads, rows, width)))
     table = grid(*heads)
     for name, row in zip(names, rows):
         table.add_row(name, *row[1:])
-    return table
+    yield table
 
 
 def _effects(shot: Mapping[str, Any]) -> Iterator[RenderableType]:

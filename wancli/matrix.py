@@ -166,7 +166,8 @@ def _columns(said: Any, name: str, layers: Layers, problems: list[str]) -> Itera
             continue
         if values == []:
             problems.append(f"{layers.where(name, key)}: has no values, so that there would be no shot")
-        elif not isinstance(values, list):
+            continue
+        if not isinstance(values, list):
             problems.append(f"{layers.where(name, key)}: must be a list of values")
             continue
         owner = layers.owner((name, key))

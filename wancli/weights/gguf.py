@@ -56,6 +56,7 @@ TYPES = {
 OTHER_VERSION = "download a version that is F16, BF16, Q8_0 or a Q*_K"
 MAX_DIMS = 5  # ggml knows 4; city96's converter writes Wan's patch embedding with 5
 ORIG_SHAPE = "comfy.gguf.orig_shape."
+_MOST = 2**48  # numbers of a tensor, each empty side counted as one: more are no sizes to torch
 
 UMT5 = {
     "token_embd.weight": "shared.weight",
@@ -207,7 +208,10 @@ def _placed(reader: _Reader, values: dict[str, Value], infos: list[_Info]) -> di
         if start < end or info.offset % alignment or start + nbytes > len(reader.pages):
             raise reader.damaged(f"{info.name} ({nbytes:,} bytes at {start:,}) is not in its place")
         end = start + nbytes
-        tensors[info.name] = GGUFTensor(dtype, _shape(info, values, reader), start, nbytes)
+        shape = _shape(info, values, reader)
+        if prod(max(1, size) for size in shape) > _MOST:
+            raise reader.damaged(f"{info.name} is empty, and has the sizes {list(shape)}")
+        tensors[info.name] = GGUFTensor(dtype, shape, start, nbytes)
     return {info.name: tensors[info.name] for info in infos}
 
 

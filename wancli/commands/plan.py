@@ -40,15 +40,17 @@ def plan_command(
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
     store, known = store_of(cache_dir), rates.read(rates_of(cache_dir))
+    states = data.states(plan.shots)
     if as_json:
-        emit(data.of_plan(plan, store, known))
+        emit(data.of_plan(plan, states, store, known))
     else:
-        terminal.show(planned.plan_tables(plan, store, known, verbose=verbose, others=budget is not None))
+        tables = planned.plan_tables(plan, states, store, known, verbose=verbose, others=budget is not None)
+        terminal.show(tables)
         for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
     limits = {model: choose.limit(model) for model in {shot.model for shot in plan.shots}}
-    for shot in plan.shots:
-        if data.state(shot) != "done":
+    for shot, found in zip(plan.shots, states):
+        if found != "done":
             encoded = all(text["cached"] for text in data.cached([shot], store))
             choose.require(shot, encoded=encoded, allowed=limits[shot.model])
     return ExitStatus.OK

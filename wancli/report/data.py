@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from wancli.store import Store
 
 SCHEMA = "wancli/report/1"
-TODO = ("to do", "damaged")  # what a render would make
 
 
 def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def read(path: Path) -> dict[str, Any] | None:
     return companions.document(path, SCHEMA)
 
 
-def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
+def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
     """`wancli plan --json`."""
     return {
         "schema": "wancli/plan/1",
@@ -122,7 +121,7 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
                 "labels": shot.labels,
                 "output": str(shot.output),
                 "key": shot.key,
-                "state": state(shot),
+                "state": found,
                 "size": [shot.width, shot.height],
                 "frames": shot.frames,
                 "tokens": shot.tokens,
@@ -143,7 +142,7 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
                     for use in shot.loras
                 ],
             }
-            for shot in plan.shots
+            for shot, found in zip(plan.shots, states, strict=True)
         ],
         "steps": steps_of(plan.shots),
         "prompts": cached(plan.shots, store),
@@ -167,7 +166,7 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
             for shot in most_needing(plan.shots)
             for way in alternatives.alternatives(shot)
         ],
-        "time": time_of([shot for shot in plan.shots if state(shot) in TODO], store, known),
+        "time": time_of(todo(plan.shots, states), store, known),
     }
 
 
@@ -186,10 +185,15 @@ def most_needing(shots: Sequence[Shot]) -> list[Shot]:
     return list(found.values())
 
 
-def state(shot: Shot) -> str:
-    """What a render would find: `done`, `to do`, `damaged`, which is made anew, or `in the way`, which takes
-    --force or another output."""
-    return preflight.condition(shot)[0]
+def states(shots: Iterable[Shot]) -> list[str]:
+    """What a render would find of each: `done`, `to do`, `damaged`, which is made anew, or `in the way`,
+    which takes --force or another output. Reads every video that there is."""
+    return [preflight.condition(shot)[0] for shot in shots]
+
+
+def todo(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
+    """Those that a render would make."""
+    return [shot for shot, found in zip(shots, states, strict=True) if found in ("to do", "damaged")]
 
 
 def cached(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives
 from wancli.events import printable
-from wancli.report.data import TODO, cached, memory_rows, most_needing, state, steps_of, time_of
-from wancli.report.shortened import room, said_once, told_apart
+from wancli.report.data import cached, memory_rows, most_needing, steps_of, time_of, todo
+from wancli.report.shortened import fitted
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import counted, duration
 
@@ -21,15 +21,20 @@ if TYPE_CHECKING:
     from wancli.shot import Plan, Shot
     from wancli.store import Store
 
-MIN_NAME = 16  # cells of the name of a shot; then other columns fold
 MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
 
 
 def plan_tables(
-    plan: Plan, store: Store, known: Sequence[Rate] = (), *, verbose: bool = False, others: bool = False
+    plan: Plan,
+    states: Sequence[str],
+    store: Store,
+    known: Sequence[Rate] = (),
+    *,
+    verbose: bool = False,
+    others: bool = False,
 ) -> Iterator[RenderableType]:
-    """The shots, what stage 1 has to do, the memory that the largest shot needs and why so, the time; with
-    `others` what other settings would need."""
+    """The shots and their `states`, what stage 1 has to do, the memory that the largest shot needs and why
+    so, the time; with `others` what other settings would need."""
     for model in dict.fromkeys(shot.model for shot in plan.shots):
         sizes = model.checkpoint.transformer
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
@@ -38,7 +43,6 @@ def plan_tables(
         runs += "" if model.kernels.attention == "auto" else f", {model.kernels.attention} attention"
         runs += ", products in fp8" if model.kernels.fp8_matmul else ""
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
-    states = [state(shot) for shot in plan.shots]
     hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
     yield from _shots_table(plan.shots, states, hidden)
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
@@ -59,8 +63,7 @@ def plan_tables(
     prompts = cached(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    todo = [shot for shot, found in zip(plan.shots, states) if found in TODO]
-    time = time_of(todo, store, known)
+    time = time_of(todo(plan.shots, states), store, known)
     yield memory_table(memory_rows(plan.shots), time["phases"])
     for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.why):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
@@ -76,22 +79,18 @@ def plan_tables(
 def _shots_table(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> Iterator[RenderableType]:
     """A row for each shot. What is the same for all of them is a line above it where the terminal is too
     narrow for all columns."""
-    from rich.cells import cell_len
     from rich.console import Console
 
-    heads = ["shot", "size", ">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance"]
-    heads.append("state")
+    numbers = (">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
+    heads: Sequence[str] = ("shot", "size", *numbers, "state")
     rows = [[shot.id, *_cells(shot), state] for shot, state in zip(shots, states, strict=True)]
-    width = Console().width
-    if max(cell_len(printable(shot.id)) for shot in shots) > room(heads, rows, width):
-        line, heads, rows = said_once(heads, rows)
-        if line:
-            yield textwrap.fill(line, 80, subsequent_indent="  ")
-    names = told_apart([shot.id for shot in shots], max(MIN_NAME, room(heads, rows, width)))
+    line, heads, rows = fitted(heads, rows, Console().width)
+    if line:
+        yield line
     table = grid(*heads)
-    for index, (name, row) in enumerate(zip(names, rows)):
+    for index, row in enumerate(rows):
         if index not in hidden:
-            table.add_row(name, *row[1:])
+            table.add_row(*row)
         elif index == hidden[0]:
             table.add_row("…")
     yield table

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 
 from wancli.events import printable
 
 GAP = 2  # columns between two of a table
+MIN_NAME = 16  # cells of the name of a shot; then other columns fold
 
 
 def told_apart(ids: Sequence[str], limit: int) -> list[str]:
@@ -29,15 +31,30 @@ def told_apart(ids: Sequence[str], limit: int) -> list[str]:
     return next((way for way in ways if len(set(way)) == len(set(ids))), ways[0])
 
 
-def said_once(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, list[str], list[list[str]]]:
+def fitted(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[str, Sequence[str], list[list[str]]]:
+    """A table of shots by their names, for so many cells: what all rows say alike is a line of its own where
+    the names have no room beside it, and names are `told_apart` where they have none then."""
+    from rich.cells import cell_len
+
+    line, names = "", [row[0] for row in rows]
+    if max(cell_len(printable(name)) for name in names) > _room(heads, rows, width):
+        line, heads, rows = _said_once(heads, rows)
+    shown = told_apart(names, max(MIN_NAME, _room(heads, rows, width)))
+    return line, heads, [[name, *row[1:]] for name, row in zip(shown, rows)]
+
+
+def _said_once(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, list[str], list[list[str]]]:
     """What all rows say alike, but for the first and last column, in a line; and the table without it."""
     alike = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
     line = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in alike)
     kept = [n for n in range(len(heads)) if n not in alike]
-    return line and f"all: {line}", [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
+    said = textwrap.fill(f"all: {line}", 80, subsequent_indent="  ") if line else ""
+    return said, [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
-def room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
+def _room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
     """The cells that the other columns leave to the first one."""
     from rich.cells import cell_len
 

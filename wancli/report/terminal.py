@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import WancliError, described
 from wancli.events import printable
 from wancli.inject import strip
-from wancli.report.shortened import room, said_once, told_apart
+from wancli.report.shortened import fitted, told_apart
 from wancli.units import counted, duration, ranges, size
 
 if TYPE_CHECKING:
@@ -170,7 +170,6 @@ def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[Rendera
 
 
 def _injections(shots: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    from rich.cells import cell_len
     from rich.console import Console
 
     heads: Sequence[str] = ("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
@@ -189,15 +188,12 @@ def _injections(shots: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
                 f"{verdict['percent']:.0f} %, {verdict['band']}",
             ]
             rows.append(row)
-    width = Console(stderr=True).width
-    if max(cell_len(printable(row[0])) for row in rows) > room(heads, rows, width):
-        line, heads, rows = said_once(heads, rows)
-        if line:
-            yield line
-    names = told_apart([row[0] for row in rows], max(8, room(heads, rows, width)))
+    line, heads, rows = fitted(heads, rows, Console(stderr=True).width)
+    if line:
+        yield line
     table = grid(*heads)
-    for name, row in zip(names, rows):
-        table.add_row(name, *row[1:])
+    for row in rows:
+        table.add_row(*row)
     yield table
 
 

@@ -26,13 +26,13 @@ from wancli.batch import render as render_plan
 from wancli.batch import tallied
 from wancli.encode import encode
 from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
-from wancli.events import Progress
 from wancli.farm.claimfile import process
 from wancli.farm.claims import Claims, claim_path, holder
 from wancli.force import Force
 from wancli.jobfile import load
 from wancli.outcome import Outcome
 from wancli.plan import plan
+from wancli.progress import Progress
 from wancli.shot import Plan
 from wancli.signals import Stop
 from wancli.store import Store

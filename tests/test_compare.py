@@ -16,7 +16,7 @@ from test_sheet import clip as plain
 
 from wancli import clip, compare, figures, pipeline, scores, video
 from wancli.errors import FfmpegError, NotFinite, Stopped
-from wancli.events import Progress
+from wancli.progress import Progress
 from wancli.report import sheet
 from wancli.tools import Tools
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.cells import cell_len
 
-from wancli import events
+from wancli import progress as events
 
 SHOT = "0001-a-gray-tabby-cat-walks-through-a-sunlit-garden-猫"
 

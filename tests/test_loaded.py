@@ -15,10 +15,10 @@ from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job
 from safetensors.torch import load_file, save_file
 
 from wancli import batch, choose, encode, jobfile, machine, plan
-from wancli.events import Progress
 from wancli.flags import NO_FLAGS
 from wancli.loaded import Kept
 from wancli.models.dit import WanModel
+from wancli.progress import Progress
 from wancli.store import Store
 from wancli.tools import Tools
 from wancli.weights import networks

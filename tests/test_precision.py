@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scripts.bench.precision import FP32, MODES, TINY, Mode, distance, two_blocks, whole_model
 from scripts.bench.quantize import K_TYPES, to_blocks
-from wancli import mini
+from wancli import wan_mini
 from wancli.models.config import WanConfig
 
 Velocity = Callable[[Mode], Tensor]
@@ -55,7 +55,7 @@ def narrow() -> Velocity:
 
 @pytest.fixture(scope="module")
 def trained() -> Velocity:
-    return whole_model(mini.FOLDER)
+    return whole_model(wan_mini.FOLDER)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job
 
 from wancli import batch, outcome
 from wancli.errors import FfmpegError, kinds
-from wancli.events import Progress
 from wancli.models.dit import WanModel
+from wancli.progress import Progress
 from wancli.report import event_schema, stream
 
 SCHEMA = event_schema.of_events()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import events, footprint, maps, sample, store, survey, video
+from wancli import footprint, maps, progress, sample, store, survey, video
 from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
 from wancli.inject import Text
@@ -96,7 +96,7 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
     """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
     forwards of the table; and the same of their outputs mixed with strength s, over s."""
     (shot,) = plan(load(folder / "job.yaml"), cache / "hashes.json").shots
-    encoded, _ = embed(shot.model, shot.texts, Tools(store.Store(cache / "embeddings"), events.Progress()))
+    encoded, _ = embed(shot.model, shot.texts, Tools(store.Store(cache / "embeddings"), progress.Progress()))
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
         contexts = sample.Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})

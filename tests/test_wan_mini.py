@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jobs import command, manifest_of, written
 
-from wancli import maps, mini, video
+from wancli import maps, video, wan_mini
 from wancli.models.variants import MINI
 from wancli.rendered import mean_difference
 from wancli.weights.identify import identify
@@ -33,10 +33,10 @@ def shares(path: Path) -> dict[str, float]:
 
 
 def test_the_weights_are_a_wan_of_40_blocks_in_16_mib() -> None:
-    sizes = identify(mini.FOLDER).transformer
+    sizes = identify(wan_mini.FOLDER).transformer
     assert (sizes.num_layers, sizes.in_dim, sizes.text_len) == (40, 16, 512)
-    assert sum(path.stat().st_size for path in mini.FOLDER.rglob("*") if path.is_file()) <= 16 * 2**20
-    assert (mini.FOLDER / "README.md").exists()
+    assert sum(path.stat().st_size for path in wan_mini.FOLDER.rglob("*") if path.is_file()) <= 16 * 2**20
+    assert (wan_mini.FOLDER / "README.md").exists()
 
 
 def test_a_prompt_is_rendered_in_its_colours(
@@ -107,7 +107,7 @@ def test_a_job_without_a_model_takes_the_embedded_one_with_its_defaults(
     job = {"output": "out/clip.mp4", "prompt": RED, "sampler": {"steps": 2}}
     assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
     body = manifest_of(tmp_path)
-    assert body["model"]["root"] == str(mini.FOLDER)
+    assert body["model"]["root"] == str(wan_mini.FOLDER)
     shot = body["shot"]
     assert (shot["width"], shot["height"], shot["frames"]) == (MINI.width, MINI.height, MINI.frames)
 

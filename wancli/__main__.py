@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from wancli import streams
+from wancli import stdio
 from wancli.errors import ExitStatus, WancliError
 
 _ASKING = (signal.SIGTERM, signal.SIGUSR1)
@@ -23,7 +23,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    streams.prepare()
+    stdio.prepare()
     ending: list[int] = []
     atexit.register(_as_a_shell_expects, ending)  # registered first, so that it runs last
     arguments = sys.argv[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli import loras, mini
+from wancli import loras, wan_mini
 from wancli.shot import Comparison, Shot
 
 
@@ -25,12 +25,15 @@ def _of(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
-    if shot.model.checkpoint.root == mini.FOLDER:
+    if shot.model.checkpoint.root == wan_mini.FOLDER:
         words = [
-            word for text in shot.texts if not text.file for word in mini.unknown_words(text.tokens.pieces)
+            word
+            for text in shot.texts
+            if not text.file
+            for word in wan_mini.unknown_words(text.tokens.pieces)
         ]
         if words:
-            yield f"{', '.join(dict.fromkeys(words))}? {mini.KNOWS}"
+            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.KNOWS}"
     for rule, text in zip(shot.rules, shot.injected):
         if not rule.on and not is_baseline:
             yield "an injection has strength 0 and changes nothing"

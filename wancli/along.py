@@ -18,7 +18,6 @@ from wancli import kernels, sample, sensitivity, survey
 from wancli.embed import embed
 from wancli.encode import Encoded
 from wancli.errors import NotFinite
-from wancli.events import Phase
 from wancli.experts import Stage
 from wancli.inject import Cell, Text
 from wancli.loaded import Networks, check_device, check_weights
@@ -27,6 +26,7 @@ from wancli.models.dit import WanModel
 from wancli.models.layers import Mix
 from wancli.peak import fitting
 from wancli.probe import relative
+from wancli.progress import Phase
 from wancli.sample import Contexts
 from wancli.sensitivity import Place
 from wancli.solvers import State

@@ -16,12 +16,12 @@ import typer
 import typer.core
 import typer.main
 
-from wancli import __version__, streams
+from wancli import __version__, stdio
 from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
 from wancli.commands.common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
-from wancli.events import printable
 from wancli.names import here
+from wancli.progress import printable
 
 if TYPE_CHECKING:
     from wancli.loaded import Kept
@@ -94,7 +94,7 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
         return Bug.status
     if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
-    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and streams.failure(sys.stdout):
+    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.failure(sys.stdout):
         return ExitStatus.MACHINE  # of a batch whose work went on; stderr has it
     return code
 

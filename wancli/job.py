@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from wancli import mini
+from wancli import wan_mini
 from wancli.inject import Curve
 from wancli.models.config import Attention
 
@@ -249,7 +249,7 @@ Comparing = Annotated[
 class Job(Strict):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
-    model: Model = mini.NAME
+    model: Model = wan_mini.NAME
     prompt: Prompt
     negative: Prompt = "default"
     output: str = "out/{job}/{item:04d}-{slug}.mp4"

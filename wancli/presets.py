@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from wancli import mini
+from wancli import wan_mini
 from wancli.errors import JobError
 from wancli.job import ModelFiles, ModelOnly
 from wancli.jobfile import Item
@@ -37,8 +37,8 @@ def resolve(said: str | ModelFiles, folder: Folder, where: Where) -> Location:
     """
     if isinstance(said, ModelFiles):
         return _files(said, folder, where)
-    if said == mini.NAME:
-        return mini.FOLDER
+    if said == wan_mini.NAME:
+        return wan_mini.FOLDER
     known = presets() if _may_be_name(said) else {}
     if said in known:
         return known[said]

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import choose, embed, footprint, mini, presets
+from wancli import choose, embed, footprint, presets, wan_mini
 from wancli.embedding import describe, save_embeddings
 from wancli.encode import Encoded
 from wancli.errors import JobError, OutputExists
@@ -158,11 +158,11 @@ def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
     found, _ = embed.embed(pair.model, [pair.a, pair.b], tools)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
-    if pair.model.checkpoint.root != mini.FOLDER:
+    if pair.model.checkpoint.root != wan_mini.FOLDER:
         return difference
-    unknown = mini.unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
-    said = [f"{', '.join(unknown)}? {mini.KNOWS}"] if unknown else []
-    return replace(difference, hints=(*said, mini.DIFFERENCES))
+    unknown = wan_mini.unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
+    said = [f"{', '.join(unknown)}? {wan_mini.KNOWS}"] if unknown else []
+    return replace(difference, hints=(*said, wan_mini.DIFFERENCES))
 
 
 def _refuse(flags: Flags) -> None:
@@ -183,7 +183,7 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 
 def _model(folder: Path | None, memo: Path) -> Model:
-    said = str(folder) if folder else mini.NAME
+    said = str(folder) if folder else wan_mini.NAME
     model = model_at(presets.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
     longest = footprint.encoding(model, [512])
     if footprint.process(model) + longest.total > choose.limit(model):

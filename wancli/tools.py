@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wancli.events import Progress
 from wancli.farm.claims import Claims
 from wancli.force import Force
 from wancli.policy import Policy
+from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.store import Store
 

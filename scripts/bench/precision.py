@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from scripts.bench.markdown import stamp
 from scripts.bench.quantize import to_blocks
-from wancli import mini
+from wancli import wan_mini
 from wancli.models.config import Kernels, WanConfig
 from wancli.models.context import folded
 from wancli.models.dit import Block, Head, WanModel
@@ -80,7 +80,7 @@ MODES: dict[str, Mode] = {
 def main() -> None:
     columns = {
         "two blocks of 14B": two_blocks(WIDE),
-        "wan-mini": whole_model(mini.FOLDER),
+        "wan-mini": whole_model(wan_mini.FOLDER),
         "random, 40 blocks of width 48": whole_model(TINY),
     }
     exact = {name: velocity(FP32) for name, velocity in columns.items()}

@@ -25,12 +25,12 @@ from scripts.bench.markdown import stamp, table
 from wancli import maps, sample, sensitivity, survey
 from wancli.batch import render
 from wancli.embed import embed
-from wancli.events import Progress
 from wancli.inject import Text, parse_blocks
 from wancli.jobfile import parse
 from wancli.loaded import Networks
 from wancli.maps import Map, Method, Shelf
 from wancli.plan import plan
+from wancli.progress import Progress
 from wancli.rendered import mean_difference
 from wancli.shot import Plan, Shot
 from wancli.store import Store

@@ -27,7 +27,7 @@ from scripts.mini.captions import STYLES, caption
 from scripts.mini.recognise import Seen, recognise
 from scripts.mini.vae import psnr
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all, random_scene
-from wancli import clip, mini, video
+from wancli import clip, video, wan_mini
 from wancli.models.vae import VAE
 from wancli.report import sheet
 from wancli.weights.identify import identify
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for the videos and evaluation.json")
-    add("--model", type=Path, default=mini.FOLDER, metavar="DIR", help="default: the one inside wancli")
+    add("--model", type=Path, default=wan_mini.FOLDER, metavar="DIR", help="default: the one inside wancli")
     add("--prompts", type=int, default=200, help="held-out prompts; default 200")
     add("--pairs", type=int, default=100, help="pairs of prompts for injection; default 100")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="renders at once")

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
-from wancli.events import printable
+from wancli.progress import printable
 
 if TYPE_CHECKING:
     import typer
 
-    from wancli.events import Mode, Progress
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.loaded import Kept
+    from wancli.progress import Mode, Progress
     from wancli.shot import Plan
     from wancli.store import Store
 
@@ -72,7 +72,7 @@ def again(context: typer.Context, items: str, without: str = "") -> str:
 def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
     """Who shows progress: to programs that follow a render on stdout, else to people on stderr. With `quiet`
     what is logged, the hashing of large files, stays unsaid, too."""
-    from wancli import events
+    from wancli import progress
 
     logging.getLogger("wancli").disabled = quiet
     if as_stream:
@@ -83,7 +83,7 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = Fa
         from wancli.report.openjd import OpenJD
 
         return OpenJD(sys.stdout)
-    return events.progress(sys.stderr, "none" if quiet else mode)
+    return progress.progress(sys.stderr, "none" if quiet else mode)
 
 
 def flags_of(

@@ -16,7 +16,7 @@ import typer
 from wancli.commands.common import cache_of, flags_of, job_of, plan_of
 from wancli.commands.options import CacheDir, Items, JobArgument, Sets
 from wancli.errors import ExitStatus, JobError, WancliError
-from wancli.events import printable
+from wancli.progress import printable
 
 if TYPE_CHECKING:
     from wancli.farm.daemon import Background

@@ -10,7 +10,7 @@ import typer
 from wancli.commands.common import emit, flags_of, job_of, plan_of, rates_of, store_of
 from wancli.commands.options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
-from wancli.events import printable
+from wancli.progress import printable
 
 
 def plan_command(

@@ -19,7 +19,7 @@ from wancli.commands.options import (
     Sets,
 )
 from wancli.errors import ExitStatus, OutputExists
-from wancli.events import printable
+from wancli.progress import printable
 
 
 class MethodName(StrEnum):

@@ -50,12 +50,12 @@ from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wancli.events import Progress
     from wancli.farm.ray import Cluster
     from wancli.flags import Flags
     from wancli.jobfile import JobFile
     from wancli.outcome import Outcome
     from wancli.policy import Policy
+    from wancli.progress import Progress
     from wancli.shot import Plan
     from wancli.tools import Tools
 

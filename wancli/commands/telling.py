@@ -18,8 +18,8 @@ from wancli.units import ranges
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wancli.events import Progress
     from wancli.outcome import Outcome
+    from wancli.progress import Progress
     from wancli.shot import Plan
 
 

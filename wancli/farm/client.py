@@ -18,9 +18,9 @@ from types import FrameType
 from typing import Any, TextIO
 
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
-from wancli.events import printable
 from wancli.farm import meeting
 from wancli.names import here
+from wancli.progress import printable
 
 _PATIENCE = 0.5  # seconds without an answer after which a server is busy
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

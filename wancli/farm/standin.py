@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from wancli.errors import MachineError
 from wancli.farm import meeting
-from wancli.streams import writer
+from wancli.stdio import writer
 
 
 @contextmanager

@@ -71,9 +71,9 @@ class Worker:
         return {"outcomes": found, "raised": wired(raised) if raised else None}
 
     def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
-        from wancli.events import Progress
         from wancli.farm.claims import Claims
         from wancli.policy import Policy
+        from wancli.progress import Progress
         from wancli.store import Store
         from wancli.tools import Tools
 

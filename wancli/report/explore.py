@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from wancli import machine, mini, presets
+from wancli import machine, presets, wan_mini
 from wancli.errors import JobError
 from wancli.models import variants
 from wancli.report import document, facts
@@ -18,13 +18,13 @@ WHERE = "MODEL"
 def document_of(said: str | None) -> dict[str, Any]:
     """All released models and wan-mini, with the one that was said in front; or, where it is the name or
     path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
-    names = {name.lower(): name for name in (*facts.RELEASED, mini.NAME)}
+    names = {name.lower(): name for name in (*facts.RELEASED, wan_mini.NAME)}
     if said is not None and said.lower() not in names:
         return _of_checkpoint(said, names)
     device, dtype = _here()
     models = [facts.explored(*facts.released(name), device, dtype) for name in facts.RELEASED]
-    models.append(_explored(identify(mini.FOLDER)) | {"root": mini.NAME})
-    known = {name: variant for name, (variant, _) in facts.RELEASED.items()} | {mini.NAME: variants.MINI}
+    models.append(_explored(identify(wan_mini.FOLDER)) | {"root": wan_mini.NAME})
+    known = {name: variant for name, (variant, _) in facts.RELEASED.items()} | {wan_mini.NAME: variants.MINI}
     shown = [model["variant"] for model in models]
     return document.of_models(models, known, shown.index(names[said.lower()]) if said else 0)
 

@@ -10,7 +10,7 @@ from wancli.errors import MachineError
 
 def line(out: TextIO, text: str) -> None:
     """One line, at once. Where it cannot be written this and all that follows goes nowhere
-    (`wancli.streams`), and stderr says so; what the command makes is on disk."""
+    (`wancli.stdio`), and stderr says so; what the command makes is on disk."""
     try:
         out.write(text + "\n")
         out.flush()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from wancli.errors import Stopped
-from wancli.events import Phase, Progress, printable
+from wancli.progress import Phase, Progress, printable
 from wancli.report.lines import line
 
 if TYPE_CHECKING:

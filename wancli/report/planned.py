@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives
-from wancli.events import printable
+from wancli.progress import printable
 from wancli.report.data import cached, memory_rows, most_needing, steps_of, time_of, todo
 from wancli.report.shortened import fitted
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines

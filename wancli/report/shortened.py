@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from wancli.events import printable
+from wancli.progress import printable
 
 GAP = 2  # columns between two of a table
 MIN_NAME = 16  # cells of the name of a shot; then other columns fold

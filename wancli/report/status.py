@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import latents, rates
-from wancli.events import printable
 from wancli.farm import claims
 from wancli.legs import Fork
+from wancli.progress import printable
 from wancli.report import data
 from wancli.report.shortened import told_apart
 from wancli.units import counted, duration, ranges

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from wancli import __version__
 from wancli.errors import Bug, ExitStatus, Interrupted, WancliError
-from wancli.events import Phase, Progress
+from wancli.progress import Phase, Progress
 from wancli.report.event_schema import SCHEMA
 from wancli.report.lines import line
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import WancliError, described
-from wancli.events import printable
 from wancli.inject import strip
+from wancli.progress import printable
 from wancli.report.shortened import fitted, told_apart
 from wancli.units import counted, duration, ranges, size
 

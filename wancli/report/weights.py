@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli.events import printable
+from wancli.progress import printable
 from wancli.units import size
 
 COLUMNS, LABEL = 80, 16

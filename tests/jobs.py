@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from wancli import encode
 from wancli.cli import run
-from wancli.manifest import read
 from wancli.models.dit import Request, WanModel
+from wancli.storage.manifest import read
 from wancli.tokens import Tokenizer
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"

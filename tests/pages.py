@@ -10,9 +10,9 @@ from typing import Any
 
 from jobs import tiny_job, written
 
-from wancli import manifest
 from wancli.cli import run
 from wancli.report.gather import Found
+from wancli.storage import manifest
 
 HOSTILE = (
     "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"

@@ -21,13 +21,10 @@ import torch
 from forked import Forked, begin
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
-from wancli import files, manifest
 from wancli.batch import render as render_plan
 from wancli.batch import tallied
 from wancli.encode import encode
 from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
-from wancli.farm.claimfile import process
-from wancli.farm.claims import Claims, claim_path, holder
 from wancli.force import Force
 from wancli.jobfile import load
 from wancli.outcome import Outcome
@@ -35,7 +32,10 @@ from wancli.plan import plan
 from wancli.progress import Progress
 from wancli.shot import Plan
 from wancli.signals import Stop
-from wancli.store import Store
+from wancli.storage import atomic, manifest
+from wancli.storage.cache import Store
+from wancli.storage.claim_file import process
+from wancli.storage.claims import Claims, claim_path, holder
 from wancli.tools import Tools
 
 Render = Callable[..., Said]
@@ -259,7 +259,7 @@ def test_a_claim_that_finds_no_room_leaves_no_claim(shot: Any, monkeypatch: pyte
 
     with Claims() as claims:
         with monkeypatch.context() as patched:
-            patched.setattr(files, "write_all", full)
+            patched.setattr(atomic, "write_all", full)
             with pytest.raises(NoSpace):
                 claims.take([shot])
         assert not claim_path(shot).exists()

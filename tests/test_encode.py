@@ -28,7 +28,7 @@ from wancli.embedding import (
 )
 from wancli.encode import Encoder, Unencoded, encode
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
-from wancli.store import Store
+from wancli.storage.cache import Store
 from wancli.tokens import EOS, Tokenizer, Tokens, clean
 from wancli.weights.ondisk import OnDisk
 
@@ -303,7 +303,7 @@ from pathlib import Path
 from transformers import UMT5EncoderModel
 from wancli.encode import Encoder, encode
 from wancli.tokens import Tokenizer
-from wancli.store import Store
+from wancli.storage.cache import Store
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
 prompts = [tokenizer.tokens(text, 256) for text in {list(PROMPTS.values())!r}]
 encoder = Encoder((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")

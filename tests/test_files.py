@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from wancli import files
 from wancli.errors import MachineError, NoSpace, OutputExists
+from wancli.storage import atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -30,7 +30,7 @@ def no_hard_links(monkeypatch):
 
 
 def test_a_published_file_has_its_bytes_and_leaves_nothing_else(tmp_path):
-    files.publish_bytes(tmp_path / "new" / "folder" / "a.bin", b"content")
+    atomic.publish_bytes(tmp_path / "new" / "folder" / "a.bin", b"content")
     assert (tmp_path / "new" / "folder" / "a.bin").read_bytes() == b"content"
     assert names(tmp_path / "new" / "folder") == ["a.bin"]
 
@@ -38,7 +38,7 @@ def test_a_published_file_has_its_bytes_and_leaves_nothing_else(tmp_path):
 def test_a_published_file_has_the_rights_that_the_umask_gives(tmp_path):
     old = os.umask(0o027)
     try:
-        files.publish_bytes(tmp_path / "a", b"")
+        atomic.publish_bytes(tmp_path / "a", b"")
     finally:
         os.umask(old)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
@@ -50,7 +50,7 @@ def test_publishing_over_another_file_is_refused_and_changes_nothing(tmp_path, l
         request.getfixturevalue("no_hard_links")
     (tmp_path / "a").write_bytes(b"mine")
     with pytest.raises(OutputExists, match="a: a different file"):
-        files.publish_bytes(tmp_path / "a", b"yours")
+        atomic.publish_bytes(tmp_path / "a", b"yours")
     assert (tmp_path / "a").read_bytes() == b"mine"
     assert names(tmp_path) == ["a"]
 
@@ -59,8 +59,8 @@ def test_publishing_over_another_file_is_refused_and_changes_nothing(tmp_path, l
 def test_publishing_the_same_bytes_again_is_success(tmp_path, links, request):
     if not links:
         request.getfixturevalue("no_hard_links")
-    files.publish_bytes(tmp_path / "a", b"same")
-    files.publish_bytes(tmp_path / "a", b"same")
+    atomic.publish_bytes(tmp_path / "a", b"same")
+    atomic.publish_bytes(tmp_path / "a", b"same")
     assert names(tmp_path) == ["a"]
 
 
@@ -68,15 +68,15 @@ def test_publishing_never_writes_through_a_symbolic_link(tmp_path):
     (tmp_path / "target").write_bytes(b"same")
     (tmp_path / "a").symlink_to("target")
     with pytest.raises(OutputExists):
-        files.publish_bytes(tmp_path / "a", b"same")
+        atomic.publish_bytes(tmp_path / "a", b"same")
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(OutputExists):
-        files.publish_bytes(tmp_path / "dangling", b"x")
+        atomic.publish_bytes(tmp_path / "dangling", b"x")
     assert names(tmp_path) == ["a", "dangling", "target"]
 
 
 def test_a_temporary_file_is_gone_when_its_block_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), files.temporary(tmp_path / "a.mp4") as tmp:
+    with pytest.raises(ZeroDivisionError), atomic.temporary(tmp_path / "a.mp4") as tmp:
         tmp.write_bytes(b"%d" % (1 // 0))
     assert names(tmp_path) == []
 
@@ -84,7 +84,7 @@ def test_a_temporary_file_is_gone_when_its_block_fails(tmp_path):
 def _publish_many(folder: str, who: int) -> None:
     for number in range(50):
         try:
-            files.publish_bytes(Path(folder) / str(number), b"%d" % who * 5000)
+            atomic.publish_bytes(Path(folder) / str(number), b"%d" % who * 5000)
         except OutputExists:
             Path(folder, f"lost-{number}-{who}").touch()
 
@@ -109,7 +109,7 @@ def test_of_processes_that_publish_one_name_exactly_one_wins(tmp_path):
 def test_replacing_a_link_leaves_its_target_alone(tmp_path):
     (tmp_path / "target").write_bytes(b"keep")
     (tmp_path / "a").symlink_to("target")
-    files.replace(tmp_path / "a", b"new")
+    atomic.replace(tmp_path / "a", b"new")
     assert (tmp_path / "target").read_bytes() == b"keep"
     assert (tmp_path / "a").read_bytes() == b"new"
     assert not (tmp_path / "a").is_symlink()
@@ -117,10 +117,10 @@ def test_replacing_a_link_leaves_its_target_alone(tmp_path):
 
 def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
     path = tmp_path / "a.b.mp4"
-    assert files.set_aside(path) is None
+    assert atomic.set_aside(path) is None
     for number in (1, 2, 3):
         path.write_text(str(number))
-        assert files.set_aside(path) == tmp_path / f"a.b.old-{number}.mp4"
+        assert atomic.set_aside(path) == tmp_path / f"a.b.old-{number}.mp4"
     assert [(tmp_path / f"a.b.old-{n}.mp4").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
     assert not path.exists()
 
@@ -128,7 +128,7 @@ def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
 def test_a_folder_in_the_place_of_an_output_is_not_set_aside(tmp_path):
     (tmp_path / "a.mp4").mkdir()
     with pytest.raises(OutputExists, match="folder"):
-        files.set_aside(tmp_path / "a.mp4")
+        atomic.set_aside(tmp_path / "a.mp4")
 
 
 def test_a_sweep_takes_only_own_debris_of_dead_processes_older_than_a_day(tmp_path):
@@ -144,7 +144,7 @@ def test_a_sweep_takes_only_own_debris_of_dead_processes_older_than_a_day(tmp_pa
     for name, age in cases.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() + age,) * 2)
-    assert [path.name for path in files.sweep(tmp_path)] == [f".wancli-{dead}-old.tmp"]
+    assert [path.name for path in atomic.sweep(tmp_path)] == [f".wancli-{dead}-old.tmp"]
     assert len(names(tmp_path)) == 5
 
 
@@ -170,7 +170,7 @@ class Disk:
         return call
 
 
-@pytest.mark.parametrize("write", [files.publish_bytes, files.replace])
+@pytest.mark.parametrize("write", [atomic.publish_bytes, atomic.replace])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
 def test_whatever_call_fails_the_file_is_whole_or_absent(tmp_path, write, number):
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +199,7 @@ def test_after_a_failed_fsync_the_bytes_go_to_a_new_file_instead(tmp_path, monke
         real(fd)
 
     monkeypatch.setattr(os, "fsync", first_one_fails)
-    files.replace(tmp_path / "a", b"content")
+    atomic.replace(tmp_path / "a", b"content")
     assert (tmp_path / "a").read_bytes() == b"content"
     assert synced[0] != synced[1]
     assert names(tmp_path) == ["a"]
@@ -207,14 +207,14 @@ def test_after_a_failed_fsync_the_bytes_go_to_a_new_file_instead(tmp_path, monke
 
 def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
-    files.publish_bytes(tmp_path / "a", b"x")
+    atomic.publish_bytes(tmp_path / "a", b"x")
     link = disk.calls.index("link")
     assert "fsync" in disk.calls[:link]
     assert "fsync" in disk.calls[link:]
 
 
 def test_a_full_disk_is_told_with_the_space_that_is_left():
-    error = files.translate(OSError(errno.ENOSPC, "No space left on device"), Path("/no/such/folder/a.mp4"))
+    error = atomic.translate(OSError(errno.ENOSPC, "No space left on device"), Path("/no/such/folder/a.mp4"))
     assert isinstance(error, NoSpace)
     assert "MB are free" in str(error)
     assert str(error).startswith("/no/such/folder/a.mp4: ")
@@ -225,7 +225,7 @@ def test_a_file_size_limit_is_told_as_no_space_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(NoSpace):
-            files.publish_bytes(tmp_path / "a", b"x" * 50_000)
+            atomic.publish_bytes(tmp_path / "a", b"x" * 50_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == []
@@ -239,7 +239,7 @@ def test_a_short_write_is_continued(tmp_path, monkeypatch):
         return sizes[-1]
 
     monkeypatch.setattr(os, "write", short)
-    files.replace(tmp_path / "a", bytes(range(256)))
+    atomic.replace(tmp_path / "a", bytes(range(256)))
     monkeypatch.undo()
     assert (tmp_path / "a").read_bytes() == bytes(range(256))
     assert len(sizes) > 5
@@ -255,10 +255,10 @@ def test_a_published_file_that_cannot_be_synced_is_written_once_more(tmp_path, m
             raise OSError(errno.EIO, "I/O error")
         real(fd)
 
-    with files.temporary(tmp_path / "a") as tmp:
+    with atomic.temporary(tmp_path / "a") as tmp:
         tmp.write_bytes(b"content")
         monkeypatch.setattr(os, "fsync", first_one_fails)
-        files.publish(tmp, tmp_path / "a")
+        atomic.publish(tmp, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"content"
     assert (tmp_path / "a").stat().st_ino == synced[1] != synced[0]
     assert names(tmp_path) == ["a"]
@@ -269,10 +269,10 @@ def test_a_disk_that_never_takes_the_bytes_is_told_and_nothing_stays(tmp_path, m
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with files.temporary(tmp_path / "a") as tmp, pytest.raises(MachineError, match="I/O error"):
-        files.publish(tmp, tmp_path / "a")
+    with atomic.temporary(tmp_path / "a") as tmp, pytest.raises(MachineError, match="I/O error"):
+        atomic.publish(tmp, tmp_path / "a")
     with pytest.raises(MachineError, match="I/O error"):
-        files.replace(tmp_path / "b", b"content")
+        atomic.replace(tmp_path / "b", b"content")
     assert names(tmp_path) == []
 
 
@@ -286,7 +286,7 @@ def test_a_temporary_file_that_another_host_took_for_debris_is_written_again(tmp
         return real(path, flags, *arguments, **options)
 
     monkeypatch.setattr(os, "open", robbing)
-    files.replace(tmp_path / "a", b"content")
+    atomic.replace(tmp_path / "a", b"content")
     assert robbed
     assert (tmp_path / "a").read_bytes() == b"content"
     assert names(tmp_path) == ["a"]
@@ -296,11 +296,11 @@ def test_a_temporary_file_that_another_host_took_for_debris_is_written_again(tmp
 def test_a_clock_that_jumps_robs_no_live_writer(tmp_path, monkeypatch, years):
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + years * 366 * 86400)
-    with files.temporary(tmp_path / "a") as tmp:
-        assert files.sweep(tmp_path) == []
-        files.writable(tmp_path)
+    with atomic.temporary(tmp_path / "a") as tmp:
+        assert atomic.sweep(tmp_path) == []
+        atomic.writable(tmp_path)
         tmp.write_bytes(b"content")
-        files.publish(tmp, tmp_path / "a")
+        atomic.publish(tmp, tmp_path / "a")
     assert names(tmp_path) == ["a"]
 
 
@@ -311,26 +311,26 @@ def test_the_preflight_sweeps_debris_by_the_clock_of_the_folder(tmp_path, monkey
     for name, age in {".wancli-far-1-old.tmp": 90_000, ".wancli-far-1-new.tmp": 80_000}.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (now - age,) * 2)
-    files.writable(tmp_path)
+    atomic.writable(tmp_path)
     assert names(tmp_path) == [".wancli-far-1-new.tmp", "now"]
 
 
 def test_a_folder_that_takes_files_passes_the_preflight_and_stays_empty(tmp_path):
-    files.writable(tmp_path / "new")
+    atomic.writable(tmp_path / "new")
     assert names(tmp_path / "new") == []
 
 
 def test_a_file_in_the_place_of_a_folder_fails_the_preflight(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="file/out") as caught:
-        files.writable(tmp_path / "file" / "out")
+        atomic.writable(tmp_path / "file" / "out")
     assert "not a folder" in caught.value.hint
 
 
 def _unprivileged_preflight(folder: str) -> None:
     os.setuid(65534)
     try:
-        files.writable(Path(folder))
+        atomic.writable(Path(folder))
     except MachineError as error:
         os._exit(0 if "Permission denied" in str(error) else 1)
     os._exit(2)
@@ -352,16 +352,16 @@ def test_a_file_system_without_links_and_exclusive_rename_fails_the_preflight(
     def refuse(*_):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(files, "_rename_noreplace", refuse)
+    monkeypatch.setattr(atomic, "_rename_noreplace", refuse)
     with pytest.raises(MachineError) as caught:
-        files.writable(tmp_path)
+        atomic.writable(tmp_path)
     assert "another place" in caught.value.hint
 
 
 def test_the_digest_is_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert atomic.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_free_space_is_known_for_a_path_that_does_not_exist_yet(tmp_path):
-    assert files.free_space(tmp_path / "a" / "b") > 0
+    assert atomic.free_space(tmp_path / "a" / "b") > 0

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from jobs import KEPT, Said, forwards
 
-from wancli import errors, files
+from wancli import errors
 from wancli.force import Force
 from wancli.models.dit import WanModel
+from wancli.storage import atomic
 
 
 def test_a_file_is_outdated_until_somebody_writes_it_even_with_the_same_bytes(tmp_path: Path) -> None:
@@ -21,8 +22,8 @@ def test_a_file_is_outdated_until_somebody_writes_it_even_with_the_same_bytes(tm
     parts["manifest"].write_bytes(b"as it was")
     force = Force.of([shot])
     assert [force.outdated(shot, part) for part in ("manifest", "state", "latents")] == [True] * 3
-    files.replace(parts["manifest"], b"as it was")
-    files.replace(parts["latents"], b"new")
+    atomic.replace(parts["manifest"], b"as it was")
+    atomic.replace(parts["latents"], b"new")
     assert [force.outdated(shot, part) for part in ("manifest", "state", "latents")] == [False, True, False]
 
 

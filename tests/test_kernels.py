@@ -11,10 +11,10 @@ from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
 
 from wancli.errors import JobError
 from wancli.jobfile import load
-from wancli.manifest import read
 from wancli.models.config import Kernels
 from wancli.plan import plan
 from wancli.shot import Shot
+from wancli.storage.manifest import read
 
 
 def planned(folder: Path, **memory: Any) -> Shot:

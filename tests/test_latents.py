@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wancli import latents
 from wancli.errors import EntryError
 from wancli.solvers import SOLVERS, State, schedule
+from wancli.storage import tensor_file
 
 RECORD = {"latents_key": "k", "step": 3, "read": [[0, "cond", 1]]}
 
@@ -26,8 +26,8 @@ def walked(solver: str, steps: range, state: State) -> State:
 def test_sampling_goes_on_from_the_file_bit_for_bit(solver: str, done: int, tmp_path: Path) -> None:
     start = State(torch.randn(16, 1, 4, 6, generator=torch.Generator().manual_seed(1)))
     expected = walked(solver, range(4), start)
-    latents.save_state(tmp_path / "s", walked(solver, range(done), start), RECORD)
-    state, record = latents.load_state(tmp_path / "s")
+    tensor_file.save_state(tmp_path / "s", walked(solver, range(done), start), RECORD)
+    state, record = tensor_file.load_state(tmp_path / "s")
     assert record == RECORD
     assert torch.equal(walked(solver, range(done, 4), state).x, expected.x)
 
@@ -35,20 +35,20 @@ def test_sampling_goes_on_from_the_file_bit_for_bit(solver: str, done: int, tmp_
 @pytest.mark.parametrize("place", [0, 8, 60, -300, -1, "cut"])
 def test_a_damaged_state_is_refused(place: int | str, tmp_path: Path) -> None:
     path = tmp_path / "s"
-    latents.save_state(path, walked("unipc", range(2), State(torch.ones(2, 1, 4, 6))), RECORD)
+    tensor_file.save_state(path, walked("unipc", range(2), State(torch.ones(2, 1, 4, 6))), RECORD)
     data = bytearray(path.read_bytes())
     if isinstance(place, int):
         data[place] ^= 1
     path.write_bytes(data[:-1] if place == "cut" else data)
     with pytest.raises(EntryError):
-        latents.load_state(path)
+        tensor_file.load_state(path)
 
 
 def test_a_state_is_no_latent_and_a_latent_no_state(tmp_path: Path) -> None:
-    latents.save_state(tmp_path / "state", State(torch.ones(2, 1, 4, 6)), RECORD)
-    latents.save(tmp_path / "latent", torch.ones(2, 1, 4, 6), RECORD)
+    tensor_file.save_state(tmp_path / "state", State(torch.ones(2, 1, 4, 6)), RECORD)
+    tensor_file.save(tmp_path / "latent", torch.ones(2, 1, 4, 6), RECORD)
     with pytest.raises(EntryError, match="not a finished latent"):
-        latents.load(tmp_path / "state")
+        tensor_file.load(tmp_path / "state")
     with pytest.raises(EntryError, match="not the state of a shot"):
-        latents.load_state(tmp_path / "latent")
-    assert torch.equal(latents.load(tmp_path / "latent")[0], torch.ones(2, 1, 4, 6))
+        tensor_file.load_state(tmp_path / "latent")
+    assert torch.equal(tensor_file.load(tmp_path / "latent")[0], torch.ones(2, 1, 4, 6))

@@ -19,7 +19,7 @@ from wancli.flags import NO_FLAGS
 from wancli.loaded import Kept
 from wancli.models.dit import WanModel
 from wancli.progress import Progress
-from wancli.store import Store
+from wancli.storage.cache import Store
 from wancli.tools import Tools
 from wancli.weights import networks
 

@@ -6,8 +6,8 @@ import random
 import pytest
 from jobs import spoiled
 
-from wancli import manifest
 from wancli.errors import EntryError
+from wancli.storage import manifest
 
 KEY = "0123456789abcdef"
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wancli import names
 from wancli.errors import JobError
+from wancli.storage import paths
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,15 @@ from wancli.errors import JobError
     ],
 )
 def test_a_slug_is_readable_and_short(text, expected):
-    assert names.slug(text) == expected
+    assert paths.slug(text) == expected
 
 
 @given(st.text(), st.integers(8, 80))
 def test_a_slug_of_any_text_is_one_safe_name(text, limit):
-    name = names.slug(text, limit)
+    name = paths.slug(text, limit)
     assert 0 < len(name.encode()) <= max(limit, 9)
     assert name == unicodedata.normalize("NFC", name).lower() or not text.isascii()
-    assert names.inside(Path("/root"), name + ".mp4") == Path("/root", name + ".mp4")
+    assert paths.inside(Path("/root"), name + ".mp4") == Path("/root", name + ".mp4")
 
 
 FIELDS: dict[str, str | int] = {"job": "cats", "item": 7, "slug": "a-cat", "id": "x"}
@@ -53,7 +53,7 @@ FIELDS: dict[str, str | int] = {"job": "cats", "item": 7, "slug": "a-cat", "id":
     ],
 )
 def test_a_template_takes_fields_and_zero_padded_numbers(template, expected):
-    assert names.expand_template(template, FIELDS) == expected
+    assert paths.expand_template(template, FIELDS) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_a_template_takes_fields_and_zero_padded_numbers(template, expected):
 )
 def test_anything_else_in_a_template_is_an_error(template, message):
     with pytest.raises(JobError, match=message.replace("{", r"\{")):
-        names.expand_template(template, FIELDS)
+        paths.expand_template(template, FIELDS)
 
 
 def test_a_mistyped_field_is_corrected():
     with pytest.raises(JobError) as caught:
-        names.expand_template("{slag}", FIELDS)
+        paths.expand_template("{slag}", FIELDS)
     assert caught.value.hint == "did you mean {slug}?"
 
 
 @pytest.mark.parametrize("value", ["a/b", "..\\b", "\0", "a\nb", "a\u202eb", "\ud800"])
 def test_a_field_cannot_add_folders_or_invisible_characters(value):
     with pytest.raises(JobError, match="id"):
-        names.expand_template("{id}.mp4", {"id": value})
+        paths.expand_template("{id}.mp4", {"id": value})
 
 
 @pytest.mark.parametrize(
@@ -95,15 +95,15 @@ def test_a_field_cannot_add_folders_or_invisible_characters(value):
 )
 def test_an_unsafe_name_inside_the_output_folder_is_refused(tmp_path, relative):
     with pytest.raises(JobError):
-        names.inside(tmp_path, relative)
+        paths.inside(tmp_path, relative)
 
 
 def test_the_companions_of_the_longest_allowed_name_can_be_written(tmp_path):
-    name = "x" * names._NAME_BYTES
-    path = names.inside(tmp_path, name)
+    name = "x" * paths._NAME_BYTES
+    path = paths.inside(tmp_path, name)
     path.with_suffix(".latents.safetensors").touch()
     with pytest.raises(JobError, match="bytes"):
-        names.inside(tmp_path, name + "x")
+        paths.inside(tmp_path, name + "x")
 
 
 def test_a_link_that_leads_out_of_the_output_folder_is_refused(tmp_path):
@@ -111,41 +111,41 @@ def test_a_link_that_leads_out_of_the_output_folder_is_refused(tmp_path):
     (tmp_path / "out" / "away").symlink_to(tmp_path)
     (tmp_path / "out" / "near").symlink_to(tmp_path / "out")
     with pytest.raises(JobError, match="symbolic link"):
-        names.inside(tmp_path / "out", "away/a.mp4")
-    assert names.inside(tmp_path / "out", "near/a.mp4")
+        paths.inside(tmp_path / "out", "away/a.mp4")
+    assert paths.inside(tmp_path / "out", "near/a.mp4")
 
 
 def test_the_folders_that_the_user_wrote_himself_may_be_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     root = Path("/jobs")
-    assert names.output_path(root, "out/{job}/{item:02d}.mp4", FIELDS) == Path("/jobs/out/cats/07.mp4")
-    assert names.output_path(root, "../o/{slug}.mp4", FIELDS) == Path("/jobs/../o/a-cat.mp4")
-    assert names.output_path(root, "/data/.x/{slug}.mp4", FIELDS) == Path("/data/.x/a-cat.mp4")
-    assert names.output_path(root, "~/v/a.mp4", FIELDS) == Path("/home/me/v/a.mp4")
-    assert names.output_path(root, "a.mp4", FIELDS) == Path("/jobs/a.mp4")
+    assert paths.output_path(root, "out/{job}/{item:02d}.mp4", FIELDS) == Path("/jobs/out/cats/07.mp4")
+    assert paths.output_path(root, "../o/{slug}.mp4", FIELDS) == Path("/jobs/../o/a-cat.mp4")
+    assert paths.output_path(root, "/data/.x/{slug}.mp4", FIELDS) == Path("/data/.x/a-cat.mp4")
+    assert paths.output_path(root, "~/v/a.mp4", FIELDS) == Path("/home/me/v/a.mp4")
+    assert paths.output_path(root, "a.mp4", FIELDS) == Path("/jobs/a.mp4")
 
 
 @pytest.mark.parametrize("value", ["..", "-", ".git", "con", ""])
 def test_what_a_field_puts_into_a_path_stays_inside(value):
     with pytest.raises(JobError):
-        names.output_path(Path("/jobs"), "out/{id}", {"id": value})
+        paths.output_path(Path("/jobs"), "out/{id}", {"id": value})
 
 
 @pytest.mark.parametrize("template", ["out/a\nb{item}.mp4", "a\nb/{item}.mp4", "a\u202eb.mp4", "a\udcff.mp4"])
 def test_a_template_whose_path_is_not_one_line_of_text_is_refused(template):
     odd = next(char for char in template if not char.isprintable())
     with pytest.raises(JobError, match=rf"U\+{ord(odd):04X}"):
-        names.output_path(Path("/jobs"), template, FIELDS)
+        paths.output_path(Path("/jobs"), template, FIELDS)
 
 
 def test_a_tilde_from_a_field_is_a_plain_name():
-    assert names.output_path(Path("/jobs"), "{id}/a", {"id": "~"}) == Path("/jobs/~/a")
+    assert paths.output_path(Path("/jobs"), "{id}/a", {"id": "~"}) == Path("/jobs/~/a")
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_no_label_leads_out_of_the_output_folder(a, b):
     try:
-        path = names.output_path(Path("/jobs"), "out/{a}/{b}-{a}.mp4", {"a": a, "b": b})
+        path = paths.output_path(Path("/jobs"), "out/{a}/{b}-{a}.mp4", {"a": a, "b": b})
     except JobError:
         return
     assert Path(os.path.normpath(path)).is_relative_to("/jobs/out")

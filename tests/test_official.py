@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from wancli import video
 from wancli.cli import run
-from wancli.manifest import read
+from wancli.storage.manifest import read
 
 CASES = ("unipc_cfg6", "dpmpp_cfg5", "unipc_cfg1", "inject_cond_27_39", "inject_cond_steps")
 

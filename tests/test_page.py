@@ -15,14 +15,15 @@ import pages
 import pytest
 from jobs import command, written
 
-from wancli import flops, manifest, memory, video
+from wancli import flops, memory, video
 from wancli.cli import run
 from wancli.jobfile import load
-from wancli.manifest import manifest_path
 from wancli.models.config import WanConfig
 from wancli.plan import plan
 from wancli.report import again, data, document, experiments, facts, page, posters
 from wancli.report.gather import Found
+from wancli.storage import manifest
+from wancli.storage.manifest import manifest_path
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 TI2V_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)

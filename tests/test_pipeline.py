@@ -31,8 +31,8 @@ from jobs import (
 from safetensors.torch import save_file
 
 from wancli import encode, machine
-from wancli.manifest import done
 from wancli.models.dit import WanModel
+from wancli.storage.manifest import done
 from wancli.weights import networks
 
 # ---- once is enough ----

@@ -27,12 +27,13 @@ from jobs import (
     written,
 )
 
-from wancli import errors, files, video
+from wancli import errors, video
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE
 from wancli.policy import Failing, Policy, exit_status, of_flags
 from wancli.stage3 import ways
+from wancli.storage import atomic
 from wancli.tokens import Tokenizer
 from wancli.weights import networks
 
@@ -466,6 +467,6 @@ def test_two_jobs_in_one_folder_have_a_report_each(
 
 
 def test_eio_is_an_error_of_the_disk_and_worth_another_try() -> None:
-    error = files.translate(OSError(5, "Input/output error"), Path("/x"))
+    error = atomic.translate(OSError(5, "Input/output error"), Path("/x"))
     assert isinstance(error, errors.DiskError)
     assert (error.retryable, error.status) == (True, 3)

@@ -27,7 +27,7 @@ from wancli.farm import client, meeting
 from wancli.farm.meeting import listening
 from wancli.farm.serve import Server
 from wancli.loaded import Kept
-from wancli.manifest import read
+from wancli.storage.manifest import read
 
 LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped on its way
 Done = subprocess.CompletedProcess[str]

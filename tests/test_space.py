@@ -12,11 +12,12 @@ import pytest
 from forked import WANCLI, run
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
-from wancli import files, space, video
+from wancli import space, video
 from wancli.jobfile import load
 from wancli.plan import plan
 from wancli.shot import Shot
-from wancli.store import Store
+from wancli.storage import atomic
+from wancli.storage.cache import Store
 
 Render = Callable[..., Said]
 
@@ -97,7 +98,7 @@ def test_too_little_space_is_told_with_figures_before_anything_is_loaded(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
-    monkeypatch.setattr(files, "free_space", lambda _: 700 * 1024)
+    monkeypatch.setattr(atomic, "free_space", lambda _: 700 * 1024)
     said = render()
     assert said.code == 3
     line, hint = said.err.splitlines()

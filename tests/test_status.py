@@ -16,12 +16,12 @@ import pytest
 from jobs import Said, command, forwards, tiny_job, written
 from rich.cells import cell_len
 
-from wancli import latents
-from wancli.farm.claims import Claims
 from wancli.jobfile import load
 from wancli.models.dit import WanModel
 from wancli.plan import plan
 from wancli.report import status
+from wancli.storage import tensor_file
+from wancli.storage.claims import Claims
 
 ITEMS = [{"id": "a"}, {"id": "b", "seed": 2}, {"id": "c", "seed": 3}]
 CHANGES: dict[str, Any] = {"items": ITEMS, "output": "out/{id}.mp4", "sampler": {"steps": 4}}
@@ -202,13 +202,13 @@ def test_a_state_that_goes_while_it_is_looked_at_is_no_error(
     with monkeypatch.context() as patch:
         forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
         assert render(**CHANGES).code == 75
-    real = latents.peek
+    real = tensor_file.peek
 
     def peek(path: Path) -> Any:
         found = real(path)
         path.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(latents, "peek", peek)
+    monkeypatch.setattr(tensor_file, "peek", peek)
     found = states()["a"]
     assert (found["state"], found["saved"]) == ("half done", None)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import footprint, maps, progress, sample, store, survey, video
+from wancli import footprint, maps, progress, sample, survey, video
 from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
 from wancli.inject import Text
@@ -26,6 +26,7 @@ from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import plan
 from wancli.solvers import State
+from wancli.storage import cache as store
 from wancli.tools import Tools
 
 Probe = Callable[..., Said]

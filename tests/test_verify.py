@@ -15,7 +15,7 @@ import pytest
 from jobs import Said, command, forwards, tiny_job, written
 
 from wancli import verify, video
-from wancli.farm import claimfile
+from wancli.storage import claim_file
 
 COUNT = 12
 SWEEP = {"matrix": {"seed": [*range(COUNT)]}, "output": "out/s{seed}.mp4", "video": {"keep_latents": True}}
@@ -127,7 +127,7 @@ def test_it_exits_with_4_and_says_which_file_and_why(copy: Path, capsys: pytest.
 
 
 def test_a_deep_look_finds_a_video_with_too_few_frames_behind_a_manifest_that_verifies(copy: Path) -> None:
-    from wancli import manifest
+    from wancli.storage import manifest
 
     path = copy / "out/s3.manifest.json"
     body = manifest.read(path)
@@ -155,7 +155,7 @@ def test_orphans_debris_and_what_was_moved_aside_are_listed_and_no_problem(copy:
 def test_claims_of_dead_workers_are_listed_and_those_of_the_living_are_not(copy: Path) -> None:
     folder = copy / "out" / ".wancli" / "claims"
     folder.mkdir(parents=True)
-    me = asdict(claimfile.process())
+    me = asdict(claim_file.process())
     claims = {"s1": me, "s2": me | {"born": "1"}, "s3": me | {"host": "elsewhere", "born": "1"}, "gone": {}}
     for name, body in claims.items():
         (folder / f"{name}.json").write_text(json.dumps(body))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from wancli import files, latents, record, scores
+from wancli import record, scores
 from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.experts import Expert, Stage
@@ -20,6 +20,7 @@ from wancli.peak import Peak
 from wancli.record import Record
 from wancli.shot import named
 from wancli.solvers import State
+from wancli.storage import atomic, tensor_file
 from wancli.tools import Tools
 from wancli.underway import Underway, due, hand_over, save
 
@@ -186,8 +187,8 @@ def keep(
     }
     z_CTYX = one.state.x
     facts = record.plain(facts | {"latent": scores.sketch(z_CTYX.numpy())})
-    files.set_aside(shot.latents)  # another shot's, or with --force this one's
-    latents.save(shot.latents, z_CTYX, facts)
-    files.remove(shot.state)
+    atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
+    tensor_file.save(shot.latents, z_CTYX, facts)
+    atomic.remove(shot.state)
     one.state = None
     return z_CTYX, facts

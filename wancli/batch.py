@@ -1,7 +1,7 @@
 """A whole batch: which shots are done, which cannot be, and the others, model by model, as they come.
 
 What an error ends, its shot, all shots of a checkpoint or the batch, `wancli.policy` tells. Shots that other
-workers hold (`wancli.farm.claims`) are waited for at the end. How a shot is made is `wancli.pipeline`.
+workers hold (`wancli.storage.claims`) are waited for at the end. How a shot is made is `wancli.pipeline`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from wancli import choose, manifest
+from wancli import choose
 from wancli.errors import CheckpointError, Elsewhere
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
@@ -17,6 +17,7 @@ from wancli.pipeline import render_model
 from wancli.policy import Failing
 from wancli.preflight import Found, cached, finished, preflight
 from wancli.shot import Model, Plan, Shot, named
+from wancli.storage import manifest
 from wancli.tools import Tools
 
 

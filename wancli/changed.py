@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from wancli import manifest
 from wancli.errors import EntryError
 from wancli.shot import Shot
+from wancli.storage import manifest
 
 _SAME = {  # a key of a job, and what manifests and shots call it
     "frames": "frames",

@@ -20,8 +20,8 @@ from wancli import __version__, stdio
 from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
 from wancli.commands.common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
-from wancli.names import here
 from wancli.progress import printable
+from wancli.storage.paths import here
 
 if TYPE_CHECKING:
     from wancli.loaded import Kept

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import companions, files, manifest, video
+from wancli import video
 from wancli.errors import JobError
+from wancli.storage import atomic, manifest, sidecars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,11 +62,11 @@ def read(paths: Sequence[Path]) -> list[Clip]:
 
 
 def _read(path: Path) -> Clip:
-    if not companions.marked(path, b"ftyp", 8):
+    if not sidecars.marked(path, b"ftyp", 8):
         hint = "It takes MP4 files. `wancli decode` makes one of a latent, `wancli inspect` tells of weights."
         raise JobError("is no MP4", where=str(path), hint=hint)
     body = manifest.read(manifest.manifest_path(path))
-    if body and files.sha256(path) not in [record["sha256"] for record in body["files"]]:
+    if body and atomic.sha256(path) not in [record["sha256"] for record in body["files"]]:
         body = None  # another video under that name
     about = video.about(path)
     if not about.frames:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import __version__, clip, companions, figures, files, manifest
+from wancli import __version__, clip, figures
 from wancli.clip import Clip
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.figures import SCHEMA, Record
 from wancli.report import sheet, side
+from wancli.storage import atomic, manifest, sidecars
 from wancli.tools import Tools
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: 
 def _write(path: Path, found: Record) -> None:
     """Over an earlier one; another file of that name moves aside."""
     text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
-    companions.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
@@ -220,9 +221,9 @@ def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
 def _stands(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
-        found = companions.document(path, SCHEMA) or {}
+        found = sidecars.document(path, SCHEMA) or {}
         return found["key"] == key and all(
-            files.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
+            atomic.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )
     except (OSError, KeyError, TypeError):
         return False

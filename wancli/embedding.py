@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli import files
 from wancli.errors import EntryError, JobError
+from wancli.storage import atomic
 from wancli.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def unpack(payload: bytes, where: str = "") -> list[Embedding]:
 
 def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
     """Publish embeddings as a file that a job can name instead of a prompt."""
-    files.publish_bytes(path, pack(embeddings))
+    atomic.publish_bytes(path, pack(embeddings))
 
 
 def load_embedding(path: Path, index: int = 0) -> Embedding:

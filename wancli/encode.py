@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import UMT5EncoderModel
 
-    from wancli.store import Store
+    from wancli.storage.cache import Store
 
 
 @dataclass(frozen=True)

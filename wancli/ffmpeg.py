@@ -19,8 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
-from wancli import files
 from wancli.errors import FfmpegError, WancliError
+from wancli.storage import atomic
 
 PATIENCE = 300.0  # seconds without a byte read or written after which ffmpeg counts as stuck
 INSTALL = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
@@ -128,7 +128,7 @@ class Ffmpeg:
         said = " / ".join(self._tail.decode(errors="replace").split("\n")[-6:]).strip(" /")
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if os.strerror(number) in said or (number == errno.EFBIG and code == -signal.SIGXFSZ):
-                return files.translate(OSError(number, os.strerror(number)), self._subject)
+                return atomic.translate(OSError(number, os.strerror(number)), self._subject)
         end = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         return FfmpegError(f"ffmpeg {what} ({end}): {said or 'no message'}", where=str(self._subject))
 

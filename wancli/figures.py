@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from wancli import companions, latents, scores
+from wancli import scores
 from wancli.clip import Clip
 from wancli.errors import EntryError
+from wancli.storage import sidecars, tensor_file
 
 Record: TypeAlias = dict[str, Any]
 
@@ -29,7 +30,7 @@ def measure(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[Recor
 
 def read(path: Path) -> list[Record] | None:
     """The shots of JOB.compare.json; None if it is no such document."""
-    found = companions.document(path, SCHEMA) or {}
+    found = sidecars.document(path, SCHEMA) or {}
     shots = found.get("shots")
     if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
         return None
@@ -154,7 +155,7 @@ def _latent(clip: Clip) -> Any:
     if clip.record is None or not clip.latents.exists():
         return None
     try:
-        z_CTYX, facts = latents.load(clip.latents)
+        z_CTYX, facts = tensor_file.load(clip.latents)
     except EntryError:
         return None
     return z_CTYX.numpy() if facts["latents_key"] == clip.record["latents_key"] else None

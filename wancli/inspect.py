@@ -137,10 +137,10 @@ def _parameters(part: Part) -> int | None:
 def _deep(path: Path) -> dict[str, Any]:
     """The SHA-256 of a file, and the tensors in it that hold NaN or Inf; None for GGUF, whose blocks are
     only hashed."""
-    from wancli import files
+    from wancli.storage import atomic
 
     bad = None if container(path) == "gguf" else list(_not_finite([path]))[:NOT_FINITE_LISTED]
-    return {"file": str(path), "sha256": files.sha256(path), "not_finite": bad}
+    return {"file": str(path), "sha256": atomic.sha256(path), "not_finite": bad}
 
 
 def _not_finite(paths: Sequence[Path]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from wancli import companions
 from wancli.errors import JobError
+from wancli.storage import sidecars
 from wancli.units import ranges
 
 SCHEMA = "wancli/map/1"
@@ -138,13 +138,13 @@ def write(path: Path, found: Map) -> None:
     """Puts a map there. An earlier map is replaced; another file of that name is moved aside."""
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n"
-    companions.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def read(path: Path) -> Map | None:
     """The map in a file; None where there is none that is whole."""
     try:
-        found = Map.model_validate(companions.document(path, SCHEMA))
+        found = Map.model_validate(sidecars.document(path, SCHEMA))
     except ValidationError:
         return None
     return found if _is_sound(found) else None

@@ -15,8 +15,8 @@ from typing import Any
 
 from wancli.errors import JobError
 from wancli.layers import Layer, Layers, assigned, looked_up
-from wancli.names import slug
 from wancli.problems import STRUCTURE
+from wancli.storage.paths import slug
 from wancli.yamlfile import Key
 
 MAX_SHOTS = 10_000

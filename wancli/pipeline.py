@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from wancli import advance, files, latents, lockstep, manifest, record, underway
+from wancli import advance, lockstep, record, underway
 from wancli.embed import embed_each
 from wancli.encode import Encoded
 from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
@@ -26,6 +26,7 @@ from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.record import Record
 from wancli.shot import Model, Shot
 from wancli.stage3 import finish
+from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
 from wancli.underway import Underway
 
@@ -110,8 +111,8 @@ def _settled(shot: Shot, means: Means) -> Outcome | None:
         if state == "in the way":
             raise in_the_way(shot, why)
         if state == "damaged":
-            aside = files.set_aside(shot.output, "damaged")
-            files.set_aside(shot.manifest, "damaged")
+            aside = atomic.set_aside(shot.output, "damaged")
+            atomic.set_aside(shot.manifest, "damaged")
             moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
             tools.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
@@ -178,7 +179,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
             one.over = True
             if isinstance(attempt.error, ShotError):
                 with suppress(WancliError):
-                    files.remove(one.shot.state)
+                    atomic.remove(one.shot.state)
             yield failed(one.shot, attempt)
     for shot, latent in kept:
         yield _published(shot, latent, means)
@@ -193,7 +194,7 @@ def _failures(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[O
             attempt.take(one.failed)
             with suppress(WancliError):
                 if isinstance(one.failed, ShotError):
-                    files.remove(one.shot.state)
+                    atomic.remove(one.shot.state)
                 else:
                     _save(one, tools)
             one.over, one.state = True, None
@@ -215,8 +216,8 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
             body = finish(*latent, shot.output, networks.vae, tools)
             if not shot.keep_latents:
-                files.remove(shot.latents)
-            files.remove(shot.state)
+                atomic.remove(shot.latents)
+            atomic.remove(shot.state)
     except Elsewhere:
         return Outcome(shot, "elsewhere")
     except Stopped:
@@ -234,7 +235,7 @@ def _recalled(shot: Shot, tools: Tools) -> tuple[Tensor, Record] | None:
     if tools.force and tools.force.outdated(shot, "latents"):
         return None
     try:
-        z_CTYX, facts = latents.load(shot.latents)
+        z_CTYX, facts = tensor_file.load(shot.latents)
     except EntryError:
         return None
     if facts["latents_key"] != shot.latents_key or lacks_effects(shot, facts):

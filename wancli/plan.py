@@ -20,10 +20,10 @@ from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.jobfile import Item, JobFile
 from wancli.maps import Shelf
 from wancli.models.variants import Variant
-from wancli.names import output_path, slug
 from wancli.prompts import Prompts
 from wancli.rules import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Interval, Model, Plan, Prompt, Shot
+from wancli.storage.paths import output_path, slug
 from wancli.units import parse_duration, parse_size
 from wancli.way import way_of
 from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import changed, choose, files, kernels, latents, lockstep, machine, manifest, space, video
+from wancli import changed, choose, kernels, lockstep, machine, space, video
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.loaded import check_device, check_weights
 from wancli.record import Record
 from wancli.shot import Plan, Prompt, Shot
+from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
 
 Condition = Literal["done", "to do", "damaged", "in the way"]
@@ -124,7 +125,7 @@ def _unrecorded(shot: Shot) -> bool:
     if shot.manifest.exists():
         return False
     try:
-        return bool(latents.load(shot.latents)[1]["key"] == shot.key)
+        return bool(tensor_file.load(shot.latents)[1]["key"] == shot.key)
     except EntryError:
         return False
 
@@ -145,7 +146,7 @@ def _check_machine(todo: Sequence[Shot], tools: Tools) -> None:
     for model in dict.fromkeys(shot.model for shot in todo):
         kernels.check(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
-        files.writable(folder)
+        atomic.writable(folder)
         if tools.claims:
             tools.claims.possible(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):

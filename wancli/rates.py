@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import files, flops, machine
+from wancli import flops, machine
 from wancli.errors import MachineError
+from wancli.storage import atomic
 
 if TYPE_CHECKING:
     from wancli.shot import Model, Shot
@@ -103,7 +104,7 @@ def remember(path: Path, fresh: Iterable[Rate]) -> None:
     known = {tuple(asdict(rate).values())[:6]: rate for rate in (*read(path), *fresh)}
     text = json.dumps([asdict(rate) for rate in list(known.values())[-KEPT:]], indent=1)
     with suppress(MachineError):
-        files.replace(path, text.encode())
+        atomic.replace(path, text.encode())
 
 
 def nearest(rates: Iterable[Rate], wanted: Work) -> Rate | None:

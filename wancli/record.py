@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import __version__, ffmpeg, footprint, kernels
-from wancli.manifest import canonical
 from wancli.peak import Peak
 from wancli.shot import Prompt, Shot
+from wancli.storage.manifest import canonical
 from wancli.weights.identify import Location
 from wancli.weights.trees import Files
 

@@ -20,8 +20,8 @@ from wancli.legs import Fork
 from wancli.maps import Choice
 from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.names import slug
 from wancli.solvers import Schedule, schedule
+from wancli.storage.paths import slug
 from wancli.tokens import Tokens
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse

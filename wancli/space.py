@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wancli import files, lockstep
+from wancli import lockstep
 from wancli.errors import NoSpace
 from wancli.memory import FP32
 from wancli.shot import Shot
-from wancli.store import Store
+from wancli.storage import atomic
+from wancli.storage.cache import Store
 from wancli.units import counted, size
 
 _RECORD = 64 * 2**10  # a manifest, or what is told of a latent beside its numbers
@@ -58,7 +59,7 @@ def needs(shots: Sequence[Shot], store: Store | None = None) -> list[Need]:
         per_device[device] += max(passing, default=0)
     if store and (device := _device(store.root)) in folders:
         per_device[device] += embeddings(shots, store)
-    return [Need(folder, per_device[d], files.free_space(folder)) for d, folder in folders.items()]
+    return [Need(folder, per_device[d], atomic.free_space(folder)) for d, folder in folders.items()]
 
 
 def embeddings(shots: Iterable[Shot], store: Store) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli import files, latents, manifest, presets, record, video
+from wancli import presets, record, video
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
 from wancli.peak import Peak, fitting, release
 from wancli.record import Record
+from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
 
     if not path.exists():
         raise JobError("no such file", where=str(path))
-    z_CTYX, facts = latents.load(path)
+    z_CTYX, facts = tensor_file.load(path)
     output = output or path.with_name(facts["shot"]["output"])
     if output.exists() and not tools.force:
         raise OutputExists(
@@ -112,8 +113,8 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
                 if tools.lost:
                     raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
-                files.set_aside(output)
-                files.set_aside(manifest.manifest_path(output))
+                atomic.set_aside(output)
+                atomic.set_aside(manifest.manifest_path(output))
 
         video.write_mp4(
             rgb(),

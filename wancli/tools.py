@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wancli.farm.claims import Claims
 from wancli.force import Force
 from wancli.policy import Policy
 from wancli.progress import Progress
 from wancli.signals import Stop
-from wancli.store import Store
+from wancli.storage.cache import Store
+from wancli.storage.claims import Claims
 
 if TYPE_CHECKING:
     from wancli.loaded import Kept

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wancli import files, latents, record
+from wancli import record
 from wancli.errors import EntryError, WancliError
 from wancli.experts import Stage
 from wancli.inject import Branch
@@ -21,6 +21,7 @@ from wancli.legs import Fork, Tree
 from wancli.record import Record
 from wancli.shot import Shot
 from wancli.solvers import State
+from wancli.storage import atomic, tensor_file
 from wancli.tools import Tools
 
 _FORMAT = 1  # of the record of a state
@@ -71,14 +72,14 @@ def begin(shot: Shot, tools: Tools) -> Underway:
     """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
     job's, and with --force one of before, is moved aside."""
     if tools.force and tools.force.outdated(shot, "state"):
-        files.set_aside(shot.state)
+        atomic.set_aside(shot.state)
         return Underway(shot)
     try:
-        state, facts = latents.load_state(shot.state)
+        state, facts = tensor_file.load_state(shot.state)
         if not _of(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
-        if files.set_aside(shot.state):
+        if atomic.set_aside(shot.state):
             tools.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}
@@ -107,7 +108,7 @@ def save(one: Underway, phases: Sequence[Record] = ()) -> None:
         "differences": one.differences,
         "phases": [*one.phases, *_unknown(phases, one.phases)],
     }
-    latents.save_state(one.shot.state, one.state, record.plain(facts))
+    tensor_file.save_state(one.shot.state, one.state, record.plain(facts))
     one.saved, one.unsaved_since = one.step, time.monotonic()
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import latents, manifest, video
+from wancli import video
 from wancli.errors import EntryError, FfmpegError
-from wancli.farm import claimfile
-from wancli.farm.claims import claim_path
+from wancli.storage import claim_file, manifest, tensor_file
+from wancli.storage.claims import claim_path
 
 if TYPE_CHECKING:
     from wancli.shot import Shot
@@ -78,7 +78,7 @@ def shots(all_of: Iterable[Shot], *, deep: bool = False) -> Verdict:
 
 def _dead(claims: Iterable[Path]) -> list[Path]:
     """Those whose workers are known to be gone: of this host."""
-    return [path for path in claims if (seen := claimfile.look(path)) and claimfile.gone(seen)]
+    return [path for path in claims if (seen := claim_file.look(path)) and claim_file.gone(seen)]
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -164,7 +164,7 @@ def _split(line: str, *paths: Path) -> tuple[Path, str]:
 
 def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        facts = latents.load(path)[1]
+        facts = tensor_file.load(path)[1]
     except EntryError as error:
         return error.message
     if facts["shot"]["output"] != output.name:
@@ -174,7 +174,7 @@ def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
 
 def _of_state(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        facts = latents.load_state(path)[1]
+        facts = tensor_file.load_state(path)[1]
     except EntryError as error:
         return error.message
     if facts.get("output") not in (None, output.name):

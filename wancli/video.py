@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from wancli import ffmpeg, files
+from wancli import ffmpeg
 from wancli.errors import FfmpegError
+from wancli.storage import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,14 +118,14 @@ def write_mp4(
     Raises FfmpegError unless it decodes to exactly `frame_count` frames, OutputExists if another
     file is there, NoSpace or MachineError. Whatever happens, no unfinished file stays behind.
     """
-    with files.temporary(final) as tmp:
+    with atomic.temporary(final) as tmp:
         with Encoder(tmp, width, height, fps, crf, codec, comment, named=final) as encoder:
             sent = sum(encoder.write(chunk) for chunk in frames)
         found = count_frames(tmp, named=final)
         if not sent == found == frame_count:
             message = f"{frame_count} frames were asked for, {sent} made, {found} are in the file"
             raise FfmpegError(message, where=str(final))
-        files.publish(tmp, final)
+        atomic.publish(tmp, final)
     return final
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from scripts.bench.startup import _run
 from scripts.make_random_checkpoint import write_checkpoint
-from wancli.latents import load
 from wancli.models.config import WanConfig
+from wancli.storage.tensor_file import load
 
 CONFIG = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)  # the widths of 1.3B
 SHOTS = 4

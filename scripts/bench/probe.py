@@ -33,7 +33,7 @@ from wancli.plan import plan
 from wancli.progress import Progress
 from wancli.rendered import mean_difference
 from wancli.shot import Plan, Shot
-from wancli.store import Store
+from wancli.storage.cache import Store
 from wancli.tools import Tools
 
 PAIRS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.startup import _run
-from wancli.latents import load
+from wancli.storage.tensor_file import load
 
 JOB: dict[str, Any] = {
     "output": "out/{id}.mp4",

@@ -15,10 +15,10 @@ from torch import Tensor
 from scripts.mini import text
 from scripts.mini.recipe import Recipe
 from scripts.mini.training import Tensors, load
-from wancli import files
 from wancli.cli import run
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
+from wancli.storage import atomic
 from wancli.weights.identify import Checkpoint, identify, text_encoder_sizes, vae_sizes
 from wancli.weights.networks import load_transformer, load_vae
 
@@ -49,7 +49,7 @@ def pack(folder: Path, into: Path, recipe: Recipe) -> Path:
     if size > MOST_BYTES:
         raise CheckpointError(f"{size:,} bytes are more than {MOST_BYTES:,}", where=str(into))
     for name, data in contents.items():
-        files.replace(into / name, data)
+        atomic.replace(into / name, data)
     checkpoint = identify(into)
     if checkpoint.transformer != config or vae_sizes(checkpoint) != recipe.vae():
         raise CheckpointError(

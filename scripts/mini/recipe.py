@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.mini.world import Grid
-from wancli import files
 from wancli.errors import JobError
 from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.storage import atomic
 
 
 @dataclass(frozen=True)
@@ -84,5 +84,5 @@ def recipe(folder: Path, changes: Sequence[str]) -> Recipe:
     made = Recipe(**values)
     text = json.dumps(dataclasses.asdict(made), indent=1) + "\n"
     if not path.exists() or path.read_text() != text:
-        files.replace(path, text.encode())
+        atomic.replace(path, text.encode())
     return made

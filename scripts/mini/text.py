@@ -23,9 +23,9 @@ from scripts.mini.captions import STYLES, Style, caption, vocabulary
 from scripts.mini.recipe import Recipe
 from scripts.mini.training import State, adamw, rate, rng_of, set_rate
 from scripts.mini.world import ATTRIBUTES, random_scene
-from wancli import files
 from wancli.models import t5
 from wancli.models.config import T5Config
+from wancli.storage import atomic
 from wancli.tokens import Tokenizer
 from wancli.weights.names import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
 
@@ -64,7 +64,7 @@ def write_tokenizer(path: Path) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    files.replace(path, model.getvalue())
+    atomic.replace(path, model.getvalue())
 
 
 def vocabulary_size(spiece: Path) -> int:

@@ -18,8 +18,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wancli import files
 from wancli.errors import JobError
+from wancli.storage import atomic
 
 Tensors: TypeAlias = dict[str, Tensor]
 State: TypeAlias = dict[str, Any]
@@ -84,7 +84,7 @@ def save(path: Path, state: State) -> None:
     """Replaces the file atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    files.replace(path, buffer.getvalue())
+    atomic.replace(path, buffer.getvalue())
 
 
 def load(path: Path) -> State:

@@ -20,9 +20,9 @@ import torch
 from jobs import tiny_job, written
 from shim import Fault
 
-from wancli import latents, manifest
 from wancli.errors import EntryError
-from wancli.store import Store
+from wancli.storage import manifest, tensor_file
+from wancli.storage.cache import Store
 
 LONG = bool(os.environ.get("WANCLI_CRASH_LONG"))  # `make crash-long`: the counts of a release
 HERE = Path(__file__).parent
@@ -81,7 +81,7 @@ class Rig:
         )
         assert self._answer() == "ready", "the rig does not run"
         self.wanted = {name: hashlib.sha256((self.out / f"{name}.mp4").read_bytes()) for name in SHOTS}
-        self.latents = {name: latents.load(self.out / f"{name}.latents.safetensors")[0] for name in KEPT}
+        self.latents = {name: tensor_file.load(self.out / f"{name}.latents.safetensors")[0] for name in KEPT}
         self.reset()
 
     def __enter__(self) -> Self:
@@ -233,8 +233,8 @@ class Rig:
             if kind == "manifest.json":
                 return self.is_done(name, home)
             if kind == "state.safetensors":
-                return latents.load_state(path)[1]["step"] > 0
-            z_CTYX, _ = latents.load(path)
+                return tensor_file.load_state(path)[1]["step"] > 0
+            z_CTYX, _ = tensor_file.load(path)
         except EntryError:
             return False
         return name not in KEPT or torch.equal(z_CTYX, self.latents[name])

@@ -14,10 +14,10 @@ import torch
 from batch import LONG, Rig
 from jobs import spoiled
 
-from wancli import latents, manifest
 from wancli.errors import EntryError
 from wancli.solvers import State
-from wancli.store import Store
+from wancli.storage import manifest, tensor_file
+from wancli.storage.cache import Store
 
 DAMAGES = 10_000 if LONG else 250  # of each of four files: 1,000 in CI
 
@@ -62,15 +62,15 @@ def finished(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in rig.out.glob("a.*"):
         (folder / path.name).write_bytes(path.read_bytes())
     noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    latents.save_state(folder / "c.state.safetensors", State(noise, (noise * 2,), noise + 1), {"step": 1})
+    tensor_file.save_state(folder / "c.state.safetensors", State(noise, (noise * 2,), noise + 1), {"step": 1})
     return folder
 
 
 def undetected(folder: Path, name: str) -> bool:
     if name.endswith(".state.safetensors"):
-        return _reads(latents.load_state, folder / name)
+        return _reads(tensor_file.load_state, folder / name)
     if name.endswith(".latents.safetensors"):
-        return _reads(latents.load, folder / name)
+        return _reads(tensor_file.load, folder / name)
     key = hashlib.sha256(b"any").hexdigest()
     output = folder / "a.mp4"
     try:
@@ -159,7 +159,7 @@ def test_eight_processes_that_put_get_and_spoil_never_read_a_wrong_payload(
     import logging
 
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(logging.getLogger("wancli.store"), "disabled", True)
+    monkeypatch.setattr(logging.getLogger("wancli.storage.cache"), "disabled", True)
     rounds = 5000 if LONG else 400
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_hammer, args=(tmp_path / "cache", who, rounds)) for who in range(8)]

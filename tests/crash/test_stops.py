@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from batch import SHOTS, Rig
 
-from wancli import latents
 from wancli.errors import EntryError
+from wancli.storage import tensor_file
 
 
 def reached(rig: Rig) -> tuple[int, ...]:
@@ -22,7 +22,7 @@ def reached(rig: Rig) -> tuple[int, ...]:
 
 def _saved(rig: Rig, name: str) -> int:
     try:
-        return int(latents.load_state(rig.out / f"{name}.state.safetensors")[1]["step"])
+        return int(tensor_file.load_state(rig.out / f"{name}.state.safetensors")[1]["step"])
     except EntryError:
         return 0
 

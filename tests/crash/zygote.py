@@ -18,7 +18,7 @@ import torch
 from shim import Fault, install
 
 from wancli.cli import run
-from wancli.farm.claims import Claims
+from wancli.storage.claims import Claims
 
 
 def child(trial: dict[str, Any]) -> int:

@@ -29,8 +29,9 @@ def decode_command(
 
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
-    from wancli import manifest, stage3
+    from wancli import stage3
     from wancli.force import Force
+    from wancli.storage import manifest
     from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)

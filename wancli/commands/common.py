@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wancli.loaded import Kept
     from wancli.progress import Mode, Progress
     from wancli.shot import Plan
-    from wancli.store import Store
+    from wancli.storage.cache import Store
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,6 @@ def posters_of(cache_dir: Path | None) -> Path:
 
 
 def store_of(cache_dir: Path | None) -> Store:
-    from wancli.store import Store
+    from wancli.storage.cache import Store
 
     return Store(cache_of(cache_dir) / "embeddings")

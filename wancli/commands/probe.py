@@ -91,9 +91,9 @@ def probe_command(
 
 def _free(path: Path) -> Path:
     """Where a map can be written: found out before anything is measured."""
-    from wancli import files
+    from wancli.storage import atomic
 
     if path.is_dir():
         raise OutputExists("a folder has the name of an output", where=str(path))
-    files.writable(path.parent)
+    atomic.writable(path.parent)
     return path

@@ -163,8 +163,8 @@ def _tools(
     waits: bool,
 ) -> Tools:
     """From here to the end of the command signals ask for an end, also while it tells what was rendered."""
-    from wancli.farm.claims import Claims
     from wancli.force import Force
+    from wancli.storage.claims import Claims
     from wancli.tools import Tools
 
     invocation: Invocation = context.obj

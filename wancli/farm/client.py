@@ -19,8 +19,8 @@ from typing import Any, TextIO
 
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.farm import meeting
-from wancli.names import here
 from wancli.progress import printable
+from wancli.storage.paths import here
 
 _PATIENCE = 0.5  # seconds without an answer after which a server is busy
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -18,13 +18,14 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli import lockstep, manifest
+from wancli import lockstep
 from wancli.batch import settled, several, tallied
 from wancli.errors import MachineError, WancliError
 from wancli.farm.worker import Task, Worker, unwired
 from wancli.outcome import Outcome
 from wancli.preflight import Found, outputs
 from wancli.record import Record
+from wancli.storage import manifest
 
 if TYPE_CHECKING:
     from wancli.shot import Model, Plan, Shot

@@ -1,6 +1,6 @@
 """A worker on a Ray cluster: an actor that plans a job for itself, and renders the shots it is asked for.
 
-Claims (`wancli.farm.claims`) keep two workers from doing one thing, so that Ray may start a dead one again
+Claims (`wancli.storage.claims`) keep two workers from doing one thing, so that Ray may start a dead one again
 and repeat what it was at: it goes on from the states on disk. Errors go to the driver as plain data.
 """
 
@@ -71,10 +71,10 @@ class Worker:
         return {"outcomes": found, "raised": wired(raised) if raised else None}
 
     def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
-        from wancli.farm.claims import Claims
         from wancli.policy import Policy
         from wancli.progress import Progress
-        from wancli.store import Store
+        from wancli.storage.cache import Store
+        from wancli.storage.claims import Claims
         from wancli.tools import Tools
 
         task = self._task

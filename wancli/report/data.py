@@ -10,17 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, companions, files, footprint, manifest, preflight, rates
+from wancli import alternatives, choose, footprint, preflight, rates
 from wancli.embedding import describe
 from wancli.errors import EntryError
 from wancli.record import versions
-from wancli.store import unseal
+from wancli.storage import atomic, manifest, sidecars
+from wancli.storage.cache import unseal
 
 if TYPE_CHECKING:
     from wancli.outcome import Outcome
     from wancli.rates import Rate
     from wancli.shot import Model, Plan, Shot
-    from wancli.store import Store
+    from wancli.storage.cache import Store
 
 SCHEMA = "wancli/report/1"
 
@@ -74,7 +75,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     path = report_path(plan)
     earlier = read(path)
     if path.exists() and earlier is None:
-        files.set_aside(path)
+        atomic.set_aside(path)
     if plan.others:
         asked = {entry["output"]: entry for entry in report["shots"]}
         known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
@@ -82,7 +83,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
         report = report | {"shots": kept}
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
-    files.replace(path, text.encode(errors="backslashreplace"))
+    atomic.replace(path, text.encode(errors="backslashreplace"))
     return path
 
 
@@ -105,7 +106,7 @@ def report_path(plan: Plan) -> Path:
 
 def read(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
-    return companions.document(path, SCHEMA)
+    return sidecars.document(path, SCHEMA)
 
 
 def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:

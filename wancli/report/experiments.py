@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wancli import companions
+from wancli.storage import sidecars
 from wancli.units import ranges
 
 Row = dict[str, str | int | float | None]
@@ -96,7 +96,7 @@ def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
 def publish(path: Path, data: bytes) -> None:
     """Writes the table. Another table is replaced, any other file moved aside."""
     header = ",".join((*COLUMNS, *ONLY_IN_FILES)).encode()
-    companions.put(path, data, header, len(header))
+    sidecars.put(path, data, header, len(header))
 
 
 def _defused(value: Any) -> Any:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import figures, manifest, maps
+from wancli import figures, maps
 from wancli.errors import EntryError, JobError
 from wancli.maps import Map
 from wancli.report import data
+from wancli.storage import manifest
 
 if TYPE_CHECKING:
     from wancli.shot import Plan

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli import companions
 from wancli.report import document, gather, posters
 from wancli.report.experiments import COLUMNS
 from wancli.report.gather import Found
+from wancli.storage import sidecars
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
@@ -42,7 +42,7 @@ def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
 
 def publish(path: Path, page: bytes) -> None:
     """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
-    companions.put(path, page, MARK, len(MARK))
+    sidecars.put(path, page, MARK, len(MARK))
 
 
 def html(data: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wancli.alternatives import Alternative
     from wancli.rates import Rate
     from wancli.shot import Plan, Shot
-    from wancli.store import Store
+    from wancli.storage.cache import Store
 
 MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
 

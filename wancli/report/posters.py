@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wancli import files, video
+from wancli import video
 from wancli.errors import WancliError
+from wancli.storage import atomic
 
 
 def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
@@ -31,7 +32,7 @@ def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
     with suppress(WancliError):
         picture = video.poster(Path(entry["output"]), shot["frames"] // 2 / shot["fps"])
         with suppress(WancliError):  # a folder that cannot be written costs the work again
-            files.replace(path, picture)
+            atomic.replace(path, picture)
         return _uri(picture)
     return None
 

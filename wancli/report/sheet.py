@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from wancli import companions
 from wancli.clip import Clip
 from wancli.report import font
+from wancli.storage import sidecars
 from wancli.units import ranges
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
 
 def write(path: Path, data: bytes) -> None:
     """Puts a sheet there. An earlier sheet is replaced; another file of that name is moved aside."""
-    companions.put(path, data, MARK, 128)
+    sidecars.put(path, data, MARK, 128)
 
 
 def png(picture_YX3: Picture) -> bytes:

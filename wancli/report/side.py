@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import companions, files, video
+from wancli import video
 from wancli.clip import Clip
 from wancli.report import font
 from wancli.report.sheet import INK, PAPER, averaged, repeated
+from wancli.storage import atomic, sidecars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,9 +81,9 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
                 if picture_YX3 is not None:
                     _put(page_YX3, plan, place, picture_YX3)
             yield page_YX3.tobytes()
-        if companions.marked(path, _MARK, 1 << 22):  # not before there is something to put in its place
-            files.remove(path)
-        files.set_aside(path)
+        if sidecars.marked(path, _MARK, 1 << 22):  # not before there is something to put in its place
+            atomic.remove(path)
+        atomic.set_aside(path)
 
     video.write_mp4(
         grids(),

@@ -15,18 +15,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import latents, rates
-from wancli.farm import claims
+from wancli import rates
 from wancli.legs import Fork
 from wancli.progress import printable
 from wancli.report import data
 from wancli.report.shortened import told_apart
+from wancli.storage import claims, tensor_file
 from wancli.units import counted, duration, ranges
 
 if TYPE_CHECKING:
     from wancli.rates import Rate
     from wancli.shot import Plan, Shot
-    from wancli.store import Store
+    from wancli.storage.cache import Store
 
 SCHEMA = "wancli/status/1"
 STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "to do")
@@ -54,8 +54,8 @@ def _row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     found["claim"] = asdict(holder) if holder else None
     if _looks_done(shot):
         return about | {"key": shot.key, "state": "done"} | found | {"step": shot.steps}
-    facts = latents.peek(shot.latents)
-    saved = latents.peek(shot.state)
+    facts = tensor_file.peek(shot.latents)
+    saved = tensor_file.peek(shot.state)
     has_latent = facts is not None and facts.get("latents_key") == shot.latents_key
     has_state = saved is not None and saved.get("latents_key") == shot.latents_key
     if has_latent or has_state:

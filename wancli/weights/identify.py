@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from wancli import files
 from wancli.errors import CheckpointError, MachineError
 from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
+from wancli.storage import atomic
 from wancli.weights.folders import EXPERT_ROLES, Layout, Role, layout_of, load_json
 from wancli.weights.headers import DOWNLOAD_AGAIN
 from wancli.weights.parts import Kind, Part
@@ -123,7 +123,7 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     fresh = {key: digest for key, digest in digests.items() if key == _identity(now[key])}
     if not fresh.items() <= known.items():
         with suppress(MachineError):  # the memo saves time, and is not worth failing for
-            files.replace(memo, json.dumps(known | fresh, indent=1).encode())
+            atomic.replace(memo, json.dumps(known | fresh, indent=1).encode())
     if len(paths) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
@@ -283,6 +283,6 @@ def _sha256(path: Path) -> str:
     try:
         if (size := path.stat().st_size) >= LARGE:
             LOG.warning("wancli: hashing %s, %.1f GB; this is done once", path.name, size / 1e9)
-        return files.sha256(path)
+        return atomic.sha256(path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None

@@ -22,8 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wancli import files
 from wancli.errors import EntryError, MachineError
+from wancli.storage import atomic
 
 _MAGIC = b"\x89wancli\n"
 _VERSION = 1
@@ -79,7 +79,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._warned = False
-        with files.writing(root):
+        with atomic.writing(root):
             status = root.stat() if root.exists() else None
             above = root.parent.stat() if root.parent.is_dir() else None
         if status:
@@ -120,11 +120,11 @@ class Store:
         """Keep a payload. False, with one warning per store, where the disk does not take it."""
         path = self.path(key)
         try:
-            with files.writing(self.root):
+            with atomic.writing(self.root):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if path.parent.is_symlink():
                 raise MachineError("a symbolic link leads out of the cache", where=str(path.parent))
-            files.replace(path, seal(payload, key))
+            atomic.replace(path, seal(payload, key))
         except MachineError as error:
             if not self._warned:
                 log.warning("going on without the cache: %s", error)
@@ -152,7 +152,7 @@ class Store:
         that are gone.
         """
         for shard in self.root.glob("??"):
-            files.sweep(shard)
+            atomic.sweep(shard)
             for bad in shard.glob("*.bad"):
                 bad.unlink(missing_ok=True)
         kept = sorted(self.entries(), key=lambda entry: entry.mtime)
@@ -162,7 +162,7 @@ class Store:
         for entry in kept:
             too_old = older_than_days is not None and now - entry.mtime > older_than_days * 86400
             if too_old or (max_bytes is not None and total > max_bytes) or not _intact(entry):
-                with files.writing(entry.path):
+                with atomic.writing(entry.path):
                     entry.path.unlink(missing_ok=True)
                 total -= entry.bytes
                 gone.append(entry)

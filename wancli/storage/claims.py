@@ -6,8 +6,8 @@ once when its process is known to be gone: one of this host, since its start; el
 it for so many looks, a beat apart each, as we count them. No clocks of two hosts are compared, and a file
 system that hangs makes nobody stale: looks wait as long as touches do.
 
-A claim saves work, it protects no file: what is written is safe by `wancli.files` whoever writes it. So
-claims need neither fsync nor locks, and a network file system that shows one late costs a wait. Whoever
+A claim saves work, it protects no file: what is written is safe by `wancli.storage.atomic` whoever writes it.
+So claims need neither fsync nor locks, and a network file system that shows one late costs a wait. Whoever
 was suspended for so long that its claim went to another finds that out by `intact()` or `holds()`, and leaves
 the shot to it.
 """
@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli import files
-from wancli.farm.claimfile import Holder, Seen, gone, look, new, process
+from wancli.storage import atomic
+from wancli.storage.claim_file import Holder, Seen, gone, look, new, process
 
 if TYPE_CHECKING:
     from wancli.shot import Shot
@@ -170,13 +170,13 @@ class Claims:
         token = secrets.token_hex(8)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         body = asdict(self._me) | {"started": started, "token": token}
-        with files.writing(path):
+        with atomic.writing(path):
             try:
                 fd = new(path)
             except FileExistsError:
                 return False
             try:
-                files.write_all(fd, (json.dumps(body) + "\n").encode())
+                atomic.write_all(fd, (json.dumps(body) + "\n").encode())
             except OSError:
                 path.unlink()
                 raise
@@ -215,14 +215,14 @@ class Claims:
         that finds it has moved away what another just created puts it back."""
         with self._lock:
             watch = self._watched.pop(path, None)
-        files.sweep(path.parent)
+        atomic.sweep(path.parent)
         grave = path.with_name(f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp")  # `sweep` knows the name
         try:
             path.rename(grave)
         except FileNotFoundError:
             return
         except OSError as error:
-            raise files.translate(error, path) from error
+            raise atomic.translate(error, path) from error
         seen = look(grave)
         if seen is None or not (self._is_dead(seen) or (watch and watch.seen == seen)):
             with suppress(OSError):  # a third worker was faster; the second will find out

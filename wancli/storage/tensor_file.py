@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import files
 from wancli.errors import EntryError
-from wancli.manifest import canonical
 from wancli.solvers import State
+from wancli.storage import atomic
+from wancli.storage.manifest import canonical
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> 
 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     document = {"record": record, "sha256": _digest(tensors, record)}
-    files.replace(path, save(tensors, {_METADATA: canonical(document).decode()}))
+    atomic.replace(path, save(tensors, {_METADATA: canonical(document).decode()}))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wancli import files
+from wancli.storage import atomic
 
 
 def put(path: Path, data: bytes, mark: bytes, within: int) -> None:
@@ -16,8 +16,8 @@ def put(path: Path, data: bytes, mark: bytes, within: int) -> None:
     NoSpace or MachineError.
     """
     if not marked(path, mark, within):
-        files.set_aside(path)
-    files.replace(path, data)
+        atomic.set_aside(path)
+    atomic.replace(path, data)
 
 
 def marked(path: Path, mark: bytes, within: int) -> bool:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from wancli import files
 from wancli.errors import EntryError
+from wancli.storage import atomic
 
 SCHEMA = "wancli/manifest/1"
 
@@ -28,7 +28,7 @@ def manifest_path(output: Path) -> Path:
 def file_record(path: Path, folder: Path) -> dict[str, str | int]:
     """An item of a manifest's "files": path relative to `folder`, the manifest's, size and digest."""
     relative = path.relative_to(folder).as_posix()
-    return {"path": relative, "sha256": files.sha256(path), "bytes": path.stat().st_size}
+    return {"path": relative, "sha256": atomic.sha256(path), "bytes": path.stat().st_size}
 
 
 def canonical(body: Mapping[str, Any]) -> bytes:
@@ -44,7 +44,7 @@ def write(path: Path, body: Mapping[str, Any]) -> None:
     `body` is plain JSON data. Raises NoSpace or MachineError.
     """
     # through JSON once, so that what is sealed is what will be read: text keys, lists
-    files.replace(path, _document(json.loads(json.dumps(dict(body)))))
+    atomic.replace(path, _document(json.loads(json.dumps(dict(body)))))
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -96,7 +96,7 @@ def _file_problem(folder: Path, record: Mapping[str, Any]) -> str:
         size = path.stat().st_size
         if size != record["bytes"]:
             return f"{path}: {size} bytes where the manifest has {record['bytes']}"
-        if files.sha256(path) != record["sha256"]:
+        if atomic.sha256(path) != record["sha256"]:
             return f"{path}: content does not match the manifest"
     except OSError as error:
         return f"{path}: {error.strerror}"

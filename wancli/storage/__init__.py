@@ -1,0 +1,1 @@
+"""Bytes that survive: atomic files, the cache, manifests, claims, safe names."""

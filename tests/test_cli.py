@@ -31,7 +31,8 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, batch, cli, encode, errors, machine, video
+from wancli import __version__, batch, cli, encode, errors, machine
+from wancli.video import mp4
 from wancli.weights import networks
 
 MODEL = ("--model", TINY, "-q")
@@ -537,7 +538,7 @@ def test_what_does_not_go_together_is_one_line(
     monkeypatch.chdir(tmp_path)
     written(tmp_path, tiny_job())
     (tmp_path / "odd.mp4").write_bytes(b"\0\0\0\x18ftypisom")
-    monkeypatch.setattr(video, "about", lambda _: video.About(0, 8, 64, 64))
+    monkeypatch.setattr(mp4, "about", lambda _: mp4.About(0, 8, 64, 64))
     said = say(*arguments)
     assert said.code == 2
     assert said.err.splitlines()[0] == f"wancli: {message}"

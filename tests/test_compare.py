@@ -14,11 +14,11 @@ import pytest
 from jobs import CAT, KEPT, Said, command, files_in, latents_of, manifest_of, poison, rule, tiny_job, written
 from test_sheet import clip as plain
 
-from wancli import clip, compare, figures, pipeline, scores, video
+from wancli import compare, figures, pipeline
 from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.progress import Progress
-from wancli.report import sheet
 from wancli.tools import Tools
+from wancli.video import clip, contact_sheet, metrics, mp4
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 ITEMS = [
@@ -60,7 +60,7 @@ def test_it_prints_what_it_made_and_figures_as_one_document(
     sheet, side = tmp_path / "sheet.png", tmp_path / "side.mp4"
     said = command(capsys, "compare", a, b, "-o", sheet, "--video", side, "-q")
     assert (said.code, said.out.split(), said.err) == (0, [str(sheet), str(side)], "")
-    assert video.about(side).frames == 6
+    assert mp4.about(side).frames == 6
     said = command(capsys, "compare", a, b, "-o", sheet, "--json", "-q")
     found = json.loads(said.out)
     assert {k: found[k] for k in ("schema", "job", "baseline", "sheet", "video")} == {
@@ -199,7 +199,7 @@ def test_a_video_that_goes_on_where_the_baseline_ends_is_not_identical(tmp_path:
 
 
 def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> None:
-    one = clip.Clip(Path("x.mp4"), "x", None, video.About(1, 8, 64, 64))
+    one = clip.Clip(Path("x.mp4"), "x", None, mp4.About(1, 8, 64, 64))
     clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.about) for n in range(8)]
     found = compare._pages(Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4)
     assert [(str(path), [one.id for one in part]) for path, part in found] == [
@@ -215,12 +215,12 @@ def test_a_sheet_says_what_blocks_read_and_not_what_has_strength_0() -> None:
     rules = [{"blocks": {"3": strength, "4": strength}, "text": "fish"} for strength in (0.0, 0.5)]
     prompts = [{"id": "cat", "text": "a cat"}, {"id": "fish", "text": "a fish"}]
     record = {"prompts": prompts, "injection": rules}
-    one = clip.Clip(Path("x.mp4"), "x", record, video.About(1, 8, 64, 64))
-    assert [*sheet._lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
+    one = clip.Clip(Path("x.mp4"), "x", record, mp4.About(1, 8, 64, 64))
+    assert [*contact_sheet._lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
 
 
 def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> None:
-    about = video.About(1, 8, 64, 64)
+    about = mp4.About(1, 8, 64, 64)
     clips = {name: clip.Clip(Path(f"{name}.mp4"), name, None, about) for name in "aAbBcC"}
     beside = {name: clips[name.lower()] for name in clips}
     found = compare._pages(Path("s.png"), [*clips.values()], beside, 3)
@@ -247,7 +247,7 @@ def test_a_job_compares_its_shots_beside_the_outputs(
         assert shot["latent_distance"] == pytest.approx(float((z - base).norm() / base.norm()), rel=1e-4)
         assert shot["latent_from"] == "latents"
         kept = [manifest_of(tmp_path, name)["latent"] for name in (shot["id"], "plain")]
-        estimate = scores.sketched_distance(*kept)
+        estimate = metrics.sketched_distance(*kept)
         assert estimate == pytest.approx(shot["latent_distance"], rel=0.2)
     # and what is there and was made of the same videos stays
     poison(monkeypatch, (figures, "measure"), (compare, "draw"))
@@ -364,7 +364,7 @@ def test_a_comparison_that_fails_fails_no_shot(
     def fails(path: Path) -> Any:
         raise FfmpegError("went wrong", where=str(path))
 
-    monkeypatch.setattr(video, "about", fails)
+    monkeypatch.setattr(mp4, "about", fails)
     said = loud(**BATCH, compare=True)
     assert said.code == 0
     assert len(said.out.split()) == 3

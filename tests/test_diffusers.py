@@ -18,8 +18,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wancli import video
 from wancli.solvers import schedule
+from wancli.video import mp4
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_vae
 
@@ -133,7 +133,7 @@ def test_a_pipeline_saved_by_diffusers_renders_to_the_latents_of_diffusers(
     decoded = saved.frames(theirs)
     again = torch.cat(list(load_vae(identify(saved.folder), "cpu").decode(ours)), dim=1)
     assert (again - decoded).abs().max() < 1e-3
-    found = list(video.read_frames(tmp_path / "out" / "clip.mp4"))
+    found = list(mp4.read_frames(tmp_path / "out" / "clip.mp4"))
     assert len(found) == frames
     shown = torch.stack(
         [torch.frombuffer(bytearray(f.rgb), dtype=torch.uint8).view(64, 64, 3) for f in found]

@@ -14,15 +14,15 @@ from scripts.mini import evaluate
 from scripts.mini.evaluate import Case
 from scripts.mini.recognise import Seen, recognise
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all
-from wancli import video
+from wancli.video import mp4
 
 
 def filmed(scene: Scene, path: Path) -> Seen:
     """What the judge sees in an MP4 of a scene."""
     clip_CTYX = draw_all([scene], evaluate.GRID)[0]
-    frames = video.to_rgb24(clip_CTYX)
+    frames = mp4.to_rgb24(clip_CTYX)
     size = {"width": 64, "height": 64, "fps": 8, "frame_count": 9}
-    video.write_mp4([frames], path, **size, crf=16, codec="h264", comment="")
+    mp4.write_mp4([frames], path, **size, crf=16, codec="h264", comment="")
     return recognise(evaluate.frames(path))
 
 

@@ -26,12 +26,13 @@ from jobs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wancli import choose, footprint, lockstep, memory, video
+from wancli import choose, footprint, lockstep, memory
 from wancli import plan as planning
 from wancli.jobfile import load
 from wancli.loaded import Networks
 from wancli.models.dit import Request, WanModel
 from wancli.shot import Shot
+from wancli.video import mp4
 
 STREAMED = {"residency": "streamed"}
 STEPS = 3
@@ -193,13 +194,13 @@ def test_a_group_has_one_bar_that_says_who_is_in_it(
 def test_all_latents_of_a_group_are_on_disk_before_one_is_decoded(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = video.write_mp4
+    real = mp4.write_mp4
 
     def write(*arguments: Any, **options: Any) -> None:
         assert {f"{name}.latents.safetensors" for name in "abc"} <= set(files_in(tmp_path))
         real(*arguments, **options)
 
-    monkeypatch.setattr(video, "write_mp4", write)
+    monkeypatch.setattr(mp4, "write_mp4", write)
     assert batch(items=UNLIKE).code == 0
 
 

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from wancli import video
 from wancli.cli import run
 from wancli.storage.manifest import read
+from wancli.video import mp4
 
 CASES = ("unipc_cfg6", "dpmpp_cfg5", "unipc_cfg1", "inject_cond_27_39", "inject_cond_steps")
 
@@ -69,7 +69,7 @@ def test_a_job_gives_the_official_latents_and_video(
     assert body is not None
     assert body["shot"]["timesteps"] == numbers[f"{name}.timesteps"].tolist()
 
-    frames = list(video.read_frames(tmp_path / "out/clip.mp4"))
+    frames = list(mp4.read_frames(tmp_path / "out/clip.mp4"))
     assert len(frames) == case["frames"]
     assert (frames[0].width, frames[0].height) == (case["width"], case["height"])
     if f"{name}.video" in numbers:

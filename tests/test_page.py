@@ -15,15 +15,16 @@ import pages
 import pytest
 from jobs import command, written
 
-from wancli import flops, memory, video
+from wancli import flops, memory
 from wancli.cli import run
 from wancli.jobfile import load
 from wancli.models.config import WanConfig
 from wancli.plan import plan
-from wancli.report import again, data, document, experiments, facts, page, posters
+from wancli.report import again, data, document, experiments, facts, page
 from wancli.report.gather import Found
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
+from wancli.video import mp4, thumbnails
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 TI2V_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
@@ -291,7 +292,7 @@ def test_another_file_of_that_name_moves_aside_and_an_earlier_page_does_not(tmp_
 def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Found("job", [("job", pages.entries(out))])
     first = page.of_found(found, out / "x.html", tmp_path, make=True)
-    monkeypatch.setattr(video, "poster", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(mp4, "poster", lambda *_: pytest.fail("made again"))
     for make in (True, False):
         second = page.of_found(found, out / "x.html", tmp_path, make=make)
         posters = [pages.Page(data).document["shots"][0]["poster"] for data in (first, second)]
@@ -304,12 +305,12 @@ def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_poster_that_cannot_be_kept_or_made_costs_no_page(out: Path, tmp_path: Path) -> None:
     entry = pages.entries(out)
     (tmp_path / "kept").write_text("in the way")
-    picture = posters.poster(entry, tmp_path / "kept", make=True)
+    picture = thumbnails.poster(entry, tmp_path / "kept", make=True)
     assert picture
     assert picture.startswith("data:image/jpeg;base64,/9j/")
     odd = entry | {"files": [{"path": "fish.mp4", "sha256": "../../etc/passwd"}]}
-    assert posters.poster(odd, tmp_path, make=True) is None
-    assert posters.poster(entry | {"output": str(tmp_path / "gone.mp4")}, tmp_path, make=True) is None
+    assert thumbnails.poster(odd, tmp_path, make=True) is None
+    assert thumbnails.poster(entry | {"output": str(tmp_path / "gone.mp4")}, tmp_path, make=True) is None
 
 
 def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out: Path) -> None:

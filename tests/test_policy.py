@@ -27,7 +27,7 @@ from jobs import (
     written,
 )
 
-from wancli import errors, video
+from wancli import errors
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE
@@ -35,6 +35,7 @@ from wancli.policy import Failing, Policy, exit_status, of_flags
 from wancli.stage3 import ways
 from wancli.storage import atomic
 from wancli.tokens import Tokenizer
+from wancli.video import mp4
 from wancli.weights import networks
 
 Render = Callable[..., Said]
@@ -219,7 +220,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_chunks_and_the_mani
     assert "; decoding on cpu with decode_chunk 1 instead, which may round pixels otherwise\n" in said.err
     body = manifest_of(tmp_path)
     assert body["decoded"] == {"device": "cpu", "chunk": 1, "fallback": True}
-    assert (body["shot"]["decode_chunk"], video.count_frames(tmp_path / "out" / "clip.mp4")) == (chunk, 9)
+    assert (body["shot"]["decode_chunk"], mp4.count_frames(tmp_path / "out" / "clip.mp4")) == (chunk, 9)
     assert command(capsys, "render", job, "-q").code == 0
 
 
@@ -288,7 +289,7 @@ def test_a_batch_goes_on_or_ends_as_it_was_told(
     expected: list[str],
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        failing(patched, video, "write_mp4", {n: errors.FfmpegError("died") for n in (0, 1)})
+        failing(patched, mp4, "write_mp4", {n: errors.FfmpegError("died") for n in (0, 1)})
         assert render(*flags, **ABC).code == 3
     assert statuses(tmp_path) == expected
     assert render(**ABC).code == 0
@@ -298,7 +299,7 @@ def test_a_retry_decodes_the_latent_that_is_on_disk_also_with_force(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert render().code == 0
-    failing(monkeypatch, video, "write_mp4", {0: errors.FfmpegError("died"), 1: errors.DiskError("EIO")})
+    failing(monkeypatch, mp4, "write_mp4", {0: errors.FfmpegError("died"), 1: errors.DiskError("EIO")})
     calls = forwards(monkeypatch)
     assert render("--force", "--retries", "2").code == 0
     assert len(calls) == 4
@@ -317,7 +318,7 @@ def test_a_full_disk_leaves_the_states_of_those_that_were_on_their_way(
     items = [{"id": "a"}, {"id": "b", "inject": [rule(blocks="2-3", steps="2-3")]}]
     said = {"output": "out/{id}.mp4", "items": items, "sampler": {"steps": 4}}
     with pytest.MonkeyPatch.context() as patched:
-        failing(patched, video, "write_mp4", {0: errors.NoSpace("No space left on device")})
+        failing(patched, mp4, "write_mp4", {0: errors.NoSpace("No space left on device")})
         assert render(**said).code == 3
     assert {"a.latents.safetensors", "b.state.safetensors"} <= set(files_in(tmp_path))
     calls = forwards(monkeypatch)
@@ -363,7 +364,7 @@ def test_the_state_of_a_shot_that_met_nan_goes_for_it_would_lead_there_again(
 def test_what_no_retry_can_mend_is_not_tried_again(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, video, "write_mp4", {0: errors.NotFinite("NaN")})
+    failing(monkeypatch, mp4, "write_mp4", {0: errors.NotFinite("NaN")})
     assert render("--retries", "5").code == 1
 
 
@@ -372,7 +373,7 @@ def test_a_latent_of_an_earlier_run_brings_none_of_its_time_and_hits_into_the_re
 ) -> None:
     prompt = "never asked for before this test"
     with pytest.MonkeyPatch.context() as patched:
-        failing(patched, video, "write_mp4", {0: errors.FfmpegError("died")})
+        failing(patched, mp4, "write_mp4", {0: errors.FfmpegError("died")})
         assert render(prompt=prompt).code == 3
     report = json.loads(render("--json", prompt=prompt).out)
     assert [phase["name"] for phase in report["shots"][0]["phases"]] == ["encode", "load", "sample", "decode"]
@@ -393,7 +394,7 @@ def test_the_summary_of_a_render_that_only_decoded_says_nothing_of_a_first_step(
 ) -> None:
     job = written(tmp_path, tiny_job())
     with pytest.MonkeyPatch.context() as patched:
-        failing(patched, video, "write_mp4", {0: errors.FfmpegError("died")})
+        failing(patched, mp4, "write_mp4", {0: errors.FfmpegError("died")})
         assert command(capsys, "render", job, "-q").code == 3
     said = command(capsys, "render", job)
     assert (said.code, "first step" in said.err) == (0, False)
@@ -406,7 +407,7 @@ def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
     many = [{"id": f"{n}", "seed": n} for n in range(6)]
     job = written(folder, tiny_job(output="out/{id}.mp4", items=many))
     died = errors.FfmpegError("it went wrong " * 20 + "at last")
-    failing(monkeypatch, video, "write_mp4", {1: died, 2: died, 4: died})
+    failing(monkeypatch, mp4, "write_mp4", {1: died, 2: died, 4: died})
     flags = ("--set", "negative=a b", "--progress", "plain", "--save-every", "5", "--items", "0-4")
     said = command(capsys, "render", job, *flags)
     assert said.code == 3
@@ -427,7 +428,7 @@ def test_a_force_that_ended_early_comes_with_the_command_for_all_that_it_has_not
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
-    failing(monkeypatch, video, "write_mp4", {1: errors.FfmpegError("died")})
+    failing(monkeypatch, mp4, "write_mp4", {1: errors.FfmpegError("died")})
     said = command(capsys, "render", job, "--force", "--fail-fast")
     assert said.code == 3
     assert said.err.splitlines()[-1] == f"again: wancli render {job} --fail-fast --force --items 1-2"
@@ -440,7 +441,7 @@ def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
     (tmp_path / "out" / "0.mp4").write_bytes(b"holiday")
     many = [{"id": f"{n}", "seed": n} for n in range(3)]
     job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=many))
-    failing(monkeypatch, video, "write_mp4", {0: errors.FfmpegError("died")})
+    failing(monkeypatch, mp4, "write_mp4", {0: errors.FfmpegError("died")})
     said = command(capsys, "render", job, "--progress", "plain")
     assert said.code == 3
     *_, again, taken = said.err.splitlines()

@@ -22,11 +22,11 @@ from jobs import (
     written,
 )
 
-from wancli import video
 from wancli.jobfile import load
 from wancli.models.vae import WanVAE
 from wancli.plan import plan
 from wancli.solvers import schedule
+from wancli.video import mp4
 
 
 def test_the_manifest_says_what_was_decided_and_what_was_read(
@@ -119,8 +119,8 @@ def test_the_summary_tells_hits_difference_and_memory(
 def test_every_frame_of_the_plan_is_in_the_video(render: Callable[..., Said], tmp_path: Path) -> None:
     items = [{"id": "a", "frames": 9, "size": "80x48"}, {"id": "b", "video": {"codec": "h265", "fps": 24}}]
     assert render(output="out/{id}.mp4", items=items, memory={"decode_chunk": 2}).code == 0
-    assert video.count_frames(tmp_path / "out" / "a.mp4") == 9
-    (frame,) = video.read_frames(tmp_path / "out" / "b.mp4")
+    assert mp4.count_frames(tmp_path / "out" / "a.mp4") == 9
+    (frame,) = mp4.read_frames(tmp_path / "out" / "b.mp4")
     assert (frame.width, frame.height) == (64, 64)
 
 
@@ -141,7 +141,7 @@ def test_the_decode_chunk_changes_no_pixel(
         assert render(folder=tmp_path / str(chunk), frames=5, memory={"decode_chunk": chunk}).code == 0
     assert [sum(counts) for counts in seen] == [5, 5]
     assert max(seen[0]) <= 4
-    one, two = (video.read_frames(tmp_path / str(chunk) / "out/clip.mp4") for chunk in (1, 2))
+    one, two = (mp4.read_frames(tmp_path / str(chunk) / "out/clip.mp4") for chunk in (1, 2))
     assert all(abs(a - b) <= 1 for f, g in zip(one, two, strict=True) for a, b in zip(f.rgb, g.rgb))
 
 

@@ -15,7 +15,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from wancli import clip, scores, video
+from wancli.video import clip, metrics, mp4
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 Y, X = np.mgrid[0:40, 0:56]
@@ -47,12 +47,12 @@ def noise(seed: int, shape: tuple[int, ...] = (40, 56, 3)) -> Any:
     ids=["texture", "brighter", "nearly flat", "inverted"],
 )
 def test_ssim_is_that_of_scikit_image(a_YX: Any, b_YX: Any, expected: float) -> None:
-    found = scores.ssim(a_YX.astype(np.float32), b_YX.astype(np.float32))
+    found = metrics.ssim(a_YX.astype(np.float32), b_YX.astype(np.float32))
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_ssim_is_the_formula_of_the_paper_written_as_loops() -> None:
-    a_YX, b_YX = (scores.luma(noise(seed, (14, 13, 3))).astype(np.float64) for seed in (1, 2))
+    a_YX, b_YX = (metrics.luma(noise(seed, (14, 13, 3))).astype(np.float64) for seed in (1, 2))
     window = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     weights = np.outer(window, window) / sum(window) ** 2
     found = []
@@ -64,44 +64,44 @@ def test_ssim_is_the_formula_of_the_paper_written_as_loops() -> None:
             both = (weights * (a - mean_a) * (b - mean_b)).sum()
             light = (2 * mean_a * mean_b + 6.5025) / (mean_a**2 + mean_b**2 + 6.5025)
             found.append(light * (2 * both + 58.5225) / (var_a + var_b + 58.5225))
-    assert scores.ssim(a_YX.astype(np.float32), b_YX.astype(np.float32)) == pytest.approx(
+    assert metrics.ssim(a_YX.astype(np.float32), b_YX.astype(np.float32)) == pytest.approx(
         np.mean(found), abs=1e-6
     )
 
 
 def test_ten_levels_brighter_is_28_decibels_and_a_flat_map() -> None:
-    like = scores.likeness([(grey(FLAT), grey(FLAT + 10))] * 3)
+    like = metrics.likeness([(grey(FLAT), grey(FLAT + 10))] * 3)
     assert like.psnr == pytest.approx(20 * math.log10(255 / 10), abs=1e-4)
     assert (like.frames, like.identical) == (3, False)
     assert like.heatmap_YX == pytest.approx(10 / 255)
 
 
 def test_psnr_is_that_of_all_squares_not_the_mean_of_the_frames() -> None:
-    like = scores.likeness([(grey(FLAT), grey(FLAT)), (grey(FLAT), grey(FLAT + 20))])
+    like = metrics.likeness([(grey(FLAT), grey(FLAT)), (grey(FLAT), grey(FLAT + 20))])
     assert like.psnr == pytest.approx(10 * math.log10(255**2 / 200), abs=1e-4)
     assert not like.identical
 
 
 def test_the_same_pictures_have_no_psnr_and_are_identical() -> None:
-    like = scores.likeness([(noise(1), noise(1))])
+    like = metrics.likeness([(noise(1), noise(1))])
     assert (like.identical, like.psnr, like.ssim) == (True, None, pytest.approx(1))
     assert not like.heatmap_YX.any()
 
 
 def test_a_picture_smaller_than_the_window_has_no_ssim() -> None:
-    like = scores.likeness([(noise(1, (10, 40, 3)), noise(2, (10, 40, 3)))])
+    like = metrics.likeness([(noise(1, (10, 40, 3)), noise(2, (10, 40, 3)))])
     assert like.ssim is None
     assert like.psnr is not None
 
 
 def test_no_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="no frames"):
-        scores.likeness([])
+        metrics.likeness([])
 
 
 def test_luma_is_that_of_bt709() -> None:
     picture = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
-    assert scores.luma(picture)[0] == pytest.approx([54.213, 182.376, 18.411, 255], abs=1e-3)
+    assert metrics.luma(picture)[0] == pytest.approx([54.213, 182.376, 18.411, 255], abs=1e-3)
 
 
 # ---- against ffmpeg ----
@@ -141,7 +141,7 @@ def test_psnr_of_videos_is_that_of_ffmpeg(two: tuple[Path, Path], judged: Callab
     a, b = clip.read(two)
     expected = re.search(r"PSNR.* average:([\d.]+)", judged("psnr"))
     assert expected
-    found = scores.likeness(zip(a.pictures(), b.pictures())).psnr
+    found = metrics.likeness(zip(a.pictures(), b.pictures())).psnr
     # colours go through 8-bit RGB and back to luma here, and do not there
     assert found == pytest.approx(float(expected[1]), abs=0.3)
 
@@ -152,14 +152,14 @@ def test_ssim_of_videos_is_near_that_of_ffmpeg_which_has_blocks_of_8(
     a, b = clip.read(two)
     expected = re.search(r"SSIM.* All:([\d.]+)", judged("ssim"))
     assert expected
-    assert scores.likeness(zip(a.pictures(), b.pictures())).ssim == pytest.approx(
+    assert metrics.likeness(zip(a.pictures(), b.pictures())).ssim == pytest.approx(
         float(expected[1]), abs=0.03
     )
 
 
 def test_a_video_one_frame_late_is_less_like_than_the_video_itself(two: tuple[Path, Path]) -> None:
     pictures = list(clip.read(two)[0].pictures())
-    late = scores.likeness(pairwise(pictures))
+    late = metrics.likeness(pairwise(pictures))
     assert late.frames == 8
     assert late.psnr is not None
     assert late.psnr < 30
@@ -171,18 +171,18 @@ def test_a_video_one_frame_late_is_less_like_than_the_video_itself(two: tuple[Pa
 
 def test_motion_is_the_mean_change_from_frame_to_frame() -> None:
     frames = [grey(FLAT), grey(FLAT + 10), grey(FLAT - 20), grey(FLAT - 20)]
-    assert scores.motion(frames) == pytest.approx((10 + 30 + 0) / 3 / 255, rel=1e-4)
+    assert metrics.motion(frames) == pytest.approx((10 + 30 + 0) / 3 / 255, rel=1e-4)
 
 
 def test_a_single_frame_has_no_motion() -> None:
-    assert scores.motion([noise(1)]) is None
+    assert metrics.motion([noise(1)]) is None
 
 
 def test_the_map_shows_where_colours_differ_even_where_luma_does_not() -> None:
     a_YX3 = grey(FLAT)
     b_YX3 = a_YX3.copy()
     b_YX3[:20, :28, 2] = 100  # blue, in the upper left quarter
-    heat_YX = scores.likeness([(a_YX3, b_YX3)]).heatmap_YX
+    heat_YX = metrics.likeness([(a_YX3, b_YX3)]).heatmap_YX
     assert heat_YX.shape == (20, 28)
     assert heat_YX[:10, :14] == pytest.approx(100 / 3 / 255, abs=1e-5)
     assert not heat_YX[10:].any()
@@ -192,7 +192,7 @@ def test_the_map_shows_where_colours_differ_even_where_luma_does_not() -> None:
 @pytest.mark.parametrize("shape", [(3, 70), (45, 31), (97, 833), (1, 1)])
 def test_squares_of_a_map_keep_its_mean_and_at_most_32_columns(shape: tuple[int, int]) -> None:
     map_YX = np.random.RandomState(3).rand(*shape).astype(np.float32)
-    small_YX = scores.pooled(map_YX, 32)
+    small_YX = metrics.pooled(map_YX, 32)
     step = -(-shape[1] // 32)
     assert small_YX.shape == (-(-shape[0] // step), -(-shape[1] // step))
     assert small_YX.shape[1] <= 32
@@ -211,9 +211,9 @@ def latent(seed: int, shape: tuple[int, ...] = (16, 3, 8, 10)) -> Any:
 
 def test_the_distance_of_latents_is_relative_to_the_baseline() -> None:
     z = latent(1)
-    assert scores.distance(3 * z, z) == pytest.approx(2)
-    assert scores.distance(z, z) == 0
-    assert scores.distance(z, 0 * z) is None
+    assert metrics.distance(3 * z, z) == pytest.approx(2)
+    assert metrics.distance(z, z) == 0
+    assert metrics.distance(z, 0 * z) is None
 
 
 def test_sketches_tell_the_distance_to_a_few_percent() -> None:
@@ -221,25 +221,25 @@ def test_sketches_tell_the_distance_to_a_few_percent() -> None:
     errors = []
     for seed in range(1, 41):
         other = z + 0.1 * seed * latent(seed)
-        exact = scores.distance(other, z)
+        exact = metrics.distance(other, z)
         assert exact is not None
-        found = scores.sketched_distance(scores.sketch(other), scores.sketch(z))
+        found = metrics.sketched_distance(metrics.sketch(other), metrics.sketch(z))
         assert found is not None
         errors.append(found / exact - 1)
-    assert np.std(errors) == pytest.approx(1 / math.sqrt(2 * scores.SKETCH), rel=0.4)
-    assert max(map(abs, errors)) < 4 / math.sqrt(2 * scores.SKETCH)
+    assert np.std(errors) == pytest.approx(1 / math.sqrt(2 * metrics.SKETCH), rel=0.4)
+    assert max(map(abs, errors)) < 4 / math.sqrt(2 * metrics.SKETCH)
 
 
 def test_a_change_that_is_the_same_everywhere_is_seen_too() -> None:
     z = latent(1)
     for change in (np.ones_like(z), np.arange(z.size).reshape(z.shape) % 256 == 7):
-        exact = scores.distance(z + change, z)
-        found = scores.sketched_distance(scores.sketch(z + change.astype(np.float32)), scores.sketch(z))
+        exact = metrics.distance(z + change, z)
+        found = metrics.sketched_distance(metrics.sketch(z + change.astype(np.float32)), metrics.sketch(z))
         assert found == pytest.approx(exact, rel=0.2)
 
 
 def test_a_sketch_never_changes_for_manifests_keep_it() -> None:
-    found = scores.sketch(np.arange(6, dtype=np.float32).reshape(2, 3))
+    found = metrics.sketch(np.arange(6, dtype=np.float32).reshape(2, 3))
     values = np.frombuffer(base64.b64decode(found["sketch"]), "<f4")
     assert (found["shape"], found["norm"]) == ([2, 3], pytest.approx(math.sqrt(55)))
     assert [abs(v) for v in values[:7]] == [0, 1, 2, 3, 4, 5, 0]
@@ -249,14 +249,14 @@ def test_a_sketch_never_changes_for_manifests_keep_it() -> None:
 
 def test_frames_come_one_by_one(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
-    real = video.read_frames
+    real = mp4.read_frames
 
     def counted(path: Path) -> Any:
         for number, frame in enumerate(real(path)):
             alive.append(number)
             yield frame
 
-    monkeypatch.setattr(video, "read_frames", counted)
+    monkeypatch.setattr(mp4, "read_frames", counted)
     a, b = clip.read(two)
     pairs = zip(a.pictures(), b.pictures())
     next(pairs)

@@ -12,12 +12,13 @@ import pytest
 from forked import WANCLI, run
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
-from wancli import space, video
+from wancli import space
 from wancli.jobfile import load
 from wancli.plan import plan
 from wancli.shot import Shot
 from wancli.storage import atomic
 from wancli.storage.cache import Store
+from wancli.video import mp4
 
 Render = Callable[..., Said]
 
@@ -59,7 +60,7 @@ def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: 
     for name, pictures in {"grain": np.broadcast_to(grain, noise.shape), "noise": noise}.items():
         chunks = [picture.astype(np.uint8).tobytes() for picture in pictures]
         said = {"width": 320, "height": 192, "fps": 16, "frame_count": 17, "crf": 16, "codec": "h264"}
-        path = video.write_mp4(iter(chunks), tmp_path / f"{name}.mp4", **said, comment="")  # type: ignore[arg-type]
+        path = mp4.write_mp4(iter(chunks), tmp_path / f"{name}.mp4", **said, comment="")  # type: ignore[arg-type]
         found[name] = path.stat().st_size / space.video_bytes(shot)
     assert 0.5 < found["grain"] < 1, found
     assert 2 < found["noise"] < 4, found

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import footprint, maps, progress, sample, survey, video
+from wancli import footprint, maps, progress, sample, survey
 from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
 from wancli.inject import Text
@@ -28,6 +28,7 @@ from wancli.plan import plan
 from wancli.solvers import State
 from wancli.storage import cache as store
 from wancli.tools import Tools
+from wancli.video import mp4
 
 Probe = Callable[..., Said]
 
@@ -160,7 +161,7 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
     names = ["00-plain", "01-blocks-0-1", "02-blocks-2-3"]
     assert [path.stem for path in videos] == names
     plain, *others = (
-        np.stack([np.frombuffer(frame.rgb, np.uint8) for frame in video.read_frames(path)]).astype(float)
+        np.stack([np.frombuffer(frame.rgb, np.uint8) for frame in mp4.read_frames(path)]).astype(float)
         for path in videos
     )
     assert found["total"] == [pytest.approx(np.abs(other - plain).mean()) for other in others]

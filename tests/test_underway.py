@@ -29,9 +29,10 @@ from jobs import (
 )
 from torch import Tensor
 
-from wancli import encode, video
+from wancli import encode
 from wancli.embedding import Embedding
 from wancli.models.dit import WanModel
+from wancli.video import mp4
 
 Render = Callable[..., Said]
 STREAMED = {"residency": "streamed"}
@@ -131,14 +132,14 @@ def test_a_group_that_goes_in_lock_step_is_saved_whole_and_late_comers_catch_up(
 
 
 def test_the_last_signal_comes_too_late_and_all_is_done(render: Render, tmp_path: Path) -> None:
-    real = video.write_mp4
+    real = mp4.write_mp4
 
     def write(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(video, "write_mp4", write)
+        patched.setattr(mp4, "write_mp4", write)
         assert render().code == 0
 
 
@@ -148,14 +149,14 @@ def test_the_last_signal_comes_too_late_and_all_is_done(render: Render, tmp_path
 def test_a_stop_while_decoding_leaves_the_latent_and_no_part_of_a_video(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = video.to_rgb24
+    real = mp4.to_rgb24
 
     def converted(frames: Tensor) -> memoryview:
         signal.raise_signal(signal.SIGTERM)
         return real(frames)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(video, "to_rgb24", converted)
+        patched.setattr(mp4, "to_rgb24", converted)
         said = render(frames=9)
     assert said.code == 75
     assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]

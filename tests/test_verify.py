@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from jobs import Said, command, forwards, tiny_job, written
 
-from wancli import verify, video
+from wancli import verify
 from wancli.storage import claim_file
+from wancli.video import mp4
 
 COUNT = 12
 SWEEP = {"matrix": {"seed": [*range(COUNT)]}, "output": "out/s{seed}.mp4", "video": {"keep_latents": True}}
@@ -62,8 +63,8 @@ def test_a_whole_batch_verifies_and_deep_decodes_every_video(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[Path] = []
-    real = video.count_frames
-    monkeypatch.setattr(video, "count_frames", lambda path: [counted.append(path), real(path)][1])
+    real = mp4.count_frames
+    monkeypatch.setattr(mp4, "count_frames", lambda path: [counted.append(path), real(path)][1])
     for options in ((), ("--deep",)):
         said = command(capsys, "check", copy / "out", "--json", *options)
         found = json.loads(said.out)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from wancli import ffmpeg, video
 from wancli.errors import FfmpegError, NoSpace, OutputExists
+from wancli.video import ffmpeg, mp4
 
 WIDTH, HEIGHT = 64, 48
 FRAME = WIDTH * HEIGHT * 3
@@ -35,7 +35,7 @@ def moving(count: int) -> list[bytes]:
 
 
 def render(final: Path, frames: list[bytes], *, frame_count: int | None = None, codec: str = "h264") -> Path:
-    return video.write_mp4(
+    return mp4.write_mp4(
         iter(frames),
         final,
         width=WIDTH,
@@ -81,8 +81,8 @@ def assert_nothing_left(folder: Path) -> None:
 @pytest.mark.parametrize("count", [1, 9])
 def test_a_video_has_exactly_the_frames_that_were_sent(tmp_path, codec, count):
     path = render(tmp_path / "new" / "a.mp4", moving(count), codec=codec)
-    assert video.count_frames(path) == count
-    frames = list(video.read_frames(path))
+    assert mp4.count_frames(path) == count
+    frames = list(mp4.read_frames(path))
     assert [(f.width, f.height, len(f.rgb)) for f in frames] == [(WIDTH, HEIGHT, FRAME)] * count
     assert [file.name for file in path.parent.iterdir()] == ["a.mp4"]
 
@@ -90,7 +90,7 @@ def test_a_video_has_exactly_the_frames_that_were_sent(tmp_path, codec, count):
 @pytest.mark.parametrize("codec", ["h264", "h265"])
 def test_colours_come_back_as_they_were_sent(tmp_path, codec):
     path = render(tmp_path / "a.mp4", [picture().tobytes()] * 3, codec=codec)
-    for frame in video.read_frames(path):
+    for frame in mp4.read_frames(path):
         seen = np.frombuffer(frame.rgb, np.uint8).reshape(HEIGHT, WIDTH, 3)
         for i, colour in enumerate(COLOURS):
             assert np.abs(seen[HEIGHT // 2, 8 * i + 4].astype(int) - colour).max() <= 3
@@ -154,7 +154,7 @@ def test_no_name_is_taken_for_an_option_or_a_protocol(tmp_path, name, monkeypatc
     monkeypatch.chdir(tmp_path)
     render(Path(name), moving(2))
     assert [file.name for file in tmp_path.iterdir()] == [name]
-    assert video.count_frames(Path(name)) == 2
+    assert mp4.count_frames(Path(name)) == 2
 
 
 def test_another_video_is_never_overwritten(tmp_path):
@@ -243,14 +243,14 @@ def alive(group: str) -> list[str]:
 )
 def test_an_ffmpeg_that_hangs_is_stopped_with_its_children(tmp_path, fake_ffmpeg, script):
     fake_ffmpeg(f"echo $$ >'{tmp_path}/pid'; {script}")
-    encoder = video.Encoder(tmp_path / "x", WIDTH, HEIGHT, 16, 10, "h264", "", patience=0.5)
+    encoder = mp4.Encoder(tmp_path / "x", WIDTH, HEIGHT, 16, 10, "h264", "", patience=0.5)
     with pytest.raises(FfmpegError, match=r"not moved for 0\.5 s"), encoder:
         encoder.write(b"".join(BIG))
     assert not alive((tmp_path / "pid").read_text().strip())
 
 
 def test_a_full_disk_is_told_as_such(tmp_path):
-    encoder = video.Encoder(Path("/dev/full"), WIDTH, HEIGHT, 16, 10, "h264", "")
+    encoder = mp4.Encoder(Path("/dev/full"), WIDTH, HEIGHT, 16, 10, "h264", "")
     with pytest.raises(NoSpace, match="are free"), encoder:
         encoder.write(b"".join(moving(5)))
 
@@ -258,20 +258,20 @@ def test_a_full_disk_is_told_as_such(tmp_path):
 def test_a_missing_ffmpeg_is_found_out_in_the_preflight(monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
     with pytest.raises(FfmpegError, match="/no/such/ffmpeg") as caught:
-        video.check_ffmpeg()
+        mp4.check_ffmpeg()
     assert "IMAGEIO_FFMPEG_EXE" in caught.value.hint
 
 
 def test_an_ffmpeg_without_the_encoder_is_found_out_in_the_preflight(fake_ffmpeg):
     fake_ffmpeg("echo ' V....D libx264 H.264'")
-    video.check_ffmpeg("h264")
+    mp4.check_ffmpeg("h264")
     with pytest.raises(FfmpegError, match="no libx265"):
-        video.check_ffmpeg("h265")
+        mp4.check_ffmpeg("h265")
 
 
 def test_the_bundled_ffmpeg_passes_the_preflight_and_tells_its_version():
-    video.check_ffmpeg("h264")
-    video.check_ffmpeg("h265")
+    mp4.check_ffmpeg("h264")
+    mp4.check_ffmpeg("h265")
     assert ffmpeg.version() == imageio_ffmpeg.get_ffmpeg_version()
 
 
@@ -280,13 +280,13 @@ def test_a_video_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path):
     for cut in range(0, len(whole), len(whole) // 12):
         (tmp_path / "cut.mp4").write_bytes(whole[:cut])
         with suppress(FfmpegError):
-            assert video.count_frames(tmp_path / "cut.mp4") < 30
+            assert mp4.count_frames(tmp_path / "cut.mp4") < 30
 
 
 CHILD = """
 import os, sys
 from pathlib import Path
-from wancli.video import Encoder
+from wancli.video.mp4 import Encoder
 encoder = Encoder(Path(sys.argv[1]), 64, 48, 16, 10, "h264", "")
 encoder.write(bytes(64 * 48 * 3))
 print(encoder._ffmpeg._process.pid, flush=True)
@@ -319,7 +319,7 @@ def test_no_ffmpeg_outlives_a_killed_wancli(tmp_path, fake_ffmpeg):
 def test_floats_become_bytes_as_in_the_official_code():
     frames = torch.linspace(-1.2, 1.2, 3 * 5 * 4 * 6).view(3, 5, 4, 6)
     official = (frames.clamp(-1, 1).sub(-1).div(2).permute(1, 2, 3, 0) * 255).type(torch.uint8)
-    got = video.to_rgb24(frames)
+    got = mp4.to_rgb24(frames)
     assert got.shape == (5, 4, 6, 3)
     assert got.c_contiguous
     assert got.tobytes() == official.numpy().tobytes()
@@ -328,12 +328,12 @@ def test_floats_become_bytes_as_in_the_official_code():
 def test_the_callers_frames_stay_as_they_were():
     frames = torch.linspace(-2, 2, 3 * 2 * 4 * 4).view(3, 2, 4, 4)
     before = frames.clone()
-    video.to_rgb24(frames)
+    mp4.to_rgb24(frames)
     assert torch.equal(frames, before)
 
 
 def test_frames_from_the_decoder_go_straight_into_a_video(tmp_path):
     frames = torch.from_numpy(np.stack([picture(shift=i) for i in range(5)])).permute(3, 0, 1, 2)
-    path = render(tmp_path / "a.mp4", [video.to_rgb24(frames / 127.5 - 1)], frame_count=5)
-    first = np.frombuffer(next(video.read_frames(path)).rgb, np.uint8)
+    path = render(tmp_path / "a.mp4", [mp4.to_rgb24(frames / 127.5 - 1)], frame_count=5)
+    first = np.frombuffer(next(mp4.read_frames(path)).rgb, np.uint8)
     assert np.abs(first.astype(int) - picture().reshape(-1)).mean() < 6

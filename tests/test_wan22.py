@@ -37,7 +37,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wancli import lockstep, video
+from wancli import lockstep
 from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
 from wancli.experts import Stage, stages
@@ -48,6 +48,7 @@ from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import model_at
 from wancli.shot import Shot
 from wancli.solvers import schedule
+from wancli.video import mp4
 from wancli.weights import networks
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_transformer, load_vae
@@ -348,7 +349,7 @@ def test_ti2v_gives_the_latents_and_frames_of_diffusers(
     frames = ti2v.pipe.vae.decode((expected * std + mean)[None]).sample[0]
     again = torch.cat(list(load_vae(identify(ti2v.folder), "cpu").decode(ours)), dim=1)
     assert (again - frames).abs().max() < 1e-3
-    shown = list(video.read_frames(tmp_path / "out" / "clip.mp4"))
+    shown = list(mp4.read_frames(tmp_path / "out" / "clip.mp4"))
     assert [(frame.width, frame.height) for frame in shown] == [(64, 64)] * 5
     assert manifest_of(tmp_path)["shot"]["fps"] == 24
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from jobs import command, manifest_of, written
 
-from wancli import maps, video, wan_mini
+from wancli import maps, wan_mini
 from wancli.models.variants import MINI
 from wancli.rendered import mean_difference
+from wancli.video import mp4
 from wancli.weights.identify import identify
 
 RED = "A red circle drifts to the left across dark stripes."
@@ -22,7 +23,7 @@ def shares(path: Path) -> dict[str, float]:
     """How much of all frames is plainly red, plainly blue, and nearly white."""
     counts = dict.fromkeys(("red", "blue", "white"), 0)
     total = 0
-    for frame in video.read_frames(path):
+    for frame in mp4.read_frames(path):
         for at in range(0, len(frame.rgb), 3):
             r, g, b = frame.rgb[at : at + 3]
             counts["red"] += r > 150 and max(g, b) < 100
@@ -50,7 +51,7 @@ def test_a_prompt_is_rendered_in_its_colours(
     assert found["red"] > 0.04
     assert found["blue"] == 0
     assert found["white"] < 0.05
-    assert len(list(video.read_frames(tmp_path / "out.mp4"))) == MINI.frames
+    assert len(list(mp4.read_frames(tmp_path / "out.mp4"))) == MINI.frames
     # A name is made of the prompt where none is given, and what is done is not rendered again.
     assert command(capsys, "render", "--prompt", RED, "--cache-dir", tmp_path / "cache").code == 0
     assert list(tmp_path.glob("a-red-circle-drifts-to-the-left*.mp4"))
@@ -93,7 +94,7 @@ def test_lengths_and_sizes_keep_the_colour(
 ) -> None:
     job = {"output": "out/clip.mp4", "prompt": BLUE, "frames": frames, "size": size}
     assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
-    pictures = list(video.read_frames(tmp_path / "out/clip.mp4"))
+    pictures = list(mp4.read_frames(tmp_path / "out/clip.mp4"))
     assert len(pictures) == frames
     assert f"{pictures[0].width}x{pictures[0].height}" == size
     found = shares(tmp_path / "out/clip.mp4")

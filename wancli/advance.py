@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from wancli import record, scores
+from wancli import record
 from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.experts import Expert, Stage
@@ -23,6 +23,7 @@ from wancli.solvers import State
 from wancli.storage import atomic, tensor_file
 from wancli.tools import Tools
 from wancli.underway import Underway, due, hand_over, save
+from wancli.video import metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +187,7 @@ def keep(
         "phases": [stage1, *one.phases],
     }
     z_CTYX = one.state.x
-    facts = record.plain(facts | {"latent": scores.sketch(z_CTYX.numpy())})
+    facts = record.plain(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
     atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
     tensor_file.save(shot.latents, z_CTYX, facts)
     atomic.remove(shot.state)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import __version__, clip, figures
-from wancli.clip import Clip
+from wancli import __version__, figures
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.figures import SCHEMA, Record
-from wancli.report import sheet, side
 from wancli.storage import atomic, manifest, sidecars
 from wancli.tools import Tools
+from wancli.video import clip, contact_sheet, side_by_side
+from wancli.video.clip import Clip
 
 if TYPE_CHECKING:
     from wancli.shot import Comparison, Plan, Shot
@@ -93,8 +93,8 @@ def pages(
 
     Raises JobError where one would take the place of a video or of a `reserved` name."""
     found = Pages(
-        _pages(sheets, clips, beside, sheet.PAGE) if sheets else [],
-        _pages(videos, clips, beside, side.GRID) if videos else [],
+        _pages(sheets, clips, beside, contact_sheet.PAGE) if sheets else [],
+        _pages(videos, clips, beside, side_by_side.GRID) if videos else [],
     )
     taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
     for path in found.paths:
@@ -111,11 +111,11 @@ def draw(found: Record, wanted: Pages, tools: Tools) -> None:
     said, brief = (dict(zip(ids, figures.lines(found, beside=beside))) for beside in (True, False))
     with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
         for path, part in wanted.sheets:
-            sheet.write(path, sheet.contact_sheet(part, [said[one.id] for one in part]))
+            contact_sheet.write(path, contact_sheet.contact_sheet(part, [said[one.id] for one in part]))
             bar.advance()
         for path, part in wanted.videos:
             _refuse_to_go_on(tools)
-            side.write(path, part, [brief[one.id] for one in part])
+            side_by_side.write(path, part, [brief[one.id] for one in part])
             bar.advance()
 
 

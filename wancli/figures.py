@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from wancli import scores
-from wancli.clip import Clip
 from wancli.errors import EntryError
 from wancli.storage import sidecars, tensor_file
+from wancli.video import metrics
+from wancli.video.clip import Clip
 
 Record: TypeAlias = dict[str, Any]
 
@@ -23,7 +23,7 @@ def measure(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[Recor
     for one in clips:
         baseline = beside[one.id]
         if baseline.id not in moves:
-            moves[baseline.id] = scores.motion(baseline.pictures())
+            moves[baseline.id] = metrics.motion(baseline.pictures())
         known = moves[baseline.id]
         yield _of_baseline(one, known) if one is baseline else _beside(one, baseline, known)
 
@@ -91,7 +91,7 @@ def _of_baseline(one: Clip, moves: float | None) -> Record:
 
 
 def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
-    moved = scores.motion(one.pictures())
+    moved = metrics.motion(one.pictures())
     distance, source = _distance(one, baseline)
     why = {} if distance is not None else {"latent_distance": source}
     if moved is None:
@@ -117,11 +117,11 @@ def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
         sizes = " beside ".join(f"{width}x{height}" for width, height in (one.size, baseline.size))
         why |= dict.fromkeys(("psnr", "ssim", "heatmap"), sizes)
         return found
-    like = scores.likeness(zip(one.pictures(), baseline.pictures()))
+    like = metrics.likeness(zip(one.pictures(), baseline.pictures()))
     if like.psnr is None:
         why["psnr"] = "no pixel differs"
     if like.ssim is None:
-        why["ssim"] = f"smaller than {scores.WINDOW}x{scores.WINDOW}"
+        why["ssim"] = f"smaller than {metrics.WINDOW}x{metrics.WINDOW}"
     height, width = like.heatmap_YX.shape
     return found | {
         "identical": like.identical and one.about.frames == baseline.about.frames,
@@ -144,9 +144,9 @@ def _distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
         return None, f"latents of {records[0]['shape']} and {records[1]['shape']}"
     stored = [_latent(clip) for clip in (one, baseline)]
     if stored[0] is not None and stored[1] is not None:
-        distance, source = scores.distance(stored[0], stored[1]), "latents"
+        distance, source = metrics.distance(stored[0], stored[1]), "latents"
     else:
-        distance, source = scores.sketched_distance(records[0], records[1]), "sketch"
+        distance, source = metrics.sketched_distance(records[0], records[1]), "sketch"
     return distance, source if distance is not None else "the latent of the baseline is zero"
 
 

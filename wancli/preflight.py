@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import changed, choose, kernels, lockstep, machine, space, video
+from wancli import changed, choose, kernels, lockstep, machine, space
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.loaded import check_device, check_weights
 from wancli.record import Record
 from wancli.shot import Plan, Prompt, Shot
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
+from wancli.video import mp4
 
 Condition = Literal["done", "to do", "damaged", "in the way"]
 
@@ -150,7 +151,7 @@ def _check_machine(todo: Sequence[Shot], tools: Tools) -> None:
         if tools.claims:
             tools.claims.possible(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
-        video.check_ffmpeg(codec)
+        mp4.check_ffmpeg(codec)
     unknown = [shot.model for shot in todo if not (tools.kept and tools.kept.holds(shot.model))]
     for checkpoint in dict.fromkeys(model.checkpoint for model in unknown):
         check_weights(checkpoint)

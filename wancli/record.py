@@ -14,10 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import __version__, ffmpeg, footprint, kernels
+from wancli import __version__, footprint, kernels
 from wancli.peak import Peak
 from wancli.shot import Prompt, Shot
 from wancli.storage.manifest import canonical
+from wancli.video import ffmpeg
 from wancli.weights.identify import Location
 from wancli.weights.trees import Files
 

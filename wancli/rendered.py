@@ -10,12 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from wancli import batch, lockstep, survey, video
+from wancli import batch, lockstep, survey
 from wancli.inject import Rule
 from wancli.maps import Map, as_blocks
 from wancli.shot import Plan, Shot
 from wancli.survey import Survey
 from wancli.tools import Tools
+from wancli.video import mp4
 
 
 def measure(asked: Survey, tools: Tools) -> Map:
@@ -61,7 +62,7 @@ def mean_difference(a: Path, b: Path) -> float:
     import numpy as np
 
     total = count = 0
-    for one, other in zip(video.read_frames(a), video.read_frames(b), strict=True):
+    for one, other in zip(mp4.read_frames(a), mp4.read_frames(b), strict=True):
         pixels, others = (np.frombuffer(frame.rgb, dtype=np.uint8).astype(np.int16) for frame in (one, other))
         total += int(np.abs(pixels - others).sum())
         count += pixels.size

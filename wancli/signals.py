@@ -2,7 +2,7 @@
 
 Whoever works looks at it where stopping loses nothing: between steps, prompts and chunks of frames. A
 second signal ends the process at once, with 128 + its number, as the shell says of a killed one; ffmpeg is
-on a leash (`wancli.ffmpeg`) and dies with it, and what is on disk is whole (`wancli.storage.atomic`).
+on a leash (`wancli.video.ffmpeg`) and dies with it, and what is on disk is whole (`wancli.storage.atomic`).
 """
 
 from __future__ import annotations

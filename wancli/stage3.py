@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli import presets, record, video
+from wancli import presets, record
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
 from wancli.peak import Peak, fitting, release
 from wancli.record import Record
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
+from wancli.video import mp4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
         raise OutputExists(
             "exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
-    video.check_ffmpeg(facts["shot"]["codec"])
+    mp4.check_ffmpeg(facts["shot"]["codec"])
     if folder:
         source = presets.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
@@ -108,7 +109,7 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
                     raise tools.stop.error(f"the latent of shot {shot['id']} is on disk")
                 if not frames_CTYX.isfinite().all():
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
-                yield video.to_rgb24(frames_CTYX)
+                yield mp4.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
                 if tools.lost:
                     raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
@@ -116,7 +117,7 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
                 atomic.set_aside(output)
                 atomic.set_aside(manifest.manifest_path(output))
 
-        video.write_mp4(
+        mp4.write_mp4(
             rgb(),
             output,
             width=shot["width"],

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import video
 from wancli.errors import EntryError, FfmpegError
 from wancli.storage import claim_file, manifest, tensor_file
 from wancli.storage.claims import claim_path
+from wancli.video import mp4
 
 if TYPE_CHECKING:
     from wancli.shot import Shot
@@ -149,7 +149,7 @@ def _of_video(output: Path, shot: Shot | None, deep: bool) -> list[tuple[Path, s
         return [(path, "the manifest lacks what every manifest has")]
     if deep and not wrong:
         try:
-            if (count := video.count_frames(output)) != frames:
+            if (count := mp4.count_frames(output)) != frames:
                 wrong = [f"{output}: {count} frames where the manifest has {frames}"]
         except FfmpegError as error:
             wrong = [f"{output}: cannot be decoded: {error.message}"]

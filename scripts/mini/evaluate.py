@@ -27,9 +27,9 @@ from scripts.mini.captions import STYLES, caption
 from scripts.mini.recognise import Seen, recognise
 from scripts.mini.vae import psnr
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all, random_scene
-from wancli import clip, video, wan_mini
+from wancli import wan_mini
 from wancli.models.vae import VAE
-from wancli.report import sheet
+from wancli.video import clip, contact_sheet, mp4
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_vae
 
@@ -135,7 +135,7 @@ def frames(path: Path) -> Tensor:
     """An MP4 as [3, T, Y, X] in [-1, 1]."""
     pictures = [
         torch.frombuffer(bytearray(frame.rgb), dtype=torch.uint8).view(frame.height, frame.width, 3)
-        for frame in video.read_frames(path)
+        for frame in mp4.read_frames(path)
     ]
     return torch.stack(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
 
@@ -226,5 +226,5 @@ def show_worst(cases: Sequence[Case], seen: dict[str, Seen], out: Path) -> None:
         print(f"- {case.name}: {', '.join(said)} for: {case.prompt}")
     if worst:
         clips = clip.read([out / f"{case.name}.mp4" for case in worst])
-        sheet.write(out / "worst.png", sheet.contact_sheet(clips, [""] * len(clips)))
+        contact_sheet.write(out / "worst.png", contact_sheet.contact_sheet(clips, [""] * len(clips)))
         print(f"\nworst cases: {out / 'worst.png'}")

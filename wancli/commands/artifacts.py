@@ -66,8 +66,9 @@ def compare_command(
     A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
     the baseline: distance of the latents, PSNR, SSIM, motion.
     """
-    from wancli import clip, compare
+    from wancli import compare
     from wancli.tools import Tools
+    from wancli.video import clip
 
     display = display_of(progress.value, quiet)
     clips = clip.read(videos)

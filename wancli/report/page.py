@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli.report import document, gather, posters
+from wancli.report import document, gather
 from wancli.report.experiments import COLUMNS
 from wancli.report.gather import Found
 from wancli.storage import sidecars
+from wancli.video import thumbnails
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
@@ -36,7 +37,7 @@ def write(report: Path, kept: Path) -> Path:
 
 def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
     """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
-    shown = {i: posters.poster(entry, kept, make=make) for i, (_, entry) in enumerate(found.entries)}
+    shown = {i: thumbnails.poster(entry, kept, make=make) for i, (_, entry) in enumerate(found.entries)}
     return html(document.of_found(found, path, {i: uri for i, uri in shown.items() if uri}))
 
 

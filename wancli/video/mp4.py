@@ -3,7 +3,7 @@
 `write_mp4()` publishes a file only if ffmpeg ended well *and* the file decodes without complaint to
 exactly the frames that were sent; an exit code alone proves nothing. Same frames and options give
 the same bytes, whatever the number of cores. Metadata is one short comment; prompts live in the
-manifest. How ffmpeg is started and watched is `wancli.ffmpeg`.
+manifest. How ffmpeg is started and watched is `wancli.video.ffmpeg`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from wancli import ffmpeg
 from wancli.errors import FfmpegError
 from wancli.storage import atomic
+from wancli.video import ffmpeg
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import video
-from wancli.clip import Clip
-from wancli.report import font
-from wancli.report.sheet import INK, PAPER, averaged, repeated
 from wancli.storage import atomic, sidecars
+from wancli.video import bitmap_font, mp4
+from wancli.video.clip import Clip
+from wancli.video.contact_sheet import INK, PAPER, averaged, repeated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +51,7 @@ class Layout:
 
     @property
     def label(self) -> int:
-        return self.lines * font.HEIGHT * self.letters + GAP
+        return self.lines * bitmap_font.HEIGHT * self.letters + GAP
 
     @property
     def size(self) -> tuple[int, int]:
@@ -85,7 +84,7 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
             atomic.remove(path)
         atomic.set_aside(path)
 
-    video.write_mp4(
+    mp4.write_mp4(
         grids(),
         path,
         width=width,
@@ -159,13 +158,15 @@ def _page(plan: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
 
     width, height = plan.size
     page_YX3 = np.full((height, width, 3), PAPER, dtype=np.uint8)
-    letters = plan.width // (font.WIDTH * plan.letters)
+    letters = plan.width // (bitmap_font.WIDTH * plan.letters)
     for place, (clip, note) in enumerate(zip(clips, notes, strict=True)):
         top, left = _corner(plan, place)
         below = top + plan.label
         page_YX3[below : below + plan.height, left : left + plan.width] = BARS
-        for line, words in enumerate([font.cut_middle(clip.id, letters), font.cut(note, letters)]):
-            ink_YX = font.text(words).repeat(plan.letters, axis=0).repeat(plan.letters, axis=1)
+        for line, words in enumerate(
+            [bitmap_font.cut_middle(clip.id, letters), bitmap_font.cut(note, letters)]
+        ):
+            ink_YX = bitmap_font.text(words).repeat(plan.letters, axis=0).repeat(plan.letters, axis=1)
             high, wide = ink_YX.shape
             page_YX3[top + line * high :, left:][:high, :wide][ink_YX] = INK
     return page_YX3

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from wancli.clip import Clip
-from wancli.report import font
 from wancli.storage import sidecars
 from wancli.units import ranges
+from wancli.video import bitmap_font
+from wancli.video.clip import Clip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,8 +122,8 @@ def _rule(rule: dict[str, Any], texts: dict[str, str]) -> str:
 def _label(words: str, width: int) -> Picture:
     import numpy as np
 
-    ink_YX = font.text(font.cut(words, width // font.WIDTH))
-    label = np.full((font.HEIGHT, width, 3), PAPER, dtype=np.uint8)
+    ink_YX = bitmap_font.text(bitmap_font.cut(words, width // bitmap_font.WIDTH))
+    label = np.full((bitmap_font.HEIGHT, width, 3), PAPER, dtype=np.uint8)
     label[:, : ink_YX.shape[1]][ink_YX] = INK
     return label
 

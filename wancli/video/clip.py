@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import video
 from wancli.errors import JobError
 from wancli.storage import atomic, manifest, sidecars
+from wancli.video import mp4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ class Clip:
     path: Path
     id: str
     record: dict[str, Any] | None
-    about: video.About
+    about: mp4.About
 
     @property
     def latents(self) -> Path:
@@ -41,7 +41,7 @@ class Clip:
         """Its frames, uint8 [Y, X, 3], one by one. Raises FfmpegError."""
         import numpy as np
 
-        for frame in video.read_frames(self.path):
+        for frame in mp4.read_frames(self.path):
             yield np.frombuffer(frame.rgb, dtype=np.uint8).reshape(frame.height, frame.width, 3)
 
 
@@ -68,7 +68,7 @@ def _read(path: Path) -> Clip:
     body = manifest.read(manifest.manifest_path(path))
     if body and atomic.sha256(path) not in [record["sha256"] for record in body["files"]]:
         body = None  # another video under that name
-    about = video.about(path)
+    about = mp4.about(path)
     if not about.frames:
         raise JobError("has no frames", where=str(path))
     return Clip(path, body["shot"]["id"] if body else path.stem, body, about)

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wancli import video
 from wancli.errors import WancliError
 from wancli.storage import atomic
+from wancli.video import mp4
 
 
 def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
@@ -30,7 +30,7 @@ def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
             return None
     shot = entry["shot"]
     with suppress(WancliError):
-        picture = video.poster(Path(entry["output"]), shot["frames"] // 2 / shot["fps"])
+        picture = mp4.poster(Path(entry["output"]), shot["frames"] // 2 / shot["fps"])
         with suppress(WancliError):  # a folder that cannot be written costs the work again
             atomic.replace(path, picture)
         return _uri(picture)

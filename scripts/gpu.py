@@ -32,7 +32,7 @@ from wancli import memory
 from wancli.models.attention import attention_backend
 from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import WanModel
-from wancli.models.layers import CrossAttention
+from wancli.models.dit_layers import CrossAttention
 from wancli.weights.fp8_matmul import CAPABILITY, multiply_in_fp8
 from wancli.weights.names import transformer_from_diffusers
 from wancli.weights.networks import KEPT_FP32, load_into

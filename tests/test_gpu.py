@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts import gpu
-from wancli.models.layers import CrossAttention
+from wancli.models.dit_layers import CrossAttention
 
 
 def test_without_a_gpu_it_says_so_and_ends_well(

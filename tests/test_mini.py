@@ -25,7 +25,7 @@ from scripts.mini.training import Pace, load, rate
 from wancli.errors import JobError
 from wancli.models import t5
 from wancli.models.dit import WanModel
-from wancli.models.layers import Mix
+from wancli.models.dit_layers import Mix
 from wancli.tokens import Tokenizer
 
 TINY = Recipe(

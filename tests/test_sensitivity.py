@@ -15,7 +15,7 @@ from torch import Tensor
 from wancli import memory, sensitivity
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
-from wancli.models.layers import Mix
+from wancli.models.dit_layers import Mix
 from wancli.sensitivity import Place
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_transformer

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wancli.models import vae_layers
-from wancli.models.causal import conv_over_time, groups, kernels_for
 from wancli.models.config import VAEConfig
 from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from wancli.models.vae_layers import Stream, phase_kernels
+from wancli.models.winograd import conv_over_time, groups, kernels_for
 
 FIXTURE = Path(__file__).parent / "fixtures" / "wan21-tiny"
 MEAN, STD = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))

@@ -23,7 +23,7 @@ from wancli.inject import Cell, Text
 from wancli.loaded import Networks, check_device, check_weights
 from wancli.maps import Map
 from wancli.models.dit import WanModel
-from wancli.models.layers import Mix
+from wancli.models.dit_layers import Mix
 from wancli.peak import fitting
 from wancli.probe import relative
 from wancli.progress import Phase

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from wancli.embedding import Embedding
     from wancli.models.dit import WanModel
-    from wancli.models.layers import CrossAttention
+    from wancli.models.dit_layers import CrossAttention
 
 LEGACY_THRESHOLD, LEGACY_ROWS = 0.01, 512
 SIMILAR, DIFFERENT = 30.0, 50.0  # percent: the bands of the 50 % rule

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wancli.difference import LEGACY_THRESHOLD
 from wancli.models.dit import Request, WanModel
-from wancli.models.layers import Mix
+from wancli.models.dit_layers import Mix
 
 if TYPE_CHECKING:
     from wancli.sample import Forward

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wancli.models.dit import Stream, WanModel
-from wancli.models.layers import Mix
+from wancli.models.dit_layers import Mix
 
 
 @dataclass(frozen=True)

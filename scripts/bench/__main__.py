@@ -16,7 +16,7 @@ import torch
 from scripts.bench import dit, startup, vae
 from scripts.bench.machine import Row, matmul_peak
 from scripts.bench.markdown import stamp, table
-from wancli.models.layers import linear
+from wancli.models.dit_layers import linear
 
 COLUMNS = (
     "what",

@@ -24,9 +24,9 @@ from scripts.bench.markdown import stamp
 from scripts.bench.quantize import to_blocks
 from wancli import wan_mini
 from wancli.models.config import Kernels, WanConfig
-from wancli.models.context import folded
 from wancli.models.dit import Block, Head, WanModel
-from wancli.models.layers import rope_table
+from wancli.models.dit_layers import rope_table
+from wancli.models.text_context import folded
 from wancli.weights.identify import identify
 from wancli.weights.networks import KEPT_FP32, transformer_weights
 from wancli.weights.packed import FP8_MAX, Packed, pack_fp8

@@ -29,7 +29,7 @@ from scripts.bench.markdown import stamp, table
 from scripts.make_random_checkpoint import MODELS, write_checkpoint
 from wancli.models.config import WanConfig
 from wancli.models.dit import Request, WanModel
-from wancli.models.layers import Blocks
+from wancli.models.dit_layers import Blocks
 from wancli.weights.identify import Checkpoint, identify
 from wancli.weights.networks import load_transformer, transformer_weights
 from wancli.weights.residency import Streamed, matrix_names, placed

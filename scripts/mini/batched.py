@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wancli.models.dit import Block, WanModel, _unpatchify
-from wancli.models.layers import add, add_gated, modulate
+from wancli.models.dit_layers import add, add_gated, modulate
 
 
 @dataclass(frozen=True)

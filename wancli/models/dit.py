@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wancli.models.config import Kernels, WanConfig
-from wancli.models.context import Context, concat, folded, lerp
-from wancli.models.layers import (
+from wancli.models.dit_layers import (
     Blocks,
     CrossAttention,
     FeedForward,
@@ -31,6 +30,7 @@ from wancli.models.layers import (
     rope_table,
     timestep_vector,
 )
+from wancli.models.text_context import Context, concat, folded, lerp
 
 __all__ = ["Context", "Mix", "Request", "WanModel", "concat", "lerp"]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wancli.models.causal import conv_frame, conv_over_time, groups, kernels_for
+from wancli.models.winograd import conv_frame, conv_over_time, groups, kernels_for
 
 STRIP_VALUES = 2**19  # a frame is worked off in strips of about this many numbers, to stay in the cache
 STRIP_ROWS = 16  # but of no fewer rows, for each strip also reads one row above and one below

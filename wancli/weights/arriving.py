@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from wancli.models.layers import Blocks
+from wancli.models.dit_layers import Blocks
 
 Take = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their names in it; asked for once
 

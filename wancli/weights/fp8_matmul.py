@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wancli.errors import MachineError
-from wancli.models.layers import Linear
+from wancli.models.dit_layers import Linear
 from wancli.weights.packed import FP8_MAX, TINIEST_SCALE, Packed, pack_fp8
 from wancli.weights.residency import matrices
 

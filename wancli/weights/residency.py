@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from wancli.memory import Residency
-from wancli.models.layers import Blocks
+from wancli.models.dit_layers import Blocks
 from wancli.weights.ondisk import on_disk, unpack_across
 from wancli.weights.packed import Packed
 

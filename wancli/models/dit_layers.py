@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wancli.models import config
 from wancli.models.attention import attend
-from wancli.models.context import Context
+from wancli.models.text_context import Context
 
 # Contexts whose attention outputs are mixed, and weights: one for all tokens, or one for each [L]. An empty
 # mix is no text: nothing is added.

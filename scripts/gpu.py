@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from scripts.bench.markdown import table
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
-from wancli import memory
 from wancli.models.attention import attention_backend
 from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import CrossAttention
+from wancli.resources import memory_model
 from wancli.weights.fp8_matmul import CAPABILITY, multiply_in_fp8
 from wancli.weights.names import transformer_from_diffusers
 from wancli.weights.networks import KEPT_FP32, load_into
@@ -240,7 +240,7 @@ def _off(velocity: Tensor, expected: Tensor | None) -> float | None:
 
 
 def predicted(bench: Bench, config: WanConfig, *, resident: int = 0, blocks: int | None = None) -> int:
-    return memory.sample_phase(
+    return memory_model.sample_phase(
         config, bench.latent, context_rows=PROMPT + 1, element=2, resident=resident, blocks=blocks
     ).total
 
@@ -261,7 +261,7 @@ def rows(bench: Bench, folder: Path) -> Iterator[Row]:
     del model, theirs, exact
     if bench.device == "cpu" or torch.cuda.get_device_capability() >= CAPABILITY:
         model = random_model(bench, fp8=True)
-        need = predicted(bench, config, resident=memory.fp8_bytes(config), blocks=0)
+        need = predicted(bench, config, resident=memory_model.fp8_bytes(config), blocks=0)
         row, exact = of_ours(bench, "fp8 products", model, None, need)
         yield row
         compiled(bench, model.blocks)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jobs import CAT, TINY, Said, command, poison, tiny_job, words, written
 
-from wancli import choose, footprint, machine
+from wancli import choose, footprint
 from wancli.alternatives import alternatives, sizes
 from wancli.choose import Asked
 from wancli.errors import DoesNotFit
@@ -21,6 +21,7 @@ from wancli.jobfile import load
 from wancli.models.config import WanConfig
 from wancli.models.variants import T2V_14B, TI2V_5B
 from wancli.plan import plan
+from wancli.resources import machine
 from wancli.shot import Shot
 
 GIB = 2**30

@@ -31,7 +31,8 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, batch, cli, encode, errors, machine
+from wancli import __version__, batch, cli, encode, errors
+from wancli.resources import machine
 from wancli.video import mp4
 from wancli.weights import networks
 

@@ -11,14 +11,15 @@ import torch
 from jobs import Said, latents_of, manifest_of
 from torch import Tensor
 
-from wancli import memory, sample
+from wancli import sample
 from wancli.errors import MachineError
-from wancli.memory import Residency
 from wancli.models import t5
 from wancli.models.attention import OF_TORCH, attend, attention_backend
 from wancli.models.config import Attention, Kernels, VAEConfig, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
+from wancli.resources import memory_model
+from wancli.resources.memory_model import Residency
 from wancli.weights.fp8_matmul import CAPABILITY, multiply_in_fp8
 from wancli.weights.identify import identify
 from wancli.weights.names import umt5_to_transformers
@@ -116,7 +117,7 @@ def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     velocity(model, latent)
-    predicted = memory.sample_phase(WIDE, latent, context_rows=10, element=2, chunk=chunk).total
+    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element=2, chunk=chunk).total
     assert 0.9 < torch.cuda.max_memory_allocated() / predicted < 1.1
 
 

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wancli import flops
 from wancli.models import t5
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.dit import WanModel
+from wancli.resources import flops
 
 
 def counted(run: Callable[[], object]) -> int:

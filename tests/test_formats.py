@@ -26,10 +26,10 @@ from torch import Tensor
 
 from wancli import choose
 from wancli.jobfile import load
-from wancli.memory import PROCESS
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import plan
+from wancli.resources.memory_model import PROCESS
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_vae
 from wancli.weights.trees import Files

@@ -14,11 +14,12 @@ import torch
 from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
 from safetensors.torch import load_file, save_file
 
-from wancli import batch, choose, encode, jobfile, machine, plan
+from wancli import batch, choose, encode, jobfile, plan
 from wancli.flags import NO_FLAGS
 from wancli.loaded import Kept
 from wancli.models.dit import WanModel
 from wancli.progress import Progress
+from wancli.resources import machine
 from wancli.storage.cache import Store
 from wancli.tools import Tools
 from wancli.weights import networks

@@ -26,11 +26,12 @@ from jobs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wancli import choose, footprint, lockstep, memory
+from wancli import choose, footprint, lockstep
 from wancli import plan as planning
 from wancli.jobfile import load
 from wancli.loaded import Networks
 from wancli.models.dit import Request, WanModel
+from wancli.resources import memory_model
 from wancli.shot import Shot
 from wancli.video import mp4
 
@@ -269,13 +270,15 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     config = decide({})[0].model.checkpoint.transformer
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
     rows = sum(text.rows for text in one.texts)
-    expected = memory.sample_phase(
+    expected = memory_model.sample_phase(
         config, one.latent_shape, context_rows=rows, element=4, blocks=2, riders=6, shots=3
     )
     assert lockstep.sampling(same) == expected == same[2].phases[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
-        memory.sample_phase(config, shot.latent_shape, context_rows=0, element=4, blocks=2, riders=riders)
+        memory_model.sample_phase(
+            config, shot.latent_shape, context_rows=0, element=4, blocks=2, riders=riders
+        )
         for shot, riders in ((small, 1), (large, 2))
     ]
     stream = small.tokens * 4 * (config.dim + config.head_dim)

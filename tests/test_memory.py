@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wancli import machine, memory, peak
 from wancli.models import t5
 from wancli.models.config import Kernels, T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
-from wancli.peak import Peak
+from wancli.resources import machine, measure, memory_model
+from wancli.resources.measure import Peak
 from wancli.weights.identify import identify
 from wancli.weights.names import umt5_to_transformers
 from wancli.weights.networks import load_transformer, load_umt5
@@ -41,10 +41,10 @@ def parameters(model: torch.nn.Module) -> int:
 
 
 def test_the_published_models_have_their_published_number_of_parameters():
-    assert memory.wan_parameters(T2V_14B) == 14_288_491_584
-    assert memory.wan_parameters(T2V_1_3B) == 1_418_996_800
-    assert memory.t5_parameters(UMT5_XXL) == 5_680_910_336
-    assert memory.vae_parameters(VAEConfig()) == 126_892_531
+    assert memory_model.wan_parameters(T2V_14B) == 14_288_491_584
+    assert memory_model.wan_parameters(T2V_1_3B) == 1_418_996_800
+    assert memory_model.t5_parameters(UMT5_XXL) == 5_680_910_336
+    assert memory_model.vae_parameters(VAEConfig()) == 126_892_531
 
 
 @settings(max_examples=20, deadline=None)
@@ -53,7 +53,7 @@ def test_a_transformer_of_any_size_is_counted_exactly(pairs, heads, ffn, layers,
     width = 6 * pairs * heads
     config = WanConfig(width, ffn, heads, layers, in_dim=channels, out_dim=channels + 1, text_dim=7)
     with torch.device("meta"):
-        assert memory.wan_parameters(config) == parameters(WanModel(config))
+        assert memory_model.wan_parameters(config) == parameters(WanModel(config))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -61,12 +61,12 @@ def test_a_transformer_of_any_size_is_counted_exactly(pairs, heads, ffn, layers,
 def test_a_vae_of_any_size_is_counted_exactly(blocks, in_time):
     config = VAEConfig(8, 6, (1, 2, 3, 3), blocks, in_time)
     with torch.device("meta"):
-        assert memory.vae_parameters(config) == parameters(WanVAE(config))
+        assert memory_model.vae_parameters(config) == parameters(WanVAE(config))
 
 
 def test_a_text_encoder_of_any_size_is_counted_exactly():
     config = T5Config(vocab_size=99, d_model=24, d_kv=5, d_ff=17, num_layers=3, num_heads=7, num_buckets=9)
-    assert memory.t5_parameters(config) == parameters(t5.build(config))
+    assert memory_model.t5_parameters(config) == parameters(t5.build(config))
 
 
 # ---- bytes of weights ----
@@ -98,7 +98,7 @@ def test_the_bytes_of_a_loaded_transformer_are_predicted_exactly(
     models, tiny, residency, blocks, dtype, element
 ):
     model = models[residency, dtype]
-    assert held(model, model.blocks) == memory.wan_bytes(model.config, element=element, blocks=blocks)
+    assert held(model, model.blocks) == memory_model.wan_bytes(model.config, element=element, blocks=blocks)
 
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
@@ -107,7 +107,7 @@ def test_the_bytes_of_a_loaded_text_encoder_are_predicted_exactly(tiny, residenc
     files = identify(tiny).text_encoder_files
     model = load_umt5(files, umt5_to_transformers, dtype, "cpu", residency)
     config = T5Config(384, 64, 16, 128, 3, 4)
-    assert held(model, model.encoder.block) == memory.t5_bytes(
+    assert held(model, model.encoder.block) == memory_model.t5_bytes(
         config, element=element, streamed=residency == "streamed"
     )
 
@@ -116,11 +116,13 @@ def test_the_published_models_streamed_in_bf16_need_a_tenth_of_their_weights():
     # Matrices of all blocks, and all parameters: the table of wan-formats and the sizes of UMT5-XXL.
     matrices, everything, biases = 14_050_918_400 // 40, 14_288_491_584, 40 * (9 * 5120 + 13824)
     others = everything - 40 * matrices - biases
-    assert memory.wan_bytes(T2V_14B, element=2) == 2 * (40 * matrices + biases) + 4 * others
-    assert memory.wan_bytes(T2V_14B, element=2, blocks=2) == 2 * (2 * matrices + biases) + 4 * others
-    assert memory.wan_bytes(T2V_14B, element=2, blocks=2) < 0.1 * memory.wan_bytes(T2V_14B, element=2)
+    assert memory_model.wan_bytes(T2V_14B, element=2) == 2 * (40 * matrices + biases) + 4 * others
+    assert memory_model.wan_bytes(T2V_14B, element=2, blocks=2) == 2 * (2 * matrices + biases) + 4 * others
+    assert memory_model.wan_bytes(T2V_14B, element=2, blocks=2) < 0.1 * memory_model.wan_bytes(
+        T2V_14B, element=2
+    )
     layer = 4 * 4096 * 4096 + 3 * 4096 * 10240
-    assert memory.t5_bytes(UMT5_XXL, element=2, streamed=True) == 2 * (4_630_761_472 - 22 * layer)
+    assert memory_model.t5_bytes(UMT5_XXL, element=2, streamed=True) == 2 * (4_630_761_472 - 22 * layer)
 
 
 def most_live_bytes(run: Callable[[], object]) -> int:
@@ -142,7 +144,8 @@ def test_every_further_rider_costs_its_residual_stream():
     model.velocities(requests[:1])  # keys and values are there
     measured = [most_live_bytes(lambda n=n: model.velocities(requests[:n])) for n in (1, 2, 3)]
     predicted = [
-        memory.sample_phase(config, shape, context_rows=10, element=4, riders=n).activation for n in (1, 2, 3)
+        memory_model.sample_phase(config, shape, context_rows=10, element=4, riders=n).activation
+        for n in (1, 2, 3)
     ]
     time = 7 * config.dim * 4  # its embedding, which is no matter of tokens
     assert measured[1] - measured[0] == predicted[1] - predicted[0] + time
@@ -159,7 +162,7 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
         context = model.project(torch.randn(context_rows - 1, 8))
         request = Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2)
         model.velocities([request])  # keys and values are there
-        return most_live_bytes(lambda: model.velocities([request])), memory.sample_phase(
+        return most_live_bytes(lambda: model.velocities([request])), memory_model.sample_phase(
             config, shape, context_rows=context_rows, element=4, chunk=chunk
         ).activation
 
@@ -170,9 +173,9 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
     whole, whole_said = peak(32, None)
     assert long < whole / 2
     assert long_said < whole_said / 2
-    assert memory.sample_phase(
+    assert memory_model.sample_phase(
         config, (16, 4, 32, 32), context_rows=10, element=4, chunk=1024
-    ) == memory.sample_phase(config, (16, 4, 32, 32), context_rows=10, element=4)
+    ) == memory_model.sample_phase(config, (16, 4, 32, 32), context_rows=10, element=4)
 
 
 # ---- prediction ----
@@ -186,7 +189,7 @@ def test_the_history_that_a_decoder_keeps_is_predicted(in_strips):
         for latent in torch.randn(3, 16, 1, 6, 4):
             vae.frames_of(latent, stream)
     kept = sum(past.nbytes for past in stream.past.values())
-    predicted = memory.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer
+    predicted = memory_model.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer
     assert 0.88 * predicted < kept <= predicted
 
 
@@ -197,49 +200,53 @@ def test_the_keys_and_values_that_contexts_keep_are_predicted():
         context = model.project(torch.randn(9, 8))
         model(torch.randn(1, 16, 1, 4, 4), 500.0, [((context, 1.0),)] * 3)
     kept = sum(x.nbytes for pair in context.kv.values() for x in pair)
-    without = memory.sample_phase(config, (16, 1, 4, 4), context_rows=0, element=4)
-    with_context = memory.sample_phase(config, (16, 1, 4, 4), context_rows=10, element=4)
+    without = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=0, element=4)
+    with_context = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=10, element=4)
     assert with_context.buffer - without.buffer == kept
 
 
 def test_memory_of_sampling_grows_with_the_tokens_not_with_their_square():
-    small = memory.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element=2)
-    large = memory.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element=2)
+    small = memory_model.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element=2)
+    large = memory_model.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element=2)
     assert large.activation == 4 * small.activation
-    assert large.model == small.model == memory.wan_bytes(T2V_14B, element=2)
+    assert large.model == small.model == memory_model.wan_bytes(T2V_14B, element=2)
     assert small.total == small.model + small.activation + small.buffer
 
 
 def test_memory_of_decoding_does_not_depend_on_the_length_of_the_clip():
-    clips = [memory.decode_phase(VAEConfig(), (16, t, 60, 104), chunk=1) for t in (3, 21, 1000)]
+    clips = [memory_model.decode_phase(VAEConfig(), (16, t, 60, 104), chunk=1) for t in (3, 21, 1000)]
     assert clips[0] == clips[1] == clips[2]
-    assert memory.decode_phase(VAEConfig(), (16, 1, 60, 104), chunk=1).activation < clips[0].activation
+    assert memory_model.decode_phase(VAEConfig(), (16, 1, 60, 104), chunk=1).activation < clips[0].activation
 
 
 def test_a_chunk_spares_all_tokens_but_the_residual_the_keys_and_the_values():
     latent = (16, 21, 60, 104)
     whole, some, few = (
-        memory.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=chunk).activation
+        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=chunk).activation
         for chunk in (None, 4096, 1024)
     )
     assert 0.4 * whole < few < some < whole
-    assert memory.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=10**6).activation == whole
+    assert (
+        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=10**6).activation == whole
+    )
 
 
 def test_a_mapped_vae_is_its_decoder_twice():
-    read, mapped = (memory.decode_phase(VAEConfig(), (16, 3, 6, 4), chunk=1, mapped=m).model for m in (0, 1))
+    read, mapped = (
+        memory_model.decode_phase(VAEConfig(), (16, 3, 6, 4), chunk=1, mapped=m).model for m in (0, 1)
+    )
     assert (read, mapped) == (4 * 126_892_531, 8 * parameters(WanVAE(VAEConfig()).decoder) + 8 * 272)
 
 
 def test_what_stays_loaded_counts_in_the_phase():
-    alone = memory.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1)
-    beside = memory.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident=10**9)
+    alone = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1)
+    beside = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident=10**9)
     assert beside.total - alone.total == 10**9
 
 
 def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
-    assert memory.encode_phase(UMT5_XXL, prompt_tokens=100, element=2).model == 11_361_820_672
-    short, long = (memory.encode_phase(UMT5_XXL, prompt_tokens=n, element=2) for n in (10, 500))
+    assert memory_model.encode_phase(UMT5_XXL, prompt_tokens=100, element=2).model == 11_361_820_672
+    short, long = (memory_model.encode_phase(UMT5_XXL, prompt_tokens=n, element=2) for n in (10, 500))
     assert short.activation < long.activation < 10**9
 
 
@@ -292,7 +299,7 @@ def test_a_peak_before_the_block_does_not_count():
 
 
 def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
-    monkeypatch.setattr(peak, "_reset_high_water", lambda: False)
+    monkeypatch.setattr(measure, "_reset_high_water", lambda: False)
     with Peak() as taken:
         block = fresh_pages(SMALL)
         deadline = time.monotonic() + 60

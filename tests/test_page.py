@@ -15,13 +15,13 @@ import pages
 import pytest
 from jobs import command, written
 
-from wancli import flops, memory
 from wancli.cli import run
 from wancli.jobfile import load
 from wancli.models.config import WanConfig
 from wancli.plan import plan
 from wancli.report import again, data, document, experiments, facts, page
 from wancli.report.gather import Found
+from wancli.resources import flops, memory_model
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
 from wancli.video import mp4, thumbnails
@@ -129,7 +129,7 @@ def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
 def test_the_parts_of_a_model_add_up_to_its_parameters_and_its_arithmetic(wan: WanConfig) -> None:
     parts, ends = facts.block_parts(wan), facts.ends(wan)
     assert wan.num_layers * sum(p["weights"] for p in parts) + sum(p["weights"] for p in ends) == (
-        memory.wan_parameters(wan)
+        memory_model.wan_parameters(wan)
     )
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
     assert sum(part["matrices"] for part in parts) == matrices

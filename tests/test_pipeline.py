@@ -30,8 +30,9 @@ from jobs import (
 )
 from safetensors.torch import save_file
 
-from wancli import encode, machine
+from wancli import encode
 from wancli.models.dit import WanModel
+from wancli.resources import machine
 from wancli.storage.manifest import done
 from wancli.weights import networks
 

@@ -294,7 +294,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {str(ROOT)!r})
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
-from wancli.peak import Peak
+from wancli.resources.measure import Peak
 from wancli.models.config import WanConfig
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_transformer

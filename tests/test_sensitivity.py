@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from wancli import memory, sensitivity
+from wancli import sensitivity
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
+from wancli.resources import memory_model
 from wancli.sensitivity import Place
 from wancli.weights.identify import identify
 from wancli.weights.networks import load_transformer
@@ -215,5 +216,5 @@ def test_what_autograd_keeps_of_one_block_is_within_what_memory_predicts(dim: in
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         list(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
     measured = sum(size for at, size in kept.items() if at not in weights)
-    predicted = memory.derivative_bytes(place.model.config, 256, element=4)
+    predicted = memory_model.derivative_bytes(place.model.config, 256, element=4)
     assert measured < predicted < 2 * measured

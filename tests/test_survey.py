@@ -21,10 +21,10 @@ from wancli.errors import DoesNotFit, JobError
 from wancli.inject import Text
 from wancli.jobfile import load
 from wancli.loaded import Networks
-from wancli.memory import Phase
 from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import plan
+from wancli.resources.memory_model import Phase
 from wancli.solvers import State
 from wancli.storage import cache as store
 from wancli.tools import Tools

@@ -18,9 +18,9 @@ from transformers import UMT5EncoderModel
 from wancli.embedding import Dtype
 from wancli.encode import Encoder, load_encoder
 from wancli.errors import CheckpointError
-from wancli.memory import Residency
 from wancli.models import t5
 from wancli.models.config import T5Config
+from wancli.resources.memory_model import Residency
 from wancli.weights.names import umt5_to_transformers
 from wancli.weights.sizes import t5_config
 

@@ -16,8 +16,8 @@ from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.experts import Expert, Stage
 from wancli.loaded import Networks
-from wancli.peak import Peak
 from wancli.record import Record
+from wancli.resources.measure import Peak
 from wancli.shot import named
 from wancli.solvers import State
 from wancli.storage import atomic, tensor_file

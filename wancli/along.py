@@ -24,9 +24,9 @@ from wancli.loaded import Networks, check_device, check_weights
 from wancli.maps import Map
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
-from wancli.peak import fitting
 from wancli.probe import relative
 from wancli.progress import Phase
+from wancli.resources.measure import fitting
 from wancli.sample import Contexts
 from wancli.sensitivity import Place
 from wancli.solvers import State

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from wancli import choose, footprint
-from wancli.memory import Phase, Residency
+from wancli.resources.memory_model import Phase, Residency
 from wancli.shot import Model, Shot
 
 SIZES = ((1280, 720), (960, 544), (832, 480), (640, 368), (480, 272), (320, 176), (256, 144))

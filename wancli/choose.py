@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from wancli import footprint, machine
+from wancli import footprint
 from wancli.errors import DoesNotFit
-from wancli.memory import Residency
+from wancli.resources import machine
+from wancli.resources.memory_model import Residency
 from wancli.shot import Model, Shot
 from wancli.units import size
 

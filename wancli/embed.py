@@ -9,9 +9,9 @@ from wancli.embedding import load_embedding
 from wancli.encode import Encoded, encode
 from wancli.errors import JobError
 from wancli.loaded import check_device
-from wancli.peak import Peak
 from wancli.policy import Failing
 from wancli.record import Record
+from wancli.resources.measure import Peak
 from wancli.shot import Model, Prompt
 from wancli.tools import Tools
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from wancli.embedding import Dtype, Embedding, embedding_key, pack, unpack
 from wancli.errors import EntryError, NotFinite, WancliError
-from wancli.memory import Residency
-from wancli.peak import fitting, release
 from wancli.policy import Failing
+from wancli.resources.measure import fitting, release
+from wancli.resources.memory_model import Residency
 from wancli.tokens import Tokens, shown
 from wancli.weights.parts import Naming, rename
 

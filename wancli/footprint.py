@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from wancli import memory
-from wancli.memory import FP32, Phase
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
+from wancli.resources import memory_model
+from wancli.resources.memory_model import FP32, Phase
 from wancli.weights.parts import Part
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def phases(shot: Shot) -> tuple[Phase, ...]:
     alone = 1 if shot.model.residency == "resident" else shot.riders
     rows = sum(text.rows for text in shot.texts)
     sample = shot.shared.sample if shot.shared else sampling(shot, rows, alone)
-    decode = memory.decode_phase(
+    decode = memory_model.decode_phase(
         shot.model.vae_sizes,
         shot.latent_shape,
         chunk=shot.decode_chunk,
@@ -37,7 +37,7 @@ def phases(shot: Shot) -> tuple[Phase, ...]:
 
 def process(model: Model) -> int:
     """Bytes of the process itself, which come on top of every phase."""
-    return memory.PROCESS if model.device == "cpu" else 0
+    return memory_model.PROCESS if model.device == "cpu" else 0
 
 
 def encoding(model: Model, tokens: Sequence[int]) -> Phase:
@@ -45,7 +45,7 @@ def encoding(model: Model, tokens: Sequence[int]) -> Phase:
     t5 = model.text_encoder
     dtype, residency = model.encoder.dtype, model.encoder.residency
     part, element = model.checkpoint.text_encoder, ELEMENT[dtype]
-    phase = memory.encode_phase(
+    phase = memory_model.encode_phase(
         t5,
         prompt_tokens=max(tokens),
         element=element,
@@ -55,7 +55,7 @@ def encoding(model: Model, tokens: Sequence[int]) -> Phase:
     weights = phase.model
     if residency == "packed":
         embedding = t5.vocab_size * t5.d_model * element
-        weights = memory.t5_bytes(t5, element=element, streamed=True) + embedding + _packed(model, part)
+        weights = memory_model.t5_bytes(t5, element=element, streamed=True) + embedding + _packed(model, part)
     if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
         held = t5.num_layers if residency == "resident" else 2
         weights += held * t5.d_model * t5.d_ff * 2
@@ -69,13 +69,13 @@ def sampling(shot: Shot, rows: int, riders: int) -> Phase:
     resident = model.residency == "resident"
     weights = 0
     if model.dtype == "fp8" and part.scheme.name == "plain":
-        weights = memory.fp8_bytes(wan)
+        weights = memory_model.fp8_bytes(wan)
     elif model.dtype == "fp8":
         weights = part.stored(_MATRICES).nbytes + part.stored("scales, markers").nbytes
     elif model.residency == "packed":
         weights = _packed(model, part)
     fetched = None if resident else 2
-    phase = memory.sample_phase(
+    phase = memory_model.sample_phase(
         wan,
         shot.latent_shape,
         context_rows=rows,

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wancli import memory
 from wancli.errors import CheckpointError, JobError
 from wancli.models.config import T5Config, VAEConfig, WanConfig
+from wancli.resources import memory_model
 from wancli.weights.contents import container, looks_like_weights
 from wancli.weights.folders import EXPERT_ROLES, Layout, layout_of, load_json, weights_in, weights_of
 from wancli.weights.identify import identify
@@ -128,10 +128,10 @@ def _part(part: Part) -> dict[str, Any]:
 def _parameters(part: Part) -> int | None:
     """How many parameters a network of these sizes has, where there is a formula."""
     if isinstance(part.config, WanConfig):
-        return memory.wan_parameters(part.config)
+        return memory_model.wan_parameters(part.config)
     if isinstance(part.config, T5Config):
-        return memory.t5_parameters(part.config)
-    return memory.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
+        return memory_model.t5_parameters(part.config)
+    return memory_model.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
 
 
 def _deep(path: Path) -> dict[str, Any]:

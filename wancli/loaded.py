@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from wancli import record
 from wancli.errors import MachineError
 from wancli.experts import Expert
-from wancli.peak import Peak
 from wancli.record import Record
+from wancli.resources.measure import Peak
 from wancli.shot import Model
 from wancli.weights.identify import Checkpoint
 from wancli.weights.lora_use import LoraUse

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from wancli import choose, footprint
 from wancli.legs import Fork, Tree
-from wancli.memory import FP32, Phase
+from wancli.resources.memory_model import FP32, Phase
 from wancli.shot import Model, Shared, Shot
 
 MOST = 8  # shots in a group that the user said nothing of: what is gained by one more is little then

@@ -20,10 +20,10 @@ from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
 from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
-from wancli.peak import fitting, release
 from wancli.policy import Failing
 from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.record import Record
+from wancli.resources.measure import fitting, release
 from wancli.shot import Model, Shot
 from wancli.stage3 import finish
 from wancli.storage import atomic, manifest, tensor_file

@@ -14,13 +14,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import advice, baseline, choose, kernels, lockstep, loras, machine, presets
+from wancli import advice, baseline, choose, kernels, lockstep, loras, presets
 from wancli.encode import Encoder
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.jobfile import Item, JobFile
 from wancli.maps import Shelf
 from wancli.models.variants import Variant
 from wancli.prompts import Prompts
+from wancli.resources import machine
 from wancli.rules import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.storage.paths import output_path, slug

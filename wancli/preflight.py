@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import changed, choose, kernels, lockstep, machine, space
+from wancli import changed, choose, kernels, lockstep, space
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.loaded import check_device, check_weights
 from wancli.record import Record
+from wancli.resources import machine
 from wancli.shot import Plan, Prompt, Shot
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools

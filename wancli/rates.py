@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import flops, machine
 from wancli.errors import MachineError
+from wancli.resources import flops, machine
 from wancli.storage import atomic
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import __version__, footprint, kernels
-from wancli.peak import Peak
+from wancli.resources.measure import Peak
 from wancli.shot import Prompt, Shot
 from wancli.storage.manifest import canonical
 from wancli.video import ffmpeg

@@ -18,8 +18,8 @@ from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.legs import Fork
 from wancli.maps import Choice
-from wancli.memory import Phase, Residency
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.resources.memory_model import Phase, Residency
 from wancli.solvers import Schedule, schedule
 from wancli.storage.paths import slug
 from wancli.tokens import Tokens

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from wancli import lockstep
 from wancli.errors import NoSpace
-from wancli.memory import FP32
+from wancli.resources.memory_model import FP32
 from wancli.shot import Shot
 from wancli.storage import atomic
 from wancli.storage.cache import Store

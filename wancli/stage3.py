@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from wancli import presets, record
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
-from wancli.peak import Peak, fitting, release
 from wancli.record import Record
+from wancli.resources.measure import Peak, fitting, release
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
 from wancli.video import mp4

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from wancli import choose, footprint, maps, memory
+from wancli import choose, footprint, maps
 from wancli.errors import DoesNotFit, JobError
 from wancli.inject import NAMED_BLOCKS, parse_blocks
 from wancli.maps import Map, Method
-from wancli.memory import FP32, Phase
 from wancli.record import versions
+from wancli.resources import memory_model
+from wancli.resources.memory_model import FP32, Phase
 from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.tools import Tools
 from wancli.units import size
@@ -151,7 +152,7 @@ def phase(asked: Survey, forks: int) -> Phase:
     activation = found.activation
     if asked.method == "gradient":
         element = footprint.ELEMENT[shot.model.computes]
-        activation = max(activation, memory.derivative_bytes(wan, shot.tokens, element=element))
+        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
     velocities = FP32 * (len(asked.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", found.model, activation, found.buffer + velocities)
 

@@ -27,7 +27,7 @@ from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import meeting
 from wancli.farm.standin import standing_in
 from wancli.loaded import Kept, check_device, check_weights
-from wancli.peak import fitting
+from wancli.resources.measure import fitting
 
 if TYPE_CHECKING:
     from wancli.shot import Plan

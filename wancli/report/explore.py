@@ -6,10 +6,11 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from wancli import machine, presets, wan_mini
+from wancli import presets, wan_mini
 from wancli.errors import JobError
 from wancli.models import variants
 from wancli.report import document, facts
+from wancli.resources import machine
 from wancli.weights.identify import Checkpoint, identify, text_encoder_sizes, vae_sizes
 
 WHERE = "MODEL"

@@ -6,11 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from wancli import footprint, memory
-from wancli.memory import wan_parameters
+from wancli import footprint
 from wancli.models import variants
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
+from wancli.resources import memory_model
+from wancli.resources.memory_model import wan_parameters
 from wancli.weights.identify import Checkpoint
 from wancli.weights.parts import Kind, Part
 from wancli.weights.schemes import Precision
@@ -84,17 +85,17 @@ def calculator(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> 
     widths = vae.dim_mult[1] + 2 * vae.dim_mult[0] if patches else 2 * vae.dim_mult[0]
     return {
         "device": device,
-        "process": memory.PROCESS,
+        "process": memory_model.PROCESS,
         "stride": variants.BY_CHANNELS[wan.in_dim].stride,
         "channels": wan.in_dim,
         "wan": {**asdict(wan), "head_dim": wan.head_dim, "parameters": wan_parameters(wan)},
-        "t5": {**asdict(t5), "parameters": memory.t5_parameters(t5)},
+        "t5": {**asdict(t5), "parameters": memory_model.t5_parameters(t5)},
         "vae": {
             "widest": widths * vae.dec_dim,
             "colours": 12 if patches else 3,
-            "parameters": memory.vae_parameters(vae),
-            "decoder": memory.decoder_parameters(vae),
-            "history": memory.history_channels(vae),
+            "parameters": memory_model.vae_parameters(vae),
+            "decoder": memory_model.decoder_parameters(vae),
+            "history": memory_model.history_channels(vae),
             "in_fp32": networks["vae_in_fp32"],
         },
         "stored": networks["stored"],
@@ -118,7 +119,7 @@ def released(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
     of_text = 4 * XXL.d_model * inner + 3 * XXL.d_model * XXL.d_ff
     transformer = _stored("transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim)
     text = _stored("text encoder", "BF16", 2, of_text * XXL.num_layers, XXL.d_model * XXL.d_ff)
-    convolutions = _stored("vae", "F32", 4, memory.vae_parameters(vae), 0)
+    convolutions = _stored("vae", "F32", 4, memory_model.vae_parameters(vae), 0)
     return _checkpoint(variant, wan, transformer, text, convolutions), XXL, vae
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from wancli.experts import Expert
-from wancli.memory import Residency
 from wancli.models import t5
 from wancli.models.config import Kernels, VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
+from wancli.resources.memory_model import Residency
 from wancli.weights.arriving import Arriving
 from wancli.weights.fp8_matmul import multiply_in_fp8
 from wancli.weights.identify import Checkpoint, vae_sizes

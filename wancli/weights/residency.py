@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from wancli.memory import Residency
 from wancli.models.dit_layers import Blocks
+from wancli.resources.memory_model import Residency
 from wancli.weights.ondisk import on_disk, unpack_across
 from wancli.weights.packed import Packed
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from wancli.inject import Concat, Lerp
-from wancli.memory import upsampled_channels
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.resources.memory_model import upsampled_channels
 
 if TYPE_CHECKING:
     from wancli.inject import Expr, Table

@@ -1,0 +1,1 @@
+"""What a machine has, what a phase needs by formula, what was measured."""

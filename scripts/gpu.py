@@ -33,12 +33,12 @@ from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import CrossAttention
 from wancli.resources import memory_model
-from wancli.weights.fp8_matmul import CAPABILITY, multiply_in_fp8
-from wancli.weights.names import transformer_from_diffusers
-from wancli.weights.networks import KEPT_FP32, load_into
-from wancli.weights.packed import Packed
-from wancli.weights.readers import packed
-from wancli.weights.residency import Streamed, matrix_names, placed
+from wancli.weights.formats.key_mapping import transformer_from_diffusers
+from wancli.weights.formats.packed import Packed
+from wancli.weights.formats.read import packed
+from wancli.weights.fp8_linear import CAPABILITY, multiply_in_fp8
+from wancli.weights.loader import KEPT_FP32, load_into
+from wancli.weights.offload import Streamed, matrix_names, placed
 
 PROMPT = 60  # tokens
 STREAMED_BLOCKS = 20

@@ -30,7 +30,7 @@ from wancli.models import t5
 from wancli.models.config import T5Config, VAEConfig, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
-from wancli.weights.names import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
+from wancli.weights.formats.key_mapping import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
 
 MODELS = {
     "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),

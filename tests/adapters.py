@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wancli.models.config import WanConfig
-from wancli.weights.lora import Lora, Loras, load, merge
-from wancli.weights.lora_use import LoraUse
-from wancli.weights.sizes import parameter_shapes
+from wancli.weights.formats.infer_config import parameter_shapes
+from wancli.weights.lora.patch import Lora, Loras, load, merge
+from wancli.weights.lora.use import LoraUse
 
 DIM, FFN, DEPTH, RANK = 48, 96, 3, 4
 SHAPES = parameter_shapes(WanConfig(DIM, FFN, 2, DEPTH, text_dim=32, freq_dim=64))

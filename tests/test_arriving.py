@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from wancli.models.dit import WanModel
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer
 
 
 def load(tiny: Path, lazily: bool, dtype: torch.dtype = torch.bfloat16) -> WanModel:

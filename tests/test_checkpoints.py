@@ -31,7 +31,7 @@ from wancli.embedding import Embedding, save_embeddings
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.tokens import Tokenizer
-from wancli.weights import networks
+from wancli.weights import loader
 
 
 def test_several_models_in_one_job_are_loaded_once_each(
@@ -40,13 +40,13 @@ def test_several_models_in_one_job_are_loaded_once_each(
     other = checkpoint(tmp_path, shallow)
     change_tensors(other / TRANSFORMER, lambda tensors: tensors["head.head.bias"].add_(0.1))
     loaded: list[Path] = []
-    real = networks.load_transformer
+    real = loader.load_transformer
 
     def counted(found: Any, *rest: Any) -> WanModel:
         loaded.append(found.root)
         return real(found, *rest)
 
-    monkeypatch.setattr(networks, "load_transformer", counted)
+    monkeypatch.setattr(loader, "load_transformer", counted)
     items = [{"id": "a"}, {"id": "b", "model": str(other)}, {"id": "c", "seed": 1}]
     assert render(output="out/{id}.mp4", items=items, video=KEPT).code == 0
     assert loaded == [shallow, other]

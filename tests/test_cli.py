@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from wancli import __version__, batch, cli, encode, errors
 from wancli.resources import machine
 from wancli.video import mp4
-from wancli.weights import networks
+from wancli.weights import loader
 
 MODEL = ("--model", TINY, "-q")
 
@@ -572,7 +572,7 @@ def test_diff_compares_two_prompts_in_words_and_as_json(say: Any) -> None:
 
 
 def test_diff_without_the_transformer_does_not_load_it(say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "load_transformer", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loader, "load_transformer", lambda *_: pytest.fail("it was loaded"))
     document = json.loads(say("diff", CAT, FISH, *MODEL, "--json", "--no-dit").out)
     assert (document["projected"], document["blocks"]) == (None, [])
 

@@ -20,12 +20,12 @@ from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
 from wancli.resources import memory_model
 from wancli.resources.memory_model import Residency
-from wancli.weights.fp8_matmul import CAPABILITY, multiply_in_fp8
-from wancli.weights.identify import identify
-from wancli.weights.names import umt5_to_transformers
-from wancli.weights.networks import load_transformer, load_umt5
-from wancli.weights.packed import Packed
-from wancli.weights.residency import matrix_names
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.key_mapping import umt5_to_transformers
+from wancli.weights.formats.packed import Packed
+from wancli.weights.fp8_linear import CAPABILITY, multiply_in_fp8
+from wancli.weights.loader import load_transformer, load_umt5
+from wancli.weights.offload import matrix_names
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,8 +16,8 @@ from wancli.embedding import Embedding
 from wancli.encode import Encoder, encode
 from wancli.models.dit import WanModel
 from wancli.tokens import EOS, Tokenizer
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer
 
 Encode = Callable[[str], Embedding]
 

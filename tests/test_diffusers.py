@@ -20,8 +20,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.solvers import schedule
 from wancli.video import mp4
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_vae
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_vae
 
 SHIFT, STEPS, SEED = 3.0, 3, 11
 NEGATIVE = "crowded market, fog"

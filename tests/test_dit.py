@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import Context, WanModel, concat, lerp
-from wancli.weights.identify import identify
-from wancli.weights.names import transformer_from_diffusers
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.key_mapping import transformer_from_diffusers
+from wancli.weights.loader import load_transformer
 
 FIXTURE = Path(__file__).parent / "fixtures" / "wan21-tiny"
 CASES = json.loads((FIXTURE / "reference.json").read_text())["cases"]

@@ -30,7 +30,7 @@ from wancli.encode import Encoder, Unencoded, encode
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
 from wancli.storage.cache import Store
 from wancli.tokens import EOS, Tokenizer, Tokens, clean
-from wancli.weights.ondisk import OnDisk
+from wancli.weights.disk_reader import OnDisk
 
 ROOT = Path(__file__).parent / "fixtures" / "wan21-tiny"
 OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"

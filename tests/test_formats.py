@@ -30,9 +30,9 @@ from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import plan
 from wancli.resources.memory_model import PROCESS
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_vae
-from wancli.weights.trees import Files
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_vae
+from wancli.weights.single_files import Files
 
 State = dict[str, Tensor]
 Format = Callable[[State], tuple[State, State]]

@@ -12,12 +12,12 @@ from torch import Tensor
 from wancli.errors import CheckpointError, MachineError
 from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import WanModel
-from wancli.weights import fp8_matmul
-from wancli.weights.fp8_matmul import Fp8Linear, check, multiply_in_fp8, quantized
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
-from wancli.weights.packed import Packed, pack_fp8
-from wancli.weights.residency import matrix_names
+from wancli.weights import fp8_linear
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.packed import Packed, pack_fp8
+from wancli.weights.fp8_linear import Fp8Linear, check, multiply_in_fp8, quantized
+from wancli.weights.loader import load_transformer
+from wancli.weights.offload import matrix_names
 
 BF16 = 2**-8  # the rounding of the result
 
@@ -38,7 +38,7 @@ def in_fp8(x_RI: Tensor) -> Tensor:
 def test_rows_keep_their_size_and_lose_a_sixteenth_at_most(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(fp8_matmul, "STRIP", 200)
+    monkeypatch.setattr(fp8_linear, "STRIP", 200)
     torch.manual_seed(0)
     x_RI = (torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
     found, largest = in_fp8(x_RI), x_RI.float().abs().amax(1, keepdim=True)

@@ -21,8 +21,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError
-from wancli.weights.gguf import SIZES, header, umt5_to_transformers
-from wancli.weights.tokenizer import tokenizer
+from wancli.weights.formats.embedded_tokenizer import tokenizer
+from wancli.weights.formats.gguf import SIZES, header, umt5_to_transformers
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
 SPIECE = TINY / "google" / "umt5-xxl" / "spiece.model"
@@ -171,7 +171,7 @@ def test_types_that_wancli_does_not_read_are_refused_by_name(tmp_path: Path, oth
 
 
 def test_every_type_of_ggml_has_its_name(tmp_path: Path):
-    from wancli.weights.gguf import TYPES
+    from wancli.weights.formats.gguf import TYPES
 
     assert {TYPES[kind.value] for kind in Type} == {kind.name for kind in Type}
 

@@ -22,7 +22,7 @@ from wancli.progress import Progress
 from wancli.resources import machine
 from wancli.storage.cache import Store
 from wancli.tools import Tools
-from wancli.weights import networks
+from wancli.weights import loader
 
 Render = Callable[..., list[str]]
 
@@ -62,7 +62,7 @@ def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
     changes = {"seed": 3, "inject": [rule(blocks="late")]}
     assert rendered("alone", None, **changes) == ["rendered"]
     assert rendered("first", kept) == ["rendered"]
-    poison(monkeypatch, (networks, "load_transformer"), (networks, "load_vae"), (encode, "load_encoder"))
+    poison(monkeypatch, (loader, "load_transformer"), (loader, "load_vae"), (encode, "load_encoder"))
     assert rendered("second", kept, **changes) == ["rendered"]
     assert video(tmp_path, "second") == video(tmp_path, "alone") != video(tmp_path, "first")
     loads = [
@@ -105,8 +105,8 @@ def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them
     kept = Kept()
     assert rendered("first", kept) == ["rendered"]
     loaded: list[object] = []
-    real = networks.load_transformer
-    monkeypatch.setattr(networks, "load_transformer", lambda *a: loaded.append(a) or real(*a))
+    real = loader.load_transformer
+    monkeypatch.setattr(loader, "load_transformer", lambda *a: loaded.append(a) or real(*a))
     monkeypatch.setattr(choose, "beside", lambda _: fits)
     assert rendered("second", kept, prompt=f"{CAT} Nobody asked for this, {fits}.") == ["rendered"]
     assert len(loaded) == (0 if fits else 1)

@@ -38,12 +38,12 @@ from torch import Tensor
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
-from wancli.weights.identify import identify
-from wancli.weights.lora import Lora, Loras, Patches, add, load, merge
-from wancli.weights.lora_header import recognise
-from wancli.weights.lora_use import constant, strengths_at
-from wancli.weights.names import transformer_from_diffusers
-from wancli.weights.networks import load_into, transformer_tensors
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.key_mapping import transformer_from_diffusers
+from wancli.weights.loader import load_into, transformer_tensors
+from wancli.weights.lora.file import recognise
+from wancli.weights.lora.patch import Lora, Loras, Patches, add, load, merge
+from wancli.weights.lora.use import constant, strengths_at
 
 ALPHA = 6.0
 
@@ -589,7 +589,7 @@ def test_weights_left_half_way_are_read_again(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("wancli.weights.lora.LowRank._add", break_off)
+        patch.setattr("wancli.weights.lora.patch.LowRank._add", break_off)
         with pytest.raises(MemoryError):
             patches.at(Loras([use(one)], [one]), 0)
     assert patches.at(Loras(), 0)

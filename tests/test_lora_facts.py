@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sparse import Entries, write
 
-from wancli.weights.lora_facts import LoRA
-from wancli.weights.parts import Part
-from wancli.weights.trees import parts_of
+from wancli.weights.component import Part
+from wancli.weights.lora.describe import LoRA
+from wancli.weights.single_files import parts_of
 
 D = 5120
 

@@ -14,13 +14,13 @@ from diffusers import WanTransformer3DModel
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
-from wancli.weights.headers import header
-from wancli.weights.identify import identify
-from wancli.weights.lora import load
-from wancli.weights.lora_header import recognise
-from wancli.weights.lora_match import matched
-from wancli.weights.lora_names import official
-from wancli.weights.sizes import parameter_shapes
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.infer_config import parameter_shapes
+from wancli.weights.formats.safetensors_header import header
+from wancli.weights.lora.file import recognise
+from wancli.weights.lora.key_mapping import official
+from wancli.weights.lora.match import matched
+from wancli.weights.lora.patch import load
 
 # ---- names ----
 

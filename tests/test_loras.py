@@ -35,8 +35,8 @@ from wancli.jobfile import load
 from wancli.sample import noise
 from wancli.shot import Shot
 from wancli.solvers import schedule
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer
 
 MODULES = ("self_attn.q", "cross_attn.k", "cross_attn.v", "ffn.2")
 ONE_STEP = {"solver": "euler", "steps": 2, "guidance": 1}

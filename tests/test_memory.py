@@ -22,10 +22,10 @@ from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
 from wancli.resources import machine, measure, memory_model
 from wancli.resources.measure import Peak
-from wancli.weights.identify import identify
-from wancli.weights.names import umt5_to_transformers
-from wancli.weights.networks import load_transformer, load_umt5
-from wancli.weights.residency import Streamed
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.key_mapping import umt5_to_transformers
+from wancli.weights.loader import load_transformer, load_umt5
+from wancli.weights.offload import Streamed
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 T2V_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)

@@ -84,8 +84,8 @@ def test_a_job_gives_the_official_latents_and_video(
 def test_the_decoder_gives_the_official_video_from_our_own_latents(
     tiny: Path, reference: Any, numbers: Any, tmp_path: Path
 ) -> None:
-    from wancli.weights.identify import identify
-    from wancli.weights.networks import load_vae
+    from wancli.weights.checkpoint import identify
+    from wancli.weights.loader import load_vae
 
     vae = load_vae(identify(tiny), "cpu")
     with torch.inference_mode():

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError
-from wancli.weights import packed as module
-from wancli.weights.gguf import SIZES
-from wancli.weights.packed import Packed, keeps, pack_fp8
+from wancli.weights.formats import packed as module
+from wancli.weights.formats.gguf import SIZES
+from wancli.weights.formats.packed import Packed, keeps, pack_fp8
 
 BLOCKS = [name for name, (elements, _) in SIZES.items() if elements > 1]
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]

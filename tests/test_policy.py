@@ -36,7 +36,7 @@ from wancli.stage3 import ways
 from wancli.storage import atomic
 from wancli.tokens import Tokenizer
 from wancli.video import mp4
-from wancli.weights import networks
+from wancli.weights import loader
 
 Render = Callable[..., Said]
 ABC: dict[str, Any] = {
@@ -156,7 +156,7 @@ def hog(
 
 PHASES = {
     "encode": (t5, "rows_of_each", 0),
-    "load": (networks, "load_transformer", 0),
+    "load": (loader, "load_transformer", 0),
     "sample": (WanModel, "velocities", 1),
     "decode": (VAE, "frames_of", 0),
 }

@@ -17,7 +17,7 @@ from wancli import presets
 from wancli.errors import CheckpointError, JobError
 from wancli.jobfile import load
 from wancli.shot import Shot
-from wancli.weights.trees import Files
+from wancli.weights.single_files import Files
 
 ROOT = Path(__file__).parent.parent
 WHOLE = {"transformer": TRANSFORMER, "text_encoder": T5, "tokenizer": "spiece.model", "vae": VAE, "heads": 2}

@@ -17,10 +17,10 @@ from scripts.make_random_checkpoint import main, vae_entries, write_checkpoint
 from wancli.models import t5
 from wancli.models.config import VAEConfig, WanConfig
 from wancli.models.dit import WanModel
-from wancli.weights.identify import identify
-from wancli.weights.names import umt5_to_transformers
-from wancli.weights.networks import load_transformer, load_umt5
-from wancli.weights.sizes import vae_config
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.infer_config import vae_config
+from wancli.weights.formats.key_mapping import umt5_to_transformers
+from wancli.weights.loader import load_transformer, load_umt5
 
 CONFIG = WanConfig(dim=96, ffn_dim=192, num_heads=2, num_layers=3, text_dim=64)
 WEIGHTS = "diffusion_pytorch_model.safetensors"

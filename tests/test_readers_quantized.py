@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.weights.gguf import umt5_to_transformers as from_gguf
-from wancli.weights.mapping import mapped
-from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers
-from wancli.weights.packed import Packed
-from wancli.weights.readers import TEXT_ENCODER_PREFIXES, packed
-from wancli.weights.tokenizer import tokenizer
+from wancli.weights.formats.embedded_tokenizer import tokenizer
+from wancli.weights.formats.gguf import umt5_to_transformers as from_gguf
+from wancli.weights.formats.key_mapping import transformer_from_diffusers, umt5_to_transformers
+from wancli.weights.formats.mapped_file import mapped
+from wancli.weights.formats.packed import Packed
+from wancli.weights.formats.read import TEXT_ENCODER_PREFIXES, packed
 
 State = dict[str, Tensor]
 LAYER = "blocks.3.ffn.2"

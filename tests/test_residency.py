@@ -20,13 +20,13 @@ from torch import Tensor
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import Context, Request, WanModel
-from wancli.weights import ondisk
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_into, load_transformer
-from wancli.weights.ondisk import on_disk
-from wancli.weights.packed import Packed
-from wancli.weights.readers import tensors
-from wancli.weights.residency import Streamed, matrix_names, placed
+from wancli.weights import disk_reader
+from wancli.weights.checkpoint import identify
+from wancli.weights.disk_reader import on_disk
+from wancli.weights.formats.packed import Packed
+from wancli.weights.formats.read import tensors
+from wancli.weights.loader import load_into, load_transformer
+from wancli.weights.offload import Streamed, matrix_names, placed
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = Path(__file__).parent / "fixtures" / "wan21-tiny"
@@ -296,8 +296,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
 from wancli.resources.measure import Peak
 from wancli.models.config import WanConfig
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer
 
 def run(checkpoint, residency):
     model = load_transformer(checkpoint, torch.bfloat16, "cpu", residency=residency)
@@ -415,7 +415,7 @@ def test_a_weight_that_is_read_in_pieces_is_the_same(tmp_path: Path, monkeypatch
     read: list[int] = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: (read.append(preadv(*a)), read[-1])[1])
-    monkeypatch.setattr(ondisk, "PIECE", 65)
+    monkeypatch.setattr(disk_reader, "PIECE", 65)
     assert torch.equal(on_disk({"a": weight})["a"].unpack(torch.float32, out=torch.empty(7, 30)), expected)
     assert read == [60, 60, 60, 30]
 

@@ -36,8 +36,8 @@ from wancli.probe import Effect
 from wancli.resources.memory_model import Residency
 from wancli.sample import Contexts, Sampled, Walk, check_hits, denoise, denoise_together
 from wancli.solvers import State, schedule
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer
 
 # ---- injection is proven ----
 

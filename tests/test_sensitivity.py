@@ -18,8 +18,8 @@ from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.resources import memory_model
 from wancli.sensitivity import Place
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer
 
 DEPTH = 6
 CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DEPTH, text_dim=32, freq_dim=64)

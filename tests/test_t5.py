@@ -21,8 +21,8 @@ from wancli.errors import CheckpointError
 from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.resources.memory_model import Residency
-from wancli.weights.names import umt5_to_transformers
-from wancli.weights.sizes import t5_config
+from wancli.weights.formats.infer_config import t5_config
+from wancli.weights.formats.key_mapping import umt5_to_transformers
 
 ROOT = Path(__file__).parent / "fixtures" / "wan21-tiny"
 OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"

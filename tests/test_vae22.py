@@ -26,8 +26,8 @@ from wancli.models.vae22 import (
 )
 from wancli.models.vae_layers import Stream
 from wancli.resources import memory_model
-from wancli.weights.names import vae22_from_diffusers, vae_renaming
-from wancli.weights.sizes import any_vae_config, vae22_config
+from wancli.weights.formats.infer_config import any_vae_config, vae22_config
+from wancli.weights.formats.key_mapping import vae22_from_diffusers, vae_renaming
 
 MEAN, STD = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
 TINY = VAE22Config(dim=8, dec_dim=12)

@@ -49,9 +49,9 @@ from wancli.plan import model_at
 from wancli.shot import Shot
 from wancli.solvers import schedule
 from wancli.video import mp4
-from wancli.weights import networks
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_transformer, load_vae
+from wancli.weights import loader
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_transformer, load_vae
 
 STEPS, SHIFT, SEED = 6, 12.0, 11  # four steps of high noise, two of low
 NEGATIVE = "crowded market, fog"
@@ -359,7 +359,7 @@ def test_ti2v_gives_the_latents_and_frames_of_diffusers(
 
 def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The experts in the order in which they are loaded; no two of them may be alive."""
-    real = networks.load_transformer
+    real = loader.load_transformer
     loaded: list[str] = []
     alive: weakref.WeakSet[WanModel] = weakref.WeakSet()
 
@@ -370,7 +370,7 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         loaded.append(arguments[3])
         return network
 
-    monkeypatch.setattr(networks, "load_transformer", watched)
+    monkeypatch.setattr(loader, "load_transformer", watched)
     return loaded
 
 
@@ -495,14 +495,14 @@ def test_a_shot_whose_latent_is_there_is_only_decoded(
 
 def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Ctrl-C while the low-noise expert is loaded."""
-    real = networks.load_transformer
+    real = loader.load_transformer
 
     def killed(*arguments: Any) -> WanModel:
         if arguments[3] == "low":
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(networks, "load_transformer", killed)
+    monkeypatch.setattr(loader, "load_transformer", killed)
     return monkeypatch
 
 

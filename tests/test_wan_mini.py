@@ -13,7 +13,7 @@ from wancli import maps, wan_mini
 from wancli.models.variants import MINI
 from wancli.rendered import mean_difference
 from wancli.video import mp4
-from wancli.weights.identify import identify
+from wancli.weights.checkpoint import identify
 
 RED = "A red circle drifts to the left across dark stripes."
 BLUE = "A blue square moves up in front of a white background."

@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError
-from wancli.weights.identify import identify
-from wancli.weights.names import transformer_from_diffusers, umt5_to_transformers, vae_from_diffusers
-from wancli.weights.networks import load_into, load_transformer, load_vae
-from wancli.weights.readers import tensors
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.key_mapping import (
+    transformer_from_diffusers,
+    umt5_to_transformers,
+    vae_from_diffusers,
+)
+from wancli.weights.formats.read import tensors
+from wancli.weights.loader import load_into, load_transformer, load_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE = "Wan2.1_VAE.pth"
@@ -219,7 +223,7 @@ def test_the_only_unpickling_of_weights_is_the_safe_one():
     sources = {path: path.read_text() for path in Path("wancli").rglob("*.py")}
     callers = [path.name for path, text in sources.items() if "torch.load(" in text]
     assert callers == ["readers.py"]
-    assert "weights_only=True" in sources[Path("wancli/weights/readers.py")]
+    assert "weights_only=True" in sources[Path("wancli/weights/formats/read.py")]
 
 
 def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path: Path):

@@ -20,8 +20,8 @@ from sparse import cast, dit, dit_diffusers, per_row, pth, scalar, stored, umt5,
 
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
-from wancli.weights.parts import Part, expert_of
-from wancli.weights.trees import parts_of
+from wancli.weights.component import Part, expert_of
+from wancli.weights.single_files import parts_of
 
 COMFY = "model.diffusion_model."
 
@@ -544,7 +544,7 @@ def mixed(name: str) -> str:
 
 
 def test_a_gguf_transformer_is_known_by_its_tensors_and_types(tmp_path: Path) -> None:
-    pytest.importorskip("wancli.weights.gguf")
+    pytest.importorskip("wancli.weights.formats.gguf")
     part = only(gguf_file(tmp_path / "wan2.1-t2v-14b-Q4_K_M.gguf", dit("14B"), mixed))
     assert (part.name, part.container, part.naming) == ("Wan2.1-T2V-14B", "gguf", "official")
     assert (part.scheme.name, part.scheme.dtypes, part.scheme.layers) == ("gguf", ("Q4_K", "Q6_K"), 400)
@@ -553,14 +553,14 @@ def test_a_gguf_transformer_is_known_by_its_tensors_and_types(tmp_path: Path) ->
 
 
 def test_a_gguf_whose_patch_embedding_was_merged_has_the_same_sizes(tmp_path: Path) -> None:
-    pytest.importorskip("wancli.weights.gguf")
+    pytest.importorskip("wancli.weights.formats.gguf")
     shapes = dit("5B") | {"patch_embedding.weight": (147_456, 1, 2, 2)}
     part = only(gguf_file(tmp_path / "ti2v.gguf", shapes, mixed, "pig"))
     assert (part.name, dict(part.sizes)["in_dim"]) == ("Wan2.2-TI2V-5B", 48)
 
 
 def test_a_gguf_text_encoder_is_umt5_xxl(tmp_path: Path) -> None:
-    pytest.importorskip("wancli.weights.gguf")
+    pytest.importorskip("wancli.weights.formats.gguf")
     words = {
         "shared.": "token_embd.",
         "encoder.final_layer_norm.": "enc.output_norm.",

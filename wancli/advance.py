@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from wancli.models.dit import WanModel
     from wancli.probe import Effect
     from wancli.sample import Contexts, Sampled, Walk
-    from wancli.weights.lora import Loras
+    from wancli.weights.lora.patch import Loras
 
 
 def ready(group: Sequence[Underway], expert: Expert) -> list[Underway]:

@@ -21,7 +21,7 @@ from wancli.policy import Failing
 from wancli.resources.measure import fitting, release
 from wancli.resources.memory_model import Residency
 from wancli.tokens import Tokens, shown
-from wancli.weights.parts import Naming, rename
+from wancli.weights.component import Naming, rename
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,9 +121,9 @@ def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
     """UMT5 with its weights on the device, or where its residency has them. Raises CheckpointError with
     the list of what is wrong."""
     from wancli.models.dtypes import DTYPES
-    from wancli.weights import networks
+    from wancli.weights import loader
 
-    return networks.load_umt5(
+    return loader.load_umt5(
         encoder.files,
         rename("text encoder", encoder.naming),
         DTYPES[encoder.dtype],

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
-from wancli.weights.parts import Part
+from wancli.weights.component import Part
 
 if TYPE_CHECKING:
     from wancli.shot import Model, Shot
-    from wancli.weights.identify import Checkpoint
+    from wancli.weights.checkpoint import Checkpoint
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}

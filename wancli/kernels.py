@@ -42,7 +42,7 @@ def check(model: Model) -> None:
     if model.kernels.attention != "auto":
         runs(model)
     if model.kernels.fp8_matmul:
-        from wancli.weights.fp8_matmul import check
+        from wancli.weights.fp8_linear import check
 
         sizes = model.checkpoint.transformer
         check(model.device, (sizes.dim, sizes.ffn_dim))

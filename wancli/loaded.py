@@ -13,15 +13,15 @@ from wancli.experts import Expert
 from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.shot import Model
-from wancli.weights.identify import Checkpoint
-from wancli.weights.lora_use import LoraUse
+from wancli.weights.checkpoint import Checkpoint
+from wancli.weights.lora.use import LoraUse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from wancli.models.dit import WanModel
     from wancli.models.vae import VAE
-    from wancli.weights.lora import Lora, Loras, Patches
+    from wancli.weights.lora.patch import Lora, Loras, Patches
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Networks:
         if self._loaded and self._loaded[0] == expert:
             return self._loaded[1]
         from wancli.models.dtypes import DTYPES
-        from wancli.weights.networks import load_transformer
+        from wancli.weights.loader import load_transformer
 
         self._loaded = self._patches = None
         with Peak() as peak:
@@ -67,8 +67,8 @@ class Networks:
     @property
     def patches(self) -> Patches:
         """What puts LoRAs into the transformer that is loaded, and takes them out again."""
-        from wancli.weights.lora import Patches
-        from wancli.weights.networks import transformer_tensors
+        from wancli.weights.loader import transformer_tensors
+        from wancli.weights.lora.patch import Patches
 
         assert self._loaded
         if self._patches is None:
@@ -79,8 +79,8 @@ class Networks:
 
     def loras(self, uses: Sequence[LoraUse]) -> Loras:
         """The LoRAs of a shot, each file read once."""
-        from wancli.weights.lora import Loras, load
-        from wancli.weights.sizes import parameter_shapes
+        from wancli.weights.formats.infer_config import parameter_shapes
+        from wancli.weights.lora.patch import Loras, load
 
         shapes = parameter_shapes(self.model.checkpoint.transformer)
         for use in uses:
@@ -102,7 +102,7 @@ class Networks:
 
     @cached_property
     def vae(self) -> VAE:
-        from wancli.weights.networks import load_vae
+        from wancli.weights.loader import load_vae
 
         return load_vae(self.model.checkpoint, self.model.device)
 
@@ -141,7 +141,7 @@ def _networks_of(model: Model) -> tuple[object, ...]:
 
 def check_weights(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for what would only show when the networks are loaded."""
-    from wancli.weights.networks import check
+    from wancli.weights.loader import check
 
     check(checkpoint)
 

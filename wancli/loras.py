@@ -12,11 +12,11 @@ from wancli.inject import parse_blocks, parse_steps
 from wancli.job import LoraEntry, SigmaRange
 from wancli.jobfile import Item
 from wancli.models.config import WanConfig
-from wancli.weights.identify import fingerprint
-from wancli.weights.lora_header import CONFIG, recognise
-from wancli.weights.lora_match import Coverage, matched
-from wancli.weights.lora_use import LoraUse
-from wancli.weights.sizes import parameter_shapes
+from wancli.weights.checkpoint import fingerprint
+from wancli.weights.formats.infer_config import parameter_shapes
+from wancli.weights.lora.file import CONFIG, recognise
+from wancli.weights.lora.match import Coverage, matched
+from wancli.weights.lora.use import LoraUse
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from wancli.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.storage.paths import output_path, slug
 from wancli.units import parse_duration, parse_size
 from wancli.way import way_of
-from wancli.weights.identify import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
 def plan(

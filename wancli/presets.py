@@ -20,8 +20,8 @@ from wancli.job import ModelFiles, ModelOnly
 from wancli.jobfile import Item
 from wancli.layers import Source
 from wancli.problems import problems_of
-from wancli.weights.identify import Location
-from wancli.weights.trees import Files
+from wancli.weights.checkpoint import Location
+from wancli.weights.single_files import Files
 from wancli.yamlfile import Key, read_yaml
 
 Where = Callable[..., str]

@@ -19,11 +19,11 @@ from wancli.resources.measure import Peak
 from wancli.shot import Prompt, Shot
 from wancli.storage.manifest import canonical
 from wancli.video import ffmpeg
-from wancli.weights.identify import Location
-from wancli.weights.trees import Files
+from wancli.weights.checkpoint import Location
+from wancli.weights.single_files import Files
 
 if TYPE_CHECKING:
-    from wancli.weights.lora import Loras
+    from wancli.weights.lora.patch import Loras
 
 Record = dict[str, Any]
 

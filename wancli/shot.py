@@ -23,8 +23,8 @@ from wancli.resources.memory_model import Phase, Residency
 from wancli.solvers import Schedule, schedule
 from wancli.storage.paths import slug
 from wancli.tokens import Tokens
-from wancli.weights.identify import Checkpoint
-from wancli.weights.lora_use import LoraUse
+from wancli.weights.checkpoint import Checkpoint
+from wancli.weights.lora.use import LoraUse
 
 _NAME_BYTES = 200  # of a job, for the names of files about it
 PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job

@@ -26,8 +26,8 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
     The checkpoint is that of the record unless `folder` names it; the latent stays. Raises
     EntryError for a damaged latent, CheckpointError for another VAE than the shot was planned with.
     """
-    from wancli.weights.identify import fingerprint, identify
-    from wancli.weights.networks import load_vae
+    from wancli.weights.checkpoint import fingerprint, identify
+    from wancli.weights.loader import load_vae
 
     if not path.exists():
         raise JobError("no such file", where=str(path))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError, JobError, PromptTooLong
-from wancli.weights.tokenizer import tokenizer
+from wancli.weights.formats.embedded_tokenizer import tokenizer
 
 EOS = 1  # `</s>`
 

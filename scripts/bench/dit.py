@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 from scripts.bench.machine import Row, in_turn, peak_growth
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
-from wancli.weights.names import transformer_from_diffusers
+from wancli.weights.formats.key_mapping import transformer_from_diffusers
 
 LAYERS = 3
 PROMPT = 60  # tokens

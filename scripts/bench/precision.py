@@ -27,9 +27,9 @@ from wancli.models.config import Kernels, WanConfig
 from wancli.models.dit import Block, Head, WanModel
 from wancli.models.dit_layers import rope_table
 from wancli.models.text_context import folded
-from wancli.weights.identify import identify
-from wancli.weights.networks import KEPT_FP32, transformer_weights
-from wancli.weights.packed import FP8_MAX, Packed, pack_fp8
+from wancli.weights.checkpoint import identify
+from wancli.weights.formats.packed import FP8_MAX, Packed, pack_fp8
+from wancli.weights.loader import KEPT_FP32, transformer_weights
 
 TINY = Path(__file__).parents[2] / "tests" / "fixtures" / "wan21-tiny"
 MATRIX = re.compile(r"(blocks\.\d+\.)?((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")

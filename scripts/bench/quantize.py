@@ -16,7 +16,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from wancli.weights.packed import Packed
+from wancli.weights.formats.packed import Packed
 
 ROWS = 512  # quantized at a time, so that little more than the blocks is in memory
 

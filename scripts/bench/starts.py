@@ -84,7 +84,7 @@ def make(folder: Path, model: str, dtype: str) -> None:
     from diffusers import WanTransformer3DModel
 
     from scripts.make_random_checkpoint import sizes, transformer_entries, write_checkpoint, write_sharded
-    from wancli.weights.names import transformer_from_diffusers
+    from wancli.weights.formats.key_mapping import transformer_from_diffusers
 
     config = sizes(model)
     one = replace(config, num_layers=1)

@@ -30,9 +30,9 @@ from scripts.make_random_checkpoint import MODELS, write_checkpoint
 from wancli.models.config import WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Blocks
-from wancli.weights.identify import Checkpoint, identify
-from wancli.weights.networks import load_transformer, transformer_weights
-from wancli.weights.residency import Streamed, matrix_names, placed
+from wancli.weights.checkpoint import Checkpoint, identify
+from wancli.weights.loader import load_transformer, transformer_weights
+from wancli.weights.offload import Streamed, matrix_names, placed
 
 DISTINCT = 2
 PROMPT = 60  # tokens

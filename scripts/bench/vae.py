@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.bench.machine import Row, in_turn, peak_growth
 from wancli.models.config import VAEConfig
 from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
-from wancli.weights.names import vae_from_diffusers
+from wancli.weights.formats.key_mapping import vae_from_diffusers
 
 
 def rows() -> list[Row]:

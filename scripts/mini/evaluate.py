@@ -30,8 +30,8 @@ from scripts.mini.world import ATTRIBUTES, HELD_OUT, Scene, draw_all, random_sce
 from wancli import wan_mini
 from wancli.models.vae import VAE
 from wancli.video import clip, contact_sheet, mp4
-from wancli.weights.identify import identify
-from wancli.weights.networks import load_vae
+from wancli.weights.checkpoint import identify
+from wancli.weights.loader import load_vae
 
 GRID = (9, 64, 64)
 CLIPS = 64  # for the VAE

@@ -19,8 +19,8 @@ from wancli.cli import run
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.storage import atomic
-from wancli.weights.identify import Checkpoint, identify, text_encoder_sizes, vae_sizes
-from wancli.weights.networks import load_transformer, load_vae
+from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.loader import load_transformer, load_vae
 
 MOST_BYTES = 16 * 2**20
 PROMPT = "A red circle drifts to the left across dark stripes."

@@ -27,7 +27,7 @@ from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.storage import atomic
 from wancli.tokens import Tokenizer
-from wancli.weights.names import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
+from wancli.weights.formats.key_mapping import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel

@@ -27,8 +27,8 @@ from wancli.plan import plan
 from wancli.report import document, facts, page
 from wancli.report.gather import Found
 from wancli.shot import Model, Shot
-from wancli.weights.lora_match import Coverage
-from wancli.weights.lora_use import LoraUse
+from wancli.weights.lora.match import Coverage
+from wancli.weights.lora.use import LoraUse
 
 TINY = Path(__file__).parent.parent / "fixtures" / "wan21-tiny"
 

@@ -11,8 +11,8 @@ from fuzzing import EXAMPLES, Budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wancli.weights import gguf, headers
-from wancli.weights.readers import packed
+from wancli.weights.formats import gguf, safetensors_header
+from wancli.weights.formats.read import packed
 
 LARGE = st.sampled_from([2**16, 2**31 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30])
 SIZE = st.integers(0, 8)
@@ -20,7 +20,7 @@ NUMBER = SIZE | LARGE | st.integers(-5, 300) | st.floats() | st.booleans() | st.
 NAME = st.sampled_from(["a.weight", "a.bias", "blocks.0.x", "__metadata__", "", "\0", "é" * 50]) | st.text(
     max_size=5
 )
-DTYPE = st.sampled_from([*headers.BITS, "F33", "", "f32"]) | st.none() | st.integers()
+DTYPE = st.sampled_from([*safetensors_header.BITS, "F33", "", "f32"]) | st.none() | st.integers()
 FORM = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[*HealthCheck])
 
 
@@ -30,7 +30,7 @@ def tried(path: Path, budget: Budget) -> None:
         if path.suffix == ".gguf":
             gguf.header(path)
         else:
-            headers.read(path)
+            safetensors_header.read(path)
         for weight in packed((path,)).values():
             assert weight.data.nbytes <= path.stat().st_size
 
@@ -67,7 +67,7 @@ def safetensors(draw: st.DrawFn) -> bytes:
     document: dict[str, Any] = {}
     end = 0
     for name, dtype, shape in draw(GOOD):
-        size = headers.BITS[dtype] // 8
+        size = safetensors_header.BITS[dtype] // 8
         for length in shape:
             size *= length
         document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}

@@ -98,8 +98,8 @@ def inspect_command(
 
     Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
     """
-    from wancli import inspect
     from wancli.report import terminal, weights
+    from wancli.weights import inspect
 
     document = inspect.inspect(path, deep=deep)
     if as_json:

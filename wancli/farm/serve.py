@@ -52,7 +52,8 @@ def prepare(plan: Plan | None, kept: Kept) -> None:
     would where they are damaged or do not fit."""
     from wancli import batch, choose, kernels, sample, stage3  # noqa: F401
     from wancli.report import data, terminal  # noqa: F401
-    from wancli.weights import lora, networks  # noqa: F401
+    from wancli.weights import loader  # noqa: F401
+    from wancli.weights.lora import patch  # noqa: F401
 
     if plan is None:
         return

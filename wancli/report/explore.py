@@ -11,7 +11,7 @@ from wancli.errors import JobError
 from wancli.models import variants
 from wancli.report import document, facts
 from wancli.resources import machine
-from wancli.weights.identify import Checkpoint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
 
 WHERE = "MODEL"
 

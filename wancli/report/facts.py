@@ -12,10 +12,10 @@ from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
 from wancli.resources import memory_model
 from wancli.resources.memory_model import wan_parameters
-from wancli.weights.identify import Checkpoint
-from wancli.weights.parts import Kind, Part
-from wancli.weights.schemes import Precision
-from wancli.weights.zoo import XXL
+from wancli.weights.checkpoint import Checkpoint
+from wancli.weights.component import Kind, Part
+from wancli.weights.formats.quant_schemes import Precision
+from wancli.weights.recognize import XXL
 
 RELEASED = {
     variant.name: (variant, WanConfig(dim, ffn, dim // 128, layers, in_dim=channels, out_dim=channels))

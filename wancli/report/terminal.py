@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wancli.difference import Difference
     from wancli.shot import Shot
     from wancli.verify import Verdict
-    from wancli.weights.lora_use import LoraUse
+    from wancli.weights.lora.use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 

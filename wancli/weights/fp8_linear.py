@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from wancli.errors import MachineError
 from wancli.models.dit_layers import Linear
-from wancli.weights.packed import FP8_MAX, TINIEST_SCALE, Packed, pack_fp8
-from wancli.weights.residency import matrices
+from wancli.weights.formats.packed import FP8_MAX, TINIEST_SCALE, Packed, pack_fp8
+from wancli.weights.offload import matrices
 
 CAPABILITY = (8, 9)  # Ada and Hopper were the first
 ALIGNED = 16  # elements: what the kernels want widths to be multiples of

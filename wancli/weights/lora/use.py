@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.experts import Expert
-from wancli.weights.lora_match import Coverage
+from wancli.weights.lora.match import Coverage
 
 
 @dataclass(frozen=True)

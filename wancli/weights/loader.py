@@ -23,15 +23,15 @@ from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
 from wancli.resources.memory_model import Residency
-from wancli.weights.arriving import Arriving
-from wancli.weights.fp8_matmul import multiply_in_fp8
-from wancli.weights.identify import Checkpoint, vae_sizes
-from wancli.weights.ondisk import Mappings, OnDisk, on_disk
-from wancli.weights.packed import Packed, pack_fp8
-from wancli.weights.parts import Part
-from wancli.weights.readers import packed
-from wancli.weights.residency import AfterUnpack, Lookup, Streamed, matrix_names, placed
-from wancli.weights.sizes import misfits, t5_config, unfit
+from wancli.weights.checkpoint import Checkpoint, vae_sizes
+from wancli.weights.component import Part
+from wancli.weights.disk_reader import Mappings, OnDisk, on_disk
+from wancli.weights.formats.infer_config import misfits, t5_config, unfit
+from wancli.weights.formats.packed import Packed, pack_fp8
+from wancli.weights.formats.read import packed
+from wancli.weights.fp8_linear import multiply_in_fp8
+from wancli.weights.lazy_blocks import Arriving
+from wancli.weights.offload import AfterUnpack, Lookup, Streamed, matrix_names, placed
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wancli.errors import CheckpointError
-from wancli.weights import gguf, headers
-from wancli.weights.headers import DOWNLOAD_AGAIN
+from wancli.weights.formats import gguf, safetensors_header
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 SPIECE = "spiece_model"
 UNIGRAM = 1
@@ -32,7 +32,7 @@ def tokenizer(path: Path) -> bytes | None:
         values = gguf.header(path).values
         return _assembled(values, path) if "tokenizer.ggml.tokens" in values else None
     if path.suffix == ".safetensors":
-        header = headers.read(path)
+        header = safetensors_header.read(path)
         name = next((name for name in header.tensors if name.split(".")[-1] == SPIECE), None)
         if name is not None and header.tensors[name].dtype == "U8":
             return header.data(name)

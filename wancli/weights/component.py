@@ -1,6 +1,6 @@
 """A Part: one network in one file, or in all its shards, as headers tell; and what its tensors are called.
 
-A Part is data, found by `wancli.weights.zoo`. Loading asks it for names: `own_name` takes the name
+A Part is data, found by `wancli.weights.recognize`. Loading asks it for names: `own_name` takes the name
 in the file to that of the network (official; for the text encoder that of transformers).
 """
 
@@ -15,16 +15,16 @@ from typing import Literal, TypeAlias
 from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
-from wancli.weights.contents import Container
-from wancli.weights.gguf import umt5_to_transformers as umt5_from_gguf
-from wancli.weights.lora_facts import LoRA
-from wancli.weights.names import (
+from wancli.weights.formats.gguf import umt5_to_transformers as umt5_from_gguf
+from wancli.weights.formats.key_mapping import (
     transformer_from_diffusers,
     umt5_to_transformers,
     vae22_from_diffusers,
     vae_from_diffusers,
 )
-from wancli.weights.schemes import PLAIN, Precision, Scheme, is_helper
+from wancli.weights.formats.quant_schemes import PLAIN, Precision, Scheme, is_helper
+from wancli.weights.formats.tensor_index import Container
+from wancli.weights.lora.describe import LoRA
 
 Kind: TypeAlias = Literal["transformer", "text encoder", "vae", "lora", "other"]
 Naming: TypeAlias = Literal["official", "diffusers", "transformers", "gguf"]

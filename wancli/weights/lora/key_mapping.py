@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wancli.weights.names import BLOCK_FROM_DIFFUSERS, TRANSFORMER_FROM_DIFFUSERS
+from wancli.weights.formats.key_mapping import BLOCK_FROM_DIFFUSERS, TRANSFORMER_FROM_DIFFUSERS
 
 COMFY = "ComfyUI"
 # Stripped one after another, the first that fits each time; the first one names the style.

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights import headers
-from wancli.weights.contents import SHARD, SUFFIXES, shards
-from wancli.weights.headers import DOWNLOAD_AGAIN
+from wancli.weights.formats import safetensors_header
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.formats.tensor_index import SHARD, SUFFIXES, shards
 
 Role: TypeAlias = Literal["transformer", "high_noise", "low_noise", "text_encoder", "tokenizer", "vae"]
 
@@ -132,7 +132,7 @@ def safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
     plain = re.compile(r"[\w.-]+\.safetensors")
     if not isinstance(weight_map, dict) or not all(plain.fullmatch(str(s)) for s in weight_map.values()):
         raise CheckpointError("no index of shards in this folder", where=str(index), hint=DOWNLOAD_AGAIN)
-    held = {name: headers.header(folder / name) for name in sorted(set(weight_map.values()))}
+    held = {name: safetensors_header.header(folder / name) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in held[shard]:
             raise CheckpointError(f"{name} is not in {shard}", where=str(index), hint=DOWNLOAD_AGAIN)

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from wancli.weights.contents import Contents
-from wancli.weights.headers import BITS, TensorInfo
+from wancli.weights.formats.safetensors_header import BITS, TensorInfo
+from wancli.weights.formats.tensor_index import Contents
 
 SchemeName: TypeAlias = Literal[
     "plain", "fp8", "fp8_scaled", "kijai", "comfy_quant", "lightx2v", "block", "gguf", "unsupported"

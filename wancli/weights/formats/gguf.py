@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo
-from wancli.weights.mapping import mapped
+from wancli.weights.formats.mapped_file import mapped
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo
 
 # Weights and bytes of one block.
 SIZES = {

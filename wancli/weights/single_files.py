@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError
-from wancli.weights.contents import contents
-from wancli.weights.folders import load_json, spiece_in, tree_of, weights_in, weights_of
-from wancli.weights.parts import Kind, Part
-from wancli.weights.zoo import read_config, recognise
+from wancli.weights.component import Kind, Part
+from wancli.weights.folder_layouts import load_json, spiece_in, tree_of, weights_in, weights_of
+from wancli.weights.formats.tensor_index import contents
+from wancli.weights.recognize import read_config, recognise
 
 HINT = "name the files in the job: model: {transformer: FILE, text_encoder: FILE, vae: FILE, ...}"
 # What every kind of network has, for the message when a file has none.

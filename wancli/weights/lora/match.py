@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
-from wancli.weights.lora_header import Change, LoraFile
-from wancli.weights.lora_names import block_of, of_images
-from wancli.weights.sizes import Shapes
+from wancli.weights.formats.infer_config import Shapes
+from wancli.weights.lora.file import Change, LoraFile
+from wancli.weights.lora.key_mapping import block_of, of_images
 
 WIDTHS = {1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
 IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image

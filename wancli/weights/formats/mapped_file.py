@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import DOWNLOAD_AGAIN
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 if TYPE_CHECKING:
     import torch

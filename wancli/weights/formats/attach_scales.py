@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import DOWNLOAD_AGAIN
-from wancli.weights.packed import FP8, Packed, scale_fits
-from wancli.weights.schemes import MARKER, WEIGHT_SCALES
+from wancli.weights.formats.packed import FP8, Packed, scale_fits
+from wancli.weights.formats.quant_schemes import MARKER, WEIGHT_SCALES
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 SCALES = tuple(f".{key}" for key in WEIGHT_SCALES)
 DROPPED = (".scale_input", ".input_scale")

@@ -26,23 +26,8 @@ from wancli.models.variants import (
     TWO_EXPERTS,
     Variant,
 )
-from wancli.weights.contents import Contents
-from wancli.weights.headers import TensorInfo
-from wancli.weights.lora_facts import is_lora, lora_of
-from wancli.weights.names import vae_renaming
-from wancli.weights.parts import (
-    FOREIGN,
-    Kind,
-    Naming,
-    Part,
-    expert_of,
-    gaps_of,
-    group_of,
-    groups,
-    rename,
-)
-from wancli.weights.schemes import is_helper, precision_of, scheme_of
-from wancli.weights.sizes import (
+from wancli.weights.component import FOREIGN, Kind, Naming, Part, expert_of, gaps_of, group_of, groups, rename
+from wancli.weights.formats.infer_config import (
     RENDERED,
     USUAL_HEAD_DIM,
     any_vae_config,
@@ -54,6 +39,11 @@ from wancli.weights.sizes import (
     t5_shapes,
     transformer_config,
 )
+from wancli.weights.formats.key_mapping import vae_renaming
+from wancli.weights.formats.quant_schemes import is_helper, precision_of, scheme_of
+from wancli.weights.formats.safetensors_header import TensorInfo
+from wancli.weights.formats.tensor_index import Contents
+from wancli.weights.lora.describe import is_lora, lora_of
 
 # Beginnings of two names that one network has, after the same prefix.
 SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (

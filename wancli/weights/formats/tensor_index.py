@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights import headers
-from wancli.weights.headers import DOWNLOAD_AGAIN, Header, TensorInfo
-from wancli.weights.pickles import pickle_header
+from wancli.weights.formats import safetensors_header
+from wancli.weights.formats.pickle_header import pickle_header
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, TensorInfo
 
 Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
 
@@ -62,13 +62,13 @@ def contents(paths: Sequence[Path]) -> Contents:
         kind = container(path)
         tensors: dict[str, TensorInfo]
         if kind == "safetensors":
-            header = headers.read(path)
+            header = safetensors_header.read(path)
             tensors, metadata = header.tensors, metadata | header.metadata
             sources |= dict.fromkeys(tensors, header)
         elif kind == "pth":
             tensors = pickle_header(path)
         else:
-            from wancli.weights import gguf  # type: ignore[attr-defined,unused-ignore]
+            from wancli.weights.formats import gguf  # type: ignore[attr-defined,unused-ignore]
 
             found_there = gguf.header(path)
             tensors = dict(found_there.tensors)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.weights.blocks import DECODE
-from wancli.weights.gguf import SIZES
+from wancli.weights.formats.gguf import SIZES
+from wancli.weights.formats.gguf_dequant import DECODE
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = 448.0  # the largest e4m3fn

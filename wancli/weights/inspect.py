@@ -13,12 +13,12 @@ from typing import Any
 from wancli.errors import CheckpointError, JobError
 from wancli.models.config import T5Config, VAEConfig, WanConfig
 from wancli.resources import memory_model
-from wancli.weights.contents import container, looks_like_weights
-from wancli.weights.folders import EXPERT_ROLES, Layout, layout_of, load_json, weights_in, weights_of
-from wancli.weights.identify import identify
-from wancli.weights.parts import Part
-from wancli.weights.trees import part_in, parts_of
-from wancli.weights.zoo import read_config
+from wancli.weights.checkpoint import identify
+from wancli.weights.component import Part
+from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, layout_of, load_json, weights_in, weights_of
+from wancli.weights.formats.tensor_index import container, looks_like_weights
+from wancli.weights.recognize import read_config
+from wancli.weights.single_files import part_in, parts_of
 
 SCHEMA = "wancli/inspect/1"
 NOT_FINITE_LISTED = 20
@@ -84,7 +84,7 @@ STRANGER = "unknown"
 
 
 def _stranger(file: Path) -> Part:
-    from wancli.weights.contents import contents
+    from wancli.weights.formats.tensor_index import contents
 
     found = contents(weights_of(file))
     names = ", ".join(list(found.tensors)[:3]) or "nothing"
@@ -144,7 +144,7 @@ def _deep(path: Path) -> dict[str, Any]:
 
 
 def _not_finite(paths: Sequence[Path]) -> Iterator[str]:
-    from wancli.weights.readers import tensors
+    from wancli.weights.formats.read import tensors
 
     for name, tensor in tensors(paths):
         if not tensor.dtype.is_floating_point:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import DOWNLOAD_AGAIN
-from wancli.weights.packed import Packed
+from wancli.weights.formats.packed import Packed
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 PIECE = 2**20  # bytes read at a time for a CPU, in whose cache they stay until they are unpacked
 

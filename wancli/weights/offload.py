@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from wancli.models.dit_layers import Blocks
 from wancli.resources.memory_model import Residency
-from wancli.weights.ondisk import on_disk, unpack_across
-from wancli.weights.packed import Packed
+from wancli.weights.disk_reader import on_disk, unpack_across
+from wancli.weights.formats.packed import Packed
 
 
 class Weight(Protocol):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import TensorInfo, header, metadata
-from wancli.weights.lora_names import REFUSED, Place, parameter, place, style_of
+from wancli.weights.formats.safetensors_header import TensorInfo, header, metadata
+from wancli.weights.lora.key_mapping import REFUSED, Place, parameter, place, style_of
 
 Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
 Shape: TypeAlias = tuple[int, ...]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import CheckpointError
-from wancli.weights.headers import DOWNLOAD_AGAIN, TensorInfo
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo
 
 _DTYPES = {
     "FloatStorage": "F32",

@@ -21,12 +21,12 @@ from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.storage import atomic
-from wancli.weights.folders import EXPERT_ROLES, Layout, Role, layout_of, load_json
-from wancli.weights.headers import DOWNLOAD_AGAIN
-from wancli.weights.parts import Kind, Part
-from wancli.weights.sizes import other_model, unfit
-from wancli.weights.trees import HINT, Files, beside, fits, only_in, part_in, parts_of, pick
-from wancli.weights.zoo import read_config
+from wancli.weights.component import Kind, Part
+from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, layout_of, load_json
+from wancli.weights.formats.infer_config import other_model, unfit
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.recognize import read_config
+from wancli.weights.single_files import HINT, Files, beside, fits, only_in, part_in, parts_of, pick
 
 Location: TypeAlias = Path | Files
 

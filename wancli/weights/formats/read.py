@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.weights import gguf, headers, parts
-from wancli.weights.fold import ANOTHER, Stored, fold
-from wancli.weights.headers import DOWNLOAD_AGAIN
-from wancli.weights.mapping import mapped, tensor_at
-from wancli.weights.packed import Packed
-from wancli.weights.pickles import check_zip
+from wancli.weights import component
+from wancli.weights.formats import gguf, safetensors_header
+from wancli.weights.formats.attach_scales import ANOTHER, Stored, fold
+from wancli.weights.formats.mapped_file import mapped, tensor_at
+from wancli.weights.formats.packed import Packed
+from wancli.weights.formats.pickle_header import check_zip
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 Entry = TypeVar("Entry")
 
@@ -27,7 +28,7 @@ PATCHES = "patch_embedding"
 # Whole-model files put each network behind a prefix; the first that any name has is taken off.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
-FOREIGN = (*parts.FOREIGN, *PREFIXES[:2])
+FOREIGN = (*component.FOREIGN, *PREFIXES[:2])
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -99,7 +100,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
 
 
 def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    header, pages = headers.read(path), mapped(path)
+    header, pages = safetensors_header.read(path), mapped(path)
     for name, info in header.tensors.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{name} is stored as {info.dtype}", where=str(path), hint=ANOTHER)
@@ -108,7 +109,7 @@ def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _formats(path: Path) -> dict[str, str]:
     """ComfyUI's _quantization_metadata: the format of each quantized layer."""
-    said = headers.metadata(path).get("_quantization_metadata")
+    said = safetensors_header.metadata(path).get("_quantization_metadata")
     if said is None:
         return {}
     try:

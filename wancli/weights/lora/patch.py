@@ -18,12 +18,12 @@ from torch import Tensor
 
 from wancli.errors import CheckpointError
 from wancli.experts import Expert
-from wancli.weights.lora_header import Change, recognise
-from wancli.weights.lora_match import Coverage, matched
-from wancli.weights.lora_names import block_of
-from wancli.weights.lora_use import LoraUse, constant
-from wancli.weights.readers import tensors
-from wancli.weights.sizes import Shapes
+from wancli.weights.formats.infer_config import Shapes
+from wancli.weights.formats.read import tensors
+from wancli.weights.lora.file import Change, recognise
+from wancli.weights.lora.key_mapping import block_of
+from wancli.weights.lora.match import Coverage, matched
+from wancli.weights.lora.use import LoraUse, constant
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
-from wancli.weights.contents import Contents
-from wancli.weights.headers import TensorInfo
-from wancli.weights.lora_header import METADATA, recognise
-from wancli.weights.lora_names import REFUSED, Place, adds, block_of, of_images, place, style_of
+from wancli.weights.formats.safetensors_header import TensorInfo
+from wancli.weights.formats.tensor_index import Contents
+from wancli.weights.lora.file import METADATA, recognise
+from wancli.weights.lora.key_mapping import REFUSED, Place, adds, block_of, of_images, place, style_of
 
 METHODS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w2": "LoKr", "lokr_w2_a": "LoKr"}
 METHODS |= dict.fromkeys(("diff", "diff_b", "diff_m"), "full differences")

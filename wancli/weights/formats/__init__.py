@@ -1,0 +1,1 @@
+"""File formats of checkpoints: headers, tensors, quantization."""

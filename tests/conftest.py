@@ -54,9 +54,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(autouse=True)
 def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are encoded in their order, whatever the number of this process."""
-    from wancli import encode
+    from wancli.text import encoder
 
-    monkeypatch.setattr(encode, "_rotated", lambda todo: todo)
+    monkeypatch.setattr(encoder, "_rotated", lambda todo: todo)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from wancli import encode
 from wancli.cli import run
 from wancli.models.dit import Request, WanModel
 from wancli.storage.manifest import read
-from wancli.tokens import Tokenizer
+from wancli.text import encoder
+from wancli.text.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -112,7 +112,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> Non
     def called(*_: object, **__: object) -> None:
         raise AssertionError("was called")
 
-    for owner, name in targets or ((WanModel, "velocities"), (encode, "load_encoder")):
+    for owner, name in targets or ((WanModel, "velocities"), (encoder, "load_encoder")):
         monkeypatch.setattr(owner, name, called)
 
 

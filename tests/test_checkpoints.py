@@ -27,10 +27,10 @@ from jobs import (
 )
 from safetensors.torch import load_file, save_file
 
-from wancli.embedding import Embedding, save_embeddings
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
-from wancli.tokens import Tokenizer
+from wancli.text.embedding import Embedding, save_embeddings
+from wancli.text.tokenizer import Tokenizer
 from wancli.weights import loader
 
 

@@ -23,7 +23,6 @@ from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job
 
 from wancli.batch import render as render_plan
 from wancli.batch import tallied
-from wancli.encode import encode
 from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
 from wancli.force import Force
 from wancli.jobfile import load
@@ -36,6 +35,7 @@ from wancli.storage import atomic, manifest
 from wancli.storage.cache import Store
 from wancli.storage.claim_file import process
 from wancli.storage.claims import Claims, claim_path, holder
+from wancli.text.encoder import encode
 from wancli.tools import Tools
 
 Render = Callable[..., Said]

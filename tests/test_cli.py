@@ -31,8 +31,9 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, batch, cli, encode, errors
+from wancli import __version__, batch, cli, errors
 from wancli.resources import machine
+from wancli.text import encoder
 from wancli.video import mp4
 from wancli.weights import loader
 
@@ -470,7 +471,7 @@ def test_encode_fills_the_cache_for_a_render(
 ) -> None:
     job = written(tmp_path, tiny_job(inject=[rule()]))
     assert say("encode", "--cache", job, "-q", "--cache-dir", tmp_path / "c").code == 0
-    monkeypatch.setattr(encode, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(encoder, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     assert say("render", job, "-q", "--cache-dir", tmp_path / "c").code == 0
 
 

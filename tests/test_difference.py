@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from wancli.difference import Difference, compare, legacy_percent, lint
-from wancli.embedding import Embedding
-from wancli.encode import Encoder, encode
 from wancli.models.dit import WanModel
-from wancli.tokens import EOS, Tokenizer
+from wancli.text.embedding import Embedding
+from wancli.text.encoder import Encoder, encode
+from wancli.text.prompt_distance import Difference, compare, legacy_percent, lint
+from wancli.text.tokenizer import EOS, Tokenizer
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
 

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from wancli.embedding import (
+from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
+from wancli.storage.cache import Store
+from wancli.text.embedding import (
     Embedding,
     describe,
     embedding_key,
@@ -26,10 +28,8 @@ from wancli.embedding import (
     unpack,
     versions,
 )
-from wancli.encode import Encoder, Unencoded, encode
-from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
-from wancli.storage.cache import Store
-from wancli.tokens import EOS, Tokenizer, Tokens, clean
+from wancli.text.encoder import Encoder, Unencoded, encode
+from wancli.text.tokenizer import EOS, Tokenizer, Tokens, clean
 from wancli.weights.disk_reader import OnDisk
 
 ROOT = Path(__file__).parent / "fixtures" / "wan21-tiny"
@@ -162,9 +162,9 @@ def test_a_plan_can_clean_count_name_and_list_without_torch(tmp_path: Path):
     program = f"""
 import sys
 from pathlib import Path
-from wancli.embedding import describe
-from wancli.encode import Encoder
-from wancli.tokens import Tokenizer
+from wancli.text.embedding import describe
+from wancli.text.encoder import Encoder
+from wancli.text.tokenizer import Tokenizer
 tokens = Tokenizer(Path({str(SPIECE)!r})).tokens("a fog", 256)
 Encoder((), "official", "weights", "tokenizer", "bf16").key(tokens)
 assert describe(Path({str(entry)!r}).read_bytes()) == [tokens]
@@ -194,7 +194,7 @@ def test_whatever_changes_an_embedding_changes_its_key(monkeypatch: pytest.Monke
         {"cleaned": "a cat\u0301"},
     ]
     keys = [embedding_key(**same_parts), *(embedding_key(**same_parts | change) for change in changes)]
-    monkeypatch.setattr("wancli.embedding.versions", lambda: versions() | {"ftfy": "7.0"})
+    monkeypatch.setattr("wancli.text.embedding.versions", lambda: versions() | {"ftfy": "7.0"})
     keys.append(embedding_key(**same_parts))
     assert len(set(keys)) == len(changes) + 2
     assert all(len(key) == 64 for key in keys)
@@ -301,8 +301,8 @@ def test_processes_that_encode_the_same_prompts_leave_one_good_entry_each(store:
 import os
 from pathlib import Path
 from transformers import UMT5EncoderModel
-from wancli.encode import Encoder, encode
-from wancli.tokens import Tokenizer
+from wancli.text.encoder import Encoder, encode
+from wancli.text.tokenizer import Tokenizer
 from wancli.storage.cache import Store
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
 prompts = [tokenizer.tokens(text, 256) for text in {list(PROMPTS.values())!r}]

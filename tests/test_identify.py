@@ -24,7 +24,7 @@ from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.vae import WanVAE
 from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 from wancli.weights import checkpoint as identify_module
 from wancli.weights.checkpoint import fingerprint, identify, text_encoder_sizes, vae_sizes
 from wancli.weights.formats.safetensors_header import header

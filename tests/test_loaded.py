@@ -14,13 +14,14 @@ import torch
 from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
 from safetensors.torch import load_file, save_file
 
-from wancli import batch, choose, encode, jobfile, plan
+from wancli import batch, choose, jobfile, plan
 from wancli.flags import NO_FLAGS
 from wancli.loaded import Kept
 from wancli.models.dit import WanModel
 from wancli.progress import Progress
 from wancli.resources import machine
 from wancli.storage.cache import Store
+from wancli.text import encoder
 from wancli.tools import Tools
 from wancli.weights import loader
 
@@ -62,7 +63,7 @@ def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
     changes = {"seed": 3, "inject": [rule(blocks="late")]}
     assert rendered("alone", None, **changes) == ["rendered"]
     assert rendered("first", kept) == ["rendered"]
-    poison(monkeypatch, (loader, "load_transformer"), (loader, "load_vae"), (encode, "load_encoder"))
+    poison(monkeypatch, (loader, "load_transformer"), (loader, "load_vae"), (encoder, "load_encoder"))
     assert rendered("second", kept, **changes) == ["rendered"]
     assert video(tmp_path, "second") == video(tmp_path, "alone") != video(tmp_path, "first")
     loads = [

@@ -29,12 +29,12 @@ from jobs import (
 from safetensors.torch import load_file, save_file
 
 from wancli import plan as planning
-from wancli.embedding import load_embedding
 from wancli.errors import CheckpointError, JobError
 from wancli.jobfile import load
 from wancli.sample import noise
 from wancli.shot import Shot
 from wancli.solvers import schedule
+from wancli.text.embedding import load_embedding
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
 

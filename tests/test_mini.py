@@ -26,7 +26,7 @@ from wancli.errors import JobError
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 
 TINY = Recipe(
     dim=24,

@@ -30,10 +30,10 @@ from jobs import (
 )
 from safetensors.torch import save_file
 
-from wancli import encode
 from wancli.models.dit import WanModel
 from wancli.resources import machine
 from wancli.storage.manifest import done
+from wancli.text import encoder
 from wancli.weights import loader
 
 # ---- once is enough ----
@@ -75,7 +75,7 @@ def test_a_prompt_is_encoded_once_ever_and_the_manifest_proves_it(
 ) -> None:
     prompt = f"{CAT} Nobody has asked for this one before."
     assert render(prompt=prompt, folder=tmp_path / "1").code == 0
-    poison(monkeypatch, (encode, "load_encoder"))
+    poison(monkeypatch, (encoder, "load_encoder"))
     assert render(prompt=prompt, folder=tmp_path / "2").code == 0
     first, second = manifest_of(tmp_path / "1"), manifest_of(tmp_path / "2")
     assert (first["encoder_loaded"], second["encoder_loaded"]) == (True, False)
@@ -225,7 +225,7 @@ def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (encode, "load_encoder"))
+    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (encoder, "load_encoder"))
     assert render(inject=[rule(blocks="late")]).code == 0
     assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_block"] == {"3": 2}

@@ -21,7 +21,7 @@ from wancli.inject import Text
 from wancli.jobfile import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.shot import Plan, Shot
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

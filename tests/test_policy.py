@@ -34,7 +34,7 @@ from wancli.models.vae import VAE
 from wancli.policy import Failing, Policy, exit_status, of_flags
 from wancli.stage3 import ways
 from wancli.storage import atomic
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 from wancli.video import mp4
 from wancli.weights import loader
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from wancli.embedding import Dtype
-from wancli.encode import Encoder, load_encoder
 from wancli.errors import CheckpointError
 from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.resources.memory_model import Residency
+from wancli.text.embedding import Dtype
+from wancli.text.encoder import Encoder, load_encoder
 from wancli.weights.formats.infer_config import t5_config
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 

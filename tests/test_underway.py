@@ -29,9 +29,9 @@ from jobs import (
 )
 from torch import Tensor
 
-from wancli import encode
-from wancli.embedding import Embedding
 from wancli.models.dit import WanModel
+from wancli.text import encoder
+from wancli.text.embedding import Embedding
 from wancli.video import mp4
 
 Render = Callable[..., Said]
@@ -169,7 +169,7 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [f"A prompt that nobody has asked for, number {n} of the stopped." for n in range(3)]
-    real, kept = encode.pack, []
+    real, kept = encoder.pack, []
 
     def pack(embeddings: Sequence[Embedding]) -> bytes:
         kept.append(embeddings[0].text)
@@ -177,7 +177,7 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
             signal.raise_signal(signal.SIGTERM)
         return real(embeddings)
 
-    monkeypatch.setattr(encode, "pack", pack)
+    monkeypatch.setattr(encoder, "pack", pack)
     items = [{"id": f"{n}", "prompt": prompt} for n, prompt in enumerate(prompts)]
     rendered = partial(render, output="out/{id}.mp4", items=items)
     with pytest.MonkeyPatch.context() as patched:

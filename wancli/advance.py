@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from wancli import record
-from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.experts import Expert, Stage
 from wancli.loaded import Networks
@@ -21,6 +20,7 @@ from wancli.resources.measure import Peak
 from wancli.shot import named
 from wancli.solvers import State
 from wancli.storage import atomic, tensor_file
+from wancli.text.encoder import Encoded
 from wancli.tools import Tools
 from wancli.underway import Underway, due, hand_over, save
 from wancli.video import metrics
@@ -127,7 +127,7 @@ def _start(
     """Noise, the time, and how different the injected prompts are: by the network of the first step, so for
     those that fork later, too."""
     from wancli import sample
-    from wancli.difference import compare_all
+    from wancli.text.prompt_distance import compare_all
 
     now = time.monotonic()
     for one in group:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from wancli import kernels, sample, sensitivity, survey
 from wancli.embed import embed
-from wancli.encode import Encoded
 from wancli.errors import NotFinite
 from wancli.experts import Stage
 from wancli.inject import Cell, Text
@@ -31,6 +30,7 @@ from wancli.sample import Contexts
 from wancli.sensitivity import Place
 from wancli.solvers import State
 from wancli.survey import Survey
+from wancli.text.encoder import Encoded
 from wancli.tools import Tools
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wancli import record
-from wancli.embedding import load_embedding
-from wancli.encode import Encoded, encode
 from wancli.errors import JobError
 from wancli.loaded import check_device
 from wancli.policy import Failing
 from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.shot import Model, Prompt
+from wancli.text.embedding import load_embedding
+from wancli.text.encoder import Encoded, encode
 from wancli.tools import Tools
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from wancli import advance, lockstep, record, underway
 from wancli.embed import embed_each
-from wancli.encode import Encoded
 from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
 from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks
@@ -27,6 +26,7 @@ from wancli.resources.measure import fitting, release
 from wancli.shot import Model, Shot
 from wancli.stage3 import finish
 from wancli.storage import atomic, manifest, tensor_file
+from wancli.text.encoder import Encoded
 from wancli.tools import Tools
 from wancli.underway import Underway
 

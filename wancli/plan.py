@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli import advice, baseline, choose, kernels, lockstep, loras, presets
-from wancli.encode import Encoder
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.jobfile import Item, JobFile
 from wancli.maps import Shelf
@@ -25,6 +24,7 @@ from wancli.resources import machine
 from wancli.rules import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
 from wancli.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.storage.paths import output_path, slug
+from wancli.text.encoder import Encoder
 from wancli.units import parse_duration, parse_size
 from wancli.way import way_of
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from wancli.difference import LEGACY_THRESHOLD
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
+from wancli.text.prompt_distance import LEGACY_THRESHOLD
 
 if TYPE_CHECKING:
     from wancli.sample import Forward

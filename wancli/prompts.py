@@ -7,13 +7,13 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from wancli import presets
-from wancli.embedding import describe
-from wancli.encode import Encoder
 from wancli.errors import EntryError, JobError
 from wancli.job import EmbeddingFile
 from wancli.jobfile import Item
 from wancli.shot import Model, Prompt
-from wancli.tokens import Tokenizer
+from wancli.text.embedding import describe
+from wancli.text.encoder import Encoder
+from wancli.text.tokenizer import Tokenizer
 
 
 class Prompts:

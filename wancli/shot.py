@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli import footprint
-from wancli.encode import Encoder
 from wancli.experts import Expert, Stage, stages
 from wancli.inject import Branch, Rule, Table
 from wancli.legs import Fork
@@ -22,7 +21,8 @@ from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanC
 from wancli.resources.memory_model import Phase, Residency
 from wancli.solvers import Schedule, schedule
 from wancli.storage.paths import slug
-from wancli.tokens import Tokens
+from wancli.text.encoder import Encoder
+from wancli.text.tokenizer import Tokens
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 

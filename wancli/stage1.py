@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import choose, embed, footprint, presets, wan_mini
-from wancli.embedding import describe, save_embeddings
-from wancli.encode import Encoded
 from wancli.errors import JobError, OutputExists
 from wancli.flags import NO_FLAGS, Flags
 from wancli.jobfile import JobFile, load, parse
 from wancli.loaded import Networks
 from wancli.plan import model_at, plan
 from wancli.shot import Model, Prompt
-from wancli.tokens import Tokenizer
+from wancli.text.embedding import describe, save_embeddings
+from wancli.text.encoder import Encoded
+from wancli.text.tokenizer import Tokenizer
 from wancli.tools import Tools
 
 if TYPE_CHECKING:
-    from wancli.difference import Difference
+    from wancli.text.prompt_distance import Difference
 
 JOB_SUFFIXES = (".yaml", ".yml")
 
@@ -153,7 +153,7 @@ def pairs(
 
 def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
-    from wancli.difference import compare
+    from wancli.text.prompt_distance import compare
 
     found, _ = embed.embed(pair.model, [pair.a, pair.b], tools)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None

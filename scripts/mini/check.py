@@ -17,7 +17,7 @@ from scripts.mini.recognise import recognise
 from scripts.mini.training import load
 from scripts.mini.world import ATTRIBUTES, HELD_OUT, Grid, draw_all, random_scene
 from wancli.models.vae import WanVAE
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 
 GRID: Grid = (9, 64, 64)
 

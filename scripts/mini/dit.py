@@ -34,7 +34,7 @@ from scripts.mini.recipe import FINETUNED_GRIDS, TRAINED_GRIDS, Recipe
 from scripts.mini.training import Average, State, Tensors, adamw, chunks, rate, rng_of, set_rate, torch_rng
 from scripts.mini.world import ATTRIBUTES, Grid, Scene, draw_all, held_out, random_scene
 from wancli.models.dit import WanModel
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 
 SHIFT = 3.0
 EMPTY = 0.1

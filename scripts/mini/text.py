@@ -26,7 +26,7 @@ from scripts.mini.world import ATTRIBUTES, random_scene
 from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.storage import atomic
-from wancli.tokens import Tokenizer
+from wancli.text.tokenizer import Tokenizer
 from wancli.weights.formats.key_mapping import UMT5_BLOCK_TO_TRANSFORMERS, umt5_to_transformers
 
 if TYPE_CHECKING:

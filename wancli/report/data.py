@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import alternatives, choose, footprint, preflight, rates
-from wancli.embedding import describe
 from wancli.errors import EntryError
 from wancli.record import versions
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
+from wancli.text.embedding import describe
 
 if TYPE_CHECKING:
     from wancli.outcome import Outcome

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from wancli.difference import Difference
     from wancli.shot import Shot
+    from wancli.text.prompt_distance import Difference
     from wancli.verify import Verdict
     from wancli.weights.lora.use import LoraUse
 

@@ -1,6 +1,6 @@
 """Stage 1: prompts to embeddings, each computed once ever and kept in the store.
 
-text -> `wancli.tokens` -> `Encoder.key` -> store, or UMT5 -> store -> `wancli.embedding`.
+text -> `wancli.text.tokenizer` -> `Encoder.key` -> store, or UMT5 -> store -> `wancli.text.embedding`.
 All but the last step work without torch, so that a plan can count tokens and name cache entries. N is the
 tokens of one prompt, E the width of a text.
 """
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.embedding import Dtype, Embedding, embedding_key, pack, unpack
 from wancli.errors import EntryError, NotFinite, WancliError
 from wancli.policy import Failing
 from wancli.resources.measure import fitting, release
 from wancli.resources.memory_model import Residency
-from wancli.tokens import Tokens, shown
+from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
+from wancli.text.tokenizer import Tokens, shown
 from wancli.weights.component import Naming, rename
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.embedding import Embedding
     from wancli.models.dit import WanModel
     from wancli.models.dit_layers import CrossAttention
+    from wancli.text.embedding import Embedding
 
 LEGACY_THRESHOLD, LEGACY_ROWS = 0.01, 512
 SIMILAR, DIFFERENT = 30.0, 50.0  # percent: the bands of the 50 % rule

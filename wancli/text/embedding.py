@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import EntryError, JobError
 from wancli.storage import atomic
-from wancli.tokens import Tokens
+from wancli.text.tokenizer import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wancli.inject import (
+from wancli.injection.table import (
     Concat,
     Curve,
     Lerp,

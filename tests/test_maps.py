@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from wancli import maps
 from wancli.errors import JobError
-from wancli.maps import Map, MapModel, Prompts, Shelf
+from wancli.injection import block_map
+from wancli.injection.block_map import Map, MapModel, Prompts, Shelf
 
 SHA = "ab" * 32
 TOTAL = [0.3, 0.1, 0.9, 0.2, 0.9, 0.0, 0.5, 0.4]
@@ -27,7 +27,7 @@ def made(**changes: Any) -> Map:
         "size": "64x64",
         "frames": 1,
         "seed": 0,
-        "levels": [maps.Level(step=1, sigma=0.8)],
+        "levels": [block_map.Level(step=1, sigma=0.8)],
         "unit": "relative change of the velocity",
         "values": [TOTAL],
         "ranges": None,
@@ -46,14 +46,14 @@ def made(**changes: Any) -> Map:
 
 def test_a_map_of_a_job_whose_name_is_not_utf8_is_written(tmp_path: Path) -> None:
     path = tmp_path / "job.map.inject.json"
-    maps.write(path, made(job="caf\udce9"))
-    assert maps.read(path) == made(job="caf\udce9")
+    block_map.write(path, made(job="caf\udce9"))
+    assert block_map.read(path) == made(job="caf\udce9")
 
 
 def test_a_map_that_is_written_is_the_map_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "job.map.inject.json"
-    maps.write(path, made())
-    assert maps.read(path) == made()
+    block_map.write(path, made())
+    assert block_map.read(path) == made()
     document = json.loads(path.read_text())
     assert (document["schema"], document["values"]) == ("wancli/map/1", [TOTAL])
 
@@ -73,23 +73,23 @@ def test_a_map_that_is_written_is_the_map_that_is_read(tmp_path: Path) -> None:
 def test_what_is_no_whole_map_is_none(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps(made().as_dict() | change))
-    assert maps.read(path) is None
+    assert block_map.read(path) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", "null", '{"schema": NaN}', "[" * 5000])
 def test_what_is_no_document_is_none(text: str, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(text)
-    assert maps.read(path) is None
-    assert maps.read(tmp_path / "absent.json") is None
+    assert block_map.read(path) is None
+    assert block_map.read(tmp_path / "absent.json") is None
 
 
 def test_a_map_replaces_a_map_and_moves_anything_else_aside(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text("my notes")
-    maps.write(path, made(seed=1))
-    maps.write(path, made(seed=2))
-    assert maps.read(path) == made(seed=2)
+    block_map.write(path, made(seed=1))
+    block_map.write(path, made(seed=2))
+    assert block_map.read(path) == made(seed=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["map.json", "map.old-1.json"]
     assert (tmp_path / "map.old-1.json").read_text() == "my notes"
 
@@ -98,13 +98,13 @@ def test_a_map_replaces_a_map_and_moves_anything_else_aside(tmp_path: Path) -> N
 
 
 def test_the_strongest_comes_first_and_of_equal_ones_the_earlier() -> None:
-    assert maps.ranked(TOTAL) == [2, 4, 6, 7, 0, 3, 1, 5]
+    assert block_map.ranked(TOTAL) == [2, 4, 6, 7, 0, 3, 1, 5]
 
 
 def test_a_quarter_of_the_blocks_is_suggested_or_the_strongest_range() -> None:
-    assert maps.suggestion(TOTAL, None) == "[2, 4]"
-    assert maps.suggestion([0.1, 0.7, 0.2], [[0, 1, 2], [3, 4, 5], [6, 7]]) == "3-5"
-    assert maps.suggestion([0.5, 0.1], None) == "0"
+    assert block_map.suggestion(TOTAL, None) == "[2, 4]"
+    assert block_map.suggestion([0.1, 0.7, 0.2], [[0, 1, 2], [3, 4, 5], [6, 7]]) == "3-5"
+    assert block_map.suggestion([0.5, 0.1], None) == "0"
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_a_quarter_of_the_blocks_is_suggested_or_the_strongest_range() -> None:
 def test_blocks_are_written_as_a_job_reads_them(blocks: list[int], text: str) -> None:
     import yaml
 
-    from wancli.inject import parse_blocks
+    from wancli.injection.table import parse_blocks
 
-    assert maps.as_blocks(blocks) == text
+    assert block_map.as_blocks(blocks) == text
     assert sorted(parse_blocks(yaml.safe_load(text), 8)) == sorted(blocks)
 
 
@@ -139,7 +139,7 @@ def test_a_map_is_read_once_for_all_shots_of_a_plan(tmp_path: Path, monkeypatch:
     Shelf(tmp_path).keep(made())
     shelf = Shelf(tmp_path)
     assert chosen(shelf, "auto:top2") == [2, 4]
-    monkeypatch.setattr(maps, "read", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(block_map, "read", lambda path: pytest.fail(f"{path} was read again"))
     assert chosen(shelf, "auto:top3") == [2, 4, 6]
 
 

@@ -30,9 +30,9 @@ from jobs import (
 
 from wancli.errors import NotFinite
 from wancli.experts import Stage
-from wancli.inject import Branch, Rule, Table
+from wancli.injection.effects import Effect
+from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
-from wancli.probe import Effect
 from wancli.resources.memory_model import Residency
 from wancli.sample import Contexts, Sampled, Walk, check_hits, denoise, denoise_together
 from wancli.solvers import State, schedule

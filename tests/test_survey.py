@@ -15,10 +15,11 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import footprint, maps, progress, sample, survey
+from wancli import footprint, progress, sample, survey
 from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
-from wancli.inject import Text
+from wancli.injection import block_map
+from wancli.injection.table import Text
 from wancli.jobfile import load
 from wancli.loaded import Networks
 from wancli.models.config import Kernels
@@ -76,15 +77,15 @@ def test_the_map_is_written_shown_and_kept(probe: Probe, folder: Path, cache: Pa
     assert "inject map of shot 0000: 4 blocks at 2 noise levels" in said.out
     assert "suggestion: blocks: " in said.out
     assert max(map(len, said.out.splitlines()[:-1])) <= 80
-    found = maps.read(path)
+    found = block_map.read(path)
     assert found is not None
-    assert [maps.read(kept) for kept in (cache / "maps").glob("*/*.json")] == [found]
+    assert [block_map.read(kept) for kept in (cache / "maps").glob("*/*.json")] == [found]
     assert (found.job, found.shot, found.size, found.frames, found.seed) == ("job", "0000", "64x64", 1, 0)
     assert (found.prompts[0].main, found.prompts[0].injected) == (CAT, FISH)
     assert [level.step for level in found.levels] == [0, 1]
     assert found.total == pytest.approx(np.mean(found.values, axis=0))
     assert found.forwards == 2 * (4 + 4 + 3 + 2 + 1) / 4
-    assert found.suggestion == str(maps.ranked(found.total)[0])
+    assert found.suggestion == str(block_map.ranked(found.total)[0])
 
 
 def test_json_is_the_file(probe: Probe, folder: Path) -> None:
@@ -210,7 +211,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: 
     assert "Fewer frames" in said.err
 
 
-def asked_of(folder: Path, method: maps.Method, **changes: Any) -> survey.Survey:
+def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> survey.Survey:
     job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
     return survey.survey(plan(load(written(folder, job)), folder / "memo"), method, None, None, None)
 
@@ -282,7 +283,7 @@ def planned(
 def test_a_job_takes_its_blocks_from_the_map(
     probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ranking = maps.ranked(document(probe("--json", "--levels", "1"))["total"])
+    ranking = block_map.ranked(document(probe("--json", "--levels", "1"))["total"])
     (top, bottom) = (sorted(ranking[:2]), sorted(ranking[2:]))
     both = ["auto:top2", *bottom], [*top, *bottom]
     for said, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
@@ -293,7 +294,7 @@ def test_a_job_takes_its_blocks_from_the_map(
         assert keys[0] == keys[1]
     verbose = planned(folder, shallow, capsys, "-v")
     assert verbose.err == ""
-    became = f"auto:top2  is {maps.as_blocks(top)}, by the inject map of shot 0000 of job, 20"
+    became = f"auto:top2  is {block_map.as_blocks(top)}, by the inject map of shot 0000 of job, 20"
     assert became in verbose.out
 
 

@@ -28,8 +28,8 @@ from wancli.video import metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wancli.injection.effects import Effect
     from wancli.models.dit import WanModel
-    from wancli.probe import Effect
     from wancli.sample import Contexts, Sampled, Walk
     from wancli.weights.lora.patch import Loras
 

@@ -18,12 +18,12 @@ from wancli import kernels, sample, sensitivity, survey
 from wancli.embed import embed
 from wancli.errors import NotFinite
 from wancli.experts import Stage
-from wancli.inject import Cell, Text
+from wancli.injection.block_map import Map
+from wancli.injection.effects import relative
+from wancli.injection.table import Cell, Text
 from wancli.loaded import Networks, check_device, check_weights
-from wancli.maps import Map
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
-from wancli.probe import relative
 from wancli.progress import Phase
 from wancli.resources.measure import fitting
 from wancli.sample import Contexts

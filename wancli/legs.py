@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wancli.inject import Row, Table
+    from wancli.injection.table import Row, Table
     from wancli.shot import Shot
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wancli.errors import JobError
 from wancli.experts import Stage
-from wancli.inject import parse_blocks, parse_steps
+from wancli.injection.table import parse_blocks, parse_steps
 from wancli.job import LoraEntry, SigmaRange
 from wancli.jobfile import Item
 from wancli.models.config import WanConfig

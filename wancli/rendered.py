@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from wancli import batch, lockstep, survey
-from wancli.inject import Rule
-from wancli.maps import Map, as_blocks
+from wancli.injection.block_map import Map, as_blocks
+from wancli.injection.table import Rule
 from wancli.shot import Plan, Shot
 from wancli.survey import Survey
 from wancli.tools import Tools

@@ -8,10 +8,20 @@ from typing import Any
 
 from wancli.errors import JobError
 from wancli.experts import Stage
-from wancli.inject import Branch, Concat, Expr, Lerp, Rule, Text, parse_blocks, parse_steps, strengths
+from wancli.injection.block_map import Choice, Shelf
+from wancli.injection.table import (
+    Branch,
+    Concat,
+    Expr,
+    Lerp,
+    Rule,
+    Text,
+    parse_blocks,
+    parse_steps,
+    strengths,
+)
 from wancli.job import Blocks, CurveSpec, Inject, SigmaRange, Strength
 from wancli.jobfile import Item
-from wancli.maps import Choice, Shelf
 from wancli.shot import Model, Prompt, Shot
 
 

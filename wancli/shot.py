@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from wancli import footprint
 from wancli.experts import Expert, Stage, stages
-from wancli.inject import Branch, Rule, Table
+from wancli.injection.block_map import Choice
+from wancli.injection.table import Branch, Rule, Table
 from wancli.legs import Fork
-from wancli.maps import Choice
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.resources.memory_model import Phase, Residency
 from wancli.solvers import Schedule, schedule

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from wancli import choose, footprint, maps
+from wancli import choose, footprint
 from wancli.errors import DoesNotFit, JobError
-from wancli.inject import NAMED_BLOCKS, parse_blocks
-from wancli.maps import Map, Method
+from wancli.injection import block_map
+from wancli.injection.block_map import Map, Method
+from wancli.injection.table import NAMED_BLOCKS, parse_blocks
 from wancli.record import versions
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
@@ -178,23 +179,25 @@ def found_map(
     return Map(
         job=asked.job,
         shot=shot.id,
-        model=maps.MapModel(root=str(model.checkpoint.root), sha256=model.transformer, blocks=asked.depth),
+        model=block_map.MapModel(
+            root=str(model.checkpoint.root), sha256=model.transformer, blocks=asked.depth
+        ),
         loras=[use.path.name for use in shot.loras],
         method=asked.method,
         prompts=[
-            maps.Prompts(
+            block_map.Prompts(
                 main=texts[0].tokens.text, injected=texts[1].tokens.text, ids=[text.id for text in texts]
             )
         ],
         size=f"{shot.width}x{shot.height}",
         frames=shot.frames,
         seed=shot.seed,
-        levels=[maps.Level(step=step, sigma=shot.schedule.sigmas[step]) for step in asked.levels],
+        levels=[block_map.Level(step=step, sigma=shot.schedule.sigmas[step]) for step in asked.levels],
         unit=UNITS[asked.method],
         values=rows,
         ranges=ranges,
         total=total,
-        suggestion=maps.suggestion(total, ranges),
+        suggestion=block_map.suggestion(total, ranges),
         seconds=round(seconds, 3),
         forwards=round(forwards, 2),
         versions=versions(),

@@ -16,7 +16,7 @@ from typing import Any
 from wancli import record
 from wancli.errors import EntryError, WancliError
 from wancli.experts import Stage
-from wancli.inject import Branch
+from wancli.injection.table import Branch
 from wancli.legs import Fork, Tree
 from wancli.record import Record
 from wancli.shot import Shot

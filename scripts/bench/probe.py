@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from scripts.bench.markdown import stamp, table
-from wancli import maps, sample, sensitivity, survey
+from wancli import sample, sensitivity, survey
 from wancli.batch import render
 from wancli.embed import embed
-from wancli.inject import Text, parse_blocks
+from wancli.injection import block_map
+from wancli.injection.block_map import Map, Method, Shelf
+from wancli.injection.table import Text, parse_blocks
 from wancli.jobfile import parse
 from wancli.loaded import Networks
-from wancli.maps import Map, Method, Shelf
 from wancli.plan import plan
 from wancli.progress import Progress
 from wancli.rendered import mean_difference
@@ -201,7 +202,7 @@ def main() -> None:
         print(table(("mean of", "early", "middle", "late"), thirds))
         for method in METHODS:
             total = [statistics.mean(values) for values in zip(*_of(found, method))]
-            print(f"- {method}, mean of all: {maps.suggestion(total, None)}")
+            print(f"- {method}, mean of all: {block_map.suggestion(total, None)}")
         for what, value in costs(folder, tools, said.size):
             print(f"- {what}: {value:.3g}")
     print(f"- {stamp()}")

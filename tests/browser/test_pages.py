@@ -18,9 +18,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.select import Select
 
-from wancli import cli, footprint, maps
+from wancli import cli, footprint
+from wancli.injection import block_map
+from wancli.injection.block_map import Level, Map, MapModel, Prompts
 from wancli.jobfile import load
-from wancli.maps import Level, Map, MapModel, Prompts
 from wancli.models import variants
 from wancli.models.config import Kernels
 from wancli.plan import plan
@@ -59,7 +60,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
     by_range = by_block.model_copy(update={"method": "render", "suggestion": "2-3", **rendered})
     strange = by_block.model_copy(update={"model": MapModel(root="y", sha256="f" * 64, blocks=4)})
     for name, one_map in (("inject", by_block), ("render", by_range), ("strange", strange)):
-        maps.write(found / f"job.map.{name}.json", one_map)
+        block_map.write(found / f"job.map.{name}.json", one_map)
     heat = {"width": 2, "height": 2, "values": [0, 0.5, 1, 0.25]}
     scores = [
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli.maps import Map, as_blocks, ranked
+from wancli.injection.block_map import Map, as_blocks, ranked
 from wancli.report.terminal import bar, ruler
 from wancli.units import counted, duration
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wancli.inject import Rule, Table, strip
+from wancli.injection.table import Rule, Table, strip
 from wancli.models.config import WanConfig
 from wancli.report import again, facts
 from wancli.report.experiments import row

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import figures, maps
+from wancli import figures
 from wancli.errors import EntryError, JobError
-from wancli.maps import Map
+from wancli.injection import block_map
+from wancli.injection.block_map import Map
 from wancli.report import data
 from wancli.storage import manifest
 
@@ -119,10 +120,10 @@ def _read(path: Path, found: Found) -> Entry | None:
 def _beside(found: Found, folders: Iterable[Path]) -> None:
     for folder in sorted(folders):
         for path in sorted(folder.glob("*.map.*.json")):
-            if one := maps.read(path):
+            if one := block_map.read(path):
                 found.maps.append(one)
             else:
-                found.problems.append(f"{path}: not {maps.SCHEMA}")
+                found.problems.append(f"{path}: not {block_map.SCHEMA}")
         for path in sorted(folder.glob("*.compare.json")):
             shots = figures.read(path)
             if shots is None:

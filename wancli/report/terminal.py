@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import WancliError, described
-from wancli.inject import strip
+from wancli.injection.table import strip
 from wancli.progress import printable
 from wancli.report.shortened import fitted, told_apart
 from wancli.units import counted, duration, ranges, size

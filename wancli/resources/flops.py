@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from wancli.inject import Concat, Lerp
+from wancli.injection.table import Concat, Lerp
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.resources.memory_model import upsampled_channels
 
 if TYPE_CHECKING:
-    from wancli.inject import Expr, Table
+    from wancli.injection.table import Expr, Table
     from wancli.shot import Shot
 
 

@@ -11,7 +11,6 @@ import torch
 from jobs import Said, latents_of, manifest_of
 from torch import Tensor
 
-from wancli import sample
 from wancli.errors import MachineError
 from wancli.models import t5
 from wancli.models.attention import OF_TORCH, attend, attention_backend
@@ -20,6 +19,7 @@ from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
 from wancli.resources import memory_model
 from wancli.resources.memory_model import Residency
+from wancli.sampling import denoise
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 from wancli.weights.formats.packed import Packed
@@ -104,8 +104,8 @@ def test_noise_is_drawn_where_the_job_says():
     drawn = torch.randn(
         (16, 1, 4, 4), generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE, dtype=torch.float32
     )
-    assert torch.equal(sample.noise((16, 1, 4, 4), 7, DEVICE), drawn)
-    assert sample.noise((16, 1, 4, 4), 7).device.type == "cpu"
+    assert torch.equal(denoise.noise((16, 1, 4, 4), 7, DEVICE), drawn)
+    assert denoise.noise((16, 1, 4, 4), 7).device.type == "cpu"
 
 
 @pytest.mark.parametrize("chunk", [None, 1024])

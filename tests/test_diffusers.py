@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wancli.solvers import schedule
+from wancli.sampling.solvers import schedule
 from wancli.video import mp4
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae

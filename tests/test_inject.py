@@ -19,7 +19,7 @@ from wancli.injection.table import (
     strengths,
     strip,
 )
-from wancli.solvers import schedule
+from wancli.sampling.solvers import schedule
 
 MAIN, OTHER, THIRD = Text("main"), Text("other"), Text("third")
 BASE = {"cond": "main", "uncond": "negative"}

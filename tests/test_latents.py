@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wancli.errors import EntryError
-from wancli.solvers import SOLVERS, State, schedule
+from wancli.sampling.solvers import SOLVERS, State, schedule
 from wancli.storage import tensor_file
 
 RECORD = {"latents_key": "k", "step": 3, "read": [[0, "cond", 1]]}

@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
 from wancli.jobfile import load
-from wancli.sample import noise
+from wancli.sampling.denoise import noise
+from wancli.sampling.solvers import schedule
 from wancli.shot import Shot
-from wancli.solvers import schedule
 from wancli.text.embedding import load_embedding
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer

@@ -25,7 +25,7 @@ from jobs import (
 from wancli.jobfile import load
 from wancli.models.vae import WanVAE
 from wancli.plan import plan
-from wancli.solvers import schedule
+from wancli.sampling.solvers import schedule
 from wancli.video import mp4
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from wancli.solvers import SOLVERS, State, schedule
+from wancli.sampling.solvers import SOLVERS, State, schedule
 
 # wan-official timesteps, from runs of FlowUniPCMultistepScheduler
 UNIPC_20_5 = [

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import footprint, progress, sample, survey
+from wancli import footprint, progress, survey
 from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
@@ -26,7 +26,8 @@ from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import plan
 from wancli.resources.memory_model import Phase
-from wancli.solvers import State
+from wancli.sampling import denoise
+from wancli.sampling.solvers import State
 from wancli.storage import cache as store
 from wancli.tools import Tools
 from wancli.video import mp4
@@ -102,12 +103,12 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
     encoded, _ = embed(shot.model, shot.texts, Tools(store.Store(cache / "embeddings"), progress.Progress()))
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
-        contexts = sample.Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
-        state = State(sample.noise(shot.latent_shape, shot.seed))
+        contexts = denoise.Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+        state = State(denoise.noise(shot.latent_shape, shot.seed))
         plain_table = plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
         (stage,) = shot.stages
-        walk = sample.Walk(state, shot.schedule, shot.solver, plain_table, contexts, stage)
-        x_1CTYX = next(sample.denoise(model, walk)).state.x[None]
+        walk = denoise.Walk(state, shot.schedule, shot.solver, plain_table, contexts, stage)
+        x_1CTYX = next(denoise.denoise(model, walk)).state.x[None]
         t = shot.schedule.timesteps[1]
         a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))
         plain = model(x_1CTYX, t, [((a, 1.0),)] * 4)

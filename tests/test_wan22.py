@@ -40,14 +40,14 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wancli import lockstep
 from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
-from wancli.experts import Stage, stages
 from wancli.jobfile import load
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
 from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import model_at
+from wancli.sampling.solvers import schedule
+from wancli.sampling.stages import Stage, stages
 from wancli.shot import Shot
-from wancli.solvers import schedule
 from wancli.video import mp4
 from wancli.weights import loader
 from wancli.weights.checkpoint import identify

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from wancli import record
 from wancli.errors import NotFinite
-from wancli.experts import Expert, Stage
 from wancli.loaded import Networks
 from wancli.record import Record
 from wancli.resources.measure import Peak
+from wancli.sampling.solvers import State
+from wancli.sampling.stages import Expert, Stage
 from wancli.shot import named
-from wancli.solvers import State
 from wancli.storage import atomic, tensor_file
 from wancli.text.encoder import Encoded
 from wancli.tools import Tools
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from wancli.injection.effects import Effect
     from wancli.models.dit import WanModel
-    from wancli.sample import Contexts, Sampled, Walk
+    from wancli.sampling.denoise import Contexts, Sampled, Walk
     from wancli.weights.lora.patch import Loras
 
 
@@ -64,7 +64,7 @@ def advance(
     """
     import torch
 
-    from wancli import sample
+    from wancli.sampling import denoise
 
     stages = [replace(stage, steps=steps) for one in group if (stage := one.next_stage)]
     expert, shot = stages[0].expert, group[0].shot
@@ -84,10 +84,10 @@ def advance(
         tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
     ):
         patches.at(loras, steps[0], expert)
-        contexts = sample.Contexts(model, rows_NE)
+        contexts = denoise.Contexts(model, rows_NE)
         _start(group, heirs, model, encoded)
         walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
-        results = sample.denoise_together(model, walks, _riders(group))
+        results = denoise.denoise_together(model, walks, _riders(group))
         for step in steps:
             if tools.stop.asked:
                 break
@@ -126,7 +126,7 @@ def _start(
 ) -> None:
     """Noise, the time, and how different the injected prompts are: by the network of the first step, so for
     those that fork later, too."""
-    from wancli import sample
+    from wancli.sampling import denoise
     from wancli.text.prompt_distance import compare_all
 
     now = time.monotonic()
@@ -134,7 +134,7 @@ def _start(
         shot = one.shot
         one.began, one.unsaved_since = min(one.began, now), min(one.unsaved_since, now)
         if one.state is None:
-            one.state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise))
+            one.state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise))
     new = [one for one in (*group, *heirs) if one.shot.injected and not one.differences]
     pairs = {(one.shot.prompt.id, text.id): None for one in new for text in one.shot.injected}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
@@ -144,12 +144,12 @@ def _start(
 
 
 def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
-    from wancli import sample
+    from wancli.sampling import denoise
 
     assert one.state is not None
     shot, state = one.shot, one.state.to(one.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
-    return sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
+    return denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
 
 
 def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: Tools) -> None:
@@ -172,7 +172,7 @@ def keep(
 
     Raises InjectionMissed where a rule did not reach the blocks it was planned for.
     """
-    from wancli.sample import check_hits
+    from wancli.sampling.denoise import check_hits
 
     shot = one.shot
     assert one.state is not None

@@ -14,10 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wancli import kernels, sample, sensitivity, survey
+from wancli import kernels, sensitivity, survey
 from wancli.embed import embed
 from wancli.errors import NotFinite
-from wancli.experts import Stage
 from wancli.injection.block_map import Map
 from wancli.injection.effects import relative
 from wancli.injection.table import Cell, Text
@@ -26,9 +25,11 @@ from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.progress import Phase
 from wancli.resources.measure import fitting
-from wancli.sample import Contexts
+from wancli.sampling import denoise
+from wancli.sampling.denoise import Contexts
+from wancli.sampling.solvers import State
+from wancli.sampling.stages import Stage
 from wancli.sensitivity import Place
-from wancli.solvers import State
 from wancli.survey import Survey
 from wancli.text.encoder import Encoded
 from wancli.tools import Tools
@@ -83,7 +84,7 @@ def _way(asked: Survey, encoded: Mapping[str, Encoded], riders: int) -> Iterator
     (step, None) after each step."""
     shot = asked.plain
     networks = Networks(shot.model)
-    state = State(sample.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
+    state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
     for stage in (stage for stage in shot.stages if stage.steps.start <= asked.levels[-1]):
         state = yield from _along(asked, stage, state, networks, encoded, riders)
 
@@ -101,7 +102,7 @@ def _along(
     loras = networks.loras(shot.loras)
     model = networks.transformer(stage.expert).requires_grad_(False)
     rows_NE = {id: one.embedding.rows_NE.to(shot.model.device) for id, one in encoded.items()}
-    contexts = sample.Contexts(model, rows_NE)
+    contexts = denoise.Contexts(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
         if networks.patches.at(loras, step, stage.expert):
             contexts.forget()
@@ -109,8 +110,8 @@ def _along(
             yield step, _place(asked, model, contexts, state, step)
         if step < last:
             one = replace(stage, steps=range(step, step + 1))
-            walk = sample.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
-            (at,) = sample.denoise(model, walk, shot.riders if riders > 1 else 1)
+            walk = denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
+            (at,) = denoise.denoise(model, walk, shot.riders if riders > 1 else 1)
             state = at.state
             yield step, None
     return state

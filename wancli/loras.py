@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import JobError
-from wancli.experts import Stage
 from wancli.injection.table import parse_blocks, parse_steps
 from wancli.job import LoraEntry, SigmaRange
 from wancli.jobfile import Item
 from wancli.models.config import WanConfig
+from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
 from wancli.weights.formats.infer_config import parameter_shapes
 from wancli.weights.lora.file import CONFIG, recognise

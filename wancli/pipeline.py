@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from wancli import advance, lockstep, record, underway
 from wancli.embed import embed_each
 from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
-from wancli.experts import EXPERTS, Expert
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
 from wancli.policy import Failing
 from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.record import Record
 from wancli.resources.measure import fitting, release
+from wancli.sampling.stages import EXPERTS, Expert
 from wancli.shot import Model, Shot
 from wancli.stage3 import finish
 from wancli.storage import atomic, manifest, tensor_file

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.experts import Stage
 from wancli.injection.block_map import Choice, Shelf
 from wancli.injection.table import (
     Branch,
@@ -22,6 +21,7 @@ from wancli.injection.table import (
 )
 from wancli.job import Blocks, CurveSpec, Inject, SigmaRange, Strength
 from wancli.jobfile import Item
+from wancli.sampling.stages import Stage
 from wancli.shot import Model, Prompt, Shot
 
 

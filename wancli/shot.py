@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli import footprint
-from wancli.experts import Expert, Stage, stages
 from wancli.injection.block_map import Choice
 from wancli.injection.table import Branch, Rule, Table
 from wancli.legs import Fork
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.resources.memory_model import Phase, Residency
-from wancli.solvers import Schedule, schedule
+from wancli.sampling.solvers import Schedule, schedule
+from wancli.sampling.stages import Expert, Stage, stages
 from wancli.storage.paths import slug
 from wancli.text.encoder import Encoder
 from wancli.text.tokenizer import Tokens

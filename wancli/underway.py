@@ -15,12 +15,12 @@ from typing import Any
 
 from wancli import record
 from wancli.errors import EntryError, WancliError
-from wancli.experts import Stage
 from wancli.injection.table import Branch
 from wancli.legs import Fork, Tree
 from wancli.record import Record
+from wancli.sampling.solvers import State
+from wancli.sampling.stages import Stage
 from wancli.shot import Shot
-from wancli.solvers import State
 from wancli.storage import atomic, tensor_file
 from wancli.tools import Tools
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from wancli.errors import JobError
-from wancli.experts import Stage, stages
 from wancli.job import ExpertGuidance
 from wancli.jobfile import Item
 from wancli.models.variants import Variant
 from wancli.rules import no_experts
-from wancli.solvers import SOLVERS, Schedule, Solver, schedule
+from wancli.sampling.solvers import SOLVERS, Schedule, Solver, schedule
+from wancli.sampling.stages import Stage, stages
 
 
 class Way(NamedTuple):

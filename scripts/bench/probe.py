@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from scripts.bench.markdown import stamp, table
-from wancli import sample, sensitivity, survey
+from wancli import sensitivity, survey
 from wancli.batch import render
 from wancli.embed import embed
 from wancli.injection import block_map
@@ -33,6 +33,7 @@ from wancli.loaded import Networks
 from wancli.plan import plan
 from wancli.progress import Progress
 from wancli.rendered import mean_difference
+from wancli.sampling import denoise
 from wancli.shot import Plan, Shot
 from wancli.storage.cache import Store
 from wancli.tools import Tools
@@ -173,12 +174,12 @@ def _seconds(work: Callable[[], None], times: int) -> float:
 
 
 def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.Place:
-    contexts = sample.Contexts(model, rows_NE)
+    contexts = denoise.Contexts(model, rows_NE)
     depth = shot.model.checkpoint.transformer.num_layers
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])
     )
-    x_1CTYX = sample.noise(shot.latent_shape, shot.seed)[None]
+    x_1CTYX = denoise.noise(shot.latent_shape, shot.seed)[None]
     return sensitivity.Place(model, x_1CTYX, shot.schedule.timesteps[3], plain, injected)
 
 

@@ -15,7 +15,7 @@ from batch import LONG, Rig
 from jobs import spoiled
 
 from wancli.errors import EntryError
-from wancli.solvers import State
+from wancli.sampling.solvers import State
 from wancli.storage import manifest, tensor_file
 from wancli.storage.cache import Store
 

@@ -50,8 +50,9 @@ _SOUND = (
 def prepare(plan: Plan | None, kept: Kept) -> None:
     """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
     would where they are damaged or do not fit."""
-    from wancli import batch, choose, kernels, sample, stage3  # noqa: F401
+    from wancli import batch, choose, kernels, stage3  # noqa: F401
     from wancli.report import data, terminal  # noqa: F401
+    from wancli.sampling import denoise  # noqa: F401
     from wancli.weights import loader  # noqa: F401
     from wancli.weights.lora import patch  # noqa: F401
 

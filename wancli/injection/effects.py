@@ -21,7 +21,7 @@ from wancli.models.dit_layers import Mix
 from wancli.text.prompt_distance import LEGACY_THRESHOLD
 
 if TYPE_CHECKING:
-    from wancli.sample import Forward
+    from wancli.sampling.denoise import Forward
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A cell of the table is a weighted sum of cross-attention outputs, `((expr, weight), ...)`; an
 expr names a context: a prompt's own, or one made from two (`Lerp`, `Concat`). The table is
-pure and knows no tensors; `wancli.sample` turns exprs into contexts. Nothing here is specific
+pure and knows no tensors; `wancli.sampling.denoise` turns exprs into contexts. Nothing here is specific
 to a depth of 40: named ranges are thirds, halves and strides of the model's own depth.
 
 Every parser raises ValueError with what was wrong; `wancli.plan` knows in which file.

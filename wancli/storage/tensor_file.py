@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import EntryError
-from wancli.solvers import State
+from wancli.sampling.solvers import State
 from wancli.storage import atomic
 from wancli.storage.manifest import canonical
 

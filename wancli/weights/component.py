@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
+from wancli.sampling.stages import Expert
 from wancli.weights.formats.gguf import umt5_to_transformers as umt5_from_gguf
 from wancli.weights.formats.key_mapping import (
     transformer_from_diffusers,

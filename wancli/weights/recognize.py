@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wancli.errors import CheckpointError
-from wancli.experts import Expert
 from wancli.models.config import T5Config, VAE22Config
 from wancli.models.variants import (
     BY_CHANNELS,
@@ -26,6 +25,7 @@ from wancli.models.variants import (
     TWO_EXPERTS,
     Variant,
 )
+from wancli.sampling.stages import Expert
 from wancli.weights.component import FOREIGN, Kind, Naming, Part, expert_of, gaps_of, group_of, groups, rename
 from wancli.weights.formats.infer_config import (
     RENDERED,

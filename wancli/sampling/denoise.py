@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
-from wancli.experts import Stage
 from wancli.injection.effects import Effect, velocities
 from wancli.injection.table import Branch, Cell, Concat, Expr, Lerp, Table, Text
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
 from wancli.models.text_context import Context, concat, lerp
-from wancli.solvers import SOLVERS, Schedule, State
+from wancli.sampling.solvers import SOLVERS, Schedule, State
+from wancli.sampling.stages import Stage
 
 
 def noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor:

@@ -1,0 +1,1 @@
+"""Noise to latent: solvers, stages, the denoising loop."""

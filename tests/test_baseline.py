@@ -11,7 +11,7 @@ from jobs import rule, tiny_job, written
 from safetensors.torch import save_file
 
 from wancli.errors import JobError
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.plan import plan
 from wancli.shot import Comparison
 

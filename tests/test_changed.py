@@ -11,7 +11,7 @@ from jobs import Said, rule, tiny_job, written
 
 from wancli import changed
 from wancli import plan as planning
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.shot import Shot
 
 CASES: list[tuple[dict[str, Any], str]] = [

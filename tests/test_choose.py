@@ -17,7 +17,7 @@ from wancli import choose, footprint
 from wancli.alternatives import alternatives, sizes
 from wancli.choose import Asked
 from wancli.errors import DoesNotFit
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.variants import T2V_14B, TI2V_5B
 from wancli.plan import plan

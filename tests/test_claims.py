@@ -25,7 +25,7 @@ from wancli.batch import render as render_plan
 from wancli.batch import tallied
 from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
 from wancli.force import Force
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.outcome import Outcome
 from wancli.plan import plan
 from wancli.progress import Progress

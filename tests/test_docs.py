@@ -11,8 +11,8 @@ import yaml
 
 from wancli.cli import app, run
 from wancli.errors import ExitStatus
-from wancli.job import Inject, Job
-from wancli.jobfile import parse
+from wancli.job.loader import parse
+from wancli.job.schema import Inject, Job
 from wancli.report.event_schema import of_events
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wancli.errors import JobError
-from wancli.jobfile import JobFile, load, parse
+from wancli.job.loader import JobFile, load, parse
 
 
 def written(folder: Path, **files: str) -> Path:

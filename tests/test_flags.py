@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from wancli.errors import JobError
-from wancli.flags import Flags
-from wancli.jobfile import Item, parse
+from wancli.job.cli_overrides import Flags
+from wancli.job.loader import Item, parse
 
 JOB = b"model: m\nprompt: a cat\ninject: [{prompt: fish}]\n"
 

@@ -25,7 +25,7 @@ from test_gguf import as_llama_cpp_does
 from torch import Tensor
 
 from wancli import choose
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import plan

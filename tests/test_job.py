@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jobs import tiny_job
 
 from wancli.errors import JobError
-from wancli.job import EmbeddingFile
-from wancli.jobfile import JobFile, load, parse
-from wancli.problems import keys_at
+from wancli.job.loader import JobFile, load, parse
+from wancli.job.schema import EmbeddingFile
+from wancli.job.validation import keys_at
 
 MINIMAL = "model: m\nprompt: a cat\n"
 TOP = ", ".join(keys_at(()))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from wancli.errors import JobError
-from wancli.jobfile import parse
+from wancli.job.loader import parse
 
 GOLDEN = Path(__file__).parent / "golden" / "job_traps.jsonl"
 TRAPS = [json.loads(line) for line in GOLDEN.read_text().splitlines()]

@@ -10,7 +10,7 @@ import pytest
 from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
 
 from wancli.errors import JobError
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.config import Kernels
 from wancli.plan import plan
 from wancli.shot import Shot

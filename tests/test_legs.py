@@ -30,7 +30,7 @@ from torch import Tensor
 from wancli import lockstep
 from wancli import plan as planning
 from wancli.cli import run
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.legs import Fork, Tree
 from wancli.models.dit import Request, WanModel
 from wancli.sampling.stages import Stage

@@ -14,8 +14,9 @@ import torch
 from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
 from safetensors.torch import load_file, save_file
 
-from wancli import batch, choose, jobfile, plan
-from wancli.flags import NO_FLAGS
+from wancli import batch, choose, plan
+from wancli.job import loader as jobfile
+from wancli.job.cli_overrides import NO_FLAGS
 from wancli.loaded import Kept
 from wancli.models.dit import WanModel
 from wancli.progress import Progress

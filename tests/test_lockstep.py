@@ -28,7 +28,7 @@ from torch import Tensor
 
 from wancli import choose, footprint, lockstep
 from wancli import plan as planning
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.loaded import Networks
 from wancli.models.dit import Request, WanModel
 from wancli.resources import memory_model

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.sampling.denoise import noise
 from wancli.sampling.solvers import schedule
 from wancli.shot import Shot

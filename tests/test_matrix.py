@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from wancli.errors import JobError
-from wancli.flags import Flags
-from wancli.job import Job
-from wancli.jobfile import JobFile, parse
-from wancli.matrix import MAX_SHOTS
+from wancli.job.cli_overrides import Flags
+from wancli.job.loader import JobFile, parse
+from wancli.job.matrix import MAX_SHOTS
+from wancli.job.schema import Job
 
 BASE = """\
 model: m

@@ -15,7 +15,7 @@ import pytest
 from jobs import tiny_job, written
 
 from scripts.make_random_checkpoint import FIXTURE_PIECES, umt5_entries, write_checkpoint, write_safetensors
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.config import T5Config, WanConfig
 from wancli.plan import plan
 

@@ -16,7 +16,7 @@ import pytest
 from jobs import command, written
 
 from wancli.cli import run
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.plan import plan
 from wancli.report import again, data, document, experiments, facts, page

@@ -16,9 +16,9 @@ from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, r
 
 from wancli import plan as planning
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.flags import Flags
 from wancli.injection.table import Text
-from wancli.jobfile import load
+from wancli.job.cli_overrides import Flags
+from wancli.job.loader import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.shot import Plan, Shot
 from wancli.text.tokenizer import Tokenizer

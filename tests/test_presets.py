@@ -15,7 +15,7 @@ from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, command, manifest_of, tiny_
 from wancli import plan as planning
 from wancli import presets
 from wancli.errors import CheckpointError, JobError
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.shot import Shot
 from wancli.weights.single_files import Files
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from wancli.errors import JobError
-from wancli.jobfile import Item, load
-from wancli.matrix import MAX_SHOTS
+from wancli.job.loader import Item, load
+from wancli.job.matrix import MAX_SHOTS
 
 
 def items(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> tuple[Item, ...]:

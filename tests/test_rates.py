@@ -12,7 +12,7 @@ import pytest
 from jobs import Said, command, tiny_job, written
 
 from wancli import rates
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.plan import plan
 from wancli.rates import Rate
 from wancli.shot import Shot

@@ -22,7 +22,7 @@ from jobs import (
     written,
 )
 
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.vae import WanVAE
 from wancli.plan import plan
 from wancli.sampling.solvers import schedule

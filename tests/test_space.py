@@ -13,7 +13,7 @@ from forked import WANCLI, run
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
 from wancli import space
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.plan import plan
 from wancli.shot import Shot
 from wancli.storage import atomic

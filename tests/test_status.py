@@ -16,7 +16,7 @@ import pytest
 from jobs import Said, command, forwards, tiny_job, written
 from rich.cells import cell_len
 
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.dit import WanModel
 from wancli.plan import plan
 from wancli.report import status

@@ -20,7 +20,7 @@ from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.table import Text
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.loaded import Networks
 from wancli.models.config import Kernels
 from wancli.models.dit import WanModel

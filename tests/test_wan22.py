@@ -40,7 +40,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wancli import lockstep
 from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
 from wancli.models.variants import T2V, TI2V, TWO_EXPERTS

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wancli.errors import JobError
-from wancli.yamlfile import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_yaml
+from wancli.job.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, read_yaml
 
 
 def value_of(scalar: str) -> Any:

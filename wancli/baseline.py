@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from wancli.errors import JobError
-from wancli.job import Compare
-from wancli.jobfile import JobFile
+from wancli.job.loader import JobFile
+from wancli.job.schema import Compare
 from wancli.shot import Comparison, Shot
 
 

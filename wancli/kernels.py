@@ -8,7 +8,7 @@ from wancli.errors import JobError
 from wancli.models.config import Kernels
 
 if TYPE_CHECKING:
-    from wancli.jobfile import Item
+    from wancli.job.loader import Item
     from wancli.shot import Model
 
 

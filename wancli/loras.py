@@ -8,8 +8,8 @@ from pathlib import Path
 
 from wancli.errors import JobError
 from wancli.injection.table import parse_blocks, parse_steps
-from wancli.job import LoraEntry, SigmaRange
-from wancli.jobfile import Item
+from wancli.job.loader import Item
+from wancli.job.schema import LoraEntry, SigmaRange
 from wancli.models.config import WanConfig
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint

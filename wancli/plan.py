@@ -17,7 +17,7 @@ from typing import Any, Literal
 from wancli import advice, baseline, choose, kernels, lockstep, loras, presets
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.block_map import Shelf
-from wancli.jobfile import Item, JobFile
+from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.prompts import Prompts
 from wancli.resources import machine

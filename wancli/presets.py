@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 from wancli import wan_mini
 from wancli.errors import JobError
-from wancli.job import ModelFiles, ModelOnly
-from wancli.jobfile import Item
-from wancli.layers import Source
-from wancli.problems import problems_of
+from wancli.job.loader import Item
+from wancli.job.overrides import Source
+from wancli.job.schema import ModelFiles, ModelOnly
+from wancli.job.validation import problems_of
+from wancli.job.yaml_reader import Key, read_yaml
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import Files
-from wancli.yamlfile import Key, read_yaml
 
 Where = Callable[..., str]
 Folder = Callable[..., Path]

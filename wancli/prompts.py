@@ -8,8 +8,8 @@ from pathlib import Path
 
 from wancli import presets
 from wancli.errors import EntryError, JobError
-from wancli.job import EmbeddingFile
-from wancli.jobfile import Item
+from wancli.job.loader import Item
+from wancli.job.schema import EmbeddingFile
 from wancli.shot import Model, Prompt
 from wancli.text.embedding import describe
 from wancli.text.encoder import Encoder

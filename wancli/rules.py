@@ -19,8 +19,8 @@ from wancli.injection.table import (
     parse_steps,
     strengths,
 )
-from wancli.job import Blocks, CurveSpec, Inject, SigmaRange, Strength
-from wancli.jobfile import Item
+from wancli.job.loader import Item
+from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
 from wancli.sampling.stages import Stage
 from wancli.shot import Model, Prompt, Shot
 

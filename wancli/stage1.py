@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import choose, embed, footprint, presets, wan_mini
 from wancli.errors import JobError, OutputExists
-from wancli.flags import NO_FLAGS, Flags
-from wancli.jobfile import JobFile, load, parse
+from wancli.job.cli_overrides import NO_FLAGS, Flags
+from wancli.job.loader import JobFile, load, parse
 from wancli.loaded import Networks
 from wancli.plan import model_at, plan
 from wancli.shot import Model, Prompt

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from wancli.errors import JobError
-from wancli.job import ExpertGuidance
-from wancli.jobfile import Item
+from wancli.job.loader import Item
+from wancli.job.schema import ExpertGuidance
 from wancli.models.variants import Variant
 from wancli.rules import no_experts
 from wancli.sampling.solvers import SOLVERS, Schedule, Solver, schedule

@@ -28,7 +28,7 @@ from wancli.embed import embed
 from wancli.injection import block_map
 from wancli.injection.block_map import Map, Method, Shelf
 from wancli.injection.table import Text, parse_blocks
-from wancli.jobfile import parse
+from wancli.job.loader import parse
 from wancli.loaded import Networks
 from wancli.plan import plan
 from wancli.progress import Progress

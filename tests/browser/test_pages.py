@@ -21,7 +21,7 @@ from selenium.webdriver.support.select import Select
 from wancli import cli, footprint
 from wancli.injection import block_map
 from wancli.injection.block_map import Level, Map, MapModel, Prompts
-from wancli.jobfile import load
+from wancli.job.loader import load
 from wancli.models import variants
 from wancli.models.config import Kernels
 from wancli.plan import plan

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import CAT, TINY, rule, tiny_job
 
-from wancli.flags import NO_FLAGS
-from wancli.job import Job
-from wancli.jobfile import parse
+from wancli.job.cli_overrides import NO_FLAGS
+from wancli.job.loader import parse
+from wancli.job.schema import Job
+from wancli.job.validation import STRUCTURE
 from wancli.plan import plan
-from wancli.problems import STRUCTURE
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [

@@ -118,10 +118,10 @@ def schema_command(
 
     Editors complete and check keys with it.
     """
-    from wancli import schema
+    from wancli.job import json_schema
     from wancli.report import event_schema
 
-    emit(event_schema.of_events() if events else schema.of_job())
+    emit(event_schema.of_events() if events else json_schema.of_job())
     return ExitStatus.OK
 
 

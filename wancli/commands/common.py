@@ -17,8 +17,8 @@ from wancli.progress import printable
 if TYPE_CHECKING:
     import typer
 
-    from wancli.flags import Flags
-    from wancli.jobfile import JobFile
+    from wancli.job.cli_overrides import Flags
+    from wancli.job.loader import JobFile
     from wancli.loaded import Kept
     from wancli.progress import Mode, Progress
     from wancli.shot import Plan
@@ -92,13 +92,13 @@ def flags_of(
     items: str | None = None,
     shard: str | None = None,
 ) -> Flags:
-    from wancli.flags import Flags
+    from wancli.job.cli_overrides import Flags
 
     return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
 
 
 def job_of(job: str, flags: Flags) -> JobFile:
-    from wancli.jobfile import load, parse
+    from wancli.job.loader import load, parse
 
     if job == "-":
         return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd(), flags)

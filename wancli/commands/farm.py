@@ -20,8 +20,8 @@ from wancli.progress import printable
 
 if TYPE_CHECKING:
     from wancli.farm.daemon import Background
-    from wancli.flags import Flags
-    from wancli.jobfile import Item
+    from wancli.job.cli_overrides import Flags
+    from wancli.job.loader import Item
 
 
 def serve(
@@ -225,7 +225,7 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Pat
 def _shots(job: Path, flags: Flags) -> list[Item]:
     """Those that are asked for. Raises JobError for what is wrong with the job, and for items that are not
     there."""
-    from wancli.jobfile import load
+    from wancli.job.loader import load
 
     jobs = load(job, flags)
     return [jobs.items[index] for index in jobs.chosen]

@@ -30,7 +30,7 @@ def report_command(
 
     One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
     """
-    from wancli.flags import NO_FLAGS
+    from wancli.job.cli_overrides import NO_FLAGS
     from wancli.report import data, experiments, gather, page
 
     if Path(what).is_dir():

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wancli.farm.ray import Cluster
-    from wancli.flags import Flags
-    from wancli.jobfile import JobFile
+    from wancli.job.cli_overrides import Flags
+    from wancli.job.loader import JobFile
     from wancli.outcome import Outcome
     from wancli.policy import Policy
     from wancli.progress import Progress
@@ -122,7 +122,7 @@ def render(
 
 
 def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
-    from wancli.jobfile import of_prompt
+    from wancli.job.loader import of_prompt
 
     if prompt is not None and job is None:
         return of_prompt(prompt, output or "{slug}.mp4", flags)

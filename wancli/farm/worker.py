@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import batch
 from wancli.errors import Bug, MachineError, Stopped, WancliError, kinds
-from wancli.flags import Flags
 from wancli.force import Force
+from wancli.job.cli_overrides import Flags
 from wancli.outcome import Outcome
 from wancli.record import Record
 from wancli.signals import Stop
@@ -94,7 +94,7 @@ class Worker:
 
 def _planned(task: Task) -> Plan:
     from wancli import plan
-    from wancli.jobfile import load
+    from wancli.job.loader import load
 
     try:
         os.chdir(task.folder)

@@ -12,7 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from wancli.yamlfile import Key, dotted
+from wancli.job.yaml_reader import Key, dotted
 
 
 @dataclass(frozen=True)

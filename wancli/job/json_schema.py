@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wancli.job import Job
+from wancli.job.schema import Job
 
 # What a file says about its shots, and no shot says of itself.
 _STRUCTURE: dict[str, Any] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.layers import Layer, Source
-from wancli.matrix import Axis, Setting, axis
-from wancli.yamlfile import read_yaml
+from wancli.job.matrix import Axis, Setting, axis
+from wancli.job.overrides import Layer, Source
+from wancli.job.yaml_reader import read_yaml
 
 
 @dataclass(frozen=True)

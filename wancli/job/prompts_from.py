@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.extends import named
-from wancli.layers import Layer, Source
-from wancli.matrix import MAX_SHOTS
-from wancli.yamlfile import Key, plain_text
+from wancli.job.extends import named
+from wancli.job.matrix import MAX_SHOTS
+from wancli.job.overrides import Layer, Source
+from wancli.job.yaml_reader import Key, plain_text
 
 MAX_BYTES = 16 * 1024 * 1024
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from wancli.errors import JobError
-from wancli.layers import Layer, Layers, Source
-from wancli.yamlfile import MAX_BYTES, read_yaml
+from wancli.job.overrides import Layer, Layers, Source
+from wancli.job.yaml_reader import MAX_BYTES, read_yaml
 
 MAX_DEPTH, MAX_FILES = 8, 64
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from wancli.job import (
+from wancli.job.schema import (
     Compare,
     CurveSpec,
     EmbeddingFile,
@@ -23,7 +23,7 @@ from wancli.job import (
     TextOptions,
     Video,
 )
-from wancli.yamlfile import Key
+from wancli.job.yaml_reader import Key
 
 # Keys of a job file that say which shots there are; a shot has none of them.
 STRUCTURE = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.layers import Layer, Layers, assigned, looked_up
-from wancli.problems import STRUCTURE
+from wancli.job.overrides import Layer, Layers, assigned, looked_up
+from wancli.job.validation import STRUCTURE
+from wancli.job.yaml_reader import Key
 from wancli.storage.paths import slug
-from wancli.yamlfile import Key
 
 MAX_SHOTS = 10_000
 ID_BYTES = 24  # of each value in the id of a shot

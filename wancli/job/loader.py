@@ -12,13 +12,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from wancli import extends, matrix, promptlist
 from wancli.errors import JobError
-from wancli.flags import NO_FLAGS, Flags
-from wancli.job import Job
-from wancli.layers import Layer, Layers, Source, merged
-from wancli.problems import STRUCTURE, problems_of
-from wancli.yamlfile import Key
+from wancli.job import extends, matrix, prompts_from
+from wancli.job.cli_overrides import NO_FLAGS, Flags
+from wancli.job.overrides import Layer, Layers, Source, merged
+from wancli.job.schema import Job
+from wancli.job.validation import STRUCTURE, problems_of
+from wancli.job.yaml_reader import Key
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _listed(structure: dict[str, Any], said: Layers) -> list[Layer]:
             raise JobError("items and prompts_from both list shots; say one", where=where)
         if not isinstance(name, str) or not name:
             raise JobError("must be the name of a file", where=where)
-        return promptlist.read(name, said.owner(("prompts_from",)), where)
+        return prompts_from.read(name, said.owner(("prompts_from",)), where)
     if "items" not in structure:
         return [Layer(said.own.source, said.own.directory, {})]
     overrides, owner = structure["items"], said.owner(("items",))

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from wancli.errors import JobError
 from wancli.job.loader import load
-from wancli.plan import plan
-from wancli.shot import Comparison
+from wancli.plan.planner import plan
+from wancli.plan.shot import Comparison
 
 BIAS = "blocks.0.self_attn.q"
 ITEMS = [{"id": "a", "inject": [rule()]}, {"id": "b"}, {"id": "c", "inject": [rule(blocks="early")]}]

@@ -10,9 +10,9 @@ import pytest
 from jobs import Said, rule, tiny_job, written
 
 from wancli import changed
-from wancli import plan as planning
 from wancli.job.loader import load
-from wancli.shot import Shot
+from wancli.plan import planner as planning
+from wancli.plan.shot import Shot
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({}, ""),

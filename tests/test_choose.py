@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from jobs import CAT, TINY, Said, command, poison, tiny_job, words, written
 
-from wancli import choose, footprint
-from wancli.alternatives import alternatives, sizes
-from wancli.choose import Asked
 from wancli.errors import DoesNotFit
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.variants import T2V_14B, TI2V_5B
-from wancli.plan import plan
+from wancli.plan import memory_estimate, memory_policy
+from wancli.plan.alternatives import alternatives, sizes
+from wancli.plan.memory_policy import Asked
+from wancli.plan.planner import plan
+from wancli.plan.shot import Shot
 from wancli.resources import machine
-from wancli.shot import Shot
 
 GIB = 2**30
 T2V = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -50,7 +50,7 @@ def large(tiny_shot: Shot) -> Shot:
 
 
 def chosen(shot: Shot, budget: int, **said: Any) -> Shot:
-    return choose.settle([shot], [Asked(budget=budget, **said)])[0]
+    return memory_policy.settle([shot], [Asked(budget=budget, **said)])[0]
 
 
 def test_the_fastest_that_fits_is_chosen(large: Shot) -> None:
@@ -63,9 +63,12 @@ def test_the_fastest_that_fits_is_chosen(large: Shot) -> None:
 @pytest.mark.parametrize("budget", [64, 32, 20, 14, 8])
 def test_what_is_chosen_fits_and_nothing_faster_does(large: Shot, budget: int) -> None:
     model = chosen(large, budget * GIB).model
-    order = [(r, c) for r in ("resident", "packed", "streamed") for c in choose.CHUNKS]
+    order = [(r, c) for r in ("resident", "packed", "streamed") for c in memory_policy.CHUNKS]
     at = order.index((model.residency, model.kernels.chunk))
-    needs = [choose.need(choose.housed(model, r, c), [large], choose.PIPELINE) for r, c in order]
+    needs = [
+        memory_policy.need(memory_policy.housed(model, r, c), [large], memory_policy.PIPELINE)
+        for r, c in order
+    ]
     assert needs[at] <= budget * GIB
     assert all(faster > budget * GIB for faster in needs[:at])
 
@@ -74,11 +77,14 @@ def test_every_kind_of_shot_is_asked_for_what_it_needs(large: Shot) -> None:
     """Without its negative a shot has one forward on a pass, and the same texts otherwise."""
     assert large.negative
     lean = replace(large, negative=None, injected=(large.negative,))
-    sizes = [choose.need(choose.housed(s.model, "streamed", None), [s], ("sample",)) for s in (large, lean)]
+    sizes = [
+        memory_policy.need(memory_policy.housed(s.model, "streamed", None), [s], ("sample",))
+        for s in (large, lean)
+    ]
     assert sizes[0] > sizes[1]
     for order in ([large, lean], [lean, large]):
-        settled = choose.settle(order, [Asked("streamed", None)] * 2)[0].model
-        assert settled.why == choose.settle([large], [Asked("streamed", None)])[0].model.why
+        settled = memory_policy.settle(order, [Asked("streamed", None)] * 2)[0].model
+        assert settled.why == memory_policy.settle([large], [Asked("streamed", None)])[0].model.why
 
 
 def test_models_that_run_alike_are_one_model_however_that_was_chosen(large: Shot) -> None:
@@ -87,7 +93,7 @@ def test_models_that_run_alike_are_one_model_however_that_was_chosen(large: Shot
         Asked("streamed", None, 9 * GIB),
         Asked("auto", None, 9 * GIB),
     ]
-    whole, also_whole, other = (one.model for one in choose.settle([large] * 3, said))
+    whole, also_whole, other = (one.model for one in memory_policy.settle([large] * 3, said))
     assert whole == also_whole != other  # whose text encoder is resident
     assert len(dict.fromkeys((whole, replace(whole, why=("another reason",))))) == 1
 
@@ -108,8 +114,8 @@ def test_what_a_job_fixes_stays(large: Shot) -> None:
 
 def test_all_shots_of_a_model_run_alike(large: Shot) -> None:
     small = replace(large, width=256, height=256, frames=1)
-    enough = choose.need(large.model, [small], choose.PIPELINE)
-    one, two = choose.settle([small, large], [Asked(budget=enough)] * 2)
+    enough = memory_policy.need(large.model, [small], memory_policy.PIPELINE)
+    one, two = memory_policy.settle([small, large], [Asked(budget=enough)] * 2)
     assert one.model == two.model
     assert one.model.residency == "packed"
     assert chosen(small, enough).model.residency == "resident"
@@ -119,12 +125,12 @@ def test_on_cuda_the_budget_is_of_the_device_and_the_process_takes_none(
     large: Shot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu = replace(large, model=replace(large.model, device="cuda"))
-    assert footprint.process(on_gpu.model) == 0
+    assert memory_estimate.process(on_gpu.model) == 0
     assert chosen(on_gpu, 24 * GIB).model.residency == "packed"
     monkeypatch.setattr(machine, "cuda_free", lambda: None)
-    assert choose.settle([on_gpu], [Asked()])[0].model.residency == "resident"
+    assert memory_policy.settle([on_gpu], [Asked()])[0].model.residency == "resident"
     monkeypatch.setattr(machine, "cuda_free", lambda: 16 * GIB)
-    assert choose.settle([on_gpu], [Asked()])[0].model.residency == "packed"
+    assert memory_policy.settle([on_gpu], [Asked()])[0].model.residency == "packed"
 
 
 def test_the_free_memory_of_a_gpu_is_told_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,34 +151,34 @@ def test_the_free_memory_of_a_gpu_is_told_by_nvml(monkeypatch: pytest.MonkeyPatc
 
 def refused(shot: Shot, budget: int, **said: Any) -> DoesNotFit:
     with pytest.raises(DoesNotFit) as caught:
-        choose.require(chosen(shot, budget, **said))
+        memory_policy.require(chosen(shot, budget, **said))
     return caught.value
 
 
 def test_what_does_not_fit_is_refused_with_the_nearest_size_and_length_that_do(large: Shot) -> None:
-    lean = choose.housed(large.model, "streamed", choose.CHUNKS[-1])
-    budget = choose.need(lean, [large], choose.PIPELINE) - GIB // 2
+    lean = memory_policy.housed(large.model, "streamed", memory_policy.CHUNKS[-1])
+    budget = memory_policy.need(lean, [large], memory_policy.PIPELINE) - GIB // 2
     error = refused(large, budget)
     assert str(error).startswith("shot 0000: sample needs ")
     assert ", the budget is " in str(error)
     shot = chosen(large, budget)
-    smaller = choose.nearest_size(shot, lambda s: s.peak <= budget)
-    shorter = choose.nearest_frames(shot, lambda s: s.peak <= budget)
+    smaller = memory_policy.nearest_size(shot, lambda s: s.peak <= budget)
+    shorter = memory_policy.nearest_frames(shot, lambda s: s.peak <= budget)
     assert smaller is not None
     assert shorter is not None
     assert error.hint == (f"What fits: size: {smaller.width}x{smaller.height}, or frames: {shorter.frames}.")
     assert (smaller.width % 16, smaller.height % 16, shorter.frames % 4) == (0, 0, 1)
     assert smaller.width / smaller.height == pytest.approx(832 / 480, rel=0.1)
-    choose.require(smaller)
-    choose.require(shorter)
+    memory_policy.require(smaller)
+    memory_policy.require(shorter)
     with pytest.raises(DoesNotFit):
-        choose.require(replace(shorter, frames=shorter.frames + 4))
+        memory_policy.require(replace(shorter, frames=shorter.frames + 4))
 
 
 def test_where_nothing_fits_the_smallest_budget_is_named(large: Shot) -> None:
     hint = refused(large, GIB).hint
     least = int(hint.removeprefix("memory.budget: ").partition("MiB")[0]) * 2**20
-    choose.require(chosen(large, least))
+    memory_policy.require(chosen(large, least))
     refused(large, least - 2**20)
     assert "even 1 frame of 16x16 needs 2." in hint
 
@@ -184,9 +190,9 @@ def test_where_streaming_would_fit_the_refusal_says_so(large: Shot) -> None:
 def test_cached_prompts_need_no_memory_for_the_encoder(large: Shot) -> None:
     encoder = replace(large.model.text_encoder, d_model=10**5, d_ff=10**5)
     shot = chosen(replace(large, model=replace(large.model, text_encoder=encoder)), 20 * GIB)
-    choose.require(shot, encoded=True)
+    memory_policy.require(shot, encoded=True)
     with pytest.raises(DoesNotFit, match="encode needs"):
-        choose.require(shot)
+        memory_policy.require(shot)
 
 
 @pytest.mark.parametrize("verb", ["plan", "render"])
@@ -226,7 +232,7 @@ def test_the_alternatives_are_all_valid_ways_with_their_sums(large: Shot) -> Non
     assert {way.residency for way in ways if way.dtype == "fp8"} == {"packed"}
     for way in ways:
         peak = max(phase.total for phase in way.phases)
-        assert way.total == footprint.process(shot.model) + peak
+        assert way.total == memory_estimate.process(shot.model) + peak
         assert way.fits == (way.total <= 12 * GIB)
     (own,) = [way for way in ways if way.chosen]
     assert (own.dtype, own.residency, own.width) == ("bf16", shot.model.residency, 832)

@@ -27,9 +27,9 @@ from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
 from wancli.force import Force
 from wancli.job.loader import load
 from wancli.outcome import Outcome
-from wancli.plan import plan
+from wancli.plan.planner import plan
+from wancli.plan.shot import Plan
 from wancli.progress import Progress
-from wancli.shot import Plan
 from wancli.signals import Stop
 from wancli.storage import atomic, manifest
 from wancli.storage.cache import Store

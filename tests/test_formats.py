@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from test_gguf import as_llama_cpp_does
 from torch import Tensor
 
-from wancli import choose
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
-from wancli.plan import plan
+from wancli.plan import memory_policy
+from wancli.plan.planner import plan
 from wancli.resources.memory_model import PROCESS
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
@@ -379,7 +379,7 @@ def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(
     path.write_text(json.dumps(job))
 
     def decided(free: int) -> list[tuple[str, str]]:
-        monkeypatch.setattr(choose, "limit", lambda _: PROCESS + free)
+        monkeypatch.setattr(memory_policy, "limit", lambda _: PROCESS + free)
         shots = plan(load(path), tmp_path / "memo.json").shots
         return [(shot.model.residency, shot.model.encoder.residency) for shot in shots]
 

@@ -12,8 +12,8 @@ from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
 from wancli.errors import JobError
 from wancli.job.loader import load
 from wancli.models.config import Kernels
-from wancli.plan import plan
-from wancli.shot import Shot
+from wancli.plan.planner import plan
+from wancli.plan.shot import Shot
 from wancli.storage.manifest import read
 
 

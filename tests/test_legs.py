@@ -27,14 +27,14 @@ from jobs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wancli import lockstep
-from wancli import plan as planning
 from wancli.cli import run
 from wancli.job.loader import load
-from wancli.legs import Fork, Tree
 from wancli.models.dit import Request, WanModel
+from wancli.plan import batching
+from wancli.plan import planner as planning
+from wancli.plan.prefix_sharing import Fork, Tree
+from wancli.plan.shot import Shot
 from wancli.sampling.stages import Stage
-from wancli.shot import Shot
 
 STEPS = 6
 HALF = [{"id": "plain"}] + [
@@ -256,7 +256,7 @@ def test_measured_variants_have_the_effects_of_separate_renders(
 def test_where_no_state_may_wait_every_shot_takes_all_its_steps(
     sweep: Render, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "WAITING_BYTES", 0)
+    monkeypatch.setattr(batching, "WAITING_BYTES", 0)
     calls = forwards(monkeypatch)
     assert sweep().code == 0
     assert len(calls) == 2 * STEPS * len(HALF)

@@ -14,11 +14,12 @@ import torch
 from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
 from safetensors.torch import load_file, save_file
 
-from wancli import batch, choose, plan
+from wancli import batch
 from wancli.job import loader as jobfile
 from wancli.job.cli_overrides import NO_FLAGS
 from wancli.loaded import Kept
 from wancli.models.dit import WanModel
+from wancli.plan import memory_policy, planner
 from wancli.progress import Progress
 from wancli.resources import machine
 from wancli.storage.cache import Store
@@ -35,7 +36,7 @@ def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
 
     def render(name: str, kept: Kept | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
-        planned = plan.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+        planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
         tools = Tools(Store(warm / "embeddings"), Progress(), kept=kept)
         return [outcome.status for outcome in batch.render(planned, tools)]
 
@@ -89,7 +90,7 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
 ) -> None:
     kept = Kept()
     assert rendered("first", kept) == ["rendered"]
-    planned = plan.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), tmp_path / "hashes.json")
+    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), tmp_path / "hashes.json")
     here = kept.networks(planned.shots[0].model, lazily=True)
     network = weakref.ref(here.transformer("only"))
     del here
@@ -109,7 +110,7 @@ def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them
     loaded: list[object] = []
     real = loader.load_transformer
     monkeypatch.setattr(loader, "load_transformer", lambda *a: loaded.append(a) or real(*a))
-    monkeypatch.setattr(choose, "beside", lambda _: fits)
+    monkeypatch.setattr(memory_policy, "beside", lambda _: fits)
     assert rendered("second", kept, prompt=f"{CAT} Nobody asked for this, {fits}.") == ["rendered"]
     assert len(loaded) == (0 if fits else 1)
     assert rendered("third", kept, seed=9) == ["rendered"]  # all its prompts are in the cache
@@ -122,23 +123,23 @@ def test_what_is_kept_does_not_count_as_taken_by_others(
 ) -> None:
     """The limit is what is free and what the process has: a model is never refused for being loaded."""
     assert rendered("first", Kept()) == ["rendered"]
-    planned = plan.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), warm / "hashes.json")
+    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), warm / "hashes.json")
     shot = planned.shots[0]
     monkeypatch.setattr(machine, "available", lambda: 0)
     monkeypatch.setattr(machine, "taken", lambda: shot.peak)
-    choose.require(shot)
+    memory_policy.require(shot)
     encoded, _, decode = shot.phases
-    together = choose.footprint.process(shot.model) + encoded.total + decode.model
+    together = memory_policy.footprint.process(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
         monkeypatch.setattr(machine, "taken", lambda limit=limit: limit)
-        assert choose.beside(shot) == expected
+        assert memory_policy.beside(shot) == expected
 
 
 def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(
     tmp_path: Path, shallow: Path, warm: Path
 ) -> None:
     job = written(tmp_path, tiny_job(model=shallow))
-    planned = plan.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+    planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
     began = time.time() + 1000
     list(batch.render(planned, Tools(Store(warm / "embeddings"), Progress(), began=began)))
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900

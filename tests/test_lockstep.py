@@ -26,13 +26,13 @@ from jobs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wancli import choose, footprint, lockstep
-from wancli import plan as planning
 from wancli.job.loader import load
 from wancli.loaded import Networks
 from wancli.models.dit import Request, WanModel
+from wancli.plan import batching, memory_estimate, memory_policy
+from wancli.plan import planner as planning
+from wancli.plan.shot import Shot
 from wancli.resources import memory_model
-from wancli.shot import Shot
 from wancli.video import mp4
 
 STREAMED = {"residency": "streamed"}
@@ -246,7 +246,7 @@ def test_on_a_gpu_shots_share_what_the_job_tells_them_to(decide: Callable[..., l
     def groups(**said: Any) -> list[int]:
         shots = decide(*({"seed": seed} for seed in range(4)), **said)
         there = [replace(shot, model=replace(shot.model, device="cuda")) for shot in shots]
-        return [len(group) for wave in lockstep.waves(there) for group in wave]
+        return [len(group) for wave in batching.waves(there) for group in wave]
 
     assert groups() == [1] * 4
     assert groups(batch=2) == [2, 2]
@@ -258,7 +258,7 @@ def test_a_worker_takes_eight_shots_at_once_or_as_many_as_the_job_says(
     late = [{"inject": [rule(blocks=0, strength=n / 10, steps="1-1")]} for n in range(1, 11)]
 
     def sizes(**said: Any) -> list[int]:
-        return [sum(map(len, wave)) for wave in lockstep.waves(decide(*late, **said))]
+        return [sum(map(len, wave)) for wave in batching.waves(decide(*late, **said))]
 
     assert sizes(memory={"residency": "resident"}) == [8, 2]
     assert sizes(batch=10) == [10]
@@ -273,7 +273,7 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     expected = memory_model.sample_phase(
         config, one.latent_shape, context_rows=rows, element=4, blocks=2, riders=6, shots=3
     )
-    assert lockstep.sampling(same) == expected == same[2].phases[1]
+    assert batching.sampling(same) == expected == same[2].phases[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
         memory_model.sample_phase(
@@ -282,15 +282,15 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
         for shot, riders in ((small, 1), (large, 2))
     ]
     stream = small.tokens * 4 * (config.dim + config.head_dim)
-    assert lockstep.sampling([small, large]).activation == alone[1].activation + stream
+    assert batching.sampling([small, large]).activation == alone[1].activation + stream
 
 
 def test_as_many_shots_share_a_pass_as_fit(
     decide: Callable[..., list[Shot]], render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
-    three = lockstep.sampling(decide(*items)[:3]).total
-    monkeypatch.setattr(choose, "limit", lambda model: footprint.process(model) + three)
+    three = batching.sampling(decide(*items)[:3]).total
+    monkeypatch.setattr(memory_policy, "limit", lambda model: memory_estimate.process(model) + three)
     assert [shot.sharing for shot in decide(*items)] == [3] * 3 + [2] * 2
     said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
     assert said.code == 5

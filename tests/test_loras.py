@@ -28,12 +28,12 @@ from jobs import (
 )
 from safetensors.torch import load_file, save_file
 
-from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
+from wancli.plan import planner as planning
+from wancli.plan.shot import Shot
 from wancli.sampling.denoise import noise
 from wancli.sampling.solvers import schedule
-from wancli.shot import Shot
 from wancli.text.embedding import load_embedding
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer

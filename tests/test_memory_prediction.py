@@ -17,7 +17,7 @@ from jobs import tiny_job, written
 from scripts.make_random_checkpoint import FIXTURE_PIECES, umt5_entries, write_checkpoint, write_safetensors
 from wancli.job.loader import load
 from wancli.models.config import T5Config, WanConfig
-from wancli.plan import plan
+from wancli.plan.planner import plan
 
 MEASURED = """
 import atexit, re, sys

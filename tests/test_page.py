@@ -18,7 +18,7 @@ from jobs import command, written
 from wancli.cli import run
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
-from wancli.plan import plan
+from wancli.plan.planner import plan
 from wancli.report import again, data, document, experiments, facts, page
 from wancli.report.gather import Found
 from wancli.resources import flops, memory_model

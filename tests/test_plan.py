@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, rule, tiny_job, words, written
 
-from wancli import plan as planning
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.table import Text
 from wancli.job.cli_overrides import Flags
 from wancli.job.loader import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
-from wancli.shot import Plan, Shot
+from wancli.plan import planner as planning
+from wancli.plan.shot import Plan, Shot
 from wancli.text.tokenizer import Tokenizer
 
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, command, manifest_of, tiny_job, written
 
-from wancli import plan as planning
-from wancli import presets
 from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
-from wancli.shot import Shot
+from wancli.plan import model_registry
+from wancli.plan import planner as planning
+from wancli.plan.shot import Shot
 from wancli.weights.single_files import Files
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def problem(tmp_path: Path, model: Any) -> JobError:
 
 def test_the_example_models_are_all_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANCLI_MODELS", str(ROOT / "configs/models.yaml"))
-    found = presets.presets()
+    found = model_registry.presets()
     assert found.keys() == yaml.safe_load((ROOT / "configs/models.yaml").read_text()).keys()
     assert found["wan2.2-t2v-a14b"] == Path("/models/Wan2.2-T2V-A14B")
     small = found["my-small-wan"]

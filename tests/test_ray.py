@@ -28,8 +28,8 @@ from wancli.farm.worker import Task, Worker, unwired, wired
 from wancli.force import Force
 from wancli.job.cli_overrides import NO_FLAGS
 from wancli.job.loader import load
-from wancli.plan import plan
-from wancli.shot import Plan
+from wancli.plan.planner import plan
+from wancli.plan.shot import Plan
 
 Render = Callable[..., Said]
 IDS = "abcdefgh"

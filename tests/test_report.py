@@ -24,7 +24,7 @@ from jobs import (
 
 from wancli.job.loader import load
 from wancli.models.vae import WanVAE
-from wancli.plan import plan
+from wancli.plan.planner import plan
 from wancli.sampling.solvers import schedule
 from wancli.video import mp4
 

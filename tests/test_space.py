@@ -12,10 +12,10 @@ import pytest
 from forked import WANCLI, run
 from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
-from wancli import space
 from wancli.job.loader import load
-from wancli.plan import plan
-from wancli.shot import Shot
+from wancli.plan import disk_estimate
+from wancli.plan.planner import plan
+from wancli.plan.shot import Shot
 from wancli.storage import atomic
 from wancli.storage.cache import Store
 from wancli.video import mp4
@@ -46,7 +46,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shots: Any) -> None:
     crf = {n: shots(size="160x96", frames=17, video={"crf": n})[0] for n in (0, 10, 16, 22, 51)}
     pixels = 160 * 96 * 17
-    found = {n: space.video_bytes(shot) / pixels * 8 for n, shot in crf.items()}
+    found = {n: disk_estimate.video_bytes(shot) / pixels * 8 for n, shot in crf.items()}
     assert found == pytest.approx({0: 12.6, 10: 4, 16: 2, 22: 1, 51: 2 ** (-29 / 6)}, abs=1e-3)
 
 
@@ -61,18 +61,18 @@ def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: 
         chunks = [picture.astype(np.uint8).tobytes() for picture in pictures]
         said = {"width": 320, "height": 192, "fps": 16, "frame_count": 17, "crf": 16, "codec": "h264"}
         path = mp4.write_mp4(iter(chunks), tmp_path / f"{name}.mp4", **said, comment="")  # type: ignore[arg-type]
-        found[name] = path.stat().st_size / space.video_bytes(shot)
+        found[name] = path.stat().st_size / disk_estimate.video_bytes(shot)
     assert 0.5 < found["grain"] < 1, found
     assert 2 < found["noise"] < 4, found
 
 
 def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:
     seeds = {"output": "out/{seed}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
-    (plain,) = space.needs(shots(**seeds))
-    (kept,) = space.needs(shots(**seeds, video={"keep_latents": True}))
+    (plain,) = disk_estimate.needs(shots(**seeds))
+    (kept,) = disk_estimate.needs(shots(**seeds, video={"keep_latents": True}))
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     assert kept.needed - plain.needed == 4 * latent
-    (one,) = space.needs(shots()[:1])
+    (one,) = disk_estimate.needs(shots()[:1])
     assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
 
 
@@ -80,18 +80,18 @@ def test_a_shot_on_its_way_takes_its_latent_and_its_state_twice_less_what_is_the
     (shot,) = shots()[:1]
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     video = 64 * 64 * 2 // 8 + 2**16
-    assert space.needs([shot])[0].needed == video + latent + 2 * 4 * latent
+    assert disk_estimate.needs([shot])[0].needed == video + latent + 2 * 4 * latent
     shot.state.parent.mkdir(exist_ok=True)
     shot.state.write_bytes(bytes(1000))
-    assert space.needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
+    assert disk_estimate.needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
 
 
 def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:
     found = shots()
-    (alone,) = space.needs(found)
-    (both,) = space.needs(found, Store(tmp_path / "cache"))
+    (alone,) = disk_estimate.needs(found)
+    (both,) = disk_estimate.needs(found, Store(tmp_path / "cache"))
     assert both.needed > alone.needed
-    (elsewhere,) = space.needs(found, Store(Path("/proc/nowhere")))
+    (elsewhere,) = disk_estimate.needs(found, Store(Path("/proc/nowhere")))
     assert elsewhere.needed == alone.needed
 
 
@@ -112,8 +112,8 @@ def test_too_little_space_is_told_with_figures_before_anything_is_loaded(
 def test_the_margin_is_a_twentieth_and_a_mebibyte() -> None:
     needed = 100 * 2**20
     least = int(needed * 1.05) + 2**20
-    assert space.Need(Path(), needed, least).enough
-    assert not space.Need(Path(), needed, least - 1).enough
+    assert disk_estimate.Need(Path(), needed, least).enough
+    assert not disk_estimate.Need(Path(), needed, least - 1).enough
 
 
 def test_a_disk_that_is_full_on_the_way_ends_the_batch_and_keeps_what_is_done(
@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_on_the_way_ends_the_batch_and_keeps_what_is_done(
     assert files_in(small) == []
     (small / "ballast").write_bytes(b"x" * 3 * 2**19)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(space, "require", lambda *_: None)
+        patched.setattr(disk_estimate, "require", lambda *_: None)
         ended = render(folder=small, **said)
     assert ended.code == 3
     assert "No space left on device; 0.0 MB are free there" in ended.err
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_on_the_way_ends_the_batch_and_keeps_what_is_done(
     assert 0 < len(done) < 60
     assert all(path.with_suffix(".manifest.json").exists() for path in map(Path, done))
     (small / "ballast").unlink()
-    monkeypatch.setattr(space, "require", lambda *_: None)
+    monkeypatch.setattr(disk_estimate, "require", lambda *_: None)
     assert render(folder=small, output="out/{id}.mp4", items=items[: len(done) + 1]).code == 0
 
 

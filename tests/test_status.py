@@ -18,7 +18,7 @@ from rich.cells import cell_len
 
 from wancli.job.loader import load
 from wancli.models.dit import WanModel
-from wancli.plan import plan
+from wancli.plan.planner import plan
 from wancli.report import status
 from wancli.storage import tensor_file
 from wancli.storage.claims import Claims

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import footprint, progress, survey
+from wancli import progress, survey
 from wancli.embed import embed
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
@@ -24,7 +24,8 @@ from wancli.job.loader import load
 from wancli.loaded import Networks
 from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
-from wancli.plan import plan
+from wancli.plan import memory_estimate
+from wancli.plan.planner import plan
 from wancli.resources.memory_model import Phase
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
@@ -221,7 +222,7 @@ def test_prompts_that_are_to_be_encoded_need_room_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asked_of(tmp_path, "inject", memory={"budget": "8GiB"})
-    monkeypatch.setattr(footprint, "encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
+    monkeypatch.setattr(memory_estimate, "encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
     assert survey.riders(asked, encoded=True) == 1
     with pytest.raises(DoesNotFit, match="probing needs 9"):
         survey.riders(asked, encoded=False)

@@ -37,17 +37,17 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wancli import lockstep
-from wancli import plan as planning
 from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
 from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
-from wancli.plan import model_at
+from wancli.plan import batching
+from wancli.plan import planner as planning
+from wancli.plan.planner import model_at
+from wancli.plan.shot import Shot
 from wancli.sampling.solvers import schedule
 from wancli.sampling.stages import Stage, stages
-from wancli.shot import Shot
 from wancli.video import mp4
 from wancli.weights import loader
 from wancli.weights.checkpoint import identify
@@ -396,7 +396,7 @@ def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
 
 @pytest.mark.parametrize(
     ("waiting", "order"),
-    [(lockstep.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
+    [(batching.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
 )
 def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     a14b: Saved,
@@ -407,7 +407,7 @@ def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     waiting: int,
     order: list[str],
 ) -> None:
-    monkeypatch.setattr(lockstep, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(batching, "WAITING_BYTES", waiting)
     loaded = watch_loading(monkeypatch)
     assert render(a14b, output="out/{id}.mp4", items=ITEMS).code == 0
     assert loaded == order

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from wancli import record
 from wancli.errors import NotFinite
 from wancli.loaded import Networks
+from wancli.plan.shot import named
 from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Expert, Stage
-from wancli.shot import named
 from wancli.storage import atomic, tensor_file
 from wancli.text.encoder import Encoded
 from wancli.tools import Tools

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wancli import kernels, sensitivity, survey
+from wancli import sensitivity, survey
 from wancli.embed import embed
 from wancli.errors import NotFinite
 from wancli.injection.block_map import Map
@@ -23,6 +23,7 @@ from wancli.injection.table import Cell, Text
 from wancli.loaded import Networks, check_device, check_weights
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
+from wancli.plan import backends
 from wancli.progress import Phase
 from wancli.resources.measure import fitting
 from wancli.sampling import denoise
@@ -41,7 +42,7 @@ def measure(asked: Survey, tools: Tools) -> Map:
     shot, depth = asked.plain, asked.depth
     for device in {shot.model.device, shot.noise}:
         check_device(device)
-    kernels.check(shot.model)
+    backends.check(shot.model)
     check_weights(shot.model.checkpoint)
     store = tools.store
     known = all(text.file or (store and store.path(text.id).exists()) for text in asked.texts)

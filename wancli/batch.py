@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from wancli import choose
 from wancli.errors import CheckpointError, Elsewhere
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
 from wancli.pipeline import render_model
+from wancli.plan import memory_policy
+from wancli.plan.shot import Model, Plan, Shot, named
 from wancli.policy import Failing
 from wancli.preflight import Found, cached, finished, preflight
-from wancli.shot import Model, Plan, Shot, named
 from wancli.storage import manifest
 from wancli.tools import Tools
 
@@ -131,7 +131,7 @@ def _networks(model: Model, shots: Sequence[Shot], tools: Tools) -> Networks:
         return Networks(model, lazily)
     networks = tools.kept.networks(model, lazily)
     missing = [shot for shot in shots if not all(text.file or cached(text, tools) for text in shot.texts)]
-    if not all(choose.beside(shot) for shot in missing):
+    if not all(memory_policy.beside(shot) for shot in missing):
         networks.release()
     return networks
 

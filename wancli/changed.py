@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from wancli.errors import EntryError
-from wancli.shot import Shot
+from wancli.plan.shot import Shot
 from wancli.storage import manifest
 
 _SAME = {  # a key of a job, and what manifests and shots call it

@@ -23,7 +23,7 @@ from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
 
 if TYPE_CHECKING:
-    from wancli.shot import Comparison, Plan, Shot
+    from wancli.plan.shot import Comparison, Plan, Shot
 
 
 Page: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows

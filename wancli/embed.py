@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from wancli import record
 from wancli.errors import JobError
 from wancli.loaded import check_device
+from wancli.plan.shot import Model, Prompt
 from wancli.policy import Failing
 from wancli.record import Record
 from wancli.resources.measure import Peak
-from wancli.shot import Model, Prompt
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode
 from wancli.tools import Tools

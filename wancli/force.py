@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
-    from wancli.shot import Shot
+    from wancli.plan.shot import Shot
 
 Part = Literal["manifest", "state", "latents"]
 Stamp = tuple[int, int]  # the same as long as a file is the same

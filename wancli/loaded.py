@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from wancli import record
 from wancli.errors import MachineError
+from wancli.plan.shot import Model
 from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.sampling.stages import Expert
-from wancli.shot import Model
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wancli.errors import WancliError
+from wancli.plan.shot import Shot
 from wancli.policy import Failing
 from wancli.record import Record
-from wancli.shot import Shot
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The only file that knows the order of the phases: encode, load, sample, decode, write, record.
 
-Shots are sampled in the groups and waves of `wancli.lockstep`, one by one where weights are resident. The
+Shots are sampled in the groups and waves of `wancli.plan.batching`, one by one where weights are resident. The
 latents of a group are on disk before any of them is decoded, and its videos before other shots
 take their last steps. Where somebody asks for an end it comes after the step, prompt or chunk of frames that
 is being worked on, with all states on disk.
@@ -13,17 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from wancli import advance, lockstep, record, underway
+from wancli import advance, record, underway
 from wancli.embed import embed_each
 from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
 from wancli.loaded import Networks
 from wancli.outcome import Outcome, failed
+from wancli.plan import batching
+from wancli.plan.shot import Model, Shot
 from wancli.policy import Failing
 from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.record import Record
 from wancli.resources.measure import fitting, release
 from wancli.sampling.stages import EXPERTS, Expert
-from wancli.shot import Model, Shot
 from wancli.stage3 import finish
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.text.encoder import Encoded
@@ -71,7 +72,7 @@ def render_model(model: Model, shots: Sequence[Shot], networks: Networks, tools:
     for shot in shots:
         if shot.index in recalled:
             yield from _render_taken([[shot]], means)
-    for wave in lockstep.waves([shot for shot in fresh if shot.index not in sick]):
+    for wave in batching.waves([shot for shot in fresh if shot.index not in sick]):
         if not tools.stop.asked:
             yield from _render_taken(wave, means)
 

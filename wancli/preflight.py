@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import changed, choose, kernels, lockstep, space
+from wancli import changed
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.loaded import check_device, check_weights
+from wancli.plan import backends, batching, disk_estimate, memory_policy
+from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.record import Record
 from wancli.resources import machine
-from wancli.shot import Plan, Prompt, Shot
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.tools import Tools
 from wancli.video import mp4
@@ -45,17 +46,17 @@ def preflight(plan: Plan, tools: Tools) -> Found:
     todo, refused = outputs(plan, tools)
     _check_machine(todo, tools)
     fitting = []
-    limits = {model: choose.limit(model) for model in {shot.model for shot in todo}}
-    for shot in lockstep.arranged(todo):
+    limits = {model: memory_policy.limit(model) for model in {shot.model for shot in todo}}
+    for shot in batching.arranged(todo):
         try:
             encoded = all(text.file or cached(text, tools) for text in shot.texts)
-            choose.require(shot, encoded=encoded, allowed=limits[shot.model])
+            memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
             fitting.append(shot)
         except DoesNotFit as error:
             refused[shot.index] = error
     if todo and not fitting:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    space.require(fitting, tools.store)
+    disk_estimate.require(fitting, tools.store)
     return Found(tuple(fitting), refused)
 
 
@@ -146,7 +147,7 @@ def _check_machine(todo: Sequence[Shot], tools: Tools) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
-        kernels.check(model)
+        backends.check(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
         atomic.writable(folder)
         if tools.claims:
@@ -170,7 +171,7 @@ def lacking(shots: Sequence[Shot]) -> Iterator[str]:
     for model in dict.fromkeys(shot.model for shot in shots):
         try:
             if not (missing and model.device == "cuda"):
-                kernels.check(model)
+                backends.check(model)
         except MachineError as error:
             yield f"{error}: `render` would refuse"
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from wancli.errors import ExitStatus
     from wancli.outcome import Outcome
-    from wancli.shot import Plan
+    from wancli.plan.shot import Plan
 
 Mode = Literal["auto", "bar", "plain", "none"]
 

@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import __version__, footprint, kernels
+from wancli import __version__
+from wancli.plan import backends, memory_estimate
+from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import Peak
-from wancli.shot import Prompt, Shot
 from wancli.storage.manifest import canonical
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
@@ -65,7 +66,7 @@ def of_shot(shot: Shot) -> Record:
             "files": _named_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
-            "networks": footprint.networks(model),
+            "networks": memory_estimate.networks(model),
             "dtype": model.dtype,
             "residency": model.residency,
             "text_encoder": model.encoder.residency,
@@ -73,7 +74,7 @@ def of_shot(shot: Shot) -> Record:
             "why": list(model.why),
             "device": model.device,
             "kernels": asdict(model.kernels),
-            "attention": kernels.runs(model),
+            "attention": backends.runs(model),
             "sha256": {
                 "transformer": model.transformer,
                 "text_encoder": model.encoder.fingerprint,
@@ -81,7 +82,7 @@ def of_shot(shot: Shot) -> Record:
             },
         },
         "predicted": [
-            asdict(phase) | {"total": phase.total, "peak": footprint.process(model) + phase.total}
+            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process(model) + phase.total}
             for phase in shot.phases
         ],
         "versions": versions(),

@@ -10,10 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from wancli import batch, lockstep, survey
+from wancli import batch, survey
 from wancli.injection.block_map import Map, as_blocks
 from wancli.injection.table import Rule
-from wancli.shot import Plan, Shot
+from wancli.plan import batching
+from wancli.plan.shot import Plan, Shot
 from wancli.survey import Survey
 from wancli.tools import Tools
 from wancli.video import mp4
@@ -43,7 +44,7 @@ def renders(asked: Survey) -> list[Shot]:
         one: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
         shot = replace(asked.plain, rules=(one,), injected=asked.shot.injected[:1])
         made.append(_named(shot, index, f"blocks {as_blocks(blocks)}"))
-    return lockstep.arranged(made)
+    return batching.arranged(made)
 
 
 def _named(shot: Shot, index: int, name: str) -> Shot:

@@ -10,13 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import choose, embed, footprint, presets, wan_mini
+from wancli import embed, wan_mini
 from wancli.errors import JobError, OutputExists
 from wancli.job.cli_overrides import NO_FLAGS, Flags
 from wancli.job.loader import JobFile, load, parse
 from wancli.loaded import Networks
-from wancli.plan import model_at, plan
-from wancli.shot import Model, Prompt
+from wancli.plan import memory_estimate, memory_policy, model_registry
+from wancli.plan.planner import model_at, plan
+from wancli.plan.shot import Model, Prompt
 from wancli.text.embedding import describe, save_embeddings
 from wancli.text.encoder import Encoded
 from wancli.text.tokenizer import Tokenizer
@@ -184,8 +185,10 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 
 def _model(folder: Path | None, memo: Path) -> Model:
     said = str(folder) if folder else wan_mini.NAME
-    model = model_at(presets.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo)
-    longest = footprint.encoding(model, [512])
-    if footprint.process(model) + longest.total > choose.limit(model):
-        return choose.lodged(model, "streamed")
+    model = model_at(
+        model_registry.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
+    )
+    longest = memory_estimate.encoding(model, [512])
+    if memory_estimate.process(model) + longest.total > memory_policy.limit(model):
+        return memory_policy.lodged(model, "streamed")
     return model

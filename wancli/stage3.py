@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli import presets, record
+from wancli import record
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
+from wancli.plan import model_registry
 from wancli.record import Record
 from wancli.resources.measure import Peak, fitting, release
 from wancli.storage import atomic, manifest, tensor_file
@@ -39,7 +40,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
         )
     mp4.check_ffmpeg(facts["shot"]["codec"])
     if folder:
-        source = presets.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
+        source = model_registry.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
         source = record.source_of(facts["model"])
     checkpoint = identify(source)

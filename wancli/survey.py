@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from wancli import choose, footprint
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import Map, Method
 from wancli.injection.table import NAMED_BLOCKS, parse_blocks
+from wancli.plan import memory_estimate, memory_policy
+from wancli.plan.shot import Model, Plan, Prompt, Shot
 from wancli.record import versions
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
-from wancli.shot import Model, Plan, Prompt, Shot
 from wancli.tools import Tools
 from wancli.units import size
 
@@ -100,23 +100,23 @@ def riders(asked: Survey, *, encoded: bool) -> int:
 
     Raises DoesNotFit where not even one does. `encoded`: all prompts are in the cache.
     """
-    model, allowed = asked.shot.model, choose.limit(asked.shot.model)
+    model, allowed = asked.shot.model, memory_policy.limit(asked.shot.model)
     if asked.method == "gradient":
         _refuse_without_gradients(model)
     least = phase(asked, 1)
-    needed = footprint.process(model) + least.total
+    needed = memory_estimate.process(model) + least.total
     if not encoded:
         tokens = [len(text.tokens.ids) for text in asked.texts]
-        needed = max(needed, footprint.process(model) + footprint.encoding(model, tokens).total)
+        needed = max(needed, memory_estimate.process(model) + memory_estimate.encoding(model, tokens).total)
     if needed > allowed:
         raise DoesNotFit(
-            f"probing needs {size(needed)} of memory, {choose.told(model, allowed)}",
+            f"probing needs {size(needed)} of memory, {memory_policy.told(model, allowed)}",
             where=f"shot {asked.shot.id}",
             hint=_way_out(asked),
         )
     if model.residency == "resident":
         return 1
-    room = allowed - footprint.process(model)
+    room = allowed - memory_estimate.process(model)
     return max(n for n in range(1, len(asked.ranges) + 1) if n == 1 or phase(asked, n).total <= room)
 
 
@@ -149,10 +149,10 @@ def phase(asked: Survey, forks: int) -> Phase:
     """Predicted memory of measuring one level, with so many forwards on a pass beside the plain one."""
     shot, wan = asked.plain, asked.shot.model.checkpoint.transformer
     rows = sum(text.rows for text in asked.texts)
-    found = footprint.sampling(shot, rows, 1 + forks)
+    found = memory_estimate.sampling(shot, rows, 1 + forks)
     activation = found.activation
     if asked.method == "gradient":
-        element = footprint.ELEMENT[shot.model.computes]
+        element = memory_estimate.ELEMENT[shot.model.computes]
         activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
     velocities = FP32 * (len(asked.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", found.model, activation, found.buffer + velocities)

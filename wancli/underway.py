@@ -16,11 +16,11 @@ from typing import Any
 from wancli import record
 from wancli.errors import EntryError, WancliError
 from wancli.injection.table import Branch
-from wancli.legs import Fork, Tree
+from wancli.plan.prefix_sharing import Fork, Tree
+from wancli.plan.shot import Shot
 from wancli.record import Record
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
-from wancli.shot import Shot
 from wancli.storage import atomic, tensor_file
 from wancli.tools import Tools
 

@@ -21,7 +21,7 @@ from wancli.storage.claims import claim_path
 from wancli.video import mp4
 
 if TYPE_CHECKING:
-    from wancli.shot import Shot
+    from wancli.plan.shot import Shot
 
 _MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
 _KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)

@@ -30,11 +30,11 @@ from wancli.injection.block_map import Map, Method, Shelf
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
 from wancli.loaded import Networks
-from wancli.plan import plan
+from wancli.plan.planner import plan
+from wancli.plan.shot import Plan, Shot
 from wancli.progress import Progress
 from wancli.rendered import mean_difference
 from wancli.sampling import denoise
-from wancli.shot import Plan, Shot
 from wancli.storage.cache import Store
 from wancli.tools import Tools
 

@@ -18,16 +18,17 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.select import Select
 
-from wancli import cli, footprint
+from wancli import cli
 from wancli.injection import block_map
 from wancli.injection.block_map import Level, Map, MapModel, Prompts
 from wancli.job.loader import load
 from wancli.models import variants
 from wancli.models.config import Kernels
-from wancli.plan import plan
+from wancli.plan import memory_estimate
+from wancli.plan.planner import plan
+from wancli.plan.shot import Model, Shot
 from wancli.report import document, facts, page
 from wancli.report.gather import Found
-from wancli.shot import Model, Shot
 from wancli.weights.lora.match import Coverage
 from wancli.weights.lora.use import LoraUse
 
@@ -295,7 +296,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
         [
             facts.calculator(
                 vars(way.model.checkpoint.transformer),
-                json.loads(json.dumps(footprint.networks(way.model))),
+                json.loads(json.dumps(memory_estimate.networks(way.model))),
                 way.model.device,
             ),
             settings_of(way),
@@ -306,7 +307,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     run = "JSON.parse(arguments[0]).map(([of, a]) => [processOf(of), tokensOf(of, a), phasesOf(of, a)])"
     found = opened.execute_script(f"{source}\nreturn {run}", json.dumps(asked))
     for way, (process, tokens, phases) in zip(every_way, found, strict=True):
-        assert (process, tokens) == (footprint.process(way.model), way.tokens)
+        assert (process, tokens) == (memory_estimate.process(way.model), way.tokens)
         for ours, theirs in zip(way.phases, phases, strict=True):
             told = {key: theirs[key] for key in ("name", "model", "activation", "buffer", "total")}
             assert told == {**vars(ours), "total": ours.total}, settings_of(way)

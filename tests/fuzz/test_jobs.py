@@ -18,7 +18,7 @@ from wancli.job.cli_overrides import NO_FLAGS
 from wancli.job.loader import parse
 from wancli.job.schema import Job
 from wancli.job.validation import STRUCTURE
-from wancli.plan import plan
+from wancli.plan.planner import plan
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [

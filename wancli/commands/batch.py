@@ -27,11 +27,11 @@ def status_command(
     """
     from datetime import UTC, datetime
 
-    from wancli import rates
+    from wancli.plan import throughput
     from wancli.report import status, terminal
 
     plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir)
-    found = status.of_plan(plan, store_of(cache_dir), rates.read(rates_of(cache_dir)))
+    found = status.of_plan(plan, store_of(cache_dir), throughput.read(rates_of(cache_dir)))
     if as_json:
         emit(found)
     else:

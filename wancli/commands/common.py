@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
     from wancli.loaded import Kept
+    from wancli.plan.shot import Plan
     from wancli.progress import Mode, Progress
-    from wancli.shot import Plan
     from wancli.storage.cache import Store
 
 
@@ -108,9 +108,9 @@ def job_of(job: str, flags: Flags) -> JobFile:
 def plan_of(
     jobs: JobFile, cache_dir: Path | None, *, measure: bool = False, budget: int | None = None
 ) -> Plan:
-    from wancli import plan
+    from wancli.plan import planner
 
-    return plan.plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
+    return planner.plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
 
 
 def cache_of(cache_dir: Path | None) -> Path:

@@ -33,13 +33,14 @@ def plan_command(
 
     Shots, noise levels, injection per block, prompts to encode, memory, time. Loads no model.
     """
-    from wancli import choose, preflight, rates
+    from wancli import preflight
+    from wancli.plan import memory_policy, throughput
     from wancli.report import data, planned, terminal
     from wancli.units import parse_size
 
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
-    store, known = store_of(cache_dir), rates.read(rates_of(cache_dir))
+    store, known = store_of(cache_dir), throughput.read(rates_of(cache_dir))
     states = data.states(plan.shots)
     if as_json:
         emit(data.of_plan(plan, states, store, known))
@@ -48,9 +49,9 @@ def plan_command(
         terminal.show(tables)
         for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    limits = {model: choose.limit(model) for model in {shot.model for shot in plan.shots}}
+    limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
             encoded = all(text["cached"] for text in data.cached([shot], store))
-            choose.require(shot, encoded=encoded, allowed=limits[shot.model])
+            memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
     return ExitStatus.OK

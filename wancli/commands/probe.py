@@ -67,13 +67,14 @@ def probe_command(
     For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
     `inject.blocks: auto:top8` finds it.
     """
-    from wancli import plan, signals, survey
+    from wancli import signals, survey
     from wancli.injection import block_map
+    from wancli.plan import planner
     from wancli.report import blockmap, terminal
     from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)
-    planned = plan.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
+    planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
     asked = survey.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
     path = _free(output or planned.companion(f"map.{asked.method}.json"))
     for warning in planned.warnings:

@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
     from wancli.outcome import Outcome
+    from wancli.plan.shot import Plan
     from wancli.policy import Policy
     from wancli.progress import Progress
-    from wancli.shot import Plan
     from wancli.tools import Tools
 
 

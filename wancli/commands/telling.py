@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wancli.outcome import Outcome
+    from wancli.plan.shot import Plan
     from wancli.progress import Progress
-    from wancli.shot import Plan
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def _unmade(plan: Plan, outcomes: Sequence[Outcome]) -> list[int]:
 def _reported(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -> tuple[dict[str, Any], Path]:
     """What the batch did, as data and as the file it is in, with a page beside it; what it learned about time
     is kept."""
-    from wancli import rates
+    from wancli.plan import throughput
     from wancli.report import data, page
 
-    known = rates.read(rates_of(cache_dir))
+    known = throughput.read(rates_of(cache_dir))
     fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
-    rates.remember(rates_of(cache_dir), rates.learned(fresh))
+    throughput.remember(rates_of(cache_dir), throughput.learned(fresh))
     report = data.build(plan, outcomes, known)
     path = data.write(plan, report)
     page.write(path, posters_of(cache_dir))

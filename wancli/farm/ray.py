@@ -1,7 +1,7 @@
 """`--engine ray`: workers on a Ray cluster, each an actor that holds the networks of one model.
 
 This is the driver. It sends a worker (`wancli.farm.worker`) the indices of shots that go together
-(`wancli.lockstep`), one that has their model if there is one, and gets back what became of each: small
+(`wancli.plan.batching`), one that has their model if there is one, and gets back what became of each: small
 records. What they made is on the disk that all share, and read from there.
 """
 
@@ -18,17 +18,17 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli import lockstep
 from wancli.batch import settled, several, tallied
 from wancli.errors import MachineError, WancliError
 from wancli.farm.worker import Task, Worker, unwired
 from wancli.outcome import Outcome
+from wancli.plan import batching
 from wancli.preflight import Found, outputs
 from wancli.record import Record
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
-    from wancli.shot import Model, Plan, Shot
+    from wancli.plan.shot import Model, Plan, Shot
     from wancli.tools import Tools
 
 _RESTARTS, _TASK_RETRIES = 3, 2
@@ -58,7 +58,7 @@ def _outcomes(plan: Plan, found: Found, tools: Tools, task: Task, cluster: Clust
     waves = [
         [shot for group in wave for shot in group]
         for model in models
-        for wave in lockstep.waves([shot for shot in found.todo if shot.model == model])
+        for wave in batching.waves([shot for shot in found.todo if shot.model == model])
     ]
     if waves:
         with redirect_stdout(_Stdout()):

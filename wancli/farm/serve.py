@@ -30,7 +30,7 @@ from wancli.loaded import Kept, check_device, check_weights
 from wancli.resources.measure import fitting
 
 if TYPE_CHECKING:
-    from wancli.shot import Plan
+    from wancli.plan.shot import Plan
 
 Run = Callable[[list[str], Kept, float], int]  # a command line, networks and when it began, to its exit code
 
@@ -50,7 +50,11 @@ _SOUND = (
 def prepare(plan: Plan | None, kept: Kept) -> None:
     """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
     would where they are damaged or do not fit."""
-    from wancli import batch, choose, kernels, stage3  # noqa: F401
+    from wancli import batch, stage3  # noqa: F401
+    from wancli.plan import (
+        backends,
+        memory_policy,
+    )
     from wancli.report import data, terminal  # noqa: F401
     from wancli.sampling import denoise  # noqa: F401
     from wancli.weights import loader  # noqa: F401
@@ -60,9 +64,9 @@ def prepare(plan: Plan | None, kept: Kept) -> None:
         return
     shot = plan.shots[0]
     check_device(shot.model.device)
-    kernels.check(shot.model)
+    backends.check(shot.model)
     check_weights(shot.model.checkpoint)
-    choose.require(shot, encoded=True)
+    memory_policy.require(shot, encoded=True)
     with fitting("loading", str(shot.model.checkpoint.root)):
         loaded = kept.networks(shot.model, lazily=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae

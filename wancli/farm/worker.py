@@ -22,7 +22,7 @@ from wancli.record import Record
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
-    from wancli.shot import Plan
+    from wancli.plan.shot import Plan
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Worker:
 
 
 def _planned(task: Task) -> Plan:
-    from wancli import plan
     from wancli.job.loader import load
+    from wancli.plan import planner
 
     try:
         os.chdir(task.folder)
@@ -105,7 +105,7 @@ def _planned(task: Task) -> Plan:
             hint="All machines of the cluster need the folders of the job, the model and the output.",
         ) from error
     memo = Path(task.cache) / "hashes.json"
-    return plan.plan(load(Path(task.job), task.flags), memo, measure=task.measure)
+    return planner.plan(load(Path(task.job), task.flags), memo, measure=task.measure)
 
 
 def wired(error: WancliError) -> Record:

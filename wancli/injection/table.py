@@ -5,7 +5,7 @@ expr names a context: a prompt's own, or one made from two (`Lerp`, `Concat`). T
 pure and knows no tensors; `wancli.sampling.denoise` turns exprs into contexts. Nothing here is specific
 to a depth of 40: named ranges are thirds, halves and strides of the model's own depth.
 
-Every parser raises ValueError with what was wrong; `wancli.plan` knows in which file.
+Every parser raises ValueError with what was wrong; `wancli.plan.planner` knows in which file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the user wrote: strict models of a job file, and where each key of it stands.
 
-Nothing here is decided: fields that depend on the model stay None until `wancli.plan`. Every
+Nothing here is decided: fields that depend on the model stay None until `wancli.plan.planner`. Every
 problem of a file is reported at once, each with file, line, key, value and a way out.
 """
 

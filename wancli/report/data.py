@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives, choose, footprint, preflight, rates
+from wancli import preflight
 from wancli.errors import EntryError
+from wancli.plan import alternatives, memory_estimate, memory_policy, throughput
 from wancli.record import versions
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
@@ -19,8 +20,8 @@ from wancli.text.embedding import describe
 
 if TYPE_CHECKING:
     from wancli.outcome import Outcome
-    from wancli.rates import Rate
-    from wancli.shot import Model, Plan, Shot
+    from wancli.plan.shot import Model, Plan, Shot
+    from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 
 SCHEMA = "wancli/report/1"
@@ -42,7 +43,7 @@ def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),
         "shots": shots,
-        "memory": _memory(fresh, rates.expected(rendered, missing, known)),
+        "memory": _memory(fresh, throughput.expected(rendered, missing, known)),
         "first_step_after": min(filter(None, (shot["first_step_after"] for shot in begun)), default=None),
         "process": max((_own_phases(shot)[0]["rss_start"] for shot in fresh), default=0),
         "peak": _peak(fresh),
@@ -157,7 +158,7 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
                 "text_encoder": model.encoder.residency,
                 "chunk": model.kernels.chunk,
                 "why": list(model.why),
-                "limit": choose.limit(model),
+                "limit": memory_policy.limit(model),
                 "budget": model.budget,
             }
             for model in dict.fromkeys(shot.model for shot in plan.shots)
@@ -235,7 +236,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
     """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
     found: dict[str, dict[str, Any]] = {}
     for shot in shots:
-        process = footprint.process(shot.model)
+        process = memory_estimate.process(shot.model)
         for phase in shot.phases:
             row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
             if phase.name not in found or row["peak"] > found[phase.name]["peak"]:
@@ -248,13 +249,13 @@ def time_of(shots: Sequence[Shot], store: Store, known: Sequence[Rate]) -> dict[
     done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
     texts = {text.id for shot in shots for text in shot.texts if text.file is None}
     missing = frozenset(id for id in texts if not store.path(id).exists())
-    phases = rates.expected(shots, missing, known)
+    phases = throughput.expected(shots, missing, known)
     parts = list(phases.values())
-    sources = rates.sources(shots, known) if shots else {}
+    sources = throughput.sources(shots, known) if shots else {}
     return {
         "seconds": None if None in parts else sum(part for part in parts if part is not None),
         "phases": phases,
-        "rough": any(rates.far(rate, max(shot.tokens for shot in shots)) for rate in sources.values()),
+        "rough": any(throughput.far(rate, max(shot.tokens for shot in shots)) for rate in sources.values()),
         "rates": {name: asdict(rate) for name, rate in sources.items()},
     }
 

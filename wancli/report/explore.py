@@ -6,9 +6,10 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from wancli import presets, wan_mini
+from wancli import wan_mini
 from wancli.errors import JobError
 from wancli.models import variants
+from wancli.plan import model_registry
 from wancli.report import document, facts
 from wancli.resources import machine
 from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
@@ -35,7 +36,7 @@ def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
         return WHERE
 
     try:
-        location = presets.resolve(said, lambda *_: Path.cwd(), where)
+        location = model_registry.resolve(said, lambda *_: Path.cwd(), where)
     except JobError as error:
         near = next(iter(difflib.get_close_matches(said.lower(), names, 1, 0.5)), None)
         meant = f"did you mean {names[near]}? " if near else ""

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from wancli import footprint
 from wancli.models import variants
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
+from wancli.plan import memory_estimate
 from wancli.resources import memory_model
 from wancli.resources.memory_model import wan_parameters
 from wancli.weights.checkpoint import Checkpoint
@@ -142,7 +142,7 @@ def explored(
         "root": str(checkpoint.root),
         "variant": checkpoint.variant.name,
         "sizes": asdict(checkpoint.transformer),
-        "networks": footprint.networks_of(checkpoint, text, vae),
+        "networks": memory_estimate.networks_of(checkpoint, text, vae),
         "dtype": dtype,
         "residency": "resident",
         "text_encoder": "resident",

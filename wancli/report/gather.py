@@ -19,7 +19,7 @@ from wancli.report import data
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
-    from wancli.shot import Plan
+    from wancli.plan.shot import Plan
 
 Entry = dict[str, Any]
 MANIFEST = ".manifest.json"

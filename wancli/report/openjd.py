@@ -17,7 +17,7 @@ from wancli.report.lines import line
 
 if TYPE_CHECKING:
     from wancli.outcome import Outcome
-    from wancli.shot import Plan
+    from wancli.plan.shot import Plan
 
 _SECONDS = 1.0  # between two lines of progress
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wancli import alternatives
+from wancli.plan import alternatives
 from wancli.progress import printable
 from wancli.report.data import cached, memory_rows, most_needing, steps_of, time_of, todo
 from wancli.report.shortened import fitted
@@ -16,9 +16,9 @@ from wancli.units import counted, duration
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from wancli.alternatives import Alternative
-    from wancli.rates import Rate
-    from wancli.shot import Plan, Shot
+    from wancli.plan.alternatives import Alternative
+    from wancli.plan.shot import Plan, Shot
+    from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 
 MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown

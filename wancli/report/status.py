@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import rates
-from wancli.legs import Fork
+from wancli.plan import throughput
+from wancli.plan.prefix_sharing import Fork
 from wancli.progress import printable
 from wancli.report import data
 from wancli.report.shortened import told_apart
@@ -24,8 +24,8 @@ from wancli.storage import claims, tensor_file
 from wancli.units import counted, duration, ranges
 
 if TYPE_CHECKING:
-    from wancli.rates import Rate
-    from wancli.shot import Plan, Shot
+    from wancli.plan.shot import Plan, Shot
+    from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 
 SCHEMA = "wancli/status/1"
@@ -105,7 +105,7 @@ def _left(
         if row["state"] in ("done", "in the way"):
             continue
         if row["step"] == shot.steps:
-            decoding.append(rates.seconds(rates.work(shot)["decode"], known))
+            decoding.append(throughput.seconds(throughput.work(shot)["decode"], known))
         else:  # the steps that were taken need not be taken again, as if another shot had
             at = max(row["step"], shot.fork.step if shot.fork else 0)
             todo.append(replace(shot, fork=Fork(shot.index, at)) if at else shot)

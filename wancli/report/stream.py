@@ -24,7 +24,7 @@ from wancli.report.lines import line
 
 if TYPE_CHECKING:
     from wancli.outcome import Outcome
-    from wancli.shot import Plan, Shot
+    from wancli.plan.shot import Plan, Shot
 
 _STEP_SECONDS = 0.1  # at most ten steps a second
 

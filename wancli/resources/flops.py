@@ -15,7 +15,7 @@ from wancli.resources.memory_model import upsampled_channels
 
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
-    from wancli.shot import Shot
+    from wancli.plan.shot import Shot
 
 
 def of_encoding(t5: T5Config, tokens: int) -> int:

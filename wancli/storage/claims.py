@@ -30,7 +30,7 @@ from wancli.storage import atomic
 from wancli.storage.claim_file import Holder, Seen, gone, look, new, process
 
 if TYPE_CHECKING:
-    from wancli.shot import Shot
+    from wancli.plan.shot import Shot
     from wancli.signals import Stop
 
 BEAT = 5.0  # seconds

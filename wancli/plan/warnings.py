@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli import loras, wan_mini
-from wancli.shot import Comparison, Shot
+from wancli import wan_mini
+from wancli.plan import loras
+from wancli.plan.shot import Comparison, Shot
 
 
 def of_shots(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:

@@ -21,8 +21,8 @@ from wancli.injection.table import (
 )
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
+from wancli.plan.shot import Model, Prompt, Shot
 from wancli.sampling.stages import Stage
-from wancli.shot import Model, Prompt, Shot
 
 
 def compiled(

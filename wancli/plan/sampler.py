@@ -8,7 +8,7 @@ from wancli.errors import JobError
 from wancli.job.loader import Item
 from wancli.job.schema import ExpertGuidance
 from wancli.models.variants import Variant
-from wancli.rules import no_experts
+from wancli.plan.injections import no_experts
 from wancli.sampling.solvers import SOLVERS, Schedule, Solver, schedule
 from wancli.sampling.stages import Stage, stages
 

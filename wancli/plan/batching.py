@@ -3,7 +3,7 @@
 Where weights are fetched for every pass over the blocks, shots that take the same steps share it: they
 form a group, and go in lock-step. Groups form a wave where two experts share the steps: all of them
 take their high-noise steps before the expert is changed; and where shots agree on their first steps: these
-are taken once, see `wancli.legs`. Which shots share what changes no pixel.
+are taken once, see `wancli.plan.prefix_sharing`. Which shots share what changes no pixel.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
-from wancli import choose, footprint
-from wancli.legs import Fork, Tree
+from wancli.plan import memory_estimate, memory_policy
+from wancli.plan.prefix_sharing import Fork, Tree
+from wancli.plan.shot import Model, Shared, Shot
 from wancli.resources.memory_model import FP32, Phase
-from wancli.shot import Model, Shared, Shot
 
 MOST = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
 TAKEN = 8  # shots that a worker claims at once: one sweep is work for many, and more would share little more
@@ -59,7 +59,9 @@ def sampling(group: Sequence[Shot]) -> Phase:
     for shot in group:
         rows = {text.id: text.rows for text in shot.texts if text.id not in seen}
         seen |= rows.keys()
-        alone, with_one_more = (footprint.sampling(shot, sum(rows.values()), riders) for riders in (1, 2))
+        alone, with_one_more = (
+            memory_estimate.sampling(shot, sum(rows.values()), riders) for riders in (1, 2)
+        )
         rider = with_one_more.activation - alone.activation
         if shot.model.residency == "resident":  # forwards follow one another
             widest = max(widest, alone.activation)
@@ -100,7 +102,7 @@ def _most(shot: Shot) -> int:
 
 
 def _fits(group: Group, shot: Shot) -> bool:
-    return shot.batch is not None or sampling([*group, shot]).total <= choose.room(shot.model)
+    return shot.batch is not None or sampling([*group, shot]).total <= memory_policy.room(shot.model)
 
 
 def _meets(shot: Shot, ways: Tree) -> Hashable:
@@ -162,7 +164,7 @@ class _Wave:
 
 
 def _may_wait(model: Model, waiting: int, largest: int) -> bool:
-    fits = model.device == "cuda" or largest + waiting <= choose.room(model)
+    fits = model.device == "cuda" or largest + waiting <= memory_policy.room(model)
     return fits and waiting <= WAITING_BYTES
 
 

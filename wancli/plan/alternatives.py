@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from wancli import choose, footprint
+from wancli.plan import memory_estimate, memory_policy
+from wancli.plan.shot import Model, Shot
 from wancli.resources.memory_model import Phase, Residency
-from wancli.shot import Model, Shot
 
 SIZES = ((1280, 720), (960, 544), (832, 480), (640, 368), (480, 272), (320, 176), (256, 144))
 SQUARES = ((960, 960), (720, 720), (512, 512), (384, 384), (256, 256), (128, 128))
@@ -34,13 +34,13 @@ class Alternative:
 
 def alternatives(shot: Shot) -> list[Alternative]:
     """All valid ways of a shot alone, the precise ones first; its text encoder, frames and prompts stay."""
-    allowed = choose.limit(shot.model)
+    allowed = memory_policy.limit(shot.model)
     found = []
     for model in _models(shot.model):
         for width, height in sizes(shot):
             other = replace(shot, model=model, width=width, height=height, shared=None)
-            phases = tuple(phase for phase in other.phases if phase.name in choose.PIPELINE)
-            total = footprint.process(model) + max(phase.total for phase in phases)
+            phases = tuple(phase for phase in other.phases if phase.name in memory_policy.PIPELINE)
+            total = memory_estimate.process(model) + max(phase.total for phase in phases)
             found.append(
                 Alternative(
                     model.dtype,
@@ -58,14 +58,14 @@ def alternatives(shot: Shot) -> list[Alternative]:
 
 
 def _models(model: Model) -> Iterator[Model]:
-    lean = model.kernels.chunk or choose.CHUNKS[-1]
+    lean = model.kernels.chunk or memory_policy.CHUNKS[-1]
     for dtype in get_args(Dtype):
         residencies: tuple[Residency, ...] = ("packed",) if dtype == "fp8" else get_args(Residency)
         for residency in residencies:
-            if residency == "packed" != model.residency and footprint.stored_as(model) == dtype:
+            if residency == "packed" != model.residency and memory_estimate.stored_as(model) == dtype:
                 continue  # nothing is to be unpacked
             for chunk in (None, lean):
-                yield replace(choose.housed(model, residency, chunk), dtype=dtype)
+                yield replace(memory_policy.housed(model, residency, chunk), dtype=dtype)
 
 
 def sizes(shot: Shot) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from wancli.resources.memory_model import FP32, Phase
 from wancli.weights.component import Part
 
 if TYPE_CHECKING:
-    from wancli.shot import Model, Shot
+    from wancli.plan.shot import Model, Shot
     from wancli.weights.checkpoint import Checkpoint
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -9,7 +9,7 @@ from wancli.models.config import Kernels
 
 if TYPE_CHECKING:
     from wancli.job.loader import Item
-    from wancli.shot import Model
+    from wancli.plan.shot import Model
 
 
 def said(item: Item) -> Kernels:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wancli import lockstep
 from wancli.errors import NoSpace
+from wancli.plan import batching
+from wancli.plan.shot import Shot
 from wancli.resources.memory_model import FP32
-from wancli.shot import Shot
 from wancli.storage import atomic
 from wancli.storage.cache import Store
 from wancli.units import counted, size
@@ -53,7 +53,7 @@ def needs(shots: Sequence[Shot], store: Store | None = None) -> list[Need]:
         device = _device(shot.output.parent)
         folders.setdefault(device, shot.output.parent)
         per_device[device] = per_device.get(device, 0) + _lasting(shot)
-    waves = [[shot for group in wave for shot in group] for wave in lockstep.waves(shots)]
+    waves = [[shot for group in wave for shot in group] for wave in batching.waves(shots)]
     for device in folders:
         passing = (sum(_passing(s) for s in wave if _device(s.output.parent) == device) for wave in waves)
         per_device[device] += max(passing, default=0)
@@ -97,7 +97,7 @@ def _passing(shot: Shot) -> int:
     """The latent, and its state twice, unless they are there already."""
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD
     there = sum(path.stat().st_size for path in (shot.latents, shot.state) if path.exists())
-    return max(0, latent + 2 * (lockstep.STATE_TENSORS * latent) - there)
+    return max(0, latent + 2 * (batching.STATE_TENSORS * latent) - there)
 
 
 def _device(path: Path) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from wancli.errors import JobError
 from wancli.job.loader import JobFile
 from wancli.job.schema import Compare
-from wancli.shot import Comparison, Shot
+from wancli.plan.shot import Comparison, Shot
 
 
 def decide(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from wancli.injection.table import Row, Table
-    from wancli.shot import Shot
+    from wancli.plan.shot import Shot
 
 
 @dataclass(frozen=True)

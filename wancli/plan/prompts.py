@@ -6,11 +6,11 @@ import hashlib
 from functools import cache, lru_cache
 from pathlib import Path
 
-from wancli import presets
 from wancli.errors import EntryError, JobError
 from wancli.job.loader import Item
 from wancli.job.schema import EmbeddingFile
-from wancli.shot import Model, Prompt
+from wancli.plan import model_registry
+from wancli.plan.shot import Model, Prompt
 from wancli.text.embedding import describe
 from wancli.text.encoder import Encoder
 from wancli.text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class Prompts:
         return _prompt(self._model.checkpoint.tokenizer, self._model.encoder, text, max_tokens, truncate)
 
     def _from_file(self, said: EmbeddingFile, folder: Path, where: str) -> Prompt:
-        path = presets.resolved(folder, said.embedding, where)
+        path = model_registry.resolved(folder, said.embedding, where)
         try:
             payload = path.read_bytes()
         except OSError as error:

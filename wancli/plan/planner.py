@@ -14,19 +14,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import advice, baseline, choose, kernels, lockstep, loras, presets
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.block_map import Shelf
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
-from wancli.prompts import Prompts
+from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
+from wancli.plan.injections import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
+from wancli.plan.prompts import Prompts
+from wancli.plan.sampler import way_of
+from wancli.plan.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.resources import machine
-from wancli.rules import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
-from wancli.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.storage.paths import output_path, slug
 from wancli.text.encoder import Encoder
 from wancli.units import parse_duration, parse_size
-from wancli.way import way_of
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
@@ -41,7 +41,7 @@ def plan(
     of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
-    located = presets.Locations()
+    located = model_registry.Locations()
     shelf = Shelf(memo.parent / "maps", open_=unmeasured)
     lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
     shots: list[Shot] = []
@@ -59,10 +59,10 @@ def plan(
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.chosen)
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
-    asked = lockstep.arranged(asked)
+    asked = batching.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.decide(jobs, shots)
-    return Plan(jobs.name, tuple(asked), tuple(advice.of_shots(asked, comparison)), others, comparison)
+    return Plan(jobs.name, tuple(asked), tuple(warnings.of_shots(asked, comparison)), others, comparison)
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -108,8 +108,8 @@ def _housed(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Sh
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
         own = None if said.budget is None else parse_size(said.budget, item.where("memory", "budget"))
-        asked.append(choose.Asked(said.residency, said.chunk, own if budget is None else budget))
-    return choose.settle(shots, asked)
+        asked.append(memory_policy.Asked(said.residency, said.chunk, own if budget is None else budget))
+    return memory_policy.settle(shots, asked)
 
 
 def _shot(
@@ -131,7 +131,7 @@ def _shot(
     transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
     rules, choices = compiled(item, (prompt, *injected), model, shelf, sigmas, way.stages)
     lora_paths = [
-        presets.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
+        model_registry.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
@@ -173,7 +173,7 @@ def _shot(
 
 
 def _model(item: Item, source: Location, model_for: Callable[[Location, str, str], Model]) -> Model:
-    memory, computing = item.job.memory, kernels.said(item)
+    memory, computing = item.job.memory, backends.said(item)
     try:
         model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
     except CheckpointError as error:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from wancli import footprint
 from wancli.errors import DoesNotFit
+from wancli.plan import memory_estimate
+from wancli.plan.shot import Model, Shot
 from wancli.resources import machine
 from wancli.resources.memory_model import Residency
-from wancli.shot import Model, Shot
 from wancli.units import size
 
 CHUNKS = (None, 4096, 1024)  # tokens at a time, the fastest first
@@ -43,13 +43,13 @@ def limit(model: Model) -> int:
 
 def room(model: Model) -> int:
     """Bytes that a phase may take, beside the process itself."""
-    return limit(model) - footprint.process(model)
+    return limit(model) - memory_estimate.process(model)
 
 
 def beside(shot: Shot) -> bool:
     """Whether the text encoder fits beside the networks of an earlier shot of this kind."""
     encode, _, decode = shot.phases
-    return footprint.process(shot.model) + encode.total + decode.model <= limit(shot.model)
+    return memory_estimate.process(shot.model) + encode.total + decode.model <= limit(shot.model)
 
 
 def settle(shots: Sequence[Shot], asked: Sequence[Asked]) -> list[Shot]:
@@ -67,7 +67,7 @@ def settle(shots: Sequence[Shot], asked: Sequence[Asked]) -> list[Shot]:
 def need(model: Model, shots: Sequence[Shot], names: Collection[str]) -> int:
     """Bytes that the process takes at most in these phases of the shots, if they ran with this model."""
     phases = [phase for shot in shots for phase in replace(shot, model=model).phases if phase.name in names]
-    return footprint.process(model) + max(phase.total for phase in phases)
+    return memory_estimate.process(model) + max(phase.total for phase in phases)
 
 
 def housed(model: Model, residency: Residency, chunk: int | None) -> Model:
@@ -155,7 +155,7 @@ def require(shot: Shot, *, encoded: bool = False, allowed: int | None = None) ->
     if fits(shot):
         return
     worst = max((phase for phase in shot.phases if phase.name in names), key=lambda phase: phase.total)
-    needed = footprint.process(shot.model) + worst.total
+    needed = memory_estimate.process(shot.model) + worst.total
     alone = replace(shot, shared=None)
     if shot.sharing > 1 and fits(alone):
         where, hint = f"shot {shot.id}, one of {shot.sharing} by `batch`", "batch: auto takes as many as fit."

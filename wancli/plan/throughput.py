@@ -19,7 +19,7 @@ from wancli.resources import flops, machine
 from wancli.storage import atomic
 
 if TYPE_CHECKING:
-    from wancli.shot import Model, Shot
+    from wancli.plan.shot import Model, Shot
 
 PHASES = ("encode", "load", "sample", "decode")
 KEPT = 400  # records, the newest

@@ -12,11 +12,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli import footprint
 from wancli.injection.block_map import Choice
 from wancli.injection.table import Branch, Rule, Table
-from wancli.legs import Fork
 from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.plan import memory_estimate
+from wancli.plan.prefix_sharing import Fork
 from wancli.resources.memory_model import Phase, Residency
 from wancli.sampling.solvers import Schedule, schedule
 from wancli.sampling.stages import Expert, Stage, stages
@@ -195,12 +195,12 @@ class Shot:
     def phases(self) -> tuple[Phase, ...]:
         """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
         is that of all shots that share its passes."""
-        return footprint.phases(self)
+        return memory_estimate.phases(self)
 
     @property
     def peak(self) -> int:
         """Predicted bytes of the whole process at most; on CUDA those of the device."""
-        return footprint.process(self.model) + max(phase.total for phase in self.phases)
+        return memory_estimate.process(self.model) + max(phase.total for phase in self.phases)
 
     @cached_property
     def latents_key(self) -> str:

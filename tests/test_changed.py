@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jobs import Said, rule, tiny_job, written
 
-from wancli import changed
+from wancli.engine import output_diff
 from wancli.job.loader import load
 from wancli.plan import planner as planning
 from wancli.plan.shot import Shot
@@ -56,4 +56,4 @@ def test_each_key_that_differs_is_named_with_what_it_was_and_is(shot: Callable[.
     for changes, differs in CASES:
         if "inject" in changes:
             changes = changes | {"inject": [rule(blocks="all") | one for one in changes["inject"]]}
-        assert changed.why(shot(**changes)) == (differs and f"made with {differs}"), changes
+        assert output_diff.why(shot(**changes)) == (differs and f"made with {differs}"), changes

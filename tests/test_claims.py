@@ -21,12 +21,13 @@ import torch
 from forked import Forked, begin
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
-from wancli.batch import render as render_plan
-from wancli.batch import tallied
+from wancli.engine.batch import render as render_plan
+from wancli.engine.batch import tallied
+from wancli.engine.context import Tools
+from wancli.engine.force import Force
+from wancli.engine.outcome import Outcome
 from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
-from wancli.force import Force
 from wancli.job.loader import load
-from wancli.outcome import Outcome
 from wancli.plan.planner import plan
 from wancli.plan.shot import Plan
 from wancli.progress import Progress
@@ -36,7 +37,6 @@ from wancli.storage.cache import Store
 from wancli.storage.claim_file import process
 from wancli.storage.claims import Claims, claim_path, holder
 from wancli.text.encoder import encode
-from wancli.tools import Tools
 
 Render = Callable[..., Said]
 QUICK = {"beat": 0.01, "stale": 3}

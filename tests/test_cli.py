@@ -31,7 +31,8 @@ from jobs import (
 )
 from safetensors.torch import load_file
 
-from wancli import __version__, batch, cli, errors
+from wancli import __version__, cli, errors
+from wancli.engine import batch
 from wancli.resources import machine
 from wancli.text import encoder
 from wancli.video import mp4

@@ -14,10 +14,11 @@ import pytest
 from jobs import CAT, KEPT, Said, command, files_in, latents_of, manifest_of, poison, rule, tiny_job, written
 from test_sheet import clip as plain
 
-from wancli import compare, figures, pipeline
+from wancli import compare, figures
+from wancli.engine import pipeline
+from wancli.engine.context import Tools
 from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.progress import Progress
-from wancli.tools import Tools
 from wancli.video import clip, contact_sheet, metrics, mp4
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

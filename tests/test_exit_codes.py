@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from jobs import Said, command, tiny_job, written
 
-from wancli import errors, pipeline
+from wancli import errors
+from wancli.engine import pipeline
 from wancli.errors import ExitStatus
 
 # What can happen to one shot: the error of its decoding, None where it goes well.

@@ -11,7 +11,7 @@ import pytest
 from jobs import KEPT, Said, forwards
 
 from wancli import errors
-from wancli.force import Force
+from wancli.engine.force import Force
 from wancli.models.dit import WanModel
 from wancli.storage import atomic
 

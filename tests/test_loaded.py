@@ -14,17 +14,17 @@ import torch
 from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
 from safetensors.torch import load_file, save_file
 
-from wancli import batch
+from wancli.engine import batch
+from wancli.engine.context import Tools
+from wancli.engine.networks import Kept
 from wancli.job import loader as jobfile
 from wancli.job.cli_overrides import NO_FLAGS
-from wancli.loaded import Kept
 from wancli.models.dit import WanModel
 from wancli.plan import memory_policy, planner
 from wancli.progress import Progress
 from wancli.resources import machine
 from wancli.storage.cache import Store
 from wancli.text import encoder
-from wancli.tools import Tools
 from wancli.weights import loader
 
 Render = Callable[..., list[str]]

@@ -26,8 +26,8 @@ from jobs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wancli.engine.networks import Networks
 from wancli.job.loader import load
-from wancli.loaded import Networks
 from wancli.models.dit import Request, WanModel
 from wancli.plan import batching, memory_estimate, memory_policy
 from wancli.plan import planner as planning

@@ -28,11 +28,11 @@ from jobs import (
 )
 
 from wancli import errors
+from wancli.engine.decode_stage import ways
+from wancli.engine.policy import Failing, Policy, exit_status, of_flags
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE
-from wancli.policy import Failing, Policy, exit_status, of_flags
-from wancli.stage3 import ways
 from wancli.storage import atomic
 from wancli.text.tokenizer import Tokenizer
 from wancli.video import mp4

@@ -22,10 +22,10 @@ import pytest
 import torch
 from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
+from wancli.engine.force import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
 from wancli.farm.ray import _match, _received, _Seat
 from wancli.farm.worker import Task, Worker, unwired, wired
-from wancli.force import Force
 from wancli.job.cli_overrides import NO_FLAGS
 from wancli.job.loader import load
 from wancli.plan.planner import plan

@@ -22,11 +22,11 @@ from forked import run as wancli
 from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
 
 from wancli import signals
+from wancli.engine.networks import Kept
 from wancli.errors import JobError, MachineError
 from wancli.farm import client, meeting
 from wancli.farm.meeting import listening
 from wancli.farm.serve import Server
-from wancli.loaded import Kept
 from wancli.storage.manifest import read
 
 LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped on its way

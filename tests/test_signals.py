@@ -115,7 +115,7 @@ def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number
     job = str(written(tmp_path, tiny_job()))
     said = process("render", job, at="typer", number=number)
     assert (said.returncode, said.stderr) == (75, f"wancli: stopped by {number.name}; nothing was begun\n")
-    said = process("render", job, at="wancli.batch", number=number)
+    said = process("render", job, at="wancli.engine.batch", number=number)
     assert said.returncode == 75
     assert said.stderr.startswith(f"wancli: stopped by {number.name}\n  go on: wancli render")
     assert process("plan", job, at="typer", number=number).returncode == -number

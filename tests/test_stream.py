@@ -18,7 +18,7 @@ import pytest
 from forked import begin
 from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
 
-from wancli import batch, outcome
+from wancli.engine import batch, outcome
 from wancli.errors import FfmpegError, kinds
 from wancli.models.dit import WanModel
 from wancli.progress import Progress

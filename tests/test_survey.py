@@ -16,12 +16,13 @@ import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
 from wancli import progress, survey
-from wancli.embed import embed
+from wancli.engine.context import Tools
+from wancli.engine.encode_stage import embed
+from wancli.engine.networks import Networks
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.table import Text
 from wancli.job.loader import load
-from wancli.loaded import Networks
 from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import memory_estimate
@@ -30,7 +31,6 @@ from wancli.resources.memory_model import Phase
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
 from wancli.storage import cache as store
-from wancli.tools import Tools
 from wancli.video import mp4
 
 Probe = Callable[..., Said]

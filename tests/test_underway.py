@@ -240,15 +240,15 @@ def test_a_shot_that_is_to_be_measured_does_not_go_on_from_steps_that_were_not(
 def test_states_are_saved_as_often_as_the_job_says(
     render: Render, monkeypatch: pytest.MonkeyPatch, often: str | int, saves: int
 ) -> None:
-    from wancli import advance, underway
+    from wancli.engine import denoise_stage, shot_state
 
-    real, seen = underway.save, []
+    real, seen = shot_state.save, []
 
-    def save(one: underway.Underway, phases: Sequence[Any] = ()) -> None:
+    def save(one: shot_state.Underway, phases: Sequence[Any] = ()) -> None:
         seen.append(one.step)
         real(one, phases)
 
-    monkeypatch.setattr(advance, "save", save)
+    monkeypatch.setattr(denoise_stage, "save", save)
     assert render(save_every=often, sampler={"steps": 5}).code == 0
     assert len(seen) == saves
 

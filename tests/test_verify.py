@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from jobs import Said, command, forwards, tiny_job, written
 
-from wancli import verify
+from wancli.engine import verify
 from wancli.storage import claim_file
 from wancli.video import mp4
 

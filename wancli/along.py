@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from wancli import sensitivity, survey
-from wancli.embed import embed
+from wancli.engine.context import Tools
+from wancli.engine.encode_stage import embed
+from wancli.engine.networks import Networks, check_device, check_weights
 from wancli.errors import NotFinite
 from wancli.injection.block_map import Map
 from wancli.injection.effects import relative
 from wancli.injection.table import Cell, Text
-from wancli.loaded import Networks, check_device, check_weights
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.plan import backends
@@ -33,7 +34,6 @@ from wancli.sampling.stages import Stage
 from wancli.sensitivity import Place
 from wancli.survey import Survey
 from wancli.text.encoder import Encoded
-from wancli.tools import Tools
 
 
 def measure(asked: Survey, tools: Tools) -> Map:

@@ -24,7 +24,7 @@ from wancli.progress import printable
 from wancli.storage.paths import here
 
 if TYPE_CHECKING:
-    from wancli.loaded import Kept
+    from wancli.engine.networks import Kept
 
 app = typer.Typer(
     name="wancli",

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from wancli import __version__, figures
+from wancli.engine.context import Tools
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.figures import SCHEMA, Record
 from wancli.storage import atomic, manifest, sidecars
-from wancli.tools import Tools
 from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
 

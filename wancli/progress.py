@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+    from wancli.engine.outcome import Outcome
     from wancli.errors import ExitStatus
-    from wancli.outcome import Outcome
     from wancli.plan.shot import Plan
 
 Mode = Literal["auto", "bar", "plain", "none"]

@@ -10,13 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from wancli import batch, survey
+from wancli import survey
+from wancli.engine import batch
+from wancli.engine.context import Tools
 from wancli.injection.block_map import Map, as_blocks
 from wancli.injection.table import Rule
 from wancli.plan import batching
 from wancli.plan.shot import Plan, Shot
 from wancli.survey import Survey
-from wancli.tools import Tools
 from wancli.video import mp4
 
 

@@ -10,18 +10,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import embed, wan_mini
+from wancli import wan_mini
+from wancli.engine import encode_stage
+from wancli.engine.context import Tools
+from wancli.engine.networks import Networks
 from wancli.errors import JobError, OutputExists
 from wancli.job.cli_overrides import NO_FLAGS, Flags
 from wancli.job.loader import JobFile, load, parse
-from wancli.loaded import Networks
 from wancli.plan import memory_estimate, memory_policy, model_registry
 from wancli.plan.planner import model_at, plan
 from wancli.plan.shot import Model, Prompt
 from wancli.text.embedding import describe, save_embeddings
 from wancli.text.encoder import Encoded
 from wancli.text.tokenizer import Tokenizer
-from wancli.tools import Tools
 
 if TYPE_CHECKING:
     from wancli.text.prompt_distance import Difference
@@ -90,7 +91,7 @@ def run(work: Sequence[Work], out: Path | None, tools: Tools) -> list[dict[str, 
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
-        found, _ = embed.embed(one.model, one.prompts, tools)
+        found, _ = encode_stage.embed(one.model, one.prompts, tools)
         encoded += [found[prompt.id] for prompt in one.prompts]
     if out:
         try:
@@ -156,7 +157,7 @@ def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 
-    found, _ = embed.embed(pair.model, [pair.a, pair.b], tools)
+    found, _ = encode_stage.embed(pair.model, [pair.a, pair.b], tools)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != wan_mini.FOLDER:

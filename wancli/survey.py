@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
+from wancli.engine.context import Tools
+from wancli.engine.manifest_body import versions
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import Map, Method
 from wancli.injection.table import NAMED_BLOCKS, parse_blocks
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.shot import Model, Plan, Prompt, Shot
-from wancli.record import versions
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
-from wancli.tools import Tools
 from wancli.units import size
 
 LEVELS = 3  # unless somebody says another number

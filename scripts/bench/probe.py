@@ -23,20 +23,20 @@ import torch
 
 from scripts.bench.markdown import stamp, table
 from wancli import sensitivity, survey
-from wancli.batch import render
-from wancli.embed import embed
+from wancli.engine.batch import render
+from wancli.engine.context import Tools
+from wancli.engine.encode_stage import embed
+from wancli.engine.networks import Networks
 from wancli.injection import block_map
 from wancli.injection.block_map import Map, Method, Shelf
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
-from wancli.loaded import Networks
 from wancli.plan.planner import plan
 from wancli.plan.shot import Plan, Shot
 from wancli.progress import Progress
 from wancli.rendered import mean_difference
 from wancli.sampling import denoise
 from wancli.storage.cache import Store
-from wancli.tools import Tools
 
 PAIRS = (
     (

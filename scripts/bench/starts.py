@@ -48,7 +48,7 @@ class Moments:
 def ours(folder: Path, dtype: str, launched: float) -> None:
     """`wancli render`, whose prompts were encoded before."""
     from wancli.cli import main
-    from wancli.loaded import Networks
+    from wancli.engine.networks import Networks
 
     moments, load = Moments(launched), Networks.transformer
 

@@ -29,14 +29,14 @@ def decode_command(
 
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
-    from wancli import stage3
-    from wancli.force import Force
+    from wancli.engine import decode_stage
+    from wancli.engine.context import Tools
+    from wancli.engine.force import Force
     from wancli.storage import manifest
-    from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)
     tools = Tools(None, display, Force.of(()) if force else None)
-    path = stage3.decode_file(latents, output, model, memo_of(None), tools)
+    path = decode_stage.decode_file(latents, output, model, memo_of(None), tools)
     if as_json:
         body = manifest.read(manifest.manifest_path(path)) or {}
         emit({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
@@ -67,7 +67,7 @@ def compare_command(
     the baseline: distance of the latents, PSNR, SSIM, motion.
     """
     from wancli import compare
-    from wancli.tools import Tools
+    from wancli.engine.context import Tools
     from wancli.video import clip
 
     display = display_of(progress.value, quiet)

@@ -56,7 +56,7 @@ def check_command(
     Videos against their manifests, latents and states against their checksums. Changes nothing;
     exits with 4 if anything does not verify.
     """
-    from wancli import verify
+    from wancli.engine import verify
     from wancli.report import terminal
 
     if Path(what).is_dir():

@@ -17,9 +17,9 @@ from wancli.progress import printable
 if TYPE_CHECKING:
     import typer
 
+    from wancli.engine.networks import Kept
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
-    from wancli.loaded import Kept
     from wancli.plan.shot import Plan
     from wancli.progress import Mode, Progress
     from wancli.storage.cache import Store

@@ -116,9 +116,9 @@ def _serve(
     background: Background | None,
 ) -> None:
     from wancli.cli import run
+    from wancli.engine.networks import Kept
     from wancli.farm.meeting import listening, reserved
     from wancli.farm.serve import Server, prepare
-    from wancli.loaded import Kept
 
     kept = Kept()
     with ExitStack() as stack:

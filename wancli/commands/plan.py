@@ -33,7 +33,7 @@ def plan_command(
 
     Shots, noise levels, injection per block, prompts to encode, memory, time. Loads no model.
     """
-    from wancli import preflight
+    from wancli.engine import preflight
     from wancli.plan import memory_policy, throughput
     from wancli.report import data, planned, terminal
     from wancli.units import parse_size

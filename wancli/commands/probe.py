@@ -68,10 +68,10 @@ def probe_command(
     `inject.blocks: auto:top8` finds it.
     """
     from wancli import signals, survey
+    from wancli.engine.context import Tools
     from wancli.injection import block_map
     from wancli.plan import planner
     from wancli.report import blockmap, terminal
-    from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)
     planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)

@@ -52,8 +52,8 @@ def encode_command(
     Each is computed once ever and kept in the cache. Prints one key per prompt.
     """
     from wancli import stage1
+    from wancli.engine.context import Tools
     from wancli.report import terminal
-    from wancli.tools import Tools
 
     display = display_of(progress.value, quiet)
     flags = flags_of(sets, sweeps, items, shard)
@@ -92,8 +92,8 @@ def diff_command(
     As the model reads them. Aim for more than 50 % before you inject one into the other.
     """
     from wancli import stage1
+    from wancli.engine.context import Tools
     from wancli.report import terminal
-    from wancli.tools import Tools
 
     display = display_of("auto", quiet)
     flags = flags_of(sets, sweeps, items, shard)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli import policy, signals
+from wancli import signals
 from wancli.commands.common import (
     Invocation,
     cache_of,
@@ -45,19 +45,20 @@ from wancli.commands.options import (
     Sweeps,
 )
 from wancli.commands.telling import Telling
+from wancli.engine import policy
 from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from wancli.engine.context import Tools
+    from wancli.engine.outcome import Outcome
+    from wancli.engine.policy import Policy
     from wancli.farm.ray import Cluster
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
-    from wancli.outcome import Outcome
     from wancli.plan.shot import Plan
-    from wancli.policy import Policy
     from wancli.progress import Progress
-    from wancli.tools import Tools
 
 
 def render(
@@ -100,7 +101,7 @@ def render(
     A shot that fails does not keep the others from being rendered.
     """
     context.with_resource(signals.unwinding())
-    from wancli import batch  # noqa: F401 - takes long: what asks for an end meanwhile ends it at once
+    from wancli.engine import batch  # noqa: F401 - takes long: what asks for an end meanwhile ends it at once
 
     display = context.with_resource(display_of(progress.value, quiet, as_stream=json_stream))
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
@@ -163,9 +164,9 @@ def _tools(
     waits: bool,
 ) -> Tools:
     """From here to the end of the command signals ask for an end, also while it tells what was rendered."""
-    from wancli.force import Force
+    from wancli.engine.context import Tools
+    from wancli.engine.force import Force
     from wancli.storage.claims import Claims
-    from wancli.tools import Tools
 
     invocation: Invocation = context.obj
     stop = context.with_resource(signals.listening())
@@ -187,7 +188,7 @@ def _work(
 ) -> Iterator[Outcome]:
     """What becomes of the shots, here or by workers that plan the job for themselves."""
     if cluster is None:
-        from wancli import batch
+        from wancli.engine import batch
 
         return batch.render(plan, tools)
     from wancli.farm import ray

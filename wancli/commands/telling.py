@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wancli import policy
 from wancli.commands.common import again, complain, posters_of, rates_of, result
 from wancli.commands.options import LogLevel
+from wancli.engine import policy
 from wancli.errors import ExitStatus, OutputExists, Stopped
 from wancli.units import ranges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wancli.outcome import Outcome
+    from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Plan
     from wancli.progress import Progress
 

@@ -18,18 +18,18 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.batch import settled, several, tallied
+from wancli.engine.batch import settled, several, tallied
+from wancli.engine.manifest_body import Record
+from wancli.engine.outcome import Outcome
+from wancli.engine.preflight import Found, outputs
 from wancli.errors import MachineError, WancliError
 from wancli.farm.worker import Task, Worker, unwired
-from wancli.outcome import Outcome
 from wancli.plan import batching
-from wancli.preflight import Found, outputs
-from wancli.record import Record
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
+    from wancli.engine.context import Tools
     from wancli.plan.shot import Model, Plan, Shot
-    from wancli.tools import Tools
 
 _RESTARTS, _TASK_RETRIES = 3, 2
 _PAUSE = 0.2  # seconds between two looks for signals

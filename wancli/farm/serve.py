@@ -23,10 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
+from wancli.engine.networks import Kept, check_device, check_weights
 from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import meeting
 from wancli.farm.standin import standing_in
-from wancli.loaded import Kept, check_device, check_weights
 from wancli.resources.measure import fitting
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ _SOUND = (
 def prepare(plan: Plan | None, kept: Kept) -> None:
     """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
     would where they are damaged or do not fit."""
-    from wancli import batch, stage3  # noqa: F401
+    from wancli.engine import (
+        batch,  # noqa: F401
+        decode_stage,  # noqa: F401
+    )
     from wancli.plan import (
         backends,
         memory_policy,

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import batch
+from wancli.engine import batch
+from wancli.engine.force import Force
+from wancli.engine.manifest_body import Record
+from wancli.engine.outcome import Outcome
 from wancli.errors import Bug, MachineError, Stopped, WancliError, kinds
-from wancli.force import Force
 from wancli.job.cli_overrides import Flags
-from wancli.outcome import Outcome
-from wancli.record import Record
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Worker:
     """What Ray runs in a process of its own, and again if that dies."""
 
     def __init__(self, task: Task) -> None:
-        from wancli.loaded import Kept
+        from wancli.engine.networks import Kept
 
         self._task = task
         self._stop = Stop()
@@ -71,11 +71,11 @@ class Worker:
         return {"outcomes": found, "raised": wired(raised) if raised else None}
 
     def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
-        from wancli.policy import Policy
+        from wancli.engine.context import Tools
+        from wancli.engine.policy import Policy
         from wancli.progress import Progress
         from wancli.storage.cache import Store
         from wancli.storage.claims import Claims
-        from wancli.tools import Tools
 
         task = self._task
         self._plan = self._plan or _planned(task)

@@ -10,16 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import preflight
+from wancli.engine import preflight
+from wancli.engine.manifest_body import versions
 from wancli.errors import EntryError
 from wancli.plan import alternatives, memory_estimate, memory_policy, throughput
-from wancli.record import versions
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
 from wancli.text.embedding import describe
 
 if TYPE_CHECKING:
-    from wancli.outcome import Outcome
+    from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Model, Plan, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store

@@ -16,7 +16,7 @@ from wancli.progress import Phase, Progress, printable
 from wancli.report.lines import line
 
 if TYPE_CHECKING:
-    from wancli.outcome import Outcome
+    from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Plan
 
 _SECONDS = 1.0  # between two lines of progress

@@ -23,7 +23,7 @@ from wancli.report.event_schema import SCHEMA
 from wancli.report.lines import line
 
 if TYPE_CHECKING:
-    from wancli.outcome import Outcome
+    from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Plan, Shot
 
 _STEP_SECONDS = 0.1  # at most ten steps a second

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from wancli.engine.verify import Verdict
     from wancli.plan.shot import Shot
     from wancli.text.prompt_distance import Difference
-    from wancli.verify import Verdict
     from wancli.weights.lora.use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"

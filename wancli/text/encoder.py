@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wancli.engine.policy import Failing
 from wancli.errors import EntryError, NotFinite, WancliError
-from wancli.policy import Failing
 from wancli.resources.measure import fitting, release
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack

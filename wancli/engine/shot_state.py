@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wancli import record
+from wancli.engine import manifest_body
+from wancli.engine.context import Tools
+from wancli.engine.manifest_body import Record
 from wancli.errors import EntryError, WancliError
 from wancli.injection.table import Branch
 from wancli.plan.prefix_sharing import Fork, Tree
 from wancli.plan.shot import Shot
-from wancli.record import Record
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
-from wancli.tools import Tools
 
 _FORMAT = 1  # of the record of a state
 
@@ -84,7 +84,7 @@ def begin(shot: Shot, tools: Tools) -> Underway:
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}
     past = {name: facts[name] for name in ("effects", "differences")}
-    past["phases"] = record.earlier(facts["phases"])
+    past["phases"] = manifest_body.earlier(facts["phases"])
     return Underway(shot, facts["step"], state, read, **past, saved=facts["step"])
 
 
@@ -108,7 +108,7 @@ def save(one: Underway, phases: Sequence[Record] = ()) -> None:
         "differences": one.differences,
         "phases": [*one.phases, *_unknown(phases, one.phases)],
     }
-    tensor_file.save_state(one.shot.state, one.state, record.plain(facts))
+    tensor_file.save_state(one.shot.state, one.state, manifest_body.plain(facts))
     one.saved, one.unsaved_since = one.step, time.monotonic()
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli import record
+from wancli.engine import manifest_body
+from wancli.engine.context import Tools
+from wancli.engine.manifest_body import Record
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
 from wancli.plan import model_registry
-from wancli.record import Record
 from wancli.resources.measure import Peak, fitting, release
 from wancli.storage import atomic, manifest, tensor_file
-from wancli.tools import Tools
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
     if folder:
         source = model_registry.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
-        source = record.source_of(facts["model"])
+        source = manifest_body.source_of(facts["model"])
     checkpoint = identify(source)
     if fingerprint(checkpoint.vae_files, memo) != facts["model"]["sha256"]["vae"]:
         raise CheckpointError(
@@ -79,7 +79,7 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) 
         way = f"on {tries[number + 1][0]} with decode_chunk {tries[number + 1][1]}"
         tools.progress.warn(f"{ran_out}; decoding {way} instead, which may round pixels otherwise")
     body = facts | {
-        "phases": [*facts["phases"], record.phase("decode", peak)],
+        "phases": [*facts["phases"], manifest_body.phase("decode", peak)],
         "decoded": {"device": device, "chunk": chunk, "fallback": number > 0},
         "files": [manifest.file_record(output, output.parent)],
     }

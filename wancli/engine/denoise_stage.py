@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from wancli import record
+from wancli.engine import manifest_body
+from wancli.engine.context import Tools
+from wancli.engine.manifest_body import Record
+from wancli.engine.networks import Networks
+from wancli.engine.shot_state import Underway, due, hand_over, save
 from wancli.errors import NotFinite
-from wancli.loaded import Networks
 from wancli.plan.shot import named
-from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Expert, Stage
 from wancli.storage import atomic, tensor_file
 from wancli.text.encoder import Encoded
-from wancli.tools import Tools
-from wancli.underway import Underway, due, hand_over, save
 from wancli.video import metrics
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def advance(
     rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in texts}
 
     def taken() -> list[Record]:
-        return [networks.loading, record.phase("sample", peak) | {"shots": len(group) + len(heirs)}]
+        return [networks.loading, manifest_body.phase("sample", peak) | {"shots": len(group) + len(heirs)}]
 
     with (
         torch.inference_mode(),
@@ -159,7 +159,7 @@ def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: Tools) -> N
         return
     one.step, one.state = at.step, at.state
     one.read |= at.read
-    one.first_step = one.first_step or record.since(tools.began)
+    one.first_step = one.first_step or manifest_body.since(tools.began)
     if walk.effects:
         one.effects += [asdict(effect) for effect in walk.effects]
         walk.effects.clear()
@@ -177,17 +177,17 @@ def keep(
     shot = one.shot
     assert one.state is not None
     check_hits(shot.table, frozenset(one.read))
-    facts = record.of_shot(shot) | {
-        "prompts": [record.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
+    facts = manifest_body.of_shot(shot) | {
+        "prompts": [manifest_body.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
-        "injection": record.of_injection(shot, one.read, one.differences),
-        "loras": record.of_loras(shot, loras),
+        "injection": manifest_body.of_injection(shot, one.read, one.differences),
+        "loras": manifest_body.of_loras(shot, loras),
         "effects": one.effects,
         "first_step_after": one.first_step,
         "phases": [stage1, *one.phases],
     }
     z_CTYX = one.state.x
-    facts = record.plain(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
+    facts = manifest_body.plain(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
     atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
     tensor_file.save(shot.latents, z_CTYX, facts)
     atomic.remove(shot.state)

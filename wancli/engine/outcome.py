@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from wancli.engine.manifest_body import Record
+from wancli.engine.policy import Failing
 from wancli.errors import WancliError
 from wancli.plan.shot import Shot
-from wancli.policy import Failing
-from wancli.record import Record
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wancli import record
+from wancli.engine import manifest_body
+from wancli.engine.context import Tools
+from wancli.engine.manifest_body import Record
+from wancli.engine.networks import check_device
+from wancli.engine.policy import Failing
 from wancli.errors import JobError
-from wancli.loaded import check_device
 from wancli.plan.shot import Model, Prompt
-from wancli.policy import Failing
-from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode
-from wancli.tools import Tools
 
 
 def embed(model: Model, prompts: Sequence[Prompt], tools: Tools) -> tuple[dict[str, Encoded], Record]:
@@ -60,4 +60,4 @@ def embed_each(
             message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
             failed[id] = Failing()
             failed[id].take(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
-    return found, failed, record.phase("encode", peak)
+    return found, failed, manifest_body.phase("encode", peak)

@@ -13,23 +13,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from wancli import advance, record, underway
-from wancli.embed import embed_each
+from wancli.engine import denoise_stage, manifest_body, shot_state
+from wancli.engine.context import Tools
+from wancli.engine.decode_stage import finish
+from wancli.engine.encode_stage import embed_each
+from wancli.engine.manifest_body import Record
+from wancli.engine.networks import Networks
+from wancli.engine.outcome import Outcome, failed
+from wancli.engine.policy import Failing
+from wancli.engine.preflight import in_the_way, lacks_effects, standing, unmeasured
+from wancli.engine.shot_state import Underway
 from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
-from wancli.loaded import Networks
-from wancli.outcome import Outcome, failed
 from wancli.plan import batching
 from wancli.plan.shot import Model, Shot
-from wancli.policy import Failing
-from wancli.preflight import in_the_way, lacks_effects, standing, unmeasured
-from wancli.record import Record
 from wancli.resources.measure import fitting, release
 from wancli.sampling.stages import EXPERTS, Expert
-from wancli.stage3 import finish
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.text.encoder import Encoded
-from wancli.tools import Tools
-from wancli.underway import Underway
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,11 +130,11 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
     for shots, ones in zip(wave, begun):
         for shot in shots:
             with Failing() as attempt, fitting("load", f"shot {shot.id}"):
-                ones.append(underway.begin(shot, tools))
+                ones.append(shot_state.begin(shot, tools))
             if attempt.error:
                 yield failed(shot, attempt)
     everyone = [one for group in begun for one in group]
-    underway.join(everyone)
+    shot_state.join(everyone)
     try:
         for expert in EXPERTS:
             for group in begun:
@@ -157,12 +157,14 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
     """The steps that an expert takes, and after the last ones latents to videos. A shot that fails is told
     as soon as it does."""
     networks, tools = means.networks, means.tools
-    while not (tools.stop.asked or tools.lost) and (together := advance.ready(group, expert)):
-        with Failing() as attempt, fitting("sample", advance.title(together)):
-            advance.advance(together, advance.leg(group, together), networks, means.encoded, tools)
+    while not (tools.stop.asked or tools.lost) and (together := denoise_stage.ready(group, expert)):
+        with Failing() as attempt, fitting("sample", denoise_stage.title(together)):
+            denoise_stage.advance(
+                together, denoise_stage.leg(group, together), networks, means.encoded, tools
+            )
         if attempt.error:
             release()
-            underway.fail(together, attempt.error)
+            shot_state.fail(together, attempt.error)
         yield from _failures(group, attempt.stack, tools)
     yield from _failures(group, "", tools)
     kept: list[tuple[Shot, tuple[Tensor, Record]]] = []
@@ -172,7 +174,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
         with Failing() as attempt, fitting("sample", f"shot {one.shot.id}"):
             if one.step == one.shot.steps:
                 loras = networks.loras(one.shot.loras)
-                kept.append((one.shot, advance.keep(one, means.encoded, loras, means.stage1)))
+                kept.append((one.shot, denoise_stage.keep(one, means.encoded, loras, means.stage1)))
                 one.over = True
             else:
                 _save(one, tools)
@@ -241,14 +243,14 @@ def _recalled(shot: Shot, tools: Tools) -> tuple[Tensor, Record] | None:
         return None
     if facts["latents_key"] != shot.latents_key or lacks_effects(shot, facts):
         return None
-    now = record.plain(record.of_shot(shot))
+    now = manifest_body.plain(manifest_body.of_shot(shot))
     now["model"]["attention"] = facts["model"]["attention"]  # what ran then
-    return z_CTYX, facts | now | {"phases": record.earlier(facts["phases"])}
+    return z_CTYX, facts | now | {"phases": manifest_body.earlier(facts["phases"])}
 
 
 def _save(one: Underway, tools: Tools) -> None:
     if one.step > one.saved and one.state is not None and not one.over and _ours(one.shot, tools):
-        underway.save(one)
+        shot_state.save(one)
 
 
 def _ours(shot: Shot, tools: Tools) -> bool:

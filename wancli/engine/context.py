@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wancli.force import Force
-from wancli.policy import Policy
+from wancli.engine.force import Force
+from wancli.engine.policy import Policy
 from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.storage.cache import Store
 from wancli.storage.claims import Claims
 
 if TYPE_CHECKING:
-    from wancli.loaded import Kept
+    from wancli.engine.networks import Kept
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli import changed
+from wancli.engine import output_diff
+from wancli.engine.context import Tools
+from wancli.engine.manifest_body import Record
+from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
-from wancli.loaded import check_device, check_weights
 from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.shot import Plan, Prompt, Shot
-from wancli.record import Record
 from wancli.resources import machine
 from wancli.storage import atomic, manifest, tensor_file
-from wancli.tools import Tools
 from wancli.video import mp4
 
 Condition = Literal["done", "to do", "damaged", "in the way"]
@@ -106,7 +106,7 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     if not manifest.problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
     ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
-    return ("damaged", why) if ours else ("in the way", changed.why(shot) or why)
+    return ("damaged", why) if ours else ("in the way", output_diff.why(shot) or why)
 
 
 def finished(shot: Shot) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from wancli import record
+from wancli.engine import manifest_body
+from wancli.engine.manifest_body import Record
 from wancli.errors import MachineError
 from wancli.plan.shot import Model
-from wancli.record import Record
 from wancli.resources.measure import Peak
 from wancli.sampling.stages import Expert
 from wancli.weights.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ class Networks:
                 self.model.kernels,
                 self.lazily,
             )
-        self.loading = record.phase("load", peak)
+        self.loading = manifest_body.phase("load", peak)
         self._loaded = expert, network
         return network
 
@@ -93,7 +93,7 @@ class Networks:
         self._loras.clear()
         with Peak() as peak:
             pass
-        self.loading = record.phase("load", peak) | {"seconds": 0.0}
+        self.loading = manifest_body.phase("load", peak) | {"seconds": 0.0}
 
     def release(self) -> None:
         """Gives the memory back; what is used next is loaded anew."""

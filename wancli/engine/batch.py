@@ -1,7 +1,7 @@
 """A whole batch: which shots are done, which cannot be, and the others, model by model, as they come.
 
-What an error ends, its shot, all shots of a checkpoint or the batch, `wancli.policy` tells. Shots that other
-workers hold (`wancli.storage.claims`) are waited for at the end. How a shot is made is `wancli.pipeline`.
+What an error ends, its shot, all shots of a checkpoint or the batch, `wancli.engine.policy` tells. Shots that other
+workers hold (`wancli.storage.claims`) are waited for at the end. How a shot is made is `wancli.engine.pipeline`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from wancli.engine.context import Tools
+from wancli.engine.networks import Networks
+from wancli.engine.outcome import Outcome, failed
+from wancli.engine.pipeline import render_model
+from wancli.engine.policy import Failing
+from wancli.engine.preflight import Found, cached, finished, preflight
 from wancli.errors import CheckpointError, Elsewhere
-from wancli.loaded import Networks
-from wancli.outcome import Outcome, failed
-from wancli.pipeline import render_model
 from wancli.plan import memory_policy
 from wancli.plan.shot import Model, Plan, Shot, named
-from wancli.policy import Failing
-from wancli.preflight import Found, cached, finished, preflight
 from wancli.storage import manifest
-from wancli.tools import Tools
 
 
 def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:

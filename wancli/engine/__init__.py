@@ -1,0 +1,1 @@
+"""Renders a Plan: preflight, encode, denoise, decode, record, resume."""

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from wancli import sensitivity
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
+from wancli.probe import sensitivity
+from wancli.probe.sensitivity import Place
 from wancli.resources import memory_model
-from wancli.sensitivity import Place
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
-from wancli import progress, survey
+from wancli import progress
 from wancli.engine.context import Tools
 from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks
@@ -27,6 +27,7 @@ from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import memory_estimate
 from wancli.plan.planner import plan
+from wancli.probe import request
 from wancli.resources.memory_model import Phase
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
@@ -213,9 +214,9 @@ def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: 
     assert "Fewer frames" in said.err
 
 
-def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> survey.Survey:
+def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> request.Survey:
     job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
-    return survey.survey(plan(load(written(folder, job)), folder / "memo"), method, None, None, None)
+    return request.survey(plan(load(written(folder, job)), folder / "memo"), method, None, None, None)
 
 
 def test_prompts_that_are_to_be_encoded_need_room_too(
@@ -223,16 +224,16 @@ def test_prompts_that_are_to_be_encoded_need_room_too(
 ) -> None:
     asked = asked_of(tmp_path, "inject", memory={"budget": "8GiB"})
     monkeypatch.setattr(memory_estimate, "encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
-    assert survey.riders(asked, encoded=True) == 1
+    assert request.riders(asked, encoded=True) == 1
     with pytest.raises(DoesNotFit, match="probing needs 9"):
-        survey.riders(asked, encoded=False)
+        request.riders(asked, encoded=False)
 
 
 def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> None:
     gradient, inject = (asked_of(tmp_path, method, size="256x256") for method in ("gradient", "inject"))
     wan = gradient.shot.model.checkpoint.transformer
     streams = wan.num_layers * gradient.shot.tokens * wan.dim * 4
-    assert survey.phase(inject, 1).activation < streams <= survey.phase(gradient, 1).activation
+    assert request.phase(inject, 1).activation < streams <= request.phase(gradient, 1).activation
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_what_no_gradient_goes_back_over_is_named(tmp_path: Path, kernels: Kerne
     asked = asked_of(tmp_path, "gradient")
     shot = replace(asked.shot, model=replace(asked.shot.model, kernels=kernels))
     with pytest.raises(JobError, match=f"--method: gradient does not go back over {lacking}"):
-        survey.riders(replace(asked, shot=shot), encoded=True)
+        request.riders(replace(asked, shot=shot), encoded=True)
 
 
 def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:

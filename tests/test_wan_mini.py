@@ -12,7 +12,7 @@ from jobs import command, manifest_of, written
 from wancli import wan_mini
 from wancli.injection import block_map
 from wancli.models.variants import MINI
-from wancli.rendered import mean_difference
+from wancli.probe.renders import mean_difference
 from wancli.video import mp4
 from wancli.weights.checkpoint import identify
 

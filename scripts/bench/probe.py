@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from scripts.bench.markdown import stamp, table
-from wancli import sensitivity, survey
 from wancli.engine.batch import render
 from wancli.engine.context import Tools
 from wancli.engine.encode_stage import embed
@@ -33,8 +32,9 @@ from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
 from wancli.plan.planner import plan
 from wancli.plan.shot import Plan, Shot
+from wancli.probe import request, sensitivity
+from wancli.probe.renders import mean_difference
 from wancli.progress import Progress
-from wancli.rendered import mean_difference
 from wancli.sampling import denoise
 from wancli.storage.cache import Store
 
@@ -70,8 +70,8 @@ def planned(folder: Path, said: dict[str, Any], *, unmeasured: bool = False) -> 
 def surveyed(folder: Path, tools: Tools, pairs: int, seeds: int, size: str) -> Found:
     found: Found = {}
     for pair, seed, method in itertools.product(range(pairs), range(seeds), METHODS):
-        asked = survey.survey(planned(folder, job(pair, seed, size)), method, 3, None, None)
-        found[pair, seed, method] = survey.measured(asked, tools)
+        asked = request.survey(planned(folder, job(pair, seed, size)), method, 3, None, None)
+        found[pair, seed, method] = request.measured(asked, tools)
     return found
 
 

@@ -67,20 +67,21 @@ def probe_command(
     For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
     `inject.blocks: auto:top8` finds it.
     """
-    from wancli import signals, survey
+    from wancli import signals
     from wancli.engine.context import Tools
     from wancli.injection import block_map
     from wancli.plan import planner
+    from wancli.probe import request
     from wancli.report import blockmap, terminal
 
     display = display_of(progress.value, quiet)
     planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
-    asked = survey.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
+    asked = request.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
     path = _free(output or planned.companion(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
-        found = survey.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
+        found = request.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
     block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
     block_map.write(path, found)
     if as_json:

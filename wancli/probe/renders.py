@@ -10,14 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from wancli import survey
 from wancli.engine import batch
 from wancli.engine.context import Tools
 from wancli.injection.block_map import Map, as_blocks
 from wancli.injection.table import Rule
 from wancli.plan import batching
 from wancli.plan.shot import Plan, Shot
-from wancli.survey import Survey
+from wancli.probe import request
+from wancli.probe.request import Survey
 from wancli.video import mp4
 
 
@@ -34,7 +34,7 @@ def measure(asked: Survey, tools: Tools) -> Map:
     plain, *others = shots
     total = [mean_difference(shot.output, plain.output) for shot in others]
     blocks = sum(_forwards(shot) for shot in shots)
-    return survey.found_map(asked, [], total, time.monotonic() - began, blocks)
+    return request.found_map(asked, [], total, time.monotonic() - began, blocks)
 
 
 def renders(asked: Survey) -> list[Shot]:

@@ -161,12 +161,12 @@ def phase(asked: Survey, forks: int) -> Phase:
 def measured(asked: Survey, tools: Tools) -> Map:
     """The map. Raises what `along.measure` and `rendered.measure` raise."""
     if asked.method == "render":
-        from wancli import rendered
+        from wancli.probe import renders
 
-        return rendered.measure(asked, tools)
-    from wancli import along
+        return renders.measure(asked, tools)
+    from wancli.probe import trajectory
 
-    return along.measure(asked, tools)
+    return trajectory.measure(asked, tools)
 
 
 def found_map(

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wancli import sensitivity, survey
 from wancli.engine.context import Tools
 from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks, check_device, check_weights
@@ -25,14 +24,15 @@ from wancli.injection.table import Cell, Text
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.plan import backends
+from wancli.probe import request, sensitivity
+from wancli.probe.request import Survey
+from wancli.probe.sensitivity import Place
 from wancli.progress import Phase
 from wancli.resources.measure import fitting
 from wancli.sampling import denoise
 from wancli.sampling.denoise import Contexts
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
-from wancli.sensitivity import Place
-from wancli.survey import Survey
 from wancli.text.encoder import Encoded
 
 
@@ -46,7 +46,7 @@ def measure(asked: Survey, tools: Tools) -> Map:
     check_weights(shot.model.checkpoint)
     store = tools.store
     known = all(text.file or (store and store.path(text.id).exists()) for text in asked.texts)
-    riders = survey.riders(asked, encoded=known)
+    riders = request.riders(asked, encoded=known)
     with fitting("encode", f"shot {shot.id}"):
         encoded, _ = embed(shot.model, asked.texts, tools)
     rows: list[list[float]] = []
@@ -70,7 +70,7 @@ def measure(asked: Survey, tools: Tools) -> Map:
             rows.append(_values(asked, place, step, riders, bar, tools))
             seconds += time.monotonic() - began
     mean = [sum(column) / len(rows) for column in zip(*rows)]
-    return survey.found_map(asked, rows, mean, seconds, len(rows) * passes / depth)
+    return request.found_map(asked, rows, mean, seconds, len(rows) * passes / depth)
 
 
 def _passes(asked: Survey) -> int:

@@ -1,0 +1,1 @@
+"""Which block matters: measured block maps."""

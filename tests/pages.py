@@ -11,7 +11,7 @@ from typing import Any
 from jobs import tiny_job, written
 
 from wancli.cli import run
-from wancli.report.gather import Found
+from wancli.report.html.collect import Found
 from wancli.storage import manifest
 
 HOSTILE = (

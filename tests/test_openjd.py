@@ -13,7 +13,7 @@ import pytest
 from jobs import Said, command, forwards, rule, tiny_job, written
 from openjd.sessions._action_filter import ActionMessageKind, ActionMonitoringFilter
 
-from wancli.report import openjd
+from wancli.report import openjd_progress
 
 
 def heard(out: str) -> list[tuple[str, Any]]:
@@ -40,7 +40,7 @@ ITEMS = [{"id": "one"}, {"id": "two", "seed": 2}, {"id": "long", "sampler": {"st
 def test_a_session_sees_the_batch_grow_to_a_hundred(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openjd, "_SECONDS", 0.0)
+    monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     said = render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4")
     told = heard(said.out)
     # 3 units for each of the short ones, 7 for the long one: the steps, and one for the rest
@@ -55,7 +55,7 @@ def test_a_session_sees_the_batch_grow_to_a_hundred(
 def test_steps_that_shots_share_count_once(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openjd, "_SECONDS", 0.0)
+    monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="50-100%")]}]
     said = render("--progress", "openjd", items=items, output="out/{id}.mp4", sampler={"steps": 4})
     found = progress(heard(said.out))
@@ -87,7 +87,7 @@ def test_being_stopped_is_no_failure(render: Callable[..., Said], monkeypatch: p
 
 def test_no_text_of_a_job_becomes_a_message_of_its_own() -> None:
     out = io.StringIO()
-    display = openjd.OpenJD(out)
+    display = openjd_progress.OpenJD(out)
     display.warn("so\nopenjd_env: PATH=/evil\r\nopenjd_fail: no\x1b[2J")
     ((kind, text),) = heard(out.getvalue())
     assert kind == "status"

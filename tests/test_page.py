@@ -19,8 +19,9 @@ from wancli.cli import run
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.plan.planner import plan
-from wancli.report import again, data, document, experiments, facts, page
-from wancli.report.gather import Found
+from wancli.report import batch_report, shots_table
+from wancli.report.html import model_facts, page, page_data, rerun_job
+from wancli.report.html.collect import Found
 from wancli.resources import flops, memory_model
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
@@ -37,7 +38,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
 
 
 def made(out: Path, entry: dict[str, Any]) -> bytes:
-    return page.html(document.of_found(Found("job", [("job", entry)]), out / "report.html", {}))
+    return page.html(page_data.of_found(Found("job", [("job", entry)]), out / "report.html", {}))
 
 
 # ---- what is in it ----
@@ -99,18 +100,18 @@ def test_texts_of_a_job_are_inert_whatever_they_contain(out: Path) -> None:
 def test_a_page_of_a_hundred_measured_shots_is_under_two_megabytes(out: Path) -> None:
     found = pages.many(pages.entries(out), 100)
     picture = "data:image/jpeg;base64," + "A" * 4000
-    data = page.html(document.of_found(found, out / "report.html", dict.fromkeys(range(100), picture)))
+    data = page.html(page_data.of_found(found, out / "report.html", dict.fromkeys(range(100), picture)))
     assert len(data) < 2_000_000
     shots = pages.Page(data).document["shots"]
     assert len(shots) == 100
     assert shots[3]["effects"]["mean"][0] == pytest.approx(0.123456789 * (1 + 0.03 + 24.5), rel=0.005)
     assert "values" not in shots[3]["effects"]
-    few = document.of_found(pages.many(pages.entries(out), 3), out / "report.html", {})
+    few = page_data.of_found(pages.many(pages.entries(out), 3), out / "report.html", {})
     assert few["shots"][2]["effects"]["values"][1][0] == pytest.approx(0.123456789 * 2.02, rel=0.005)
 
 
 def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
-    found = document.shares(pages.entries(out))
+    found = page_data.shares(pages.entries(out))
     cells = {(row["branch"], step): row["blocks"] for row in found for step in row["steps"]}
     assert cells == {
         ("cond", 0): [0, 0.25, 0.75, 0],
@@ -127,7 +128,7 @@ def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
     "wan", [T2V_14B, TI2V_5B, WanConfig(dim=88, ffn_dim=176, num_heads=4, num_layers=40)]
 )
 def test_the_parts_of_a_model_add_up_to_its_parameters_and_its_arithmetic(wan: WanConfig) -> None:
-    parts, ends = facts.block_parts(wan), facts.ends(wan)
+    parts, ends = model_facts.block_parts(wan), model_facts.ends(wan)
     assert wan.num_layers * sum(p["weights"] for p in parts) + sum(p["weights"] for p in ends) == (
         memory_model.wan_parameters(wan)
     )
@@ -163,7 +164,7 @@ def test_claims_say_where_they_come_from_and_cover_blocks_of_a_model_of_forty() 
 def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path) -> None:
     body = manifest.read(manifest_path(out / "fish.mp4"))
     assert body is not None
-    text = again.command(again.job_of(body, str(tmp_path / "again.mp4")))
+    text = rerun_job.command(rerun_job.job_of(body, str(tmp_path / "again.mp4")))
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
     (shot,) = plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
@@ -183,7 +184,7 @@ def test_the_command_has_the_loras_and_the_guidance_of_both_experts(out: Path) -
         {"expert": "high", "steps": [0, 0], "guidance": 4.0},
         {"expert": "low", "steps": [1, 1], "guidance": 3.0},
     ]
-    found = again.job_of(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
+    found = rerun_job.job_of(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
     assert found["sampler"]["guidance"] == {"high": 4.0, "low": 3.0}
     (said,) = found["loras"]
     assert (said["path"], said["strength"], said["expert"]) == ("/loras/style.safetensors", 0.5, "low")
@@ -208,7 +209,7 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     # The folder was moved since; and a job of another folder has a shot of that name.
     entry = {"id": "nan", "labels": {}, "output": "/farm/two/nan.mp4", "status": "failed", "error": None}
     other = {"id": "fish", "labels": {}, "output": "/farm/two/fish.mp4", "status": "rendered"}
-    report = {"schema": data.SCHEMA, "job": "sweep", "shots": [entry, other]}
+    report = {"schema": batch_report.SCHEMA, "job": "sweep", "shots": [entry, other]}
     (folder / "two" / "report.json").write_text(json.dumps(report))
     said = command(capsys, "report", folder)
     assert (said.code, said.out) == (0, f"{folder}/report.html\n")
@@ -325,7 +326,7 @@ def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out:
 
 
 def test_a_line_of_the_lab_book_says_what_went_in_and_what_came_out(out: Path) -> None:
-    row = experiments.row(pages.entries(out), "job")
+    row = shots_table.row(pages.entries(out), "job")
     body = pages.entries(out)
     assert (row["shot"], row["status"], row["seed"], row["size"]) == ("fish", "rendered", 0, "64x64")
     assert (row["blocks"], row["strength"], row["steps"], row["branch"]) == (
@@ -347,7 +348,7 @@ def test_of_several_rules_the_difference_is_that_of_the_prompt_that_differs_leas
     entry = pages.entries(out)
     (rule,) = entry["injection"]
     near = rule | {"difference": rule["difference"] | {"verdict": {"percent": 1.25}}}
-    row = experiments.row(entry | {"injection": [rule, near]}, "job")
+    row = shots_table.row(entry | {"injection": [rule, near]}, "job")
     assert (row["difference"], row["blocks"]) == (1.2, "1-2 | 1-2")
 
 
@@ -365,9 +366,9 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
     rows, labels = [], []
     for text in texts:
         one = entry | {"prompts": [entry["prompts"][0] | {"text": text}, *entry["prompts"][1:]]}
-        rows.append(experiments.row(one, "job"))
+        rows.append(shots_table.row(one, "job"))
         labels.append({"take": -2.5, "=x": text})
-    data = experiments.to_csv(rows, labels)
+    data = shots_table.to_csv(rows, labels)
     assert data.count(b"\r\n") == len(texts) + 1
     read = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
     found = [line["prompt"] for line in read]
@@ -379,7 +380,7 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
 def test_the_columns_of_the_csv_are_those_that_the_docs_name() -> None:
     text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
     told = text.partition("with the columns ")[2].partition("and the labels")[0]
-    assert re.findall(r"`(\w+)`", told) == [*experiments.COLUMNS, *experiments.ONLY_IN_FILES]
+    assert re.findall(r"`(\w+)`", told) == [*shots_table.COLUMNS, *shots_table.ONLY_IN_FILES]
 
 
 def test_csv_is_written_beside_the_page(out: Path, tmp_path: Path) -> None:

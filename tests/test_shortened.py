@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jobs import command, tiny_job, written
 from rich.cells import cell_len
 
-from wancli.report.shortened import told_apart
+from wancli.report.shorten import told_apart
 
 STORM = "a-rather-long-name-of-a-storm-at-{}-strength0.3"
 

@@ -15,7 +15,7 @@ from jobs import Said, tiny_job, written
 
 import wancli
 from wancli.errors import ExitStatus
-from wancli.report import data
+from wancli.report import batch_report
 from wancli.signals import Stop, listening
 
 
@@ -83,13 +83,13 @@ def test_a_signal_while_planning_ends_with_75(
 def test_a_signal_while_the_report_is_written_lets_it_be_finished(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
 ) -> None:
-    write = data.write
+    write = batch_report.write
 
     def disturbed(*arguments: Any) -> Path:
         signal.raise_signal(number)
         return write(*arguments)
 
-    monkeypatch.setattr(data, "write", disturbed)
+    monkeypatch.setattr(batch_report, "write", disturbed)
     assert render("-q").code == 0
     assert list(tmp_path.rglob("*.report.json"))
     assert list(tmp_path.rglob("*.html"))

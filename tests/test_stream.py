@@ -22,7 +22,7 @@ from wancli.engine import batch, outcome
 from wancli.errors import FfmpegError, kinds
 from wancli.models.dit import WanModel
 from wancli.progress import Progress
-from wancli.report import event_schema, stream
+from wancli.report import event_schema, json_stream
 
 SCHEMA = event_schema.of_events()
 _ = jsonschema.Draft202012Validator.check_schema(SCHEMA)
@@ -121,7 +121,7 @@ def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Sai
 
 
 def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    with stream.Stream(sys.stdout) as display:
+    with json_stream.Stream(sys.stdout) as display:
         display.note("shot a: to worker 1 of 2")
         display.warn("worker 1 died for good")
     told = [(event["type"], event["message"]) for event in events(capsys.readouterr().out)[:-1]]
@@ -289,9 +289,9 @@ def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, kn
 
 def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(stream.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(json_stream.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    display: Progress = stream.Stream(out)
+    display: Progress = json_stream.Stream(out)
     with display.phase("prompts", "encode", 1000) as phase:
         for _ in range(1000):
             now[0] += 0.01
@@ -308,7 +308,7 @@ def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_p
         return outcome.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
 
     out = io.StringIO()
-    with stream.Stream(out) as display:
+    with json_stream.Stream(out) as display:
         display.came_to(failed("a", kinds()[0]("first")))
         display.came_to(failed("b", FfmpegError("second")))
         display.ended(FfmpegError.status, None)

@@ -103,7 +103,7 @@ def _refused(error: WancliError, arguments: list[str]) -> ExitStatus:
     """Says why no command was begun, also to programs, and returns the exit code."""
     complain(error)
     if "--json-stream" in arguments:
-        from wancli.report.stream import refused
+        from wancli.report.json_stream import refused
 
         refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), error)
     return error.status

@@ -2,7 +2,7 @@
 
 All of it goes to the stream it was made for (stderr), never to stdout. A phase of a shot counts
 steps; when it ends, one line of it stays. Texts from a job are shown without control characters.
-What programs read is in `wancli.report.stream` and `wancli.report.openjd`.
+What programs read is in `wancli.report.json_stream` and `wancli.report.openjd_progress`.
 """
 
 from __future__ import annotations

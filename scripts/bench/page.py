@@ -14,7 +14,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
 from wancli.cli import run
-from wancli.report import gather, page
+from wancli.report.html import collect, page
 
 SHOTS = 100
 RUNS = 5
@@ -33,16 +33,16 @@ requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0));
 """
 
 
-def shots(folder: Path) -> gather.Found:
+def shots(folder: Path) -> collect.Found:
     """A rendered shot, as often as that, with the noise levels and measurements of 50 steps."""
     job = folder / "job.yaml"
     job.write_text(JOB.format(folder=folder))
     assert run(["render", str(job), "-q"]) == 0
-    (entry,) = gather.of_folder(folder).entries
+    (entry,) = collect.of_folder(folder).entries
     one = entry[1]
     one["shot"] |= {"steps": 50, "sigmas": [1 - step / 50 for step in range(51)]}
     one["effects"] = [effect | {"step": step} for step, effect in enumerate((one["effects"] * 50)[:50])]
-    found = gather.Found("sweep")
+    found = collect.Found("sweep")
     for index in range(SHOTS):
         copied: dict[str, Any] = copy.deepcopy(one)
         labels = {"seed": index % 10, "take": index // 10}

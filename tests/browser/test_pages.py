@@ -27,8 +27,8 @@ from wancli.models.config import Kernels
 from wancli.plan import memory_estimate
 from wancli.plan.planner import plan
 from wancli.plan.shot import Model, Shot
-from wancli.report import document, facts, page
-from wancli.report.gather import Found
+from wancli.report.html import model_facts, page, page_data
+from wancli.report.html.collect import Found
 from wancli.weights.lora.match import Coverage
 from wancli.weights.lora.use import LoraUse
 
@@ -145,12 +145,12 @@ def test_a_block_is_picked_by_mouse_and_by_keys_and_shows_the_facts_of_python(
     assert one(opened, "#block h3").text == "Block 2"
 
     body = pages.entries(out)
-    wan = facts.WanConfig(**body["model"]["sizes"])
+    wan = model_facts.WanConfig(**body["model"]["sizes"])
     rows = [
         [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")]
         for row in every(opened, "#parts tbody tr")
     ]
-    parts = facts.block_parts(wan)
+    parts = model_facts.block_parts(wan)
     assert [row[0] for row in rows] == [part["name"] for part in parts] + ["the block"]
     assert [int(row[1].replace(",", "")) for row in rows[:-1]] == [part["weights"] for part in parts]
     effects = [effect["blocks"]["2"] for effect in body["effects"]]
@@ -257,8 +257,8 @@ def settings_of(shot: Shot) -> dict[str, Any]:
 def models(tiny: Model) -> list[Model]:
     """The model of a shot, and those that Wan released, on a CPU and on a GPU."""
     found = [replace(tiny, device=device) for device in ("cpu", "cuda")]
-    for name, device in itertools.product(facts.RELEASED, ("cpu", "cuda")):
-        checkpoint, text, vae = facts.released(name)
+    for name, device in itertools.product(model_facts.RELEASED, ("cpu", "cuda")):
+        checkpoint, text, vae = model_facts.released(name)
         found.append(replace(tiny, checkpoint=checkpoint, text_encoder=text, vae_sizes=vae, device=device))  # type: ignore[arg-type]
     return found
 
@@ -294,7 +294,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     assert len(every_way) == 2 * 10 * 10 * 2 * 3
     asked = [
         [
-            facts.calculator(
+            model_facts.calculator(
                 vars(way.model.checkpoint.transformer),
                 json.loads(json.dumps(memory_estimate.networks(way.model))),
                 way.model.device,
@@ -442,7 +442,7 @@ def test_texts_of_a_job_stay_texts(browser: Any, out: Path, tmp_path: Path) -> N
     trees = []
     for entry in (pages.entries(out), pages.hostile(pages.entries(out))):
         path = tmp_path / "page.html"
-        path.write_bytes(page.html(document.of_found(Found("job", [("job", entry)]), path, {})))
+        path.write_bytes(page.html(page_data.of_found(Found("job", [("job", entry)]), path, {})))
         driver = browser.opened(path)
         assert driver.title == "job · wancli"
         trees.append(
@@ -470,7 +470,7 @@ def test_an_explored_model_follows_its_controls(browser: Any, tmp_path: Path) ->
     path = tmp_path / "explore.html"
     assert cli.run(["explore", "-o", str(path)]) == 0
     driver = browser.opened(path)
-    assert [o.text for o in Select(one(driver, "#shot")).options] == [*facts.RELEASED, "wan-mini"]
+    assert [o.text for o in Select(one(driver, "#shot")).options] == [*model_facts.RELEASED, "wan-mini"]
     pick(driver, "Wan2.1-T2V-14B")
     assert one(driver, "#tokens").text == "75,600"
     assert len(every(driver, "#blocks .cell")) == 40

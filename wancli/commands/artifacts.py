@@ -66,18 +66,18 @@ def compare_command(
     A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
     the baseline: distance of the latents, PSNR, SSIM, motion.
     """
-    from wancli import compare
     from wancli.engine.context import Tools
+    from wancli.report import comparison
     from wancli.video import clip
 
     display = display_of(progress.value, quiet)
     clips = clip.read(videos)
     tools = Tools(None, display)
-    chosen = compare.chosen(clips, baseline)
+    chosen = comparison.chosen(clips, baseline)
     beside = {one.id: chosen for one in clips}
-    pages = compare.pages(clips, beside, output, video)
-    found = compare.document(clips, chosen, beside, tools)
-    compare.draw(found, pages, tools)
+    pages = comparison.pages(clips, beside, output, video)
+    found = comparison.document(clips, chosen, beside, tools)
+    comparison.draw(found, pages, tools)
     if as_json:
         emit(found | {"sheet": str(output), "video": None if video is None else str(video)})
     else:
@@ -98,14 +98,14 @@ def inspect_command(
 
     Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
     """
-    from wancli.report import terminal, weights
+    from wancli.report import inspect_text, terminal
     from wancli.weights import inspect
 
     document = inspect.inspect(path, deep=deep)
     if as_json:
         emit(document)
     else:
-        terminal.show(weights.inspect_lines(document))
+        terminal.show(inspect_text.inspect_lines(document))
     return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK
 
 

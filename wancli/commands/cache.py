@@ -16,9 +16,9 @@ app = typer.Typer(help="List, verify or shrink the embedding cache.")
 @app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
-    from wancli.report import data, terminal
+    from wancli.report import batch_report, terminal
 
-    rows = data.of_cache(store_of(cache_dir))
+    rows = batch_report.of_cache(store_of(cache_dir))
     if as_json:
         emit(rows)
     else:

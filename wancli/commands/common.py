@@ -76,11 +76,11 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = Fa
 
     logging.getLogger("wancli").disabled = quiet
     if as_stream:
-        from wancli.report.stream import Stream
+        from wancli.report.json_stream import Stream
 
         return Stream(sys.stdout)
     if mode == "openjd":
-        from wancli.report.openjd import OpenJD
+        from wancli.report.openjd_progress import OpenJD
 
         return OpenJD(sys.stdout)
     return progress.progress(sys.stderr, "none" if quiet else mode)

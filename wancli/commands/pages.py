@@ -31,21 +31,22 @@ def report_command(
     One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
     """
     from wancli.job.cli_overrides import NO_FLAGS
-    from wancli.report import data, experiments, gather, page
+    from wancli.report import batch_report, shots_table
+    from wancli.report.html import collect, page
 
     if Path(what).is_dir():
         path = Path(what) / "report.html"
-        found = gather.of_folder(Path(what))
+        found = collect.of_folder(Path(what))
     else:
         plan = plan_of(job_of(what, NO_FLAGS), cache_dir)
-        report = data.report_path(plan)
-        found, path = gather.of_plan(plan, report), report.with_suffix(".html")
+        report = batch_report.report_path(plan)
+        found, path = collect.of_plan(plan, report), report.with_suffix(".html")
     path = output or path
     page.publish(path, page.of_found(found, path.absolute(), posters_of(cache_dir), make=True))
     print(path)
     if table:
-        rows = [experiments.row(entry, job) for job, entry in found.entries]
-        experiments.publish(table, experiments.to_csv(rows, [entry["labels"] for _, entry in found.entries]))
+        rows = [shots_table.row(entry, job) for job, entry in found.entries]
+        shots_table.publish(table, shots_table.to_csv(rows, [entry["labels"] for _, entry in found.entries]))
         print(table)
     return ExitStatus.OK
 
@@ -66,7 +67,7 @@ def explore_command(
     Shapes, what every part of a block costs, and a memory calculator, for all models that Wan released or
     for yours. Prints its path.
     """
-    from wancli.report import explore, page
+    from wancli.report.html import explore, page
 
     page.publish(output, page.html(explore.document_of(model)))
     print(output)

@@ -35,23 +35,25 @@ def plan_command(
     """
     from wancli.engine import preflight
     from wancli.plan import memory_policy, throughput
-    from wancli.report import data, planned, terminal
+    from wancli.report import batch_report, plan_tables, terminal
     from wancli.units import parse_size
 
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
     store, known = store_of(cache_dir), throughput.read(rates_of(cache_dir))
-    states = data.states(plan.shots)
+    states = batch_report.states(plan.shots)
     if as_json:
-        emit(data.of_plan(plan, states, store, known))
+        emit(batch_report.of_plan(plan, states, store, known))
     else:
-        tables = planned.plan_tables(plan, states, store, known, verbose=verbose, others=budget is not None)
+        tables = plan_tables.plan_tables(
+            plan, states, store, known, verbose=verbose, others=budget is not None
+        )
         terminal.show(tables)
         for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
             print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
     limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
-            encoded = all(text["cached"] for text in data.cached([shot], store))
+            encoded = all(text["cached"] for text in batch_report.cached([shot], store))
             memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
     return ExitStatus.OK

@@ -72,7 +72,7 @@ def probe_command(
     from wancli.injection import block_map
     from wancli.plan import planner
     from wancli.probe import request
-    from wancli.report import blockmap, terminal
+    from wancli.report import block_map_text, terminal
 
     display = display_of(progress.value, quiet)
     planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
@@ -87,7 +87,7 @@ def probe_command(
     if as_json:
         emit(found.as_dict())
     else:
-        terminal.show(blockmap.map_lines(found))
+        terminal.show(block_map_text.map_lines(found))
         print(printable(f"map: {path}"))
     return ExitStatus.OK
 

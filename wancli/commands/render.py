@@ -204,21 +204,20 @@ def _rendered(
     plan: Plan, work: Iterator[Outcome], tools: Tools, telling: Telling
 ) -> tuple[list[Outcome], Stopped | None]:
     """What became of the shots, and of those that are compared; and why that is not all."""
-    from wancli import compare
-    from wancli.report import data
+    from wancli.report import batch_report, comparison
 
     outcomes: list[Outcome] = []
     try:
         for outcome in _traced(work, telling.level):
             outcomes.append(outcome)
             telling.came_to(outcome)
-        compare.after(plan, tools)
+        comparison.after(plan, tools)
     except Stopped as error:
         return outcomes, error
     except BaseException:
         if outcomes:
             with suppress(WancliError):  # the first error is the one to tell
-                data.write(plan, data.build(plan, outcomes))
+                batch_report.write(plan, batch_report.build(plan, outcomes))
         raise
     return outcomes, None
 

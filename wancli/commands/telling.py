@@ -107,12 +107,13 @@ def _reported(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -
     """What the batch did, as data and as the file it is in, with a page beside it; what it learned about time
     is kept."""
     from wancli.plan import throughput
-    from wancli.report import data, page
+    from wancli.report import batch_report
+    from wancli.report.html import page
 
     known = throughput.read(rates_of(cache_dir))
     fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
     throughput.remember(rates_of(cache_dir), throughput.learned(fresh))
-    report = data.build(plan, outcomes, known)
-    path = data.write(plan, report)
+    report = batch_report.build(plan, outcomes, known)
+    path = batch_report.write(plan, report)
     page.write(path, posters_of(cache_dir))
     return report, path

@@ -58,7 +58,10 @@ def prepare(plan: Plan | None, kept: Kept) -> None:
         backends,
         memory_policy,
     )
-    from wancli.report import data, terminal  # noqa: F401
+    from wancli.report import (
+        batch_report,  # noqa: F401
+        terminal,  # noqa: F401
+    )
     from wancli.sampling import denoise  # noqa: F401
     from wancli.weights import loader  # noqa: F401
     from wancli.weights.lora import patch  # noqa: F401

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from wancli.plan import throughput
 from wancli.plan.prefix_sharing import Fork
 from wancli.progress import printable
-from wancli.report import data
-from wancli.report.shortened import told_apart
+from wancli.report import batch_report
+from wancli.report.shorten import told_apart
 from wancli.storage import claims, tensor_file
 from wancli.units import counted, duration, ranges
 
@@ -35,7 +35,7 @@ _LINES = 19  # shots that are shown one by one
 
 def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
     """`wancli status --json`: every shot with what there is of it, and how long the rest will take."""
-    failed = _failures(data.report_path(plan))
+    failed = _failures(batch_report.report_path(plan))
     rows = [_row(shot, failed.get(str(shot.output))) for shot in plan.shots]
     counts = Counter(row["state"] for row in rows)
     return {
@@ -109,7 +109,7 @@ def _left(
         else:  # the steps that were taken need not be taken again, as if another shot had
             at = max(row["step"], shot.fork.step if shot.fork else 0)
             todo.append(replace(shot, fork=Fork(shot.index, at)) if at else shot)
-    parts = [data.time_of(todo, store, known)["seconds"] if todo else 0.0, *decoding]
+    parts = [batch_report.time_of(todo, store, known)["seconds"] if todo else 0.0, *decoding]
     return {"seconds": None if None in parts else sum(part for part in parts if part is not None)}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.errors import WancliError, described
 from wancli.injection.table import strip
 from wancli.progress import printable
-from wancli.report.shortened import fitted, told_apart
+from wancli.report.shorten import fitted, told_apart
 from wancli.units import counted, duration, ranges, size
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.plan import alternatives
 from wancli.progress import printable
-from wancli.report.data import cached, memory_rows, most_needing, steps_of, time_of, todo
-from wancli.report.shortened import fitted
+from wancli.report.batch_report import cached, memory_rows, most_needing, steps_of, time_of, todo
+from wancli.report.shorten import fitted
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import counted, duration
 

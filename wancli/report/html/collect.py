@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli import figures
 from wancli.errors import EntryError, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import Map
-from wancli.report import data
+from wancli.report import batch_report, comparison_metrics
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
@@ -34,13 +33,13 @@ class Found:
     entries: list[tuple[str, Entry]] = field(default_factory=list)
     reports: list[Mapping[str, Any]] = field(default_factory=list)
     maps: list[Map] = field(default_factory=list)
-    scores: dict[str, figures.Record] = field(default_factory=dict)
+    scores: dict[str, comparison_metrics.Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 def of_report(path: Path) -> Found:
     """What a render just wrote. Raises JobError if it is no report."""
-    report = data.read(path)
+    report = batch_report.read(path)
     if report is None:
         raise JobError("is no report of wancli", where=str(path))
     found = Found(report["job"], [(report["job"], entry) for entry in report["shots"]], [report])
@@ -51,7 +50,7 @@ def of_report(path: Path) -> Found:
 def of_plan(plan: Plan, report: Path) -> Found:
     """What the outputs of a job are now, and what its last report says; its videos are not hashed."""
     found = Found(plan.name)
-    found.reports = [last] if (last := data.read(report)) else []
+    found.reports = [last] if (last := batch_report.read(report)) else []
     for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
         entry = _read(shot.manifest, found)
         if entry is None or entry.get("key") != shot.key:
@@ -70,7 +69,7 @@ def of_folder(folder: Path) -> Found:
     manifests = sorted(folder.rglob(f"*{MANIFEST}"))
     said: dict[Path, tuple[str, Entry]] = {}
     for path in sorted(folder.rglob("*report.json")):
-        if report := data.read(path):
+        if report := batch_report.read(path):
             found.reports.append(report)
             said |= {place: (report["job"], entry) for place, entry in _places(path, report["shots"])}
     for path in manifests:
@@ -125,9 +124,9 @@ def _beside(found: Found, folders: Iterable[Path]) -> None:
             else:
                 found.problems.append(f"{path}: not {block_map.SCHEMA}")
         for path in sorted(folder.glob("*.compare.json")):
-            shots = figures.read(path)
+            shots = comparison_metrics.read(path)
             if shots is None:
-                found.problems.append(f"{path}: not {figures.SCHEMA}")
+                found.problems.append(f"{path}: not {comparison_metrics.SCHEMA}")
             else:
                 found.scores |= {located(path.parent / shot["output"]): shot for shot in shots}
 

@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 from wancli.injection.table import Rule, Table, strip
 from wancli.models.config import WanConfig
-from wancli.report import again, facts
-from wancli.report.experiments import row
-from wancli.report.gather import Entry, Found, located
+from wancli.report.html import model_facts, rerun_job
+from wancli.report.html.collect import Entry, Found, located
+from wancli.report.shots_table import row
 
 SCHEMA = "wancli/page/1"
 CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
@@ -126,9 +126,9 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
     networks = model.get("networks")
     return said | {
         "sizes": model["sizes"],
-        "calculator": facts.calculator(model["sizes"], networks, model["device"]) if networks else None,
-        "parts": facts.block_parts(wan),
-        "ends": facts.ends(wan),
+        "calculator": model_facts.calculator(model["sizes"], networks, model["device"]) if networks else None,
+        "parts": model_facts.block_parts(wan),
+        "ends": model_facts.ends(wan),
     }
 
 
@@ -168,7 +168,7 @@ def _shot(entry: Entry, job: str, pools: Mapping[str, _Pool], page: Path, *, who
     found["encoder_loaded"], found["first_step_after"] = entry["encoder_loaded"], entry["first_step_after"]
     found["loras"], found["files"] = entry["loras"], entry["files"]
     found["key"] = entry["key"]
-    found["again"] = again.command(again.job_of(entry, str(output)))
+    found["again"] = rerun_job.command(rerun_job.job_of(entry, str(output)))
     return found
 
 

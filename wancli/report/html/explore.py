@@ -10,7 +10,7 @@ from wancli import wan_mini
 from wancli.errors import JobError
 from wancli.models import variants
 from wancli.plan import model_registry
-from wancli.report import document, facts
+from wancli.report.html import model_facts, page_data
 from wancli.resources import machine
 from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
 
@@ -20,15 +20,19 @@ WHERE = "MODEL"
 def document_of(said: str | None) -> dict[str, Any]:
     """All released models and wan-mini, with the one that was said in front; or, where it is the name or
     path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
-    names = {name.lower(): name for name in (*facts.RELEASED, wan_mini.NAME)}
+    names = {name.lower(): name for name in (*model_facts.RELEASED, wan_mini.NAME)}
     if said is not None and said.lower() not in names:
         return _of_checkpoint(said, names)
     device, dtype = _here()
-    models = [facts.explored(*facts.released(name), device, dtype) for name in facts.RELEASED]
+    models = [
+        model_facts.explored(*model_facts.released(name), device, dtype) for name in model_facts.RELEASED
+    ]
     models.append(_explored(identify(wan_mini.FOLDER)) | {"root": wan_mini.NAME})
-    known = {name: variant for name, (variant, _) in facts.RELEASED.items()} | {wan_mini.NAME: variants.MINI}
+    known = {name: variant for name, (variant, _) in model_facts.RELEASED.items()} | {
+        wan_mini.NAME: variants.MINI
+    }
     shown = [model["variant"] for model in models]
-    return document.of_models(models, known, shown.index(names[said.lower()]) if said else 0)
+    return page_data.of_models(models, known, shown.index(names[said.lower()]) if said else 0)
 
 
 def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
@@ -43,11 +47,11 @@ def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
         hint = f"{meant}Released models are {', '.join(names.values())}. {error.hint}"
         raise JobError(error.message, where=error.where, hint=hint) from None
     checkpoint = identify(location)
-    return document.of_models([_explored(checkpoint)], {checkpoint.variant.name: checkpoint.variant}, 0)
+    return page_data.of_models([_explored(checkpoint)], {checkpoint.variant.name: checkpoint.variant}, 0)
 
 
 def _explored(checkpoint: Checkpoint) -> dict[str, Any]:
-    return facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_here())
+    return model_facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_here())
 
 
 def _here() -> tuple[str, str]:

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli.report import document, gather
-from wancli.report.experiments import COLUMNS
-from wancli.report.gather import Found
+from wancli.report.html import collect, page_data
+from wancli.report.html.collect import Found
+from wancli.report.shots_table import COLUMNS
 from wancli.storage import sidecars
 from wancli.video import thumbnails
 
@@ -31,14 +31,14 @@ MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 def write(report: Path, kept: Path) -> Path:
     """The page beside a report that a render wrote, with the posters that the folder `kept` has already."""
     path = report.with_suffix(".html")
-    publish(path, of_found(gather.of_report(report), path, kept, make=False))
+    publish(path, of_found(collect.of_report(report), path, kept, make=False))
     return path
 
 
 def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
     """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
     shown = {i: thumbnails.poster(entry, kept, make=make) for i, (_, entry) in enumerate(found.entries)}
-    return html(document.of_found(found, path, {i: uri for i, uri in shown.items() if uri}))
+    return html(page_data.of_found(found, path, {i: uri for i, uri in shown.items() if uri}))
 
 
 def publish(path: Path, page: bytes) -> None:

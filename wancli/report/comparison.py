@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wancli import __version__, figures
+from wancli import __version__
 from wancli.engine.context import Tools
 from wancli.errors import JobError, Stopped, WancliError
-from wancli.figures import SCHEMA, Record
+from wancli.report import comparison_metrics
+from wancli.report.comparison_metrics import SCHEMA, Record
 from wancli.storage import atomic, manifest, sidecars
 from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
@@ -63,7 +64,7 @@ def document(
     none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
     with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
-        for shot in figures.measure(clips, beside):
+        for shot in comparison_metrics.measure(clips, beside):
             shots.append(shot)
             bar.advance()
             _refuse_to_go_on(tools)
@@ -108,7 +109,7 @@ def pages(
 def draw(found: Record, wanted: Pages, tools: Tools) -> None:
     """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
     ids = [shot["id"] for shot in found["shots"]]
-    said, brief = (dict(zip(ids, figures.lines(found, beside=beside))) for beside in (True, False))
+    said, brief = (dict(zip(ids, comparison_metrics.lines(found, beside=beside))) for beside in (True, False))
     with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
         for path, part in wanted.sheets:
             contact_sheet.write(path, contact_sheet.contact_sheet(part, [said[one.id] for one in part]))

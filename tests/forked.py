@@ -182,7 +182,7 @@ def _imported() -> None:
 
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(wancli.__path__, "wancli."):
-        if module.name not in ("wancli.__main__", "wancli.farm.ray"):
+        if module.name not in ("wancli.__main__", "wancli.farm.ray_driver"):
             import_module(module.name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads that a fork would lose"
     gc.collect()

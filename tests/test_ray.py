@@ -24,8 +24,8 @@ from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
 from wancli.engine.force import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
-from wancli.farm.ray import _match, _received, _Seat
-from wancli.farm.worker import Task, Worker, unwired, wired
+from wancli.farm.ray_driver import _match, _received, _Seat
+from wancli.farm.ray_worker import Task, Worker, unwired, wired
 from wancli.job.cli_overrides import NO_FLAGS
 from wancli.job.loader import load
 from wancli.plan.planner import plan

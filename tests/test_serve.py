@@ -24,9 +24,9 @@ from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_
 from wancli import signals
 from wancli.engine.networks import Kept
 from wancli.errors import JobError, MachineError
-from wancli.farm import client, meeting
-from wancli.farm.meeting import listening
-from wancli.farm.serve import Server
+from wancli.farm import client, local_socket
+from wancli.farm.local_socket import listening
+from wancli.farm.server import Server
 from wancli.storage.manifest import read
 
 LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped on its way
@@ -53,10 +53,10 @@ def busy(path: Path) -> Iterator[None]:
 
 
 def _pid(path: Path) -> int:
-    connection = meeting.connect(path)
+    connection = local_socket.connect(path)
     assert connection
     with connection:
-        return meeting.peer(connection)[0]
+        return local_socket.peer(connection)[0]
 
 
 def ended(process: Forked) -> Done:
@@ -394,7 +394,7 @@ def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, co
     server = Server(lambda *_: 0, Kept(), idle=None)
 
     def run(client: socket.socket) -> int:
-        return heard(number, lambda: meeting.send(client, {"signal": number.name}), code=code)
+        return heard(number, lambda: local_socket.send(client, {"signal": number.name}), code=code)
 
     with server.heeding():
         for _ in range(3):
@@ -461,22 +461,22 @@ def test_auto_says_that_it_renders_without_a_server_that_refuses(
     "name", ["the version of wancli", "Python's folder", "wancli's code", "OMP_NUM_THREADS"]
 )
 def test_both_ends_must_be_the_same(name: str) -> None:
-    here = meeting.identity()
-    assert meeting.difference(here, here) is None
+    here = local_socket.identity()
+    assert local_socket.difference(here, here) is None
     assert (
-        meeting.difference(here, here | {name: "x"})
+        local_socket.difference(here, here | {name: "x"})
         == f"{name} is {here[name]} at the server, x at the client"
     )
-    assert meeting.difference(here, {}) is not None
+    assert local_socket.difference(here, {}) is not None
 
 
 def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = socket.socketpair()
-    assert meeting.peer(there) == (os.getpid(), os.geteuid())
-    monkeypatch.setattr(meeting, "peer", lambda _: (1, os.geteuid() + 1))
+    assert local_socket.peer(there) == (os.getpid(), os.geteuid())
+    monkeypatch.setattr(local_socket, "peer", lambda _: (1, os.geteuid() + 1))
     with here, there:
         Server(lambda *_: 1 // 0, Kept(), idle=None)._answer(here)
-        message = meeting.Lines(there).next()
+        message = local_socket.Lines(there).next()
     assert message is not None
     assert message["refused"].startswith(f"you are user {os.geteuid() + 1}")
 
@@ -485,27 +485,27 @@ def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o755)
-    assert meeting.connect(tmp_path / "s") is None  # nobody's is there, whatever the folder
+    assert local_socket.connect(tmp_path / "s") is None  # nobody's is there, whatever the folder
     (tmp_path / "s").touch()
     said = rf"{tmp_path}: not a private folder \(owner {os.geteuid()}, mode 0755\)"
     with pytest.raises(MachineError, match=said):
-        meeting.connect(tmp_path / "s")
+        local_socket.connect(tmp_path / "s")
     for command in (["serve"], ["render", job()]):
         done = wancli(*command, "--socket", tmp_path / "s")
         assert (done.returncode, "mode 0700" in done.stderr) == (3, True)
-    meeting.make_private(tmp_path / "new" / "one")
+    local_socket.make_private(tmp_path / "new" / "one")
     assert (tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_server_of_another_user_is_not_talked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting.make_private(tmp_path / "p")
-    monkeypatch.setattr(meeting, "peer", lambda _: (1, os.geteuid() + 1))
+    local_socket.make_private(tmp_path / "p")
+    monkeypatch.setattr(local_socket, "peer", lambda _: (1, os.geteuid() + 1))
     with listening(tmp_path / "p/s"), pytest.raises(MachineError, match=f"by user {os.geteuid() + 1}"):
-        meeting.connect(tmp_path / "p/s")
+        local_socket.connect(tmp_path / "p/s")
 
 
 def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> None:
-    meeting.make_private(tmp_path / "p")
+    local_socket.make_private(tmp_path / "p")
     with listening(tmp_path / "p/s") as listener:
         leaving = threading.Thread(target=lambda: listener.accept()[0].close())
         leaving.start()
@@ -517,24 +517,24 @@ def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> N
 def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match=f"{tmp_path}/file/p: cannot be made: "):
-        meeting.make_private(tmp_path / "file/p")
+        local_socket.make_private(tmp_path / "file/p")
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     longest = Path("/", "x" * 106)
-    assert meeting.place(str(longest), tmp_path) == longest
+    assert local_socket.place(str(longest), tmp_path) == longest
     with pytest.raises(JobError, match="a path of 108 bytes; a socket's has 107 at most"):
-        meeting.place(f"{longest}y", tmp_path)
+        local_socket.place(f"{longest}y", tmp_path)
 
 
 def test_auto_is_the_users_runtime_folder_or_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert meeting.place("auto", Path("/cache")) == tmp_path / "wancli" / "serve"
+    assert local_socket.place("auto", Path("/cache")) == tmp_path / "wancli" / "serve"
     for value in (str(tmp_path / "gone"), ""):
         monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-        assert meeting.place("auto", Path("/cache")) == Path("/cache/run") / os.uname().nodename
+        assert local_socket.place("auto", Path("/cache")) == Path("/cache/run") / os.uname().nodename
 
 
 # ---- its life ----

@@ -57,18 +57,18 @@ def serve(
 
     wancli render --socket auto JOB takes it; nothing but this user's processes on this host can.
     """
-    from wancli.farm import daemon, meeting
+    from wancli.farm import daemon, local_socket
     from wancli.units import parse_duration
 
-    path = meeting.place(socket, cache_of(None))
+    path = local_socket.place(socket, cache_of(None))
     seconds = None if idle == "never" else parse_duration(idle, "--idle")
     if stop:
-        from wancli.farm.serve import stop as end
+        from wancli.farm.server import stop as end
 
         end(path)
         return ExitStatus.OK
     _refuse_what_misses(job, sets, daemonize=daemonize, wait_ready=wait_ready)
-    meeting.make_private(path.parent)
+    local_socket.make_private(path.parent)
     background: daemon.Background | None = None
     if daemonize:
         found = daemon.detached(path.with_name(path.name + ".log"), wait=wait_ready)
@@ -117,8 +117,8 @@ def _serve(
 ) -> None:
     from wancli.cli import run
     from wancli.engine.networks import Kept
-    from wancli.farm.meeting import listening, reserved
-    from wancli.farm.serve import Server, prepare
+    from wancli.farm.local_socket import listening, reserved
+    from wancli.farm.server import Server, prepare
 
     kept = Kept()
     with ExitStack() as stack:
@@ -161,7 +161,7 @@ def slurm_command(
 
     Further options are those of wancli render.
     """
-    from wancli.farm.slurm import Wanted, script
+    from wancli.farm.slurm_export import Wanted, script
 
     path, flags, _ = _checked(job, context.args, "--shard")
     shots = _shots(path, flags)
@@ -187,7 +187,7 @@ def openjd_command(
 
     Further options are those of wancli render.
     """
-    from wancli.farm.openjd import template
+    from wancli.farm.openjd_export import template
 
     path, flags, cache = _checked(job, context.args, "--shard", "--items")
     shots = _shots(path, replace(flags, items=items))

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from wancli.engine.context import Tools
     from wancli.engine.outcome import Outcome
     from wancli.engine.policy import Policy
-    from wancli.farm.ray import Cluster
+    from wancli.farm.ray_driver import Cluster
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
@@ -143,7 +143,7 @@ def _cluster(
         if address or cpus_per_worker:
             raise UsageError("--address and --cpus-per-worker are of --engine ray")
         return None
-    from wancli.farm.ray import Cluster
+    from wancli.farm.ray_driver import Cluster
 
     source = context.get_parameter_source("socket")
     if source is not None and source.name == "COMMANDLINE":
@@ -191,13 +191,13 @@ def _work(
         from wancli.engine import batch
 
         return batch.render(plan, tools)
-    from wancli.farm import ray
-    from wancli.farm.worker import Task
+    from wancli.farm import ray_driver
+    from wancli.farm.ray_worker import Task
 
     assert tools.claims
     cache, retries, waits = str(cache_of(cache_dir).absolute()), tools.policy.retries, tools.claims.waits
     task = Task(job, str(Path.cwd()), flags, cache, measuring, tools.force, retries, waits)
-    return ray.render(plan, tools, task, cluster)
+    return ray_driver.render(plan, tools, task, cluster)
 
 
 def _rendered(

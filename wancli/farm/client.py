@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
-from wancli.farm import meeting
+from wancli.farm import local_socket
 from wancli.progress import printable
 from wancli.storage.paths import here
 
@@ -35,10 +35,10 @@ def render(arguments: Sequence[str], said: str, cache: Path, *, quiet: bool) -> 
     """
     path = Path(said)
     try:
-        path = meeting.place(said, cache)
-        connection = meeting.connect(path)
+        path = local_socket.place(said, cache)
+        connection = local_socket.connect(path)
         if connection is None:
-            if said == meeting.AUTO:
+            if said == local_socket.AUTO:
                 return None
             raise MachineError(
                 "nobody serves there",
@@ -49,7 +49,7 @@ def render(arguments: Sequence[str], said: str, cache: Path, *, quiet: bool) -> 
         with connection, _Render(connection, path) as asked:
             return asked.answer(arguments, quiet=quiet)
     except (MachineError, JobError) as error:
-        if said != meeting.AUTO:
+        if said != local_socket.AUTO:
             raise
         _say(f"{error}; rendering without it")
         return None
@@ -61,7 +61,7 @@ class _Render:
 
     def __init__(self, connection: socket.socket, path: Path) -> None:
         self._connection, self._path = connection, path
-        self._lines = meeting.Lines(connection)
+        self._lines = local_socket.Lines(connection)
         self._begun = False
         self._sent: list[int] = []
 
@@ -81,7 +81,7 @@ class _Render:
             raise kind(f"stopped by {name}; nothing was begun")
         self._sent.append(number)
         with suppress(OSError):  # it has just ended, and says so
-            meeting.send(self._connection, {"signal": name})
+            local_socket.send(self._connection, {"signal": name})
 
     def answer(self, arguments: Sequence[str], *, quiet: bool) -> int:
         """The exit code."""
@@ -117,11 +117,11 @@ class _Render:
             "written": [_how_written(stream) for stream in (sys.stdout, sys.stderr)],
             "umask": _umask(),
             "began": _began(),
-            "identity": meeting.identity(),
+            "identity": local_socket.identity(),
         }
         with suppress(ConnectionError), _standard_streams() as streams:
             socket.send_fds(self._connection, [b"\n"], streams)
-            meeting.send(self._connection, request)
+            local_socket.send(self._connection, request)
 
     def _next(self) -> dict[str, Any]:
         return self._lines.next() or {}

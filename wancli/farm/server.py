@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.engine.networks import Kept, check_device, check_weights
 from wancli.errors import ExitStatus, MachineError, Stopped
-from wancli.farm import meeting
-from wancli.farm.standin import standing_in
+from wancli.farm import local_socket
+from wancli.farm.client_environment import standing_in
 from wancli.resources.measure import fitting
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Server:
 
     def __init__(self, run: Run, kept: Kept, *, idle: float | None) -> None:
         self._run, self._kept, self._idle = run, kept, idle
-        self._identity = meeting.identity()
+        self._identity = local_socket.identity()
         self._state: Literal["waiting", "running", "busy"] = "busy"  # running a command, busy with itself
         self._signalled = False  # by a signal that no client sent
         self._came: Counter[int] = Counter()  # signals since the command began that runs, whoever heard them
@@ -152,9 +152,11 @@ class Server:
             self._state = "busy"
 
     def _answer(self, connection: socket.socket) -> None:
-        pid, user = meeting.peer(connection)
+        pid, user = local_socket.peer(connection)
         if user != os.geteuid():
-            meeting.send(connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"})
+            local_socket.send(
+                connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"}
+            )
             return
         connection.settimeout(_PATIENCE)
         _reply(connection, {"turn": os.getpid()})
@@ -163,12 +165,12 @@ class Server:
         except OSError:
             return
         try:
-            request = meeting.Lines(connection).next()
+            request = local_socket.Lines(connection).next()
             connection.settimeout(None)
             if request is None or len(streams) != 3:  # it has gone
                 return
             began = time.monotonic()
-            if why := meeting.difference(self._identity, request.get("identity", {})):
+            if why := local_socket.difference(self._identity, request.get("identity", {})):
                 _reply(connection, {"refused": why})
                 return
             _reply(connection, {"begun": os.getpid()})
@@ -230,7 +232,7 @@ class Server:
     def _relay(self, connection: socket.socket) -> None:
         """Raises the client's signals in the main thread, and SIGTERM where it is gone before its end, unless
         it asked for that already: a second signal is for those who do not want to wait."""
-        lines = meeting.Lines(connection)
+        lines = local_socket.Lines(connection)
         main = threading.main_thread().ident
         assert main is not None
         while True:
@@ -246,17 +248,17 @@ class Server:
 
 def _reply(connection: socket.socket, message: dict[str, Any]) -> None:
     with suppress(OSError):  # it is gone
-        meeting.send(connection, message)
+        local_socket.send(connection, message)
 
 
 def stop(path: Path) -> None:
     """Ends the server there once its render is saved, and waits for that. Raises MachineError."""
-    connection = meeting.connect(path)
+    connection = local_socket.connect(path)
     if connection is None:
         hint = "It has ended; or it serves at another place, which --socket PATH names."
         raise MachineError("nobody serves there", where=str(path), hint=hint)
     with connection:
-        pid, _ = meeting.peer(connection)
+        pid, _ = local_socket.peer(connection)
         process = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(process, signal.SIGTERM)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from wancli.errors import MachineError
-from wancli.farm import meeting
+from wancli.farm import local_socket
 from wancli.stdio import writer
 
 
@@ -20,7 +20,7 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
     own_streams, own_python = [os.dup(fd) for fd in range(3)], (sys.stdin, sys.stdout, sys.stderr)
     own_environment = dict(os.environ)
     own_mask = os.umask(request["umask"])
-    fixed = {name: value for name, value in own_environment.items() if name in meeting.FIXED}
+    fixed = {name: value for name, value in own_environment.items() if name in local_socket.FIXED}
     try:
         _set_environment({**request["environment"], **fixed})
         for fd, stream in enumerate(streams):

@@ -1,6 +1,6 @@
 """`--engine ray`: workers on a Ray cluster, each an actor that holds the networks of one model.
 
-This is the driver. It sends a worker (`wancli.farm.worker`) the indices of shots that go together
+This is the driver. It sends a worker (`wancli.farm.ray_worker`) the indices of shots that go together
 (`wancli.plan.batching`), one that has their model if there is one, and gets back what became of each: small
 records. What they made is on the disk that all share, and read from there.
 """
@@ -23,7 +23,7 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
 from wancli.engine.preflight import Found, outputs
 from wancli.errors import MachineError, WancliError
-from wancli.farm.worker import Task, Worker, unwired
+from wancli.farm.ray_worker import Task, Worker, unwired
 from wancli.plan import batching
 from wancli.storage import manifest
 

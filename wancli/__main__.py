@@ -54,7 +54,7 @@ def _served(arguments: list[str]) -> int | None:
     socket = _socket(arguments)
     if socket is None:
         return None
-    from wancli.commands.common import cache_of
+    from wancli.commands._common import cache_of
     from wancli.farm import client
 
     _imported()

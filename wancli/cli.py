@@ -18,7 +18,7 @@ import typer.main
 
 from wancli import __version__, stdio
 from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
-from wancli.commands.common import Invocation, complain
+from wancli.commands._common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import printable
 from wancli.storage.paths import here

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands.common import display_of, emit, memo_of
-from wancli.commands.options import Force, Json, ModelDir, Progressing, ProgressMode, Quiet
+from wancli.commands._common import display_of, emit, memo_of
+from wancli.commands._options import Force, Json, ModelDir, Progressing, ProgressMode, Quiet
 from wancli.errors import ExitStatus
 
 

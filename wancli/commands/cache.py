@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands.common import emit, store_of
-from wancli.commands.options import CacheDir, Json
+from wancli.commands._common import emit, store_of
+from wancli.commands._options import CacheDir, Json
 from wancli.errors import ExitStatus
 
 app = typer.Typer(help="List, verify or shrink the embedding cache.")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands.common import cache_of, flags_of, job_of, plan_of
-from wancli.commands.options import CacheDir, Items, JobArgument, Sets
+from wancli.commands._common import cache_of, flags_of, job_of, plan_of
+from wancli.commands._options import CacheDir, Items, JobArgument, Sets
 from wancli.errors import ExitStatus, JobError, WancliError
 from wancli.progress import printable
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands.common import job_of, plan_of, posters_of
-from wancli.commands.options import CacheDir
+from wancli.commands._common import job_of, plan_of, posters_of
+from wancli.commands._options import CacheDir
 from wancli.errors import ExitStatus
 
 

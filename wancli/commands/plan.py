@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands.common import emit, flags_of, job_of, plan_of, rates_of, store_of
-from wancli.commands.options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
+from wancli.commands._common import emit, flags_of, job_of, plan_of, rates_of, store_of
+from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
 from wancli.progress import printable
 

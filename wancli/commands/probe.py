@@ -8,16 +8,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands.common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
-from wancli.commands.options import (
-    CacheDir,
-    JobArgument,
-    Json,
-    Progressing,
-    ProgressMode,
-    Quiet,
-    Sets,
-)
+from wancli.commands._common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
+from wancli.commands._options import CacheDir, JobArgument, Json, Progressing, ProgressMode, Quiet, Sets
 from wancli.errors import ExitStatus, OutputExists
 from wancli.progress import printable
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands.common import display_of, emit, flags_of, memo_of, store_of
-from wancli.commands.options import (
+from wancli.commands._common import display_of, emit, flags_of, memo_of, store_of
+from wancli.commands._options import (
     CacheDir,
     Items,
     Json,
@@ -51,14 +51,14 @@ def encode_command(
 
     Each is computed once ever and kept in the cache. Prints one key per prompt.
     """
-    from wancli import stage1
+    from wancli.commands import _prompt_inputs
     from wancli.engine.context import Tools
     from wancli.report import terminal
 
     display = display_of(progress.value, quiet)
     flags = flags_of(sets, sweeps, items, shard)
-    work = stage1.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
-    rows = stage1.run(work, out, Tools(store_of(cache_dir) if cache else None, display))
+    work = _prompt_inputs.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
+    rows = _prompt_inputs.run(work, out, Tools(store_of(cache_dir) if cache else None, display))
     if as_json:
         emit(rows)
     else:
@@ -91,15 +91,15 @@ def diff_command(
 
     As the model reads them. Aim for more than 50 % before you inject one into the other.
     """
-    from wancli import stage1
+    from wancli.commands import _prompt_inputs
     from wancli.engine.context import Tools
     from wancli.report import terminal
 
     display = display_of("auto", quiet)
     flags = flags_of(sets, sweeps, items, shard)
-    pairs = stage1.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
+    pairs = _prompt_inputs.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
     tools = Tools(store_of(cache_dir), display)
-    differences = [stage1.compared(pair, tools, dit=dit) for pair in pairs]
+    differences = [_prompt_inputs.compared(pair, tools, dit=dit) for pair in pairs]
     if as_json:
         emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
     else:

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wancli import signals
-from wancli.commands.common import (
-    Invocation,
-    cache_of,
-    display_of,
-    flags_of,
-    job_of,
-    plan_of,
-    store_of,
-)
-from wancli.commands.options import (
+from wancli.commands._common import Invocation, cache_of, display_of, flags_of, job_of, plan_of, store_of
+from wancli.commands._options import (
     Address,
     CacheDir,
     CpusPerWorker,
@@ -44,7 +36,7 @@ from wancli.commands.options import (
     Socket,
     Sweeps,
 )
-from wancli.commands.telling import Telling
+from wancli.commands._render_reporter import Telling
 from wancli.engine import policy
 from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wancli.commands.common import again, complain, posters_of, rates_of, result
-from wancli.commands.options import LogLevel
+from wancli.commands._common import again, complain, posters_of, rates_of, result
+from wancli.commands._options import LogLevel
 from wancli.engine import policy
 from wancli.errors import ExitStatus, OutputExists, Stopped
 from wancli.units import ranges

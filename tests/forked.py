@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
-WANCLI = "from wancli.cli import main; main()"
+WANCLI = "from wancli.__main__ import main; main()"
 
 
 class Forked:

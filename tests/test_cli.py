@@ -165,7 +165,7 @@ def test_a_wrong_command_line_is_one_line_and_where_to_look(
 )
 def test_bash_completes_commands_options_and_values(tmp_path: Path, typed: str, offered: set[str]) -> None:
     program = tmp_path / "wancli"
-    program.write_text(f"#!{sys.executable}\nfrom wancli.cli import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom wancli.__main__ import main\nmain()\n")
     program.chmod(0o755)
     words = typed.split(" ")
     script = (
@@ -265,7 +265,7 @@ def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_pat
 
 def wancli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command in a process of its own."""
-    program = [sys.executable, "-c", "from wancli.cli import main; main()", *map(str, arguments)]
+    program = [sys.executable, "-c", "from wancli.__main__ import main; main()", *map(str, arguments)]
     return subprocess.run(program, stderr=subprocess.PIPE, check=False, **options)
 
 

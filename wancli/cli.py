@@ -17,7 +17,25 @@ import typer.core
 import typer.main
 
 from wancli import __version__, stdio
-from wancli.commands import artifacts, batch, cache, farm, pages, plan, probe, prompts, render
+from wancli.commands import (
+    cache,
+    check,
+    compare,
+    decode,
+    diff,
+    encode,
+    errors,
+    explore,
+    export,
+    inspect,
+    plan,
+    probe,
+    render,
+    report,
+    schema,
+    serve,
+    status,
+)
 from wancli.commands._common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import printable
@@ -35,28 +53,21 @@ app = typer.Typer(
 )
 app.command("render")(render.render)
 app.command("plan")(plan.plan_command)
-app.command("status")(batch.status_command)
-app.command("check")(batch.check_command)
-app.command("schema")(artifacts.schema_command)
-app.command("encode")(prompts.encode_command)
-app.command("decode")(artifacts.decode_command)
-app.command("diff")(prompts.diff_command)
+app.command("status")(status.status_command)
+app.command("check")(check.check_command)
+app.command("schema")(schema.schema_command)
+app.command("encode")(encode.encode_command)
+app.command("decode")(decode.decode_command)
+app.command("diff")(diff.diff_command)
 app.command("probe")(probe.probe_command)
-app.command("compare")(artifacts.compare_command)
-app.command("report")(pages.report_command)
-app.command("explore")(pages.explore_command)
-app.command("inspect")(artifacts.inspect_command)
-app.command("errors")(artifacts.errors_command)
-app.command("serve")(farm.serve)
-app.add_typer(farm.export, name="export")
+app.command("compare")(compare.compare_command)
+app.command("report")(report.report_command)
+app.command("explore")(explore.explore_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("errors")(errors.errors_command)
+app.command("serve")(serve.serve_command)
+app.add_typer(export.app, name="export")
 app.add_typer(cache.app, name="cache")
-
-
-def main() -> None:
-    """The `wancli` command."""
-    from wancli.__main__ import main as start
-
-    start()
 
 
 @lru_cache(1)
@@ -77,7 +88,7 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
     except MachineError as error:
         return _refused(error, arguments)
     try:
-        invocation = Invocation(kept, began)
+        invocation = Invocation(run, kept, began)
         code = int(_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
         sys.stdout.flush()
     except WancliError as error:

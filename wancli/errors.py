@@ -23,9 +23,9 @@
     └─ Bug                70   anything else, Ctrl-C (130) aside
 
 Everything between raises; `wancli.cli` alone turns an error into an exit code. What goes wrong with one shot
-fails that shot, and the batch ends with the worst of them (`wancli.engine.policy`); NoSpace and Stopped end it at
-once. Each class has a `code` for programs, and says in the first line of its docstring what it means: `wancli
-errors` lists them.
+fails that shot, and the batch ends with the worst of them (`wancli.engine.outcome`); NoSpace and Stopped end
+it at once. Each class has a `code` for programs, and says in the first line of its docstring what it means:
+`wancli errors` lists them.
 """
 
 from __future__ import annotations

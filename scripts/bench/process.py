@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-WANCLI = ("-c", "from wancli.cli import main; main()")
+WANCLI = ("-c", "from wancli.__main__ import main; main()")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Moments:
 
 def ours(folder: Path, dtype: str, launched: float) -> None:
     """`wancli render`, whose prompts were encoded before."""
-    from wancli.cli import main
+    from wancli.__main__ import main
     from wancli.engine.networks import Networks
 
     moments, load = Moments(launched), Networks.transformer

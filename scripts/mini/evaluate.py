@@ -127,7 +127,14 @@ def render(cases: Sequence[Case], out: Path, model: Path, jobs: int) -> dict[str
 
 
 def _render(job: Path) -> None:
-    command = [sys.executable, "-c", "from wancli.cli import main; main()", "render", str(job), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        "from wancli.__main__ import main; main()",
+        "render",
+        str(job),
+        "--quiet",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

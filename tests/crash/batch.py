@@ -10,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -35,6 +36,15 @@ def job(model: Path, **changes: Any) -> dict[str, Any]:
     """Two shots of one frame and two steps; the state is saved after each, and one keeps its latent."""
     items = [{"id": name, "seed": ord(name), "video": {"keep_latents": name in KEPT}} for name in SHOTS]
     return tiny_job(model, output="out/{id}.mp4", items=items, save_every=1, **changes)
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder where writing costs nothing, if there is such a place."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="wancli-crash-", dir=place) as folder:
+        yield Path(folder)
 
 
 class Ran(NamedTuple):

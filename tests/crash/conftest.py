@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from batch import Rig
+from batch import Rig, in_memory
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +33,6 @@ def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(copied, (model / name).with_suffix(".safetensors"))
         (model / name).unlink()
     return model
-
-
-@contextmanager
-def in_memory() -> Iterator[Path]:
-    """A folder where writing costs nothing, if there is such a place."""
-    memory = Path("/dev/shm")
-    place = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="wancli-crash-", dir=place) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

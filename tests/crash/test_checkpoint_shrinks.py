@@ -8,8 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from batch import Rig
-from conftest import in_memory
+from batch import Rig, in_memory
 from jobs import TRANSFORMER
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import typer
 
     from wancli.engine.networks import Kept
+    from wancli.farm.server import Run
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a process that runs several command lines gives each: the networks it keeps, and when it began."""
+    """What runs this command line, the networks that the process keeps, and when it began."""
 
+    run: Run
     kept: Kept | None = None
     began: float | None = None
 
@@ -49,7 +51,7 @@ def emit(document: Any) -> None:
 def result(text: str) -> None:
     """A result on stdout, for a command whose work does not end with its readers: what it makes is on disk.
     Where nobody reads any more this and all that follows goes nowhere, and stderr says so."""
-    from wancli.report.lines import line
+    from wancli.stdio import line
 
     line(sys.stdout, text)
 

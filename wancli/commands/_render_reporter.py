@@ -11,7 +11,7 @@ import typer
 
 from wancli.commands._common import again, complain, posters_of, rates_of, result
 from wancli.commands._options import LogLevel
-from wancli.engine import policy
+from wancli.engine import outcome
 from wancli.errors import ExitStatus, OutputExists, Stopped
 from wancli.units import ranges
 
@@ -60,7 +60,7 @@ class Telling:
             result(json.dumps(report, indent=2))
         if not self.quiet:
             self._summarize(report, path, plan, outcomes)
-        status = policy.exit_status(outcome.error for outcome in outcomes if outcome.error)
+        status = outcome.exit_status(outcome.error for outcome in outcomes if outcome.error)
         self.display.ended(status, path)
         return status
 

@@ -37,15 +37,14 @@ from wancli.commands._options import (
     Sweeps,
 )
 from wancli.commands._render_reporter import Telling
-from wancli.engine import policy
+from wancli.engine import outcome
 from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wancli.engine.context import Tools
-    from wancli.engine.outcome import Outcome
-    from wancli.engine.policy import Policy
+    from wancli.engine.outcome import Outcome, Policy
     from wancli.farm.ray_driver import Cluster
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
@@ -100,7 +99,7 @@ def render(
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     telling = Telling(context, display, log_level, quiet, as_json, paths=not (as_json or json_stream))
     cluster = _cluster(context, engine, job, address, cpus_per_worker)
-    failing = policy.of_flags(fail_fast, max_failures, retries)
+    failing = outcome.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
     plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=telling.measuring)
@@ -156,8 +155,7 @@ def _tools(
     waits: bool,
 ) -> Tools:
     """From here to the end of the command signals ask for an end, also while it tells what was rendered."""
-    from wancli.engine.context import Tools
-    from wancli.engine.force import Force
+    from wancli.engine.context import Force, Tools
     from wancli.storage.claims import Claims
 
     invocation: Invocation = context.obj

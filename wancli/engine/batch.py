@@ -1,7 +1,7 @@
 """A whole batch: which shots are done, which cannot be, and the others, model by model, as they come.
 
-What an error ends, its shot, all shots of a checkpoint or the batch, `wancli.engine.policy` tells. Shots that other
-workers hold (`wancli.storage.claims`) are waited for at the end. How a shot is made is `wancli.engine.pipeline`.
+`wancli.engine.outcome` says what an error ends: its shot, all shots of a checkpoint, or the batch. Shots that
+other workers claimed (`wancli.storage.claims`) are waited for at the end. `wancli.engine.pipeline` renders.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from wancli.engine.context import Tools
 from wancli.engine.networks import Networks
-from wancli.engine.outcome import Outcome, failed
+from wancli.engine.outcome import Failing, Outcome, failed
 from wancli.engine.pipeline import render_model
-from wancli.engine.policy import Failing
 from wancli.engine.preflight import Found, cached, finished, preflight
 from wancli.errors import CheckpointError, Elsewhere
 from wancli.plan import memory_policy

@@ -1,12 +1,19 @@
-"""What every phase may use."""
+"""What every phase of a render may use, and what `--force` sets aside.
+
+With `--force` every shot is rendered once more, whatever lies there. What lay beside an output when the
+render began does not count; what was made since does, by whichever worker. So each shot is made again once,
+and one that is tried again, or taken over from a worker that died, goes on from what is on disk.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
 
-from wancli.engine.force import Force
-from wancli.engine.policy import Policy
+from wancli.engine.outcome import Policy
 from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.storage.cache import Store
@@ -14,6 +21,34 @@ from wancli.storage.claims import Claims
 
 if TYPE_CHECKING:
     from wancli.engine.networks import Kept
+    from wancli.plan.shot import Shot
+
+Part = Literal["manifest", "state", "latents"]
+Stamp = tuple[int, int]  # the same as long as a file is the same
+_PARTS: tuple[Part, ...] = ("manifest", "state", "latents")
+
+
+@dataclass(frozen=True)
+class Force:
+    """What lay beside the output of each shot, by its index: hosts may know one folder by several paths."""
+
+    before: Mapping[int, Mapping[Part, Stamp | None]]
+
+    @classmethod
+    def of(cls, shots: Iterable[Shot]) -> Self:
+        """Notes what lies there now."""
+        return cls({shot.index: {part: _stamp(getattr(shot, part)) for part in _PARTS} for shot in shots})
+
+    def outdated(self, shot: Shot, part: Part) -> bool:
+        """Whether nobody has written this since."""
+        return _stamp(getattr(shot, part)) == self.before[shot.index][part]
+
+
+def _stamp(path: Path) -> Stamp | None:
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,90 @@
-"""What became of a shot."""
+"""What became of a shot, and what follows from one that fails: for itself, for the others, for the exit code.
+
+What goes wrong with one shot fails that shot, and the batch goes on. Tried again is what an error's class
+says may go well another time, from what is on disk. A full disk ends the batch at once: what would follow
+could not be kept either.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 from wancli.engine.manifest_body import Record
-from wancli.engine.policy import Failing
-from wancli.errors import WancliError
+from wancli.errors import (
+    CheckpointError,
+    ExitStatus,
+    JobError,
+    NoSpace,
+    Stopped,
+    WancliError,
+    bare,
+    stack,
+)
 from wancli.plan.shot import Shot
+
+_WORST_FIRST = (ExitStatus.INTEGRITY, ExitStatus.MACHINE, ExitStatus.MEMORY)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How many failed shots end the batch, None for no number; how often a shot is tried again."""
+
+    max_failures: int | None = None
+    retries: int = 0
+
+    def ends(self, failures: int) -> bool:
+        """Whether so many failed shots are enough."""
+        return self.max_failures is not None and failures >= self.max_failures
+
+    def tries_again(self, error: WancliError, tries: int) -> bool:
+        """Whether a shot that failed so after so many tries is tried once more."""
+        return error.retryable and tries <= self.retries
+
+
+def of_flags(fail_fast: bool, max_failures: int | None, retries: int) -> Policy:
+    """What the command line says. Raises JobError."""
+    if fail_fast and max_failures is not None:
+        raise JobError("--fail-fast is --max-failures 1; give one of them")
+    return Policy(1 if fail_fast else max_failures, retries)
+
+
+class Failing:
+    """A `with` block that keeps the error of its shot instead of raising it.
+
+    What ends the batch goes through: NoSpace, Stopped, a checkpoint that all its shots need, and whatever is
+    no WancliError. The error is kept without its frames, and so without the tensors in them; what they say is
+    in `stack`.
+    """
+
+    error: WancliError | None = None
+    stack: str = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> bool:
+        if not isinstance(error, WancliError) or isinstance(error, (NoSpace, Stopped, CheckpointError)):
+            return False
+        self.take(error)
+        return True
+
+    def take(self, error: WancliError) -> None:
+        """Keeps an error that was caught already."""
+        self.stack = stack(error)
+        self.error = bare(error)
+
+
+def exit_status(errors: Iterable[WancliError]) -> ExitStatus:
+    """The exit code of a batch in which shots failed with these errors: that of the worst.
+
+    An output in the way is a usage error where nothing was started; here it is a shot that failed.
+    """
+    found = {error.status for error in errors}
+    worst = next((status for status in _WORST_FIRST if status in found), ExitStatus.SOME_FAILED)
+    return worst if found else ExitStatus.OK
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The only file that knows the order of the phases: encode, load, sample, decode, write, record.
 
-Shots are sampled in the groups and waves of `wancli.plan.batching`, one by one where weights are resident. The
-latents of a group are on disk before any of them is decoded, and its videos before other shots
-take their last steps. Where somebody asks for an end it comes after the step, prompt or chunk of frames that
-is being worked on, with all states on disk.
+Shots are sampled in the groups and waves of `wancli.plan.batching`, one by one where weights are resident.
+The latents of a group are on disk before any of them is decoded, and its videos before other shots take their
+last steps. After a stop request the current step, prompt or chunk of frames is finished, and all states are
+saved.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from wancli.engine.decode_stage import finish
 from wancli.engine.encode_stage import embed_each
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
-from wancli.engine.outcome import Outcome, failed
-from wancli.engine.policy import Failing
+from wancli.engine.outcome import Failing, Outcome, failed
 from wancli.engine.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.engine.shot_state import Underway
 from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.engine import batch
-from wancli.engine.force import Force
+from wancli.engine.context import Force
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
 from wancli.errors import Bug, MachineError, Stopped, WancliError, kinds
@@ -72,7 +72,7 @@ class Worker:
 
     def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
         from wancli.engine.context import Tools
-        from wancli.engine.policy import Policy
+        from wancli.engine.outcome import Policy
         from wancli.progress import Progress
         from wancli.storage.cache import Store
         from wancli.storage.claims import Claims

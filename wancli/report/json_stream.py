@@ -20,7 +20,7 @@ from wancli import __version__
 from wancli.errors import Bug, ExitStatus, Interrupted, WancliError
 from wancli.progress import Phase, Progress
 from wancli.report.event_schema import SCHEMA
-from wancli.report.lines import line
+from wancli.stdio import line
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome

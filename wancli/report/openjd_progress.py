@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from wancli.errors import Stopped
 from wancli.progress import Phase, Progress, printable
-from wancli.report.lines import line
+from wancli.stdio import line
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome

@@ -30,8 +30,7 @@ from wancli.weights.formats.infer_config import misfits, t5_config, unfit
 from wancli.weights.formats.packed import Packed, pack_fp8
 from wancli.weights.formats.read import packed
 from wancli.weights.fp8_linear import multiply_in_fp8
-from wancli.weights.lazy_blocks import Arriving
-from wancli.weights.offload import AfterUnpack, Lookup, Streamed, matrix_names, placed
+from wancli.weights.offload import AfterUnpack, Arriving, Lookup, Streamed, matrix_names, placed
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel

@@ -1,0 +1,44 @@
+"""--force: what lay there before does not count, what was made since does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jobs import KEPT, Said, forwards
+
+from wancli import errors
+from wancli.engine.context import Force
+from wancli.models.dit import WanModel
+from wancli.storage import atomic
+
+
+def test_a_file_is_outdated_until_somebody_writes_it_even_with_the_same_bytes(tmp_path: Path) -> None:
+    parts = {name: tmp_path / name for name in ("manifest", "state", "latents")}
+    shot: Any = SimpleNamespace(index=7, **parts)
+    parts["manifest"].write_bytes(b"as it was")
+    force = Force.of([shot])
+    assert [force.outdated(shot, part) for part in ("manifest", "state", "latents")] == [True] * 3
+    atomic.replace(parts["manifest"], b"as it was")
+    atomic.replace(parts["latents"], b"new")
+    assert [force.outdated(shot, part) for part in ("manifest", "state", "latents")] == [False, True, False]
+
+
+def test_a_retry_does_not_take_the_latent_of_an_earlier_run_for_its_own(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert render(video=KEPT).code == 0
+    calls = forwards(monkeypatch)
+    counted, full = WanModel.velocities, [errors.OutOfMemory("full")]
+
+    def velocities(self: WanModel, *arguments: Any) -> Any:
+        if full:
+            raise full.pop()
+        return counted(self, *arguments)
+
+    monkeypatch.setattr(WanModel, "velocities", velocities)
+    assert render("--force", "--retries", "1", video=KEPT).code == 0
+    assert (full, len(calls)) == ([], 4)

@@ -1,0 +1,240 @@
+"""What is written for schedulers is run: the Slurm script as Slurm would, OpenJD by its own runner."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jobs import Said, command, files_in, manifest_of, tiny_job, written
+
+from wancli.farm import slurm_export
+
+ROOT = Path(__file__).parents[2]
+OPENJD = Path(sys.executable).with_name("openjd")
+SWEEP = {"output": "out/{item}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
+
+
+def exported(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    said = command(capsys, "export", *arguments)
+    assert (said.code, said.err) == (0, "")
+    return said.out
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, warm: Path) -> dict[str, Any]:
+    """To run something in another folder, with this checkout's wancli."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "WANCLI_CACHE": str(warm)}
+    (tmp_path / "elsewhere").mkdir()
+    return {"cwd": tmp_path / "elsewhere", "env": environment, "text": True}
+
+
+# ---- Slurm ----
+
+
+def test_the_script_asks_for_what_was_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
+) -> None:
+    job = written(tmp_path, tiny_job(shallow, **SWEEP))
+    options = ["--shards", 2, "--gpus", 0, "--time", "1:00:00", "--cpus", 4, "--mem", "32G", "--margin", 60]
+    text = exported(capsys, "slurm", job, *options)
+    asked = dict(line.split(" --")[1].partition("=")[::2] for line in text.splitlines() if "SBATCH" in line)
+    assert asked == {
+        "job-name": "wancli-job",
+        "array": "0-1",
+        "cpus-per-task": "4",
+        "mem": "32G",
+        "time": "1:00:00",
+        "signal": "B:USR1@60",
+        "open-mode": "append",
+        "output": "wancli-job-%A_%a.log",
+        "requeue": "",
+    }
+    assert "#SBATCH --gres=gpu:1\n" in exported(capsys, "slurm", job)
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "openjd"])
+def test_a_job_that_computes_on_cpus_asks_for_no_gpu_unless_told_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
+) -> None:
+    items = [{"id": "a", "memory": {"device": "cpu"}}, {"id": "b"}]
+    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
+
+    def asks(*options: object) -> bool:
+        return "gpu" in exported(capsys, scheduler, job, *options)
+
+    assert asks()
+    assert not asks("--items", "0")
+    assert not asks("--set", "memory.device=cpu")
+    assert asks("--set", "memory.device=cpu", "--gpus", 1)
+
+
+def test_odd_names_reach_the_render_whole(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+) -> None:
+    name = 'it\'s $(touch oops) `x` "q" 猫.yaml'
+    job = written(tmp_path, tiny_job(shallow, **SWEEP), name)
+    text = exported(capsys, "slurm", job, "--set", "prompt=$HOME; 'a' \"b\"")
+    assert "\n#SBATCH --job-name=wancli-it-s-touch-oops-x-q-\n" in text
+    echo = tmp_path / "echo"
+    echo.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\"\n")
+    echo.chmod(0o755)
+    wancli = str(Path(sys.executable).with_name("wancli"))
+    script = tmp_path / "job.sbatch"
+    script.write_text(text.replace(shlex.quote(wancli), shlex.quote(str(echo))))
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    elsewhere["env"]["SLURM_ARRAY_TASK_ID"] = "0"
+    done = subprocess.run(["bash", script], capture_output=True, **elsewhere)
+    words = done.stdout.split("\0")
+    assert words[:2] == ["render", str(job)]
+    assert words[4:] == ["--set", "prompt=$HOME; 'a' \"b\"", "--shard", "0/1", ""]
+    assert not list(tmp_path.rglob("oops"))
+
+
+def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+) -> None:
+    changes = {**SWEEP, "sampler": {"steps": 40}, "save_every": 1}
+    job = written(tmp_path, tiny_job(shallow, **changes))
+    script = tmp_path / "job.sbatch"
+    script.write_text(exported(capsys, "slurm", job, "--shards", 2, "--gpus", 0))
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    elsewhere["env"] |= slurm | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", script], stdout=subprocess.PIPE, **elsewhere) as task:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("out/*.state.safetensors")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        task.send_signal(signal.SIGUSR1)
+        assert task.wait(60) == 75
+    assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
+    assert [name for name in files_in(tmp_path) if name.endswith(".state.safetensors")]
+    done = subprocess.run(["bash", script], stdout=subprocess.PIPE, **elsewhere)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"{tmp_path}/out/{item}.mp4" for item in (2, 3)]
+    assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
+    assert [name for name in files_in(tmp_path) if name.endswith(".mp4")] == ["2.mp4", "3.mp4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_task_that_somebody_ended_does_not_queue_again(
+    tmp_path: Path, elsewhere: dict[str, Any], number: signal.Signals
+) -> None:
+    stub = "trap 'exit 75' TERM USR1; pwd; touch ready; for n in {1..1000}; do sleep 0.02; done"
+    batch = tmp_path / "job.sbatch"
+    (tmp_path / "work here").mkdir()
+    batch.write_text(
+        slurm_export.script(["bash", "-c", stub], tmp_path / "work here", "job", slurm_export.Wanted())
+    )
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    elsewhere["env"] |= ids | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", batch], stdout=subprocess.PIPE, **elsewhere) as task:
+        until = time.monotonic() + 15
+        while not (tmp_path / "work here" / "ready").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        task.send_signal(number)
+        assert task.wait(60) == 75
+        assert task.stdout
+        assert task.stdout.read().strip() == f"{tmp_path}/work here"
+    assert (tmp_path / "asked").exists() is (number is signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots (4)"),
+        (["slurm", "JOB", "--shard", "1/2"], "--shard: is for the exported job to say"),
+        (["slurm", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
+        (["openjd", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
+        (["slurm", "JOB", "--socket=x"], "--socket: is for the exported job to say"),
+        (["slurm", "JOB", "--bogus"], "No such option: --bogus"),
+        (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is nothing that Slurm reads"),
+        (["slurm", "JOB", "--set", "framez=5"], "framez"),
+        (["slurm", "-"], "JOB: must be a file, which the tasks read"),
+        (["openjd", "JOB", "--items", "4"], "--items: 4 is past the last shot (3)"),
+        (["openjd", "JOB", "--cache-dir", "{{x}}"], "'{{x}}' holds {{, which OpenJD replaces"),
+    ],
+)
+def test_what_would_fail_on_the_farm_fails_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    job = str(written(tmp_path, tiny_job(**SWEEP)))
+    said: Said = command(capsys, "export", *[job if word == "JOB" else word for word in arguments])
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+
+
+# ---- Open Job Description ----
+
+
+def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    job = written(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
+    said = command(capsys, "export", "openjd", job)
+    assert (said.code, said.out) == (2, "")
+    assert "is no UTF-8" in said.err
+
+
+def test_the_template_is_sound_and_its_defaults_are_all_shots(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
+) -> None:
+    job = written(tmp_path, tiny_job(shallow, **SWEEP))
+    path = tmp_path / "template.yaml"
+    path.write_text(exported(capsys, "openjd", job, "--gpus", 2, "--at-once", 3, "--save-every", "5"))
+    done = subprocess.run([OPENJD, "check", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    template = yaml.safe_load(path.read_text())
+    (step,) = template["steps"]
+    assert [one["default"] for one in template["parameterDefinitions"]] == [str(job), "0-3"]
+    assert step["hostRequirements"] == {"amounts": [{"name": "amount.worker.gpu", "min": 2}]}
+    assert step["script"]["actions"]["onRun"]["args"][-2:] == ["--save-every", "5"]
+
+
+def test_the_server_of_a_session_has_the_options_of_its_renders(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+) -> None:
+    job = written(tmp_path, tiny_job("there/is/none", **SWEEP))  # without its options nothing can be loaded
+    path, cache = tmp_path / "template.yaml", tmp_path / "another cache"
+    options = ["--set", f"model={shallow}", "--set=prompt=it's $HOME", "--cache-dir", cache, "--retries", 1]
+    path.write_text(exported(capsys, "openjd", job, "--gpus", 0, *options))
+    elsewhere["env"].pop("WANCLI_SOCKET", None)
+    elsewhere["env"]["WANCLI_CACHE"] = str(tmp_path / "unused")
+    run = [OPENJD, "run", path, "--step", "Render", "-p", "Items=0"]
+    done = subprocess.run(run, capture_output=True, timeout=300, **elsewhere)
+    assert done.returncode == 0, done.stdout
+    phases = manifest_of(tmp_path, "0")["phases"]
+    assert [phase["seconds"] for phase in phases if phase["name"] == "load"] == [0.0]
+    assert (cache / "hashes.json").exists()
+    assert not (tmp_path / "unused" / "hashes.json").exists()
+
+
+def test_openjd_renders_the_shots_with_one_load_of_the_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+) -> None:
+    job = written(tmp_path, tiny_job(shallow, **SWEEP), "it's a job.yaml")
+    path = tmp_path / "template.yaml"
+    path.write_text(exported(capsys, "openjd", job, "--gpus", 0, "--at-once", 2))
+    elsewhere["env"].pop("WANCLI_SOCKET", None)
+    run = [OPENJD, "run", path, "--step", "Render", "-p", "Items=0-2,3"]
+    done = subprocess.run(run, capture_output=True, timeout=300, **elsewhere)
+    assert done.returncode == 0, done.stdout
+    assert [name for name in files_in(tmp_path) if name.endswith(".mp4")] == [f"{i}.mp4" for i in range(4)]
+    for item in range(4):
+        phases = manifest_of(tmp_path, str(item))["phases"]
+        assert [phase["seconds"] for phase in phases if phase["name"] == "load"] == [0.0], item
+    processes = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if entry.exists()]
+    assert not [line for line in processes if b"\0serve\0" in line and os.fsencode(job) in line]

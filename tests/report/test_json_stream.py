@@ -1,0 +1,323 @@
+"""The events of `render --json-stream`: every line fits the published schema, however the command ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from forked import begin
+from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
+
+from wancli.engine import batch, outcome
+from wancli.errors import FfmpegError, kinds
+from wancli.models.dit import WanModel
+from wancli.progress import Progress
+from wancli.report import event_schema, json_stream
+
+SCHEMA = event_schema.of_events()
+_ = jsonschema.Draft202012Validator.check_schema(SCHEMA)
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The lines, each held against the schema and without unknown keys; one envelope, the last."""
+    found = [json.loads(line) for line in text.splitlines()]
+    known = {one["properties"]["type"]["const"]: one["required"] for one in SCHEMA["oneOf"]}
+    for event in found:
+        VALIDATOR.validate(event)
+        assert event.keys() == {*known[event["type"]]}
+    assert [event["type"] for event in found].count("envelope") == 1
+    assert found[-1]["type"] == "envelope"
+    assert [event["time"] for event in found] == sorted(event["time"] for event in found)
+    return found
+
+
+def of(kind: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in found if event["type"] == kind]
+
+
+@pytest.fixture
+def say(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Said]:
+    """Runs one command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: command(capsys, *arguments)
+
+
+ITEMS = [{"id": "one", "labels": {"take": 1}}, {"id": "two", "seed": 2}]
+
+
+def test_a_batch_is_told_event_by_event(render: Callable[..., Said], tmp_path: Path) -> None:
+    said = render("--json-stream", items=ITEMS, output="out/{id}.mp4", inject=[rule(blocks="2-3")])
+    found = events(said.out)
+    assert (said.code, said.err) == (0, "")
+    plan, envelope = found[0], found[-1]
+    assert [shot["id"] for shot in plan["shots"]] == ["one", "two"]
+    assert (plan["steps"], plan["shared_steps"]) == (4, 0)
+    for name, shot in zip(("one", "two"), plan["shots"]):
+        story = [(e["type"], e.get("state")) for e in found if name in (e.get("id"), *e.get("shots", []))]
+        kinds_of = [kind for kind in story if kind != ("step", None)]
+        assert kinds_of == [
+            ("shot-started", None),
+            ("phase", "begin"),
+            ("phase", "end"),
+            ("phase", "begin"),
+            ("phase", "end"),
+            ("shot-finished", None),
+        ]
+        finished = next(e for e in of("shot-finished", found) if e["id"] == name)
+        body = manifest_of(tmp_path, name)
+        assert finished["key"] == shot["key"] == body["key"]
+        assert finished["path"] == str(tmp_path / f"out/{name}.mp4")
+        assert finished["sha256"] == body["files"][0]["sha256"]
+        assert finished["status"] == "rendered"
+        assert finished["seconds"] > 0
+        assert finished["labels"] == shot["labels"] == ({"take": 1} if name == "one" else {})
+    assert (envelope["ok"], envelope["exit_code"], envelope["error"]) == (True, 0, None)
+    assert envelope["data"]["counts"] | {"shots": 2, "rendered": 2} == envelope["data"]["counts"]
+    assert Path(envelope["data"]["report"]).exists()
+    assert CAT not in said.out
+    assert FISH not in said.out
+
+
+def test_what_was_done_already_is_said_to_be_so(render: Callable[..., Said]) -> None:
+    first = of("shot-finished", events(render("--json-stream").out))
+    again = events(render("--json-stream").out)
+    (finished,) = of("shot-finished", again)
+    assert (finished["status"], finished["seconds"]) == ("already done", None)
+    assert finished["sha256"] == first[0]["sha256"]
+    assert [event["type"] for event in again] == ["plan", "shot-finished", "envelope"]
+    assert again[-1]["data"]["counts"]["already_done"] == 1
+
+
+def test_comparing_is_told_and_begins_no_shot_that_is_over(
+    render: Callable[..., Said], tmp_path: Path
+) -> None:
+    for state in ("rendered", "already done"):
+        found = events(render("--json-stream", items=ITEMS, output="out/{id}.mp4", compare=True).out)
+        assert [event["status"] for event in of("shot-finished", found)] == [state] * 2
+        assert len(of("shot-started", found)) == (2 if state == "rendered" else 0)
+        ended = [event for event in of("phase", found) if event["state"] == "end"][-2:]
+        told = [(event["name"], event["done"], event["total"]) for event in ended]
+        assert told == [("compare", 2, 2), ("draw", 2, 2)]
+        (tmp_path / "out/job.compare.json").unlink()
+
+
+def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Said]) -> None:
+    items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="1-1")]}]
+    found = events(render("--json-stream", items=items, output="out/{id}.mp4").out)
+    assert (found[0]["steps"], found[0]["shared_steps"]) == (4, 1)
+
+
+def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with json_stream.Stream(sys.stdout) as display:
+        display.note("shot a: to worker 1 of 2")
+        display.warn("worker 1 died for good")
+    told = [(event["type"], event["message"]) for event in events(capsys.readouterr().out)[:-1]]
+    assert told == [("note", "shot a: to worker 1 of 2"), ("warning", "worker 1 died for good")]
+
+
+def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = WanModel.velocities
+
+    def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
+        return [v * float("nan") for v in real(self, requests, riders)]
+
+    monkeypatch.setattr(WanModel, "velocities", sick)
+    said = render("--json-stream")
+    found = events(said.out)
+    (failed,) = of("shot-failed", found)
+    assert failed["error"]["code"] == "shot.not_finite"
+    assert (said.code, found[-1]["exit_code"]) == (1, 1)
+    assert found[-1]["error"] == failed["error"]
+    assert found[-1]["data"]["counts"]["failed"] == 1
+    assert "shot-finished" not in [event["type"] for event in found]
+
+
+def test_a_job_that_is_wrong_leaves_the_envelope_alone(say: Callable[..., Said], tmp_path: Path) -> None:
+    said = say("render", written(tmp_path, tiny_job(frames=4)), "--json-stream")
+    (envelope,) = events(said.out)
+    assert (said.code, envelope["exit_code"], envelope["ok"]) == (2, 2, False)
+    assert envelope["error"]["code"] == "job"
+    assert "4 is not 4n+1" in envelope["error"]["message"]
+    assert envelope["data"]["counts"]["shots"] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["render", "--json-stream", "--farce"],
+        ["render", "a.yaml", "--json-stream", "--json"],
+        ["render", "a.yaml", "--json-stream", "--progress", "openjd"],
+        ["render", "a.yaml", "--json-stream", "--log-level", "loud"],
+        ["--json-stream", "render", "a.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_so_does_a_command_line_that_is_wrong(say: Callable[..., Said], arguments: list[str]) -> None:
+    said = say(*arguments)
+    (envelope,) = events(said.out)
+    assert (said.code, envelope["exit_code"], envelope["command"]) == (2, 2, "render")
+    assert (envelope["ok"], envelope["error"]["code"]) == (False, "usage")
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.code)
+def test_whatever_ends_a_batch_is_in_the_envelope(
+    say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    def fails(*_: object) -> None:
+        raise kind("went wrong", where="here", hint="Try there.")
+
+    monkeypatch.setattr(batch, "render", fails)
+    said = say("render", written(tmp_path, tiny_job()), "--json-stream", "-q")
+    plan, envelope = events(said.out)
+    assert (plan["type"], said.code) == ("plan", kind.status)
+    assert envelope["exit_code"] == kind.status
+    assert envelope["error"] == kind("went wrong", where="here", hint="Try there.").as_dict()
+    assert envelope["data"]["counts"]["not_started"] == 1
+
+
+def test_so_is_a_bug(say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "render", lambda *_: 1 / 0)
+    said = say("render", written(tmp_path, tiny_job()), "--json-stream")
+    envelope = events(said.out)[-1]
+    assert (said.code, envelope["exit_code"]) == (70, 70)
+    assert envelope["error"]["code"] == "bug"
+    assert envelope["error"]["message"] == "ZeroDivisionError: division by zero"
+
+
+def test_and_so_is_ctrl_c_before_there_is_work(
+    say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wancli.plan.planner.plan", interrupted)
+    said = say("render", written(tmp_path, tiny_job()), "--json-stream")
+    (envelope,) = events(said.out)
+    assert (said.code, envelope["exit_code"]) == (130, 130)
+    assert envelope["error"]["code"] == "stopped.interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("when", ["planning", "sampling"])
+def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
+    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
+) -> None:
+    before = signal.getsignal(number)
+    if when == "planning":
+        monkeypatch.setattr("wancli.plan.planner.plan", lambda *_, **__: signal.raise_signal(number))
+    else:
+        forwards(monkeypatch, lambda n: signal.raise_signal(number) if n == 2 else None)
+    said = render("--json-stream", items=ITEMS, output="out/{id}.mp4")
+    found = events(said.out)
+    assert (said.code, found[-1]["exit_code"], found[-1]["error"]["code"]) == (75, 75, "stopped")
+    assert found[-1]["error"]["retryable"]
+    assert signal.getsignal(number) is before
+    if when == "sampling":
+        left = of("shot-left", found)
+        assert [(event["id"], event["status"]) for event in left] == [("one", "stopped")]
+        counts = found[-1]["data"]["counts"]
+        assert (counts["stopped"], counts["not_started"]) == (1, 1)
+        assert found[-1]["data"]["report"]
+
+
+def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
+    job = written(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
+    with begin("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
+        assert running.stdout
+        lines, asked = [], False
+        for line in running.stdout:
+            lines.append(line)
+            event = json.loads(line)
+            if event["type"] == "step" and event["name"] == "sample" and not asked:
+                assert running.poll() is None
+                running.terminate()
+                asked = True
+        assert running.wait(60) == 75
+    assert of("shot-left", events("".join(lines)))
+
+
+def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Path) -> None:
+    job = written(tmp_path, tiny_job(known))
+    program = f"{sys.executable} -c 'from wancli.__main__ import main; main()'"
+    said = subprocess.run(
+        ["bash", "-c", f"{program} render {job} --json-stream | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0
+    assert "nobody reads stdout any more; the work goes on" in said.stderr
+    assert manifest_of(tmp_path)["key"]
+
+
+def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, known: Path) -> None:
+    root = Path(__file__).parents[2]
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs/machines.md").read_text(), re.DOTALL)
+    program = tmp_path / "wancli"
+    program.write_text(f"#!{sys.executable}\nfrom wancli.__main__ import main\nmain()\n")
+    program.chmod(0o755)
+    written(tmp_path, tiny_job(known))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"0000 {tmp_path}/out/clip.mp4 {manifest_of(tmp_path)['files'][0]['sha256'][:12]}" in said.stdout
+
+
+# ---- what the parts do ----
+
+
+def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(json_stream.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    display: Progress = json_stream.Stream(out)
+    with display.phase("prompts", "encode", 1000) as phase:
+        for _ in range(1000):
+            now[0] += 0.01
+            phase.advance()
+    found = [json.loads(line) for line in out.getvalue().splitlines()]
+    steps = of("step", found)
+    assert 90 <= len(steps) <= 100
+    assert [event["done"] for event in of("phase", found)] == [0, 1000]
+
+
+def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_path: Path) -> None:
+    def failed(id: str, error: Exception) -> Any:
+        shot = SimpleShot(id)
+        return outcome.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
+
+    out = io.StringIO()
+    with json_stream.Stream(out) as display:
+        display.came_to(failed("a", kinds()[0]("first")))
+        display.came_to(failed("b", FfmpegError("second")))
+        display.ended(FfmpegError.status, None)
+    envelope = events(out.getvalue())[-1]
+    assert (envelope["exit_code"], envelope["error"]["code"]) == (3, "machine.ffmpeg")
+
+
+class SimpleShot:
+    index, labels, key, output = 0, {}, "0" * 64, Path("a.mp4")
+
+    def __init__(self, id: str) -> None:
+        self.id = id

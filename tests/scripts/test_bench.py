@@ -1,0 +1,46 @@
+"""The benchmarks run, on models that are done in seconds. What they measure is not judged here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.bench import first_block, large, starts, streaming
+from scripts.make_random_checkpoint import write_checkpoint
+from wancli.models.config import WanConfig
+
+MODEL = "64,128,2,3"
+
+
+def test_streaming_compares_equal_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    streaming.main(["--tiny", "--dir", str(tmp_path / "model")])
+    table = capsys.readouterr().out
+    assert "| 1 of 16 tokens |" in table
+    assert "| 2 of 32 tokens |" in table
+
+
+def test_a_large_render_is_measured_beside_its_plan_and_diffusers(tmp_path: Path):
+    model = tmp_path / "model"
+    write_checkpoint(model, WanConfig(64, 128, 2, 3), dtype="fp8", text_encoder="tiny", vae="tiny")
+    row = large.render(model, large.CASES[0], tmp_path)
+    assert row.peak > 2**26  # torch alone is more
+    assert row.predicted > 0
+    assert row.step is not None
+    assert 0 < row.step < row.seconds
+    assert large.diffusers(model, 2**30).endswith("holds it")
+    assert "fails" in large.diffusers(model, 0)
+
+
+def test_a_prompt_is_encoded_beside_its_plan(tmp_path: Path):
+    model = tmp_path / "model"
+    write_checkpoint(model, WanConfig(64, 128, 2, 1), dtype="bf16", text_encoder="tiny", vae="tiny")
+    assert large.encode(model, tmp_path).predicted > 0
+
+
+def test_both_run_their_first_block_from_one_checkpoint(tmp_path: Path):
+    starts.make(tmp_path, MODEL, "bf16")
+    (tmp_path / "float32.yaml").write_text(first_block.JOB.format(folder=tmp_path, dtype="fp32"))
+    for who in ("ours", "theirs"):
+        one = first_block.start(who, tmp_path, "float32")
+        assert 0 < one.begins <= one.ends <= one.all_end

@@ -1,0 +1,99 @@
+"""The contact sheet, read back by Pillow."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from jobs import command
+from PIL import Image
+from plain_video import plain_video as clip
+
+from wancli.video import bitmap_font, contact_sheet
+from wancli.video import clip as clips
+
+
+def test_a_strip_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> None:
+    colours = [(20 * i, 60, 200 - 20 * i) for i in range(9)]
+    made = [clip(tmp_path / "one.mp4", colours), clip(tmp_path / "two.mp4", colours)]
+    data = contact_sheet.contact_sheet(clips.read(made), ["", ""])
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    cell = 2 * 64  # as often as it fits into 160
+    assert picture.width == 5 * cell + 6 * contact_sheet.GAP
+    assert picture.height == 2 * (bitmap_font.HEIGHT + 2 * 48) + 7 * contact_sheet.GAP
+    row = 2 * contact_sheet.GAP + bitmap_font.HEIGHT + 48
+    for place, index in enumerate((0, 2, 4, 6, 8)):
+        found = picture.getpixel((contact_sheet.GAP + place * (cell + contact_sheet.GAP) + cell // 2, row))
+        assert isinstance(found, tuple)
+        assert all(abs(a - b) <= 4 for a, b in zip(found, colours[index], strict=True))
+    name = picture.crop(
+        (
+            contact_sheet.GAP,
+            contact_sheet.GAP,
+            contact_sheet.GAP + 3 * bitmap_font.WIDTH,
+            contact_sheet.GAP + bitmap_font.HEIGHT,
+        )
+    )
+    assert {contact_sheet.INK, contact_sheet.PAPER} <= {pixel[0] for pixel in name.get_flattened_data()}
+
+
+def test_large_frames_are_averaged_down(tmp_path: Path) -> None:
+    path = clip(tmp_path / "large.mp4", [(250, 10, 10)], width=832, height=480)
+    picture = Image.open(io.BytesIO(contact_sheet.contact_sheet(clips.read([path]), [""]))).convert("RGB")
+    assert picture.width <= contact_sheet.CELL + 2 * contact_sheet.GAP
+
+
+def test_many_videos_stand_in_columns_so_that_the_sheet_is_about_square(tmp_path: Path) -> None:
+    one = clips.read([clip(tmp_path / "one.mp4", [(0, 0, 0)] * 5)])
+    notes = ["", *["figures"] * 59]  # the columns are not of one height
+    picture = Image.open(io.BytesIO(contact_sheet.contact_sheet(one * 60, notes)))
+    assert 2 / 3 < picture.width / picture.height < 3 / 2
+    assert max(picture.size) < 4000
+
+
+@pytest.mark.parametrize("size", [(832, 2), (4, 480), (1, 1), (161, 3)])
+def test_odd_sizes_are_shown(size: tuple[int, int]) -> None:
+    import numpy as np
+
+    width, height = size
+    picture = np.zeros((height, width, 3), np.uint8)
+    assert 1 <= contact_sheet._fitted(picture).shape[1] <= contact_sheet.CELL
+
+
+def test_figures_stand_under_the_name_and_a_long_name_is_cut(tmp_path: Path) -> None:
+    (one,) = clips.read([clip(tmp_path / f"{'n' * 200}.mp4", [(0, 0, 0)])])
+    bare = Image.open(io.BytesIO(contact_sheet.contact_sheet([one], [""])))
+    noted = Image.open(io.BytesIO(contact_sheet.contact_sheet([one], ["SSIM 0.5"])))
+    assert noted.height == bare.height + bitmap_font.HEIGHT + contact_sheet.GAP
+    assert noted.width == bare.width
+    assert bitmap_font.cut("n" * 200, 10) == "nnnnnnn..."
+    assert bitmap_font.cut_middle("storm-seed1-late-strength0.3", 14) == "storm...gth0.3"
+    assert [bitmap_font.cut("abcdef", most) for most in (0, 2, 6)] == ["", "..", "abcdef"]
+    assert [bitmap_font.cut_middle("abcdef", most) for most in (0, 2, 4, 6)] == ["", "..", "...f", "abcdef"]
+
+
+def test_an_earlier_sheet_is_replaced_and_another_picture_moves_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = clip(tmp_path / "one.mp4", [(0, 0, 0)])
+    output = tmp_path / "sheet.png"
+    output.write_bytes(b"a picture of mine")
+    for _ in range(2):
+        said = command(capsys, "compare", one, "-o", output)
+        assert (said.code, said.out.strip()) == (0, str(output))
+    assert (tmp_path / "sheet.old-1.png").read_bytes() == b"a picture of mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "sheet.old-1.png", "sheet.png"]
+
+
+def test_what_is_no_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    said = command(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
+    assert said.code == 2
+    assert said.err.startswith(f"wancli: {tmp_path}/bad.mp4: is no MP4\n")
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_video_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = command(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
+    assert (said.code, said.err) == (2, f"wancli: {tmp_path}/nope.mp4: no such file\n")

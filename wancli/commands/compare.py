@@ -1,0 +1,52 @@
+"""`wancli compare`: videos side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands._common import display_of, emit
+from wancli.commands._options import Json, Progressing, ProgressMode, Quiet
+from wancli.errors import ExitStatus
+
+
+def compare_command(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="MP4 files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
+        "contact-sheet.png"
+    ),
+    video: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also an MP4 of all of them, side by side.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="N|ID", help="What the others are measured by. Default: 0, the first."),
+    ] = None,
+    as_json: Json = False,
+    progress: Progressing = ProgressMode.auto,
+    quiet: Quiet = False,
+) -> int:
+    """Put videos side by side: a contact sheet, an MP4, figures.
+
+    A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
+    the baseline: distance of the latents, PSNR, SSIM, motion.
+    """
+    from wancli.engine.context import Tools
+    from wancli.report import comparison
+    from wancli.video import clip
+
+    display = display_of(progress.value, quiet)
+    clips = clip.read(videos)
+    tools = Tools(None, display)
+    chosen = comparison.chosen(clips, baseline)
+    beside = {one.id: chosen for one in clips}
+    pages = comparison.pages(clips, beside, output, video)
+    found = comparison.document(clips, chosen, beside, tools)
+    comparison.draw(found, pages, tools)
+    if as_json:
+        emit(found | {"sheet": str(output), "video": None if video is None else str(video)})
+    else:
+        print(*pages.paths, sep="\n")
+    return ExitStatus.OK

@@ -1,0 +1,62 @@
+"""`wancli diff`: how different two prompts are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands._common import display_of, emit, flags_of, memo_of, store_of
+from wancli.commands._options import (
+    CacheDir,
+    Items,
+    Json,
+    ModelDir,
+    Quiet,
+    Sets,
+    Shard,
+    Sweeps,
+)
+from wancli.errors import ExitStatus
+
+
+def diff_command(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="A B", help="Two prompts.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Both from a file: a job (prompt against injections), a text, an embedding file.",
+        ),
+    ] = None,
+    model: ModelDir = None,
+    dit: Annotated[
+        bool, typer.Option("--dit/--no-dit", help="Also compare what the transformer's blocks read.")
+    ] = True,
+    sets: Sets = None,
+    sweeps: Sweeps = None,
+    items: Items = None,
+    shard: Shard = None,
+    as_json: Json = False,
+    cache_dir: CacheDir = None,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how different two prompts are.
+
+    As the model reads them. Aim for more than 50 % before you inject one into the other.
+    """
+    from wancli.commands import _prompt_inputs
+    from wancli.engine.context import Tools
+    from wancli.report import terminal
+
+    display = display_of("auto", quiet)
+    flags = flags_of(sets, sweeps, items, shard)
+    pairs = _prompt_inputs.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
+    tools = Tools(store_of(cache_dir), display)
+    differences = [_prompt_inputs.compared(pair, tools, dit=dit) for pair in pairs]
+    if as_json:
+        emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
+    else:
+        terminal.show(terminal.difference_tables(differences))
+    return ExitStatus.OK

@@ -1,0 +1,22 @@
+"""`wancli errors`: the errors, their codes and exit codes."""
+
+from __future__ import annotations
+
+from wancli.commands._common import emit
+from wancli.commands._options import Json
+from wancli.errors import ExitStatus
+
+
+def errors_command(as_json: Json = False) -> int:
+    """List what can go wrong.
+
+    Codes as events and reports have them, exit codes, whether another try may help.
+    """
+    from wancli import errors
+    from wancli.report import terminal
+
+    if as_json:
+        emit([errors.described(kind) for kind in errors.kinds()])
+    else:
+        terminal.show(terminal.error_lines(errors.kinds()))
+    return ExitStatus.OK

@@ -1,0 +1,33 @@
+"""`wancli explore`: a page about models, without a render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.errors import ExitStatus
+
+
+def explore_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A released model by name, a name of models.yaml, or a checkpoint."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page.")] = Path(
+        "explore.html"
+    ),
+) -> int:
+    """Make a page about models, without a render.
+
+    Shapes, what every part of a block costs, and a memory calculator, for all models that Wan released or
+    for yours. Prints its path.
+    """
+    from wancli.report.html import explore, page
+
+    page.publish(output, page.html(explore.document_of(model)))
+    print(output)
+    return ExitStatus.OK

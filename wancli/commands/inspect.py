@@ -1,0 +1,36 @@
+"""`wancli inspect`: what weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands._common import emit
+from wancli.commands._options import Json
+from wancli.errors import ExitStatus
+
+
+def inspect_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE-OR-FOLDER", help="Weights: a checkpoint, a part of one, a LoRA.")
+    ],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also look for NaN and Inf in every tensor, and hash the files.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Say what a file or folder of weights is.
+
+    Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
+    """
+    from wancli.report import inspect_text, terminal
+    from wancli.weights import inspect
+
+    document = inspect.inspect(path, deep=deep)
+    if as_json:
+        emit(document)
+    else:
+        terminal.show(inspect_text.inspect_lines(document))
+    return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK

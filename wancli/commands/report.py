@@ -1,0 +1,51 @@
+"""`wancli report`: a page of what was rendered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wancli.commands._common import job_of, plan_of, posters_of
+from wancli.commands._options import CacheDir
+from wancli.errors import ExitStatus
+
+
+def report_command(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="DIR|JOB", help="A folder of renders, of any number of jobs; or a job file."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Default: beside the outputs."),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also a CSV file with a line per shot.")
+    ] = None,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Make a page of what was rendered.
+
+    One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
+    """
+    from wancli.job.cli_overrides import NO_FLAGS
+    from wancli.report import batch_report, shots_table
+    from wancli.report.html import collect, page
+
+    if Path(what).is_dir():
+        path = Path(what) / "report.html"
+        found = collect.of_folder(Path(what))
+    else:
+        plan = plan_of(job_of(what, NO_FLAGS), cache_dir)
+        report = batch_report.report_path(plan)
+        found, path = collect.of_plan(plan, report), report.with_suffix(".html")
+    path = output or path
+    page.publish(path, page.of_found(found, path.absolute(), posters_of(cache_dir), make=True))
+    print(path)
+    if table:
+        rows = [shots_table.row(entry, job) for job, entry in found.entries]
+        shots_table.publish(table, shots_table.to_csv(rows, [entry["labels"] for _, entry in found.entries]))
+        print(table)
+    return ExitStatus.OK

@@ -1,0 +1,26 @@
+"""`wancli schema`: the JSON Schema of a job file or of events."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from wancli.commands._common import emit
+from wancli.errors import ExitStatus
+
+
+def schema_command(
+    events: Annotated[
+        bool, typer.Option("--events", help="Of the lines of `render --json-stream` instead.")
+    ] = False,
+) -> int:
+    """Print the JSON Schema of a job file.
+
+    Editors complete and check keys with it.
+    """
+    from wancli.job import json_schema
+    from wancli.report import event_schema
+
+    emit(event_schema.of_events() if events else json_schema.of_job())
+    return ExitStatus.OK

@@ -1,0 +1,134 @@
+"""`wancli serve`: a server that renders for other commands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wancli.commands._common import Invocation, cache_of, flags_of, job_of, plan_of
+from wancli.commands._options import CacheDir, Sets
+from wancli.errors import ExitStatus, JobError, WancliError
+from wancli.progress import printable
+
+if TYPE_CHECKING:
+    from wancli.farm.daemon import Background
+    from wancli.farm.server import Run
+
+
+def serve_command(
+    context: typer.Context,
+    job: Annotated[
+        str | None,
+        typer.Argument(metavar="JOB", help="A job whose model is loaded before the server is ready."),
+    ] = None,
+    socket: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|PATH",
+            envvar="WANCLI_SOCKET",
+            help="Where it is to be found. auto: the user's own place on this host.",
+        ),
+    ] = "auto",
+    idle: Annotated[
+        str,
+        typer.Option(metavar="TIME", help="End when nobody has asked for anything for so long, or never."),
+    ] = "10min",
+    daemonize: Annotated[
+        bool, typer.Option("--daemonize", help="Go on in the background, with a log beside the socket.")
+    ] = False,
+    wait_ready: Annotated[
+        bool, typer.Option("--wait-ready", help="With --daemonize: return once it serves.")
+    ] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End the server there, once what it renders is saved.")
+    ] = False,
+    sets: Sets = None,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Render for other commands, with the model kept in memory.
+
+    wancli render --socket auto JOB takes it; nothing but this user's processes on this host can.
+    """
+    from wancli.farm import daemon, local_socket
+    from wancli.units import parse_duration
+
+    path = local_socket.place(socket, cache_of(None))
+    seconds = None if idle == "never" else parse_duration(idle, "--idle")
+    if stop:
+        from wancli.farm.server import stop as end
+
+        end(path)
+        return ExitStatus.OK
+    _refuse_what_misses(job, sets, daemonize=daemonize, wait_ready=wait_ready)
+    local_socket.make_private(path.parent)
+    background: daemon.Background | None = None
+    if daemonize:
+        found = daemon.detached(path.with_name(path.name + ".log"), wait=wait_ready)
+        if not isinstance(found, daemon.Background):
+            if found is ExitStatus.OK:
+                _say_where(path, socket, ready=wait_ready)
+            return found
+        background = found
+    try:
+        invocation: Invocation = context.obj
+        _serve(invocation.run, path, job, sets, seconds, cache_dir, background)
+    except WancliError as error:
+        if background:
+            background.failed(error.status)
+        raise
+    return ExitStatus.OK
+
+
+def _refuse_what_misses(
+    job: str | None, sets: list[str] | None, *, daemonize: bool, wait_ready: bool
+) -> None:
+    """Options that mean nothing without another."""
+    if wait_ready and not daemonize:
+        raise JobError("is for --daemonize", where="--wait-ready")
+    if sets and job is None:
+        raise JobError(
+            "is for the job that is loaded", where="--set", hint="wancli serve JOB --set KEY=VALUE"
+        )
+
+
+def _say_where(path: Path, said: str, *, ready: bool) -> None:
+    """Of a server in the background, for who started it: where it is, how it is asked and how it ends."""
+    place = f"--socket {shlex.quote(said)}"
+    state = "serves" if ready else "is starting"
+    ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
+    how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
+    print(printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr)
+
+
+def _serve(
+    run: Run,
+    path: Path,
+    job: str | None,
+    sets: list[str] | None,
+    idle: float | None,
+    cache_dir: Path | None,
+    background: Background | None,
+) -> None:
+    from wancli.engine.networks import Kept
+    from wancli.farm.local_socket import listening, reserved
+    from wancli.farm.server import Server, prepare
+
+    kept = Kept()
+    with ExitStack() as stack:
+        stack.enter_context(reserved(path))
+        plan = plan_of(job_of(job, flags_of(sets)), cache_dir) if job else None
+        prepare(plan, kept)
+        server = Server(run, kept, idle=idle)
+        stack.enter_context(server.heeding())
+        listener = stack.enter_context(listening(path))
+        if background:
+            background.ready()
+        print(printable(f"wancli serve: at {path}, process {os.getpid()}"), file=sys.stderr, flush=True)
+        os.chdir("/")  # so that no file system is held
+        server.serve(listener)

@@ -32,7 +32,8 @@ from __future__ import annotations
 
 import traceback
 from enum import IntEnum
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import Any, ClassVar, Self
 
 
 class ExitStatus(IntEnum):
@@ -233,3 +234,29 @@ def stack(error: BaseException) -> str:
             if shape is not None and dtype is not None:
                 lines.append(f"    {name}: {list(shape)} {dtype}")
     return "\n".join(lines)
+
+
+class Failing:
+    """A `with` block that keeps the error of its shot instead of raising it.
+
+    What ends the batch goes through: NoSpace, Stopped, a checkpoint that all its shots need, and whatever is
+    no WancliError. The error is kept without its frames, and so without the tensors in them; what they say is
+    in `stack`.
+    """
+
+    error: WancliError | None = None
+    stack: str = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> bool:
+        if not isinstance(error, WancliError) or isinstance(error, (NoSpace, Stopped, CheckpointError)):
+            return False
+        self.take(error)
+        return True
+
+    def take(self, error: WancliError) -> None:
+        """Keeps an error that was caught already."""
+        self.stack = stack(error)
+        self.error = bare(error)

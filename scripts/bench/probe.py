@@ -28,11 +28,12 @@ from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
 from wancli.injection.block_map import Map, Method, Shelf
+from wancli.injection.contexts import Contexts
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
 from wancli.plan.planner import plan
 from wancli.plan.shot import Plan, Shot
-from wancli.probe import request, sensitivity
+from wancli.probe import request, run, sensitivity
 from wancli.probe.renders import mean_difference
 from wancli.progress import Progress
 from wancli.sampling import denoise
@@ -71,7 +72,7 @@ def surveyed(folder: Path, tools: Tools, pairs: int, seeds: int, size: str) -> F
     found: Found = {}
     for pair, seed, method in itertools.product(range(pairs), range(seeds), METHODS):
         asked = request.survey(planned(folder, job(pair, seed, size)), method, 3, None, None)
-        found[pair, seed, method] = request.measured(asked, tools)
+        found[pair, seed, method] = run.measured(asked, tools)
     return found
 
 
@@ -174,7 +175,7 @@ def _seconds(work: Callable[[], None], times: int) -> float:
 
 
 def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.Place:
-    contexts = denoise.Contexts(model, rows_NE)
+    contexts = Contexts(model, rows_NE)
     depth = shot.model.checkpoint.transformer.num_layers
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])

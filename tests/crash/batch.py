@@ -22,6 +22,7 @@ from jobs import tiny_job, written
 from shim import Fault
 
 from wancli.errors import EntryError
+from wancli.sampling import state_file
 from wancli.storage import manifest, tensor_file
 from wancli.storage.cache import Store
 
@@ -243,7 +244,7 @@ class Rig:
             if kind == "manifest.json":
                 return self.is_done(name, home)
             if kind == "state.safetensors":
-                return tensor_file.load_state(path)[1]["step"] > 0
+                return state_file.load_state(path)[1]["step"] > 0
             z_CTYX, _ = tensor_file.load(path)
         except EntryError:
             return False

@@ -15,6 +15,7 @@ from batch import LONG, Rig
 from jobs import spoiled
 
 from wancli.errors import EntryError
+from wancli.sampling import state_file
 from wancli.sampling.solvers import State
 from wancli.storage import manifest, tensor_file
 from wancli.storage.cache import Store
@@ -62,13 +63,13 @@ def finished(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in rig.out.glob("a.*"):
         (folder / path.name).write_bytes(path.read_bytes())
     noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    tensor_file.save_state(folder / "c.state.safetensors", State(noise, (noise * 2,), noise + 1), {"step": 1})
+    state_file.save_state(folder / "c.state.safetensors", State(noise, (noise * 2,), noise + 1), {"step": 1})
     return folder
 
 
 def undetected(folder: Path, name: str) -> bool:
     if name.endswith(".state.safetensors"):
-        return _reads(tensor_file.load_state, folder / name)
+        return _reads(state_file.load_state, folder / name)
     if name.endswith(".latents.safetensors"):
         return _reads(tensor_file.load, folder / name)
     key = hashlib.sha256(b"any").hexdigest()

@@ -10,7 +10,7 @@ import pytest
 from batch import SHOTS, Rig
 
 from wancli.errors import EntryError
-from wancli.storage import tensor_file
+from wancli.sampling import state_file
 
 
 def reached(rig: Rig) -> tuple[int, ...]:
@@ -22,7 +22,7 @@ def reached(rig: Rig) -> tuple[int, ...]:
 
 def _saved(rig: Rig, name: str) -> int:
     try:
-        return int(tensor_file.load_state(rig.out / f"{name}.state.safetensors")[1]["step"])
+        return int(state_file.load_state(rig.out / f"{name}.state.safetensors")[1]["step"])
     except EntryError:
         return 0
 

@@ -29,7 +29,8 @@ from jobs import (
 
 from wancli import errors
 from wancli.engine.decode_stage import ways
-from wancli.engine.outcome import Failing, Policy, exit_status, of_flags
+from wancli.engine.outcome import Policy, exit_status, of_flags
+from wancli.errors import Failing
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE

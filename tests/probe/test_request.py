@@ -21,6 +21,7 @@ from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
+from wancli.injection.contexts import Contexts
 from wancli.injection.table import Text
 from wancli.job.loader import load
 from wancli.models.config import Kernels
@@ -105,7 +106,7 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
     encoded, _ = embed(shot.model, shot.texts, Tools(store.Store(cache / "embeddings"), progress.Progress()))
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
-        contexts = denoise.Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+        contexts = Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
         state = State(denoise.noise(shot.latent_shape, shot.seed))
         plain_table = plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
         (stage,) = shot.stages

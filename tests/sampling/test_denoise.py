@@ -29,11 +29,11 @@ from jobs import (
 )
 
 from wancli.errors import NotFinite
-from wancli.injection.effects import Effect
+from wancli.injection.contexts import Contexts, Effect
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
 from wancli.resources.memory_model import Residency
-from wancli.sampling.denoise import Contexts, Sampled, Walk, check_hits, denoise, denoise_together
+from wancli.sampling.denoise import Sampled, Walk, check_hits, denoise, denoise_together
 from wancli.sampling.solvers import State, schedule
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import identify

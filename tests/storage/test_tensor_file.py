@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from wancli.errors import EntryError
+from wancli.sampling import state_file
 from wancli.sampling.solvers import SOLVERS, State, schedule
 from wancli.storage import tensor_file
 
@@ -26,8 +27,8 @@ def walked(solver: str, steps: range, state: State) -> State:
 def test_sampling_goes_on_from_the_file_bit_for_bit(solver: str, done: int, tmp_path: Path) -> None:
     start = State(torch.randn(16, 1, 4, 6, generator=torch.Generator().manual_seed(1)))
     expected = walked(solver, range(4), start)
-    tensor_file.save_state(tmp_path / "s", walked(solver, range(done), start), RECORD)
-    state, record = tensor_file.load_state(tmp_path / "s")
+    state_file.save_state(tmp_path / "s", walked(solver, range(done), start), RECORD)
+    state, record = state_file.load_state(tmp_path / "s")
     assert record == RECORD
     assert torch.equal(walked(solver, range(done, 4), state).x, expected.x)
 
@@ -35,20 +36,20 @@ def test_sampling_goes_on_from_the_file_bit_for_bit(solver: str, done: int, tmp_
 @pytest.mark.parametrize("place", [0, 8, 60, -300, -1, "cut"])
 def test_a_damaged_state_is_refused(place: int | str, tmp_path: Path) -> None:
     path = tmp_path / "s"
-    tensor_file.save_state(path, walked("unipc", range(2), State(torch.ones(2, 1, 4, 6))), RECORD)
+    state_file.save_state(path, walked("unipc", range(2), State(torch.ones(2, 1, 4, 6))), RECORD)
     data = bytearray(path.read_bytes())
     if isinstance(place, int):
         data[place] ^= 1
     path.write_bytes(data[:-1] if place == "cut" else data)
     with pytest.raises(EntryError):
-        tensor_file.load_state(path)
+        state_file.load_state(path)
 
 
 def test_a_state_is_no_latent_and_a_latent_no_state(tmp_path: Path) -> None:
-    tensor_file.save_state(tmp_path / "state", State(torch.ones(2, 1, 4, 6)), RECORD)
+    state_file.save_state(tmp_path / "state", State(torch.ones(2, 1, 4, 6)), RECORD)
     tensor_file.save(tmp_path / "latent", torch.ones(2, 1, 4, 6), RECORD)
     with pytest.raises(EntryError, match="not a finished latent"):
         tensor_file.load(tmp_path / "state")
     with pytest.raises(EntryError, match="not the state of a shot"):
-        tensor_file.load_state(tmp_path / "latent")
+        state_file.load_state(tmp_path / "latent")
     assert torch.equal(tensor_file.load(tmp_path / "latent")[0], torch.ones(2, 1, 4, 6))

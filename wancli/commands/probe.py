@@ -63,7 +63,7 @@ def probe_command(
     from wancli.engine.context import Tools
     from wancli.injection import block_map
     from wancli.plan import planner
-    from wancli.probe import request
+    from wancli.probe import request, run
     from wancli.report import block_map_text, terminal
 
     display = display_of(progress.value, quiet)
@@ -73,7 +73,7 @@ def probe_command(
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
-        found = request.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
+        found = run.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
     block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
     block_map.write(path, found)
     if as_json:

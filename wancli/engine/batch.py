@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from wancli.engine.context import Tools
 from wancli.engine.networks import Networks
-from wancli.engine.outcome import Failing, Outcome, failed
+from wancli.engine.outcome import Outcome, failed
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import Found, cached, finished, preflight
-from wancli.errors import CheckpointError, Elsewhere
+from wancli.errors import CheckpointError, Elsewhere, Failing
 from wancli.plan import memory_policy
 from wancli.plan.shot import Model, Plan, Shot, named
 from wancli.storage import manifest

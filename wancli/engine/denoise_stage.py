@@ -17,10 +17,11 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.shot_state import Underway, due, hand_over, save
 from wancli.errors import NotFinite
+from wancli.models.config import Expert
 from wancli.plan.shot import named
 from wancli.resources.measure import Peak
 from wancli.sampling.solvers import State
-from wancli.sampling.stages import Expert, Stage
+from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
 from wancli.text.encoder import Encoded
 from wancli.video import metrics
@@ -28,9 +29,9 @@ from wancli.video import metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.injection.effects import Effect
+    from wancli.injection.contexts import Contexts, Effect
     from wancli.models.dit import WanModel
-    from wancli.sampling.denoise import Contexts, Sampled, Walk
+    from wancli.sampling.denoise import Sampled, Walk
     from wancli.weights.lora.patch import Loras
 
 
@@ -64,6 +65,7 @@ def advance(
     """
     import torch
 
+    from wancli.injection.contexts import Contexts
     from wancli.sampling import denoise
 
     stages = [replace(stage, steps=steps) for one in group if (stage := one.next_stage)]
@@ -84,7 +86,7 @@ def advance(
         tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
     ):
         patches.at(loras, steps[0], expert)
-        contexts = denoise.Contexts(model, rows_NE)
+        contexts = Contexts(model, rows_NE)
         _start(group, heirs, model, encoded)
         walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
         results = denoise.denoise_together(model, walks, _riders(group))

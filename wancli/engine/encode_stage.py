@@ -8,8 +8,7 @@ from wancli.engine import manifest_body
 from wancli.engine.context import Tools
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device
-from wancli.engine.outcome import Failing
-from wancli.errors import JobError
+from wancli.errors import Failing, JobError
 from wancli.plan.shot import Model, Prompt
 from wancli.resources.measure import Peak
 from wancli.text.embedding import load_embedding

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from wancli.engine import manifest_body
 from wancli.engine.manifest_body import Record
 from wancli.errors import MachineError
+from wancli.models.config import Expert
 from wancli.plan.shot import Model
 from wancli.resources.measure import Peak
-from wancli.sampling.stages import Expert
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 

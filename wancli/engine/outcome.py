@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from wancli.engine.manifest_body import Record
 from wancli.errors import (
-    CheckpointError,
     ExitStatus,
+    Failing,
     JobError,
-    NoSpace,
-    Stopped,
     WancliError,
-    bare,
-    stack,
 )
 from wancli.plan.shot import Shot
 
@@ -49,32 +44,6 @@ def of_flags(fail_fast: bool, max_failures: int | None, retries: int) -> Policy:
     if fail_fast and max_failures is not None:
         raise JobError("--fail-fast is --max-failures 1; give one of them")
     return Policy(1 if fail_fast else max_failures, retries)
-
-
-class Failing:
-    """A `with` block that keeps the error of its shot instead of raising it.
-
-    What ends the batch goes through: NoSpace, Stopped, a checkpoint that all its shots need, and whatever is
-    no WancliError. The error is kept without its frames, and so without the tensors in them; what they say is
-    in `stack`.
-    """
-
-    error: WancliError | None = None
-    stack: str = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> bool:
-        if not isinstance(error, WancliError) or isinstance(error, (NoSpace, Stopped, CheckpointError)):
-            return False
-        self.take(error)
-        return True
-
-    def take(self, error: WancliError) -> None:
-        """Keeps an error that was caught already."""
-        self.stack = stack(error)
-        self.error = bare(error)
 
 
 def exit_status(errors: Iterable[WancliError]) -> ExitStatus:

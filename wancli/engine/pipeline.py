@@ -19,14 +19,14 @@ from wancli.engine.decode_stage import finish
 from wancli.engine.encode_stage import embed_each
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
-from wancli.engine.outcome import Failing, Outcome, failed
+from wancli.engine.outcome import Outcome, failed
 from wancli.engine.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.engine.shot_state import Underway
-from wancli.errors import Elsewhere, EntryError, ShotError, Stopped, WancliError
+from wancli.errors import Elsewhere, EntryError, Failing, ShotError, Stopped, WancliError
+from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import Model, Shot
 from wancli.resources.measure import fitting, release
-from wancli.sampling.stages import EXPERTS, Expert
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.text.encoder import Encoded
 

@@ -20,9 +20,10 @@ from wancli.errors import EntryError, WancliError
 from wancli.injection.table import Branch
 from wancli.plan.prefix_sharing import Fork, Tree
 from wancli.plan.shot import Shot
+from wancli.sampling import state_file
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
-from wancli.storage import atomic, tensor_file
+from wancli.storage import atomic
 
 _FORMAT = 1  # of the record of a state
 
@@ -75,7 +76,7 @@ def begin(shot: Shot, tools: Tools) -> Underway:
         atomic.set_aside(shot.state)
         return Underway(shot)
     try:
-        state, facts = tensor_file.load_state(shot.state)
+        state, facts = state_file.load_state(shot.state)
         if not _of(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
@@ -108,7 +109,7 @@ def save(one: Underway, phases: Sequence[Record] = ()) -> None:
         "differences": one.differences,
         "phases": [*one.phases, *_unknown(phases, one.phases)],
     }
-    tensor_file.save_state(one.shot.state, one.state, manifest_body.plain(facts))
+    state_file.save_state(one.shot.state, one.state, manifest_body.plain(facts))
     one.saved, one.unsaved_since = one.step, time.monotonic()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import EntryError, FfmpegError
+from wancli.sampling import state_file
 from wancli.storage import claim_file, manifest, tensor_file
 from wancli.storage.claims import claim_path
 from wancli.video import mp4
@@ -174,7 +175,7 @@ def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
 
 def _of_state(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        facts = tensor_file.load_state(path)[1]
+        facts = state_file.load_state(path)[1]
     except EntryError as error:
         return error.message
     if facts.get("output") not in (None, output.name):

@@ -11,33 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from wancli.injection.contexts import Effect, Forward
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
 from wancli.text.prompt_distance import LEGACY_THRESHOLD
-
-if TYPE_CHECKING:
-    from wancli.sampling.denoise import Forward
-
-
-@dataclass(frozen=True)
-class Effect:
-    """One forward with and without its injection.
-
-    `velocity` and `blocks` are relative L2 changes of the velocity and of each injected block's
-    cross-attention output; `changed_percent` counts elements of that output that moved by more
-    than 0.01.
-    """
-
-    step: int
-    branch: str
-    velocity: float
-    blocks: dict[int, float]
-    changed_percent: dict[int, float]
 
 
 def velocities(model: WanModel, forwards: Sequence[Forward], riders: int | None = None) -> list[Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"]
+Expert = Literal["only", "high", "low"]
+EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from wancli.injection.block_map import Choice
 from wancli.injection.table import Branch, Rule, Table
-from wancli.models.config import Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import Expert, Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.plan import memory_estimate
 from wancli.plan.prefix_sharing import Fork
 from wancli.resources.memory_model import Phase, Residency
 from wancli.sampling.solvers import Schedule, schedule
-from wancli.sampling.stages import Expert, Stage, stages
+from wancli.sampling.stages import Stage, stages
 from wancli.storage.paths import slug
 from wancli.text.encoder import Encoder
 from wancli.text.tokenizer import Tokens

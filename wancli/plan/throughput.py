@@ -11,14 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import MachineError
+from wancli.injection.table import Concat, Lerp
 from wancli.resources import flops, machine
 from wancli.storage import atomic
 
 if TYPE_CHECKING:
+    from wancli.injection.table import Expr, Table
+    from wancli.models.config import WanConfig
     from wancli.plan.shot import Model, Shot
 
 PHASES = ("encode", "load", "sample", "decode")
@@ -61,9 +65,7 @@ def work(shot: Shot) -> dict[str, Work]:
     return {
         "encode": encoding(model, counts),
         "load": Work(here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)),
-        "sample": Work(
-            here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, flops.of_sampling(shot)
-        ),
+        "sample": Work(here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, of_sampling(shot)),
         "decode": Work(
             here,
             "fp32",
@@ -198,3 +200,40 @@ def sources(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
     largest = max(shots, key=lambda shot: shot.tokens)
     found = {name: nearest(rates, one) for name, one in work(largest).items()}
     return {name: rate for name, rate in found.items() if rate}
+
+
+def of_sampling(shot: Shot) -> int:
+    """All forwards of a shot, those included that only measure."""
+    wan = shot.model.checkpoint.transformer
+    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
+    contexts = len(shot.stages) * sum(flops.of_context(wan, count) for count in rows.values())
+    return contexts + _of_steps(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
+
+
+@lru_cache(64)  # the shots of a sweep share tables, which are large
+def _of_steps(
+    wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
+) -> int:
+    """The forwards of all steps, for texts of so many rows."""
+    rows, total = dict(text_rows), 0
+    for branch in table.branches:
+        base = table.base[branch]
+        plain = flops.of_forward(wan, tokens, wan.num_layers * rows[base.id])
+        took: dict[int, int] = {}  # by the id of a row: many steps have the same one
+        for step in table.steps_of[branch]:
+            cells = table.row(step, branch)
+            if id(cells) not in took:
+                read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
+                took[id(cells)] = flops.of_forward(wan, tokens, read)
+                if measure and any(cell != ((base, 1.0),) for cell in cells):
+                    took[id(cells)] += plain
+            total += took[id(cells)]
+    return total
+
+
+def _rows(expr: Expr, rows: dict[str, int]) -> int:
+    if isinstance(expr, Lerp):
+        return max(_rows(expr.a, rows), _rows(expr.b, rows))
+    if isinstance(expr, Concat):
+        return _rows(expr.a, rows) + _rows(expr.b, rows)
+    return rows[expr.id]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from wancli.engine.context import Tools
 from wancli.engine.manifest_body import versions
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
@@ -156,17 +155,6 @@ def phase(asked: Survey, forks: int) -> Phase:
         activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
     velocities = FP32 * (len(asked.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", found.model, activation, found.buffer + velocities)
-
-
-def measured(asked: Survey, tools: Tools) -> Map:
-    """The map. Raises what `along.measure` and `rendered.measure` raise."""
-    if asked.method == "render":
-        from wancli.probe import renders
-
-        return renders.measure(asked, tools)
-    from wancli.probe import trajectory
-
-    return trajectory.measure(asked, tools)
 
 
 def found_map(

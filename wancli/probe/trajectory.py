@@ -19,6 +19,7 @@ from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks, check_device, check_weights
 from wancli.errors import NotFinite
 from wancli.injection.block_map import Map
+from wancli.injection.contexts import Contexts
 from wancli.injection.effects import relative
 from wancli.injection.table import Cell, Text
 from wancli.models.dit import WanModel
@@ -30,7 +31,6 @@ from wancli.probe.sensitivity import Place
 from wancli.progress import Phase
 from wancli.resources.measure import fitting
 from wancli.sampling import denoise
-from wancli.sampling.denoise import Contexts
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.text.encoder import Encoded
@@ -103,7 +103,7 @@ def _along(
     loras = networks.loras(shot.loras)
     model = networks.transformer(stage.expert).requires_grad_(False)
     rows_NE = {id: one.embedding.rows_NE.to(shot.model.device) for id, one in encoded.items()}
-    contexts = denoise.Contexts(model, rows_NE)
+    contexts = Contexts(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
         if networks.patches.at(loras, step, stage.expert):
             contexts.forget()

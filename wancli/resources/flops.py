@@ -6,16 +6,13 @@ Convolutions count as the plain network's, though the decoder here multiplies le
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from wancli.injection.table import Concat, Lerp
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.resources.memory_model import upsampled_channels
 
 if TYPE_CHECKING:
-    from wancli.injection.table import Expr, Table
-    from wancli.plan.shot import Shot
+    pass
 
 
 def of_encoding(t5: T5Config, tokens: int) -> int:
@@ -37,43 +34,6 @@ def of_forward(wan: WanConfig, tokens: int, text_rows: int) -> int:
 def of_context(wan: WanConfig, rows: int) -> int:
     """The projection of a text, and its keys and values in all blocks."""
     return 2 * rows * wan.dim * (wan.text_dim + wan.dim + 2 * wan.num_layers * wan.dim)
-
-
-def of_sampling(shot: Shot) -> int:
-    """All forwards of a shot, those included that only measure."""
-    wan = shot.model.checkpoint.transformer
-    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
-    contexts = len(shot.stages) * sum(of_context(wan, count) for count in rows.values())
-    return contexts + _of_steps(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
-
-
-@lru_cache(64)  # the shots of a sweep share tables, which are large
-def _of_steps(
-    wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
-) -> int:
-    """The forwards of all steps, for texts of so many rows."""
-    rows, total = dict(text_rows), 0
-    for branch in table.branches:
-        base = table.base[branch]
-        plain = of_forward(wan, tokens, wan.num_layers * rows[base.id])
-        took: dict[int, int] = {}  # by the id of a row: many steps have the same one
-        for step in table.steps_of[branch]:
-            cells = table.row(step, branch)
-            if id(cells) not in took:
-                read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
-                took[id(cells)] = of_forward(wan, tokens, read)
-                if measure and any(cell != ((base, 1.0),) for cell in cells):
-                    took[id(cells)] += plain
-            total += took[id(cells)]
-    return total
-
-
-def _rows(expr: Expr, rows: dict[str, int]) -> int:
-    if isinstance(expr, Lerp):
-        return max(_rows(expr.a, rows), _rows(expr.b, rows))
-    if isinstance(expr, Concat):
-        return _rows(expr.a, rows) + _rows(expr.b, rows)
-    return rows[expr.id]
 
 
 def of_decoding(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]) -> int:

@@ -5,19 +5,17 @@ Letters of shapes: C latent channels, T latent frames, Y X the latent grid, N E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
-from wancli.injection.effects import Effect, velocities
-from wancli.injection.table import Branch, Cell, Concat, Expr, Lerp, Table, Text
-from wancli.models.dit import Request, WanModel
-from wancli.models.dit_layers import Mix
-from wancli.models.text_context import Context, concat, lerp
+from wancli.injection.contexts import Contexts, Effect, Forward, Reads
+from wancli.injection.effects import velocities
+from wancli.injection.table import Branch, Table
+from wancli.models.dit import WanModel
 from wancli.sampling.solvers import SOLVERS, Schedule, State
 from wancli.sampling.stages import Stage
 
@@ -26,75 +24,6 @@ def noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor
     """The starting latent, fp32. Drawn on the CPU a seed means the same on every machine."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape_CTYX, generator=generator, device=device, dtype=torch.float32)
-
-
-class Contexts:
-    """Turns the exprs of a table into contexts of a model, each once; every expert projects its own.
-
-    `rows_NE` holds the encoder's rows of every prompt a table names.
-    """
-
-    def __init__(self, model: WanModel, rows_NE: Mapping[str, Tensor]) -> None:
-        self._model = model
-        self._rows_NE = rows_NE
-        self._made: dict[Expr, Context] = {}
-
-    def context(self, expr: Expr) -> Context:
-        if expr not in self._made:
-            self._made[expr] = self._make(expr)
-        return self._made[expr]
-
-    def _make(self, expr: Expr) -> Context:
-        match expr:
-            case Text(id):
-                return self._model.project(self._rows_NE[id])
-            case Lerp(a, b, weight):
-                return lerp(self.context(a), self.context(b), weight)
-            case Concat(a, b, weight):
-                return concat(self.context(a), self.context(b), weight)
-
-    def forget(self) -> None:
-        """Makes every context anew when next asked for: the model's weights have changed."""
-        self._made.clear()
-
-    def mix(self, cell: Cell) -> Mix:
-        return tuple((self.context(expr), weight) for expr, weight in cell)
-
-
-class Reads(Sequence[Mix]):
-    """The contexts of one forward; notes which blocks came for theirs, the proof of injection."""
-
-    def __init__(self, contexts: Contexts, table: Table, step: int, branch: Branch) -> None:
-        self.step = step
-        self.branch: Branch = branch
-        self.cells: set[tuple[int, Branch, int]] = set()
-        self._contexts = contexts
-        self._row = table.row(step, branch)
-        self._base: Cell = ((table.base[branch], 1.0),)
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    @overload
-    def __getitem__(self, block: int) -> Mix: ...
-    @overload
-    def __getitem__(self, block: slice) -> Sequence[Mix]: ...
-    def __getitem__(self, block: int | slice) -> Mix | Sequence[Mix]:
-        if isinstance(block, slice):
-            raise TypeError("blocks read their contexts one by one")
-        mix = self._contexts.mix(self._row[block])
-        self.cells.add((self.step, self.branch, block))
-        return mix
-
-    @property
-    def base(self) -> Mix:
-        """What every block would read without injection."""
-        return self._contexts.mix(self._base)
-
-    @property
-    def injected(self) -> tuple[int, ...]:
-        """Blocks whose cell a rule changed."""
-        return tuple(block for block, cell in enumerate(self._row) if cell != self._base)
 
 
 @dataclass(frozen=True)
@@ -120,14 +49,6 @@ class Walk:
     table: Table
     contexts: Contexts
     stage: Stage
-    effects: list[Effect] | None = None
-
-
-@dataclass(frozen=True)
-class Forward(Request):
-    """What a walk asks of the model: one branch of one step."""
-
-    contexts: Reads
     effects: list[Effect] | None = None
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-Expert = Literal["only", "high", "low"]
-EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
+from wancli.models.config import Expert
 
 
 @dataclass(frozen=True)

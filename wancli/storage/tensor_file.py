@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import EntryError
-from wancli.sampling.solvers import State
 from wancli.storage import atomic
 from wancli.storage.manifest import canonical
 
@@ -30,12 +29,12 @@ _HEADER_BYTES = 100 * 2**20  # what safetensors allows
 
 def save(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
     """Replaces the file atomically; after it returns the latent survives power loss. Raises NoSpace."""
-    _save(path, {"latents": z_CTYX}, record)
+    save_tensors(path, {"latents": z_CTYX}, record)
 
 
 def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """The latent and its record. Raises EntryError when either is damaged, or is another program's."""
-    tensors, record = _load(path)
+    tensors, record = load_tensors(path)
     if tensors.keys() != {"latents"}:
         raise EntryError("not a finished latent", where=str(path))
     return tensors["latents"], record
@@ -54,23 +53,7 @@ def peek(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
-    """As `save`, what a solver knows between two steps."""
-    past = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
-    last = {} if state.last is None else {"last": state.last}
-    _save(path, {"x": state.x, **past, **last}, record)
-
-
-def load_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """The state and its record. Raises EntryError as `load` does."""
-    tensors, record = _load(path)
-    if "x" not in tensors:
-        raise EntryError("not the state of a shot", where=str(path))
-    history = tuple(tensors[name] for name in sorted(tensors) if name.startswith("history."))
-    return State(tensors["x"], history, tensors.get("last")), record
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
     from safetensors.torch import save
 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -78,7 +61,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> 
     atomic.replace(path, save(tensors, {_METADATA: canonical(document).decode()}))
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 

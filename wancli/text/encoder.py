@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.engine.outcome import Failing
-from wancli.errors import EntryError, NotFinite, WancliError
+from wancli.errors import EntryError, Failing, NotFinite, WancliError
 from wancli.resources.measure import fitting, release
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack

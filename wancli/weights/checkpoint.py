@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from wancli.errors import CheckpointError, MachineError
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
-from wancli.sampling.stages import Expert
 from wancli.storage import atomic
 from wancli.weights.component import Kind, Part
 from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, layout_of, load_json

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
-from wancli.sampling.stages import Expert
 from wancli.weights.formats.gguf import umt5_to_transformers as umt5_from_gguf
 from wancli.weights.formats.key_mapping import (
     transformer_from_diffusers,
@@ -23,7 +22,7 @@ from wancli.weights.formats.key_mapping import (
     vae_from_diffusers,
 )
 from wancli.weights.formats.quant_schemes import PLAIN, Precision, Scheme, is_helper
-from wancli.weights.formats.tensor_index import Container
+from wancli.weights.formats.tensor_index import FOREIGN, Container
 from wancli.weights.lora.describe import LoRA
 
 Kind: TypeAlias = Literal["transformer", "text encoder", "vae", "lora", "other"]
@@ -51,8 +50,6 @@ _GROUPS: dict[Kind, dict[str, str]] = {
     },
     "vae": {r".*\.weight": "convolutions", r".*": "biases, norms"},
 }
-# What stands before the other networks of a whole checkpoint.
-FOREIGN = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
 _TWO_FILES = re.compile(r"(?i)(high|low)[-_. ]?noise")
 _ONE_WORD = re.compile(r"(?<![A-Za-z])(HIGH|LOW)(?![A-Za-z])")
 _A14B_WORD = re.compile(r"(?i)(?<![a-z])(high|low)(?![a-z])")

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from wancli.models import t5
-from wancli.models.config import Kernels, VAE22Config
+from wancli.models.config import Expert, Kernels, VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
 from wancli.resources.memory_model import Residency
-from wancli.sampling.stages import Expert
 from wancli.weights.checkpoint import Checkpoint, vae_sizes
 from wancli.weights.component import Part
 from wancli.weights.disk_reader import Mappings, OnDisk, on_disk

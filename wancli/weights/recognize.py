@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wancli.errors import CheckpointError
-from wancli.models.config import T5Config, VAE22Config
+from wancli.models.config import Expert, T5Config, VAE22Config
 from wancli.models.variants import (
     BY_CHANNELS,
     MINI,
@@ -25,8 +25,7 @@ from wancli.models.variants import (
     TWO_EXPERTS,
     Variant,
 )
-from wancli.sampling.stages import Expert
-from wancli.weights.component import FOREIGN, Kind, Naming, Part, expert_of, gaps_of, group_of, groups, rename
+from wancli.weights.component import Kind, Naming, Part, expert_of, gaps_of, group_of, groups, rename
 from wancli.weights.formats.infer_config import (
     RENDERED,
     USUAL_HEAD_DIM,
@@ -42,7 +41,7 @@ from wancli.weights.formats.infer_config import (
 from wancli.weights.formats.key_mapping import vae_renaming
 from wancli.weights.formats.quant_schemes import is_helper, precision_of, scheme_of
 from wancli.weights.formats.safetensors_header import TensorInfo
-from wancli.weights.formats.tensor_index import Contents
+from wancli.weights.formats.tensor_index import FOREIGN, Contents
 from wancli.weights.lora.describe import is_lora, lora_of
 
 # Beginnings of two names that one network has, after the same prefix.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.weights import component
-from wancli.weights.formats import gguf, safetensors_header
+from wancli.weights.formats import gguf, safetensors_header, tensor_index
 from wancli.weights.formats.attach_scales import ANOTHER, Stored, fold
 from wancli.weights.formats.mapped_file import mapped, tensor_at
 from wancli.weights.formats.packed import Packed
@@ -28,7 +27,7 @@ PATCHES = "patch_embedding"
 # Whole-model files put each network behind a prefix; the first that any name has is taken off.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
-FOREIGN = (*component.FOREIGN, *PREFIXES[:2])
+FOREIGN = (*tensor_index.FOREIGN, *PREFIXES[:2])
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

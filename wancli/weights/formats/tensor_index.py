@@ -19,6 +19,8 @@ from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, Te
 
 Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
 
+# What stands before the other networks of a whole checkpoint.
+FOREIGN = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # First bytes -> what a file is that was taken for weights.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.sampling.stages import Expert
+from wancli.models.config import Expert
 from wancli.weights.formats.infer_config import Shapes
 from wancli.weights.formats.read import tensors
 from wancli.weights.lora.file import Change, recognise

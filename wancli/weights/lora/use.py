@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wancli.sampling.stages import Expert
+from wancli.models.config import Expert
 from wancli.weights.lora.match import Coverage
 
 

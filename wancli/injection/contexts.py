@@ -1,0 +1,110 @@
+"""What the blocks read: the expressions of a table as contexts of a model, each read recorded.
+
+Letters of shapes: N E a prompt's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from torch import Tensor
+
+from wancli.injection.table import Branch, Cell, Concat, Expr, Lerp, Table, Text
+from wancli.models.dit import Request, WanModel
+from wancli.models.dit_layers import Mix
+from wancli.models.text_context import Context, concat, lerp
+
+
+class Contexts:
+    """Turns the exprs of a table into contexts of a model, each once; every expert projects its own.
+
+    `rows_NE` holds the encoder's rows of every prompt a table names.
+    """
+
+    def __init__(self, model: WanModel, rows_NE: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._rows_NE = rows_NE
+        self._made: dict[Expr, Context] = {}
+
+    def context(self, expr: Expr) -> Context:
+        if expr not in self._made:
+            self._made[expr] = self._make(expr)
+        return self._made[expr]
+
+    def _make(self, expr: Expr) -> Context:
+        match expr:
+            case Text(id):
+                return self._model.project(self._rows_NE[id])
+            case Lerp(a, b, weight):
+                return lerp(self.context(a), self.context(b), weight)
+            case Concat(a, b, weight):
+                return concat(self.context(a), self.context(b), weight)
+
+    def forget(self) -> None:
+        """Makes every context anew when next asked for: the model's weights have changed."""
+        self._made.clear()
+
+    def mix(self, cell: Cell) -> Mix:
+        return tuple((self.context(expr), weight) for expr, weight in cell)
+
+
+class Reads(Sequence[Mix]):
+    """The contexts of one forward; notes which blocks came for theirs, the proof of injection."""
+
+    def __init__(self, contexts: Contexts, table: Table, step: int, branch: Branch) -> None:
+        self.step = step
+        self.branch: Branch = branch
+        self.cells: set[tuple[int, Branch, int]] = set()
+        self._contexts = contexts
+        self._row = table.row(step, branch)
+        self._base: Cell = ((table.base[branch], 1.0),)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @overload
+    def __getitem__(self, block: int) -> Mix: ...
+    @overload
+    def __getitem__(self, block: slice) -> Sequence[Mix]: ...
+    def __getitem__(self, block: int | slice) -> Mix | Sequence[Mix]:
+        if isinstance(block, slice):
+            raise TypeError("blocks read their contexts one by one")
+        mix = self._contexts.mix(self._row[block])
+        self.cells.add((self.step, self.branch, block))
+        return mix
+
+    @property
+    def base(self) -> Mix:
+        """What every block would read without injection."""
+        return self._contexts.mix(self._base)
+
+    @property
+    def injected(self) -> tuple[int, ...]:
+        """Blocks whose cell a rule changed."""
+        return tuple(block for block, cell in enumerate(self._row) if cell != self._base)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One forward with and without its injection.
+
+    `velocity` and `blocks` are relative L2 changes of the velocity and of each injected block's
+    cross-attention output; `changed_percent` counts elements of that output that moved by more
+    than 0.01.
+    """
+
+    step: int
+    branch: str
+    velocity: float
+    blocks: dict[int, float]
+    changed_percent: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Forward(Request):
+    """What a walk asks of the model: one branch of one step."""
+
+    contexts: Reads
+    effects: list[Effect] | None = None

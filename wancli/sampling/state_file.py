@@ -1,0 +1,26 @@
+"""A solver's state on disk: all it knows between two steps, so that sampling resumes bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from wancli.errors import EntryError
+from wancli.sampling.solvers import State
+from wancli.storage import tensor_file
+
+
+def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
+    """As `save`, what a solver knows between two steps."""
+    past = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
+    last = {} if state.last is None else {"last": state.last}
+    tensor_file.save_tensors(path, {"x": state.x, **past, **last}, record)
+
+
+def load_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """The state and its record. Raises EntryError as `load` does."""
+    tensors, record = tensor_file.load_tensors(path)
+    if "x" not in tensors:
+        raise EntryError("not the state of a shot", where=str(path))
+    history = tuple(tensors[name] for name in sorted(tensors) if name.startswith("history."))
+    return State(tensors["x"], history, tensors.get("last")), record

@@ -236,7 +236,7 @@ def stack(error: BaseException) -> str:
     return "\n".join(lines)
 
 
-class Failing:
+class ErrorCapture:
     """A `with` block that keeps the error of its shot instead of raising it.
 
     What ends the batch goes through: NoSpace, Stopped, a checkpoint that all its shots need, and whatever is
@@ -253,10 +253,10 @@ class Failing:
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> bool:
         if not isinstance(error, WancliError) or isinstance(error, (NoSpace, Stopped, CheckpointError)):
             return False
-        self.take(error)
+        self.record(error)
         return True
 
-    def take(self, error: WancliError) -> None:
+    def record(self, error: WancliError) -> None:
         """Keeps an error that was caught already."""
         self.stack = stack(error)
         self.error = bare(error)

@@ -23,7 +23,7 @@ import torch
 
 from scripts.bench.markdown import stamp, table
 from wancli.engine.batch import render
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
@@ -68,7 +68,7 @@ def planned(folder: Path, said: dict[str, Any], *, unmeasured: bool = False) -> 
     return plan(file, folder / "cache" / "hashes.json", unmeasured=unmeasured)
 
 
-def surveyed(folder: Path, tools: Tools, pairs: int, seeds: int, size: str) -> Found:
+def surveyed(folder: Path, tools: RenderContext, pairs: int, seeds: int, size: str) -> Found:
     found: Found = {}
     for pair, seed, method in itertools.product(range(pairs), range(seeds), METHODS):
         asked = request.survey(planned(folder, job(pair, seed, size)), method, 3, None, None)
@@ -77,7 +77,7 @@ def surveyed(folder: Path, tools: Tools, pairs: int, seeds: int, size: str) -> F
 
 
 def rendered(
-    folder: Path, tools: Tools, found: Found, pair: int, seed: int, size: str
+    folder: Path, tools: RenderContext, found: Found, pair: int, seed: int, size: str
 ) -> tuple[float, float]:
     """Mean |difference| from the plain video: of the top and of the bottom quarter of the blocks."""
     shelf = Shelf(folder / "cache" / "maps")
@@ -135,7 +135,7 @@ def agreements(found: Found) -> Iterator[tuple[str, str, list[float]]]:
         yield "ranks, with inject", method, with_inject
 
 
-def costs(folder: Path, tools: Tools, size: str) -> Iterator[tuple[str, float]]:
+def costs(folder: Path, tools: RenderContext, size: str) -> Iterator[tuple[str, float]]:
     """One noise level of each method in forwards, in processor time."""
     (shot,) = planned(folder, job(0, 0, size)).shots
     encoded, _ = embed(shot.model, shot.texts, tools)
@@ -192,7 +192,7 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tools = Tools(Store(folder / "cache" / "embeddings"), Progress())
+        tools = RenderContext(Store(folder / "cache" / "embeddings"), Progress())
         found = surveyed(folder, tools, said.pairs, said.seeds, said.size)
         print(table(("agreement between", "by", "mean", "least", "of"), list(_cells(found))))
         rows = []

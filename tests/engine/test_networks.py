@@ -15,7 +15,7 @@ from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job
 from safetensors.torch import load_file, save_file
 
 from wancli.engine import batch
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.networks import Kept
 from wancli.job import loader as jobfile
 from wancli.job.cli_overrides import NO_FLAGS
@@ -37,7 +37,7 @@ def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
     def render(name: str, kept: Kept | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
         planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
-        tools = Tools(Store(warm / "embeddings"), Progress(), kept=kept)
+        tools = RenderContext(Store(warm / "embeddings"), Progress(), kept=kept)
         return [outcome.status for outcome in batch.render(planned, tools)]
 
     return render
@@ -141,7 +141,7 @@ def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process
     job = written(tmp_path, tiny_job(model=shallow))
     planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
     began = time.time() + 1000
-    list(batch.render(planned, Tools(Store(warm / "embeddings"), Progress(), began=began)))
+    list(batch.render(planned, RenderContext(Store(warm / "embeddings"), Progress(), began=began)))
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900
 
 

@@ -30,7 +30,7 @@ from jobs import (
 from wancli import errors
 from wancli.engine.decode_stage import ways
 from wancli.engine.outcome import Policy, exit_status, of_flags
-from wancli.errors import Failing
+from wancli.errors import ErrorCapture
 from wancli.models import t5
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE
@@ -108,7 +108,7 @@ def test_an_error_is_kept_without_what_its_frames_hold() -> None:
     held: list[weakref.ref[Any]] = []
     gc.disable()
     try:
-        with Failing() as attempt:
+        with ErrorCapture() as attempt:
             deep()
         assert "tensor: [2, 3] torch.float32" in attempt.stack
         assert held[0]() is None
@@ -119,7 +119,7 @@ def test_an_error_is_kept_without_what_its_frames_hold() -> None:
 
 @pytest.mark.parametrize("error", [errors.NoSpace("x"), errors.Stopped("x"), ZeroDivisionError()])
 def test_what_ends_the_batch_goes_through(error: Exception) -> None:
-    with pytest.raises(type(error)), Failing():
+    with pytest.raises(type(error)), ErrorCapture():
         raise error
 
 

@@ -15,7 +15,7 @@ from jobs import CAT, KEPT, Said, command, files_in, latents_of, manifest_of, po
 from plain_video import plain_video as plain
 
 from wancli.engine import pipeline
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.errors import FfmpegError, NotFinite, Stopped
 from wancli.progress import Progress
 from wancli.report import comparison, comparison_metrics
@@ -388,7 +388,7 @@ def test_who_asks_for_an_end_gets_it_between_two_videos(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clips = clip.read([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in "ab"])
-    tools = Tools(None, Progress())
+    tools = RenderContext(None, Progress())
     seen: list[str] = []
     real = comparison_metrics._beside
 

@@ -23,7 +23,7 @@ from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job
 
 from wancli.engine.batch import render as render_plan
 from wancli.engine.batch import tallied
-from wancli.engine.context import Force, Tools
+from wancli.engine.context import Force, RenderContext
 from wancli.engine.outcome import Outcome
 from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
 from wancli.job.loader import load
@@ -466,8 +466,8 @@ def planned(job: Folder) -> Plan:
     return plan(load(job.job), job.cache / "hashes.json")
 
 
-def tools(job: Folder, claims: Claims, progress: Progress | None = None, **changes: Any) -> Tools:
-    return Tools(Store(job.cache / "embeddings"), progress or Progress(), claims=claims, **changes)
+def tools(job: Folder, claims: Claims, progress: Progress | None = None, **changes: Any) -> RenderContext:
+    return RenderContext(Store(job.cache / "embeddings"), progress or Progress(), claims=claims, **changes)
 
 
 def forced(job: Folder) -> Force:

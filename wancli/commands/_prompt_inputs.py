@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import wan_mini
 from wancli.engine import encode_stage
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.networks import Networks
 from wancli.errors import JobError, OutputExists
 from wancli.job.cli_overrides import NO_FLAGS, Flags
@@ -87,7 +87,7 @@ def requested(
     return work
 
 
-def run(work: Sequence[Work], out: Path | None, tools: Tools) -> list[dict[str, Any]]:
+def run(work: Sequence[Work], out: Path | None, tools: RenderContext) -> list[dict[str, Any]]:
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
@@ -153,7 +153,7 @@ def pairs(
     return [Pair(model, a, b)]
 
 
-def compared(pair: Pair, tools: Tools, *, dit: bool) -> Difference:
+def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> Difference:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 

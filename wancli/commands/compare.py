@@ -33,13 +33,13 @@ def compare_command(
     A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
     the baseline: distance of the latents, PSNR, SSIM, motion.
     """
-    from wancli.engine.context import Tools
+    from wancli.engine.context import RenderContext
     from wancli.report import comparison
     from wancli.video import clip
 
     display = display_of(progress.value, quiet)
     clips = clip.read(videos)
-    tools = Tools(None, display)
+    tools = RenderContext(None, display)
     chosen = comparison.chosen(clips, baseline)
     beside = {one.id: chosen for one in clips}
     pages = comparison.pages(clips, beside, output, video)

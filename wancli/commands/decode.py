@@ -30,11 +30,11 @@ def decode_command(
     Decodes it, writes and verifies the MP4, prints its path. The latent stays.
     """
     from wancli.engine import decode_stage
-    from wancli.engine.context import Force, Tools
+    from wancli.engine.context import Force, RenderContext
     from wancli.storage import manifest
 
     display = display_of(progress.value, quiet)
-    tools = Tools(None, display, Force.of(()) if force else None)
+    tools = RenderContext(None, display, Force.of(()) if force else None)
     path = decode_stage.decode_file(latents, output, model, memo_of(None), tools)
     if as_json:
         body = manifest.read(manifest.manifest_path(path)) or {}

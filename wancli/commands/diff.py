@@ -47,13 +47,13 @@ def diff_command(
     As the model reads them. Aim for more than 50 % before you inject one into the other.
     """
     from wancli.commands import _prompt_inputs
-    from wancli.engine.context import Tools
+    from wancli.engine.context import RenderContext
     from wancli.report import terminal
 
     display = display_of("auto", quiet)
     flags = flags_of(sets, sweeps, items, shard)
     pairs = _prompt_inputs.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
-    tools = Tools(store_of(cache_dir), display)
+    tools = RenderContext(store_of(cache_dir), display)
     differences = [_prompt_inputs.compared(pair, tools, dit=dit) for pair in pairs]
     if as_json:
         emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())

@@ -52,13 +52,13 @@ def encode_command(
     Each is computed once ever and kept in the cache. Prints one key per prompt.
     """
     from wancli.commands import _prompt_inputs
-    from wancli.engine.context import Tools
+    from wancli.engine.context import RenderContext
     from wancli.report import terminal
 
     display = display_of(progress.value, quiet)
     flags = flags_of(sets, sweeps, items, shard)
     work = _prompt_inputs.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
-    rows = _prompt_inputs.run(work, out, Tools(store_of(cache_dir) if cache else None, display))
+    rows = _prompt_inputs.run(work, out, RenderContext(store_of(cache_dir) if cache else None, display))
     if as_json:
         emit(rows)
     else:

@@ -60,7 +60,7 @@ def probe_command(
     `inject.blocks: auto:top8` finds it.
     """
     from wancli import signals
-    from wancli.engine.context import Tools
+    from wancli.engine.context import RenderContext
     from wancli.injection import block_map
     from wancli.plan import planner
     from wancli.probe import request, run
@@ -73,7 +73,7 @@ def probe_command(
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
-        found = run.measured(asked, Tools(store_of(cache_dir), display, stop=stop))
+        found = run.measured(asked, RenderContext(store_of(cache_dir), display, stop=stop))
     block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
     block_map.write(path, found)
     if as_json:

@@ -43,7 +43,7 @@ from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wancli.engine.context import Tools
+    from wancli.engine.context import RenderContext
     from wancli.engine.outcome import Outcome, Policy
     from wancli.farm.ray_driver import Cluster
     from wancli.job.cli_overrides import Flags
@@ -153,9 +153,9 @@ def _tools(
     *,
     force: bool,
     waits: bool,
-) -> Tools:
+) -> RenderContext:
     """From here to the end of the command signals ask for an end, also while it tells what was rendered."""
-    from wancli.engine.context import Force, Tools
+    from wancli.engine.context import Force, RenderContext
     from wancli.storage.claims import Claims
 
     invocation: Invocation = context.obj
@@ -163,12 +163,12 @@ def _tools(
     claims = context.with_resource(Claims(waits=waits))
     forced = Force.of(plan.shots) if force else None
     store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
-    return Tools(store, display, forced, stop, failing, claims, kept, began)
+    return RenderContext(store, display, forced, stop, failing, claims, kept, began)
 
 
 def _work(
     plan: Plan,
-    tools: Tools,
+    tools: RenderContext,
     cluster: Cluster | None,
     job: str,
     flags: Flags,
@@ -191,7 +191,7 @@ def _work(
 
 
 def _rendered(
-    plan: Plan, work: Iterator[Outcome], tools: Tools, telling: Telling
+    plan: Plan, work: Iterator[Outcome], tools: RenderContext, telling: Telling
 ) -> tuple[list[Outcome], Stopped | None]:
     """What became of the shots, and of those that are compared; and why that is not all."""
     from wancli.report import batch_report, comparison

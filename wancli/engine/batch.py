@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import Found, cached, finished, preflight
-from wancli.errors import CheckpointError, Elsewhere, Failing
+from wancli.errors import CheckpointError, Elsewhere, ErrorCapture
 from wancli.plan import memory_policy
 from wancli.plan.shot import Model, Plan, Shot, named
 from wancli.storage import manifest
 
 
-def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
+def render(plan: Plan, tools: RenderContext) -> Iterator[Outcome]:
     """Renders what `preflight` leaves to do, one checkpoint after the other, and yields what became of each.
 
     Raises what `preflight` does before anything is started, NoSpace at once, with all states on disk that
@@ -31,7 +31,7 @@ def render(plan: Plan, tools: Tools) -> Iterator[Outcome]:
     yield from tallied(_outcomes(plan, found, tools), found.todo, tools)
 
 
-def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: RenderContext) -> Iterator[Outcome]:
     """The outcomes as they come. Asks for an end where so many failed that it is enough, and raises at the
     end what `render` does."""
     pending = {shot.index for shot in todo}
@@ -54,7 +54,7 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: Tools) -> 
         )
 
 
-def _outcomes(plan: Plan, found: Found, tools: Tools) -> Iterator[Outcome]:
+def _outcomes(plan: Plan, found: Found, tools: RenderContext) -> Iterator[Outcome]:
     """Of shots that are `settled`, then of the others as they come."""
     yield from settled(plan, found)
     held: list[Shot] = []
@@ -93,7 +93,7 @@ def several(shots: Sequence[Shot]) -> str:
     return f"shot {named(shots)}" if len(shots) == 1 else named(shots)
 
 
-def _let_go(held: Sequence[Shot], tools: Tools) -> Sequence[Shot]:
+def _let_go(held: Sequence[Shot], tools: RenderContext) -> Sequence[Shot]:
     """Waits until other workers are done with some of these shots, or gave them up; returns those."""
     if not held or tools.claims is None or not tools.claims.waits or tools.stop.asked:
         return []
@@ -102,7 +102,7 @@ def _let_go(held: Sequence[Shot], tools: Tools) -> Sequence[Shot]:
     return tools.claims.wait(held, tools.stop)
 
 
-def _until_settled(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterator[Outcome]:
+def _until_settled(model: Model, shots: Sequence[Shot], tools: RenderContext) -> Iterator[Outcome]:
     """The shots of a model, those again whose failure may pass: from what is on disk by then, and alone,
     which needs the least memory."""
     networks = _networks(model, shots, tools)
@@ -122,7 +122,7 @@ def _until_settled(model: Model, shots: Sequence[Shot], tools: Tools) -> Iterato
         shots = [replace(outcome.shot, batch=1, shared=None, fork=None) for outcome in again]
 
 
-def _networks(model: Model, shots: Sequence[Shot], tools: Tools) -> Networks:
+def _networks(model: Model, shots: Sequence[Shot], tools: RenderContext) -> Networks:
     """The networks of these shots, or those that were kept; these make room where prompts are to be encoded
     and the text encoder does not fit beside them."""
     lazily = not any(shot.loras for shot in shots)
@@ -139,15 +139,15 @@ def _shots(count: int) -> str:
     return "1 shot is" if count == 1 else f"{count} shots are"
 
 
-def _until_damage(model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools) -> Iterator[Outcome]:
+def _until_damage(model: Model, shots: Sequence[Shot], networks: Networks, tools: RenderContext) -> Iterator[Outcome]:
     """Every shot of a model. A checkpoint that turns out to be damaged fails all that are left of them."""
     left = {shot.index: shot for shot in shots}
-    broken = Failing()
+    broken = ErrorCapture()
     try:
         for outcome in render_model(model, shots, networks, tools):
             left.pop(outcome.shot.index)
             yield outcome
     except CheckpointError as error:
-        broken.take(error)
+        broken.record(error)
     if broken.error:
         yield from (failed(shot, broken) for shot in left.values())

@@ -52,7 +52,7 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 @dataclass(frozen=True)
-class Tools:
+class RenderContext:
     """The embedding cache, the display, how to treat what is there, whether somebody asked for an end, and
     what follows from a failed shot."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
 from wancli.plan import model_registry
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wancli.models.vae import VAE
 
 
-def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: Tools) -> Path:
+def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: RenderContext) -> Path:
     """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
 
     The checkpoint is that of the record unless `folder` names it; the latent stays. Raises
@@ -54,7 +54,7 @@ def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path
     return output
 
 
-def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: Tools) -> Record:
+def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: RenderContext) -> Record:
     """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body.
 
     Where decoding runs out of memory it is tried again with less, see `ways`, with a warning, and the
@@ -98,7 +98,7 @@ def ways(device: str, chunk: int) -> list[tuple[str, int]]:
     return list(dict.fromkeys([*found, ("cpu", 1)] if device == "cuda" else found))
 
 
-def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, tools: Tools) -> None:
+def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, tools: RenderContext) -> None:
     import torch
 
     shot = facts["shot"]

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.shot_state import Underway, due, hand_over, save
@@ -56,7 +56,7 @@ def advance(
     steps: range,
     networks: Networks,
     encoded: Mapping[str, Encoded],
-    tools: Tools,
+    tools: RenderContext,
 ) -> None:
     """Takes these steps with the network of their expert, all shots of the group in lock-step, and hands
     the states over to shots that fork there; fewer steps where somebody asks for an end.
@@ -154,7 +154,7 @@ def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
     return denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
 
 
-def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: Tools) -> None:
+def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: RenderContext) -> None:
     """What a step has left."""
     if isinstance(at, NotFinite):
         one.failed = at

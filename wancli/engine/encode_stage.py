@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wancli.engine import manifest_body
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device
-from wancli.errors import Failing, JobError
+from wancli.errors import ErrorCapture, JobError
 from wancli.plan.shot import Model, Prompt
 from wancli.resources.measure import Peak
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode
 
 
-def embed(model: Model, prompts: Sequence[Prompt], tools: Tools) -> tuple[dict[str, Encoded], Record]:
+def embed(model: Model, prompts: Sequence[Prompt], tools: RenderContext) -> tuple[dict[str, Encoded], Record]:
     """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns.
 
     Raises Stopped between two prompts, and in the end what went wrong with the first that failed."""
@@ -27,19 +27,19 @@ def embed(model: Model, prompts: Sequence[Prompt], tools: Tools) -> tuple[dict[s
 
 
 def embed_each(
-    model: Model, prompts: Sequence[Prompt], tools: Tools
-) -> tuple[dict[str, Encoded], dict[str, Failing], Record]:
+    model: Model, prompts: Sequence[Prompt], tools: RenderContext
+) -> tuple[dict[str, Encoded], dict[str, ErrorCapture], Record]:
     """As `embed`, with those that failed by id."""
     import torch  # noqa: F401 - before the measurement, which is of what comes on top
 
     check_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
-    failed: dict[str, Failing] = {}
+    failed: dict[str, ErrorCapture] = {}
     with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
-                with Failing() as attempt:
+                with ErrorCapture() as attempt:
                     found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
                 failed |= {prompt.id: attempt} if attempt.error else {}
                 bar.advance()
@@ -47,8 +47,8 @@ def embed_each(
             if isinstance(result, Encoded):
                 found[result.key] = result
             else:
-                failed[result.key] = Failing()
-                failed[result.key].take(result.error)
+                failed[result.key] = ErrorCapture()
+                failed[result.key].record(result.error)
             bar.advance()
             if tools.stop.asked and len(found) + len(failed) < len(texts):
                 raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
@@ -57,6 +57,6 @@ def embed_each(
         rows_NE = done.embedding.rows_NE
         if rows_NE.shape[1] != width:
             message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
-            failed[id] = Failing()
-            failed[id].take(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
+            failed[id] = ErrorCapture()
+            failed[id].record(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
     return found, failed, manifest_body.phase("encode", peak)

@@ -14,7 +14,7 @@ from typing import Literal
 from wancli.engine.manifest_body import Record
 from wancli.errors import (
     ExitStatus,
-    Failing,
+    ErrorCapture,
     JobError,
     WancliError,
 )
@@ -68,6 +68,6 @@ class Outcome:
     stack: str = ""
 
 
-def failed(shot: Shot, attempt: Failing) -> Outcome:
+def failed(shot: Shot, attempt: ErrorCapture) -> Outcome:
     """A shot with the error that ended an attempt."""
     return Outcome(shot, "failed", error=attempt.error, stack=attempt.stack)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from wancli.engine import denoise_stage, manifest_body, shot_state
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.decode_stage import finish
 from wancli.engine.encode_stage import embed_each
 from wancli.engine.manifest_body import Record
@@ -22,7 +22,7 @@ from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed
 from wancli.engine.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.engine.shot_state import Underway
-from wancli.errors import Elsewhere, EntryError, Failing, ShotError, Stopped, WancliError
+from wancli.errors import Elsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import Model, Shot
@@ -40,12 +40,12 @@ class Means:
     encoding them took."""
 
     networks: Networks
-    tools: Tools
+    tools: RenderContext
     encoded: dict[str, Encoded] = field(default_factory=dict)
     stage1: Record = field(default_factory=dict)
 
 
-def render_model(model: Model, shots: Sequence[Shot], networks: Networks, tools: Tools) -> Iterator[Outcome]:
+def render_model(model: Model, shots: Sequence[Shot], networks: Networks, tools: RenderContext) -> Iterator[Outcome]:
     """Every shot of a model, as they come; of those that other workers hold, that they do.
 
     Raises CheckpointError and NoSpace, with all states on disk that found room there. Where an end is asked
@@ -54,8 +54,8 @@ def render_model(model: Model, shots: Sequence[Shot], networks: Networks, tools:
     recalled = {shot.index for shot in shots if _recalled(shot, tools)}
     fresh = [shot for shot in shots if shot.index not in recalled]
     means = Means(networks, tools)
-    unencoded: dict[str, Failing] = {}
-    attempt = Failing()
+    unencoded: dict[str, ErrorCapture] = {}
+    attempt = ErrorCapture()
     try:
         with attempt:
             encoded, unencoded, stage1 = embed_each(model, [text for s in fresh for text in s.texts], tools)
@@ -104,7 +104,7 @@ def _settled(shot: Shot, means: Means) -> Outcome | None:
     """What became of a shot that is not to be sampled. What was this very shot and no longer verifies moves
     aside, for whoever wants to know why."""
     tools = means.tools
-    with Failing() as attempt:
+    with ErrorCapture() as attempt:
         state, why = standing(shot, tools)
         if state == "done" and not unmeasured(shot):
             return Outcome(shot, "already done", manifest.read(shot.manifest))
@@ -128,7 +128,7 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
     begun: list[list[Underway]] = [[] for _ in wave]
     for shots, ones in zip(wave, begun):
         for shot in shots:
-            with Failing() as attempt, fitting("load", f"shot {shot.id}"):
+            with ErrorCapture() as attempt, fitting("load", f"shot {shot.id}"):
                 ones.append(shot_state.begin(shot, tools))
             if attempt.error:
                 yield failed(shot, attempt)
@@ -146,7 +146,7 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
     stopped = tools.stop.asked  # else a claim was lost, if only for one look; `batch` finds out
     for one in everyone:
         if not one.over and (one.step or not stopped):
-            with Failing() as attempt:
+            with ErrorCapture() as attempt:
                 _save(one, tools)
             left = Outcome(one.shot, "stopped" if stopped else "elsewhere")
             yield failed(one.shot, attempt) if attempt.error else left
@@ -157,7 +157,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
     as soon as it does."""
     networks, tools = means.networks, means.tools
     while not (tools.stop.asked or tools.lost) and (together := denoise_stage.ready(group, expert)):
-        with Failing() as attempt, fitting("sample", denoise_stage.title(together)):
+        with ErrorCapture() as attempt, fitting("sample", denoise_stage.title(together)):
             denoise_stage.advance(
                 together, denoise_stage.leg(group, together), networks, means.encoded, tools
             )
@@ -170,7 +170,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
     for one in group:
         if one.over or one.fork or not _ours(one.shot, tools):
             continue
-        with Failing() as attempt, fitting("sample", f"shot {one.shot.id}"):
+        with ErrorCapture() as attempt, fitting("sample", f"shot {one.shot.id}"):
             if one.step == one.shot.steps:
                 loras = networks.loras(one.shot.loras)
                 kept.append((one.shot, denoise_stage.keep(one, means.encoded, loras, means.stage1)))
@@ -187,13 +187,13 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
         yield _published(shot, latent, means)
 
 
-def _failures(group: Sequence[Underway], stack: str, tools: Tools) -> Iterator[Outcome]:
+def _failures(group: Sequence[Underway], stack: str, tools: RenderContext) -> Iterator[Outcome]:
     """Those that failed in their steps. The state of one that met NaN would only lead there again; that of
     another is what the next run goes on from."""
     for one in group:
         if one.failed and not one.over and _ours(one.shot, tools):
-            attempt = Failing()
-            attempt.take(one.failed)
+            attempt = ErrorCapture()
+            attempt.record(one.failed)
             with suppress(WancliError):
                 if isinstance(one.failed, ShotError):
                     atomic.remove(one.shot.state)
@@ -207,7 +207,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
     """The video of a latent; None is one that an earlier run left and that is not there any more."""
     networks, tools = means.networks, means.tools
     body = None
-    attempt = Failing()
+    attempt = ErrorCapture()
     if not _ours(shot, tools):
         return Outcome(shot, "elsewhere")
     try:
@@ -232,7 +232,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
     return Outcome(shot, "rendered", body)
 
 
-def _recalled(shot: Shot, tools: Tools) -> tuple[Tensor, Record] | None:
+def _recalled(shot: Shot, tools: RenderContext) -> tuple[Tensor, Record] | None:
     """The latent that an earlier run left for this shot, whose video may have changed since."""
     if tools.force and tools.force.outdated(shot, "latents"):
         return None
@@ -247,12 +247,12 @@ def _recalled(shot: Shot, tools: Tools) -> tuple[Tensor, Record] | None:
     return z_CTYX, facts | now | {"phases": manifest_body.earlier(facts["phases"])}
 
 
-def _save(one: Underway, tools: Tools) -> None:
+def _save(one: Underway, tools: RenderContext) -> None:
     if one.step > one.saved and one.state is not None and not one.over and _ours(one.shot, tools):
         shot_state.save(one)
 
 
-def _ours(shot: Shot, tools: Tools) -> bool:
+def _ours(shot: Shot, tools: RenderContext) -> bool:
     return tools.claims is None or tools.claims.holds(shot)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wancli.engine import output_diff
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
@@ -36,7 +36,7 @@ class Found:
     refused: dict[int, WancliError]
 
 
-def preflight(plan: Plan, tools: Tools) -> Found:
+def preflight(plan: Plan, tools: RenderContext) -> Found:
     """Looks at every output, and whether the machine will do.
 
     Raises OutputExists where all that is to do is in the way, DoesNotFit where all of it is too large;
@@ -60,7 +60,7 @@ def preflight(plan: Plan, tools: Tools) -> Found:
     return Found(tuple(fitting), refused)
 
 
-def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError]]:
+def outputs(plan: Plan, tools: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
     """The shots that are not done, and by index why others cannot be. Raises OutputExists where all that is
     to do is in the way."""
     todo: list[Shot] = []
@@ -76,7 +76,7 @@ def outputs(plan: Plan, tools: Tools) -> tuple[list[Shot], dict[int, WancliError
     return todo, refused
 
 
-def standing(shot: Shot, tools: Tools) -> tuple[Condition, str]:
+def standing(shot: Shot, tools: RenderContext) -> tuple[Condition, str]:
     """The condition of a shot, to a render; with --force what lay there before is neither done nor in the
     way."""
     if tools.force and tools.force.outdated(shot, "manifest"):
@@ -143,7 +143,7 @@ def lacks_effects(shot: Shot, facts: Record) -> bool:
     return shot.measure and shot.injects and not facts["effects"]
 
 
-def _check_machine(todo: Sequence[Shot], tools: Tools) -> None:
+def _check_machine(todo: Sequence[Shot], tools: RenderContext) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
@@ -176,6 +176,6 @@ def lacking(shots: Sequence[Shot]) -> Iterator[str]:
             yield f"{error}: `render` would refuse"
 
 
-def cached(text: Prompt, tools: Tools) -> bool:
+def cached(text: Prompt, tools: RenderContext) -> bool:
     """Whether the store has the embedding of a prompt."""
     return tools.store is not None and tools.store.path(text.id).exists()

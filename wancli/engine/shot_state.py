@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wancli.engine import manifest_body
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.errors import EntryError, WancliError
 from wancli.injection.table import Branch
@@ -69,7 +69,7 @@ class Underway:
             yield from heir.all_heirs()
 
 
-def begin(shot: Shot, tools: Tools) -> Underway:
+def begin(shot: Shot, tools: RenderContext) -> Underway:
     """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
     job's, and with --force one of before, is moved aside."""
     if tools.force and tools.force.outdated(shot, "state"):

@@ -28,7 +28,7 @@ from wancli.plan import batching
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
-    from wancli.engine.context import Tools
+    from wancli.engine.context import RenderContext
     from wancli.plan.shot import Model, Plan, Shot
 
 _RESTARTS, _TASK_RETRIES = 3, 2
@@ -44,7 +44,7 @@ class Cluster:
     cpus_per_worker: int | None = None
 
 
-def render(plan: Plan, tools: Tools, task: Task, cluster: Cluster) -> Iterator[Outcome]:
+def render(plan: Plan, tools: RenderContext, task: Task, cluster: Cluster) -> Iterator[Outcome]:
     """As `batch.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
     cluster cannot be reached, and where all workers died for good."""
     todo, refused = outputs(plan, tools)
@@ -52,7 +52,7 @@ def render(plan: Plan, tools: Tools, task: Task, cluster: Cluster) -> Iterator[O
     return tallied(_outcomes(plan, found, tools, task, cluster), todo, tools)
 
 
-def _outcomes(plan: Plan, found: Found, tools: Tools, task: Task, cluster: Cluster) -> Iterator[Outcome]:
+def _outcomes(plan: Plan, found: Found, tools: RenderContext, task: Task, cluster: Cluster) -> Iterator[Outcome]:
     yield from settled(plan, found)
     models = dict.fromkeys(shot.model for shot in found.todo)
     waves = [
@@ -117,7 +117,7 @@ class _Seat:
 
 
 def _spread(
-    ray: Any, waves: list[list[Shot]], tools: Tools, task: Task, cluster: Cluster
+    ray: Any, waves: list[list[Shot]], tools: RenderContext, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
     """Sends waves to workers until all are done, or an end is asked for; workers save their states then."""
     idle = _hired(ray, waves, task, cluster)

@@ -71,7 +71,7 @@ class Worker:
         return {"outcomes": found, "raised": wired(raised) if raised else None}
 
     def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
-        from wancli.engine.context import Tools
+        from wancli.engine.context import RenderContext
         from wancli.engine.outcome import Policy
         from wancli.progress import Progress
         from wancli.storage.cache import Store
@@ -88,7 +88,7 @@ class Worker:
             )
         store, policy = Store(Path(task.cache) / "embeddings"), Policy(retries=task.retries)
         with Claims(waits=task.waits) as claims:
-            tools = Tools(store, Progress(), task.force, self._stop, policy, claims, self._kept)
+            tools = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
             yield from batch.render(replace(self._plan, shots=shots, others=()), tools)
 
 

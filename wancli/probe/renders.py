@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wancli.engine import batch
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.injection.block_map import Map, as_blocks
 from wancli.injection.table import Rule
 from wancli.plan import batching
@@ -21,7 +21,7 @@ from wancli.probe.request import Survey
 from wancli.video import mp4
 
 
-def measure(asked: Survey, tools: Tools) -> Map:
+def measure(asked: Survey, tools: RenderContext) -> Map:
     """The map. The videos stay in NAME.map beside the output NAME.mp4.
 
     Raises what ends a batch, the error of a shot that failed, and Stopped, after which the same call goes on.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.injection.block_map import Map
 from wancli.probe.request import Survey
 
 
-def measured(asked: Survey, tools: Tools) -> Map:
+def measured(asked: Survey, tools: RenderContext) -> Map:
     """The map. Raises what `trajectory.measure` and `renders.measure` raise."""
     if asked.method == "render":
         from wancli.probe import renders

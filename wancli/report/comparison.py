@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from wancli import __version__
-from wancli.engine.context import Tools
+from wancli.engine.context import RenderContext
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.report import comparison_metrics
 from wancli.report.comparison_metrics import SCHEMA, Record
@@ -58,7 +58,7 @@ def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
 
 
 def document(
-    clips: Sequence[Clip], baseline: Clip, beside: Mapping[str, Clip], tools: Tools, job: str | None = None
+    clips: Sequence[Clip], baseline: Clip, beside: Mapping[str, Clip], tools: RenderContext, job: str | None = None
 ) -> Record:
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""
@@ -78,7 +78,7 @@ def document(
     }
 
 
-def _refuse_to_go_on(tools: Tools) -> None:
+def _refuse_to_go_on(tools: RenderContext) -> None:
     if tools.stop.reason:  # that enough shots failed ends rendering alone
         raise tools.stop.error("shots are done, comparing them is not")
 
@@ -106,7 +106,7 @@ def pages(
     return found
 
 
-def draw(found: Record, wanted: Pages, tools: Tools) -> None:
+def draw(found: Record, wanted: Pages, tools: RenderContext) -> None:
     """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
     ids = [shot["id"] for shot in found["shots"]]
     said, brief = (dict(zip(ids, comparison_metrics.lines(found, beside=beside))) for beside in (True, False))
@@ -141,7 +141,7 @@ def _pages(path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: 
     return list(zip(names, parts))
 
 
-def after(plan: Plan, tools: Tools) -> None:
+def after(plan: Plan, tools: RenderContext) -> None:
     """What a job wants compared, of the shots that are done. What goes wrong fails no shot: it is a warning.
 
     Raises Stopped where somebody asks for an end."""
@@ -155,7 +155,7 @@ def after(plan: Plan, tools: Tools) -> None:
         tools.progress.warn(f"not compared: {error}")
 
 
-def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
+def _of_job(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     finished = {
         shot.id: shot
         for shot in plan.whole
@@ -193,7 +193,7 @@ def _of_job(plan: Plan, wanted: Comparison, tools: Tools) -> None:
     tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made.paths))}")
 
 
-def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: Tools) -> None:
+def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
     """One warning for all baselines that are not done, and whose shots are."""
     beside = [wanted.beside[id] for id in finished] or [wanted.baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.errors import EntryError, Failing, NotFinite, WancliError
+from wancli.errors import EntryError, ErrorCapture, NotFinite, WancliError
 from wancli.resources.measure import fitting, release
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
@@ -89,7 +89,7 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
             yield Encoded(some[0][0], known, hit=True)
             continue
         of_each: Sequence[Tensor] = ()
-        with Failing() as attempt, fitting("encode", shown(some[0][1].text)):
+        with ErrorCapture() as attempt, fitting("encode", shown(some[0][1].text)):
             of_each = t5.rows_of_each(model, [tokens.ids for _, tokens in some])
         if attempt.error:
             release()

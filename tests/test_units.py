@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from wancli.errors import JobError
-from wancli.units import counted, duration, parse_size, ranges, size
+from wancli.units import format_bytes, format_ranges, format_seconds, parse_size, pluralize
 
 
 @pytest.mark.parametrize(
@@ -28,21 +28,21 @@ def test_what_is_no_size_is_refused_with_one_that_is(text: str) -> None:
 
 
 def test_bytes_and_seconds_are_told_in_the_unit_that_fits() -> None:
-    assert [size(n) for n in (0, 1023, 2048, 3 * 2**20, 2**31)] == [
+    assert [format_bytes(n) for n in (0, 1023, 2048, 3 * 2**20, 2**31)] == [
         "0 B",
         "1023 B",
         "2 KiB",
         "3 MiB",
         "2.0 GiB",
     ]
-    assert [duration(s) for s in (7, 119.96, 200, 9000)] == ["7.0 s", "120.0 s", "3 min 20 s", "2.5 h"]
-    assert duration(179.7) == "3 min 0 s"
+    assert [format_seconds(s) for s in (7, 119.96, 200, 9000)] == ["7.0 s", "120.0 s", "3 min 20 s", "2.5 h"]
+    assert format_seconds(179.7) == "3 min 0 s"
 
 
 def test_one_is_not_several() -> None:
-    assert [counted(n, "state") for n in (0, 1, 2000)] == ["0 states", "1 state", "2,000 states"]
-    assert [counted(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]
+    assert [pluralize(n, "state") for n in (0, 1, 2000)] == ["0 states", "1 state", "2,000 states"]
+    assert [pluralize(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]
 
 
 def test_numbers_are_told_as_ranges() -> None:
-    assert ranges([10, 0, 2, 1, 7, 11]) == "0-2,7,10-11"
+    assert format_ranges([10, 0, 2, 1, 7, 11]) == "0-2,7,10-11"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
-from wancli.units import counted
+from wancli.units import pluralize
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -97,7 +97,7 @@ _COUNTED = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "
 
 
 def _size(name: str, total: int) -> str:
-    return counted(total, _COUNTED.get(name, "step"))
+    return pluralize(total, _COUNTED.get(name, "step"))
 
 
 def _ending(name: str, done: int, total: int) -> str:

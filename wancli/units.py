@@ -26,7 +26,7 @@ def parse_duration(text: str, where: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
@@ -35,7 +35,7 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def duration(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Seconds: `7.0 s`, `3 min 20 s`, `2.5 h`."""
     if value < 120:
         return f"{value:.1f} s"
@@ -43,12 +43,12 @@ def duration(value: float) -> str:
     return f"{minutes} min {seconds} s" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-def counted(count: int, one: str, many: str = "") -> str:
+def pluralize(count: int, one: str, many: str = "") -> str:
     """`1 shot`, `2,000 shots`; `many` is the word for several where it is not that with an s."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """`0-3,7,10-39`."""
     parts: list[list[int]] = []
     for number in sorted(numbers):

@@ -103,7 +103,9 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
     """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
     forwards of the table; and the same of their outputs mixed with strength s, over s."""
     (shot,) = plan(load(folder / "job.yaml"), cache / "hashes.json").shots
-    encoded, _ = embed(shot.model, shot.texts, RenderContext(store.Store(cache / "embeddings"), progress.Progress()))
+    encoded, _ = embed(
+        shot.model, shot.texts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
+    )
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
         contexts = Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})

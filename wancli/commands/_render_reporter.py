@@ -13,7 +13,7 @@ from wancli.commands._common import again, complain, posters_of, rates_of, resul
 from wancli.commands._options import LogLevel
 from wancli.engine import outcome
 from wancli.errors import ExitStatus, OutputExists, Stopped
-from wancli.units import ranges
+from wancli.units import format_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,9 +77,9 @@ class Telling:
         taken = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
         ways = []
         if left := [index for index in failed if index not in taken]:
-            ways.append(f"again: {again(self.context, ranges(left))}")
+            ways.append(f"again: {again(self.context, format_ranges(left))}")
         if taken:
-            anew = again(self.context, ranges(taken), without="force")
+            anew = again(self.context, format_ranges(taken), without="force")
             ways.append(f"in the way: name another `output`, or move what is there aside: {anew} --force")
         if ways:
             terminal.show(terminal.failures(report, ways), stderr=True)
@@ -94,8 +94,8 @@ class Telling:
     def _going_on(self, plan: Plan, outcomes: Sequence[Outcome]) -> str:
         """What --force has made is not made once more."""
         if left := _unmade(plan, outcomes):
-            return again(self.context, ranges(left))
-        return again(self.context, ranges([shot.index for shot in plan.shots]), without="force")
+            return again(self.context, format_ranges(left))
+        return again(self.context, format_ranges([shot.index for shot in plan.shots]), without="force")
 
 
 def _unmade(plan: Plan, outcomes: Sequence[Outcome]) -> list[int]:

@@ -56,7 +56,7 @@ def cache_prune(
 
     Damaged ones, the oldest beyond a size, those older than some days.
     """
-    from wancli.units import counted, parse_size, size
+    from wancli.units import format_bytes, parse_size, pluralize
 
     most = None if max_size is None else parse_size(max_size, "--max-size")
     removed = store_of(cache_dir).prune(most, older_than)
@@ -64,5 +64,5 @@ def cache_prune(
     if as_json:
         emit({"removed": [entry.key for entry in removed], "bytes": total})
     else:
-        print(f"removed {counted(len(removed), 'entry', 'entries')}, {size(total)}")
+        print(f"removed {pluralize(len(removed), 'entry', 'entries')}, {format_bytes(total)}")
     return ExitStatus.OK

@@ -139,7 +139,9 @@ def _shots(count: int) -> str:
     return "1 shot is" if count == 1 else f"{count} shots are"
 
 
-def _until_damage(model: Model, shots: Sequence[Shot], networks: Networks, tools: RenderContext) -> Iterator[Outcome]:
+def _until_damage(
+    model: Model, shots: Sequence[Shot], networks: Networks, tools: RenderContext
+) -> Iterator[Outcome]:
     """Every shot of a model. A checkpoint that turns out to be damaged fails all that are left of them."""
     left = {shot.index: shot for shot in shots}
     broken = ErrorCapture()

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from wancli.models.vae import VAE
 
 
-def decode_file(path: Path, output: Path | None, folder: Path | None, memo: Path, tools: RenderContext) -> Path:
+def decode_file(
+    path: Path, output: Path | None, folder: Path | None, memo: Path, tools: RenderContext
+) -> Path:
     """`wancli decode`: finishes a shot from its latent, into the output it was made for or another.
 
     The checkpoint is that of the record unless `folder` names it; the latent stays. Raises

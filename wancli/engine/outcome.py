@@ -13,8 +13,8 @@ from typing import Literal
 
 from wancli.engine.manifest_body import Record
 from wancli.errors import (
-    ExitStatus,
     ErrorCapture,
+    ExitStatus,
     JobError,
     WancliError,
 )

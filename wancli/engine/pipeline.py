@@ -45,7 +45,9 @@ class Means:
     stage1: Record = field(default_factory=dict)
 
 
-def render_model(model: Model, shots: Sequence[Shot], networks: Networks, tools: RenderContext) -> Iterator[Outcome]:
+def render_model(
+    model: Model, shots: Sequence[Shot], networks: Networks, tools: RenderContext
+) -> Iterator[Outcome]:
     """Every shot of a model, as they come; of those that other workers hold, that they do.
 
     Raises CheckpointError and NoSpace, with all states on disk that found room there. Where an end is asked

@@ -52,7 +52,9 @@ def render(plan: Plan, tools: RenderContext, task: Task, cluster: Cluster) -> It
     return tallied(_outcomes(plan, found, tools, task, cluster), todo, tools)
 
 
-def _outcomes(plan: Plan, found: Found, tools: RenderContext, task: Task, cluster: Cluster) -> Iterator[Outcome]:
+def _outcomes(
+    plan: Plan, found: Found, tools: RenderContext, task: Task, cluster: Cluster
+) -> Iterator[Outcome]:
     yield from settled(plan, found)
     models = dict.fromkeys(shot.model for shot in found.todo)
     waves = [

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from wancli.errors import JobError
 from wancli.storage import sidecars
-from wancli.units import ranges
+from wancli.units import format_ranges
 
 SCHEMA = "wancli/map/1"
 Method = Literal["inject", "gradient", "skip", "render"]
@@ -130,7 +130,7 @@ def suggestion(total: Sequence[float], ranges: Sequence[Sequence[int]] | None) -
 
 def as_blocks(blocks: Sequence[int]) -> str:
     """`27-34`, or `[3, 7-9]` where they are several runs: YAML for a job."""
-    said = ranges(blocks)
+    said = format_ranges(blocks)
     return f"[{said.replace(',', ', ')}]" if "," in said else said
 
 

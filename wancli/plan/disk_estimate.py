@@ -19,7 +19,7 @@ from wancli.plan.shot import Shot
 from wancli.resources.memory_model import FP32
 from wancli.storage import atomic
 from wancli.storage.cache import Store
-from wancli.units import counted, size
+from wancli.units import format_bytes, pluralize
 
 _RECORD = 64 * 2**10  # a manifest, or what is told of a latent beside its numbers
 _RAW = 12.6  # bits per pixel of 4:2:0 that did not compress, and some
@@ -74,7 +74,11 @@ def require(shots: Sequence[Shot], store: Store | None = None) -> None:
     """Raises NoSpace, with the figures, where less is free than the shots may need."""
     for need in needs(shots, store):
         if not need.enough:
-            many, needed, free = counted(len(shots), "shot"), size(need.asked), size(need.free)
+            many, needed, free = (
+                pluralize(len(shots), "shot"),
+                format_bytes(need.asked),
+                format_bytes(need.free),
+            )
             raise NoSpace(
                 f"{many} may need {needed} on this disk, {free} are free",
                 where=str(need.folder),

@@ -16,7 +16,7 @@ from wancli.plan import memory_estimate
 from wancli.plan.shot import Model, Shot
 from wancli.resources import machine
 from wancli.resources.memory_model import Residency
-from wancli.units import size
+from wancli.units import format_bytes
 
 CHUNKS = (None, 4096, 1024)  # tokens at a time, the fastest first
 PIPELINE = ("sample", "decode")  # the phases in which the transformer is loaded
@@ -113,18 +113,18 @@ def _fastest(
     fits = [label for label in options if needs[label] <= allowed]
     chosen = fits[0] if fits else min(needs, key=needs.__getitem__)
     faster = [label for label in list(options)[: list(options).index(chosen)] if label.isalpha()]
-    against = ", ".join(f"{label} {size(needs[label])}" for label in faster)
+    against = ", ".join(f"{label} {format_bytes(needs[label])}" for label in faster)
     others = f" ({against})" if against else ""
     suffix = "" if fits else ": does not fit"
-    line = f"{what}: {chosen} needs {size(needs[chosen])}{others}; {told(options[chosen], allowed)}{suffix}"
+    line = f"{what}: {chosen} needs {format_bytes(needs[chosen])}{others}; {told(options[chosen], allowed)}{suffix}"
     return options[chosen], line
 
 
 def told(model: Model, allowed: int) -> str:
     """Where a limit comes from: `the budget is 12.0 GiB`."""
     if model.budget is not None:
-        return f"the budget is {size(allowed)}"
-    return "what is free is not known" if allowed == sys.maxsize else f"{size(allowed)} are free"
+        return f"the budget is {format_bytes(allowed)}"
+    return "what is free is not known" if allowed == sys.maxsize else f"{format_bytes(allowed)} are free"
 
 
 def _distinct(shots: Sequence[Shot]) -> list[Shot]:
@@ -163,7 +163,9 @@ def require(shot: Shot, *, encoded: bool = False, allowed: int | None = None) ->
         where = f"shot {shot.id}"
         hint = _way_out(alone, fits, lambda other: need(other.model, [other], names))
     raise DoesNotFit(
-        f"{worst.name} needs {size(needed)} of memory, {told(shot.model, allowed)}", where=where, hint=hint
+        f"{worst.name} needs {format_bytes(needed)} of memory, {told(shot.model, allowed)}",
+        where=where,
+        hint=hint,
     )
 
 
@@ -171,7 +173,7 @@ def _way_out(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], i
     if shot.model.residency != "streamed" and shot.model.dtype != "fp8":
         streamed = replace(shot, model=lodged(housed(shot.model, "streamed", CHUNKS[-1]), "streamed"))
         if fits(streamed):
-            return f"memory.residency: auto would stream the weights, which needs {size(needs(streamed))}."
+            return f"memory.residency: auto would stream the weights, which needs {format_bytes(needs(streamed))}."
     smaller = nearest_size(shot, fits)
     frames = nearest_frames(shot, fits)
     found = [f"size: {smaller.width}x{smaller.height}"] if smaller else []
@@ -183,7 +185,7 @@ def _way_out(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], i
     lean = needs(replace(shot, model=lodged(housed(shot.model, "streamed", CHUNKS[-1]), "streamed")))
     return (
         f"memory.budget: {-(-lean // 2**20)}MiB is the least for this shot; "
-        f"even 1 frame of {stride}x{stride} needs {size(least)}."
+        f"even 1 frame of {stride}x{stride} needs {format_bytes(least)}."
     )
 
 

@@ -17,7 +17,7 @@ from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.shot import Model, Plan, Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
-from wancli.units import size
+from wancli.units import format_bytes
 
 LEVELS = 3  # unless somebody says another number
 UNITS: dict[Method, str] = {
@@ -109,7 +109,7 @@ def riders(asked: Survey, *, encoded: bool) -> int:
         needed = max(needed, memory_estimate.process(model) + memory_estimate.encoding(model, tokens).total)
     if needed > allowed:
         raise DoesNotFit(
-            f"probing needs {size(needed)} of memory, {memory_policy.told(model, allowed)}",
+            f"probing needs {format_bytes(needed)} of memory, {memory_policy.told(model, allowed)}",
             where=f"shot {asked.shot.id}",
             hint=_way_out(asked),
         )

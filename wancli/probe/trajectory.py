@@ -127,7 +127,9 @@ def _place(asked: Survey, model: WanModel, contexts: Contexts, state: State, ste
     return Place(model, state.x[None], asked.shot.schedule.timesteps[step], plain, injected)
 
 
-def _values(asked: Survey, place: Place, step: int, riders: int, bar: Phase, tools: RenderContext) -> list[float]:
+def _values(
+    asked: Survey, place: Place, step: int, riders: int, bar: Phase, tools: RenderContext
+) -> list[float]:
     """A value for each range at a level."""
     note = f"at step {step}"
     if asked.method == "gradient":
@@ -139,7 +141,9 @@ def _values(asked: Survey, place: Place, step: int, riders: int, bar: Phase, too
     return values
 
 
-def _changed(asked: Survey, place: Place, riders: int, bar: Phase, note: str, tools: RenderContext) -> list[float]:
+def _changed(
+    asked: Survey, place: Place, riders: int, bar: Phase, note: str, tools: RenderContext
+) -> list[float]:
     """‖v' - v‖ / ‖v‖, v' being the velocity where a range reads the injected prompt, or nothing."""
     other: Sequence[Mix] = place.injected if asked.method == "inject" else [()] * asked.depth
     rows = [
@@ -155,7 +159,9 @@ def _changed(asked: Survey, place: Place, riders: int, bar: Phase, note: str, to
     return [relative(found[index], found[len(rows)]) for index in range(len(rows))]
 
 
-def _derived(asked: Survey, place: Place, step: int, bar: Phase, note: str, tools: RenderContext) -> list[float]:
+def _derived(
+    asked: Survey, place: Place, step: int, bar: Phase, note: str, tools: RenderContext
+) -> list[float]:
     """How far the velocity moves by first order, from one random projection; see `size_of_change`."""
     generator = torch.Generator().manual_seed(asked.shot.seed + step)
     toward_1CTYX = torch.randn(place.x_1CTYX.shape, generator=generator).to(place.x_1CTYX.device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from wancli.injection.block_map import Map, as_blocks, ranked
 from wancli.report.terminal import bar, ruler
-from wancli.units import counted, duration
+from wancli.units import format_seconds, pluralize
 
 STRONGEST = 8
 
@@ -14,10 +14,10 @@ STRONGEST = 8
 def map_lines(found: Map) -> Iterator[str]:
     """Within 80 columns for models of up to 60 blocks. Each strip goes from 0 to its own largest value."""
     levels = len(found.levels)
-    places = counted(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
-    where = f" at {counted(levels, 'noise level')}" if levels else ""
+    places = pluralize(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
+    where = f" at {pluralize(levels, 'noise level')}" if levels else ""
     yield f"{found.method} map of shot {found.shot}: {places}{where}"
-    yield f"{found.unit}; {found.forwards:g} forwards in {duration(found.seconds)}"
+    yield f"{found.unit}; {found.forwards:g} forwards in {format_seconds(found.seconds)}"
     yield f"\n{'block':>18}  {ruler(found.model.blocks)}"
     for level, values in zip(found.levels, found.values):
         yield f"{f'step {level.step} sigma {level.sigma:.2f}':>18}  {_strip(found, values)}"

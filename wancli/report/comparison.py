@@ -58,7 +58,11 @@ def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
 
 
 def document(
-    clips: Sequence[Clip], baseline: Clip, beside: Mapping[str, Clip], tools: RenderContext, job: str | None = None
+    clips: Sequence[Clip],
+    baseline: Clip,
+    beside: Mapping[str, Clip],
+    tools: RenderContext,
+    job: str | None = None,
 ) -> Record:
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""

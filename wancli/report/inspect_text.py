@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.progress import printable
-from wancli.units import size
+from wancli.units import format_bytes
 
 COLUMNS, LABEL = 80, 16
 DTYPES = {"F8_E4M3": "fp8 e4m3fn", "F8_E5M2": "fp8 e5m2", "BF16": "bf16"}
@@ -68,7 +68,7 @@ def _part(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
     within = Path(first).parent
     yield from _row("file", f"{len(others) + 1} shards in {within}" if others else first)
     count = f"{part['parameters']:,} parameters in " if part["parameters"] else ""
-    yield from _row("size", f"{size(part['bytes'])}, {count}{part['tensors']:,} tensors")
+    yield from _row("size", f"{format_bytes(part['bytes'])}, {count}{part['tensors']:,} tensors")
     if part["sizes"]:
         yield from _row("network", _network(part))
     if part["kind"] in ("transformer", "text encoder", "vae"):

@@ -11,7 +11,7 @@ from wancli.progress import printable
 from wancli.report.batch_report import cached, memory_rows, most_needing, steps_of, time_of, todo
 from wancli.report.shorten import fitted
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
-from wancli.units import counted, duration
+from wancli.units import format_seconds, pluralize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,7 +70,7 @@ def plan_tables(
     yield from time_lines(time)
     if others:
         for shot in most_needing(plan.shots):
-            frames = counted(shot.frames, "frame")
+            frames = pluralize(shot.frames, "frame")
             yield f"\nshot {printable(shot.id)}, {frames}: what other settings would need, GiB"
             yield alternatives_table(alternatives.alternatives(shot))
             yield "✓ fits, ✗ does not, [ ] chosen; the text encoder is not in it: see encode above"
@@ -111,7 +111,7 @@ def time_lines(time: Mapping[str, Any]) -> Iterator[str]:
         yield f"time: measured by the first render here (unknown: {unknown})"
     elif seconds:
         rough = "; a rough guess, from shots of another size" if time["rough"] else ""
-        yield f"time: {duration(seconds)} for what is to do{rough}"
+        yield f"time: {format_seconds(seconds)} for what is to do{rough}"
     if "sample" in time["rates"]:
         rate = time["rates"]["sample"]
         size, tokens = f"width {rate['width']}", f"{rate['tokens']:,} tokens"

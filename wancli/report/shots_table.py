@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.storage import sidecars
-from wancli.units import ranges
+from wancli.units import format_ranges
 
 Row = dict[str, str | int | float | None]
 COLUMNS = {
@@ -55,9 +55,9 @@ def row(entry: Mapping[str, Any], job: str) -> Row:
         "negative": entry["prompts"][1]["text"] if len(entry["prompts"]) > 1 + len(rules) else None,
         "injected": _joined(texts[rule["text"]] for rule in rules),
         "difference": _figure([rule["difference"]["verdict"]["percent"] for rule in rules], 1),
-        "blocks": _joined(ranges([int(block) for block in rule["blocks"]]) for rule in rules),
+        "blocks": _joined(format_ranges([int(block) for block in rule["blocks"]]) for rule in rules),
         "strength": _joined(_span(rule) for rule in rules),
-        "steps": _joined(ranges([int(step) for step in rule["steps"]]) for rule in rules),
+        "steps": _joined(format_ranges([int(step) for step in rule["steps"]]) for rule in rules),
         "branch": _joined("+".join(rule["branches"]) for rule in rules),
         "blend": _joined(rule["blend"] for rule in rules),
         "effect": _figure([sum(velocities) / len(velocities)] if velocities else [], 2),

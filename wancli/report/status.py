@@ -21,7 +21,7 @@ from wancli.progress import printable
 from wancli.report import batch_report
 from wancli.report.shorten import told_apart
 from wancli.storage import claims, tensor_file
-from wancli.units import counted, duration, ranges
+from wancli.units import format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan, Shot
@@ -118,14 +118,14 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     from rich.cells import cell_len, set_cell_size
 
     counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
-    yield f"{status['job']}, {counted(len(status['shots']), 'shot')}: {', '.join(counts)}"
+    yield f"{status['job']}, {pluralize(len(status['shots']), 'shot')}: {', '.join(counts)}"
     if status["counts"]["done"]:
         yield "done by manifest and size alone; `wancli check` reads the videos"
     seconds = status["time"]["seconds"]
     if seconds is None:
         yield "time left: unknown, nothing like it was rendered here"
     elif seconds:
-        yield f"time left: about {duration(seconds)} for one worker, at the rates of earlier renders"
+        yield f"time left: about {format_seconds(seconds)} for one worker, at the rates of earlier renders"
     order = {state: place for place, state in enumerate(STATES)}
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
@@ -138,7 +138,7 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"
     if todo := [shot["index"] for shot in status["shots"] if shot["state"] == "to do"]:
-        yield _cut(f"to do: {ranges(todo)}", 80)
+        yield _cut(f"to do: {format_ranges(todo)}", 80)
 
 
 def _about(shot: Mapping[str, Any], now: datetime) -> str:
@@ -148,7 +148,7 @@ def _about(shot: Mapping[str, Any], now: datetime) -> str:
         parts.append(f"by {host}:{claim['pid']} since {claim['since'][11:19]}")
     if shot["saved"]:
         age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
-        parts.append(f"step {shot['step']} of {shot['steps']}, saved {duration(max(0.0, age))} ago")
+        parts.append(f"step {shot['step']} of {shot['steps']}, saved {format_seconds(max(0.0, age))} ago")
     if shot["state"] == "failed":
         parts.append(shot["error"]["message"].partition("\n")[0])
     return "; ".join(parts)

@@ -13,7 +13,7 @@ from wancli.errors import WancliError, described
 from wancli.injection.table import strip
 from wancli.progress import printable
 from wancli.report.shorten import fitted, told_apart
-from wancli.units import counted, duration, ranges, size
+from wancli.units import format_bytes, format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,18 +61,18 @@ def shot_lines(shot: Shot) -> Iterator[str]:
 def describe_rule(shot: Shot, index: int) -> str:
     """`27-39 at 0.6, steps 0-11, cond`."""
     rule = shot.rules[index]
-    blocks = ranges([block for block, _ in rule.blocks])
+    blocks = format_ranges([block for block, _ in rule.blocks])
     values = sorted({round(s, 3) for _, s in rule.blocks})
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
-    return f"{blocks} at {strength}, steps {ranges([s for s, _ in rule.steps])}, {'+'.join(rule.branches)}"
+    return f"{blocks} at {strength}, steps {format_ranges([s for s, _ in rule.steps])}, {'+'.join(rule.branches)}"
 
 
 def lora_line(use: LoraUse) -> str:
     """`style.safetensors at 0.7, blocks 27-39, all steps: 130 targets, rank 32, kohya naming`."""
-    blocks = "all blocks" if use.blocks is None else f"blocks {ranges(use.blocks)}"
-    steps = "all steps" if use.steps is None else f"steps {ranges(use.steps)}"
+    blocks = "all blocks" if use.blocks is None else f"blocks {format_ranges(use.blocks)}"
+    steps = "all steps" if use.steps is None else f"steps {format_ranges(use.steps)}"
     coverage = use.coverage
-    rank = f", rank {ranges(coverage.ranks)}" if coverage.ranks else ""
+    rank = f", rank {format_ranges(coverage.ranks)}" if coverage.ranks else ""
     skipped = f", {coverage.skipped} for images skipped" if coverage.skipped else ""
     return (
         f"lora: {printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
@@ -87,7 +87,7 @@ def table_strips(shot: Shot) -> Iterator[str]:
     for branch in shot.table.branches:
         for cells_of, steps in shot.table.rows(branch).items():
             cells = strip(cells_of, shot.table.base[branch])
-            yield f"{f'{branch} {ranges(steps)}':>16}  {bar(cells)}"
+            yield f"{f'{branch} {format_ranges(steps)}':>16}  {bar(cells)}"
 
 
 def schedule_lines(shot: Shot) -> Iterator[str]:
@@ -107,15 +107,15 @@ def memory_table(
     table = grid("phase", ">model", ">activation", ">buffer", ">peak", *extra)
     for phase in phases:
         parts = ("model", "activation", "buffer", "peak")
-        cells = [size(phase[part]) if part in phase else "-" for part in parts]
+        cells = [format_bytes(phase[part]) if part in phase else "-" for part in parts]
         took = phase.get("expected") if expected is None else expected.get(phase["name"])
-        cells += [size(phase["measured"])] if measured else []
-        cells += ["?" if took is None else duration(took)]
-        cells += [duration(phase["seconds"])] if measured else []
+        cells += [format_bytes(phase["measured"])] if measured else []
+        cells += ["?" if took is None else format_seconds(took)]
+        cells += [format_seconds(phase["seconds"])] if measured else []
         table.add_row(phase["name"], *cells)
     process = next((phase["process"] for phase in phases if phase.get("process")), 0)
     if process:
-        table.add_row("process", "", "", "", size(process), *("" for _ in extra))
+        table.add_row("process", "", "", "", format_bytes(process), *("" for _ in extra))
     return table
 
 
@@ -131,9 +131,9 @@ def summary(
             yield from _effects(shot)
     if fresh:
         yield memory_table(report["memory"])
-        predicted, measured = (size(report["peak"][name]) for name in ("predicted", "measured"))
+        predicted, measured = (format_bytes(report["peak"][name]) for name in ("predicted", "measured"))
         begun = report["first_step_after"]
-        start = "" if begun is None else f"; first step after {duration(begun)}"
+        start = "" if begun is None else f"; first step after {format_seconds(begun)}"
         yield f"peak {measured}, predicted {predicted}{start}"
         yield from dict.fromkeys(
             "attention: {self} among video tokens, {cross} to the text".format_map(shot["model"]["attention"])
@@ -180,8 +180,8 @@ def _injections(shots: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             row = [
                 shot["id"],
                 str(index),
-                ranges([int(block) for block in rule["blocks"]]),
-                ranges([int(step) for step in rule["steps"]]),
+                format_ranges([int(block) for block in rule["blocks"]]),
+                format_ranges([int(step) for step in rule["steps"]]),
                 "+".join(rule["branches"]),
                 rule["blend"],
                 f"{rule['hits']:,}/{rule['planned']:,}",
@@ -261,12 +261,12 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
         table.add_row(
             entry["key"][:12],
             str(entry["tokens"] or "-"),
-            size(entry["bytes"]),
+            format_bytes(entry["bytes"]),
             used,
             _cut(entry["text"], 30),
         )
     yield table
-    yield f"{counted(len(rows), 'entry', 'entries')}, {size(sum(entry['bytes'] for entry in rows))}"
+    yield f"{pluralize(len(rows), 'entry', 'entries')}, {format_bytes(sum(entry['bytes'] for entry in rows))}"
 
 
 def check_lines(found: Verdict) -> Iterator[str]:
@@ -275,7 +275,7 @@ def check_lines(found: Verdict) -> Iterator[str]:
     yield from (f"orphan, no manifest: {path}" for path in found.orphans)
     yield from (f"left by a dead process: {path}" for path in found.debris)
     kinds = {"video": found.videos, "latent": found.latents, "state": found.states}
-    verified = ", ".join(counted(count, what) for what, count in kinds.items())
+    verified = ", ".join(pluralize(count, what) for what, count in kinds.items())
     yield f"verified: {verified}; problems: {len(found.problems):,}"
     if found.missing:
         yield f"not rendered yet: {len(found.missing):,}"

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Self
 
 from wancli.errors import OutOfMemory
-from wancli.units import size
+from wancli.units import format_bytes
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def fitting(phase: str, where: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise OutOfMemory(
-            f"out of memory: {phase}, at a peak of {size(_high_water(error))}",
+            f"out of memory: {phase}, at a peak of {format_bytes(_high_water(error))}",
             where=where,
             hint="Fewer frames, a smaller size, or memory.budget with less. What is on disk is kept.",
         ) from error

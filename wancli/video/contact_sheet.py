@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wancli.storage import sidecars
-from wancli.units import ranges
+from wancli.units import format_ranges
 from wancli.video import bitmap_font
 from wancli.video.clip import Clip
 
@@ -113,7 +113,7 @@ def _lines(clip: Clip, note: str) -> Iterator[str]:
 
 
 def _rule(rule: dict[str, Any], texts: dict[str, str]) -> str:
-    blocks = ranges([int(block) for block in rule["blocks"]])
+    blocks = format_ranges([int(block) for block in rule["blocks"]])
     strengths = sorted({f"{strength:g}" for strength in rule["blocks"].values()}, key=float)
     strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
     return f"  blocks {blocks} at {strength} read: {texts[rule['text']]}"

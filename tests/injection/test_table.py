@@ -15,9 +15,9 @@ from wancli.injection.table import (
     Text,
     parse_blocks,
     parse_steps,
-    share,
-    strengths,
-    strip,
+    injected_share,
+    pair_strengths,
+    injected_shares,
 )
 from wancli.sampling.solvers import schedule
 
@@ -33,7 +33,7 @@ def rule(
     **changes: object,
 ) -> Rule:
     fields = {"text": "other", "branches": ("cond",), "gain": 1.0} | changes
-    return Rule(blocks=strengths(strength, blocks), steps=strengths(1.0, steps), blend=blend, **fields)  # type: ignore[arg-type]
+    return Rule(blocks=pair_strengths(strength, blocks), steps=pair_strengths(1.0, steps), blend=blend, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_a_step_range_that_means_nothing_is_refused(spec: str) -> None:
 
 
 def test_a_list_of_strengths_goes_to_the_blocks_in_the_order_they_were_named() -> None:
-    assert strengths([0.1, 0.2], parse_blocks(["late", 0], 3)) == ((2, 0.1), (0, 0.2))
+    assert pair_strengths([0.1, 0.2], parse_blocks(["late", 0], 3)) == ((2, 0.1), (0, 0.2))
     with pytest.raises(ValueError, match="2 strengths for 3 places"):
-        strengths([0.1, 0.2], [1, 2, 3])
+        pair_strengths([0.1, 0.2], [1, 2, 3])
 
 
 def test_curves_run_from_start_to_end() -> None:
@@ -180,8 +180,8 @@ def test_a_strength_of_zero_leaves_the_cell_alone_and_counts_no_hit() -> None:
 
 def test_the_strip_shows_how_much_was_injected() -> None:
     table = Table([rule([1], 0.5), rule([2], 1.0), rule([3], 0.25, blend="output-mix")], BASE, 4, 1)
-    assert strip(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
-    assert share(Concat(MAIN, OTHER, 1.0), MAIN) == 0.5
+    assert injected_shares(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
+    assert injected_share(Concat(MAIN, OTHER, 1.0), MAIN) == 0.5
 
 
 def test_a_thousand_steps_share_their_rows() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wancli.errors import JobError
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import JobFile, parse
 from wancli.job.matrix import MAX_SHOTS
 from wancli.job.schema import Job
@@ -24,7 +24,7 @@ inject:
 
 
 def loaded(text: str, **flags: Any) -> JobFile:
-    return parse((BASE + text).encode(), "job.yaml", "job", Path("/jobs"), Flags(**flags))
+    return parse((BASE + text).encode(), "job.yaml", "job", Path("/jobs"), CliOverrides(**flags))
 
 
 def jobs(text: str, **flags: Any) -> list[Job]:

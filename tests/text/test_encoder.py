@@ -20,15 +20,15 @@ from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, Outp
 from wancli.storage.cache import Store
 from wancli.text.embedding import (
     Embedding,
-    describe,
+    read_tokens,
     embedding_key,
     load_embedding,
     pack,
     save_embeddings,
     unpack,
-    versions,
+    library_versions,
 )
-from wancli.text.encoder import Encoder, Unencoded, encode
+from wancli.text.encoder import EncoderSpec, EncodeFailure, encode
 from wancli.text.tokenizer import EOS, Tokenizer, Tokens, clean
 from wancli.weights.disk_reader import OnDisk
 
@@ -37,7 +37,7 @@ OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"
 SPIECE = ROOT / "google" / "umt5-xxl" / "spiece.model"
 REFERENCE = json.loads((ROOT / "reference.json").read_text())
 PROMPTS: dict[str, str] = REFERENCE["prompts"]
-ENCODER = Encoder((OFFICIAL,), "official", "weights", "tokenizer", "fp32")
+ENCODER = EncoderSpec((OFFICIAL,), "official", "weights", "tokenizer", "fp32")
 TOKENIZER = Tokenizer(SPIECE)
 
 
@@ -194,7 +194,7 @@ def test_whatever_changes_an_embedding_changes_its_key(monkeypatch: pytest.Monke
         {"cleaned": "a cat\u0301"},
     ]
     keys = [embedding_key(**same_parts), *(embedding_key(**same_parts | change) for change in changes)]
-    monkeypatch.setattr("wancli.text.embedding.versions", lambda: versions() | {"ftfy": "7.0"})
+    monkeypatch.setattr("wancli.text.embedding.versions", lambda: library_versions() | {"ftfy": "7.0"})
     keys.append(embedding_key(**same_parts))
     assert len(set(keys)) == len(changes) + 2
     assert all(len(key) == 64 for key in keys)
@@ -290,7 +290,7 @@ def test_weights_that_are_not_finite_name_the_prompt_and_nothing_is_kept(
     path = tmp_path / "umt5.safetensors"
     save_file(weights, path)
     (failed,) = encode(replace(ENCODER, files=(path,)), [tokens("a cat")], store)
-    assert isinstance(failed, Unencoded)
+    assert isinstance(failed, EncodeFailure)
     assert isinstance(failed.error, NotFinite)
     assert "'a cat'" in str(failed.error)
     assert store.entries() == []
@@ -332,7 +332,7 @@ def test_saved_embeddings_come_back_by_index(tmp_path: Path):
     save_embeddings(path, both)
     assert all(same(load_embedding(path, i), embedding) for i, embedding in enumerate(both))
     assert load_file(path)["embedding.1"].shape == (len(both[1].ids), 8)
-    assert [found.text for found in describe(path.read_bytes())] == ["a cat", "a fog"]
+    assert [found.text for found in read_tokens(path.read_bytes())] == ["a cat", "a fog"]
 
 
 def test_bf16_rows_come_back_as_they_were():

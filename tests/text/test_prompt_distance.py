@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wancli.models.dit import WanModel
 from wancli.text.embedding import Embedding
-from wancli.text.encoder import Encoder, encode
-from wancli.text.prompt_distance import Difference, compare, legacy_percent, lint
+from wancli.text.encoder import EncoderSpec, encode
+from wancli.text.prompt_distance import PromptDistance, compare, legacy_percent, lint
 from wancli.text.tokenizer import EOS, Tokenizer
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
@@ -30,7 +30,7 @@ MARKET = "Crowded market in thick fog; people with umbrellas buy fruit, bread an
 def embedded(tiny: Path) -> Encode:
     tokenizer = Tokenizer(tiny / "google" / "umt5-xxl" / "spiece.model")
     files = (tiny / "models_t5_umt5-xxl-enc-bf16.pth",)
-    encoder = Encoder(files, "official", "weights", "tokenizer", "fp32")
+    encoder = EncoderSpec(files, "official", "weights", "tokenizer", "fp32")
     texts = [tokenizer.tokens(text, 256) for text in ("", "red", CAR, SHINY_CAR, MARKET)]
     known = {done.embedding.text: done.embedding for done in encode(encoder, texts, None)}
     return known.__getitem__
@@ -50,7 +50,7 @@ def noise(rows: int, seed: int, width: int = 512) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def distances(difference: Difference) -> list[float]:
+def distances(difference: PromptDistance) -> list[float]:
     """All token-set distances: raw, projected, and of each block."""
     assert difference.projected
     return [

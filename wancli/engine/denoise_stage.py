@@ -29,7 +29,7 @@ from wancli.video import metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.injection.contexts import Contexts, Effect
+    from wancli.injection.contexts import ContextCache, Effect
     from wancli.models.dit import WanModel
     from wancli.sampling.denoise import Sampled, Walk
     from wancli.weights.lora.patch import Loras
@@ -65,7 +65,7 @@ def advance(
     """
     import torch
 
-    from wancli.injection.contexts import Contexts
+    from wancli.injection.contexts import ContextCache
     from wancli.sampling import denoise
 
     stages = [replace(stage, steps=steps) for one in group if (stage := one.next_stage)]
@@ -86,7 +86,7 @@ def advance(
         tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
     ):
         patches.at(loras, steps[0], expert)
-        contexts = Contexts(model, rows_NE)
+        contexts = ContextCache(model, rows_NE)
         _start(group, heirs, model, encoded)
         walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
         results = denoise.denoise_together(model, walks, _riders(group))
@@ -145,7 +145,7 @@ def _start(
         one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
 
 
-def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
+def _walk(one: Underway, stage: Stage, contexts: ContextCache) -> Walk:
     from wancli.sampling import denoise
 
     assert one.state is not None

@@ -74,7 +74,7 @@ def of_shot(shot: Shot) -> Record:
             "why": list(model.why),
             "device": model.device,
             "kernels": asdict(model.kernels),
-            "attention": backends.runs(model),
+            "attention": backends.describe_attention(model),
             "sha256": {
                 "transformer": model.transformer,
                 "text_encoder": model.encoder.fingerprint,

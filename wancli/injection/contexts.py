@@ -17,7 +17,7 @@ from wancli.models.dit_layers import Mix
 from wancli.models.text_context import Context, concat, lerp
 
 
-class Contexts:
+class ContextCache:
     """Turns the exprs of a table into contexts of a model, each once; every expert projects its own.
 
     `rows_NE` holds the encoder's rows of every prompt a table names.
@@ -50,10 +50,10 @@ class Contexts:
         return tuple((self.context(expr), weight) for expr, weight in cell)
 
 
-class Reads(Sequence[Mix]):
+class BlockContexts(Sequence[Mix]):
     """The contexts of one forward; notes which blocks came for theirs, the proof of injection."""
 
-    def __init__(self, contexts: Contexts, table: Table, step: int, branch: Branch) -> None:
+    def __init__(self, contexts: ContextCache, table: Table, step: int, branch: Branch) -> None:
         self.step = step
         self.branch: Branch = branch
         self.cells: set[tuple[int, Branch, int]] = set()
@@ -106,5 +106,5 @@ class Effect:
 class Forward(Request):
     """What a walk asks of the model: one branch of one step."""
 
-    contexts: Reads
+    contexts: BlockContexts
     effects: list[Effect] | None = None

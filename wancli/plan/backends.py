@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from wancli.plan.shot import Model
 
 
-def said(item: Item) -> Kernels:
+def read_compute_options(item: Item) -> Kernels:
     """The kernels of a job; `chunk: auto` is all tokens at once.
 
     Raises JobError for what does not go together.
@@ -40,7 +40,7 @@ def said(item: Item) -> Kernels:
 def check(model: Model) -> None:
     """Raises MachineError for kernels that this machine lacks, before anything is loaded."""
     if model.kernels.attention != "auto":
-        runs(model)
+        describe_attention(model)
     if model.kernels.fp8_matmul:
         from wancli.weights.fp8_linear import check
 
@@ -48,7 +48,7 @@ def check(model: Model) -> None:
         check(model.device, (sizes.dim, sizes.ffn_dim))
 
 
-def runs(model: Model) -> dict[str, Any]:
+def describe_attention(model: Model) -> dict[str, Any]:
     """Which attention really runs: that of video tokens among each other, and that to the text."""
     from wancli.models.attention import attention_backend
     from wancli.models.dtypes import DTYPES

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.block_map import Shelf
+from wancli.injection.block_map import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
-from wancli.plan.injections import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
-from wancli.plan.prompts import Prompts
-from wancli.plan.sampler import way_of
+from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
+from wancli.plan.prompts import PromptResolver
+from wancli.plan.sampler import resolve_sampler
 from wancli.plan.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.resources import machine
 from wancli.storage.paths import output_path, slug
-from wancli.text.encoder import Encoder
+from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
@@ -41,9 +41,9 @@ def plan(
     of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
-    located = model_registry.Locations()
-    shelf = Shelf(memo.parent / "maps", open_=unmeasured)
-    lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
+    located = model_registry.ModelLocations()
+    shelf = BlockMapStore(memo.parent / "maps", open_=unmeasured)
+    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
@@ -62,7 +62,7 @@ def plan(
     asked = batching.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.decide(jobs, shots)
-    return Plan(jobs.name, tuple(asked), tuple(warnings.of_shots(asked, comparison)), others, comparison)
+    return Plan(jobs.name, tuple(asked), tuple(warnings.collect_warnings(asked, comparison)), others, comparison)
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -73,7 +73,7 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     )
     usual: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on]
     runs_in: Any = usual if dtype == "auto" else dtype
-    encoder = Encoder(
+    encoder = EncoderSpec(
         files=checkpoint.text_encoder_files,
         naming=checkpoint.text_encoder.naming,
         fingerprint=fingerprint(checkpoint.text_encoder_files, memo),
@@ -118,24 +118,24 @@ def _shot(
     item: Item,
     source: Location,
     model_for: Callable[[Location, str, str], Model],
-    lora_for: Callable[..., loras.Fitting],
+    lora_for: Callable[..., loras.MatchedLora],
     measure: bool,
-    shelf: Shelf,
+    shelf: BlockMapStore,
 ) -> Shot:
     job = item.job
     model = _model(item, source, model_for)
     variant = model.checkpoint.variant
-    way = way_of(item, variant)
+    way = resolve_sampler(item, variant)
     width, height = _size(item, variant)
     prompt, negative, injected = _texts(item, model, guided=any(part.guidance != 1 for part in way.stages))
     transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
-    rules, choices = compiled(item, (prompt, *injected), model, shelf, sigmas, way.stages)
+    rules, choices = compile_rules(item, (prompt, *injected), model, shelf, sigmas, way.stages)
     lora_paths = [
-        model_registry.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
+        model_registry.resolve_path(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
-    decided = loras.decide(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
+    decided = loras.decide_loras(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -167,13 +167,13 @@ def _shot(
         output=Path(),
         choices=choices,
     )
-    refuse_rules_without_cells(shot, item)
-    refuse_lerps_of_joined(shot, item)
+    refuse_rules_without_effect(shot, item)
+    refuse_lerp_after_concat(shot, item)
     return _named(shot, jobs, item)
 
 
 def _model(item: Item, source: Location, model_for: Callable[[Location, str, str], Model]) -> Model:
-    memory, computing = item.job.memory, backends.said(item)
+    memory, computing = item.job.memory, backends.read_compute_options(item)
     try:
         model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
     except CheckpointError as error:
@@ -183,7 +183,7 @@ def _model(item: Item, source: Location, model_for: Callable[[Location, str, str
 
 def _texts(item: Item, model: Model, *, guided: bool) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
     """The prompt, the negative one where guidance needs it, and the injected ones."""
-    job, prompts = item.job, Prompts(item, model)
+    job, prompts = item.job, PromptResolver(item, model)
     prompt = prompts.get(job.prompt, "prompt")
     negative = prompts.negative(job.negative, model.checkpoint.variant.negative) if guided else None
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import WancliError, described
-from wancli.injection.table import strip
+from wancli.injection.table import injected_shares
 from wancli.progress import printable
 from wancli.report.shorten import fitted, told_apart
 from wancli.units import format_bytes, format_ranges, format_seconds, pluralize
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from wancli.engine.verify import Verdict
     from wancli.plan.shot import Shot
-    from wancli.text.prompt_distance import Difference
+    from wancli.text.prompt_distance import PromptDistance
     from wancli.weights.lora.use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -86,7 +86,7 @@ def table_strips(shot: Shot) -> Iterator[str]:
     yield f"{'block':>16}  {ruler(depth)}"
     for branch in shot.table.branches:
         for cells_of, steps in shot.table.rows(branch).items():
-            cells = strip(cells_of, shot.table.base[branch])
+            cells = injected_shares(cells_of, shot.table.base[branch])
             yield f"{f'{branch} {format_ranges(steps)}':>16}  {bar(cells)}"
 
 
@@ -234,7 +234,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def difference_tables(differences: Sequence[Difference]) -> Iterator[RenderableType]:
+def difference_tables(differences: Sequence[PromptDistance]) -> Iterator[RenderableType]:
     """One table per pair: each figure, what it means, and hints on the prompts."""
     for difference in differences:
         yield f"A  {_cut(difference.a.text, 76)}"

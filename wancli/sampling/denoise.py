@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
-from wancli.injection.contexts import Contexts, Effect, Forward, Reads
+from wancli.injection.contexts import ContextCache, Effect, Forward, BlockContexts
 from wancli.injection.effects import velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
@@ -47,7 +47,7 @@ class Walk:
     schedule: Schedule
     solver: str
     table: Table
-    contexts: Contexts
+    contexts: ContextCache
     stage: Stage
     effects: list[Effect] | None = None
 
@@ -92,7 +92,7 @@ def _asked(walk: Walk, at: Sampled | NotFinite, i: int) -> list[Forward]:
     if isinstance(at, NotFinite):
         return []
     x_1CTYX, t = at.state.x[None], walk.schedule.timesteps[i]
-    reads = [Reads(walk.contexts, walk.table, i, branch) for branch in walk.table.branches_at(i)]
+    reads = [BlockContexts(walk.contexts, walk.table, i, branch) for branch in walk.table.branches_at(i)]
     return [Forward(x_1CTYX, t, contexts, walk.effects) for contexts in reads]
 
 

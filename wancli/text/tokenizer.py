@@ -80,12 +80,12 @@ class Tokenizer:
                 raise PromptTooLong(
                     f"the prompt has {full_length} tokens, text.max_tokens is {max_tokens}",
                     where=where,
-                    hint=f"set {longer}text.truncate: true, which would cut {shown(lost)}",
+                    hint=f"set {longer}text.truncate: true, which would cut {quote_prompt(lost)}",
                 )
             ids = [*ids[: max_tokens - 1], EOS]
         return Tokens(cleaned, tuple(ids), tuple(self.pieces(ids)), max_tokens, full_length)
 
 
-def shown(text: str) -> str:
+def quote_prompt(text: str) -> str:
     """A prompt in a message: quoted, short, invisible characters escaped."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

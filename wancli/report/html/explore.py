@@ -40,7 +40,7 @@ def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
         return WHERE
 
     try:
-        location = model_registry.resolve(said, lambda *_: Path.cwd(), where)
+        location = model_registry.resolve_model(said, lambda *_: Path.cwd(), where)
     except JobError as error:
         near = next(iter(difflib.get_close_matches(said.lower(), names, 1, 0.5)), None)
         meant = f"did you mean {names[near]}? " if near else ""

@@ -27,7 +27,7 @@ from wancli.engine.context import RenderContext
 from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
-from wancli.injection.block_map import BlockMap, Method, BlockMapStore
+from wancli.injection.block_map import BlockMap, BlockMapStore, Method
 from wancli.injection.contexts import ContextCache
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
@@ -81,7 +81,7 @@ def rendered(
 ) -> tuple[float, float]:
     """Mean |difference| from the plain video: of the top and of the bottom quarter of the blocks."""
     shelf = BlockMapStore(folder / "cache" / "maps")
-    shelf.keep(found[pair, seed, "inject"])
+    shelf.put(found[pair, seed, "inject"])
     name = f"{pair}-{seed}"
     quarter = found[pair, seed, "inject"].model.blocks // 4
     items = [{"id": f"{name}-plain", "inject": []}] + [

@@ -20,7 +20,7 @@ from selenium.webdriver.support.select import Select
 
 from wancli import cli
 from wancli.injection import block_map
-from wancli.injection.block_map import NoiseLevel, BlockMap, MapModel, PromptPair
+from wancli.injection.block_map import BlockMap, MapModel, NoiseLevel, PromptPair
 from wancli.job.loader import load
 from wancli.models import variants
 from wancli.models.config import Kernels

@@ -90,7 +90,9 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
 ) -> None:
     kept = Kept()
     assert rendered("first", kept) == ["rendered"]
-    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json")
+    planned = planner.plan(
+        jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json"
+    )
     here = kept.networks(planned.shots[0].model, lazily=True)
     network = weakref.ref(here.transformer("only"))
     del here

@@ -13,11 +13,11 @@ from wancli.injection.table import (
     Rule,
     Table,
     Text,
+    injected_share,
+    injected_shares,
+    pair_strengths,
     parse_blocks,
     parse_steps,
-    injected_share,
-    pair_strengths,
-    injected_shares,
 )
 from wancli.sampling.solvers import schedule
 
@@ -33,7 +33,9 @@ def rule(
     **changes: object,
 ) -> Rule:
     fields = {"text": "other", "branches": ("cond",), "gain": 1.0} | changes
-    return Rule(blocks=pair_strengths(strength, blocks), steps=pair_strengths(1.0, steps), blend=blend, **fields)  # type: ignore[arg-type]
+    return Rule(
+        blocks=pair_strengths(strength, blocks), steps=pair_strengths(1.0, steps), blend=blend, **fields
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_a_rule_changes_its_own_cells_and_no_others() -> None:
     assert table.row(0, "cond") == (plain,) * 4
     assert table.row(1, "cond") == (plain, blended, blended, plain)
     assert table.row(1, "uncond") == (((Text("negative"), 1.0),),) * 4
-    assert table.reached == ([(s, "cond", b) for s in (1, 2) for b in (1, 2)],)
+    assert table.changed_cells == ([(s, "cond", b) for s in (1, 2) for b in (1, 2)],)
 
 
 def test_both_branches_blend_into_each_branch_s_own_prompt() -> None:
@@ -175,7 +177,7 @@ def test_gain_extrapolates_away_from_the_main_prompt() -> None:
 def test_a_strength_of_zero_leaves_the_cell_alone_and_counts_no_hit() -> None:
     table = Table([rule([0], strength=0.0)], BASE, 1, 2)
     assert table.row(0, "cond") == (((MAIN, 1.0),),)
-    assert table.reached == ([],)
+    assert table.changed_cells == ([],)
 
 
 def test_the_strip_shows_how_much_was_injected() -> None:

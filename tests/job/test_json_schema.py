@@ -93,7 +93,9 @@ def test_it_has_the_keys_of_a_job_file_and_an_item_those_of_a_job() -> None:
     found = json_schema.job_schema()
     assert list(found["properties"]) == known_keys(())
     assert (
-        set(found["$defs"]["Item"]["properties"]) == set(Job.model_fields) == set(known_keys(())) - {*EXPANSION_KEYS}
+        set(found["$defs"]["Item"]["properties"])
+        == set(Job.model_fields)
+        == set(known_keys(())) - {*EXPANSION_KEYS}
     )
 
 

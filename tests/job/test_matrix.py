@@ -236,12 +236,14 @@ def test_a_shot_knows_which_axis_said_a_key() -> None:
         "  inject.0.strength:\n    - {curve: sine}\n"
     )
     second = loaded(text).items[1]
-    assert second.where("seed") == "job.yaml:7: items.0.seed"
-    assert second.where("sampler", "steps") == "job.yaml:10: matrix.sampler.steps.1"
-    assert second.where("inject", 0, "strength") == "job.yaml:12: matrix.inject.0.strength.0"
-    assert second.where("inject", 0, "strength", "curve") == "job.yaml:12: matrix.inject.0.strength.0.curve"
-    assert second.where("inject", 0, "blocks") == "job.yaml:5: inject.0.blocks"
-    assert second.where("size") == "job.yaml: size"
+    assert second.location("seed") == "job.yaml:7: items.0.seed"
+    assert second.location("sampler", "steps") == "job.yaml:10: matrix.sampler.steps.1"
+    assert second.location("inject", 0, "strength") == "job.yaml:12: matrix.inject.0.strength.0"
+    assert (
+        second.location("inject", 0, "strength", "curve") == "job.yaml:12: matrix.inject.0.strength.0.curve"
+    )
+    assert second.location("inject", 0, "blocks") == "job.yaml:5: inject.0.blocks"
+    assert second.location("size") == "job.yaml: size"
 
 
 # ---- from the command line ----

@@ -296,7 +296,7 @@ def test_items_are_merged_mapping_by_mapping_and_lists_are_replaced() -> None:
     ids=str,
 )
 def test_a_key_of_an_item_is_found_where_it_was_written(path: tuple[Any, ...], place: str) -> None:
-    assert loaded(ITEMS).items[1].where(*path) == place
+    assert loaded(ITEMS).items[1].location(*path) == place
 
 
 def test_a_mistake_in_what_items_share_is_reported_once() -> None:

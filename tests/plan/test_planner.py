@@ -63,7 +63,7 @@ def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable
     assert shot.tokens == 32760
     assert (shot.solver, shot.seed, shot.noise, shot.crf, shot.codec) == ("unipc", 0, "cpu", 16, "h264")
     assert shot.negative is not None
-    assert shot.negative.tokens == Tokenizer(SPIECE).tokens(NEGATIVE, 512, truncate=True)
+    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE, 512, truncate=True)
     assert (shot.id, shot.keep_latents, shot.measure, shot.rules) == ("0000", False, False, ())
 
 

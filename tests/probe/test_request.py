@@ -236,7 +236,9 @@ def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> No
     gradient, inject = (asked_of(tmp_path, method, size="256x256") for method in ("gradient", "inject"))
     wan = gradient.shot.model.checkpoint.transformer
     streams = wan.num_layers * gradient.shot.tokens * wan.dim * 4
-    assert request.predict_phase(inject, 1).activation < streams <= request.predict_phase(gradient, 1).activation
+    assert (
+        request.predict_phase(inject, 1).activation < streams <= request.predict_phase(gradient, 1).activation
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,11 @@ def run(work: Sequence[Work], out: Path | None, tools: RenderContext) -> list[di
 
 
 def pairs(
-    prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path, flags: CliOverrides = NO_OVERRIDES
+    prompts: Sequence[str],
+    file: Path | None,
+    folder: Path | None,
+    memo: Path,
+    flags: CliOverrides = NO_OVERRIDES,
 ) -> list[Pair]:
     """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
 
@@ -173,7 +177,7 @@ def _refuse(flags: CliOverrides) -> None:
 
 
 def prompt_of(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
-    tokens = Tokenizer(model.checkpoint.tokenizer).tokens(text, max_tokens, truncate)
+    tokens = Tokenizer(model.checkpoint.tokenizer).tokenize(text, max_tokens, truncate)
     return Prompt(model.encoder.key(tokens), tokens)
 
 

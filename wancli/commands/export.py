@@ -116,7 +116,7 @@ def _shots(job: Path, flags: CliOverrides) -> list[Item]:
     from wancli.job.loader import load
 
     jobs = load(job, flags)
-    return [jobs.items[index] for index in jobs.chosen]
+    return [jobs.items[index] for index in jobs.selected]
 
 
 def _gpus_of(shots: list[Item]) -> int:

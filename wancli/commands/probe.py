@@ -68,13 +68,15 @@ def probe_command(
 
     display = display_of(progress.value, quiet)
     planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
-    asked = request.plan_probe(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
+    asked = request.plan_probe(
+        planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
+    )
     path = _free(output or planned.companion(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
         found = run.run_probe(asked, RenderContext(store_of(cache_dir), display, stop=stop))
-    block_map.BlockMapStore(cache_of(cache_dir) / "maps").keep(found)
+    block_map.BlockMapStore(cache_of(cache_dir) / "maps").put(found)
     block_map.write(path, found)
     if as_json:
         emit(found.as_dict())

@@ -104,7 +104,7 @@ def advance(
                         peak.read()
                         save(one, taken())
                 if patches.at(loras, step + 1, expert):
-                    contexts.forget()
+                    contexts.clear()
     for one in group:
         assert one.state is not None
         one.state = one.state.to("cpu")

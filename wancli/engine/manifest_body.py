@@ -127,7 +127,7 @@ def of_injection(
     """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
     cells = set(read)
     found = []
-    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.reached)):
+    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         hits = [cell for cell in planned if cell in cells]
         found.append(
             {

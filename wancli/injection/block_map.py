@@ -87,7 +87,7 @@ class BlockMap(MapPart):
         return hashlib.sha256(json.dumps([same, at]).encode()).hexdigest()[:32]
 
     @property
-    def by_block(self) -> list[float] | None:
+    def block_totals(self) -> list[float] | None:
         """The total of each block; None for a map of wider ranges, or of not all blocks."""
         if self.ranges is None:
             return self.total
@@ -102,11 +102,11 @@ class BlockMap(MapPart):
         """The prompt, and the one that was injected."""
         return self.prompts[0].main, self.prompts[0].injected
 
-    def of(self, ids: Sequence[str]) -> bool:
+    def matches_prompts(self, ids: Sequence[str]) -> bool:
         """Whether it is of these two prompts."""
         return any(prompts.ids == list(ids) for prompts in self.prompts)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Which map it is, in words: `the inject map of shot 0001 of reef, 2026-11-23`."""
         return f"the {self.method} map of shot {self.shot} of {self.job}, {self.created[:10]}"
 
@@ -163,29 +163,31 @@ class AutoBlocks:
     """What `auto:top8` became, by which map, and of which prompts that is if not of those of the rule."""
 
     rule: int
-    said: str
+    spec: str
     blocks: str
-    by: str
-    of_others: str = ""
+    map_name: str
+    other_prompts: str = ""
 
 
 @dataclass(frozen=True)
 class BlockMapStore:
-    """The maps of this user, in a folder for each transformer. With `open_` there need be none: then `auto`
-    is every block, for whoever is about to measure."""
+    """The block maps of this user, in a folder for each transformer. With `allow_missing`, `auto` is every block
+    if there is no map, for a run that is about to measure one."""
 
     root: Path
-    open_: bool = False
-    _seen: dict[str, list[BlockMap]] = field(default_factory=dict, repr=False, compare=False)  # by transformer
+    allow_missing: bool = False
+    _cached: dict[str, list[BlockMap]] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # by transformer
 
-    def keep(self, block_map: BlockMap) -> Path:
+    def put(self, block_map: BlockMap) -> Path:
         """Puts a map on the shelf, in place of one of the same thing. Raises MachineError or NoSpace."""
-        self._seen.clear()
+        self._cached.clear()
         path = self._folder(block_map.model.sha256) / f"{block_map.key}.json"
         write(path, block_map)
         return path
 
-    def chosen(
+    def select_blocks(
         self, spec: str, rule: int, transformer: str, depth: int, ids: Sequence[str]
     ) -> tuple[list[int], AutoBlocks | None]:
         """The blocks that `auto:top8` or `auto:bottom8` stands for, in rising order, and by which map.
@@ -200,36 +202,36 @@ class BlockMapStore:
         count = int(match[2])
         if not 1 <= count <= depth:
             raise ValueError(f"{spec!r} is not within 1 and the model's {depth} blocks")
-        if self.open_:
+        if self.allow_missing:
             return list(range(depth)), None
-        candidates = sorted(self._known(transformer, depth), key=lambda best: best.created, reverse=True)
-        candidates.sort(key=lambda best: (not best.of(ids), METHODS.index(best.method)))
+        candidates = sorted(self._candidates(transformer, depth), key=lambda m: m.created, reverse=True)
+        candidates.sort(key=lambda m: (not m.matches_prompts(ids), METHODS.index(m.method)))
         if not candidates:
             raise JobError(
                 f"{spec} needs a map, and none was measured with this model",
                 hint="`wancli probe JOB` measures one; --method gradient is the quick way.",
             )
         best = candidates[0]
-        values = best.by_block
+        values = best.block_totals
         assert values is not None
         ranking = rank(values)
         blocks = sorted(ranking[:count] if match[1] == "top" else ranking[-count:])
-        others = "" if best.of(ids) else " against ".join(map(_quote_brief, best.texts))
-        return blocks, AutoBlocks(rule, spec, format_blocks(blocks), best.told(), others)
+        others = "" if best.matches_prompts(ids) else " against ".join(map(_quote_brief, best.texts))
+        return blocks, AutoBlocks(rule, spec, format_blocks(blocks), best.describe(), others)
 
     def _folder(self, transformer: str) -> Path:
         return self.root / transformer[:16]
 
-    def _known(self, transformer: str, depth: int) -> list[BlockMap]:
+    def _candidates(self, transformer: str, depth: int) -> list[BlockMap]:
         """The maps of single blocks of a transformer, read once: the shots of a sweep all ask."""
-        if transformer not in self._seen:
-            self._seen[transformer] = [*self._read(transformer, depth)]
-        return self._seen[transformer]
+        if transformer not in self._cached:
+            self._cached[transformer] = [*self._read(transformer, depth)]
+        return self._cached[transformer]
 
     def _read(self, transformer: str, depth: int) -> Iterator[BlockMap]:
         with suppress(OSError):
             for path in sorted(self._folder(transformer).glob("*.json")):
                 block_map = read(path)
                 model = block_map and (block_map.model.sha256, block_map.model.blocks)
-                if block_map and block_map.by_block and model == (transformer, depth):
+                if block_map and block_map.block_totals and model == (transformer, depth):
                     yield block_map

@@ -21,17 +21,20 @@ from wancli.models.dit_layers import Mix
 from wancli.text.prompt_distance import LEGACY_THRESHOLD
 
 
-def velocities(model: WanModel, forwards: Sequence[Forward], forwards_per_pass: int | None = None) -> list[Tensor]:
+def velocities(
+    model: WanModel, forwards: Sequence[Forward], forwards_per_pass: int | None = None
+) -> list[Tensor]:
     """The velocity of each forward, bit for bit the model's own, and the effects that some ask for.
 
     An injected forward that is measured costs one more, the same without its injection, which rides
     along. `riders` as in `WanModel.velocities`.
     """
     changes_by_forward: dict[int, dict[int, _OutputChange]] = {
-        i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected
+        i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected_blocks
     }
     plain = [
-        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts)) for f in (forwards[i] for i in changes_by_forward)
+        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts))
+        for f in (forwards[i] for i in changes_by_forward)
     ]
     with _compare_outputs(model, forwards, changes_by_forward):
         all_BCTYX = model.velocities([*forwards, *plain], forwards_per_pass)
@@ -40,7 +43,7 @@ def velocities(model: WanModel, forwards: Sequence[Forward], forwards_per_pass: 
         assert effects is not None
         moved = relative_change(all_BCTYX[i], plain_BCTYX)
         blocks = {block: math.sqrt(c.moved / max(c.plain, 1e-60)) for block, c in changes.items()}
-        percent = {block: 100 * c.over / c.elements for block, c in changes.items()}
+        percent = {block: 100 * c.above_threshold / c.elements for block, c in changes.items()}
         effects.append(Effect(contexts.step, contexts.branch, moved, blocks, percent))
     return all_BCTYX[: len(forwards)]
 
@@ -51,14 +54,14 @@ class _OutputChange:
 
     moved: float = 0.0  # sums of squares
     plain: float = 0.0
-    over: int = 0  # elements that moved by more than the threshold
+    above_threshold: int = 0  # elements that moved by more than the threshold
     elements: int = 0
 
     def add(self, out_BLD: Tensor, plain_BLD: Tensor) -> None:
         change_BLD = out_BLD - plain_BLD
         self.moved += torch.linalg.vector_norm(change_BLD, dtype=torch.float32).item() ** 2
         self.plain += torch.linalg.vector_norm(plain_BLD, dtype=torch.float32).item() ** 2
-        self.over += int((change_BLD.abs() > LEGACY_THRESHOLD).sum())
+        self.above_threshold += int((change_BLD.abs() > LEGACY_THRESHOLD).sum())
         self.elements += out_BLD.numel()
 
 
@@ -73,13 +76,13 @@ def _compare_outputs(
 
     def compare(block: int, cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
         turn = turns[block] - 1
-        if turn in changes_by_forward and block in forwards[turn].contexts.injected:
+        if turn in changes_by_forward and block in forwards[turn].contexts.injected_blocks:
             # `forward`, since a call of the module would come back here.
             plain_BLD = cross_attn.forward(args[0], forwards[turn].contexts.base)
             changes_by_forward[turn].setdefault(block, _OutputChange()).add(out_BLD, plain_BLD)
 
     handles = []
-    for block in {block for turn in changes_by_forward for block in forwards[turn].contexts.injected}:
+    for block in {block for turn in changes_by_forward for block in forwards[turn].contexts.injected_blocks}:
         layer = model.get_submodule(f"blocks.{block}")
         handles.append(layer.register_forward_pre_hook(lambda *_, block=block: turns.update([block])))
         handles.append(layer.get_submodule("cross_attn").register_forward_hook(partial(compare, block)))

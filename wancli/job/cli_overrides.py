@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.job.matrix import Axis, Setting, axis
+from wancli.job.matrix import Axis, Setting, build_axis
 from wancli.job.overrides import Layer, Source
 from wancli.job.yaml_reader import read_yaml
 
@@ -23,20 +23,20 @@ class CliOverrides:
     items: str | None = None
     shard: str | None = None
 
-    def settings(self) -> list[Setting]:
+    def parse_settings(self) -> list[Setting]:
         """Each `--set KEY=VALUE`, the value read as YAML. Raises JobError."""
         return [_parse_setting(*_split_assignment(text, "--set")) for text in self.sets]
 
-    def axes(self) -> list[Axis]:
+    def parse_axes(self) -> list[Axis]:
         """Each `--sweep KEY=VALUE,VALUE`, read as a list of YAML. Raises JobError."""
         found = [_parse_axis(*_split_assignment(text, "--sweep")) for text in self.sweeps]
         keys = [one[0][0].key for one in found]
-        for key in (*keys, *(setting.key for setting in self.settings())):
-            if keys.count(key) > 1 or (key in keys and any(s.key == key for s in self.settings())):
+        for key in (*keys, *(setting.key for setting in self.parse_settings())):
+            if keys.count(key) > 1 or (key in keys and any(s.key == key for s in self.parse_settings())):
                 raise JobError("is given twice", where=f"--sweep {key}")
         return found
 
-    def chosen(self, count: int) -> tuple[int, ...]:
+    def select_shots(self, count: int) -> tuple[int, ...]:
         """The indices of the shots to work on, of `count`: those of --items, and of these the --shard.
 
         Raises JobError for shots that are not there, and when none is left.
@@ -82,7 +82,7 @@ def _parse_axis(key: str, value: str) -> Axis:
     source = Source("--sweep", flag=True)
     if not values:
         raise JobError("has no value", where=f"--sweep {key}")
-    return axis(key, [Layer(source, Path.cwd(), v, (key, i), path) for i, v in enumerate(values)])
+    return build_axis(key, [Layer(source, Path.cwd(), v, (key, i), path) for i, v in enumerate(values)])
 
 
 def _read_value(text: str, where: str) -> Any:

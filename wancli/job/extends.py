@@ -23,18 +23,20 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
         raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
-def read_referenced(name: str, layer: Layer, location: str, limit: int = MAX_BYTES) -> tuple[bytes, Path, str]:
+def read_referenced(
+    name: str, layer: Layer, location: str, limit: int = MAX_BYTES
+) -> tuple[bytes, Path, str]:
     """The file that a layer names: its bytes, where it is, and how to show it, as the layer's own is.
 
     Raises JobError for what is not there.
     """
     try:
         relative = Path(name).expanduser()
-        path = (layer.directory / relative).resolve()
+        path = (layer.base_dir / relative).resolve()
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        hint = f"Looked for {layer.directory / relative}."
+        hint = f"Looked for {layer.base_dir / relative}."
         raise JobError(f"{name!r} cannot be read: {error.strerror}", where=location, hint=hint) from None
     except (RuntimeError, ValueError) as error:  # no such user, or a symbolic link to itself
         raise JobError(f"{name!r}: {error}", where=location) from None
@@ -60,16 +62,18 @@ def _read_layers(
     value = raw.pop("extends", [])
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise JobError("must be the name of a job file, or a list of names", where=source.where("extends"))
+        raise JobError("must be the name of a job file, or a list of names", where=source.location("extends"))
     below: list[Layer] = []
     own = Layer(source, directory, raw)
     for index, name in enumerate(names):
-        location = source.where("extends", *(() if isinstance(value, str) else (index,)))
+        location = source.location("extends", *(() if isinstance(value, str) else (index,)))
         below += _read_extended(name, location, own, chain, opened)
     return [*below, own]
 
 
-def _read_extended(name: str, location: str, layer: Layer, chain: tuple[Path, ...], opened: list[Path]) -> list[Layer]:
+def _read_extended(
+    name: str, location: str, layer: Layer, chain: tuple[Path, ...], opened: list[Path]
+) -> list[Layer]:
     data, path, display_name = read_referenced(name, layer, location)
     if path in chain:
         circle = " -> ".join(str(p.name) for p in (*chain[chain.index(path) :], path))

@@ -26,14 +26,14 @@ class Item:
     """One shot of a job file: what was said, and where."""
 
     job: Job
-    said: Layers
+    layers: Layers
 
-    def where(self, *path: Key) -> str:
-        return self.said.where(*path)
+    def location(self, *path: Key) -> str:
+        return self.layers.location(*path)
 
-    def folder(self, *path: Key) -> Path:
+    def base_dir(self, *path: Key) -> Path:
         """Where a relative path at this key starts: the folder of the file that says it."""
-        return self.said.owner(path).directory
+        return self.layers.owner(path).base_dir
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class JobFile:
     name: str
     directory: Path
     items: tuple[Item, ...]
-    chosen: tuple[int, ...]
+    selected: tuple[int, ...]
 
 
 def load(path: Path, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
@@ -53,7 +53,9 @@ def load(path: Path, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
     return _build_job_file(layers, path.stem, directory, overrides)
 
 
-def parse(data: bytes, file: str, name: str, directory: Path, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
+def parse(
+    data: bytes, file: str, name: str, directory: Path, overrides: CliOverrides = NO_OVERRIDES
+) -> JobFile:
     """A job that came from elsewhere than a file. Raises JobError with every problem in it."""
     return _build_job_file(extends.load_layers(data, file, None, directory), name, directory, overrides)
 
@@ -67,7 +69,7 @@ def build_prompt_job(prompt: str, output: str, overrides: CliOverrides = NO_OVER
 def _build_job_file(layers: Layers, name: str, directory: Path, overrides: CliOverrides) -> JobFile:
     items = tuple(_expand(layers, overrides))
     _refuse_same_ids(items)
-    return JobFile(name, directory, items, overrides.chosen(len(items)))
+    return JobFile(name, directory, items, overrides.select_shots(len(items)))
 
 
 def _expand(layers: Layers, overrides: CliOverrides) -> Iterator[Item]:
@@ -75,11 +77,11 @@ def _expand(layers: Layers, overrides: CliOverrides) -> Iterator[Item]:
     raw = layers.merged
     expansion = {key: raw.pop(key) for key in EXPANSION_KEYS if key in raw}
     items = _read_items(expansion, layers)
-    sweeps, settings = overrides.axes(), overrides.settings()
-    axes = matrix.axes(expansion.get("matrix", {}), expansion.get("zip", {}), layers, sweeps)
+    sweeps, settings = overrides.parse_axes(), overrides.parse_settings()
+    axes = matrix.build_axes(expansion.get("matrix", {}), expansion.get("zip", {}), layers, sweeps)
     excluded = matrix.Exclusions(expansion.get("exclude", []), layers)
     item_keys = {key for item in items for key in item.value}
-    _refuse_too_many(len(items) * matrix.count(axes), layers)
+    _refuse_too_many(len(items) * matrix.count_combinations(axes), layers)
     for setting in settings:
         if any(setting.key == s.key for axis in axes for s in axis[0]):
             raise JobError(
@@ -94,45 +96,47 @@ def _expand(layers: Layers, overrides: CliOverrides) -> Iterator[Item]:
         for combination in matrix.combinations(axes):
             try:
                 values, added = _apply_settings(base, combination.settings)
-                if excluded.leaves_out(values):
+                if excluded.excludes(values):
                     continue
                 values = _add_sweep_id(values, number, combination)
                 values, above = _apply_settings(values, settings)
-                result.append(_validate(values, layers.over(item, *added, *above), item, item_keys))
+                result.append(_validate(values, layers.with_layers(item, *added, *above), item, item_keys))
             except JobError as error:
                 problems |= dict.fromkeys(str(error).splitlines())
     swept = [sweep[0][0].key for sweep in sweeps]
     if problems := problems or dict.fromkeys(excluded.problems(swept)):
         raise JobError("\n".join(problems))
     if not result:
-        raise JobError("leaves out every shot", where=layers.where("exclude"))
+        raise JobError("leaves out every shot", where=layers.location("exclude"))
     return iter(result)
 
 
 def _read_items(expansion: dict[str, Any], layers: Layers) -> list[Layer]:
     """The items of a job file; one that says nothing where it lists none."""
     if "prompts_from" in expansion:
-        location, name = layers.where("prompts_from"), expansion["prompts_from"]
+        location, name = layers.location("prompts_from"), expansion["prompts_from"]
         if "items" in expansion:
             raise JobError("items and prompts_from both list shots; say one", where=location)
         if not isinstance(name, str) or not name:
             raise JobError("must be the name of a file", where=location)
         return prompts_from.read(name, layers.owner(("prompts_from",)), location)
     if "items" not in expansion:
-        return [Layer(layers.own.source, layers.own.directory, {})]
+        return [Layer(layers.job_layer.source, layers.job_layer.base_dir, {})]
     overrides, owner = expansion["items"], layers.owner(("items",))
     if not isinstance(overrides, list) or not overrides or not all(isinstance(o, dict) for o in overrides):
-        raise JobError("must be a list of mappings, one per shot", where=owner.where(("items",)))
+        raise JobError("must be a list of mappings, one per shot", where=owner.location(("items",)))
     return [
-        Layer(owner.source, owner.directory, override, ("items", index))
+        Layer(owner.source, owner.base_dir, override, ("items", index))
         for index, override in enumerate(overrides)
     ]
 
 
-def _apply_settings(raw: dict[str, Any], settings: Sequence[matrix.Setting]) -> tuple[dict[str, Any], list[Layer]]:
+def _apply_settings(
+    raw: dict[str, Any], settings: Sequence[matrix.Setting]
+) -> tuple[dict[str, Any], list[Layer]]:
     layers = []
     for setting in settings:
-        raw, layer = setting.applied(raw)
+        raw, layer = setting.apply(raw)
         layers.append(layer)
     return raw, layers
 
@@ -154,7 +158,7 @@ def _validate(raw: dict[str, Any], layers: Layers, item_layer: Layer, item_keys:
     def locate(path: tuple[Key, ...], of_key: bool) -> str:
         owner = layers.owner(path)
         unsaid = not owner.reach(path)[0]
-        return (item_layer if unsaid and path[0] in item_keys else owner).where(path, of_key=of_key)
+        return (item_layer if unsaid and path[0] in item_keys else owner).location(path, of_key=of_key)
 
     try:
         return Item(Job.model_validate(raw), layers)
@@ -165,7 +169,8 @@ def _validate(raw: dict[str, Any], layers: Layers, item_layer: Layer, item_keys:
 def _refuse_too_many(count: int, layers: Layers) -> None:
     if count > matrix.MAX_SHOTS:
         raise JobError(
-            f"makes {count:,} shots of one file; {matrix.MAX_SHOTS:,} at most", where=layers.where("matrix")
+            f"makes {count:,} shots of one file; {matrix.MAX_SHOTS:,} at most",
+            where=layers.location("matrix"),
         )
 
 
@@ -176,7 +181,7 @@ def _refuse_same_ids(items: Sequence[Item]) -> None:
         if name in seen:
             raise JobError(
                 f"shots {seen[name]} and {index} both have the id {name!r}",
-                where=item.where("id"),
+                where=item.location("id"),
                 hint="Give each item an `id`.",
             )
         seen[name] = index

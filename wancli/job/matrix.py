@@ -33,20 +33,20 @@ class Setting:
     label: Label = ""
     slug: str = ""
 
-    def applied(self, raw: dict[str, Any]) -> tuple[dict[str, Any], Layer]:
+    def apply(self, raw: dict[str, Any]) -> tuple[dict[str, Any], Layer]:
         """What the shot says then, and the layer as it lies over that shot. Raises JobError."""
         path = self.key.split(".")
         if path[0] in EXPANSION_KEYS:
-            where = self.layer.where((), of_key=True)
+            where = self.layer.location((), of_key=True)
             raise JobError("is no key of a shot; it says which shots there are", where=where)
         try:
             result = assign(raw, path, self.layer.value)
         except LookupError as error:
             shot = f", in {raw['id']!r}" if raw.get("id") else ""
-            raise JobError(f"{error.args[0]}{shot}", where=self.layer.where((), of_key=True)) from None
+            raise JobError(f"{error.args[0]}{shot}", where=self.layer.location((), of_key=True)) from None
         layer = self.layer
         at = look_up(result, path)[0]
-        return result, Layer(layer.source, layer.directory, layer.value, layer.prefix, at)
+        return result, Layer(layer.source, layer.base_dir, layer.value, layer.prefix, at)
 
 
 Point = tuple[Setting, ...]
@@ -66,7 +66,7 @@ class Combination:
         return "-".join(setting.slug for setting in self.settings)
 
 
-def axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis]) -> list[Axis]:
+def build_axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis]) -> list[Axis]:
     """The axes of `matrix:`, then that of `zip:`. One of `--sweep` takes the place of that of its key.
 
     `said` tells where each key stands. Raises JobError with every problem.
@@ -77,7 +77,7 @@ def axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis]) -> li
     for column in columns:
         values = [json.dumps(setting.layer.value) for setting in column]
         problems += [
-            f"{setting.layer.where(setting.layer.at)}: is there twice"
+            f"{setting.layer.location(setting.layer.at)}: is there twice"
             for i, setting in enumerate(column)
             if values[i] in values[:i]
         ]
@@ -85,9 +85,11 @@ def axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis]) -> li
     lengths = {column[0].key: len(column) for column in together}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
-        problems.append(f"{layers.where('zip')}: lists of different lengths are not walked together: {counts}")
+        problems.append(
+            f"{layers.location('zip')}: lists of different lengths are not walked together: {counts}"
+        )
     problems += [
-        f"{layers.where('zip', key)}: is in matrix, too"
+        f"{layers.location('zip', key)}: is in matrix, too"
         for key in lengths
         if any(key == axis[0][0].key for axis in result)
     ]
@@ -98,13 +100,13 @@ def axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis]) -> li
     for sweep in sweeps:
         key = sweep[0][0].key
         if key in lengths:
-            raise JobError("is walked together with others in zip", where=layers.where("zip", key))
+            raise JobError("is walked together with others in zip", where=layers.location("zip", key))
         position = next((i for i, axis in enumerate(result) if axis[0][0].key == key), len(result))
         result[position : position + 1] = [sweep]
     return result
 
 
-def axis(key: str, layers: Sequence[Layer]) -> Axis:
+def build_axis(key: str, layers: Sequence[Layer]) -> Axis:
     """The axis of one key, a point for each layer's value."""
     return tuple((setting,) for setting in _make_column(key, layers))
 
@@ -117,7 +119,7 @@ def combinations(axes: Sequence[Axis]) -> Iterator[Combination]:
         yield Combination(settings, {names[setting.key]: setting.label for setting in settings})
 
 
-def count(axes: Iterable[Axis]) -> int:
+def count_combinations(axes: Iterable[Axis]) -> int:
     return math.prod(len(axis) for axis in axes)
 
 
@@ -127,14 +129,14 @@ class Exclusions:
     def __init__(self, entries: Any, layers: Layers) -> None:
         is_list = isinstance(entries, list) and all(isinstance(entry, dict) and entry for entry in entries)
         if not is_list:
-            raise JobError("must be a list of mappings of keys to values", where=layers.where("exclude"))
+            raise JobError("must be a list of mappings of keys to values", where=layers.location("exclude"))
         self._entries: list[list[tuple[list[str], Any]]] = [
             [(key.split("."), value) for key, value in entry.items()] for entry in entries
         ]
-        self._said = layers
+        self._layers = layers
         self._hits = [0] * len(entries)
 
-    def leaves_out(self, raw: Mapping[str, Any]) -> bool:
+    def excludes(self, raw: Mapping[str, Any]) -> bool:
         """Whether a shot has all values of an entry."""
         matches = [all(_has_value(raw, path, value) for path, value in entry) for entry in self._entries]
         self._hits = [hits + is_out for hits, is_out in zip(self._hits, matches)]
@@ -144,7 +146,7 @@ class Exclusions:
         """A line for every entry without an effect. One that names a key of `swept` may have none."""
         for index, (hits, entry) in enumerate(zip(self._hits, self._entries)):
             if not hits and not {".".join(path) for path, _ in entry} & set(swept):
-                yield f"{self._said.where('exclude', index)}: leaves out no combination"
+                yield f"{self._layers.location('exclude', index)}: leaves out no combination"
 
 
 def _has_value(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> bool:
@@ -158,24 +160,24 @@ def _has_value(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> bool:
 def _read_columns(columns: Any, name: str, layers: Layers, problems: list[str]) -> Iterator[list[Setting]]:
     """The keys of `matrix` or `zip`, each with its settings."""
     if not isinstance(columns, dict):
-        problems.append(f"{layers.where(name)}: must be a mapping of keys to lists of values")
+        problems.append(f"{layers.location(name)}: must be a mapping of keys to lists of values")
         return
     for key, values in columns.items():
         if not all(key.split(".")):
-            problems.append(f"{layers.where(name, key)}: is no key; write sampler.steps")
+            problems.append(f"{layers.location(name, key)}: is no key; write sampler.steps")
             continue
         if values == []:
-            problems.append(f"{layers.where(name, key)}: has no values, so that there would be no shot")
+            problems.append(f"{layers.location(name, key)}: has no values, so that there would be no shot")
             continue
         if not isinstance(values, list):
-            problems.append(f"{layers.where(name, key)}: must be a list of values")
+            problems.append(f"{layers.location(name, key)}: must be a list of values")
             continue
         owner = layers.owner((name, key))
         parts = key.split(".")
         yield _make_column(
             key,
             [
-                Layer(owner.source, owner.directory, value, (name, key, index), tuple(parts))
+                Layer(owner.source, owner.base_dir, value, (name, key, index), tuple(parts))
                 for index, value in enumerate(values)
             ],
         )

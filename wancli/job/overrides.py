@@ -23,7 +23,7 @@ class Source:
     lines: Mapping[tuple[Key, ...], int] = field(default_factory=dict)
     flag: bool = False
 
-    def where(self, *path: Key) -> str:
+    def location(self, *path: Key) -> str:
         """`job.yaml:12: sampler.steps`; a key that was never written gets the line of its parent."""
         if self.flag:
             return f"{self.file} {join_key(path)}"
@@ -37,16 +37,16 @@ class Layer:
     """What one place says of a shot: a mapping of its keys, or the value of the key `at`."""
 
     source: Source
-    directory: Path  # where its relative paths start
+    base_dir: Path  # where its relative paths start
     value: Any
     prefix: tuple[Key, ...] = ()  # where the value stands in its source
     at: tuple[Key, ...] = ()
 
-    def where(self, path: tuple[Key, ...], *, of_key: bool = False) -> str:
+    def location(self, path: tuple[Key, ...], *, of_key: bool = False) -> str:
         """The place of a key of the shot; `of_key` that of the key of an axis, not of one of its values."""
         is_axis = self.at and of_key and len(path) <= len(self.at) and isinstance(self.prefix[-1], int)
         prefix = self.prefix[:-1] if is_axis else self.prefix
-        return self.source.where(*prefix, *path[len(self.at) :])
+        return self.source.location(*prefix, *path[len(self.at) :])
 
     def reach(self, path: tuple[Key, ...]) -> tuple[float, bool]:
         """How many parts of `path` are said here, and whether that hides what lower layers say of it.
@@ -71,13 +71,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers of a shot, the lowest first. `own` is the job file: what nobody said could be said there."""
+    """All layers of a shot, the lowest first. `job_layer` is the job file, which owns keys that no layer sets."""
 
     stack: tuple[Layer, ...]
-    own: Layer
+    job_layer: Layer
 
     def owner(self, path: tuple[Key, ...]) -> Layer:
-        found, most = self.own, 0.0
+        found, most = self.job_layer, 0.0
         for layer in reversed(self.stack):
             count, hides = layer.reach(path)
             if count > most:
@@ -86,14 +86,14 @@ class Layers:
                 break
         return found
 
-    def where(self, *path: Key) -> str:
-        return self.owner(path).where(path)
+    def location(self, *path: Key) -> str:
+        return self.owner(path).location(path)
 
-    def over(self, *above: Layer) -> Layers:
-        return Layers((*self.stack, *above), self.own)
+    def with_layers(self, *above: Layer) -> Layers:
+        return Layers((*self.stack, *above), self.job_layer)
 
     @property
-    def merge(self) -> dict[str, Any]:
+    def merged(self) -> dict[str, Any]:
         """What the layers that are mappings say together."""
         return reduce(merge, (layer.value for layer in self.stack if not layer.at), {})
 

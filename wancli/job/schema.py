@@ -103,7 +103,7 @@ class CurveSpec(StrictModel):
     every: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
 
-    def resolved(self) -> Curve:
+    def to_curve(self) -> Curve:
         return Curve(
             self.curve, self.start, self.end, self.center, self.width, self.periods, self.every, self.seed
         )

@@ -29,13 +29,13 @@ from wancli.job.yaml_reader import Key
 EXPANSION_KEYS = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
 
 
-def describe_problems(error: ValidationError, where: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
-    """A line for every problem; `where(path, of_key)` names the place of a key of a job, or of its value."""
+def describe_problems(error: ValidationError, locate: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
+    """A line for every problem; `locate(path, of_key)` names the place of a key of a job, or of its value."""
     problems = [(_key_path(problem), problem) for problem in error.errors()]
     # A misspelt key is not also reported as missing.
     intended = {(*path[:-1], _nearest_key(path)) for path, p in problems if p["type"] == "extra_forbidden"}
     return [
-        f"{where(path, problem['type'] == 'extra_forbidden')}: {_describe(path, problem)}"
+        f"{locate(path, problem['type'] == 'extra_forbidden')}: {_describe(path, problem)}"
         for path, problem in problems
         if problem["type"] != "missing" or path not in intended
     ]

@@ -21,17 +21,17 @@ def read_compute_options(item: Item) -> Kernels:
     if memory.fp8_matmul:
         if memory.dtype not in ("auto", "fp8"):
             message = f"weights in {memory.dtype} do not multiply in fp8"
-            raise JobError(message, where=item.where("memory", "dtype"), hint="Leave out memory.dtype.")
+            raise JobError(message, where=item.location("memory", "dtype"), hint="Leave out memory.dtype.")
         if memory.residency not in ("auto", "resident"):
             raise JobError(
                 f"{memory.residency} weights do not multiply in fp8, resident ones do",
-                where=item.where("memory", "residency"),
+                where=item.location("memory", "residency"),
                 hint="Leave out memory.residency.",
             )
         if item.job.loras:
             raise JobError(
                 "LoRAs cannot be added to weights that multiply in fp8",
-                where=item.where("loras"),
+                where=item.location("loras"),
                 hint="Leave out memory.fp8_matmul; memory.dtype: fp8 takes LoRAs.",
             )
     return Kernels(memory.attention, None if memory.chunk == "auto" else memory.chunk, memory.fp8_matmul)

@@ -15,9 +15,9 @@ from wancli.injection.table import (
     Lerp,
     Rule,
     Text,
+    pair_strengths,
     parse_blocks,
     parse_steps,
-    pair_strengths,
 )
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
@@ -55,7 +55,7 @@ def _select_auto_blocks(
     auto_blocks = []
     for part in spec if isinstance(spec, list) else [spec]:
         if isinstance(part, str) and part.startswith("auto"):
-            chosen, auto = maps.chosen(part, index, transformer, depth, ids)
+            chosen, auto = maps.select_blocks(part, index, transformer, depth, ids)
             blocks += chosen
             auto_blocks += [auto] if auto else []
         else:
@@ -91,25 +91,27 @@ def _compile_rule(
     products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
     if inject.blend == "replace" and products - {0.0, 1.0}:
         raise JobError(
-            "replace has strength 1 only", where=item.where(*key, "strength"), hint="Try blend: context-lerp."
+            "replace has strength 1 only",
+            where=item.location(*key, "strength"),
+            hint="Try blend: context-lerp.",
         )
     if inject.blend == "concat" and min(products, default=0.0) < 0:
-        raise JobError("concat needs strengths above 0", where=item.where(*key, "strength"))
+        raise JobError("concat needs strengths above 0", where=item.location(*key, "strength"))
     branches: tuple[Branch, ...] = ("cond", "uncond") if inject.branch == "both" else (inject.branch,)
     return Rule(text, by_block, by_step, branches, inject.blend, inject.gain)
 
 
 def _to_curve(strength: Strength) -> Any:
-    return strength.resolved() if isinstance(strength, CurveSpec) else strength
+    return strength.to_curve() if isinstance(strength, CurveSpec) else strength
 
 
 def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
     """A strength of 0 was asked for and stays; every other rule must reach some cell and be read there."""
-    for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.reached)):
+    for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         cells = (shot.table.row(step, branch)[block] for step, branch, block in reached)
         if any(_contains_text(expr, rule.text) for cell in cells for expr, _ in cell):
             continue
-        if rule.steps and rule.blocks and not rule.on:
+        if rule.steps and rule.blocks and not rule.is_active:
             continue
         if reached:
             why, hint = "later rules replace all that it changes", "Rules apply in the order written."
@@ -120,24 +122,30 @@ def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
             why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
-        raise JobError(f"reaches no block: {why}", where=item.where("inject", i), hint=hint)
+        raise JobError(f"reaches no block: {why}", where=item.location("inject", i), hint=hint)
 
 
 def _contains_text(expr: Expr, text: str) -> bool:
-    return expr.id == text if isinstance(expr, Text) else _contains_text(expr.a, text) or _contains_text(expr.b, text)
+    return (
+        expr.id == text
+        if isinstance(expr, Text)
+        else _contains_text(expr.a, text) or _contains_text(expr.b, text)
+    )
 
 
 def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
     """Rows that `concat` joined have no counterparts to interpolate with."""
     if not any(rule.blend == "concat" for rule in shot.rules):
         return
-    rows = {shot.table.row(step, branch) for branch, steps in shot.table.steps_of.items() for step in steps}
+    rows = {
+        shot.table.row(step, branch) for branch, steps in shot.table.steps_by_branch.items() for step in steps
+    }
     for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
         while isinstance(expr, Lerp | Concat):
             if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
                 raise JobError(
                     f"context-lerp follows concat in block {block}, whose rows have no counterparts",
-                    where=item.where("inject"),
+                    where=item.location("inject"),
                     hint="Put the concat rule last, or use blend: output-mix.",
                 )
             expr = expr.a
@@ -149,14 +157,14 @@ def _locate_errors(item: Item, *path: str | int) -> Iterator[None]:
     try:
         yield
     except JobError as error:
-        raise JobError(error.message, where=item.where(*path), hint=error.hint) from None
+        raise JobError(error.message, where=item.location(*path), hint=error.hint) from None
     except ValueError as error:
-        raise JobError(str(error), where=item.where(*path)) from None
+        raise JobError(str(error), where=item.location(*path)) from None
 
 
 def no_experts_error(item: Item, *path: str | int) -> JobError:
     return JobError(
         "the model has one network for all steps, not two experts",
-        where=item.where(*path),
+        where=item.location(*path),
         hint="Only Wan 2.2 A14B has a high-noise and a low-noise expert.",
     )

@@ -65,7 +65,7 @@ def _decide_use(
     stages: Sequence[Stage],
 ) -> LoraUse:
     def job_error(key: str, what: str, hint: str = "") -> JobError:
-        return JobError(what, where=item.where("loras", index, key), hint=hint)
+        return JobError(what, where=item.location("loras", index, key), hint=hint)
 
     if path.suffix != ".safetensors":
         raise job_error("path", f"{entry.path!r} is no .safetensors file", "Save the LoRA as one.")
@@ -84,7 +84,9 @@ def _decide_use(
         raise job_error("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
     expert_steps = {step for part in stages if entry.expert in ("both", part.expert) for step in part.steps}
     if steps and not expert_steps & set(steps):
-        raise job_error("expert", f"the {entry.expert}-noise expert takes none of these steps", "See `steps`.")
+        raise job_error(
+            "expert", f"the {entry.expert}-noise expert takes none of these steps", "See `steps`."
+        )
     if not steps:
         raise job_error("steps", "no step is in this range", "`wancli plan -v` prints the sigmas.")
     matched_lora = match_file(path)

@@ -18,7 +18,7 @@ from wancli import wan_mini
 from wancli.errors import JobError
 from wancli.job.loader import Item
 from wancli.job.overrides import Source
-from wancli.job.schema import ModelFiles, ModelEntry
+from wancli.job.schema import ModelEntry, ModelFiles
 from wancli.job.validation import describe_problems
 from wancli.job.yaml_reader import Key, read_yaml
 from wancli.weights.checkpoint import Location
@@ -52,16 +52,16 @@ class ModelLocations:
     """Where the model of an item is; looked for once for all items that say the same."""
 
     def __init__(self) -> None:
-        self._found: dict[object, Location] = {}
+        self._locations: dict[object, Location] = {}
 
     def __call__(self, item: Item) -> Location:
         spec = item.job.model
         keys = [()] if isinstance(spec, str) else [(key,) for key in ModelFiles.model_fields]
-        key = (spec, *(item.folder("model", *below) for below in keys))
-        if key not in self._found:
-            base_dir, locate = partial(item.folder, "model"), partial(item.where, "model")
-            self._found[key] = resolve_model(spec, base_dir, locate)
-        return self._found[key]
+        key = (spec, *(item.base_dir("model", *below) for below in keys))
+        if key not in self._locations:
+            base_dir, locate = partial(item.base_dir, "model"), partial(item.location, "model")
+            self._locations[key] = resolve_model(spec, base_dir, locate)
+        return self._locations[key]
 
 
 def registered_models() -> dict[str, Location]:
@@ -103,7 +103,7 @@ def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     for name, entry in raw.items():
 
         def where(*below: Key, name: str = name) -> str:
-            return source.where(name, *below)
+            return source.location(name, *below)
 
         try:
             model = ModelEntry.model_validate({"model": entry}).model

@@ -42,7 +42,7 @@ def plan(
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
     located = model_registry.ModelLocations()
-    shelf = BlockMapStore(memo.parent / "maps", open_=unmeasured)
+    shelf = BlockMapStore(memo.parent / "maps", allow_missing=unmeasured)
     lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
@@ -57,12 +57,14 @@ def plan(
         kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
         raise kind("\n".join(lines), hint="\n".join(hints))
     _refuse_collisions(shots, jobs)
-    chosen = set(jobs.chosen)
+    chosen = set(jobs.selected)
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
     asked = batching.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.decide(jobs, shots)
-    return Plan(jobs.name, tuple(asked), tuple(warnings.collect_warnings(asked, comparison)), others, comparison)
+    return Plan(
+        jobs.name, tuple(asked), tuple(warnings.collect_warnings(asked, comparison)), others, comparison
+    )
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -104,10 +106,10 @@ def _housed(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Sh
         if made and said.residency in ("resident", "streamed"):
             raise JobError(
                 f"{said.residency} weights are not made fp8, which is done in memory",
-                where=item.where("memory", "residency"),
+                where=item.location("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
-        own = None if said.budget is None else parse_size(said.budget, item.where("memory", "budget"))
+        own = None if said.budget is None else parse_size(said.budget, item.location("memory", "budget"))
         asked.append(memory_policy.Asked(said.residency, said.chunk, own if budget is None else budget))
     return memory_policy.settle(shots, asked)
 
@@ -131,7 +133,9 @@ def _shot(
     transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
     rules, choices = compile_rules(item, (prompt, *injected), model, shelf, sigmas, way.stages)
     lora_paths = [
-        model_registry.resolve_path(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
+        model_registry.resolve_path(
+            item.base_dir("loras", i, "path"), entry.path, item.location("loras", i, "path")
+        )
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
@@ -177,19 +181,19 @@ def _model(item: Item, source: Location, model_for: Callable[[Location, str, str
     try:
         model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
     except CheckpointError as error:
-        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
+        raise CheckpointError(str(error), where=item.location("model"), hint=error.hint) from None
     return replace(model, kernels=computing)
 
 
 def _texts(item: Item, model: Model, *, guided: bool) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
     """The prompt, the negative one where guidance needs it, and the injected ones."""
     job, prompts = item.job, PromptResolver(item, model)
-    prompt = prompts.get(job.prompt, "prompt")
-    negative = prompts.negative(job.negative, model.checkpoint.variant.negative) if guided else None
+    prompt = prompts.resolve(job.prompt, "prompt")
+    negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
     return (
         prompt,
         negative,
-        tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
+        tuple(prompts.resolve(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
     )
 
 
@@ -197,7 +201,7 @@ def _interval(item: Item) -> Interval:
     said = item.job.save_every
     if isinstance(said, int):
         return Interval(steps=said)
-    return Interval(seconds=parse_duration(said, item.where("save_every")))
+    return Interval(seconds=parse_duration(said, item.location("save_every")))
 
 
 def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
@@ -215,18 +219,18 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         output = output_path(jobs.directory, item.job.output, fields)
         folder = output.parent.resolve()
     except JobError as error:
-        raise JobError(error.message, where=item.where("output"), hint=error.hint) from None
+        raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
     except RuntimeError as error:  # a symbolic link to itself
-        raise JobError(str(error), where=item.where("output")) from None
+        raise JobError(str(error), where=item.location("output")) from None
     if output.suffix != ".mp4":
-        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.where("output"))
+        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
     return replace(shot, output=folder / output.name)
 
 
 def _size(item: Item, variant: Variant) -> tuple[int, int]:
     if item.job.size is None:
         return variant.width, variant.height
-    where = item.where("size")
+    where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
@@ -246,7 +250,7 @@ def _frames(item: Item, variant: Variant) -> int:
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
-        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.where("frames"))
+        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.location("frames"))
     return frames
 
 
@@ -258,7 +262,7 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
         if other := seen.get(folded):
             raise JobError(
                 f"shots {other.index} and {shot.index} would both write {shot.output}",
-                where=jobs.items[shot.index].where("output"),
+                where=jobs.items[shot.index].location("output"),
                 hint="Put {item}, {id} or {seed} into the output template.",
             )
         seen[folded] = shot

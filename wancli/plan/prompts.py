@@ -23,25 +23,25 @@ class PromptResolver:
         self._item = item
         self._model = model
 
-    def get(self, spec: str | EmbeddingFile, *path: str | int) -> Prompt:
-        location = self._item.where(*path)
+    def resolve(self, spec: str | EmbeddingFile, *path: str | int) -> Prompt:
+        location = self._item.location(*path)
         if isinstance(spec, EmbeddingFile):
-            return self._from_file(spec, self._item.folder(*path, "embedding"), location)
+            return self._from_file(spec, self._item.base_dir(*path, "embedding"), location)
         if not spec.strip() and path != ("negative",):
             raise JobError("is empty", where=location, hint="Only `negative` may be an empty text.")
         options = self._item.job.text
         try:
-            return self._of_text(spec, options.max_tokens, options.truncate)
+            return self._from_text(spec, options.max_tokens, options.truncate)
         except JobError as error:
             raise type(error)(error.message, where=location, hint=error.hint) from None
 
-    def negative(self, spec: str | EmbeddingFile, default: str) -> Prompt:
+    def resolve_negative(self, spec: str | EmbeddingFile, default: str) -> Prompt:
         if spec != "default":
-            return self.get(spec, "negative")
+            return self.resolve(spec, "negative")
         # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
-        return self._of_text(default, 512, True)
+        return self._from_text(default, 512, True)
 
-    def _of_text(self, text: str, max_tokens: int, truncate: bool) -> Prompt:
+    def _from_text(self, text: str, max_tokens: int, truncate: bool) -> Prompt:
         return _tokenize(self._model.checkpoint.tokenizer, self._model.encoder, text, max_tokens, truncate)
 
     def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
@@ -65,7 +65,7 @@ class PromptResolver:
 
 @lru_cache(4096)  # the shots of a sweep say the same
 def _tokenize(spiece: Path, encoder: EncoderSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
-    tokens = _tokenizer(spiece).tokens(text, max_tokens, truncate)
+    tokens = _tokenizer(spiece).tokenize(text, max_tokens, truncate)
     return Prompt(encoder.key(tokens), tokens)
 
 

@@ -31,7 +31,7 @@ def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
     steps = sampler.steps or solver.steps or variant.steps
     if solver.steps and steps != solver.steps:
         raise JobError(
-            f"{sampler.solver} has {solver.steps} steps, not {steps}", where=item.where("sampler", "steps")
+            f"{sampler.solver} has {solver.steps} steps, not {steps}", where=item.location("sampler", "steps")
         )
     shift = _first_given(sampler.shift, solver.shift, variant.shift)
     guidance, low = _resolve_guidance(item, solver, variant)

@@ -179,7 +179,7 @@ class Shot:
 
     @property
     def injects(self) -> bool:
-        return any(rule.on for rule in self.rules)
+        return any(rule.is_active for rule in self.rules)
 
     @property
     def sharing(self) -> int:

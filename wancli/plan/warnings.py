@@ -36,13 +36,13 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
         if words:
             yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.KNOWS}"
     for rule, text in zip(shot.rules, shot.injected):
-        if not rule.on and not is_baseline:
+        if not rule.is_active and not is_baseline:
             yield "an injection has strength 0 and changes nothing"
         if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield "the injected prompt is the main prompt; nothing will change"
     for choice in shot.choices:
-        if choice.of_others:
-            yield f"{choice.said} goes by {choice.by}, which is of {choice.of_others}"
+        if choice.other_prompts:
+            yield f"{choice.spec} goes by {choice.map_name}, which is of {choice.other_prompts}"
     yield from loras.lora_warnings(shot.loras)
     guidance = max(stage.guidance for stage in shot.stages)
     if shot.solver == "distill4" and guidance != 1:

@@ -40,10 +40,10 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
 def plan_renders(probe: ProbeRequest) -> list[Shot]:
     """The plain shot, and one for each range: the first rule of the shot, at its steps, with strength 1."""
     rule = probe.shot.rules[0]
-    shots = [_with_output(probe.plain, 0, "plain")]
+    shots = [_with_output(probe.plain_shot, 0, "plain")]
     for index, blocks in enumerate(probe.ranges, 1):
         range_rule: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
-        shot = replace(probe.plain, rules=(range_rule,), injected=probe.shot.injected[:1])
+        shot = replace(probe.plain_shot, rules=(range_rule,), injected=probe.shot.injected[:1])
         shots.append(_with_output(shot, index, f"blocks {format_blocks(blocks)}"))
     return batching.arranged(shots)
 

@@ -37,24 +37,26 @@ class ProbeRequest:
     method: Method
     levels: tuple[int, ...]  # steps
     ranges: tuple[tuple[int, ...], ...]
-    single: bool
+    per_block: bool
 
     @property
     def depth(self) -> int:
         return self.shot.model.checkpoint.transformer.num_layers
 
     @property
-    def plain(self) -> Shot:
+    def plain_shot(self) -> Shot:
         """The shot without its injections."""
         return replace(self.shot, rules=(), injected=(), measure=False, shared=None, fork=None)
 
     @property
     def texts(self) -> tuple[Prompt, ...]:
         """Those of the plain shot, and the injected one last."""
-        return (*self.plain.texts, self.shot.injected[0])
+        return (*self.plain_shot.texts, self.shot.injected[0])
 
 
-def plan_probe(plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None) -> ProbeRequest:
+def plan_probe(
+    plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None
+) -> ProbeRequest:
     """Decides what to measure of a plan. Raises JobError for what it does not have."""
     candidates = [shot for shot in plan.shots if shot.rules]
     if shot_id is not None:
@@ -76,7 +78,9 @@ def plan_probe(plan: Plan, method: Method, levels: int | None, ranges: str | Non
     blocks = [(block,) for block in range(depth)] if ranges is None else _parse_ranges(ranges, depth)
     # Where each part of the way begins: what is decided early moves the video most.
     steps = tuple(i * shot.steps // levels for i in range(levels))
-    return ProbeRequest(plan.name, shot, method, () if method == "render" else steps, tuple(blocks), ranges is None)
+    return ProbeRequest(
+        plan.name, shot, method, () if method == "render" else steps, tuple(blocks), ranges is None
+    )
 
 
 def _parse_ranges(spec: str, depth: int) -> list[tuple[int, ...]]:
@@ -146,7 +150,7 @@ def _memory_hint(probe: ProbeRequest) -> str:
 
 def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
     """Predicted memory of measuring one level, with so many forwards on a pass beside the plain one."""
-    shot, wan = probe.plain, probe.shot.model.checkpoint.transformer
+    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer
     rows = sum(text.rows for text in probe.texts)
     sampling = memory_estimate.sampling(shot, rows, 1 + forks)
     activation = sampling.activation
@@ -162,7 +166,7 @@ def build_map(
 ) -> BlockMap:
     """What was measured, with all that tells of what."""
     shot, model = probe.shot, probe.shot.model
-    ranges = None if probe.single else [list(r) for r in probe.ranges]
+    ranges = None if probe.per_block else [list(r) for r in probe.ranges]
     texts = (shot.prompt, shot.injected[0])
     return BlockMap(
         job=probe.job,

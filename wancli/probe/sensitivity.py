@@ -31,7 +31,9 @@ class ProbePoint:
     injected: Sequence[Mix]
 
 
-def velocities(point: ProbePoint, rows: Sequence[Sequence[Mix]], forwards_per_pass: int = 1) -> Iterator[tuple[int, Tensor]]:
+def velocities(
+    point: ProbePoint, rows: Sequence[Sequence[Mix]], forwards_per_pass: int = 1
+) -> Iterator[tuple[int, Tensor]]:
     """The velocity with each row of mixes, as (its place in `rows`, velocity) in the order of their first
     differences from `plain`; last that of `plain`, as (len(rows), velocity). fp32, and bit for bit those of
     `WanModel.forward`.

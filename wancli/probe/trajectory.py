@@ -39,7 +39,7 @@ from wancli.text.encoder import Encoded
 def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     """The map. Raises DoesNotFit where it needs more memory than there is, NotFinite, and Stopped where
     somebody asked for an end: what was measured is lost then."""
-    shot, depth = probe.plain, probe.depth
+    shot, depth = probe.plain_shot, probe.depth
     for device in {shot.model.device, shot.noise}:
         check_device(device)
     backends.check(shot.model)
@@ -80,10 +80,12 @@ def _blocks_per_level(probe: ProbeRequest) -> int:
     return probe.depth + sum(probe.depth - min(blocks) for blocks in probe.ranges)
 
 
-def _trace(probe: ProbeRequest, encoded: Mapping[str, Encoded], forwards_per_pass: int) -> Iterator[tuple[int, ProbePoint | None]]:
+def _trace(
+    probe: ProbeRequest, encoded: Mapping[str, Encoded], forwards_per_pass: int
+) -> Iterator[tuple[int, ProbePoint | None]]:
     """The plain shot up to the last level: (step, where it is) before a step that is a level, and
     (step, None) after each step."""
-    shot = probe.plain
+    shot = probe.plain_shot
     networks = Networks(shot.model)
     state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
     for stage in (stage for stage in shot.stages if stage.steps.start <= probe.levels[-1]):
@@ -99,14 +101,14 @@ def _trace_stage(
     forwards_per_pass: int,
 ) -> Generator[tuple[int, ProbePoint | None], None, State]:
     """The steps of one network, which nothing names when they are over: another one takes its place."""
-    shot, last = probe.plain, probe.levels[-1]
+    shot, last = probe.plain_shot, probe.levels[-1]
     loras = networks.loras(shot.loras)
     model = networks.transformer(stage.expert).requires_grad_(False)
     rows_NE = {id: single_step.embedding.rows_NE.to(shot.model.device) for id, single_step in encoded.items()}
     contexts = ContextCache(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
         if networks.patches.at(loras, step, stage.expert):
-            contexts.forget()
+            contexts.clear()
         if step in probe.levels:
             yield step, _probe_point(probe, model, contexts, state, step)
         if step < last:
@@ -118,17 +120,24 @@ def _trace_stage(
     return state
 
 
-def _probe_point(probe: ProbeRequest, model: WanModel, contexts: ContextCache, state: State, step: int) -> ProbePoint:
+def _probe_point(
+    probe: ProbeRequest, model: WanModel, contexts: ContextCache, state: State, step: int
+) -> ProbePoint:
     base = Text(probe.shot.prompt.id)
     cell: Cell = ((base, 1.0),)
     plain, injected = (
-        [contexts.mix(one)] * probe.depth for one in (cell, probe.shot.rules[0].applied(cell, base, 1.0))
+        [contexts.mix(one)] * probe.depth for one in (cell, probe.shot.rules[0].apply(cell, base, 1.0))
     )
     return ProbePoint(model, state.x[None], probe.shot.schedule.timesteps[step], plain, injected)
 
 
 def _measure_level(
-    probe: ProbeRequest, point: ProbePoint, step: int, forwards_per_pass: int, bar: Phase, tools: RenderContext
+    probe: ProbeRequest,
+    point: ProbePoint,
+    step: int,
+    forwards_per_pass: int,
+    bar: Phase,
+    tools: RenderContext,
 ) -> list[float]:
     """A value for each range at a level."""
     note = f"at step {step}"
@@ -142,7 +151,12 @@ def _measure_level(
 
 
 def _measure_changes(
-    probe: ProbeRequest, point: ProbePoint, forwards_per_pass: int, bar: Phase, note: str, tools: RenderContext
+    probe: ProbeRequest,
+    point: ProbePoint,
+    forwards_per_pass: int,
+    bar: Phase,
+    note: str,
+    tools: RenderContext,
 ) -> list[float]:
     """‖v' - v‖ / ‖v‖, v' being the velocity where a range reads the injected prompt, or nothing."""
     other: Sequence[Mix] = point.injected if probe.method == "inject" else [()] * probe.depth

@@ -137,7 +137,7 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
                 "sharing": shot.sharing,
                 "fork": asdict(shot.fork) if shot.fork else None,
                 "inject": [
-                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
+                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
                 ],
                 "loras": [
                     {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}

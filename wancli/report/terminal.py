@@ -52,7 +52,7 @@ def shot_lines(shot: Shot) -> Iterator[str]:
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
         for choice in (choice for choice in shot.choices if choice.rule == index):
-            yield f"{choice.said:>16}  is {choice.blocks}, by {choice.by}"
+            yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     yield from schedule_lines(shot)
     if shot.rules:
         yield from table_strips(shot)
@@ -64,7 +64,8 @@ def describe_rule(shot: Shot, index: int) -> str:
     blocks = format_ranges([block for block, _ in rule.blocks])
     values = sorted({round(s, 3) for _, s in rule.blocks})
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
-    return f"{blocks} at {strength}, steps {format_ranges([s for s, _ in rule.steps])}, {'+'.join(rule.branches)}"
+    steps = format_ranges([step for step, _ in rule.steps])
+    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}"
 
 
 def lora_line(use: LoraUse) -> str:
@@ -85,7 +86,7 @@ def table_strips(shot: Shot) -> Iterator[str]:
     depth = shot.model.checkpoint.transformer.num_layers
     yield f"{'block':>16}  {ruler(depth)}"
     for branch in shot.table.branches:
-        for cells_of, steps in shot.table.rows(branch).items():
+        for cells_of, steps in shot.table.distinct_rows(branch).items():
             cells = injected_shares(cells_of, shot.table.base[branch])
             yield f"{f'{branch} {format_ranges(steps)}':>16}  {bar(cells)}"
 
@@ -240,7 +241,7 @@ def difference_tables(differences: Sequence[PromptDistance]) -> Iterator[Rendera
         yield f"A  {_cut(difference.a.text, 76)}"
         yield f"B  {_cut(difference.b.text, 76)}\n"
         table = grid("figure", ">value", "meaning")
-        for label, value, meaning in difference.rows():
+        for label, value, meaning in difference.table_rows():
             table.add_row(label, value, meaning)
         yield table
         for hint in difference.hints:

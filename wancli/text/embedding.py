@@ -34,12 +34,12 @@ class Embedding(Tokens):
     encoder: str
 
     @classmethod
-    def of(cls, tokens: Tokens, rows_NE: Tensor, encoder: str) -> Embedding:
+    def from_tokens(cls, tokens: Tokens, rows_NE: Tensor, encoder: str) -> Embedding:
         """The rows of a tokenised prompt."""
         t = tokens
         return cls(t.text, t.ids, t.pieces, t.max_tokens, t.full_length, rows_NE, encoder)
 
-    def padded(self) -> Tensor:
+    def to_padded(self) -> Tensor:
         """[max_tokens, E], rows past the prompt zero."""
         rows_ME = self.rows_NE.new_zeros(self.max_tokens, self.rows_NE.shape[1])
         rows_ME[: len(self.ids)] = self.rows_NE
@@ -107,7 +107,7 @@ def unpack(payload: bytes, where: str = "") -> list[Embedding]:
     if record.pop("sha256", None) != _digest(record, rows):
         raise EntryError("the embedding file is damaged: its checksum differs", where=where)
     return [
-        Embedding.of(_parse_tokens(entry), rows_NE, entry["encoder"])
+        Embedding.from_tokens(_parse_tokens(entry), rows_NE, entry["encoder"])
         for entry, rows_NE in zip(record["embeddings"], rows, strict=True)
     ]
 

@@ -63,7 +63,9 @@ class EncodeFailure:
     error: WancliError
 
 
-def encode(encoder: EncoderSpec, prompts: Iterable[Tokens], store: Store | None) -> Iterator[Encoded | EncodeFailure]:
+def encode(
+    encoder: EncoderSpec, prompts: Iterable[Tokens], store: Store | None
+) -> Iterator[Encoded | EncodeFailure]:
     """Yield every distinct prompt once: first those in the store, then the others as they are computed.
 
     UMT5 is loaded when the first is missing, never if none is, and freed when the loop ends. A
@@ -83,9 +85,13 @@ def encode(encoder: EncoderSpec, prompts: Iterable[Tokens], store: Store | None)
     with fitting("encode", str(encoder.files[0])):
         model = load_encoder(encoder)
     pending = _rotate(list(missing.items()))
-    group_size = len(pending) if encoder.residency == "streamed" else 1  # one pass over fetched weights is enough
+    group_size = (
+        len(pending) if encoder.residency == "streamed" else 1
+    )  # one pass over fetched weights is enough
     for group in (pending[i : i + group_size] for i in range(0, len(pending), group_size)):
-        if len(group) == 1 and store and (cached := _read_cached(store, group[0][0])):  # by another worker meanwhile
+        if (
+            len(group) == 1 and store and (cached := _read_cached(store, group[0][0]))
+        ):  # by another worker meanwhile
             yield Encoded(group[0][0], cached, hit=True)
             continue
         rows: Sequence[Tensor] = ()
@@ -104,7 +110,7 @@ def _store_embedding(
     if not rows_NE.isfinite().all():
         message = f"UMT5 gives NaN or Inf for {quote_prompt(tokens.text)}"
         return EncodeFailure(key, NotFinite(message, where=str(encoder.files[0])))
-    embedding = Embedding.of(tokens, rows_NE.cpu(), encoder.fingerprint)
+    embedding = Embedding.from_tokens(tokens, rows_NE.cpu(), encoder.fingerprint)
     if store:
         store.put(key, pack([embedding]))
     return Encoded(key, embedding, hit=False)

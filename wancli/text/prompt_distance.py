@@ -90,10 +90,14 @@ class PromptDistance:
         """For `--json`: plain numbers, texts and lists."""
         return asdict(self) | {"verdict": asdict(self.verdict)}
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def table_rows(self) -> list[tuple[str, str, str]]:
         """Label, value and explanation of each figure, for a table."""
         table = [
-            ("tokens", f"{_format_count(self.a)} | {_format_count(self.b)}", "of the model's 512, </s> included"),
+            (
+                "tokens",
+                f"{_format_count(self.a)} | {_format_count(self.b)}",
+                "of the model's 512, </s> included",
+            ),
             ("characters", f"{self.a.characters} | {self.b.characters}", "after cleaning"),
             *_metric_rows(self.raw, "raw"),
             *(_metric_rows(self.projected, "projected") if self.projected else []),
@@ -136,7 +140,9 @@ def _measure(
     trimmed = legacy_percent(a.rows_NE, b.rows_NE, max(len(a.ids), len(b.ids)))
     padded = legacy_percent(a.rows_NE, b.rows_NE, LEGACY_ROWS)
     raw = _measure_rows(a_AE, b_BE)
-    return PromptDistance(_prompt_stats(a), _prompt_stats(b), trimmed, padded, raw, projected, blocks, _pair_hints(a, b))
+    return PromptDistance(
+        _prompt_stats(a), _prompt_stats(b), trimmed, padded, raw, projected, blocks, _pair_hints(a, b)
+    )
 
 
 def _compare_in_blocks(
@@ -149,12 +155,16 @@ def _compare_in_blocks(
     distances: list[list[float]] = [[] for _ in pairs]
     with torch.no_grad():
         contexts = [tuple(model.project(_content_rows(x).to(device)) for x in pair) for pair in pairs]
-        projected = [_measure_rows(*(_subtract_pad(context.rows_ND) for context in pair)) for pair in contexts]
+        projected = [
+            _measure_rows(*(_subtract_pad(context.rows_ND) for context in pair)) for pair in contexts
+        ]
         for block in model.blocks:
             attention = cast("CrossAttention", block.cross_attn)
             for (context_a, context_b), into in zip(contexts, distances):
                 both_a, both_b = attention.keys_values(context_a), attention.keys_values(context_b)
-                keys_AB, values_AB = (_cosines(_merge_heads(x), _merge_heads(y)) for x, y in zip(both_a, both_b))
+                keys_AB, values_AB = (
+                    _cosines(_merge_heads(x), _merge_heads(y)) for x, y in zip(both_a, both_b)
+                )
                 into.append(_token_set_distance((keys_AB + values_AB) / 2))
                 context_a.kv.clear()  # else those of all blocks and pairs would be kept
                 context_b.kv.clear()

@@ -212,7 +212,7 @@ def shares(entry: Entry) -> list[dict[str, Any]]:
             "blocks": [round(cell, 4) for cell in injected_shares(row, table.base[branch])],
         }
         for branch in table.branches
-        for row, steps in table.rows(branch).items()
+        for row, steps in table.distinct_rows(branch).items()
     ]
 
 

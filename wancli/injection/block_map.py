@@ -69,7 +69,7 @@ class BlockMap(MapPart):
     values: list[list[float]]
     ranges: list[list[int]] | None
     total: list[float]
-    suggest_blocks: str
+    suggestion: str
     seconds: float
     forwards: float
     versions: dict[str, str]
@@ -171,8 +171,8 @@ class AutoBlocks:
 
 @dataclass(frozen=True)
 class BlockMapStore:
-    """The block maps of this user, in a folder for each transformer. With `allow_missing`, `auto` is every block
-    if there is no map, for a run that is about to measure one."""
+    """The block maps of this user, in a folder for each transformer. With `allow_missing`, `auto` is every
+    block if there is no map, for a run that is about to measure one."""
 
     root: Path
     allow_missing: bool = False

@@ -162,12 +162,12 @@ def test_a_plan_can_clean_count_name_and_list_without_torch(tmp_path: Path):
     program = f"""
 import sys
 from pathlib import Path
-from wancli.text.embedding import describe
-from wancli.text.encoder import Encoder
+from wancli.text.embedding import read_tokens
+from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokenizer
 tokens = Tokenizer(Path({str(SPIECE)!r})).tokenize("a fog", 256)
-Encoder((), "official", "weights", "tokenizer", "bf16").key(tokens)
-assert describe(Path({str(entry)!r}).read_bytes()) == [tokens]
+EncoderSpec((), "official", "weights", "tokenizer", "bf16").key(tokens)
+assert read_tokens(Path({str(entry)!r}).read_bytes()) == [tokens]
 print(*{{"torch", "transformers", "numpy"}} & set(sys.modules))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -303,12 +303,12 @@ def test_processes_that_encode_the_same_prompts_leave_one_good_entry_each(store:
 import os
 from pathlib import Path
 from transformers import UMT5EncoderModel
-from wancli.text.encoder import Encoder, encode
+from wancli.text.encoder import EncoderSpec, encode
 from wancli.text.tokenizer import Tokenizer
 from wancli.storage.cache import Store
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
 prompts = [tokenizer.tokenize(text, 256) for text in {list(PROMPTS.values())!r}]
-encoder = Encoder((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")
+encoder = EncoderSpec((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")
 for _ in range(3):
     if not os.fork():
         break

@@ -71,7 +71,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a shot, the lowest first. `job_layer` is the job file: it owns keys that no layer sets."""
+    """The layers of a shot, lowest first. `job_layer` is the job file: it owns keys that no layer sets."""
 
     stack: tuple[Layer, ...]
     job_layer: Layer

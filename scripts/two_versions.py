@@ -30,7 +30,7 @@ JOB: dict[str, Any] = {
     "video": {"keep_latents": True},
 }
 RULE = {"prompt": "A blue triangle moves up in front of a white background", "blocks": "late"}
-ITEMS = [{"id": "plain"}, {"id": "injected", "inject": [RULE]}]
+ITEMS: list[dict[str, Any]] = [{"id": "plain"}, {"id": "injected", "inject": [RULE]}]
 
 
 def write_job(folder: Path, **changes: Any) -> Path:

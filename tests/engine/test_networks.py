@@ -131,7 +131,7 @@ def test_what_is_kept_does_not_count_as_taken_by_others(
     monkeypatch.setattr(machine, "taken", lambda: shot.peak)
     memory_policy.require(shot)
     encoded, _, decode = shot.phases
-    together = memory_policy.footprint.process(shot.model) + encoded.total + decode.model
+    together = memory_policy.memory_estimate.process(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
         monkeypatch.setattr(machine, "taken", lambda limit=limit: limit)
         assert memory_policy.beside(shot) == expected

@@ -14,7 +14,7 @@ from wancli.injection.table import (
     Table,
     Text,
     injected_share,
-    injected_shares,
+    injected_share_by_block,
     pair_strengths,
     parse_blocks,
     parse_steps,
@@ -182,7 +182,7 @@ def test_a_strength_of_zero_leaves_the_cell_alone_and_counts_no_hit() -> None:
 
 def test_the_strip_shows_how_much_was_injected() -> None:
     table = Table([rule([1], 0.5), rule([2], 1.0), rule([3], 0.25, blend="output-mix")], BASE, 4, 1)
-    assert injected_shares(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
+    assert injected_share_by_block(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
     assert injected_share(Concat(MAIN, OTHER, 1.0), MAIN) == 0.5
 
 

@@ -272,6 +272,6 @@ def injected_share(expr: Expr, base: Text) -> float:
     return min(1.0, max(0.0, (1 - weight) * a + weight * b))
 
 
-def injected_shares(row: Row, base: Text) -> tuple[float, ...]:
+def injected_share_by_block(row: Row, base: Text) -> tuple[float, ...]:
     """Per block, how much of what it reads was injected, in [0, 1]."""
     return tuple(min(1.0, sum(abs(w) * injected_share(expr, base) for expr, w in cell)) for cell in row)

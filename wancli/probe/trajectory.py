@@ -61,7 +61,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
         tools.progress.phase(shot.id, "probe", total) as bar,
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
-            if tools.stop.asked:
+            if tools.stop.requested:
                 raise tools.stop.error("nothing of the map is kept")
             if point is None:
                 bar.advance(sampling, f"sampling step {step}")
@@ -168,7 +168,7 @@ def _measure_changes(
     for index, v_1CTYX in sensitivity.velocities(point, rows, forwards_per_pass):
         velocities[index] = v_1CTYX
         bar.advance(passes[index], note)
-        if tools.stop.asked:
+        if tools.stop.requested:
             raise tools.stop.error("nothing of the map is kept")
     return [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
 
@@ -183,7 +183,7 @@ def _estimate_changes(
     for block, tensor in sensitivity.derivatives(point, toward_1CTYX):
         derivatives[block] = tensor
         bar.advance(probe.depth if block == probe.depth else 2, note)
-        if tools.stop.asked:
+        if tools.stop.requested:
             raise tools.stop.error("nothing of the map is kept")
     by_range = [torch.stack([derivatives[block] for block in blocks]).sum(0) for blocks in probe.ranges]
     return [sensitivity.estimate_change(by_s_L, derivatives[probe.depth]) for by_s_L in by_range]

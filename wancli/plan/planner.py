@@ -61,7 +61,7 @@ def plan(
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
     asked = batching.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
-    comparison = baseline.decide(jobs, shots)
+    comparison = baseline.plan_comparison(jobs, shots)
     return Plan(jobs.name, tuple(asked), tuple(warnings.of_shots(asked, comparison)), others, comparison)
 
 

@@ -237,7 +237,7 @@ class Shot:
 class Comparison:
     """What is made of shots together, once they are done: by the id of each that of the shot it is beside."""
 
-    beside: Mapping[str, str]
+    baselines: Mapping[str, str]
     baseline: str  # of those that have none of their own
     sheet: bool
     video: bool

@@ -11,7 +11,7 @@ from wancli.plan.shot import Comparison, Shot
 
 def of_shots(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
     """One line for all shots that share a warning."""
-    baselines = set(comparison.beside.values()) if comparison else set()
+    baselines = set(comparison.baselines.values()) if comparison else set()
     of: dict[str, list[str]] = {}
     for shot in shots:
         for warning in dict.fromkeys(_of(shot, is_baseline=shot.id in baselines)):

@@ -35,6 +35,16 @@ class Process:
     pid: int
     born: str  # ticks after boot
 
+    def as_dict(self) -> dict[str, str | int]:
+        """The process as a claim file names it."""
+        return {
+            "host": self.host,
+            "boot": self.boot,
+            "space": self.space,
+            "pid": self.pid,
+            "born": self.born,
+        }
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -86,8 +96,8 @@ def new(path: Path) -> int:
 
 def gone(seen: Seen) -> bool:
     """Whether the process of a claim is of this host and no more."""
-    me, body = process(), seen.body or {}
-    if any(body.get(name) != getattr(me, name) for name in ("host", "boot", "space")):
+    me, body = process().as_dict(), seen.body or {}
+    if any(body.get(name) != me[name] for name in ("host", "boot", "space")):
         return False
     born = _born(body.get("pid"))
     return born is None or (born != "" and born != body.get("born"))

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +134,7 @@ class Claims:
     def wait(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
         """Waits until other workers give up some of the shots, and returns these; none where somebody asked
         for an end."""
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(self._beat / 5)
             held = self.others(shots)
             if len(held) < len(shots):
@@ -169,7 +169,7 @@ class Claims:
         """False where there is a claim."""
         token = secrets.token_hex(8)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        body = asdict(self._me) | {"started": started, "token": token}
+        body = self._me.as_dict() | {"started": started, "token": token}
         with atomic.writing(path):
             try:
                 fd = new(path)

@@ -23,7 +23,7 @@ from wancli.storage import atomic
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
     from wancli.models.config import WanConfig
-    from wancli.plan.shot import Model, Shot
+    from wancli.plan.shot import ModelSpec, Shot
 
 PHASES = ("encode", "load", "sample", "decode")
 KEPT = 400  # records, the newest
@@ -61,7 +61,7 @@ def work(shot: Shot) -> dict[str, Work]:
     """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
     model, wan = shot.model, shot.model.checkpoint.transformer
     here = machine.device_name(model.device)
-    counts = [len(text.tokens.ids) for text in shot.texts if not text.file]
+    counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
     return {
         "encode": encoding(model, counts),
         "load": Work(here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)),
@@ -78,7 +78,7 @@ def work(shot: Shot) -> dict[str, Work]:
     }
 
 
-def encoding(model: Model, counts: Sequence[int]) -> Work:
+def encoding(model: ModelSpec, counts: Sequence[int]) -> Work:
     """Prompts of so many tokens."""
     amount = sum(flops.of_encoding(model.text_encoder, count) for count in counts)
     encoder, width = model.encoder, model.text_encoder.d_model
@@ -179,7 +179,7 @@ def expected(
 
     for model in dict.fromkeys(shot.model for shot in shots):
         own = [shot for shot in shots if shot.model == model]
-        texts = {text.id: text for shot in own for text in shot.texts if text.id in missing}
+        texts = {text.id: text for shot in own for text in shot.prompts if text.id in missing}
         add("encode", encoding(model, [len(text.tokens.ids) for text in texts.values()]))
         add("load", work(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
@@ -205,7 +205,7 @@ def sources(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
 def of_sampling(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
     wan = shot.model.checkpoint.transformer
-    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
+    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
     contexts = len(shot.stages) * sum(flops.of_context(wan, count) for count in rows.values())
     return contexts + _of_steps(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
 

@@ -11,7 +11,7 @@ from wancli.plan.shot import Comparison, Shot
 
 def of_shots(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
     """One line for all shots that share a warning."""
-    baselines = set(comparison.beside.values()) if comparison else set()
+    baselines = set(comparison.baselines.values()) if comparison else set()
     of: dict[str, list[str]] = {}
     for shot in shots:
         for warning in dict.fromkeys(_of(shot, is_baseline=shot.id in baselines)):
@@ -22,14 +22,14 @@ def of_shots(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[s
 
 
 def _of(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
-    for text in shot.texts:
+    for text in shot.prompts:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
     if shot.model.checkpoint.root == wan_mini.FOLDER:
         words = [
             word
-            for text in shot.texts
+            for text in shot.prompts
             if not text.file
             for word in wan_mini.unknown_words(text.tokens.pieces)
         ]
@@ -40,7 +40,7 @@ def _of(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
             yield "an injection has strength 0 and changes nothing"
         if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield "the injected prompt is the main prompt; nothing will change"
-    for choice in shot.choices:
+    for choice in shot.auto_blocks:
         if choice.of_others:
             yield f"{choice.said} goes by {choice.by}, which is of {choice.of_others}"
     yield from loras.warnings(shot.loras)

@@ -45,7 +45,7 @@ def renders(asked: Survey) -> list[Shot]:
         one: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
         shot = replace(asked.plain, rules=(one,), injected=asked.shot.injected[:1])
         made.append(_named(shot, index, f"blocks {as_blocks(blocks)}"))
-    return batching.arranged(made)
+    return batching.assign_batches(made)
 
 
 def _named(shot: Shot, index: int, name: str) -> Shot:
@@ -56,7 +56,7 @@ def _named(shot: Shot, index: int, name: str) -> Shot:
 
 def _forwards(shot: Shot) -> float:
     taken = shot.steps - (shot.fork.step if shot.fork else 0)
-    return taken * shot.riders
+    return taken * shot.forwards_per_step
 
 
 def mean_difference(a: Path, b: Path) -> float:

@@ -14,7 +14,7 @@ from wancli.injection import block_map
 from wancli.injection.block_map import Map, Method
 from wancli.injection.table import NAMED_BLOCKS, parse_blocks
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.shot import Model, Plan, Prompt, Shot
+from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
 from wancli.units import format_bytes
@@ -51,7 +51,7 @@ class Survey:
     @property
     def texts(self) -> tuple[Prompt, ...]:
         """Those of the plain shot, and the injected one last."""
-        return (*self.plain.texts, self.shot.injected[0])
+        return (*self.plain.prompts, self.shot.injected[0])
 
 
 def survey(plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None) -> Survey:
@@ -99,27 +99,30 @@ def riders(asked: Survey, *, encoded: bool) -> int:
 
     Raises DoesNotFit where not even one does. `encoded`: all prompts are in the cache.
     """
-    model, allowed = asked.shot.model, memory_policy.limit(asked.shot.model)
+    model, allowed = asked.shot.model, memory_policy.memory_limit(asked.shot.model)
     if asked.method == "gradient":
         _refuse_without_gradients(model)
     least = phase(asked, 1)
-    needed = memory_estimate.process(model) + least.total
+    needed = memory_estimate.process_bytes(model) + least.total
     if not encoded:
         tokens = [len(text.tokens.ids) for text in asked.texts]
-        needed = max(needed, memory_estimate.process(model) + memory_estimate.encoding(model, tokens).total)
+        needed = max(
+            needed,
+            memory_estimate.process_bytes(model) + memory_estimate.predict_encoding(model, tokens).total,
+        )
     if needed > allowed:
         raise DoesNotFit(
-            f"probing needs {format_bytes(needed)} of memory, {memory_policy.told(model, allowed)}",
+            f"probing needs {format_bytes(needed)} of memory, {memory_policy.describe_limit(model, allowed)}",
             where=f"shot {asked.shot.id}",
             hint=_way_out(asked),
         )
     if model.residency == "resident":
         return 1
-    room = allowed - memory_estimate.process(model)
+    room = allowed - memory_estimate.process_bytes(model)
     return max(n for n in range(1, len(asked.ranges) + 1) if n == 1 or phase(asked, n).total <= room)
 
 
-def _refuse_without_gradients(model: Model) -> None:
+def _refuse_without_gradients(model: ModelSpec) -> None:
     lacking = None
     if model.residency != "resident":
         lacking = f"weights that are {model.residency}"
@@ -148,10 +151,10 @@ def phase(asked: Survey, forks: int) -> Phase:
     """Predicted memory of measuring one level, with so many forwards on a pass beside the plain one."""
     shot, wan = asked.plain, asked.shot.model.checkpoint.transformer
     rows = sum(text.rows for text in asked.texts)
-    found = memory_estimate.sampling(shot, rows, 1 + forks)
+    found = memory_estimate.predict_sampling(shot, rows, 1 + forks)
     activation = found.activation
     if asked.method == "gradient":
-        element = memory_estimate.ELEMENT[shot.model.computes]
+        element = memory_estimate.ELEMENT_BYTES[shot.model.compute_dtype]
         activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
     velocities = FP32 * (len(asked.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", found.model, activation, found.buffer + velocities)
@@ -180,7 +183,7 @@ def found_map(
         size=f"{shot.width}x{shot.height}",
         frames=shot.frames,
         seed=shot.seed,
-        levels=[block_map.Level(step=step, sigma=shot.schedule.sigmas[step]) for step in asked.levels],
+        levels=[block_map.Level(step=step, sigma=shot.sigma_schedule.sigmas[step]) for step in asked.levels],
         unit=UNITS[asked.method],
         values=rows,
         ranges=ranges,

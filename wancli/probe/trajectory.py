@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks, check_device, check_weights
 from wancli.errors import NotFinite
 from wancli.injection.block_map import Map
@@ -48,10 +48,10 @@ def measure(asked: Survey, tools: RenderContext) -> Map:
     known = all(text.file or (store and store.path(text.id).exists()) for text in asked.texts)
     riders = request.riders(asked, encoded=known)
     with fitting("encode", f"shot {shot.id}"):
-        encoded, _ = embed(shot.model, asked.texts, tools)
+        encoded, _ = encode_prompts(shot.model, asked.texts, tools)
     rows: list[list[float]] = []
     seconds, passes = 0.0, _passes(asked)
-    sampling = shot.riders * depth
+    sampling = shot.forwards_per_step * depth
     total = asked.levels[-1] * sampling + len(asked.levels) * passes
     # Tensors made in inference mode cannot take part in a derivative.
     without_gradients = torch.no_grad() if asked.method == "gradient" else torch.inference_mode()
@@ -111,8 +111,8 @@ def _along(
             yield step, _place(asked, model, contexts, state, step)
         if step < last:
             one = replace(stage, steps=range(step, step + 1))
-            walk = denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
-            (at,) = denoise.denoise(model, walk, shot.riders if riders > 1 else 1)
+            walk = denoise.Walk(state, shot.sigma_schedule, shot.solver, shot.table, contexts, one)
+            (at,) = denoise.denoise(model, walk, shot.forwards_per_step if riders > 1 else 1)
             state = at.state
             yield step, None
     return state
@@ -124,7 +124,7 @@ def _place(asked: Survey, model: WanModel, contexts: Contexts, state: State, ste
     plain, injected = (
         [contexts.mix(one)] * asked.depth for one in (cell, asked.shot.rules[0].applied(cell, base, 1.0))
     )
-    return Place(model, state.x[None], asked.shot.schedule.timesteps[step], plain, injected)
+    return Place(model, state.x[None], asked.shot.sigma_schedule.timesteps[step], plain, injected)
 
 
 def _values(

@@ -20,7 +20,7 @@ from wancli.text.embedding import describe
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Model, Plan, Shot
+    from wancli.plan.shot import ModelSpec, Plan, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 
@@ -72,12 +72,12 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     An earlier report is replaced, but for the entries of shots that were not asked for; another
     program's file of that name is moved aside.
     """
-    shots = plan.whole
+    shots = plan.all_shots
     path = report_path(plan)
     earlier = read(path)
     if path.exists() and earlier is None:
         atomic.set_aside(path)
-    if plan.others:
+    if plan.unselected:
         asked = {entry["output"]: entry for entry in report["shots"]}
         known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
         kept = [asked.get(str(shot.output)) or _unasked(shot, known.get(str(shot.output))) for shot in shots]
@@ -102,7 +102,7 @@ def _unasked(shot: Shot, entry: dict[str, Any] | None) -> dict[str, Any]:
 
 def report_path(plan: Plan) -> Path:
     """Where the report of a job is."""
-    return plan.companion("report.json")
+    return plan.sidecar_path("report.json")
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -129,13 +129,13 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
                 "tokens": shot.tokens,
                 "seed": shot.seed,
                 "solver": shot.solver,
-                "timesteps": shot.schedule.timesteps,
-                "sigmas": shot.schedule.sigmas,
+                "timesteps": shot.sigma_schedule.timesteps,
+                "sigmas": shot.sigma_schedule.sigmas,
                 "shift": shot.shift,
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
                 "sharing": shot.sharing,
-                "fork": asdict(shot.fork) if shot.fork else None,
+                "fork": {"of": shot.fork.parent, "step": shot.fork.step} if shot.fork else None,
                 "inject": [
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
                 ],
@@ -157,8 +157,8 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
                 "residency": model.residency,
                 "text_encoder": model.encoder.residency,
                 "chunk": model.kernels.chunk,
-                "why": list(model.why),
-                "limit": memory_policy.limit(model),
+                "why": list(model.residency_reasons),
+                "limit": memory_policy.memory_limit(model),
                 "budget": model.budget,
             }
             for model in dict.fromkeys(shot.model for shot in plan.shots)
@@ -180,7 +180,7 @@ def steps_of(shots: Iterable[Shot]) -> dict[str, int]:
 
 def most_needing(shots: Sequence[Shot]) -> list[Shot]:
     """Of each model the shot that needs most memory."""
-    found: dict[Model, Shot] = {}
+    found: dict[ModelSpec, Shot] = {}
     for shot in shots:
         if shot.model not in found or shot.peak > found[shot.model].peak:
             found[shot.model] = shot
@@ -190,7 +190,7 @@ def most_needing(shots: Sequence[Shot]) -> list[Shot]:
 def states(shots: Iterable[Shot]) -> list[str]:
     """What a render would find of each: `done`, `to do`, `damaged`, which is made anew, or `in the way`,
     which takes --force or another output. Reads every video that there is."""
-    return [preflight.condition(shot)[0] for shot in shots]
+    return [preflight.output_status(shot)[0] for shot in shots]
 
 
 def todo(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
@@ -200,7 +200,7 @@ def todo(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
 
 def cached(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
     """Every distinct prompt of the shots, and whether stage 1 has it already."""
-    texts = {prompt.id: prompt for shot in shots for prompt in shot.texts}
+    texts = {prompt.id: prompt for shot in shots for prompt in shot.prompts}
     return [
         {
             "id": id,
@@ -236,7 +236,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
     """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
     found: dict[str, dict[str, Any]] = {}
     for shot in shots:
-        process = memory_estimate.process(shot.model)
+        process = memory_estimate.process_bytes(shot.model)
         for phase in shot.phases:
             row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
             if phase.name not in found or row["peak"] > found[phase.name]["peak"]:
@@ -247,7 +247,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
 def time_of(shots: Sequence[Shot], store: Store, known: Sequence[Rate]) -> dict[str, Any]:
     """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
     done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
-    texts = {text.id for shot in shots for text in shot.texts if text.file is None}
+    texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     missing = frozenset(id for id in texts if not store.path(id).exists())
     phases = throughput.expected(shots, missing, known)
     parts = list(phases.values())

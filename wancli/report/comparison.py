@@ -162,26 +162,26 @@ def after(plan: Plan, tools: RenderContext) -> None:
 def _of_job(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     finished = {
         shot.id: shot
-        for shot in plan.whole
-        if shot.id in wanted.beside and manifest.done(shot.output, shot.key)
+        for shot in plan.all_shots
+        if shot.id in wanted.baselines and manifest.done(shot.output, shot.key)
     }
-    done = [shot for shot in finished.values() if wanted.beside[shot.id] in finished]
+    done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
     _tell_of_baselines(finished, wanted, tools)
     if not done:
         return
-    if missing := len(wanted.beside) - len(finished):
-        tools.progress.warn(f"{missing} of {len(wanted.beside)} shots are not done, and not compared")
-    path = plan.companion("compare.json")
+    if missing := len(wanted.baselines) - len(finished):
+        tools.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
+    path = plan.sidecar_path("compare.json")
     key = _key(done, wanted)
     if _stands(path, key):
         return
     # A manifest may be of a time when the shot had another id.
     clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
     by_id = {one.id: one for one in clips}
-    beside = {id: by_id[wanted.beside[id]] for id in by_id}
-    baseline = by_id.get(wanted.baseline, beside[clips[0].id])
+    beside = {id: by_id[wanted.baselines[id]] for id in by_id}
+    baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
-    outputs = [shot.output for shot in plan.whole]
+    outputs = [shot.output for shot in plan.all_shots]
     made = pages(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
     found = document(clips, baseline, beside, tools, plan.name)
     draw(found, made, tools)
@@ -199,7 +199,7 @@ def _of_job(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
 
 def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
     """One warning for all baselines that are not done, and whose shots are."""
-    beside = [wanted.beside[id] for id in finished] or [wanted.baseline]
+    beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
         tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
@@ -219,7 +219,7 @@ def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash of all that a comparison of finished shots depends on."""
     bodies = [manifest.read(shot.manifest) or {} for shot in shots]
     made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
-    wish = [[wanted.beside[shot.id] for shot in shots], wanted.sheet, wanted.video]
+    wish = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 
 

@@ -28,7 +28,7 @@ from wancli.plan import memory_estimate
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.report.html import model_facts, page, page_data
-from wancli.report.html.collect import Found
+from wancli.report.html.collect import ReportInputs
 from wancli.weights.lora.match import Coverage
 from wancli.weights.lora.use import LoraUse
 
@@ -258,7 +258,7 @@ def models(tiny: ModelSpec) -> list[ModelSpec]:
     """The model of a shot, and those that Wan released, on a CPU and on a GPU."""
     found = [replace(tiny, device=device) for device in ("cpu", "cuda")]
     for name, device in itertools.product(model_facts.RELEASED, ("cpu", "cuda")):
-        checkpoint, text, vae = model_facts.released(name)
+        checkpoint, text, vae = model_facts.released_checkpoint(name)
         found.append(replace(tiny, checkpoint=checkpoint, text_encoder=text, vae_sizes=vae, device=device))  # type: ignore[arg-type]
     return found
 
@@ -294,7 +294,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     assert len(every_way) == 2 * 10 * 10 * 2 * 3
     asked = [
         [
-            model_facts.calculator(
+            model_facts.calculator_constants(
                 vars(way.model.checkpoint.transformer),
                 json.loads(json.dumps(memory_estimate.network_sizes(way.model))),
                 way.model.device,
@@ -442,7 +442,9 @@ def test_texts_of_a_job_stay_texts(browser: Any, out: Path, tmp_path: Path) -> N
     trees = []
     for entry in (pages.entries(out), pages.hostile(pages.entries(out))):
         path = tmp_path / "page.html"
-        path.write_bytes(page.html(page_data.of_found(Found("job", [("job", entry)]), path, {})))
+        path.write_bytes(
+            page.render_html(page_data.page_document(ReportInputs("job", [("job", entry)]), path, {}))
+        )
         driver = browser.opened(path)
         assert driver.title == "job · wancli"
         trees.append(

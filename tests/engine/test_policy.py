@@ -28,7 +28,7 @@ from jobs import (
 )
 
 from wancli import errors
-from wancli.engine.decode_stage import ways
+from wancli.engine.decode_stage import decode_attempts
 from wancli.engine.outcome import FailurePolicy, exit_status, policy_from_flags
 from wancli.errors import ErrorCapture
 from wancli.models import t5
@@ -82,7 +82,9 @@ def test_only_errors_that_say_so_are_tried_again_and_not_for_ever() -> None:
     assert [policy.should_retry(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
     assert not policy.should_retry(errors.NotFinite("x"), 1)
     assert not FailurePolicy().should_retry(errors.FfmpegError("x"), 1)
-    retryable = {kind for kind in errors.kinds() if kind.retryable and not issubclass(kind, errors.Stopped)}
+    retryable = {
+        kind for kind in errors.error_types() if kind.retryable and not issubclass(kind, errors.Stopped)
+    }
     assert {kind.__name__ for kind in retryable} == {
         "DiskError",
         "FfmpegError",
@@ -226,10 +228,10 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_chunks_and_the_mani
 
 
 def test_each_way_to_decode_takes_less_than_the_one_before() -> None:
-    assert ways("cpu", 4) == [("cpu", 4), ("cpu", 1)]
-    assert ways("cpu", 1) == [("cpu", 1)]
-    assert ways("cuda", 4) == [("cuda", 4), ("cuda", 1), ("cpu", 1)]
-    assert ways("cuda", 1) == [("cuda", 1), ("cpu", 1)]
+    assert decode_attempts("cpu", 4) == [("cpu", 4), ("cpu", 1)]
+    assert decode_attempts("cpu", 1) == [("cpu", 1)]
+    assert decode_attempts("cuda", 4) == [("cuda", 4), ("cuda", 1), ("cpu", 1)]
+    assert decode_attempts("cuda", 1) == [("cuda", 1), ("cpu", 1)]
 
 
 # ---- one bad shot ----

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 if TYPE_CHECKING:
     import typer
@@ -38,9 +38,9 @@ class Invocation:
 def complain(error: WancliError, prefix: str = "") -> None:
     """The message, then the way out, on stderr."""
     for line in str(error).split("\n"):
-        print(printable(f"wancli: {prefix}{line}"), file=sys.stderr)
+        print(make_printable(f"wancli: {prefix}{line}"), file=sys.stderr)
     for line in error.hint.splitlines():
-        print(printable(f"  {line}"), file=sys.stderr)
+        print(make_printable(f"  {line}"), file=sys.stderr)
 
 
 def emit(document: Any) -> None:
@@ -85,7 +85,7 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = Fa
         from wancli.report.openjd_progress import OpenJD
 
         return OpenJD(sys.stdout)
-    return progress.progress(sys.stderr, "none" if quiet else mode)
+    return progress.create_progress(sys.stderr, "none" if quiet else mode)
 
 
 def flags_of(

@@ -11,7 +11,7 @@ import typer
 from wancli.commands._common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
 from wancli.commands._options import CacheDir, JobArgument, Json, Progressing, ProgressMode, Quiet, Sets
 from wancli.errors import ExitStatus, OutputExists
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 
 class MethodName(StrEnum):
@@ -80,7 +80,7 @@ def probe_command(
         emit(found.as_dict())
     else:
         terminal.show(block_map_text.map_lines(found))
-        print(printable(f"map: {path}"))
+        print(make_printable(f"map: {path}"))
     return ExitStatus.OK
 
 

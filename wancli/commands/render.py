@@ -38,7 +38,7 @@ from wancli.commands._options import (
 )
 from wancli.commands._render_reporter import Telling
 from wancli.engine import outcome
-from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
+from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,13 +201,13 @@ def _rendered(
         for outcome in _traced(work, telling.level):
             outcomes.append(outcome)
             telling.came_to(outcome)
-        comparison.after(plan, tools)
+        comparison.run_comparison(plan, tools)
     except Stopped as error:
         return outcomes, error
     except BaseException:
         if outcomes:
             with suppress(WancliError):  # the first error is the one to tell
-                batch_report.write(plan, batch_report.build(plan, outcomes))
+                batch_report.write_report(plan, batch_report.build_report(plan, outcomes))
         raise
     return outcomes, None
 
@@ -221,5 +221,5 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
             yield outcome
     except Exception as error:
         if log_level is LogLevel.trace:
-            print(stack(error), file=sys.stderr)
+            print(format_frames(error), file=sys.stderr)
         raise

@@ -14,7 +14,7 @@ from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import PreflightResult, is_cached, is_finished, preflight
-from wancli.errors import CheckpointError, Elsewhere, ErrorCapture
+from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture
 from wancli.plan import memory_policy
 from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots
 from wancli.storage import manifest
@@ -43,7 +43,7 @@ def track_outcomes(
         stopped += outcome.status == "stopped"
         failures += outcome.status == "failed"
         elsewhere += [outcome.shot] if outcome.status == "elsewhere" else []
-        context.stop.enough = context.policy.should_stop(failures)
+        context.stop.failure_limit_reached = context.policy.should_stop(failures)
         pending.discard(outcome.shot.index)
         yield outcome
     unfinished = bool(stopped or pending)
@@ -51,7 +51,7 @@ def track_outcomes(
         others = f", {len(elsewhere)} with other workers" if elsewhere else ""
         raise context.stop.error(f"{_shots_are(stopped)} saved on the way, {len(pending)} not begun{others}")
     if elsewhere and context.claims and not failures:
-        raise Elsewhere(
+        raise ClaimedElsewhere(
             f"{_shots_are(len(elsewhere))} with other workers: "
             f"{context.claims.names(elsewhere) or 'gone now'}"
         )
@@ -64,7 +64,7 @@ def _render_all(plan: Plan, found: PreflightResult, context: RenderContext) -> I
     todo: Sequence[Shot] = found.todo
     while todo or claimed_elsewhere:
         for model in dict.fromkeys(shot.model for shot in todo):
-            if not context.stop.asked:
+            if not context.stop.requested:
                 for outcome in _render_with_retries(
                     model, [shot for shot in todo if shot.model == model], context
                 ):
@@ -102,7 +102,7 @@ def format_shots_inline(shots: Sequence[Shot]) -> str:
 
 def _wait_for_claims(shots: Sequence[Shot], context: RenderContext) -> Sequence[Shot]:
     """Waits until other workers are done with some of these shots, or gave them up; returns those."""
-    if not shots or context.claims is None or not context.claims.waits or context.stop.asked:
+    if not shots or context.claims is None or not context.claims.waits or context.stop.requested:
         return []
     if workers := context.claims.names(shots):
         context.progress.note(f"waiting for {format_shots_inline(shots)}, rendered by {workers}")
@@ -116,17 +116,21 @@ def _render_with_retries(
     which needs the least memory."""
     networks = _get_networks(model, shots, context)
     tries = 0
-    while shots and not context.stop.asked:
+    while shots and not context.stop.requested:
         tries += 1
         retried = []
         for outcome in _render_until_damaged(model, shots, networks, context):
-            if outcome.error and not context.stop.asked and context.policy.should_retry(outcome.error, tries):
+            if (
+                outcome.error
+                and not context.stop.requested
+                and context.policy.should_retry(outcome.error, tries)
+            ):
                 said = f"{outcome.error}; tried again ({tries} of {context.policy.retries})"
                 context.progress.warn(f"shot {outcome.shot.id}: {said}")
                 retried.append(outcome)
             else:
                 yield outcome
-        if context.stop.asked:
+        if context.stop.requested:
             yield from retried
         shots = [replace(outcome.shot, batch=1, shared=None, fork=None) for outcome in retried]
 

@@ -80,7 +80,7 @@ def run_segment(
     def segment_phases() -> list[Record]:
         return [
             networks.load_record,
-            manifest_body.phase("sample", peak) | {"shots": len(batch) + len(dependents)},
+            manifest_body.phase_record("sample", peak) | {"shots": len(batch) + len(dependents)},
         ]
 
     with (
@@ -96,7 +96,7 @@ def run_segment(
         runs = [_make_run(one, stage, contexts) for one, stage in zip(batch, stages)]
         results = denoise.denoise_together(model, runs, _forwards_per_pass(batch))
         for step in steps:
-            if context.stop.asked:
+            if context.stop.requested:
                 break
             for one, walk, at in zip(batch, runs, next(results)):
                 _record_step(one, walk, at, context)
@@ -169,7 +169,7 @@ def _record_step(state: ShotState, run: Walk, result: Sampled | NotFinite, conte
         return
     state.step, state.solver_state = result.step, result.state
     state.reads |= result.read
-    state.first_step_after = state.first_step_after or manifest_body.since(context.started_at)
+    state.first_step_after = state.first_step_after or manifest_body.seconds_since(context.started_at)
     if run.effects:
         state.effects += [asdict(effect) for effect in run.effects]
         run.effects.clear()
@@ -187,17 +187,17 @@ def finish_latent(
     shot = state.shot
     assert state.solver_state is not None
     check_hits(shot.table, frozenset(state.reads))
-    facts = manifest_body.of_shot(shot) | {
-        "prompts": [manifest_body.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.prompts],
+    facts = manifest_body.shot_record(shot) | {
+        "prompts": [manifest_body.prompt_record(prompt, encoded[prompt.id].hit) for prompt in shot.prompts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
-        "injection": manifest_body.of_injection(shot, state.reads, state.differences),
-        "loras": manifest_body.of_loras(shot, loras),
+        "injection": manifest_body.injection_records(shot, state.reads, state.differences),
+        "loras": manifest_body.lora_records(shot, loras),
         "effects": state.effects,
         "first_step_after": state.first_step_after,
         "phases": [stage1, *state.phases],
     }
     z_CTYX = state.solver_state.x
-    facts = manifest_body.plain(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
+    facts = manifest_body.to_plain_json(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
     atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
     tensor_file.save(shot.latents, z_CTYX, facts)
     atomic.remove(shot.state)

@@ -54,7 +54,7 @@ def encode_each(
                 errors[result.key] = ErrorCapture()
                 errors[result.key].record(result.error)
             bar.advance()
-            if context.stop.asked and len(encoded) + len(errors) < len(texts):
+            if context.stop.requested and len(encoded) + len(errors) < len(texts):
                 raise context.stop.error(f"{len(encoded)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer.text_dim
     for id, done in encoded.items():
@@ -63,4 +63,4 @@ def encode_each(
             message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
             errors[id] = ErrorCapture()
             errors[id].record(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
-    return encoded, errors, manifest_body.phase("encode", peak)
+    return encoded, errors, manifest_body.phase_record("encode", peak)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from wancli.engine import denoise_stage, manifest_body, shot_state
 from wancli.engine.context import RenderContext
-from wancli.engine.decode_stage import finish
+from wancli.engine.decode_stage import decode_latent
 from wancli.engine.encode_stage import encode_each
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.preflight import effects_missing, needs_effects, output_exists_error, status_for_render
 from wancli.engine.shot_state import ShotState
-from wancli.errors import Elsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
+from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import ModelSpec, Shot
@@ -81,7 +81,7 @@ def render_model(
         if shot.index in have_latent:
             yield from _render_round([[shot]], model_context)
     for round_ in batching.waves([shot for shot in fresh if shot.index not in unencodable]):
-        if not context.stop.asked:
+        if not context.stop.requested:
             yield from _render_round(round_, model_context)
 
 
@@ -152,7 +152,7 @@ def _sample_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext
             with suppress(WancliError):
                 _save_state(one, context)
         raise
-    stopped = context.stop.asked  # else a claim was lost, if only for one look; `batch` finds out
+    stopped = context.stop.requested  # else a claim was lost, if only for one look; `batch` finds out
     for one in states:
         if not one.over and (one.step or not stopped):
             with ErrorCapture() as attempt:
@@ -167,7 +167,7 @@ def _render_stage(
     """The steps that an expert takes, and after the last ones latents to videos. A shot that fails is told
     as soon as it does."""
     networks, context = model_context.networks, model_context.context
-    while not (context.stop.asked or context.lost_claim) and (
+    while not (context.stop.requested or context.lost_claim) and (
         ready := denoise_stage.select_ready(batch, expert)
     ):
         with ErrorCapture() as attempt, fitting("sample", denoise_stage.format_batch(ready)):
@@ -229,16 +229,16 @@ def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_conte
     if not _holds_claim(shot, context):
         return Outcome(shot, "elsewhere")
     try:
-        if context.stop.asked:
+        if context.stop.requested:
             raise context.stop.error("before decoding")
         with attempt, fitting("decode", f"shot {shot.id}"):
             if latent is None:
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
-            body = finish(*latent, shot.output, networks.vae, context)
+            body = decode_latent(*latent, shot.output, networks.vae, context)
             if not shot.keep_latents:
                 atomic.remove(shot.latents)
             atomic.remove(shot.state)
-    except Elsewhere:
+    except ClaimedElsewhere:
         return Outcome(shot, "elsewhere")
     except Stopped:
         return Outcome(shot, "stopped")
@@ -260,9 +260,9 @@ def _load_saved_latent(shot: Shot, context: RenderContext) -> tuple[Tensor, Reco
         return None
     if facts["latents_key"] != shot.latents_key or effects_missing(shot, facts):
         return None
-    now = manifest_body.plain(manifest_body.of_shot(shot))
+    now = manifest_body.to_plain_json(manifest_body.shot_record(shot))
     now["model"]["attention"] = facts["model"]["attention"]  # what ran then
-    return z_CTYX, facts | now | {"phases": manifest_body.earlier(facts["phases"])}
+    return z_CTYX, facts | now | {"phases": manifest_body.mark_earlier(facts["phases"])}
 
 
 def _save_state(state: ShotState, context: RenderContext) -> None:

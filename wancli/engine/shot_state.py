@@ -87,7 +87,7 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
         return ShotState(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}
     past = {name: facts[name] for name in ("effects", "differences")}
-    past["phases"] = manifest_body.earlier(facts["phases"])
+    past["phases"] = manifest_body.mark_earlier(facts["phases"])
     return ShotState(shot, facts["step"], state, read, **past, saved_step=facts["step"])
 
 
@@ -111,7 +111,7 @@ def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
         "differences": state.differences,
         "phases": [*state.phases, *_new_records(phases, state.phases)],
     }
-    state_file.save_state(state.shot.state, state.solver_state, manifest_body.plain(facts))
+    state_file.save_state(state.shot.state, state.solver_state, manifest_body.to_plain_json(facts))
     state.saved_step, state.unsaved_since = state.step, time.monotonic()
 
 

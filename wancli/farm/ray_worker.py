@@ -17,7 +17,7 @@ from wancli.engine import batch
 from wancli.engine.context import Force
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
-from wancli.errors import Bug, MachineError, Stopped, WancliError, kinds
+from wancli.errors import Bug, MachineError, Stopped, WancliError, error_types
 from wancli.job.cli_overrides import Flags
 from wancli.signals import Stop
 
@@ -115,5 +115,5 @@ def wired(error: WancliError) -> Record:
 
 def unwired(said: Record) -> WancliError:
     """The error that was `wired`."""
-    kind = next((kind for kind in kinds() if kind.code == said["code"]), Bug)
+    kind = next((kind for kind in error_types() if kind.code == said["code"]), Bug)
     return kind(said["message"], where=said["where"], hint=said["hint"])

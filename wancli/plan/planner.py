@@ -68,7 +68,7 @@ def build_plan(
     selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
     selected = batching.assign_batches(selected)
     others = tuple(shot for shot in shots if shot.index not in chosen)
-    comparison = baseline.decide(jobs, shots)
+    comparison = baseline.plan_comparison(jobs, shots)
     return Plan(
         jobs.name, tuple(selected), tuple(warnings.of_shots(selected, comparison)), others, comparison
     )

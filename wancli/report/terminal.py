@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.errors import WancliError, described
+from wancli.errors import WancliError, describe_error_type
 from wancli.injection.table import strip
-from wancli.progress import printable
-from wancli.report.shorten import fitted, told_apart
+from wancli.progress import make_printable
+from wancli.report.shorten import fitted, shorten_unique
 from wancli.units import format_bytes, format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
 
     console = Console(stderr=stderr, highlight=False, emoji=False)
     for part in parts:
-        shown = printable(part) if isinstance(part, str) else part
+        shown = make_printable(part) if isinstance(part, str) else part
         console.print(shown, markup=False, soft_wrap=isinstance(part, str))
 
 
@@ -76,7 +76,7 @@ def lora_line(use: LoraUse) -> str:
     rank = f", rank {format_ranges(coverage.ranks)}" if coverage.ranks else ""
     skipped = f", {coverage.skipped} for images skipped" if coverage.skipped else ""
     return (
-        f"lora: {printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
+        f"lora: {make_printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
         f"{coverage.targets} targets{rank}, {coverage.style} naming{skipped}"
     )
 
@@ -159,7 +159,7 @@ def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[Rendera
 
     table = grid("failed shot", "code", "message")
     failed = [shot for shot in report["shots"] if "error" in shot]
-    names = told_apart([shot["id"] for shot in failed], 24)
+    names = shorten_unique([shot["id"] for shot in failed], 24)
     codes = [shot["error"]["code"] for shot in failed]
     left = [max(11, *map(len, names)), max(map(len, codes))]
     room = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
@@ -288,7 +288,7 @@ def error_lines(kinds: Sequence[type[WancliError]]) -> Iterator[str]:
     """`wancli errors`: `CODE  EXIT CODE  retry|-  MEANING`, one line each."""
     yield f"{'code':<22} exit  retry  meaning"
     for kind in kinds:
-        facts = described(kind)
+        facts = describe_error_type(kind)
         again = "yes" if facts["retryable"] else "no"
         yield f"{facts['code']:<22} {facts['exit_code']:>4}  {again:<5}  {facts['meaning']}"
 

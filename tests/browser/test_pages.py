@@ -20,7 +20,7 @@ from selenium.webdriver.support.select import Select
 
 from wancli import cli
 from wancli.injection import block_map
-from wancli.injection.block_map import Level, Map, MapModel, Prompts
+from wancli.injection.block_map import BlockMap, MapModel, NoiseLevel, PromptPair
 from wancli.job.loader import load
 from wancli.models import variants
 from wancli.models.config import Kernels
@@ -50,10 +50,10 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
     ]
     found = pages.render(folder, shallow, items=items, frames=5)
     model = pages.entries(found)["model"]
-    by_block = Map(
+    by_block = BlockMap(
         job="job", shot="fish", model=MapModel(root="x", sha256=model["sha256"]["transformer"], blocks=4),
-        loras=[], method="inject", prompts=[Prompts(main="A cat.", injected="A reef.", ids=["a", "b"])],
-        size="64x64", frames=5, seed=0, levels=[Level(step=0, sigma=1.0), Level(step=1, sigma=0.8)],
+        loras=[], method="inject", prompts=[PromptPair(main="A cat.", injected="A reef.", ids=["a", "b"])],
+        size="64x64", frames=5, seed=0, levels=[NoiseLevel(step=0, sigma=1.0), NoiseLevel(step=1, sigma=0.8)],
         unit="of the velocity", values=[[0.1, 0.4, 0.2, 0.3], [0.2, 0.5, 0.3, 0.1]], ranges=None,
         total=[0.15, 0.45, 0.25, 0.2], suggestion="1", seconds=1.5, forwards=5.5, versions={}, created="2026",
     )  # fmt: skip

@@ -241,7 +241,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = t5.rows_of_each
-    bad = Tokenizer(SPIECE).ids("a bad one")
+    bad = Tokenizer(SPIECE).to_ids("a bad one")
 
     def rows(model: Any, prompts: Any) -> list[torch.Tensor]:
         return [

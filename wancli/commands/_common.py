@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from wancli.engine.networks import ModelCache
     from wancli.farm.server import Run
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Mode, Progress
@@ -93,13 +93,13 @@ def flags_of(
     sweeps: list[str] | None = None,
     items: str | None = None,
     shard: str | None = None,
-) -> Flags:
-    from wancli.job.cli_overrides import Flags
+) -> CliOverrides:
+    from wancli.job.cli_overrides import CliOverrides
 
-    return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+    return CliOverrides(tuple(sets or ()), tuple(sweeps or ()), items, shard)
 
 
-def job_of(job: str, flags: Flags) -> JobFile:
+def job_of(job: str, flags: CliOverrides) -> JobFile:
     from wancli.job.loader import load, parse
 
     if job == "-":

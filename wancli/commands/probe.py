@@ -68,13 +68,15 @@ def probe_command(
 
     display = display_of(progress.value, quiet)
     planned = planner.build_plan(job_of(job, flags_of(sets)), memo_of(cache_dir), allow_missing_maps=True)
-    asked = request.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
+    asked = request.plan_probe(
+        planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
+    )
     path = _free(output or planned.sidecar_path(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
-        found = run.measured(asked, RenderContext(store_of(cache_dir), display, stop=stop))
-    block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
+        found = run.run_probe(asked, RenderContext(store_of(cache_dir), display, stop=stop))
+    block_map.BlockMapStore(cache_of(cache_dir) / "maps").put(found)
     block_map.write(path, found)
     if as_json:
         emit(found.as_dict())

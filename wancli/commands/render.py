@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from wancli.engine.context import RenderContext
     from wancli.engine.outcome import FailurePolicy, Outcome
     from wancli.farm.ray_driver import Cluster
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Progress
@@ -113,11 +113,11 @@ def render(
     return status
 
 
-def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
-    from wancli.job.loader import of_prompt
+def _said(job: str | None, prompt: str | None, output: str | None, flags: CliOverrides) -> JobFile:
+    from wancli.job.loader import build_prompt_job
 
     if prompt is not None and job is None:
-        return of_prompt(prompt, output or "{slug}.mp4", flags)
+        return build_prompt_job(prompt, output or "{slug}.mp4", flags)
     if job is None or prompt is not None or output is not None:
         raise JobError(
             "give a job file, or --prompt",
@@ -171,7 +171,7 @@ def _work(
     tools: RenderContext,
     cluster: Cluster | None,
     job: str,
-    flags: Flags,
+    flags: CliOverrides,
     cache_dir: Path | None,
     *,
     measuring: bool,

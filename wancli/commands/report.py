@@ -30,7 +30,7 @@ def report_command(
 
     One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
     """
-    from wancli.job.cli_overrides import NO_FLAGS
+    from wancli.job.cli_overrides import NO_OVERRIDES
     from wancli.report import batch_report, shots_table
     from wancli.report.html import collect, page
 
@@ -38,7 +38,7 @@ def report_command(
         path = Path(what) / "report.html"
         found = collect.collect_folder(Path(what))
     else:
-        plan = plan_of(job_of(what, NO_FLAGS), cache_dir)
+        plan = plan_of(job_of(what, NO_OVERRIDES), cache_dir)
         report = batch_report.report_path(plan)
         found, path = collect.collect_plan(plan, report), report.with_suffix(".html")
     path = output or path

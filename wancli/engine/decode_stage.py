@@ -50,7 +50,7 @@ def decode_file(
         )
     mp4.check_ffmpeg(record["shot"]["codec"])
     if folder:
-        source = model_registry.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
+        source = model_registry.resolve_model(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
         source = manifest_body.checkpoint_location(record["model"])
     checkpoint = identify(source)

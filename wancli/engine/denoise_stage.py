@@ -29,7 +29,7 @@ from wancli.video import metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.injection.contexts import Contexts, Effect
+    from wancli.injection.contexts import ContextCache, Effect
     from wancli.models.dit import WanModel
     from wancli.sampling.denoise import Sampled, Walk
     from wancli.weights.lora.patch import Loras
@@ -65,7 +65,7 @@ def run_segment(
     """
     import torch
 
-    from wancli.injection.contexts import Contexts
+    from wancli.injection.contexts import ContextCache
     from wancli.sampling import denoise
 
     stages = [replace(stage, steps=steps) for one in batch if (stage := one.next_stage)]
@@ -91,7 +91,7 @@ def run_segment(
         ) as bar,
     ):
         patches.at(loras, steps[0], expert)
-        contexts = Contexts(model, rows_NE)
+        contexts = ContextCache(model, rows_NE)
         _prepare(batch, dependents, model, encoded)
         runs = [_make_run(one, stage, contexts) for one, stage in zip(batch, stages)]
         results = denoise.denoise_together(model, runs, _forwards_per_pass(batch))
@@ -109,7 +109,7 @@ def run_segment(
                         peak.read()
                         save_state(one, segment_phases())
                 if patches.at(loras, step + 1, expert):
-                    contexts.forget()
+                    contexts.clear()
     for one in batch:
         assert one.solver_state is not None
         one.solver_state = one.solver_state.to("cpu")
@@ -153,7 +153,7 @@ def _prepare(
         one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
 
 
-def _make_run(state: ShotState, stage: Stage, contexts: Contexts) -> Walk:
+def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> Walk:
     from wancli.sampling import denoise
 
     assert state.solver_state is not None

@@ -74,7 +74,7 @@ def shot_record(shot: Shot) -> Record:
             "why": list(model.residency_reasons),
             "device": model.device,
             "kernels": asdict(model.kernels),
-            "attention": backends.runs(model),
+            "attention": backends.describe_attention(model),
             "sha256": {
                 "transformer": model.transformer,
                 "text_encoder": model.encoder.fingerprint,
@@ -127,7 +127,7 @@ def injection_records(
     """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
     cells = set(read)
     records = []
-    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.reached)):
+    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         hits = [cell for cell in planned if cell in cells]
         records.append(
             {

@@ -18,7 +18,7 @@ from wancli.engine.context import Force
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
 from wancli.errors import Bug, MachineError, Stopped, WancliError, error_types
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Task:
 
     job: str
     folder: str  # where the command was given: relative paths begin there
-    flags: Flags
+    flags: CliOverrides
     cache: str
     measure: bool
     force: Force | None  # as the driver found the outputs

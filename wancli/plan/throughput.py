@@ -227,7 +227,7 @@ def _step_flops(
         base = table.base[branch]
         plain = flops.of_forward(wan, tokens, wan.num_layers * rows[base.id])
         took: dict[int, int] = {}  # by the id of a row: many steps have the same one
-        for step in table.steps_of[branch]:
+        for step in table.steps_by_branch[branch]:
             cells = table.row(step, branch)
             if id(cells) not in took:
                 read = sum(_row_count(expr, rows) for cell in cells for expr, _ in cell)

@@ -16,7 +16,7 @@ from wancli.errors import EntryError
 from wancli.plan import alternatives, memory_estimate, memory_policy, throughput
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
-from wancli.text.embedding import describe
+from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
@@ -142,7 +142,7 @@ def plan_document(
                 "sharing": shot.sharing,
                 "fork": {"of": shot.fork.parent, "step": shot.fork.step} if shot.fork else None,
                 "inject": [
-                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
+                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
                 ],
                 "loras": [
                     {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}
@@ -222,7 +222,7 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
         try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
-            tokens = describe(unseal(entry.path.read_bytes(), entry.key))[0]
+            tokens = read_tokens(unseal(entry.path.read_bytes(), entry.key))[0]
         except (OSError, EntryError):
             tokens = None
         rows.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import WancliError, describe_error_type
-from wancli.injection.table import strip
+from wancli.injection.table import injected_share_by_block
 from wancli.progress import make_printable
 from wancli.report.shorten import fitted, shorten_unique
 from wancli.units import format_bytes, format_ranges, format_seconds, pluralize
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from wancli.engine.verify import Verdict
     from wancli.plan.shot import Shot
-    from wancli.text.prompt_distance import Difference
+    from wancli.text.prompt_distance import PromptDistance
     from wancli.weights.lora.use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -52,7 +52,7 @@ def shot_lines(shot: Shot) -> Iterator[str]:
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
-            yield f"{choice.said:>16}  is {choice.blocks}, by {choice.by}"
+            yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     yield from schedule_lines(shot)
     if shot.rules:
         yield from table_strips(shot)
@@ -64,7 +64,7 @@ def describe_rule(shot: Shot, index: int) -> str:
     blocks = format_ranges([block for block, _ in rule.blocks])
     values = sorted({round(s, 3) for _, s in rule.blocks})
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
-    steps = format_ranges([s for s, _ in rule.steps])
+    steps = format_ranges([step for step, _ in rule.steps])
     return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}"
 
 
@@ -86,8 +86,8 @@ def table_strips(shot: Shot) -> Iterator[str]:
     depth = shot.model.checkpoint.transformer.num_layers
     yield f"{'block':>16}  {ruler(depth)}"
     for branch in shot.table.branches:
-        for cells_of, steps in shot.table.rows(branch).items():
-            cells = strip(cells_of, shot.table.base[branch])
+        for cells_of, steps in shot.table.distinct_rows(branch).items():
+            cells = injected_share_by_block(cells_of, shot.table.base[branch])
             yield f"{f'{branch} {format_ranges(steps)}':>16}  {bar(cells)}"
 
 
@@ -235,13 +235,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def difference_tables(differences: Sequence[Difference]) -> Iterator[RenderableType]:
+def difference_tables(differences: Sequence[PromptDistance]) -> Iterator[RenderableType]:
     """One table per pair: each figure, what it means, and hints on the prompts."""
     for difference in differences:
         yield f"A  {_cut(difference.a.text, 76)}"
         yield f"B  {_cut(difference.b.text, 76)}\n"
         table = grid("figure", ">value", "meaning")
-        for label, value, meaning in difference.rows():
+        for label, value, meaning in difference.table_rows():
             table.add_row(label, value, meaning)
         yield table
         for hint in difference.hints:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.errors import EntryError, JobError
 from wancli.injection import block_map
-from wancli.injection.block_map import Map
+from wancli.injection.block_map import BlockMap
 from wancli.report import batch_report, comparison_metrics
 from wancli.storage import manifest
 
@@ -32,7 +32,7 @@ class ReportInputs:
     name: str
     entries: list[tuple[str, Entry]] = field(default_factory=list)
     reports: list[Mapping[str, Any]] = field(default_factory=list)
-    maps: list[Map] = field(default_factory=list)
+    maps: list[BlockMap] = field(default_factory=list)
     comparisons: dict[str, comparison_metrics.JsonObject] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wancli.injection.table import Rule, Table, strip
+from wancli.injection.table import Rule, Table, injected_share_by_block
 from wancli.models.config import WanConfig
 from wancli.report.html import model_facts, rerun_job
 from wancli.report.html.collect import Entry, ReportInputs, absolute_path
@@ -221,10 +221,10 @@ def injected_shares(entry: Entry) -> list[dict[str, Any]]:
         {
             "branch": branch,
             "steps": steps,
-            "blocks": [round(cell, 4) for cell in strip(row, table.base[branch])],
+            "blocks": [round(cell, 4) for cell in injected_share_by_block(row, table.base[branch])],
         }
         for branch in table.branches
-        for row, steps in table.rows(branch).items()
+        for row, steps in table.distinct_rows(branch).items()
     ]
 
 

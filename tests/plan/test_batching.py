@@ -75,7 +75,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append(name)
         real(self, name, weight)
 
-    monkeypatch.setattr(Networks, "_fetched", fetched)
+    monkeypatch.setattr(Networks, "_patch_fetched", fetched)
     return found
 
 

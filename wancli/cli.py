@@ -42,7 +42,7 @@ from wancli.progress import make_printable
 from wancli.storage.paths import here
 
 if TYPE_CHECKING:
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
 
 app = typer.Typer(
     name="wancli",
@@ -78,7 +78,7 @@ def _command() -> typer.core.TyperGroup:
     return command
 
 
-def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
+def run(arguments: list[str], kept: ModelCache | None = None, began: float | None = None) -> int:
     """Runs one command line and returns its exit code; the only place where errors become codes.
 
     `kept` and `began`: of a process that runs several, networks and when this one began."""

@@ -28,7 +28,7 @@ from wancli.farm.ray_driver import _match, _received, _Seat
 from wancli.farm.ray_worker import Task, Worker, unwired, wired
 from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import load
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
 
 Render = Callable[..., Said]
@@ -200,7 +200,7 @@ def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
     job = written(
         folder, tiny_job(model, **JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}} | changes)
     )
-    return job, plan(load(job), folder / "memo")
+    return job, build_plan(load(job), folder / "memo")
 
 
 def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_worker_that_is_asked_again_renders_nothing_anew_that_was_forced_alrea
     job, whole = planned(tmp_path, shallow, video={})
     assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
     keys = {shot.index: shot.key for shot in whole.shots}
-    task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, Force.of(whole.shots), 0, True)
+    task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, Force.snapshot(whole.shots), 0, True)
     for status in ("rendered", "already done"):  # by a fresh process, as Ray starts it again
         said = Worker(task).render(keys)
         assert (said["raised"], [one["status"] for one in said["outcomes"]]) == (None, [status] * 2)

@@ -47,13 +47,13 @@ def flat(tmp_path: Path, shallow: Path) -> Path:
 
 
 def shot_of(tmp_path: Path, **changes: Any) -> Shot:
-    (shot,) = planning.plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+    (shot,) = planning.build_plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
     return shot
 
 
 def problem(tmp_path: Path, model: Any) -> JobError:
     with pytest.raises(JobError) as caught:
-        planning.plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
+        planning.build_plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
     return caught.value
 
 

@@ -17,7 +17,7 @@ from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
 from wancli import progress
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
@@ -27,7 +27,7 @@ from wancli.job.loader import load
 from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import memory_estimate
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.probe import request
 from wancli.resources.memory_model import Phase
 from wancli.sampling import denoise
@@ -102,19 +102,19 @@ def test_json_is_the_file(probe: Probe, folder: Path) -> None:
 def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> tuple[float, float]:
     """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
     forwards of the table; and the same of their outputs mixed with strength s, over s."""
-    (shot,) = plan(load(folder / "job.yaml"), cache / "hashes.json").shots
-    encoded, _ = embed(
-        shot.model, shot.texts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
+    (shot,) = build_plan(load(folder / "job.yaml"), cache / "hashes.json").shots
+    encoded, _ = encode_prompts(
+        shot.model, shot.prompts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
     )
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
         contexts = ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
         state = State(denoise.noise(shot.latent_shape, shot.seed))
-        plain_table = plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
+        plain_table = build_plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
         (stage,) = shot.stages
-        walk = denoise.Walk(state, shot.schedule, shot.solver, plain_table, contexts, stage)
+        walk = denoise.Walk(state, shot.sigma_schedule, shot.solver, plain_table, contexts, stage)
         x_1CTYX = next(denoise.denoise(model, walk)).state.x[None]
-        t = shot.schedule.timesteps[1]
+        t = shot.sigma_schedule.timesteps[1]
         a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))
         plain = model(x_1CTYX, t, [((a, 1.0),)] * 4)
         whole = model(x_1CTYX, t, [((b if i in blocks else a, 1.0),) for i in range(4)])
@@ -219,14 +219,16 @@ def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: 
 
 def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> request.ProbeRequest:
     job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
-    return request.plan_probe(plan(load(written(folder, job)), folder / "memo"), method, None, None, None)
+    return request.plan_probe(
+        build_plan(load(written(folder, job)), folder / "memo"), method, None, None, None
+    )
 
 
 def test_prompts_that_are_to_be_encoded_need_room_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asked_of(tmp_path, "inject", memory={"budget": "8GiB"})
-    monkeypatch.setattr(memory_estimate, "encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
+    monkeypatch.setattr(memory_estimate, "predict_encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
     assert request.max_forwards_per_pass(asked, encoded=True) == 1
     with pytest.raises(DoesNotFit, match="probing needs 9"):
         request.max_forwards_per_pass(asked, encoded=False)

@@ -17,7 +17,7 @@ from wancli.progress import make_printable
 if TYPE_CHECKING:
     import typer
 
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
     from wancli.farm.server import Run
     from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
@@ -31,7 +31,7 @@ class Invocation:
     """What runs this command line, the networks that the process keeps, and when it began."""
 
     run: Run
-    kept: Kept | None = None
+    kept: ModelCache | None = None
     began: float | None = None
 
 
@@ -112,7 +112,7 @@ def plan_of(
 ) -> Plan:
     from wancli.plan import planner
 
-    return planner.plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
+    return planner.build_plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
 
 
 def cache_of(cache_dir: Path | None) -> Path:

@@ -18,8 +18,8 @@ from wancli.errors import JobError, OutputExists
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.loader import JobFile, load, parse
 from wancli.plan import memory_estimate, memory_policy, model_registry
-from wancli.plan.planner import model_at, plan
-from wancli.plan.shot import Model, Prompt
+from wancli.plan.planner import build_plan, resolve_model
+from wancli.plan.shot import ModelSpec, Prompt
 from wancli.text.embedding import read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
 from wancli.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ JOB_SUFFIXES = (".yaml", ".yml")
 class Work:
     """Prompts for one checkpoint's encoder, in the order they were given."""
 
-    model: Model
+    model: ModelSpec
     prompts: tuple[Prompt, ...]
 
 
@@ -42,7 +42,7 @@ class Work:
 class Pair:
     """Two prompts to be compared as a model reads them."""
 
-    model: Model
+    model: ModelSpec
     a: Prompt
     b: Prompt
 
@@ -91,7 +91,7 @@ def run(work: Sequence[Work], out: Path | None, tools: RenderContext) -> list[di
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
-        found, _ = encode_stage.embed(one.model, one.prompts, tools)
+        found, _ = encode_stage.encode_prompts(one.model, one.prompts, tools)
         encoded += [found[prompt.id] for prompt in one.prompts]
     if out:
         try:
@@ -134,7 +134,7 @@ def pairs(
         a, b = (prompt_of(model, text, 512, False) for text in prompts)
         return [Pair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
-        shots = plan(load(file, flags), memo).shots
+        shots = build_plan(load(file, flags), memo).shots
         found = {(s.model, s.prompt.id, p.id): Pair(s.model, s.prompt, p) for s in shots for p in s.injected}
         if not found:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
@@ -161,7 +161,7 @@ def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> PromptDistance:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 
-    found, _ = encode_stage.embed(pair.model, [pair.a, pair.b], tools)
+    found, _ = encode_stage.encode_prompts(pair.model, [pair.a, pair.b], tools)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != wan_mini.FOLDER:
@@ -176,24 +176,24 @@ def _refuse(flags: CliOverrides) -> None:
         raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
 
 
-def prompt_of(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
+def prompt_of(model: ModelSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
     tokens = Tokenizer(model.checkpoint.tokenizer).tokenize(text, max_tokens, truncate)
     return Prompt(model.encoder.key(tokens), tokens)
 
 
 def _of_job(job: JobFile, memo: Path) -> list[Work]:
-    by_model: dict[Model, dict[str, Prompt]] = {}
-    for shot in plan(job, memo).shots:
-        by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.texts})
+    by_model: dict[ModelSpec, dict[str, Prompt]] = {}
+    for shot in build_plan(job, memo).shots:
+        by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.prompts})
     return [Work(model, tuple(prompts.values())) for model, prompts in by_model.items()]
 
 
-def _model(folder: Path | None, memo: Path) -> Model:
+def _model(folder: Path | None, memo: Path) -> ModelSpec:
     said = str(folder) if folder else wan_mini.NAME
-    model = model_at(
+    model = resolve_model(
         model_registry.resolve_model(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
     )
-    longest = memory_estimate.encoding(model, [512])
-    if memory_estimate.process(model) + longest.total > memory_policy.limit(model):
-        return memory_policy.lodged(model, "streamed")
+    longest = memory_estimate.predict_encoding(model, [512])
+    if memory_estimate.process_bytes(model) + longest.total > memory_policy.memory_limit(model):
+        return memory_policy.with_encoder_residency(model, "streamed")
     return model

@@ -49,9 +49,9 @@ def plan_command(
             plan, states, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
-        for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
+        for warning in (*plan.warnings, *preflight.missing_capabilities(plan.shots)):
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
+    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
             encoded = all(text["cached"] for text in batch_report.prompt_rows([shot], store))

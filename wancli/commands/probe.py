@@ -67,11 +67,11 @@ def probe_command(
     from wancli.report import block_map_text, terminal
 
     display = display_of(progress.value, quiet)
-    planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
+    planned = planner.build_plan(job_of(job, flags_of(sets)), memo_of(cache_dir), allow_missing_maps=True)
     asked = request.plan_probe(
         planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
     )
-    path = _free(output or planned.companion(f"map.{asked.method}.json"))
+    path = _free(output or planned.sidecar_path(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:

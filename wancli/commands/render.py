@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wancli.engine.context import RenderContext
-    from wancli.engine.outcome import Outcome, Policy
+    from wancli.engine.outcome import FailurePolicy, Outcome
     from wancli.farm.ray_driver import Cluster
     from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
@@ -99,7 +99,7 @@ def render(
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     telling = Telling(context, display, log_level, quiet, as_json, paths=not (as_json or json_stream))
     cluster = _cluster(context, engine, job, address, cpus_per_worker)
-    failing = outcome.of_flags(fail_fast, max_failures, retries)
+    failing = outcome.policy_from_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
     flags = flags_of([*(sets or []), *every], sweeps, items, shard)
     plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=telling.measuring)
@@ -149,7 +149,7 @@ def _tools(
     plan: Plan,
     cache_dir: Path | None,
     display: Progress,
-    failing: Policy,
+    failing: FailurePolicy,
     *,
     force: bool,
     waits: bool,
@@ -161,7 +161,7 @@ def _tools(
     invocation: Invocation = context.obj
     stop = context.with_resource(signals.listening())
     claims = context.with_resource(Claims(waits=waits))
-    forced = Force.of(plan.shots) if force else None
+    forced = Force.snapshot(plan.shots) if force else None
     store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
     return RenderContext(store, display, forced, stop, failing, claims, kept, began)
 

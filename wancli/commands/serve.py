@@ -117,11 +117,11 @@ def _serve(
     cache_dir: Path | None,
     background: Background | None,
 ) -> None:
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
     from wancli.farm.local_socket import listening, reserved
     from wancli.farm.server import Server, prepare
 
-    kept = Kept()
+    kept = ModelCache()
     with ExitStack() as stack:
         stack.enter_context(reserved(path))
         plan = plan_of(job_of(job, flags_of(sets)), cache_dir) if job else None

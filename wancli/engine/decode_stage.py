@@ -122,7 +122,7 @@ def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, t
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield mp4.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
-                if tools.lost:
+                if tools.lost_claim:
                     raise ClaimedElsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
                 atomic.set_aside(output)

@@ -53,8 +53,8 @@ def shot_record(shot: Shot) -> Record:
             "shift": shot.shift,
             "guidance": shot.guidance,
             "stages": [stage.as_dict() for stage in shot.stages],
-            "timesteps": shot.schedule.timesteps,
-            "sigmas": shot.schedule.sigmas,
+            "timesteps": shot.sigma_schedule.timesteps,
+            "sigmas": shot.sigma_schedule.sigmas,
             "fps": shot.fps,
             "crf": shot.crf,
             "codec": shot.codec,
@@ -66,12 +66,12 @@ def shot_record(shot: Shot) -> Record:
             "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
-            "networks": memory_estimate.networks(model),
+            "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
             "text_encoder": model.encoder.residency,
             "chunk": model.kernels.chunk,
-            "why": list(model.why),
+            "why": list(model.residency_reasons),
             "device": model.device,
             "kernels": asdict(model.kernels),
             "attention": backends.describe_attention(model),
@@ -82,7 +82,7 @@ def shot_record(shot: Shot) -> Record:
             },
         },
         "predicted": [
-            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process(model) + phase.total}
+            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
             for phase in shot.phases
         ],
         "versions": versions(),

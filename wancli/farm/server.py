@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.networks import Kept, check_device, check_weights
+from wancli.engine.networks import ModelCache, check_device, check_weights
 from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import standing_in
@@ -32,7 +32,9 @@ from wancli.resources.measure import fitting
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
 
-Run = Callable[[list[str], Kept, float], int]  # a command line, networks and when it began, to its exit code
+Run = Callable[
+    [list[str], ModelCache, float], int
+]  # a command line, networks and when it began, to its exit code
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 10.0  # seconds for a request to arrive
@@ -47,7 +49,7 @@ _SOUND = (
 )
 
 
-def prepare(plan: Plan | None, kept: Kept) -> None:
+def prepare(plan: Plan | None, kept: ModelCache) -> None:
     """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
     would where they are damaged or do not fit."""
     from wancli.engine import (
@@ -74,7 +76,7 @@ def prepare(plan: Plan | None, kept: Kept) -> None:
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, encoded=True)
     with fitting("loading", str(shot.model.checkpoint.root)):
-        loaded = kept.networks(shot.model, lazily=False)
+        loaded = kept.get(shot.model, lazily=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 
 
@@ -85,7 +87,7 @@ class Server:
     For the main thread.
     """
 
-    def __init__(self, run: Run, kept: Kept, *, idle: float | None) -> None:
+    def __init__(self, run: Run, kept: ModelCache, *, idle: float | None) -> None:
         self._run, self._kept, self._idle = run, kept, idle
         self._identity = local_socket.identity()
         self._state: Literal["waiting", "running", "busy"] = "busy"  # running a command, busy with itself
@@ -184,7 +186,7 @@ class Server:
             f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
         )
         if code not in _SOUND:
-            self._kept.forget()
+            self._kept.clear()
         if code != ExitStatus.OK:
             gc.collect()  # of what an error holds on to
 

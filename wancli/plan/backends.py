@@ -9,7 +9,7 @@ from wancli.models.config import Kernels
 
 if TYPE_CHECKING:
     from wancli.job.loader import Item
-    from wancli.plan.shot import Model
+    from wancli.plan.shot import ModelSpec
 
 
 def read_compute_options(item: Item) -> Kernels:
@@ -37,7 +37,7 @@ def read_compute_options(item: Item) -> Kernels:
     return Kernels(memory.attention, None if memory.chunk == "auto" else memory.chunk, memory.fp8_matmul)
 
 
-def check(model: Model) -> None:
+def check(model: ModelSpec) -> None:
     """Raises MachineError for kernels that this machine lacks, before anything is loaded."""
     if model.kernels.attention != "auto":
         describe_attention(model)
@@ -48,12 +48,12 @@ def check(model: Model) -> None:
         check(model.device, (sizes.dim, sizes.ffn_dim))
 
 
-def describe_attention(model: Model) -> dict[str, Any]:
+def describe_attention(model: ModelSpec) -> dict[str, Any]:
     """Which attention really runs: that of video tokens among each other, and that to the text."""
     from wancli.models.attention import attention_backend
     from wancli.models.dtypes import DTYPES
 
-    dtype = DTYPES[model.computes]
+    dtype = DTYPES[model.compute_dtype]
     width, asked = model.checkpoint.transformer.head_dim, model.kernels.attention
     return {
         "asked": asked,

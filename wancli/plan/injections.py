@@ -21,14 +21,14 @@ from wancli.injection.table import (
 )
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
-from wancli.plan.shot import Model, Prompt, Shot
+from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
 
 
 def compile_rules(
     item: Item,
     texts: Sequence[Prompt],
-    model: Model,
+    model: ModelSpec,
     maps: BlockMapStore,
     sigmas: Sequence[float],
     stages: Sequence[Stage],

@@ -167,7 +167,7 @@ def run_comparison(plan: Plan, tools: RenderContext) -> None:
 def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     finished = {
         shot.id: shot
-        for shot in plan.whole
+        for shot in plan.all_shots
         if shot.id in wanted.baselines and manifest.is_done(shot.output, shot.key)
     }
     done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
@@ -176,7 +176,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
         return
     if missing := len(wanted.baselines) - len(finished):
         tools.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
-    path = plan.companion("compare.json")
+    path = plan.sidecar_path("compare.json")
     key = _comparison_key(done, wanted)
     if _is_current(path, key):
         return
@@ -184,9 +184,9 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
     clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
     by_id = {one.id: one for one in clips}
     beside = {id: by_id[wanted.baselines[id]] for id in by_id}
-    baseline = by_id.get(wanted.baseline, beside[clips[0].id])
+    baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
-    outputs = [shot.output for shot in plan.whole]
+    outputs = [shot.output for shot in plan.all_shots]
     files = plan_outputs(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
     document = measure_document(clips, baseline, beside, tools, plan.name)
     write_outputs(document, files, tools)
@@ -204,7 +204,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
 
 def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
     """One warning for all baselines that are not done, and whose shots are."""
-    beside = [wanted.baselines[id] for id in finished] or [wanted.baseline]
+    beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
         tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")

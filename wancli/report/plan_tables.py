@@ -72,7 +72,7 @@ def plan_tables(
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
     time = estimate_time(shots_to_render(plan.shots, states), store, known)
     yield memory_table(memory_rows(plan.shots), time["phases"])
-    for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.why):
+    for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.residency_reasons):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
     yield from time_lines(time)
     if others:

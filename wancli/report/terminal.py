@@ -45,13 +45,13 @@ def shot_lines(shot: Shot) -> Iterator[str]:
         *(["negative"] if shot.negative else []),
         *(f"inject.{i}" for i in range(len(shot.rules))),
     ]
-    for name, prompt in zip(names, shot.texts):
+    for name, prompt in zip(names, shot.prompts):
         yield f"{name:>16}  {_cut(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
     if shot.sharing > 1:
         yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
-        for choice in (choice for choice in shot.choices if choice.rule == index):
+        for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     yield from schedule_lines(shot)
     if shot.rules:
@@ -93,7 +93,7 @@ def table_strips(shot: Shot) -> Iterator[str]:
 
 def schedule_lines(shot: Shot) -> Iterator[str]:
     """Step, timestep and noise level, seven to a line."""
-    pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.schedule.sigmas)]
+    pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.sigma_schedule.sigmas)]
     for start in range(0, len(pairs), 7):
         yield f"{'sigma' if start == 0 else '':>16}  " + " ".join(pairs[start : start + 7])
 

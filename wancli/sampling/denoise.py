@@ -16,7 +16,7 @@ from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forwa
 from wancli.injection.effects import velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
-from wancli.sampling.solvers import SOLVERS, Schedule, State
+from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
 from wancli.sampling.stages import Stage
 
 
@@ -44,7 +44,7 @@ class Walk:
     """
 
     state: State
-    schedule: Schedule
+    schedule: SigmaSchedule
     solver: str
     table: Table
     contexts: ContextCache

@@ -50,7 +50,8 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: RenderCont
         raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
     if elsewhere and tools.claims and not failures:
         raise Elsewhere(
-            f"{_shots(len(elsewhere))} with other workers: {tools.claims.names(elsewhere) or 'gone now'}"
+            f"{_shots(len(elsewhere))} with other workers: "
+            f"{tools.claims.name_holders(elsewhere) or 'gone now'}"
         )
 
 
@@ -95,11 +96,11 @@ def several(shots: Sequence[Shot]) -> str:
 
 def _let_go(held: Sequence[Shot], tools: RenderContext) -> Sequence[Shot]:
     """Waits until other workers are done with some of these shots, or gave them up; returns those."""
-    if not held or tools.claims is None or not tools.claims.waits or tools.stop.asked:
+    if not held or tools.claims is None or not tools.claims.waits_for_others or tools.stop.asked:
         return []
-    if workers := tools.claims.names(held):
+    if workers := tools.claims.name_holders(held):
         tools.progress.note(f"waiting for {several(held)}, rendered by {workers}")
-    return tools.claims.wait(held, tools.stop)
+    return tools.claims.wait_for_release(held, tools.stop)
 
 
 def _until_settled(model: Model, shots: Sequence[Shot], tools: RenderContext) -> Iterator[Outcome]:

@@ -11,7 +11,7 @@ from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
 from wancli.plan import model_registry
-from wancli.resources.measure import Peak, fitting, release
+from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.video import mp4
 
@@ -34,7 +34,7 @@ def decode_file(
 
     if not path.exists():
         raise JobError("no such file", where=str(path))
-    z_CTYX, facts = tensor_file.load(path)
+    z_CTYX, facts = tensor_file.load_latent(path)
     output = output or path.with_name(facts["shot"]["output"])
     if output.exists() and not tools.force:
         raise OutputExists(
@@ -67,7 +67,7 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: RenderC
     tries = ways(home, shot["decode_chunk"])
     for number, (device, chunk) in enumerate(tries):
         try:
-            with fitting("decode", f"shot {shot['id']}"), Peak() as peak:
+            with oom_as_error("decode", f"shot {shot['id']}"), PeakMemory() as peak:
                 vae.to(device)
                 _write(z_CTYX, facts, output, vae, chunk, tools)
             break
@@ -77,7 +77,7 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: RenderC
             ran_out = bare(error)
         finally:
             vae.to(home)
-        release()
+        release_memory()
         way = f"on {tries[number + 1][0]} with decode_chunk {tries[number + 1][1]}"
         tools.progress.warn(f"{ran_out}; decoding {way} instead, which may round pixels otherwise")
     body = facts | {
@@ -117,8 +117,8 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
                 if tools.lost:
                     raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
-                atomic.set_aside(output)
-                atomic.set_aside(manifest.manifest_path(output))
+                atomic.move_aside(output)
+                atomic.move_aside(manifest.manifest_path(output))
 
         mp4.write_mp4(
             rgb(),

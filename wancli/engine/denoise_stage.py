@@ -19,7 +19,7 @@ from wancli.engine.shot_state import Underway, due, hand_over, save
 from wancli.errors import NotFinite
 from wancli.models.config import Expert
 from wancli.plan.shot import named
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from wancli.injection.contexts import Contexts, Effect
     from wancli.models.dit import WanModel
-    from wancli.sampling.denoise import Sampled, Walk
+    from wancli.sampling.denoise import DenoiseRun, StepResult
     from wancli.weights.lora.patch import Loras
 
 
@@ -82,14 +82,14 @@ def advance(
 
     with (
         torch.inference_mode(),
-        Peak() as peak,
+        PeakMemory() as peak,
         tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
     ):
         patches.at(loras, steps[0], expert)
         contexts = Contexts(model, rows_NE)
         _start(group, heirs, model, encoded)
         walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
-        results = denoise.denoise_together(model, walks, _riders(group))
+        results = denoise.denoise_batch(model, walks, _riders(group))
         for step in steps:
             if tools.stop.asked:
                 break
@@ -101,7 +101,7 @@ def advance(
             if step + 1 in steps:
                 for one in group:
                     if due(one) and not one.failed:
-                        peak.read()
+                        peak.update()
                         save(one, taken())
                 if patches.at(loras, step + 1, expert):
                     contexts.forget()
@@ -136,7 +136,7 @@ def _start(
         shot = one.shot
         one.began, one.unsaved_since = min(one.began, now), min(one.unsaved_since, now)
         if one.state is None:
-            one.state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise))
+            one.state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
     new = [one for one in (*group, *heirs) if one.shot.injected and not one.differences]
     pairs = {(one.shot.prompt.id, text.id): None for one in new for text in one.shot.injected}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
@@ -145,22 +145,22 @@ def _start(
         one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
 
 
-def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
+def _walk(one: Underway, stage: Stage, contexts: Contexts) -> DenoiseRun:
     from wancli.sampling import denoise
 
     assert one.state is not None
     shot, state = one.shot, one.state.to(one.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
-    return denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
+    return denoise.DenoiseRun(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
 
 
-def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: RenderContext) -> None:
+def _note(one: Underway, walk: DenoiseRun, at: StepResult | NotFinite, tools: RenderContext) -> None:
     """What a step has left."""
     if isinstance(at, NotFinite):
         one.failed = at
         return
     one.step, one.state = at.step, at.state
-    one.read |= at.read
+    one.read |= at.cells_read
     one.first_step = one.first_step or manifest_body.since(tools.began)
     if walk.effects:
         one.effects += [asdict(effect) for effect in walk.effects]
@@ -189,9 +189,9 @@ def keep(
         "phases": [stage1, *one.phases],
     }
     z_CTYX = one.state.x
-    facts = manifest_body.plain(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
-    atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
-    tensor_file.save(shot.latents, z_CTYX, facts)
+    facts = manifest_body.plain(facts | {"latent": metrics.sketch_latent(z_CTYX.numpy())})
+    atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
+    tensor_file.save_latent(shot.latents, z_CTYX, facts)
     atomic.remove(shot.state)
     one.state = None
     return z_CTYX, facts

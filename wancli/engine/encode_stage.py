@@ -10,7 +10,7 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device
 from wancli.errors import ErrorCapture, JobError
 from wancli.plan.shot import Model, Prompt
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode
 
@@ -36,7 +36,7 @@ def embed_each(
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
     failed: dict[str, ErrorCapture] = {}
-    with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
+    with PeakMemory() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:

@@ -26,7 +26,7 @@ from wancli.errors import Elsewhere, EntryError, ErrorCapture, ShotError, Stoppe
 from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import Model, Shot
-from wancli.resources.measure import fitting, release
+from wancli.resources.measure import oom_as_error, release_memory
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.text.encoder import Encoded
 
@@ -65,7 +65,7 @@ def render_model(
     except Stopped:
         fresh = []
     if attempt.error:
-        release()
+        release_memory()
         yield from (failed(shot, attempt) for shot in fresh)
         fresh = []
     sick = {shot.index: unencoded[id] for shot in fresh for id in reversed(_ids(shot)) if id in unencoded}
@@ -113,8 +113,8 @@ def _settled(shot: Shot, means: Means) -> Outcome | None:
         if state == "in the way":
             raise in_the_way(shot, why)
         if state == "damaged":
-            aside = atomic.set_aside(shot.output, "damaged")
-            atomic.set_aside(shot.manifest, "damaged")
+            aside = atomic.move_aside(shot.output, "damaged")
+            atomic.move_aside(shot.manifest, "damaged")
             moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
             tools.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
@@ -130,7 +130,7 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
     begun: list[list[Underway]] = [[] for _ in wave]
     for shots, ones in zip(wave, begun):
         for shot in shots:
-            with ErrorCapture() as attempt, fitting("load", f"shot {shot.id}"):
+            with ErrorCapture() as attempt, oom_as_error("load", f"shot {shot.id}"):
                 ones.append(shot_state.begin(shot, tools))
             if attempt.error:
                 yield failed(shot, attempt)
@@ -159,12 +159,12 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
     as soon as it does."""
     networks, tools = means.networks, means.tools
     while not (tools.stop.asked or tools.lost) and (together := denoise_stage.ready(group, expert)):
-        with ErrorCapture() as attempt, fitting("sample", denoise_stage.title(together)):
+        with ErrorCapture() as attempt, oom_as_error("sample", denoise_stage.title(together)):
             denoise_stage.advance(
                 together, denoise_stage.leg(group, together), networks, means.encoded, tools
             )
         if attempt.error:
-            release()
+            release_memory()
             shot_state.fail(together, attempt.error)
         yield from _failures(group, attempt.stack, tools)
     yield from _failures(group, "", tools)
@@ -172,7 +172,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
     for one in group:
         if one.over or one.fork or not _ours(one.shot, tools):
             continue
-        with ErrorCapture() as attempt, fitting("sample", f"shot {one.shot.id}"):
+        with ErrorCapture() as attempt, oom_as_error("sample", f"shot {one.shot.id}"):
             if one.step == one.shot.steps:
                 loras = networks.loras(one.shot.loras)
                 kept.append((one.shot, denoise_stage.keep(one, means.encoded, loras, means.stage1)))
@@ -215,7 +215,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
     try:
         if tools.stop.asked:
             raise tools.stop.error("before decoding")
-        with attempt, fitting("decode", f"shot {shot.id}"):
+        with attempt, oom_as_error("decode", f"shot {shot.id}"):
             if latent is None:
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
             body = finish(*latent, shot.output, networks.vae, tools)
@@ -228,7 +228,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
         return Outcome(shot, "stopped")
     if attempt.error:
         latent = None
-        release()
+        release_memory()
         # Two that make the same video may differ in what wrote it: whoever holds the shot has it right.
         return failed(shot, attempt) if _ours(shot, tools) else Outcome(shot, "elsewhere")
     return Outcome(shot, "rendered", body)
@@ -239,7 +239,7 @@ def _recalled(shot: Shot, tools: RenderContext) -> tuple[Tensor, Record] | None:
     if tools.force and tools.force.outdated(shot, "latents"):
         return None
     try:
-        z_CTYX, facts = tensor_file.load(shot.latents)
+        z_CTYX, facts = tensor_file.load_latent(shot.latents)
     except EntryError:
         return None
     if facts["latents_key"] != shot.latents_key or lacks_effects(shot, facts):

@@ -73,14 +73,14 @@ def begin(shot: Shot, tools: RenderContext) -> Underway:
     """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
     job's, and with --force one of before, is moved aside."""
     if tools.force and tools.force.outdated(shot, "state"):
-        atomic.set_aside(shot.state)
+        atomic.move_aside(shot.state)
         return Underway(shot)
     try:
         state, facts = state_file.load_state(shot.state)
         if not _of(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
-        if atomic.set_aside(shot.state):
+        if atomic.move_aside(shot.state):
             tools.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}

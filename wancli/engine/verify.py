@@ -79,7 +79,7 @@ def shots(all_of: Iterable[Shot], *, deep: bool = False) -> Verdict:
 
 def _dead(claims: Iterable[Path]) -> list[Path]:
     """Those whose workers are known to be gone: of this host."""
-    return [path for path in claims if (seen := claim_file.look(path)) and claim_file.gone(seen)]
+    return [path for path in claims if (seen := claim_file.read_claim(path)) and claim_file.is_dead(seen)]
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -165,7 +165,7 @@ def _split(line: str, *paths: Path) -> tuple[Path, str]:
 
 def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        facts = tensor_file.load(path)[1]
+        facts = tensor_file.load_latent(path)[1]
     except EntryError as error:
         return error.message
     if facts["shot"]["output"] != output.name:

@@ -138,13 +138,13 @@ def write(path: Path, found: Map) -> None:
     """Puts a map there. An earlier map is replaced; another file of that name is moved aside."""
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n"
-    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def read(path: Path) -> Map | None:
     """The map in a file; None where there is none that is whole."""
     try:
-        found = Map.model_validate(sidecars.document(path, SCHEMA))
+        found = Map.model_validate(sidecars.read_document(path, SCHEMA))
     except ValidationError:
         return None
     return found if _is_sound(found) else None

@@ -9,8 +9,8 @@ from wancli.job.loader import Item
 from wancli.job.schema import ExpertGuidance
 from wancli.models.variants import Variant
 from wancli.plan.injections import no_experts
-from wancli.sampling.solvers import SOLVERS, Schedule, Solver, schedule
-from wancli.sampling.stages import Stage, stages
+from wancli.sampling.solvers import SOLVERS, Schedule, Solver, build_schedule
+from wancli.sampling.stages import Stage, split_stages
 
 
 class Way(NamedTuple):
@@ -35,8 +35,8 @@ def way_of(item: Item, variant: Variant) -> Way:
         )
     shift = _first(sampler.shift, solver.shift, variant.shift)
     guidance, low = _guidance(item, solver, variant)
-    times = schedule(sampler.solver, steps, shift)
-    parts = stages(times.timesteps, variant.boundary, guidance, low)
+    times = build_schedule(sampler.solver, steps, shift)
+    parts = split_stages(times.timesteps, variant.boundary, guidance, low)
     return Way(steps, shift, guidance, low, times, parts)
 
 

@@ -152,7 +152,7 @@ def phase(asked: Survey, forks: int) -> Phase:
     activation = found.activation
     if asked.method == "gradient":
         element = memory_estimate.ELEMENT[shot.model.computes]
-        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
+        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element_bytes=element))
     velocities = FP32 * (len(asked.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", found.model, activation, found.buffer + velocities)
 

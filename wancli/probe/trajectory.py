@@ -29,7 +29,7 @@ from wancli.probe import request, sensitivity
 from wancli.probe.request import Survey
 from wancli.probe.sensitivity import Place
 from wancli.progress import Phase
-from wancli.resources.measure import fitting
+from wancli.resources.measure import oom_as_error
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
@@ -47,7 +47,7 @@ def measure(asked: Survey, tools: RenderContext) -> Map:
     store = tools.store
     known = all(text.file or (store and store.path(text.id).exists()) for text in asked.texts)
     riders = request.riders(asked, encoded=known)
-    with fitting("encode", f"shot {shot.id}"):
+    with oom_as_error("encode", f"shot {shot.id}"):
         encoded, _ = embed(shot.model, asked.texts, tools)
     rows: list[list[float]] = []
     seconds, passes = 0.0, _passes(asked)
@@ -56,7 +56,7 @@ def measure(asked: Survey, tools: RenderContext) -> Map:
     # Tensors made in inference mode cannot take part in a derivative.
     without_gradients = torch.no_grad() if asked.method == "gradient" else torch.inference_mode()
     with (
-        fitting("probe", f"shot {shot.id}"),
+        oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
         tools.progress.phase(shot.id, "probe", total) as bar,
     ):
@@ -85,7 +85,7 @@ def _way(asked: Survey, encoded: Mapping[str, Encoded], riders: int) -> Iterator
     (step, None) after each step."""
     shot = asked.plain
     networks = Networks(shot.model)
-    state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
+    state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
     for stage in (stage for stage in shot.stages if stage.steps.start <= asked.levels[-1]):
         state = yield from _along(asked, stage, state, networks, encoded, riders)
 
@@ -111,7 +111,7 @@ def _along(
             yield step, _place(asked, model, contexts, state, step)
         if step < last:
             one = replace(stage, steps=range(step, step + 1))
-            walk = denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
+            walk = denoise.DenoiseRun(state, shot.schedule, shot.solver, shot.table, contexts, one)
             (at,) = denoise.denoise(model, walk, shot.riders if riders > 1 else 1)
             state = at.state
             yield step, None

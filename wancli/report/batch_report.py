@@ -76,7 +76,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     path = report_path(plan)
     earlier = read(path)
     if path.exists() and earlier is None:
-        atomic.set_aside(path)
+        atomic.move_aside(path)
     if plan.others:
         asked = {entry["output"]: entry for entry in report["shots"]}
         known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
@@ -107,7 +107,7 @@ def report_path(plan: Plan) -> Path:
 
 def read(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
-    return sidecars.document(path, SCHEMA)
+    return sidecars.read_document(path, SCHEMA)
 
 
 def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:

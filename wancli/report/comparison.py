@@ -98,8 +98,8 @@ def pages(
 
     Raises JobError where one would take the place of a video or of a `reserved` name."""
     found = Pages(
-        _pages(sheets, clips, beside, contact_sheet.PAGE) if sheets else [],
-        _pages(videos, clips, beside, side_by_side.GRID) if videos else [],
+        _pages(sheets, clips, beside, contact_sheet.MAX_VIDEOS) if sheets else [],
+        _pages(videos, clips, beside, side_by_side.MAX_VIDEOS) if videos else [],
     )
     taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
     for path in found.paths:
@@ -116,7 +116,7 @@ def draw(found: Record, wanted: Pages, tools: RenderContext) -> None:
     said, brief = (dict(zip(ids, comparison_metrics.lines(found, beside=beside))) for beside in (True, False))
     with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
         for path, part in wanted.sheets:
-            contact_sheet.write(path, contact_sheet.contact_sheet(part, [said[one.id] for one in part]))
+            contact_sheet.write(path, contact_sheet.draw_contact_sheet(part, [said[one.id] for one in part]))
             bar.advance()
         for path, part in wanted.videos:
             _refuse_to_go_on(tools)
@@ -176,7 +176,9 @@ def _of_job(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     if _stands(path, key):
         return
     # A manifest may be of a time when the shot had another id.
-    clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
+    clips = [
+        replace(one, id=shot.id) for one, shot in zip(clip.read_clips([shot.output for shot in done]), done)
+    ]
     by_id = {one.id: one for one in clips}
     beside = {id: by_id[wanted.beside[id]] for id in by_id}
     baseline = by_id.get(wanted.baseline, beside[clips[0].id])
@@ -212,7 +214,7 @@ def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: 
 def _write(path: Path, found: Record) -> None:
     """Over an earlier one; another file of that name moves aside."""
     text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
-    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
@@ -226,7 +228,7 @@ def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
 def _stands(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
-        found = sidecars.document(path, SCHEMA) or {}
+        found = sidecars.read_document(path, SCHEMA) or {}
         return found["key"] == key and all(
             atomic.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )

@@ -23,14 +23,14 @@ def measure(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[Recor
     for one in clips:
         baseline = beside[one.id]
         if baseline.id not in moves:
-            moves[baseline.id] = metrics.motion(baseline.pictures())
+            moves[baseline.id] = metrics.measure_motion(baseline.read_pictures())
         known = moves[baseline.id]
         yield _of_baseline(one, known) if one is baseline else _beside(one, baseline, known)
 
 
 def read(path: Path) -> list[Record] | None:
     """The shots of JOB.compare.json; None if it is no such document."""
-    found = sidecars.document(path, SCHEMA) or {}
+    found = sidecars.read_document(path, SCHEMA) or {}
     shots = found.get("shots")
     if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
         return None
@@ -77,7 +77,7 @@ def _of_baseline(one: Clip, moves: float | None) -> Record:
         "id": one.id,
         "output": str(one.path),
         "baseline": one.id,
-        "frames": one.about.frames,
+        "frames": one.info.frame_count,
         "identical": True,
         "latent_distance": 0.0,
         "latent_from": None,
@@ -91,7 +91,7 @@ def _of_baseline(one: Clip, moves: float | None) -> Record:
 
 
 def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
-    moved = metrics.motion(one.pictures())
+    moved = metrics.measure_motion(one.read_pictures())
     distance, source = _distance(one, baseline)
     why = {} if distance is not None else {"latent_distance": source}
     if moved is None:
@@ -102,7 +102,7 @@ def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
         "id": one.id,
         "output": str(one.path),
         "baseline": baseline.id,
-        "frames": min(one.about.frames, baseline.about.frames),
+        "frames": min(one.info.frame_count, baseline.info.frame_count),
         "identical": False,
         "latent_distance": _rounded(distance),
         "latent_from": None if distance is None else source,
@@ -117,14 +117,14 @@ def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
         sizes = " beside ".join(f"{width}x{height}" for width, height in (one.size, baseline.size))
         why |= dict.fromkeys(("psnr", "ssim", "heatmap"), sizes)
         return found
-    like = metrics.likeness(zip(one.pictures(), baseline.pictures()))
+    like = metrics.compare_frames(zip(one.read_pictures(), baseline.read_pictures()))
     if like.psnr is None:
         why["psnr"] = "no pixel differs"
     if like.ssim is None:
         why["ssim"] = f"smaller than {metrics.WINDOW}x{metrics.WINDOW}"
     height, width = like.heatmap_YX.shape
     return found | {
-        "identical": like.identical and one.about.frames == baseline.about.frames,
+        "identical": like.identical and one.info.frame_count == baseline.info.frame_count,
         "psnr": _rounded(like.psnr),
         "ssim": _rounded(like.ssim),
         "heatmap": {
@@ -137,28 +137,32 @@ def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
 
 def _distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
-    records = [clip.record["latent"] for clip in (one, baseline) if clip.record and "latent" in clip.record]
+    records = [
+        clip.manifest_body["latent"]
+        for clip in (one, baseline)
+        if clip.manifest_body and "latent" in clip.manifest_body
+    ]
     if len(records) < 2:
         return None, "a video without a manifest that knows its latent"
     if records[0]["shape"] != records[1]["shape"]:
         return None, f"latents of {records[0]['shape']} and {records[1]['shape']}"
     stored = [_latent(clip) for clip in (one, baseline)]
     if stored[0] is not None and stored[1] is not None:
-        distance, source = metrics.distance(stored[0], stored[1]), "latents"
+        distance, source = metrics.relative_distance(stored[0], stored[1]), "latents"
     else:
-        distance, source = metrics.sketched_distance(records[0], records[1]), "sketch"
+        distance, source = metrics.sketched_relative_distance(records[0], records[1]), "sketch"
     return distance, source if distance is not None else "the latent of the baseline is zero"
 
 
 def _latent(clip: Clip) -> Any:
     """The array on disk that a video was decoded from, None if it is not there."""
-    if clip.record is None or not clip.latents.exists():
+    if clip.manifest_body is None or not clip.latents_path.exists():
         return None
     try:
-        z_CTYX, facts = tensor_file.load(clip.latents)
+        z_CTYX, facts = tensor_file.load_latent(clip.latents_path)
     except EntryError:
         return None
-    return z_CTYX.numpy() if facts["latents_key"] == clip.record["latents_key"] else None
+    return z_CTYX.numpy() if facts["latents_key"] == clip.manifest_body["latents_key"] else None
 
 
 def _rounded(value: float | None) -> float | None:

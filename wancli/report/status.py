@@ -50,12 +50,12 @@ def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, A
 def _row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
     found: dict[str, Any] = {"step": 0, "steps": shot.steps, "saved": None, "claim": None, "error": None}
-    holder = claims.holder(shot)
+    holder = claims.find_holder(shot)
     found["claim"] = asdict(holder) if holder else None
     if _looks_done(shot):
         return about | {"key": shot.key, "state": "done"} | found | {"step": shot.steps}
-    facts = tensor_file.peek(shot.latents)
-    saved = tensor_file.peek(shot.state)
+    facts = tensor_file.read_record(shot.latents)
+    saved = tensor_file.read_record(shot.state)
     has_latent = facts is not None and facts.get("latents_key") == shot.latents_key
     has_state = saved is not None and saved.get("latents_key") == shot.latents_key
     if has_latent or has_state:

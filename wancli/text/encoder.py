@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.errors import EntryError, ErrorCapture, NotFinite, WancliError
-from wancli.resources.measure import fitting, release
+from wancli.resources.measure import oom_as_error, release_memory
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
 from wancli.text.tokenizer import Tokens, shown
@@ -80,7 +80,7 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
         return
     from wancli.models import t5
 
-    with fitting("encode", str(encoder.files[0])):
+    with oom_as_error("encode", str(encoder.files[0])):
         model = load_encoder(encoder)
     todo = _rotated(list(missing.items()))
     together = len(todo) if encoder.residency == "streamed" else 1  # one pass over fetched weights is enough
@@ -89,10 +89,10 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
             yield Encoded(some[0][0], known, hit=True)
             continue
         of_each: Sequence[Tensor] = ()
-        with ErrorCapture() as attempt, fitting("encode", shown(some[0][1].text)):
+        with ErrorCapture() as attempt, oom_as_error("encode", shown(some[0][1].text)):
             of_each = t5.rows_of_each(model, [tokens.ids for _, tokens in some])
         if attempt.error:
-            release()
+            release_memory()
             yield from (Unencoded(key, attempt.error) for key, _ in some)
         for (key, tokens), rows_NE in zip(some, of_each):
             yield _kept(key, tokens, rows_NE, encoder, store)

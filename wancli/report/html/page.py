@@ -37,13 +37,15 @@ def write(report: Path, kept: Path) -> Path:
 
 def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
     """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
-    shown = {i: thumbnails.poster(entry, kept, make=make) for i, (_, entry) in enumerate(found.entries)}
+    shown = {
+        i: thumbnails.thumbnail_uri(entry, kept, create=make) for i, (_, entry) in enumerate(found.entries)
+    }
     return html(page_data.of_found(found, path, {i: uri for i, uri in shown.items() if uri}))
 
 
 def publish(path: Path, page: bytes) -> None:
     """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
-    sidecars.put(path, page, MARK, len(MARK))
+    sidecars.write_sidecar(path, page, MARK, len(MARK))
 
 
 def html(data: Mapping[str, Any]) -> bytes:

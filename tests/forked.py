@@ -155,14 +155,14 @@ def _source() -> socket.socket:
     return ours
 
 
-def begin(*arguments: object, program: str = WANCLI, **options: Any) -> Forked:
+def start(*arguments: object, program: str = WANCLI, **options: Any) -> Forked:
     """`wancli` with these arguments, or another program."""
     return Forked(_source(), program, arguments, **options)
 
 
 def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
     """`begin`, and what came of it."""
-    with begin(*arguments, **options) as process:
+    with start(*arguments, **options) as process:
         out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 

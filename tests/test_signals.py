@@ -26,16 +26,16 @@ def test_the_first_signal_is_a_request_that_names_it(name: str, status: int) -> 
     number = signal.Signals[name]
     before = signal.getsignal(number)
     with listening() as stop:
-        assert not stop.asked
+        assert not stop.requested
         signal.raise_signal(number)
-        assert (stop.asked, stop.reason) == (True, name)
+        assert (stop.requested, stop.reason) == (True, name)
         error = stop.error("all is saved")
     assert signal.getsignal(number) is before
     assert (str(error), error.status) == (f"stopped by {name}; all is saved", status)
 
 
 def test_nobody_has_asked_a_new_flag() -> None:
-    assert not Stop().asked
+    assert not Stop().requested
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -56,7 +56,7 @@ def test_what_a_script_ignores_stays_ignored() -> None:
     try:
         with listening() as stop:
             signal.raise_signal(signal.SIGINT)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -83,13 +83,13 @@ def test_a_signal_while_planning_ends_with_75(
 def test_a_signal_while_the_report_is_written_lets_it_be_finished(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
 ) -> None:
-    write = batch_report.write
+    write = batch_report.write_report
 
     def disturbed(*arguments: Any) -> Path:
         signal.raise_signal(number)
         return write(*arguments)
 
-    monkeypatch.setattr(batch_report, "write", disturbed)
+    monkeypatch.setattr(batch_report, "write_report", disturbed)
     assert render("-q").code == 0
     assert list(tmp_path.rglob("*.report.json"))
     assert list(tmp_path.rglob("*.html"))

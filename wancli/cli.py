@@ -38,7 +38,7 @@ from wancli.commands import (
 )
 from wancli.commands._common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 from wancli.storage.paths import require_cwd
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def ended(error: WancliError, arguments: list[str]) -> ExitStatus:
     complain(error)
     if isinstance(error, Stopped):
         command = error.command or f"wancli {shlex.join(arguments)}"
-        print(printable(f"  go on: {command}"), file=sys.stderr)
+        print(make_printable(f"  go on: {command}"), file=sys.stderr)
     return error.status
 
 

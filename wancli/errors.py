@@ -164,7 +164,7 @@ class Interrupted(Stopped):
     status, code = ExitStatus.INTERRUPTED, "stopped.interrupted"
 
 
-class Elsewhere(Stopped):
+class ClaimedElsewhere(Stopped):
     """Other workers are at the rest of the batch."""
 
     code = "stopped.elsewhere"
@@ -192,7 +192,7 @@ class Bug(WancliError):
     """Something that wancli did not foresee; the traceback is in a log file."""
 
 
-def kinds() -> list[type[WancliError]]:
+def error_types() -> list[type[WancliError]]:
     """Every kind of error that a user may meet, sorted by exit code; one `code` each."""
     found: list[type[WancliError]] = []
     open_to = WancliError.__subclasses__()
@@ -202,7 +202,7 @@ def kinds() -> list[type[WancliError]]:
     return sorted(found, key=lambda kind: (kind.status, kind.code))
 
 
-def described(kind: type[WancliError]) -> dict[str, Any]:
+def describe_error_type(kind: type[WancliError]) -> dict[str, Any]:
     """Its code, exit code, whether another try may help, and what it means in one line."""
     meaning = (kind.__doc__ or "").partition("\n")[0].removesuffix(".")
     return {
@@ -213,7 +213,7 @@ def described(kind: type[WancliError]) -> dict[str, Any]:
     }
 
 
-def bare(error: WancliError) -> WancliError:
+def strip_traceback(error: WancliError) -> WancliError:
     """The error without the frames it passed, which would keep their tensors as long as it lives."""
     link: BaseException | None = error
     while link:
@@ -223,7 +223,7 @@ def bare(error: WancliError) -> WancliError:
     return error
 
 
-def stack(error: BaseException) -> str:
+def format_frames(error: BaseException) -> str:
     """Where an error comes from, and the shape and dtype of every tensor in the frames on the way."""
     lines = []
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -258,5 +258,5 @@ class ErrorCapture:
 
     def record(self, error: WancliError) -> None:
         """Keeps an error that was caught already."""
-        self.stack = stack(error)
-        self.error = bare(error)
+        self.stack = format_frames(error)
+        self.error = strip_traceback(error)

@@ -70,7 +70,7 @@ class Progress:
         """Something that may be wrong, and does not stop the work."""
 
 
-def progress(stream: TextIO, mode: Mode = "auto") -> Progress:
+def create_progress(stream: TextIO, mode: Mode = "auto") -> Progress:
     """The kind of progress that suits a stream; `auto` draws bars only on a capable terminal."""
     if mode == "auto":
         mode = "bar" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
@@ -87,7 +87,7 @@ def span(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Text that cannot move the cursor or turn the writing direction: such characters are escaped."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -144,7 +144,7 @@ class _Lines(Progress):
         self.note(f"{title}: {_ending(name, phase.done, total)} {span(time.monotonic() - began)}")
 
     def note(self, text: str) -> None:
-        self._stream.write(printable(text) + "\n")
+        self._stream.write(make_printable(text) + "\n")
         self._stream.flush()
 
     def warn(self, text: str) -> None:
@@ -156,7 +156,7 @@ class _BarPhase:
         self._bars, self._task = bars, task
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self._bars.update(self._task, advance=n, note=printable(note), refresh=True)
+        self._bars.update(self._task, advance=n, note=make_printable(note), refresh=True)
 
 
 class _Bars(Progress):
@@ -171,7 +171,7 @@ class _Bars(Progress):
         ending = "[red]stopped after[/]"
         try:
             with self._bars() as bars:
-                task = bars.add_task(name, total=total, shot=printable(shot), note="")
+                task = bars.add_task(name, total=total, shot=make_printable(shot), note="")
                 yield _BarPhase(bars, task)
             done = round(bars.tasks[task].completed)
             ending = f"[{'green' if done >= total else 'red'}]{_ending(name, done, total)}[/]"
@@ -210,4 +210,4 @@ class _Bars(Progress):
     def _line(self, text: str, before: str = "", after: str = "") -> None:
         from rich.markup import escape
 
-        self._console.print(before + escape(printable(text)) + after, soft_wrap=True)
+        self._console.print(before + escape(make_printable(text)) + after, soft_wrap=True)

@@ -25,16 +25,16 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
-        self.enough = False
+        self.failure_limit_reached = False
 
     @property
-    def asked(self) -> bool:
-        return self.enough or self.reason is not None
+    def requested(self) -> bool:
+        return self.failure_limit_reached or self.reason is not None
 
     def error(self, left: str) -> Stopped:
         """What is raised once all that can be saved is saved; `left` says where things stand."""
         kind = Interrupted if self.reason == "SIGINT" else Stopped
-        why = self.reason or ("failed shots" if self.enough else "what no worker told")
+        why = self.reason or ("failed shots" if self.failure_limit_reached else "what no worker told")
         return kind(f"stopped by {why}; {left}")
 
 

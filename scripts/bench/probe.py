@@ -27,8 +27,8 @@ from wancli.engine.context import RenderContext
 from wancli.engine.encode_stage import embed
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
-from wancli.injection.block_map import Map, Method, Shelf
-from wancli.injection.contexts import Contexts
+from wancli.injection.block_map import BlockMap, BlockMapStore, Method
+from wancli.injection.contexts import ContextCache
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
 from wancli.plan.planner import plan
@@ -54,7 +54,7 @@ PAIRS = (
     ),
 )
 METHODS: tuple[Method, ...] = ("inject", "gradient", "skip")
-Found = dict[tuple[int, int, Method], Map]  # by pair, seed and method
+Found = dict[tuple[int, int, Method], BlockMap]  # by pair, seed and method
 
 
 def job(pair: int, seed: int, size: str, **more: Any) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def planned(folder: Path, said: dict[str, Any], *, unmeasured: bool = False) -> 
 def surveyed(folder: Path, tools: RenderContext, pairs: int, seeds: int, size: str) -> Found:
     found: Found = {}
     for pair, seed, method in itertools.product(range(pairs), range(seeds), METHODS):
-        asked = request.survey(planned(folder, job(pair, seed, size)), method, 3, None, None)
-        found[pair, seed, method] = run.measured(asked, tools)
+        asked = request.plan_probe(planned(folder, job(pair, seed, size)), method, 3, None, None)
+        found[pair, seed, method] = run.run_probe(asked, tools)
     return found
 
 
@@ -80,8 +80,8 @@ def rendered(
     folder: Path, tools: RenderContext, found: Found, pair: int, seed: int, size: str
 ) -> tuple[float, float]:
     """Mean |difference| from the plain video: of the top and of the bottom quarter of the blocks."""
-    shelf = Shelf(folder / "cache" / "maps")
-    shelf.keep(found[pair, seed, "inject"])
+    shelf = BlockMapStore(folder / "cache" / "maps")
+    shelf.put(found[pair, seed, "inject"])
     name = f"{pair}-{seed}"
     quarter = found[pair, seed, "inject"].model.blocks // 4
     items = [{"id": f"{name}-plain", "inject": []}] + [
@@ -174,14 +174,14 @@ def _seconds(work: Callable[[], None], times: int) -> float:
     return time.process_time() - began
 
 
-def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.Place:
-    contexts = Contexts(model, rows_NE)
+def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.ProbePoint:
+    contexts = ContextCache(model, rows_NE)
     depth = shot.model.checkpoint.transformer.num_layers
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])
     )
     x_1CTYX = denoise.draw_noise(shot.latent_shape, shot.seed)[None]
-    return sensitivity.Place(model, x_1CTYX, shot.schedule.timesteps[3], plain, injected)
+    return sensitivity.ProbePoint(model, x_1CTYX, shot.schedule.timesteps[3], plain, injected)
 
 
 def main() -> None:
@@ -204,7 +204,7 @@ def main() -> None:
         print(table(("mean of", "early", "middle", "late"), thirds))
         for method in METHODS:
             total = [statistics.mean(values) for values in zip(*_of(found, method))]
-            print(f"- {method}, mean of all: {block_map.suggestion(total, None)}")
+            print(f"- {method}, mean of all: {block_map.suggest_blocks(total, None)}")
         for what, value in costs(folder, tools, said.size):
             print(f"- {what}: {value:.3g}")
     print(f"- {stamp()}")

@@ -18,7 +18,7 @@ from wancli.engine import batch
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import Kept
 from wancli.job import loader as jobfile
-from wancli.job.cli_overrides import NO_FLAGS
+from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.models.dit import WanModel
 from wancli.plan import memory_policy, planner
 from wancli.progress import Progress
@@ -36,7 +36,7 @@ def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
 
     def render(name: str, kept: Kept | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
-        planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+        planned = planner.plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
         tools = RenderContext(Store(warm / "embeddings"), Progress(), kept=kept)
         return [outcome.status for outcome in batch.render(planned, tools)]
 
@@ -90,7 +90,9 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
 ) -> None:
     kept = Kept()
     assert rendered("first", kept) == ["rendered"]
-    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), tmp_path / "hashes.json")
+    planned = planner.plan(
+        jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json"
+    )
     here = kept.networks(planned.shots[0].model, lazily=True)
     network = weakref.ref(here.transformer("only"))
     del here
@@ -123,13 +125,13 @@ def test_what_is_kept_does_not_count_as_taken_by_others(
 ) -> None:
     """The limit is what is free and what the process has: a model is never refused for being loaded."""
     assert rendered("first", Kept()) == ["rendered"]
-    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), warm / "hashes.json")
+    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), warm / "hashes.json")
     shot = planned.shots[0]
     monkeypatch.setattr(machine, "available_memory", lambda: 0)
     monkeypatch.setattr(machine, "process_memory", lambda: shot.peak)
     memory_policy.require(shot)
     encoded, _, decode = shot.phases
-    together = memory_policy.footprint.process(shot.model) + encoded.total + decode.model
+    together = memory_policy.memory_estimate.process(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
         monkeypatch.setattr(machine, "process_memory", lambda limit=limit: limit)
         assert memory_policy.beside(shot) == expected
@@ -139,7 +141,7 @@ def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process
     tmp_path: Path, shallow: Path, warm: Path
 ) -> None:
     job = written(tmp_path, tiny_job(model=shallow))
-    planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+    planned = planner.plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
     began = time.time() + 1000
     list(batch.render(planned, RenderContext(Store(warm / "embeddings"), Progress(), began=began)))
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900

@@ -56,4 +56,6 @@ def test_each_key_that_differs_is_named_with_what_it_was_and_is(shot: Callable[.
     for changes, differs in CASES:
         if "inject" in changes:
             changes = changes | {"inject": [rule(blocks="all") | one for one in changes["inject"]]}
-        assert output_diff.why(shot(**changes)) == (differs and f"made with {differs}"), changes
+        assert output_diff.describe_differences(shot(**changes)) == (differs and f"made with {differs}"), (
+            changes
+        )

@@ -28,7 +28,7 @@ from jobs import (
 )
 
 from wancli import errors
-from wancli.engine.decode_stage import ways
+from wancli.engine.decode_stage import decode_attempts
 from wancli.engine.outcome import Policy, exit_status, of_flags
 from wancli.errors import ErrorCapture
 from wancli.models import t5
@@ -82,7 +82,9 @@ def test_only_errors_that_say_so_are_tried_again_and_not_for_ever() -> None:
     assert [policy.tries_again(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
     assert not policy.tries_again(errors.NotFinite("x"), 1)
     assert not Policy().tries_again(errors.FfmpegError("x"), 1)
-    retryable = {kind for kind in errors.kinds() if kind.retryable and not issubclass(kind, errors.Stopped)}
+    retryable = {
+        kind for kind in errors.error_types() if kind.retryable and not issubclass(kind, errors.Stopped)
+    }
     assert {kind.__name__ for kind in retryable} == {
         "DiskError",
         "FfmpegError",
@@ -226,10 +228,10 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_chunks_and_the_mani
 
 
 def test_each_way_to_decode_takes_less_than_the_one_before() -> None:
-    assert ways("cpu", 4) == [("cpu", 4), ("cpu", 1)]
-    assert ways("cpu", 1) == [("cpu", 1)]
-    assert ways("cuda", 4) == [("cuda", 4), ("cuda", 1), ("cpu", 1)]
-    assert ways("cuda", 1) == [("cuda", 1), ("cpu", 1)]
+    assert decode_attempts("cpu", 4) == [("cpu", 4), ("cpu", 1)]
+    assert decode_attempts("cpu", 1) == [("cpu", 1)]
+    assert decode_attempts("cuda", 4) == [("cuda", 4), ("cuda", 1), ("cpu", 1)]
+    assert decode_attempts("cuda", 1) == [("cuda", 1), ("cpu", 1)]
 
 
 # ---- one bad shot ----
@@ -239,7 +241,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = t5.rows_of_each
-    bad = Tokenizer(SPIECE).ids("a bad one")
+    bad = Tokenizer(SPIECE).to_ids("a bad one")
 
     def rows(model: Any, prompts: Any) -> list[torch.Tensor]:
         return [

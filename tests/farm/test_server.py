@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forked, begin
+from forked import Forked, start
 from forked import run as wancli
 from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
 
@@ -66,7 +66,7 @@ def ended(process: Forked) -> Done:
 
 @contextlib.contextmanager
 def serving(path: Path, *options: object) -> Iterator[Forked]:
-    with begin("serve", "--socket", path, *options) as server:
+    with start("serve", "--socket", path, *options) as server:
         assert server.stderr
         assert re.match(f"wancli serve: at {path}, process {server.pid}\n", server.stderr.readline())
         try:
@@ -225,7 +225,7 @@ def test_a_reader_that_went_away_ends_as_it_does_alone(
 
 
 def test_who_comes_second_waits_and_is_told(there: Path, job: Callable[..., Path], tmp_path: Path) -> None:
-    with busy(there), begin("render", job(), "--progress", "none", "--socket", there) as client:
+    with busy(there), start("render", job(), "--progress", "none", "--socket", there) as client:
         assert client.stderr
         assert client.stderr.readline() == f"wancli: waiting for the render that {there} is busy with\n"
         assert files_in(tmp_path) == []
@@ -237,7 +237,7 @@ def test_who_comes_second_waits_and_is_told(there: Path, job: Callable[..., Path
 def test_who_waits_can_leave_and_nothing_was_begun(
     there: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
 ) -> None:
-    with busy(there), begin("render", job("1"), "--socket", there) as client:
+    with busy(there), start("render", job("1"), "--socket", there) as client:
         assert client.stderr
         assert "waiting" in client.stderr.readline()
         client.send_signal(number)
@@ -257,7 +257,7 @@ def test_a_signal_to_the_client_saves_and_the_same_command_goes_on(
     there: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
 ) -> None:
     path = job("1", **LONG)
-    with begin("render", path, "-q", "--socket", there) as client:
+    with start("render", path, "-q", "--socket", there) as client:
         on_its_way(tmp_path / "1")
         client.send_signal(number)
         stopped = ended(client)
@@ -272,7 +272,7 @@ def test_a_signal_to_the_client_saves_and_the_same_command_goes_on(
 def test_a_client_that_is_killed_has_its_render_saved(
     there: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with begin("render", job("1", **LONG), "-q", "--socket", there) as client:
+    with start("render", job("1", **LONG), "-q", "--socket", there) as client:
         on_its_way(tmp_path / "1")
         client.kill()
     assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0  # when the other is over
@@ -283,7 +283,7 @@ def test_a_client_that_is_killed_has_its_render_saved(
 def test_a_client_that_is_told_and_then_killed_has_its_render_saved(
     there: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with begin("render", job("1", **LONG), "-q", "--socket", there) as client:
+    with start("render", job("1", **LONG), "-q", "--socket", there) as client:
         on_its_way(tmp_path / "1")
         with busy(there):  # so that both reach it before a step is over
             client.send_signal(signal.SIGTERM)
@@ -300,7 +300,7 @@ def test_a_second_signal_ends_at_once_and_says_that_the_server_is_gone(
 ) -> None:
     path = tmp_path / "private" / "s"
     with serving(path) as server:
-        with begin("render", job(**LONG), "-q", "--socket", path) as client:
+        with start("render", job(**LONG), "-q", "--socket", path) as client:
             on_its_way(tmp_path)
             server.send_signal(signal.SIGSTOP)  # so that both come before a step is over
             client.send_signal(signal.SIGTERM)
@@ -319,7 +319,7 @@ def test_a_server_that_dies_is_told_with_75_and_the_same_command_goes_on(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, work = tmp_path / "private" / "s", job("1", **LONG)
-    with serving(path) as server, begin("render", work, "-q", "--socket", path) as client:
+    with serving(path) as server, start("render", work, "-q", "--socket", path) as client:
         on_its_way(tmp_path / "1")
         server.kill()
         done = ended(client)
@@ -337,7 +337,7 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
 ) -> None:
     path = tmp_path / "private" / "s"
     with serving(path) as server:
-        with begin("render", job(**LONG), "-q", "--socket", path) as client:
+        with start("render", job(**LONG), "-q", "--socket", path) as client:
             on_its_way(tmp_path)
             assert wancli("serve", "--stop", "--socket", path).returncode == 0
             assert not path.exists()
@@ -370,7 +370,7 @@ def heard(number: signal.Signals, send: Callable[[], None], *, code: int) -> int
     with signals.listening() as stop:
         send()
         until = time.monotonic() + 30
-        while not stop.asked:
+        while not stop.requested:
             assert time.monotonic() < until
             time.sleep(0.001)
         assert stop.reason == number.name

@@ -59,14 +59,14 @@ def test_a_shot_is_beside_the_one_that_differs_in_the_injection_alone(tmp_path: 
     assert found.baseline == "seed7-strength0"
     job = load(written(tmp_path, tiny_job(compare=True, **swept)))
     assert plan(job, tmp_path / "memo.json").warnings == ()  # its injections of strength 0 are meant
-    assert {id: found.beside[id] for id in found.beside} == {
+    assert {id: found.baselines[id] for id in found.baselines} == {
         f"seed{seed}-strength{strength}": f"seed{seed}-strength0"
         for seed in (7, 8)
         for strength in ("0", "0.5", "1")
     }
     one = decided(tmp_path, compare={"baseline": "seed8-strength1"}, **swept)
     assert one
-    assert {*one.beside.values()} == {"seed8-strength1"}
+    assert {*one.baselines.values()} == {"seed8-strength1"}
 
 
 def test_a_baseline_is_coded_as_what_is_beside_it(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_a_baseline_is_coded_as_what_is_beside_it(tmp_path: Path) -> None:
     output = "out/{crf}-{strength}.mp4"
     found = decided(tmp_path, compare=True, inject=[rule()], matrix=sweep, items=[{}], output=output)
     assert found
-    assert found.beside["crf40-strength1"] == found.beside["crf40-strength0"] == "crf40-strength0"
+    assert found.baselines["crf40-strength1"] == found.baselines["crf40-strength0"] == "crf40-strength0"
 
 
 def test_a_shot_that_no_other_differs_from_in_the_injection_alone_is_beside_the_first(tmp_path: Path) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 8}, {"id": "c", "seed": 9, "inject": [rule()]}]
     found = decided(tmp_path, compare=True, items=items)
     assert found
-    assert found.beside == dict.fromkeys("abc", "a")
+    assert found.baselines == dict.fromkeys("abc", "a")
 
 
 def test_an_item_may_stay_out(tmp_path: Path) -> None:

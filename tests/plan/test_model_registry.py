@@ -59,7 +59,7 @@ def problem(tmp_path: Path, model: Any) -> JobError:
 
 def test_the_example_models_are_all_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANCLI_MODELS", str(ROOT / "configs/models.yaml"))
-    found = model_registry.presets()
+    found = model_registry.registered_models()
     assert found.keys() == yaml.safe_load((ROOT / "configs/models.yaml").read_text()).keys()
     assert found["wan2.2-t2v-a14b"] == Path("/models/Wan2.2-T2V-A14B")
     small = found["my-small-wan"]

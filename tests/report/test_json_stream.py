@@ -15,16 +15,16 @@ from typing import Any
 
 import jsonschema
 import pytest
-from forked import begin
+from forked import start
 from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
 
 from wancli.engine import batch, outcome
-from wancli.errors import FfmpegError, kinds
+from wancli.errors import FfmpegError, error_types
 from wancli.models.dit import WanModel
 from wancli.progress import Progress
 from wancli.report import event_schema, json_stream
 
-SCHEMA = event_schema.of_events()
+SCHEMA = event_schema.build_event_schema()
 _ = jsonschema.Draft202012Validator.check_schema(SCHEMA)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -174,7 +174,7 @@ def test_so_does_a_command_line_that_is_wrong(say: Callable[..., Said], argument
     assert (envelope["ok"], envelope["error"]["code"]) == (False, "usage")
 
 
-@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.code)
+@pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.code)
 def test_whatever_ends_a_batch_is_in_the_envelope(
     say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
@@ -237,7 +237,7 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
 
 def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
     job = written(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
-    with begin("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
+    with start("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
         assert running.stdout
         lines, asked = [], False
         for line in running.stdout:
@@ -309,7 +309,7 @@ def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_p
 
     out = io.StringIO()
     with json_stream.Stream(out) as display:
-        display.came_to(failed("a", kinds()[0]("first")))
+        display.came_to(failed("a", error_types()[0]("first")))
         display.came_to(failed("b", FfmpegError("second")))
         display.ended(FfmpegError.status, None)
     envelope = events(out.getvalue())[-1]

@@ -177,7 +177,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     rows = [row(index) for index in range(1000)]
     counts = {state: sum(r["state"] == state for r in rows) for state in status.STATES}
     document = {"job": "sweep", "counts": counts, "shots": rows, "time": {"seconds": 7300}}
-    shown = [*status.lines(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
+    shown = [*status.format_status(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
     assert len(shown) < 25
     assert shown[0].startswith("sweep, 1,000 shots: 15 done, 15 claimed, 14 half done")
     assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 if TYPE_CHECKING:
     import typer
 
     from wancli.engine.networks import Kept
     from wancli.farm.server import Run
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Mode, Progress
@@ -38,9 +38,9 @@ class Invocation:
 def complain(error: WancliError, prefix: str = "") -> None:
     """The message, then the way out, on stderr."""
     for line in str(error).split("\n"):
-        print(printable(f"wancli: {prefix}{line}"), file=sys.stderr)
+        print(make_printable(f"wancli: {prefix}{line}"), file=sys.stderr)
     for line in error.hint.splitlines():
-        print(printable(f"  {line}"), file=sys.stderr)
+        print(make_printable(f"  {line}"), file=sys.stderr)
 
 
 def emit(document: Any) -> None:
@@ -85,7 +85,7 @@ def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = Fa
         from wancli.report.openjd_progress import OpenJD
 
         return OpenJD(sys.stdout)
-    return progress.progress(sys.stderr, "none" if quiet else mode)
+    return progress.create_progress(sys.stderr, "none" if quiet else mode)
 
 
 def flags_of(
@@ -93,13 +93,13 @@ def flags_of(
     sweeps: list[str] | None = None,
     items: str | None = None,
     shard: str | None = None,
-) -> Flags:
-    from wancli.job.cli_overrides import Flags
+) -> CliOverrides:
+    from wancli.job.cli_overrides import CliOverrides
 
-    return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+    return CliOverrides(tuple(sets or ()), tuple(sweeps or ()), items, shard)
 
 
-def job_of(job: str, flags: Flags) -> JobFile:
+def job_of(job: str, flags: CliOverrides) -> JobFile:
     from wancli.job.loader import load, parse
 
     if job == "-":

@@ -15,17 +15,17 @@ from wancli.engine import encode_stage
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import Networks
 from wancli.errors import JobError, OutputExists
-from wancli.job.cli_overrides import NO_FLAGS, Flags
+from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.loader import JobFile, load, parse
 from wancli.plan import memory_estimate, memory_policy, model_registry
 from wancli.plan.planner import model_at, plan
 from wancli.plan.shot import Model, Prompt
-from wancli.text.embedding import describe, save_embeddings
+from wancli.text.embedding import read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
 from wancli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from wancli.text.prompt_distance import Difference
+    from wancli.text.prompt_distance import PromptDistance
 
 JOB_SUFFIXES = (".yaml", ".yml")
 
@@ -53,7 +53,7 @@ def requested(
     max_tokens: int,
     truncate: bool,
     memo: Path,
-    flags: Flags = NO_FLAGS,
+    flags: CliOverrides = NO_OVERRIDES,
 ) -> list[Work]:
     """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin.
 
@@ -112,7 +112,11 @@ def run(work: Sequence[Work], out: Path | None, tools: RenderContext) -> list[di
 
 
 def pairs(
-    prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path, flags: Flags = NO_FLAGS
+    prompts: Sequence[str],
+    file: Path | None,
+    folder: Path | None,
+    memo: Path,
+    flags: CliOverrides = NO_OVERRIDES,
 ) -> list[Pair]:
     """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
 
@@ -141,7 +145,7 @@ def pairs(
         raise JobError(f"cannot be read: {error.strerror}", where=str(file)) from None
     model = _model(folder, memo)
     if file.suffix == ".safetensors":
-        tokens = describe(data, str(file))
+        tokens = read_tokens(data, str(file))
         if len(tokens) < 2:
             raise JobError("holds one embedding; two are needed", where=str(file))
         a, b = (Prompt(f"{file}.{i}", tokens[i], file, i) for i in (0, 1))
@@ -153,7 +157,7 @@ def pairs(
     return [Pair(model, a, b)]
 
 
-def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> Difference:
+def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> PromptDistance:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 
@@ -167,13 +171,13 @@ def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> Difference:
     return replace(difference, hints=(*said, wan_mini.DIFFERENCES_HINT))
 
 
-def _refuse(flags: Flags) -> None:
-    if flags != NO_FLAGS:
+def _refuse(flags: CliOverrides) -> None:
+    if flags != NO_OVERRIDES:
         raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
 
 
 def prompt_of(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
-    tokens = Tokenizer(model.checkpoint.tokenizer).tokens(text, max_tokens, truncate)
+    tokens = Tokenizer(model.checkpoint.tokenizer).tokenize(text, max_tokens, truncate)
     return Prompt(model.encoder.key(tokens), tokens)
 
 
@@ -187,7 +191,7 @@ def _of_job(job: JobFile, memo: Path) -> list[Work]:
 def _model(folder: Path | None, memo: Path) -> Model:
     said = str(folder) if folder else wan_mini.NAME
     model = model_at(
-        model_registry.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
+        model_registry.resolve_model(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
     )
     longest = memory_estimate.encoding(model, [512])
     if memory_estimate.process(model) + longest.total > memory_policy.limit(model):

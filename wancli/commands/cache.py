@@ -18,7 +18,7 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
     from wancli.report import batch_report, terminal
 
-    rows = batch_report.of_cache(store_of(cache_dir))
+    rows = batch_report.cache_rows(store_of(cache_dir))
     if as_json:
         emit(rows)
     else:

@@ -33,10 +33,10 @@ def check_command(
     from wancli.report import terminal
 
     if Path(what).is_dir():
-        found = verify.folder(Path(what), deep=deep)
+        found = verify.check_folder(Path(what), deep=deep)
     else:
         plan = plan_of(job_of(what, flags_of(sets, sweeps, items, shard)), cache_dir)
-        found = verify.shots(plan.shots, deep=deep)
+        found = verify.check_shots(plan.shots, deep=deep)
     if as_json:
         emit(found.as_dict())
     else:

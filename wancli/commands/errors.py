@@ -16,7 +16,7 @@ def errors_command(as_json: Json = False) -> int:
     from wancli.report import terminal
 
     if as_json:
-        emit([errors.described(kind) for kind in errors.kinds()])
+        emit([errors.describe_error_type(kind) for kind in errors.error_types()])
     else:
-        terminal.show(terminal.error_lines(errors.kinds()))
+        terminal.show(terminal.error_lines(errors.error_types()))
     return ExitStatus.OK

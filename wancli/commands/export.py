@@ -15,7 +15,7 @@ from wancli.commands._options import Items, JobArgument
 from wancli.errors import JobError
 
 if TYPE_CHECKING:
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import Item
 
 
@@ -87,7 +87,7 @@ def openjd_command(
     print(text, end="")
 
 
-def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Path | None]:
+def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, CliOverrides, Path | None]:
     """Where the job is, and the flags and the cache among the options of a render. Raises what that would."""
     from wancli.commands.render import render
 
@@ -110,13 +110,13 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Pat
     return Path(job).resolve(), flags, given["cache_dir"]
 
 
-def _shots(job: Path, flags: Flags) -> list[Item]:
+def _shots(job: Path, flags: CliOverrides) -> list[Item]:
     """Those that are asked for. Raises JobError for what is wrong with the job, and for items that are not
     there."""
     from wancli.job.loader import load
 
     jobs = load(job, flags)
-    return [jobs.items[index] for index in jobs.chosen]
+    return [jobs.items[index] for index in jobs.selected]
 
 
 def _gpus_of(shots: list[Item]) -> int:

@@ -10,7 +10,7 @@ import typer
 from wancli.commands._common import emit, flags_of, job_of, plan_of, rates_of, store_of
 from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 
 def plan_command(
@@ -40,20 +40,20 @@ def plan_command(
 
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
-    store, known = store_of(cache_dir), throughput.read(rates_of(cache_dir))
-    states = batch_report.states(plan.shots)
+    store, known = store_of(cache_dir), throughput.read_rates(rates_of(cache_dir))
+    states = batch_report.output_states(plan.shots)
     if as_json:
-        emit(batch_report.of_plan(plan, states, store, known))
+        emit(batch_report.plan_document(plan, states, store, known))
     else:
         tables = plan_tables.plan_tables(
             plan, states, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
         for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
-            print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
+            print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
     limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
-            encoded = all(text["cached"] for text in batch_report.cached([shot], store))
+            encoded = all(text["cached"] for text in batch_report.prompt_rows([shot], store))
             memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
     return ExitStatus.OK

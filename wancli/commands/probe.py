@@ -11,7 +11,7 @@ import typer
 from wancli.commands._common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
 from wancli.commands._options import CacheDir, JobArgument, Json, Progressing, ProgressMode, Quiet, Sets
 from wancli.errors import ExitStatus, OutputExists
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 
 class MethodName(StrEnum):
@@ -68,19 +68,21 @@ def probe_command(
 
     display = display_of(progress.value, quiet)
     planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
-    asked = request.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
+    asked = request.plan_probe(
+        planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
+    )
     path = _free(output or planned.companion(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.listening() as stop:
-        found = run.measured(asked, RenderContext(store_of(cache_dir), display, stop=stop))
-    block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
+        found = run.run_probe(asked, RenderContext(store_of(cache_dir), display, stop=stop))
+    block_map.BlockMapStore(cache_of(cache_dir) / "maps").put(found)
     block_map.write(path, found)
     if as_json:
         emit(found.as_dict())
     else:
         terminal.show(block_map_text.map_lines(found))
-        print(printable(f"map: {path}"))
+        print(make_printable(f"map: {path}"))
     return ExitStatus.OK
 
 

@@ -38,7 +38,7 @@ from wancli.commands._options import (
 )
 from wancli.commands._render_reporter import Telling
 from wancli.engine import outcome
-from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
+from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from wancli.engine.context import RenderContext
     from wancli.engine.outcome import Outcome, Policy
     from wancli.farm.ray_driver import Cluster
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Progress
@@ -113,11 +113,11 @@ def render(
     return status
 
 
-def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
-    from wancli.job.loader import of_prompt
+def _said(job: str | None, prompt: str | None, output: str | None, flags: CliOverrides) -> JobFile:
+    from wancli.job.loader import build_prompt_job
 
     if prompt is not None and job is None:
-        return of_prompt(prompt, output or "{slug}.mp4", flags)
+        return build_prompt_job(prompt, output or "{slug}.mp4", flags)
     if job is None or prompt is not None or output is not None:
         raise JobError(
             "give a job file, or --prompt",
@@ -171,7 +171,7 @@ def _work(
     tools: RenderContext,
     cluster: Cluster | None,
     job: str,
-    flags: Flags,
+    flags: CliOverrides,
     cache_dir: Path | None,
     *,
     measuring: bool,
@@ -205,13 +205,13 @@ def _rendered(
         for outcome in _traced(work, telling.level):
             outcomes.append(outcome)
             telling.came_to(outcome)
-        comparison.after(plan, tools)
+        comparison.run_comparison(plan, tools)
     except Stopped as error:
         return outcomes, error
     except BaseException:
         if outcomes:
             with suppress(WancliError):  # the first error is the one to tell
-                batch_report.write(plan, batch_report.build(plan, outcomes))
+                batch_report.write_report(plan, batch_report.build_report(plan, outcomes))
         raise
     return outcomes, None
 
@@ -225,5 +225,5 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
             yield outcome
     except Exception as error:
         if log_level is LogLevel.trace:
-            print(stack(error), file=sys.stderr)
+            print(format_frames(error), file=sys.stderr)
         raise

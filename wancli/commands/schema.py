@@ -22,5 +22,5 @@ def schema_command(
     from wancli.job import json_schema
     from wancli.report import event_schema
 
-    emit(event_schema.of_events() if events else json_schema.of_job())
+    emit(event_schema.build_event_schema() if events else json_schema.job_schema())
     return ExitStatus.OK

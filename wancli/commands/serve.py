@@ -14,7 +14,7 @@ import typer
 from wancli.commands._common import Invocation, cache_of, flags_of, job_of, plan_of
 from wancli.commands._options import CacheDir, Sets
 from wancli.errors import ExitStatus, JobError, WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 if TYPE_CHECKING:
     from wancli.farm.daemon import Background
@@ -103,7 +103,9 @@ def _say_where(path: Path, said: str, *, ready: bool) -> None:
     state = "serves" if ready else "is starting"
     ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
     how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
-    print(printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr)
+    print(
+        make_printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr
+    )
 
 
 def _serve(
@@ -129,6 +131,6 @@ def _serve(
         listener = stack.enter_context(listening(path))
         if background:
             background.ready()
-        print(printable(f"wancli serve: at {path}, process {os.getpid()}"), file=sys.stderr, flush=True)
+        print(make_printable(f"wancli serve: at {path}, process {os.getpid()}"), file=sys.stderr, flush=True)
         os.chdir("/")  # so that no file system is held
         server.serve(listener)

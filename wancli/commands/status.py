@@ -26,9 +26,9 @@ def status_command(
     from wancli.report import status, terminal
 
     plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir)
-    found = status.of_plan(plan, store_of(cache_dir), throughput.read(rates_of(cache_dir)))
+    found = status.status_document(plan, store_of(cache_dir), throughput.read_rates(rates_of(cache_dir)))
     if as_json:
         emit(found)
     else:
-        terminal.show(status.lines(found, datetime.now(UTC)))
+        terminal.show(status.format_status(found, datetime.now(UTC)))
     return ExitStatus.OK

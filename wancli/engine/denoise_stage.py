@@ -29,7 +29,7 @@ from wancli.video import metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.injection.contexts import Contexts, Effect
+    from wancli.injection.contexts import ContextCache, Effect
     from wancli.models.dit import WanModel
     from wancli.sampling.denoise import DenoiseRun, StepResult
     from wancli.weights.lora.patch import Loras
@@ -65,7 +65,7 @@ def advance(
     """
     import torch
 
-    from wancli.injection.contexts import Contexts
+    from wancli.injection.contexts import ContextCache
     from wancli.sampling import denoise
 
     stages = [replace(stage, steps=steps) for one in group if (stage := one.next_stage)]
@@ -78,7 +78,10 @@ def advance(
     rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in texts}
 
     def taken() -> list[Record]:
-        return [networks.loading, manifest_body.phase("sample", peak) | {"shots": len(group) + len(heirs)}]
+        return [
+            networks.loading,
+            manifest_body.phase_record("sample", peak) | {"shots": len(group) + len(heirs)},
+        ]
 
     with (
         torch.inference_mode(),
@@ -86,12 +89,12 @@ def advance(
         tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
     ):
         patches.at(loras, steps[0], expert)
-        contexts = Contexts(model, rows_NE)
+        contexts = ContextCache(model, rows_NE)
         _start(group, heirs, model, encoded)
         walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
         results = denoise.denoise_batch(model, walks, _riders(group))
         for step in steps:
-            if tools.stop.asked:
+            if tools.stop.requested:
                 break
             for one, walk, at in zip(group, walks, next(results)):
                 _note(one, walk, at, tools)
@@ -104,7 +107,7 @@ def advance(
                         peak.update()
                         save(one, taken())
                 if patches.at(loras, step + 1, expert):
-                    contexts.forget()
+                    contexts.clear()
     for one in group:
         assert one.state is not None
         one.state = one.state.to("cpu")
@@ -145,7 +148,7 @@ def _start(
         one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
 
 
-def _walk(one: Underway, stage: Stage, contexts: Contexts) -> DenoiseRun:
+def _walk(one: Underway, stage: Stage, contexts: ContextCache) -> DenoiseRun:
     from wancli.sampling import denoise
 
     assert one.state is not None
@@ -161,7 +164,7 @@ def _note(one: Underway, walk: DenoiseRun, at: StepResult | NotFinite, tools: Re
         return
     one.step, one.state = at.step, at.state
     one.read |= at.cells_read
-    one.first_step = one.first_step or manifest_body.since(tools.began)
+    one.first_step = one.first_step or manifest_body.seconds_since(tools.began)
     if walk.effects:
         one.effects += [asdict(effect) for effect in walk.effects]
         walk.effects.clear()
@@ -179,17 +182,17 @@ def keep(
     shot = one.shot
     assert one.state is not None
     check_hits(shot.table, frozenset(one.read))
-    facts = manifest_body.of_shot(shot) | {
-        "prompts": [manifest_body.of_prompt(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
+    facts = manifest_body.shot_record(shot) | {
+        "prompts": [manifest_body.prompt_record(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
-        "injection": manifest_body.of_injection(shot, one.read, one.differences),
-        "loras": manifest_body.of_loras(shot, loras),
+        "injection": manifest_body.injection_records(shot, one.read, one.differences),
+        "loras": manifest_body.lora_records(shot, loras),
         "effects": one.effects,
         "first_step_after": one.first_step,
         "phases": [stage1, *one.phases],
     }
     z_CTYX = one.state.x
-    facts = manifest_body.plain(facts | {"latent": metrics.sketch_latent(z_CTYX.numpy())})
+    facts = manifest_body.to_plain_json(facts | {"latent": metrics.sketch_latent(z_CTYX.numpy())})
     atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
     tensor_file.save_latent(shot.latents, z_CTYX, facts)
     atomic.remove(shot.state)

@@ -50,7 +50,7 @@ def embed_each(
                 failed[result.key] = ErrorCapture()
                 failed[result.key].record(result.error)
             bar.advance()
-            if tools.stop.asked and len(found) + len(failed) < len(texts):
+            if tools.stop.requested and len(found) + len(failed) < len(texts):
                 raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer.text_dim
     for id, done in found.items():
@@ -59,4 +59,4 @@ def embed_each(
             message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
             failed[id] = ErrorCapture()
             failed[id].record(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
-    return found, failed, manifest_body.phase("encode", peak)
+    return found, failed, manifest_body.phase_record("encode", peak)

@@ -55,7 +55,7 @@ class Networks:
                 self.model.kernels,
                 self.lazily,
             )
-        self.loading = manifest_body.phase("load", peak)
+        self.loading = manifest_body.phase_record("load", peak)
         self._loaded = expert, network
         return network
 
@@ -93,7 +93,7 @@ class Networks:
         self._loras.clear()
         with PeakMemory() as peak:
             pass
-        self.loading = manifest_body.phase("load", peak) | {"seconds": 0.0}
+        self.loading = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
 
     def release(self) -> None:
         """Gives the memory back; what is used next is loaded anew."""

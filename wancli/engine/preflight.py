@@ -97,16 +97,16 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     """
     if not os.path.lexists(shot.output) and not shot.manifest.exists():
         return "to do", "no manifest"  # most of a fresh batch, whose keys are slow to compute
-    wrong = manifest.problems(shot.output, shot.key)
+    wrong = manifest.find_problems(shot.output, shot.key)
     if not wrong:
         return "done", ""
     why = wrong[0].rpartition(": ")[2]
     if not os.path.lexists(shot.output) or _unrecorded(shot):
         return "to do", why
-    if not manifest.problems(shot.output, shot.key):  # another worker has finished it just now
+    if not manifest.find_problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
     ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
-    return ("damaged", why) if ours else ("in the way", output_diff.why(shot) or why)
+    return ("damaged", why) if ours else ("in the way", output_diff.describe_differences(shot) or why)
 
 
 def finished(shot: Shot) -> bool:

@@ -85,7 +85,7 @@ def begin(shot: Shot, tools: RenderContext) -> Underway:
         return Underway(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}
     past = {name: facts[name] for name in ("effects", "differences")}
-    past["phases"] = manifest_body.earlier(facts["phases"])
+    past["phases"] = manifest_body.mark_earlier(facts["phases"])
     return Underway(shot, facts["step"], state, read, **past, saved=facts["step"])
 
 
@@ -109,7 +109,7 @@ def save(one: Underway, phases: Sequence[Record] = ()) -> None:
         "differences": one.differences,
         "phases": [*one.phases, *_unknown(phases, one.phases)],
     }
-    state_file.save_state(one.shot.state, one.state, manifest_body.plain(facts))
+    state_file.save_state(one.shot.state, one.state, manifest_body.to_plain_json(facts))
     one.saved, one.unsaved_since = one.step, time.monotonic()
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.farm import local_socket
-from wancli.progress import printable
+from wancli.progress import make_printable
 from wancli.storage.paths import require_cwd
 
 _PATIENCE = 0.5  # seconds without an answer after which a server is busy
@@ -128,7 +128,7 @@ class _Render:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(printable(f"wancli: {text}\n"))
+    sys.stderr.write(make_printable(f"wancli: {text}\n"))
 
 
 @contextmanager

@@ -126,8 +126,8 @@ def _spread(
     count = len(idle)
     busy: dict[Any, tuple[_Seat, list[Shot]]] = {}
     ending: WancliError | None = None
-    while busy or (waves and not (ending or tools.stop.asked)):
-        while idle and waves and not (ending or tools.stop.asked):
+    while busy or (waves and not (ending or tools.stop.requested)):
+        while idle and waves and not (ending or tools.stop.requested):
             seat, wave = _match(idle, waves)
             tools.progress.note(f"{several(wave)}: to worker {seat.number} of {count}")
             busy[seat.actor.render.remote({shot.index: shot.key for shot in wave})] = seat, wave
@@ -148,7 +148,7 @@ def _spread(
                 where="--engine ray",
                 hint="The logs of Ray say why; too little memory is most likely. The same command goes on.",
             )
-        if ending or tools.stop.asked:
+        if ending or tools.stop.requested:
             for seat, _ in busy.values():  # more than once: one may just have been started again
                 seat.actor.stop.remote(tools.stop.reason or "SIGTERM")
     if ending:
@@ -198,7 +198,7 @@ def _seen(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
     """What a worker says is done, once this host finds it so."""
     with suppress(OSError):
         list(shot.output.parent.iterdir())  # makes NFS ask its server
-    if wrong := manifest.problems(shot.output, shot.key):
+    if wrong := manifest.find_problems(shot.output, shot.key):
         error = MachineError(
             f"a worker says it is {status}; not so on {socket.gethostname()}: {wrong[0]}",
             where=str(shot.output),

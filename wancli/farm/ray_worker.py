@@ -17,8 +17,8 @@ from wancli.engine import batch
 from wancli.engine.context import Force
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
-from wancli.errors import Bug, MachineError, Stopped, WancliError, kinds
-from wancli.job.cli_overrides import Flags
+from wancli.errors import Bug, MachineError, Stopped, WancliError, error_types
+from wancli.job.cli_overrides import CliOverrides
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Task:
 
     job: str
     folder: str  # where the command was given: relative paths begin there
-    flags: Flags
+    flags: CliOverrides
     cache: str
     measure: bool
     force: Force | None  # as the driver found the outputs
@@ -115,5 +115,5 @@ def wired(error: WancliError) -> Record:
 
 def unwired(said: Record) -> WancliError:
     """The error that was `wired`."""
-    kind = next((kind for kind in kinds() if kind.code == said["code"]), Bug)
+    kind = next((kind for kind in error_types() if kind.code == said["code"]), Bug)
     return kind(said["message"], where=said["where"], hint=said["hint"])

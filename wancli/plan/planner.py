@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.block_map import Shelf
+from wancli.injection.block_map import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
-from wancli.plan.injections import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
-from wancli.plan.prompts import Prompts
-from wancli.plan.sampler import way_of
+from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
+from wancli.plan.prompts import PromptResolver
+from wancli.plan.sampler import resolve_sampler
 from wancli.plan.shot import Interval, Model, Plan, Prompt, Shot
 from wancli.resources import machine
 from wancli.storage.paths import output_path, slugify
-from wancli.text.encoder import Encoder
+from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
@@ -41,9 +41,9 @@ def plan(
     of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
-    located = model_registry.Locations()
-    shelf = Shelf(memo.parent / "maps", open_=unmeasured)
-    lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
+    located = model_registry.ModelLocations()
+    shelf = BlockMapStore(memo.parent / "maps", allow_missing=unmeasured)
+    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, memo))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
@@ -57,12 +57,14 @@ def plan(
         kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
         raise kind("\n".join(lines), hint="\n".join(hints))
     _refuse_collisions(shots, jobs)
-    chosen = set(jobs.chosen)
+    chosen = set(jobs.selected)
     asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
     asked = batching.arranged(asked)
     others = tuple(shot for shot in shots if shot.index not in chosen)
-    comparison = baseline.decide(jobs, shots)
-    return Plan(jobs.name, tuple(asked), tuple(warnings.of_shots(asked, comparison)), others, comparison)
+    comparison = baseline.plan_comparison(jobs, shots)
+    return Plan(
+        jobs.name, tuple(asked), tuple(warnings.collect_warnings(asked, comparison)), others, comparison
+    )
 
 
 def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
@@ -73,7 +75,7 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     )
     usual: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on]
     runs_in: Any = usual if dtype == "auto" else dtype
-    encoder = Encoder(
+    encoder = EncoderSpec(
         files=checkpoint.text_encoder_files,
         naming=checkpoint.text_encoder.naming,
         fingerprint=fingerprint(checkpoint.text_encoder_files, memo),
@@ -104,10 +106,10 @@ def _housed(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Sh
         if made and said.residency in ("resident", "streamed"):
             raise JobError(
                 f"{said.residency} weights are not made fp8, which is done in memory",
-                where=item.where("memory", "residency"),
+                where=item.location("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
-        own = None if said.budget is None else parse_size(said.budget, item.where("memory", "budget"))
+        own = None if said.budget is None else parse_size(said.budget, item.location("memory", "budget"))
         asked.append(memory_policy.Asked(said.residency, said.chunk, own if budget is None else budget))
     return memory_policy.settle(shots, asked)
 
@@ -118,24 +120,26 @@ def _shot(
     item: Item,
     source: Location,
     model_for: Callable[[Location, str, str], Model],
-    lora_for: Callable[..., loras.Fitting],
+    lora_for: Callable[..., loras.MatchedLora],
     measure: bool,
-    shelf: Shelf,
+    shelf: BlockMapStore,
 ) -> Shot:
     job = item.job
     model = _model(item, source, model_for)
     variant = model.checkpoint.variant
-    way = way_of(item, variant)
+    way = resolve_sampler(item, variant)
     width, height = _size(item, variant)
     prompt, negative, injected = _texts(item, model, guided=any(part.guidance != 1 for part in way.stages))
     transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
-    rules, choices = compiled(item, (prompt, *injected), model, shelf, sigmas, way.stages)
+    rules, choices = compile_rules(item, (prompt, *injected), model, shelf, sigmas, way.stages)
     lora_paths = [
-        model_registry.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
+        model_registry.resolve_path(
+            item.base_dir("loras", i, "path"), entry.path, item.location("loras", i, "path")
+        )
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
-    decided = loras.decide(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
+    decided = loras.decide_loras(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -167,29 +171,29 @@ def _shot(
         output=Path(),
         choices=choices,
     )
-    refuse_rules_without_cells(shot, item)
-    refuse_lerps_of_joined(shot, item)
+    refuse_rules_without_effect(shot, item)
+    refuse_lerp_after_concat(shot, item)
     return _named(shot, jobs, item)
 
 
 def _model(item: Item, source: Location, model_for: Callable[[Location, str, str], Model]) -> Model:
-    memory, computing = item.job.memory, backends.said(item)
+    memory, computing = item.job.memory, backends.read_compute_options(item)
     try:
         model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
     except CheckpointError as error:
-        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
+        raise CheckpointError(str(error), where=item.location("model"), hint=error.hint) from None
     return replace(model, kernels=computing)
 
 
 def _texts(item: Item, model: Model, *, guided: bool) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
     """The prompt, the negative one where guidance needs it, and the injected ones."""
-    job, prompts = item.job, Prompts(item, model)
-    prompt = prompts.get(job.prompt, "prompt")
-    negative = prompts.negative(job.negative, model.checkpoint.variant.negative) if guided else None
+    job, prompts = item.job, PromptResolver(item, model)
+    prompt = prompts.resolve(job.prompt, "prompt")
+    negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
     return (
         prompt,
         negative,
-        tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
+        tuple(prompts.resolve(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
     )
 
 
@@ -197,7 +201,7 @@ def _interval(item: Item) -> Interval:
     said = item.job.save_every
     if isinstance(said, int):
         return Interval(steps=said)
-    return Interval(seconds=parse_duration(said, item.where("save_every")))
+    return Interval(seconds=parse_duration(said, item.location("save_every")))
 
 
 def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
@@ -215,18 +219,18 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         output = output_path(jobs.directory, item.job.output, fields)
         folder = output.parent.resolve()
     except JobError as error:
-        raise JobError(error.message, where=item.where("output"), hint=error.hint) from None
+        raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
     except RuntimeError as error:  # a symbolic link to itself
-        raise JobError(str(error), where=item.where("output")) from None
+        raise JobError(str(error), where=item.location("output")) from None
     if output.suffix != ".mp4":
-        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.where("output"))
+        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
     return replace(shot, output=folder / output.name)
 
 
 def _size(item: Item, variant: Variant) -> tuple[int, int]:
     if item.job.size is None:
         return variant.width, variant.height
-    where = item.where("size")
+    where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
@@ -246,7 +250,7 @@ def _frames(item: Item, variant: Variant) -> int:
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
-        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.where("frames"))
+        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.location("frames"))
     return frames
 
 
@@ -258,7 +262,7 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
         if other := seen.get(folded):
             raise JobError(
                 f"shots {other.index} and {shot.index} would both write {shot.output}",
-                where=jobs.items[shot.index].where("output"),
+                where=jobs.items[shot.index].location("output"),
                 hint="Put {item}, {id} or {seed} into the output template.",
             )
         seen[folded] = shot

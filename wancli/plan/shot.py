@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli.injection.block_map import Choice
+from wancli.injection.block_map import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import Expert, Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.plan import memory_estimate
@@ -21,7 +21,7 @@ from wancli.resources.memory_model import Phase, Residency
 from wancli.sampling.solvers import Schedule, build_schedule
 from wancli.sampling.stages import Stage, split_stages
 from wancli.storage.paths import slugify
-from wancli.text.encoder import Encoder
+from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokens
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
@@ -54,7 +54,7 @@ class Model:
     vae_sizes: VAEConfig | VAE22Config
     transformer: str  # SHA-256, of both experts where there are two
     vae: str  # SHA-256
-    encoder: Encoder
+    encoder: EncoderSpec
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
@@ -126,7 +126,7 @@ class Shot:
     output: Path
     shared: Shared | None = None  # changes no pixel
     fork: Fork | None = None  # the steps that another shot takes for it; likewise
-    choices: tuple[Choice, ...] = ()  # the blocks of its rules that a measured map chose
+    choices: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -179,7 +179,7 @@ class Shot:
 
     @property
     def injects(self) -> bool:
-        return any(rule.on for rule in self.rules)
+        return any(rule.is_active for rule in self.rules)
 
     @property
     def sharing(self) -> int:
@@ -237,7 +237,7 @@ class Shot:
 class Comparison:
     """What is made of shots together, once they are done: by the id of each that of the shot it is beside."""
 
-    beside: Mapping[str, str]
+    baselines: Mapping[str, str]
     baseline: str  # of those that have none of their own
     sheet: bool
     video: bool

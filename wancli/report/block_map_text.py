@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli.injection.block_map import Map, as_blocks, ranked
+from wancli.injection.block_map import BlockMap, format_blocks, rank
 from wancli.report.terminal import bar, ruler
 from wancli.units import format_seconds, pluralize
 
 STRONGEST = 8
 
 
-def map_lines(found: Map) -> Iterator[str]:
+def map_lines(found: BlockMap) -> Iterator[str]:
     """Within 80 columns for models of up to 60 blocks. Each strip goes from 0 to its own largest value."""
     levels = len(found.levels)
     places = pluralize(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
@@ -25,7 +25,7 @@ def map_lines(found: Map) -> Iterator[str]:
         yield f"{'mean' if levels else 'all steps':>18}  {_strip(found, found.total)}"
     yield ""
     line = "strongest:"
-    for place in ranked(found.total)[:STRONGEST]:
+    for place in rank(found.total)[:STRONGEST]:
         part = f"  {_named(found, place)} {_amount(found, found.total[place])}"
         if len(line) + len(part) > 80:
             yield line
@@ -35,7 +35,7 @@ def map_lines(found: Map) -> Iterator[str]:
     yield f"suggestion: blocks: {found.suggestion}"
 
 
-def _strip(found: Map, values: Sequence[float]) -> str:
+def _strip(found: BlockMap, values: Sequence[float]) -> str:
     """One character for each block; that of a range is the range's."""
     top = max(values) or 1.0
     shares = [0.0] * found.model.blocks
@@ -46,9 +46,9 @@ def _strip(found: Map, values: Sequence[float]) -> str:
     return bar(shares)
 
 
-def _named(found: Map, place: int) -> str:
-    return str(place) if found.ranges is None else as_blocks(found.ranges[place])
+def _named(found: BlockMap, place: int) -> str:
+    return str(place) if found.ranges is None else format_blocks(found.ranges[place])
 
 
-def _amount(found: Map, value: float) -> str:
+def _amount(found: BlockMap, value: float) -> str:
     return f"({value:.2f})" if found.method == "render" else f"({100 * value:.2f} %)"

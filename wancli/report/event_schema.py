@@ -106,7 +106,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def of_events() -> dict[str, Any]:
+def build_event_schema() -> dict[str, Any]:
     """JSON Schema 2020-12 of one line. What later versions add is more types and keys under the same name."""
     head = {"schema": {"const": SCHEMA}, "time": {"type": "string", "format": "date-time"}}
     return {

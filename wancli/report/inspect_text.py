@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli.progress import printable
+from wancli.progress import make_printable
 from wancli.units import format_bytes
 
 COLUMNS, LABEL = 80, 16
@@ -29,7 +29,7 @@ def inspect_lines(document: Mapping[str, Any]) -> Iterator[str]:
     root = Path(document["path"])
     said = [] if document["layout"] == "file" else [f"{document['layout']} layout"]
     said += [document["variant"]] if document["variant"] else []
-    yield printable(f"{root}{': ' if said else ''}{', '.join(said)}")
+    yield make_printable(f"{root}{': ' if said else ''}{', '.join(said)}")
     if document["defaults"]:
         yield from _row("made for", made_for(document["defaults"]))
     refused = any(part["refusal"] for part in document["parts"])
@@ -43,7 +43,7 @@ def inspect_lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield from _part(part, folder)
     for file in document.get("deep", ()):
         yield ""
-        yield printable(_relative(file["file"], folder))
+        yield make_printable(_relative(file["file"], folder))
         yield from _row("sha256", file["sha256"])
         bad = file["not_finite"]
         found = "all finite" if bad == [] else "not looked at, for they are GGUF blocks"
@@ -63,7 +63,7 @@ def made_for(row: Mapping[str, Any]) -> str:
 
 def _part(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
     expert = f", {part['expert']}-noise expert" if part["expert"] else ""
-    yield printable(f"{part['kind']}: {part['name']}{expert}")
+    yield make_printable(f"{part['kind']}: {part['name']}{expert}")
     first, *others = (_relative(file, folder) for file in part["files"])
     within = Path(first).parent
     yield from _row("file", f"{len(others) + 1} shards in {within}" if others else first)
@@ -154,7 +154,7 @@ def _relative(file: str, folder: Path) -> str:
 
 def _row(label: str, value: str) -> Iterator[str]:
     yield from textwrap.wrap(
-        printable(value),
+        make_printable(value),
         COLUMNS,
         initial_indent=f"  {label:<{LABEL - 2}}",
         subsequent_indent=" " * LABEL,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from wancli.errors import Stopped
-from wancli.progress import Phase, Progress, printable
+from wancli.progress import Phase, Progress, make_printable
 from wancli.stdio import line
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class OpenJD(Progress):
 
     def _say(self, kind: str, text: str) -> None:
         # On one line: what came on a second one could be another message, a text of the job's choice.
-        line(self._out, f"openjd_{kind}: {' '.join(printable(text).split(chr(10)))}")
+        line(self._out, f"openjd_{kind}: {' '.join(make_printable(text).split(chr(10)))}")
 
 
 class _Phase:

@@ -7,8 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wancli.plan import alternatives
-from wancli.progress import printable
-from wancli.report.batch_report import cached, memory_rows, most_needing, steps_of, time_of, todo
+from wancli.progress import make_printable
+from wancli.report.batch_report import (
+    count_steps,
+    estimate_time,
+    largest_shots,
+    memory_rows,
+    prompt_rows,
+    shots_to_render,
+)
 from wancli.report.shorten import fitted
 from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
 from wancli.units import format_seconds, pluralize
@@ -47,7 +54,7 @@ def plan_tables(
     yield from _shots_table(plan.shots, states, hidden)
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
-    steps = steps_of(plan.shots)
+    steps = count_steps(plan.shots)
     if steps["shared"]:
         taken = steps["all"] - steps["shared"]
         yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
@@ -60,18 +67,18 @@ def plan_tables(
         for shot in plan.shots:
             yield from shot_lines(shot)
     yield from dict.fromkeys(lora_line(use) for shot in plan.shots for use in shot.loras)
-    prompts = cached(plan.shots, store)
+    prompts = prompt_rows(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    time = time_of(todo(plan.shots, states), store, known)
+    time = estimate_time(shots_to_render(plan.shots, states), store, known)
     yield memory_table(memory_rows(plan.shots), time["phases"])
     for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.why):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
     yield from time_lines(time)
     if others:
-        for shot in most_needing(plan.shots):
+        for shot in largest_shots(plan.shots):
             frames = pluralize(shot.frames, "frame")
-            yield f"\nshot {printable(shot.id)}, {frames}: what other settings would need, GiB"
+            yield f"\nshot {make_printable(shot.id)}, {frames}: what other settings would need, GiB"
             yield alternatives_table(alternatives.alternatives(shot))
             yield "✓ fits, ✗ does not, [ ] chosen; the text encoder is not in it: see encode above"
 

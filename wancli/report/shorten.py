@@ -6,18 +6,18 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 GAP = 2  # columns between two of a table
 MIN_NAME = 16  # cells of the name of a shot; then other columns fold
 
 
-def told_apart(ids: Sequence[str], limit: int) -> list[str]:
+def shorten_unique(ids: Sequence[str], limit: int) -> list[str]:
     """The ids in `limit` cells each: whole if all fit, else without what all begin or end with, else cut in
     the middle, or where that makes two of them alike at one end; at last with a number before their ends."""
     from rich.cells import cell_len
 
-    shown = [printable(id).replace("\n", " ") for id in ids]
+    shown = [make_printable(id).replace("\n", " ") for id in ids]
     if all(cell_len(id) <= limit for id in shown):
         return shown
     inner = _without_ends(shown)
@@ -39,9 +39,9 @@ def fitted(
     from rich.cells import cell_len
 
     line, names = "", [row[0] for row in rows]
-    if max(cell_len(printable(name)) for name in names) > _room(heads, rows, width):
+    if max(cell_len(make_printable(name)) for name in names) > _room(heads, rows, width):
         line, heads, rows = _said_once(heads, rows)
-    shown = told_apart(names, max(MIN_NAME, _room(heads, rows, width)))
+    shown = shorten_unique(names, max(MIN_NAME, _room(heads, rows, width)))
     return line, heads, [[name, *row[1:]] for name, row in zip(shown, rows)]
 
 

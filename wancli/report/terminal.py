@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.errors import WancliError, described
-from wancli.injection.table import strip
-from wancli.progress import printable
-from wancli.report.shorten import fitted, told_apart
+from wancli.errors import WancliError, describe_error_type
+from wancli.injection.table import injected_share_by_block
+from wancli.progress import make_printable
+from wancli.report.shorten import fitted, shorten_unique
 from wancli.units import format_bytes, format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from wancli.engine.verify import Verdict
     from wancli.plan.shot import Shot
-    from wancli.text.prompt_distance import Difference
+    from wancli.text.prompt_distance import PromptDistance
     from wancli.weights.lora.use import LoraUse
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -33,7 +33,7 @@ def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
 
     console = Console(stderr=stderr, highlight=False, emoji=False)
     for part in parts:
-        shown = printable(part) if isinstance(part, str) else part
+        shown = make_printable(part) if isinstance(part, str) else part
         console.print(shown, markup=False, soft_wrap=isinstance(part, str))
 
 
@@ -52,7 +52,7 @@ def shot_lines(shot: Shot) -> Iterator[str]:
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
         for choice in (choice for choice in shot.choices if choice.rule == index):
-            yield f"{choice.said:>16}  is {choice.blocks}, by {choice.by}"
+            yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     yield from schedule_lines(shot)
     if shot.rules:
         yield from table_strips(shot)
@@ -64,7 +64,8 @@ def describe_rule(shot: Shot, index: int) -> str:
     blocks = format_ranges([block for block, _ in rule.blocks])
     values = sorted({round(s, 3) for _, s in rule.blocks})
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
-    return f"{blocks} at {strength}, steps {format_ranges([s for s, _ in rule.steps])}, {'+'.join(rule.branches)}"
+    steps = format_ranges([step for step, _ in rule.steps])
+    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}"
 
 
 def lora_line(use: LoraUse) -> str:
@@ -75,7 +76,7 @@ def lora_line(use: LoraUse) -> str:
     rank = f", rank {format_ranges(coverage.ranks)}" if coverage.ranks else ""
     skipped = f", {coverage.skipped} for images skipped" if coverage.skipped else ""
     return (
-        f"lora: {printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
+        f"lora: {make_printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
         f"{coverage.targets} targets{rank}, {coverage.style} naming{skipped}"
     )
 
@@ -85,8 +86,8 @@ def table_strips(shot: Shot) -> Iterator[str]:
     depth = shot.model.checkpoint.transformer.num_layers
     yield f"{'block':>16}  {ruler(depth)}"
     for branch in shot.table.branches:
-        for cells_of, steps in shot.table.rows(branch).items():
-            cells = strip(cells_of, shot.table.base[branch])
+        for cells_of, steps in shot.table.distinct_rows(branch).items():
+            cells = injected_share_by_block(cells_of, shot.table.base[branch])
             yield f"{f'{branch} {format_ranges(steps)}':>16}  {bar(cells)}"
 
 
@@ -158,7 +159,7 @@ def failures(report: Mapping[str, Any], ways: Iterable[str]) -> Iterator[Rendera
 
     table = grid("failed shot", "code", "message")
     failed = [shot for shot in report["shots"] if "error" in shot]
-    names = told_apart([shot["id"] for shot in failed], 24)
+    names = shorten_unique([shot["id"] for shot in failed], 24)
     codes = [shot["error"]["code"] for shot in failed]
     left = [max(11, *map(len, names)), max(map(len, codes))]
     room = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
@@ -234,13 +235,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def difference_tables(differences: Sequence[Difference]) -> Iterator[RenderableType]:
+def difference_tables(differences: Sequence[PromptDistance]) -> Iterator[RenderableType]:
     """One table per pair: each figure, what it means, and hints on the prompts."""
     for difference in differences:
         yield f"A  {_cut(difference.a.text, 76)}"
         yield f"B  {_cut(difference.b.text, 76)}\n"
         table = grid("figure", ">value", "meaning")
-        for label, value, meaning in difference.rows():
+        for label, value, meaning in difference.table_rows():
             table.add_row(label, value, meaning)
         yield table
         for hint in difference.hints:
@@ -287,7 +288,7 @@ def error_lines(kinds: Sequence[type[WancliError]]) -> Iterator[str]:
     """`wancli errors`: `CODE  EXIT CODE  retry|-  MEANING`, one line each."""
     yield f"{'code':<22} exit  retry  meaning"
     for kind in kinds:
-        facts = described(kind)
+        facts = describe_error_type(kind)
         again = "yes" if facts["retryable"] else "no"
         yield f"{facts['code']:<22} {facts['exit_code']:>4}  {again:<5}  {facts['meaning']}"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
-from wancli.injection.contexts import Contexts, Effect, Forward, Reads
+from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward
 from wancli.injection.effects import velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
@@ -47,7 +47,7 @@ class DenoiseRun:
     schedule: Schedule
     solver: str
     table: Table
-    contexts: Contexts
+    contexts: ContextCache
     stage: Stage
     effects: list[Effect] | None = None
 
@@ -98,7 +98,7 @@ def _build_forwards(run: DenoiseRun, result: StepResult | NotFinite, i: int) -> 
     if isinstance(result, NotFinite):
         return []
     x_1CTYX, t = result.state.x[None], run.schedule.timesteps[i]
-    reads = [Reads(run.contexts, run.table, i, branch) for branch in run.table.branches_at(i)]
+    reads = [BlockContexts(run.contexts, run.table, i, branch) for branch in run.table.branches_at(i)]
     return [Forward(x_1CTYX, t, contexts, run.effects) for contexts in reads]
 
 
@@ -129,7 +129,7 @@ def _solve_step(
     if not torch.isfinite(state.x).all():
         hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
         raise NotFinite(_locate_nonfinite(model, run, result.state.x, i), hint=hint)
-    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells)
+    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells_read)
     return StepResult(i + 1, state, cells)
 
 
@@ -145,7 +145,7 @@ def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: in
 
 def check_hits(table: Table, cells_read: frozenset[tuple[int, Branch, int]]) -> None:
     """Raises InjectionMissed when a cell that a rule changed was never read by its block."""
-    for index, planned in enumerate(table.reached):
+    for index, planned in enumerate(table.changed_cells):
         missed = [cell for cell in planned if cell not in cells_read]
         if missed:
             raise InjectionMissed(

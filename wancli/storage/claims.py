@@ -139,7 +139,7 @@ class Claims:
     def wait_for_release(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
         """Waits until other workers give up some of the shots, and returns these; none where somebody asked
         for an end."""
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(self._heartbeat / 5)
             held = self.held_by_others(shots)
             if len(held) < len(shots):

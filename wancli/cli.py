@@ -39,7 +39,7 @@ from wancli.commands import (
 from wancli.commands._common import Invocation, complain
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import make_printable
-from wancli.storage.paths import here
+from wancli.storage.paths import require_cwd
 
 if TYPE_CHECKING:
     from wancli.engine.networks import ModelCache
@@ -84,7 +84,7 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     `kept` and `began`: of a process that runs several, networks and when this one began."""
     try:
         if not arguments[:1] or not arguments[0].startswith("-"):  # --help is understood anywhere
-            here()
+            require_cwd()
     except MachineError as error:
         return _refused(error, arguments)
     try:

@@ -166,9 +166,9 @@ def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> PromptDistance:
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != wan_mini.FOLDER:
         return difference
-    unknown = wan_mini.unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
-    said = [f"{', '.join(unknown)}? {wan_mini.KNOWS}"] if unknown else []
-    return replace(difference, hints=(*said, wan_mini.DIFFERENCES))
+    unknown = wan_mini.find_unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
+    said = [f"{', '.join(unknown)}? {wan_mini.SUBJECTS_HINT}"] if unknown else []
+    return replace(difference, hints=(*said, wan_mini.DIFFERENCES_HINT))
 
 
 def _refuse(flags: CliOverrides) -> None:

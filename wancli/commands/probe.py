@@ -92,5 +92,5 @@ def _free(path: Path) -> Path:
 
     if path.is_dir():
         raise OutputExists("a folder has the name of an output", where=str(path))
-    atomic.writable(path.parent)
+    atomic.require_writable(path.parent)
     return path

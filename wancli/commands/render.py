@@ -160,7 +160,7 @@ def _tools(
 
     invocation: Invocation = context.obj
     stop = context.with_resource(signals.listening())
-    claims = context.with_resource(Claims(waits=waits))
+    claims = context.with_resource(Claims(waits_for_others=waits))
     forced = Force.snapshot(plan.shots) if force else None
     store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
     return RenderContext(store, display, forced, stop, failing, claims, kept, began)
@@ -185,7 +185,11 @@ def _work(
     from wancli.farm.ray_worker import Task
 
     assert tools.claims
-    cache, retries, waits = str(cache_of(cache_dir).absolute()), tools.policy.retries, tools.claims.waits
+    cache, retries, waits = (
+        str(cache_of(cache_dir).absolute()),
+        tools.policy.retries,
+        tools.claims.waits_for_others,
+    )
     task = Task(job, str(Path.cwd()), flags, cache, measuring, tools.force, retries, waits)
     return ray_driver.render(plan, tools, task, cluster)
 

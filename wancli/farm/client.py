@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.progress import make_printable
-from wancli.storage.paths import here
+from wancli.storage.paths import require_cwd
 
 _PATIENCE = 0.5  # seconds without an answer after which a server is busy
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -112,7 +112,7 @@ class _Render:
     def _send(self, arguments: Sequence[str]) -> None:
         request = {
             "arguments": list(arguments),
-            "folder": str(here()),
+            "folder": str(require_cwd()),
             "environment": dict(os.environ),
             "written": [_how_written(stream) for stream in (sys.stdout, sys.stderr)],
             "umask": _umask(),

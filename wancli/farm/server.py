@@ -27,7 +27,7 @@ from wancli.engine.networks import ModelCache, check_device, check_weights
 from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import standing_in
-from wancli.resources.measure import fitting
+from wancli.resources.measure import oom_as_error
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
@@ -75,7 +75,7 @@ def prepare(plan: Plan | None, kept: ModelCache) -> None:
     backends.check(shot.model)
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, encoded=True)
-    with fitting("loading", str(shot.model.checkpoint.root)):
+    with oom_as_error("loading", str(shot.model.checkpoint.root)):
         loaded = kept.get(shot.model, lazily=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 

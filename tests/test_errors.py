@@ -15,7 +15,7 @@ from jobs import command
 from wancli import errors
 
 SOURCES = sorted((Path(errors.__file__).parent).rglob("*.py"))
-KINDS = {kind.__name__: kind for kind in errors.kinds()}
+KINDS = {kind.__name__: kind for kind in errors.error_types()}
 
 
 def nodes() -> Iterator[ast.AST]:
@@ -59,9 +59,9 @@ def test_the_tree_in_the_docstring_has_every_class_with_its_exit_code() -> None:
 
 
 def test_every_kind_has_its_own_code_under_that_of_its_branch_and_a_meaning_of_one_line() -> None:
-    listed = [errors.described(kind) for kind in errors.kinds()]
+    listed = [errors.describe_error_type(kind) for kind in errors.error_types()]
     assert len({facts["code"] for facts in listed}) == len(listed)
-    for kind, facts in zip(errors.kinds(), listed):
+    for kind, facts in zip(errors.error_types(), listed):
         base = kind.__mro__[1]
         assert base is errors.WancliError or kind.code.startswith(f"{base.code}."), kind
         assert "\n\n" not in (kind.__doc__ or "\n\n"), kind

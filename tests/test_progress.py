@@ -52,17 +52,17 @@ def without_codes(text: str) -> str:
 
 
 def test_bars_are_for_terminals_and_lines_for_everything_else(monkeypatch):
-    assert type(events.progress(Terminal())).__name__ == "_Bars"
-    assert type(events.progress(io.StringIO())).__name__ == "_Lines"
+    assert type(events.create_progress(Terminal())).__name__ == "_Bars"
+    assert type(events.create_progress(io.StringIO())).__name__ == "_Lines"
     monkeypatch.setenv("TERM", "dumb")
-    assert type(events.progress(Terminal())).__name__ == "_Lines"
-    assert type(events.progress(Terminal(), "bar")).__name__ == "_Bars"
-    assert type(events.progress(Terminal(), "plain")).__name__ == "_Lines"
+    assert type(events.create_progress(Terminal())).__name__ == "_Lines"
+    assert type(events.create_progress(Terminal(), "bar")).__name__ == "_Bars"
+    assert type(events.create_progress(Terminal(), "plain")).__name__ == "_Lines"
 
 
 def test_none_writes_nothing(clock):
     stream = Terminal()
-    progress = events.progress(stream, "none")
+    progress = events.create_progress(stream, "none")
     run(progress, clock, 3, 100)
     progress.note("a")
     progress.warn("b")
@@ -74,7 +74,7 @@ def test_none_writes_nothing(clock):
 
 def test_a_quick_phase_is_two_lines(clock):
     stream = io.StringIO()
-    run(events.progress(stream), clock, 50, 0.1)
+    run(events.create_progress(stream), clock, 50, 0.1)
     assert stream.getvalue().splitlines() == [
         f"sample {SHOT}: started, 50 steps",
         f"sample {SHOT}: done in 5.0s",
@@ -94,14 +94,14 @@ def test_a_quick_phase_is_two_lines(clock):
 )
 def test_a_phase_says_what_it_counts(name: str, total: int, counted: str) -> None:
     stream = io.StringIO()
-    with events.progress(stream).phase("a", name, total) as bar:
+    with events.create_progress(stream).phase("a", name, total) as bar:
         bar.advance(total)
     assert stream.getvalue().startswith(f"{name} a: started, {counted}\n")
 
 
 def test_a_long_phase_tells_every_tenth_with_the_time_that_is_left(clock):
     stream = io.StringIO()
-    run(events.progress(stream), clock, 100, 3, note="3.00 s/step")
+    run(events.create_progress(stream), clock, 100, 3, note="3.00 s/step")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 + 9
     assert lines[1] == f"sample {SHOT}: 10/100, ETA 4:30, 3.00 s/step"
@@ -110,7 +110,7 @@ def test_a_long_phase_tells_every_tenth_with_the_time_that_is_left(clock):
 
 def test_a_phase_of_many_short_steps_is_quiet_for_ten_seconds_at_a_time(clock):
     stream = io.StringIO()
-    run(events.progress(stream), clock, 100, 0.5)
+    run(events.create_progress(stream), clock, 100, 0.5)
     assert [line.split(": ")[1].split(",")[0] for line in stream.getvalue().splitlines()[1:-1]] == [
         "20/100",
         "40/100",
@@ -124,7 +124,7 @@ def test_a_phase_that_fails_is_not_called_done(clock, mode):
     stream = Terminal()
 
     def fail():
-        with events.progress(stream, mode).phase(SHOT, "decode", 5):
+        with events.create_progress(stream, mode).phase(SHOT, "decode", 5):
             clock.now += 3
             raise KeyboardInterrupt
 
@@ -137,7 +137,7 @@ def test_a_phase_that_fails_is_not_called_done(clock, mode):
 @pytest.mark.parametrize("mode", ["plain", "bar"])
 def test_a_text_can_neither_move_the_cursor_nor_turn_the_line_nor_colour_it(mode):
     stream = Terminal()
-    progress = events.progress(stream, mode)
+    progress = events.create_progress(stream, mode)
     progress.note("a\x1b[2Jb \u202ec [red]d[/]")
     progress.warn("e\r")
     assert without_codes(stream.getvalue()) == "a\\x1b[2Jb \\u202ec [red]d[/]\nwarning: e\\r\n"
@@ -148,7 +148,7 @@ def test_a_text_can_neither_move_the_cursor_nor_turn_the_line_nor_colour_it(mode
 
 def test_a_bar_shows_phase_shot_count_time_and_note_within_80_columns(clock):
     stream = Terminal()
-    run(events.progress(stream), clock, 8, 0.25, note="0.25 s/step")
+    run(events.create_progress(stream), clock, 8, 0.25, note="0.25 s/step")
     drawn = [line for line in re.split(r"[\r\n]+", without_codes(stream.getvalue())) if "ETA" in line]
     assert any(re.match(r"sample 0001-a-gray.*… ━+.* 4/8 ETA .*0\.25 s/step", line) for line in drawn)
     assert max(cell_len(line) for line in drawn) <= 80
@@ -156,13 +156,13 @@ def test_a_bar_shows_phase_shot_count_time_and_note_within_80_columns(clock):
 
 def test_of_a_finished_bar_one_line_stays(clock):
     stream = Terminal()
-    run(events.progress(stream), clock, 8, 0.25)
+    run(events.create_progress(stream), clock, 8, 0.25)
     assert without_codes(stream.getvalue().rpartition("\x1b[2K")[2]) == f"sample {SHOT}: done in 2.0s\n"
 
 
 def test_a_warning_stays_above_a_running_bar(clock):
     stream = Terminal()
-    progress = events.progress(stream)
+    progress = events.create_progress(stream)
     with progress.phase(SHOT, "sample", 2) as phase:
         phase.advance()
         progress.warn("the prompts hardly differ")
@@ -171,7 +171,7 @@ def test_a_warning_stays_above_a_running_bar(clock):
 
 
 def test_results_on_stdout_are_not_drawn_into_the_bar(clock, capsys):
-    with events.progress(Terminal()).phase(SHOT, "sample", 2):
+    with events.create_progress(Terminal()).phase(SHOT, "sample", 2):
         print("/out/a.mp4")  # noqa: T201
     assert capsys.readouterr().out == "/out/a.mp4\n"
 
@@ -180,7 +180,7 @@ def test_no_color_takes_the_colours_away(clock, monkeypatch):
     coloured = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
     for expected in (True, False):
         stream = Terminal()
-        progress = events.progress(stream)
+        progress = events.create_progress(stream)
         run(progress, clock, 2, 1)
         progress.warn("careful")
         assert bool(coloured.search(stream.getvalue())) == expected
@@ -210,6 +210,6 @@ def test_durations_are_written_for_people(seconds, text):
 
 def test_a_phase_that_ends_before_its_last_step_says_so() -> None:
     out = io.StringIO()
-    with events.progress(out, "plain").phase("a", "sample", 20) as phase:
+    with events.create_progress(out, "plain").phase("a", "sample", 20) as phase:
         phase.advance(3)
     assert out.getvalue().splitlines()[-1].startswith("sample a: stopped after 3 of 20 steps and ")

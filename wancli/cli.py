@@ -36,9 +36,9 @@ from wancli.commands import (
     serve,
     status,
 )
-from wancli.commands._common import Invocation, complain
+from wancli.commands._common import Invocation, print_error
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 from wancli.storage.paths import here
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ app.add_typer(cache.app, name="cache")
 
 
 @lru_cache(1)
-def _command() -> typer.core.TyperGroup:
+def _build_command() -> typer.core.TyperGroup:
     """The commands with all their options, made once in a process that runs several command lines."""
     command = typer.main.get_command(app)
     assert isinstance(command, typer.core.TyperGroup)
@@ -86,51 +86,53 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
         if not arguments[:1] or not arguments[0].startswith("-"):  # --help is understood anywhere
             here()
     except MachineError as error:
-        return _refused(error, arguments)
+        return _report_refusal(error, arguments)
     try:
         invocation = Invocation(run, kept, began)
-        code = int(_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
+        code = int(
+            _build_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0
+        )
         sys.stdout.flush()
     except WancliError as error:
-        return ended(error, arguments)
+        return report_error(error, arguments)
     except typer.TyperException as error:
         usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
-        return _refused(usage, arguments)
+        return _report_refusal(usage, arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        complain(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
+        print_error(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
         return Bug.status
     if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
-    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.failure(sys.stdout):
+    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.write_failure(sys.stdout):
         return ExitStatus.MACHINE  # of a batch whose work went on; stderr has it
     return code
 
 
-def _refused(error: WancliError, arguments: list[str]) -> ExitStatus:
+def _report_refusal(error: WancliError, arguments: list[str]) -> ExitStatus:
     """Says why no command was begun, also to programs, and returns the exit code."""
-    complain(error)
+    print_error(error)
     if "--json-stream" in arguments:
-        from wancli.report.json_stream import refused
+        from wancli.report.json_stream import write_refusal
 
-        refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), error)
+        write_refusal(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), error)
     return error.status
 
 
-def ended(error: WancliError, arguments: list[str]) -> ExitStatus:
+def report_error(error: WancliError, arguments: list[str]) -> ExitStatus:
     """Says why a command line came to its end, and returns its exit code."""
-    complain(error)
+    print_error(error)
     if isinstance(error, Stopped):
-        command = error.command or f"wancli {shlex.join(arguments)}"
-        print(printable(f"  go on: {command}"), file=sys.stderr)
+        command = error.resume_command or f"wancli {shlex.join(arguments)}"
+        print(make_printable(f"  go on: {command}"), file=sys.stderr)
     return error.status
 
 
 @app.callback(invoke_without_command=True)
-def options(
+def main_options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:

@@ -49,13 +49,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def planned(self, plan: Plan) -> None:
+    def on_plan(self, plan: Plan) -> None:
         """What the batch is going to be."""
 
-    def came_to(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: Outcome) -> None:
         """What became of a shot."""
 
-    def ended(self, status: ExitStatus, report: Path | None) -> None:
+    def on_end(self, status: ExitStatus, report: Path | None) -> None:
         """What the command will exit with, and where its report is."""
 
     @contextmanager
@@ -70,11 +70,11 @@ class Progress:
         """Something that may be wrong, and does not stop the work."""
 
 
-def progress(stream: TextIO, mode: Mode = "auto") -> Progress:
+def create_progress(stream: TextIO, mode: Mode = "auto") -> Progress:
     """The kind of progress that suits a stream; `auto` draws bars only on a capable terminal."""
     if mode == "auto":
         mode = "bar" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
-    kinds = {"bar": _Bars, "plain": _Lines}
+    kinds = {"bar": _Bars, "plain": _PlainLines}
     return kinds[mode](stream) if mode in kinds else Progress()
 
 
@@ -87,22 +87,22 @@ def span(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Text that cannot move the cursor or turn the writing direction: such characters are escaped."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 # What each phase counts, where it is not steps.
-_COUNTED = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "file", "probe": "block run"}
+_UNITS = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "file", "probe": "block run"}
 
 
-def _size(name: str, total: int) -> str:
-    return pluralize(total, _COUNTED.get(name, "step"))
+def _format_total(name: str, total: int) -> str:
+    return pluralize(total, _UNITS.get(name, "step"))
 
 
-def _ending(name: str, done: int, total: int) -> str:
+def _describe_end(name: str, done: int, total: int) -> str:
     """How a phase ended that raised nothing: somebody may have asked for its end."""
-    return "done in" if done >= total else f"stopped after {done} of {_size(name, total)} and"
+    return "done in" if done >= total else f"stopped after {done} of {_format_total(name, total)} and"
 
 
 class _SilentPhase:
@@ -110,7 +110,7 @@ class _SilentPhase:
 
 
 class _LinePhase:
-    def __init__(self, lines: _Lines, title: str, total: int) -> None:
+    def __init__(self, lines: _PlainLines, title: str, total: int) -> None:
         self._lines, self._title, self._total = lines, title, total
         self.done = self._shown = 0
         self._began = self._shown_at = time.monotonic()
@@ -126,14 +126,14 @@ class _LinePhase:
             self._lines.note(f"{self._title}: {self.done}/{self._total}, ETA {span(left)}{tail}")
 
 
-class _Lines(Progress):
+class _PlainLines(Progress):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     @contextmanager
     def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
         title = f"{name} {shot}"
-        self.note(f"{title}: started, {_size(name, total)}")
+        self.note(f"{title}: started, {_format_total(name, total)}")
         began = time.monotonic()
         phase = _LinePhase(self, title, total)
         try:
@@ -141,10 +141,10 @@ class _Lines(Progress):
         except BaseException:
             self.note(f"{title}: stopped after {span(time.monotonic() - began)}")
             raise
-        self.note(f"{title}: {_ending(name, phase.done, total)} {span(time.monotonic() - began)}")
+        self.note(f"{title}: {_describe_end(name, phase.done, total)} {span(time.monotonic() - began)}")
 
     def note(self, text: str) -> None:
-        self._stream.write(printable(text) + "\n")
+        self._stream.write(make_printable(text) + "\n")
         self._stream.flush()
 
     def warn(self, text: str) -> None:
@@ -156,7 +156,7 @@ class _BarPhase:
         self._bars, self._task = bars, task
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self._bars.update(self._task, advance=n, note=printable(note), refresh=True)
+        self._bars.update(self._task, advance=n, note=make_printable(note), refresh=True)
 
 
 class _Bars(Progress):
@@ -171,10 +171,10 @@ class _Bars(Progress):
         ending = "[red]stopped after[/]"
         try:
             with self._bars() as bars:
-                task = bars.add_task(name, total=total, shot=printable(shot), note="")
+                task = bars.add_task(name, total=total, shot=make_printable(shot), note="")
                 yield _BarPhase(bars, task)
             done = round(bars.tasks[task].completed)
-            ending = f"[{'green' if done >= total else 'red'}]{_ending(name, done, total)}[/]"
+            ending = f"[{'green' if done >= total else 'red'}]{_describe_end(name, done, total)}[/]"
         finally:
             after = f"{ending} {span(time.monotonic() - began)}"
             self._line(f"{name} {shot}: ", after=after)
@@ -210,4 +210,4 @@ class _Bars(Progress):
     def _line(self, text: str, before: str = "", after: str = "") -> None:
         from rich.markup import escape
 
-        self._console.print(before + escape(printable(text)) + after, soft_wrap=True)
+        self._console.print(before + escape(make_printable(text)) + after, soft_wrap=True)

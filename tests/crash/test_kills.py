@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from batch import LONG, Rig
-from forked import Forked, begin
+from forked import Forked, start
 
 KILLS = 100 if LONG else 20
 PARTS = 2
@@ -53,7 +53,7 @@ def test_a_killed_run_leaves_no_orphan_and_nothing_torn_and_the_next_one_finishe
     draw, wrong, alive = random.Random(part), [], 0
     for number in range(KILLS // PARTS):
         long_rig.reset()
-        with begin(*long_rig.arguments, env=long_rig.environment, stderr=subprocess.DEVNULL) as process:
+        with start(*long_rig.arguments, env=long_rig.environment, stderr=subprocess.DEVNULL) as process:
             assert process.stdout
             if number % 2:  # while ffmpeg works on the first video, or the second
                 latent = long_rig.latent(draw.choice("ab"))

@@ -82,7 +82,9 @@ def test_only_errors_that_say_so_are_tried_again_and_not_for_ever() -> None:
     assert [policy.tries_again(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
     assert not policy.tries_again(errors.NotFinite("x"), 1)
     assert not Policy().tries_again(errors.FfmpegError("x"), 1)
-    retryable = {kind for kind in errors.kinds() if kind.retryable and not issubclass(kind, errors.Stopped)}
+    retryable = {
+        kind for kind in errors.error_types() if kind.retryable and not issubclass(kind, errors.Stopped)
+    }
     assert {kind.__name__ for kind in retryable} == {
         "DiskError",
         "FfmpegError",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import begin
+from forked import start
 from jobs import (
     FISH,
     KEPT,
@@ -300,7 +300,7 @@ def test_a_real_process_ends_in_good_order_and_another_goes_on(
 ) -> None:
     said = {"sampler": {"steps": 60}, "video": KEPT, "frames": 9}
     path = written(tmp_path, tiny_job(shallow, **said))
-    with begin("render", path, "-q", "--cache-dir", warm, "--save-every", "1") as process:
+    with start("render", path, "-q", "--cache-dir", warm, "--save-every", "1") as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out/clip.state.safetensors").exists():
             assert time.monotonic() < deadline

@@ -15,16 +15,16 @@ from typing import Any
 
 import jsonschema
 import pytest
-from forked import begin
+from forked import start
 from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
 
 from wancli.engine import batch, outcome
-from wancli.errors import FfmpegError, kinds
+from wancli.errors import FfmpegError, error_types
 from wancli.models.dit import WanModel
 from wancli.progress import Progress
 from wancli.report import event_schema, json_stream
 
-SCHEMA = event_schema.of_events()
+SCHEMA = event_schema.build_event_schema()
 _ = jsonschema.Draft202012Validator.check_schema(SCHEMA)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -121,7 +121,7 @@ def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Sai
 
 
 def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    with json_stream.Stream(sys.stdout) as display:
+    with json_stream.JsonStream(sys.stdout) as display:
         display.note("shot a: to worker 1 of 2")
         display.warn("worker 1 died for good")
     told = [(event["type"], event["message"]) for event in events(capsys.readouterr().out)[:-1]]
@@ -174,7 +174,7 @@ def test_so_does_a_command_line_that_is_wrong(say: Callable[..., Said], argument
     assert (envelope["ok"], envelope["error"]["code"]) == (False, "usage")
 
 
-@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.code)
+@pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.code)
 def test_whatever_ends_a_batch_is_in_the_envelope(
     say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
@@ -237,7 +237,7 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
 
 def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
     job = written(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
-    with begin("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
+    with start("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
         assert running.stdout
         lines, asked = [], False
         for line in running.stdout:
@@ -291,7 +291,7 @@ def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) ->
     now = [1000.0]
     monkeypatch.setattr(json_stream.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    display: Progress = json_stream.Stream(out)
+    display: Progress = json_stream.JsonStream(out)
     with display.phase("prompts", "encode", 1000) as phase:
         for _ in range(1000):
             now[0] += 0.01
@@ -308,10 +308,10 @@ def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_p
         return outcome.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
 
     out = io.StringIO()
-    with json_stream.Stream(out) as display:
-        display.came_to(failed("a", kinds()[0]("first")))
-        display.came_to(failed("b", FfmpegError("second")))
-        display.ended(FfmpegError.status, None)
+    with json_stream.JsonStream(out) as display:
+        display.on_outcome(failed("a", error_types()[0]("first")))
+        display.on_outcome(failed("b", FfmpegError("second")))
+        display.on_end(FfmpegError.status, None)
     envelope = events(out.getvalue())[-1]
     assert (envelope["exit_code"], envelope["error"]["code"]) == (3, "machine.ffmpeg")
 

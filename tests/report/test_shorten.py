@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jobs import command, tiny_job, written
 from rich.cells import cell_len
 
-from wancli.report.shorten import told_apart
+from wancli.report.shorten import shorten_unique
 
 STORM = "a-rather-long-name-of-a-storm-at-{}-strength0.3"
 
@@ -33,12 +33,12 @@ STORM = "a-rather-long-name-of-a-storm-at-{}-strength0.3"
 def test_names_lose_what_all_share_and_then_their_middles(
     ids: Sequence[str], limit: int, shown: list[str]
 ) -> None:
-    assert told_apart(ids, limit) == shown
+    assert shorten_unique(ids, limit) == shown
 
 
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=6), st.integers(8, 40))
 def test_names_keep_to_their_room(ids: list[str], limit: int) -> None:
-    shown = told_apart(ids, limit)
+    shown = shorten_unique(ids, limit)
     assert len(shown) == len(ids)
     assert all(cell_len(name) <= limit for name in shown)
 

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from forked import Forked, begin
+from forked import Forked, start
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli.engine.batch import render as render_plan
 from wancli.engine.batch import tallied
 from wancli.engine.context import Force, RenderContext
 from wancli.engine.outcome import Outcome
-from wancli.errors import Elsewhere, MachineError, NoSpace, Stopped
+from wancli.errors import ClaimedElsewhere, MachineError, NoSpace, Stopped
 from wancli.job.loader import load
 from wancli.plan.planner import plan
 from wancli.plan.shot import Plan
@@ -345,7 +345,7 @@ class Folder:
         """A real process; at a step of a shot it does not come back from, or is suspended."""
         special = [self.log, self.path / event, at[0], at[1]]
         arguments = ["render", self.job, "--cache-dir", self.cache, "--save-every", "1", *options]
-        child = begin(*special, *arguments, program=PROGRAM)
+        child = start(*special, *arguments, program=PROGRAM)
         self._running.append(child)
         return child
 
@@ -580,7 +580,7 @@ def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
     with Claims() as claims:
         both = [Outcome(a, "failed", error=error), Outcome(b, "elsewhere")]
         assert list(tallied(iter(both), [a, b], tools(job, claims))) == both
-        with pytest.raises(Elsewhere, match="1 shot is with other workers"):
+        with pytest.raises(ClaimedElsewhere, match="1 shot is with other workers"):
             list(tallied(iter(both[1:]), [b], tools(job, claims)))
 
 

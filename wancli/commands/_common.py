@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 if TYPE_CHECKING:
     import typer
 
     from wancli.engine.networks import Kept
-    from wancli.farm.server import Run
+    from wancli.farm.server import RunCommand
     from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
 class Invocation:
     """What runs this command line, the networks that the process keeps, and when it began."""
 
-    run: Run
+    run: RunCommand
     kept: Kept | None = None
     began: float | None = None
 
 
-def complain(error: WancliError, prefix: str = "") -> None:
+def print_error(error: WancliError, prefix: str = "") -> None:
     """The message, then the way out, on stderr."""
     for line in str(error).split("\n"):
-        print(printable(f"wancli: {prefix}{line}"), file=sys.stderr)
+        print(make_printable(f"wancli: {prefix}{line}"), file=sys.stderr)
     for line in error.hint.splitlines():
-        print(printable(f"  {line}"), file=sys.stderr)
+        print(make_printable(f"  {line}"), file=sys.stderr)
 
 
-def emit(document: Any) -> None:
+def print_json(document: Any) -> None:
     json.dump(document, sys.stdout, indent=2)
     print()
 
 
-def result(text: str) -> None:
+def print_result(text: str) -> None:
     """A result on stdout, for a command whose work does not end with its readers: what it makes is on disk.
     Where nobody reads any more this and all that follows goes nowhere, and stderr says so."""
-    from wancli.stdio import line
+    from wancli.stdio import write_line
 
-    line(sys.stdout, text)
+    write_line(sys.stdout, text)
 
 
-def again(context: typer.Context, items: str, without: str = "") -> str:
+def rerun_command(context: typer.Context, items: str, without: str = "") -> str:
     """The command line that does the same for these shots alone, but for one option, in a shell's quotes."""
     words = context.command_path.split()
     for parameter in context.command.params:
@@ -71,24 +71,24 @@ def again(context: typer.Context, items: str, without: str = "") -> str:
     return shlex.join([*words, "--items", items])
 
 
-def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
+def create_display(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
     """Who shows progress: to programs that follow a render on stdout, else to people on stderr. With `quiet`
     what is logged, the hashing of large files, stays unsaid, too."""
     from wancli import progress
 
     logging.getLogger("wancli").disabled = quiet
     if as_stream:
-        from wancli.report.json_stream import Stream
+        from wancli.report.json_stream import JsonStream
 
-        return Stream(sys.stdout)
+        return JsonStream(sys.stdout)
     if mode == "openjd":
-        from wancli.report.openjd_progress import OpenJD
+        from wancli.report.openjd_progress import OpenJdProgress
 
-        return OpenJD(sys.stdout)
-    return progress.progress(sys.stderr, "none" if quiet else mode)
+        return OpenJdProgress(sys.stdout)
+    return progress.create_progress(sys.stderr, "none" if quiet else mode)
 
 
-def flags_of(
+def collect_flags(
     sets: list[str] | None,
     sweeps: list[str] | None = None,
     items: str | None = None,
@@ -99,7 +99,7 @@ def flags_of(
     return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
 
 
-def job_of(job: str, flags: Flags) -> JobFile:
+def load_job(job: str, flags: Flags) -> JobFile:
     from wancli.job.loader import load, parse
 
     if job == "-":
@@ -107,34 +107,34 @@ def job_of(job: str, flags: Flags) -> JobFile:
     return load(Path(job), flags)
 
 
-def plan_of(
+def plan_job(
     jobs: JobFile, cache_dir: Path | None, *, measure: bool = False, budget: int | None = None
 ) -> Plan:
     from wancli.plan import planner
 
-    return planner.plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
+    return planner.plan(jobs, hashes_path(cache_dir), measure=measure, budget=budget)
 
 
-def cache_of(cache_dir: Path | None) -> Path:
+def resolve_cache_dir(cache_dir: Path | None) -> Path:
     from platformdirs import user_cache_path
 
     said = os.environ.get("WANCLI_CACHE")
     return (cache_dir or (Path(said) if said else user_cache_path("wancli"))).expanduser()
 
 
-def memo_of(cache_dir: Path | None) -> Path:
-    return cache_of(cache_dir) / "hashes.json"
+def hashes_path(cache_dir: Path | None) -> Path:
+    return resolve_cache_dir(cache_dir) / "hashes.json"
 
 
-def rates_of(cache_dir: Path | None) -> Path:
-    return cache_of(cache_dir) / "rates.json"
+def rates_path(cache_dir: Path | None) -> Path:
+    return resolve_cache_dir(cache_dir) / "rates.json"
 
 
-def posters_of(cache_dir: Path | None) -> Path:
-    return cache_of(cache_dir) / "posters"
+def thumbnails_dir(cache_dir: Path | None) -> Path:
+    return resolve_cache_dir(cache_dir) / "posters"
 
 
-def store_of(cache_dir: Path | None) -> Store:
+def open_store(cache_dir: Path | None) -> Store:
     from wancli.storage.cache import Store
 
-    return Store(cache_of(cache_dir) / "embeddings")
+    return Store(resolve_cache_dir(cache_dir) / "embeddings")

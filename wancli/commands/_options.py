@@ -38,7 +38,7 @@ class RenderProgress(StrEnum):
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
-JsonStream = Annotated[
+JsonEvents = Annotated[
     bool,
     typer.Option(
         "--json-stream",
@@ -54,11 +54,11 @@ CacheDir = Annotated[
         metavar="DIR", help="The embedding cache. Default: $WANCLI_CACHE, else the user's cache folder."
     ),
 ]
-Level = Annotated[
+LogLevelOption = Annotated[
     LogLevel, typer.Option(help="verbose measures what each block's injection changed; trace adds stacks.")
 ]
-Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
-RenderProgressing = Annotated[
+ProgressOption = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
+RenderProgressOption = Annotated[
     RenderProgress,
     typer.Option(help="How to show progress on stderr; openjd: on stdout, as Open Job Description reads it."),
 ]
@@ -110,7 +110,7 @@ Shard = Annotated[
         help="Only part I, from 0, of N: neighbouring shots, which share the most work.",
     ),
 ]
-Engines = Annotated[
+EngineOption = Annotated[
     Engine, typer.Option("--engine", help="ray: workers on a Ray cluster, one per GPU. Needs wancli[ray].")
 ]
 Address = Annotated[

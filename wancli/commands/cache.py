@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit, store_of
+from wancli.commands._common import open_store, print_json
 from wancli.commands._options import CacheDir, Json
 from wancli.errors import ExitStatus
 
@@ -18,11 +18,11 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
     from wancli.report import batch_report, terminal
 
-    rows = batch_report.of_cache(store_of(cache_dir))
+    rows = batch_report.of_cache(open_store(cache_dir))
     if as_json:
-        emit(rows)
+        print_json(rows)
     else:
-        terminal.show(terminal.cache_table(rows))
+        terminal.show(terminal.format_cache(rows))
     return ExitStatus.OK
 
 
@@ -32,10 +32,10 @@ def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
 
     Lists damaged ones and exits with 4; a render computes them again.
     """
-    store = store_of(cache_dir)
+    store = open_store(cache_dir)
     count, damaged = len(store.entries()), [str(entry.path) for entry in store.verify()]
     if as_json:
-        emit({"entries": count, "damaged": damaged})
+        print_json({"entries": count, "damaged": damaged})
     else:
         print(*damaged, f"{count - len(damaged)} of {count} entries verify", sep="\n")
     return ExitStatus.INTEGRITY if damaged else ExitStatus.OK
@@ -59,10 +59,10 @@ def cache_prune(
     from wancli.units import format_bytes, parse_size, pluralize
 
     most = None if max_size is None else parse_size(max_size, "--max-size")
-    removed = store_of(cache_dir).prune(most, older_than)
+    removed = open_store(cache_dir).prune(most, older_than)
     total = sum(entry.bytes for entry in removed)
     if as_json:
-        emit({"removed": [entry.key for entry in removed], "bytes": total})
+        print_json({"removed": [entry.key for entry in removed], "bytes": total})
     else:
         print(f"removed {pluralize(len(removed), 'entry', 'entries')}, {format_bytes(total)}")
     return ExitStatus.OK

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit, flags_of, job_of, plan_of
+from wancli.commands._common import collect_flags, load_job, plan_job, print_json
 from wancli.commands._options import CacheDir, Items, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
 
@@ -35,10 +35,10 @@ def check_command(
     if Path(what).is_dir():
         found = verify.folder(Path(what), deep=deep)
     else:
-        plan = plan_of(job_of(what, flags_of(sets, sweeps, items, shard)), cache_dir)
+        plan = plan_job(load_job(what, collect_flags(sets, sweeps, items, shard)), cache_dir)
         found = verify.shots(plan.shots, deep=deep)
     if as_json:
-        emit(found.as_dict())
+        print_json(found.as_dict())
     else:
-        terminal.show(terminal.check_lines(found))
+        terminal.show(terminal.format_check(found))
     return ExitStatus.INTEGRITY if found.problems else ExitStatus.OK

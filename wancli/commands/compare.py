@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit
-from wancli.commands._options import Json, Progressing, ProgressMode, Quiet
+from wancli.commands._common import create_display, print_json
+from wancli.commands._options import Json, ProgressMode, ProgressOption, Quiet
 from wancli.errors import ExitStatus
 
 
@@ -25,7 +25,7 @@ def compare_command(
         typer.Option(metavar="N|ID", help="What the others are measured by. Default: 0, the first."),
     ] = None,
     as_json: Json = False,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
     """Put videos side by side: a contact sheet, an MP4, figures.
@@ -37,7 +37,7 @@ def compare_command(
     from wancli.report import comparison
     from wancli.video import clip
 
-    display = display_of(progress.value, quiet)
+    display = create_display(progress.value, quiet)
     clips = clip.read(videos)
     tools = RenderContext(None, display)
     chosen = comparison.chosen(clips, baseline)
@@ -46,7 +46,7 @@ def compare_command(
     found = comparison.document(clips, chosen, beside, tools)
     comparison.draw(found, pages, tools)
     if as_json:
-        emit(found | {"sheet": str(output), "video": None if video is None else str(video)})
+        print_json(found | {"sheet": str(output), "video": None if video is None else str(video)})
     else:
         print(*pages.paths, sep="\n")
     return ExitStatus.OK

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit, memo_of
-from wancli.commands._options import Force, Json, ModelDir, Progressing, ProgressMode, Quiet
+from wancli.commands._common import create_display, hashes_path, print_json
+from wancli.commands._options import Force, Json, ModelDir, ProgressMode, ProgressOption, Quiet
 from wancli.errors import ExitStatus
 
 
@@ -22,7 +22,7 @@ def decode_command(
     model: ModelDir = None,
     force: Force = False,
     as_json: Json = False,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
     """Finish a shot from its latent.
@@ -33,12 +33,12 @@ def decode_command(
     from wancli.engine.context import Force, RenderContext
     from wancli.storage import manifest
 
-    display = display_of(progress.value, quiet)
+    display = create_display(progress.value, quiet)
     tools = RenderContext(None, display, Force.of(()) if force else None)
-    path = decode_stage.decode_file(latents, output, model, memo_of(None), tools)
+    path = decode_stage.decode_file(latents, output, model, hashes_path(None), tools)
     if as_json:
         body = manifest.read(manifest.manifest_path(path)) or {}
-        emit({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
+        print_json({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
     else:
         print(path)
     return ExitStatus.OK

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit, flags_of, memo_of, store_of
+from wancli.commands._common import collect_flags, create_display, hashes_path, open_store, print_json
 from wancli.commands._options import (
     CacheDir,
     Items,
@@ -50,13 +50,13 @@ def diff_command(
     from wancli.engine.context import RenderContext
     from wancli.report import terminal
 
-    display = display_of("auto", quiet)
-    flags = flags_of(sets, sweeps, items, shard)
-    pairs = _prompt_inputs.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
-    tools = RenderContext(store_of(cache_dir), display)
-    differences = [_prompt_inputs.compared(pair, tools, dit=dit) for pair in pairs]
+    display = create_display("auto", quiet)
+    flags = collect_flags(sets, sweeps, items, shard)
+    pairs = _prompt_inputs.read_pairs(prompts or [], file, model, hashes_path(cache_dir), flags)
+    tools = RenderContext(open_store(cache_dir), display)
+    differences = [_prompt_inputs.compare_pair(pair, tools, dit=dit) for pair in pairs]
     if as_json:
-        emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
+        print_json([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
     else:
-        terminal.show(terminal.difference_tables(differences))
+        terminal.show(terminal.format_differences(differences))
     return ExitStatus.OK

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit, flags_of, memo_of, store_of
+from wancli.commands._common import collect_flags, create_display, hashes_path, open_store, print_json
 from wancli.commands._options import (
     CacheDir,
     Items,
     Json,
     ModelDir,
-    Progressing,
     ProgressMode,
+    ProgressOption,
     Quiet,
     Sets,
     Shard,
@@ -44,7 +44,7 @@ def encode_command(
     shard: Shard = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
     """Turn prompts into embeddings: stage 1 alone.
@@ -55,12 +55,14 @@ def encode_command(
     from wancli.engine.context import RenderContext
     from wancli.report import terminal
 
-    display = display_of(progress.value, quiet)
-    flags = flags_of(sets, sweeps, items, shard)
-    work = _prompt_inputs.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
-    rows = _prompt_inputs.run(work, out, RenderContext(store_of(cache_dir) if cache else None, display))
+    display = create_display(progress.value, quiet)
+    flags = collect_flags(sets, sweeps, items, shard)
+    work = _prompt_inputs.read_prompts(what, model, max_tokens, truncate, hashes_path(cache_dir), flags)
+    rows = _prompt_inputs.encode_prompts(
+        work, out, RenderContext(open_store(cache_dir) if cache else None, display)
+    )
     if as_json:
-        emit(rows)
+        print_json(rows)
     else:
-        terminal.show(terminal.encoded_lines(rows))
+        terminal.show(terminal.format_encoded(rows))
     return ExitStatus.OK

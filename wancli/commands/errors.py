@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wancli.commands._common import emit
+from wancli.commands._common import print_json
 from wancli.commands._options import Json
 from wancli.errors import ExitStatus
 
@@ -16,7 +16,7 @@ def errors_command(as_json: Json = False) -> int:
     from wancli.report import terminal
 
     if as_json:
-        emit([errors.described(kind) for kind in errors.kinds()])
+        print_json([errors.describe_error_type(kind) for kind in errors.error_types()])
     else:
-        terminal.show(terminal.error_lines(errors.kinds()))
+        terminal.show(terminal.format_error_types(errors.error_types()))
     return ExitStatus.OK

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands._common import flags_of
+from wancli.commands._common import collect_flags
 from wancli.commands._options import Items, JobArgument
 from wancli.errors import JobError
 
@@ -23,7 +23,7 @@ app = typer.Typer(help="Write a job for a scheduler, to stdout.", rich_markup_mo
 
 
 # What these do not know themselves are options of `wancli render`.
-_PASSING = {"allow_extra_args": True, "ignore_unknown_options": True}
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 Gpus = Annotated[
@@ -32,7 +32,7 @@ Gpus = Annotated[
 ]
 
 
-@app.command("slurm", context_settings=_PASSING)
+@app.command("slurm", context_settings=_PASS_THROUGH)
 def slurm_command(
     context: typer.Context,
     job: JobArgument,
@@ -49,21 +49,21 @@ def slurm_command(
 
     Further options are those of wancli render.
     """
-    from wancli.farm.slurm_export import Wanted, script
+    from wancli.farm.slurm_export import SlurmOptions, build_script
 
-    path, flags, _ = _checked(job, context.args, "--shard")
-    shots = _shots(path, flags)
+    path, flags, _ = _parse_render_options(job, context.args, "--shard")
+    shots = _load_items(path, flags)
     if shards > (count := len(shots)):
         raise JobError(f"{shards} is more than there are shots ({count})", where="--shards")
     for flag, said in (("--time", time), ("--mem", mem or "0")):
         if not re.fullmatch(r"[0-9:.-]+[KMGT]?", said):
             raise JobError(f"{said!r} is nothing that Slurm reads", where=flag, hint="8:00:00, or 64G.")
-    command = [_wancli(), "render", str(path), "--progress", "plain", *context.args]
-    wanted = Wanted(shards, _gpus_of(shots) if gpus is None else gpus, time, cpus, mem, margin)
-    print(script(command, Path.cwd(), path.stem, wanted), end="")
+    command = [_find_wancli(), "render", str(path), "--progress", "plain", *context.args]
+    options = SlurmOptions(shards, _count_gpus(shots) if gpus is None else gpus, time, cpus, mem, margin)
+    print(build_script(command, Path.cwd(), path.stem, options), end="")
 
 
-@app.command("openjd", context_settings=_PASSING)
+@app.command("openjd", context_settings=_PASS_THROUGH)
 def openjd_command(
     context: typer.Context,
     job: JobArgument,
@@ -75,19 +75,21 @@ def openjd_command(
 
     Further options are those of wancli render.
     """
-    from wancli.farm.openjd_export import template
+    from wancli.farm.openjd_export import build_template
 
-    path, flags, cache = _checked(job, context.args, "--shard", "--items")
-    shots = _shots(path, replace(flags, items=items))
+    path, flags, cache = _parse_render_options(job, context.args, "--shard", "--items")
+    shots = _load_items(path, replace(flags, items=items))
     chosen = items or f"0-{len(shots) - 1}"
-    gpus = _gpus_of(shots) if gpus is None else gpus
+    gpus = _count_gpus(shots) if gpus is None else gpus
     served = [word for said in flags.sets for word in ("--set", said)]
     served += ["--cache-dir", str(cache)] if cache else []
-    text = template(_wancli(), path, chosen, served, context.args, name=path.stem, gpus=gpus, at_once=at_once)
+    text = build_template(
+        _find_wancli(), path, chosen, served, context.args, name=path.stem, gpus=gpus, at_once=at_once
+    )
     print(text, end="")
 
 
-def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Path | None]:
+def _parse_render_options(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Path | None]:
     """Where the job is, and the flags and the cache among the options of a render. Raises what that would."""
     from wancli.commands.render import render
 
@@ -106,11 +108,11 @@ def _checked(job: str, options: list[str], *ours: str) -> tuple[Path, Flags, Pat
             where="--force",
             hint="Move the old videos away, or give the job another output.",
         )
-    flags = flags_of(given["sets"], given["sweeps"], given["items"], given["shard"])
+    flags = collect_flags(given["sets"], given["sweeps"], given["items"], given["shard"])
     return Path(job).resolve(), flags, given["cache_dir"]
 
 
-def _shots(job: Path, flags: Flags) -> list[Item]:
+def _load_items(job: Path, flags: Flags) -> list[Item]:
     """Those that are asked for. Raises JobError for what is wrong with the job, and for items that are not
     there."""
     from wancli.job.loader import load
@@ -119,11 +121,11 @@ def _shots(job: Path, flags: Flags) -> list[Item]:
     return [jobs.items[index] for index in jobs.chosen]
 
 
-def _gpus_of(shots: list[Item]) -> int:
+def _count_gpus(shots: list[Item]) -> int:
     return int(any(item.job.memory.device != "cpu" for item in shots))
 
 
-def _wancli() -> str:
+def _find_wancli() -> str:
     """The command that runs now, where the tasks find it, too, if they share its folder."""
     beside = Path(sys.executable).with_name("wancli")
     return str(beside) if beside.exists() else "wancli"

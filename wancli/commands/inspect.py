@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit
+from wancli.commands._common import print_json
 from wancli.commands._options import Json
 from wancli.errors import ExitStatus
 
@@ -30,7 +30,7 @@ def inspect_command(
 
     document = inspect.inspect(path, deep=deep)
     if as_json:
-        emit(document)
+        print_json(document)
     else:
-        terminal.show(inspect_text.inspect_lines(document))
+        terminal.show(inspect_text.format_inspection(document))
     return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK

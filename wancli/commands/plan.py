@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit, flags_of, job_of, plan_of, rates_of, store_of
+from wancli.commands._common import collect_flags, load_job, open_store, plan_job, print_json, rates_path
 from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 
 def plan_command(
@@ -39,18 +39,18 @@ def plan_command(
     from wancli.units import parse_size
 
     budget = None if memory is None else parse_size(memory, "--memory")
-    plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
-    store, known = store_of(cache_dir), throughput.read(rates_of(cache_dir))
+    plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir, budget=budget)
+    store, known = open_store(cache_dir), throughput.read(rates_path(cache_dir))
     states = batch_report.states(plan.shots)
     if as_json:
-        emit(batch_report.of_plan(plan, states, store, known))
+        print_json(batch_report.of_plan(plan, states, store, known))
     else:
-        tables = plan_tables.plan_tables(
+        tables = plan_tables.format_plan(
             plan, states, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
         for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
-            print(printable(f"wancli: warning: {warning}"), file=sys.stderr)
+            print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
     limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":

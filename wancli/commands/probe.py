@@ -8,10 +8,18 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
-from wancli.commands._options import CacheDir, JobArgument, Json, Progressing, ProgressMode, Quiet, Sets
+from wancli.commands._common import (
+    collect_flags,
+    create_display,
+    hashes_path,
+    load_job,
+    open_store,
+    print_json,
+    resolve_cache_dir,
+)
+from wancli.commands._options import CacheDir, JobArgument, Json, ProgressMode, ProgressOption, Quiet, Sets
 from wancli.errors import ExitStatus, OutputExists
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 
 class MethodName(StrEnum):
@@ -51,7 +59,7 @@ def probe_command(
     sets: Sets = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
     """Measure which block's text matters.
@@ -66,25 +74,25 @@ def probe_command(
     from wancli.probe import request, run
     from wancli.report import block_map_text, terminal
 
-    display = display_of(progress.value, quiet)
-    planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
+    display = create_display(progress.value, quiet)
+    planned = planner.plan(load_job(job, collect_flags(sets)), hashes_path(cache_dir), unmeasured=True)
     asked = request.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
-    path = _free(output or planned.companion(f"map.{asked.method}.json"))
+    path = _require_writable(output or planned.companion(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
-    with signals.listening() as stop:
-        found = run.measured(asked, RenderContext(store_of(cache_dir), display, stop=stop))
-    block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
+    with signals.stop_on_signal() as stop:
+        found = run.measured(asked, RenderContext(open_store(cache_dir), display, stop=stop))
+    block_map.Shelf(resolve_cache_dir(cache_dir) / "maps").keep(found)
     block_map.write(path, found)
     if as_json:
-        emit(found.as_dict())
+        print_json(found.as_dict())
     else:
-        terminal.show(block_map_text.map_lines(found))
-        print(printable(f"map: {path}"))
+        terminal.show(block_map_text.format_map(found))
+        print(make_printable(f"map: {path}"))
     return ExitStatus.OK
 
 
-def _free(path: Path) -> Path:
+def _require_writable(path: Path) -> Path:
     """Where a map can be written: found out before anything is measured."""
     from wancli.storage import atomic
 

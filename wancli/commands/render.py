@@ -10,25 +10,33 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wancli import signals
-from wancli.commands._common import Invocation, cache_of, display_of, flags_of, job_of, plan_of, store_of
+from wancli.commands._common import (
+    Invocation,
+    collect_flags,
+    create_display,
+    load_job,
+    open_store,
+    plan_job,
+    resolve_cache_dir,
+)
 from wancli.commands._options import (
     Address,
     CacheDir,
     CpusPerWorker,
     Engine,
-    Engines,
+    EngineOption,
     FailFast,
     Force,
     Items,
     Json,
-    JsonStream,
-    Level,
+    JsonEvents,
     LogLevel,
+    LogLevelOption,
     MaxFailures,
     NoWait,
     Quiet,
     RenderProgress,
-    RenderProgressing,
+    RenderProgressOption,
     Retries,
     SaveEvery,
     Sets,
@@ -36,9 +44,9 @@ from wancli.commands._options import (
     Socket,
     Sweeps,
 )
-from wancli.commands._render_reporter import Telling
+from wancli.commands._render_reporter import RenderReporter
 from wancli.engine import outcome
-from wancli.errors import JobError, Stopped, UsageError, WancliError, stack
+from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,16 +81,16 @@ def render(
     max_failures: MaxFailures = None,
     retries: Retries = 0,
     no_wait: NoWait = False,
-    engine: Engines = Engine.local,
+    engine: EngineOption = Engine.local,
     address: Address = None,
     cpus_per_worker: CpusPerWorker = None,
     force: Force = False,
     as_json: Json = False,
-    json_stream: JsonStream = False,
+    json_stream: JsonEvents = False,
     cache_dir: CacheDir = None,
     socket: Socket = None,  # noqa: ARG001 - heeded by wancli.__main__, before this is imported
-    log_level: Level = LogLevel.basic,
-    progress: RenderProgressing = RenderProgress.auto,
+    log_level: LogLevelOption = LogLevel.basic,
+    progress: RenderProgressOption = RenderProgress.auto,
     quiet: Quiet = False,
 ) -> int:
     """Render every shot of a job, or a prompt.
@@ -91,29 +99,33 @@ def render(
     rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
     A shot that fails does not keep the others from being rendered.
     """
-    context.with_resource(signals.unwinding())
+    context.with_resource(signals.raise_on_signal())
     from wancli.engine import batch  # noqa: F401 - takes long: what asks for an end meanwhile ends it at once
 
-    display = context.with_resource(display_of(progress.value, quiet, as_stream=json_stream))
+    display = context.with_resource(create_display(progress.value, quiet, as_stream=json_stream))
     if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
-    telling = Telling(context, display, log_level, quiet, as_json, paths=not (as_json or json_stream))
-    cluster = _cluster(context, engine, job, address, cpus_per_worker)
+    reporter = RenderReporter(context, display, log_level, quiet, as_json, paths=not (as_json or json_stream))
+    cluster = _resolve_cluster(context, engine, job, address, cpus_per_worker)
     failing = outcome.of_flags(fail_fast, max_failures, retries)
     every = [] if save_every is None else [f"save_every={save_every}"]
-    flags = flags_of([*(sets or []), *every], sweeps, items, shard)
-    plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=telling.measuring)
-    telling.planned(plan)
-    tools = _tools(context, plan, cache_dir, display, failing, force=force, waits=not no_wait)
-    work = _work(plan, tools, cluster, str(job), flags, cache_dir, measuring=telling.measuring)
-    outcomes, stopped = _rendered(plan, work, tools, telling)
-    status = telling.ended(plan, outcomes, cache_dir)
+    flags = collect_flags([*(sets or []), *every], sweeps, items, shard)
+    plan = plan_job(
+        _load_job_or_prompt(job, prompt, output, flags), cache_dir, measure=reporter.measures_effects
+    )
+    reporter.on_plan(plan)
+    tools = _create_context(context, plan, cache_dir, display, failing, force=force, waits=not no_wait)
+    work = _start_rendering(
+        plan, tools, cluster, str(job), flags, cache_dir, measuring=reporter.measures_effects
+    )
+    outcomes, stopped = _collect_outcomes(plan, work, tools, reporter)
+    status = reporter.on_end(plan, outcomes, cache_dir)
     if stopped:
-        raise telling.stopped(stopped, plan, outcomes) if force else stopped
+        raise reporter.describe_stop(stopped, plan, outcomes) if force else stopped
     return status
 
 
-def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
+def _load_job_or_prompt(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
     from wancli.job.loader import of_prompt
 
     if prompt is not None and job is None:
@@ -123,10 +135,10 @@ def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags)
             "give a job file, or --prompt",
             hint='wancli render JOB, or wancli render --prompt "A red circle drifts to the left" -o out.mp4',
         )
-    return job_of(job, flags)
+    return load_job(job, flags)
 
 
-def _cluster(
+def _resolve_cluster(
     context: typer.Context, engine: Engine, job: str | None, address: str | None, cpus_per_worker: int | None
 ) -> Cluster | None:
     """Where --engine ray finds its workers; None where this process does the work."""
@@ -144,7 +156,7 @@ def _cluster(
     return Cluster(address, cpus_per_worker)
 
 
-def _tools(
+def _create_context(
     context: typer.Context,
     plan: Plan,
     cache_dir: Path | None,
@@ -159,14 +171,14 @@ def _tools(
     from wancli.storage.claims import Claims
 
     invocation: Invocation = context.obj
-    stop = context.with_resource(signals.listening())
+    stop = context.with_resource(signals.stop_on_signal())
     claims = context.with_resource(Claims(waits=waits))
     forced = Force.of(plan.shots) if force else None
-    store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
+    store, kept, began = open_store(cache_dir), invocation.kept, invocation.began
     return RenderContext(store, display, forced, stop, failing, claims, kept, began)
 
 
-def _work(
+def _start_rendering(
     plan: Plan,
     tools: RenderContext,
     cluster: Cluster | None,
@@ -185,22 +197,26 @@ def _work(
     from wancli.farm.ray_worker import Task
 
     assert tools.claims
-    cache, retries, waits = str(cache_of(cache_dir).absolute()), tools.policy.retries, tools.claims.waits
+    cache, retries, waits = (
+        str(resolve_cache_dir(cache_dir).absolute()),
+        tools.policy.retries,
+        tools.claims.waits,
+    )
     task = Task(job, str(Path.cwd()), flags, cache, measuring, tools.force, retries, waits)
     return ray_driver.render(plan, tools, task, cluster)
 
 
-def _rendered(
-    plan: Plan, work: Iterator[Outcome], tools: RenderContext, telling: Telling
+def _collect_outcomes(
+    plan: Plan, work: Iterator[Outcome], tools: RenderContext, reporter: RenderReporter
 ) -> tuple[list[Outcome], Stopped | None]:
     """What became of the shots, and of those that are compared; and why that is not all."""
     from wancli.report import batch_report, comparison
 
     outcomes: list[Outcome] = []
     try:
-        for outcome in _traced(work, telling.level):
+        for outcome in _print_traces(work, reporter.level):
             outcomes.append(outcome)
-            telling.came_to(outcome)
+            reporter.on_outcome(outcome)
         comparison.after(plan, tools)
     except Stopped as error:
         return outcomes, error
@@ -212,7 +228,7 @@ def _rendered(
     return outcomes, None
 
 
-def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:
+def _print_traces(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:
     """With --log-level trace, an error also shows its stack and the tensors in it."""
     try:
         for outcome in outcomes:
@@ -221,5 +237,5 @@ def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcom
             yield outcome
     except Exception as error:
         if log_level is LogLevel.trace:
-            print(stack(error), file=sys.stderr)
+            print(format_frames(error), file=sys.stderr)
         raise

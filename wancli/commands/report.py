@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import job_of, plan_of, posters_of
+from wancli.commands._common import load_job, plan_job, thumbnails_dir
 from wancli.commands._options import CacheDir
 from wancli.errors import ExitStatus
 
@@ -38,11 +38,11 @@ def report_command(
         path = Path(what) / "report.html"
         found = collect.of_folder(Path(what))
     else:
-        plan = plan_of(job_of(what, NO_FLAGS), cache_dir)
+        plan = plan_job(load_job(what, NO_FLAGS), cache_dir)
         report = batch_report.report_path(plan)
         found, path = collect.of_plan(plan, report), report.with_suffix(".html")
     path = output or path
-    page.publish(path, page.of_found(found, path.absolute(), posters_of(cache_dir), make=True))
+    page.publish(path, page.of_found(found, path.absolute(), thumbnails_dir(cache_dir), make=True))
     print(path)
     if table:
         rows = [shots_table.row(entry, job) for job, entry in found.entries]

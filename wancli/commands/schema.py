@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit
+from wancli.commands._common import print_json
 from wancli.errors import ExitStatus
 
 
@@ -22,5 +22,5 @@ def schema_command(
     from wancli.job import json_schema
     from wancli.report import event_schema
 
-    emit(event_schema.of_events() if events else json_schema.of_job())
+    print_json(event_schema.build_event_schema() if events else json_schema.of_job())
     return ExitStatus.OK

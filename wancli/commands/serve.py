@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands._common import Invocation, cache_of, flags_of, job_of, plan_of
+from wancli.commands._common import Invocation, collect_flags, load_job, plan_job, resolve_cache_dir
 from wancli.commands._options import CacheDir, Sets
 from wancli.errors import ExitStatus, JobError, WancliError
-from wancli.progress import printable
+from wancli.progress import make_printable
 
 if TYPE_CHECKING:
     from wancli.farm.daemon import Background
-    from wancli.farm.server import Run
+    from wancli.farm.server import RunCommand
 
 
 def serve_command(
@@ -58,21 +58,21 @@ def serve_command(
     from wancli.farm import daemon, local_socket
     from wancli.units import parse_duration
 
-    path = local_socket.place(socket, cache_of(None))
+    path = local_socket.socket_path(socket, resolve_cache_dir(None))
     seconds = None if idle == "never" else parse_duration(idle, "--idle")
     if stop:
-        from wancli.farm.server import stop as end
+        from wancli.farm.server import stop_server
 
-        end(path)
+        stop_server(path)
         return ExitStatus.OK
-    _refuse_what_misses(job, sets, daemonize=daemonize, wait_ready=wait_ready)
-    local_socket.make_private(path.parent)
+    _check_option_pairs(job, sets, daemonize=daemonize, wait_ready=wait_ready)
+    local_socket.make_private_folder(path.parent)
     background: daemon.Background | None = None
     if daemonize:
-        found = daemon.detached(path.with_name(path.name + ".log"), wait=wait_ready)
+        found = daemon.detach(path.with_name(path.name + ".log"), wait=wait_ready)
         if not isinstance(found, daemon.Background):
             if found is ExitStatus.OK:
-                _say_where(path, socket, ready=wait_ready)
+                _print_location(path, socket, ready=wait_ready)
             return found
         background = found
     try:
@@ -80,12 +80,12 @@ def serve_command(
         _serve(invocation.run, path, job, sets, seconds, cache_dir, background)
     except WancliError as error:
         if background:
-            background.failed(error.status)
+            background.report_failure(error.status)
         raise
     return ExitStatus.OK
 
 
-def _refuse_what_misses(
+def _check_option_pairs(
     job: str | None, sets: list[str] | None, *, daemonize: bool, wait_ready: bool
 ) -> None:
     """Options that mean nothing without another."""
@@ -97,17 +97,19 @@ def _refuse_what_misses(
         )
 
 
-def _say_where(path: Path, said: str, *, ready: bool) -> None:
+def _print_location(path: Path, said: str, *, ready: bool) -> None:
     """Of a server in the background, for who started it: where it is, how it is asked and how it ends."""
     place = f"--socket {shlex.quote(said)}"
     state = "serves" if ready else "is starting"
     ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
     how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
-    print(printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr)
+    print(
+        make_printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr
+    )
 
 
 def _serve(
-    run: Run,
+    run: RunCommand,
     path: Path,
     job: str | None,
     sets: list[str] | None,
@@ -116,19 +118,19 @@ def _serve(
     background: Background | None,
 ) -> None:
     from wancli.engine.networks import Kept
-    from wancli.farm.local_socket import listening, reserved
-    from wancli.farm.server import Server, prepare
+    from wancli.farm.local_socket import listen, lock_socket
+    from wancli.farm.server import Server, preload
 
     kept = Kept()
     with ExitStack() as stack:
-        stack.enter_context(reserved(path))
-        plan = plan_of(job_of(job, flags_of(sets)), cache_dir) if job else None
-        prepare(plan, kept)
+        stack.enter_context(lock_socket(path))
+        plan = plan_job(load_job(job, collect_flags(sets)), cache_dir) if job else None
+        preload(plan, kept)
         server = Server(run, kept, idle=idle)
-        stack.enter_context(server.heeding())
-        listener = stack.enter_context(listening(path))
+        stack.enter_context(server.handle_signals())
+        listener = stack.enter_context(listen(path))
         if background:
-            background.ready()
-        print(printable(f"wancli serve: at {path}, process {os.getpid()}"), file=sys.stderr, flush=True)
+            background.report_ready()
+        print(make_printable(f"wancli serve: at {path}, process {os.getpid()}"), file=sys.stderr, flush=True)
         os.chdir("/")  # so that no file system is held
         server.serve(listener)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wancli.commands._common import emit, flags_of, job_of, plan_of, rates_of, store_of
+from wancli.commands._common import collect_flags, load_job, open_store, plan_job, print_json, rates_path
 from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
 
@@ -25,10 +25,10 @@ def status_command(
     from wancli.plan import throughput
     from wancli.report import status, terminal
 
-    plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir)
-    found = status.of_plan(plan, store_of(cache_dir), throughput.read(rates_of(cache_dir)))
+    plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir)
+    found = status.of_plan(plan, open_store(cache_dir), throughput.read(rates_path(cache_dir)))
     if as_json:
-        emit(found)
+        print_json(found)
     else:
         terminal.show(status.lines(found, datetime.now(UTC)))
     return ExitStatus.OK

@@ -14,7 +14,7 @@ from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import Found, cached, finished, preflight
-from wancli.errors import CheckpointError, Elsewhere, ErrorCapture
+from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture
 from wancli.plan import memory_policy
 from wancli.plan.shot import Model, Plan, Shot, named
 from wancli.storage import manifest
@@ -24,7 +24,7 @@ def render(plan: Plan, tools: RenderContext) -> Iterator[Outcome]:
     """Renders what `preflight` leaves to do, one checkpoint after the other, and yields what became of each.
 
     Raises what `preflight` does before anything is started, NoSpace at once, with all states on disk that
-    found room there, and Stopped at the end where somebody asked for it before all was done. Elsewhere, where
+    found room there, and Stopped at the end where somebody asked for it before all was done. ClaimedElsewhere, where
     the claims do not wait for what other workers are at.
     """
     found = preflight(plan, tools)
@@ -41,7 +41,7 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: RenderCont
         stopped += outcome.status == "stopped"
         failures += outcome.status == "failed"
         elsewhere += [outcome.shot] if outcome.status == "elsewhere" else []
-        tools.stop.enough = tools.policy.ends(failures)
+        tools.stop.failure_limit_reached = tools.policy.ends(failures)
         pending.discard(outcome.shot.index)
         yield outcome
     unfinished = bool(stopped or pending)
@@ -49,7 +49,7 @@ def tallied(outcomes: Iterator[Outcome], todo: Sequence[Shot], tools: RenderCont
         others = f", {len(elsewhere)} with other workers" if elsewhere else ""
         raise tools.stop.error(f"{_shots(stopped)} saved on the way, {len(pending)} not begun{others}")
     if elsewhere and tools.claims and not failures:
-        raise Elsewhere(
+        raise ClaimedElsewhere(
             f"{_shots(len(elsewhere))} with other workers: {tools.claims.names(elsewhere) or 'gone now'}"
         )
 
@@ -61,7 +61,7 @@ def _outcomes(plan: Plan, found: Found, tools: RenderContext) -> Iterator[Outcom
     todo: Sequence[Shot] = found.todo
     while todo or held:
         for model in dict.fromkeys(shot.model for shot in todo):
-            if not tools.stop.asked:
+            if not tools.stop.requested:
                 for outcome in _until_settled(model, [shot for shot in todo if shot.model == model], tools):
                     if outcome.status == "elsewhere":
                         held.append(outcome.shot)
@@ -95,7 +95,7 @@ def several(shots: Sequence[Shot]) -> str:
 
 def _let_go(held: Sequence[Shot], tools: RenderContext) -> Sequence[Shot]:
     """Waits until other workers are done with some of these shots, or gave them up; returns those."""
-    if not held or tools.claims is None or not tools.claims.waits or tools.stop.asked:
+    if not held or tools.claims is None or not tools.claims.waits or tools.stop.requested:
         return []
     if workers := tools.claims.names(held):
         tools.progress.note(f"waiting for {several(held)}, rendered by {workers}")
@@ -107,17 +107,17 @@ def _until_settled(model: Model, shots: Sequence[Shot], tools: RenderContext) ->
     which needs the least memory."""
     networks = _networks(model, shots, tools)
     tries = 0
-    while shots and not tools.stop.asked:
+    while shots and not tools.stop.requested:
         tries += 1
         again = []
         for outcome in _until_damage(model, shots, networks, tools):
-            if outcome.error and not tools.stop.asked and tools.policy.tries_again(outcome.error, tries):
+            if outcome.error and not tools.stop.requested and tools.policy.tries_again(outcome.error, tries):
                 said = f"{outcome.error}; tried again ({tries} of {tools.policy.retries})"
                 tools.progress.warn(f"shot {outcome.shot.id}: {said}")
                 again.append(outcome)
             else:
                 yield outcome
-        if tools.stop.asked:
+        if tools.stop.requested:
             yield from again
         shots = [replace(outcome.shot, batch=1, shared=None, fork=None) for outcome in again]
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
-from wancli.errors import CheckpointError, Elsewhere, JobError, NotFinite, OutOfMemory, OutputExists, bare
+from wancli.errors import (
+    CheckpointError,
+    ClaimedElsewhere,
+    JobError,
+    NotFinite,
+    OutOfMemory,
+    OutputExists,
+    strip_traceback,
+)
 from wancli.plan import model_registry
 from wancli.resources.measure import Peak, fitting, release
 from wancli.storage import atomic, manifest, tensor_file
@@ -74,7 +82,7 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: RenderC
         except OutOfMemory as error:
             if number + 1 == len(tries):
                 raise
-            ran_out = bare(error)
+            ran_out = strip_traceback(error)
         finally:
             vae.to(home)
         release()
@@ -108,14 +116,14 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
 
         def rgb() -> Iterator[memoryview]:
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), chunk):
-                if tools.stop.asked:
+                if tools.stop.requested:
                     raise tools.stop.error(f"the latent of shot {shot['id']} is on disk")
                 if not frames_CTYX.isfinite().all():
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield mp4.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
                 if tools.lost:
-                    raise Elsewhere("another worker took it over", where=f"shot {shot['id']}")
+                    raise ClaimedElsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
                 atomic.set_aside(output)
                 atomic.set_aside(manifest.manifest_path(output))

@@ -91,7 +91,7 @@ def advance(
         walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
         results = denoise.denoise_together(model, walks, _riders(group))
         for step in steps:
-            if tools.stop.asked:
+            if tools.stop.requested:
                 break
             for one, walk, at in zip(group, walks, next(results)):
                 _note(one, walk, at, tools)

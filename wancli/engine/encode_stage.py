@@ -50,7 +50,7 @@ def embed_each(
                 failed[result.key] = ErrorCapture()
                 failed[result.key].record(result.error)
             bar.advance()
-            if tools.stop.asked and len(found) + len(failed) < len(texts):
+            if tools.stop.requested and len(found) + len(failed) < len(texts):
                 raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer.text_dim
     for id, done in found.items():

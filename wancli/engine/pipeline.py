@@ -22,7 +22,7 @@ from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed
 from wancli.engine.preflight import in_the_way, lacks_effects, standing, unmeasured
 from wancli.engine.shot_state import Underway
-from wancli.errors import Elsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
+from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import Model, Shot
@@ -74,7 +74,7 @@ def render_model(
         if shot.index in recalled:
             yield from _render_taken([[shot]], means)
     for wave in batching.waves([shot for shot in fresh if shot.index not in sick]):
-        if not tools.stop.asked:
+        if not tools.stop.requested:
             yield from _render_taken(wave, means)
 
 
@@ -145,7 +145,7 @@ def _render_wave(wave: Sequence[Sequence[Shot]], means: Means) -> Iterator[Outco
             with suppress(WancliError):
                 _save(one, tools)
         raise
-    stopped = tools.stop.asked  # else a claim was lost, if only for one look; `batch` finds out
+    stopped = tools.stop.requested  # else a claim was lost, if only for one look; `batch` finds out
     for one in everyone:
         if not one.over and (one.step or not stopped):
             with ErrorCapture() as attempt:
@@ -158,7 +158,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
     """The steps that an expert takes, and after the last ones latents to videos. A shot that fails is told
     as soon as it does."""
     networks, tools = means.networks, means.tools
-    while not (tools.stop.asked or tools.lost) and (together := denoise_stage.ready(group, expert)):
+    while not (tools.stop.requested or tools.lost) and (together := denoise_stage.ready(group, expert)):
         with ErrorCapture() as attempt, fitting("sample", denoise_stage.title(together)):
             denoise_stage.advance(
                 together, denoise_stage.leg(group, together), networks, means.encoded, tools
@@ -213,7 +213,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
     if not _ours(shot, tools):
         return Outcome(shot, "elsewhere")
     try:
-        if tools.stop.asked:
+        if tools.stop.requested:
             raise tools.stop.error("before decoding")
         with attempt, fitting("decode", f"shot {shot.id}"):
             if latent is None:
@@ -222,7 +222,7 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
             if not shot.keep_latents:
                 atomic.remove(shot.latents)
             atomic.remove(shot.state)
-    except Elsewhere:
+    except ClaimedElsewhere:
         return Outcome(shot, "elsewhere")
     except Stopped:
         return Outcome(shot, "stopped")

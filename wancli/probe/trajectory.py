@@ -61,7 +61,7 @@ def measure(asked: Survey, tools: RenderContext) -> Map:
         tools.progress.phase(shot.id, "probe", total) as bar,
     ):
         for step, place in _way(asked, encoded, riders):
-            if tools.stop.asked:
+            if tools.stop.requested:
                 raise tools.stop.error("nothing of the map is kept")
             if place is None:
                 bar.advance(sampling, f"sampling step {step}")
@@ -154,7 +154,7 @@ def _changed(
     for index, v_1CTYX in sensitivity.velocities(place, rows, riders):
         found[index] = v_1CTYX
         bar.advance(passes[index], note)
-        if tools.stop.asked:
+        if tools.stop.requested:
             raise tools.stop.error("nothing of the map is kept")
     return [relative(found[index], found[len(rows)]) for index in range(len(rows))]
 
@@ -169,7 +169,7 @@ def _derived(
     for block, tensor in sensitivity.derivatives(place, toward_1CTYX):
         found[block] = tensor
         bar.advance(asked.depth if block == asked.depth else 2, note)
-        if tools.stop.asked:
+        if tools.stop.requested:
             raise tools.stop.error("nothing of the map is kept")
     of_ranges = [torch.stack([found[block] for block in blocks]).sum(0) for blocks in asked.ranges]
     return [sensitivity.size_of_change(by_s_L, found[asked.depth]) for by_s_L in of_ranges]

@@ -11,7 +11,7 @@ _COUNT = {"type": "integer", "minimum": 0}
 _SECONDS = {"type": "number", "minimum": 0}
 _IDS = {"type": "array", "items": _TEXT, "description": "The ids of shots."}
 _HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_NAMED = {
+_SHOT = {
     "index": _COUNT | {"description": "Its place in the job, as `--items` counts."},
     "id": _TEXT,
     "key": _HASH | {"description": "Of everything that changes its pixels."},
@@ -34,7 +34,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def _with_status(*of: str) -> dict[str, Any]:
-    return _NAMED | {
+    return _SHOT | {
         "labels": _LABELS,
         "seconds": {
             "type": ["number", "null"],
@@ -52,10 +52,10 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
             "job": _TEXT,
             "steps": _COUNT | {"description": "Of all shots together."},
             "shared_steps": _COUNT | {"description": "Those of them that another shot takes."},
-            "shots": {"type": "array", "items": _object(**_NAMED, labels=_LABELS, steps=_COUNT)},
+            "shots": {"type": "array", "items": _object(**_SHOT, labels=_LABELS, steps=_COUNT)},
         },
     ),
-    "shot-started": ("The first phase of a shot begins.", _NAMED),
+    "shot-started": ("The first phase of a shot begins.", _SHOT),
     "phase": (
         "Encoding, sampling, decoding, comparing or drawing begins or ends.",
         {
@@ -106,7 +106,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def of_events() -> dict[str, Any]:
+def build_event_schema() -> dict[str, Any]:
     """JSON Schema 2020-12 of one line. What later versions add is more types and keys under the same name."""
     head = {"schema": {"const": SCHEMA}, "time": {"type": "string", "format": "date-time"}}
     return {

@@ -20,7 +20,7 @@ from wancli import __version__
 from wancli.errors import Bug, ExitStatus, Interrupted, WancliError
 from wancli.progress import Phase, Progress
 from wancli.report.event_schema import SCHEMA
-from wancli.stdio import line
+from wancli.stdio import write_line
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _STEP_SECONDS = 0.1  # at most ten steps a second
 
 
-class Stream(Progress):
+class JsonStream(Progress):
     """Writes events. A context: when it ends, however it ends, the envelope is written."""
 
     def __init__(self, out: TextIO) -> None:
@@ -47,9 +47,9 @@ class Stream(Progress):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._end(_known(error) if error else self._failures())
+        self._write_envelope(_as_wancli_error(error) if error else self._batch_error())
 
-    def planned(self, plan: Plan) -> None:
+    def on_plan(self, plan: Plan) -> None:
         self._job = plan.name
         self._shots = {shot.id: shot for shot in plan.shots}
         self._event(
@@ -57,15 +57,15 @@ class Stream(Progress):
             job=plan.name,
             steps=sum(shot.steps for shot in plan.shots),
             shared_steps=sum(shot.fork.step for shot in plan.shots if shot.fork),
-            shots=[_named(s) | {"labels": s.labels, "steps": s.steps} for s in plan.shots],
+            shots=[_shot_facts(s) | {"labels": s.labels, "steps": s.steps} for s in plan.shots],
         )
 
-    def came_to(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
         shot = outcome.shot
         began = self._started.get(shot.id)
         took = None if began is None else round(time.monotonic() - began, 3)
-        about = _named(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
+        about = _shot_facts(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
         if outcome.error:
             self._event("shot-failed", **about, error=outcome.error.as_dict())
         elif outcome.record:
@@ -75,7 +75,7 @@ class Stream(Progress):
         else:
             self._event("shot-left", **about)
 
-    def ended(self, status: ExitStatus, report: Path | None) -> None:
+    def on_end(self, status: ExitStatus, report: Path | None) -> None:
         self._status, self._report = status, report
 
     @contextmanager
@@ -85,7 +85,7 @@ class Stream(Progress):
         for id in ids:
             if id not in self._started and id not in over:
                 self._started[id] = time.monotonic()
-                self._event("shot-started", **_named(self._shots[id]))
+                self._event("shot-started", **_shot_facts(self._shots[id]))
         began, phase = time.monotonic(), _Phase(self, name, ids, total)
         about = {"name": name, "shots": ids, "total": total}
         self._event("phase", **about, state="begin", done=0, seconds=0.0)
@@ -95,7 +95,7 @@ class Stream(Progress):
             seconds = round(time.monotonic() - began, 3)
             self._event("phase", **about, state="end", done=phase.done, seconds=seconds)
 
-    def step(self, name: str, ids: list[str], done: int, total: int) -> None:
+    def on_step(self, name: str, ids: list[str], done: int, total: int) -> None:
         now = time.monotonic()
         if now >= self._next_step:
             self._next_step = now + _STEP_SECONDS
@@ -110,14 +110,14 @@ class Stream(Progress):
     def _event(self, kind: str, **facts: Any) -> None:
         _write(self._out, kind, facts)
 
-    def _failures(self) -> WancliError | None:
+    def _batch_error(self) -> WancliError | None:
         """The error of a batch in which shots failed: the one that the exit code is from."""
         failed = [outcome.error for outcome in self._outcomes if outcome.error]
         if self._status == ExitStatus.OK or not failed:
             return None
         return next((error for error in failed if error.status == self._status), failed[0])
 
-    def _end(self, error: WancliError | None) -> None:
+    def _write_envelope(self, error: WancliError | None) -> None:
         found = Counter(outcome.status for outcome in self._outcomes)
         reached = {outcome.shot.id for outcome in self._outcomes}
         counts = {
@@ -143,16 +143,16 @@ class Stream(Progress):
 
 
 class _Phase:
-    def __init__(self, stream: Stream, name: str, ids: list[str], total: int) -> None:
+    def __init__(self, stream: JsonStream, name: str, ids: list[str], total: int) -> None:
         self._stream, self._name, self._ids, self._total = stream, name, ids, total
         self.done = 0
 
     def advance(self, n: int = 1, note: str = "") -> None:  # noqa: ARG002
         self.done += n
-        self._stream.step(self._name, self._ids, self.done, self._total)
+        self._stream.on_step(self._name, self._ids, self.done, self._total)
 
 
-def refused(out: TextIO, command: str, error: WancliError) -> None:
+def write_refusal(out: TextIO, command: str, error: WancliError) -> None:
     """The envelope of a command line that was not begun: all there is of its stream."""
     _envelope(out, command, error.status, None, error)
 
@@ -167,14 +167,14 @@ def _envelope(
 
 def _write(out: TextIO, kind: str, facts: dict[str, Any]) -> None:
     head = {"schema": SCHEMA, "type": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    line(out, json.dumps(head | facts))
+    write_line(out, json.dumps(head | facts))
 
 
-def _named(shot: Shot) -> dict[str, Any]:
+def _shot_facts(shot: Shot) -> dict[str, Any]:
     return {"index": shot.index, "id": shot.id, "key": shot.key, "path": str(shot.output)}
 
 
-def _known(error: BaseException) -> WancliError:
+def _as_wancli_error(error: BaseException) -> WancliError:
     if isinstance(error, WancliError):
         return error
     if isinstance(error, KeyboardInterrupt):

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wancli.plan import alternatives
-from wancli.progress import printable
+from wancli.progress import make_printable
 from wancli.report.batch_report import cached, memory_rows, most_needing, steps_of, time_of, todo
-from wancli.report.shorten import fitted
-from wancli.report.terminal import grid, lora_line, memory_table, shot_lines
+from wancli.report.shorten import fit_columns
+from wancli.report.terminal import build_memory_table, create_table, format_lora, format_shot
 from wancli.units import format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
 
 
-def plan_tables(
+def format_plan(
     plan: Plan,
     states: Sequence[str],
     store: Store,
@@ -44,7 +44,7 @@ def plan_tables(
         runs += ", products in fp8" if model.kernels.fp8_matmul else ""
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
     hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
-    yield from _shots_table(plan.shots, states, hidden)
+    yield from _format_shots(plan.shots, states, hidden)
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
     steps = steps_of(plan.shots)
@@ -58,36 +58,36 @@ def plan_tables(
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
     if verbose:
         for shot in plan.shots:
-            yield from shot_lines(shot)
-    yield from dict.fromkeys(lora_line(use) for shot in plan.shots for use in shot.loras)
+            yield from format_shot(shot)
+    yield from dict.fromkeys(format_lora(use) for shot in plan.shots for use in shot.loras)
     prompts = cached(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
     time = time_of(todo(plan.shots, states), store, known)
-    yield memory_table(memory_rows(plan.shots), time["phases"])
+    yield build_memory_table(memory_rows(plan.shots), time["phases"])
     for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.why):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
-    yield from time_lines(time)
+    yield from format_time(time)
     if others:
         for shot in most_needing(plan.shots):
             frames = pluralize(shot.frames, "frame")
-            yield f"\nshot {printable(shot.id)}, {frames}: what other settings would need, GiB"
-            yield alternatives_table(alternatives.alternatives(shot))
+            yield f"\nshot {make_printable(shot.id)}, {frames}: what other settings would need, GiB"
+            yield format_alternatives(alternatives.alternatives(shot))
             yield "✓ fits, ✗ does not, [ ] chosen; the text encoder is not in it: see encode above"
 
 
-def _shots_table(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> Iterator[RenderableType]:
+def _format_shots(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> Iterator[RenderableType]:
     """A row for each shot. What is the same for all of them is a line above it where the terminal is too
     narrow for all columns."""
     from rich.console import Console
 
     numbers = (">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
     heads: Sequence[str] = ("shot", "size", *numbers, "state")
-    rows = [[shot.id, *_cells(shot), state] for shot, state in zip(shots, states, strict=True)]
-    line, heads, rows = fitted(heads, rows, Console().width)
+    rows = [[shot.id, *_shot_cells(shot), state] for shot, state in zip(shots, states, strict=True)]
+    line, heads, rows = fit_columns(heads, rows, Console().width)
     if line:
         yield line
-    table = grid(*heads)
+    table = create_table(*heads)
     for index, row in enumerate(rows):
         if index not in hidden:
             table.add_row(*row)
@@ -96,14 +96,14 @@ def _shots_table(shots: Sequence[Shot], states: Sequence[str], hidden: range) ->
     yield table
 
 
-def _cells(shot: Shot) -> list[str]:
+def _shot_cells(shot: Shot) -> list[str]:
     size = f"{shot.width}x{shot.height}"
     guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
     numbers = (shot.frames, f"{shot.tokens:,}", shot.seed, shot.solver, shot.steps)
     return [size, *map(str, numbers), f"{shot.shift:g}", guidance]
 
 
-def time_lines(time: Mapping[str, Any]) -> Iterator[str]:
+def format_time(time: Mapping[str, Any]) -> Iterator[str]:
     """What the whole job will take, and which renders say so."""
     seconds = time["seconds"]
     if seconds is None:
@@ -118,10 +118,10 @@ def time_lines(time: Mapping[str, Any]) -> Iterator[str]:
         yield f"sampling at {rate['per_second'] / 1e9:,.0f} GFLOP/s, as on {rate['date']} at {size}, {tokens}"
 
 
-def alternatives_table(ways: Sequence[Alternative]) -> RenderableType:
+def format_alternatives(ways: Sequence[Alternative]) -> RenderableType:
     """Rows of precision, residency and attention; a column for each size."""
     sizes = list(dict.fromkeys((way.width, way.height) for way in ways))
-    table = grid("weights", "", "attention", *(f">{width}x{height}" for width, height in sizes))
+    table = create_table("weights", "", "attention", *(f">{width}x{height}" for width, height in sizes))
     rows: dict[tuple[str, str, str], list[str]] = {}
     digits = 1 if max(way.total for way in ways) > 4 * 2**30 else 2
     for way in ways:

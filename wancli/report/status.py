@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.plan import throughput
 from wancli.plan.prefix_sharing import Fork
-from wancli.progress import printable
+from wancli.progress import make_printable
 from wancli.report import batch_report
-from wancli.report.shorten import told_apart
+from wancli.report.shorten import shorten_unique
 from wancli.storage import claims, tensor_file
 from wancli.units import format_ranges, format_seconds, pluralize
 
@@ -130,7 +130,7 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
     said = [_about(shot, now) for shot in shown[:_LINES]]
-    names = told_apart([shot["id"] for shot in shown[:_LINES]], 20 if any(said) else 60)
+    names = shorten_unique([shot["id"] for shot in shown[:_LINES]], 20 if any(said) else 60)
     width = max([20, *map(cell_len, names)])
     for shot, name, about in zip(shown, names, said):
         line = f"{shot['index']:>5} {set_cell_size(name, width)} {shot['state']:<11} {about}"
@@ -157,5 +157,5 @@ def _about(shot: Mapping[str, Any], now: datetime) -> str:
 def _cut(text: str, limit: int) -> str:
     from rich.cells import cell_len, set_cell_size
 
-    text = printable(text).replace("\n", " ")
+    text = make_printable(text).replace("\n", " ")
     return text if cell_len(text) <= limit else f"{set_cell_size(text, limit - 1)}…"

@@ -134,7 +134,7 @@ class Claims:
     def wait(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
         """Waits until other workers give up some of the shots, and returns these; none where somebody asked
         for an end."""
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(self._beat / 5)
             held = self.others(shots)
             if len(held) < len(shots):

@@ -13,7 +13,7 @@ from wancli.cli import app, run
 from wancli.errors import ExitStatus
 from wancli.job.loader import parse
 from wancli.job.schema import Inject, Job
-from wancli.report.event_schema import of_events
+from wancli.report.event_schema import build_event_schema
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,4 +123,4 @@ def test_every_measurement_the_documents_name_can_be_run() -> None:
 def test_the_events_in_the_documents_are_those_of_the_schema() -> None:
     section = (ROOT / "docs/machines.md").read_text().split("## Events")[1].split("\n## ")[0]
     told = set(re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE))
-    assert told == {one["properties"]["type"]["const"] for one in of_events()["oneOf"]}
+    assert told == {one["properties"]["type"]["const"] for one in build_event_schema()["oneOf"]}

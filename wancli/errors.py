@@ -240,8 +240,8 @@ class ErrorCapture:
     """A `with` block that keeps the error of its shot instead of raising it.
 
     Errors that end the batch are raised: NoSpace, Stopped, CheckpointError (all shots need the checkpoint),
-    and every error that is not a WancliError. The error is kept without its frames, and so without the tensors
-    in them; `stack` has the text of the frames.
+    and every error that is not a WancliError. The error is kept without its frames, and so without the
+    tensors in them; `stack` has the text of the frames.
     """
 
     error: WancliError | None = None

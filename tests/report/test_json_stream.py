@@ -292,7 +292,7 @@ def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(json_stream.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     display: Progress = json_stream.JsonStream(out)
-    with display.phase("prompts", "encode", 1000) as phase:
+    with display.phase("encode", (), 1000) as phase:
         for _ in range(1000):
             now[0] += 0.01
             phase.advance()

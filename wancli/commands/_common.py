@@ -1,4 +1,4 @@
-"""What options mean, and how commands speak: results on stdout, all else on stderr."""
+"""What the options of several commands mean, and output: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invocation:
-    """What runs this command line, the networks that the process keeps, and when it began."""
+    """The runner of command lines, the networks that the process keeps in memory, and the start time."""
 
     run: RunCommand
     kept: Kept | None = None
@@ -36,7 +36,7 @@ class Invocation:
 
 
 def print_error(error: WancliError, prefix: str = "") -> None:
-    """The message, then the way out, on stderr."""
+    """Print the message of an error, then its hint, on stderr."""
     for line in str(error).split("\n"):
         print(make_printable(f"wancli: {prefix}{line}"), file=sys.stderr)
     for line in error.hint.splitlines():
@@ -49,31 +49,33 @@ def print_json(document: Any) -> None:
 
 
 def print_result(text: str) -> None:
-    """A result on stdout, for a command whose work does not end with its readers: what it makes is on disk.
-    Where nobody reads any more this and all that follows goes nowhere, and stderr says so."""
+    """Print a result on stdout. If it has no reader any more, say so on stderr and continue: the outputs are
+    on disk."""
     from wancli.stdio import write_line
 
     write_line(sys.stdout, text)
 
 
 def rerun_command(context: typer.Context, items: str, without: str = "") -> str:
-    """The command line that does the same for these shots alone, but for one option, in a shell's quotes."""
+    """Return this command line, quoted for a shell, for these shots alone and without one of its options."""
     words = context.command_path.split()
     for parameter in context.command.params:
         name = parameter.name or ""
-        said = context.get_parameter_source(name)
-        if name in ("items", "shard", without) or said is None or said.name != "COMMANDLINE":
+        source = context.get_parameter_source(name)
+        if name in ("items", "shard", without) or source is None or source.name != "COMMANDLINE":
             continue
-        value = context.params[name]
-        for one in value if isinstance(value, (list, tuple)) else [value]:
+        values = context.params[name]
+        for value in values if isinstance(values, (list, tuple)) else [values]:
             option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
-            words += option if one is True else [*option, str(getattr(one, "value", one))]
+            words += option if value is True else [*option, str(getattr(value, "value", value))]
     return shlex.join([*words, "--items", items])
 
 
 def create_display(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
-    """Who shows progress: to programs that follow a render on stdout, else to people on stderr. With `quiet`
-    what is logged, the hashing of large files, stays unsaid, too."""
+    """Create the display of progress: for programs on stdout, else for people on stderr.
+
+    `quiet` also turns off the log, which reports the hashing of large files.
+    """
     from wancli import progress
 
     logging.getLogger("wancli").disabled = quiet
@@ -118,8 +120,8 @@ def plan_job(
 def resolve_cache_dir(cache_dir: Path | None) -> Path:
     from platformdirs import user_cache_path
 
-    said = os.environ.get("WANCLI_CACHE")
-    return (cache_dir or (Path(said) if said else user_cache_path("wancli"))).expanduser()
+    variable = os.environ.get("WANCLI_CACHE")
+    return (cache_dir or (Path(variable) if variable else user_cache_path("wancli"))).expanduser()
 
 
 def hashes_path(cache_dir: Path | None) -> Path:

@@ -16,13 +16,13 @@ app = typer.Typer(help="List, verify or shrink the embedding cache.")
 @app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
-    from wancli.report import batch_report, terminal
+    from wancli.report import batch_report, prompt_text, terminal
 
     rows = batch_report.of_cache(open_store(cache_dir))
     if as_json:
         print_json(rows)
     else:
-        terminal.show(terminal.format_cache(rows))
+        terminal.show(prompt_text.format_cache(rows))
     return ExitStatus.OK
 
 
@@ -30,7 +30,7 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
 def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """Read every entry back.
 
-    Lists damaged ones and exits with 4; a render computes them again.
+    Lists damaged entries and exits with 4; a render computes them again.
     """
     store = open_store(cache_dir)
     count, damaged = len(store.entries()), [str(entry.path) for entry in store.verify()]
@@ -44,22 +44,24 @@ def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
 @app.command("prune")
 def cache_prune(
     max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Keep the newest up to this: 500MiB, 2GiB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep the newest entries up to this size: 500MiB, 2GiB."),
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Remove what was not used for so long.")
+        float | None,
+        typer.Option(metavar="DAYS", min=0, help="Remove entries that were not used for this many days."),
     ] = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
     """Remove old or surplus entries.
 
-    Damaged ones, the oldest beyond a size, those older than some days.
+    Damaged entries, the oldest beyond a size, those not used for some days.
     """
     from wancli.units import format_bytes, parse_size, pluralize
 
-    most = None if max_size is None else parse_size(max_size, "--max-size")
-    removed = open_store(cache_dir).prune(most, older_than)
+    limit = None if max_size is None else parse_size(max_size, "--max-size")
+    removed = open_store(cache_dir).prune(limit, older_than)
     total = sum(entry.bytes for entry in removed)
     if as_json:
         print_json({"removed": [entry.key for entry in removed], "bytes": total})

@@ -14,10 +14,11 @@ from wancli.errors import ExitStatus
 
 def decode_command(
     latents: Annotated[
-        Path, typer.Argument(metavar="NAME.latents.safetensors", help="A latent that a render left.")
+        Path, typer.Argument(metavar="NAME.latents.safetensors", help="A latent that a render saved.")
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default: the name it was made for.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The video. Default: the output of its shot."),
     ] = None,
     model: ModelDir = None,
     force: Force = False,
@@ -27,7 +28,7 @@ def decode_command(
 ) -> int:
     """Finish a shot from its latent.
 
-    Decodes it, writes and verifies the MP4, prints its path. The latent stays.
+    Decodes the latent, writes and verifies the MP4, and prints its path. Keeps the latent.
     """
     from wancli.engine import decode_stage
     from wancli.engine.context import Force, RenderContext

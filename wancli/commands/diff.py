@@ -27,12 +27,12 @@ def diff_command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Both from a file: a job (prompt against injections), a text, an embedding file.",
+            help="Read both from a file: a job (prompt against injections), a text, an embedding file.",
         ),
     ] = None,
     model: ModelDir = None,
     dit: Annotated[
-        bool, typer.Option("--dit/--no-dit", help="Also compare what the transformer's blocks read.")
+        bool, typer.Option("--dit/--no-dit", help="Also compare the inputs of the transformer's blocks.")
     ] = True,
     sets: Sets = None,
     sweeps: Sweeps = None,
@@ -44,11 +44,11 @@ def diff_command(
 ) -> int:
     """Measure how different two prompts are.
 
-    As the model reads them. Aim for more than 50 % before you inject one into the other.
+    As the model reads them. Aim for more than 50 % before you inject one prompt into the other.
     """
     from wancli.commands import _prompt_inputs
     from wancli.engine.context import RenderContext
-    from wancli.report import terminal
+    from wancli.report import prompt_text, terminal
 
     display = create_display("auto", quiet)
     flags = collect_flags(sets, sweeps, items, shard)
@@ -58,5 +58,5 @@ def diff_command(
     if as_json:
         print_json([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
     else:
-        terminal.show(terminal.format_differences(differences))
+        terminal.show(prompt_text.format_differences(differences))
     return ExitStatus.OK

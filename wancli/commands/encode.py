@@ -31,12 +31,12 @@ def encode_command(
         bool, typer.Option("--cache/--no-cache", help="Keep the embeddings in the cache.")
     ] = True,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write them to a .safetensors file.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the embeddings to a .safetensors file.")
     ] = None,
     model: ModelDir = None,
-    max_tokens: Annotated[int, typer.Option(help="256 or 512; for prompts given here.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="256 or 512, for prompts on the command line.")] = 256,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")
+        bool, typer.Option("--truncate", help="Cut longer prompts instead of rejecting them.")
     ] = False,
     sets: Sets = None,
     sweeps: Sweeps = None,
@@ -49,11 +49,11 @@ def encode_command(
 ) -> int:
     """Turn prompts into embeddings: stage 1 alone.
 
-    Each is computed once ever and kept in the cache. Prints one key per prompt.
+    Each embedding is computed once ever and kept in the cache. Prints one key per prompt.
     """
     from wancli.commands import _prompt_inputs
     from wancli.engine.context import RenderContext
-    from wancli.report import terminal
+    from wancli.report import prompt_text, terminal
 
     display = create_display(progress.value, quiet)
     flags = collect_flags(sets, sweeps, items, shard)
@@ -64,5 +64,5 @@ def encode_command(
     if as_json:
         print_json(rows)
     else:
-        terminal.show(terminal.format_encoded(rows))
+        terminal.show(prompt_text.format_encoded(rows))
     return ExitStatus.OK

@@ -1,4 +1,4 @@
-"""`wancli inspect`: what weights are."""
+"""`wancli inspect`: describe weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def inspect_command(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Say what a file or folder of weights is.
+    """Describe a file or folder of weights.
 
-    Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
+    Model and variant, sizes, precision, quantization, LoRA targets, missing files. Reads headers only.
     """
     from wancli.report import inspect_text, terminal
     from wancli.weights import inspect

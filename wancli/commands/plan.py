@@ -16,11 +16,16 @@ from wancli.progress import make_printable
 def plan_command(
     job: JobArgument,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", help="Also show prompts, sigmas and the injection strength of each block."
+        ),
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Plan for this much, 24GiB; also show what other settings need."),
+        typer.Option(
+            metavar="SIZE", help="Plan for this much memory, 24GiB; also show what other settings need."
+        ),
     ] = None,
     sets: Sets = None,
     sweeps: Sweeps = None,

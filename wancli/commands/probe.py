@@ -34,19 +34,21 @@ def probe_command(
     method: Annotated[
         MethodName,
         typer.Option(
-            help="inject: each block reads the injected prompt. skip: it reads nothing. gradient: all at "
-            "once, by first order. render: whole videos, compared in pixels."
+            help="inject: each block reads the injected prompt. skip: each block reads no prompt. gradient: "
+            "all blocks at once, to first order. render: whole videos, compared in pixels."
         ),
     ] = MethodName.inject,
     levels: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Noise levels to measure at, from early to late. Default: 3."),
+        typer.Option(
+            metavar="K", help="Number of noise levels to measure at, from early to late. Default: 3."
+        ),
     ] = None,
     ranges: Annotated[
         str | None,
         typer.Option(
             metavar="N|SETS",
-            help="Instead of single blocks N ranges, or sets: early,middle,late. Default of render: 8.",
+            help="Measure N ranges, or sets (early,middle,late), not single blocks. Default of render: 8.",
         ),
     ] = None,
     shot: Annotated[
@@ -64,8 +66,8 @@ def probe_command(
 ) -> int:
     """Measure which block's text matters.
 
-    For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
-    `inject.blocks: auto:top8` finds it.
+    For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps the map for
+    `inject.blocks: auto:top8`.
     """
     from wancli import signals
     from wancli.engine.context import RenderContext
@@ -93,7 +95,7 @@ def probe_command(
 
 
 def _require_writable(path: Path) -> Path:
-    """Where a map can be written: found out before anything is measured."""
+    """Check before the measurement that a map can be written to the path."""
     from wancli.storage import atomic
 
     if path.is_dir():

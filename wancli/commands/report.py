@@ -1,4 +1,4 @@
-"""`wancli report`: a page of what was rendered."""
+"""`wancli report`: a page about rendered shots."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ def report_command(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Default: beside the outputs."),
+        typer.Option("-o", "--output", metavar="FILE", help="The page. Default: beside the outputs."),
     ] = None,
     table: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Also a CSV file with a line per shot.")
     ] = None,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Make a page of what was rendered.
+    """Make a page about rendered shots.
 
-    One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots. Prints its path.
+    One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots.
+    Prints its path.
     """
     from wancli.job.cli_overrides import NO_FLAGS
     from wancli.report import batch_report, shots_table

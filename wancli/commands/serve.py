@@ -32,28 +32,28 @@ def serve_command(
         typer.Option(
             metavar="auto|PATH",
             envvar="WANCLI_SOCKET",
-            help="Where it is to be found. auto: the user's own place on this host.",
+            help="The socket of the server. auto: the user's own on this host.",
         ),
     ] = "auto",
     idle: Annotated[
         str,
-        typer.Option(metavar="TIME", help="End when nobody has asked for anything for so long, or never."),
+        typer.Option(metavar="TIME", help="End after this time without a request, or never."),
     ] = "10min",
     daemonize: Annotated[
-        bool, typer.Option("--daemonize", help="Go on in the background, with a log beside the socket.")
+        bool, typer.Option("--daemonize", help="Run in the background, with a log beside the socket.")
     ] = False,
     wait_ready: Annotated[
-        bool, typer.Option("--wait-ready", help="With --daemonize: return once it serves.")
+        bool, typer.Option("--wait-ready", help="With --daemonize: return once the server is ready.")
     ] = False,
     stop: Annotated[
-        bool, typer.Option("--stop", help="End the server there, once what it renders is saved.")
+        bool, typer.Option("--stop", help="End the server at this socket, once its render is saved.")
     ] = False,
     sets: Sets = None,
     cache_dir: CacheDir = None,
 ) -> int:
     """Render for other commands, with the model kept in memory.
 
-    wancli render --socket auto JOB takes it; nothing but this user's processes on this host can.
+    wancli render --socket auto JOB uses it. Only this user's processes on this host can.
     """
     from wancli.farm import daemon, local_socket
     from wancli.units import parse_duration
@@ -88,21 +88,19 @@ def serve_command(
 def _check_option_pairs(
     job: str | None, sets: list[str] | None, *, daemonize: bool, wait_ready: bool
 ) -> None:
-    """Options that mean nothing without another."""
+    """Raise JobError for an option that means nothing without another."""
     if wait_ready and not daemonize:
-        raise JobError("is for --daemonize", where="--wait-ready")
+        raise JobError("needs --daemonize", where="--wait-ready")
     if sets and job is None:
-        raise JobError(
-            "is for the job that is loaded", where="--set", hint="wancli serve JOB --set KEY=VALUE"
-        )
+        raise JobError("needs a JOB to load", where="--set", hint="wancli serve JOB --set KEY=VALUE")
 
 
 def _print_location(path: Path, said: str, *, ready: bool) -> None:
-    """Of a server in the background, for who started it: where it is, how it is asked and how it ends."""
+    """Print where a server in the background listens, and the commands that use it and end it."""
     place = f"--socket {shlex.quote(said)}"
-    state = "serves" if ready else "is starting"
+    state = "listens" if ready else "is starting"
     ends = "wancli serve --stop" if said == "auto" else f"wancli serve --stop {place}"
-    how = f"`wancli render {place} JOB` asks it, `{ends}` ends it"
+    how = f"`wancli render {place} JOB` uses it, `{ends}` ends it"
     print(
         make_printable(f"wancli serve: {state} at {path}, its log in {path.name}.log; {how}"), file=sys.stderr
     )
@@ -132,5 +130,5 @@ def _serve(
         if background:
             background.report_ready()
         print(make_printable(f"wancli serve: at {path}, process {os.getpid()}"), file=sys.stderr, flush=True)
-        os.chdir("/")  # so that no file system is held
+        os.chdir("/")  # keeps no file system busy
         server.serve(listener)

@@ -1,4 +1,4 @@
-"""`wancli status`: how far a batch is."""
+"""`wancli status`: the state of a batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def status_command(
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Say how far a batch is.
+    """Show the state of a batch.
 
-    Per shot: done, on its way, in other hands, failed and why, to do; and the time that is left.
+    Per shot: done, claimed by a worker, half done, failed and why, to do; and the time left.
     """
     from datetime import UTC, datetime
 

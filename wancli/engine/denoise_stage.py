@@ -83,7 +83,7 @@ def advance(
     with (
         torch.inference_mode(),
         Peak() as peak,
-        tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
+        tools.progress.phase("sample", [one.shot.id for one in group], len(steps)) as bar,
     ):
         patches.at(loras, steps[0], expert)
         contexts = Contexts(model, rows_NE)

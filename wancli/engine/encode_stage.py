@@ -36,7 +36,7 @@ def embed_each(
     texts = {prompt.id: prompt for prompt in prompts}
     found: dict[str, Encoded] = {}
     failed: dict[str, ErrorCapture] = {}
-    with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
+    with Peak() as peak, tools.progress.phase("encode", (), len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:

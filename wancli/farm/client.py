@@ -30,8 +30,8 @@ def render(arguments: Sequence[str], socket_name: str, cache: Path, *, quiet: bo
     """Run a command line on a server and return its exit code.
 
     Returns None if the socket is `auto` and no server there can run it: the caller then runs it. Raises
-    MachineError if a named server is not found or refuses. Raises Stopped if the server ends in the middle, or
-    after a signal that comes before the client's turn.
+    MachineError if a named server is not found or refuses. Raises Stopped if the server ends in the middle,
+    or after a signal that comes before the client's turn.
     """
     path = Path(socket_name)
     try:

@@ -1,7 +1,7 @@
 """A Unix socket in a private folder, on which a client and a server of the same user exchange messages.
 
-A message is a line of JSON. The server sends `{"turn": PID}` when it is the client's turn. The client sends its
-standard streams and its request, and later `{"signal": NAME}`. The server answers `{"begun": PID}` or
+A message is a line of JSON. The server sends `{"turn": PID}` when it is the client's turn. The client sends
+its standard streams and its request, and later `{"signal": NAME}`. The server answers `{"begun": PID}` or
 `{"refused": WHY}`, and at the end `{"code": N}`.
 """
 
@@ -65,8 +65,8 @@ def require_private(folder: Path) -> None:
     found = folder.stat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise MachineError(
-            f"not a private folder (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}), so a socket "
-            "in it may belong to another user",
+            f"not a private folder (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}), so a "
+            "socket in it may belong to another user",
             where=str(folder),
             hint="It must be yours, mode 0700: --socket DIR/NAME with a DIR that does not exist makes one.",
         )

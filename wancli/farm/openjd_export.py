@@ -68,7 +68,7 @@ def _check_representable(words: Sequence[str], job: Path) -> None:
 
 
 def _build_step(wancli: str, served: Sequence[str], options: Sequence[str], at_once: int) -> dict[str, Any]:
-    """Build the only step: a session starts a server with the model, and each of its tasks uses that server."""
+    """Build the only step: a session starts a server with the model, and each of its tasks uses it."""
     socket = ["--socket", _SOCKET]
     enter = {
         "command": "bash",

@@ -63,7 +63,7 @@ def preload(plan: Plan | None, kept: Kept) -> None:
     )
     from wancli.report import (
         batch_report,  # noqa: F401
-        terminal,  # noqa: F401
+        render_summary,  # noqa: F401
     )
     from wancli.sampling import denoise  # noqa: F401
     from wancli.weights import loader  # noqa: F401
@@ -243,8 +243,8 @@ class Server:
     def _relay_signals(self, connection: socket.socket) -> None:
         """Raise the client's signals in the main thread, and SIGTERM if the client is gone.
 
-        If the client already asked for a stop, its end raises no SIGTERM: a second signal would end the render
-        without saving.
+        If the client already requested a stop, its end raises no SIGTERM: a second signal would end the
+        render without saving.
         """
         messages = local_socket.MessageReader(connection)
         main = threading.main_thread().ident

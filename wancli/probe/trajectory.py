@@ -58,7 +58,7 @@ def measure(asked: Survey, tools: RenderContext) -> Map:
     with (
         fitting("probe", f"shot {shot.id}"),
         without_gradients,
-        tools.progress.phase(shot.id, "probe", total) as bar,
+        tools.progress.phase("probe", [shot.id], total) as bar,
     ):
         for step, place in _way(asked, encoded, riders):
             if tools.stop.requested:

@@ -1,4 +1,4 @@
-"""A block map as people read it: a strip of blocks for each noise level, the ranking, and what to write."""
+"""A block map for people: a strip of blocks for each noise level, the ranking, and a suggestion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STRONGEST = 8
 
 
 def format_map(found: Map) -> Iterator[str]:
-    """Within 80 columns for models of up to 60 blocks. Each strip goes from 0 to its own largest value."""
+    """Format a map within 80 columns, for up to 60 blocks. Each strip is scaled to its own largest value."""
     levels = len(found.levels)
     places = pluralize(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
     where = f" at {pluralize(levels, 'noise level')}" if levels else ""
@@ -36,7 +36,7 @@ def format_map(found: Map) -> Iterator[str]:
 
 
 def _draw_strip(found: Map, values: Sequence[float]) -> str:
-    """One character for each block; that of a range is the range's."""
+    """Draw one character for each block; the blocks of a range share the value of the range."""
     top = max(values) or 1.0
     shares = [0.0] * found.model.blocks
     ranges = found.ranges or [[block] for block in range(found.model.blocks)]

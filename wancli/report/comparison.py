@@ -67,7 +67,7 @@ def document(
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
-    with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
+    with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
         for shot in comparison_metrics.measure(clips, beside):
             shots.append(shot)
             bar.advance()
@@ -114,7 +114,7 @@ def draw(found: Record, wanted: Pages, tools: RenderContext) -> None:
     """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
     ids = [shot["id"] for shot in found["shots"]]
     said, brief = (dict(zip(ids, comparison_metrics.lines(found, beside=beside))) for beside in (True, False))
-    with tools.progress.phase(found["baseline"], "draw", len(wanted.paths)) as bar:
+    with tools.progress.phase("draw", [found["baseline"]], len(wanted.paths)) as bar:
         for path, part in wanted.sheets:
             contact_sheet.write(path, contact_sheet.contact_sheet(part, [said[one.id] for one in part]))
             bar.advance()

@@ -1,4 +1,4 @@
-"""What `wancli inspect` prints: one paragraph per network, within 80 columns."""
+"""The text of `wancli inspect`: one paragraph per network, within 80 columns."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SCHEMES = {
 
 
 def format_inspection(document: Mapping[str, Any]) -> Iterator[str]:
-    """The checkpoint, then every network in it, then what a deep look found."""
+    """Format the checkpoint, then every network in it, then the results of --deep."""
     root = Path(document["path"])
-    said = [] if document["layout"] == "file" else [f"{document['layout']} layout"]
-    said += [document["variant"]] if document["variant"] else []
-    yield make_printable(f"{root}{': ' if said else ''}{', '.join(said)}")
+    facts = [] if document["layout"] == "file" else [f"{document['layout']} layout"]
+    facts += [document["variant"]] if document["variant"] else []
+    yield make_printable(f"{root}{': ' if facts else ''}{', '.join(facts)}")
     if document["defaults"]:
         yield from _format_row("made for", format_defaults(document["defaults"]))
     refused = any(part["refusal"] for part in document["parts"])
     if document["missing"]:
         yield from _format_row("missing", "; ".join(document["missing"]))
-    elif document["problem"] and not refused:  # a part that is refused says so itself
+    elif document["problem"] and not refused:  # the paragraph of a refused part has the reason
         yield from _format_row("to render", document["problem"].removeprefix(f"{root.resolve()}: "))
     folder = root if root.is_dir() else root.parent
     for part in document["parts"]:
@@ -46,12 +46,12 @@ def format_inspection(document: Mapping[str, Any]) -> Iterator[str]:
         yield make_printable(_relative_path(file["file"], folder))
         yield from _format_row("sha256", file["sha256"])
         bad = file["not_finite"]
-        found = "all finite" if bad == [] else "not looked at, for they are GGUF blocks"
-        yield from _format_row("values", f"NaN or Inf in {', '.join(bad)}" if bad else found)
+        finite = "all finite" if bad == [] else "not checked: they are GGUF blocks"
+        yield from _format_row("values", f"NaN or Inf in {', '.join(bad)}" if bad else finite)
 
 
 def format_defaults(row: Mapping[str, Any]) -> str:
-    """The defaults of a variant: `1280x720, 81 frames at 16 fps, 40 steps, shift 12 ...`."""
+    """Format the defaults of a variant: `1280x720, 81 frames at 16 fps, 40 steps, shift 12 ...`."""
     guidance = f"{row['guidance']:g}"
     if row["guidance_low"] is not None:
         guidance += f" from timestep {1000 * row['boundary']:g} up, {row['guidance_low']:g} below"
@@ -84,15 +84,17 @@ def _format_component(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
 
 
 def _format_problems(part: Mapping[str, Any]) -> Iterator[str]:
-    """What is amiss: gaps, a surprising count, a scheme or a model that wancli does not know."""
+    """Format problems: missing tensors, a surprising count, an unknown scheme or model."""
     if part["gaps"]:
         more = f" and {len(part['gaps']) - 5} more" if len(part["gaps"]) > 5 else ""
         yield from _format_row("missing", ", ".join(part["gaps"][:5]) + more)
     wanted = part["parameters_of_network"]
     if wanted is not None and wanted != part["parameters"]:
-        yield from _format_row("amiss", f"a network of these sizes has {wanted:,} parameters")
+        yield from _format_row("unexpected", f"a network of these sizes has {wanted:,} parameters")
     if part["name"] == "Wan2.1-T2V-14B" and not part["expert"]:
-        yield from _format_row("or", "one expert of Wan2.2-T2V-A14B; shapes do not tell, names do")
+        yield from _format_row(
+            "or", "one expert of Wan2.2-T2V-A14B: the shapes are the same, only names tell"
+        )
     if part["tokenizer"]:
         yield from _format_row("tokenizer", "inside the file")
     if part["refusal"]:
@@ -139,7 +141,7 @@ def _format_lora(lora: Mapping[str, Any]) -> Iterator[str]:
     if lora["unknown"]:
         examples = ", ".join(lora["examples"])
         yield from _format_row(
-            "skipped", f"{lora['unknown']} keys that name nothing of a Wan transformer: {examples}"
+            "skipped", f"{lora['unknown']} keys that belong to no Wan transformer: {examples}"
         )
 
 

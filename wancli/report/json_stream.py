@@ -1,4 +1,4 @@
-"""`render --json-stream`: what happens as lines of JSON on stdout, for programs.
+"""`render --json-stream`: events as lines of JSON on stdout, for programs.
 
 One event per line, flushed, and at the end exactly one `envelope`, however the command ends: with all shots,
 with failures, by an error, a bug or the first signal. Events carry ids and keys, never prompts. Their schema
@@ -30,7 +30,7 @@ _STEP_SECONDS = 0.1  # at most ten steps a second
 
 
 class JsonStream(Progress):
-    """Writes events. A context: when it ends, however it ends, the envelope is written."""
+    """A display that writes events. When its block ends, however it ends, it writes the envelope."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -65,35 +65,35 @@ class JsonStream(Progress):
         shot = outcome.shot
         began = self._started.get(shot.id)
         took = None if began is None else round(time.monotonic() - began, 3)
-        about = _shot_facts(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
+        facts = _shot_facts(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
         if outcome.error:
-            self._event("shot-failed", **about, error=outcome.error.as_dict())
+            self._event("shot-failed", **facts, error=outcome.error.as_dict())
         elif outcome.record:
             files = {file["path"]: file for file in outcome.record["files"]}
             video = files[shot.output.name]
-            self._event("shot-finished", **about, sha256=video["sha256"], bytes=video["bytes"])
+            self._event("shot-finished", **facts, sha256=video["sha256"], bytes=video["bytes"])
         else:
-            self._event("shot-left", **about)
+            self._event("shot-left", **facts)
 
     def on_end(self, status: ExitStatus, report: Path | None) -> None:
         self._status, self._report = status, report
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:
-        ids = [id for id in ids or [shot] if id in self._shots]
-        over = {outcome.shot.id for outcome in self._outcomes}  # which comparing them begins no more
+    def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:
+        ids = [id for id in shots if id in self._shots]
+        finished = {outcome.shot.id for outcome in self._outcomes}  # a comparison does not start them again
         for id in ids:
-            if id not in self._started and id not in over:
+            if id not in self._started and id not in finished:
                 self._started[id] = time.monotonic()
                 self._event("shot-started", **_shot_facts(self._shots[id]))
         began, phase = time.monotonic(), _Phase(self, name, ids, total)
-        about = {"name": name, "shots": ids, "total": total}
-        self._event("phase", **about, state="begin", done=0, seconds=0.0)
+        facts = {"name": name, "shots": ids, "total": total}
+        self._event("phase", **facts, state="begin", done=0, seconds=0.0)
         try:
             yield phase
         finally:
             seconds = round(time.monotonic() - began, 3)
-            self._event("phase", **about, state="end", done=phase.done, seconds=seconds)
+            self._event("phase", **facts, state="end", done=phase.done, seconds=seconds)
 
     def on_step(self, name: str, ids: list[str], done: int, total: int) -> None:
         now = time.monotonic()
@@ -111,22 +111,22 @@ class JsonStream(Progress):
         _write(self._out, kind, facts)
 
     def _batch_error(self) -> WancliError | None:
-        """The error of a batch in which shots failed: the one that the exit code is from."""
+        """Return the error that gave a batch with failed shots its exit code."""
         failed = [outcome.error for outcome in self._outcomes if outcome.error]
         if self._status == ExitStatus.OK or not failed:
             return None
         return next((error for error in failed if error.status == self._status), failed[0])
 
     def _write_envelope(self, error: WancliError | None) -> None:
-        found = Counter(outcome.status for outcome in self._outcomes)
+        statuses = Counter(outcome.status for outcome in self._outcomes)
         reached = {outcome.shot.id for outcome in self._outcomes}
         counts = {
             "shots": len(self._shots),
-            "rendered": found["rendered"],
-            "already_done": found["already done"],
-            "failed": found["failed"],
-            "stopped": found["stopped"],
-            "elsewhere": found["elsewhere"],
+            "rendered": statuses["rendered"],
+            "already_done": statuses["already done"],
+            "failed": statuses["failed"],
+            "stopped": statuses["stopped"],
+            "elsewhere": statuses["elsewhere"],
             "not_started": len(self._shots.keys() - reached),
         }
         report = str(self._report) if self._report else None
@@ -153,7 +153,7 @@ class _Phase:
 
 
 def write_refusal(out: TextIO, command: str, error: WancliError) -> None:
-    """The envelope of a command line that was not begun: all there is of its stream."""
+    """Write the envelope of a command line that is rejected; it is the only event of its stream."""
     _envelope(out, command, error.status, None, error)
 
 
@@ -161,8 +161,8 @@ def _envelope(
     out: TextIO, command: str, status: ExitStatus, data: dict[str, Any] | None, error: WancliError | None
 ) -> None:
     facts = {"ok": status == ExitStatus.OK, "command": command, "version": __version__}
-    about = {"exit_code": int(status), "data": data, "error": error.as_dict() if error else None}
-    _write(out, "envelope", facts | about)
+    result = {"exit_code": int(status), "data": data, "error": error.as_dict() if error else None}
+    _write(out, "envelope", facts | result)
 
 
 def _write(out: TextIO, kind: str, facts: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""`render --progress openjd`: the lines by which Open Job Description follows an action, on stdout.
+"""`render --progress openjd`: lines on stdout by which Open Job Description follows an action.
 
-Progress is that of the whole batch: every step of a shot counts one, and so does the rest of it, decoding and
-writing. Paths of finished shots between these lines are none of its messages, and mean nothing to it.
+Progress is that of the whole batch. Every step of a shot counts one unit; decoding and writing together count
+one more. Open Job Description ignores the paths of finished shots between these lines.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from wancli.errors import Stopped
-from wancli.progress import Phase, Progress, make_printable
+from wancli.progress import Phase, Progress, make_printable, phase_title
 from wancli.stdio import write_line
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ _SECONDS = 1.0  # between two lines of progress
 
 
 class OpenJdProgress(Progress):
-    """Writes `openjd_progress`, `openjd_status` and `openjd_fail`."""
+    """A display that writes `openjd_progress`, `openjd_status` and `openjd_fail`."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._todo: dict[str, int] = {}  # the units that a shot counts, by its id
+        self._todo: dict[str, int] = {}  # units of each shot, by its id
         self._done: dict[str, int] = {}
         self._next = 0.0
         self._finished = 0
@@ -52,13 +52,15 @@ class OpenJdProgress(Progress):
             self._write_progress()
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
-        self._write("status", f"{name} {shot} ({self._finished} of {len(self._todo)} shots done)")
-        stepped = [id for id in ids or [shot] if id in self._todo] if name == "sample" else []
+    def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:  # noqa: ARG002
+        self._write(
+            "status", f"{phase_title(name, shots)} ({self._finished} of {len(self._todo)} shots done)"
+        )
+        stepped = [id for id in shots if id in self._todo] if name == "sample" else []
         yield _Phase(self, stepped)
 
     def on_step(self, ids: Sequence[str], n: int) -> None:
-        for id in ids:  # the last unit is for when it is finished
+        for id in ids:  # the last unit is counted by on_outcome
             self._done[id] = min(self._done[id] + n, self._todo[id] - 1)
         if ids and time.monotonic() >= self._next:
             self._write_progress()
@@ -71,7 +73,7 @@ class OpenJdProgress(Progress):
         self._write("progress", f"{100 * sum(self._done.values()) / sum(self._todo.values()):.1f}")
 
     def _write(self, kind: str, text: str) -> None:
-        # On one line: what came on a second one could be another message, a text of the job's choice.
+        # On one line: a second line could be a message of its own, with a text from the job.
         write_line(self._out, f"openjd_{kind}: {' '.join(make_printable(text).split(chr(10)))}")
 
 

@@ -1,4 +1,4 @@
-"""The plan as people read it, within 80 columns: shots, prompts, memory, time, and what else there is."""
+"""The plan for people, within 80 columns: shots, prompts, memory, time, and alternatives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from wancli.plan import alternatives
 from wancli.progress import make_printable
 from wancli.report.batch_report import cached, memory_rows, most_needing, steps_of, time_of, todo
+from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
-from wancli.report.terminal import build_memory_table, create_table, format_lora, format_shot
+from wancli.report.shot_text import format_lora, format_shot
+from wancli.report.terminal import create_table, state_text
 from wancli.units import format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 
-MANY, HEAD, TAIL = 24, 8, 4  # of a plan with more shots than this, the first and the last are shown
+MANY, HEAD, TAIL = 24, 8, 4  # a plan with more than MANY shots shows the first and the last
 
 
 def format_plan(
@@ -33,8 +35,8 @@ def format_plan(
     verbose: bool = False,
     others: bool = False,
 ) -> Iterator[RenderableType]:
-    """The shots and their `states`, what stage 1 has to do, the memory that the largest shot needs and why
-    so, the time; with `others` what other settings would need."""
+    """Format the shots and their `states`, the prompts to encode, the memory of the largest shot with its
+    reasons, and the time. With `others`, also format the memory of other settings."""
     for model in dict.fromkeys(shot.model for shot in plan.shots):
         sizes = model.checkpoint.transformer
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
@@ -53,7 +55,9 @@ def format_plan(
         yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
     if len(states) > 1:
         counts = ", ".join(
-            f"{states.count(s):,} {s}" for s in ("done", "to do", "damaged", "in the way") if s in states
+            f"{states.count(s):,} {state_text(s)}"
+            for s in ("done", "to do", "damaged", "in the way")
+            if s in states
         )
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
     if verbose:
@@ -73,17 +77,19 @@ def format_plan(
             frames = pluralize(shot.frames, "frame")
             yield f"\nshot {make_printable(shot.id)}, {frames}: what other settings would need, GiB"
             yield format_alternatives(alternatives.alternatives(shot))
-            yield "✓ fits, ✗ does not, [ ] chosen; the text encoder is not in it: see encode above"
+            yield "✓ fits, ✗ does not, [ ] chosen; without the text encoder: see encode above"
 
 
 def _format_shots(shots: Sequence[Shot], states: Sequence[str], hidden: range) -> Iterator[RenderableType]:
-    """A row for each shot. What is the same for all of them is a line above it where the terminal is too
-    narrow for all columns."""
+    """Format a row for each shot. If the terminal is too narrow, values that all shots share are a line above
+    the table."""
     from rich.console import Console
 
     numbers = (">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
     heads: Sequence[str] = ("shot", "size", *numbers, "state")
-    rows = [[shot.id, *_shot_cells(shot), state] for shot, state in zip(shots, states, strict=True)]
+    rows = [
+        [shot.id, *_shot_cells(shot), state_text(state)] for shot, state in zip(shots, states, strict=True)
+    ]
     line, heads, rows = fit_columns(heads, rows, Console().width)
     if line:
         yield line
@@ -104,31 +110,31 @@ def _shot_cells(shot: Shot) -> list[str]:
 
 
 def format_time(time: Mapping[str, Any]) -> Iterator[str]:
-    """What the whole job will take, and which renders say so."""
+    """Format the expected time of the whole job, and the render that its rate is from."""
     seconds = time["seconds"]
     if seconds is None:
         unknown = ", ".join(name for name, took in time["phases"].items() if took is None)
         yield f"time: measured by the first render here (unknown: {unknown})"
     elif seconds:
         rough = "; a rough guess, from shots of another size" if time["rough"] else ""
-        yield f"time: {format_seconds(seconds)} for what is to do{rough}"
+        yield f"time: {format_seconds(seconds)} for the shots to render{rough}"
     if "sample" in time["rates"]:
         rate = time["rates"]["sample"]
         size, tokens = f"width {rate['width']}", f"{rate['tokens']:,} tokens"
         yield f"sampling at {rate['per_second'] / 1e9:,.0f} GFLOP/s, as on {rate['date']} at {size}, {tokens}"
 
 
-def format_alternatives(ways: Sequence[Alternative]) -> RenderableType:
-    """Rows of precision, residency and attention; a column for each size."""
-    sizes = list(dict.fromkeys((way.width, way.height) for way in ways))
+def format_alternatives(options: Sequence[Alternative]) -> RenderableType:
+    """Build a table of precision, residency and attention, with a column for each size."""
+    sizes = list(dict.fromkeys((option.width, option.height) for option in options))
     table = create_table("weights", "", "attention", *(f">{width}x{height}" for width, height in sizes))
     rows: dict[tuple[str, str, str], list[str]] = {}
-    digits = 1 if max(way.total for way in ways) > 4 * 2**30 else 2
-    for way in ways:
-        label = f"{way.total / 2**30:.{digits}f} {'✓' if way.fits else '✗'}"
-        attention = "whole" if way.chunk is None else f"{way.chunk:,} tokens"
-        row = rows.setdefault((way.dtype, way.residency, attention), [])
-        row.append(f"[{label}]" if way.chosen else f"{label} ")
+    digits = 1 if max(option.total for option in options) > 4 * 2**30 else 2
+    for option in options:
+        label = f"{option.total / 2**30:.{digits}f} {'✓' if option.fits else '✗'}"
+        attention = "whole" if option.chunk is None else f"{option.chunk:,} tokens"
+        row = rows.setdefault((option.dtype, option.residency, attention), [])
+        row.append(f"[{label}]" if option.chosen else f"{label} ")
     for names, cells in rows.items():
         table.add_row(*names, *cells)
     return table

@@ -347,7 +347,7 @@ from wancli.storage import atomic, cache, manifest
 from wancli.video import mp4
 wan = memory_model.WanConfig(96, 96, 4, 1)
 memory_model.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)
-progress.progress(sys.stderr)
+progress.create_progress(sys.stderr)
 sys.exit(" ".join({"torch", "numpy", "rich", "transformers", "imageio_ffmpeg"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -501,14 +501,14 @@ def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Call
     phases: list[str] = []
 
     class Watch(Notes):
-        def phase(self, shot: str, name: str, *rest: Any) -> Any:
-            phases.append(f"{name} {shot}")
-            return super().phase(shot, name, *rest)
+        def phase(self, name: str, shots: Any, total: int) -> Any:
+            phases.append(name)
+            return super().phase(name, shots, total)
 
     notes = Watch(lambda: (hidden.rename(there), path.unlink()))
     with Claims() as claims:
         (outcome,) = render_plan(planned(job), tools(job, claims, notes))
-    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode prompts"])
+    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode"])
 
 
 def test_who_waits_for_several_waits_for_the_last_of_them(folder: Callable[..., Folder]) -> None:

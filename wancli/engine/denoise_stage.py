@@ -86,9 +86,7 @@ def run_segment(
     with (
         torch.inference_mode(),
         PeakMemory() as peak,
-        context.progress.phase(
-            format_batch(batch), "sample", len(steps), [one.shot.id for one in batch]
-        ) as bar,
+        context.progress.phase("sample", [one.shot.id for one in batch], len(steps)) as bar,
     ):
         patches.at(loras, steps[0], expert)
         contexts = ContextCache(model, rows_NE)

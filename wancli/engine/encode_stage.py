@@ -38,7 +38,7 @@ def encode_each(
     texts = {prompt.id: prompt for prompt in prompts}
     encoded: dict[str, Encoded] = {}
     errors: dict[str, ErrorCapture] = {}
-    with PeakMemory() as peak, context.progress.phase("prompts", "encode", len(texts)) as bar:
+    with PeakMemory() as peak, context.progress.phase("encode", (), len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:

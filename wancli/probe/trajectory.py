@@ -58,7 +58,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     with (
         oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
-        tools.progress.phase(shot.id, "probe", total) as bar,
+        tools.progress.phase("probe", [shot.id], total) as bar,
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
             if tools.stop.requested:

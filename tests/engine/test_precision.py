@@ -1,4 +1,4 @@
-"""How far quantized and half-precision weights may move the velocity, bounded on both sides."""
+"""How far quantized and half-precision weights may move the velocity, bounded on both sides.
 
 The bounds are what was measured times 1.5 and divided by it: a mode that silently runs in another precision
 fails on one side or the other.

@@ -11,7 +11,7 @@ from typing import Any
 from jobs import tiny_job, written
 
 from wancli.cli import run
-from wancli.report.html.collect import Found
+from wancli.report.html.collect import ReportInputs
 from wancli.storage import manifest
 
 HOSTILE = (
@@ -68,9 +68,9 @@ def hostile(entry: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def many(entry: dict[str, Any], count: int) -> Found:
+def many(entry: dict[str, Any], count: int) -> ReportInputs:
     """A sweep of so many shots: 40 blocks measured at each of 50 steps."""
-    found = Found("sweep")
+    found = ReportInputs("sweep")
     blocks = {str(block): 0.123456789 * (block + 1) for block in range(40)}
     for index in range(count):
         one = copy.deepcopy(entry)

@@ -72,7 +72,7 @@ def batch(
                 raise error
             return BODY
 
-        monkeypatch.setattr(pipeline, "finish", finish)
+        monkeypatch.setattr(pipeline, "decode_latent", finish)
         return command(capsys, "render", job, "-q", *flags)
 
     return rendered

@@ -89,7 +89,7 @@ def test_a_signal_while_the_report_is_written_lets_it_be_finished(
         signal.raise_signal(number)
         return write(*arguments)
 
-    monkeypatch.setattr(batch_report, "write", disturbed)
+    monkeypatch.setattr(batch_report, "write_report", disturbed)
     assert render("-q").code == 0
     assert list(tmp_path.rglob("*.report.json"))
     assert list(tmp_path.rglob("*.html"))

@@ -39,10 +39,10 @@ from wancli.commands import (
 from wancli.commands._common import Invocation, print_error
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import make_printable
-from wancli.storage.paths import here
+from wancli.storage.paths import require_cwd
 
 if TYPE_CHECKING:
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
 
 app = typer.Typer(
     name="wancli",
@@ -78,7 +78,7 @@ def _build_command() -> typer.core.TyperGroup:
     return command
 
 
-def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
+def run(arguments: list[str], kept: ModelCache | None = None, began: float | None = None) -> int:
     """Run one command line and return its exit code. Only this function turns errors into exit codes.
 
     A process that runs several command lines passes `kept`, the networks in memory, and `began`, the start
@@ -86,7 +86,7 @@ def run(arguments: list[str], kept: Kept | None = None, began: float | None = No
     """
     try:
         if not arguments[:1] or not arguments[0].startswith("-"):  # --help is understood anywhere
-            here()
+            require_cwd()
     except MachineError as error:
         return _report_refusal(error, arguments)
     try:

@@ -33,16 +33,16 @@ requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0));
 """
 
 
-def shots(folder: Path) -> collect.Found:
+def shots(folder: Path) -> collect.ReportInputs:
     """A rendered shot, as often as that, with the noise levels and measurements of 50 steps."""
     job = folder / "job.yaml"
     job.write_text(JOB.format(folder=folder))
     assert run(["render", str(job), "-q"]) == 0
-    (entry,) = collect.of_folder(folder).entries
+    (entry,) = collect.collect_folder(folder).entries
     one = entry[1]
     one["shot"] |= {"steps": 50, "sigmas": [1 - step / 50 for step in range(51)]}
     one["effects"] = [effect | {"step": step} for step, effect in enumerate((one["effects"] * 50)[:50])]
-    found = collect.Found("sweep")
+    found = collect.ReportInputs("sweep")
     for index in range(SHOTS):
         copied: dict[str, Any] = copy.deepcopy(one)
         labels = {"seed": index % 10, "take": index // 10}
@@ -78,12 +78,12 @@ def main() -> None:
         report = next(folder.rglob("*.report.json"))
         for what in ("with the import of jinja2", "after it"):
             started = time.process_time()
-            page.write(report, folder)
+            page.write_page(report, folder)
             took = 1000 * (time.process_time() - started)
             print(f"page of a render of one shot, {what}: {took:.0f} ms of one core")
         path = folder / "hundred.html"
         started = time.perf_counter()
-        data = page.of_found(found, path, folder / "posters", make=True)
+        data = page.render_page(found, path, folder / "posters", make=True)
         print(f"page of {SHOTS} shots: {time.perf_counter() - started:.2f} s, {len(data) / 1e6:.2f} MB")
         path.write_bytes(data)
         print(f"opened in {', '.join(f'{value / 1000:.2f}' for value in opened(path))} s")

@@ -78,7 +78,7 @@ def undetected(folder: Path, name: str) -> bool:
         key = str((manifest.read(manifest.manifest_path(output)) or {}).get("key"))
     except EntryError:
         return False
-    return manifest.done(output, key)
+    return manifest.is_done(output, key)
 
 
 def _reads(load: Callable[[Path], object], path: Path) -> bool:

@@ -47,7 +47,7 @@ def shot(render: Callable[..., Said], tmp_path: Path, shallow: Path, warm: Path)
 
     def planned(**changes: Any) -> Shot:
         job = written(tmp_path, tiny_job(**{"model": shallow, "inject": [rule(blocks="all")]} | changes))
-        return planning.plan(load(job), warm / "hashes.json").shots[0]
+        return planning.build_plan(load(job), warm / "hashes.json").shots[0]
 
     return planned
 
@@ -56,4 +56,6 @@ def test_each_key_that_differs_is_named_with_what_it_was_and_is(shot: Callable[.
     for changes, differs in CASES:
         if "inject" in changes:
             changes = changes | {"inject": [rule(blocks="all") | one for one in changes["inject"]]}
-        assert output_diff.why(shot(**changes)) == (differs and f"made with {differs}"), changes
+        assert output_diff.describe_differences(shot(**changes)) == (differs and f"made with {differs}"), (
+            changes
+        )

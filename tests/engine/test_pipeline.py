@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 
 from wancli.models.dit import WanModel
 from wancli.resources import machine
-from wancli.storage.manifest import done
+from wancli.storage.manifest import is_done
 from wancli.text import encoder
 from wancli.weights import loader
 
@@ -171,7 +171,7 @@ def test_an_output_of_this_very_job_that_no_longer_verifies_moves_aside_and_is_m
     assert path.read_bytes() == whole
     assert path.with_name("clip.damaged-1.mp4").read_bytes() == damaged
     assert path.with_name("clip.manifest.damaged-1.json").read_bytes() == record
-    assert done(path, manifest_of(tmp_path)["key"])
+    assert is_done(path, manifest_of(tmp_path)["key"])
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "another manifest", "garbage for one"])
@@ -259,7 +259,7 @@ def test_decode_finishes_what_a_render_left(
     assert command(capsys, "decode", latent, "-q").code == 2
     other = command(capsys, "decode", latent, "-q", "-o", tmp_path / "new" / "b.mp4")
     assert (other.code, other.out) == (0, f"{tmp_path}/new/b.mp4\n")
-    assert done(tmp_path / "new" / "b.mp4", body["key"])
+    assert is_done(tmp_path / "new" / "b.mp4", body["key"])
     assert command(capsys, "decode", latent, "-q", "--force").code == 0
     assert (tmp_path / "out" / "clip.old-1.mp4").exists()
 
@@ -383,7 +383,7 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
     assert set(codes[:-1]) == {3}
     assert codes[-1] == 0
     assert (tmp_path / "out/clip.mp4").read_bytes() == (tmp_path / "whole/out/clip.mp4").read_bytes()
-    assert done(tmp_path / "out" / "clip.mp4", manifest_of(tmp_path)["key"])
+    assert is_done(tmp_path / "out" / "clip.mp4", manifest_of(tmp_path)["key"])
 
 
 def test_a_folder_that_cannot_be_is_found_out_before_anything_is_loaded(

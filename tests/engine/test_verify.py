@@ -107,12 +107,12 @@ def test_every_damage_is_found_by_name_and_nothing_is_modified(
         whole = {one: one.read_bytes() for one in (path, other)}
         damage(path, other, dice)
         before = snapshot(copy)
-        found = verify.folder(copy / "out")
+        found = verify.check_folder(copy / "out")
         assert path in [place for place, _ in found.problems], (damage.__name__, path)
         assert snapshot(copy) == before
         for one, data in whole.items():
             one.write_bytes(data)
-    assert verify.folder(copy / "out").problems == []
+    assert verify.check_folder(copy / "out").problems == []
 
 
 def test_it_exits_with_4_and_says_which_file_and_why(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +135,8 @@ def test_a_deep_look_finds_a_video_with_too_few_frames_behind_a_manifest_that_ve
     assert body
     body["shot"]["frames"] = 5
     manifest.write(path, body)
-    assert verify.folder(copy / "out").problems == []
-    ((place, problem),) = verify.folder(copy / "out", deep=True).problems
+    assert verify.check_folder(copy / "out").problems == []
+    ((place, problem),) = verify.check_folder(copy / "out", deep=True).problems
     assert (place.name, problem) == ("s3.mp4", "1 frames where the manifest has 5")
 
 
@@ -146,7 +146,7 @@ def test_orphans_debris_and_what_was_moved_aside_are_listed_and_no_problem(copy:
         (out / name).write_bytes(b"x")
     for name in ("job.compare.mp4", "job.compare-2.mp4"):  # shots side by side
         (out / name).write_bytes(b"x")
-    found = verify.folder(out)
+    found = verify.check_folder(out)
     assert found.problems == []
     assert [path.name for path in found.orphans] == ["mine.mp4"]
     assert [path.name for path in found.debris] == [".wancli-box-1-abc.tmp"]
@@ -160,7 +160,7 @@ def test_claims_of_dead_workers_are_listed_and_those_of_the_living_are_not(copy:
     claims = {"s1": me, "s2": me | {"born": "1"}, "s3": me | {"host": "elsewhere", "born": "1"}, "gone": {}}
     for name, body in claims.items():
         (folder / f"{name}.json").write_text(json.dumps(body))
-    found = verify.folder(copy)
+    found = verify.check_folder(copy)
     assert (found.problems, [path.name for path in found.debris]) == ([], ["s2.json"])
 
 
@@ -185,7 +185,7 @@ def test_a_report_that_is_cut_is_a_problem_and_that_of_another_program_is_not(co
     report = copy / "out/job.report.json"
     report.write_bytes(report.read_bytes()[:-30])
     (copy / "out/report.json").write_text('{"schema": "mine"}')
-    assert verify.folder(copy / "out").problems == [(report, "is not whole")]
+    assert verify.check_folder(copy / "out").problems == [(report, "is not whole")]
 
 
 def test_what_is_neither_folder_nor_job_is_a_job_error(
@@ -208,4 +208,4 @@ def test_a_report_that_lacks_what_it_should_hold_is_a_problem(
     if instead is not None:
         holder[lacking] = instead
     path.write_text(json.dumps(report))
-    assert verify.folder(copy / "out").problems == [(path, "is not whole")]
+    assert verify.check_folder(copy / "out").problems == [(path, "is not whole")]

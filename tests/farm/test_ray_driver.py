@@ -26,7 +26,7 @@ from wancli.engine.context import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
 from wancli.farm.ray_driver import _ActorSlot, _match, _read_outcomes
 from wancli.farm.ray_worker import Task, Worker, error_from_dict, error_to_dict
-from wancli.job.cli_overrides import NO_FLAGS
+from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import load
 from wancli.plan.planner import plan
 from wancli.plan.shot import Plan
@@ -159,7 +159,7 @@ def test_a_worker_that_would_render_something_else_or_sees_no_folder_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     job, whole = planned(tmp_path, shallow)
-    task = Task(str(job), str(tmp_path), NO_FLAGS, str(warm), False, None, 0, True)
+    task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, None, 0, True)
     said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
     assert said["outcomes"] == []
     assert "would render other pixels than the machine that asks it" in said["raised"]["message"]
@@ -220,7 +220,7 @@ def test_a_worker_that_is_asked_again_renders_nothing_anew_that_was_forced_alrea
     job, whole = planned(tmp_path, shallow, video={})
     assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
     keys = {shot.index: shot.key for shot in whole.shots}
-    task = Task(str(job), str(tmp_path), NO_FLAGS, str(warm), False, Force.of(whole.shots), 0, True)
+    task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, Force.snapshot(whole.shots), 0, True)
     for status in ("rendered", "already done"):  # by a fresh process, as Ray starts it again
         said = Worker(task).render(keys)
         assert (said["raised"], [one["status"] for one in said["outcomes"]]) == (None, [status] * 2)

@@ -22,7 +22,7 @@ from forked import run as wancli
 from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
 
 from wancli import signals
-from wancli.engine.networks import Kept
+from wancli.engine.networks import ModelCache
 from wancli.errors import JobError, MachineError
 from wancli.farm import client, local_socket
 from wancli.farm.local_socket import listen
@@ -382,7 +382,7 @@ def heard(number: signal.Signals, send: Callable[[], None], *, code: int) -> int
 def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
     number: signal.Signals, code: int
 ) -> None:
-    server = Server(lambda *_: 0, Kept(), idle=None)
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
     with server.handle_signals():
         got = code_of(server, lambda _: heard(number, lambda: os.kill(os.getpid(), number), code=code))
         assert (got, server._stop_requested()) == (code, True)
@@ -391,7 +391,7 @@ def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("code", [0, 75, 130])
 def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, code: int) -> None:
-    server = Server(lambda *_: 0, Kept(), idle=None)
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
 
     def run(client: socket.socket) -> int:
         return heard(number, lambda: local_socket.send_message(client, {"signal": number.name}), code=code)
@@ -402,7 +402,7 @@ def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, co
 
 
 def test_a_render_that_ends_with_75_by_itself_does_not_end_the_server() -> None:
-    server = Server(lambda *_: 0, Kept(), idle=None)
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
     with server.handle_signals():
         assert (code_of(server, lambda _: 75), server._stop_requested()) == (75, False)
 
@@ -475,7 +475,7 @@ def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_socket.peer_credentials(there) == (os.getpid(), os.geteuid())
     monkeypatch.setattr(local_socket, "peer_credentials", lambda _: (1, os.geteuid() + 1))
     with here, there:
-        Server(lambda *_: 1 // 0, Kept(), idle=None)._handle(here)
+        Server(lambda *_: 1 // 0, ModelCache(), idle=None)._handle(here)
         message = local_socket.MessageReader(there).read()
     assert message is not None
     assert message["refused"].startswith(f"you are user {os.geteuid() + 1}")

@@ -13,24 +13,24 @@ from jobs import Said, command, tiny_job, written
 
 from wancli.job.loader import load
 from wancli.plan import throughput
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.plan.throughput import Rate
 
 
 @pytest.fixture
 def shot(tmp_path: Path) -> Shot:
-    return plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
+    return build_plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
 
 
 def rate_of(shot: Shot, phase: str, per_second: float, **changes: int | str) -> Rate:
-    facts = asdict(throughput.work(shot)[phase])
+    facts = asdict(throughput.shot_workloads(shot)[phase])
     facts.pop("amount")
     return replace(Rate(**facts, per_second=per_second, date="2026-11-22"), **changes)
 
 
 def test_the_nearest_in_width_and_tokens_is_taken_and_other_machines_are_not(shot: Shot) -> None:
-    wanted = throughput.work(shot)["sample"]
+    wanted = throughput.shot_workloads(shot)["sample"]
     near = rate_of(shot, "sample", 1e9, width=2 * wanted.width)
     far = rate_of(shot, "sample", 2e9, tokens=9 * wanted.tokens)
     others = [
@@ -39,22 +39,22 @@ def test_the_nearest_in_width_and_tokens_is_taken_and_other_machines_are_not(sho
         rate_of(shot, "sample", 3e9, residency="streamed"),
         rate_of(shot, "decode", 3e9),
     ]
-    assert throughput.nearest([far, *others, near], wanted) == near
-    assert throughput.seconds(wanted, [far, near]) == wanted.amount / 1e9
-    assert throughput.nearest(others, wanted) is None
-    assert throughput.seconds(wanted, others) is None
+    assert throughput.nearest_rate([far, *others, near], wanted) == near
+    assert throughput.predict_seconds(wanted, [far, near]) == wanted.amount / 1e9
+    assert throughput.nearest_rate(others, wanted) is None
+    assert throughput.predict_seconds(wanted, others) is None
 
 
 def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> None:
     known = [rate_of(shot, phase, 1e6) for phase in throughput.PHASES]
-    does = throughput.work(shot)
-    missing = frozenset(text.id for text in shot.texts)
-    one, two = (throughput.expected([shot] * n, missing, known) for n in (1, 2))
+    does = throughput.shot_workloads(shot)
+    missing = frozenset(text.id for text in shot.prompts)
+    one, two = (throughput.predict_phases([shot] * n, missing, known) for n in (1, 2))
     assert one == {name: pytest.approx(does[name].amount / 1e6) for name in throughput.PHASES}
     assert (two["encode"], two["load"]) == (one["encode"], one["load"])
     assert two["sample"] == pytest.approx(2 * one["sample"])
-    assert throughput.expected([shot], frozenset(), known)["encode"] == 0
-    assert throughput.expected([shot], missing, known[1:])["encode"] is None
+    assert throughput.predict_phases([shot], frozenset(), known)["encode"] == 0
+    assert throughput.predict_phases([shot], missing, known[1:])["encode"] is None
 
 
 def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path: Path) -> None:
@@ -65,11 +65,11 @@ def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path
     entries = [json.dumps([asdict(good) | change]) for change in wrong]
     for damage in ("", "{", "{}", "[1]", '[{"device": 1}]', *entries):
         path.write_text(damage)
-        assert throughput.read(path) == (), damage
-        throughput.remember(path, [good])
-        assert throughput.read(path) == (good,), damage
-    throughput.remember(path, [replace(good, per_second=2e9), replace(good, tokens=7)])
-    assert throughput.read(path) == (replace(good, per_second=2e9), replace(good, tokens=7))
+        assert throughput.read_rates(path) == (), damage
+        throughput.remember_rates(path, [good])
+        assert throughput.read_rates(path) == (good,), damage
+    throughput.remember_rates(path, [replace(good, per_second=2e9), replace(good, tokens=7)])
+    assert throughput.read_rates(path) == (replace(good, per_second=2e9), replace(good, tokens=7))
 
 
 def test_the_first_render_measures_what_the_next_plan_says(
@@ -112,8 +112,8 @@ def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) ->
         {"phases": phases, "prompts": [{"id": one.prompt.id, "tokens": count, "cached": False}]}
         for one in both
     ]
-    known = throughput.learned(list(zip(both, bodies, strict=True)))
-    again = throughput.expected(both, frozenset({"one", "two"}), known)
+    known = throughput.measured_rates(list(zip(both, bodies, strict=True)))
+    again = throughput.predict_phases(both, frozenset({"one", "two"}), known)
     assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2})
 
 

@@ -106,8 +106,8 @@ def test_the_baseline_is_an_id_or_a_number_from_0(
 
 def test_an_id_comes_before_a_number(tmp_path: Path) -> None:
     clips = clip.read([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in ("1", "0")])
-    assert comparison.chosen(clips, "0").path.name == "0.mp4"
-    assert comparison.chosen(clips, "1").path.name == "1.mp4"
+    assert comparison.select_baseline(clips, "0").path.name == "0.mp4"
+    assert comparison.select_baseline(clips, "1").path.name == "1.mp4"
 
 
 def test_one_video_alone_has_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,20 +195,20 @@ def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said]
 def test_a_video_that_goes_on_where_the_baseline_ends_is_not_identical(tmp_path: Path) -> None:
     long, short = (plain(tmp_path / f"{n}.mp4", [(9, 90, 200)] * n) for n in (3, 2))
     baseline, one = clip.read([long, short])
-    found = list(comparison_metrics.measure([baseline, one], {"3": baseline, "2": baseline}))[1]
+    found = list(comparison_metrics.measure_clips([baseline, one], {"3": baseline, "2": baseline}))[1]
     assert (found["frames"], found["psnr"], found["identical"]) == (2, None, False)
 
 
 def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> None:
     one = clip.Clip(Path("x.mp4"), "x", None, mp4.About(1, 8, 64, 64))
     clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.about) for n in range(8)]
-    found = comparison._pages(Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4)
+    found = comparison._split_into_files(Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4)
     assert [(str(path), [one.id for one in part]) for path, part in found] == [
         ("s.png", ["2", "0", "1", "3"]),
         ("s-2.png", ["2", "4", "5", "6"]),
         ("s-3.png", ["2", "7"]),
     ]
-    (alone,) = comparison._pages(Path("s.png"), clips[:4], dict.fromkeys("0123", clips[2]), 4)
+    (alone,) = comparison._split_into_files(Path("s.png"), clips[:4], dict.fromkeys("0123", clips[2]), 4)
     assert [one.id for one in alone[1]] == ["0", "1", "2", "3"]
 
 
@@ -224,7 +224,7 @@ def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> No
     about = mp4.About(1, 8, 64, 64)
     clips = {name: clip.Clip(Path(f"{name}.mp4"), name, None, about) for name in "aAbBcC"}
     beside = {name: clips[name.lower()] for name in clips}
-    found = comparison._pages(Path("s.png"), [*clips.values()], beside, 3)
+    found = comparison._split_into_files(Path("s.png"), [*clips.values()], beside, 3)
     assert [[one.id for one in part] for _, part in found] == [["a", "A", "b"], ["b", "B", "c"], ["c", "C"]]
 
 
@@ -275,8 +275,8 @@ def test_shots_of_two_seeds_are_each_beside_that_of_their_own(
         float((z - base).norm() / base.norm()), rel=1e-4
     )
     assert found["early1"]["baseline_motion"] == found["plain1"]["motion"]
-    assert comparison_metrics.lines(compared(tmp_path), beside=True)[3].endswith("%  beside plain1")
-    assert comparison_metrics.lines(compared(tmp_path), beside=False)[3].endswith("%")
+    assert comparison_metrics.format_captions(compared(tmp_path), beside=True)[3].endswith("%  beside plain1")
+    assert comparison_metrics.format_captions(compared(tmp_path), beside=False)[3].endswith("%")
 
 
 def test_a_shot_that_was_rendered_under_another_id_is_compared(
@@ -390,16 +390,16 @@ def test_who_asks_for_an_end_gets_it_between_two_videos(
     clips = clip.read([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in "ab"])
     tools = RenderContext(None, Progress())
     seen: list[str] = []
-    real = comparison_metrics._beside
+    real = comparison_metrics._compared_row
 
     def asked(one: clip.Clip, *others: Any) -> Any:
         seen.append(one.id)
         tools.stop.reason = "SIGTERM"
         return real(one, *others)
 
-    monkeypatch.setattr(comparison_metrics, "_beside", asked)
+    monkeypatch.setattr(comparison_metrics, "_compared_row", asked)
     with pytest.raises(Stopped, match="comparing them is not"):
-        comparison.document([*clips, clips[1]], clips[0], dict.fromkeys("ab", clips[0]), tools)
+        comparison.measure_document([*clips, clips[1]], clips[0], dict.fromkeys("ab", clips[0]), tools)
     assert seen == ["b"]
 
 
@@ -432,14 +432,14 @@ def test_figures_of_a_render_are_finite_numbers_and_the_document_is_strict_json(
 def test_what_is_done_is_compared_also_where_so_many_failed_that_it_was_enough(
     loud: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.finish
+    real = pipeline.decode_latent
 
     def finish(*arguments: Any) -> Any:
         if "late" in str(arguments[2]):
             raise NotFinite("NaN")
         return real(*arguments)
 
-    monkeypatch.setattr(pipeline, "finish", finish)
+    monkeypatch.setattr(pipeline, "decode_latent", finish)
     said = loud("--fail-fast", **BATCH, compare={"baseline": "plain"})
     assert said.code == 1, said.err
     assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "early"]

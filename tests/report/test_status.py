@@ -18,7 +18,7 @@ from rich.cells import cell_len
 
 from wancli.job.loader import load
 from wancli.models.dit import WanModel
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.report import status
 from wancli.storage import tensor_file
 from wancli.storage.claims import Claims
@@ -108,7 +108,7 @@ def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_fo
 
 def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job(shallow, **CHANGES))
-    shots = plan(load(job), tmp_path / "memo").shots
+    shots = build_plan(load(job), tmp_path / "memo").shots
     for shot in shots:
         shot.output.parent.mkdir(exist_ok=True)
     with Claims() as claims:
@@ -177,7 +177,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     rows = [row(index) for index in range(1000)]
     counts = {state: sum(r["state"] == state for r in rows) for state in status.STATES}
     document = {"job": "sweep", "counts": counts, "shots": rows, "time": {"seconds": 7300}}
-    shown = [*status.lines(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
+    shown = [*status.format_status(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
     assert len(shown) < 25
     assert shown[0].startswith("sweep, 1,000 shots: 15 done, 15 claimed, 14 half done")
     assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"

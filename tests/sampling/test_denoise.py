@@ -29,7 +29,7 @@ from jobs import (
 )
 
 from wancli.errors import NotFinite
-from wancli.injection.contexts import Contexts, Effect
+from wancli.injection.contexts import ContextCache, Effect
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
 from wancli.resources.memory_model import Residency
@@ -205,7 +205,7 @@ def a_model(folder: Path, residency: Residency = "resident") -> WanModel:
     return load_transformer(identify(folder), torch.float32, "cpu", residency=residency)
 
 
-def official_walk(name: str, case: dict[str, Any], contexts: Contexts, noise_CTYX: torch.Tensor) -> Walk:
+def official_walk(name: str, case: dict[str, Any], contexts: ContextCache, noise_CTYX: torch.Tensor) -> Walk:
     """A case of the official code, its prompts under their names in the reference."""
     rules = []
     if inject := case.get("inject"):
@@ -225,7 +225,7 @@ def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_lat
 ) -> None:
     model = a_model(TINY, "streamed")
     rows = {name: numbers[f"context.{name}"] for name in ("main", "negative", "injection")}
-    contexts = Contexts(model, rows)
+    contexts = ContextCache(model, rows)
     names = ("unipc_cfg6", "inject_cond_27_39", "inject_cond_steps")
     walks = [
         official_walk(name, reference["cases"][name], contexts, numbers[f"{name}.noise"]) for name in names
@@ -248,7 +248,7 @@ def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_lat
 def random_walks(model: WanModel, effects: list[list[Effect] | None]) -> list[Walk]:
     """Three unlike walks of four steps: with and without guidance, sizes, solvers and injections."""
     torch.manual_seed(4)
-    contexts = Contexts(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
+    contexts = ContextCache(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
     mixed = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("cond", "uncond"), "output-mix", 1.0)
     joined = Rule("b", ((1, 0.7),), ((1, 1.0),), ("cond",), "concat", 1.0)
     both: dict[Branch, str] = {"cond": "a", "uncond": "b"}

@@ -79,17 +79,17 @@ def test_a_number_that_json_does_not_have_is_not_written(tmp_path):
 
 
 def test_a_shot_is_done_when_its_manifest_and_all_its_files_verify(output):
-    assert manifest.done(output, KEY)
+    assert manifest.is_done(output, KEY)
 
 
 def test_a_shot_of_another_job_is_not_done(output):
-    assert not manifest.done(output, KEY[::-1])
-    assert "another job" in manifest.problems(output, KEY[::-1])[0]
+    assert not manifest.is_done(output, KEY[::-1])
+    assert "another job" in manifest.find_problems(output, KEY[::-1])[0]
 
 
 def test_a_shot_without_a_manifest_is_not_done(output):
     manifest.manifest_path(output).unlink()
-    assert not manifest.done(output, KEY)
+    assert not manifest.is_done(output, KEY)
 
 
 @pytest.mark.parametrize("name", ["a.b.mp4", "a.b.latents.safetensors", "a.b.manifest.json"])
@@ -101,17 +101,17 @@ def test_any_damage_to_any_file_of_a_shot_is_named(output, name):
         flipped = bytearray(whole)
         flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(rng.choice([bytes(flipped), whole[: rng.randrange(len(whole))], whole + b"x"]))
-        (problem,) = manifest.problems(output, KEY)
+        (problem,) = manifest.find_problems(output, KEY)
         assert name in problem
-        assert not manifest.done(output, KEY)
+        assert not manifest.is_done(output, KEY)
     path.unlink()
-    assert name in manifest.problems(output, KEY)[0]
+    assert name in manifest.find_problems(output, KEY)[0]
 
 
 def test_a_manifest_that_does_not_list_its_output_proves_nothing(tmp_path):
     output = tmp_path / "a.mp4"
     output.write_bytes(b"video")
     manifest.write(manifest.manifest_path(output), {"key": KEY, "files": []})
-    assert not manifest.done(output, KEY)
+    assert not manifest.is_done(output, KEY)
     manifest.write(manifest.manifest_path(output), {"key": KEY})
-    assert not manifest.done(output, KEY)
+    assert not manifest.is_done(output, KEY)

@@ -17,9 +17,9 @@ from wancli.progress import make_printable
 if TYPE_CHECKING:
     import typer
 
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
     from wancli.farm.server import RunCommand
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Mode, Progress
@@ -31,7 +31,7 @@ class Invocation:
     """The runner of command lines, the networks that the process keeps in memory, and the start time."""
 
     run: RunCommand
-    kept: Kept | None = None
+    kept: ModelCache | None = None
     began: float | None = None
 
 
@@ -95,13 +95,13 @@ def collect_flags(
     sweeps: list[str] | None = None,
     items: str | None = None,
     shard: str | None = None,
-) -> Flags:
-    from wancli.job.cli_overrides import Flags
+) -> CliOverrides:
+    from wancli.job.cli_overrides import CliOverrides
 
-    return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+    return CliOverrides(tuple(sets or ()), tuple(sweeps or ()), items, shard)
 
 
-def load_job(job: str, flags: Flags) -> JobFile:
+def load_job(job: str, flags: CliOverrides) -> JobFile:
     from wancli.job.loader import load, parse
 
     if job == "-":
@@ -114,7 +114,7 @@ def plan_job(
 ) -> Plan:
     from wancli.plan import planner
 
-    return planner.plan(jobs, hashes_path(cache_dir), measure=measure, budget=budget)
+    return planner.build_plan(jobs, hashes_path(cache_dir), measure=measure, budget=budget)
 
 
 def resolve_cache_dir(cache_dir: Path | None) -> Path:

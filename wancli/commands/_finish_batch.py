@@ -22,10 +22,10 @@ def finish_batch(
     from wancli.report import batch_report
     from wancli.report.html import page
 
-    known = throughput.read(rates_path(cache_dir))
+    known = throughput.read_rates(rates_path(cache_dir))
     fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
-    throughput.remember(rates_path(cache_dir), throughput.learned(fresh))
-    report = batch_report.build(plan, outcomes, known)
-    path = batch_report.write(plan, report)
-    page.write(path, thumbnails_dir(cache_dir))
+    throughput.remember_rates(rates_path(cache_dir), throughput.measured_rates(fresh))
+    report = batch_report.build_report(plan, outcomes, known)
+    path = batch_report.write_report(plan, report)
+    page.write_page(path, thumbnails_dir(cache_dir))
     return report, path

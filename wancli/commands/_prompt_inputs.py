@@ -15,17 +15,17 @@ from wancli.engine import encode_stage
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import Networks
 from wancli.errors import JobError, OutputExists
-from wancli.job.cli_overrides import NO_FLAGS, Flags
+from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.loader import JobFile, load, parse
 from wancli.plan import memory_estimate, memory_policy, model_registry
-from wancli.plan.planner import model_at, plan
-from wancli.plan.shot import Model, Prompt
-from wancli.text.embedding import describe, save_embeddings
+from wancli.plan.planner import build_plan, resolve_model
+from wancli.plan.shot import ModelSpec, Prompt
+from wancli.text.embedding import read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
 from wancli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from wancli.text.prompt_distance import Difference
+    from wancli.text.prompt_distance import PromptDistance
 
 JOB_SUFFIXES = (".yaml", ".yml")
 
@@ -34,7 +34,7 @@ JOB_SUFFIXES = (".yaml", ".yml")
 class PromptBatch:
     """Prompts for one checkpoint's encoder, in the order they were given."""
 
-    model: Model
+    model: ModelSpec
     prompts: tuple[Prompt, ...]
 
 
@@ -42,7 +42,7 @@ class PromptBatch:
 class PromptPair:
     """Two prompts to be compared as a model reads them."""
 
-    model: Model
+    model: ModelSpec
     a: Prompt
     b: Prompt
 
@@ -53,7 +53,7 @@ def read_prompts(
     max_tokens: int,
     truncate: bool,
     memo: Path,
-    flags: Flags = NO_FLAGS,
+    flags: CliOverrides = NO_OVERRIDES,
 ) -> list[PromptBatch]:
     """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin.
 
@@ -97,7 +97,7 @@ def encode_prompts(
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
-        found, _ = encode_stage.embed(one.model, one.prompts, tools)
+        found, _ = encode_stage.encode_prompts(one.model, one.prompts, tools)
         encoded += [found[prompt.id] for prompt in one.prompts]
     if out:
         try:
@@ -118,7 +118,7 @@ def encode_prompts(
 
 
 def read_pairs(
-    prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path, flags: Flags = NO_FLAGS
+    prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path, flags: CliOverrides = NO_OVERRIDES
 ) -> list[PromptPair]:
     """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
 
@@ -136,7 +136,7 @@ def read_pairs(
         a, b = (tokenize_prompt(model, text, 512, False) for text in prompts)
         return [PromptPair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
-        shots = plan(load(file, flags), memo).shots
+        shots = build_plan(load(file, flags), memo).shots
         found = {
             (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p) for s in shots for p in s.injected
         }
@@ -149,7 +149,7 @@ def read_pairs(
         raise JobError(f"cannot be read: {error.strerror}", where=str(file)) from None
     model = _resolve_model(folder, memo)
     if file.suffix == ".safetensors":
-        tokens = describe(data, str(file))
+        tokens = read_tokens(data, str(file))
         if len(tokens) < 2:
             raise JobError("holds one embedding; two are needed", where=str(file))
         a, b = (Prompt(f"{file}.{i}", tokens[i], file, i) for i in (0, 1))
@@ -161,43 +161,43 @@ def read_pairs(
     return [PromptPair(model, a, b)]
 
 
-def compare_pair(pair: PromptPair, tools: RenderContext, *, dit: bool) -> Difference:
+def compare_pair(pair: PromptPair, tools: RenderContext, *, dit: bool) -> PromptDistance:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 
-    found, _ = encode_stage.embed(pair.model, [pair.a, pair.b], tools)
+    found, _ = encode_stage.encode_prompts(pair.model, [pair.a, pair.b], tools)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
     difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != wan_mini.FOLDER:
         return difference
-    unknown = wan_mini.unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
-    said = [f"{', '.join(unknown)}? {wan_mini.KNOWS}"] if unknown else []
-    return replace(difference, hints=(*said, wan_mini.DIFFERENCES))
+    unknown = wan_mini.find_unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
+    said = [f"{', '.join(unknown)}? {wan_mini.SUBJECTS_HINT}"] if unknown else []
+    return replace(difference, hints=(*said, wan_mini.DIFFERENCES_HINT))
 
 
-def _reject_flags(flags: Flags) -> None:
-    if flags != NO_FLAGS:
+def _reject_flags(flags: CliOverrides) -> None:
+    if flags != NO_OVERRIDES:
         raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
 
 
-def tokenize_prompt(model: Model, text: str, max_tokens: int, truncate: bool) -> Prompt:
-    tokens = Tokenizer(model.checkpoint.tokenizer).tokens(text, max_tokens, truncate)
+def tokenize_prompt(model: ModelSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
+    tokens = Tokenizer(model.checkpoint.tokenizer).tokenize(text, max_tokens, truncate)
     return Prompt(model.encoder.key(tokens), tokens)
 
 
 def _collect_job_prompts(job: JobFile, memo: Path) -> list[PromptBatch]:
-    by_model: dict[Model, dict[str, Prompt]] = {}
-    for shot in plan(job, memo).shots:
-        by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.texts})
+    by_model: dict[ModelSpec, dict[str, Prompt]] = {}
+    for shot in build_plan(job, memo).shots:
+        by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.prompts})
     return [PromptBatch(model, tuple(prompts.values())) for model, prompts in by_model.items()]
 
 
-def _resolve_model(folder: Path | None, memo: Path) -> Model:
+def _resolve_model(folder: Path | None, memo: Path) -> ModelSpec:
     said = str(folder) if folder else wan_mini.NAME
-    model = model_at(
-        model_registry.resolve(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
+    model = resolve_model(
+        model_registry.resolve_model(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
     )
-    longest = memory_estimate.encoding(model, [512])
-    if memory_estimate.process(model) + longest.total > memory_policy.limit(model):
-        return memory_policy.lodged(model, "streamed")
+    longest = memory_estimate.predict_encoding(model, [512])
+    if memory_estimate.process_bytes(model) + longest.total > memory_policy.memory_limit(model):
+        return memory_policy.with_encoder_residency(model, "streamed")
     return model

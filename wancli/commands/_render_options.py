@@ -37,7 +37,7 @@ from wancli.commands._options import (
 )
 
 if TYPE_CHECKING:
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class RenderOptions:
         return options
 
     @property
-    def flags(self) -> Flags:
+    def flags(self) -> CliOverrides:
         """The options that change the job, and choose from its shots."""
         save_every = [] if self.save_every is None else [f"save_every={self.save_every}"]
         return collect_flags([*(self.sets or []), *save_every], self.sweeps, self.items, self.shard)

@@ -18,7 +18,7 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
     from wancli.report import batch_report, prompt_text, terminal
 
-    rows = batch_report.of_cache(open_store(cache_dir))
+    rows = batch_report.cache_rows(open_store(cache_dir))
     if as_json:
         print_json(rows)
     else:

@@ -38,10 +38,10 @@ def check_command(
     from wancli.report import terminal
 
     if Path(what).is_dir():
-        found = verify.folder(Path(what), deep=deep)
+        found = verify.check_folder(Path(what), deep=deep)
     else:
         plan = plan_job(load_job(what, collect_flags(sets, sweeps, items, shard)), cache_dir)
-        found = verify.shots(plan.shots, deep=deep)
+        found = verify.check_shots(plan.shots, deep=deep)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -42,11 +42,11 @@ def compare_command(
     display = create_display(progress.value, quiet)
     clips = clip.read(videos)
     tools = RenderContext(None, display)
-    chosen = comparison.chosen(clips, baseline)
+    chosen = comparison.select_baseline(clips, baseline)
     beside = {one.id: chosen for one in clips}
-    pages = comparison.pages(clips, beside, output, video)
-    found = comparison.document(clips, chosen, beside, tools)
-    comparison.draw(found, pages, tools)
+    pages = comparison.plan_outputs(clips, beside, output, video)
+    found = comparison.measure_document(clips, chosen, beside, tools)
+    comparison.write_outputs(found, pages, tools)
     if as_json:
         print_json(found | {"sheet": str(output), "video": None if video is None else str(video)})
     else:

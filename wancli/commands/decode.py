@@ -35,7 +35,7 @@ def decode_command(
     from wancli.storage import manifest
 
     display = create_display(progress.value, quiet)
-    tools = RenderContext(None, display, Force.of(()) if force else None)
+    tools = RenderContext(None, display, Force.snapshot(()) if force else None)
     path = decode_stage.decode_file(latents, output, model, hashes_path(None), tools)
     if as_json:
         body = manifest.read(manifest.manifest_path(path)) or {}

@@ -28,6 +28,6 @@ def explore_command(
     """
     from wancli.report.html import explore, page
 
-    page.publish(output, page.html(explore.document_of(model)))
+    page.publish_page(output, page.render_html(explore.explore_document(model)))
     print(output)
     return ExitStatus.OK

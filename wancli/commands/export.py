@@ -15,7 +15,7 @@ from wancli.commands._render_options import RenderOptions
 from wancli.errors import JobError
 
 if TYPE_CHECKING:
-    from wancli.job.cli_overrides import Flags
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import Item
 
 
@@ -118,12 +118,12 @@ def _parse_render_options(job: str, words: list[str], *own: str) -> RenderOption
     return options
 
 
-def _load_items(job: Path, flags: Flags) -> list[Item]:
+def _load_items(job: Path, flags: CliOverrides) -> list[Item]:
     """Load the items that the flags choose. Raises JobError if the job is wrong or an item does not exist."""
     from wancli.job.loader import load
 
     jobs = load(job, flags)
-    return [jobs.items[index] for index in jobs.chosen]
+    return [jobs.items[index] for index in jobs.selected]
 
 
 def _count_gpus(shots: list[Item]) -> int:

@@ -45,20 +45,20 @@ def plan_command(
 
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir, budget=budget)
-    store, known = open_store(cache_dir), throughput.read(rates_path(cache_dir))
-    states = batch_report.states(plan.shots)
+    store, known = open_store(cache_dir), throughput.read_rates(rates_path(cache_dir))
+    states = batch_report.output_states(plan.shots)
     if as_json:
-        print_json(batch_report.of_plan(plan, states, store, known))
+        print_json(batch_report.plan_document(plan, states, store, known))
     else:
         tables = plan_tables.format_plan(
             plan, states, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
-        for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
+        for warning in (*plan.warnings, *preflight.missing_capabilities(plan.shots)):
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
+    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
-            encoded = all(text["cached"] for text in batch_report.cached([shot], store))
+            encoded = all(text["cached"] for text in batch_report.prompt_rows([shot], store))
             memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
     return ExitStatus.OK

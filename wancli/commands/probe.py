@@ -77,14 +77,14 @@ def probe_command(
     from wancli.report import block_map_text, terminal
 
     display = create_display(progress.value, quiet)
-    planned = planner.plan(load_job(job, collect_flags(sets)), hashes_path(cache_dir), unmeasured=True)
-    asked = request.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
-    path = _require_writable(output or planned.companion(f"map.{asked.method}.json"))
+    planned = planner.build_plan(load_job(job, collect_flags(sets)), hashes_path(cache_dir), allow_missing_maps=True)
+    asked = request.plan_probe(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
+    path = _require_writable(output or planned.sidecar_path(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
     with signals.stop_on_signal() as stop:
-        found = run.measured(asked, RenderContext(open_store(cache_dir), display, stop=stop))
-    block_map.Shelf(resolve_cache_dir(cache_dir) / "maps").keep(found)
+        found = run.run_probe(asked, RenderContext(open_store(cache_dir), display, stop=stop))
+    block_map.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(found)
     block_map.write(path, found)
     if as_json:
         print_json(found.as_dict())
@@ -100,5 +100,5 @@ def _require_writable(path: Path) -> Path:
 
     if path.is_dir():
         raise OutputExists("a folder has the name of an output", where=str(path))
-    atomic.writable(path.parent)
+    atomic.require_writable(path.parent)
     return path

@@ -22,14 +22,14 @@ from wancli.commands._finish_batch import finish_batch
 from wancli.commands._options import Engine, LogLevel, RenderProgress
 from wancli.commands._render_options import RenderOptions, takes_render_options
 from wancli.commands._render_reporter import RenderReporter
-from wancli.engine.outcome import of_flags
+from wancli.engine.outcome import policy_from_flags
 from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wancli.engine.context import RenderContext
-    from wancli.engine.outcome import Outcome, Policy
+    from wancli.engine.outcome import Outcome, FailurePolicy
     from wancli.farm.ray_driver import Cluster
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
@@ -54,7 +54,7 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     reporter = RenderReporter(context, display, options)
     cluster = _resolve_cluster(context, options)
-    policy = of_flags(options.fail_fast, options.max_failures, options.retries)
+    policy = policy_from_flags(options.fail_fast, options.max_failures, options.retries)
     plan = plan_job(_load_job_or_prompt(options), options.cache_dir, measure=options.measures_effects)
     reporter.on_plan(plan)
     tools = _create_context(context, plan, display, policy, options)
@@ -68,10 +68,10 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
 
 def _load_job_or_prompt(options: RenderOptions) -> JobFile:
     """Load the job file, or make a job of `--prompt`."""
-    from wancli.job.loader import of_prompt
+    from wancli.job.loader import build_prompt_job
 
     if options.prompt is not None and options.job is None:
-        return of_prompt(options.prompt, options.output or "{slug}.mp4", options.flags)
+        return build_prompt_job(options.prompt, options.output or "{slug}.mp4", options.flags)
     if options.job is None or options.prompt is not None or options.output is not None:
         raise JobError(
             "give a job file, or --prompt",
@@ -97,7 +97,7 @@ def _resolve_cluster(context: typer.Context, options: RenderOptions) -> Cluster 
 
 
 def _create_context(
-    context: typer.Context, plan: Plan, display: Progress, policy: Policy, options: RenderOptions
+    context: typer.Context, plan: Plan, display: Progress, policy: FailurePolicy, options: RenderOptions
 ) -> RenderContext:
     """Create the render context. From here on signals request a stop, also while the reporter works."""
     from wancli.engine.context import Force, RenderContext
@@ -105,8 +105,8 @@ def _create_context(
 
     invocation: Invocation = context.obj
     stop = context.with_resource(signals.stop_on_signal())
-    claims = context.with_resource(Claims(waits=not options.no_wait))
-    forced = Force.of(plan.shots) if options.force else None
+    claims = context.with_resource(Claims(waits_for_others=not options.no_wait))
+    forced = Force.snapshot(plan.shots) if options.force else None
     store, kept, began = open_store(options.cache_dir), invocation.kept, invocation.began
     return RenderContext(store, display, forced, stop, policy, claims, kept, began)
 
@@ -131,7 +131,7 @@ def _render_shots(
         measure=options.measures_effects,
         force=tools.force,
         retries=tools.policy.retries,
-        waits=tools.claims.waits,
+        waits=tools.claims.waits_for_others,
     )
     return ray_driver.render(plan, tools, task, cluster)
 
@@ -147,13 +147,13 @@ def _collect_outcomes(
         for outcome in _print_traces(work, reporter.options.log_level):
             outcomes.append(outcome)
             reporter.on_outcome(outcome)
-        comparison.after(plan, tools)
+        comparison.run_comparison(plan, tools)
     except Stopped as error:
         return outcomes, error
     except BaseException:
         if outcomes:
             with suppress(WancliError):  # the first error is the one to report
-                batch_report.write(plan, batch_report.build(plan, outcomes))
+                batch_report.write_report(plan, batch_report.build_report(plan, outcomes))
         raise
     return outcomes, None
 

@@ -31,22 +31,22 @@ def report_command(
     One HTML file: shapes, blocks, memory, prompts, time, videos, and a table of all shots.
     Prints its path.
     """
-    from wancli.job.cli_overrides import NO_FLAGS
+    from wancli.job.cli_overrides import NO_OVERRIDES
     from wancli.report import batch_report, shots_table
     from wancli.report.html import collect, page
 
     if Path(what).is_dir():
         path = Path(what) / "report.html"
-        found = collect.of_folder(Path(what))
+        found = collect.collect_folder(Path(what))
     else:
-        plan = plan_job(load_job(what, NO_FLAGS), cache_dir)
+        plan = plan_job(load_job(what, NO_OVERRIDES), cache_dir)
         report = batch_report.report_path(plan)
-        found, path = collect.of_plan(plan, report), report.with_suffix(".html")
+        found, path = collect.collect_plan(plan, report), report.with_suffix(".html")
     path = output or path
-    page.publish(path, page.of_found(found, path.absolute(), thumbnails_dir(cache_dir), make=True))
+    page.publish_page(path, page.render_page(found, path.absolute(), thumbnails_dir(cache_dir), make=True))
     print(path)
     if table:
-        rows = [shots_table.row(entry, job) for job, entry in found.entries]
-        shots_table.publish(table, shots_table.to_csv(rows, [entry["labels"] for _, entry in found.entries]))
+        rows = [shots_table.shot_row(entry, job) for job, entry in found.entries]
+        shots_table.write_csv(table, shots_table.to_csv(rows, [entry["labels"] for _, entry in found.entries]))
         print(table)
     return ExitStatus.OK

@@ -23,5 +23,5 @@ def schema_command(
     from wancli.job import json_schema
     from wancli.report import event_schema
 
-    print_json(event_schema.build_event_schema() if events else json_schema.of_job())
+    print_json(event_schema.build_event_schema() if events else json_schema.job_schema())
     return ExitStatus.OK

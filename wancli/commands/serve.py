@@ -115,11 +115,11 @@ def _serve(
     cache_dir: Path | None,
     background: Background | None,
 ) -> None:
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
     from wancli.farm.local_socket import listen, lock_socket
     from wancli.farm.server import Server, preload
 
-    kept = Kept()
+    kept = ModelCache()
     with ExitStack() as stack:
         stack.enter_context(lock_socket(path))
         plan = plan_job(load_job(job, collect_flags(sets)), cache_dir) if job else None

@@ -26,9 +26,9 @@ def status_command(
     from wancli.report import status, terminal
 
     plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir)
-    found = status.of_plan(plan, open_store(cache_dir), throughput.read(rates_path(cache_dir)))
+    found = status.status_document(plan, open_store(cache_dir), throughput.read_rates(rates_path(cache_dir)))
     if as_json:
         print_json(found)
     else:
-        terminal.show(status.lines(found, datetime.now(UTC)))
+        terminal.show(status.format_status(found, datetime.now(UTC)))
     return ExitStatus.OK

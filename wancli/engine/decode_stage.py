@@ -42,54 +42,54 @@ def decode_file(
 
     if not path.exists():
         raise JobError("no such file", where=str(path))
-    z_CTYX, facts = tensor_file.load(path)
-    output = output or path.with_name(facts["shot"]["output"])
+    z_CTYX, record = tensor_file.load(path)
+    output = output or path.with_name(record["shot"]["output"])
     if output.exists() and not tools.force:
         raise OutputExists(
             "exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
-    mp4.check_ffmpeg(facts["shot"]["codec"])
+    mp4.check_ffmpeg(record["shot"]["codec"])
     if folder:
-        source = model_registry.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
+        source = model_registry.resolve_model(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
-        source = manifest_body.source_of(facts["model"])
+        source = manifest_body.checkpoint_location(record["model"])
     checkpoint = identify(source)
-    if fingerprint(checkpoint.vae_files, memo) != facts["model"]["sha256"]["vae"]:
+    if fingerprint(checkpoint.vae_files, memo) != record["model"]["sha256"]["vae"]:
         raise CheckpointError(
             "not the VAE that this latent was planned with",
             where=str(checkpoint.vae_files[0]),
             hint="--model DIR names the checkpoint to decode with.",
         )
-    finish(z_CTYX, facts, output, load_vae(checkpoint, facts["model"]["device"]), tools)
+    decode_latent(z_CTYX, record, output, load_vae(checkpoint, record["model"]["device"]), tools)
     return output
 
 
-def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: RenderContext) -> Record:
+def decode_latent(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, tools: RenderContext) -> Record:
     """Stage 3: decodes a latent into `output` and writes its manifest; returns the manifest's body.
 
     Where decoding runs out of memory it is tried again with less, see `ways`, with a warning, and the
     manifest says so. Raises OutOfMemory after the last way, Stopped between two chunks of frames.
     """
-    shot = facts["shot"]
-    home = next(vae.parameters()).device.type
-    tries = ways(home, shot["decode_chunk"])
-    for number, (device, chunk) in enumerate(tries):
+    shot = record["shot"]
+    home_device = next(vae.parameters()).device.type
+    attempts = decode_attempts(home_device, shot["decode_chunk"])
+    for number, (device, chunk) in enumerate(attempts):
         try:
             with fitting("decode", f"shot {shot['id']}"), Peak() as peak:
                 vae.to(device)
-                _write(z_CTYX, facts, output, vae, chunk, tools)
+                _write(z_CTYX, record, output, vae, chunk, tools)
             break
         except OutOfMemory as error:
-            if number + 1 == len(tries):
+            if number + 1 == len(attempts):
                 raise
             ran_out = strip_traceback(error)
         finally:
-            vae.to(home)
+            vae.to(home_device)
         release()
-        way = f"on {tries[number + 1][0]} with decode_chunk {tries[number + 1][1]}"
+        way = f"on {attempts[number + 1][0]} with decode_chunk {attempts[number + 1][1]}"
         tools.progress.warn(f"{ran_out}; decoding {way} instead, which may round pixels otherwise")
-    body = facts | {
-        "phases": [*facts["phases"], manifest_body.phase("decode", peak)],
+    body = record | {
+        "phases": [*record["phases"], manifest_body.phase_record("decode", peak)],
         "decoded": {"device": device, "chunk": chunk, "fallback": number > 0},
         "files": [manifest.file_record(output, output.parent)],
     }
@@ -97,21 +97,21 @@ def finish(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, tools: RenderC
     return body
 
 
-def ways(device: str, chunk: int) -> list[tuple[str, int]]:
+def decode_attempts(device: str, chunk: int) -> list[tuple[str, int]]:
     """Device and chunk to decode with, each in less memory than the one before: as planned, one latent frame
     at a time, and where a GPU has no room for that, on the CPU.
 
     A chunk of another size groups frames otherwise in the convolutions over time, and a CPU has other
     kernels: pixels are those of the plan but for rounding.
     """
-    found = [(device, chunk), (device, 1)]
-    return list(dict.fromkeys([*found, ("cpu", 1)] if device == "cuda" else found))
+    attempts = [(device, chunk), (device, 1)]
+    return list(dict.fromkeys([*attempts, ("cpu", 1)] if device == "cuda" else attempts))
 
 
-def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, tools: RenderContext) -> None:
+def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, tools: RenderContext) -> None:
     import torch
 
-    shot = facts["shot"]
+    shot = record["shot"]
     with torch.inference_mode(), tools.progress.phase("decode", [shot["id"]], shot["frames"]) as bar:
 
         def rgb() -> Iterator[memoryview]:
@@ -122,7 +122,7 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield mp4.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
-                if tools.lost:
+                if tools.lost_claim:
                     raise ClaimedElsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
                 atomic.set_aside(output)
@@ -137,5 +137,5 @@ def _write(z_CTYX: Tensor, facts: Record, output: Path, vae: VAE, chunk: int, to
             frame_count=shot["frames"],
             crf=shot["crf"],
             codec=shot["codec"],
-            comment=f"wancli {shot['id']} {facts['key'][:16]}",
+            comment=f"wancli {shot['id']} {record['key'][:16]}",
         )

@@ -18,7 +18,7 @@ from wancli import __version__
 from wancli.plan import backends, memory_estimate
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import Peak
-from wancli.storage.manifest import canonical
+from wancli.storage.manifest import canonical_json
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import Files
@@ -31,7 +31,7 @@ Record = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "safetensors", "sentencepiece", "ftfy")
 
 
-def of_shot(shot: Shot) -> Record:
+def shot_record(shot: Shot) -> Record:
     """All that was decided, and on what. `key` is the hash that makes it this very shot."""
     model = shot.model
     return {
@@ -53,8 +53,8 @@ def of_shot(shot: Shot) -> Record:
             "shift": shot.shift,
             "guidance": shot.guidance,
             "stages": [stage.as_dict() for stage in shot.stages],
-            "timesteps": shot.schedule.timesteps,
-            "sigmas": shot.schedule.sigmas,
+            "timesteps": shot.sigma_schedule.timesteps,
+            "sigmas": shot.sigma_schedule.sigmas,
             "fps": shot.fps,
             "crf": shot.crf,
             "codec": shot.codec,
@@ -63,18 +63,18 @@ def of_shot(shot: Shot) -> Record:
         },
         "model": {
             "root": str(model.checkpoint.root),
-            "files": _named_files(model.checkpoint.source),
+            "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
-            "networks": memory_estimate.networks(model),
+            "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
             "text_encoder": model.encoder.residency,
             "chunk": model.kernels.chunk,
-            "why": list(model.why),
+            "why": list(model.residency_reasons),
             "device": model.device,
             "kernels": asdict(model.kernels),
-            "attention": backends.runs(model),
+            "attention": backends.describe_attention(model),
             "sha256": {
                 "transformer": model.transformer,
                 "text_encoder": model.encoder.fingerprint,
@@ -82,30 +82,30 @@ def of_shot(shot: Shot) -> Record:
             },
         },
         "predicted": [
-            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process(model) + phase.total}
+            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
             for phase in shot.phases
         ],
         "versions": versions(),
     }
 
 
-def _named_files(source: Location) -> Record | None:
+def _checkpoint_files(source: Location) -> Record | None:
     """The files of a checkpoint that was named file by file, so that `wancli decode` finds them."""
     if isinstance(source, Path):
         return None
     return {key: str(v) if isinstance(v, Path) else v for key, v in asdict(source).items() if v is not None}
 
 
-def source_of(model: Record) -> Location:
+def checkpoint_location(model: Record) -> Location:
     """Where the checkpoint of a recorded shot is."""
-    named = model.get("files")
-    if not named:
+    files = model.get("files")
+    if not files:
         return Path(model["root"])
-    paths = {key: Path(path) for key, path in named.items() if key != "heads"}
-    return Files(**paths, heads=named.get("heads"))
+    paths = {key: Path(path) for key, path in files.items() if key != "heads"}
+    return Files(**paths, heads=files.get("heads"))
 
 
-def of_prompt(prompt: Prompt, hit: bool) -> Record:
+def prompt_record(prompt: Prompt, hit: bool) -> Record:
     """A text as the encoder read it, and whether its embedding was already there."""
     tokens = prompt.tokens
     return {
@@ -121,15 +121,15 @@ def of_prompt(prompt: Prompt, hit: bool) -> Record:
     }
 
 
-def of_injection(
+def injection_records(
     shot: Shot, read: Iterable[tuple[int, str, int]], differences: Sequence[Record]
 ) -> list[Record]:
     """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
     cells = set(read)
-    found = []
-    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.reached)):
+    records = []
+    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         hits = [cell for cell in planned if cell in cells]
-        found.append(
+        records.append(
             {
                 "text": rule.text,
                 "blocks": dict(rule.blocks),
@@ -145,10 +145,10 @@ def of_injection(
                 "difference": differences[index],
             }
         )
-    return found
+    return records
 
 
-def of_loras(shot: Shot, loaded: Loras) -> list[Record]:
+def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
     """Per LoRA: the file, where and when it was applied, and what of it the model took."""
     return [
         {
@@ -162,7 +162,7 @@ def of_loras(shot: Shot, loaded: Loras) -> list[Record]:
     ]
 
 
-def phase(name: str, peak: Peak) -> Record:
+def phase_record(name: str, peak: Peak) -> Record:
     """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak."""
     return {
         "name": name,
@@ -173,21 +173,21 @@ def phase(name: str, peak: Peak) -> Record:
     }
 
 
-def earlier(phases: Iterable[Record]) -> list[Record]:
+def mark_earlier(phases: Iterable[Record]) -> list[Record]:
     """The phases of a run before this one, marked so that nobody takes them for this one's."""
     return [phase | {"earlier": True} for phase in phases]
 
 
-def since(began: float | None) -> float:
+def seconds_since(began: float | None) -> float:
     """Seconds since a moment, in seconds since 1970; None is when this process was started."""
     import psutil
 
     return round(time.time() - (began or float(psutil.Process().create_time())), 3)
 
 
-def plain(record: Record) -> Record:
+def to_plain_json(record: Record) -> Record:
     """The record as a file gives it back: text keys, lists."""
-    return dict(json.loads(canonical(record)))
+    return dict(json.loads(canonical_json(record)))
 
 
 @cache

@@ -10,7 +10,7 @@ from wancli.errors import EntryError
 from wancli.plan.shot import Shot
 from wancli.storage import manifest
 
-_SAME = {  # a key of a job, and what manifests and shots call it
+_SHOT_FIELDS = {  # a key of a job, and what manifests and shots call it
     "frames": "frames",
     "seed": "seed",
     "noise": "noise",
@@ -22,36 +22,36 @@ _SAME = {  # a key of a job, and what manifests and shots call it
     "video.codec": "codec",
     "memory.decode_chunk": "decode_chunk",
 }
-_MOST = 3  # keys that are named
+_MAX_NAMED = 3  # keys that are named
 
 
-def why(shot: Shot) -> str:
+def describe_differences(shot: Shot) -> str:
     """`made with seed 1, not 5; another inject.0.blocks`; empty where the manifest does not tell."""
     try:
         body = manifest.read(shot.manifest)
-        found = list(dict.fromkeys(_differences(body, shot))) if body else []
+        differences = list(dict.fromkeys(_diff(body, shot))) if body else []
     except (EntryError, KeyError, IndexError, TypeError, AttributeError):  # of another version, or program
         return ""
-    named = [f"{key} {there}, not {here}" for key, there, here in found if there]
-    named += [f"another {key}" for key, there, _ in found if not there]
-    rest = [f"{len(named) - _MOST} more"] if len(named) > _MOST else []
-    return f"made with {'; '.join([*named[:_MOST], *rest])}" if named else ""
+    named = [f"{key} {there}, not {here}" for key, there, here in differences if there]
+    named += [f"another {key}" for key, there, _ in differences if not there]
+    rest = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
+    return f"made with {'; '.join([*named[:_MAX_NAMED], *rest])}" if named else ""
 
 
-def _differences(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]]:
+def _diff(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]]:
     """Each key, and what it is there and here; nothing where that is too long for a line."""
-    there, model = body["shot"], body["model"]
+    recorded, model = body["shot"], body["model"]
     if model["sha256"]["transformer"] != shot.model.transformer:
         yield "model", "", ""
     if model["sha256"]["vae"] != shot.model.vae:
         yield "model.vae", "", ""
-    yield from _texts(body, shot)
-    size = f"{there['width']}x{there['height']}", f"{shot.width}x{shot.height}"
-    guidance = [f"{stage['guidance']:g}" for stage in there["stages"]]
+    yield from _diff_prompts(body, shot)
+    size = f"{recorded['width']}x{recorded['height']}", f"{shot.width}x{shot.height}"
+    guidance = [f"{stage['guidance']:g}" for stage in recorded["stages"]]
     kernels = asdict(shot.model.kernels)
     values = {
         "size": size,
-        **{key: (there[name], getattr(shot, name)) for key, name in _SAME.items()},
+        **{key: (recorded[name], getattr(shot, name)) for key, name in _SHOT_FIELDS.items()},
         "sampler.guidance": ("/".join(guidance), "/".join(f"{stage.guidance:g}" for stage in shot.stages)),
         "memory.dtype": (model["dtype"], shot.model.dtype),
         **{f"memory.{name}": (model["kernels"][name], kernels[name]) for name in ("attention", "fp8_matmul")},
@@ -59,11 +59,11 @@ def _differences(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str
     for key, (theirs, ours) in values.items():
         if theirs != ours:
             yield key, str(theirs), str(ours)
-    yield from _rules(body["injection"], shot)
-    yield from _loras(body["loras"], shot)
+    yield from _diff_rules(body["injection"], shot)
+    yield from _diff_loras(body["loras"], shot)
 
 
-def _texts(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]]:
+def _diff_prompts(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]]:
     prompts, rules = body["prompts"], body["injection"]
     by_id = {prompt["id"]: prompt for prompt in prompts}
     theirs = {"prompt": prompts[0]} | {f"inject.{i}.prompt": by_id[r["text"]] for i, r in enumerate(rules)}
@@ -73,38 +73,38 @@ def _texts(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]
     if shot.negative:
         ours["negative"] = shot.negative
     for key in (key for key in theirs if key in ours and theirs[key]["id"] != ours[key].id):
-        said = theirs[key]
-        if said["text"] != ours[key].tokens.text:
+        recorded = theirs[key]
+        if recorded["text"] != ours[key].tokens.text:
             yield key, "", ""
-        elif said["max_tokens"] != ours[key].tokens.max_tokens:
-            yield "text.max_tokens", str(said["max_tokens"]), str(ours[key].tokens.max_tokens)
+        elif recorded["max_tokens"] != ours[key].tokens.max_tokens:
+            yield "text.max_tokens", str(recorded["max_tokens"]), str(ours[key].tokens.max_tokens)
         else:
             yield f"encoder of {key}", "", ""
 
 
-def _rules(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[str, str, str]]:
+def _diff_rules(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[str, str, str]]:
     if len(theirs) != len(shot.rules):
         yield "inject", "", ""
         return
-    for i, (there, rule) in enumerate(zip(theirs, shot.rules)):
-        for key, places in (("blocks", rule.blocks), ("steps", rule.steps)):
-            here = {str(place): strength for place, strength in places}
-            if there[key].keys() != here.keys():
+    for i, (recorded, rule) in enumerate(zip(theirs, shot.rules)):
+        for key, strengths in (("blocks", rule.blocks), ("steps", rule.steps)):
+            here = {str(place): strength for place, strength in strengths}
+            if recorded[key].keys() != here.keys():
                 yield f"inject.{i}.{key}", "", ""
-            elif there[key] != here:
+            elif recorded[key] != here:
                 yield f"inject.{i}.{'strength' if key == 'blocks' else 'step_strength'}", "", ""
-        if there["branches"] != list(rule.branches):
-            yield f"inject.{i}.branch", "+".join(there["branches"]), "+".join(rule.branches)
+        if recorded["branches"] != list(rule.branches):
+            yield f"inject.{i}.branch", "+".join(recorded["branches"]), "+".join(rule.branches)
         for key, ours in (("blend", rule.blend), ("gain", rule.gain)):
-            if there[key] != ours:
-                yield f"inject.{i}.{key}", str(there[key]), str(ours)
+            if recorded[key] != ours:
+                yield f"inject.{i}.{key}", str(recorded[key]), str(ours)
 
 
-def _loras(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[str, str, str]]:
+def _diff_loras(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[str, str, str]]:
     if len(theirs) != len(shot.loras):
         yield "loras", "", ""
         return
-    for i, (there, use) in enumerate(zip(theirs, shot.loras)):
+    for i, (recorded, use) in enumerate(zip(theirs, shot.loras)):
         for key, ours in use.decided.items():
-            if there[key] != (list(ours) if isinstance(ours, tuple) else ours):
+            if recorded[key] != (list(ours) if isinstance(ours, tuple) else ours):
                 yield f"loras.{i}.{'path' if key == 'sha256' else key}", "", ""

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 _MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
 _KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)
-_ASIDE = re.compile(r"\.(old|damaged)-\d+\.[a-z0-9]+$")
-_COMPARED = re.compile(r"\.compare(-\d+)?\.mp4$")  # shots side by side
-_DEBRIS = re.compile(r"\.wancli-.*\.tmp$")
+_MOVED_ASIDE = re.compile(r"\.(old|damaged)-\d+\.[a-z0-9]+$")
+_COMPARISON = re.compile(r"\.compare(-\d+)?\.mp4$")  # shots side by side
+_TEMP_FILE = re.compile(r"\.wancli-.*\.tmp$")
 
-Ours = Callable[[Path], bool]  # whether an output is one to be looked at
+InScope = Callable[[Path], bool]  # whether an output is one to be looked at
 
 
 @dataclass
@@ -56,93 +56,99 @@ class Verdict:
         }
 
 
-def folder(root: Path, *, deep: bool = False) -> Verdict:
+def check_folder(root: Path, *, deep: bool = False) -> Verdict:
     """Everything below a folder. `deep` also decodes every video, and counts its frames."""
     root = root.resolve()
-    found = _verdict(list(_walk(root)), {}, lambda path: path.is_relative_to(root), deep)
-    found.debris += _dead(sorted(root.rglob(".wancli/claims/*.json")))
-    return found
+    verdict = _check_paths(list(_list_files(root)), {}, lambda path: path.is_relative_to(root), deep)
+    verdict.debris += _stale_claims(sorted(root.rglob(".wancli/claims/*.json")))
+    return verdict
 
 
-def shots(all_of: Iterable[Shot], *, deep: bool = False) -> Verdict:
+def check_shots(shots: Iterable[Shot], *, deep: bool = False) -> Verdict:
     """The outputs of a job, which also must be those of the job as it is now; and what else is in their
     folders."""
-    expected = {shot.output: shot for shot in all_of}
+    expected = {shot.output: shot for shot in shots}
     folders = sorted({output.parent for output in expected})
     # The report is in the folder that all of them share.
-    above = {Path(os.path.commonpath(folders)), *folders}
-    paths = sorted({path for one in above if one.is_dir() for path in one.iterdir() if path.is_file()})
-    found = _verdict(paths, expected, lambda path: path in expected, deep)
-    found.debris += _dead(map(claim_path, expected.values()))
-    return found
+    folders_to_list = {Path(os.path.commonpath(folders)), *folders}
+    paths = sorted(
+        {path for one in folders_to_list if one.is_dir() for path in one.iterdir() if path.is_file()}
+    )
+    verdict = _check_paths(paths, expected, lambda path: path in expected, deep)
+    verdict.debris += _stale_claims(map(claim_path, expected.values()))
+    return verdict
 
 
-def _dead(claims: Iterable[Path]) -> list[Path]:
+def _stale_claims(claims: Iterable[Path]) -> list[Path]:
     """Those whose workers are known to be gone: of this host."""
     return [path for path in claims if (seen := claim_file.look(path)) and claim_file.gone(seen)]
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _list_files(root: Path) -> Iterator[Path]:
     for place, inner, names in os.walk(root):
         inner[:] = sorted(name for name in inner if name != ".wancli")
         yield from (Path(place, name) for name in sorted(names))
 
 
-def _verdict(paths: list[Path], expected: Mapping[Path, Shot], ours: Ours, deep: bool) -> Verdict:
-    found = Verdict()
+def _check_paths(paths: list[Path], expected: Mapping[Path, Shot], in_scope: InScope, deep: bool) -> Verdict:
+    verdict = Verdict()
     outputs = set()
     for path in paths:
-        if _COMPARED.search(path.name):
+        if _COMPARISON.search(path.name):
             continue
-        if _DEBRIS.fullmatch(path.name):
-            found.debris.append(path)
-        elif _ASIDE.search(path.name):
-            found.aside.append(path)
+        if _TEMP_FILE.fullmatch(path.name):
+            verdict.debris.append(path)
+        elif _MOVED_ASIDE.search(path.name):
+            verdict.aside.append(path)
         elif path.name.endswith("report.json"):
-            found.problems += _of_report(path, ours)
+            verdict.problems += _report_problems(path, in_scope)
         elif kind := next((suffix for suffix in _KINDS if path.name.endswith(suffix)), ""):
             output = path.with_name(path.name.removesuffix(kind) + _VIDEO)
             if expected and output not in expected:
-                found.orphans += [path] if kind == _VIDEO and not _recorded(path) else []
+                verdict.orphans += [path] if kind == _VIDEO and not _has_manifest(path) else []
             elif kind in (_MANIFEST, _VIDEO):
                 outputs.add(output)
             else:
-                _look_at_tensors(path, kind, output, expected.get(output), found)
-    lost = {path for path, _ in found.problems}
+                _check_tensors(path, kind, output, expected.get(output), verdict)
+    broken = {path for path, _ in verdict.problems}
     for output in sorted(outputs):
-        _look_at_video(output, expected.get(output), lost, deep, found)
-    found.missing += [output for output in expected if output not in outputs | lost]
-    found.problems = sorted(dict.fromkeys(found.problems))
-    return found
+        _check_video(output, expected.get(output), broken, deep, verdict)
+    verdict.missing += [output for output in expected if output not in outputs | broken]
+    verdict.problems = sorted(dict.fromkeys(verdict.problems))
+    return verdict
 
 
-def _look_at_video(output: Path, shot: Shot | None, lost: set[Path], deep: bool, found: Verdict) -> None:
-    if not _recorded(output):
-        found.orphans += [output] if manifest.manifest_path(output) not in lost else []
-    elif problems := _of_video(output, shot, deep):
-        found.problems += problems
+def _check_video(output: Path, shot: Shot | None, broken: set[Path], deep: bool, verdict: Verdict) -> None:
+    if not _has_manifest(output):
+        verdict.orphans += [output] if manifest.manifest_path(output) not in broken else []
+    elif problems := _video_problems(output, shot, deep):
+        verdict.problems += problems
     else:
-        found.videos += 1
+        verdict.videos += 1
 
 
-def _look_at_tensors(path: Path, kind: str, output: Path, shot: Shot | None, found: Verdict) -> None:
-    if problem := _of_latent(path, output, shot) if kind == _LATENT else _of_state(path, output, shot):
-        found.problems.append((path, problem))
+def _check_tensors(path: Path, kind: str, output: Path, shot: Shot | None, verdict: Verdict) -> None:
+    if (
+        problem := _latent_problem(path, output, shot)
+        if kind == _LATENT
+        else _state_problem(path, output, shot)
+    ):
+        verdict.problems.append((path, problem))
     elif kind == _LATENT:
-        found.latents += 1
+        verdict.latents += 1
     else:
-        found.states += 1
+        verdict.states += 1
 
 
-def _recorded(output: Path) -> bool:
+def _has_manifest(output: Path) -> bool:
     return os.path.lexists(manifest.manifest_path(output))
 
 
-def _of_video(output: Path, shot: Shot | None, deep: bool) -> list[tuple[Path, str]]:
+def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[tuple[Path, str]]:
     path = manifest.manifest_path(output)
     try:
         body = manifest.read(path) or {}
-        wrong = manifest.problems(output, shot.key if shot else body["key"])
+        wrong = manifest.find_problems(output, shot.key if shot else body["key"])
         frames = body["shot"]["frames"]
     except EntryError as error:
         return [(path, error.message)]
@@ -163,31 +169,31 @@ def _split(line: str, *paths: Path) -> tuple[Path, str]:
     return path, line.removeprefix(f"{path}: ")
 
 
-def _of_latent(path: Path, output: Path, shot: Shot | None) -> str:
+def _latent_problem(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        facts = tensor_file.load(path)[1]
+        record = tensor_file.load(path)[1]
     except EntryError as error:
         return error.message
-    if facts["shot"]["output"] != output.name:
-        return f"the latent of {facts['shot']['output']}"
-    return "the latent of another job, version or model" if _another(facts, shot) else ""
+    if record["shot"]["output"] != output.name:
+        return f"the latent of {record['shot']['output']}"
+    return "the latent of another job, version or model" if _is_of_another_job(record, shot) else ""
 
 
-def _of_state(path: Path, output: Path, shot: Shot | None) -> str:
+def _state_problem(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        facts = state_file.load_state(path)[1]
+        record = state_file.load_state(path)[1]
     except EntryError as error:
         return error.message
-    if facts.get("output") not in (None, output.name):
-        return f"the state of {facts['output']}"
-    return "the state of another job, version or model" if _another(facts, shot) else ""
+    if record.get("output") not in (None, output.name):
+        return f"the state of {record['output']}"
+    return "the state of another job, version or model" if _is_of_another_job(record, shot) else ""
 
 
-def _another(facts: Mapping[str, Any], shot: Shot | None) -> bool:
-    return shot is not None and facts.get("latents_key") != shot.latents_key
+def _is_of_another_job(record: Mapping[str, Any], shot: Shot | None) -> bool:
+    return shot is not None and record.get("latents_key") != shot.latents_key
 
 
-def _of_report(path: Path, ours: Ours) -> Iterator[tuple[Path, str]]:
+def _report_problems(path: Path, in_scope: InScope) -> Iterator[tuple[Path, str]]:
     """What a report has as finished and is not there. Of another program's report nothing is known."""
     try:
         report = json.loads(path.read_bytes())
@@ -202,10 +208,10 @@ def _of_report(path: Path, ours: Ours) -> Iterator[tuple[Path, str]]:
         return
     for entry in shots:
         output = Path(entry["output"])
-        if entry["status"] in ("rendered", "already done") and ours(output):
+        if entry["status"] in ("rendered", "already done") and in_scope(output):
             if not output.exists():
                 yield output, f"is gone; {path.name} has it as {entry['status']}"
-            if not _recorded(output):
+            if not _has_manifest(output):
                 yield manifest.manifest_path(output), f"is gone; {path.name} has it as {entry['status']}"
 
 

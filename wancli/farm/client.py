@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.progress import make_printable
-from wancli.storage.paths import here
+from wancli.storage.paths import require_cwd
 
 _BUSY_AFTER = 0.5  # seconds without an answer after which a server counts as busy
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -95,7 +95,7 @@ class _RenderRequest:
             raise MachineError(
                 f"refuses: {message['refused']}",
                 where=str(self._path),
-                hint="wancli serve --stop ends the server; start it again from here.",
+                hint="wancli serve --stop ends the server; start it again from require_cwd.",
             )
         self._begun = bool(message)
         if not self._begun:
@@ -112,7 +112,7 @@ class _RenderRequest:
     def _send(self, arguments: Sequence[str]) -> None:
         request = {
             "arguments": list(arguments),
-            "folder": str(here()),
+            "folder": str(require_cwd()),
             "environment": dict(os.environ),
             "written": [_stream_settings(stream) for stream in (sys.stdout, sys.stderr)],
             "umask": _current_umask(),

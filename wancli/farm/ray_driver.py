@@ -18,10 +18,10 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.batch import settled, several, tallied
+from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcomes
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
-from wancli.engine.preflight import Found, outputs
+from wancli.engine.preflight import PreflightResult, check_outputs
 from wancli.errors import MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.plan import batching
@@ -29,7 +29,7 @@ from wancli.storage import manifest
 
 if TYPE_CHECKING:
     from wancli.engine.context import RenderContext
-    from wancli.plan.shot import Model, Plan, Shot
+    from wancli.plan.shot import ModelSpec, Plan, Shot
 
 _RESTARTS, _TASK_RETRIES = 3, 2
 _POLL_SECONDS = 0.2  # seconds between two looks for signals
@@ -47,15 +47,15 @@ class Cluster:
 def render(plan: Plan, tools: RenderContext, task: Task, cluster: Cluster) -> Iterator[Outcome]:
     """As `batch.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
     cluster cannot be reached, and where all workers died for good."""
-    todo, refused = outputs(plan, tools)
-    found = Found(tuple(todo), refused)
-    return tallied(_outcomes(plan, found, tools, task, cluster), todo, tools)
+    todo, refused = check_outputs(plan, tools)
+    found = PreflightResult(tuple(todo), refused)
+    return track_outcomes(_outcomes(plan, found, tools, task, cluster), todo, tools)
 
 
 def _outcomes(
-    plan: Plan, found: Found, tools: RenderContext, task: Task, cluster: Cluster
+    plan: Plan, found: PreflightResult, tools: RenderContext, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
-    yield from settled(plan, found)
+    yield from iter_resolved(plan, found)
     models = dict.fromkeys(shot.model for shot in found.todo)
     waves = [
         [shot for group in wave for shot in group]
@@ -115,7 +115,7 @@ class _ActorSlot:
 
     number: int
     actor: Any
-    model: Model | None = None
+    model: ModelSpec | None = None
 
 
 def _dispatch(
@@ -129,14 +129,16 @@ def _dispatch(
     while busy or (waves and not (ending or tools.stop.requested)):
         while idle and waves and not (ending or tools.stop.requested):
             seat, wave = _match(idle, waves)
-            tools.progress.note(f"{several(wave)}: to worker {seat.number} of {count}")
+            tools.progress.note(f"{format_shots_inline(wave)}: to worker {seat.number} of {count}")
             busy[seat.actor.render.remote({shot.index: shot.key for shot in wave})] = seat, wave
         for done in ray.wait(list(busy), timeout=_POLL_SECONDS)[0]:
             seat, wave = busy.pop(done)
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError:
-                tools.progress.warn(f"worker {seat.number} died for good; {several(wave)} goes to another")
+                tools.progress.warn(
+                    f"worker {seat.number} died for good; {format_shots_inline(wave)} goes to another"
+                )
                 waves.insert(0, wave)
                 continue
             idle.append(seat)
@@ -204,7 +206,7 @@ def _verify_output(shot: Shot, status: Literal["rendered", "already done"]) -> O
     """What a worker says is done, once this host finds it so."""
     with suppress(OSError):
         list(shot.output.parent.iterdir())  # makes NFS ask its server
-    if wrong := manifest.problems(shot.output, shot.key):
+    if wrong := manifest.find_problems(shot.output, shot.key):
         error = MachineError(
             f"a worker says it is {status}; not so on {socket.gethostname()}: {wrong[0]}",
             where=str(shot.output),

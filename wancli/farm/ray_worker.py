@@ -18,7 +18,7 @@ from wancli.engine.context import Force
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
 from wancli.errors import Bug, MachineError, Stopped, WancliError, error_types
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Task:
 
     job: str
     folder: str  # where the command was given: relative paths begin there
-    flags: Flags
+    flags: CliOverrides
     cache: str
     measure: bool
     force: Force | None  # as the driver found the outputs
@@ -43,11 +43,11 @@ class Worker:
     """What Ray runs in a process of its own, and again if that dies."""
 
     def __init__(self, task: Task) -> None:
-        from wancli.engine.networks import Kept
+        from wancli.engine.networks import ModelCache
 
         self._task = task
         self._stop = Stop()
-        self._kept = Kept()
+        self._kept = ModelCache()
         self._plan: Plan | None = None
 
     def stop(self, reason: Any) -> None:
@@ -72,7 +72,7 @@ class Worker:
 
     def _render_shots(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
         from wancli.engine.context import RenderContext
-        from wancli.engine.outcome import Policy
+        from wancli.engine.outcome import FailurePolicy
         from wancli.progress import Progress
         from wancli.storage.cache import Store
         from wancli.storage.claims import Claims
@@ -86,10 +86,10 @@ class Worker:
                 where=task.job,
                 hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
             )
-        store, policy = Store(Path(task.cache) / "embeddings"), Policy(retries=task.retries)
+        store, policy = Store(Path(task.cache) / "embeddings"), FailurePolicy(retries=task.retries)
         with Claims(waits=task.waits) as claims:
             tools = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
-            yield from batch.render(replace(self._plan, shots=shots, others=()), tools)
+            yield from batch.render(replace(self._plan, shots=shots, unselected=()), tools)
 
 
 def _build_plan(task: Task) -> Plan:
@@ -105,7 +105,7 @@ def _build_plan(task: Task) -> Plan:
             hint="All machines of the cluster need the folders of the job, the model and the output.",
         ) from error
     memo = Path(task.cache) / "hashes.json"
-    return planner.plan(load(Path(task.job), task.flags), memo, measure=task.measure)
+    return planner.build_plan(load(Path(task.job), task.flags), memo, measure=task.measure)
 
 
 def error_to_dict(error: WancliError) -> Record:

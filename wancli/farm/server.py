@@ -23,17 +23,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.networks import Kept, check_device, check_weights
+from wancli.engine.networks import ModelCache, check_device, check_weights
 from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import use_client_environment
-from wancli.resources.measure import fitting
+from wancli.resources.measure import oom_as_error
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
 
 # From a command line, the networks in memory and its start time to its exit code.
-RunCommand = Callable[[list[str], Kept, float], int]
+RunCommand = Callable[[list[str], ModelCache, float], int]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive
@@ -48,7 +48,7 @@ _KEEPS_NETWORKS = (
 )
 
 
-def preload(plan: Plan | None, kept: Kept) -> None:
+def preload(plan: Plan | None, kept: ModelCache) -> None:
     """Import what a render needs, and load the networks of the plan's first shot.
 
     Raises what a render would raise if they are damaged or do not fit.
@@ -76,8 +76,8 @@ def preload(plan: Plan | None, kept: Kept) -> None:
     backends.check(shot.model)
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, encoded=True)
-    with fitting("loading", str(shot.model.checkpoint.root)):
-        loaded = kept.networks(shot.model, lazily=False)
+    with oom_as_error("loading", str(shot.model.checkpoint.root)):
+        loaded = kept.get(shot.model, lazily=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 
 
@@ -88,7 +88,7 @@ class Server:
     main thread only.
     """
 
-    def __init__(self, run: RunCommand, kept: Kept, *, idle: float | None) -> None:
+    def __init__(self, run: RunCommand, kept: ModelCache, *, idle: float | None) -> None:
         self._run, self._kept, self._idle = run, kept, idle
         self._fingerprint = local_socket.process_fingerprint()
         # running: a client's command. busy: the server's own work between commands.
@@ -193,7 +193,7 @@ class Server:
             f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
         )
         if code not in _KEEPS_NETWORKS:
-            self._kept.forget()
+            self._kept.clear()
         if code != ExitStatus.OK:
             gc.collect()  # frees what the error refers to
 

@@ -23,11 +23,11 @@ from wancli.storage import atomic
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
     from wancli.models.config import WanConfig
-    from wancli.plan.shot import Model, Shot
+    from wancli.plan.shot import ModelSpec, Shot
 
 PHASES = ("encode", "load", "sample", "decode")
-KEPT = 400  # records, the newest
-FAR = 4  # times the tokens
+MAX_RATES = 400  # records, the newest
+EXTRAPOLATION_FACTOR = 4  # times the tokens
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a phase has to do, `amount` in FLOPs or bytes, and all that its speed depends on."""
 
     device: str
@@ -57,16 +57,20 @@ class Work:
     amount: int
 
 
-def work(shot: Shot) -> dict[str, Work]:
+def shot_workloads(shot: Shot) -> dict[str, Workload]:
     """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
     model, wan = shot.model, shot.model.checkpoint.transformer
     here = machine.device_name(model.device)
-    counts = [len(text.tokens.ids) for text in shot.texts if not text.file]
+    counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
     return {
-        "encode": encoding(model, counts),
-        "load": Work(here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)),
-        "sample": Work(here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, of_sampling(shot)),
-        "decode": Work(
+        "encode": encoding_workload(model, counts),
+        "load": Workload(
+            here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)
+        ),
+        "sample": Workload(
+            here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, sampling_flops(shot)
+        ),
+        "decode": Workload(
             here,
             "fp32",
             "resident",
@@ -78,15 +82,15 @@ def work(shot: Shot) -> dict[str, Work]:
     }
 
 
-def encoding(model: Model, counts: Sequence[int]) -> Work:
+def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
     """Prompts of so many tokens."""
     amount = sum(flops.of_encoding(model.text_encoder, count) for count in counts)
     encoder, width = model.encoder, model.text_encoder.d_model
     here = machine.device_name(model.device)
-    return Work(here, encoder.dtype, encoder.residency, "encode", width, max(1, sum(counts)), amount)
+    return Workload(here, encoder.dtype, encoder.residency, "encode", width, max(1, sum(counts)), amount)
 
 
-def read(path: Path) -> tuple[Rate, ...]:
+def read_rates(path: Path) -> tuple[Rate, ...]:
     """What is remembered; nothing where the file is missing or damaged."""
     try:
         rates = [Rate(**entry) for entry in json.loads(path.read_bytes())]
@@ -101,15 +105,15 @@ def _is_sound(rate: Rate) -> bool:
     return all(isinstance(text, str) for text in texts) and all(0 < number < math.inf for number in numbers)
 
 
-def remember(path: Path, fresh: Iterable[Rate]) -> None:
+def remember_rates(path: Path, fresh: Iterable[Rate]) -> None:
     """Adds rates; of two for the same thing the newer one stays. A full disk is no reason to fail."""
-    known = {tuple(asdict(rate).values())[:6]: rate for rate in (*read(path), *fresh)}
-    text = json.dumps([asdict(rate) for rate in list(known.values())[-KEPT:]], indent=1)
+    known = {tuple(asdict(rate).values())[:6]: rate for rate in (*read_rates(path), *fresh)}
+    text = json.dumps([asdict(rate) for rate in list(known.values())[-MAX_RATES:]], indent=1)
     with suppress(MachineError):
         atomic.replace(path, text.encode())
 
 
-def nearest(rates: Iterable[Rate], wanted: Work) -> Rate | None:
+def nearest_rate(rates: Iterable[Rate], wanted: Workload) -> Rate | None:
     """The rate of the same phase, device, dtype and residency whose width and tokens are nearest."""
 
     def distance(rate: Rate) -> float:
@@ -120,20 +124,20 @@ def nearest(rates: Iterable[Rate], wanted: Work) -> Rate | None:
     return min(fitting, key=distance, default=None)
 
 
-def seconds(wanted: Work, rates: Iterable[Rate]) -> float | None:
+def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:
     """How long it will take; None where nothing like it was ever done here."""
     if not wanted.amount:
         return 0.0
-    rate = nearest(rates, wanted)
+    rate = nearest_rate(rates, wanted)
     return None if rate is None else wanted.amount / rate.per_second
 
 
-def learned(shots: Sequence[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
+def measured_rates(shots: Sequence[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
     """The rates of rendered shots, from what their manifests say of their phases."""
-    return [*_of_encoding(shots), *_of_networks(shots)]
+    return [*_encoding_rates(shots), *_network_rates(shots)]
 
 
-def _of_encoding(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
+def _encoding_rates(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
     """The prompts of a batch are encoded together, and each of its manifests has the seconds of all."""
     passes: dict[tuple[Any, ...], dict[str, int]] = {}
     for shot, body in shots:
@@ -143,22 +147,22 @@ def _of_encoding(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Ra
         texts = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
         passes.setdefault((shot.model, phase["seconds"], phase["rss_start"]), {}).update(texts)
     for (model, seconds, _), texts in passes.items():
-        yield from _rate(encoding(model, list(texts.values())), seconds)
+        yield from _workload_rate(encoding_workload(model, list(texts.values())), seconds)
 
 
-def _of_networks(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
+def _network_rates(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
     for shot, body in shots:
         took = dict.fromkeys(PHASES, 0.0)
         for phase in body["phases"]:
             took[phase["name"]] += phase["seconds"] / phase.get("shots", 1)
         took["load"] /= max(1, sum(phase["name"] == "load" for phase in body["phases"]))
-        for name, one in work(shot).items():
+        for name, one in shot_workloads(shot).items():
             if name == "encode" or (name == "sample" and shot.fork):  # whose first steps another shot took
                 continue
-            yield from _rate(one, took[name])
+            yield from _workload_rate(one, took[name])
 
 
-def _rate(done: Work, took: float) -> Iterator[Rate]:
+def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
     """What was done, per second; nothing of what took no time."""
     facts = asdict(done)
     amount = facts.pop("amount")
@@ -166,52 +170,55 @@ def _rate(done: Work, took: float) -> Iterator[Rate]:
         yield Rate(**facts, per_second=amount / took, date=datetime.now(UTC).date().isoformat())
 
 
-def expected(
+def predict_phases(
     shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate]
 ) -> dict[str, float | None]:
     """Seconds of each phase of a batch, None where unknown: prompts in `missing` are encoded once, a
     transformer or each of two experts is loaded once."""
-    found: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
+    totals: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
 
-    def add(name: str, one: Work, times: int = 1) -> None:
-        took, before = seconds(one, rates), found[name]
-        found[name] = None if took is None or before is None else before + times * took
+    def add(name: str, one: Workload, times: int = 1) -> None:
+        took, before = predict_seconds(one, rates), totals[name]
+        totals[name] = None if took is None or before is None else before + times * took
 
     for model in dict.fromkeys(shot.model for shot in shots):
         own = [shot for shot in shots if shot.model == model]
-        texts = {text.id: text for shot in own for text in shot.texts if text.id in missing}
-        add("encode", encoding(model, [len(text.tokens.ids) for text in texts.values()]))
-        add("load", work(own[0])["load"], max(len(shot.stages) for shot in own))
+        texts = {text.id: text for shot in own for text in shot.prompts if text.id in missing}
+        add("encode", encoding_workload(model, [len(text.tokens.ids) for text in texts.values()]))
+        add("load", shot_workloads(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
-            does = work(shot)
+            does = shot_workloads(shot)
             alone = 1 - (shot.fork.step if shot.fork else 0) / shot.steps
             add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
-    return found
+    return totals
 
 
-def far(rate: Rate, tokens: int) -> bool:
+def is_extrapolated(rate: Rate, tokens: int) -> bool:
     """Whether a rate is of shots so much smaller or larger that it only tells the order of magnitude."""
-    return rate.phase == "sample" and not 1 / FAR <= rate.tokens / tokens <= FAR
+    return (
+        rate.phase == "sample"
+        and not 1 / EXTRAPOLATION_FACTOR <= rate.tokens / tokens <= EXTRAPOLATION_FACTOR
+    )
 
 
-def sources(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
+def rates_used(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
     """Where the rate of each phase of the batch's largest shot is from."""
     largest = max(shots, key=lambda shot: shot.tokens)
-    found = {name: nearest(rates, one) for name, one in work(largest).items()}
-    return {name: rate for name, rate in found.items() if rate}
+    rates_by_phase = {name: nearest_rate(rates, one) for name, one in shot_workloads(largest).items()}
+    return {name: rate for name, rate in rates_by_phase.items() if rate}
 
 
-def of_sampling(shot: Shot) -> int:
+def sampling_flops(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
     wan = shot.model.checkpoint.transformer
-    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
+    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
     contexts = len(shot.stages) * sum(flops.of_context(wan, count) for count in rows.values())
-    return contexts + _of_steps(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
+    return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
 
 
 @lru_cache(64)  # the shots of a sweep share tables, which are large
-def _of_steps(
+def _step_flops(
     wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
 ) -> int:
     """The forwards of all steps, for texts of so many rows."""
@@ -220,10 +227,10 @@ def _of_steps(
         base = table.base[branch]
         plain = flops.of_forward(wan, tokens, wan.num_layers * rows[base.id])
         took: dict[int, int] = {}  # by the id of a row: many steps have the same one
-        for step in table.steps_of[branch]:
+        for step in table.steps_by_branch[branch]:
             cells = table.row(step, branch)
             if id(cells) not in took:
-                read = sum(_rows(expr, rows) for cell in cells for expr, _ in cell)
+                read = sum(_row_count(expr, rows) for cell in cells for expr, _ in cell)
                 took[id(cells)] = flops.of_forward(wan, tokens, read)
                 if measure and any(cell != ((base, 1.0),) for cell in cells):
                     took[id(cells)] += plain
@@ -231,9 +238,9 @@ def _of_steps(
     return total
 
 
-def _rows(expr: Expr, rows: dict[str, int]) -> int:
+def _row_count(expr: Expr, rows: dict[str, int]) -> int:
     if isinstance(expr, Lerp):
-        return max(_rows(expr.a, rows), _rows(expr.b, rows))
+        return max(_row_count(expr.a, rows), _row_count(expr.b, rows))
     if isinstance(expr, Concat):
-        return _rows(expr.a, rows) + _rows(expr.b, rows)
+        return _row_count(expr.a, rows) + _row_count(expr.b, rows)
     return rows[expr.id]

@@ -16,25 +16,25 @@ from wancli.errors import EntryError
 from wancli.plan import alternatives, memory_estimate, memory_policy, throughput
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
-from wancli.text.embedding import describe
+from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Model, Plan, Shot
+    from wancli.plan.shot import ModelSpec, Plan, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
 
 SCHEMA = "wancli/report/1"
 
 
-def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -> dict[str, Any]:
+def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] = ()) -> dict[str, Any]:
     """All shots of a batch, and its totals. A shot that was never reached is `not started`. `known` are the
     rates that what was rendered is expected to take, those from before it began."""
     by_index = {outcome.shot.index: outcome for outcome in outcomes}
-    shots = [_shot(shot, by_index.get(shot.index)) for shot in plan.shots]
+    shots = [_shot_entry(shot, by_index.get(shot.index)) for shot in plan.shots]
     fresh = [shot for shot in shots if shot["status"] == "rendered"]
-    begun = [shot for shot in fresh if not _recalled(shot)]
-    prompts = {prompt["id"]: prompt for shot in begun for prompt in shot["prompts"]}
+    sampled = [shot for shot in fresh if not _resumed_from_latent(shot)]
+    prompts = {prompt["id"]: prompt for shot in sampled for prompt in shot["prompts"]}
     missing = frozenset(id for id, prompt in prompts.items() if not prompt["cached"])
     rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
     return {
@@ -43,44 +43,47 @@ def build(plan: Plan, outcomes: Sequence[Outcome], known: Sequence[Rate] = ()) -
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),
         "shots": shots,
-        "memory": _memory(fresh, throughput.expected(rendered, missing, known)),
-        "first_step_after": min(filter(None, (shot["first_step_after"] for shot in begun)), default=None),
-        "process": max((_own_phases(shot)[0]["rss_start"] for shot in fresh), default=0),
-        "peak": _peak(fresh),
+        "memory": _memory_by_phase(fresh, throughput.predict_phases(rendered, missing, rates)),
+        "first_step_after": min(filter(None, (shot["first_step_after"] for shot in sampled)), default=None),
+        "process": max((_phases_of_this_run(shot)[0]["rss_start"] for shot in fresh), default=0),
+        "peak": _peak_memory(fresh),
         "cache": {
             "hits": sum(prompt["cached"] for prompt in prompts.values()),
             "misses": sum(not prompt["cached"] for prompt in prompts.values()),
-            "encoder_loaded": any(shot["encoder_loaded"] for shot in begun),
+            "encoder_loaded": any(shot["encoder_loaded"] for shot in sampled),
         },
         "versions": versions(),
     }
 
 
-def _own_phases(shot: dict[str, Any]) -> list[dict[str, Any]]:
+def _phases_of_this_run(shot: dict[str, Any]) -> list[dict[str, Any]]:
     """What this run did for a shot; what an earlier one did is marked."""
     return [phase for phase in shot["phases"] if not phase.get("earlier")]
 
 
-def _recalled(shot: dict[str, Any]) -> bool:
+def _resumed_from_latent(shot: dict[str, Any]) -> bool:
     """Whether an earlier run left the latent, so that this one read no prompt and took no step."""
-    return not any(phase["name"] == "encode" for phase in _own_phases(shot))
+    return not any(phase["name"] == "encode" for phase in _phases_of_this_run(shot))
 
 
-def write(plan: Plan, report: dict[str, Any]) -> Path:
+def write_report(plan: Plan, report: dict[str, Any]) -> Path:
     """Puts `{job}.report.json` into the folder that the outputs of the job share, or that of the first.
 
     An earlier report is replaced, but for the entries of shots that were not asked for; another
     program's file of that name is moved aside.
     """
-    shots = plan.whole
+    shots = plan.all_shots
     path = report_path(plan)
-    earlier = read(path)
+    earlier = read_report(path)
     if path.exists() and earlier is None:
         atomic.set_aside(path)
-    if plan.others:
-        asked = {entry["output"]: entry for entry in report["shots"]}
+    if plan.unselected:
+        selected = {entry["output"]: entry for entry in report["shots"]}
         known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
-        kept = [asked.get(str(shot.output)) or _unasked(shot, known.get(str(shot.output))) for shot in shots]
+        kept = [
+            selected.get(str(shot.output)) or _unselected_entry(shot, known.get(str(shot.output)))
+            for shot in shots
+        ]
         report = report | {"shots": kept}
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
@@ -88,7 +91,7 @@ def write(plan: Plan, report: dict[str, Any]) -> Path:
     return path
 
 
-def _unasked(shot: Shot, entry: dict[str, Any] | None) -> dict[str, Any]:
+def _unselected_entry(shot: Shot, entry: dict[str, Any] | None) -> dict[str, Any]:
     """What is known of a shot that was not asked for: what a report said of it as it is now, or its manifest;
     its video is not hashed."""
     if entry and entry.get("key") == shot.key:
@@ -96,21 +99,23 @@ def _unasked(shot: Shot, entry: dict[str, Any] | None) -> dict[str, Any]:
     with suppress(EntryError):
         body = manifest.read(shot.manifest)
         if body and body.get("key") == shot.key and shot.output.exists():
-            return _shot(shot, None) | {"status": "already done"} | body
-    return entry or _shot(shot, None)
+            return _shot_entry(shot, None) | {"status": "already done"} | body
+    return entry or _shot_entry(shot, None)
 
 
 def report_path(plan: Plan) -> Path:
     """Where the report of a job is."""
-    return plan.companion("report.json")
+    return plan.sidecar_path("report.json")
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_report(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
     return sidecars.document(path, SCHEMA)
 
 
-def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
+def plan_document(
+    plan: Plan, states: Sequence[str], store: Store, rates: Sequence[Rate] = ()
+) -> dict[str, Any]:
     """`wancli plan --json`."""
     return {
         "schema": "wancli/plan/1",
@@ -129,15 +134,15 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
                 "tokens": shot.tokens,
                 "seed": shot.seed,
                 "solver": shot.solver,
-                "timesteps": shot.schedule.timesteps,
-                "sigmas": shot.schedule.sigmas,
+                "timesteps": shot.sigma_schedule.timesteps,
+                "sigmas": shot.sigma_schedule.sigmas,
                 "shift": shot.shift,
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
                 "sharing": shot.sharing,
-                "fork": asdict(shot.fork) if shot.fork else None,
+                "fork": {"of": shot.fork.parent, "step": shot.fork.step} if shot.fork else None,
                 "inject": [
-                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
+                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
                 ],
                 "loras": [
                     {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}
@@ -146,8 +151,8 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
             }
             for shot, found in zip(plan.shots, states, strict=True)
         ],
-        "steps": steps_of(plan.shots),
-        "prompts": cached(plan.shots, store),
+        "steps": count_steps(plan.shots),
+        "prompts": prompt_rows(plan.shots, store),
         "memory": memory_rows(plan.shots),
         "models": [
             {
@@ -157,50 +162,50 @@ def of_plan(plan: Plan, states: Sequence[str], store: Store, known: Sequence[Rat
                 "residency": model.residency,
                 "text_encoder": model.encoder.residency,
                 "chunk": model.kernels.chunk,
-                "why": list(model.why),
-                "limit": memory_policy.limit(model),
+                "why": list(model.residency_reasons),
+                "limit": memory_policy.memory_limit(model),
                 "budget": model.budget,
             }
             for model in dict.fromkeys(shot.model for shot in plan.shots)
         ],
         "alternatives": [
-            asdict(way) | {"shot": shot.id}
-            for shot in most_needing(plan.shots)
-            for way in alternatives.alternatives(shot)
+            asdict(option) | {"shot": shot.id}
+            for shot in largest_shots(plan.shots)
+            for option in alternatives.alternatives(shot)
         ],
-        "time": time_of(todo(plan.shots, states), store, known),
+        "time": estimate_time(shots_to_render(plan.shots, states), store, rates),
     }
 
 
-def steps_of(shots: Iterable[Shot]) -> dict[str, int]:
+def count_steps(shots: Iterable[Shot]) -> dict[str, int]:
     """How many steps all shots have, and how many of them are shared: another shot takes them."""
     forks = [shot.fork.step for shot in shots if shot.fork]
     return {"all": sum(shot.steps for shot in shots), "shared": sum(forks)}
 
 
-def most_needing(shots: Sequence[Shot]) -> list[Shot]:
+def largest_shots(shots: Sequence[Shot]) -> list[Shot]:
     """Of each model the shot that needs most memory."""
-    found: dict[Model, Shot] = {}
+    largest: dict[ModelSpec, Shot] = {}
     for shot in shots:
-        if shot.model not in found or shot.peak > found[shot.model].peak:
-            found[shot.model] = shot
-    return list(found.values())
+        if shot.model not in largest or shot.peak > largest[shot.model].peak:
+            largest[shot.model] = shot
+    return list(largest.values())
 
 
-def states(shots: Iterable[Shot]) -> list[str]:
+def output_states(shots: Iterable[Shot]) -> list[str]:
     """What a render would find of each: `done`, `to do`, `damaged`, which is made anew, or `in the way`,
     which takes --force or another output. Reads every video that there is."""
-    return [preflight.condition(shot)[0] for shot in shots]
+    return [preflight.output_status(shot)[0] for shot in shots]
 
 
-def todo(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
+def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
     """Those that a render would make."""
     return [shot for shot, found in zip(shots, states, strict=True) if found in ("to do", "damaged")]
 
 
-def cached(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
+def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
     """Every distinct prompt of the shots, and whether stage 1 has it already."""
-    texts = {prompt.id: prompt for shot in shots for prompt in shot.texts}
+    texts = {prompt.id: prompt for shot in shots for prompt in shot.prompts}
     return [
         {
             "id": id,
@@ -212,12 +217,12 @@ def cached(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def of_cache(store: Store) -> list[dict[str, Any]]:
+def cache_rows(store: Store) -> list[dict[str, Any]]:
     """`wancli cache ls`: the entries, last used first."""
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
         try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
-            tokens = describe(unseal(entry.path.read_bytes(), entry.key))[0]
+            tokens = read_tokens(unseal(entry.path.read_bytes(), entry.key))[0]
         except (OSError, EntryError):
             tokens = None
         rows.append(
@@ -234,33 +239,35 @@ def of_cache(store: Store) -> list[dict[str, Any]]:
 
 def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
     """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for shot in shots:
-        process = memory_estimate.process(shot.model)
+        process = memory_estimate.process_bytes(shot.model)
         for phase in shot.phases:
             row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
-            if phase.name not in found or row["peak"] > found[phase.name]["peak"]:
-                found[phase.name] = row
-    return list(found.values())
+            if phase.name not in rows or row["peak"] > rows[phase.name]["peak"]:
+                rows[phase.name] = row
+    return list(rows.values())
 
 
-def time_of(shots: Sequence[Shot], store: Store, known: Sequence[Rate]) -> dict[str, Any]:
+def estimate_time(shots: Sequence[Shot], store: Store, rates: Sequence[Rate]) -> dict[str, Any]:
     """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
     done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
-    texts = {text.id for shot in shots for text in shot.texts if text.file is None}
+    texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     missing = frozenset(id for id in texts if not store.path(id).exists())
-    phases = throughput.expected(shots, missing, known)
+    phases = throughput.predict_phases(shots, missing, rates)
     parts = list(phases.values())
-    sources = throughput.sources(shots, known) if shots else {}
+    sources = throughput.rates_used(shots, rates) if shots else {}
     return {
         "seconds": None if None in parts else sum(part for part in parts if part is not None),
         "phases": phases,
-        "rough": any(throughput.far(rate, max(shot.tokens for shot in shots)) for rate in sources.values()),
+        "rough": any(
+            throughput.is_extrapolated(rate, max(shot.tokens for shot in shots)) for rate in sources.values()
+        ),
         "rates": {name: asdict(rate) for name, rate in sources.items()},
     }
 
 
-def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
+def _shot_entry(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "id": shot.id,
         "labels": shot.labels,
@@ -276,25 +283,27 @@ def _shot(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
     return entry | (outcome.record or {} if outcome else {})
 
 
-def _peak(shots: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _peak_memory(shots: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Predicted and measured bytes of the whole process, on CUDA those of the device."""
-    measured = [phase["cuda"] or phase["rss"] for shot in shots for phase in _own_phases(shot)]
+    measured = [phase["cuda"] or phase["rss"] for shot in shots for phase in _phases_of_this_run(shot)]
     predicted = [phase["peak"] for shot in shots for phase in shot["predicted"]]
     return {"predicted": max(predicted, default=0), "measured": max(measured, default=0)}
 
 
-def _memory(shots: Sequence[dict[str, Any]], expected: Mapping[str, float | None]) -> list[dict[str, Any]]:
+def _memory_by_phase(
+    shots: Sequence[dict[str, Any]], expected: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
     """Per phase: predicted parts and peak, measured peak of the process, seconds expected and taken."""
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for shot in shots:
         for phase in shot["predicted"]:
-            best = found.setdefault(phase["name"], phase | {"measured": 0, "seconds": 0.0})
+            best = rows.setdefault(phase["name"], phase | {"measured": 0, "seconds": 0.0})
             if phase["total"] > best["total"]:
                 best |= phase
     counted: set[tuple[Any, ...]] = set()
     for shot in shots:
-        for phase in _own_phases(shot):
-            entry = found.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
+        for phase in _phases_of_this_run(shot):
+            entry = rows.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
             entry["expected"] = expected.get(phase["name"])
             entry["measured"] = max(entry["measured"], phase["cuda"] or phase["rss"])
             # What served several shots stands in the manifests of all of them, word for word.
@@ -303,4 +312,4 @@ def _memory(shots: Sequence[dict[str, Any]], expected: Mapping[str, float | None
             if once not in counted or not serves:
                 entry["seconds"] += phase["seconds"]
             counted.add(once)
-    return list(found.values())
+    return list(rows.values())

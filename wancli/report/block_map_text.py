@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli.injection.block_map import Map, as_blocks, ranked
+from wancli.injection.block_map import BlockMap, format_blocks, rank
 from wancli.report.terminal import draw_bar, draw_ruler
 from wancli.units import format_seconds, pluralize
 
 STRONGEST = 8
 
 
-def format_map(found: Map) -> Iterator[str]:
+def format_map(found: BlockMap) -> Iterator[str]:
     """Format a map within 80 columns, for up to 60 blocks. Each strip is scaled to its own largest value."""
     levels = len(found.levels)
     places = pluralize(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
@@ -25,7 +25,7 @@ def format_map(found: Map) -> Iterator[str]:
         yield f"{'mean' if levels else 'all steps':>18}  {_draw_strip(found, found.total)}"
     yield ""
     line = "strongest:"
-    for place in ranked(found.total)[:STRONGEST]:
+    for place in rank(found.total)[:STRONGEST]:
         part = f"  {_range_label(found, place)} {_format_value(found, found.total[place])}"
         if len(line) + len(part) > 80:
             yield line
@@ -35,7 +35,7 @@ def format_map(found: Map) -> Iterator[str]:
     yield f"suggestion: blocks: {found.suggestion}"
 
 
-def _draw_strip(found: Map, values: Sequence[float]) -> str:
+def _draw_strip(found: BlockMap, values: Sequence[float]) -> str:
     """Draw one character for each block; the blocks of a range share the value of the range."""
     top = max(values) or 1.0
     shares = [0.0] * found.model.blocks
@@ -46,9 +46,9 @@ def _draw_strip(found: Map, values: Sequence[float]) -> str:
     return draw_bar(shares)
 
 
-def _range_label(found: Map, place: int) -> str:
-    return str(place) if found.ranges is None else as_blocks(found.ranges[place])
+def _range_label(found: BlockMap, place: int) -> str:
+    return str(place) if found.ranges is None else format_blocks(found.ranges[place])
 
 
-def _format_value(found: Map, value: float) -> str:
+def _format_value(found: BlockMap, value: float) -> str:
     return f"({value:.2f})" if found.method == "render" else f"({100 * value:.2f} %)"

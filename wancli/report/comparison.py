@@ -18,7 +18,7 @@ from wancli import __version__
 from wancli.engine.context import RenderContext
 from wancli.errors import JobError, Stopped, WancliError
 from wancli.report import comparison_metrics
-from wancli.report.comparison_metrics import SCHEMA, Record
+from wancli.report.comparison_metrics import SCHEMA, JsonObject
 from wancli.storage import atomic, manifest, sidecars
 from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
@@ -27,51 +27,51 @@ if TYPE_CHECKING:
     from wancli.plan.shot import Comparison, Plan, Shot
 
 
-Page: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows
+OutputFile: TypeAlias = tuple[Path, list[Clip]]  # a file and what it shows
 
 
 @dataclass(frozen=True)
-class Pages:
+class OutputFiles:
     """The files of a comparison."""
 
-    sheets: list[Page]
-    videos: list[Page]
+    sheets: list[OutputFile]
+    videos: list[OutputFile]
 
     @property
     def paths(self) -> list[Path]:
         return [path for path, _ in (*self.sheets, *self.videos)]
 
 
-def chosen(clips: Sequence[Clip], said: str | None) -> Clip:
+def select_baseline(clips: Sequence[Clip], requested: str | None) -> Clip:
     """The baseline: the first, or the one with this id or number, from 0. Raises JobError."""
-    if said is None:
+    if requested is None:
         return clips[0]
-    for one in clips:
-        if one.id == said:
-            return one
-    if said.isdecimal() and int(said) < len(clips):
-        return clips[int(said)]
+    for candidate in clips:
+        if candidate.id == requested:
+            return candidate
+    if requested.isdecimal() and int(requested) < len(clips):
+        return clips[int(requested)]
     ids = ", ".join(one.id for one in clips[:8])
     raise JobError(
-        f"{said!r} is none of the videos", where="--baseline", hint=f"0 to {len(clips) - 1}, or {ids}"
+        f"{requested!r} is none of the videos", where="--baseline", hint=f"0 to {len(clips) - 1}, or {ids}"
     )
 
 
-def document(
+def measure_document(
     clips: Sequence[Clip],
     baseline: Clip,
     beside: Mapping[str, Clip],
     tools: RenderContext,
     job: str | None = None,
-) -> Record:
+) -> JsonObject:
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
     with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
-        for shot in comparison_metrics.measure(clips, beside):
+        for shot in comparison_metrics.measure_clips(clips, beside):
             shots.append(shot)
             bar.advance()
-            _refuse_to_go_on(tools)
+            _raise_if_stopped(tools)
     return {
         "schema": SCHEMA,
         "job": job,
@@ -82,49 +82,54 @@ def document(
     }
 
 
-def _refuse_to_go_on(tools: RenderContext) -> None:
+def _raise_if_stopped(tools: RenderContext) -> None:
     if tools.stop.reason:  # that enough shots failed ends rendering alone
         raise tools.stop.error("shots are done, comparing them is not")
 
 
-def pages(
+def plan_outputs(
     clips: Sequence[Clip],
     beside: Mapping[str, Clip],
     sheets: Path | None,
     videos: Path | None,
     reserved: Sequence[Path] = (),
-) -> Pages:
+) -> OutputFiles:
     """Which sheets and which videos side by side there will be, one of each where not one is too many.
 
     Raises JobError where one would take the place of a video or of a `reserved` name."""
-    found = Pages(
-        _pages(sheets, clips, beside, contact_sheet.PAGE) if sheets else [],
-        _pages(videos, clips, beside, side_by_side.GRID) if videos else [],
+    outputs = OutputFiles(
+        _split_into_files(sheets, clips, beside, contact_sheet.PAGE) if sheets else [],
+        _split_into_files(videos, clips, beside, side_by_side.GRID) if videos else [],
     )
     taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
-    for path in found.paths:
+    for path in outputs.paths:
         if path.resolve() in taken:
             message = "is a video that is compared, or named twice"
             raise JobError(message, where=str(path), hint="Choose another name.")
         taken.add(path.resolve())
-    return found
+    return outputs
 
 
-def draw(found: Record, wanted: Pages, tools: RenderContext) -> None:
+def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderContext) -> None:
     """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
-    ids = [shot["id"] for shot in found["shots"]]
-    said, brief = (dict(zip(ids, comparison_metrics.lines(found, beside=beside))) for beside in (True, False))
-    with tools.progress.phase("draw", [found["baseline"]], len(wanted.paths)) as bar:
-        for path, part in wanted.sheets:
-            contact_sheet.write(path, contact_sheet.contact_sheet(part, [said[one.id] for one in part]))
+    ids = [shot["id"] for shot in document["shots"]]
+    captions, short_captions = (
+        dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
+        for beside in (True, False)
+    )
+    with tools.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
+        for path, part in outputs.sheets:
+            contact_sheet.write(path, contact_sheet.contact_sheet(part, [captions[one.id] for one in part]))
             bar.advance()
-        for path, part in wanted.videos:
-            _refuse_to_go_on(tools)
-            side_by_side.write(path, part, [brief[one.id] for one in part])
+        for path, part in outputs.videos:
+            _raise_if_stopped(tools)
+            side_by_side.write(path, part, [short_captions[one.id] for one in part])
             bar.advance()
 
 
-def _pages(path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: int) -> list[Page]:
+def _split_into_files(
+    path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: int
+) -> list[OutputFile]:
     """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, and each with its baseline; in
     the order given where one page is enough, else baselines before what is beside them."""
     if len(clips) <= most:
@@ -145,61 +150,61 @@ def _pages(path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: 
     return list(zip(names, parts))
 
 
-def after(plan: Plan, tools: RenderContext) -> None:
+def run_comparison(plan: Plan, tools: RenderContext) -> None:
     """What a job wants compared, of the shots that are done. What goes wrong fails no shot: it is a warning.
 
     Raises Stopped where somebody asks for an end."""
     if plan.comparison is None:
         return
     try:
-        _of_job(plan, plan.comparison, tools)
+        _compare_shots(plan, plan.comparison, tools)
     except Stopped:
         raise
     except WancliError as error:
         tools.progress.warn(f"not compared: {error}")
 
 
-def _of_job(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
+def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     finished = {
         shot.id: shot
-        for shot in plan.whole
-        if shot.id in wanted.beside and manifest.done(shot.output, shot.key)
+        for shot in plan.all_shots
+        if shot.id in wanted.baselines and manifest.is_done(shot.output, shot.key)
     }
-    done = [shot for shot in finished.values() if wanted.beside[shot.id] in finished]
-    _tell_of_baselines(finished, wanted, tools)
+    done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
+    _warn_missing_baselines(finished, wanted, tools)
     if not done:
         return
-    if missing := len(wanted.beside) - len(finished):
-        tools.progress.warn(f"{missing} of {len(wanted.beside)} shots are not done, and not compared")
-    path = plan.companion("compare.json")
-    key = _key(done, wanted)
-    if _stands(path, key):
+    if missing := len(wanted.baselines) - len(finished):
+        tools.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
+    path = plan.sidecar_path("compare.json")
+    key = _comparison_key(done, wanted)
+    if _is_current(path, key):
         return
     # A manifest may be of a time when the shot had another id.
     clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
     by_id = {one.id: one for one in clips}
-    beside = {id: by_id[wanted.beside[id]] for id in by_id}
-    baseline = by_id.get(wanted.baseline, beside[clips[0].id])
+    beside = {id: by_id[wanted.baselines[id]] for id in by_id}
+    baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
-    outputs = [shot.output for shot in plan.whole]
-    made = pages(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
-    found = document(clips, baseline, beside, tools, plan.name)
-    draw(found, made, tools)
-    for shot in found["shots"]:
+    outputs = [shot.output for shot in plan.all_shots]
+    files = plan_outputs(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
+    document = measure_document(clips, baseline, beside, tools, plan.name)
+    write_outputs(document, files, tools)
+    for shot in document["shots"]:
         shot["output"] = Path(os.path.relpath(shot["output"], path.parent)).as_posix()
-    found |= {
+    document |= {
         "sheet": png.name if wanted.sheet else None,
         "video": mp4.name if wanted.video else None,
         "key": key,
-        "files": [manifest.file_record(one, path.parent) for one in made.paths],
+        "files": [manifest.file_record(one, path.parent) for one in files.paths],
     }
-    _write(path, found)
-    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *made.paths))}")
+    _write_document(path, document)
+    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *files.paths))}")
 
 
-def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
+def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
     """One warning for all baselines that are not done, and whose shots are."""
-    beside = [wanted.beside[id] for id in finished] or [wanted.baseline]
+    beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
         tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
@@ -209,21 +214,21 @@ def _tell_of_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: 
         tools.progress.warn(f"{count:,} shots are not compared: their baselines, {which}, are not done")
 
 
-def _write(path: Path, found: Record) -> None:
+def _write_document(path: Path, document: JsonObject) -> None:
     """Over an earlier one; another file of that name moves aside."""
-    text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
-def _key(shots: Sequence[Shot], wanted: Comparison) -> str:
+def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash of all that a comparison of finished shots depends on."""
     bodies = [manifest.read(shot.manifest) or {} for shot in shots]
     made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
-    wish = [[wanted.beside[shot.id] for shot in shots], wanted.sheet, wanted.video]
+    wish = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 
 
-def _stands(path: Path, key: str) -> bool:
+def _is_current(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
         found = sidecars.document(path, SCHEMA) or {}

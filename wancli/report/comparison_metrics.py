@@ -11,24 +11,28 @@ from wancli.storage import sidecars, tensor_file
 from wancli.video import metrics
 from wancli.video.clip import Clip
 
-Record: TypeAlias = dict[str, Any]
+JsonObject: TypeAlias = dict[str, Any]
 
 SCHEMA = "wancli/compare/1"
 
 
-def measure(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[Record]:
+def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[JsonObject]:
     """The figures of one after the other beside its baseline, which `beside` has by its id; baselines are
     among them. A figure that there is not is None, and `why` says why. Raises FfmpegError."""
-    moves: dict[str, float | None] = {}
+    motions: dict[str, float | None] = {}
     for one in clips:
         baseline = beside[one.id]
-        if baseline.id not in moves:
-            moves[baseline.id] = metrics.motion(baseline.pictures())
-        known = moves[baseline.id]
-        yield _of_baseline(one, known) if one is baseline else _beside(one, baseline, known)
+        if baseline.id not in motions:
+            motions[baseline.id] = metrics.motion(baseline.pictures())
+        baseline_motion = motions[baseline.id]
+        yield (
+            _baseline_row(one, baseline_motion)
+            if one is baseline
+            else _compared_row(one, baseline, baseline_motion)
+        )
 
 
-def read(path: Path) -> list[Record] | None:
+def read_comparison(path: Path) -> list[JsonObject] | None:
     """The shots of JOB.compare.json; None if it is no such document."""
     found = sidecars.document(path, SCHEMA) or {}
     shots = found.get("shots")
@@ -42,17 +46,17 @@ def _is_whole(shot: Any) -> bool:
     return isinstance(shot, dict) and all(isinstance(shot.get(name), str) for name in texts)
 
 
-def lines(document: Record, *, beside: bool) -> list[str]:
+def format_captions(document: JsonObject, *, beside: bool) -> list[str]:
     """What stands under the name of each video; nothing where there is but one. With `beside` and where there
     are several baselines, which."""
     shots = document["shots"]
     if len(shots) == 1:
         return [""]
     several = len({shot["baseline"] for shot in shots}) > 1
-    return [_line(shot, beside and several) for shot in shots]
+    return [_format_caption(shot, beside and several) for shot in shots]
 
 
-def _line(shot: Record, beside: bool) -> str:
+def _format_caption(shot: JsonObject, beside: bool) -> str:
     is_baseline = shot["id"] == shot["baseline"]
     parts = ["baseline"] if is_baseline else []
     if not is_baseline and shot["identical"]:
@@ -69,9 +73,9 @@ def _line(shot: Record, beside: bool) -> str:
     return "  ".join(parts)
 
 
-def _of_baseline(one: Clip, moves: float | None) -> Record:
+def _baseline_row(one: Clip, motion: float | None) -> JsonObject:
     why = {"psnr": "it is the baseline", "heatmap": "it is the baseline"}
-    if moves is None:
+    if motion is None:
         why |= {"motion": "a single frame", "baseline_motion": "a single frame"}
     return {
         "id": one.id,
@@ -83,50 +87,50 @@ def _of_baseline(one: Clip, moves: float | None) -> Record:
         "latent_from": None,
         "psnr": None,
         "ssim": 1.0,
-        "motion": _rounded(moves),
-        "baseline_motion": _rounded(moves),
+        "motion": _round(motion),
+        "baseline_motion": _round(motion),
         "heatmap": None,
         "why": why,
     }
 
 
-def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
-    moved = metrics.motion(one.pictures())
-    distance, source = _distance(one, baseline)
+def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> JsonObject:
+    motion = metrics.motion(one.pictures())
+    distance, source = _latent_distance(one, baseline)
     why = {} if distance is not None else {"latent_distance": source}
-    if moved is None:
+    if motion is None:
         why["motion"] = "a single frame"
-    if moves is None:
+    if baseline_motion is None:
         why["baseline_motion"] = "a single frame"
-    found: Record = {
+    row: JsonObject = {
         "id": one.id,
         "output": str(one.path),
         "baseline": baseline.id,
         "frames": min(one.about.frames, baseline.about.frames),
         "identical": False,
-        "latent_distance": _rounded(distance),
+        "latent_distance": _round(distance),
         "latent_from": None if distance is None else source,
         "psnr": None,
         "ssim": None,
-        "motion": _rounded(moved),
-        "baseline_motion": _rounded(moves),
+        "motion": _round(motion),
+        "baseline_motion": _round(baseline_motion),
         "heatmap": None,
         "why": why,
     }
     if one.size != baseline.size:
         sizes = " beside ".join(f"{width}x{height}" for width, height in (one.size, baseline.size))
         why |= dict.fromkeys(("psnr", "ssim", "heatmap"), sizes)
-        return found
+        return row
     like = metrics.likeness(zip(one.pictures(), baseline.pictures()))
     if like.psnr is None:
         why["psnr"] = "no pixel differs"
     if like.ssim is None:
         why["ssim"] = f"smaller than {metrics.WINDOW}x{metrics.WINDOW}"
     height, width = like.heatmap_YX.shape
-    return found | {
+    return row | {
         "identical": like.identical and one.about.frames == baseline.about.frames,
-        "psnr": _rounded(like.psnr),
-        "ssim": _rounded(like.ssim),
+        "psnr": _round(like.psnr),
+        "ssim": _round(like.ssim),
         "heatmap": {
             "width": width,
             "height": height,
@@ -135,14 +139,14 @@ def _beside(one: Clip, baseline: Clip, moves: float | None) -> Record:
     }
 
 
-def _distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
+def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
     records = [clip.record["latent"] for clip in (one, baseline) if clip.record and "latent" in clip.record]
     if len(records) < 2:
         return None, "a video without a manifest that knows its latent"
     if records[0]["shape"] != records[1]["shape"]:
         return None, f"latents of {records[0]['shape']} and {records[1]['shape']}"
-    stored = [_latent(clip) for clip in (one, baseline)]
+    stored = [_load_latent(clip) for clip in (one, baseline)]
     if stored[0] is not None and stored[1] is not None:
         distance, source = metrics.distance(stored[0], stored[1]), "latents"
     else:
@@ -150,7 +154,7 @@ def _distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     return distance, source if distance is not None else "the latent of the baseline is zero"
 
 
-def _latent(clip: Clip) -> Any:
+def _load_latent(clip: Clip) -> Any:
     """The array on disk that a video was decoded from, None if it is not there."""
     if clip.record is None or not clip.latents.exists():
         return None
@@ -161,5 +165,5 @@ def _latent(clip: Clip) -> Any:
     return z_CTYX.numpy() if facts["latents_key"] == clip.record["latents_key"] else None
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")

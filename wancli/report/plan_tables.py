@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.plan import alternatives
 from wancli.progress import make_printable
-from wancli.report.batch_report import cached, memory_rows, most_needing, steps_of, time_of, todo
+from wancli.report.batch_report import prompt_rows, memory_rows, largest_shots, count_steps, estimate_time, shots_to_render
 from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
 from wancli.report.shot_text import format_lora, format_shot
@@ -49,7 +49,7 @@ def format_plan(
     yield from _format_shots(plan.shots, states, hidden)
     if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
-    steps = steps_of(plan.shots)
+    steps = count_steps(plan.shots)
     if steps["shared"]:
         taken = steps["all"] - steps["shared"]
         yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
@@ -64,16 +64,16 @@ def format_plan(
         for shot in plan.shots:
             yield from format_shot(shot)
     yield from dict.fromkeys(format_lora(use) for shot in plan.shots for use in shot.loras)
-    prompts = cached(plan.shots, store)
+    prompts = prompt_rows(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    time = time_of(todo(plan.shots, states), store, known)
+    time = estimate_time(shots_to_render(plan.shots, states), store, known)
     yield build_memory_table(memory_rows(plan.shots), time["phases"])
-    for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.why):
+    for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.residency_reasons):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
     yield from format_time(time)
     if others:
-        for shot in most_needing(plan.shots):
+        for shot in largest_shots(plan.shots):
             frames = pluralize(shot.frames, "frame")
             yield f"\nshot {make_printable(shot.id)}, {frames}: what other settings would need, GiB"
             yield format_alternatives(alternatives.alternatives(shot))

@@ -11,7 +11,7 @@ from wancli.units import format_bytes, pluralize
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from wancli.text.prompt_distance import Difference
+    from wancli.text.prompt_distance import PromptDistance
 
 
 def format_encoded(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -36,13 +36,13 @@ def format_cache(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     yield f"{pluralize(len(rows), 'entry', 'entries')}, {format_bytes(sum(entry['bytes'] for entry in rows))}"
 
 
-def format_differences(differences: Sequence[Difference]) -> Iterator[RenderableType]:
+def format_differences(differences: Sequence[PromptDistance]) -> Iterator[RenderableType]:
     """Format one table per pair: each figure, its meaning, and hints on the prompts."""
     for difference in differences:
         yield f"A  {truncate(difference.a.text, 76)}"
         yield f"B  {truncate(difference.b.text, 76)}\n"
         table = create_table("figure", ">value", "meaning")
-        for label, value, meaning in difference.rows():
+        for label, value, meaning in difference.table_rows():
             table.add_row(label, value, meaning)
         yield table
         for hint in difference.hints:

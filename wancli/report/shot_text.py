@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from wancli.injection.table import strip
+from wancli.injection.table import injected_share_by_block
 from wancli.progress import make_printable
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges
@@ -23,14 +23,14 @@ def format_shot(shot: Shot) -> Iterator[str]:
         *(["negative"] if shot.negative else []),
         *(f"inject.{i}" for i in range(len(shot.rules))),
     ]
-    for name, prompt in zip(names, shot.texts):
+    for name, prompt in zip(names, shot.prompts):
         yield f"{name:>16}  {truncate(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
     if shot.sharing > 1:
         yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
-        for choice in (choice for choice in shot.choices if choice.rule == index):
-            yield f"{choice.said:>16}  is {choice.blocks}, by {choice.by}"
+        for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
+            yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
@@ -64,13 +64,13 @@ def format_injection_table(shot: Shot) -> Iterator[str]:
     depth = shot.model.checkpoint.transformer.num_layers
     yield f"{'block':>16}  {draw_ruler(depth)}"
     for branch in shot.table.branches:
-        for cells_of, steps in shot.table.rows(branch).items():
-            cells = strip(cells_of, shot.table.base[branch])
+        for cells_of, steps in shot.table.distinct_rows(branch).items():
+            cells = injected_share_by_block(cells_of, shot.table.base[branch])
             yield f"{f'{branch} {format_ranges(steps)}':>16}  {draw_bar(cells)}"
 
 
 def format_sigmas(shot: Shot) -> Iterator[str]:
     """Format the noise level of each step, seven to a line."""
-    pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.schedule.sigmas)]
+    pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.sigma_schedule.sigmas)]
     for start in range(0, len(pairs), 7):
         yield f"{'sigma' if start == 0 else '':>16}  " + " ".join(pairs[start : start + 7])

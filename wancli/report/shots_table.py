@@ -35,32 +35,32 @@ COLUMNS = {
     "peak_mib": "peak MiB",
     "model": "model",
 }
-ONLY_IN_FILES = ("negative", "shift", "hits", "planned", "output", "key", "created_by")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+CSV_ONLY_COLUMNS = ("negative", "shift", "hits", "planned", "output", "key", "created_by")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
 
 
-def row(entry: Mapping[str, Any], job: str) -> Row:
+def shot_row(entry: Mapping[str, Any], job: str) -> Row:
     """A shot of a report or a manifest; what it does not say is None. `effect` is the mean relative change of
     the velocity over the forwards that were measured, `seconds` the phases that the shot took part in."""
-    found: Row = dict.fromkeys((*COLUMNS, *ONLY_IN_FILES))
-    found |= {"job": job, "shot": entry["id"], "status": entry["status"], "output": entry["output"]}
+    values: Row = dict.fromkeys((*COLUMNS, *CSV_ONLY_COLUMNS))
+    values |= {"job": job, "shot": entry["id"], "status": entry["status"], "output": entry["output"]}
     if "shot" not in entry:
-        return found
+        return values
     shot, rules, effects = entry["shot"], entry["injection"], entry["effects"]
     texts = {prompt["id"]: prompt["text"] for prompt in entry["prompts"]}
     velocities = [100 * effect["velocity"] for effect in effects]
     guidance = "/".join(f"{stage['guidance']:g}" for stage in shot["stages"])
-    return found | {
+    return values | {
         "prompt": entry["prompts"][0]["text"],
         "negative": entry["prompts"][1]["text"] if len(entry["prompts"]) > 1 + len(rules) else None,
-        "injected": _joined(texts[rule["text"]] for rule in rules),
-        "difference": _figure([rule["difference"]["verdict"]["percent"] for rule in rules], 1),
-        "blocks": _joined(format_ranges([int(block) for block in rule["blocks"]]) for rule in rules),
-        "strength": _joined(_span(rule) for rule in rules),
-        "steps": _joined(format_ranges([int(step) for step in rule["steps"]]) for rule in rules),
-        "branch": _joined("+".join(rule["branches"]) for rule in rules),
-        "blend": _joined(rule["blend"] for rule in rules),
-        "effect": _figure([sum(velocities) / len(velocities)] if velocities else [], 2),
+        "injected": _join(texts[rule["text"]] for rule in rules),
+        "difference": _smallest([rule["difference"]["verdict"]["percent"] for rule in rules], 1),
+        "blocks": _join(format_ranges([int(block) for block in rule["blocks"]]) for rule in rules),
+        "strength": _join(_strength_range(rule) for rule in rules),
+        "steps": _join(format_ranges([int(step) for step in rule["steps"]]) for rule in rules),
+        "branch": _join("+".join(rule["branches"]) for rule in rules),
+        "blend": _join(rule["blend"] for rule in rules),
+        "effect": _smallest([sum(velocities) / len(velocities)] if velocities else [], 2),
         "seed": shot["seed"],
         "size": f"{shot['width']}x{shot['height']}",
         "frames": shot["frames"],
@@ -86,32 +86,32 @@ def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
     names = list(dict.fromkeys(name for label in labels for name in label))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
-    own = (*COLUMNS, *ONLY_IN_FILES)
-    writer.writerow([*own, *(_defused(f"label.{name}") for name in names)])
+    own = (*COLUMNS, *CSV_ONLY_COLUMNS)
+    writer.writerow([*own, *(_escape_formula(f"label.{name}") for name in names)])
     for found, label in zip(rows, labels, strict=True):
-        writer.writerow([_defused(value) for value in (*map(found.get, own), *map(label.get, names))])
+        writer.writerow([_escape_formula(value) for value in (*map(found.get, own), *map(label.get, names))])
     return out.getvalue().encode(errors="backslashreplace")
 
 
-def publish(path: Path, data: bytes) -> None:
+def write_csv(path: Path, data: bytes) -> None:
     """Writes the table. Another table is replaced, any other file moved aside."""
-    header = ",".join((*COLUMNS, *ONLY_IN_FILES)).encode()
+    header = ",".join((*COLUMNS, *CSV_ONLY_COLUMNS)).encode()
     sidecars.put(path, data, header, len(header))
 
 
-def _defused(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+def _escape_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
-def _joined(parts: Any) -> str | None:
+def _join(parts: Any) -> str | None:
     return " | ".join(parts) or None
 
 
-def _figure(values: Sequence[float], digits: int) -> float | None:
+def _smallest(values: Sequence[float], digits: int) -> float | None:
     return round(min(values), digits) if values else None
 
 
-def _span(rule: Mapping[str, Any]) -> str:
+def _strength_range(rule: Mapping[str, Any]) -> str:
     values = [s * f for s in rule["blocks"].values() for f in rule["steps"].values()]
     low, high = (f"{value:.4g}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"

@@ -33,37 +33,39 @@ STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way",
 _LINES = 19  # shots that are shown one by one
 
 
-def of_plan(plan: Plan, store: Store, known: Sequence[Rate] = ()) -> dict[str, Any]:
+def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dict[str, Any]:
     """`wancli status --json`: every shot with what there is of it, and how long the rest will take."""
-    failed = _failures(batch_report.report_path(plan))
-    rows = [_row(shot, failed.get(str(shot.output))) for shot in plan.shots]
+    failed = _read_failures(batch_report.report_path(plan))
+    rows = [_shot_row(shot, failed.get(str(shot.output))) for shot in plan.shots]
     counts = Counter(row["state"] for row in rows)
     return {
         "schema": SCHEMA,
         "job": plan.name,
         "counts": {state: counts[state] for state in STATES},
         "shots": rows,
-        "time": _left(plan.shots, rows, store, known),
+        "time": _estimate_remaining(plan.shots, rows, store, rates),
     }
 
 
-def _row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
+def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
-    found: dict[str, Any] = {"step": 0, "steps": shot.steps, "saved": None, "claim": None, "error": None}
+    progress: dict[str, Any] = {"step": 0, "steps": shot.steps, "saved": None, "claim": None, "error": None}
     holder = claims.holder(shot)
-    found["claim"] = asdict(holder) if holder else None
+    progress["claim"] = asdict(holder) if holder else None
     if _looks_done(shot):
-        return about | {"key": shot.key, "state": "done"} | found | {"step": shot.steps}
-    facts = tensor_file.peek(shot.latents)
+        return about | {"key": shot.key, "state": "done"} | progress | {"step": shot.steps}
+    latent = tensor_file.peek(shot.latents)
     saved = tensor_file.peek(shot.state)
-    has_latent = facts is not None and facts.get("latents_key") == shot.latents_key
+    has_latent = latent is not None and latent.get("latents_key") == shot.latents_key
     has_state = saved is not None and saved.get("latents_key") == shot.latents_key
     if has_latent or has_state:
         path = shot.latents if has_latent else shot.state
-        found["step"] = shot.steps if has_latent or saved is None else saved["step"]
+        progress["step"] = shot.steps if has_latent or saved is None else saved["step"]
         with suppress(OSError):  # gone since: what it became, the next look tells
-            found["saved"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    found["error"] = error
+            progress["saved"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(
+                timespec="seconds"
+            )
+    progress["error"] = error
     if holder:
         state = "claimed"
     elif shot.output.exists() and not (has_latent and not shot.manifest.exists()):
@@ -74,7 +76,7 @@ def _row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
         state = "latent only"
     else:
         state = "half done" if has_state else "to do"
-    return about | {"key": shot.key, "state": state} | found
+    return about | {"key": shot.key, "state": state} | progress
 
 
 def _looks_done(shot: Shot) -> bool:
@@ -86,7 +88,7 @@ def _looks_done(shot: Shot) -> bool:
         return False
 
 
-def _failures(path: Path) -> dict[str, Mapping[str, Any]]:
+def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
     """The errors that the last report of the job has, by output."""
     try:
         shots = json.loads(path.read_bytes())["shots"]
@@ -95,8 +97,8 @@ def _failures(path: Path) -> dict[str, Mapping[str, Any]]:
         return {}
 
 
-def _left(
-    shots: Sequence[Shot], rows: Sequence[Mapping[str, Any]], store: Store, known: Sequence[Rate]
+def _estimate_remaining(
+    shots: Sequence[Shot], rows: Sequence[Mapping[str, Any]], store: Store, rates: Sequence[Rate]
 ) -> dict[str, Any]:
     """Seconds that what is to do will take one worker, None where nothing like it was ever done here."""
     todo: list[Shot] = []
@@ -105,15 +107,15 @@ def _left(
         if row["state"] in ("done", "in the way"):
             continue
         if row["step"] == shot.steps:
-            decoding.append(throughput.seconds(throughput.work(shot)["decode"], known))
+            decoding.append(throughput.predict_seconds(throughput.shot_workloads(shot)["decode"], rates))
         else:  # the steps that were taken need not be taken again, as if another shot had
             at = max(row["step"], shot.fork.step if shot.fork else 0)
             todo.append(replace(shot, fork=Fork(shot.index, at)) if at else shot)
-    parts = [batch_report.time_of(todo, store, known)["seconds"] if todo else 0.0, *decoding]
+    parts = [batch_report.estimate_time(todo, store, rates)["seconds"] if todo else 0.0, *decoding]
     return {"seconds": None if None in parts else sum(part for part in parts if part is not None)}
 
 
-def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
+def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     """For people, at 80 columns: counts, time, and the shots that are not done, the first of many."""
     from rich.cells import cell_len, set_cell_size
 
@@ -129,10 +131,10 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     order = {state: place for place, state in enumerate(STATES)}
     open_ones = [shot for shot in status["shots"] if shot["state"] not in ("done", "to do")]
     shown = sorted(open_ones, key=lambda shot: order[shot["state"]])
-    said = [_about(shot, now) for shot in shown[:_LINES]]
-    names = shorten_unique([shot["id"] for shot in shown[:_LINES]], 20 if any(said) else 60)
+    descriptions = [_describe_shot(shot, now) for shot in shown[:_LINES]]
+    names = shorten_unique([shot["id"] for shot in shown[:_LINES]], 20 if any(descriptions) else 60)
     width = max([20, *map(cell_len, names)])
-    for shot, name, about in zip(shown, names, said):
+    for shot, name, about in zip(shown, names, descriptions):
         line = f"{shot['index']:>5} {set_cell_size(name, width)} {shot['state']:<11} {about}"
         yield _cut(line.rstrip(), 80)
     if len(shown) > _LINES:
@@ -141,7 +143,7 @@ def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
         yield _cut(f"to do: {format_ranges(todo)}", 80)
 
 
-def _about(shot: Mapping[str, Any], now: datetime) -> str:
+def _describe_shot(shot: Mapping[str, Any], now: datetime) -> str:
     parts = []
     if claim := shot["claim"]:
         host = claim["host"].partition(".")[0]

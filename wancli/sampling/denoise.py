@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
-from wancli.injection.contexts import Contexts, Effect, Forward, Reads
+from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward
 from wancli.injection.effects import velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
-from wancli.sampling.solvers import SOLVERS, Schedule, State
+from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
 from wancli.sampling.stages import Stage
 
 
@@ -44,10 +44,10 @@ class Walk:
     """
 
     state: State
-    schedule: Schedule
+    schedule: SigmaSchedule
     solver: str
     table: Table
-    contexts: Contexts
+    contexts: ContextCache
     stage: Stage
     effects: list[Effect] | None = None
 
@@ -92,7 +92,7 @@ def _asked(walk: Walk, at: Sampled | NotFinite, i: int) -> list[Forward]:
     if isinstance(at, NotFinite):
         return []
     x_1CTYX, t = at.state.x[None], walk.schedule.timesteps[i]
-    reads = [Reads(walk.contexts, walk.table, i, branch) for branch in walk.table.branches_at(i)]
+    reads = [BlockContexts(walk.contexts, walk.table, i, branch) for branch in walk.table.branches_at(i)]
     return [Forward(x_1CTYX, t, contexts, walk.effects) for contexts in reads]
 
 
@@ -119,7 +119,7 @@ def _step(
     if not torch.isfinite(state.x).all():
         hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
         raise NotFinite(_blame(model, walk, at.state.x, i), hint=hint)
-    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells)
+    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells_read)
     return Sampled(i + 1, state, cells)
 
 
@@ -135,7 +135,7 @@ def _blame(model: WanModel, walk: Walk, x_CTYX: Tensor, step: int) -> str:
 
 def check_hits(table: Table, read: frozenset[tuple[int, Branch, int]]) -> None:
     """Raises InjectionMissed when a cell that a rule changed was never read by its block."""
-    for index, reached in enumerate(table.reached):
+    for index, reached in enumerate(table.changed_cells):
         missed = [cell for cell in reached if cell not in read]
         if missed:
             raise InjectionMissed(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SigmaSchedule:
     """N timesteps as the model is told them, and N+1 noise levels, the last one 0."""
 
     timesteps: tuple[float, ...]
@@ -67,14 +67,14 @@ def shifted(sigma: float, shift: float) -> float:
 
 
 @cache
-def schedule(solver: str, steps: int, shift: float) -> Schedule:
+def schedule(solver: str, steps: int, shift: float) -> SigmaSchedule:
     """The official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
     kind = SOLVERS[solver]
     sigmas = [shifted(kind.sigma_max * (1 - i / steps), shift) for i in range(steps)]
     times = (
         [float(int(1000 * s)) for s in sigmas] if kind.integer_timesteps else _fp32(1000 * s for s in sigmas)
     )
-    return Schedule(tuple(times), (*_fp32(sigmas), 0.0))
+    return SigmaSchedule(tuple(times), (*_fp32(sigmas), 0.0))
 
 
 def _fp32(values: Iterable[float]) -> list[float]:

@@ -31,7 +31,7 @@ def file_record(path: Path, folder: Path) -> dict[str, str | int]:
     return {"path": relative, "sha256": atomic.sha256(path), "bytes": path.stat().st_size}
 
 
-def canonical(body: Mapping[str, Any]) -> bytes:
+def canonical_json(body: Mapping[str, Any]) -> bytes:
     """The one spelling of JSON data that is hashed: sorted, without blanks, UTF-8, finite."""
     separators = (",", ":")
     text = json.dumps(body, sort_keys=True, separators=separators, ensure_ascii=False, allow_nan=False)
@@ -44,7 +44,7 @@ def write(path: Path, body: Mapping[str, Any]) -> None:
     `body` is plain JSON data. Raises NoSpace or MachineError.
     """
     # through JSON once, so that what is sealed is what will be read: text keys, lists
-    atomic.replace(path, _document(json.loads(json.dumps(dict(body)))))
+    atomic.replace(path, _serialize(json.loads(json.dumps(dict(body)))))
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(data)
         body = {name: value for name, value in document.items() if name not in ("schema", "seal")}
-        intact = data == _document(body)  # also catches damage to blanks, and repeated keys
+        intact = data == _serialize(body)  # also catches damage to blanks, and repeated keys
     except (ValueError, AttributeError, RecursionError):
         intact = False
     if not intact:
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def problems(output: Path, key: str) -> list[str]:
+def find_problems(output: Path, key: str) -> list[str]:
     """Why `output` is not the finished work of the shot with this key; empty if it is."""
     path = manifest_path(output)
     try:
@@ -79,18 +79,18 @@ def problems(output: Path, key: str) -> list[str]:
     if body.get("key") != key:
         return [f"{path}: made by another job, version or model"]
     records = body.get("files", [])
-    found = [_file_problem(output.parent, record) for record in records]
+    found = [_check_file(output.parent, record) for record in records]
     if output.name not in [record["path"] for record in records]:
         found.append(f"{path}: does not list {output.name}")
     return [problem for problem in found if problem]
 
 
-def done(output: Path, key: str) -> bool:
+def is_done(output: Path, key: str) -> bool:
     """True if the manifest of `output` verifies against the shot's key and all listed files."""
-    return not problems(output, key)
+    return not find_problems(output, key)
 
 
-def _file_problem(folder: Path, record: Mapping[str, Any]) -> str:
+def _check_file(folder: Path, record: Mapping[str, Any]) -> str:
     path = folder / PurePosixPath(record["path"])
     try:
         size = path.stat().st_size
@@ -103,7 +103,7 @@ def _file_problem(folder: Path, record: Mapping[str, Any]) -> str:
     return ""
 
 
-def _document(body: Mapping[str, Any]) -> bytes:
+def _serialize(body: Mapping[str, Any]) -> bytes:
     content = {"schema": SCHEMA, **body}
-    content["seal"] = hashlib.sha256(canonical(content)).hexdigest()
+    content["seal"] = hashlib.sha256(canonical_json(content)).hexdigest()
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

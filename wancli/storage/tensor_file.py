@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.errors import EntryError
 from wancli.storage import atomic
-from wancli.storage.manifest import canonical
+from wancli.storage.manifest import canonical_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, An
 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     document = {"record": record, "sha256": _digest(tensors, record)}
-    atomic.replace(path, save(tensors, {_METADATA: canonical(document).decode()}))
+    atomic.replace(path, save(tensors, {_METADATA: canonical_json(document).decode()}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,7 +84,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _digest(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> str:
     names = sorted(tensors)
     about = [[name, [*tensors[name].shape], str(tensors[name].dtype)] for name in names]
-    digest = hashlib.sha256(canonical({"tensors": about, "record": record}))
+    digest = hashlib.sha256(canonical_json({"tensors": about, "record": record}))
     for name in names:
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()

@@ -18,10 +18,10 @@ from jobs import command, written
 from wancli.cli import run
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.report import batch_report, shots_table
 from wancli.report.html import model_facts, page, page_data, rerun_job
-from wancli.report.html.collect import Found
+from wancli.report.html.collect import ReportInputs
 from wancli.resources import flops, memory_model
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
@@ -38,7 +38,9 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
 
 
 def made(out: Path, entry: dict[str, Any]) -> bytes:
-    return page.html(page_data.of_found(Found("job", [("job", entry)]), out / "report.html", {}))
+    return page.render_html(
+        page_data.page_document(ReportInputs("job", [("job", entry)]), out / "report.html", {})
+    )
 
 
 # ---- what is in it ----
@@ -100,18 +102,20 @@ def test_texts_of_a_job_are_inert_whatever_they_contain(out: Path) -> None:
 def test_a_page_of_a_hundred_measured_shots_is_under_two_megabytes(out: Path) -> None:
     found = pages.many(pages.entries(out), 100)
     picture = "data:image/jpeg;base64," + "A" * 4000
-    data = page.html(page_data.of_found(found, out / "report.html", dict.fromkeys(range(100), picture)))
+    data = page.render_html(
+        page_data.page_document(found, out / "report.html", dict.fromkeys(range(100), picture))
+    )
     assert len(data) < 2_000_000
     shots = pages.Page(data).document["shots"]
     assert len(shots) == 100
     assert shots[3]["effects"]["mean"][0] == pytest.approx(0.123456789 * (1 + 0.03 + 24.5), rel=0.005)
     assert "values" not in shots[3]["effects"]
-    few = page_data.of_found(pages.many(pages.entries(out), 3), out / "report.html", {})
+    few = page_data.page_document(pages.many(pages.entries(out), 3), out / "report.html", {})
     assert few["shots"][2]["effects"]["values"][1][0] == pytest.approx(0.123456789 * 2.02, rel=0.005)
 
 
 def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
-    found = page_data.shares(pages.entries(out))
+    found = page_data.injected_shares(pages.entries(out))
     cells = {(row["branch"], step): row["blocks"] for row in found for step in row["steps"]}
     assert cells == {
         ("cond", 0): [0, 0.25, 0.75, 0],
@@ -128,7 +132,7 @@ def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
     "wan", [T2V_14B, TI2V_5B, WanConfig(dim=88, ffn_dim=176, num_heads=4, num_layers=40)]
 )
 def test_the_parts_of_a_model_add_up_to_its_parameters_and_its_arithmetic(wan: WanConfig) -> None:
-    parts, ends = model_facts.block_parts(wan), model_facts.ends(wan)
+    parts, ends = model_facts.block_parts(wan), model_facts.input_output_parts(wan)
     assert wan.num_layers * sum(p["weights"] for p in parts) + sum(p["weights"] for p in ends) == (
         memory_model.wan_parameters(wan)
     )
@@ -164,10 +168,10 @@ def test_claims_say_where_they_come_from_and_cover_blocks_of_a_model_of_forty() 
 def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path) -> None:
     body = manifest.read(manifest_path(out / "fish.mp4"))
     assert body is not None
-    text = rerun_job.command(rerun_job.job_of(body, str(tmp_path / "again.mp4")))
+    text = rerun_job.rerun_command(rerun_job.build_job(body, str(tmp_path / "again.mp4")))
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
-    (shot,) = plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
+    (shot,) = build_plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
     assert shot.key == body["key"]
 
 
@@ -184,7 +188,7 @@ def test_the_command_has_the_loras_and_the_guidance_of_both_experts(out: Path) -
         {"expert": "high", "steps": [0, 0], "guidance": 4.0},
         {"expert": "low", "steps": [1, 1], "guidance": 3.0},
     ]
-    found = rerun_job.job_of(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
+    found = rerun_job.build_job(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
     assert found["sampler"]["guidance"] == {"high": 4.0, "low": 3.0}
     (said,) = found["loras"]
     assert (said["path"], said["strength"], said["expert"]) == ("/loras/style.safetensors", 0.5, "low")
@@ -285,21 +289,21 @@ def test_another_file_of_that_name_moves_aside_and_an_earlier_page_does_not(tmp_
     path = tmp_path / "report.html"
     path.write_text("<html>mine</html>")
     for text in (b"one", b"two"):
-        page.publish(path, page.MARK + text)
+        page.publish_page(path, page.MARK + text)
     assert path.read_bytes().endswith(b"two")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.old-1.html"]
 
 
 def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Found("job", [("job", pages.entries(out))])
-    first = page.of_found(found, out / "x.html", tmp_path, make=True)
+    found = ReportInputs("job", [("job", pages.entries(out))])
+    first = page.render_page(found, out / "x.html", tmp_path, make=True)
     monkeypatch.setattr(mp4, "poster", lambda *_: pytest.fail("made again"))
     for make in (True, False):
-        second = page.of_found(found, out / "x.html", tmp_path, make=make)
+        second = page.render_page(found, out / "x.html", tmp_path, make=make)
         posters = [pages.Page(data).document["shots"][0]["poster"] for data in (first, second)]
         assert posters[0] == posters[1]
         assert base64.b64decode(posters[0].partition(",")[2]).startswith(b"\xff\xd8\xff")
-    nothing = page.of_found(found, out / "x.html", tmp_path / "empty", make=False)
+    nothing = page.render_page(found, out / "x.html", tmp_path / "empty", make=False)
     assert pages.Page(nothing).document["shots"][0]["poster"] is None
 
 
@@ -326,7 +330,7 @@ def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out:
 
 
 def test_a_line_of_the_lab_book_says_what_went_in_and_what_came_out(out: Path) -> None:
-    row = shots_table.row(pages.entries(out), "job")
+    row = shots_table.shot_row(pages.entries(out), "job")
     body = pages.entries(out)
     assert (row["shot"], row["status"], row["seed"], row["size"]) == ("fish", "rendered", 0, "64x64")
     assert (row["blocks"], row["strength"], row["steps"], row["branch"]) == (
@@ -348,7 +352,7 @@ def test_of_several_rules_the_difference_is_that_of_the_prompt_that_differs_leas
     entry = pages.entries(out)
     (rule,) = entry["injection"]
     near = rule | {"difference": rule["difference"] | {"verdict": {"percent": 1.25}}}
-    row = shots_table.row(entry | {"injection": [rule, near]}, "job")
+    row = shots_table.shot_row(entry | {"injection": [rule, near]}, "job")
     assert (row["difference"], row["blocks"]) == (1.2, "1-2 | 1-2")
 
 
@@ -366,7 +370,7 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
     rows, labels = [], []
     for text in texts:
         one = entry | {"prompts": [entry["prompts"][0] | {"text": text}, *entry["prompts"][1:]]}
-        rows.append(shots_table.row(one, "job"))
+        rows.append(shots_table.shot_row(one, "job"))
         labels.append({"take": -2.5, "=x": text})
     data = shots_table.to_csv(rows, labels)
     assert data.count(b"\r\n") == len(texts) + 1
@@ -380,7 +384,7 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
 def test_the_columns_of_the_csv_are_those_that_the_docs_name() -> None:
     text = (Path(__file__).parents[3] / "docs" / "report.md").read_text()
     told = text.partition("with the columns ")[2].partition("and the labels")[0]
-    assert re.findall(r"`(\w+)`", told) == [*shots_table.COLUMNS, *shots_table.ONLY_IN_FILES]
+    assert re.findall(r"`(\w+)`", told) == [*shots_table.COLUMNS, *shots_table.CSV_ONLY_COLUMNS]
 
 
 def test_csv_is_written_beside_the_page(out: Path, tmp_path: Path) -> None:

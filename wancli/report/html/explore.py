@@ -14,46 +14,51 @@ from wancli.report.html import model_facts, page_data
 from wancli.resources import machine
 from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
 
-WHERE = "MODEL"
+LOCATION = "MODEL"
 
 
-def document_of(said: str | None) -> dict[str, Any]:
+def explore_document(requested: str | None) -> dict[str, Any]:
     """All released models and wan-mini, with the one that was said in front; or, where it is the name or
     path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
     names = {name.lower(): name for name in (*model_facts.RELEASED, wan_mini.NAME)}
-    if said is not None and said.lower() not in names:
-        return _of_checkpoint(said, names)
-    device, dtype = _here()
+    if requested is not None and requested.lower() not in names:
+        return _checkpoint_document(requested, names)
+    device, dtype = _device_and_dtype()
     models = [
-        model_facts.explored(*model_facts.released(name), device, dtype) for name in model_facts.RELEASED
+        model_facts.describe_model(*model_facts.released_checkpoint(name), device, dtype)
+        for name in model_facts.RELEASED
     ]
-    models.append(_explored(identify(wan_mini.FOLDER)) | {"root": wan_mini.NAME})
+    models.append(_describe_checkpoint(identify(wan_mini.FOLDER)) | {"root": wan_mini.NAME})
     known = {name: variant for name, (variant, _) in model_facts.RELEASED.items()} | {
         wan_mini.NAME: variants.MINI
     }
     shown = [model["variant"] for model in models]
-    return page_data.of_models(models, known, shown.index(names[said.lower()]) if said else 0)
+    return page_data.models_document(models, known, shown.index(names[requested.lower()]) if requested else 0)
 
 
-def _of_checkpoint(said: str, names: dict[str, str]) -> dict[str, Any]:
+def _checkpoint_document(requested: str, names: dict[str, str]) -> dict[str, Any]:
     def where(*_: object) -> str:
-        return WHERE
+        return LOCATION
 
     try:
-        location = model_registry.resolve(said, lambda *_: Path.cwd(), where)
+        location = model_registry.resolve_model(requested, lambda *_: Path.cwd(), where)
     except JobError as error:
-        near = next(iter(difflib.get_close_matches(said.lower(), names, 1, 0.5)), None)
+        near = next(iter(difflib.get_close_matches(requested.lower(), names, 1, 0.5)), None)
         meant = f"did you mean {names[near]}? " if near else ""
         hint = f"{meant}Released models are {', '.join(names.values())}. {error.hint}"
         raise JobError(error.message, where=error.where, hint=hint) from None
     checkpoint = identify(location)
-    return page_data.of_models([_explored(checkpoint)], {checkpoint.variant.name: checkpoint.variant}, 0)
+    return page_data.models_document(
+        [_describe_checkpoint(checkpoint)], {checkpoint.variant.name: checkpoint.variant}, 0
+    )
 
 
-def _explored(checkpoint: Checkpoint) -> dict[str, Any]:
-    return model_facts.explored(checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_here())
+def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return model_facts.describe_model(
+        checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_device_and_dtype()
+    )
 
 
-def _here() -> tuple[str, str]:
+def _device_and_dtype() -> tuple[str, str]:
     """The device and the dtype that this machine computes with."""
     return ("cuda", "bf16") if machine.has_cuda() else ("cpu", "fp32")

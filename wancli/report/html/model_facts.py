@@ -63,7 +63,7 @@ def _part(
     return {"name": name, "weights": weights, "matrices": matrices, "flops": flops, "values": values}
 
 
-def ends(wan: WanConfig) -> list[dict[str, Any]]:
+def input_output_parts(wan: WanConfig) -> list[dict[str, Any]]:
     """What is before and after the blocks, in the same terms."""
     d = wan.dim
     into, out = 4 * wan.in_dim, 4 * wan.out_dim
@@ -75,7 +75,7 @@ def ends(wan: WanConfig) -> list[dict[str, Any]]:
     ]
 
 
-def calculator(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> dict[str, Any]:
+def calculator_constants(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> dict[str, Any]:
     """The constants of the memory formulas for one model: what its sizes and files say, whatever is asked
     of it. `sizes` and `networks` as a manifest has them."""
     wan = WanConfig(**sizes)
@@ -109,7 +109,7 @@ def _vae(sizes: dict[str, Any]) -> VAEConfig | VAE22Config:
     return VAE22Config(**lists) if "dec_dim" in lists else VAEConfig(**lists)
 
 
-def released(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
+def released_checkpoint(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
     """A released model as its authors publish it, without its files: the transformer and the VAE in fp32, the
     text encoder in bf16."""
     variant, wan = RELEASED[name]
@@ -117,13 +117,15 @@ def released(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
     inner = XXL.d_kv * XXL.num_heads
     of_text = 4 * XXL.d_model * inner + 3 * XXL.d_model * XXL.d_ff
-    transformer = _stored("transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim)
-    text = _stored("text encoder", "BF16", 2, of_text * XXL.num_layers, XXL.d_model * XXL.d_ff)
-    convolutions = _stored("vae", "F32", 4, memory_model.vae_parameters(vae), 0)
+    transformer = _published_component(
+        "transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim
+    )
+    text = _published_component("text encoder", "BF16", 2, of_text * XXL.num_layers, XXL.d_model * XXL.d_ff)
+    convolutions = _published_component("vae", "F32", 4, memory_model.vae_parameters(vae), 0)
     return _checkpoint(variant, wan, transformer, text, convolutions), XXL, vae
 
 
-def _stored(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Part:
+def _published_component(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Part:
     group = "convolutions" if kind == "vae" else "block matrices"
     precision = Precision(group, ((dtype, 1),), count * element, largest * element)
     return Part(kind, kind, (), "safetensors", precision=(precision,))
@@ -134,7 +136,7 @@ def _checkpoint(variant: Variant, wan: WanConfig, transformer: Part, text: Part,
     return Checkpoint(root, variant, (replace(transformer, config=wan),), text, root, vae, root)
 
 
-def explored(
+def describe_model(
     checkpoint: Checkpoint, text: T5Config, vae: VAEConfig | VAE22Config, device: str, dtype: str
 ) -> dict[str, Any]:
     """The model of a page that nothing was rendered for, as a manifest says it."""
@@ -142,7 +144,7 @@ def explored(
         "root": str(checkpoint.root),
         "variant": checkpoint.variant.name,
         "sizes": asdict(checkpoint.transformer),
-        "networks": memory_estimate.networks_of(checkpoint, text, vae),
+        "networks": memory_estimate.checkpoint_sizes(checkpoint, text, vae),
         "dtype": dtype,
         "residency": "resident",
         "text_encoder": "resident",

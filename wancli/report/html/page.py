@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.report.html import collect, page_data
-from wancli.report.html.collect import Found
+from wancli.report.html.collect import ReportInputs
 from wancli.report.shots_table import COLUMNS
 from wancli.storage import sidecars
 from wancli.video import thumbnails
@@ -28,25 +28,27 @@ SCRIPTS = (
 MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 
 
-def write(report: Path, kept: Path) -> Path:
+def write_page(report: Path, poster_folder: Path) -> Path:
     """The page beside a report that a render wrote, with the posters that the folder `kept` has already."""
     path = report.with_suffix(".html")
-    publish(path, of_found(collect.of_report(report), path, kept, make=False))
+    publish_page(path, render_page(collect.collect_report(report), path, poster_folder, make=False))
     return path
 
 
-def of_found(found: Found, path: Path, kept: Path, *, make: bool) -> bytes:
+def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: bool) -> bytes:
     """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
-    shown = {i: thumbnails.poster(entry, kept, make=make) for i, (_, entry) in enumerate(found.entries)}
-    return html(page_data.of_found(found, path, {i: uri for i, uri in shown.items() if uri}))
+    shown = {
+        i: thumbnails.poster(entry, poster_folder, make=make) for i, (_, entry) in enumerate(inputs.entries)
+    }
+    return render_html(page_data.page_document(inputs, path, {i: uri for i, uri in shown.items() if uri}))
 
 
-def publish(path: Path, page: bytes) -> None:
+def publish_page(path: Path, page: bytes) -> None:
     """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
     sidecars.put(path, page, MARK, len(MARK))
 
 
-def html(data: Mapping[str, Any]) -> bytes:
+def render_html(data: Mapping[str, Any]) -> bytes:
     """The page of a document."""
     import jinja2
     from markupsafe import Markup
@@ -62,27 +64,27 @@ def html(data: Mapping[str, Any]) -> bytes:
     )
     text = environment.from_string((ASSETS / "page.html.j2").read_text()).render(
         data=data,
-        columns=_columns(data),
-        policy=_policy(styles, script),
+        columns=_table_columns(data),
+        policy=_security_policy(styles, script),
         styles=Markup(styles),
         script=Markup(script),
-        json=Markup(_embedded(data)),
+        json=Markup(_embeddable_json(data)),
     )
     return text.encode(errors="backslashreplace")
 
 
-def _columns(data: Mapping[str, Any]) -> dict[str, str]:
+def _table_columns(data: Mapping[str, Any]) -> dict[str, str]:
     """Those of the table of shots; the job is not told where there is one only."""
     one = len({shot.get("job") for shot in data["shots"]}) < 2
     return {key: label for key, label in COLUMNS.items() if not (one and key == "job")}
 
 
-def _embedded(data: Mapping[str, Any]) -> str:
+def _embeddable_json(data: Mapping[str, Any]) -> str:
     """JSON that no text in it can end: ASCII, without `<`."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _policy(styles: str, script: str) -> str:
+def _security_policy(styles: str, script: str) -> str:
     def hashed(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 

@@ -9,12 +9,12 @@ from typing import Any
 Job = dict[str, Any]
 
 
-def command(job: Job) -> str:
+def rerun_command(job: Job) -> str:
     """For a shell; the job is JSON, which is YAML too."""
     return f"wancli render - <<'JOB'\n{json.dumps(job, indent=1, ensure_ascii=False)}\nJOB\n"
 
 
-def job_of(body: Mapping[str, Any], output: str) -> Job:
+def build_job(body: Mapping[str, Any], output: str) -> Job:
     """A job of one shot whose key is that of the manifest `body`, on the machine that wrote it."""
     shot, model, prompts = body["shot"], body["model"], body["prompts"]
     rules = body["injection"]
@@ -27,10 +27,10 @@ def job_of(body: Mapping[str, Any], output: str) -> Job:
         "model": model["files"] or model["root"],
         "output": output,
         "id": shot["id"],
-        "prompt": _text(prompts[0]),
+        "prompt": _prompt_value(prompts[0]),
     }
     if len(prompts) > 1 + len(rules):
-        job["negative"] = _text(prompts[1])
+        job["negative"] = _prompt_value(prompts[1])
     job |= {
         "size": f"{shot['width']}x{shot['height']}",
         "frames": shot["frames"],
@@ -41,8 +41,8 @@ def job_of(body: Mapping[str, Any], output: str) -> Job:
             "max_tokens": prompts[0].get("max_tokens", 256),
             "truncate": any(prompt["truncated"] for prompt in prompts),
         },
-        "inject": [_rule(rule, texts[rule["text"]]) for rule in rules],
-        "loras": [_lora(lora) for lora in body["loras"]],
+        "inject": [_inject_entry(rule, texts[rule["text"]]) for rule in rules],
+        "loras": [_lora_entry(lora) for lora in body["loras"]],
         "video": {"fps": shot["fps"], "crf": shot["crf"], "codec": shot["codec"]},
         "memory": {
             "device": model["device"],
@@ -55,17 +55,17 @@ def job_of(body: Mapping[str, Any], output: str) -> Job:
     return job
 
 
-def _text(prompt: Mapping[str, Any]) -> Any:
+def _prompt_value(prompt: Mapping[str, Any]) -> Any:
     if prompt["file"]:
         return {"embedding": prompt["file"], "index": prompt.get("index", 0)}
     return prompt["text"]
 
 
-def _rule(rule: Mapping[str, Any], prompt: Mapping[str, Any]) -> Job:
+def _inject_entry(rule: Mapping[str, Any], prompt: Mapping[str, Any]) -> Job:
     blocks = {int(block): strength for block, strength in rule["blocks"].items()}
     steps = {int(step): factor for step, factor in rule["steps"].items()}
     return {
-        "prompt": _text(prompt),
+        "prompt": _prompt_value(prompt),
         "blocks": sorted(blocks),
         "strength": [blocks[block] for block in sorted(blocks)],
         "steps": f"{min(steps)}-{max(steps)}",
@@ -76,10 +76,10 @@ def _rule(rule: Mapping[str, Any], prompt: Mapping[str, Any]) -> Job:
     }
 
 
-def _lora(lora: Mapping[str, Any]) -> Job:
-    said: Job = {"path": lora["path"], "strength": lora["strength"], "expert": lora["expert"] or "both"}
+def _lora_entry(lora: Mapping[str, Any]) -> Job:
+    entry: Job = {"path": lora["path"], "strength": lora["strength"], "expert": lora["expert"] or "both"}
     if lora["blocks"] is not None:
-        said["blocks"] = lora["blocks"]
+        entry["blocks"] = lora["blocks"]
     if lora["steps"] is not None:
-        said["steps"] = f"{min(lora['steps'])}-{max(lora['steps'])}"
-    return said
+        entry["steps"] = f"{min(lora['steps'])}-{max(lora['steps'])}"
+    return entry

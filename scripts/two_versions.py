@@ -1,0 +1,106 @@
+"""Checks that two versions of wancli share outputs, states and claims: `two_versions.py OTHER/bin/wancli`.
+
+What the other version finished is already done for this one. What the other version saved when it was
+stopped, this one resumes to the same latent. A worker of each, started on one job at once, divide its shots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+THIS = [sys.executable, "-m", "wancli"]
+JOB: dict[str, Any] = {
+    "output": "{id}.mp4",
+    "prompt": "A red circle drifts to the left across dark stripes",
+    "size": "64x64",
+    "frames": 9,
+    "sampler": {"steps": 6},
+    "video": {"keep_latents": True},
+}
+RULE = {"prompt": "A blue triangle moves up in front of a white background", "blocks": "late"}
+ITEMS: list[dict[str, Any]] = [{"id": "plain"}, {"id": "injected", "inject": [RULE]}]
+
+
+def write_job(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(JOB | changes))
+    return path
+
+
+def render(wancli: list[str], job: Path) -> list[tuple[str, str]]:
+    """Render a job; return the id and the status of each shot."""
+    done = subprocess.run([*wancli, "render", str(job), "--json"], capture_output=True, text=True, check=True)
+    return [(shot["id"], shot["status"]) for shot in json.loads(done.stdout)["shots"]]
+
+
+def latent(job: Path, name: str) -> torch.Tensor:
+    return load_file(job.parent / f"{name}.latents.safetensors")["latents"]
+
+
+def check_finished(other: list[str], folder: Path) -> Path:
+    """What the other version rendered is already done; returns its job."""
+    job = write_job(folder / "finished", items=ITEMS)
+    render(other, job)
+    found = render(THIS, job)
+    assert found == [(item["id"], "already done") for item in ITEMS], found
+    return job
+
+
+def check_resumed(other: list[str], folder: Path, whole: Path) -> None:
+    """The state that the other version saved leads to the latent of an undisturbed render."""
+    job = write_job(folder / "stopped", items=ITEMS[1:], save_every=1)
+    process = subprocess.Popen([*other, "render", str(job), "-q"])
+    state = job.parent / "injected.state.safetensors"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    assert code == 75, f"stopped with {code}"
+    assert state.exists()
+    render(THIS, job)
+    assert torch.equal(latent(job, "injected"), latent(whole, "injected"))
+
+
+def check_shared(other: list[str], folder: Path) -> None:
+    """A worker of each version render every shot once between them."""
+    job = write_job(folder / "shared", matrix={"seed": list(range(6))}, output="{seed}.mp4", save_every=1)
+    commands = [[*wancli, "render", str(job), "--json"] for wancli in (THIS, other)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    rendered = []
+    for worker in workers:
+        text, _ = worker.communicate()
+        assert worker.returncode == 0, f"a worker ended with {worker.returncode}"
+        shots = json.loads(text)["shots"]
+        rendered.append({shot["id"] for shot in shots if shot["status"] == "rendered"})
+    assert all(rendered), f"one worker rendered nothing: {rendered}"
+    assert [len(ids) for ids in (set.union(*rendered), set.intersection(*rendered))] == [6, 0], rendered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("other", type=Path, help="the wancli command of the other version")
+    other = [str(parser.parse_args().other.absolute())]
+    with tempfile.TemporaryDirectory() as place:
+        whole = check_finished(other, Path(place))
+        print("what the other version finished is already done")
+        check_resumed(other, Path(place), whole)
+        print("what the other version saved is resumed to the same latent")
+        check_shared(other, Path(place))
+        print("a worker of each version divide one job")
+
+
+if __name__ == "__main__":
+    main()

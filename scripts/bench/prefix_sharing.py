@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.startup import _run
-from wancli.storage.tensor_file import load
+from wancli.storage.tensor_file import load_latent
 
 JOB: dict[str, Any] = {
     "output": "out/{id}.mp4",
@@ -62,7 +62,9 @@ def measured(folder: Path, steps: int, size: str, repeats: int) -> tuple[list[fl
             together.append(took.pop("sweep"))
             apart.append((sum(s for s, _ in took.values()), sum(s for _, s in took.values())))
     for name in (item["id"] for item in ITEMS):
-        one, other = (load(folder / at / f"out/{name}.latents.safetensors")[0] for at in ("sweep", name))
+        one, other = (
+            load_latent(folder / at / f"out/{name}.latents.safetensors")[0] for at in ("sweep", name)
+        )
         if not one.equal(other):
             raise AssertionError(f"the latents of {name} differ")
     medians = [[statistics.median(part) for part in zip(*log)] for log in (together, apart)]

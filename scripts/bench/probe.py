@@ -180,7 +180,7 @@ def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.Probe
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])
     )
-    x_1CTYX = denoise.noise(shot.latent_shape, shot.seed)[None]
+    x_1CTYX = denoise.draw_noise(shot.latent_shape, shot.seed)[None]
     return sensitivity.ProbePoint(model, x_1CTYX, shot.sigma_schedule.timesteps[3], plain, injected)
 
 

@@ -129,13 +129,13 @@ def test_what_is_kept_does_not_count_as_taken_by_others(
         jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), warm / "hashes.json"
     )
     shot = planned.shots[0]
-    monkeypatch.setattr(machine, "available", lambda: 0)
-    monkeypatch.setattr(machine, "taken", lambda: shot.peak)
+    monkeypatch.setattr(machine, "available_memory", lambda: 0)
+    monkeypatch.setattr(machine, "process_memory", lambda: shot.peak)
     memory_policy.require(shot)
     encoded, _, decode = shot.phases
     together = memory_policy.memory_estimate.process_bytes(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
-        monkeypatch.setattr(machine, "taken", lambda limit=limit: limit)
+        monkeypatch.setattr(machine, "process_memory", lambda limit=limit: limit)
         assert memory_policy.encoder_fits_alongside(shot) == expected
 
 

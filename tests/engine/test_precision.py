@@ -1,4 +1,4 @@
-"""What each way of storing weights costs, measured as the table of docs/benchmarks.md is, on two narrow blocks.
+"""How far quantized and half-precision weights may move the velocity, bounded on both sides.
 
 The bounds are what was measured times 1.5 and divided by it: a mode that silently runs in another precision
 fails on one side or the other.

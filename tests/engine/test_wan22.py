@@ -46,8 +46,8 @@ from wancli.plan import batching
 from wancli.plan import planner as planning
 from wancli.plan.planner import resolve_model
 from wancli.plan.shot import Shot
-from wancli.sampling.solvers import schedule
-from wancli.sampling.stages import Stage, stages
+from wancli.sampling.solvers import build_schedule
+from wancli.sampling.stages import Stage, split_stages
 from wancli.video import mp4
 from wancli.weights import loader
 from wancli.weights.checkpoint import identify
@@ -63,7 +63,7 @@ class OurTimes(UniPCMultistepScheduler):
 
     def set_timesteps(self, steps: int, device: Any = None, **_: Any) -> None:
         super().set_timesteps(steps, device)
-        ours = schedule("unipc", steps, SHIFT)
+        ours = build_schedule("unipc", steps, SHIFT)
         self.sigmas, self.timesteps = torch.tensor(ours.sigmas), torch.tensor(ours.timesteps)
 
 
@@ -203,25 +203,25 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_the_steps_of_the_official_defaults_are_shared_as_in_the_official_code(
     steps: int, shift: float, boundary: float, high: int
 ) -> None:
-    found = stages(schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
+    found = split_stages(build_schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
     assert found[0] == Stage("high", range(high), 4.0)
     assert found[1:] == ((Stage("low", range(high, steps), 3.0),) if high < steps else ())
 
 
 def test_of_four_distilled_steps_each_expert_takes_two() -> None:
-    found = stages(schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
+    found = split_stages(build_schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
     assert [stage.steps for stage in found] == [range(2), range(2, 4)]
 
 
 def test_a_timestep_on_the_boundary_is_of_high_noise() -> None:
-    assert [stage.steps for stage in stages([900.0, 875.0, 874.9], 0.875, 1.0, 1.0)] == [
+    assert [stage.steps for stage in split_stages([900.0, 875.0, 874.9], 0.875, 1.0, 1.0)] == [
         range(2),
         range(2, 3),
     ]
 
 
 def test_one_network_takes_all_steps() -> None:
-    assert stages([900.0, 100.0], None, 5.0, None) == (Stage("only", range(2), 5.0),)
+    assert split_stages([900.0, 100.0], None, 5.0, None) == (Stage("only", range(2), 5.0),)
 
 
 # ---- what a job gets where it says nothing ----

@@ -271,13 +271,24 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
     rows = sum(text.rows for text in one.prompts)
     expected = memory_model.sample_phase(
-        config, one.latent_shape, context_rows=rows, element=4, blocks=2, riders=6, shots=3
+        config,
+        one.latent_shape,
+        context_rows=rows,
+        element_bytes=4,
+        blocks_in_memory=2,
+        forwards_per_pass=6,
+        shots=3,
     )
     assert batching.predict_batch(same) == expected == same[2].phases[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
         memory_model.sample_phase(
-            config, shot.latent_shape, context_rows=0, element=4, blocks=2, riders=riders
+            config,
+            shot.latent_shape,
+            context_rows=0,
+            element_bytes=4,
+            blocks_in_memory=2,
+            forwards_per_pass=riders,
         )
         for shot, riders in ((small, 1), (large, 2))
     ]

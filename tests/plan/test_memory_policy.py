@@ -136,9 +136,9 @@ def test_on_cuda_the_budget_is_of_the_device_and_the_process_takes_none(
     on_gpu = replace(large, model=replace(large.model, device="cuda"))
     assert memory_estimate.process_bytes(on_gpu.model) == 0
     assert chosen(on_gpu, 24 * GIB).model.residency == "packed"
-    monkeypatch.setattr(machine, "cuda_free", lambda: None)
+    monkeypatch.setattr(machine, "cuda_free_memory", lambda: None)
     assert memory_policy.choose_residency([on_gpu], [MemoryRequest()])[0].model.residency == "resident"
-    monkeypatch.setattr(machine, "cuda_free", lambda: 16 * GIB)
+    monkeypatch.setattr(machine, "cuda_free_memory", lambda: 16 * GIB)
     assert memory_policy.choose_residency([on_gpu], [MemoryRequest()])[0].model.residency == "packed"
 
 
@@ -152,7 +152,7 @@ def test_the_free_memory_of_a_gpu_is_told_by_nvml(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
-    assert machine.cuda_free() == 7
+    assert machine.cuda_free_memory() == 7
 
 
 # ---- what does not fit ----

@@ -109,10 +109,10 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
         contexts = ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
-        state = State(denoise.noise(shot.latent_shape, shot.seed))
+        state = State(denoise.draw_noise(shot.latent_shape, shot.seed))
         plain_table = build_plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
         (stage,) = shot.stages
-        walk = denoise.Walk(state, shot.sigma_schedule, shot.solver, plain_table, contexts, stage)
+        walk = denoise.DenoiseRun(state, shot.sigma_schedule, shot.solver, plain_table, contexts, stage)
         x_1CTYX = next(denoise.denoise(model, walk)).state.x[None]
         t = shot.sigma_schedule.timesteps[1]
         a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))

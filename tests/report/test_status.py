@@ -202,13 +202,13 @@ def test_a_state_that_goes_while_it_is_looked_at_is_no_error(
     with monkeypatch.context() as patch:
         forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
         assert render(**CHANGES).code == 75
-    real = tensor_file.peek
+    real = tensor_file.read_record
 
     def peek(path: Path) -> Any:
         found = real(path)
         path.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(tensor_file, "peek", peek)
+    monkeypatch.setattr(tensor_file, "read_record", peek)
     found = states()["a"]
     assert (found["state"], found["saved"]) == ("half done", None)

@@ -33,8 +33,8 @@ from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.storage import atomic, manifest
 from wancli.storage.cache import Store
-from wancli.storage.claim_file import process
-from wancli.storage.claims import Claims, claim_path, holder
+from wancli.storage.claim_file import current_process
+from wancli.storage.claims import Claims, claim_path, find_holder
 from wancli.text.encoder import encode
 
 Render = Callable[..., Said]
@@ -67,7 +67,7 @@ def put(shot: Any, content: str | dict[str, Any]) -> Path:
 
 def body(**changes: Any) -> dict[str, Any]:
     """What a live process of this host would write: that which runs the test."""
-    me = process()
+    me = current_process()
     return {**vars(me), "started": "2026-11-23T00:00:00+00:00", "token": "theirs"} | changes
 
 
@@ -85,13 +85,13 @@ def test_of_two_workers_one_gets_a_shot_and_the_other_learns_who_has_it(shot: An
         assert one.take([shot]) == [shot]
         assert one.take([shot]) == [shot]  # it has it already
         assert other.take([shot]) == []
-        found = holder(shot)
+        found = find_holder(shot)
         assert found
         assert (found.host, found.pid) == (os.uname().nodename, os.getpid())
-        assert other.others([shot]) == {0: found}
+        assert other.held_by_others([shot]) == {0: found}
         assert (one.holds(shot), other.holds(shot)) == (True, False)
         one.release([shot])
-        assert (one.holds(shot), holder(shot)) == (False, None)
+        assert (one.holds(shot), find_holder(shot)) == (False, None)
         assert other.take([shot]) == [shot]
     assert list(shot.output.parent.iterdir()) == []  # the folder is as it was
 
@@ -123,7 +123,7 @@ def test_of_many_threads_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> N
 )
 def test_a_claim_of_a_dead_process_of_this_host_is_free_at_once(shot: Any, gone: dict[str, Any]) -> None:
     put(shot, body(**gone))
-    assert holder(shot) is None
+    assert find_holder(shot) is None
     with Claims() as claims:
         assert claims.take([shot]) == [shot]
 
@@ -132,7 +132,7 @@ def test_a_process_that_is_dead_and_not_yet_buried_holds_nothing(shot: Any) -> N
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     put(shot, body(pid=child.pid))
-    assert holder(shot) is None
+    assert find_holder(shot) is None
     child.wait()
 
 
@@ -145,41 +145,41 @@ def test_a_claim_that_tells_nothing_of_this_host_is_stale_after_some_looks_witho
     shot: Any, content: str | dict[str, Any]
 ) -> None:
     path = put(shot, content if isinstance(content, str) else content | {"pid": 2**22 + 1})
-    assert holder(shot)
+    assert find_holder(shot)
     claims = Claims(**QUICK)
-    assert claims.others([shot])  # the first look
+    assert claims.held_by_others([shot])  # the first look
     for _ in range(5):
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # somebody is alive
         for _ in range(3):
             time.sleep(0.011)
-            assert claims.others([shot])
+            assert claims.held_by_others([shot])
     time.sleep(0.011)
-    assert claims.others([shot]) == {}  # the third look that saw no change
+    assert claims.held_by_others([shot]) == {}  # the third look that saw no change
     with claims:
         assert claims.take([shot]) == [shot]
 
 
 def test_looks_in_quick_succession_count_once(shot: Any) -> None:
     put(shot, body(host="other"))
-    claims = Claims(beat=3600, stale=1)
+    claims = Claims(heartbeat=3600, stale_looks=1)
     for _ in range(100):
-        assert claims.others([shot])
+        assert claims.held_by_others([shot])
 
 
 def test_a_heartbeat_touches_what_is_held_and_nothing_that_was_taken_away(shot: Any) -> None:
-    with Claims(beat=3600) as claims:
+    with Claims(heartbeat=3600) as claims:
         claims.take([shot])
         path = claim_path(shot)
         os.utime(path, ns=(0, 0))
-        claims.beat()
+        claims.touch_and_watch()
         assert path.stat().st_mtime_ns > 0
         put(shot, body())
         os.utime(path, ns=(0, 0))
-        claims.beat()
+        claims.touch_and_watch()
         assert path.stat().st_mtime_ns == 0
-        assert (claims.holds(shot), claims.intact()) == (False, False)
+        assert (claims.holds(shot), claims.holds_all()) == (False, False)
         claims.release([shot])
-        assert claims.intact()
+        assert claims.holds_all()
     assert path.exists()  # it is another's
 
 
@@ -207,14 +207,14 @@ def test_whoever_moved_a_fresh_claim_away_puts_it_back(shot: Any, monkeypatch: p
     """Two judge a claim stale; one is faster, and the other moves what that one has just made."""
     put(shot, body(pid=2**22 + 1))
     with Claims() as fast, Claims() as slow:
-        real = slow._other
+        real = slow._find_other_holder
 
         def judged(path: Path) -> Any:
             found = real(path)
             fast.take([shot])
             return found
 
-        monkeypatch.setattr(slow, "_other", judged)
+        monkeypatch.setattr(slow, "_find_other_holder", judged)
         assert slow.take([shot]) == []
         assert fast.holds(shot)
 
@@ -248,7 +248,7 @@ def test_a_claim_that_cannot_be_read_is_somebody_elses(shot: Any, monkeypatch: p
         with monkeypatch.context() as patched:
             patched.setattr(Path, "open", opened)
             assert claims.take([shot]) == []
-            assert claims.names([shot]) == "unknown:0"
+            assert claims.name_holders([shot]) == "unknown:0"
         assert claims.take([shot]) == [shot]
 
 
@@ -547,7 +547,7 @@ def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
 ) -> None:
     """As where it was moved away and put back, or where NFS shows it late."""
     job = folder("ab")
-    real = Claims.intact
+    real = Claims.holds_all
     looks = 0
 
     def intact(self: Claims) -> bool:
@@ -555,7 +555,7 @@ def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
         looks += 1
         return looks != look and real(self)
 
-    monkeypatch.setattr(Claims, "intact", intact)
+    monkeypatch.setattr(Claims, "holds_all", intact)
     with Claims(**QUICK) as claims:
         outcomes = list(render_plan(planned(job), tools(job, claims)))
     assert looks >= look

@@ -53,7 +53,7 @@ def track_outcomes(
     if elsewhere and context.claims and not failures:
         raise ClaimedElsewhere(
             f"{_shots_are(len(elsewhere))} with other workers: "
-            f"{context.claims.names(elsewhere) or 'gone now'}"
+            f"{context.claims.name_holders(elsewhere) or 'gone now'}"
         )
 
 
@@ -102,11 +102,11 @@ def format_shots_inline(shots: Sequence[Shot]) -> str:
 
 def _wait_for_claims(shots: Sequence[Shot], context: RenderContext) -> Sequence[Shot]:
     """Waits until other workers are done with some of these shots, or gave them up; returns those."""
-    if not shots or context.claims is None or not context.claims.waits or context.stop.requested:
+    if not shots or context.claims is None or not context.claims.waits_for_others or context.stop.requested:
         return []
-    if workers := context.claims.names(shots):
+    if workers := context.claims.name_holders(shots):
         context.progress.note(f"waiting for {format_shots_inline(shots)}, rendered by {workers}")
-    return context.claims.wait(shots, context.stop)
+    return context.claims.wait_for_release(shots, context.stop)
 
 
 def _render_with_retries(

@@ -70,4 +70,4 @@ class RenderContext:
     @property
     def lost_claim(self) -> bool:
         """Whether another worker took a shot over that this one is at: it was suspended for long."""
-        return self.claims is not None and not self.claims.intact()
+        return self.claims is not None and not self.claims.holds_all()

@@ -19,7 +19,7 @@ from wancli.engine.shot_state import ShotState, is_save_due, propagate_state, sa
 from wancli.errors import NotFinite
 from wancli.models.config import Expert
 from wancli.plan.shot import format_shots
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from wancli.injection.contexts import ContextCache, Effect
     from wancli.models.dit import WanModel
-    from wancli.sampling.denoise import Sampled, Walk
+    from wancli.sampling.denoise import DenoiseRun, StepResult
     from wancli.weights.lora.patch import Loras
 
 
@@ -85,14 +85,14 @@ def run_segment(
 
     with (
         torch.inference_mode(),
-        Peak() as peak,
+        PeakMemory() as peak,
         context.progress.phase("sample", [one.shot.id for one in batch], len(steps)) as bar,
     ):
         patches.at(loras, steps[0], expert)
         contexts = ContextCache(model, rows_NE)
         _prepare(batch, dependents, model, encoded)
         runs = [_make_run(one, stage, contexts) for one, stage in zip(batch, stages)]
-        results = denoise.denoise_together(model, runs, _forwards_per_pass(batch))
+        results = denoise.denoise_batch(model, runs, _forwards_per_pass(batch))
         for step in steps:
             if context.stop.requested:
                 break
@@ -104,7 +104,7 @@ def run_segment(
             if step + 1 in steps:
                 for one in batch:
                     if is_save_due(one) and not one.failed:
-                        peak.read()
+                        peak.update()
                         save_state(one, segment_phases())
                 if patches.at(loras, step + 1, expert):
                     contexts.clear()
@@ -142,7 +142,7 @@ def _prepare(
         shot = one.shot
         one.started_at, one.unsaved_since = min(one.started_at, now), min(one.unsaved_since, now)
         if one.solver_state is None:
-            one.solver_state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise))
+            one.solver_state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
     new = [one for one in (*batch, *dependents) if one.shot.injected and not one.differences]
     pairs = {(one.shot.prompt.id, text.id): None for one in new for text in one.shot.injected}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
@@ -151,22 +151,26 @@ def _prepare(
         one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
 
 
-def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> Walk:
+def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> DenoiseRun:
     from wancli.sampling import denoise
 
     assert state.solver_state is not None
     shot, solver_state = state.shot, state.solver_state.to(state.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
-    return denoise.Walk(solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects)
+    return denoise.DenoiseRun(
+        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects
+    )
 
 
-def _record_step(state: ShotState, run: Walk, result: Sampled | NotFinite, context: RenderContext) -> None:
+def _record_step(
+    state: ShotState, run: DenoiseRun, result: StepResult | NotFinite, context: RenderContext
+) -> None:
     """What a step has left."""
     if isinstance(result, NotFinite):
         state.failed = result
         return
     state.step, state.solver_state = result.step, result.state
-    state.reads |= result.read
+    state.reads |= result.cells_read
     state.first_step_after = state.first_step_after or manifest_body.seconds_since(context.started_at)
     if run.effects:
         state.effects += [asdict(effect) for effect in run.effects]
@@ -195,9 +199,9 @@ def finish_latent(
         "phases": [stage1, *state.phases],
     }
     z_CTYX = state.solver_state.x
-    facts = manifest_body.to_plain_json(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
-    atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
-    tensor_file.save(shot.latents, z_CTYX, facts)
+    facts = manifest_body.to_plain_json(facts | {"latent": metrics.sketch_latent(z_CTYX.numpy())})
+    atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
+    tensor_file.save_latent(shot.latents, z_CTYX, facts)
     atomic.remove(shot.state)
     state.solver_state = None
     return z_CTYX, facts

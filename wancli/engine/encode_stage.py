@@ -10,7 +10,7 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device
 from wancli.errors import ErrorCapture, JobError
 from wancli.plan.shot import ModelSpec, Prompt
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode
 
@@ -38,7 +38,7 @@ def encode_each(
     texts = {prompt.id: prompt for prompt in prompts}
     encoded: dict[str, Encoded] = {}
     errors: dict[str, ErrorCapture] = {}
-    with Peak() as peak, context.progress.phase("encode", (), len(texts)) as bar:
+    with PeakMemory() as peak, context.progress.phase("encode", (), len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wancli import __version__
 from wancli.plan import backends, memory_estimate
 from wancli.plan.shot import Prompt, Shot
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.storage.manifest import canonical_json
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
@@ -162,7 +162,7 @@ def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
     ]
 
 
-def phase_record(name: str, peak: Peak) -> Record:
+def phase_record(name: str, peak: PeakMemory) -> Record:
     """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak."""
     return {
         "name": name,
@@ -198,7 +198,7 @@ def versions() -> dict[str, str]:
         "wancli": __version__,
         "python": platform.python_version(),
         **libraries,
-        "ffmpeg": ffmpeg.version(),
+        "ffmpeg": ffmpeg.read_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "platform": sys.platform,
     }

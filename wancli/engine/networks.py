@@ -12,7 +12,7 @@ from wancli.engine.manifest_body import Record
 from wancli.errors import MachineError
 from wancli.models.config import Expert
 from wancli.plan.shot import ModelSpec
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 
@@ -43,7 +43,7 @@ class Networks:
         from wancli.weights.loader import load_transformer
 
         self._loaded = self._patches = None
-        with Peak() as peak:
+        with PeakMemory() as peak:
             network = load_transformer(
                 self.model.checkpoint,
                 DTYPES[self.model.compute_dtype],
@@ -91,7 +91,7 @@ class Networks:
     def reuse(self) -> None:
         """The networks stay for another render, which loads nothing but its LoRAs."""
         self._loras.clear()
-        with Peak() as peak:
+        with PeakMemory() as peak:
             pass
         self.load_record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
 

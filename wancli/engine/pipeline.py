@@ -26,7 +26,7 @@ from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError,
 from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import ModelSpec, Shot
-from wancli.resources.measure import fitting, release
+from wancli.resources.measure import oom_as_error, release_memory
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.text.encoder import Encoded
 
@@ -67,7 +67,7 @@ def render_model(
     except Stopped:
         fresh = []
     if attempt.error:
-        release()
+        release_memory()
         yield from (failed_outcome(shot, attempt) for shot in fresh)
         fresh = []
     unencodable = {
@@ -120,8 +120,8 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
         if state == "in the way":
             raise output_exists_error(shot, why)
         if state == "damaged":
-            aside = atomic.set_aside(shot.output, "damaged")
-            atomic.set_aside(shot.manifest, "damaged")
+            aside = atomic.move_aside(shot.output, "damaged")
+            atomic.move_aside(shot.manifest, "damaged")
             moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
             context.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
@@ -137,7 +137,7 @@ def _sample_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext
     started: list[list[ShotState]] = [[] for _ in batches]
     for shots, ones in zip(batches, started):
         for shot in shots:
-            with ErrorCapture() as attempt, fitting("load", f"shot {shot.id}"):
+            with ErrorCapture() as attempt, oom_as_error("load", f"shot {shot.id}"):
                 ones.append(shot_state.load_or_start(shot, context))
             if attempt.error:
                 yield failed_outcome(shot, attempt)
@@ -170,12 +170,12 @@ def _render_stage(
     while not (context.stop.requested or context.lost_claim) and (
         ready := denoise_stage.select_ready(batch, expert)
     ):
-        with ErrorCapture() as attempt, fitting("sample", denoise_stage.format_batch(ready)):
+        with ErrorCapture() as attempt, oom_as_error("sample", denoise_stage.format_batch(ready)):
             denoise_stage.run_segment(
                 ready, denoise_stage.next_segment(batch, ready), networks, model_context.encoded, context
             )
         if attempt.error:
-            release()
+            release_memory()
             shot_state.fail_states(ready, attempt.error)
         yield from _report_failures(batch, attempt.stack, context)
     yield from _report_failures(batch, "", context)
@@ -183,7 +183,7 @@ def _render_stage(
     for one in batch:
         if one.over or one.fork or not _holds_claim(one.shot, context):
             continue
-        with ErrorCapture() as attempt, fitting("sample", f"shot {one.shot.id}"):
+        with ErrorCapture() as attempt, oom_as_error("sample", f"shot {one.shot.id}"):
             if one.step == one.shot.steps:
                 loras = networks.loras(one.shot.loras)
                 finished.append(
@@ -231,7 +231,7 @@ def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_conte
     try:
         if context.stop.requested:
             raise context.stop.error("before decoding")
-        with attempt, fitting("decode", f"shot {shot.id}"):
+        with attempt, oom_as_error("decode", f"shot {shot.id}"):
             if latent is None:
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
             body = decode_latent(*latent, shot.output, networks.vae, context)
@@ -244,7 +244,7 @@ def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_conte
         return Outcome(shot, "stopped")
     if attempt.error:
         latent = None
-        release()
+        release_memory()
         # Two that make the same video may differ in what wrote it: whoever holds the shot has it right.
         return failed_outcome(shot, attempt) if _holds_claim(shot, context) else Outcome(shot, "elsewhere")
     return Outcome(shot, "rendered", body)
@@ -255,7 +255,7 @@ def _load_saved_latent(shot: Shot, context: RenderContext) -> tuple[Tensor, Reco
     if context.force and context.force.is_outdated(shot, "latents"):
         return None
     try:
-        z_CTYX, facts = tensor_file.load(shot.latents)
+        z_CTYX, facts = tensor_file.load_latent(shot.latents)
     except EntryError:
         return None
     if facts["latents_key"] != shot.latents_key or effects_missing(shot, facts):

@@ -128,7 +128,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
     if shot.manifest.exists():
         return False
     try:
-        return bool(tensor_file.load(shot.latents)[1]["key"] == shot.key)
+        return bool(tensor_file.load_latent(shot.latents)[1]["key"] == shot.key)
     except EntryError:
         return False
 
@@ -149,9 +149,9 @@ def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:
     for model in dict.fromkeys(shot.model for shot in todo):
         backends.check(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
-        atomic.writable(folder)
+        atomic.require_writable(folder)
         if context.claims:
-            context.claims.possible(folder)
+            context.claims.require_claimable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         mp4.check_ffmpeg(codec)
     unknown = [

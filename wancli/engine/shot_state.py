@@ -75,14 +75,14 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
     job's, and with --force one of before, is moved aside."""
     if context.force and context.force.is_outdated(shot, "state"):
-        atomic.set_aside(shot.state)
+        atomic.move_aside(shot.state)
         return ShotState(shot)
     try:
         state, facts = state_file.load_state(shot.state)
         if not _belongs_to(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
-        if atomic.set_aside(shot.state):
+        if atomic.move_aside(shot.state):
             context.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
         return ShotState(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}

@@ -87,7 +87,7 @@ class Worker:
                 hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
             )
         store, policy = Store(Path(task.cache) / "embeddings"), FailurePolicy(retries=task.retries)
-        with Claims(waits=task.waits) as claims:
+        with Claims(waits_for_others=task.waits) as claims:
             tools = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
             yield from batch.render(replace(self._plan, shots=shots, unselected=()), tools)
 

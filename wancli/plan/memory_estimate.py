@@ -29,7 +29,7 @@ def predict_phases(shot: Shot) -> tuple[Phase, ...]:
         shot.model.vae_sizes,
         shot.latent_shape,
         chunk=shot.decode_chunk,
-        resident=sample.model,
+        resident_bytes=sample.model,
         mapped=shot.model.device == "cpu" and _is_only_fp32(shot.model.checkpoint.vae),
     )
     return predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts]), sample, decode
@@ -48,7 +48,7 @@ def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
     phase = memory_model.encode_phase(
         t5,
         prompt_tokens=max(tokens),
-        element=element,
+        element_bytes=element,
         streamed=residency == "streamed",
         prompts=len(tokens) if residency == "streamed" else 1,
     )
@@ -56,7 +56,9 @@ def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
     if residency == "packed":
         embedding = t5.vocab_size * t5.d_model * element
         weights = (
-            memory_model.t5_bytes(t5, element=element, streamed=True) + embedding + _packed_bytes(model, part)
+            memory_model.t5_bytes(t5, element_bytes=element, streamed=True)
+            + embedding
+            + _packed_bytes(model, part)
         )
     if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
         held = t5.num_layers if residency == "resident" else 2
@@ -81,10 +83,10 @@ def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
         wan,
         shot.latent_shape,
         context_rows=rows,
-        element=element,
-        resident=weights + sum(file.stat().st_size for file in {use.path for use in shot.loras}),
-        blocks=0 if resident and model.dtype == "fp8" else fetched,
-        riders=riders,
+        element_bytes=element,
+        extra_weight_bytes=weights + sum(file.stat().st_size for file in {use.path for use in shot.loras}),
+        blocks_in_memory=0 if resident and model.dtype == "fp8" else fetched,
+        forwards_per_pass=riders,
         chunk=model.kernels.chunk,
     )
     scratch = 0 if model.dtype == "fp8" else _unpack_bytes(model, part, model.residency)

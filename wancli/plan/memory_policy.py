@@ -36,9 +36,9 @@ def memory_limit(model: ModelSpec) -> int:
     if model.budget is not None:
         return model.budget
     if model.device == "cpu":
-        return machine.available() + machine.taken()
-    free = machine.cuda_free()
-    return sys.maxsize if free is None else free + machine.cuda_taken()
+        return machine.available_memory() + machine.process_memory()
+    free = machine.cuda_free_memory()
+    return sys.maxsize if free is None else free + machine.cuda_reserved_memory()
 
 
 def headroom(model: ModelSpec) -> int:

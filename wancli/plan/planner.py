@@ -24,7 +24,7 @@ from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
 from wancli.resources import machine
-from wancli.storage.paths import output_path, slug
+from wancli.storage.paths import output_path, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
@@ -225,7 +225,7 @@ def _with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         "job": jobs.name,
         "item": shot.index,
         "id": shot.id,
-        "slug": slug(shot.prompt.tokens.text),
+        "slug": slugify(shot.prompt.tokens.text),
         "seed": shot.seed,
         # Of everything else that is decided here, and slow to hash for a thousand shots.
         "key": shot.key[:12] if "{key" in item.job.output else "",

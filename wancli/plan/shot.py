@@ -18,9 +18,9 @@ from wancli.models.config import Expert, Kernels, T5Config, VAE22Config, VAEConf
 from wancli.plan import memory_estimate
 from wancli.plan.prefix_sharing import Fork
 from wancli.resources.memory_model import Phase, Residency
-from wancli.sampling.solvers import SigmaSchedule, schedule
-from wancli.sampling.stages import Stage, stages
-from wancli.storage.paths import slug
+from wancli.sampling.solvers import SigmaSchedule, build_schedule
+from wancli.sampling.stages import Stage, split_stages
+from wancli.storage.paths import slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokens
 from wancli.weights.checkpoint import Checkpoint
@@ -156,12 +156,12 @@ class Shot:
 
     @cached_property
     def sigma_schedule(self) -> SigmaSchedule:
-        return schedule(self.solver, self.steps, self.shift)
+        return build_schedule(self.solver, self.steps, self.shift)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         boundary = self.model.checkpoint.variant.boundary
-        return stages(self.sigma_schedule.timesteps, boundary, self.guidance, self.guidance_low)
+        return split_stages(self.sigma_schedule.timesteps, boundary, self.guidance, self.guidance_low)
 
     @cached_property
     def table(self) -> Table:
@@ -266,7 +266,7 @@ class Plan:
             folder = shots[0].output.parent
         name = os.fsencode(self.name)
         if len(name) > _NAME_BYTES:
-            return folder / f"{slug(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
+            return folder / f"{slugify(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
         return folder / f"{self.name}.{suffix}"
 
 

@@ -31,10 +31,10 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
             word
             for text in shot.prompts
             if not text.file
-            for word in wan_mini.unknown_words(text.tokens.pieces)
+            for word in wan_mini.find_unknown_words(text.tokens.pieces)
         ]
         if words:
-            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.KNOWS}"
+            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.SUBJECTS_HINT}"
     for rule, text in zip(shot.rules, shot.injected):
         if not rule.is_active and not is_baseline:
             yield "an injection has strength 0 and changes nothing"

@@ -159,7 +159,7 @@ def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
     activation = sampling.activation
     if probe.method == "gradient":
         element = memory_estimate.ELEMENT_BYTES[shot.model.compute_dtype]
-        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
+        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element_bytes=element))
     velocities = FP32 * (len(probe.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", sampling.model, activation, sampling.buffer + velocities)
 

@@ -29,7 +29,7 @@ from wancli.probe import request, sensitivity
 from wancli.probe.request import ProbeRequest
 from wancli.probe.sensitivity import ProbePoint
 from wancli.progress import Phase
-from wancli.resources.measure import fitting
+from wancli.resources.measure import oom_as_error
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
@@ -47,7 +47,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     store = tools.store
     all_cached = all(text.file or (store and store.path(text.id).exists()) for text in probe.texts)
     forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
-    with fitting("encode", f"shot {shot.id}"):
+    with oom_as_error("encode", f"shot {shot.id}"):
         encoded, _ = encode_prompts(shot.model, probe.texts, tools)
     rows: list[list[float]] = []
     seconds, passes = 0.0, _blocks_per_level(probe)
@@ -56,7 +56,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     # Tensors made in inference mode cannot take part in a derivative.
     without_gradients = torch.no_grad() if probe.method == "gradient" else torch.inference_mode()
     with (
-        fitting("probe", f"shot {shot.id}"),
+        oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
         tools.progress.phase("probe", [shot.id], total) as bar,
     ):
@@ -87,7 +87,7 @@ def _trace(
     (step, None) after each step."""
     shot = probe.plain_shot
     networks = Networks(shot.model)
-    state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
+    state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
     for stage in (stage for stage in shot.stages if stage.steps.start <= probe.levels[-1]):
         state = yield from _trace_stage(probe, stage, state, networks, encoded, forwards_per_pass)
 
@@ -113,7 +113,9 @@ def _trace_stage(
             yield step, _probe_point(probe, model, contexts, state, step)
         if step < last:
             single_step = replace(stage, steps=range(step, step + 1))
-            run = denoise.Walk(state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step)
+            run = denoise.DenoiseRun(
+                state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step
+            )
             (reached,) = denoise.denoise(model, run, shot.forwards_per_step if forwards_per_pass > 1 else 1)
             state = reached.state
             yield step, None

@@ -76,7 +76,7 @@ def write_report(plan: Plan, report: dict[str, Any]) -> Path:
     path = report_path(plan)
     earlier = read_report(path)
     if path.exists() and earlier is None:
-        atomic.set_aside(path)
+        atomic.move_aside(path)
     if plan.unselected:
         selected = {entry["output"]: entry for entry in report["shots"]}
         known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
@@ -110,7 +110,7 @@ def report_path(plan: Plan) -> Path:
 
 def read_report(path: Path) -> dict[str, Any] | None:
     """The report that is there, None if there is none."""
-    return sidecars.document(path, SCHEMA)
+    return sidecars.read_document(path, SCHEMA)
 
 
 def plan_document(

@@ -98,8 +98,8 @@ def plan_outputs(
 
     Raises JobError where one would take the place of a video or of a `reserved` name."""
     outputs = OutputFiles(
-        _split_into_files(sheets, clips, beside, contact_sheet.PAGE) if sheets else [],
-        _split_into_files(videos, clips, beside, side_by_side.GRID) if videos else [],
+        _split_into_files(sheets, clips, beside, contact_sheet.MAX_VIDEOS) if sheets else [],
+        _split_into_files(videos, clips, beside, side_by_side.MAX_VIDEOS) if videos else [],
     )
     taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
     for path in outputs.paths:
@@ -119,7 +119,9 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderConte
     )
     with tools.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
-            contact_sheet.write(path, contact_sheet.contact_sheet(part, [captions[one.id] for one in part]))
+            contact_sheet.write(
+                path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])
+            )
             bar.advance()
         for path, part in outputs.videos:
             _raise_if_stopped(tools)
@@ -181,7 +183,9 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
     if _is_current(path, key):
         return
     # A manifest may be of a time when the shot had another id.
-    clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
+    clips = [
+        replace(one, id=shot.id) for one, shot in zip(clip.read_clips([shot.output for shot in done]), done)
+    ]
     by_id = {one.id: one for one in clips}
     beside = {id: by_id[wanted.baselines[id]] for id in by_id}
     baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
@@ -217,7 +221,7 @@ def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, to
 def _write_document(path: Path, document: JsonObject) -> None:
     """Over an earlier one; another file of that name moves aside."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
@@ -231,7 +235,7 @@ def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
 def _is_current(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
-        found = sidecars.document(path, SCHEMA) or {}
+        found = sidecars.read_document(path, SCHEMA) or {}
         return found["key"] == key and all(
             atomic.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )

@@ -35,7 +35,7 @@ def test_the_first_signal_is_a_request_that_names_it(name: str, status: int) -> 
 
 
 def test_nobody_has_asked_a_new_flag() -> None:
-    assert not Stop().asked
+    assert not Stop().requested
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -83,7 +83,7 @@ def test_a_signal_while_planning_ends_with_75(
 def test_a_signal_while_the_report_is_written_lets_it_be_finished(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
 ) -> None:
-    write = batch_report.write
+    write = batch_report.write_report
 
     def disturbed(*arguments: Any) -> Path:
         signal.raise_signal(number)

@@ -28,7 +28,7 @@ from wancli.farm.ray_driver import _ActorSlot, _match, _read_outcomes
 from wancli.farm.ray_worker import Task, Worker, error_from_dict, error_to_dict
 from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import load
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
 
 Render = Callable[..., Said]
@@ -200,7 +200,7 @@ def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
     job = written(
         folder, tiny_job(model, **JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}} | changes)
     )
-    return job, plan(load(job), folder / "memo")
+    return job, build_plan(load(job), folder / "memo")
 
 
 def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:

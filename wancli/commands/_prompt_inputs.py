@@ -118,7 +118,11 @@ def encode_prompts(
 
 
 def read_pairs(
-    prompts: Sequence[str], file: Path | None, folder: Path | None, memo: Path, flags: CliOverrides = NO_OVERRIDES
+    prompts: Sequence[str],
+    file: Path | None,
+    folder: Path | None,
+    memo: Path,
+    flags: CliOverrides = NO_OVERRIDES,
 ) -> list[PromptPair]:
     """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
 

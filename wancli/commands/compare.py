@@ -40,7 +40,7 @@ def compare_command(
     from wancli.video import clip
 
     display = create_display(progress.value, quiet)
-    clips = clip.read(videos)
+    clips = clip.read_clips(videos)
     tools = RenderContext(None, display)
     chosen = comparison.select_baseline(clips, baseline)
     beside = {one.id: chosen for one in clips}

@@ -77,8 +77,12 @@ def probe_command(
     from wancli.report import block_map_text, terminal
 
     display = create_display(progress.value, quiet)
-    planned = planner.build_plan(load_job(job, collect_flags(sets)), hashes_path(cache_dir), allow_missing_maps=True)
-    asked = request.plan_probe(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
+    planned = planner.build_plan(
+        load_job(job, collect_flags(sets)), hashes_path(cache_dir), allow_missing_maps=True
+    )
+    asked = request.plan_probe(
+        planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
+    )
     path = _require_writable(output or planned.sidecar_path(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)

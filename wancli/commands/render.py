@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wancli.engine.context import RenderContext
-    from wancli.engine.outcome import Outcome, FailurePolicy
+    from wancli.engine.outcome import FailurePolicy, Outcome
     from wancli.farm.ray_driver import Cluster
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan

@@ -95,7 +95,7 @@ class _RenderRequest:
             raise MachineError(
                 f"refuses: {message['refused']}",
                 where=str(self._path),
-                hint="wancli serve --stop ends the server; start it again from require_cwd.",
+                hint="wancli serve --stop ends the server; start it again from here.",
             )
         self._begun = bool(message)
         if not self._begun:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.plan import alternatives
 from wancli.progress import make_printable
-from wancli.report.batch_report import prompt_rows, memory_rows, largest_shots, count_steps, estimate_time, shots_to_render
+from wancli.report.batch_report import (
+    count_steps,
+    estimate_time,
+    largest_shots,
+    memory_rows,
+    prompt_rows,
+    shots_to_render,
+)
 from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
 from wancli.report.shot_text import format_lora, format_shot

@@ -47,7 +47,7 @@ def describe_rule(shot: Shot, index: int) -> str:
 
 
 def format_lora(use: LoraUse) -> str:
-    """Describe a LoRA: `a.safetensors at 0.7, blocks 27-39, all steps: 130 targets, rank 32, kohya naming`."""
+    """Describe a LoRA: `a.safetensors at 0.7, blocks 27-39, all steps: 130 targets, kohya naming`."""
     blocks = "all blocks" if use.blocks is None else f"blocks {format_ranges(use.blocks)}"
     steps = "all steps" if use.steps is None else f"steps {format_ranges(use.steps)}"
     coverage = use.coverage

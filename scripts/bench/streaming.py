@@ -84,7 +84,7 @@ class Overhead:
 def both(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanModel]:
     """Resident and streamed, `depth` blocks each, which share all that is not in the blocks."""
     checkpoint = _checkpoint(folder, config)
-    resident = load_transformer(checkpoint, torch.float32, "cpu")
+    resident = load_transformer(checkpoint)
     streamed = WanModel.__new__(WanModel)
     nn.Module.__init__(streamed)
     streamed.config = resident.config

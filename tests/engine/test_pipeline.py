@@ -441,7 +441,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_debris(
     said = render(output="out/{id}.mp4", items=items)
     assert said.code == 130
     assert said.out == f"{tmp_path}/out/a.mp4\n"
-    assert said.err == "wancli: interrupted; finished shots are kept, run again to go on\n"
+    assert said.err == "wancli: interrupted; finished shots are kept, run again to continue\n"
     assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "job.report.json"]
     report = json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == ["rendered", "not started", "not started"]

@@ -99,7 +99,7 @@ def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
     assert said.code == code
     assert said.err.splitlines() == [
         f"wancli: stopped by {number.name}; 1 shot is saved on the way, 1 not begun",
-        f"  go on: wancli render {tmp_path}/job.yaml -q --json",
+        f"  resume: wancli render {tmp_path}/job.yaml -q --json",
     ]
     expected = ["rendered", "stopped", "not started"]
     assert [shot["status"] for shot in json.loads(said.out)["shots"]] == expected
@@ -327,7 +327,9 @@ def test_a_stopped_force_goes_on_with_the_shots_that_it_has_not_made(
         said = render("--force", **changes)
     assert said.code == 75
     command = f"wancli render {tmp_path}/job.yaml --force --quiet --items 1-2"
-    assert said.err.endswith(f"\n  --force begins anew what was on its way\n  go on: {command}\n")
+    assert said.err.endswith(
+        f"\n  --force starts shots in progress again from the first step\n  resume: {command}\n"
+    )
     assert render("--force", "--items", "1-2", **changes).code == 0
     assert len(list((tmp_path / "out").glob("*.old-1.mp4"))) == 3
     assert not list((tmp_path / "out").glob("*.old-2.mp4"))

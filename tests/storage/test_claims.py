@@ -591,11 +591,11 @@ def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(
     items = [{"id": id, "seed": ord(id)} for id in "ab"]
     said = render("--no-wait", output="out/{id}.mp4", items=items)
     assert (said.code, said.out) == (75, f"{tmp_path}/out/b.mp4\n")
-    assert said.err.startswith("wancli: 1 shot is with other workers: other:7\n  go on: wancli render ")
+    assert said.err.startswith("wancli: 1 shot is with other workers: other:7\n  resume: wancli render ")
     assert [shot["status"] for shot in report_of(tmp_path)] == ["elsewhere", "rendered"]
     put(planned(folder("ab")).shots[0], body(host="other", pid=7))
     said = render("--no-wait", "--force", output="out/{id}.mp4", items=items)
-    assert (said.code, "begins anew" in said.err) == (75, False)  # nothing was on its way
+    assert (said.code, "again from the first step" in said.err) == (75, False)  # nothing was on its way
 
 
 def test_workers_that_are_all_told_to_render_again_do_it_once(

@@ -176,7 +176,7 @@ def _seconds(work: Callable[[], None], times: int) -> float:
 
 def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.ProbePoint:
     contexts = ContextCache(model, rows_NE)
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])
     )

@@ -18,7 +18,7 @@ from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.table import Text
 from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import load
-from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
+from wancli.models.variants import NEGATIVE_PROMPT, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.plan import planner as planning
 from wancli.plan.shot import Plan, Shot
 from wancli.text.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable
     assert shot.tokens == 32760
     assert (shot.solver, shot.seed, shot.noise, shot.crf, shot.codec) == ("unipc", 0, "cpu", 16, "h264")
     assert shot.negative is not None
-    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE, 512, truncate=True)
+    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE_PROMPT, 512, truncate=True)
     assert (shot.id, shot.keep_latents, shot.measure, shot.rules) == ("0000", False, False, ())
 
 

@@ -131,12 +131,12 @@ def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
 
     def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
         return [v * float("nan") for v in real(self, requests, riders)]
 
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    monkeypatch.setattr(WanModel, "predict_velocities", sick)
     said = render("--json-stream")
     found = events(said.out)
     (failed,) = of("shot-failed", found)

@@ -92,7 +92,7 @@ def _groups(shots: Sequence[Shot], ways: PrefixTree) -> Iterator[Group]:
 def _kind(shot: Shot) -> Hashable:
     """What must be the same in all shots of a group."""
     stages = tuple((stage.expert, stage.steps) for stage in shot.stages)
-    weights = tuple(tuple(use.decided.items()) for use in shot.loras)
+    weights = tuple(tuple(use.pixel_settings.items()) for use in shot.loras)
     return shot.model, shot.batch, stages, weights
 
 

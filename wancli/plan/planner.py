@@ -27,7 +27,7 @@ from wancli.resources import machine
 from wancli.storage.paths import output_path, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
-from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
 
 
 def build_plan(
@@ -93,8 +93,8 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
     )
     return ModelSpec(
         checkpoint,
-        text_encoder_sizes(checkpoint),
-        vae_sizes(checkpoint),
+        text_encoder_config(checkpoint),
+        vae_config(checkpoint),
         transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), hash_cache),
         vae=fingerprint(checkpoint.vae_files, hash_cache),
         encoder=encoder,
@@ -141,7 +141,7 @@ def _build_shot(
     prompt, negative, injected = _resolve_prompts(
         item, model, guided=any(part.guidance != 1 for part in way.stages)
     )
-    transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
+    transformer, sigmas = model.checkpoint.transformer_config, way.schedule.sigmas
     rules, choices = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, way.stages)
     lora_paths = [
         model_registry.resolve_path(

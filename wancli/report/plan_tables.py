@@ -45,7 +45,7 @@ def format_plan(
     """Format the shots and their `states`, the prompts to encode, the memory of the largest shot with its
     reasons, and the time. With `others`, also format the memory of other settings."""
     for model in dict.fromkeys(shot.model for shot in plan.shots):
-        sizes = model.checkpoint.transformer
+        sizes = model.checkpoint.transformer_config
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
         runs = f"{model.dtype} on {model.device}, {model.residency}"
         runs += "" if model.kernels.chunk is None else f", {model.kernels.chunk:,} tokens at a time"

@@ -61,7 +61,7 @@ def format_lora(use: LoraUse) -> str:
 
 def format_injection_table(shot: Shot) -> Iterator[str]:
     """Draw the injection table, one column per block: which share of its context is injected."""
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     yield f"{'block':>16}  {draw_ruler(depth)}"
     for branch in shot.table.branches:
         for cells_of, steps in shot.table.distinct_rows(branch).items():

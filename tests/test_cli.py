@@ -495,7 +495,7 @@ def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--model", "no"], "--model: 'no' is not there"),
+        (["x", "--model", "no"], "--model: 'no' not found"),
         (["x", "--model", TINY, "--max-tokens", "300"], "--max-tokens: 300 is not 256 or 512"),
         (["a " * 300, "--model", TINY], "the prompt has 301 tokens, text.max_tokens is 256"),
         (["no.yaml"], "no.yaml: cannot be read: No such file or directory"),

@@ -28,7 +28,7 @@ class MatchedLora:
     coverage: Coverage
 
 
-def match_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
+def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
     lora_file = read_lora_file(path)
     _, coverage = match_lora(lora_file, transformer_shapes(transformer))

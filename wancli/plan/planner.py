@@ -48,7 +48,7 @@ def build_plan(
     model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
-    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, hash_cache))
+    lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):

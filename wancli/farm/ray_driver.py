@@ -148,7 +148,7 @@ def _dispatch(
             raise MachineError(
                 f"all {count} workers died",
                 where="--engine ray",
-                hint="The logs of Ray say why; too little memory is most likely. The same command goes on.",
+                hint="The logs of Ray say why; too little memory is most likely. The same command resumes.",
             )
         if ending or tools.stop.requested:
             for seat, _ in busy.values():  # more than once: one may just have been started again

@@ -38,7 +38,7 @@ class Setting:
         path = self.key.split(".")
         if path[0] in EXPANSION_KEYS:
             where = self.layer.location((), of_key=True)
-            raise JobError("is no key of a shot; it says which shots there are", where=where)
+            raise JobError("is not a key of a shot; it lists or varies the shots of a file", where=where)
         try:
             result = assign(raw, path, self.layer.value)
         except LookupError as error:
@@ -77,7 +77,7 @@ def build_axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis])
     for column in columns:
         values = [json.dumps(setting.layer.value) for setting in column]
         problems += [
-            f"{setting.layer.location(setting.layer.at)}: is there twice"
+            f"{setting.layer.location(setting.layer.at)}: appears twice"
             for i, setting in enumerate(column)
             if values[i] in values[:i]
         ]
@@ -164,7 +164,7 @@ def _read_columns(columns: Any, name: str, layers: Layers, problems: list[str]) 
         return
     for key, values in columns.items():
         if not all(key.split(".")):
-            problems.append(f"{layers.location(name, key)}: is no key; write sampler.steps")
+            problems.append(f"{layers.location(name, key)}: is not a key; write sampler.steps")
             continue
         if values == []:
             problems.append(f"{layers.location(name, key)}: has no values, so that there would be no shot")

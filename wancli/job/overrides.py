@@ -123,7 +123,7 @@ def assign(base: Any, path: Sequence[str], value: Any, done: tuple[str, ...] = (
         entry = assign(base[index], rest, value, (*done, head))
         return [*base[:index], entry, *base[index + 1 :]]
     if not isinstance(base, dict):
-        raise LookupError(f"{here} is no mapping, so there is no {head} in it")
+        raise LookupError(f"{here} is not a mapping, so there is no {head} in it")
     if rest and rest[0].isdecimal() and head not in base:
         raise LookupError(f"{'.'.join((*done, head))} has no entries")
     return {**base, head: assign(base.get(head, {}), rest, value, (*done, head))}

@@ -86,7 +86,7 @@ def require(shots: Sequence[Shot], store: Store | None = None) -> None:
             raise NoSpace(
                 f"{many} may need {needed} on this disk, {free} are free",
                 where=str(need.folder),
-                hint="Free some space, write elsewhere with `output`, or render a part with --items.",
+                hint="Free some space, choose another `output`, or render a part with --items.",
             )
 
 

@@ -129,7 +129,7 @@ def describe_limit(model: ModelSpec, allowed: int) -> str:
     """Where a limit comes from: `the budget is 12.0 GiB`."""
     if model.budget is not None:
         return f"the budget is {format_bytes(allowed)}"
-    return "what is free is not known" if allowed == sys.maxsize else f"{format_bytes(allowed)} are free"
+    return "the free memory is not known" if allowed == sys.maxsize else f"{format_bytes(allowed)} are free"
 
 
 def _distinct_shots(shots: Sequence[Shot]) -> list[Shot]:

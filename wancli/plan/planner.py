@@ -248,7 +248,7 @@ def _parse_size(item: Item, variant: Variant) -> tuple[int, int]:
     where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
-        raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
+        raise JobError(f"{item.job.size!r} is not a size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
     stride = variant.stride
     near = tuple(max(stride, round(side / stride) * stride) for side in size)

@@ -229,7 +229,7 @@ def test_a_lora_of_another_model_ends_with_4_before_anything_is_loaded(
 def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
     def decided(*loras: dict[str, Any], **changes: Any) -> Shot:
         job = tiny_job(**{"model": shallow, "loras": list(loras)} | changes)
-        (shot,) = planning.plan(load(written(tmp_path, job)), warm / "memo.json").shots
+        (shot,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
         return shot
 
     return decided

@@ -24,7 +24,7 @@ from jobs import (
 
 from wancli.job.loader import load
 from wancli.models.vae import WanVAE
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.sampling.solvers import build_schedule
 from wancli.video import mp4
 
@@ -56,7 +56,7 @@ def test_the_manifest_says_what_was_decided_and_what_was_read(
     assert {phase["name"] for phase in body["predicted"]} == {"encode", "sample", "decode"}
     (file,) = body["files"]
     assert (file["path"], file["bytes"]) == ("clip.mp4", (tmp_path / "out/clip.mp4").stat().st_size)
-    decided = plan(load(tmp_path / "job.yaml"), tmp_path / "memo.json").shots[0]
+    decided = build_plan(load(tmp_path / "job.yaml"), tmp_path / "memo.json").shots[0]
     assert (body["key"], body["latents_key"]) == (decided.key, decided.latents_key)
 
 

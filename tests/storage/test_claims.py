@@ -22,12 +22,12 @@ from forked import Forked, start
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli.engine.batch import render as render_plan
-from wancli.engine.batch import tallied
+from wancli.engine.batch import track_outcomes
 from wancli.engine.context import Force, RenderContext
 from wancli.engine.outcome import Outcome
 from wancli.errors import ClaimedElsewhere, MachineError, NoSpace, Stopped
 from wancli.job.loader import load
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
 from wancli.progress import Progress
 from wancli.signals import Stop
@@ -463,7 +463,7 @@ class Notes(Progress):
 
 
 def planned(job: Folder) -> Plan:
-    return plan(load(job.job), job.cache / "hashes.json")
+    return build_plan(load(job.job), job.cache / "hashes.json")
 
 
 def tools(job: Folder, claims: Claims, progress: Progress | None = None, **changes: Any) -> RenderContext:
@@ -471,7 +471,7 @@ def tools(job: Folder, claims: Claims, progress: Progress | None = None, **chang
 
 
 def forced(job: Folder) -> Force:
-    return Force.of(planned(job).shots)
+    return Force.snapshot(planned(job).shots)
 
 
 def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_done(
@@ -501,14 +501,14 @@ def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Call
     phases: list[str] = []
 
     class Watch(Notes):
-        def phase(self, shot: str, name: str, *rest: Any) -> Any:
-            phases.append(f"{name} {shot}")
-            return super().phase(shot, name, *rest)
+        def phase(self, name: str, shots: Any, total: int) -> Any:
+            phases.append(name)
+            return super().phase(name, shots, total)
 
     notes = Watch(lambda: (hidden.rename(there), path.unlink()))
     with Claims() as claims:
         (outcome,) = render_plan(planned(job), tools(job, claims, notes))
-    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode prompts"])
+    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode"])
 
 
 def test_who_waits_for_several_waits_for_the_last_of_them(folder: Callable[..., Folder]) -> None:
@@ -568,7 +568,7 @@ def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Calla
     with Claims() as claims:
         for left in ([], [Outcome(b, "stopped")]):
             with pytest.raises(Stopped, match=r"1 (not begun|shot is saved)"):
-                list(tallied(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
+                list(track_outcomes(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
 
 
 def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
@@ -579,9 +579,9 @@ def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
     error = MachineError("ffmpeg died")
     with Claims() as claims:
         both = [Outcome(a, "failed", error=error), Outcome(b, "elsewhere")]
-        assert list(tallied(iter(both), [a, b], tools(job, claims))) == both
+        assert list(track_outcomes(iter(both), [a, b], tools(job, claims))) == both
         with pytest.raises(ClaimedElsewhere, match="1 shot is with other workers"):
-            list(tallied(iter(both[1:]), [b], tools(job, claims)))
+            list(track_outcomes(iter(both[1:]), [b], tools(job, claims)))
 
 
 def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(
@@ -621,7 +621,7 @@ def test_workers_that_encode_together_encode_no_prompt_twice(
     folder: Callable[..., Folder], tmp_path: Path
 ) -> None:
     shots = planned(folder("a")).shots
-    encoder, tokens = shots[0].model.encoder, [text.tokens for text in shots[0].texts]
+    encoder, tokens = shots[0].model.encoder, [text.tokens for text in shots[0].prompts]
     prompts = [replace(tokens[0], text=f"never asked before, {n}") for n in range(4)]
     store = Store(tmp_path / "embeddings")
     one, other = encode(encoder, prompts, store), encode(encoder, prompts, store)

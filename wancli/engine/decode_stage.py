@@ -112,7 +112,7 @@ def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, t
     import torch
 
     shot = record["shot"]
-    with torch.inference_mode(), tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar:
+    with torch.inference_mode(), tools.progress.phase("decode", [shot["id"]], shot["frames"]) as bar:
 
         def rgb() -> Iterator[memoryview]:
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), chunk):
@@ -122,7 +122,7 @@ def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, t
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield mp4.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
-                if tools.lost:
+                if tools.lost_claim:
                     raise ClaimedElsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
                 atomic.move_aside(output)

@@ -9,7 +9,7 @@ from wancli.job.loader import Item
 from wancli.job.schema import ExpertGuidance
 from wancli.models.variants import Variant
 from wancli.plan.injections import no_experts_error
-from wancli.sampling.solvers import SOLVERS, Schedule, Solver, build_schedule
+from wancli.sampling.solvers import SOLVERS, SigmaSchedule, Solver, build_schedule
 from wancli.sampling.stages import Stage, split_stages
 
 
@@ -20,7 +20,7 @@ class SamplerSettings(NamedTuple):
     shift: float
     guidance: float
     guidance_low: float | None
-    schedule: Schedule
+    schedule: SigmaSchedule
     stages: tuple[Stage, ...]
 
 

@@ -23,7 +23,7 @@ from wancli.storage import atomic
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
     from wancli.models.config import WanConfig
-    from wancli.plan.shot import Model, Shot
+    from wancli.plan.shot import ModelSpec, Shot
 
 PHASES = ("encode", "load", "sample", "decode")
 MAX_RATES = 400  # records, the newest
@@ -59,9 +59,9 @@ class Workload:
 
 def shot_workloads(shot: Shot) -> dict[str, Workload]:
     """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
-    model, wan = shot.model, shot.model.checkpoint.transformer
+    model, wan = shot.model, shot.model.checkpoint.transformer_config
     here = machine.device_name(model.device)
-    counts = [len(text.tokens.ids) for text in shot.texts if not text.file]
+    counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
     return {
         "encode": encoding_workload(model, counts),
         "load": Workload(
@@ -82,7 +82,7 @@ def shot_workloads(shot: Shot) -> dict[str, Workload]:
     }
 
 
-def encoding_workload(model: Model, counts: Sequence[int]) -> Workload:
+def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
     """Prompts of so many tokens."""
     amount = sum(flops.encode_flops(model.text_encoder, count) for count in counts)
     encoder, width = model.encoder, model.text_encoder.d_model
@@ -183,7 +183,7 @@ def predict_phases(
 
     for model in dict.fromkeys(shot.model for shot in shots):
         own = [shot for shot in shots if shot.model == model]
-        texts = {text.id: text for shot in own for text in shot.texts if text.id in missing}
+        texts = {text.id: text for shot in own for text in shot.prompts if text.id in missing}
         add("encode", encoding_workload(model, [len(text.tokens.ids) for text in texts.values()]))
         add("load", shot_workloads(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
@@ -211,8 +211,8 @@ def rates_used(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
 
 def sampling_flops(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
-    wan = shot.model.checkpoint.transformer
-    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
+    wan = shot.model.checkpoint.transformer_config
+    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
     contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
     return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
 

@@ -67,7 +67,7 @@ def measure_document(
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
-    with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
+    with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
         for shot in comparison_metrics.measure_clips(clips, beside):
             shots.append(shot)
             bar.advance()
@@ -117,7 +117,7 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderConte
         dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
         for beside in (True, False)
     )
-    with tools.progress.phase(document["baseline"], "draw", len(outputs.paths)) as bar:
+    with tools.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
             contact_sheet.write(
                 path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])
@@ -169,7 +169,7 @@ def run_comparison(plan: Plan, tools: RenderContext) -> None:
 def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     finished = {
         shot.id: shot
-        for shot in plan.whole
+        for shot in plan.all_shots
         if shot.id in wanted.baselines and manifest.is_done(shot.output, shot.key)
     }
     done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
@@ -178,7 +178,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
         return
     if missing := len(wanted.baselines) - len(finished):
         tools.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
-    path = plan.companion("compare.json")
+    path = plan.sidecar_path("compare.json")
     key = _comparison_key(done, wanted)
     if _is_current(path, key):
         return
@@ -188,9 +188,9 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
     ]
     by_id = {one.id: one for one in clips}
     beside = {id: by_id[wanted.baselines[id]] for id in by_id}
-    baseline = by_id.get(wanted.baseline, beside[clips[0].id])
+    baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
-    outputs = [shot.output for shot in plan.whole]
+    outputs = [shot.output for shot in plan.all_shots]
     files = plan_outputs(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
     document = measure_document(clips, baseline, beside, tools, plan.name)
     write_outputs(document, files, tools)
@@ -208,7 +208,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
 
 def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
     """One warning for all baselines that are not done, and whose shots are."""
-    beside = [wanted.baselines[id] for id in finished] or [wanted.baseline]
+    beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
         tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")

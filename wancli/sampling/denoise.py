@@ -16,7 +16,7 @@ from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forwa
 from wancli.injection.effects import velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
-from wancli.sampling.solvers import SOLVERS, Schedule, State
+from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
 from wancli.sampling.stages import Stage
 
 
@@ -44,7 +44,7 @@ class DenoiseRun:
     """
 
     state: State
-    schedule: Schedule
+    schedule: SigmaSchedule
     solver: str
     table: Table
     contexts: ContextCache
@@ -136,7 +136,7 @@ def _solve_step(
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:
     """Runs the bad step again, block by block, to say where the first NaN or Inf comes from."""
     for forward in _build_forwards(run, StepResult(step, State(x_CTYX), frozenset()), step):
-        residuals = model.residuals(forward.x_BCTYX, forward.t, forward.contexts)
+        residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts)
         for block, x_BLD in enumerate(residuals):
             if not torch.isfinite(x_BLD).all():
                 return f"NaN or Inf at step {step}, {forward.contexts.branch} branch, first in block {block}"

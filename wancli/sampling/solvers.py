@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SigmaSchedule:
     """N timesteps as the model is told them, and N+1 noise levels, the last one 0."""
 
     timesteps: tuple[float, ...]
@@ -67,7 +67,7 @@ def shift_sigma(sigma: float, shift: float) -> float:
 
 
 @cache
-def build_schedule(solver: str, steps: int, shift: float) -> Schedule:
+def build_schedule(solver: str, steps: int, shift: float) -> SigmaSchedule:
     """The official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
     solver_spec = SOLVERS[solver]
     sigmas = [shift_sigma(solver_spec.sigma_max * (1 - i / steps), shift) for i in range(steps)]
@@ -76,7 +76,7 @@ def build_schedule(solver: str, steps: int, shift: float) -> Schedule:
         if solver_spec.integer_timesteps
         else _round_to_fp32(1000 * s for s in sigmas)
     )
-    return Schedule(tuple(times), (*_round_to_fp32(sigmas), 0.0))
+    return SigmaSchedule(tuple(times), (*_round_to_fp32(sigmas), 0.0))
 
 
 def _round_to_fp32(values: Iterable[float]) -> list[float]:

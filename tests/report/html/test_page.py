@@ -18,7 +18,7 @@ from jobs import command, written
 from wancli.cli import run
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.report import batch_report, shots_table
 from wancli.report.html import model_facts, page, page_data, rerun_job
 from wancli.report.html.collect import ReportInputs
@@ -171,7 +171,7 @@ def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path)
     text = rerun_job.rerun_command(rerun_job.build_job(body, str(tmp_path / "again.mp4")))
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
-    (shot,) = plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
+    (shot,) = build_plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
     assert shot.key == body["key"]
 
 

@@ -1,6 +1,6 @@
 """What sharing a pass over streamed weights gains: four shots, one by one and together.
 
-    python -m scripts.bench.lockstep [--dtype fp8] [--size 128x128] [--repeats 3]
+    python -m scripts.bench.batching [--dtype fp8] [--size 128x128] [--repeats 3]
 
 Writes a random checkpoint of some hundred MB with the widths of Wan 1.3B, renders the same job with
 `batch: 1` and `batch: auto` in turn, each in a process of its own, and compares the latents. The file is

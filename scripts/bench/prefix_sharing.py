@@ -1,6 +1,6 @@
 """What it gains that variants share steps: a sweep of eight, and the same eight one by one.
 
-    python -m scripts.bench.sharing [--steps 20] [--size 128x128] [--repeats 3]
+    python -m scripts.bench.prefix_sharing [--steps 20] [--size 128x128] [--repeats 3]
 
 wan-mini; seven variants inject a second prompt from half the steps on, one is plain. The sweep is one
 `wancli render`; each of the eight is another, in a process of its own. Latents must be the same.

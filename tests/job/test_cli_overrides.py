@@ -68,7 +68,7 @@ def test_the_last_of_two_flags_that_set_a_key_wins_and_starts_its_paths_here() -
         ({"sets": ("samplr.steps=5",)}, "--set samplr.steps: unknown key; did you mean 'sampler'?"),
         ({"sets": ("sampler={step: 5}",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
         ({"sets": ("prompt=A circle: red",)}, "--set prompt.embedding: is missing"),
-        ({"sets": ("matrix.seed=[1]",)}, "--set matrix.seed: is no key of a shot"),
+        ({"sets": ("matrix.seed=[1]",)}, "--set matrix.seed: is not a key of a shot"),
         ({"sets": ("inject.1.blocks=5",)}, "--set inject.1.blocks: inject has 1 entries, and no 1"),
         ({"sets": ("inject.x.blocks=5",)}, "--set inject.x.blocks: inject has 1 entries, and no x"),
         ({"sweeps": ("seed=1,x",)}, "--sweep seed.1: expected a whole number, got 'x'"),

@@ -189,7 +189,7 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: is there twice"]),
         (
             "matrix:\n  items: [1]",
-            ["job.yaml:7: matrix.items: is no key of a shot; it says which shots there are"],
+            ["job.yaml:7: matrix.items: is not a key of a shot; it lists or varies the shots of a file"],
         ),
         (
             "matrix: {seed: [1]}\nzip: {seed: [2]}",
@@ -226,7 +226,7 @@ def test_a_sweep_larger_than_a_batch_can_be_is_refused_before_it_is_made() -> No
     many = ", ".join(map(str, range(1000)))
     text = f"matrix: {{seed: [{many}], sampler.steps: [{many}], frames: [{many}]}}\n"
     assert problems(text) == [
-        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; {MAX_SHOTS:,} at most"
+        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; the limit is {MAX_SHOTS:,}"
     ]
 
 

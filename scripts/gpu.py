@@ -28,17 +28,17 @@ from torch import Tensor, nn
 
 from scripts.bench.markdown import table
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
-from wancli.models.attention import attention_backend
-from wancli.models.config import Kernels, WanConfig
+from wancli.models.attention import choose_backend
+from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import CrossAttention
 from wancli.resources import memory_model
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
 from wancli.weights.formats.packed import Packed
-from wancli.weights.formats.read import packed
-from wancli.weights.fp8_linear import CAPABILITY, multiply_in_fp8
-from wancli.weights.loader import KEPT_FP32, load_into
-from wancli.weights.offload import Streamed, matrix_names, placed
+from wancli.weights.formats.read import read_packed
+from wancli.weights.fp8_linear import CAPABILITY, replace_with_fp8
+from wancli.weights.loader import FP32_PARAMETERS, load_into
+from wancli.weights.offload import OffloadedBlocks, matrix_names, place_weights
 
 PROMPT = 60  # tokens
 STREAMED_BLOCKS = 20
@@ -103,17 +103,17 @@ def random_model(bench: Bench, *, fp8: bool = False) -> WanModel:
     """A transformer of random weights on the device, as `load_transformer` makes it."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = WanModel(bench.config, Kernels(fp8_matmul=fp8))
+        model = WanModel(bench.config, ComputeOptions(fp8_matmul=fp8))
     matrices = frozenset(matrix_names(model.blocks, "blocks")) if fp8 else frozenset()
     made: dict[str, Tensor] = {}
     for name, meta in model.state_dict().items():
-        kept = torch.float32 if any(part in name for part in KEPT_FP32) else torch.bfloat16
+        kept = torch.float32 if any(part in name for part in FP32_PARAMETERS) else torch.bfloat16
         drawn = meta.to(kept) if name in matrices else _drawn(name, meta, bench.device).to(kept)
         made[name] = drawn
     model.load_state_dict(made, assign=True)
     if fp8:
         source = {name: _drawn_fp8(made[name], bench.device) for name in matrices}
-        multiply_in_fp8(model.blocks, "blocks", source, bench.device)
+        replace_with_fp8(model.blocks, "blocks", source, bench.device)
     return model.eval()
 
 
@@ -139,7 +139,7 @@ def streamed_model(bench: Bench, config: WanConfig, dtype: str, folder: Path) ->
     """A transformer whose blocks stay in a file of random weights, bf16 or fp8."""
     path = folder / f"{dtype}.safetensors"
     write_safetensors(path, transformer_entries(config, dtype))
-    found = packed([path], rename=str)
+    found = read_packed([path], rename=str)
     with torch.device("meta"):
         model = WanModel(config)
     away = matrix_names(model.blocks, "blocks")
@@ -149,12 +149,12 @@ def streamed_model(bench: Bench, config: WanConfig, dtype: str, folder: Path) ->
         rename=str,
         dtype=torch.bfloat16,
         device=bench.device,
-        keep_fp32=lambda name: any(part in name for part in KEPT_FP32),
+        keep_fp32=lambda name: any(part in name for part in FP32_PARAMETERS),
         where=str(path),
-        leave=frozenset(away),
+        keep_on_meta=frozenset(away),
     )
-    source = placed({name: found[name] for name in away}, "streamed", bench.device)
-    model.blocks = Streamed(model.blocks, "blocks", source, bench.device)
+    source = place_weights({name: found[name] for name in away}, "streamed", bench.device)
+    model.blocks = OffloadedBlocks(model.blocks, "blocks", source, bench.device)
     return model.eval()
 
 
@@ -241,7 +241,12 @@ def _off(velocity: Tensor, expected: Tensor | None) -> float | None:
 
 def predicted(bench: Bench, config: WanConfig, *, resident: int = 0, blocks: int | None = None) -> int:
     return memory_model.sample_phase(
-        config, bench.latent, context_rows=PROMPT + 1, element=2, resident=resident, blocks=blocks
+        config,
+        bench.latent,
+        context_rows=PROMPT + 1,
+        element_bytes=2,
+        extra_weight_bytes=resident,
+        blocks_in_memory=blocks,
     ).total
 
 
@@ -294,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
         cells = [row.cells(bench.tokens) for row in rows(bench, Path(folder))]
     print(table(COLUMNS, cells))
     name = torch.cuda.get_device_name() if said.device == "cuda" else "CPU"
-    backend = attention_backend(said.device, torch.bfloat16, bench.config.head_dim)
+    backend = choose_backend(said.device, torch.bfloat16, bench.config.head_dim)
     print(f"\n{datetime.date.today()}, {name}, torch {torch.__version__}, {bench.tokens:,} tokens, {backend}")
     return failed
 

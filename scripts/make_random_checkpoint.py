@@ -92,7 +92,7 @@ def transformer_entries(config: WanConfig, dtype: str) -> list[Entry]:
 
 def umt5_entries(config: T5Config) -> list[Entry]:
     """Under the official names, in bf16."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in t5.build(config).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in t5.build_encoder(config).state_dict().items()}
     names = ["token_embedding.weight", "norm.weight"]
     names += [
         f"blocks.{i}.{part}.weight" for i in range(config.num_layers) for part in UMT5_BLOCK_TO_TRANSFORMERS

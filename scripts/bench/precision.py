@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from scripts.bench.markdown import stamp
 from scripts.bench.quantize import to_blocks
 from wancli import wan_mini
-from wancli.models.config import Kernels, WanConfig
+from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import Block, Head, WanModel
 from wancli.models.dit_layers import rope_table
-from wancli.models.text_context import folded
+from wancli.models.text_context import from_padded_rows
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.packed import FP8_MAX, Packed, pack_fp8
-from wancli.weights.loader import KEPT_FP32, transformer_weights
+from wancli.weights.loader import FP32_PARAMETERS, read_transformer_weights
 
 TINY = Path(__file__).parents[2] / "tests" / "fixtures" / "wan21-tiny"
 MATRIX = re.compile(r"(blocks\.\d+\.)?((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -108,8 +108,8 @@ def distance(found: Tensor, exact: Tensor) -> float:
 def whole_model(folder: Path) -> Callable[[Mode], Tensor]:
     """The velocity of a checkpoint at an early and a late step, its matrices stored by a mode."""
     checkpoint = identify(folder)
-    config = checkpoint.transformer
-    weights = transformer_weights(checkpoint)
+    config = checkpoint.transformer_config
+    weights = read_transformer_weights(checkpoint)
     x_BCTYX, text_NE = noise(1, config.in_dim, 2, 8, 8), noise(20, config.text_dim)
 
     @torch.inference_mode()
@@ -131,13 +131,13 @@ def two_blocks(config: WanConfig) -> Callable[[Mode], Tensor]:
 
     @torch.inference_mode()
     def velocity(mode: Mode) -> Tensor:
-        mix = ((folded(noise(20, config.dim), config.text_len), 1.0),)
+        mix = ((from_padded_rows(noise(20, config.dim), config.text_len), 1.0),)
         time_BD, time_B6D = 0.3 * noise(1, config.dim), 0.3 * noise(1, 6, config.dim)
         rope_L1P = rope_table(GRID, config.head_dim, time_BD.device)
         x_BLD = noise(1, len(rope_L1P), config.dim)
         for number in range(1, config.num_layers + 1):
             with torch.device("meta"):
-                block = Block(config, Kernels())
+                block = Block(config, ComputeOptions())
             fill(block, random_weights(block, number), mode)
             x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
         v_BLF: Tensor = head(x_BLD, time_BD)
@@ -151,7 +151,7 @@ def fill(module: nn.Module, weight: Callable[[str], Tensor], mode: Mode) -> None
     by way of what the mode stores."""
     made: dict[str, Tensor] = {}
     for name in module.state_dict():
-        dtype = torch.float32 if any(part in name for part in KEPT_FP32) else mode.computes
+        dtype = torch.float32 if any(part in name for part in FP32_PARAMETERS) else mode.computes
         stored = mode.stored(weight(name)) if MATRIX.fullmatch(name) else weight(name)
         made[name] = stored.unpack(dtype) if isinstance(stored, Packed) else stored.to(dtype)
     module.load_state_dict(made, assign=True)

@@ -24,14 +24,14 @@ import torch
 from scripts.bench.markdown import stamp, table
 from wancli.engine.batch import render
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, BlockMapStore, Method
 from wancli.injection.contexts import ContextCache
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan, Shot
 from wancli.probe import request, run, sensitivity
 from wancli.probe.renders import mean_difference
@@ -65,7 +65,7 @@ def job(pair: int, seed: int, size: str, **more: Any) -> dict[str, Any]:
 
 def planned(folder: Path, said: dict[str, Any], *, unmeasured: bool = False) -> Plan:
     file = parse(json.dumps(said).encode(), "job", "job", folder)
-    return plan(file, folder / "cache" / "hashes.json", unmeasured=unmeasured)
+    return build_plan(file, folder / "cache" / "hashes.json", allow_missing_maps=unmeasured)
 
 
 def surveyed(folder: Path, tools: RenderContext, pairs: int, seeds: int, size: str) -> Found:
@@ -138,7 +138,7 @@ def agreements(found: Found) -> Iterator[tuple[str, str, list[float]]]:
 def costs(folder: Path, tools: RenderContext, size: str) -> Iterator[tuple[str, float]]:
     """One noise level of each method in forwards, in processor time."""
     (shot,) = planned(folder, job(0, 0, size)).shots
-    encoded, _ = embed(shot.model, shot.texts, tools)
+    encoded, _ = encode_prompts(shot.model, shot.prompts, tools)
     model = Networks(shot.model).transformer("only").requires_grad_(False)
     with torch.no_grad():
         place = _place(model, shot, {id: one.embedding.rows_NE for id, one in encoded.items()})
@@ -176,12 +176,12 @@ def _seconds(work: Callable[[], None], times: int) -> float:
 
 def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.ProbePoint:
     contexts = ContextCache(model, rows_NE)
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])
     )
-    x_1CTYX = denoise.noise(shot.latent_shape, shot.seed)[None]
-    return sensitivity.ProbePoint(model, x_1CTYX, shot.schedule.timesteps[3], plain, injected)
+    x_1CTYX = denoise.draw_noise(shot.latent_shape, shot.seed)[None]
+    return sensitivity.ProbePoint(model, x_1CTYX, shot.sigma_schedule.timesteps[3], plain, injected)
 
 
 def main() -> None:

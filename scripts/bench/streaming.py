@@ -31,13 +31,13 @@ from wancli.models.config import WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Blocks
 from wancli.weights.checkpoint import Checkpoint, identify
-from wancli.weights.loader import load_transformer, transformer_weights
-from wancli.weights.offload import Streamed, matrix_names, placed
+from wancli.weights.loader import load_transformer, read_transformer_weights
+from wancli.weights.offload import OffloadedBlocks, matrix_names, place_weights
 
 DISTINCT = 2
 PROMPT = 60  # tokens
 TINY = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DISTINCT, text_dim=32, freq_dim=64)
-COLUMNS = ("forwards of one pass", "resident s/block", "streamed s/block", "overhead", "of the best runs")
+COLUMNS = ("forwards of one pass", "resident s/block", "streamed s/block", "overhead", "best runs")
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def both(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanMode
     with torch.device("meta"):
         bare = WanModel(replace(config, num_layers=depth)).blocks
     _small_ones(bare, blocks)
-    found = transformer_weights(checkpoint)
+    found = read_transformer_weights(checkpoint)
     names = matrix_names(bare, "blocks")
     source = {name: found[_distinct(name)] for name in names}
-    streamed.blocks = Streamed(bare, "blocks", placed(source, "streamed", "cpu"), "cpu")
+    streamed.blocks = OffloadedBlocks(bare, "blocks", place_weights(source, "streamed", "cpu"), "cpu")
     resident.blocks = Blocks(blocks[i % DISTINCT] for i in range(depth))
     return resident, streamed.eval()
 
@@ -146,7 +146,7 @@ def measure(models: tuple[WanModel, WanModel], case: Case) -> Overhead:
 
 
 def _way(model: WanModel, requests: Sequence[Request]) -> Callable[[], list[torch.Tensor]]:
-    return lambda: model.velocities(requests)
+    return lambda: model.predict_velocities(requests)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,10 +23,10 @@ from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, MapModel, NoiseLevel, PromptPair
 from wancli.job.loader import load
 from wancli.models import variants
-from wancli.models.config import Kernels
+from wancli.models.config import ComputeOptions
 from wancli.plan import memory_estimate
-from wancli.plan.planner import plan
-from wancli.plan.shot import Model, Shot
+from wancli.plan.planner import build_plan
+from wancli.plan.shot import ModelSpec, Shot
 from wancli.report.html import model_facts, page, page_data
 from wancli.report.html.collect import ReportInputs
 from wancli.weights.lora.match import Coverage
@@ -247,14 +247,14 @@ def settings_of(shot: Shot) -> dict[str, Any]:
         "width": shot.width,
         "height": shot.height,
         "frames": shot.frames,
-        "tokens": [len(text.tokens.ids) for text in shot.texts],
-        "riders": shot.riders,
+        "tokens": [len(text.tokens.ids) for text in shot.prompts],
+        "riders": shot.forwards_per_step,
         "decodeChunk": shot.decode_chunk,
         "loras": sum(path.stat().st_size for path in {use.path for use in shot.loras}),
     }
 
 
-def models(tiny: Model) -> list[Model]:
+def models(tiny: ModelSpec) -> list[ModelSpec]:
     """The model of a shot, and those that Wan released, on a CPU and on a GPU."""
     found = [replace(tiny, device=device) for device in ("cpu", "cuda")]
     for name, device in itertools.product(model_facts.RELEASED, ("cpu", "cuda")):
@@ -278,7 +278,7 @@ def grid(shot: Shot) -> list[Shot]:
             [*ways, ("fp8", "packed")], (None, 1024), sizes
         ):
             text = {"fp8": "fp32" if model.device == "cpu" else "bf16"}.get(dtype, dtype)
-            housed = replace(model, dtype=dtype, residency=residency, kernels=Kernels(chunk=chunk))
+            housed = replace(model, dtype=dtype, residency=residency, kernels=ComputeOptions(chunk=chunk))
             housed = replace(housed, encoder=replace(model.encoder, dtype=text, residency=residency))
             found.append(replace(shot, model=housed, width=width, height=height, frames=frames, shared=None))
     return found
@@ -288,15 +288,15 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     style = tmp_path / "style.safetensors"
     style.write_bytes(bytes(1_234_567))
     lora = LoraUse(style, "", 1.0, None, None, None, Coverage("kohya", 1, {}, (0,), 0, (4,), True, 0, 0, ()))
-    plain, fish, _ = plan(load(out.parent / "job.yaml"), tmp_path / "memo.json").shots
+    plain, fish, _ = build_plan(load(out.parent / "job.yaml"), tmp_path / "memo.json").shots
     shots = [plain, replace(fish, loras=(lora, lora))]
     every_way = [way for shot in shots for way in grid(shot)]
     assert len(every_way) == 2 * 10 * 10 * 2 * 3
     asked = [
         [
             model_facts.calculator_constants(
-                vars(way.model.checkpoint.transformer),
-                json.loads(json.dumps(memory_estimate.networks(way.model))),
+                vars(way.model.checkpoint.transformer_config),
+                json.loads(json.dumps(memory_estimate.network_sizes(way.model))),
                 way.model.device,
             ),
             settings_of(way),
@@ -307,7 +307,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     run = "JSON.parse(arguments[0]).map(([of, a]) => [processOf(of), tokensOf(of, a), phasesOf(of, a)])"
     found = opened.execute_script(f"{source}\nreturn {run}", json.dumps(asked))
     for way, (process, tokens, phases) in zip(every_way, found, strict=True):
-        assert (process, tokens) == (memory_estimate.process(way.model), way.tokens)
+        assert (process, tokens) == (memory_estimate.process_bytes(way.model), way.tokens)
         for ours, theirs in zip(way.phases, phases, strict=True):
             told = {key: theirs[key] for key in ("name", "model", "activation", "buffer", "total")}
             assert told == {**vars(ours), "total": ours.total}, settings_of(way)

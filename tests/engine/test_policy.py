@@ -29,7 +29,7 @@ from jobs import (
 
 from wancli import errors
 from wancli.engine.decode_stage import decode_attempts
-from wancli.engine.outcome import Policy, exit_status, of_flags
+from wancli.engine.outcome import FailurePolicy, exit_status, policy_from_flags
 from wancli.errors import ErrorCapture
 from wancli.models import t5
 from wancli.models.dit import WanModel
@@ -70,18 +70,18 @@ def failing(
 
 
 def test_fail_fast_is_one_failure_and_does_not_go_with_another_number() -> None:
-    assert of_flags(True, None, 0) == Policy(1, 0)
-    assert [of_flags(False, 3, 2).ends(n) for n in (2, 3, 4)] == [False, True, True]
-    assert not Policy().ends(10_000)
+    assert policy_from_flags(True, None, 0) == FailurePolicy(1, 0)
+    assert [policy_from_flags(False, 3, 2).should_stop(n) for n in (2, 3, 4)] == [False, True, True]
+    assert not FailurePolicy().should_stop(10_000)
     with pytest.raises(errors.JobError, match="give one of them"):
-        of_flags(True, 3, 0)
+        policy_from_flags(True, 3, 0)
 
 
 def test_only_errors_that_say_so_are_tried_again_and_not_for_ever() -> None:
-    policy = Policy(retries=2)
-    assert [policy.tries_again(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
-    assert not policy.tries_again(errors.NotFinite("x"), 1)
-    assert not Policy().tries_again(errors.FfmpegError("x"), 1)
+    policy = FailurePolicy(retries=2)
+    assert [policy.should_retry(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
+    assert not policy.should_retry(errors.NotFinite("x"), 1)
+    assert not FailurePolicy().should_retry(errors.FfmpegError("x"), 1)
     retryable = {
         kind for kind in errors.error_types() if kind.retryable and not issubclass(kind, errors.Stopped)
     }
@@ -208,14 +208,14 @@ def test_what_was_sampled_before_memory_ran_out_is_on_disk_and_a_retry_goes_on_f
 def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_chunks_and_the_manifest_says_so(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, capsys: Any
 ) -> None:
-    real = VAE.frames_of
+    real = VAE.decode_chunk
 
     def hungry(self: VAE, z_CTYX: torch.Tensor, stream: Any) -> torch.Tensor:
         if z_CTYX.shape[1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, z_CTYX, stream)
 
-    monkeypatch.setattr(VAE, "frames_of", hungry)
+    monkeypatch.setattr(VAE, "decode_chunk", hungry)
     job = written(tmp_path, tiny_job(frames=9, memory={"decode_chunk": chunk}))
     said = command(capsys, "render", job, "--progress", "plain")
     assert said.code == 0
@@ -240,7 +240,7 @@ def test_each_way_to_decode_takes_less_than_the_one_before() -> None:
 def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = t5.rows_of_each
+    real = t5.encode_batch
     bad = Tokenizer(SPIECE).to_ids("a bad one")
 
     def rows(model: Any, prompts: Any) -> list[torch.Tensor]:
@@ -249,7 +249,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
             for ids, rows_NE in zip(prompts, real(model, prompts))
         ]
 
-    monkeypatch.setattr(t5, "rows_of_each", rows)
+    monkeypatch.setattr(t5, "encode_batch", rows)
     items = [
         {"id": "a"},
         {"id": "b", "prompt": "a bad one"},
@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_the_states_of_those_that_were_on_their_way(
 def test_shots_of_a_group_are_tried_again_alone(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, groups = WanModel.velocities, []
+    real, groups = WanModel.predict_velocities, []
 
     def at_most_two(self: WanModel, requests: Any, riders: Any = None) -> Any:
         groups.append(len(requests))
@@ -340,7 +340,7 @@ def test_shots_of_a_group_are_tried_again_alone(
             raise MemoryError
         return real(self, requests, riders)
 
-    monkeypatch.setattr(WanModel, "velocities", at_most_two)
+    monkeypatch.setattr(WanModel, "predict_velocities", at_most_two)
     items = [{"id": "a"}, {"id": "b", "seed": 1}]
     said = {"output": "out/{id}.mp4", "items": items, "batch": 2, "memory": {"residency": "streamed"}}
     assert render(**said).code == 5
@@ -351,14 +351,14 @@ def test_shots_of_a_group_are_tried_again_alone(
 def test_the_state_of_a_shot_that_met_nan_goes_for_it_would_lead_there_again(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, state = WanModel.velocities, tmp_path / "out/clip.state.safetensors"
+    real, state = WanModel.predict_velocities, tmp_path / "out/clip.state.safetensors"
     there: list[bool] = []
 
     def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
         there.append(state.exists())
         return [v * (float("nan") if there[-1] else 1) for v in real(self, requests, riders)]
 
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    monkeypatch.setattr(WanModel, "predict_velocities", sick)
     assert render(save_every=1, sampler={"steps": 4}).code == 1
     assert there[-1]
     assert not state.exists()

@@ -18,7 +18,7 @@ from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import parse
 from wancli.job.schema import Job
 from wancli.job.validation import EXPANSION_KEYS
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [
@@ -81,7 +81,7 @@ def tried(data: bytes, folder: Path) -> None:
     """Reads a job and plans it, where it has few shots: thousands take their time with good reason."""
     jobs = parse(data, "fuzz", "fuzz.yaml", folder, NO_OVERRIDES)
     if len(jobs.items) <= 8:
-        plan(jobs, folder / "memo.json")
+        build_plan(jobs, folder / "memo.json")
 
 
 def mutated(draw: random.Random) -> bytes:

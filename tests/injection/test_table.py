@@ -19,7 +19,7 @@ from wancli.injection.table import (
     parse_blocks,
     parse_steps,
 )
-from wancli.sampling.solvers import schedule
+from wancli.sampling.solvers import build_schedule
 
 MAIN, OTHER, THIRD = Text("main"), Text("other"), Text("third")
 BASE = {"cond": "main", "uncond": "negative"}
@@ -101,11 +101,11 @@ def test_a_block_set_that_means_nothing_is_refused(spec: object, message: str) -
     ],
 )
 def test_step_ranges_mean_what_they_say(spec: object, expected: object) -> None:
-    assert parse_steps(spec, schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
+    assert parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
 
 
 def test_a_sigma_range_picks_the_steps_whose_noise_is_in_it() -> None:
-    sigmas = schedule("euler", 10, 1.0).sigmas
+    sigmas = build_schedule("euler", 10, 1.0).sigmas
     assert parse_steps((0.5, 1.0), sigmas) == (0, 1, 2, 3, 4, 5)
     assert parse_steps((0.0, 0.2), sigmas) == (8, 9)
 
@@ -113,7 +113,7 @@ def test_a_sigma_range_picks_the_steps_whose_noise_is_in_it() -> None:
 @pytest.mark.parametrize("spec", ["4-2", "10", "40-20%", "0-140%", "first", "1-2-3"])
 def test_a_step_range_that_means_nothing_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match=r"step|empty|part of the way"):
-        parse_steps(spec, schedule("euler", 10, 1.0).sigmas)
+        parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas)
 
 
 def test_a_list_of_strengths_goes_to_the_blocks_in_the_order_they_were_named() -> None:

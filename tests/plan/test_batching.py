@@ -60,14 +60,14 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., list[Shot
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "memory": STREAMED, "items": list(items)} | said
         path = written(tmp_path, tiny_job(shallow, **job))
-        return list(planning.plan(load(path), warm / "memo.json").shots)
+        return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
 
 
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one whenever a pass over the blocks fetches its first weight."""
-    real = Networks._fetched
+    real = Networks._patch_fetched
     found: list[str] = []
 
     def fetched(self: Networks, name: str, weight: Tensor) -> None:
@@ -75,7 +75,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append(name)
         real(self, name, weight)
 
-    monkeypatch.setattr(Networks, "_fetched", fetched)
+    monkeypatch.setattr(Networks, "_patch_fetched", fetched)
     return found
 
 
@@ -116,7 +116,7 @@ def test_a_shot_that_meets_nan_fails_alone(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
-    real, seen = WanModel.velocities, [0]
+    real, seen = WanModel.predict_velocities, [0]
 
     def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
         seen[0] += len(requests)
@@ -126,7 +126,7 @@ def test_a_shot_that_meets_nan_fails_alone(
             for i, v in enumerate(found)
         ]
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = batch(folder=tmp_path / "together", items=UNLIKE)
     assert said.code == 1
     assert said.err.startswith("wancli: shot b: NaN or Inf at step 1, after the last block\n")
@@ -267,30 +267,43 @@ def test_a_worker_takes_eight_shots_at_once_or_as_many_as_the_job_says(
 def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     decide: Callable[..., list[Shot]],
 ) -> None:
-    config = decide({})[0].model.checkpoint.transformer
+    config = decide({})[0].model.checkpoint.transformer_config
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
-    rows = sum(text.rows for text in one.texts)
+    rows = sum(text.rows for text in one.prompts)
     expected = memory_model.sample_phase(
-        config, one.latent_shape, context_rows=rows, element=4, blocks=2, riders=6, shots=3
+        config,
+        one.latent_shape,
+        context_rows=rows,
+        element_bytes=4,
+        blocks_in_memory=2,
+        forwards_per_pass=6,
+        shots=3,
     )
-    assert batching.sampling(same) == expected == same[2].phases[1]
+    assert batching.predict_batch(same) == expected == same[2].phases[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
         memory_model.sample_phase(
-            config, shot.latent_shape, context_rows=0, element=4, blocks=2, riders=riders
+            config,
+            shot.latent_shape,
+            context_rows=0,
+            element_bytes=4,
+            blocks_in_memory=2,
+            forwards_per_pass=riders,
         )
         for shot, riders in ((small, 1), (large, 2))
     ]
     stream = small.tokens * 4 * (config.dim + config.head_dim)
-    assert batching.sampling([small, large]).activation == alone[1].activation + stream
+    assert batching.predict_batch([small, large]).activation == alone[1].activation + stream
 
 
 def test_as_many_shots_share_a_pass_as_fit(
     decide: Callable[..., list[Shot]], render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
-    three = batching.sampling(decide(*items)[:3]).total
-    monkeypatch.setattr(memory_policy, "limit", lambda model: memory_estimate.process(model) + three)
+    three = batching.predict_batch(decide(*items)[:3]).total
+    monkeypatch.setattr(
+        memory_policy, "memory_limit", lambda model: memory_estimate.process_bytes(model) + three
+    )
     assert [shot.sharing for shot in decide(*items)] == [3] * 3 + [2] * 2
     said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
     assert said.code == 5

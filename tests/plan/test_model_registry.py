@@ -17,7 +17,7 @@ from wancli.job.loader import load
 from wancli.plan import model_registry
 from wancli.plan import planner as planning
 from wancli.plan.shot import Shot
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 ROOT = Path(__file__).parents[2]
 WHOLE = {"transformer": TRANSFORMER, "text_encoder": T5, "tokenizer": "spiece.model", "vae": VAE, "heads": 2}
@@ -47,13 +47,13 @@ def flat(tmp_path: Path, shallow: Path) -> Path:
 
 
 def shot_of(tmp_path: Path, **changes: Any) -> Shot:
-    (shot,) = planning.plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+    (shot,) = planning.build_plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
     return shot
 
 
 def problem(tmp_path: Path, model: Any) -> JobError:
     with pytest.raises(JobError) as caught:
-        planning.plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
+        planning.build_plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
     return caught.value
 
 
@@ -63,7 +63,7 @@ def test_the_example_models_are_all_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.keys() == yaml.safe_load((ROOT / "configs/models.yaml").read_text()).keys()
     assert found["wan2.2-t2v-a14b"] == Path("/models/Wan2.2-T2V-A14B")
     small = found["my-small-wan"]
-    assert isinstance(small, Files)
+    assert isinstance(small, SingleFiles)
     assert (small.heads, small.vae) == (4, ROOT / "configs/small/vae.safetensors")
 
 
@@ -188,7 +188,7 @@ def test_one_file_finds_the_others_beside_it(flat: Path, tmp_path: Path) -> None
     config = WanConfig(128, 64, 1, 1, text_dim=64, freq_dim=32)
     save_file(WanModel(config).state_dict(), flat / TRANSFORMER)
     shot = shot_of(flat, model=TRANSFORMER)
-    assert shot.model.checkpoint.transformer == config
+    assert shot.model.checkpoint.transformer_config == config
     assert shot.model.checkpoint.vae_files == (flat / VAE,)
     assert shot_of(flat, model=".").key == shot.key
 

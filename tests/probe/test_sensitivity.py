@@ -216,5 +216,5 @@ def test_what_autograd_keeps_of_one_block_is_within_what_memory_predicts(dim: in
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         list(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
     measured = sum(size for at, size in kept.items() if at not in weights)
-    predicted = memory_model.derivative_bytes(place.model.config, 256, element=4)
+    predicted = memory_model.derivative_bytes(place.model.config, 256, element_bytes=4)
     assert measured < predicted < 2 * measured

@@ -19,7 +19,7 @@ from wancli.errors import (
     strip_traceback,
 )
 from wancli.plan import model_registry
-from wancli.resources.measure import Peak, fitting, release
+from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
 from wancli.storage import atomic, manifest, tensor_file
 from wancli.video import mp4
 
@@ -42,7 +42,7 @@ def decode_file(
 
     if not path.exists():
         raise JobError("no such file", where=str(path))
-    z_CTYX, record = tensor_file.load(path)
+    z_CTYX, record = tensor_file.load_latent(path)
     output = output or path.with_name(record["shot"]["output"])
     if output.exists() and not tools.force:
         raise OutputExists(
@@ -75,7 +75,7 @@ def decode_latent(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, tools:
     attempts = decode_attempts(home_device, shot["decode_chunk"])
     for number, (device, chunk) in enumerate(attempts):
         try:
-            with fitting("decode", f"shot {shot['id']}"), Peak() as peak:
+            with oom_as_error("decode", f"shot {shot['id']}"), PeakMemory() as peak:
                 vae.to(device)
                 _write(z_CTYX, record, output, vae, chunk, tools)
             break
@@ -85,7 +85,7 @@ def decode_latent(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, tools:
             ran_out = strip_traceback(error)
         finally:
             vae.to(home_device)
-        release()
+        release_memory()
         way = f"on {attempts[number + 1][0]} with decode_chunk {attempts[number + 1][1]}"
         tools.progress.warn(f"{ran_out}; decoding {way} instead, which may round pixels otherwise")
     body = record | {
@@ -112,7 +112,7 @@ def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, t
     import torch
 
     shot = record["shot"]
-    with torch.inference_mode(), tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar:
+    with torch.inference_mode(), tools.progress.phase("decode", [shot["id"]], shot["frames"]) as bar:
 
         def rgb() -> Iterator[memoryview]:
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), chunk):
@@ -122,11 +122,11 @@ def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, t
                     raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot['id']}")
                 yield mp4.to_rgb24(frames_CTYX)
                 bar.advance(frames_CTYX.shape[1])
-                if tools.lost:
+                if tools.lost_claim:
                     raise ClaimedElsewhere("another worker took it over", where=f"shot {shot['id']}")
             if tools.force:  # not before there is something to put in their place
-                atomic.set_aside(output)
-                atomic.set_aside(manifest.manifest_path(output))
+                atomic.move_aside(output)
+                atomic.move_aside(manifest.manifest_path(output))
 
         mp4.write_mp4(
             rgb(),

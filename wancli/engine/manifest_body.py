@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from wancli import __version__
 from wancli.plan import backends, memory_estimate
 from wancli.plan.shot import Prompt, Shot
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.storage.manifest import canonical_json
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 if TYPE_CHECKING:
     from wancli.weights.lora.patch import Loras
@@ -53,8 +53,8 @@ def shot_record(shot: Shot) -> Record:
             "shift": shot.shift,
             "guidance": shot.guidance,
             "stages": [stage.as_dict() for stage in shot.stages],
-            "timesteps": shot.schedule.timesteps,
-            "sigmas": shot.schedule.sigmas,
+            "timesteps": shot.sigma_schedule.timesteps,
+            "sigmas": shot.sigma_schedule.sigmas,
             "fps": shot.fps,
             "crf": shot.crf,
             "codec": shot.codec,
@@ -65,13 +65,13 @@ def shot_record(shot: Shot) -> Record:
             "root": str(model.checkpoint.root),
             "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
-            "sizes": asdict(model.checkpoint.transformer),
-            "networks": memory_estimate.networks(model),
+            "sizes": asdict(model.checkpoint.transformer_config),
+            "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
             "text_encoder": model.encoder.residency,
             "chunk": model.kernels.chunk,
-            "why": list(model.why),
+            "why": list(model.residency_reasons),
             "device": model.device,
             "kernels": asdict(model.kernels),
             "attention": backends.describe_attention(model),
@@ -82,7 +82,7 @@ def shot_record(shot: Shot) -> Record:
             },
         },
         "predicted": [
-            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process(model) + phase.total}
+            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
             for phase in shot.phases
         ],
         "versions": versions(),
@@ -102,7 +102,7 @@ def checkpoint_location(model: Record) -> Location:
     if not files:
         return Path(model["root"])
     paths = {key: Path(path) for key, path in files.items() if key != "heads"}
-    return Files(**paths, heads=files.get("heads"))
+    return SingleFiles(**paths, heads=files.get("heads"))
 
 
 def prompt_record(prompt: Prompt, hit: bool) -> Record:
@@ -154,7 +154,7 @@ def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
         {
             "path": str(use.path),
             "bytes": use.path.stat().st_size,
-            **use.decided,
+            **use.pixel_settings,
             "coverage": asdict(lora.coverage),
             "scales": lora.scales,
         }
@@ -162,7 +162,7 @@ def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
     ]
 
 
-def phase_record(name: str, peak: Peak) -> Record:
+def phase_record(name: str, peak: PeakMemory) -> Record:
     """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak."""
     return {
         "name": name,
@@ -198,7 +198,7 @@ def versions() -> dict[str, str]:
         "wancli": __version__,
         "python": platform.python_version(),
         **libraries,
-        "ffmpeg": ffmpeg.version(),
+        "ffmpeg": ffmpeg.read_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "platform": sys.platform,
     }

@@ -81,7 +81,7 @@ def check_shots(shots: Iterable[Shot], *, deep: bool = False) -> Verdict:
 
 def _stale_claims(claims: Iterable[Path]) -> list[Path]:
     """Those whose workers are known to be gone: of this host."""
-    return [path for path in claims if (seen := claim_file.look(path)) and claim_file.gone(seen)]
+    return [path for path in claims if (seen := claim_file.read_claim(path)) and claim_file.is_dead(seen)]
 
 
 def _list_files(root: Path) -> Iterator[Path]:
@@ -171,7 +171,7 @@ def _split(line: str, *paths: Path) -> tuple[Path, str]:
 
 def _latent_problem(path: Path, output: Path, shot: Shot | None) -> str:
     try:
-        record = tensor_file.load(path)[1]
+        record = tensor_file.load_latent(path)[1]
     except EntryError as error:
         return error.message
     if record["shot"]["output"] != output.name:

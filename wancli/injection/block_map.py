@@ -138,13 +138,13 @@ def write(path: Path, block_map: BlockMap) -> None:
     """Puts a map there. An earlier map is replaced; another file of that name is moved aside."""
     # Names of files that are not UTF-8 arrive as lone surrogates.
     text = json.dumps(block_map.as_dict(), indent=1, ensure_ascii=False) + "\n"
-    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def read(path: Path) -> BlockMap | None:
     """The map in a file; None where there is none that is whole."""
     try:
-        block_map = BlockMap.model_validate(sidecars.document(path, SCHEMA))
+        block_map = BlockMap.model_validate(sidecars.read_document(path, SCHEMA))
     except ValidationError:
         return None
     return block_map if _is_sound(block_map) else None

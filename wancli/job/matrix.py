@@ -17,7 +17,7 @@ from wancli.errors import JobError
 from wancli.job.overrides import Layer, Merged, Sources
 from wancli.job.validation import EXPANSION_KEYS
 from wancli.job.yaml_reader import Key
-from wancli.storage.paths import slug
+from wancli.storage.paths import slugify
 
 MAX_SHOTS = 10_000
 ID_BYTES = 24  # of each value in the id of a shot
@@ -215,7 +215,7 @@ def _make_slug(name: str, value: Any) -> str:
     if isinstance(value, int | float):
         return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
     if isinstance(value, str) and any(char.isalnum() for char in value):
-        return slug(value, ID_BYTES)
+        return slugify(value, ID_BYTES)
     return ""
 
 

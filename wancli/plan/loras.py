@@ -13,9 +13,9 @@ from wancli.job.schema import LoraEntry, SigmaRange
 from wancli.models.config import WanConfig
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
-from wancli.weights.formats.infer_config import parameter_shapes
-from wancli.weights.lora.file import CONFIG, recognise
-from wancli.weights.lora.match import Coverage, matched
+from wancli.weights.formats.infer_config import transformer_shapes
+from wancli.weights.lora.file import ADAPTER_CONFIG, read_lora_file
+from wancli.weights.lora.match import Coverage, match_lora
 from wancli.weights.lora.use import LoraUse
 
 
@@ -30,8 +30,8 @@ class MatchedLora:
 
 def match_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
-    lora_file = recognise(path)
-    _, coverage = matched(lora_file, parameter_shapes(transformer))
+    lora_file = read_lora_file(path)
+    _, coverage = match_lora(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
     return MatchedLora(path, fingerprint([path, *config], memo), coverage)
 
@@ -111,7 +111,7 @@ def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
         if use.strength == 0:
             yield f"{use.path.name} has strength 0 and changes nothing"
         if use.coverage.style == "PEFT" and not use.coverage.scaled:
-            yield f"{use.path.name} has no alpha and no {CONFIG} beside it; its scale is taken as 1"
+            yield f"{use.path.name} has no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
         if use.coverage.unused:
             examples = ", ".join(use.coverage.examples)
             yield f"{use.path.name}: {use.coverage.unused} keys name nothing of this model: {examples}"

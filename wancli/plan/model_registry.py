@@ -22,7 +22,7 @@ from wancli.job.schema import ModelEntry, ModelFiles
 from wancli.job.validation import describe_problems
 from wancli.job.yaml_reader import Key, read_yaml
 from wancli.weights.checkpoint import Location
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 Locate = Callable[..., str]
 BaseDir = Callable[..., Path]
@@ -120,7 +120,9 @@ def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     return locations
 
 
-def _resolve_files(files: ModelFiles, base_dir: BaseDir, locate: Locate, *, must_exist: bool = True) -> Files:
+def _resolve_files(
+    files: ModelFiles, base_dir: BaseDir, locate: Locate, *, must_exist: bool = True
+) -> SingleFiles:
     """The mapping with its paths made absolute. Raises JobError for a contradiction or an absent file."""
     if files.transformer and (files.high_noise or files.low_noise):
         raise JobError("says transformer and an expert; say one or two experts", where=locate())
@@ -131,7 +133,7 @@ def _resolve_files(files: ModelFiles, base_dir: BaseDir, locate: Locate, *, must
         paths[key] = resolve_path(base_dir(key), text, locate(key))
         if must_exist and not os.path.lexists(paths[key]):
             raise JobError(f"{text!r} is not there", where=locate(key), hint=f"Looked for {paths[key]}.")
-    return Files(**paths, heads=files.heads)
+    return SingleFiles(**paths, heads=files.heads)
 
 
 def _may_be_name(text: str) -> bool:

@@ -10,7 +10,7 @@ from wancli.errors import EntryError, JobError
 from wancli.job.loader import Item
 from wancli.job.schema import EmbeddingFile
 from wancli.plan import model_registry
-from wancli.plan.shot import Model, Prompt
+from wancli.plan.shot import ModelSpec, Prompt
 from wancli.text.embedding import read_tokens
 from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from wancli.text.tokenizer import Tokenizer
 class PromptResolver:
     """Cleans, counts and names the texts of one shot."""
 
-    def __init__(self, item: Item, model: Model) -> None:
+    def __init__(self, item: Item, model: ModelSpec) -> None:
         self._item = item
         self._model = model
 

@@ -9,8 +9,8 @@ from wancli.job.loader import Item
 from wancli.job.schema import ExpertGuidance
 from wancli.models.variants import Variant
 from wancli.plan.injections import no_experts_error
-from wancli.sampling.solvers import SOLVERS, Schedule, Solver, schedule
-from wancli.sampling.stages import Stage, stages
+from wancli.sampling.solvers import SOLVERS, SigmaSchedule, Solver, build_schedule
+from wancli.sampling.stages import Stage, split_stages
 
 
 class SamplerSettings(NamedTuple):
@@ -20,7 +20,7 @@ class SamplerSettings(NamedTuple):
     shift: float
     guidance: float
     guidance_low: float | None
-    schedule: Schedule
+    schedule: SigmaSchedule
     stages: tuple[Stage, ...]
 
 
@@ -35,8 +35,8 @@ def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
         )
     shift = _first_given(sampler.shift, solver.shift, variant.shift)
     guidance, low = _resolve_guidance(item, solver, variant)
-    times = schedule(sampler.solver, steps, shift)
-    parts = stages(times.timesteps, variant.boundary, guidance, low)
+    times = build_schedule(sampler.solver, steps, shift)
+    parts = split_stages(times.timesteps, variant.boundary, guidance, low)
     return SamplerSettings(steps, shift, guidance, low, times, parts)
 
 

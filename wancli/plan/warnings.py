@@ -22,25 +22,25 @@ def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> It
 
 
 def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
-    for text in shot.texts:
+    for text in shot.prompts:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
     if shot.model.checkpoint.root == wan_mini.FOLDER:
         words = [
             word
-            for text in shot.texts
+            for text in shot.prompts
             if not text.file
-            for word in wan_mini.unknown_words(text.tokens.pieces)
+            for word in wan_mini.find_unknown_words(text.tokens.pieces)
         ]
         if words:
-            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.KNOWS}"
+            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.SUBJECTS_HINT}"
     for rule, text in zip(shot.rules, shot.injected):
         if not rule.is_active and not is_baseline:
             yield "an injection has strength 0 and changes nothing"
         if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield "the injected prompt is the main prompt; nothing will change"
-    for choice in shot.choices:
+    for choice in shot.auto_blocks:
         if choice.other_prompts:
             yield f"{choice.spec} goes by {choice.map_name}, which is of {choice.other_prompts}"
     yield from loras.lora_warnings(shot.loras)

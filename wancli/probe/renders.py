@@ -45,7 +45,7 @@ def plan_renders(probe: ProbeRequest) -> list[Shot]:
         range_rule: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
         shot = replace(probe.plain_shot, rules=(range_rule,), injected=probe.shot.injected[:1])
         shots.append(_with_output(shot, index, f"blocks {format_blocks(blocks)}"))
-    return batching.arranged(shots)
+    return batching.assign_batches(shots)
 
 
 def _with_output(shot: Shot, index: int, name: str) -> Shot:
@@ -56,7 +56,7 @@ def _with_output(shot: Shot, index: int, name: str) -> Shot:
 
 def _count_forwards(shot: Shot) -> float:
     steps = shot.steps - (shot.fork.step if shot.fork else 0)
-    return steps * shot.riders
+    return steps * shot.forwards_per_step
 
 
 def mean_difference(a: Path, b: Path) -> float:

@@ -14,7 +14,7 @@ from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, Method
 from wancli.injection.table import NAMED_BLOCKS, parse_blocks
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.shot import Model, Plan, Prompt, Shot
+from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
 from wancli.units import format_bytes
@@ -41,7 +41,7 @@ class ProbeRequest:
 
     @property
     def depth(self) -> int:
-        return self.shot.model.checkpoint.transformer.num_layers
+        return self.shot.model.checkpoint.transformer_config.num_layers
 
     @property
     def plain_shot(self) -> Shot:
@@ -51,7 +51,7 @@ class ProbeRequest:
     @property
     def texts(self) -> tuple[Prompt, ...]:
         """Those of the plain shot, and the injected one last."""
-        return (*self.plain_shot.texts, self.shot.injected[0])
+        return (*self.plain_shot.prompts, self.shot.injected[0])
 
 
 def plan_probe(
@@ -72,7 +72,7 @@ def plan_probe(
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     if ranges is None and method == "render":
         ranges = str(min(8, depth))
     blocks = [(block,) for block in range(depth)] if ranges is None else _parse_ranges(ranges, depth)
@@ -103,27 +103,30 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
 
     Raises DoesNotFit where not even one does. `encoded`: all prompts are in the cache.
     """
-    model, limit = probe.shot.model, memory_policy.limit(probe.shot.model)
+    model, limit = probe.shot.model, memory_policy.memory_limit(probe.shot.model)
     if probe.method == "gradient":
         _refuse_without_gradients(model)
     smallest = predict_phase(probe, 1)
-    need = memory_estimate.process(model) + smallest.total
+    need = memory_estimate.process_bytes(model) + smallest.total
     if not encoded:
         tokens = [len(text.tokens.ids) for text in probe.texts]
-        need = max(need, memory_estimate.process(model) + memory_estimate.encoding(model, tokens).total)
+        need = max(
+            need,
+            memory_estimate.process_bytes(model) + memory_estimate.predict_encoding(model, tokens).total,
+        )
     if need > limit:
         raise DoesNotFit(
-            f"probing needs {format_bytes(need)} of memory, {memory_policy.told(model, limit)}",
+            f"probing needs {format_bytes(need)} of memory, {memory_policy.describe_limit(model, limit)}",
             where=f"shot {probe.shot.id}",
             hint=_memory_hint(probe),
         )
     if model.residency == "resident":
         return 1
-    room = limit - memory_estimate.process(model)
+    room = limit - memory_estimate.process_bytes(model)
     return max(n for n in range(1, len(probe.ranges) + 1) if n == 1 or predict_phase(probe, n).total <= room)
 
 
-def _refuse_without_gradients(model: Model) -> None:
+def _refuse_without_gradients(model: ModelSpec) -> None:
     obstacle = None
     if model.residency != "resident":
         obstacle = f"weights that are {model.residency}"
@@ -150,13 +153,13 @@ def _memory_hint(probe: ProbeRequest) -> str:
 
 def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
     """Predicted memory of measuring one level, with so many forwards on a pass beside the plain one."""
-    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer
+    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer_config
     rows = sum(text.rows for text in probe.texts)
-    sampling = memory_estimate.sampling(shot, rows, 1 + forks)
+    sampling = memory_estimate.predict_sampling(shot, rows, 1 + forks)
     activation = sampling.activation
     if probe.method == "gradient":
-        element = memory_estimate.ELEMENT[shot.model.computes]
-        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element=element))
+        element = memory_estimate.ELEMENT_BYTES[shot.model.compute_dtype]
+        activation = max(activation, memory_model.derivative_bytes(wan, shot.tokens, element_bytes=element))
     velocities = FP32 * (len(probe.ranges) + 1) * math.prod(shot.latent_shape)
     return Phase("probe", sampling.model, activation, sampling.buffer + velocities)
 
@@ -184,7 +187,9 @@ def build_map(
         size=f"{shot.width}x{shot.height}",
         frames=shot.frames,
         seed=shot.seed,
-        levels=[block_map.NoiseLevel(step=step, sigma=shot.schedule.sigmas[step]) for step in probe.levels],
+        levels=[
+            block_map.NoiseLevel(step=step, sigma=shot.sigma_schedule.sigmas[step]) for step in probe.levels
+        ],
         unit=UNITS[probe.method],
         values=rows,
         ranges=ranges,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks, check_device, check_weights
 from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
@@ -29,7 +29,7 @@ from wancli.probe import request, sensitivity
 from wancli.probe.request import ProbeRequest
 from wancli.probe.sensitivity import ProbePoint
 from wancli.progress import Phase
-from wancli.resources.measure import fitting
+from wancli.resources.measure import oom_as_error
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
@@ -47,18 +47,18 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     store = tools.store
     all_cached = all(text.file or (store and store.path(text.id).exists()) for text in probe.texts)
     forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
-    with fitting("encode", f"shot {shot.id}"):
-        encoded, _ = embed(shot.model, probe.texts, tools)
+    with oom_as_error("encode", f"shot {shot.id}"):
+        encoded, _ = encode_prompts(shot.model, probe.texts, tools)
     rows: list[list[float]] = []
     seconds, passes = 0.0, _blocks_per_level(probe)
-    sampling = shot.riders * depth
+    sampling = shot.forwards_per_step * depth
     total = probe.levels[-1] * sampling + len(probe.levels) * passes
     # Tensors made in inference mode cannot take part in a derivative.
     without_gradients = torch.no_grad() if probe.method == "gradient" else torch.inference_mode()
     with (
-        fitting("probe", f"shot {shot.id}"),
+        oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
-        tools.progress.phase(shot.id, "probe", total) as bar,
+        tools.progress.phase("probe", [shot.id], total) as bar,
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
             if tools.stop.requested:
@@ -87,7 +87,7 @@ def _trace(
     (step, None) after each step."""
     shot = probe.plain_shot
     networks = Networks(shot.model)
-    state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
+    state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
     for stage in (stage for stage in shot.stages if stage.steps.start <= probe.levels[-1]):
         state = yield from _trace_stage(probe, stage, state, networks, encoded, forwards_per_pass)
 
@@ -107,14 +107,16 @@ def _trace_stage(
     rows_NE = {id: single_step.embedding.rows_NE.to(shot.model.device) for id, single_step in encoded.items()}
     contexts = ContextCache(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
-        if networks.patches.at(loras, step, stage.expert):
+        if networks.patches.apply_step(loras, step, stage.expert):
             contexts.clear()
         if step in probe.levels:
             yield step, _probe_point(probe, model, contexts, state, step)
         if step < last:
             single_step = replace(stage, steps=range(step, step + 1))
-            run = denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, single_step)
-            (reached,) = denoise.denoise(model, run, shot.riders if forwards_per_pass > 1 else 1)
+            run = denoise.DenoiseRun(
+                state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step
+            )
+            (reached,) = denoise.denoise(model, run, shot.forwards_per_step if forwards_per_pass > 1 else 1)
             state = reached.state
             yield step, None
     return state
@@ -128,7 +130,7 @@ def _probe_point(
     plain, injected = (
         [contexts.mix(one)] * probe.depth for one in (cell, probe.shot.rules[0].apply(cell, base, 1.0))
     )
-    return ProbePoint(model, state.x[None], probe.shot.schedule.timesteps[step], plain, injected)
+    return ProbePoint(model, state.x[None], probe.shot.sigma_schedule.timesteps[step], plain, injected)
 
 
 def _measure_level(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.errors import EntryError, ErrorCapture, NotFinite, WancliError
-from wancli.resources.measure import fitting, release
+from wancli.resources.measure import oom_as_error, release_memory
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
 from wancli.text.tokenizer import Tokens, quote_prompt
-from wancli.weights.component import Naming, rename
+from wancli.weights.component import Naming, get_renaming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def encode(
         return
     from wancli.models import t5
 
-    with fitting("encode", str(encoder.files[0])):
+    with oom_as_error("encode", str(encoder.files[0])):
         model = load_encoder(encoder)
     pending = _rotate(list(missing.items()))
     group_size = (
@@ -95,10 +95,10 @@ def encode(
             yield Encoded(group[0][0], cached, hit=True)
             continue
         rows: Sequence[Tensor] = ()
-        with ErrorCapture() as attempt, fitting("encode", quote_prompt(group[0][1].text)):
-            rows = t5.rows_of_each(model, [tokens.ids for _, tokens in group])
+        with ErrorCapture() as attempt, oom_as_error("encode", quote_prompt(group[0][1].text)):
+            rows = t5.encode_batch(model, [tokens.ids for _, tokens in group])
         if attempt.error:
-            release()
+            release_memory()
             yield from (EncodeFailure(key, attempt.error) for key, _ in group)
         for (key, tokens), rows_NE in zip(group, rows):
             yield _store_embedding(key, tokens, rows_NE, encoder, store)
@@ -130,7 +130,7 @@ def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
 
     return loader.load_umt5(
         encoder.files,
-        rename("text encoder", encoder.naming),
+        get_renaming("text encoder", encoder.naming),
         DTYPES[encoder.dtype],
         encoder.device,
         encoder.residency,

@@ -51,13 +51,13 @@ def collect_plan(plan: Plan, report: Path) -> ReportInputs:
     """What the outputs of a job are now, and what its last report says; its videos are not hashed."""
     found = ReportInputs(plan.name)
     found.reports = [last] if (last := batch_report.read_report(report)) else []
-    for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
+    for shot in sorted((*plan.shots, *plan.unselected), key=lambda shot: shot.index):
         entry = _read_entry(shot.manifest, found)
         if entry is None or entry.get("key") != shot.key:
             status = "another job's" if entry else "damaged" if shot.manifest.exists() else "not started"
             entry = {"id": shot.id, "labels": shot.labels, "output": str(shot.output), "status": status}
         found.entries.append((plan.name, entry))
-    _collect_sidecars(found, {shot.output.parent for shot in (*plan.shots, *plan.others)})
+    _collect_sidecars(found, {shot.output.parent for shot in (*plan.shots, *plan.unselected)})
     return found
 
 

@@ -38,14 +38,15 @@ def write_page(report: Path, poster_folder: Path) -> Path:
 def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: bool) -> bytes:
     """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
     shown = {
-        i: thumbnails.poster(entry, poster_folder, make=make) for i, (_, entry) in enumerate(inputs.entries)
+        i: thumbnails.thumbnail_uri(entry, poster_folder, create=make)
+        for i, (_, entry) in enumerate(inputs.entries)
     }
     return render_html(page_data.page_document(inputs, path, {i: uri for i, uri in shown.items() if uri}))
 
 
 def publish_page(path: Path, page: bytes) -> None:
     """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
-    sidecars.put(path, page, MARK, len(MARK))
+    sidecars.write_sidecar(path, page, MARK, len(MARK))
 
 
 def render_html(data: Mapping[str, Any]) -> bytes:

@@ -39,7 +39,7 @@ class OpenJD(Progress):
             self._say("fail", str(error) or type(error).__name__)
 
     def planned(self, plan: Plan) -> None:
-        self._todo = {s.id: s.steps - (s.fork.step if s.fork else 0) + 1 for s in plan.shots}
+        self._todo = {s.id: s.steps - plan.schedule.placement(s).shared_steps + 1 for s in plan.shots}
         self._done = dict.fromkeys(self._todo, 0)
 
     def came_to(self, outcome: Outcome) -> None:

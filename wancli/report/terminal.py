@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from wancli.engine.verify import Verdict
+    from wancli.plan.schedule import Placement
     from wancli.plan.shot import Shot
     from wancli.text.prompt_distance import PromptDistance
     from wancli.weights.lora.use import LoraUse
@@ -37,7 +38,7 @@ def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
         console.print(shown, markup=False, soft_wrap=isinstance(part, str))
 
 
-def shot_lines(shot: Shot) -> Iterator[str]:
+def shot_lines(shot: Shot, placement: Placement) -> Iterator[str]:
     """Everything about one shot: its texts, its noise levels, and the table of injections."""
     yield f"\nshot {shot.id}: {shot.output}"
     names = [
@@ -47,8 +48,8 @@ def shot_lines(shot: Shot) -> Iterator[str]:
     ]
     for name, prompt in zip(names, shot.prompts):
         yield f"{name:>16}  {_cut(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
-    if shot.sharing > 1:
-        yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
+    if placement.batch_size > 1:
+        yield f"{'batch':>16}  one of {placement.batch_size} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):

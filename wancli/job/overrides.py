@@ -33,7 +33,7 @@ class Source:
         return replace(self, prefix=(*self.prefix, *path)) if path else self
 
     def location(self, *path: Key) -> str:
-        """Name the place: `job.yaml:12: sampler.steps`. A key that is not in the file has its parent's line."""
+        """Name the place: `job.yaml:12: sampler.steps`. A key missing from the file has its parent's line."""
         path = (*self.prefix, *path)
         if self.is_flag:
             return f"{self.file} {join_key(path)}"

@@ -68,9 +68,9 @@ def _decide_use(
         return JobError(what, where=item.location("loras", index, key), hint=hint)
 
     if path.suffix != ".safetensors":
-        raise job_error("path", f"{entry.path!r} is no .safetensors file", "Save the LoRA as one.")
+        raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
-        raise job_error("path", f"{entry.path!r} is not there", f"Looked for {path}.")
+        raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
     try:
         blocks = parse_blocks(entry.blocks, depth)
     except ValueError as error:

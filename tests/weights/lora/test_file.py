@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     ),
     "vector": (
         {f"{Q}.lora_A.weight": torch.zeros(DIM), f"{Q}.lora_B.weight": torch.zeros(DIM, 1)},
-        "is no matrix",
+        "is not a matrix",
     ),
     "loha": (
         {
@@ -185,7 +185,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
             f"{Q}.lokr_w1_a": torch.zeros(4, 2),
             f"{Q}.lokr_w2": torch.zeros(2, 2),
         },
-        "lokr_w1 is there whole and as a product",
+        "lokr_w1 appears both whole and as a product",
     ),
     "two ways": (
         pair(Q, DIM, DIM) | {f"{Q}.diff": torch.zeros(DIM, DIM)},

@@ -158,8 +158,15 @@ def test_a_package_is_named_where_it_can_run(asked: AttentionBackend, monkeypatc
     [
         ("flash-attn-2", "cpu", torch.bfloat16, 128, (9, 0), "runs on CUDA only, not on cpu"),
         ("sage", "cuda", torch.float32, 128, (9, 0), "computes in bf16 or fp16, not in fp32"),
-        ("sage", "cuda", torch.float16, 256, (9, 0), "up to 128 in steps of 8 wide, the model's 256"),
-        ("flash-attn-2", "cuda", torch.float16, 12, (9, 0), "up to 256 in steps of 8 wide, the model's 12"),
+        ("sage", "cuda", torch.float16, 256, (9, 0), "head_dim up to 128 in steps of 8, the model has 256"),
+        (
+            "flash-attn-2",
+            "cuda",
+            torch.float16,
+            12,
+            (9, 0),
+            "head_dim up to 256 in steps of 8, the model has 12",
+        ),
         ("flash-attn-3", "cuda", torch.bfloat16, 128, (8, 9), "needs compute capability 9.0, a card has 8.9"),
     ],
 )
@@ -180,12 +187,14 @@ def test_a_package_that_cannot_run_is_refused_with_the_reason(
 
 @pytest.mark.parametrize("asked", FAKES)
 def test_a_package_that_is_not_installed_is_refused_with_the_way_to_get_it(asked: AttentionBackend):
-    with pytest.raises(MachineError, match=f"{asked} attention cannot run: .* is not installed") as caught:
+    with pytest.raises(MachineError, match=f"'{asked}' is not available: .* is not installed") as caught:
         choose_backend("cpu", torch.bfloat16, 128, requested=asked)
     assert "install" in caught.value.hint
 
 
 @pytest.mark.parametrize("asked", ["efficient", "cudnn"])
 def test_a_backend_that_torch_has_not_here_is_refused(asked: AttentionBackend):
-    with pytest.raises(MachineError, match=f"{asked} attention cannot run: torch has it not for fp32 on cpu"):
+    with pytest.raises(
+        MachineError, match=f"'{asked}' is not available: torch does not support it for fp32 on cpu"
+    ):
         choose_backend("cpu", torch.float32, 32, requested=asked)

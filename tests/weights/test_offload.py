@@ -184,7 +184,7 @@ class Scaled:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def part(self, rows: slice) -> Scaled:
+    def select_rows(self, rows: slice) -> Scaled:
         return replace(self, data=self.data[rows], shape=self.data[rows].shape)
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:

@@ -535,7 +535,7 @@ def test_a_tree_with_several_transformers_lists_them(tmp_path: Path) -> None:
 def test_two_text_encoders_that_would_do_are_not_chosen_from(tmp_path: Path) -> None:
     root = split_files(tmp_path, SINGLE)
     write(root / "text_encoders" / "umt5_xxl_fp16.safetensors", stored(umt5(), "F16"))
-    with pytest.raises(CheckpointError, match=f"several text encoders lie beside it: umt5_xxl_fp16.*{UMT5}"):
+    with pytest.raises(CheckpointError, match=f"several text encoders beside it: umt5_xxl_fp16.*{UMT5}"):
         identify(root)
 
 

@@ -1,4 +1,4 @@
-"""Which file of a folder is which part of a checkpoint; names and small JSON files only.
+"""Finds which file of a folder is which component of a checkpoint, from names and small JSON files only.
 
 Official                                        diffusers
   diffusion_pytorch_model*.safetensors            model_index.json
@@ -51,7 +51,9 @@ TRANSFORMERS, ENCODERS, VAES = (
 
 @dataclass
 class Layout:
-    """What was found where. `missing` names the file that was not, from `root`."""
+    """The files found in a folder, by role. `missing` names the files that were not found, relative to
+    `root`.
+    """
 
     name: Literal["official", "diffusers", "single files"]
     root: Path
@@ -61,7 +63,7 @@ class Layout:
     pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
 
     def add(self, role: Role, found: tuple[Path, ...] | None, name: str) -> None:
-        """The files of a part, or the name of what is not there."""
+        """Add the files of a component, or the name of the missing file."""
         if found is None:
             self.missing[role] = name
         else:
@@ -69,7 +71,9 @@ class Layout:
 
 
 def detect_layout(root: Path) -> Layout:
-    """The layout of a folder. Raises CheckpointError if it is no folder, or an index in it is damaged."""
+    """Return the layout of a folder. Raises CheckpointError if it is not a folder, or an index in it is
+    damaged.
+    """
     if not root.is_dir():
         raise CheckpointError(
             "no such folder", where=str(root), hint="give the folder that holds the weights"
@@ -82,8 +86,9 @@ def detect_layout(root: Path) -> Layout:
 
 
 def list_weight_files(root: Path) -> tuple[Path, ...]:
-    """The files of weights in a folder and in the folders that ComfyUI keeps below it, one of each set
-    of shards."""
+    """List the weight files in a folder and in the folders that ComfyUI keeps below it; one file of each set
+    of shards.
+    """
     below = (*TRANSFORMERS, *ENCODERS, *VAES, "loras")
     folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
     found = [
@@ -97,7 +102,9 @@ def list_weight_files(root: Path) -> tuple[Path, ...]:
 
 
 def models_root(path: Path) -> Path:
-    """The folder that holds the other parts of a single file: above diffusion_models/, else its own."""
+    """Return the folder that holds the other components of a single file: above diffusion_models/, else its
+    own.
+    """
     for folder in list(path.parents)[:3]:
         if folder.name in TRANSFORMERS:
             return folder.parent
@@ -105,13 +112,15 @@ def models_root(path: Path) -> Path:
 
 
 def find_tokenizer(root: Path) -> Path | None:
-    """UMT5's SentencePiece model beside single files."""
+    """Return UMT5's SentencePiece model beside single files, if there is one."""
     names = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def network_files(path: Path) -> tuple[Path, ...]:
-    """The one file of a folder that holds one network, or its shards; of a file, itself or its set."""
+    """Return the files of one network: the file or shards of a folder that holds one network; for a file,
+    itself or its set of shards.
+    """
     if not path.is_dir():
         return expand_shards(path)
     for stem in (DIT, "model"):
@@ -121,8 +130,10 @@ def network_files(path: Path) -> tuple[Path, ...]:
 
 
 def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
-    """One file, or the shards that its index lists, each holding the tensors the index puts there; None
-    if there is neither. Raises CheckpointError for a damaged index or shard."""
+    """Return one file, or the shards that its index lists; None if there is neither.
+
+    Raises CheckpointError for a damaged index or shard, and for a shard that lacks a tensor of the index.
+    """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return (single,)
@@ -142,7 +153,7 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
 
 
 def load_json(path: Path) -> dict[str, object]:
-    """A JSON object. Raises CheckpointError."""
+    """Load a JSON object. Raises CheckpointError."""
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -34,7 +34,7 @@ _RENAME: dict[tuple[Kind, Naming], Callable[[str], str]] = {
     ("text encoder", "official"): umt5_to_transformers,
     ("text encoder", "gguf"): umt5_from_gguf,
 }
-# Parts of a name -> the class of tensor that its precision is told for; the first that is in it.
+# Pattern of a name -> the class of tensor whose precision is reported; the first match counts.
 _GROUPS: dict[Kind, dict[str, str]] = {
     "transformer": {
         r"blocks\.\d+\.(self_attn|cross_attn)\.(q|k|v|o|k_img|v_img)\.weight|blocks\.\d+\.ffn\.\d\.weight": (

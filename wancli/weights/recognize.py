@@ -71,7 +71,7 @@ OTHER_FILES = {
     r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder, which only image-to-video reads",
     r"decoder\.1\.weight": "TAE, a tiny autoencoder for previews",
 }
-LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide where the Wan 2.1 VAE has 384
+LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide; the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
 LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"

@@ -587,7 +587,7 @@ def test_a_checkpoint_that_lost_a_tensor_meanwhile_is_an_error(
     patches = Patches(load_file(file), lambda names: iter(()))
     patches.apply_step(Loras([use(one)], [one]), 0)
     with pytest.raises(
-        CheckpointError, match=r"blocks.0.ffn.0.weight was in the checkpoint and is there no more"
+        CheckpointError, match=r"blocks.0.ffn.0.weight was in the checkpoint and is now missing"
     ):
         patches.apply_step(Loras(), 0)
 

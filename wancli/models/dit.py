@@ -93,9 +93,9 @@ class Block(nn.Module):
         k_BHLK, v_BHLK = map(self.self_attn.split_heads, buffers)
         start = 0
         for piece_BLD, piece_L1P in pieces:
-            found = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
+            kv = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
             end = start + piece_BLD.shape[1]
-            k_BHLK[:, :, start:end], v_BHLK[:, :, start:end] = found
+            k_BHLK[:, :, start:end], v_BHLK[:, :, start:end] = kv
             start = end
         return k_BHLK, v_BHLK
 

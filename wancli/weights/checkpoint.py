@@ -260,7 +260,7 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
             )
         assert first.variant is not None
         return (first,), first.variant
-    found = []
+    experts = []
     of_14b = first.variant is T2V_A14B or first.variant is T2V_14B
     variant = T2V_A14B if of_14b else TWO_EXPERTS
     for role, part in roles:
@@ -277,8 +277,8 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
                 where=str(part.files[0]),
                 hint="the two experts of Wan 2.2 A14B have the same sizes",
             )
-        found.append(replace(part, name=variant.name, variant=variant, expert=expert))
-    return tuple(found), variant
+        experts.append(replace(part, name=variant.name, variant=variant, expert=expert))
+    return tuple(experts), variant
 
 
 def _read_memo(path: Path) -> dict[str, str]:

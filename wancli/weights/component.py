@@ -88,7 +88,7 @@ class Component:
 
     def precision_of(self, group: str) -> Precision:
         """Return how a class of tensors is stored; an empty Precision if the component has no such class."""
-        return next((found for found in self.precision if found.group == group), Precision(group, ()))
+        return next((entry for entry in self.precision if entry.group == group), Precision(group, ()))
 
     def map_key(self, name: str) -> str | None:
         """Return the network's name for a tensor of the file, or None if it belongs to another network
@@ -132,11 +132,11 @@ def expert_from_name(path: Path) -> Expert | None:
     counts only in a name with A14B.
     """
     for name in (path.name, path.parent.name):
-        found = _TWO_FILES.search(name) or _ONE_WORD.search(name)
-        if not found and "a14b" in name.lower():
-            found = _A14B_WORD.search(name)
-        if found:
-            return "high" if found[1].lower() == "high" else "low"
+        match = _TWO_FILES.search(name) or _ONE_WORD.search(name)
+        if not match and "a14b" in name.lower():
+            match = _A14B_WORD.search(name)
+        if match:
+            return "high" if match[1].lower() == "high" else "low"
     return None
 
 
@@ -149,12 +149,12 @@ def find_missing(names: Mapping[str, object]) -> tuple[str, ...]:
     for name in names:
         if match := pattern.fullmatch(name):
             blocks.setdefault((match["head"], int(match["number"])), set()).add(match["rest"])
-    found = []
+    missing = []
     for head in sorted({head for head, _ in blocks}):
         numbers = [number for h, number in blocks if h == head]
         every = set().union(*(rests for (h, _), rests in blocks.items() if h == head))
         for number in range(max(numbers) + 1):
             present = blocks.get((head, number), set())
-            found += [f"{head}{number}.*"] if not present else []
-            found += [f"{head}{number}.{rest}" for rest in sorted(every - present)] if present else []
-    return tuple(found)
+            missing += [f"{head}{number}.*"] if not present else []
+            missing += [f"{head}{number}.{rest}" for rest in sorted(every - present)] if present else []
+    return tuple(missing)

@@ -101,15 +101,15 @@ def keep_on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu
     """
     ranges, files = Mappings.read_current(), dict[str, _File]()
     scratch = _Scratch(pinned=torch.device(device).type == "cuda")
-    found = {}
+    weights = {}
     for name, weight in source.items():
         offset = ranges.locate(weight.data)
         if offset is None:
             raise ValueError(f"{name} is not mapped from a file in one piece")
         if offset.path not in files:
             files[offset.path] = _File(offset.path)
-        found[name] = OnDisk(name, weight, files[offset.path], offset.start, scratch)
-    return found
+        weights[name] = OnDisk(name, weight, files[offset.path], offset.start, scratch)
+    return weights
 
 
 class _Scratch:

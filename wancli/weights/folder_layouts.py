@@ -62,12 +62,12 @@ class Layout:
     missing: dict[Role, str] = field(default_factory=dict)
     pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
 
-    def add(self, role: Role, found: tuple[Path, ...] | None, name: str) -> None:
+    def add(self, role: Role, files: tuple[Path, ...] | None, name: str) -> None:
         """Add the files of a component, or the name of the missing file."""
-        if found is None:
+        if files is None:
             self.missing[role] = name
         else:
-            self.files[role] = found
+            self.files[role] = files
 
 
 def detect_layout(root: Path) -> Layout:
@@ -91,14 +91,14 @@ def list_weight_files(root: Path) -> tuple[Path, ...]:
     """
     below = (*TRANSFORMERS, *ENCODERS, *VAES, "loras")
     folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
-    found = [
+    paths = [
         path
         for folder in folders
         if folder.is_dir()
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
-    return tuple(path for path in found if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
+    return tuple(path for path in paths if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
 
 
 def models_root(path: Path) -> Path:
@@ -124,8 +124,8 @@ def network_files(path: Path) -> tuple[Path, ...]:
     if not path.is_dir():
         return expand_shards(path)
     for stem in (DIT, "model"):
-        if found := find_safetensors(path, stem):
-            return found
+        if files := find_safetensors(path, stem):
+            return files
     raise CheckpointError(f"{DIT}.safetensors is missing", where=str(path), hint=DOWNLOAD_AGAIN)
 
 

@@ -96,9 +96,9 @@ def check_fp8_matmul(device: str, widths: tuple[int, ...]) -> None:
     where, hint = "memory.fp8_matmul", "Leave it out; memory.dtype: fp8 alone saves the same memory."
     if device != "cuda":
         raise MachineError("only CUDA devices multiply in fp8", where=where, hint=hint)
-    found, needed = torch.cuda.get_device_capability(), CAPABILITY
-    if found < needed:
-        card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
+    capability, needed = torch.cuda.get_device_capability(), CAPABILITY
+    if capability < needed:
+        card = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
         raise MachineError(f"{card}, fp8 products need {needed[0]}.{needed[1]}", where=where, hint=hint)
     if unaligned := [width for width in widths if width % WIDTH_MULTIPLE]:
         message = f"the model is {unaligned[0]} wide, fp8 products take multiples of {WIDTH_MULTIPLE}"

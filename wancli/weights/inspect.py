@@ -95,14 +95,14 @@ UNKNOWN = "unknown"
 def _unknown_component(file: Path) -> Component:
     from wancli.weights.formats.tensor_index import read_index
 
-    found = read_index(network_files(file))
-    names = ", ".join(list(found.tensors)[:3]) or "nothing"
+    index = read_index(network_files(file))
+    names = ", ".join(list(index.tensors)[:3]) or "nothing"
     return Component(
         "other",
         UNKNOWN,
-        found.files,
-        found.container,
-        tensors=len(found.tensors),
+        index.files,
+        index.container,
+        tensors=len(index.tensors),
         refusal="no network of Wan that wancli knows",
         hint=f"It begins with {names}.",
     )

@@ -88,13 +88,13 @@ def recognize(
     """
     if is_lora(contents.tensors):
         return (_recognize_lora(contents),)
-    found = tuple(
+    networks = tuple(
         _recognize_network(contents, kind, naming, prefix, config_json or {})
         for kind, naming, first, second in SIGNATURES
         for prefix in _prefixes(contents.tensors, first, second)
     )
-    if found:
-        return found
+    if networks:
+        return networks
     for pattern, what in OTHER_FILES.items():
         if any(re.fullmatch(pattern, name) for name in contents.tensors):
             return (_unsupported_component(contents, what),)

@@ -77,12 +77,12 @@ def find_component(
 
 def select(components: Sequence[Component], kind: Kind, path: Path) -> Component:
     """Return the one component of this kind. Raises CheckpointError, naming what was found instead."""
-    found = [part for part in components if part.kind == kind]
-    if len(found) == 1:
-        return found[0]
+    matching = [part for part in components if part.kind == kind]
+    if len(matching) == 1:
+        return matching[0]
     name = "VAE" if kind == "vae" else kind
-    if found:
-        raise CheckpointError(f"holds {len(found)} of {name}", where=str(path), hint=NAME_FILES_HINT)
+    if matching:
+        raise CheckpointError(f"holds {len(matching)} of {name}", where=str(path), hint=NAME_FILES_HINT)
     if components:
         raise CheckpointError(
             f"no {name}: this is a {components[0].name}", where=str(path), hint=NAME_FILES_HINT
@@ -125,11 +125,13 @@ def find_in_folder(root: Path) -> SingleFiles:
     several.
     """
     known = _recognize_folder(root)
-    found = [(path, part) for path, part in known if part.kind == "transformer"]
-    usable = [(path, part) for path, part in found if not part.refusal]
+    transformers = [(path, part) for path, part in known if part.kind == "transformer"]
+    usable = [(path, part) for path, part in transformers if not part.refusal]
     if not usable:
-        if found:
-            raise CheckpointError(found[0][1].refusal, where=str(found[0][0]), hint=found[0][1].hint)
+        if transformers:
+            raise CheckpointError(
+                transformers[0][1].refusal, where=str(transformers[0][0]), hint=transformers[0][1].hint
+            )
         raise CheckpointError(
             "no Wan transformer in this folder",
             where=str(root),
@@ -148,15 +150,15 @@ def find_in_folder(root: Path) -> SingleFiles:
 
 def _recognize_folder(root: Path, exclude: Path | None = None) -> list[tuple[Path, Component]]:
     """Return every network in a folder of single files. Files that cannot be read are skipped."""
-    found = []
+    networks = []
     for path in list_weight_files(root):
         if path == exclude:
             continue
         try:
-            found += [(path, part) for part in recognize_file(path)]
+            networks += [(path, part) for part in recognize_file(path)]
         except CheckpointError:
             continue
-    return found
+    return networks
 
 
 def _find_matching(

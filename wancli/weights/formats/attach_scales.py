@@ -161,17 +161,17 @@ def _refuse_stray(name: str, entry: RawEntry, entries: Mapping[str, RawEntry]) -
 
 def _read_formats(entries: Mapping[str, RawEntry]) -> dict[str, str]:
     """Return the format of every layer that has a .comfy_quant."""
-    found = {}
+    formats = {}
     for name, entry in entries.items():
         if name.endswith(CONFIG):
             letters = entry.tensor(name).flatten()[:MAX_CONFIG]
             try:
-                found[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
+                formats[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise CheckpointError(
                     f"{name} is not JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
                 ) from None
-    return found
+    return formats
 
 
 def _refuse_format(layer: str, format_name: str, entry: RawEntry) -> None:

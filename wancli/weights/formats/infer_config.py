@@ -48,10 +48,10 @@ def wrong_model_error(what: str, where: str) -> CheckpointError:
 def name_unsupported_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
     """Name the kind of a Wan transformer that is not made for text-to-video; empty if it is."""
     all_names = " ".join(names)
-    found = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
-    if found or (in_dim, out_dim) in ((16, 16), (48, 48)):
+    known = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
+    if known or (in_dim, out_dim) in ((16, 16), (48, 48)):
         image = "Wan 2.1 image-to-video" if any(part in all_names for part in IMAGE_PARTS) else ""
-        return found or image
+        return known or image
     if in_dim == 48:
         return "Fun-Control"
     if any(part in all_names for part in IMAGE_PARTS):

@@ -53,14 +53,16 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
                 )
             text = archive.read(entry)
         _check_memo(text)
-        found = _Headers(io.BytesIO(text)).load()
-        if not isinstance(found, dict) or not all(isinstance(info, TensorInfo) for info in found.values()):
+        tensors = _Headers(io.BytesIO(text)).load()
+        if not isinstance(tensors, dict) or not all(
+            isinstance(info, TensorInfo) for info in tensors.values()
+        ):
             raise CheckpointError("does not hold a plain state dict", where=str(path), hint=RESAVE_HINT)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except _PICKLE_ERRORS as error:
         raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=RESAVE_HINT) from None
-    return found
+    return tensors
 
 
 def check_zip(archive: zipfile.ZipFile, path: Path) -> None:

@@ -118,12 +118,12 @@ def count_precision(
     for name, where in group.items():
         classes.setdefault(where, []).append(tensors[name])
     ordered = sorted(classes, key=lambda where: order.index(where) if where in order else len(order))
-    found = []
+    counts = []
     for where in ordered:
         dtypes = Counter(info.dtype for info in classes[where])
         sizes = [_stored_bytes(info) for info in classes[where]]
-        found.append(Precision(where, tuple(sorted(dtypes.items())), sum(sizes), max(sizes)))
-    return tuple(found)
+        counts.append(Precision(where, tuple(sorted(dtypes.items())), sum(sizes), max(sizes)))
+    return tuple(counts)
 
 
 def _stored_bytes(info: TensorInfo) -> int:

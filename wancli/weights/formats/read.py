@@ -135,12 +135,12 @@ def _iterate_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
 
 def _rename_keys(entries: Mapping[str, Entry], rename: Callable[[str], str], where: str) -> dict[str, Entry]:
     """Rename all entries. Raises CheckpointError if two names become one."""
-    found: dict[str, Entry] = {}
+    renamed: dict[str, Entry] = {}
     for name, entry in entries.items():
-        if (new := rename(name)) in found:
+        if (new := rename(name)) in renamed:
             raise CheckpointError(f"{new} has two names, one of them {name}", where=where)
-        found[new] = entry
-    return found
+        renamed[new] = entry
+    return renamed
 
 
 def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:

@@ -136,12 +136,12 @@ def _require_natural(value: object) -> int:
 
 
 def _unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
+    unique: dict[str, object] = {}
     for key, value in pairs:
-        if key in found:
+        if key in unique:
             raise ValueError(f"{key} appears twice")
-        found[key] = value
-    return found
+        unique[key] = value
+    return unique
 
 
 def _damaged_error(path: Path, what: str) -> CheckpointError:

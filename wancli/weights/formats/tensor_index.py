@@ -56,7 +56,7 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
 
     Raises CheckpointError if a file does not hold weights, is damaged, or repeats a name.
     """
-    found: dict[str, TensorInfo] = {}
+    all_tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     sources: dict[str, Header] = {}
     kind: Container = "safetensors"
@@ -75,10 +75,10 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
             gguf_header = gguf.read_header(path)
             tensors = dict(gguf_header.tensors)
             metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf_header.values.items()}
-        if twice := sorted(found.keys() & tensors.keys()):
+        if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
-        found |= tensors
-    return TensorIndex(tuple(paths), kind, found, metadata, sources)
+        all_tensors |= tensors
+    return TensorIndex(tuple(paths), kind, all_tensors, metadata, sources)
 
 
 def detect_container(path: Path) -> Container:

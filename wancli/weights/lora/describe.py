@@ -61,10 +61,10 @@ def is_lora(names: Iterable[str]) -> bool:
 def describe_lora(contents: TensorIndex) -> LoraInfo:
     """Describe a LoRA file. If `targets` is 0, it belongs to another family of models."""
     tensors = contents.tensors
-    targets = {name: found for name in tensors if (found := parse_key(name))}
-    modules = {found.module for found in targets.values()}
+    targets = {name: target for name in tensors if (target := parse_key(name))}
+    modules = {target.module for target in targets.values()}
     unknown = [name for name in tensors if name not in targets]
-    methods = {METHODS[found.part]: None for found in targets.values() if found.part in METHODS}
+    methods = {METHODS[target.part]: None for target in targets.values() if target.part in METHODS}
     config, refusal = _check_applicable(contents)
     return LoraInfo(
         style=detect_style(targets),
@@ -90,10 +90,10 @@ def _check_applicable(contents: TensorIndex) -> tuple[str, str]:
     if contents.container != "safetensors":
         return "", f"a LoRA in a .{contents.container} file; wancli reads .safetensors"
     try:
-        found = read_lora_file(contents.files[0])
+        lora_file = read_lora_file(contents.files[0])
     except CheckpointError as error:
         return "", error.message
-    return found.config.name if found.config else "", ""
+    return lora_file.config.name if lora_file.config else "", ""
 
 
 def _layer_kind(module: str) -> str:
@@ -102,17 +102,17 @@ def _layer_kind(module: str) -> str:
 
 def _infer_width(tensors: Mapping[str, TensorInfo], targets: Mapping[str, LoraTarget]) -> int | None:
     """Return the input width of a self-attention layer, which is the width of the transformer."""
-    for name, found in targets.items():
+    for name, target in targets.items():
         shape = tensors[name].shape
-        if found.part in ("down", "hada_w1_b") and ".self_attn." in found.module and len(shape) == 2:
+        if target.part in ("down", "hada_w1_b") and ".self_attn." in target.module and len(shape) == 2:
             return shape[1]
     return None
 
 
 def _read_alphas(contents: TensorIndex, targets: Mapping[str, LoraTarget]) -> Iterator[float]:
     """Yield the alphas in the file: scalars, or those in the metadata that PEFT wrote."""
-    for name, found in targets.items():
-        if found.part == "alpha" and (data := contents.read_bytes(name)):
+    for name, target in targets.items():
+        if target.part == "alpha" and (data := contents.read_bytes(name)):
             yield _decode_scalar(data, contents.tensors[name].dtype)
     try:
         settings = json.loads(contents.metadata.get(METADATA_KEY, "{}"))

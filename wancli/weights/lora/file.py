@@ -81,18 +81,18 @@ def read_lora_file(path: Path) -> LoraFile:
     targets: dict[str, LoraTarget] = {}
     unknown = []
     for key, info in tensors.items():
-        found = parse_key(key)
-        if found is None:
+        target = parse_key(key)
+        if target is None:
             unknown.append(key)
             continue
-        _check(path, key, info, found.part)
-        parts = modules.setdefault(found.module, {})
-        if found.part in parts:
-            raise _invalid_error(path, f"{parts[found.part]} and {key} are the same under two names")
-        parts[found.part] = key
-        targets[key] = found
-        written[found.module] = found.written
-    declared, config = _read_scaling(path, peft=any(found.style == "PEFT" for found in targets.values()))
+        _check(path, key, info, target.part)
+        parts = modules.setdefault(target.module, {})
+        if target.part in parts:
+            raise _invalid_error(path, f"{parts[target.part]} and {key} are the same under two names")
+        parts[target.part] = key
+        targets[key] = target
+        written[target.module] = target.written
+    declared, config = _read_scaling(path, peft=any(target.style == "PEFT" for target in targets.values()))
     changes = []
     for module, parts in modules.items():
         scale = partial(declared, written[module]) if declared else _unit_scale

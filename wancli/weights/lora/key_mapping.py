@@ -106,9 +106,9 @@ def is_change_key(key: str) -> bool:
 
 def detect_style(targets: Mapping[str, LoraTarget]) -> str:
     """Return the naming that most keys of a file have."""
-    styles = [found.style for found in targets.values()]
+    styles = [target.style for target in targets.values()]
     style = max(dict.fromkeys(styles), key=styles.count, default="unknown")
-    parts = {found.part for found in targets.values()}
+    parts = {target.part for target in targets.values()}
     if style == COMFY and parts & {"diff", "diff_b"} and "down" in parts:
         return "LightX2V, extracted"
     return "LightX2V" if style == COMFY and any(".lora_down." in key for key in targets) else style
@@ -149,10 +149,10 @@ def _split_key(key: str) -> tuple[str, str]:
     change.
     """
     for what, pattern in _REFUSED.items():
-        if found := pattern.fullmatch(key):
-            return found["module"], what
-    found = _KEY.fullmatch(key)
-    return (found["module"], next(part for part in PARTS if found[part])) if found else ("", "")
+        if match := pattern.fullmatch(key):
+            return match["module"], what
+    match = _KEY.fullmatch(key)
+    return (match["module"], next(part for part in PARTS if match[part])) if match else ("", "")
 
 
 def _resolve_target(written: str, part: str) -> LoraTarget | None:

@@ -114,29 +114,29 @@ def load_lora(path: Path, shapes: Shapes) -> Lora:
     """
     changes, coverage = select_changes(read_lora_file(path), shapes)
     wanted = {key for change in changes for key in change.keys.values()}
-    found = {name: tensor for name, tensor in iterate_tensors([path]) if name in wanted}
-    for key, tensor in found.items():
+    factors = {name: tensor for name, tensor in iterate_tensors([path]) if name in wanted}
+    for key, tensor in factors.items():
         if not tensor.float().isfinite().all():
             raise CheckpointError(
                 f"{key} holds NaN or Inf", where=str(path), hint="The training of this LoRA went wrong."
             )
-    deltas = {change.name: _build_delta(change, found, shapes[change.name]) for change in changes}
+    deltas = {change.name: _build_delta(change, factors, shapes[change.name]) for change in changes}
     return Lora(path, deltas, coverage, tuple(sorted({delta.scale for delta in deltas.values()})))
 
 
-def _build_delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
-    factor = {part: found[key] for part, key in change.keys.items()}
-    alpha = factor.pop("alpha", None)
+def _build_delta(change: Change, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
+    parts = {part: factors[key] for part, key in change.keys.items()}
+    alpha = parts.pop("alpha", None)
     scale = change.scale if alpha is None else alpha.item() / change.rank
     match change.kind:
         case "full":
-            return Full(shape, scale, *factor.values())
+            return Full(shape, scale, *parts.values())
         case "low-rank":
-            return LowRank(shape, scale, _as_matrix(factor["up"]), _as_matrix(factor["down"]))
+            return LowRank(shape, scale, _as_matrix(parts["up"]), _as_matrix(parts["down"]))
         case "loha":
-            return LoHa(shape, scale, *(_as_matrix(tensor) for tensor in factor.values()))
+            return LoHa(shape, scale, *(_as_matrix(tensor) for tensor in parts.values()))
         case "lokr":
-            whole = {part: _as_matrix(tensor) for part, tensor in factor.items()}
+            whole = {part: _as_matrix(tensor) for part, tensor in parts.items()}
             w1, w2 = (
                 tuple(tensor for part, tensor in whole.items() if part.startswith(f"lokr_{w}"))
                 for w in ("w1", "w2")
@@ -158,12 +158,12 @@ class Loras:
 
     def terms_for(self, name: str, step: int, expert: Expert = "only") -> list[tuple[Delta, float]]:
         """Return the differences of a parameter at a step, with strengths, in the order of the job."""
-        found = []
+        terms = []
         for use, lora in zip(self.uses, self.loras, strict=True):
             strength = use.strength_at(step, block_index(name), expert)
             if strength and name in lora.deltas:
-                found.append((lora.deltas[name], strength))
-        return found
+                terms.append((lora.deltas[name], strength))
+        return terms
 
 
 @torch.no_grad()

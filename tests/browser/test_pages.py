@@ -23,7 +23,7 @@ from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, MapModel, NoiseLevel, PromptPair
 from wancli.job.loader import load
 from wancli.models import variants
-from wancli.models.config import Kernels
+from wancli.models.config import ComputeOptions
 from wancli.plan import memory_estimate
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import ModelSpec, Shot
@@ -278,7 +278,7 @@ def grid(shot: Shot) -> list[Shot]:
             [*ways, ("fp8", "packed")], (None, 1024), sizes
         ):
             text = {"fp8": "fp32" if model.device == "cpu" else "bf16"}.get(dtype, dtype)
-            housed = replace(model, dtype=dtype, residency=residency, kernels=Kernels(chunk=chunk))
+            housed = replace(model, dtype=dtype, residency=residency, kernels=ComputeOptions(chunk=chunk))
             housed = replace(housed, encoder=replace(model.encoder, dtype=text, residency=residency))
             found.append(replace(shot, model=housed, width=width, height=height, frames=frames, shared=None))
     return found
@@ -295,7 +295,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     asked = [
         [
             model_facts.calculator_constants(
-                vars(way.model.checkpoint.transformer),
+                vars(way.model.checkpoint.transformer_config),
                 json.loads(json.dumps(memory_estimate.network_sizes(way.model))),
                 way.model.device,
             ),

@@ -36,13 +36,13 @@ def test_a_retry_does_not_take_the_latent_of_an_earlier_run_for_its_own(
 ) -> None:
     assert render(video=KEPT).code == 0
     calls = forwards(monkeypatch)
-    counted, full = WanModel.velocities, [errors.OutOfMemory("full")]
+    counted, full = WanModel.predict_velocities, [errors.OutOfMemory("full")]
 
     def velocities(self: WanModel, *arguments: Any) -> Any:
         if full:
             raise full.pop()
         return counted(self, *arguments)
 
-    monkeypatch.setattr(WanModel, "velocities", velocities)
+    monkeypatch.setattr(WanModel, "predict_velocities", velocities)
     assert render("--force", "--retries", "1", video=KEPT).code == 0
     assert (full, len(calls)) == ([], 4)

@@ -457,7 +457,7 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     monkeypatch: pytest.MonkeyPatch,
     alone: dict[str, Tensor],
 ) -> None:
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
     calls: list[int] = []
 
     def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
@@ -467,7 +467,7 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
             found.append(velocity * (torch.nan if len(calls) == 9 else 1))
         return found
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = render(a14b, output="out/{id}.mp4", items=ITEMS)
     assert said.code == 1
     assert said.err.splitlines()[0] == "wancli: shot b: NaN or Inf at step 0, after the last block"
@@ -557,13 +557,13 @@ def test_streamed_experts_are_read_once_a_step_for_a_whole_batch(
 ) -> None:
     passes: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
-        real = WanModel._pass
+        real = WanModel._forward_group
 
         def counted(self: WanModel, *arguments: Any) -> list[Tensor]:
             passes.append(len(arguments[0]))
             return real(self, *arguments)
 
-        patched.setattr(WanModel, "_pass", counted)
+        patched.setattr(WanModel, "_forward_group", counted)
         said = render(a14b, output="out/{id}.mp4", items=ITEMS, memory={"residency": "streamed"})
     assert said.code == 0, said.err
     assert passes == [6] * STEPS

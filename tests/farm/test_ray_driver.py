@@ -24,8 +24,8 @@ from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
 from wancli.engine.context import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
-from wancli.farm.ray_driver import _match, _received, _Seat
-from wancli.farm.ray_worker import Task, Worker, unwired, wired
+from wancli.farm.ray_driver import _ActorSlot, _match, _read_outcomes
+from wancli.farm.ray_worker import Task, Worker, error_from_dict, error_to_dict
 from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import load
 from wancli.plan.planner import build_plan
@@ -103,7 +103,7 @@ def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
     started.terminate()
     out, err = started.communicate()
     assert started.returncode == 75, err
-    assert "  go on: wancli render " in err
+    assert "  resume: wancli render " in err
     done = {Path(line).stem for line in out.split()}
     assert len(done) < len(IDS)
     saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done
@@ -179,8 +179,8 @@ def test_shots_go_to_the_worker_that_has_their_model() -> None:
     def wave(model: str) -> Any:
         return [SimpleNamespace(model=model)]
 
-    def seat(number: int, model: Any) -> _Seat:
-        return _Seat(number, None, model)
+    def seat(number: int, model: Any) -> _ActorSlot:
+        return _ActorSlot(number, None, model)
 
     idle, waves = [seat(1, "a"), seat(2, None), seat(3, "b")], [wave("c"), wave("b"), wave("c"), wave("c")]
     found = [_match(idle, waves) for _ in range(3)]
@@ -192,7 +192,7 @@ def test_shots_go_to_the_worker_that_has_their_model() -> None:
 @pytest.mark.parametrize("kind", [NoSpace, InjectionMissed, Bug])
 def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None:
     error = kind("a message", where="a place", hint="a way out")
-    other = unwired(json.loads(json.dumps(wired(error))))
+    other = error_from_dict(json.loads(json.dumps(error_to_dict(error))))
     assert (type(other), str(other), other.hint) == (kind, "a place: a message", "a way out")
 
 
@@ -206,7 +206,7 @@ def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
 def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:
     shots = planned(tmp_path, shallow)[1].shots
     told = [{"index": shot.index, "status": "rendered", "error": None, "stack": ""} for shot in shots]
-    for outcome in _received(shots, told):
+    for outcome in _read_outcomes(shots, told):
         assert (outcome.status, outcome.record) == ("failed", None)
         assert isinstance(outcome.error, MachineError)
         assert "no manifest" in str(outcome.error)

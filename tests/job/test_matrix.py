@@ -152,7 +152,7 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ("zip: [1]", ["job.yaml:6: zip: must be a mapping of keys to lists of values"]),
         ("matrix:\n  seed: 5", ["job.yaml:7: matrix.seed: must be a list of values"]),
         ("matrix:\n  seed: []", ["job.yaml:7: matrix.seed: has no values, so that there would be no shot"]),
-        ("matrix:\n  a..b: [1]", ["job.yaml:7: matrix.a..b: is no key; write sampler.steps"]),
+        ("matrix:\n  a..b: [1]", ["job.yaml:7: matrix.a..b: is not a key; write sampler.steps"]),
         (
             "matrix:\n  seed:\n    - 1\n    - x\n",
             ["job.yaml:9: matrix.seed.1: expected a whole number, got 'x'"],
@@ -184,12 +184,12 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ),
         (
             "matrix:\n  prompt.embedding: [x]",
-            ["job.yaml:7: matrix.prompt.embedding: prompt is no mapping, so there is no embedding in it"],
+            ["job.yaml:7: matrix.prompt.embedding: prompt is not a mapping, so there is no embedding in it"],
         ),
-        ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: is there twice"]),
+        ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: appears twice"]),
         (
             "matrix:\n  items: [1]",
-            ["job.yaml:7: matrix.items: is no key of a shot; it says which shots there are"],
+            ["job.yaml:7: matrix.items: is not a key of a shot; it lists or varies the shots of a file"],
         ),
         (
             "matrix: {seed: [1]}\nzip: {seed: [2]}",
@@ -226,7 +226,7 @@ def test_a_sweep_larger_than_a_batch_can_be_is_refused_before_it_is_made() -> No
     many = ", ".join(map(str, range(1000)))
     text = f"matrix: {{seed: [{many}], sampler.steps: [{many}], frames: [{many}]}}\n"
     assert problems(text) == [
-        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; {MAX_SHOTS:,} at most"
+        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; the limit is {MAX_SHOTS:,}"
     ]
 
 

@@ -64,17 +64,17 @@ def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
             ["p.txt:2: byte 0 of the line is not UTF-8", "p.txt:3: byte 1 of the line is not UTF-8"],
         ),
         (b"a\0b\n", "p.txt", ["p.txt:1: prompt: holds NUL, which no name and no prompt can"]),
-        (b"[1]\n", "p.jsonl", ["p.jsonl:1: is no JSON object"]),
+        (b"[1]\n", "p.jsonl", ["p.jsonl:1: is not a JSON object"]),
         (b'{"prompt": "a"}\n{"prompt":}\n', "p.jsonl", ["p.jsonl:2: is not JSON: Expecting value"]),
         (
             b'{"prompt": "a", "prompt": "b"}\n',
             "p.jsonl",
-            ["p.jsonl:1: is not JSON: key 'prompt' is there twice"],
+            ["p.jsonl:1: is not JSON: key 'prompt' appears twice"],
         ),
         (
             b'{"prompt": "\\ud800"}\n',
             "p.jsonl",
-            ["p.jsonl:1: holds half of a surrogate pair, which is no character"],
+            ["p.jsonl:1: holds half of a surrogate pair, which is not a character"],
         ),
         (b'{"a": [{"b\\u0000": 1}]}\n', "p.jsonl", ["p.jsonl:1: holds NUL, which no name and no prompt can"]),
         (
@@ -122,7 +122,7 @@ def test_a_list_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; say one"),
+        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; use one"),
         ("seed: x\n", "job.yaml:3: seed: expected a whole number, got 'x'"),
     ],
 )

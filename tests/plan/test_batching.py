@@ -116,7 +116,7 @@ def test_a_shot_that_meets_nan_fails_alone(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
-    real, seen = WanModel.velocities, [0]
+    real, seen = WanModel.predict_velocities, [0]
 
     def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
         seen[0] += len(requests)
@@ -126,7 +126,7 @@ def test_a_shot_that_meets_nan_fails_alone(
             for i, v in enumerate(found)
         ]
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = batch(folder=tmp_path / "together", items=UNLIKE)
     assert said.code == 1
     assert said.err.startswith("wancli: shot b: NaN or Inf at step 1, after the last block\n")
@@ -272,7 +272,7 @@ def test_a_worker_takes_eight_shots_at_once_or_as_many_as_the_job_says(
 def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     decide: Callable[..., list[Shot]],
 ) -> None:
-    config = decide({})[0].model.checkpoint.transformer
+    config = decide({})[0].model.checkpoint.transformer_config
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
     rows = sum(text.rows for text in one.prompts)
     expected = memory_model.sample_phase(

@@ -37,7 +37,7 @@ def tiny_shot(tmp_path: Path) -> Shot:
 def large(tiny_shot: Shot) -> Shot:
     """A shot of the 14B model at 832x480x81, in bf16 from a file of fp8."""
     part = tiny_shot.model.checkpoint.experts[0]
-    matrices = replace(part.stored("block matrices"), dtypes=(("F8_E4M3", 400),), nbytes=14_050_918_400)
+    matrices = replace(part.precision_of("block matrices"), dtypes=(("F8_E4M3", 400),), nbytes=14_050_918_400)
     part = replace(
         part,
         config=T2V,
@@ -226,7 +226,7 @@ def test_a_budget_that_is_no_size_is_an_error_of_its_line(
     job = written(tmp_path, tiny_job(memory={"budget": "lots"}))
     said = command(capsys, "plan", job)
     assert said.code == 2
-    assert "memory.budget: 'lots' is no size; write 500MiB or 2GiB" in said.err
+    assert "memory.budget: 'lots' is not a size; write 500MiB or 2GiB" in said.err
     assert command(capsys, "plan", written(tmp_path, tiny_job()), "--memory", "x").code == 2
 
 

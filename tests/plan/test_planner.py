@@ -18,7 +18,7 @@ from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.table import Text
 from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import load
-from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
+from wancli.models.variants import NEGATIVE_PROMPT, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.plan import planner as planning
 from wancli.plan.shot import Plan, Shot
 from wancli.text.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable
     assert shot.tokens == 32760
     assert (shot.solver, shot.seed, shot.noise, shot.crf, shot.codec) == ("unipc", 0, "cpu", 16, "h264")
     assert shot.negative is not None
-    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE, 512, truncate=True)
+    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE_PROMPT, 512, truncate=True)
     assert (shot.id, shot.keep_latents, shot.measure, shot.rules) == ("0000", False, False, ())
 
 
@@ -396,13 +396,13 @@ def test_the_same_output_by_two_ways_is_one_output(decide: Callable[..., Plan], 
         ("1x1", "1x1 is not made of multiples of 16; nearest is 16x16"),
         ("840x470", "840x470 is not made of multiples of 16; nearest is 832x464"),
         ("0x64", "0x64 is not made of multiples of 16; nearest is 16x64"),
-        ("832", "'832' is no size"),
-        ("832x", "'832x' is no size"),
-        ("832*480", "'832*480' is no size"),
-        ("832 x 480", "'832 x 480' is no size"),
-        ("-16x16", "'-16x16' is no size"),
-        ("16x16x16", "'16x16x16' is no size"),
-        ("9999999999x16", "'9999999999x16' is no size"),
+        ("832", "'832' is not a size"),
+        ("832x", "'832x' is not a size"),
+        ("832*480", "'832*480' is not a size"),
+        ("832 x 480", "'832 x 480' is not a size"),
+        ("-16x16", "'-16x16' is not a size"),
+        ("16x16x16", "'16x16x16' is not a size"),
+        ("9999999999x16", "'9999999999x16' is not a size"),
     ],
 )
 def test_a_bad_size_is_answered_with_the_nearest_good_one(
@@ -428,13 +428,13 @@ def test_a_bad_number_of_frames_is_answered_with_the_nearest_good_ones(
         (
             {"blocks": "last"},
             "blocks",
-            "'last' is no block set; write 27-39, 0-39:4, 7, or one of all, early",
+            "'last' is not a block set; write 27-39, 0-39:4, 7, or one of all, early",
         ),
-        ({"blocks": -1}, "blocks", "-1 is no block set"),
+        ({"blocks": -1}, "blocks", "-1 is not a block set"),
         ({"steps": 2}, "steps", "2 is past the last step (1)"),
         ({"steps": "1-0"}, "steps", "'1-0' is empty"),
-        ({"steps": "50-20%"}, "steps", "'50-20%' is no part of the way"),
-        ({"steps": "first"}, "steps", "'first' is no step range"),
+        ({"steps": "50-20%"}, "steps", "'50-20%' is not a range of steps"),
+        ({"steps": "first"}, "steps", "'first' is not a step range"),
         ({"strength": [1, 0.5]}, "strength", "2 strengths for 13 places"),
         ({"step_strength": [1, 1, 1]}, "step_strength", "3 strengths for 2 places"),
         ({"blend": "replace"}, "strength", "replace has strength 1 only"),
@@ -513,8 +513,8 @@ def test_a_rule_that_later_rules_overwrite_everywhere_is_an_error(decide: Callab
 def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at(
     decide: Callable[..., Plan], tmp_path: Path
 ) -> None:
-    assert problems(decide, model="no/such") == [":1: model: 'no/such' is not there"]
-    assert problems(decide, model="x" * 300)[0].endswith("is not there")
+    assert problems(decide, model="no/such") == [":1: model: 'no/such' not found"]
+    assert problems(decide, model="x" * 300)[0].endswith("not found")
     assert problems(decide, model="~nosuchuser/x")[0].startswith(":1: model: '~nosuchuser/x': ")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"job.yaml:1: model: .*/file: truncated or damaged"):

@@ -268,13 +268,13 @@ def test_where_no_state_may_wait_every_shot_takes_all_its_steps(
 def test_nan_in_a_shared_step_fails_all_that_share_it(
     sweep: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = WanModel.velocities, []
+    real, calls = WanModel.predict_velocities, []
 
     def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
         calls.append(1)
         return [v * torch.nan if len(calls) == 2 else v for v in real(self, requests, riders)]
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = sweep(items=[*HALF[:3], {"id": "other", "seed": 5}])
     assert said.code == 1
     assert said.out.splitlines() == [f"{tmp_path}/out/other.mp4"]

@@ -81,13 +81,13 @@ def test_being_stopped_is_no_failure(render: Callable[..., Said], monkeypatch: p
     said = render("--progress", "openjd", sampler={"steps": 4})
     told = heard(said.out)
     assert said.code == 75
-    assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved on the way, 0 not begun")
+    assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved in progress, 0 not started")
     assert "fail" not in [kind for kind, _ in told]
 
 
 def test_no_text_of_a_job_becomes_a_message_of_its_own() -> None:
     out = io.StringIO()
-    display = openjd_progress.OpenJD(out)
+    display = openjd_progress.OpenJdProgress(out)
     display.warn("so\nopenjd_env: PATH=/evil\r\nopenjd_fail: no\x1b[2J")
     ((kind, text),) = heard(out.getvalue())
     assert kind == "status"

@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wancli.models import t5
-from wancli.models.config import Kernels, T5Config, VAEConfig, WanConfig
+from wancli.models.config import ComputeOptions, T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
-from wancli.models.vae_layers import Stream
+from wancli.models.vae_layers import CausalCache
 from wancli.resources import machine, measure, memory_model
 from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 from wancli.weights.loader import load_transformer, load_umt5
-from wancli.weights.offload import Streamed
+from wancli.weights.offload import OffloadedBlocks
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 T2V_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
@@ -66,7 +66,7 @@ def test_a_vae_of_any_size_is_counted_exactly(blocks, in_time):
 
 def test_a_text_encoder_of_any_size_is_counted_exactly():
     config = T5Config(vocab_size=99, d_model=24, d_kv=5, d_ff=17, num_layers=3, num_heads=7, num_buckets=9)
-    assert memory_model.t5_parameters(config) == parameters(t5.build(config))
+    assert memory_model.t5_parameters(config) == parameters(t5.build_encoder(config))
 
 
 # ---- bytes of weights ----
@@ -84,7 +84,7 @@ def models(tiny: Path) -> dict[tuple[str, torch.dtype], WanModel]:
 def held(model: torch.nn.Module, blocks: torch.nn.ModuleList) -> int:
     """Bytes of the parameters that have storage, and of the buffers that blocks are fetched to."""
     buffers: dict[int, int] = {}
-    if isinstance(blocks, Streamed):
+    if isinstance(blocks, OffloadedBlocks):
         with torch.inference_mode():
             for _ in blocks:
                 buffers |= {p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}
@@ -146,8 +146,8 @@ def test_every_further_rider_costs_its_residual_stream():
     model = WanModel(config)
     context = model.project(torch.randn(9, 8))
     requests = [Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2) for _ in range(3)]
-    model.velocities(requests[:1])  # keys and values are there
-    measured = [most_live_bytes(lambda n=n: model.velocities(requests[:n])) for n in (1, 2, 3)]
+    model.predict_velocities(requests[:1])  # keys and values are there
+    measured = [most_live_bytes(lambda n=n: model.predict_velocities(requests[:n])) for n in (1, 2, 3)]
     predicted = [
         memory_model.sample_phase(
             config, shape, context_rows=10, element_bytes=4, forwards_per_pass=n
@@ -165,11 +165,11 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
 
     def peak(rows: int, chunk: int | None) -> tuple[int, int]:
         shape = (16, 4, rows, 32)
-        model = WanModel(config, Kernels(chunk=chunk))
+        model = WanModel(config, ComputeOptions(chunk=chunk))
         context = model.project(torch.randn(context_rows - 1, 8))
         request = Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2)
-        model.velocities([request])  # keys and values are there
-        return most_live_bytes(lambda: model.velocities([request])), memory_model.sample_phase(
+        model.predict_velocities([request])  # keys and values are there
+        return most_live_bytes(lambda: model.predict_velocities([request])), memory_model.sample_phase(
             config, shape, context_rows=context_rows, element_bytes=4, chunk=chunk
         ).activation
 
@@ -190,12 +190,12 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
 
 @pytest.mark.parametrize("in_strips", [True, False])
 def test_the_history_that_a_decoder_keeps_is_predicted(in_strips):
-    config, stream = VAEConfig(8, 16, (1, 2, 4, 4)), Stream()
+    config, stream = VAEConfig(8, 16, (1, 2, 4, 4)), CausalCache()
     vae = WanVAE(config)
     with torch.set_grad_enabled(not in_strips):
         for latent in torch.randn(3, 16, 1, 6, 4):
-            vae.frames_of(latent, stream)
-    kept = sum(past.nbytes for past in stream.past.values())
+            vae.decode_chunk(latent, stream)
+    kept = sum(past.nbytes for past in stream.frames.values())
     predicted = memory_model.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer
     assert 0.88 * predicted < kept <= predicted
 
@@ -347,7 +347,7 @@ from wancli.storage import atomic, cache, manifest
 from wancli.video import mp4
 wan = memory_model.WanConfig(96, 96, 4, 1)
 memory_model.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)
-progress.progress(sys.stderr)
+progress.create_progress(sys.stderr)
 sys.exit(" ".join({"torch", "numpy", "rich", "transformers", "imageio_ffmpeg"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

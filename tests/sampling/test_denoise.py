@@ -67,7 +67,7 @@ def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], 
 def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
 
     def deaf(self: WanModel, requests: Any, riders: Any = None) -> list[torch.Tensor]:
         """Block 30 always reads the main prompt."""
@@ -77,7 +77,7 @@ def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
 
         return real(self, [Request(r.x_BCTYX, r.t, heard(r.contexts)) for r in requests], riders)
 
-    monkeypatch.setattr(WanModel, "velocities", deaf)
+    monkeypatch.setattr(WanModel, "predict_velocities", deaf)
     items = [
         {"id": "lost", "inject": [rule()]},
         {"id": "early", "inject": [rule(blocks="early")]},

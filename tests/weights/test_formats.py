@@ -33,7 +33,7 @@ from wancli.plan.planner import build_plan
 from wancli.resources.memory_model import PROCESS
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 State = dict[str, Tensor]
 Format = Callable[[State], tuple[State, State]]
@@ -287,7 +287,7 @@ def test_a_vae_in_each_format_decodes_what_its_bytes_mean(
     files = {
         key: value if key == "heads" else Path(value) for key, value in around(shallow, vae=stored).items()
     }
-    found = load_vae(identify(Files(**files)), "cpu").state_dict()
+    found = load_vae(identify(SingleFiles(**files)), "cpu").state_dict()
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], w) for name, w in plain.items())
 

@@ -13,7 +13,7 @@ from wancli.weights.loader import load_transformer
 
 
 def load(tiny: Path, lazily: bool, dtype: torch.dtype = torch.bfloat16) -> WanModel:
-    return load_transformer(identify(tiny), dtype, "cpu", lazily=lazily)
+    return load_transformer(identify(tiny), dtype, "cpu", lazy=lazily)
 
 
 def velocity(model: WanModel) -> torch.Tensor:

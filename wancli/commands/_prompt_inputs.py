@@ -31,7 +31,7 @@ JOB_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Work:
+class PromptBatch:
     """Prompts for one checkpoint's encoder, in the order they were given."""
 
     model: ModelSpec
@@ -39,7 +39,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PromptPair:
     """Two prompts to be compared as a model reads them."""
 
     model: ModelSpec
@@ -47,14 +47,14 @@ class Pair:
     b: Prompt
 
 
-def requested(
+def read_prompts(
     what: Sequence[str],
     folder: Path | None,
     max_tokens: int,
     truncate: bool,
     memo: Path,
     flags: CliOverrides = NO_OVERRIDES,
-) -> list[Work]:
+) -> list[PromptBatch]:
     """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin.
 
     `flags` change and choose from every job.
@@ -74,20 +74,26 @@ def requested(
     if not said:
         raise JobError("no prompts to encode", where="stdin")
     if not any(isinstance(one, JobFile) for one in said):
-        _refuse(flags)
-    work: list[Work] = []
+        _reject_flags(flags)
+    work: list[PromptBatch] = []
     for are_texts, several in groupby(said, key=lambda one: isinstance(one, str)):
         if are_texts:
-            model = _model(folder, memo)
+            model = _resolve_model(folder, memo)
             work.append(
-                Work(model, tuple(prompt_of(model, str(text), max_tokens, truncate) for text in several))
+                PromptBatch(
+                    model, tuple(tokenize_prompt(model, str(text), max_tokens, truncate) for text in several)
+                )
             )
         else:
-            work += [one for job in several if isinstance(job, JobFile) for one in _of_job(job, memo)]
+            work += [
+                one for job in several if isinstance(job, JobFile) for one in _collect_job_prompts(job, memo)
+            ]
     return work
 
 
-def run(work: Sequence[Work], out: Path | None, tools: RenderContext) -> list[dict[str, Any]]:
+def encode_prompts(
+    work: Sequence[PromptBatch], out: Path | None, tools: RenderContext
+) -> list[dict[str, Any]]:
     """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
     encoded: list[Encoded] = []
     for one in work:
@@ -111,13 +117,13 @@ def run(work: Sequence[Work], out: Path | None, tools: RenderContext) -> list[di
     ]
 
 
-def pairs(
+def read_pairs(
     prompts: Sequence[str],
     file: Path | None,
     folder: Path | None,
     memo: Path,
     flags: CliOverrides = NO_OVERRIDES,
-) -> list[Pair]:
+) -> list[PromptPair]:
     """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
 
     A job file gives its prompt against each injected one; a text file two prompts with an empty
@@ -128,14 +134,16 @@ def pairs(
             "give two prompts, or --file FILE", hint='wancli diff "prompt A" "prompt B" --model DIR'
         )
     if file is None or file.suffix not in JOB_SUFFIXES:
-        _refuse(flags)
+        _reject_flags(flags)
     if file is None:
-        model = _model(folder, memo)
-        a, b = (prompt_of(model, text, 512, False) for text in prompts)
-        return [Pair(model, a, b)]
+        model = _resolve_model(folder, memo)
+        a, b = (tokenize_prompt(model, text, 512, False) for text in prompts)
+        return [PromptPair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
         shots = build_plan(load(file, flags), memo).shots
-        found = {(s.model, s.prompt.id, p.id): Pair(s.model, s.prompt, p) for s in shots for p in s.injected}
+        found = {
+            (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p) for s in shots for p in s.injected
+        }
         if not found:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
         return list(found.values())
@@ -143,21 +151,21 @@ def pairs(
         data = file.read_bytes()
     except OSError as error:
         raise JobError(f"cannot be read: {error.strerror}", where=str(file)) from None
-    model = _model(folder, memo)
+    model = _resolve_model(folder, memo)
     if file.suffix == ".safetensors":
         tokens = read_tokens(data, str(file))
         if len(tokens) < 2:
             raise JobError("holds one embedding; two are needed", where=str(file))
         a, b = (Prompt(f"{file}.{i}", tokens[i], file, i) for i in (0, 1))
-        return [Pair(model, a, b)]
+        return [PromptPair(model, a, b)]
     texts = [part for part in re.split(r"\r?\n\r?\n", data.decode(errors="surrogateescape")) if part.strip()]
     if len(texts) != 2:
         raise JobError(f"holds {len(texts)} prompts; two are needed, an empty line between", where=str(file))
-    a, b = (prompt_of(model, text, 512, False) for text in texts)
-    return [Pair(model, a, b)]
+    a, b = (tokenize_prompt(model, text, 512, False) for text in texts)
+    return [PromptPair(model, a, b)]
 
 
-def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> PromptDistance:
+def compare_pair(pair: PromptPair, tools: RenderContext, *, dit: bool) -> PromptDistance:
     """All figures of two prompts; with `dit` also behind the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 
@@ -171,24 +179,24 @@ def compared(pair: Pair, tools: RenderContext, *, dit: bool) -> PromptDistance:
     return replace(difference, hints=(*said, wan_mini.DIFFERENCES_HINT))
 
 
-def _refuse(flags: CliOverrides) -> None:
+def _reject_flags(flags: CliOverrides) -> None:
     if flags != NO_OVERRIDES:
         raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
 
 
-def prompt_of(model: ModelSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
+def tokenize_prompt(model: ModelSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
     tokens = Tokenizer(model.checkpoint.tokenizer).tokenize(text, max_tokens, truncate)
     return Prompt(model.encoder.key(tokens), tokens)
 
 
-def _of_job(job: JobFile, memo: Path) -> list[Work]:
+def _collect_job_prompts(job: JobFile, memo: Path) -> list[PromptBatch]:
     by_model: dict[ModelSpec, dict[str, Prompt]] = {}
     for shot in build_plan(job, memo).shots:
         by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.prompts})
-    return [Work(model, tuple(prompts.values())) for model, prompts in by_model.items()]
+    return [PromptBatch(model, tuple(prompts.values())) for model, prompts in by_model.items()]
 
 
-def _model(folder: Path | None, memo: Path) -> ModelSpec:
+def _resolve_model(folder: Path | None, memo: Path) -> ModelSpec:
     said = str(folder) if folder else wan_mini.NAME
     model = resolve_model(
         model_registry.resolve_model(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo

@@ -52,11 +52,13 @@ def track_outcomes(
         yield outcome
     unfinished = bool(stopped or pending)
     if (context.stop.reason and (unfinished or elsewhere)) or (unfinished and not failures):
-        others = f", {len(elsewhere)} with other workers" if elsewhere else ""
-        raise context.stop.error(f"{_shots_are(stopped)} saved on the way, {len(pending)} not begun{others}")
+        others = f", {len(elsewhere)} claimed by other workers" if elsewhere else ""
+        raise context.stop.error(
+            f"{_shots_are(stopped)} saved in progress, {len(pending)} not started{others}"
+        )
     if elsewhere and context.claims and not failures:
         raise ClaimedElsewhere(
-            f"{_shots_are(len(elsewhere))} with other workers: "
+            f"{_shots_are(len(elsewhere))} claimed by other workers: "
             f"{context.claims.name_holders(elsewhere) or 'gone now'}"
         )
 

@@ -112,7 +112,7 @@ def _write(z_CTYX: Tensor, record: Record, output: Path, vae: VAE, chunk: int, t
     import torch
 
     shot = record["shot"]
-    with torch.inference_mode(), tools.progress.phase(shot["id"], "decode", shot["frames"]) as bar:
+    with torch.inference_mode(), tools.progress.phase("decode", [shot["id"]], shot["frames"]) as bar:
 
         def rgb() -> Iterator[memoryview]:
             for frames_CTYX in vae.decode(z_CTYX.to(next(vae.parameters()).device), chunk):

@@ -87,11 +87,9 @@ def run_segment(
     with (
         torch.inference_mode(),
         PeakMemory() as peak,
-        context.progress.phase(
-            format_batch(batch), "sample", len(steps), [one.shot.id for one in batch]
-        ) as bar,
+        context.progress.phase("sample", [one.shot.id for one in batch], len(steps)) as bar,
     ):
-        patches.at(loras, steps[0], expert)
+        patches.apply_step(loras, steps[0], expert)
         contexts = ContextCache(model, rows_NE)
         _prepare(batch, dependents, model, encoded)
         runs = [_make_run(one, stage, contexts) for one, stage in zip(batch, stages)]
@@ -109,7 +107,7 @@ def run_segment(
                     if is_save_due(one) and not one.failed:
                         peak.update()
                         save_state(one, segment_phases())
-                if patches.at(loras, step + 1, expert):
+                if patches.apply_step(loras, step + 1, expert):
                     contexts.clear()
     for one in batch:
         assert one.solver_state is not None

@@ -38,7 +38,7 @@ def encode_each(
     texts = {prompt.id: prompt for prompt in prompts}
     encoded: dict[str, Encoded] = {}
     errors: dict[str, ErrorCapture] = {}
-    with PeakMemory() as peak, context.progress.phase("prompts", "encode", len(texts)) as bar:
+    with PeakMemory() as peak, context.progress.phase("encode", (), len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:
@@ -56,7 +56,7 @@ def encode_each(
             bar.advance()
             if context.stop.requested and len(encoded) + len(errors) < len(texts):
                 raise context.stop.error(f"{len(encoded)} of {len(texts)} prompts encoded")
-    width = model.checkpoint.transformer.text_dim
+    width = model.checkpoint.transformer_config.text_dim
     for id, done in encoded.items():
         rows_NE = done.embedding.rows_NE
         if rows_NE.shape[1] != width:

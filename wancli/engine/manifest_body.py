@@ -22,7 +22,7 @@ from wancli.resources.measure import PeakMemory
 from wancli.storage.manifest import canonical_json
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 if TYPE_CHECKING:
     from wancli.weights.lora.patch import Loras
@@ -66,7 +66,7 @@ def shot_record(shot: Shot, placement: Placement) -> Record:
             "root": str(model.checkpoint.root),
             "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
-            "sizes": asdict(model.checkpoint.transformer),
+            "sizes": asdict(model.checkpoint.transformer_config),
             "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
@@ -103,7 +103,7 @@ def checkpoint_location(model: Record) -> Location:
     if not files:
         return Path(model["root"])
     paths = {key: Path(path) for key, path in files.items() if key != "heads"}
-    return Files(**paths, heads=files.get("heads"))
+    return SingleFiles(**paths, heads=files.get("heads"))
 
 
 def prompt_record(prompt: Prompt, hit: bool) -> Record:
@@ -155,7 +155,7 @@ def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
         {
             "path": str(use.path),
             "bytes": use.path.stat().st_size,
-            **use.decided,
+            **use.pixel_settings,
             "coverage": asdict(lora.coverage),
             "scales": lora.scales,
         }

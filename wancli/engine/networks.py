@@ -62,30 +62,30 @@ class Networks:
     def _patch_fetched(self, name: str, weight: Tensor) -> None:
         """Puts the LoRAs of the step into a weight that was just fetched."""
         if self._patches:
-            self._patches.into(name, weight)
+            self._patches.patch(name, weight)
 
     @property
     def patches(self) -> Patches:
         """What puts LoRAs into the transformer that is loaded, and takes them out again."""
-        from wancli.weights.loader import transformer_tensors
+        from wancli.weights.loader import iterate_transformer_tensors
         from wancli.weights.lora.patch import Patches
 
         assert self._loaded
         if self._patches is None:
             expert, network = self._loaded
-            base = partial(transformer_tensors, self.model.checkpoint, expert=expert)
+            base = partial(iterate_transformer_tensors, self.model.checkpoint, expert=expert)
             self._patches = Patches(dict(network.named_parameters()), base)
         return self._patches
 
     def loras(self, uses: Sequence[LoraUse]) -> Loras:
         """The LoRAs of a shot, each file read once."""
-        from wancli.weights.formats.infer_config import parameter_shapes
-        from wancli.weights.lora.patch import Loras, load
+        from wancli.weights.formats.infer_config import transformer_shapes
+        from wancli.weights.lora.patch import Loras, load_lora
 
-        shapes = parameter_shapes(self.model.checkpoint.transformer)
+        shapes = transformer_shapes(self.model.checkpoint.transformer_config)
         for use in uses:
             if use.sha256 not in self._loras:
-                self._loras[use.sha256] = load(use.path, shapes)
+                self._loras[use.sha256] = load_lora(use.path, shapes)
         return Loras(uses, [self._loras[use.sha256] for use in uses])
 
     def reuse(self) -> None:
@@ -141,9 +141,9 @@ def _cache_key(model: ModelSpec) -> tuple[object, ...]:
 
 def check_weights(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for what would only show when the networks are loaded."""
-    from wancli.weights.loader import check
+    from wancli.weights.loader import check_loadable
 
-    check(checkpoint)
+    check_loadable(checkpoint)
 
 
 def check_device(device: str) -> None:

@@ -105,6 +105,6 @@ def _diff_loras(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[s
         yield "loras", "", ""
         return
     for i, (recorded, use) in enumerate(zip(theirs, shot.loras)):
-        for key, ours in use.decided.items():
+        for key, ours in use.pixel_settings.items():
             if recorded[key] != (list(ours) if isinstance(ours, tuple) else ours):
                 yield f"loras.{i}.{'path' if key == 'sha256' else key}", "", ""

@@ -124,7 +124,7 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
         if state == "damaged":
             aside = atomic.move_aside(shot.output, "damaged")
             atomic.move_aside(shot.manifest, "damaged")
-            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
+            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is rendered again"
             context.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
         return failed_outcome(shot, attempt)

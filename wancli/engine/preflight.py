@@ -92,7 +92,9 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
     hint = "--force moves it aside; or change `output`."
-    return OutputExists(f"in the way: {why}", where=str(shot.output), hint=hint)
+    return OutputExists(
+        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
+    )
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:

@@ -23,7 +23,7 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
 from wancli.engine.preflight import PreflightResult, check_outputs, schedule_shots
 from wancli.errors import MachineError, WancliError
-from wancli.farm.ray_worker import Task, Worker, unwired
+from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Plan, Shot
 
 _RESTARTS, _TASK_RETRIES = 3, 2
-_PAUSE = 0.2  # seconds between two looks for signals
+_POLL_SECONDS = 0.2  # seconds between two looks for signals
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ def _outcomes(
     models = list(dict.fromkeys(shot.model for shot in found.schedule.shots))
     waves = sorted(rounds, key=lambda shots: models.index(shots[0].model))
     if waves:
-        with redirect_stdout(_Stdout()):
-            ray = _connected(cluster)
+        with redirect_stdout(_ThreadStdout()):
+            ray = _connect(cluster)
             try:
-                for outcome in _spread(ray, waves, tools, task, cluster):
+                for outcome in _dispatch(ray, waves, tools, task, cluster):
                     shared_steps = found.schedule.placement(outcome.shot).shared_steps
                     yield replace(outcome, shared_steps=shared_steps)
             finally:
                 ray.shutdown()  # and with it all workers
 
 
-class _Stdout(io.TextIOBase):
+class _ThreadStdout(io.TextIOBase):
     """What this thread prints is a result. Threads of Ray print what they think of the cluster: to stderr."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class _Stdout(io.TextIOBase):
         self._out.flush()
 
 
-def _connected(cluster: Cluster) -> Any:
+def _connect(cluster: Cluster) -> Any:
     try:
         import ray
     except ImportError as error:
@@ -108,7 +108,7 @@ def _connected(cluster: Cluster) -> Any:
 
 
 @dataclass(eq=False)
-class _Seat:
+class _ActorSlot:
     """A worker, and the model that it holds."""
 
     number: int
@@ -116,20 +116,20 @@ class _Seat:
     model: ModelSpec | None = None
 
 
-def _spread(
+def _dispatch(
     ray: Any, waves: list[list[Shot]], tools: RenderContext, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
     """Sends waves to workers until all are done, or an end is asked for; workers save their states then."""
-    idle = _hired(ray, waves, task, cluster)
+    idle = _create_workers(ray, waves, task, cluster)
     count = len(idle)
-    busy: dict[Any, tuple[_Seat, list[Shot]]] = {}
+    busy: dict[Any, tuple[_ActorSlot, list[Shot]]] = {}
     ending: WancliError | None = None
     while busy or (waves and not (ending or tools.stop.requested)):
         while idle and waves and not (ending or tools.stop.requested):
             seat, wave = _match(idle, waves)
             tools.progress.note(f"{format_shots_inline(wave)}: to worker {seat.number} of {count}")
             busy[seat.actor.render.remote({shot.index: shot.key for shot in wave})] = seat, wave
-        for done in ray.wait(list(busy), timeout=_PAUSE)[0]:
+        for done in ray.wait(list(busy), timeout=_POLL_SECONDS)[0]:
             seat, wave = busy.pop(done)
             try:
                 result = ray.get(done)
@@ -140,13 +140,13 @@ def _spread(
                 waves.insert(0, wave)
                 continue
             idle.append(seat)
-            yield from _received(wave, result["outcomes"])
-            ending = ending or (unwired(result["raised"]) if result["raised"] else None)
+            yield from _read_outcomes(wave, result["outcomes"])
+            ending = ending or (error_from_dict(result["raised"]) if result["raised"] else None)
         if not (idle or busy):
             raise MachineError(
                 f"all {count} workers died",
                 where="--engine ray",
-                hint="The logs of Ray say why; too little memory is most likely. The same command goes on.",
+                hint="The logs of Ray say why; too little memory is most likely. The same command resumes.",
             )
         if ending or tools.stop.requested:
             for seat, _ in busy.values():  # more than once: one may just have been started again
@@ -155,7 +155,9 @@ def _spread(
         raise ending
 
 
-def _hired(ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Cluster) -> list[_Seat]:
+def _create_workers(
+    ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Cluster
+) -> list[_ActorSlot]:
     """A worker per GPU, or per so many cores, and no more than there are waves."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(shot.model.device == "cuda" for wave in waves for shot in wave):
@@ -172,10 +174,10 @@ def _hired(ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Clust
     actor = ray.remote(max_restarts=_RESTARTS, max_task_retries=_TASK_RETRIES, max_concurrency=2, **each)(
         Worker
     )  # two calls at a time: `render`, and `stop` meanwhile
-    return [_Seat(number, actor.remote(task)) for number in range(1, min(fit, len(waves)) + 1)]
+    return [_ActorSlot(number, actor.remote(task)) for number in range(1, min(fit, len(waves)) + 1)]
 
 
-def _match(idle: list[_Seat], waves: list[list[Shot]]) -> tuple[_Seat, list[Shot]]:
+def _match(idle: list[_ActorSlot], waves: list[list[Shot]]) -> tuple[_ActorSlot, list[Shot]]:
     """The first wave whose model an idle worker has, else the first wave and one that has none yet."""
     matches = ((seat, wave) for wave in waves for seat in idle if seat.model == wave[0].model)
     unused = next((seat for seat in idle if seat.model is None), idle[0])
@@ -186,15 +188,19 @@ def _match(idle: list[_Seat], waves: list[list[Shot]]) -> tuple[_Seat, list[Shot
     return seat, wave
 
 
-def _received(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
+def _read_outcomes(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
     by_index = {shot.index: shot for shot in wave}
     for one in outcomes:
-        shot, error = by_index[one["index"]], unwired(one["error"]) if one["error"] else None
+        shot, error = by_index[one["index"]], error_from_dict(one["error"]) if one["error"] else None
         made = one["status"] in ("rendered", "already done")
-        yield _seen(shot, one["status"]) if made else Outcome(shot, one["status"], None, error, one["stack"])
+        yield (
+            _verify_output(shot, one["status"])
+            if made
+            else Outcome(shot, one["status"], None, error, one["stack"])
+        )
 
 
-def _seen(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
+def _verify_output(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
     """What a worker says is done, once this host finds it so."""
     with suppress(OSError):
         list(shot.output.parent.iterdir())  # makes NFS ask its server

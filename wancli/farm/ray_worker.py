@@ -60,17 +60,17 @@ class Worker:
         found: list[Record] = []
         raised: WancliError | None = None
         try:
-            for outcome in self._rendered(keys):
-                error = wired(outcome.error) if outcome.error else None
+            for outcome in self._render_shots(keys):
+                error = error_to_dict(outcome.error) if outcome.error else None
                 about = {"index": outcome.shot.index, "status": outcome.status}
                 found.append(about | {"error": error, "stack": outcome.stack})
         except Stopped:
             pass  # the driver knows why; or others are at the rest, as the outcomes say
         except WancliError as error:
             raised = error
-        return {"outcomes": found, "raised": wired(raised) if raised else None}
+        return {"outcomes": found, "raised": error_to_dict(raised) if raised else None}
 
-    def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
+    def _render_shots(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
         from wancli.engine.context import RenderContext
         from wancli.engine.outcome import FailurePolicy
         from wancli.progress import Progress
@@ -78,7 +78,7 @@ class Worker:
         from wancli.storage.claims import Claims
 
         task = self._task
-        self._plan = self._plan or _planned(task)
+        self._plan = self._plan or _build_plan(task)
         shots = tuple(shot for shot in self._plan.shots if shot.index in keys)
         if {shot.index: shot.key for shot in shots} != keys:
             raise MachineError(
@@ -92,7 +92,7 @@ class Worker:
             yield from batch.render(replace(self._plan, shots=shots, unselected=()), tools)
 
 
-def _planned(task: Task) -> Plan:
+def _build_plan(task: Task) -> Plan:
     from wancli.job.loader import load
     from wancli.plan import planner
 
@@ -108,12 +108,12 @@ def _planned(task: Task) -> Plan:
     return planner.build_plan(load(Path(task.job), task.flags), memo, measure=task.measure)
 
 
-def wired(error: WancliError) -> Record:
+def error_to_dict(error: WancliError) -> Record:
     """An error as plain data."""
     return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
 
 
-def unwired(said: Record) -> WancliError:
-    """The error that was `wired`."""
+def error_from_dict(said: Record) -> WancliError:
+    """The error that was `error_to_dict`."""
     kind = next((kind for kind in error_types() if kind.code == said["code"]), Bug)
     return kind(said["message"], where=said["where"], hint=said["hint"])

@@ -198,7 +198,7 @@ class BlockMapStore:
         """
         match = AUTO.fullmatch(spec)
         if not match:
-            raise ValueError(f"{spec!r} is no block set; write auto:top8 or auto:bottom8")
+            raise ValueError(f"{spec!r} is not a block set; write auto:top8 or auto:bottom8")
         count = int(match[2])
         if not 1 <= count <= depth:
             raise ValueError(f"{spec!r} is not within 1 and the model's {depth} blocks")

@@ -37,7 +37,7 @@ def velocities(
         for f in (forwards[i] for i in changes_by_forward)
     ]
     with _compare_outputs(model, forwards, changes_by_forward):
-        all_BCTYX = model.velocities([*forwards, *plain], forwards_per_pass)
+        all_BCTYX = model.predict_velocities([*forwards, *plain], forwards_per_pass)
     for (i, changes), plain_BCTYX in zip(changes_by_forward.items(), all_BCTYX[len(forwards) :]):
         effects, contexts = forwards[i].effects, forwards[i].contexts
         assert effects is not None

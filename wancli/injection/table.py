@@ -159,7 +159,7 @@ def parse_blocks(spec: str | int | Sequence[str | int], depth: int) -> tuple[int
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4})(?::(\d{1,4}))?)?", str(spec))
     if not match:
         raise ValueError(
-            f"{spec!r} is no block set; write 27-39, 0-39:4, 7, or one of {', '.join(NAMED_BLOCKS)}"
+            f"{spec!r} is not a block set; write 27-39, 0-39:4, 7, or one of {', '.join(NAMED_BLOCKS)}"
         )
     first = int(match[1])
     last = int(match[2] or first)
@@ -198,11 +198,11 @@ def parse_steps(spec: str | int | tuple[float, float], sigmas: Sequence[float]) 
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)\s*%", str(spec)):
         low, high = float(match[1]) / 100, float(match[2]) / 100
         if low >= high or high > 1:
-            raise ValueError(f"{spec!r} is no part of the way; write 0-40% or 60-100%")
+            raise ValueError(f"{spec!r} is not a range of steps; write 0-40% or 60-100%")
         return tuple(i for i in range(count) if low <= i / count < high)
     match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(spec))
     if not match:
-        raise ValueError(f"{spec!r} is no step range; write 2-4, 0-40%, all, or {{sigma: [0.5, 1.0]}}")
+        raise ValueError(f"{spec!r} is not a step range; write 2-4, 0-40%, all, or {{sigma: [0.5, 1.0]}}")
     first = int(match[1])
     last = int(match[2] or first)
     if first > last:

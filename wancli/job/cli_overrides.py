@@ -47,7 +47,7 @@ class CliOverrides:
         match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", self.shard)
         if not match or int(match[1]) >= int(match[2]):
             raise JobError(
-                f"{self.shard!r} is no part", where="--shard", hint="Write 0/8 to 7/8 for the eight parts."
+                f"{self.shard!r} is not a part", where="--shard", hint="Write 0/8 to 7/8 for the eight parts."
             )
         part, parts = int(match[1]), int(match[2])
         selected = selected[part * len(selected) // parts : (part + 1) * len(selected) // parts]
@@ -71,18 +71,16 @@ def _split_assignment(text: str, flag: str) -> tuple[str, str]:
 
 
 def _parse_setting(key: str, value: str) -> Setting:
-    path = tuple(key.split("."))
-    read = _read_value(value, f"--set {key}")
-    return Setting(key, Layer(Source("--set", flag=True), Path.cwd(), read, path, path))
+    source = Source("--set", Path.cwd(), prefix=tuple(key.split(".")), is_flag=True)
+    return Setting(key, Layer(source, _read_value(value, f"--set {key}")))
 
 
 def _parse_axis(key: str, value: str) -> Axis:
     values = _read_value(f"[{value}]", f"--sweep {key}")
-    path = tuple(key.split("."))
-    source = Source("--sweep", flag=True)
     if not values:
         raise JobError("has no value", where=f"--sweep {key}")
-    return build_axis(key, [Layer(source, Path.cwd(), v, (key, i), path) for i, v in enumerate(values)])
+    source = Source("--sweep", Path.cwd(), prefix=(key,), is_flag=True)
+    return build_axis(key, [Layer(source.at(index), value) for index, value in enumerate(values)])
 
 
 def _read_value(text: str, where: str) -> Any:
@@ -95,7 +93,7 @@ def _parse_indices(text: str, count: int) -> set[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9})(?:\s*:\s*(-?[1-9]\d{0,8}))?)?\s*", part)
         if not match:
-            raise JobError(f"{part!r} is no range", where="--items", hint="Write 0-9,12 or 1-9:2.")
+            raise JobError(f"{part!r} is not a range", where="--items", hint="Write 0-9,12 or 1-9:2.")
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if max(first, last) >= count:
             past = max(first, last)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from wancli import wan_mini
 from wancli.injection.table import Curve
-from wancli.models.config import Attention
+from wancli.models.config import AttentionBackend
 
 
 class StrictModel(BaseModel):
@@ -212,7 +212,7 @@ class Memory(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     residency: Literal["auto", "resident", "packed", "streamed"] = "auto"
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     chunk: Chunk = "auto"
     fp8_matmul: bool = False
     budget: str | None = None

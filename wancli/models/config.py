@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-Attention = Literal["auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"]
+AttentionBackend = Literal[
+    "auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"
+]
 Expert = Literal["only", "high", "low"]
 EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
 
@@ -81,13 +83,13 @@ class T5Config:
 
 
 @dataclass(frozen=True)
-class Kernels:
+class ComputeOptions:
     """How a transformer computes; changes no more than rounding.
 
     `attention` is who computes self-attention. Forwards without gradients take `chunk` tokens at a time,
     or all. `fp8_matmul` multiplies the blocks' matrices, which are then e4m3 in memory, in fp8.
     """
 
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     chunk: int | None = None
     fp8_matmul: bool = False

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wancli.errors import JobError
-from wancli.models.config import Kernels
+from wancli.models.config import ComputeOptions
 
 if TYPE_CHECKING:
     from wancli.job.loader import Item
     from wancli.plan.shot import ModelSpec
 
 
-def read_compute_options(item: Item) -> Kernels:
+def read_compute_options(item: Item) -> ComputeOptions:
     """The kernels of a job; `chunk: auto` is all tokens at once.
 
     Raises JobError for what does not go together.
@@ -34,7 +34,9 @@ def read_compute_options(item: Item) -> Kernels:
                 where=item.location("loras"),
                 hint="Leave out memory.fp8_matmul; memory.dtype: fp8 takes LoRAs.",
             )
-    return Kernels(memory.attention, None if memory.chunk == "auto" else memory.chunk, memory.fp8_matmul)
+    return ComputeOptions(
+        memory.attention, None if memory.chunk == "auto" else memory.chunk, memory.fp8_matmul
+    )
 
 
 def check(model: ModelSpec) -> None:
@@ -42,21 +44,21 @@ def check(model: ModelSpec) -> None:
     if model.kernels.attention != "auto":
         describe_attention(model)
     if model.kernels.fp8_matmul:
-        from wancli.weights.fp8_linear import check
+        from wancli.weights.fp8_linear import check_fp8_matmul
 
-        sizes = model.checkpoint.transformer
-        check(model.device, (sizes.dim, sizes.ffn_dim))
+        sizes = model.checkpoint.transformer_config
+        check_fp8_matmul(model.device, (sizes.dim, sizes.ffn_dim))
 
 
 def describe_attention(model: ModelSpec) -> dict[str, Any]:
     """Which attention really runs: that of video tokens among each other, and that to the text."""
-    from wancli.models.attention import attention_backend
+    from wancli.models.attention import choose_backend
     from wancli.models.dtypes import DTYPES
 
     dtype = DTYPES[model.compute_dtype]
-    width, asked = model.checkpoint.transformer.head_dim, model.kernels.attention
+    width, asked = model.checkpoint.transformer_config.head_dim, model.kernels.attention
     return {
         "asked": asked,
-        "self": attention_backend(model.device, dtype, width, asked=asked),
-        "cross": attention_backend(model.device, dtype, width, bias=True),
+        "self": choose_backend(model.device, dtype, width, requested=asked),
+        "cross": choose_backend(model.device, dtype, width, bias=True),
     }

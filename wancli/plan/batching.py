@@ -82,7 +82,7 @@ def _make_batches(shots: Sequence[Shot], prefixes: PrefixTree) -> Iterator[Batch
 def _compatibility_key(shot: Shot) -> Hashable:
     """Return what must be the same in all shots of a batch."""
     stages = tuple((stage.expert, stage.steps) for stage in shot.stages)
-    weights = tuple(tuple(use.decided.items()) for use in shot.loras)
+    weights = tuple(tuple(use.pixel_settings.items()) for use in shot.loras)
     return shot.model, shot.batch, stages, weights
 
 

@@ -69,7 +69,9 @@ def embedding_bytes(shots: Iterable[Shot], store: Store) -> int:
     """Bytes that the store will take for prompts that are not there yet."""
     texts = {text.id: (shot, text) for shot in shots for text in shot.prompts if text.file is None}
     missing = [found for id, found in texts.items() if not store.path(id).exists()]
-    rows = ((len(text.tokens.ids), shot.model.checkpoint.transformer.text_dim) for shot, text in missing)
+    rows = (
+        (len(text.tokens.ids), shot.model.checkpoint.transformer_config.text_dim) for shot, text in missing
+    )
     return sum(count * width * FP32 + _RECORD_BYTES for count, width in rows)
 
 
@@ -85,7 +87,7 @@ def require(schedule: Schedule, store: Store | None = None) -> None:
             raise NoSpace(
                 f"{many} may need {needed} on this disk, {free} are free",
                 where=str(need.folder),
-                hint="Free some space, write elsewhere with `output`, or render a part with --items.",
+                hint="Free some space, choose another `output`, or render a part with --items.",
             )
 
 

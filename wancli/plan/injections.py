@@ -36,7 +36,7 @@ def compile_rules(
     """The rules of a shot, and the blocks that measured maps chose for them. `texts` are its prompt and the
     injected ones. Raises JobError."""
     main, *injected = (text.id for text in texts)
-    depth = model.checkpoint.transformer.num_layers
+    depth = model.checkpoint.transformer_config.num_layers
     rules: list[Rule] = []
     auto_blocks: list[AutoBlocks] = []
     for i, (inject, text) in enumerate(zip(item.job.inject, injected, strict=True)):
@@ -116,7 +116,7 @@ def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
         if reached:
             why, hint = "later rules replace all that it changes", "Rules apply in the order written."
         elif not rule.blocks:
-            depth = shot.model.checkpoint.transformer.num_layers
+            depth = shot.model.checkpoint.transformer_config.num_layers
             why, hint = f"a model of {depth} blocks has none there", "Give numbers."
         elif "cond" not in rule.branches and (rule.steps or not shot.negative):
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."

@@ -13,9 +13,9 @@ from wancli.job.schema import LoraEntry, SigmaRange
 from wancli.models.config import WanConfig
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
-from wancli.weights.formats.infer_config import parameter_shapes
-from wancli.weights.lora.file import CONFIG, recognise
-from wancli.weights.lora.match import Coverage, matched
+from wancli.weights.formats.infer_config import transformer_shapes
+from wancli.weights.lora.file import ADAPTER_CONFIG, read_lora_file
+from wancli.weights.lora.match import Coverage, select_changes
 from wancli.weights.lora.use import LoraUse
 
 
@@ -28,10 +28,10 @@ class MatchedLora:
     coverage: Coverage
 
 
-def match_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
+def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
-    lora_file = recognise(path)
-    _, coverage = matched(lora_file, parameter_shapes(transformer))
+    lora_file = read_lora_file(path)
+    _, coverage = select_changes(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
     return MatchedLora(path, fingerprint([path, *config], memo), coverage)
 
@@ -68,9 +68,9 @@ def _decide_use(
         return JobError(what, where=item.location("loras", index, key), hint=hint)
 
     if path.suffix != ".safetensors":
-        raise job_error("path", f"{entry.path!r} is no .safetensors file", "Save the LoRA as one.")
+        raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
-        raise job_error("path", f"{entry.path!r} is not there", f"Looked for {path}.")
+        raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
     try:
         blocks = parse_blocks(entry.blocks, depth)
     except ValueError as error:
@@ -111,7 +111,7 @@ def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
         if use.strength == 0:
             yield f"{use.path.name} has strength 0 and changes nothing"
         if use.coverage.style == "PEFT" and not use.coverage.scaled:
-            yield f"{use.path.name} has no alpha and no {CONFIG} beside it; its scale is taken as 1"
+            yield f"{use.path.name} has no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
         if use.coverage.unused:
             examples = ", ".join(use.coverage.examples)
             yield f"{use.path.name}: {use.coverage.unused} keys name nothing of this model: {examples}"

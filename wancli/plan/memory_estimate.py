@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
-from wancli.weights.component import Part
+from wancli.weights.component import Component
 
 if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Shot
@@ -77,14 +77,14 @@ def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
 
 def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
     """A shot alone, with `rows` of text and that many forwards on a pass."""
-    model, wan = shot.model, shot.model.checkpoint.transformer
+    model, wan = shot.model, shot.model.checkpoint.transformer_config
     part, element = model.checkpoint.experts[0], ELEMENT_BYTES[model.compute_dtype]
     resident = model.residency == "resident"
     weights = 0
     if model.dtype == "fp8" and part.scheme.name == "plain":
         weights = memory_model.fp8_bytes(wan)
     elif model.dtype == "fp8":
-        weights = part.stored(_MATRICES).nbytes + part.stored("scales, markers").nbytes
+        weights = part.precision_of(_MATRICES).nbytes + part.precision_of("scales, markers").nbytes
     elif model.residency == "packed":
         weights = _packed_bytes(model, part)
     fetched = None if resident else 2
@@ -104,14 +104,14 @@ def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
     return Phase("sample", phase.model, phase.activation, phase.buffer + scratch)
 
 
-def _packed_bytes(model: ModelSpec, part: Part) -> int:
+def _packed_bytes(model: ModelSpec, part: Component) -> int:
     """Matrices as they are stored: on a CPU mapped, for a GPU in pinned memory of the host."""
-    return part.stored(_MATRICES).nbytes if model.device == "cpu" else 0
+    return part.precision_of(_MATRICES).nbytes if model.device == "cpu" else 0
 
 
-def _unpack_bytes(model: ModelSpec, part: Part, residency: str) -> int:
+def _unpack_bytes(model: ModelSpec, part: Component, residency: str) -> int:
     """For a GPU, the largest matrix as it is stored, on its way; for a CPU it is read in pieces."""
-    return part.stored(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
+    return part.precision_of(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
 
 
 def network_sizes(model: ModelSpec) -> dict[str, Any]:
@@ -125,13 +125,13 @@ def checkpoint_sizes(
     """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
     stored = {}
     for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
-        matrices = part.stored(_MATRICES)
+        matrices = part.precision_of(_MATRICES)
         stored[name] = {
             "plain": part.scheme.name == "plain",
             "dtype": _single_dtype(part),
             "matrices": matrices.nbytes,
             "largest": matrices.largest,
-            "scales": part.stored("scales, markers").nbytes,
+            "scales": part.precision_of("scales, markers").nbytes,
         }
     return {
         "text_encoder": asdict(text_encoder),
@@ -146,10 +146,10 @@ def stored_dtype(model: ModelSpec) -> str | None:
     return _single_dtype(model.checkpoint.experts[0])
 
 
-def _single_dtype(part: Part) -> str | None:
-    dtypes = [name for name, _ in part.stored(_MATRICES).dtypes]
+def _single_dtype(part: Component) -> str | None:
+    dtypes = [name for name, _ in part.precision_of(_MATRICES).dtypes]
     return _DTYPES.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
-def _is_only_fp32(part: Part) -> bool:
+def _is_only_fp32(part: Component) -> bool:
     return {dtype for found in part.precision for dtype, _ in found.dtypes} == {"F32"}

@@ -154,7 +154,7 @@ def describe_limit(model: ModelSpec) -> str:
     if model.budget is not None:
         return f"the budget is {format_bytes(model.memory_limit)}"
     if model.memory_limit == sys.maxsize:
-        return "what is free is not known"
+        return "the free memory is not known"
     return f"{format_bytes(model.memory_limit)} are free"
 
 

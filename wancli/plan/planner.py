@@ -27,7 +27,7 @@ from wancli.resources import machine
 from wancli.storage.paths import output_path, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
-from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
 
 
 def build_plan(
@@ -48,7 +48,7 @@ def build_plan(
     model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
-    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, hash_cache))
+    lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
@@ -97,8 +97,8 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
     )
     return ModelSpec(
         checkpoint,
-        text_encoder_sizes(checkpoint),
-        vae_sizes(checkpoint),
+        text_encoder_config(checkpoint),
+        vae_config(checkpoint),
         transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), hash_cache),
         vae=fingerprint(checkpoint.vae_files, hash_cache),
         encoder=encoder,
@@ -145,7 +145,7 @@ def _build_shot(
     prompt, negative, injected = _resolve_prompts(
         item, model, guided=any(part.guidance != 1 for part in way.stages)
     )
-    transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
+    transformer, sigmas = model.checkpoint.transformer_config, way.schedule.sigmas
     rules, choices = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, way.stages)
     lora_paths = [
         model_registry.resolve_path(
@@ -252,7 +252,7 @@ def _parse_size(item: Item, variant: Variant) -> tuple[int, int]:
     where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
-        raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
+        raise JobError(f"{item.job.size!r} is not a size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
     stride = variant.stride
     near = tuple(max(stride, round(side / stride) * stride) for side in size)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from wancli.injection.block_map import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
-from wancli.models.config import Expert, Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import ComputeOptions, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.plan.schedule import Schedule
 from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_schedule
@@ -58,7 +58,7 @@ class ModelSpec:
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
-    kernels: Kernels = field(default_factory=Kernels)
+    kernels: ComputeOptions = field(default_factory=ComputeOptions)
     budget: int | None = None  # the memory limit that the user set; None: what was free
     # Bytes that the process may take at its peak, on CUDA those of the device. Read once, by the planner.
     memory_limit: int = field(default=sys.maxsize, compare=False)
@@ -161,7 +161,7 @@ class Shot:
         if self.negative:
             base.append(("uncond", self.negative.id))
         unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
-        depth = self.model.checkpoint.transformer.num_layers
+        depth = self.model.checkpoint.transformer_config.num_layers
         return _table(self.rules, tuple(base), depth, self.steps, unguided)
 
     @property
@@ -187,14 +187,14 @@ class Shot:
             {
                 "pixels": PIXEL_VERSION,
                 "transformer": self.model.transformer,
-                "sizes": _as_dict(self.model.checkpoint.transformer),
+                "sizes": _as_dict(self.model.checkpoint.transformer_config),
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.prompts],
                 "rules": [_as_dict(rule) for rule in self.rules],
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
-                **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
+                **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
                 # Weights in fp8 do not say it themselves: a GPU multiplies them in bf16.

@@ -60,7 +60,7 @@ class Workload:
 
 def shot_workloads(shot: Shot) -> dict[str, Workload]:
     """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
-    model, wan = shot.model, shot.model.checkpoint.transformer
+    model, wan = shot.model, shot.model.checkpoint.transformer_config
     here = machine.device_name(model.device)
     counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
     weights = memory_estimate.predict_phases(shot)[1].model
@@ -217,7 +217,7 @@ def rates_used(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
 
 def sampling_flops(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
-    wan = shot.model.checkpoint.transformer
+    wan = shot.model.checkpoint.transformer_config
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
     contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
     return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)

@@ -41,7 +41,7 @@ class ProbeRequest:
 
     @property
     def depth(self) -> int:
-        return self.shot.model.checkpoint.transformer.num_layers
+        return self.shot.model.checkpoint.transformer_config.num_layers
 
     @property
     def plain_shot(self) -> Shot:
@@ -72,7 +72,7 @@ def plan_probe(
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     if ranges is None and method == "render":
         ranges = str(min(8, depth))
     blocks = [(block,) for block in range(depth)] if ranges is None else _parse_ranges(ranges, depth)
@@ -153,7 +153,7 @@ def _memory_hint(probe: ProbeRequest) -> str:
 
 def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
     """Predicted memory of measuring one level, with so many forwards on a pass beside the plain one."""
-    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer
+    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer_config
     rows = sum(text.rows for text in probe.texts)
     sampling = memory_estimate.predict_sampling(shot, rows, 1 + forks)
     activation = sampling.activation

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wancli.models.dit import Stream, WanModel
+from wancli.models.dit import BlockState, WanModel
 from wancli.models.dit_layers import Mix
 
 
@@ -50,17 +50,17 @@ def velocities(
     # The trunk goes along to where the next group leaves it, with the last one to the end.
     stops = [*(starts[group[0]] for group in groups[1:]), len(plain)]
     for group, stop in zip(groups, stops):
-        forks: dict[int, Stream] = {}
-        for block, layer in enumerate(model.blocks.since(at), at):
+        forks: dict[int, BlockState] = {}
+        for block, layer in enumerate(model.blocks.iterate_from(at), at):
             forks |= {i: trunk.fork() for i in group if starts[i] == block}
             for i, fork in forks.items():
-                fork.through(layer, rows[i][block], checkpointed=False)
+                fork.apply(layer, rows[i][block], checkpointed=False)
             if block < stop:
-                trunk.through(layer, plain[block], checkpointed=False)
+                trunk.apply(layer, plain[block], checkpointed=False)
         at = stop
         for i in group:
-            yield i, model.velocity(forks.pop(i))
-    yield len(rows), model.velocity(trunk)
+            yield i, model.read_velocity(forks.pop(i))
+    yield len(rows), model.read_velocity(trunk)
 
 
 def _first_difference(plain: Sequence[Mix], row: Sequence[Mix]) -> int:
@@ -85,10 +85,10 @@ def derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tuple[int, 
         stream = model.embed(point.x_1CTYX, point.t)
         for layer, mix in zip(model.blocks, plain, strict=True):
             inputs.append(stream.x_BLD.clone())
-            stream.through(layer, mix, checkpointed=False)
+            stream.apply(layer, mix, checkpointed=False)
     with torch.enable_grad():
         x_BLD = stream.x_BLD.requires_grad_()
-        v_1CTYX = model.velocity(stream)
+        v_1CTYX = model.read_velocity(stream)
         gradient_BLD = torch.autograd.grad((v_1CTYX * toward_1CTYX).sum(), x_BLD)[0]
     yield len(plain), v_1CTYX.detach()
     for block in reversed(range(len(plain))):
@@ -97,7 +97,7 @@ def derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tuple[int, 
             s_L = torch.zeros(x_BLD.shape[1], device=x_BLD.device, requires_grad=True)
             stream.x_BLD = x_BLD
             mix = _mix(plain[block], point.injected[block], s_L)
-            stream.through(model.blocks[block], mix, checkpointed=False)
+            stream.apply(model.blocks[block], mix, checkpointed=False)
             gradient_BLD, by_s_L = torch.autograd.grad(stream.x_BLD, (x_BLD, s_L), gradient_BLD)
         yield block, by_s_L
 

@@ -58,7 +58,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     with (
         oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
-        tools.progress.phase(shot.id, "probe", total) as bar,
+        tools.progress.phase("probe", [shot.id], total) as bar,
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
             if tools.stop.requested:
@@ -107,7 +107,7 @@ def _trace_stage(
     rows_NE = {id: single_step.embedding.rows_NE.to(shot.model.device) for id, single_step in encoded.items()}
     contexts = ContextCache(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
-        if networks.patches.at(loras, step, stage.expert):
+        if networks.patches.apply_step(loras, step, stage.expert):
             contexts.clear()
         if step in probe.levels:
             yield step, _probe_point(probe, model, contexts, state, step)

@@ -147,7 +147,7 @@ def plan_document(
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
                 ],
                 "loras": [
-                    {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}
+                    {"path": str(use.path), **use.pixel_settings, "coverage": asdict(use.coverage)}
                     for use in shot.loras
                 ],
             }

@@ -67,7 +67,7 @@ def measure_document(
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
-    with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
+    with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
         for shot in comparison_metrics.measure_clips(clips, beside):
             shots.append(shot)
             bar.advance()
@@ -117,7 +117,7 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderConte
         dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
         for beside in (True, False)
     )
-    with tools.progress.phase(document["baseline"], "draw", len(outputs.paths)) as bar:
+    with tools.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
             contact_sheet.write(
                 path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])

@@ -76,7 +76,7 @@ def denoise_batch(
     steps = runs[0].stage.steps
     if any(walk.stage.steps != steps for walk in runs):
         step_counts = sorted({len(walk.stage.steps) for walk in runs})
-        raise ValueError(f"walks of {step_counts} steps cannot go in lock-step")
+        raise ValueError(f"runs of {step_counts} steps cannot be batched")
     results: list[StepResult | NotFinite] = [
         StepResult(steps.start, walk.state, frozenset()) for walk in runs
     ]
@@ -136,7 +136,7 @@ def _solve_step(
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:
     """Runs the bad step again, block by block, to say where the first NaN or Inf comes from."""
     for forward in _build_forwards(run, StepResult(step, State(x_CTYX), frozenset()), step):
-        residuals = model.residuals(forward.x_BCTYX, forward.t, forward.contexts)
+        residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts)
         for block, x_BLD in enumerate(residuals):
             if not torch.isfinite(x_BLD).all():
                 return f"NaN or Inf at step {step}, {forward.contexts.branch} branch, first in block {block}"

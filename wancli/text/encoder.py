@@ -20,7 +20,7 @@ from wancli.resources.measure import oom_as_error, release_memory
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
 from wancli.text.tokenizer import Tokens, quote_prompt
-from wancli.weights.component import Naming, rename
+from wancli.weights.component import Naming, get_renaming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def encode(
             continue
         rows: Sequence[Tensor] = ()
         with ErrorCapture() as attempt, oom_as_error("encode", quote_prompt(group[0][1].text)):
-            rows = t5.rows_of_each(model, [tokens.ids for _, tokens in group])
+            rows = t5.encode_batch(model, [tokens.ids for _, tokens in group])
         if attempt.error:
             release_memory()
             yield from (EncodeFailure(key, attempt.error) for key, _ in group)
@@ -130,7 +130,7 @@ def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
 
     return loader.load_umt5(
         encoder.files,
-        rename("text encoder", encoder.naming),
+        get_renaming("text encoder", encoder.naming),
         DTYPES[encoder.dtype],
         encoder.device,
         encoder.residency,

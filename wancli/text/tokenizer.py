@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError, JobError, PromptTooLong
-from wancli.weights.formats.embedded_tokenizer import tokenizer
+from wancli.weights.formats.embedded_tokenizer import read_tokenizer
 
 EOS = 1  # `</s>`
 
@@ -53,7 +53,7 @@ class Tokenizer:
 
         try:
             if spiece.suffix in (".safetensors", ".gguf"):
-                self._model = SentencePieceProcessor(model_proto=tokenizer(spiece) or b"")
+                self._model = SentencePieceProcessor(model_proto=read_tokenizer(spiece) or b"")
             else:
                 self._model = SentencePieceProcessor(model_file=str(spiece))
         except (OSError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from wancli.plan import memory_estimate
 from wancli.resources import memory_model
 from wancli.resources.memory_model import wan_parameters
 from wancli.weights.checkpoint import Checkpoint
-from wancli.weights.component import Kind, Part
+from wancli.weights.component import Component, Kind
 from wancli.weights.formats.quant_schemes import Precision
 from wancli.weights.recognize import XXL
 
@@ -125,13 +125,15 @@ def released_checkpoint(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VA
     return _checkpoint(variant, wan, transformer, text, convolutions), XXL, vae
 
 
-def _published_component(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Part:
+def _published_component(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Component:
     group = "convolutions" if kind == "vae" else "block matrices"
     precision = Precision(group, ((dtype, 1),), count * element, largest * element)
-    return Part(kind, kind, (), "safetensors", precision=(precision,))
+    return Component(kind, kind, (), "safetensors", precision=(precision,))
 
 
-def _checkpoint(variant: Variant, wan: WanConfig, transformer: Part, text: Part, vae: Part) -> Checkpoint:
+def _checkpoint(
+    variant: Variant, wan: WanConfig, transformer: Component, text: Component, vae: Component
+) -> Checkpoint:
     root = Path(variant.name)
     return Checkpoint(root, variant, (replace(transformer, config=wan),), text, root, vae, root)
 
@@ -143,7 +145,7 @@ def describe_model(
     return {
         "root": str(checkpoint.root),
         "variant": checkpoint.variant.name,
-        "sizes": asdict(checkpoint.transformer),
+        "sizes": asdict(checkpoint.transformer_config),
         "networks": memory_estimate.checkpoint_sizes(checkpoint, text, vae),
         "dtype": dtype,
         "residency": "resident",

@@ -95,7 +95,7 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
     planned = planner.build_plan(
         jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json"
     )
-    here = kept.get(planned.shots[0].model, lazily=True)
+    here = kept.get(planned.shots[0].model, lazy=True)
     network = weakref.ref(here.transformer("only"))
     del here
     assert rendered("other", kept, model=str(tiny)) == ["rendered"]

@@ -1,4 +1,4 @@
-"""The networks of a checkpoint while they are in memory, and the LoRAs put into them."""
+"""The networks of a checkpoint in memory, and the LoRAs patched into them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Networks:
-    """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
+    """The networks of a checkpoint, loaded when first used and kept for the next shot.
+
+    Of two experts one is in memory at a time.
+    """
 
     model: ModelSpec
     lazy: bool = False  # blocks may arrive when they first run; not where LoRAs are put into them before
@@ -36,7 +39,7 @@ class Networks:
     _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
 
     def transformer(self, expert: Expert) -> WanModel:
-        """The network of an expert; the other one makes room first."""
+        """Return the network of an expert; the other one is released before it is loaded."""
         if self._loaded and self._loaded[0] == expert:
             return self._loaded[1]
         from wancli.models.dtypes import DTYPES
@@ -60,13 +63,13 @@ class Networks:
         return network
 
     def _patch_fetched(self, name: str, weight: Tensor) -> None:
-        """Puts the LoRAs of the step into a weight that was just fetched."""
+        """Patch the LoRAs of the step into a weight that was just fetched."""
         if self._patches:
             self._patches.patch(name, weight)
 
     @property
     def patches(self) -> Patches:
-        """What puts LoRAs into the transformer that is loaded, and takes them out again."""
+        """The patches that put LoRAs into the loaded transformer, and take them out again."""
         from wancli.weights.loader import iterate_transformer_tensors
         from wancli.weights.lora.patch import Patches
 
@@ -78,7 +81,7 @@ class Networks:
         return self._patches
 
     def loras(self, uses: Sequence[LoraUse]) -> Loras:
-        """The LoRAs of a shot, each file read once."""
+        """Return the LoRAs of a shot; each file is read once."""
         from wancli.weights.formats.infer_config import transformer_shapes
         from wancli.weights.lora.patch import Loras, load_lora
 
@@ -89,14 +92,14 @@ class Networks:
         return Loras(uses, [self._loras[use.sha256] for use in uses])
 
     def reuse(self) -> None:
-        """The networks stay for another render, which loads nothing but its LoRAs."""
+        """Keep the networks for another render, which loads only its LoRAs."""
         self._loras.clear()
         with PeakMemory() as peak:
             pass
         self.load_record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
 
     def release(self) -> None:
-        """Gives the memory back; what is used next is loaded anew."""
+        """Release the memory; a network that is used later is loaded again."""
         self._loaded = self._patches = None
         self.__dict__.pop("vae", None)
 
@@ -108,46 +111,45 @@ class Networks:
 
 
 class ModelCache:
-    """Keeps the networks of the last model in memory from one render to the next."""
+    """The networks of the last model, kept in memory from one render to the next."""
 
     def __init__(self) -> None:
         self._networks: Networks | None = None
 
-    def get(self, model: ModelSpec, lazily: bool) -> Networks:
-        """Those that are here if they are of this model and ran as it would, else new ones; what was here
-        before is gone then."""
-        here = self._networks
-        if here and self.has(model) and lazily >= here.lazy:
-            here.reuse()
-            return here
-        self._networks = here = None  # before others are loaded
-        self._networks = Networks(model, lazily)
+    def get(self, model: ModelSpec, lazy: bool) -> Networks:
+        """Return the cached networks if they run as this model would, else new ones in their place."""
+        cached = self._networks
+        if cached and self.has(model) and lazy >= cached.lazy:
+            cached.reuse()
+            return cached
+        self._networks = cached = None  # before others are loaded
+        self._networks = Networks(model, lazy)
         return self._networks
 
     def has(self, model: ModelSpec) -> bool:
-        """Whether the networks that are here are of this model, whose weights were checked then."""
+        """Return whether the cached networks are of this model, whose weights were checked then."""
         return self._networks is not None and _cache_key(self._networks.model) == _cache_key(model)
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Release the memory."""
         self._networks = None
 
 
 def _cache_key(model: ModelSpec) -> tuple[object, ...]:
-    """All that a network in memory depends on."""
+    """Return all that a network in memory depends on."""
     weights = (model.checkpoint, model.transformer, model.vae)
     return (*weights, model.device, model.dtype, model.residency, model.kernels)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for what would only show when the networks are loaded."""
+    """Raise CheckpointError for damage that would only show when the networks are loaded."""
     from wancli.weights.loader import check_loadable
 
     check_loadable(checkpoint)
 
 
 def check_device(device: str) -> None:
-    """Raises MachineError where a plan says `cuda` and torch has none."""
+    """Raise MachineError if a plan says `cuda` and torch has no CUDA device."""
     if device != "cuda":
         return
     import torch

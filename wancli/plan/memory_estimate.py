@@ -1,4 +1,4 @@
-"""What a shot takes of the memory: its sizes and settings put into the formulas of `memory`."""
+"""Predicted memory of a shot: its sizes and settings put into the formulas of `resources.memory_model`."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:
 
 
 def process_bytes(model: ModelSpec) -> int:
-    """Bytes of the process itself, which come on top of every phase."""
+    """Return the bytes of the process itself, which come on top of every phase."""
     return memory_model.PROCESS if model.device == "cpu" else 0
 
 
 def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
-    """UMT5 on prompts of so many tokens."""
+    """Predict the memory of UMT5 on prompts of so many tokens."""
     t5 = model.text_encoder
     dtype, residency = model.encoder.dtype, model.encoder.residency
     part, element = model.checkpoint.text_encoder, ELEMENT_BYTES[dtype]
@@ -69,14 +69,14 @@ def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
             + embedding
             + _packed_bytes(model, part)
         )
-    if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
+    if dtype == "fp16":  # its widest products overflow, so one matrix of each layer stays fp32
         held = t5.num_layers if residency == "resident" else 2
         weights += held * t5.d_model * t5.d_ff * 2
     return Phase("encode", weights, phase.activation, _unpack_bytes(model, part, residency))
 
 
 def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
-    """A shot alone, with `rows` of text and that many forwards on a pass."""
+    """Predict the memory of sampling a shot alone, with so many rows of text and forwards on a pass."""
     model, wan = shot.model, shot.model.checkpoint.transformer_config
     part, element = model.checkpoint.experts[0], ELEMENT_BYTES[model.compute_dtype]
     resident = model.residency == "resident"
@@ -99,30 +99,31 @@ def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
         chunk=model.kernels.chunk,
     )
     scratch = 0 if model.dtype == "fp8" else _unpack_bytes(model, part, model.residency)
-    if shot.loras and element != FP32:  # a sum is made in fp32
+    if shot.loras and element != FP32:  # LoRAs are added in fp32
         scratch += max(wan.dim, wan.ffn_dim) * wan.dim * FP32
     return Phase("sample", phase.model, phase.activation, phase.buffer + scratch)
 
 
 def _packed_bytes(model: ModelSpec, part: Component) -> int:
-    """Matrices as they are stored: on a CPU mapped, for a GPU in pinned memory of the host."""
+    """Return the bytes of matrices as stored: mapped for a CPU; for a GPU they are in host memory."""
     return part.precision_of(_MATRICES).nbytes if model.device == "cpu" else 0
 
 
 def _unpack_bytes(model: ModelSpec, part: Component, residency: str) -> int:
-    """For a GPU, the largest matrix as it is stored, on its way; for a CPU it is read in pieces."""
+    """Return the bytes of the largest matrix as stored, which a GPU receives whole; a CPU reads pieces."""
     return part.precision_of(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
 
 
 def network_sizes(model: ModelSpec) -> dict[str, Any]:
-    """What these formulas read of a checkpoint beside the sizes of its transformer, as manifests keep it."""
+    """Return what these formulas read of a checkpoint beside the config of its transformer, as manifests
+    keep it."""
     return checkpoint_sizes(model.checkpoint, model.text_encoder, model.vae_sizes)
 
 
 def checkpoint_sizes(
     checkpoint: Checkpoint, text_encoder: T5Config, vae: VAEConfig | VAE22Config
 ) -> dict[str, Any]:
-    """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
+    """Return the configs of the networks, and in bytes their stored matrices: all, largest, scales."""
     stored = {}
     for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
         matrices = part.precision_of(_MATRICES)
@@ -142,7 +143,7 @@ def checkpoint_sizes(
 
 
 def stored_dtype(model: ModelSpec) -> str | None:
-    """The dtype of the transformer's matrices in their file, None where they are quantized or mixed."""
+    """Return the dtype of the transformer's matrices in their file, None if they are quantized or mixed."""
     return _single_dtype(model.checkpoint.experts[0])
 
 

@@ -44,7 +44,7 @@ def test_a_finished_job_is_not_rendered_again(
 ) -> None:
     first = render()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (loader, "load_vae"))
+    poison(monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (loader, "load_vae"))
     second = render("--json")
     assert (first.code, second.code) == (0, 0)
     assert first.out == f"{tmp_path}/out/clip.mp4\n"
@@ -225,7 +225,9 @@ def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (encoder, "load_encoder"))
+    poison(
+        monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (encoder, "load_encoder")
+    )
     assert render(inject=[rule(blocks="late")]).code == 0
     assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_block"] == {"3": 2}

@@ -158,10 +158,10 @@ def hog(
 
 
 PHASES = {
-    "encode": (t5, "rows_of_each", 0),
+    "encode": (t5, "encode_batch", 0),
     "load": (loader, "load_transformer", 0),
-    "sample": (WanModel, "velocities", 1),
-    "decode": (VAE, "frames_of", 0),
+    "sample": (WanModel, "predict_velocities", 1),
+    "decode": (VAE, "decode_chunk", 0),
 }
 
 
@@ -194,10 +194,10 @@ def test_what_was_sampled_before_memory_ran_out_is_on_disk_and_a_retry_goes_on_f
     said: dict[str, Any] = {"sampler": {"steps": 4}, "video": KEPT}
     assert render(folder=tmp_path / "whole", **said).code == 0
     with pytest.MonkeyPatch.context() as patched:
-        hog(patched, WanModel, "velocities", 2)
+        hog(patched, WanModel, "predict_velocities", 2)
         assert render(**said).code == 5
     assert files_in(tmp_path) == ["clip.state.safetensors", "job.report.json"]
-    found = hog(monkeypatch, WanModel, "velocities", 1)
+    found = hog(monkeypatch, WanModel, "predict_velocities", 1)
     assert render("--retries", "1", **said).code == 0
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
     assert files_in(tmp_path) == files_in(tmp_path / "whole")

@@ -181,7 +181,7 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
     items = [{"id": f"{n}", "prompt": prompt} for n, prompt in enumerate(prompts)]
     rendered = partial(render, output="out/{id}.mp4", items=items)
     with pytest.MonkeyPatch.context() as patched:
-        poison(patched, (WanModel, "velocities"))
+        poison(patched, (WanModel, "predict_velocities"))
         said = rendered()
     assert said.code == 75
     assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved in progress, 3 not started\n")

@@ -38,7 +38,7 @@ from wancli.storage.claims import Claims, claim_path, find_holder
 from wancli.text.encoder import encode
 
 Render = Callable[..., Said]
-QUICK = {"beat": 0.01, "stale": 3}
+QUICK = {"heartbeat": 0.01, "stale_looks": 3}
 
 
 class Some(NamedTuple):
@@ -68,7 +68,7 @@ def put(shot: Any, content: str | dict[str, Any]) -> Path:
 def body(**changes: Any) -> dict[str, Any]:
     """What a live process of this host would write: that which runs the test."""
     me = current_process()
-    return {**vars(me), "started": "2026-11-23T00:00:00+00:00", "token": "theirs"} | changes
+    return {**me.as_dict(), "started": "2026-11-23T00:00:00+00:00", "token": "theirs"} | changes
 
 
 def dead_pid() -> int:

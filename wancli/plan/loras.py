@@ -15,7 +15,7 @@ from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
 from wancli.weights.formats.infer_config import transformer_shapes
 from wancli.weights.lora.file import ADAPTER_CONFIG, read_lora_file
-from wancli.weights.lora.match import Coverage, match_lora
+from wancli.weights.lora.match import Coverage, select_changes
 from wancli.weights.lora.use import LoraUse
 
 
@@ -31,7 +31,7 @@ class MatchedLora:
 def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
     lora_file = read_lora_file(path)
-    _, coverage = match_lora(lora_file, transformer_shapes(transformer))
+    _, coverage = select_changes(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
     return MatchedLora(path, fingerprint([path, *config], memo), coverage)
 

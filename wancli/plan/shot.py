@@ -14,7 +14,15 @@ from typing import Any, Literal
 
 from wancli.injection.block_map import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
-from wancli.models.config import ComputeOptions, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import (
+    ComputeOptions,
+    Expert,
+    T5Config,
+    VAE22Config,
+    VAEConfig,
+    WanConfig,
+    compute_dtype,
+)
 from wancli.plan import memory_estimate
 from wancli.plan.prefix_sharing import Fork
 from wancli.resources.memory_model import Phase, Residency
@@ -66,9 +74,7 @@ class ModelSpec:
     @property
     def compute_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
         """The dtype of matmuls: weights in fp8 are unpacked for them."""
-        if self.dtype != "fp8":
-            return self.dtype
-        return "fp32" if self.device == "cpu" else "bf16"
+        return compute_dtype(self.dtype, self.device)
 
     @property
     def first_expert(self) -> Expert:

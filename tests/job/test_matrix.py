@@ -226,7 +226,7 @@ def test_a_sweep_larger_than_a_batch_can_be_is_refused_before_it_is_made() -> No
     many = ", ".join(map(str, range(1000)))
     text = f"matrix: {{seed: [{many}], sampler.steps: [{many}], frames: [{many}]}}\n"
     assert problems(text) == [
-        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; {MAX_SHOTS:,} at most"
+        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; the limit is {MAX_SHOTS:,}"
     ]
 
 

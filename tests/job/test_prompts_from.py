@@ -122,7 +122,7 @@ def test_a_list_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; say one"),
+        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; use one"),
         ("seed: x\n", "job.yaml:3: seed: expected a whole number, got 'x'"),
     ],
 )

@@ -71,18 +71,16 @@ def _split_assignment(text: str, flag: str) -> tuple[str, str]:
 
 
 def _parse_setting(key: str, value: str) -> Setting:
-    path = tuple(key.split("."))
-    read = _read_value(value, f"--set {key}")
-    return Setting(key, Layer(Source("--set", flag=True), Path.cwd(), read, path, path))
+    source = Source("--set", Path.cwd(), prefix=tuple(key.split(".")), is_flag=True)
+    return Setting(key, Layer(source, _read_value(value, f"--set {key}")))
 
 
 def _parse_axis(key: str, value: str) -> Axis:
     values = _read_value(f"[{value}]", f"--sweep {key}")
-    path = tuple(key.split("."))
-    source = Source("--sweep", flag=True)
     if not values:
         raise JobError("has no value", where=f"--sweep {key}")
-    return build_axis(key, [Layer(source, Path.cwd(), v, (key, i), path) for i, v in enumerate(values)])
+    source = Source("--sweep", Path.cwd(), prefix=(key,), is_flag=True)
+    return build_axis(key, [Layer(source.at(index), value) for index, value in enumerate(values)])
 
 
 def _read_value(text: str, where: str) -> Any:

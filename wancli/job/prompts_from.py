@@ -14,12 +14,12 @@ from wancli.job.yaml_reader import Key, normalize_text
 MAX_BYTES = 16 * 1024 * 1024
 
 
-def read(name: str, layer: Layer, location: str) -> list[Layer]:
-    """One layer per line of the file that `by` names, comments (#) and empty lines left out.
+def read(name: str, owner: Source) -> list[Layer]:
+    """Read a layer from each line of a file, except comments (#) and empty lines. `owner` names the file.
 
     Raises JobError with all problems.
     """
-    data, path, display_name = read_referenced(name, layer, location, MAX_BYTES)
+    data, path, display_name = read_referenced(name, owner, MAX_BYTES)
     if len(data) > MAX_BYTES:
         raise JobError(f"is larger than {MAX_BYTES // 2**20} MiB", where=display_name)
     layers: list[Layer] = []
@@ -32,9 +32,9 @@ def read(name: str, layer: Layer, location: str) -> list[Layer]:
         except JobError as error:
             problems.append(str(error))
             continue
-        # Also the place of a prompt that is missing.
+        # A missing prompt is also reported at this line.
         lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
-        layers.append(Layer(Source(display_name, lines), path.parent, value))
+        layers.append(Layer(Source(display_name, path.parent, lines), value))
     if len(layers) > MAX_SHOTS:
         raise JobError(f"holds {len(layers):,} prompts; {MAX_SHOTS:,} at most", where=display_name)
     if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,15 @@ class StoredMatrices:
     scales: int
 
 
-def predict_phases(shot: Shot) -> tuple[Phase, ...]:
-    """Encoding, sampling and decoding, while which the transformer stays. On CUDA the bytes of the device."""
-    alone = 1 if shot.model.residency == "resident" else shot.forwards_per_step
-    rows = sum(text.rows for text in shot.prompts)
-    sample = shot.shared.sample if shot.shared else predict_sampling(shot, rows, alone)
+def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]:
+    """Predict the memory of encoding, sampling and decoding; the transformer stays while decoding.
+
+    `sample` is the prediction for the batch of the shot, None if the shot is sampled alone. On CUDA bytes are
+    those of the device.
+    """
+    if sample is None:
+        forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
+        sample = predict_sampling(shot, sum(text.rows for text in shot.prompts), forwards)
     vae = decode_coefficients(
         shot.model.vae_sizes,
         device=shot.model.device,
@@ -47,6 +51,11 @@ def predict_phases(shot: Shot) -> tuple[Phase, ...]:
     )
     decode = vae.phase(shot.latent_shape, chunk=shot.decode_chunk, resident_bytes=sample.model)
     return predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts]), sample, decode
+
+
+def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:
+    """Return the bytes of the whole process at the peak of these phases, on CUDA those of the device."""
+    return process_bytes(model) + max(phase.total for phase in phases)
 
 
 def process_bytes(model: ModelSpec) -> int:

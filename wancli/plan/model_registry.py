@@ -95,7 +95,7 @@ def resolve_path(base_dir: Path, text: str, location: str) -> Path:
 @cache
 def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     raw, lines = read_yaml(path.read_bytes(), str(path))
-    source = Source(str(path), lines)
+    source = Source(str(path), path.parent, lines)
     if not isinstance(raw, dict):
         raise JobError("is not a mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
     locations: dict[str, Location] = {}

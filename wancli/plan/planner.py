@@ -66,11 +66,15 @@ def build_plan(
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.selected)
     selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
-    selected = batching.assign_batches(selected)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.plan_comparison(jobs, shots)
     return Plan(
-        jobs.name, tuple(selected), tuple(warnings.collect_warnings(selected, comparison)), others, comparison
+        jobs.name,
+        tuple(selected),
+        tuple(warnings.collect_warnings(selected, comparison)),
+        others,
+        comparison,
+        batching.build_schedule(selected),
     )
 
 

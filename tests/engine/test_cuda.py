@@ -117,7 +117,9 @@ def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     velocity(model, latent)
-    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element_bytes=2, chunk=chunk).total
+    predicted = (
+        memory_model.sample_coefficients(WIDE, element_bytes=2).phase(latent, text_rows=10, chunk=chunk).total
+    )
     assert 0.9 < torch.cuda.max_memory_allocated() / predicted < 1.1
 
 

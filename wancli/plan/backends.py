@@ -52,8 +52,7 @@ def check(model: ModelSpec) -> None:
 
 def describe_attention(model: ModelSpec) -> dict[str, Any]:
     """Which attention really runs: that of video tokens among each other, and that to the text."""
-    from wancli.models.attention import choose_backend
-    from wancli.models.dtypes import DTYPES
+    from wancli.models.attention import DTYPES, choose_backend
 
     dtype = DTYPES[model.compute_dtype]
     width, asked = model.checkpoint.transformer_config.head_dim, model.kernels.attention

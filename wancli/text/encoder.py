@@ -125,7 +125,7 @@ def _rotate(pending: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:
 def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
     """UMT5 with its weights on the device, or where its residency has them. Raises CheckpointError with
     the list of what is wrong."""
-    from wancli.models.dtypes import DTYPES
+    from wancli.models.attention import DTYPES
     from wancli.weights import loader
 
     return loader.load_umt5(

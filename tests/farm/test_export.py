@@ -136,7 +136,9 @@ def test_a_task_that_somebody_ended_does_not_queue_again(
     batch = tmp_path / "job.sbatch"
     (tmp_path / "work here").mkdir()
     batch.write_text(
-        slurm_export.script(["bash", "-c", stub], tmp_path / "work here", "job", slurm_export.Wanted())
+        slurm_export.build_script(
+            ["bash", "-c", stub], tmp_path / "work here", "job", slurm_export.SlurmOptions()
+        )
     )
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)

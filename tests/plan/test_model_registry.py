@@ -96,7 +96,7 @@ def test_a_name_wins_over_a_folder_and_a_path_is_always_a_path(tmp_path: Path, n
 def test_an_unknown_name_lists_those_that_are_known(tmp_path: Path, name_models: Any) -> None:
     path = name_models({"wan2.1-14b": "/a", "wan2.2-a14b": "/b"})
     error = problem(tmp_path, "wan2.1-14B")
-    assert str(error).endswith("job.yaml:1: model: 'wan2.1-14B' is not there")
+    assert str(error).endswith("job.yaml:1: model: 'wan2.1-14B' was not found")
     assert error.hint == (
         f"Looked for {tmp_path}/wan2.1-14B; {path} names wan2.1-14b, wan2.2-a14b; did you mean 'wan2.1-14b'?"
     )
@@ -124,10 +124,10 @@ def test_a_models_yaml_that_was_asked_for_must_be_there(tmp_path: Path, monkeypa
         ("a: {vae: x}", "models.yaml:1: a: names no transformer"),
         (
             "a: {transformer: x, high_noise: y}",
-            "models.yaml:1: a: says transformer and an expert; say one or two experts",
+            "models.yaml:1: a: names a transformer and an expert; use one or the other",
         ),
         ("a: {transformer: x, heads: 0}", "a.heads: should be greater than or equal to 1, got 0"),
-        ("[a]", "models.yaml: is no mapping of names to models"),
+        ("[a]", "models.yaml: is not a mapping of names to models"),
         ("a: [", "models.yaml:1:5: is not YAML"),
     ],
 )  # fmt: skip
@@ -142,9 +142,9 @@ def test_what_is_wrong_in_models_yaml_is_named(
     ("changes", "message"),
     [
         ({"transformr": "x"}, "model.transformr: unknown key; did you mean 'transformer'?"),
-        ({"vae": "no.pth"}, "model.vae: 'no.pth' is not there"),
+        ({"vae": "no.pth"}, "model.vae: 'no.pth' was not found"),
         ({"vae": 7}, "model.vae: expected text, got 7; put it in quotes"),
-        ({"high_noise": "x"}, "model: says transformer and an expert; say one or two experts"),
+        ({"high_noise": "x"}, "model: names a transformer and an expert; use one or the other"),
         ({"heads": 2.5}, "model.heads: expected a whole number, got 2.5"),
         ({"transformer": None}, "model: names no transformer"),
     ],

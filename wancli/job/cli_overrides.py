@@ -47,12 +47,12 @@ class CliOverrides:
         match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", self.shard)
         if not match or int(match[1]) >= int(match[2]):
             raise JobError(
-                f"{self.shard!r} is no part", where="--shard", hint="Write 0/8 to 7/8 for the eight parts."
+                f"{self.shard!r} is not a shard", where="--shard", hint="Write 0/8 to 7/8 for eight shards."
             )
         part, parts = int(match[1]), int(match[2])
         selected = selected[part * len(selected) // parts : (part + 1) * len(selected) // parts]
         if not selected:
-            raise JobError(f"{self.shard} holds no shot", where="--shard")
+            raise JobError(f"{self.shard} contains no shot", where="--shard")
         return tuple(selected)
 
 
@@ -93,7 +93,7 @@ def _parse_indices(text: str, count: int) -> set[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9})(?:\s*:\s*(-?[1-9]\d{0,8}))?)?\s*", part)
         if not match:
-            raise JobError(f"{part!r} is no range", where="--items", hint="Write 0-9,12 or 1-9:2.")
+            raise JobError(f"{part!r} is not a range", where="--items", hint="Write 0-9,12 or 1-9:2.")
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if max(first, last) >= count:
             past = max(first, last)

@@ -1,4 +1,4 @@
-"""Read a job file and the files that it extends, and merge them: a later file over an earlier, the job last."""
+"""Read a job file and the files that it extends, and merge them: later files over earlier, the job last."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis
     for column in columns:
         values = [json.dumps(setting.layer.value) for setting in column]
         problems += [
-            f"{setting.layer.source.location()}: is there twice"
+            f"{setting.layer.source.location()}: is listed twice"
             for i, setting in enumerate(column)
             if values[i] in values[:i]
         ]
@@ -83,11 +83,9 @@ def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis
     lengths = {column[0].key: len(column) for column in together}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
-        problems.append(
-            f"{sources.location('zip')}: lists of different lengths are not walked together: {counts}"
-        )
+        problems.append(f"{sources.location('zip')}: lists of different lengths cannot be zipped: {counts}")
     problems += [
-        f"{sources.location('zip', key)}: is in matrix, too"
+        f"{sources.location('zip', key)}: is also in matrix"
         for key in lengths
         if any(key == axis[0][0].key for axis in result)
     ]
@@ -98,7 +96,7 @@ def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis
     for sweep in sweeps:
         key = sweep[0][0].key
         if key in lengths:
-            raise JobError("is walked together with others in zip", where=sources.location("zip", key))
+            raise JobError("varies together with other keys in zip", where=sources.location("zip", key))
         position = next((i for i, axis in enumerate(result) if axis[0][0].key == key), len(result))
         result[position : position + 1] = [sweep]
     return result
@@ -166,10 +164,10 @@ def _read_columns(columns: Any, name: str, sources: Sources, problems: list[str]
         return
     for key, values in columns.items():
         if not all(key.split(".")):
-            problems.append(f"{sources.location(name, key)}: is no key; write sampler.steps")
+            problems.append(f"{sources.location(name, key)}: is not a key; write for example sampler.steps")
             continue
         if values == []:
-            problems.append(f"{sources.location(name, key)}: has no values, so that there would be no shot")
+            problems.append(f"{sources.location(name, key)}: has no values, so there would be no shot")
             continue
         if not isinstance(values, list):
             problems.append(f"{sources.location(name, key)}: must be a list of values")

@@ -36,11 +36,11 @@ def read(name: str, owner: Source) -> list[Layer]:
         lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
         layers.append(Layer(Source(display_name, path.parent, lines), value))
     if len(layers) > MAX_SHOTS:
-        raise JobError(f"holds {len(layers):,} prompts; {MAX_SHOTS:,} at most", where=display_name)
+        raise JobError(f"contains {len(layers):,} prompts; the limit is {MAX_SHOTS:,}", where=display_name)
     if problems:
         raise JobError("\n".join(problems))
     if not layers:
-        raise JobError("holds no prompts", where=display_name)
+        raise JobError("contains no prompts", where=display_name)
     return layers
 
 
@@ -57,7 +57,7 @@ def _parse_line(line: bytes, as_json: bool, location: str) -> dict[str, Any]:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise JobError(f"is not JSON: {problem}", where=location) from None
     if not isinstance(value, dict):
-        raise JobError("is no JSON object", where=location, hint='Write {"prompt": "..."}.')
+        raise JobError("is not a JSON object", where=location, hint='Write {"prompt": "..."}.')
     _check_texts(value, location)
     return value
 
@@ -66,7 +66,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from wancli import wan_mini
-from wancli.injection.table import Curve
+from wancli.injection.selectors import Curve
 from wancli.models.config import AttentionBackend
 
 
@@ -92,7 +92,7 @@ class SigmaRange(StrictModel):
 
 
 class CurveSpec(StrictModel):
-    """A strength over the chosen blocks (or steps); formulas in `wancli.injection.table.Curve`."""
+    """A strength over the chosen blocks (or steps); formulas in `wancli.injection.selectors.Curve`."""
 
     curve: Literal["linear", "gaussian", "sine", "step", "random"]
     start: float = Field(0.0, ge=-10, le=10)

@@ -24,6 +24,7 @@ from wancli.job.schema import (
     Video,
 )
 from wancli.job.yaml_reader import Key
+from wancli.units import quote
 
 # Keys of a job file that say which shots there are; a shot has none of them.
 EXPANSION_KEYS = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
@@ -99,8 +100,7 @@ def _format_value(value: Any) -> str:
         return kinds[type(value)]
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return quote(value)
 
 
 def known_keys(path: tuple[Key, ...]) -> list[str]:

@@ -125,7 +125,7 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: L
             if key in result:
                 first = lines[(*path, key)]
                 raise JobError(
-                    f"key {key!r} is there twice, on lines {first} and {line}", where=f"{file}:{line}"
+                    f"key {key!r} appears twice, on lines {first} and {line}", where=f"{file}:{line}"
                 )
             lines[(*path, key)] = line
             result[key] = _construct(loader, child, (*path, key), lines, file)
@@ -151,7 +151,9 @@ def normalize_text(value: str, location: str) -> str:
     try:
         value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
-        raise JobError("holds half of a surrogate pair, which is no character", where=location) from None
+        raise JobError(
+            "contains half of a surrogate pair, which is not a character", where=location
+        ) from None
     if "\0" in value:
-        raise JobError("holds NUL, which no name and no prompt can", where=location)
+        raise JobError("contains NUL, which names and prompts cannot", where=location)
     return value

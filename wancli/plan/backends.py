@@ -20,17 +20,17 @@ def read_compute_options(item: Item) -> ComputeOptions:
     memory = item.job.memory
     if memory.fp8_matmul:
         if memory.dtype not in ("auto", "fp8"):
-            message = f"weights in {memory.dtype} do not multiply in fp8"
+            message = f"weights in {memory.dtype} cannot be multiplied in fp8"
             raise JobError(message, where=item.location("memory", "dtype"), hint="Leave out memory.dtype.")
         if memory.residency not in ("auto", "resident"):
             raise JobError(
-                f"{memory.residency} weights do not multiply in fp8, resident ones do",
+                f"{memory.residency} weights cannot be multiplied in fp8; resident weights can",
                 where=item.location("memory", "residency"),
                 hint="Leave out memory.residency.",
             )
         if item.job.loras:
             raise JobError(
-                "LoRAs cannot be added to weights that multiply in fp8",
+                "LoRAs cannot be added to weights that are multiplied in fp8",
                 where=item.location("loras"),
                 hint="Leave out memory.fp8_matmul; memory.dtype: fp8 takes LoRAs.",
             )

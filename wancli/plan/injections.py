@@ -7,18 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.injection.block_map import AutoBlocks, BlockMapStore
-from wancli.injection.table import (
-    Branch,
-    Concat,
-    Expr,
-    Lerp,
-    Rule,
-    Text,
-    pair_strengths,
-    parse_blocks,
-    parse_steps,
-)
+from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
+from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
+from wancli.injection.table import Branch, Concat, Expr, Lerp, Rule, Text
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
 from wancli.plan.shot import ModelSpec, Prompt, Shot
@@ -91,7 +82,7 @@ def _compile_rule(
     products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
     if inject.blend == "replace" and products - {0.0, 1.0}:
         raise JobError(
-            "replace has strength 1 only",
+            "replace needs strength 1",
             where=item.location(*key, "strength"),
             hint="Try blend: context-lerp.",
         )
@@ -114,14 +105,17 @@ def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
         if rule.steps and rule.blocks and not rule.is_active:
             continue
         if reached:
-            why, hint = "later rules replace all that it changes", "Rules apply in the order written."
+            why, hint = "later rules replace every cell that it changes", "Rules apply in the order written."
         elif not rule.blocks:
             depth = shot.model.checkpoint.transformer_config.num_layers
-            why, hint = f"a model of {depth} blocks has none there", "Give numbers."
+            why, hint = f"this range is empty in a model of {depth} blocks", "Give numbers."
         elif "cond" not in rule.branches and (rule.steps or not shot.negative):
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
-            why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
+            why, hint = (
+                f"none of the {shot.steps} steps is in its range",
+                "`wancli plan -v` prints the sigmas.",
+            )
         raise JobError(f"reaches no block: {why}", where=item.location("inject", i), hint=hint)
 
 

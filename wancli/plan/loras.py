@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import JobError
-from wancli.injection.table import parse_blocks, parse_steps
+from wancli.injection.selectors import parse_blocks, parse_steps
 from wancli.job.loader import Item
 from wancli.job.schema import LoraEntry, SigmaRange
 from wancli.models.config import WanConfig
@@ -28,7 +28,7 @@ class MatchedLora:
     coverage: Coverage
 
 
-def match_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
+def load_matched_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
     lora_file = read_lora_file(path)
     _, coverage = match_lora(lora_file, transformer_shapes(transformer))
@@ -68,9 +68,9 @@ def _decide_use(
         return JobError(what, where=item.location("loras", index, key), hint=hint)
 
     if path.suffix != ".safetensors":
-        raise job_error("path", f"{entry.path!r} is no .safetensors file", "Save the LoRA as one.")
+        raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
-        raise job_error("path", f"{entry.path!r} is not there", f"Looked for {path}.")
+        raise job_error("path", f"{entry.path!r} was not found", f"Looked for {path}.")
     try:
         blocks = parse_blocks(entry.blocks, depth)
     except ValueError as error:
@@ -81,19 +81,17 @@ def _decide_use(
     except ValueError as error:
         raise job_error("steps", str(error)) from None
     if entry.expert != "both" and stages[0].expert == "only":
-        raise job_error("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
+        raise job_error("expert", "this model has one transformer", "Only Wan 2.2 A14B has experts.")
     expert_steps = {step for part in stages if entry.expert in ("both", part.expert) for step in part.steps}
     if steps and not expert_steps & set(steps):
-        raise job_error(
-            "expert", f"the {entry.expert}-noise expert takes none of these steps", "See `steps`."
-        )
+        raise job_error("expert", f"the {entry.expert}-noise expert runs none of these steps", "See `steps`.")
     if not steps:
         raise job_error("steps", "no step is in this range", "`wancli plan -v` prints the sigmas.")
     matched_lora = match_file(path)
     changed = matched_lora.coverage.blocks
     if entry.blocks != "all" and not set(blocks) & set(changed):
         what = f"blocks {changed[0]} to {changed[-1]}" if changed else "nothing in the blocks"
-        raise job_error("blocks", f"{path.name} changes none of these", f"It changes {what}.")
+        raise job_error("blocks", f"{path.name} changes none of these blocks", f"It changes {what}.")
     return LoraUse(
         path,
         matched_lora.sha256,
@@ -114,4 +112,4 @@ def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
             yield f"{use.path.name} has no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
         if use.coverage.unused:
             examples = ", ".join(use.coverage.examples)
-            yield f"{use.path.name}: {use.coverage.unused} keys name nothing of this model: {examples}"
+            yield f"{use.path.name}: {use.coverage.unused} keys match nothing in this model: {examples}"

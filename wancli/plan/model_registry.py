@@ -44,7 +44,7 @@ def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> 
         return known[spec]
     path = resolve_path(base_dir(), spec, locate())
     if not os.path.lexists(path):
-        raise JobError(f"{spec!r} is not there", where=locate(), hint=_not_found_hint(spec, path))
+        raise JobError(f"{spec!r} was not found", where=locate(), hint=_not_found_hint(spec, path))
     return path
 
 
@@ -71,7 +71,7 @@ def registered_models() -> dict[str, Location]:
         return _read_models_file(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         if "WANCLI_MODELS" in os.environ:
-            raise JobError("is not there", where=f"$WANCLI_MODELS: {path}") from None
+            raise JobError("was not found", where=f"$WANCLI_MODELS: {path}") from None
         return {}
     except OSError as error:
         raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
@@ -97,7 +97,7 @@ def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     raw, lines = read_yaml(path.read_bytes(), str(path))
     source = Source(str(path), path.parent, lines)
     if not isinstance(raw, dict):
-        raise JobError("is no mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
+        raise JobError("is not a mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
     locations: dict[str, Location] = {}
     problems: list[str] = []
     for name, entry in raw.items():
@@ -125,14 +125,14 @@ def _resolve_files(
 ) -> SingleFiles:
     """The mapping with its paths made absolute. Raises JobError for a contradiction or an absent file."""
     if files.transformer and (files.high_noise or files.low_noise):
-        raise JobError("says transformer and an expert; say one or two experts", where=locate())
+        raise JobError("names a transformer and an expert; use one or the other", where=locate())
     if not (files.transformer or files.high_noise or files.low_noise):
         raise JobError("names no transformer", where=locate(), hint="Add transformer: FILE.")
     paths: dict[str, Path] = {}
     for key, text in files.model_dump(exclude_none=True, exclude={"heads"}).items():
         paths[key] = resolve_path(base_dir(key), text, locate(key))
         if must_exist and not os.path.lexists(paths[key]):
-            raise JobError(f"{text!r} is not there", where=locate(key), hint=f"Looked for {paths[key]}.")
+            raise JobError(f"{text!r} was not found", where=locate(key), hint=f"Looked for {paths[key]}.")
     return SingleFiles(**paths, heads=files.heads)
 
 

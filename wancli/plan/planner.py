@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.block_map import BlockMapStore
+from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
@@ -48,7 +48,7 @@ def build_plan(
     model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
-    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, hash_cache))
+    lora_for = cache(lambda path, transformer: loras.load_matched_lora(path, transformer, hash_cache))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):

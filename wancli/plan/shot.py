@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli.injection.block_map import AutoBlocks
+from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import ComputeOptions, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.plan import memory_estimate

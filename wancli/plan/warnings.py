@@ -42,8 +42,8 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
             yield "the injected prompt is the main prompt; nothing will change"
     for choice in shot.auto_blocks:
         if choice.other_prompts:
-            yield f"{choice.spec} goes by {choice.map_name}, which is of {choice.other_prompts}"
+            yield f"{choice.spec} uses {choice.map_name}, which was measured with {choice.other_prompts}"
     yield from loras.lora_warnings(shot.loras)
     guidance = max(stage.guidance for stage in shot.stages)
     if shot.solver == "distill4" and guidance != 1:
-        yield f"distilled models want guidance 1; {guidance:g} blurs"
+        yield f"distilled models need guidance 1; {guidance:g} blurs the video"

@@ -12,7 +12,7 @@ from wancli.engine.manifest_body import versions
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, Method
-from wancli.injection.table import NAMED_BLOCKS, parse_blocks
+from wancli.injection.selectors import NAMED_BLOCKS, parse_blocks
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
 from wancli.resources import memory_model
@@ -88,7 +88,7 @@ def _parse_ranges(spec: str, depth: int) -> list[tuple[int, ...]]:
     if spec.isdecimal():
         count = int(spec)
         if not 1 <= count <= depth:
-            raise JobError(f"{depth} blocks do not make {spec} ranges", where="--ranges")
+            raise JobError(f"{depth} blocks cannot be split into {spec} ranges", where="--ranges")
         borders = [round(i * depth / count) for i in range(count + 1)]
         return [tuple(range(a, b)) for a, b in pairwise(borders)]
     try:
@@ -129,16 +129,16 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
 def _refuse_without_gradients(model: ModelSpec) -> None:
     obstacle = None
     if model.residency != "resident":
-        obstacle = f"weights that are {model.residency}"
+        obstacle = f"{model.residency} weights"
     elif model.kernels.fp8_matmul:
-        obstacle = "products in fp8"
+        obstacle = "fp8 matmuls"
     elif model.kernels.attention == "sage":
         obstacle = "SageAttention"
     if obstacle:
         raise JobError(
-            f"gradient does not go back over {obstacle}",
+            f"gradient is not available with {obstacle}",
             where="--method",
-            hint="--method inject does not need to; or set memory otherwise, if it fits.",
+            hint="Use --method inject, or change `memory` if that fits.",
         )
 
 

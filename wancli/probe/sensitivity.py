@@ -31,7 +31,7 @@ class ProbePoint:
     injected: Sequence[Mix]
 
 
-def velocities(
+def predict_velocities(
     point: ProbePoint, rows: Sequence[Sequence[Mix]], forwards_per_pass: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """The velocity with each row of mixes, as (its place in `rows`, velocity) in the order of their first
@@ -70,7 +70,7 @@ def _first_difference(plain: Sequence[Mix], row: Sequence[Mix]) -> int:
     raise ValueError("a row reads the same as the plain forward everywhere")
 
 
-def derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tuple[int, Tensor]]:
+def compute_derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Of <velocity, toward>, by the strength with which a block's tokens would read `injected`, at strength
     0: (block, [L] one for each token), from the last block to the first; before these (number of blocks,
     velocity).

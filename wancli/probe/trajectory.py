@@ -62,7 +62,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
             if tools.stop.requested:
-                raise tools.stop.error("nothing of the map is kept")
+                raise tools.stop.error("no map was written")
             if point is None:
                 bar.advance(sampling, f"sampling step {step}")
                 continue
@@ -167,11 +167,11 @@ def _measure_changes(
     ]
     passes = [probe.depth - min(blocks) for blocks in probe.ranges] + [probe.depth]
     velocities: dict[int, Tensor] = {}
-    for index, v_1CTYX in sensitivity.velocities(point, rows, forwards_per_pass):
+    for index, v_1CTYX in sensitivity.predict_velocities(point, rows, forwards_per_pass):
         velocities[index] = v_1CTYX
         bar.advance(passes[index], note)
         if tools.stop.requested:
-            raise tools.stop.error("nothing of the map is kept")
+            raise tools.stop.error("no map was written")
     return [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
 
 
@@ -182,10 +182,10 @@ def _estimate_changes(
     generator = torch.Generator().manual_seed(probe.shot.seed + step)
     toward_1CTYX = torch.randn(point.x_1CTYX.shape, generator=generator).to(point.x_1CTYX.device)
     derivatives: dict[int, Tensor] = {}
-    for block, tensor in sensitivity.derivatives(point, toward_1CTYX):
+    for block, tensor in sensitivity.compute_derivatives(point, toward_1CTYX):
         derivatives[block] = tensor
         bar.advance(probe.depth if block == probe.depth else 2, note)
         if tools.stop.requested:
-            raise tools.stop.error("nothing of the map is kept")
+            raise tools.stop.error("no map was written")
     by_range = [torch.stack([derivatives[block] for block in blocks]).sum(0) for blocks in probe.ranges]
     return [sensitivity.estimate_change(by_s_L, derivatives[probe.depth]) for by_s_L in by_range]

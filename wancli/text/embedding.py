@@ -125,7 +125,7 @@ def load_embedding(path: Path, index: int = 0) -> Embedding:
         raise JobError(f"the embedding file cannot be read: {error.strerror}", where=str(path)) from error
     embeddings = unpack(payload, str(path))
     if index >= len(embeddings):
-        raise JobError(f"no embedding {index}: the file holds {len(embeddings)}, from 0", where=str(path))
+        raise JobError(f"no embedding {index}: the file contains {len(embeddings)}, from 0", where=str(path))
     return embeddings[index]
 
 

@@ -19,7 +19,8 @@ from wancli.errors import EntryError, ErrorCapture, NotFinite, WancliError
 from wancli.resources.measure import oom_as_error, release_memory
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
-from wancli.text.tokenizer import Tokens, quote_prompt
+from wancli.text.tokenizer import Tokens
+from wancli.units import quote
 from wancli.weights.component import Naming, get_renaming
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def encode(
             yield Encoded(group[0][0], cached, hit=True)
             continue
         rows: Sequence[Tensor] = ()
-        with ErrorCapture() as attempt, oom_as_error("encode", quote_prompt(group[0][1].text)):
+        with ErrorCapture() as attempt, oom_as_error("encode", quote(group[0][1].text)):
             rows = t5.encode_batch(model, [tokens.ids for _, tokens in group])
         if attempt.error:
             release_memory()
@@ -108,7 +109,7 @@ def _store_embedding(
     key: str, tokens: Tokens, rows_NE: Tensor, encoder: EncoderSpec, store: Store | None
 ) -> Encoded | EncodeFailure:
     if not rows_NE.isfinite().all():
-        message = f"UMT5 gives NaN or Inf for {quote_prompt(tokens.text)}"
+        message = f"UMT5 gives NaN or Inf for {quote(tokens.text)}"
         return EncodeFailure(key, NotFinite(message, where=str(encoder.files[0])))
     embedding = Embedding.from_tokens(tokens, rows_NE.cpu(), encoder.fingerprint)
     if store:

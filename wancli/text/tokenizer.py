@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError, JobError, PromptTooLong
+from wancli.units import quote
 from wancli.weights.formats.embedded_tokenizer import read_tokenizer
 
 EOS = 1  # `</s>`
@@ -25,7 +26,7 @@ def clean(text: str, where: str = "") -> str:
     if bad := re.search("[\0\ud800-\udfff]", text):
         point = f"U+{ord(bad[0]):04X}"
         kind = "NUL" if bad[0] == "\0" else "half of a surrogate pair"
-        raise JobError(f"the prompt holds {point} ({kind}) at character {bad.start()}", where=where)
+        raise JobError(f"the prompt contains {point} ({kind}) at character {bad.start()}", where=where)
     unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", unescaped.strip()).strip()
 
@@ -80,12 +81,7 @@ class Tokenizer:
                 raise PromptTooLong(
                     f"the prompt has {full_length} tokens, text.max_tokens is {max_tokens}",
                     where=where,
-                    hint=f"set {longer}text.truncate: true, which would cut {quote_prompt(lost)}",
+                    hint=f"set {longer}text.truncate: true, which would cut {quote(lost)}",
                 )
             ids = [*ids[: max_tokens - 1], EOS]
         return Tokens(cleaned, tuple(ids), tuple(self.to_pieces(ids)), max_tokens, full_length)
-
-
-def quote_prompt(text: str) -> str:
-    """A prompt in a message: quoted, short, invisible characters escaped."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

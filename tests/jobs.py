@@ -112,7 +112,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> Non
     def called(*_: object, **__: object) -> None:
         raise AssertionError("was called")
 
-    for owner, name in targets or ((WanModel, "velocities"), (encoder, "load_encoder")):
+    for owner, name in targets or ((WanModel, "predict_velocities"), (encoder, "load_encoder")):
         monkeypatch.setattr(owner, name, called)
 
 

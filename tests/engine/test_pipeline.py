@@ -44,7 +44,7 @@ def test_a_finished_job_is_not_rendered_again(
 ) -> None:
     first = render()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (loader, "load_vae"))
+    poison(monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (loader, "load_vae"))
     second = render("--json")
     assert (first.code, second.code) == (0, 0)
     assert first.out == f"{tmp_path}/out/clip.mp4\n"
@@ -107,8 +107,8 @@ def test_a_file_that_is_in_the_way_is_never_touched(
     said = render(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}])
     assert said.code == 2
     assert said.err.splitlines() == [
-        f"wancli: {tmp_path}/out/a.mp4: in the way: no manifest",
-        f"wancli: {tmp_path}/out/b.mp4: in the way: no manifest",
+        f"wancli: {tmp_path}/out/a.mp4: already exists and was not made by this job: no manifest",
+        f"wancli: {tmp_path}/out/b.mp4: already exists and was not made by this job: no manifest",
         "  --force moves it aside; or change `output`.",
     ]
     assert said.out == ""
@@ -123,7 +123,7 @@ def test_a_video_of_another_seed_is_in_the_way_and_force_moves_it_aside(
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
     said = render(seed=1)
     assert said.code == 2
-    assert "out/clip.mp4: in the way: made with seed 0, not 1" in said.err
+    assert "out/clip.mp4: already exists and was not made by this job: made with seed 0, not 1" in said.err
     assert render("--force", seed=1).code == 0
     second = (tmp_path / "out" / "clip.mp4").read_bytes()
     assert render("--force", seed=1).code == 0
@@ -225,7 +225,9 @@ def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (encoder, "load_encoder"))
+    poison(
+        monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (encoder, "load_encoder")
+    )
     assert render(inject=[rule(blocks="late")]).code == 0
     assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_block"] == {"3": 2}
@@ -441,7 +443,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_debris(
     said = render(output="out/{id}.mp4", items=items)
     assert said.code == 130
     assert said.out == f"{tmp_path}/out/a.mp4\n"
-    assert said.err == "wancli: interrupted; finished shots are kept, run again to go on\n"
+    assert said.err == "wancli: interrupted; finished shots are kept, run again to continue\n"
     assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "job.report.json"]
     report = json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == ["rendered", "not started", "not started"]

@@ -158,10 +158,10 @@ def hog(
 
 
 PHASES = {
-    "encode": (t5, "rows_of_each", 0),
+    "encode": (t5, "encode_batch", 0),
     "load": (loader, "load_transformer", 0),
-    "sample": (WanModel, "velocities", 1),
-    "decode": (VAE, "frames_of", 0),
+    "sample": (WanModel, "predict_velocities", 1),
+    "decode": (VAE, "decode_chunk", 0),
 }
 
 
@@ -194,10 +194,10 @@ def test_what_was_sampled_before_memory_ran_out_is_on_disk_and_a_retry_goes_on_f
     said: dict[str, Any] = {"sampler": {"steps": 4}, "video": KEPT}
     assert render(folder=tmp_path / "whole", **said).code == 0
     with pytest.MonkeyPatch.context() as patched:
-        hog(patched, WanModel, "velocities", 2)
+        hog(patched, WanModel, "predict_velocities", 2)
         assert render(**said).code == 5
     assert files_in(tmp_path) == ["clip.state.safetensors", "job.report.json"]
-    found = hog(monkeypatch, WanModel, "velocities", 1)
+    found = hog(monkeypatch, WanModel, "predict_velocities", 1)
     assert render("--retries", "1", **said).code == 0
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
     assert files_in(tmp_path) == files_in(tmp_path / "whole")
@@ -418,7 +418,7 @@ def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
     assert [line.split()[:2] for line in (first, second, third)] == [[n, "machine.ffmpeg"] for n in "124"]
     assert all(len(line) <= 80 and line.endswith("…") for line in (first, second, third))
     assert again == (
-        f"again: wancli render '{folder}/job.yaml' --set 'negative=a b' --save-every 5 --progress plain"
+        f"try again: wancli render '{folder}/job.yaml' --set 'negative=a b' --save-every 5 --progress plain"
         " --items 1-2,4"
     )
     report = json.loads((folder / "out" / "job.report.json").read_text())
@@ -434,7 +434,7 @@ def test_a_force_that_ended_early_comes_with_the_command_for_all_that_it_has_not
     failing(monkeypatch, mp4, "write_mp4", {1: errors.FfmpegError("died")})
     said = command(capsys, "render", job, "--force", "--fail-fast")
     assert said.code == 3
-    assert said.err.splitlines()[-1] == f"again: wancli render {job} --fail-fast --force --items 1-2"
+    assert said.err.splitlines()[-1] == f"try again: wancli render {job} --fail-fast --force --items 1-2"
 
 
 def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
@@ -448,8 +448,8 @@ def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
     said = command(capsys, "render", job, "--progress", "plain")
     assert said.code == 3
     *_, again, taken = said.err.splitlines()
-    assert again == f"again: wancli render {job} --progress plain --items 1"
-    assert taken.startswith("in the way: name another `output`, or move what is there aside: ")
+    assert again == f"try again: wancli render {job} --progress plain --items 1"
+    assert taken.startswith("already exists: choose another `output`, or move the existing files aside: ")
     way_out = taken.rpartition(": wancli ")[2].split()
     assert way_out == ["render", str(job), "--progress", "plain", "--items", "0", "--force"]
     assert command(capsys, *way_out).code == 0

@@ -73,7 +73,7 @@ def test_a_run_that_is_stopped_in_every_one_of_its_steps_has_the_latent_of_one_t
         if step < steps - 1:
             assert ended.code == 75, ended.err
             assert files_in(tmp_path) == ["clip.state.safetensors", "job.report.json"]
-            assert "stopped by SIGTERM; 1 shot is saved on the way, 0 not begun" in ended.err
+            assert "stopped by SIGTERM; 1 shot is saved in progress, 0 not started" in ended.err
     assert ended.code == 75  # sampled, and not decoded
     assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     with pytest.MonkeyPatch.context() as patched:
@@ -98,8 +98,8 @@ def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
     said = stopped(rendered, 4, number)("--json")
     assert said.code == code
     assert said.err.splitlines() == [
-        f"wancli: stopped by {number.name}; 1 shot is saved on the way, 1 not begun",
-        f"  go on: wancli render {tmp_path}/job.yaml -q --json",
+        f"wancli: stopped by {number.name}; 1 shot is saved in progress, 1 not started",
+        f"  resume: wancli render {tmp_path}/job.yaml -q --json",
     ]
     expected = ["rendered", "stopped", "not started"]
     assert [shot["status"] for shot in json.loads(said.out)["shots"]] == expected
@@ -181,10 +181,10 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
     items = [{"id": f"{n}", "prompt": prompt} for n, prompt in enumerate(prompts)]
     rendered = partial(render, output="out/{id}.mp4", items=items)
     with pytest.MonkeyPatch.context() as patched:
-        poison(patched, (WanModel, "velocities"))
+        poison(patched, (WanModel, "predict_velocities"))
         said = rendered()
     assert said.code == 75
-    assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved on the way, 3 not begun\n")
+    assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved in progress, 3 not started\n")
     assert len({*kept} & {*prompts}) == 2
     assert rendered().code == 0
     assert sorted(kept) == prompts
@@ -327,7 +327,9 @@ def test_a_stopped_force_goes_on_with_the_shots_that_it_has_not_made(
         said = render("--force", **changes)
     assert said.code == 75
     command = f"wancli render {tmp_path}/job.yaml --force --quiet --items 1-2"
-    assert said.err.endswith(f"\n  --force begins anew what was on its way\n  go on: {command}\n")
+    assert said.err.endswith(
+        f"\n  --force starts shots in progress again from the first step\n  resume: {command}\n"
+    )
     assert render("--force", "--items", "1-2", **changes).code == 0
     assert len(list((tmp_path / "out").glob("*.old-1.mp4"))) == 3
     assert not list((tmp_path / "out").glob("*.old-2.mp4"))

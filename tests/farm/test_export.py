@@ -160,12 +160,18 @@ def test_a_task_that_somebody_ended_does_not_queue_again(
     ("arguments", "message"),
     [
         (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots (4)"),
-        (["slurm", "JOB", "--shard", "1/2"], "--shard: is for the exported job to say"),
-        (["slurm", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
-        (["openjd", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
-        (["slurm", "JOB", "--socket=x"], "--socket: is for the exported job to say"),
+        (["slurm", "JOB", "--shard", "1/2"], "--shard: is set by the exported job"),
+        (
+            ["slurm", "JOB", "--force"],
+            "--force: would start again from the first step in every task that queues again",
+        ),
+        (
+            ["openjd", "JOB", "--force"],
+            "--force: would start again from the first step in every task that queues again",
+        ),
+        (["slurm", "JOB", "--socket=x"], "--socket: is set by the exported job"),
         (["slurm", "JOB", "--bogus"], "No such option: --bogus"),
-        (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is nothing that Slurm reads"),
+        (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is not a value that Slurm reads"),
         (["slurm", "JOB", "--set", "framez=5"], "framez"),
         (["slurm", "-"], "JOB: must be a file, which the tasks read"),
         (["openjd", "JOB", "--items", "4"], "--items: 4 is past the last shot (3)"),
@@ -188,7 +194,7 @@ def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[s
     job = written(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
     said = command(capsys, "export", "openjd", job)
     assert (said.code, said.out) == (2, "")
-    assert "is no UTF-8" in said.err
+    assert "is not UTF-8" in said.err
 
 
 def test_the_template_is_sound_and_its_defaults_are_all_shots(

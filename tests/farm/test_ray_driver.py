@@ -103,7 +103,7 @@ def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
     started.terminate()
     out, err = started.communicate()
     assert started.returncode == 75, err
-    assert "  go on: wancli render " in err
+    assert "  resume: wancli render " in err
     done = {Path(line).stem for line in out.split()}
     assert len(done) < len(IDS)
     saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done

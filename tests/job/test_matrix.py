@@ -186,7 +186,7 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
             "matrix:\n  prompt.embedding: [x]",
             ["job.yaml:7: matrix.prompt.embedding: prompt is not a mapping, so it has no embedding"],
         ),
-        ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: is listed twice"]),
+        ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: appears twice"]),
         (
             "matrix:\n  items: [1]",
             ["job.yaml:7: matrix.items: is not a key of a shot; it lists or varies the shots of a file"],

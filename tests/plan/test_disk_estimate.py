@@ -147,7 +147,7 @@ def test_a_full_cache_costs_a_warning_and_nothing_else(
     (small / "ballast").write_bytes(b"x" * 2**21)
     job = written(tmp_path, tiny_job(shallow, prompt="one that no cache knows"))
     assert command(capsys, "render", job, "--cache-dir", small / "cache").code == 0
-    assert "going on without the cache: " in caplog.text
+    assert "continuing without the cache: " in caplog.text
     assert list(small.rglob("*.entry")) == []
 
 

@@ -285,7 +285,7 @@ def test_a_key_changes_with_the_config_that_gives_the_scale(
 @pytest.mark.parametrize(
     ("entry", "line"),
     [
-        ({"path": "no.safetensors"}, ":10: loras.0.path: 'no.safetensors' was not found"),
+        ({"path": "no.safetensors"}, ":10: loras.0.path: 'no.safetensors' not found"),
         ({"path": "job.yaml"}, ":10: loras.0.path: 'job.yaml' is not a .safetensors file"),
         ({"blocks": "2-4"}, ":11: loras.0.blocks: 4 is past the last block (3)"),
         ({"blocks": 3}, ":11: loras.0.blocks: style.safetensors changes none of these blocks"),

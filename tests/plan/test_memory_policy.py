@@ -222,7 +222,7 @@ def test_a_budget_that_is_no_size_is_an_error_of_its_line(
     job = written(tmp_path, tiny_job(memory={"budget": "lots"}))
     said = command(capsys, "plan", job)
     assert said.code == 2
-    assert "memory.budget: 'lots' is no size; write 500MiB or 2GiB" in said.err
+    assert "memory.budget: 'lots' is not a size; write 500MiB or 2GiB" in said.err
     assert command(capsys, "plan", written(tmp_path, tiny_job()), "--memory", "x").code == 2
 
 

@@ -96,7 +96,7 @@ def test_a_name_wins_over_a_folder_and_a_path_is_always_a_path(tmp_path: Path, n
 def test_an_unknown_name_lists_those_that_are_known(tmp_path: Path, name_models: Any) -> None:
     path = name_models({"wan2.1-14b": "/a", "wan2.2-a14b": "/b"})
     error = problem(tmp_path, "wan2.1-14B")
-    assert str(error).endswith("job.yaml:1: model: 'wan2.1-14B' was not found")
+    assert str(error).endswith("job.yaml:1: model: 'wan2.1-14B' not found")
     assert error.hint == (
         f"Looked for {tmp_path}/wan2.1-14B; {path} names wan2.1-14b, wan2.2-a14b; did you mean 'wan2.1-14b'?"
     )
@@ -142,7 +142,7 @@ def test_what_is_wrong_in_models_yaml_is_named(
     ("changes", "message"),
     [
         ({"transformr": "x"}, "model.transformr: unknown key; did you mean 'transformer'?"),
-        ({"vae": "no.pth"}, "model.vae: 'no.pth' was not found"),
+        ({"vae": "no.pth"}, "model.vae: 'no.pth' not found"),
         ({"vae": 7}, "model.vae: expected text, got 7; put it in quotes"),
         ({"high_noise": "x"}, "model: names a transformer and an expert; use one or the other"),
         ({"heads": 2.5}, "model.heads: expected a whole number, got 2.5"),
@@ -178,7 +178,7 @@ def test_files_one_by_one_render_the_same_video_and_decode_from_the_record(
 
 
 def test_one_file_finds_the_others_beside_it(flat: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="48 is no multiple of 128"):
+    with pytest.raises(CheckpointError, match="48 is not a multiple of 128"):
         shot_of(flat, model=TRANSFORMER)
     from safetensors.torch import save_file
 

@@ -396,13 +396,13 @@ def test_the_same_output_by_two_ways_is_one_output(decide: Callable[..., Plan], 
         ("1x1", "1x1 is not made of multiples of 16; nearest is 16x16"),
         ("840x470", "840x470 is not made of multiples of 16; nearest is 832x464"),
         ("0x64", "0x64 is not made of multiples of 16; nearest is 16x64"),
-        ("832", "'832' is no size"),
-        ("832x", "'832x' is no size"),
-        ("832*480", "'832*480' is no size"),
-        ("832 x 480", "'832 x 480' is no size"),
-        ("-16x16", "'-16x16' is no size"),
-        ("16x16x16", "'16x16x16' is no size"),
-        ("9999999999x16", "'9999999999x16' is no size"),
+        ("832", "'832' is not a size"),
+        ("832x", "'832x' is not a size"),
+        ("832*480", "'832*480' is not a size"),
+        ("832 x 480", "'832 x 480' is not a size"),
+        ("-16x16", "'-16x16' is not a size"),
+        ("16x16x16", "'16x16x16' is not a size"),
+        ("9999999999x16", "'9999999999x16' is not a size"),
     ],
 )
 def test_a_bad_size_is_answered_with_the_nearest_good_one(
@@ -513,8 +513,8 @@ def test_a_rule_that_later_rules_overwrite_everywhere_is_an_error(decide: Callab
 def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at(
     decide: Callable[..., Plan], tmp_path: Path
 ) -> None:
-    assert problems(decide, model="no/such") == [":1: model: 'no/such' was not found"]
-    assert problems(decide, model="x" * 300)[0].endswith("was not found")
+    assert problems(decide, model="no/such") == [":1: model: 'no/such' not found"]
+    assert problems(decide, model="x" * 300)[0].endswith("not found")
     assert problems(decide, model="~nosuchuser/x")[0].startswith(":1: model: '~nosuchuser/x': ")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"job.yaml:1: model: .*/file: truncated or damaged"):

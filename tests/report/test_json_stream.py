@@ -261,7 +261,7 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Pa
         check=False,
     )
     assert said.returncode == 0
-    assert "nobody reads stdout any more; the work goes on" in said.stderr
+    assert "stdout has no reader any more; the work continues" in said.stderr
     assert manifest_of(tmp_path)["key"]
 
 

@@ -180,7 +180,7 @@ CASES: dict[str, tuple[Damage, str]] = {
         header(lambda found: found[Q].update(dtype="F7")),
         rf"{TRANSFORMER}: .*{Q} has the unknown dtype F7",
     ),
-    "a key twice": (header(twice), rf"{TRANSFORMER}: .*{Q} is there twice"),
+    "a key twice": (header(twice), rf"{TRANSFORMER}: .*{Q} appears twice"),
     "a header longer than the file": (
         long_header(10**15),
         rf"{TRANSFORMER}: .*its header claims 1,000,000,000,000,000 bytes, the file has [\d,]+",

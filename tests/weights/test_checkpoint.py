@@ -149,7 +149,7 @@ def test_a_head_count_that_cannot_be_is_refused(folder: Path, heads: object, mes
 
 def test_without_config_json_an_odd_width_asks_for_the_heads(folder: Path):
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="48 is no multiple of 128") as caught:
+    with pytest.raises(CheckpointError, match="48 is not a multiple of 128") as caught:
         identify(folder)
     assert "num_heads" in caught.value.hint
 
@@ -454,7 +454,7 @@ def test_an_expert_of_another_size_is_refused(tmp_path: Path) -> None:
     root = a14b(tmp_path / "model")
     shutil.rmtree(root / "low_noise_model")
     write(root / "low_noise_model" / WEIGHTS, stored(dit("1.3B"), "F32"))
-    with pytest.raises(CheckpointError, match=r"low_noise: a Wan2.1-T2V-1.3B, which is no expert beside"):
+    with pytest.raises(CheckpointError, match=r"low_noise: a Wan2.1-T2V-1.3B, which is not an expert beside"):
         identify(root)
 
 
@@ -612,7 +612,7 @@ def test_the_heads_of_an_odd_width_can_be_said(tiny: Path) -> None:
         tokenizer=tiny / "google/umt5-xxl/spiece.model",
         vae=tiny / VAE21,
     )
-    with pytest.raises(CheckpointError, match="48 is no multiple of 128"):
+    with pytest.raises(CheckpointError, match="48 is not a multiple of 128"):
         identify(files)
     assert identify(replace(files, heads=2)).transformer_config == identify(tiny).transformer_config
 

@@ -126,7 +126,7 @@ def test_a_14b_transformer_is_an_expert_only_if_its_name_says_so(tmp_path: Path)
 def test_a_lone_width_that_is_no_multiple_of_128_asks_for_its_heads(tiny: Path) -> None:
     path = tiny / "diffusion_pytorch_model.safetensors"
     part = only(path)
-    assert "48 is no multiple of 128" in part.refusal
+    assert "48 is not a multiple of 128" in part.refusal
     assert "`heads`" in part.hint
     (said,) = recognize_file(path, {"num_heads": 2})
     assert (said.refusal, dict(said.sizes)["num_heads"]) == ("", 2)

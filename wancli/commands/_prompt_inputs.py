@@ -202,6 +202,6 @@ def _resolve_model(folder: Path | None, memo: Path) -> ModelSpec:
         model_registry.resolve_model(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
     )
     longest = memory_estimate.predict_encoding(model, [512])
-    if memory_estimate.process_bytes(model) + longest.total > memory_policy.memory_limit(model):
+    if memory_estimate.process_bytes(model) + longest.total > memory_policy.read_free_memory(model.device):
         return memory_policy.with_encoder_residency(model, "streamed")
     return model

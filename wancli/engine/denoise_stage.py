@@ -18,6 +18,7 @@ from wancli.engine.networks import Networks
 from wancli.engine.shot_state import ShotState, is_save_due, propagate_state, save_state
 from wancli.errors import NotFinite
 from wancli.models.config import Expert
+from wancli.plan.schedule import Placement
 from wancli.plan.shot import format_shots
 from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
@@ -178,7 +179,11 @@ def _record_step(
 
 
 def finish_latent(
-    state: ShotState, encoded: Mapping[str, Encoded], loras: Loras, stage1: Record
+    state: ShotState,
+    placement: Placement,
+    encoded: Mapping[str, Encoded],
+    loras: Loras,
+    stage1: Record,
 ) -> tuple[Tensor, Record]:
     """The finished latent, now durable on disk, and all that the manifest will say of its making.
 
@@ -189,7 +194,7 @@ def finish_latent(
     shot = state.shot
     assert state.solver_state is not None
     check_hits(shot.table, frozenset(state.reads))
-    facts = manifest_body.shot_record(shot) | {
+    facts = manifest_body.shot_record(shot, placement) | {
         "prompts": [manifest_body.prompt_record(prompt, encoded[prompt.id].hit) for prompt in shot.prompts],
         "encoder_loaded": any(not e.hit for e in encoded.values()),
         "injection": manifest_body.injection_records(shot, state.reads, state.differences),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import __version__
 from wancli.plan import backends, memory_estimate
+from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import PeakMemory
 from wancli.storage.manifest import canonical_json
@@ -31,7 +32,7 @@ Record = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "safetensors", "sentencepiece", "ftfy")
 
 
-def shot_record(shot: Shot) -> Record:
+def shot_record(shot: Shot, placement: Placement) -> Record:
     """All that was decided, and on what. `key` is the hash that makes it this very shot."""
     model = shot.model
     return {
@@ -59,7 +60,7 @@ def shot_record(shot: Shot) -> Record:
             "crf": shot.crf,
             "codec": shot.codec,
             "decode_chunk": shot.decode_chunk,
-            "sharing": shot.sharing,
+            "sharing": placement.batch_size,
         },
         "model": {
             "root": str(model.checkpoint.root),
@@ -83,7 +84,7 @@ def shot_record(shot: Shot) -> Record:
         },
         "predicted": [
             asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
-            for phase in shot.phases
+            for phase in memory_estimate.predict_phases(shot, placement.sample)
         ],
         "versions": versions(),
     }

@@ -66,6 +66,7 @@ class Outcome:
     record: Record | None = None
     error: WancliError | None = None  # without its frames: what they say is in `stack`
     stack: str = ""
+    shared_steps: int = 0  # first steps that another shot took for this one
 
 
 def failed_outcome(shot: Shot, attempt: ErrorCapture) -> Outcome:

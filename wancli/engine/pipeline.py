@@ -24,7 +24,7 @@ from wancli.engine.preflight import effects_missing, needs_effects, output_exist
 from wancli.engine.shot_state import ShotState
 from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
-from wancli.plan import batching
+from wancli.plan.schedule import Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
 from wancli.storage import atomic, manifest, tensor_file
@@ -41,21 +41,23 @@ class ModelContext:
 
     networks: Networks
     context: RenderContext
+    schedule: Schedule
     encoded: dict[str, Encoded] = field(default_factory=dict)
     stage1: Record = field(default_factory=dict)
 
 
 def render_model(
-    model: ModelSpec, shots: Sequence[Shot], networks: Networks, context: RenderContext
+    model: ModelSpec, schedule: Schedule, networks: Networks, context: RenderContext
 ) -> Iterator[Outcome]:
     """Every shot of a model, as they come; of those that other workers hold, that they do.
 
     Raises CheckpointError and NoSpace, with all states on disk that found room there. Where an end is asked
     for, shots that were not begun are left out.
     """
-    have_latent = {shot.index for shot in shots if _load_saved_latent(shot, context)}
+    shots = schedule.shots
+    model_context = ModelContext(networks, context, schedule)
+    have_latent = {shot.index for shot in shots if _load_saved_latent(shot, model_context)}
     fresh = [shot for shot in shots if shot.index not in have_latent]
-    model_context = ModelContext(networks, context)
     encode_errors: dict[str, ErrorCapture] = {}
     attempt = ErrorCapture()
     try:
@@ -80,7 +82,7 @@ def render_model(
     for shot in shots:
         if shot.index in have_latent:
             yield from _render_round([[shot]], model_context)
-    for round_ in batching.waves([shot for shot in fresh if shot.index not in unencodable]):
+    for round_ in schedule.only([shot for shot in fresh if shot.index not in unencodable]).rounds:
         if not context.stop.requested:
             yield from _render_round(round_, model_context)
 
@@ -122,11 +124,11 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
         if state == "damaged":
             aside = atomic.move_aside(shot.output, "damaged")
             atomic.move_aside(shot.manifest, "damaged")
-            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
+            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is rendered again"
             context.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
         return failed_outcome(shot, attempt)
-    latent = _load_saved_latent(shot, context)
+    latent = _load_saved_latent(shot, model_context)
     unencoded = any(id not in model_context.encoded for id in _prompt_ids(shot))
     return _publish_video(shot, latent, model_context) if latent or unencoded else None
 
@@ -189,7 +191,13 @@ def _render_stage(
                 finished.append(
                     (
                         one.shot,
-                        denoise_stage.finish_latent(one, model_context.encoded, loras, model_context.stage1),
+                        denoise_stage.finish_latent(
+                            one,
+                            model_context.schedule.placement(one.shot),
+                            model_context.encoded,
+                            loras,
+                            model_context.stage1,
+                        ),
                     )
                 )
                 one.over = True
@@ -247,12 +255,14 @@ def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_conte
         release_memory()
         # Two that make the same video may differ in what wrote it: whoever holds the shot has it right.
         return failed_outcome(shot, attempt) if _holds_claim(shot, context) else Outcome(shot, "elsewhere")
-    return Outcome(shot, "rendered", body)
+    shared_steps = model_context.schedule.placement(shot).shared_steps
+    return Outcome(shot, "rendered", body, shared_steps=shared_steps)
 
 
-def _load_saved_latent(shot: Shot, context: RenderContext) -> tuple[Tensor, Record] | None:
+def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor, Record] | None:
     """The latent that an earlier run left for this shot, whose video may have changed since."""
-    if context.force and context.force.is_outdated(shot, "latents"):
+    force = model_context.context.force
+    if force and force.is_outdated(shot, "latents"):
         return None
     try:
         z_CTYX, facts = tensor_file.load_latent(shot.latents)
@@ -260,7 +270,7 @@ def _load_saved_latent(shot: Shot, context: RenderContext) -> tuple[Tensor, Reco
         return None
     if facts["latents_key"] != shot.latents_key or effects_missing(shot, facts):
         return None
-    now = manifest_body.to_plain_json(manifest_body.shot_record(shot))
+    now = manifest_body.to_plain_json(manifest_body.shot_record(shot, model_context.schedule.placement(shot)))
     now["model"]["attention"] = facts["model"]["attention"]  # what ran then
     return z_CTYX, facts | now | {"phases": manifest_body.mark_earlier(facts["phases"])}
 

@@ -19,6 +19,7 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
+from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
 from wancli.storage import atomic, manifest, tensor_file
@@ -29,10 +30,9 @@ OutputStatus = Literal["done", "to do", "damaged", "in the way"]
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """`todo` are the shots to render, each told with how many others; `refused` why others cannot be, by
-    index."""
+    """The shots to render as a schedule, and by index why other shots are refused."""
 
-    todo: tuple[Shot, ...]
+    schedule: Schedule
     refused: dict[int, WancliError]
 
 
@@ -46,18 +46,24 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
     todo, refused = check_outputs(plan, context)
     _check_machine(todo, context)
     fitting = []
-    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in todo}}
-    for shot in batching.assign_batches(todo):
+    schedule = schedule_shots(plan, todo)
+    for shot in schedule.shots:
         try:
             encoded = all(text.file or is_cached(text, context) for text in shot.prompts)
-            memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
+            memory_policy.require(shot, schedule.placement(shot), encoded=encoded)
             fitting.append(shot)
         except DoesNotFit as error:
             refused[shot.index] = error
     if todo and not fitting:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    disk_estimate.require(fitting, context.store)
-    return PreflightResult(tuple(fitting), refused)
+    schedule = schedule.only(fitting)
+    disk_estimate.require(schedule, context.store)
+    return PreflightResult(schedule, refused)
+
+
+def schedule_shots(plan: Plan, todo: Sequence[Shot]) -> Schedule:
+    """Return the schedule of the plan if it has exactly these shots, else a schedule of these."""
+    return plan.schedule if plan.schedule.covers(todo) else batching.build_schedule(todo)
 
 
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
@@ -86,7 +92,9 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
     hint = "--force moves it aside; or change `output`."
-    return OutputExists(f"in the way: {why}", where=str(shot.output), hint=hint)
+    return OutputExists(
+        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
+    )
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:

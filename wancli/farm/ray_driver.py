@@ -15,16 +15,15 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcomes
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
-from wancli.engine.preflight import PreflightResult, check_outputs
+from wancli.engine.preflight import PreflightResult, check_outputs, schedule_shots
 from wancli.errors import MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
-from wancli.plan import batching
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def render(plan: Plan, tools: RenderContext, task: Task, cluster: Cluster) -> It
     """As `batch.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
     cluster cannot be reached, and where all workers died for good."""
     todo, refused = check_outputs(plan, tools)
-    found = PreflightResult(tuple(todo), refused)
+    found = PreflightResult(schedule_shots(plan, todo), refused)
     return track_outcomes(_outcomes(plan, found, tools, task, cluster), todo, tools)
 
 
@@ -56,17 +55,16 @@ def _outcomes(
     plan: Plan, found: PreflightResult, tools: RenderContext, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
     yield from iter_resolved(plan, found)
-    models = dict.fromkeys(shot.model for shot in found.todo)
-    waves = [
-        [shot for group in wave for shot in group]
-        for model in models
-        for wave in batching.waves([shot for shot in found.todo if shot.model == model])
-    ]
+    rounds = [[shot for batch in round_ for shot in batch] for round_ in found.schedule.rounds]
+    models = list(dict.fromkeys(shot.model for shot in found.schedule.shots))
+    waves = sorted(rounds, key=lambda shots: models.index(shots[0].model))
     if waves:
         with redirect_stdout(_ThreadStdout()):
             ray = _connect(cluster)
             try:
-                yield from _dispatch(ray, waves, tools, task, cluster)
+                for outcome in _dispatch(ray, waves, tools, task, cluster):
+                    shared_steps = found.schedule.placement(outcome.shot).shared_steps
+                    yield replace(outcome, shared_steps=shared_steps)
             finally:
                 ray.shutdown()  # and with it all workers
 
@@ -148,7 +146,7 @@ def _dispatch(
             raise MachineError(
                 f"all {count} workers died",
                 where="--engine ray",
-                hint="The logs of Ray say why; too little memory is most likely. The same command goes on.",
+                hint="The logs of Ray say why; too little memory is most likely. The same command resumes.",
             )
         if ending or tools.stop.requested:
             for seat, _ in busy.values():  # more than once: one may just have been started again

@@ -75,7 +75,7 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
     check_device(shot.model.device)
     backends.check(shot.model)
     check_weights(shot.model.checkpoint)
-    memory_policy.require(shot, encoded=True)
+    memory_policy.require(shot, plan.schedule.placement(shot), encoded=True)
     with oom_as_error("loading", str(shot.model.checkpoint.root)):
         loaded = kept.get(shot.model, lazily=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae

@@ -75,7 +75,7 @@ def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis
     for column in columns:
         values = [json.dumps(setting.layer.value) for setting in column]
         problems += [
-            f"{setting.layer.source.location()}: is listed twice"
+            f"{setting.layer.source.location()}: appears twice"
             for i, setting in enumerate(column)
             if values[i] in values[:i]
         ]

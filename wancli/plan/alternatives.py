@@ -34,13 +34,16 @@ class Alternative:
 
 def alternatives(shot: Shot) -> list[Alternative]:
     """All valid ways of a shot alone, the precise ones first; its text encoder, frames and prompts stay."""
-    allowed = memory_policy.memory_limit(shot.model)
     found = []
     for model in _model_variants(shot.model):
         for width, height in nearby_sizes(shot):
-            other = replace(shot, model=model, width=width, height=height, shared=None)
-            phases = tuple(phase for phase in other.phases if phase.name in memory_policy.TRANSFORMER_PHASES)
-            total = memory_estimate.process_bytes(model) + max(phase.total for phase in phases)
+            other = replace(shot, model=model, width=width, height=height)
+            phases = tuple(
+                phase
+                for phase in memory_estimate.predict_phases(other)
+                if phase.name in memory_policy.TRANSFORMER_PHASES
+            )
+            total = memory_estimate.peak_of(model, phases)
             found.append(
                 Alternative(
                     model.dtype,
@@ -50,7 +53,7 @@ def alternatives(shot: Shot) -> list[Alternative]:
                     height,
                     phases,
                     total,
-                    fits=total <= allowed,
+                    fits=total <= shot.model.memory_limit,
                     chosen=(model, width, height) == (shot.model, shot.width, shot.height),
                 )
             )

@@ -9,12 +9,13 @@ videos are made, each a second time while it is replaced.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import NoSpace
-from wancli.plan import batching
+from wancli.plan.batching import STATE_TENSORS
+from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Shot
 from wancli.resources.memory_model import FP32
 from wancli.storage import atomic
@@ -44,23 +45,23 @@ class DiskNeed:
         return self.free >= self.with_margin
 
 
-def disk_needs(shots: Sequence[Shot], store: Store | None = None) -> list[DiskNeed]:
+def disk_needs(schedule: Schedule, store: Store | None = None) -> list[DiskNeed]:
     """Per file system that the shots write to; with `store` also what missing embeddings take, where that is
     on one of them."""
     per_device: dict[int, int] = {}
     folders: dict[int, Path] = {}
-    for shot in shots:
+    for shot in schedule.shots:
         device = _device_id(shot.output.parent)
         folders.setdefault(device, shot.output.parent)
         per_device[device] = per_device.get(device, 0) + _permanent_bytes(shot)
-    waves = [[shot for group in wave for shot in group] for wave in batching.waves(shots)]
+    rounds = [[shot for batch in round_ for shot in batch] for round_ in schedule.rounds]
     for device in folders:
         passing = (
-            sum(_temporary_bytes(s) for s in wave if _device_id(s.output.parent) == device) for wave in waves
+            sum(_temporary_bytes(s) for s in r if _device_id(s.output.parent) == device) for r in rounds
         )
         per_device[device] += max(passing, default=0)
     if store and (device := _device_id(store.root)) in folders:
-        per_device[device] += embedding_bytes(shots, store)
+        per_device[device] += embedding_bytes(schedule.shots, store)
     return [DiskNeed(folder, per_device[d], atomic.free_space(folder)) for d, folder in folders.items()]
 
 
@@ -74,19 +75,19 @@ def embedding_bytes(shots: Iterable[Shot], store: Store) -> int:
     return sum(count * width * FP32 + _RECORD_BYTES for count, width in rows)
 
 
-def require(shots: Sequence[Shot], store: Store | None = None) -> None:
+def require(schedule: Schedule, store: Store | None = None) -> None:
     """Raises NoSpace, with the figures, where less is free than the shots may need."""
-    for need in disk_needs(shots, store):
+    for need in disk_needs(schedule, store):
         if not need.fits:
             many, needed, free = (
-                pluralize(len(shots), "shot"),
+                pluralize(len(schedule.shots), "shot"),
                 format_bytes(need.with_margin),
                 format_bytes(need.free),
             )
             raise NoSpace(
                 f"{many} may need {needed} on this disk, {free} are free",
                 where=str(need.folder),
-                hint="Free some space, write elsewhere with `output`, or render a part with --items.",
+                hint="Free some space, choose another `output`, or render a part with --items.",
             )
 
 
@@ -105,7 +106,7 @@ def _temporary_bytes(shot: Shot) -> int:
     """The latent, and its state twice, unless they are there already."""
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD_BYTES
     there = sum(path.stat().st_size for path in (shot.latents, shot.state) if path.exists())
-    return max(0, latent + 2 * (batching.STATE_TENSORS * latent) - there)
+    return max(0, latent + 2 * (STATE_TENSORS * latent) - there)
 
 
 def _device_id(path: Path) -> int:

@@ -15,7 +15,7 @@ from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
 from wancli.weights.formats.infer_config import transformer_shapes
 from wancli.weights.lora.file import ADAPTER_CONFIG, read_lora_file
-from wancli.weights.lora.match import Coverage, match_lora
+from wancli.weights.lora.match import Coverage, select_changes
 from wancli.weights.lora.use import LoraUse
 
 
@@ -28,10 +28,10 @@ class MatchedLora:
     coverage: Coverage
 
 
-def load_matched_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
+def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
     lora_file = read_lora_file(path)
-    _, coverage = match_lora(lora_file, transformer_shapes(transformer))
+    _, coverage = select_changes(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
     return MatchedLora(path, fingerprint([path, *config], memo), coverage)
 
@@ -70,7 +70,7 @@ def _decide_use(
     if path.suffix != ".safetensors":
         raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
-        raise job_error("path", f"{entry.path!r} was not found", f"Looked for {path}.")
+        raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
     try:
         blocks = parse_blocks(entry.blocks, depth)
     except ValueError as error:

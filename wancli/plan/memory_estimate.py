@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,15 @@ _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _MATRICES = "block matrices"
 
 
-def predict_phases(shot: Shot) -> tuple[Phase, ...]:
-    """Encoding, sampling and decoding, while which the transformer stays. On CUDA the bytes of the device."""
-    alone = 1 if shot.model.residency == "resident" else shot.forwards_per_step
-    rows = sum(text.rows for text in shot.prompts)
-    sample = shot.shared.sample if shot.shared else predict_sampling(shot, rows, alone)
+def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]:
+    """Predict the memory of encoding, sampling and decoding; the transformer stays while decoding.
+
+    `sample` is the prediction for the batch of the shot, None if the shot is sampled alone. On CUDA bytes are
+    those of the device.
+    """
+    if sample is None:
+        forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
+        sample = predict_sampling(shot, sum(text.rows for text in shot.prompts), forwards)
     decode = memory_model.decode_phase(
         shot.model.vae_sizes,
         shot.latent_shape,
@@ -33,6 +37,11 @@ def predict_phases(shot: Shot) -> tuple[Phase, ...]:
         mapped=shot.model.device == "cpu" and _is_only_fp32(shot.model.checkpoint.vae),
     )
     return predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts]), sample, decode
+
+
+def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:
+    """Return the bytes of the whole process at the peak of these phases, on CUDA those of the device."""
+    return process_bytes(model) + max(phase.total for phase in phases)
 
 
 def process_bytes(model: ModelSpec) -> int:

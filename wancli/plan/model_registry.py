@@ -44,7 +44,7 @@ def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> 
         return known[spec]
     path = resolve_path(base_dir(), spec, locate())
     if not os.path.lexists(path):
-        raise JobError(f"{spec!r} was not found", where=locate(), hint=_not_found_hint(spec, path))
+        raise JobError(f"{spec!r} not found", where=locate(), hint=_not_found_hint(spec, path))
     return path
 
 
@@ -71,7 +71,7 @@ def registered_models() -> dict[str, Location]:
         return _read_models_file(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         if "WANCLI_MODELS" in os.environ:
-            raise JobError("was not found", where=f"$WANCLI_MODELS: {path}") from None
+            raise JobError("not found", where=f"$WANCLI_MODELS: {path}") from None
         return {}
     except OSError as error:
         raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
@@ -132,7 +132,7 @@ def _resolve_files(
     for key, text in files.model_dump(exclude_none=True, exclude={"heads"}).items():
         paths[key] = resolve_path(base_dir(key), text, locate(key))
         if must_exist and not os.path.lexists(paths[key]):
-            raise JobError(f"{text!r} was not found", where=locate(key), hint=f"Looked for {paths[key]}.")
+            raise JobError(f"{text!r} not found", where=locate(key), hint=f"Looked for {paths[key]}.")
     return SingleFiles(**paths, heads=files.heads)
 
 

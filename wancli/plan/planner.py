@@ -48,7 +48,7 @@ def build_plan(
     model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
-    lora_for = cache(lambda path, transformer: loras.load_matched_lora(path, transformer, hash_cache))
+    lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
@@ -66,11 +66,15 @@ def build_plan(
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.selected)
     selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
-    selected = batching.assign_batches(selected)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.plan_comparison(jobs, shots)
     return Plan(
-        jobs.name, tuple(selected), tuple(warnings.collect_warnings(selected, comparison)), others, comparison
+        jobs.name,
+        tuple(selected),
+        tuple(warnings.collect_warnings(selected, comparison)),
+        others,
+        comparison,
+        batching.build_schedule(selected),
     )
 
 
@@ -248,7 +252,7 @@ def _parse_size(item: Item, variant: Variant) -> tuple[int, int]:
     where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
-        raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
+        raise JobError(f"{item.job.size!r} is not a size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
     stride = variant.stride
     near = tuple(max(stride, round(side / stride) * stride) for side in size)

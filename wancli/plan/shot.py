@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -15,9 +16,8 @@ from typing import Any, Literal
 from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import ComputeOptions, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.plan import memory_estimate
-from wancli.plan.prefix_sharing import Fork
-from wancli.resources.memory_model import Phase, Residency
+from wancli.plan.schedule import Schedule
+from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_schedule
 from wancli.sampling.stages import Stage, split_stages
 from wancli.storage.paths import slugify
@@ -59,7 +59,9 @@ class ModelSpec:
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
     kernels: ComputeOptions = field(default_factory=ComputeOptions)
-    budget: int | None = None  # bytes that the process may take, on CUDA the device; None is what is free
+    budget: int | None = None  # the memory limit that the user set; None: what was free
+    # Bytes that the process may take at its peak, on CUDA those of the device. Read once, by the planner.
+    memory_limit: int = field(default=sys.maxsize, compare=False)
     # How the residencies and the chunk were chosen. Models of the same settings are the same.
     residency_reasons: tuple[str, ...] = field(default=(), compare=False)
 
@@ -82,14 +84,6 @@ class SaveInterval:
 
     seconds: float = math.inf
     steps: float = math.inf
-
-
-@dataclass(frozen=True)
-class Shared:
-    """How many shots share each pass over the weights, and what memory sampling them takes."""
-
-    shots: int
-    sample: Phase
 
 
 @dataclass(frozen=True)
@@ -124,8 +118,6 @@ class Shot:
     batch: int | None  # how many shots may share a pass over the weights; None: as many as fit
     save_every: SaveInterval
     output: Path
-    shared: Shared | None = None  # changes no pixel
-    fork: Fork | None = None  # the steps that another shot takes for it; likewise
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
 
     @property
@@ -182,25 +174,9 @@ class Shot:
         return any(rule.is_active for rule in self.rules)
 
     @property
-    def sharing(self) -> int:
-        """How many shots share each pass over the weights, this one included."""
-        return self.shared.shots if self.shared else 1
-
-    @property
     def forwards_per_step(self) -> int:
         """Forwards of one step: a branch each, and where injections are measured another one without."""
         return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
-
-    @cached_property
-    def phases(self) -> tuple[Phase, ...]:
-        """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
-        is that of all shots that share its passes."""
-        return memory_estimate.predict_phases(self)
-
-    @property
-    def peak(self) -> int:
-        """Predicted bytes of the whole process at most; on CUDA those of the device."""
-        return memory_estimate.process_bytes(self.model) + max(phase.total for phase in self.phases)
 
     @cached_property
     def latents_key(self) -> str:
@@ -252,6 +228,7 @@ class Plan:
     warnings: tuple[str, ...]
     unselected: tuple[Shot, ...] = ()  # of the same job, and not asked for
     comparison: Comparison | None = None
+    schedule: Schedule = field(default_factory=Schedule)  # of `shots`
 
     @property
     def all_shots(self) -> list[Shot]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.errors import MachineError
 from wancli.injection.table import Concat, Lerp
+from wancli.plan import memory_estimate
 from wancli.resources import flops, machine
 from wancli.storage import atomic
 
@@ -62,11 +63,10 @@ def shot_workloads(shot: Shot) -> dict[str, Workload]:
     model, wan = shot.model, shot.model.checkpoint.transformer_config
     here = machine.device_name(model.device)
     counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
+    weights = memory_estimate.predict_phases(shot)[1].model
     return {
         "encode": encoding_workload(model, counts),
-        "load": Workload(
-            here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)
-        ),
+        "load": Workload(here, model.dtype, model.residency, "load", wan.dim, 1, max(1, weights)),
         "sample": Workload(
             here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, sampling_flops(shot)
         ),
@@ -132,9 +132,12 @@ def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:
     return None if rate is None else wanted.amount / rate.per_second
 
 
-def measured_rates(shots: Sequence[tuple[Shot, Mapping[str, Any]]]) -> list[Rate]:
-    """The rates of rendered shots, from what their manifests say of their phases."""
-    return [*_encoding_rates(shots), *_network_rates(shots)]
+def measured_rates(
+    shots: Sequence[tuple[Shot, Mapping[str, Any]]], forked: Collection[int] = ()
+) -> list[Rate]:
+    """The rates of rendered shots, from what their manifests say of their phases. `forked` are the indices
+    of shots whose first steps another shot took: their sampling tells no rate."""
+    return [*_encoding_rates(shots), *_network_rates(shots, forked)]
 
 
 def _encoding_rates(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
@@ -150,14 +153,16 @@ def _encoding_rates(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator
         yield from _workload_rate(encoding_workload(model, list(texts.values())), seconds)
 
 
-def _network_rates(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
+def _network_rates(
+    shots: Iterable[tuple[Shot, Mapping[str, Any]]], forked: Collection[int]
+) -> Iterator[Rate]:
     for shot, body in shots:
         took = dict.fromkeys(PHASES, 0.0)
         for phase in body["phases"]:
             took[phase["name"]] += phase["seconds"] / phase.get("shots", 1)
         took["load"] /= max(1, sum(phase["name"] == "load" for phase in body["phases"]))
         for name, one in shot_workloads(shot).items():
-            if name == "encode" or (name == "sample" and shot.fork):  # whose first steps another shot took
+            if name == "encode" or (name == "sample" and shot.index in forked):
                 continue
             yield from _workload_rate(one, took[name])
 
@@ -171,10 +176,11 @@ def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
 
 
 def predict_phases(
-    shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate]
+    shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate], taken: Mapping[int, int]
 ) -> dict[str, float | None]:
     """Seconds of each phase of a batch, None where unknown: prompts in `missing` are encoded once, a
-    transformer or each of two experts is loaded once."""
+    transformer or each of two experts is loaded once. `taken` is by index how many steps of a shot are not
+    to be taken: another shot takes them, or an earlier run has."""
     totals: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
 
     def add(name: str, one: Workload, times: int = 1) -> None:
@@ -188,7 +194,7 @@ def predict_phases(
         add("load", shot_workloads(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
             does = shot_workloads(shot)
-            alone = 1 - (shot.fork.step if shot.fork else 0) / shot.steps
+            alone = 1 - taken.get(shot.index, 0) / shot.steps
             add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
     return totals

@@ -28,13 +28,16 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     """
     began = time.monotonic()
     shots = plan_renders(probe)
-    for outcome in batch.render(Plan(probe.job, tuple(shots), ()), tools):
+    schedule = batching.build_schedule(shots)
+    for outcome in batch.render(Plan(probe.job, tuple(shots), (), schedule=schedule), tools):
         if outcome.error:
             raise outcome.error
     plain, *others = shots
     total = [mean_difference(shot.output, plain.output) for shot in others]
-    blocks = sum(_count_forwards(shot) for shot in shots)
-    return request.build_map(probe, [], total, time.monotonic() - began, blocks)
+    forwards = sum(
+        (shot.steps - schedule.placement(shot).shared_steps) * shot.forwards_per_step for shot in shots
+    )
+    return request.build_map(probe, [], total, time.monotonic() - began, forwards)
 
 
 def plan_renders(probe: ProbeRequest) -> list[Shot]:
@@ -45,18 +48,13 @@ def plan_renders(probe: ProbeRequest) -> list[Shot]:
         range_rule: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
         shot = replace(probe.plain_shot, rules=(range_rule,), injected=probe.shot.injected[:1])
         shots.append(_with_output(shot, index, f"blocks {format_blocks(blocks)}"))
-    return batching.assign_batches(shots)
+    return shots
 
 
 def _with_output(shot: Shot, index: int, name: str) -> Shot:
     folder = shot.output.with_suffix(".map")
     output = folder / f"{index:02d}-{name.replace(' ', '-')}.mp4"
     return replace(shot, index=index, id=name, labels={}, output=output)
-
-
-def _count_forwards(shot: Shot) -> float:
-    steps = shot.steps - (shot.fork.step if shot.fork else 0)
-    return steps * shot.forwards_per_step
 
 
 def mean_difference(a: Path, b: Path) -> float:

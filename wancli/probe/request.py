@@ -46,7 +46,7 @@ class ProbeRequest:
     @property
     def plain_shot(self) -> Shot:
         """The shot without its injections."""
-        return replace(self.shot, rules=(), injected=(), measure=False, shared=None, fork=None)
+        return replace(self.shot, rules=(), injected=(), measure=False)
 
     @property
     def texts(self) -> tuple[Prompt, ...]:
@@ -103,7 +103,7 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
 
     Raises DoesNotFit where not even one does. `encoded`: all prompts are in the cache.
     """
-    model, limit = probe.shot.model, memory_policy.memory_limit(probe.shot.model)
+    model, limit = probe.shot.model, probe.shot.model.memory_limit
     if probe.method == "gradient":
         _refuse_without_gradients(model)
     smallest = predict_phase(probe, 1)
@@ -116,7 +116,7 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
         )
     if need > limit:
         raise DoesNotFit(
-            f"probing needs {format_bytes(need)} of memory, {memory_policy.describe_limit(model, limit)}",
+            f"probing needs {format_bytes(need)} of memory, {memory_policy.describe_limit(model)}",
             where=f"shot {probe.shot.id}",
             hint=_memory_hint(probe),
         )

@@ -76,7 +76,7 @@ def denoise_batch(
     steps = runs[0].stage.steps
     if any(walk.stage.steps != steps for walk in runs):
         step_counts = sorted({len(walk.stage.steps) for walk in runs})
-        raise ValueError(f"walks of {step_counts} steps cannot go in lock-step")
+        raise ValueError(f"runs of {step_counts} steps cannot be batched")
     results: list[StepResult | NotFinite] = [
         StepResult(steps.start, walk.state, frozenset()) for walk in runs
     ]

@@ -266,7 +266,7 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
             )
         if part.config != first.config or part.variant is None or part.variant.latent_channels != 16:
             raise CheckpointError(
-                f"{role}: a {part.name}, which is no expert beside {first.files[0].name}",
+                f"{role}: a {part.name}, which is not an expert beside {first.files[0].name}",
                 where=str(part.files[0]),
                 hint="the two experts of Wan 2.2 A14B have the same sizes",
             )

@@ -174,7 +174,7 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
         return part
     if "num_heads" not in config_json and read["dim"] % USUAL_HEAD_DIM:
         message = (
-            f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}"
+            f"the number of heads is unknown: the width {read['dim']} is not a multiple of {USUAL_HEAD_DIM}"
         )
         hint = "name the folder if its config.json says num_heads, or say `heads` in the job's `model`"
         return replace(part, refusal=message, hint=hint)

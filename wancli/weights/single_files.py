@@ -40,7 +40,7 @@ class SingleFiles:
     """A checkpoint named file by file: `transformer`, or `high_noise` and `low_noise`; all absolute.
 
     A whole checkpoint in one file needs only `transformer`; a text encoder that holds its
-    SentencePiece model needs no `tokenizer`. `heads` is needed where the width is no multiple of 128.
+    SentencePiece model needs no `tokenizer`. `heads` is needed where the width is not a multiple of 128.
     """
 
     transformer: Path | None = None

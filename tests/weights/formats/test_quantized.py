@@ -194,10 +194,10 @@ def test_a_tensor_in_two_files_is_refused(original: State, tmp_path: Path):
 
 def test_a_tensor_under_two_names_is_refused(original: State, tmp_path: Path):
     state = original | {"model.diffusion_model.head.modulation": original["head.modulation"].clone()}
-    with pytest.raises(CheckpointError, match=r"m.safetensors: head.modulation is there under two names"):
+    with pytest.raises(CheckpointError, match=r"m.safetensors: head.modulation has two names"):
         read_packed([saved(tmp_path / "m.safetensors", state)])
     state = original | {"scale_shift_table": original["head.modulation"].clone()}
-    with pytest.raises(CheckpointError, match=r"head.modulation is there under two names"):
+    with pytest.raises(CheckpointError, match=r"head.modulation has two names"):
         read_packed([saved(tmp_path / "m.safetensors", state)], rename=transformer_from_diffusers)
 
 
@@ -253,7 +253,7 @@ GOOD = torch.tensor([0.5])
         ({"scale_weight": torch.ones(96)}, r"scale_weight is \[96\]"),
         ({"scale_weight": torch.ones(48, 5, 1)}, r"scale_weight is \[48, 5, 1\]"),
         ({"scale_weight": torch.ones(0)}, r"scale_weight is \[0\]"),
-        ({"weight_scale": GOOD}, "is there twice"),
+        ({"weight_scale": GOOD}, "appears twice"),
         ({"weight": None}, f"belongs to {LAYER}.weight, which is missing"),
         ({"weight": torch.ones(48, 96)}, f"{LAYER}.weight has a scale, but is stored as float32"),
         ({"weight": torch.ones(48, 96).to(torch.int8)}, f"{LAYER}.weight is stored as int8"),
@@ -266,10 +266,10 @@ GOOD = torch.tensor([0.5])
         ({"qweight": torch.ones(2).int()}, "stored as AWQ"),
         ({"weight.absmax": GOOD}, "stored as bitsandbytes"),
         ({"ids": torch.ones(2).long()}, f"{LAYER}.ids is stored as int64"),
-        ({"comfy_quant": letters("{}")}, "comfy_quant is no JSON with a format"),
-        ({"comfy_quant": letters("[1]")}, "comfy_quant is no JSON with a format"),
-        ({"comfy_quant": torch.tensor([255]).byte()}, "comfy_quant is no JSON with a format"),
-        ({"comfy_quant": GOOD}, "comfy_quant is no JSON with a format"),
+        ({"comfy_quant": letters("{}")}, "comfy_quant is not JSON with a format"),
+        ({"comfy_quant": letters("[1]")}, "comfy_quant is not JSON with a format"),
+        ({"comfy_quant": torch.tensor([255]).byte()}, "comfy_quant is not JSON with a format"),
+        ({"comfy_quant": GOOD}, "comfy_quant is not JSON with a format"),
         ({"comfy_quant": letters('{"format": "mxfp8"}')}, f"{LAYER}.weight is stored as mxfp8"),
         ({"comfy_quant": letters('{"format": "int8_tensorwise"}')}, "stored as int8_tensorwise"),
         ({"comfy_quant": letters('{"format": "nvfp4"}')}, f"{LAYER}.weight is stored as nvfp4"),

@@ -19,7 +19,7 @@ from wancli.weights.formats.infer_config import transformer_shapes
 from wancli.weights.formats.safetensors_header import read_tensors
 from wancli.weights.lora.file import read_lora_file
 from wancli.weights.lora.key_mapping import official_module
-from wancli.weights.lora.match import match_lora
+from wancli.weights.lora.match import select_changes
 from wancli.weights.lora.patch import load_lora
 
 # ---- names ----
@@ -80,7 +80,7 @@ def shapes(width: int, depth: int, in_dim: int = 16) -> dict[str, tuple[int, ...
 def test_a_lora_of_another_model_is_refused_with_both_shapes_and_both_models(tmp_path: Path) -> None:
     path = saved(tmp_path / "big.safetensors", pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120))
     with pytest.raises(CheckpointError) as caught:
-        match_lora(read_lora_file(path), shapes(1536, 1))
+        select_changes(read_lora_file(path), shapes(1536, 1))
     assert str(caught.value) == (
         f"{path}: diffusion_model.blocks.0.self_attn.q.lora_B.weight makes a change of [5120, 5120] to "
         "blocks.0.self_attn.q.weight, which is [1536, 1536] in this model"
@@ -93,7 +93,7 @@ def test_a_block_past_the_last_is_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"blocks.30.ffn.0.weight, which is not in this model, whose last block is 2"
     ):
-        match_lora(read_lora_file(path), SHAPES)
+        select_changes(read_lora_file(path), SHAPES)
 
 
 def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_lora_for_other_inputs_is_refused(shape: tuple[int, ...], tmp_path: Pa
     path = saved(tmp_path / "a.safetensors", found)
     message = f"{list(shape)} to patch_embedding.weight, which is [48, 16, 1, 2, 2]"
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        match_lora(read_lora_file(path), SHAPES)
+        select_changes(read_lora_file(path), SHAPES)
 
 
 def test_keys_that_name_nothing_are_counted_and_nothing_at_all_is_an_error(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     ),
     "vector": (
         {f"{Q}.lora_A.weight": torch.zeros(DIM), f"{Q}.lora_B.weight": torch.zeros(DIM, 1)},
-        "is no matrix",
+        "is not a matrix",
     ),
     "loha": (
         {
@@ -185,7 +185,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
             f"{Q}.lokr_w1_a": torch.zeros(4, 2),
             f"{Q}.lokr_w2": torch.zeros(2, 2),
         },
-        "lokr_w1 is there whole and as a product",
+        "lokr_w1 appears both whole and as a product",
     ),
     "two ways": (
         pair(Q, DIM, DIM) | {f"{Q}.diff": torch.zeros(DIM, DIM)},

@@ -41,7 +41,7 @@ def collect_report(path: Path) -> ReportInputs:
     """What a render just wrote. Raises JobError if it is no report."""
     report = batch_report.read_report(path)
     if report is None:
-        raise JobError("is no report of wancli", where=str(path))
+        raise JobError("is not a report of wancli", where=str(path))
     found = ReportInputs(report["job"], [(report["job"], entry) for entry in report["shots"]], [report])
     _collect_sidecars(found, {path.parent, *(Path(entry["output"]).parent for entry in report["shots"])})
     return found

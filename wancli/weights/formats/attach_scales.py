@@ -156,7 +156,7 @@ def _refuse_stray(name: str, entry: RawEntry, entries: Mapping[str, RawEntry]) -
     layer = name.removesuffix(ending)
     both = all(layer + ending in entries for ending in SCALES)
     if both or f"{layer}.weight" not in entries:
-        what = "is there twice" if both else f"belongs to {layer}.weight, which is missing"
+        what = "appears twice" if both else f"belongs to {layer}.weight, which is missing"
         raise CheckpointError(f"{name} {what}", where=str(entry.file), hint=DOWNLOAD_AGAIN)
 
 
@@ -170,7 +170,7 @@ def _read_formats(entries: Mapping[str, RawEntry]) -> dict[str, str]:
                 found[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise CheckpointError(
-                    f"{name} is no JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
+                    f"{name} is not JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
                 ) from None
     return found
 

@@ -114,7 +114,7 @@ def read_header(path: Path) -> GGUFHeader:
         for _ in range(reader.checked_count(value_count, 8 + 4 + 1)):
             key = reader.read_string()
             if key in values:
-                raise reader.damaged_error(f"the key {key} is there twice")
+                raise reader.damaged_error(f"the key {key} appears twice")
             values[key] = reader.read_value()
         infos = [reader.read_info() for _ in range(reader.checked_count(tensor_count, 8 + 4 + 8 + 4 + 8))]
     except (UnicodeDecodeError, struct.error) as error:
@@ -204,7 +204,7 @@ def _locate_tensors(reader: _Reader, values: dict[str, Value], infos: list[_Info
         nbytes = prod(info.dims) // elements * size
         start = data + info.offset
         if info.name in tensors:
-            raise reader.damaged_error(f"{info.name} is there twice")
+            raise reader.damaged_error(f"{info.name} appears twice")
         if info.dims[0] % elements:
             raise reader.damaged_error(
                 f"{info.name} has rows of {info.dims[0]}, {dtype} has blocks of {elements}"

@@ -101,7 +101,7 @@ def infer_transformer_config(
     eps, text_len = config_json.get("eps", WanConfig.eps), config_json.get("text_len", WanConfig.text_len)
     if not isinstance(heads, int | float) or heads != int(heads) or heads < 1:
         raise CheckpointError(
-            f"the number of heads is unknown: the width {sizes['dim']} is no multiple of {USUAL_HEAD_DIM}",
+            f"the number of heads is unknown: the width {sizes['dim']} is not a multiple of {USUAL_HEAD_DIM}",
             where=where,
             hint="put num_heads into the folder's config.json, or say `heads` in the job's `model`",
         )

@@ -70,7 +70,7 @@ def read_packed(
     are left out. `rename` maps what remains of a name to wancli's own.
 
     Raises CheckpointError, naming file and tensor, for damaged files, for ways of quantizing that
-    wancli does not read, for a tensor that is there twice, also under two names, and as `fold` does
+    wancli does not read, for a tensor that appears twice, also under two names, and as `fold` does
     for scales; DoesNotFit for a .pth larger than memory and swap.
     """
     entries: dict[str, RawEntry] = {}
@@ -138,7 +138,7 @@ def _rename_keys(entries: Mapping[str, Entry], rename: Callable[[str], str], whe
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
         if (new := rename(name)) in found:
-            raise CheckpointError(f"{new} is there under two names, one of them {name}", where=where)
+            raise CheckpointError(f"{new} has two names, one of them {name}", where=where)
         found[new] = entry
     return found
 

@@ -192,7 +192,7 @@ def _infer_factor(shapes: Mapping[str, Shape], name: str) -> tuple[Shape, int]:
     """One of LoKr's factors, whole (rank 0) or a product."""
     if name in shapes:
         if shapes.keys() & {f"{name}_a", f"{name}_b"}:
-            raise ValueError(f"{name} is there whole and as a product")
+            raise ValueError(f"{name} appears both whole and as a product")
         return _matrix_shape(shapes[name]), 0
     return _infer_product(shapes[f"{name}_a"], shapes[f"{name}_b"])
 
@@ -206,7 +206,7 @@ def _infer_product(a: Shape, b: Shape) -> tuple[Shape, int]:
 
 def _matrix_shape(shape: Shape) -> Shape:
     if len(shape) < 2:
-        raise ValueError(f"{list(shape)} is no matrix")
+        raise ValueError(f"{list(shape)} is not a matrix")
     return shape[0], math.prod(shape[1:])
 
 
@@ -253,7 +253,7 @@ def _parse_scaling(document: Mapping[str, object]) -> Scale:
 
 def _require_positive(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is no positive number")
+        raise ValueError(f"{value!r} is not a positive number")
     return float(value)
 
 

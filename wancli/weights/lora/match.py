@@ -34,7 +34,7 @@ class Coverage:
     examples: tuple[str, ...]  # some of the unused keys
 
 
-def match_lora(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
+def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
     """The changes that apply to a model with these parameters.
 
     Changes of what only image-to-video models have are skipped. Raises CheckpointError when a

@@ -22,7 +22,7 @@ from wancli.weights.formats.infer_config import Shapes
 from wancli.weights.formats.read import iterate_tensors
 from wancli.weights.lora.file import Change, read_lora_file
 from wancli.weights.lora.key_mapping import block_index
-from wancli.weights.lora.match import Coverage, match_lora
+from wancli.weights.lora.match import Coverage, select_changes
 from wancli.weights.lora.use import LoraUse, is_constant
 
 
@@ -116,7 +116,7 @@ def load_lora(path: Path, shapes: Shapes) -> Lora:
     The tensors are mapped from the file. Raises CheckpointError as `recognise` and `matched` do,
     and for NaN or Inf, naming the key.
     """
-    changes, coverage = match_lora(read_lora_file(path), shapes)
+    changes, coverage = select_changes(read_lora_file(path), shapes)
     wanted = {key for change in changes for key in change.keys.values()}
     found = {name: tensor for name, tensor in iterate_tensors([path]) if name in wanted}
     for key, tensor in found.items():

@@ -356,7 +356,7 @@ def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from wancli.job import loader\nfrom wancli.plan import planner\n"
-        f"found = planner.plan(loader.load(Path({str(path)!r})), Path({str(tmp_path / 'memo.json')!r}))\n"
+        f"found = planner.build_plan(loader.load(Path({str(path)!r})), Path({str(tmp_path / 'memo.json')!r}))\n"
         "assert found.shots[0].loras\n"
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )

@@ -1,4 +1,4 @@
-"""What looks wrong in shots that can be rendered: told before anything slow starts, by plan and render."""
+"""Warn about shots that can be rendered but look wrong. `plan` and `render` print this before slow work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wancli.plan.shot import Comparison, Shot
 
 
 def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
-    """One line for all shots that share a warning."""
+    """Yield one line for all shots with the same warning."""
     baselines = set(comparison.baselines.values()) if comparison else set()
     shots_by_warning: dict[str, list[str]] = {}
     for shot in shots:

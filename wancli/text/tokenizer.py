@@ -1,4 +1,4 @@
-"""What UMT5 reads of a prompt: the text cleaned as official Wan does it, and its tokens. Without torch."""
+"""Clean a prompt as official Wan does, and tokenize it for UMT5. Loads without torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EOS = 1  # `</s>`
 
 
 def clean(text: str, where: str = "") -> str:
-    """The text as official Wan tokenises it: ftfy, two rounds of HTML unescaping, single spaces.
+    """Clean a text as official Wan does: ftfy, two rounds of HTML unescaping, single spaces.
 
-    ftfy also straightens curly quotes and makes full-width commas plain. Raises JobError on NUL
-    and on surrogates, which ftfy would drop or no encoder can write.
+    ftfy also straightens curly quotes and makes full-width commas plain. Raises JobError for NUL,
+    which ftfy would drop, and for surrogates, which cannot be encoded.
     """
     import ftfy
 
@@ -33,7 +33,7 @@ def clean(text: str, where: str = "") -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A cleaned prompt and what UMT5 reads of it. `ids` ends with `</s>`, `pieces` names each id."""
+    """A cleaned prompt and its tokens. `ids` ends with `</s>`; `pieces` names each id."""
 
     text: str
     ids: tuple[int, ...]
@@ -47,7 +47,7 @@ class Tokens:
 
 
 class Tokenizer:
-    """UMT5's SentencePiece model: ids = pieces of the cleaned text, then `</s>`."""
+    """UMT5's SentencePiece model. Adds `</s>` after the pieces of the cleaned text."""
 
     def __init__(self, spiece: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -67,9 +67,9 @@ class Tokenizer:
         return [self._model.id_to_piece(id) for id in ids]
 
     def tokenize(self, text: str, max_tokens: int, truncate: bool = False, where: str = "") -> Tokens:
-        """Clean and tokenise. `max_tokens` counts `</s>`, which truncation keeps, as officially.
+        """Clean and tokenize a text. `max_tokens` counts `</s>`, which truncation keeps, as in official Wan.
 
-        Raises JobError as `clean` does, PromptTooLong when the prompt is longer and not to be cut.
+        Raises JobError as `clean` does, and PromptTooLong if the prompt is longer and `truncate` is False.
         """
         cleaned = clean(text, where)
         ids = self.to_ids(cleaned)

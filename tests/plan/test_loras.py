@@ -356,8 +356,8 @@ def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from wancli.job import loader\nfrom wancli.plan import planner\n"
-        f"found = planner.build_plan(loader.load(Path({str(path)!r})), Path({str(tmp_path / 'memo.json')!r}))\n"
-        "assert found.shots[0].loras\n"
+        f"plan = planner.build_plan(loader.load(Path({str(path)!r})), Path({str(tmp_path / 'memo')!r}))\n"
+        "assert plan.shots[0].loras\n"
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

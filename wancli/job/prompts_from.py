@@ -1,4 +1,4 @@
-"""`prompts_from`: a text file with a prompt a line, or JSON lines with any keys of a job; each is an item."""
+"""Read the items of `prompts_from`: a text file with a prompt per line, or JSON lines with keys of a job."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_texts(value: Any, location: str) -> None:
-    """No NUL and no half of a surrogate pair, at any depth."""
+    """Refuse NUL and halves of surrogate pairs, at any depth. Raises JobError."""
     match value:
         case str():
             normalize_text(value, location)

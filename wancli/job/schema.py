@@ -1,7 +1,6 @@
-"""What the user wrote: strict models of a job file, and where each key of it stands.
+"""Strict models of a job file, as the user wrote it.
 
-Nothing here is decided: fields that depend on the model stay None until `wancli.plan.planner`. Every
-problem of a file is reported at once, each with file, line, key, value and a way out.
+Nothing is decided here: fields that depend on the model stay None until `wancli.plan.planner`.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ Model = Annotated[
 
 
 class ModelEntry(StrictModel):
-    """What an entry of models.yaml is: a model as a job says it."""
+    """An entry of models.yaml: a model as a job file writes it."""
 
     model: Model
 
@@ -230,7 +229,7 @@ SaveInterval = Annotated[
 
 
 class Compare(StrictModel):
-    """What a render makes of its shots together, once they are done: files beside the outputs."""
+    """What a render writes about its shots together, once they are finished: files beside the outputs."""
 
     baseline: str | None = None
     sheet: bool = True

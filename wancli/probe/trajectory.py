@@ -160,7 +160,7 @@ def _measure_changes(
     note: str,
     tools: RenderContext,
 ) -> list[float]:
-    """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or without its text."""
+    """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or with no text."""
     other: Sequence[Mix] = point.injected if probe.method == "inject" else [()] * probe.depth
     rows = [
         [other[b] if b in blocks else point.plain[b] for b in range(probe.depth)] for blocks in probe.ranges

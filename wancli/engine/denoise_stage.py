@@ -82,14 +82,14 @@ def run_segment(
     shot = states[0].shot
     loras = networks.loras(shot.loras)
     # Without a name that outlives this call, which would keep this expert in memory beside the next.
-    model, patches = networks.transformer(segment.expert), networks.patches
+    (model, load_record), patches = networks.load(segment.expert), networks.patches
     dependents = [dependent for state in states for dependent in state.all_dependents()]
     prompts = {prompt.id for state in (*states, *dependents) for prompt in state.shot.prompts}
     rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in prompts}
 
     def segment_phases() -> list[Record]:
         shots = len(states) + len(dependents)
-        return [networks.load_record, manifest_body.phase_record("sample", peak) | {"shots": shots}]
+        return [load_record, manifest_body.phase_record("sample", peak) | {"shots": shots}]
 
     with (
         torch.inference_mode(),

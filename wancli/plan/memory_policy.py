@@ -226,7 +226,7 @@ def _suggest_fix(shot: Shot, peak: Callable[[Shot], int]) -> str:
 
 
 def nearest_size(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:
-    """Return the shot at the largest smaller size of the same aspect, as near as the stride allows, that fits."""
+    """Return the shot at the largest smaller size that fits, of the same aspect if the stride allows."""
     stride = shot.model.checkpoint.variant.stride
     for width in range(shot.width - stride, 0, -stride):
         height = max(stride, round(width * shot.height / shot.width / stride) * stride)

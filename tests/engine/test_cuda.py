@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make gpu` runs these. Everything else about these parts is tested on the CPU."""
+"""Properties that only a GPU can show, run by `make gpu`. Everything else is tested on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--force: what lay there before does not count, what was made since does."""
+"""--force: files from before the render do not count, files made since do."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Render = Callable[..., list[str]]
 
 @pytest.fixture
 def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
-    """Renders the tiny job in a folder of its own, with or without networks that were kept."""
+    """Render the tiny job in a folder of its own, with or without cached networks."""
 
     def render(name: str, kept: ModelCache | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))

@@ -1,4 +1,4 @@
-"""The whole way from job to verified MP4: once is enough, nothing is overwritten, no work is lost."""
+"""From a job to a verified MP4: once is enough, nothing is overwritten, no work is lost."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_a_kept_latent_is_decoded_again_when_only_the_video_changes(
 ) -> None:
     assert render(video=KEPT).code == 0
     small = KEPT | {"crf": 51}
-    assert render(video=small).code == 2  # the other video is in the way
+    assert render(video=small).code == 2  # the other video already exists
     before = (tmp_path / "out" / "clip.mp4").stat().st_size
     (tmp_path / "out" / "clip.mp4").unlink()
     poison(monkeypatch)
@@ -361,7 +361,7 @@ def test_a_latent_is_not_decoded_with_another_vae(
 def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every run may sync one file more than the last before the disk is full; each goes on where it was."""
+    """Every run may sync one file more than the last before the disk is full; the next resumes."""
     assert render(folder=tmp_path / "whole").code == 0
     real = os.fsync
     codes = []

@@ -1,4 +1,4 @@
-"""What follows from a shot that fails: the others go on, some errors are tried again, or the batch ends."""
+"""What follows from a failed shot: the batch continues, some errors are retried, or the batch ends."""
 
 from __future__ import annotations
 
@@ -334,11 +334,11 @@ def test_shots_of_a_batch_are_retried_alone(
 ) -> None:
     real, groups = WanModel.predict_velocities, []
 
-    def at_most_two(self: WanModel, requests: Any, riders: Any = None) -> Any:
+    def at_most_two(self: WanModel, requests: Any, forwards_per_pass: Any = None) -> Any:
         groups.append(len(requests))
         if len(requests) > 2:  # the two branches of one shot
             raise MemoryError
-        return real(self, requests, riders)
+        return real(self, requests, forwards_per_pass)
 
     monkeypatch.setattr(WanModel, "predict_velocities", at_most_two)
     items = [{"id": "a"}, {"id": "b", "seed": 1}]
@@ -354,9 +354,9 @@ def test_the_state_of_a_shot_that_met_nan_is_removed_for_it_would_lead_there_aga
     real, state = WanModel.predict_velocities, tmp_path / "out/clip.state.safetensors"
     there: list[bool] = []
 
-    def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
+    def sick(self: WanModel, requests: Any, forwards_per_pass: Any = None) -> Any:
         there.append(state.exists())
-        return [v * (float("nan") if there[-1] else 1) for v in real(self, requests, riders)]
+        return [v * (float("nan") if there[-1] else 1) for v in real(self, requests, forwards_per_pass)]
 
     monkeypatch.setattr(WanModel, "predict_velocities", sick)
     assert render(save_every=1, sampler={"steps": 4}).code == 1

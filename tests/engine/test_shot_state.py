@@ -1,4 +1,4 @@
-"""Shots that are stopped or killed on their way: nothing that was saved is sampled again."""
+"""Shots that are stopped or killed in progress: no saved step is taken again."""
 
 from __future__ import annotations
 

@@ -460,9 +460,11 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     real = WanModel.predict_velocities
     calls: list[int] = []
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         found = []
-        for velocity in real(self, requests, riders):
+        for velocity in real(self, requests, forwards_per_pass):
             calls.append(1)
             found.append(velocity * (torch.nan if len(calls) == 9 else 1))
         return found

@@ -1,4 +1,4 @@
-"""Several shots on one pass of the weights: which, how many, and that nobody can tell from the latents."""
+"""Shots that share passes over the weights: which, how many, and that the latents stay the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UNLIKE: list[dict[str, Any]] = [
 
 @pytest.fixture
 def batch(render: Callable[..., Said]) -> Callable[..., Said]:
-    """Renders items that keep their latents on streamed blocks."""
+    """Render items that keep their latents, with streamed blocks."""
 
     def rendered(*options: str, **changes: Any) -> Said:
         said = {"output": "out/{id}.mp4", "memory": STREAMED, "sampler": {"steps": STEPS}, "video": KEPT}
@@ -118,9 +118,11 @@ def test_a_shot_that_meets_nan_fails_alone(
     assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
     real, seen = WanModel.predict_velocities, [0]
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         seen[0] += len(requests)
-        found = real(self, requests, riders)
+        found = real(self, requests, forwards_per_pass)
         return [
             v * torch.nan if len(requests) == 5 and i == 2 and seen[0] == 10 else v
             for i, v in enumerate(found)
@@ -282,9 +284,9 @@ def test_the_memory_of_a_batch_is_the_weights_once_and_every_forward(
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
         memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
-            shot.latent_shape, text_rows=0, forwards_per_pass=riders
+            shot.latent_shape, text_rows=0, forwards_per_pass=forwards
         )
-        for shot, riders in ((small, 1), (large, 2))
+        for shot, forwards in ((small, 1), (large, 2))
     ]
     stream = small.tokens * 4 * (config.dim + config.head_dim)
     assert batching.predict_batch([small, large]).activation == alone[1].activation + stream

@@ -1,4 +1,4 @@
-"""Space on the disk: told before anything is loaded, and what becomes of a batch that runs out of it."""
+"""Disk space: checked before anything is loaded; a batch that runs out of it ends and can resume."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_margin_is_a_twentieth_and_a_mebibyte() -> None:
 def test_a_disk_that_fills_up_ends_the_batch_and_keeps_finished_shots(
     render: Render, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The preflight is told of room that there is not, as where another program takes it meanwhile."""
+    """Preflight sees more free space than there is, as if another program took it meanwhile."""
     items = [{"id": f"s{n}", "seed": n, "video": {"keep_latents": True}} for n in range(60)]
     said = {"output": "out/{id}.mp4", "items": items}
     assert render(folder=small, **said).code == 3

@@ -1,4 +1,4 @@
-"""What is chosen for the memory there is, what is said of it, and what else would be possible."""
+"""The configuration chosen for a memory limit, its explanation, and the alternatives."""
 
 from __future__ import annotations
 

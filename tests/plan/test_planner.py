@@ -1,4 +1,4 @@
-"""Job to Plan: what is decided, what a key depends on, and what is refused before anything starts."""
+"""Job to Plan: defaults, the keys of shots, and errors that are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wancli.text.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def memo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digests of the weights, kept from test to test."""
+    """A cache of the hashes of weights, shared by all tests."""
     return tmp_path_factory.mktemp("memo") / "hashes.json"
 
 

@@ -1,4 +1,4 @@
-"""Steps that shots share are taken once, and nobody can tell from the latents."""
+"""Steps that shots share are taken once, and the latents stay the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
 
 @pytest.fixture
 def sweep(render: Render) -> Render:
-    """Renders items that keep their latents."""
+    """Render items that keep their latents."""
 
     def rendered(*options: str, **changes: Any) -> Said:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": HALF}
@@ -270,9 +270,11 @@ def test_nan_in_a_shared_step_fails_all_that_share_it(
 ) -> None:
     real, calls = WanModel.predict_velocities, []
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         calls.append(1)
-        return [v * torch.nan if len(calls) == 2 else v for v in real(self, requests, riders)]
+        return [v * torch.nan if len(calls) == 2 else v for v in real(self, requests, forwards_per_pass)]
 
     monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = sweep(items=[*HALF[:3], {"id": "other", "seed": 5}])

@@ -232,13 +232,13 @@ class Plan:
     name: str
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
-    unselected: tuple[Shot, ...] = ()  # shots of the same job that were not asked for
+    unselected: tuple[Shot, ...] = ()  # shots of the same job that are not to be rendered
     comparison: Comparison | None = None
     schedule: Schedule = field(default_factory=Schedule)  # of `shots`
 
     @property
     def all_shots(self) -> list[Shot]:
-        """All shots of the job, also those that were not asked for."""
+        """All shots of the job, selected or not."""
         return sorted((*self.shots, *self.unselected), key=lambda shot: shot.index)
 
     def sidecar_path(self, suffix: str) -> Path:

@@ -578,12 +578,14 @@ def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
 ) -> None:
     items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
     job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
-    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     job["items"] = items[:1]
-    (single,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    single = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
-    assert together[0].phases[1].buffer - single.phases[1].buffer == (2 + 1) * state
-    assert together[2].phases[1].activation < single.phases[1].activation
+    alone = single.schedule.phases(single.shots[0])[1]
+    first, _, last = (together.schedule.phases(shot)[1] for shot in together.shots)
+    assert first.buffer - alone.buffer == (2 + 1) * state
+    assert last.activation < alone.activation
 
 
 # ---- checkpoints ----

@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make gpu` runs these. Everything else about these parts is tested on the CPU."""
+"""Properties that only a GPU can show, run by `make gpu`. Everything else is tested on the CPU."""
 
 from __future__ import annotations
 
@@ -116,13 +116,15 @@ def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     velocity(model, latent)
-    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element_bytes=2, chunk=chunk).total
+    predicted = (
+        memory_model.sample_coefficients(WIDE, element_bytes=2).phase(latent, text_rows=10, chunk=chunk).total
+    )
     assert 0.9 < torch.cuda.max_memory_allocated() / predicted < 1.1
 
 
 @pytest.mark.parametrize("asked", TORCH_BACKENDS)
 @torch.inference_mode()
-def test_every_backend_that_is_there_agrees_with_the_plain_one(asked: AttentionBackend):
+def test_every_available_backend_agrees_with_the_plain_one(asked: AttentionBackend):
     try:
         choose_backend(DEVICE, torch.bfloat16, 128, requested=asked)
     except MachineError:

@@ -10,6 +10,8 @@ AttentionBackend = Literal[
     "auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"
 ]
 Expert = Literal["only", "high", "low"]
+ComputeDtype = Literal["fp32", "bf16", "fp16"]
+Dtype = ComputeDtype | Literal["fp8"]
 EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, the order of their steps
 
 
@@ -100,3 +102,10 @@ class ComputeOptions:
     attention: AttentionBackend = "auto"
     chunk: int | None = None
     fp8_matmul: bool = False
+
+
+def compute_dtype(dtype: Dtype, device: str) -> ComputeDtype:
+    """Return the dtype of matmuls: weights in fp8 are unpacked for them."""
+    if dtype != "fp8":
+        return dtype
+    return "fp32" if device == "cpu" else "bf16"

@@ -91,9 +91,9 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
-    hint = "--force moves it aside; or change `output`."
+    hint = "This job did not make it: --force moves it aside; or change `output`."
     return OutputExists(
-        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
+        f"already exists: {why}", where=str(shot.output), hint=hint
     )
 
 

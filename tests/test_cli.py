@@ -351,7 +351,7 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
 def test_choosing_nothing_or_a_shot_that_is_not_there_is_a_usage_error(say: Any, tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job())
     for flags, message in (
-        (("--shard", "0/2"), "--shard: 0/2 holds no shot"),
+        (("--shard", "0/2"), "--shard: 0/2 contains no shot"),
         (("--items", "1"), "--items: 1 is past the last shot (0)"),
     ):
         for name in ("render", "plan", "encode"):

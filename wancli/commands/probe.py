@@ -71,7 +71,7 @@ def probe_command(
     """
     from wancli import signals
     from wancli.engine.context import RenderContext
-    from wancli.injection import block_map
+    from wancli.injection import block_map, block_map_store
     from wancli.plan import planner
     from wancli.probe import request, run
     from wancli.report import block_map_text, terminal
@@ -88,7 +88,7 @@ def probe_command(
         display.warn(warning)
     with signals.stop_on_signal() as stop:
         result = run.run_probe(probe_request, RenderContext(open_store(cache_dir), display, stop=stop))
-    block_map.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(result)
+    block_map_store.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(result)
     block_map.write(path, result)
     if as_json:
         print_json(result.as_dict())

@@ -95,10 +95,8 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
-    hint = "--force moves it aside; or change `output`."
-    return OutputExists(
-        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
-    )
+    hint = "This job did not make it: --force moves it aside; or change `output`."
+    return OutputExists(f"already exists: {why}", where=str(shot.output), hint=hint)
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:

@@ -126,10 +126,10 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def remove_stale_temp_files(folder: Path, now: float | None = None) -> list[Path]:
-    """Remove the temporary files of dead processes from `folder`: those untouched for a day.
+    """Remove temporary files of dead processes from `folder` that are untouched for a day; return them.
 
     A file of this host is removed only if its process is dead, whatever the clocks say. `now` is the time by
-    the clock that dates the files of the folder, if it is known. Returns the removed paths.
+    the clock that dates the files of the folder, if it is known.
     """
     now = time.time() if now is None else now
     removed = []
@@ -146,8 +146,8 @@ def remove_stale_temp_files(folder: Path, now: float | None = None) -> list[Path
 def require_writable(folder: Path) -> None:
     """Prove that `folder` (created if missing) takes new files, by publishing and removing one.
 
-    Also removes stale temporary files. Preflight calls it before any model is loaded. Raises MachineError with
-    the cause.
+    Also removes stale temporary files. Preflight calls it before any model is loaded. Raises MachineError
+    with the cause.
     """
     with temp_file(folder / "x") as tmp:
         remove_stale_temp_files(folder, tmp.stat().st_mtime)

@@ -34,8 +34,8 @@ def require_cwd() -> Path:
 def slugify(text: str, limit: int = 48) -> str:
     """Make a readable file name of at most `limit` UTF-8 bytes from a text.
 
-    It has lower-case letters and digits of any script in NFC, with dashes between words. It is never empty and
-    never the name of a device.
+    It has lower-case letters and digits of any script in NFC, with dashes between words. It is never empty
+    and never the name of a device.
     """
     name = ""
     for char in unicodedata.normalize("NFC", text.lower()):

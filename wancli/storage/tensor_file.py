@@ -1,8 +1,8 @@
 """Save and load tensors with a record, verified on reading: finished latents and states of shots.
 
 Both are safetensors files with a record as metadata and a SHA-256 over everything.
-NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised. It is durable before decoding
-starts and is enough to finish a shot; the manifest will continue its record.
+NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised. It is durable before
+decoding starts and is enough to finish a shot; the manifest will continue its record.
 NAME.state.safetensors holds all that a solver remembers between two steps (of `x`, `history.0`, `history.1`
 and `last` those that exist), so that sampling resumes bit for bit; its record names the shot and the number
 of steps.

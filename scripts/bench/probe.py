@@ -27,9 +27,11 @@ from wancli.engine.context import RenderContext
 from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
-from wancli.injection.block_map import BlockMap, BlockMapStore, Method
+from wancli.injection.block_map import BlockMap, Method
+from wancli.injection.block_map_store import BlockMapStore
 from wancli.injection.contexts import ContextCache
-from wancli.injection.table import Text, parse_blocks
+from wancli.injection.selectors import parse_blocks
+from wancli.injection.table import Text
 from wancli.job.loader import parse
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan, Shot
@@ -149,10 +151,10 @@ def costs(folder: Path, context: RenderContext, size: str) -> Iterator[tuple[str
 
         def injected() -> None:
             rows = [[*plain[:b], place.injected[b], *plain[b + 1 :]] for b in range(depth)]
-            list(sensitivity.velocities(place, rows))
+            list(sensitivity.predict_velocities(place, rows))
 
         def derived() -> None:
-            list(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
+            list(sensitivity.compute_derivatives(place, torch.randn_like(place.x_1CTYX)))
 
         forward()
         took = {name: [0.0, 0.0] for name in ("inject", "gradient")}

@@ -6,6 +6,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from wancli.engine.networks import ModelCache
 from wancli.job import loader as jobfile
 from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.models.dit import WanModel
-from wancli.plan import memory_policy, planner
+from wancli.plan import memory_estimate, memory_policy, planner
+from wancli.plan.shot import Shot
 from wancli.progress import Progress
 from wancli.resources import machine
 from wancli.storage.cache import Store
@@ -125,18 +127,20 @@ def test_what_is_kept_does_not_count_as_taken_by_others(
 ) -> None:
     """The limit is what is free and what the process has: a model is never refused for being loaded."""
     assert rendered("first", ModelCache()) == ["rendered"]
-    planned = planner.build_plan(
-        jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), warm / "hashes.json"
-    )
-    shot = planned.shots[0]
     monkeypatch.setattr(machine, "available_memory", lambda: 0)
-    monkeypatch.setattr(machine, "process_memory", lambda: shot.peak)
-    memory_policy.require(shot)
-    encoded, _, decode = shot.phases
-    together = memory_policy.memory_estimate.process_bytes(shot.model) + encoded.total + decode.model
+
+    def planned(process_memory: int) -> Shot:
+        monkeypatch.setattr(machine, "process_memory", lambda: process_memory)
+        job = jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES)
+        return planner.build_plan(job, warm / "hashes.json").shots[0]
+
+    shot = planned(2**40)
+    encoded, _, decode = phases = memory_estimate.predict_phases(shot)
+    memory_policy.require(planned(memory_estimate.peak_of(shot.model, phases)))
+    together = memory_estimate.process_bytes(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
-        monkeypatch.setattr(machine, "process_memory", lambda limit=limit: limit)
-        assert memory_policy.encoder_fits_alongside(shot) == expected
+        limited = replace(shot, model=replace(shot.model, memory_limit=limit))
+        assert memory_policy.encoder_fits_alongside(limited) == expected
 
 
 def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(

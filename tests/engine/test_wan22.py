@@ -367,7 +367,7 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert not alive
         network = real(*arguments)
         alive.add(network)
-        loaded.append(arguments[3])
+        loaded.append(arguments[2])
         return network
 
     monkeypatch.setattr(loader, "load_transformer", watched)
@@ -498,7 +498,7 @@ def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
     real = loader.load_transformer
 
     def killed(*arguments: Any) -> WanModel:
-        if arguments[3] == "low":
+        if arguments[2] == "low":
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -578,12 +578,14 @@ def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
 ) -> None:
     items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
     job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
-    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     job["items"] = items[:1]
-    (single,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    single = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
-    assert together[0].phases[1].buffer - single.phases[1].buffer == (2 + 1) * state
-    assert together[2].phases[1].activation < single.phases[1].activation
+    alone = single.schedule.phases(single.shots[0])[1]
+    first, _, last = (together.schedule.phases(shot)[1] for shot in together.shots)
+    assert first.buffer - alone.buffer == (2 + 1) * state
+    assert last.activation < alone.activation
 
 
 # ---- checkpoints ----
@@ -602,9 +604,9 @@ def test_official_folders_of_two_experts_are_read(tmp_path: Path) -> None:
     )
     found = identify(root)
     assert (found.variant, found.root) == (TWO_EXPERTS, root)
-    high, low = (load_transformer(found, torch.float32, "cpu", expert) for expert in ("high", "low"))
+    high, low = (load_transformer(found, expert=expert) for expert in ("high", "low"))
     assert (high.get_parameter("head.head.bias") == 7).all()
-    one = load_transformer(identify(TINY), torch.float32, "cpu").state_dict()
+    one = load_transformer(identify(TINY)).state_dict()
     assert all(torch.equal(one[name], value) for name, value in low.state_dict().items())
 
 

@@ -220,6 +220,11 @@ def test_shots_that_are_sampled_already_are_published_first_and_the_rest_shares(
 # ---- which, and how many ----
 
 
+def batch_sizes(shots: Sequence[Shot]) -> list[int]:
+    schedule = batching.build_schedule(shots)
+    return [schedule.placement(shot).batch_size for shot in shots]
+
+
 def test_shots_share_where_steps_weights_and_batch_are_the_same(decide: Callable[..., list[Shot]]) -> None:
     shots = decide(
         {"seed": 1},
@@ -229,24 +234,24 @@ def test_shots_share_where_steps_weights_and_batch_are_the_same(decide: Callable
         {"batch": 2},
         {"batch": 1},
     )
-    assert [shot.sharing for shot in shots] == [3, 3, 3, 1, 1, 1]
+    assert batch_sizes(shots) == [3, 3, 3, 1, 1, 1]
 
 
 def test_by_itself_a_group_has_at_most_eight_shots_and_resident_weights_none(
     decide: Callable[..., list[Shot]],
 ) -> None:
     seeds = [{"seed": seed} for seed in range(19)]
-    assert [shot.sharing for shot in decide(*seeds)] == [8] * 16 + [3] * 3
-    assert {shot.sharing for shot in decide(*seeds, memory={"residency": "resident"})} == {1}
+    assert batch_sizes(decide(*seeds)) == [8] * 16 + [3] * 3
+    assert set(batch_sizes(decide(*seeds, memory={"residency": "resident"}))) == {1}
     resident = decide(*seeds, memory={"residency": "resident"}, batch=4)
-    assert [shot.sharing for shot in resident] == [4] * 16 + [3] * 3
+    assert batch_sizes(resident) == [4] * 16 + [3] * 3
 
 
 def test_on_a_gpu_shots_share_what_the_job_tells_them_to(decide: Callable[..., list[Shot]]) -> None:
     def groups(**said: Any) -> list[int]:
         shots = decide(*({"seed": seed} for seed in range(4)), **said)
         there = [replace(shot, model=replace(shot.model, device="cuda")) for shot in shots]
-        return [len(group) for wave in batching.waves(there) for group in wave]
+        return [len(batch) for round_ in batching.build_schedule(there).rounds for batch in round_]
 
     assert groups() == [1] * 4
     assert groups(batch=2) == [2, 2]
@@ -258,7 +263,7 @@ def test_a_worker_takes_eight_shots_at_once_or_as_many_as_the_job_says(
     late = [{"inject": [rule(blocks=0, strength=n / 10, steps="1-1")]} for n in range(1, 11)]
 
     def sizes(**said: Any) -> list[int]:
-        return [sum(map(len, wave)) for wave in batching.waves(decide(*late, **said))]
+        return [sum(map(len, round_)) for round_ in batching.build_schedule(decide(*late, **said)).rounds]
 
     assert sizes(memory={"residency": "resident"}) == [8, 2]
     assert sizes(batch=10) == [10]
@@ -273,7 +278,7 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     expected = memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
         one.latent_shape, text_rows=rows, forwards_per_pass=6, shots=3
     )
-    assert batching.predict_batch(same) == expected == same[2].phases[1]
+    assert batching.predict_batch(same) == expected == batching.build_schedule(same).phases(same[2])[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
         memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
@@ -290,10 +295,9 @@ def test_as_many_shots_share_a_pass_as_fit(
 ) -> None:
     items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
     three = batching.predict_batch(decide(*items)[:3]).total
-    monkeypatch.setattr(
-        memory_policy, "memory_limit", lambda model: memory_estimate.process_bytes(model) + three
-    )
-    assert [shot.sharing for shot in decide(*items)] == [3] * 3 + [2] * 2
+    process = memory_estimate.process_bytes(decide({})[0].model)
+    monkeypatch.setattr(memory_policy, "read_free_memory", lambda _: process + three)
+    assert batch_sizes(decide(*items)) == [3] * 3 + [2] * 2
     said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
     assert said.code == 5
     assert said.err.startswith("wancli: shot 0, one of 5 by `batch`: sample needs ")

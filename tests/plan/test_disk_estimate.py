@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
 from wancli.job.loader import load
 from wancli.plan import disk_estimate
+from wancli.plan.batching import build_schedule
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.storage import atomic
@@ -43,6 +44,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def disk_needs(shots: Sequence[Shot], *store: Store) -> list[disk_estimate.DiskNeed]:
+    return disk_estimate.disk_needs(build_schedule(shots), *store)
+
+
 def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shots: Any) -> None:
     crf = {n: shots(size="160x96", frames=17, video={"crf": n})[0] for n in (0, 10, 16, 22, 51)}
     pixels = 160 * 96 * 17
@@ -68,11 +73,11 @@ def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: 
 
 def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:
     seeds = {"output": "out/{seed}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
-    (plain,) = disk_estimate.disk_needs(shots(**seeds))
-    (kept,) = disk_estimate.disk_needs(shots(**seeds, video={"keep_latents": True}))
+    (plain,) = disk_needs(shots(**seeds))
+    (kept,) = disk_needs(shots(**seeds, video={"keep_latents": True}))
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     assert kept.needed - plain.needed == 4 * latent
-    (one,) = disk_estimate.disk_needs(shots()[:1])
+    (one,) = disk_needs(shots()[:1])
     assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
 
 
@@ -80,18 +85,18 @@ def test_a_shot_on_its_way_takes_its_latent_and_its_state_twice_less_what_is_the
     (shot,) = shots()[:1]
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     video = 64 * 64 * 2 // 8 + 2**16
-    assert disk_estimate.disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent
+    assert disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent
     shot.state.parent.mkdir(exist_ok=True)
     shot.state.write_bytes(bytes(1000))
-    assert disk_estimate.disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
+    assert disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
 
 
 def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:
     found = shots()
-    (alone,) = disk_estimate.disk_needs(found)
-    (both,) = disk_estimate.disk_needs(found, Store(tmp_path / "cache"))
+    (alone,) = disk_needs(found)
+    (both,) = disk_needs(found, Store(tmp_path / "cache"))
     assert both.needed > alone.needed
-    (elsewhere,) = disk_estimate.disk_needs(found, Store(Path("/proc/nowhere")))
+    (elsewhere,) = disk_needs(found, Store(Path("/proc/nowhere")))
     assert elsewhere.needed == alone.needed
 
 

@@ -53,6 +53,10 @@ def chosen(shot: Shot, budget: int, **said: Any) -> Shot:
     return memory_policy.choose_residency([shot], [MemoryRequest(budget=budget, **said)])[0]
 
 
+def peak(shot: Shot) -> int:
+    return memory_estimate.peak_of(shot.model, memory_estimate.predict_phases(shot))
+
+
 def test_the_fastest_that_fits_is_chosen(large: Shot) -> None:
     """The weights take 26.9 GiB in bf16, 14.7 GiB as stored, and 2.8 GiB streamed."""
     found = [chosen(large, budget * GIB).model for budget in (64, 24, 8)]
@@ -171,8 +175,8 @@ def test_what_does_not_fit_is_refused_with_the_nearest_size_and_length_that_do(l
     assert str(error).startswith("shot 0000: sample needs ")
     assert ", the budget is " in str(error)
     shot = chosen(large, budget)
-    smaller = memory_policy.nearest_size(shot, lambda s: s.peak <= budget)
-    shorter = memory_policy.nearest_frames(shot, lambda s: s.peak <= budget)
+    smaller = memory_policy.nearest_size(shot, lambda s: peak(s) <= budget)
+    shorter = memory_policy.nearest_frames(shot, lambda s: peak(s) <= budget)
     assert smaller is not None
     assert shorter is not None
     assert error.hint == (f"What fits: size: {smaller.width}x{smaller.height}, or frames: {shorter.frames}.")

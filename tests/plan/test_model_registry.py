@@ -124,7 +124,7 @@ def test_a_models_yaml_that_was_asked_for_must_be_there(tmp_path: Path, monkeypa
         ("a: {vae: x}", "models.yaml:1: a: names no transformer"),
         (
             "a: {transformer: x, high_noise: y}",
-            "models.yaml:1: a: says transformer and an expert; say one or two experts",
+            "models.yaml:1: a: names a transformer and an expert; use one or the other",
         ),
         ("a: {transformer: x, heads: 0}", "a.heads: should be greater than or equal to 1, got 0"),
         ("[a]", "models.yaml: is not a mapping of names to models"),
@@ -144,7 +144,7 @@ def test_what_is_wrong_in_models_yaml_is_named(
         ({"transformr": "x"}, "model.transformr: unknown key; did you mean 'transformer'?"),
         ({"vae": "no.pth"}, "model.vae: 'no.pth' not found"),
         ({"vae": 7}, "model.vae: expected text, got 7; put it in quotes"),
-        ({"high_noise": "x"}, "model: says transformer and an expert; say one or two experts"),
+        ({"high_noise": "x"}, "model: names a transformer and an expert; use one or the other"),
         ({"heads": 2.5}, "model.heads: expected a whole number, got 2.5"),
         ({"transformer": None}, "model: names no transformer"),
     ],

@@ -433,11 +433,11 @@ def test_a_bad_number_of_frames_is_answered_with_the_nearest_good_ones(
         ({"blocks": -1}, "blocks", "-1 is not a block set"),
         ({"steps": 2}, "steps", "2 is past the last step (1)"),
         ({"steps": "1-0"}, "steps", "'1-0' is empty"),
-        ({"steps": "50-20%"}, "steps", "'50-20%' is not a range of steps"),
+        ({"steps": "50-20%"}, "steps", "'50-20%' is not a range of the steps"),
         ({"steps": "first"}, "steps", "'first' is not a step range"),
         ({"strength": [1, 0.5]}, "strength", "2 strengths for 13 places"),
         ({"step_strength": [1, 1, 1]}, "step_strength", "3 strengths for 2 places"),
-        ({"blend": "replace"}, "strength", "replace has strength 1 only"),
+        ({"blend": "replace"}, "strength", "replace needs strength 1"),
         ({"blend": "concat", "strength": -0.5}, "strength", "concat needs strengths above 0"),
     ],
     ids=lambda value: str(value)[:40],
@@ -453,8 +453,8 @@ def test_a_rule_that_does_not_fit_is_an_error_at_its_key(
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"steps": {"sigma": [0.0, 0.1]}}, "reaches no block: no step of 2 is in its range"),
-        ({"steps": "80-90%"}, "reaches no block: no step of 2 is in its range"),
+        ({"steps": {"sigma": [0.0, 0.1]}}, "reaches no block: none of the 2 steps is in its range"),
+        ({"steps": "80-90%"}, "reaches no block: none of the 2 steps is in its range"),
     ],
 )
 def test_a_rule_that_reaches_no_step_is_an_error(
@@ -481,7 +481,7 @@ def test_a_named_range_that_a_shallow_model_does_not_have_is_an_error(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_layers": 2}))
     (problem,) = problems(decide, model=str(model), inject=[rule(blocks="late")])
-    assert problem.endswith("inject.0: reaches no block: a model of 2 blocks has none there")
+    assert problem.endswith("inject.0: reaches no block: this range is empty in a model of 2 blocks")
     assert only(decide(model=str(model), inject=[rule(blocks="early")])).rules[0].blocks == ((0, 0.6),)
 
 
@@ -504,7 +504,7 @@ def test_rows_that_concat_joined_cannot_be_interpolated_and_the_plan_says_so(
 def test_a_rule_that_later_rules_overwrite_everywhere_is_an_error(decide: Callable[..., Plan]) -> None:
     replacing = rule(prompt="rain", blend="replace", strength=1)
     (problem,) = problems(decide, inject=[rule(), replacing])
-    assert problem == ":10: inject.0: reaches no block: later rules replace all that it changes"
+    assert problem == ":10: inject.0: reaches no block: later rules replace every cell that it changes"
     assert len(only(decide(inject=[rule(), replacing | {"blocks": "27-38"}])).rules) == 2
     assert len(only(decide(inject=[replacing, rule()])).rules) == 2
     assert len(only(decide(inject=[rule(), rule(prompt="rain")])).rules) == 2
@@ -559,7 +559,7 @@ def test_an_injection_that_changes_nothing_is_a_warning(decide: Callable[..., Pl
 
 def test_guidance_on_a_distilled_model_is_a_warning(decide: Callable[..., Plan]) -> None:
     (warning,) = decide(sampler={"solver": "distill4", "guidance": 3}).warnings
-    assert warning == "shot 0000: distilled models want guidance 1; 3 blurs"
+    assert warning == "shot 0000: distilled models need guidance 1; 3 blurs the video"
 
 
 # ---- large ----

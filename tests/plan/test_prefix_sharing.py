@@ -81,7 +81,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -
 
 
 def forks(shots: Sequence[Shot]) -> list[tuple[int, int] | None]:
-    return [shot.fork and (shot.fork.parent, shot.fork.step) for shot in shots]
+    schedule = batching.build_schedule(shots)
+    found = [schedule.placement(shot).fork for shot in shots]
+    return [fork and (fork.parent, fork.step) for fork in found]
 
 
 def differ(folder: Path, other: Path) -> list[str]:

@@ -24,7 +24,7 @@ from wancli.resources import machine, measure, memory_model
 from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
-from wancli.weights.loader import load_transformer, load_umt5
+from wancli.weights.loader import LoadOptions, load_transformer, load_umt5
 from wancli.weights.offload import OffloadedBlocks
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -75,7 +75,7 @@ def test_a_text_encoder_of_any_size_is_counted_exactly():
 @pytest.fixture(scope="module")
 def models(tiny: Path) -> dict[tuple[str, torch.dtype], WanModel]:
     return {
-        (residency, dtype): load_transformer(identify(tiny), dtype, "cpu", residency=residency)
+        (residency, dtype): load_transformer(identify(tiny), LoadOptions(dtype, residency=residency))
         for residency in ("resident", "packed", "streamed")
         for dtype in (torch.float32, torch.bfloat16)
     }

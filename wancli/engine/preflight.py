@@ -155,7 +155,7 @@ def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
-        backends.check(model)
+        backends.check_backends(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
         atomic.require_writable(folder)
         if context.claims:
@@ -181,7 +181,7 @@ def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
     for model in dict.fromkeys(shot.model for shot in shots):
         try:
             if not (missing and model.device == "cuda"):
-                backends.check(model)
+                backends.check_backends(model)
         except MachineError as error:
             yield f"{error}: `render` would refuse"
 

@@ -73,7 +73,7 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
         return
     shot = plan.shots[0]
     check_device(shot.model.device)
-    backends.check(shot.model)
+    backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, plan.schedule.placement(shot), encoded=True)
     with oom_as_error("loading", str(shot.model.checkpoint.root)):

@@ -1,7 +1,7 @@
-"""`matrix`, `zip` and `exclude`: which combinations of values a sweep renders, and what each is called.
+"""Expand `matrix`, `zip` and `exclude`: which combinations of values a sweep renders, and their ids.
 
-An axis is a list of points; a point sets one key (matrix) or several that are walked together
-(zip). Every combination of points is one shot of every item, the last axis fastest.
+An axis is a list of points. A point sets one key (matrix) or several keys that vary together (zip).
+Every combination of points is one shot of every item; the last axis varies fastest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Label = str | int | float | bool
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of a shot set to one value, and who said so."""
+    """One key of a shot set to one value, and the source that sets it."""
 
     key: str
     layer: Layer
@@ -53,7 +53,7 @@ Axis = tuple[Point, ...]
 
 @dataclass(frozen=True)
 class Combination:
-    """One shot of a sweep: its points, and the labels that tell it from the others."""
+    """One shot of a sweep: its settings, and the labels that distinguish it from the others."""
 
     settings: Point
     labels: Mapping[str, Label]
@@ -65,9 +65,9 @@ class Combination:
 
 
 def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis]) -> list[Axis]:
-    """The axes of `matrix:`, then that of `zip:`. One of `--sweep` takes the place of that of its key.
+    """Build the axes of `matrix:`, then that of `zip:`. An axis of `--sweep` replaces that of the same key.
 
-    `said` tells where each key stands. Raises JobError with every problem.
+    Raises JobError with every problem.
     """
     problems: list[str] = []
     columns = list(_read_columns(matrix, "matrix", sources, problems))
@@ -83,11 +83,9 @@ def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis
     lengths = {column[0].key: len(column) for column in together}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
-        problems.append(
-            f"{sources.location('zip')}: lists of different lengths are not walked together: {counts}"
-        )
+        problems.append(f"{sources.location('zip')}: lists of different lengths cannot be zipped: {counts}")
     problems += [
-        f"{sources.location('zip', key)}: is in matrix, too"
+        f"{sources.location('zip', key)}: is also in matrix"
         for key in lengths
         if any(key == axis[0][0].key for axis in result)
     ]
@@ -98,19 +96,19 @@ def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis
     for sweep in sweeps:
         key = sweep[0][0].key
         if key in lengths:
-            raise JobError("is walked together with others in zip", where=sources.location("zip", key))
+            raise JobError("varies together with other keys in zip", where=sources.location("zip", key))
         position = next((i for i, axis in enumerate(result) if axis[0][0].key == key), len(result))
         result[position : position + 1] = [sweep]
     return result
 
 
 def build_axis(key: str, layers: Sequence[Layer]) -> Axis:
-    """The axis of one key, a point for each layer's value."""
+    """Build the axis of one key, with a point for the value of each layer."""
     return tuple((setting,) for setting in _make_column(key, layers))
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[Combination]:
-    """All combinations, the last axis fastest."""
+    """Yield all combinations; the last axis varies fastest."""
     names = _name_labels([setting.key for axis in axes for setting in axis[0]])
     for points in itertools.product(*axes):
         settings = tuple(itertools.chain(*points))
@@ -122,7 +120,7 @@ def count_combinations(axes: Iterable[Axis]) -> int:
 
 
 class Exclusions:
-    """`exclude:`, which counts what it leaves out: an entry that leaves out nothing is a mistake."""
+    """The entries of `exclude:`, with counts: an entry that leaves out no combination is a mistake."""
 
     def __init__(self, entries: Any, sources: Sources) -> None:
         is_list = isinstance(entries, list) and all(isinstance(entry, dict) and entry for entry in entries)
@@ -135,13 +133,13 @@ class Exclusions:
         self._hits = [0] * len(entries)
 
     def excludes(self, raw: Mapping[str, Any]) -> bool:
-        """Whether a shot has all values of an entry."""
+        """Whether a shot has all values of some entry."""
         matches = [all(_has_value(raw, path, value) for path, value in entry) for entry in self._entries]
         self._hits = [hits + is_out for hits, is_out in zip(self._hits, matches)]
         return any(matches)
 
     def problems(self, swept: Iterable[str]) -> Iterator[str]:
-        """A line for every entry without an effect. One that names a key of `swept` may have none."""
+        """Yield a line for every entry without an effect, except entries with a key of `swept`."""
         for index, (hits, entry) in enumerate(zip(self._hits, self._entries)):
             if not hits and not {".".join(path) for path, _ in entry} & set(swept):
                 yield f"{self._sources.location('exclude', index)}: leaves out no combination"
@@ -160,16 +158,16 @@ def _has_value(values: Any, path: Sequence[str], value: Any) -> bool:
 
 
 def _read_columns(columns: Any, name: str, sources: Sources, problems: list[str]) -> Iterator[list[Setting]]:
-    """The keys of `matrix` or `zip`, each with its settings."""
+    """Read the keys of `matrix` or `zip`, each as a list of settings. Adds to `problems`."""
     if not isinstance(columns, dict):
         problems.append(f"{sources.location(name)}: must be a mapping of keys to lists of values")
         return
     for key, values in columns.items():
         if not all(key.split(".")):
-            problems.append(f"{sources.location(name, key)}: is not a key; write sampler.steps")
+            problems.append(f"{sources.location(name, key)}: is not a key; write for example sampler.steps")
             continue
         if values == []:
-            problems.append(f"{sources.location(name, key)}: has no values, so that there would be no shot")
+            problems.append(f"{sources.location(name, key)}: has no values, so there would be no shot")
             continue
         if not isinstance(values, list):
             problems.append(f"{sources.location(name, key)}: must be a list of values")
@@ -184,13 +182,13 @@ def _make_column(key: str, layers: Sequence[Layer]) -> list[Setting]:
 
 
 def _last_word(key: str) -> str:
-    """The last part of a key, unless that is a number."""
+    """Return the last part of a key, or the whole key if that part is a number."""
     last = key.rpartition(".")[2]
     return key if last.isdecimal() else last
 
 
 def _name_labels(keys: Sequence[str]) -> dict[str, str]:
-    """The label of each key: its last part where no other ends so, else all of it."""
+    """Name the label of each key: its last part, or the whole key if another one ends in the same part."""
     ends = [_last_word(key) for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends)}
 
@@ -202,7 +200,7 @@ def _to_label(value: Any) -> Label:
 
 
 def _make_slugs(name: str, values: Sequence[Any]) -> list[str]:
-    """How each value is written in an id: `seed7`, `late`; by its place where those would not differ."""
+    """Write each value for an id: `seed7`, `late`; by its index if two values would look the same."""
     slugs = [_make_slug(name, value) for value in values]
     if all(slugs) and len(set(slugs)) == len({json.dumps(value) for value in values}):
         return slugs
@@ -220,6 +218,6 @@ def _make_slug(name: str, value: Any) -> str:
 
 
 def make_shot_id(item_id: str | None, item_number: str, combination: Combination) -> str:
-    """The id of a shot of a sweep: that of its item, then its values."""
+    """Make the id of a shot of a sweep: the id or number of its item, then its values."""
     parts: list[Key] = [part for part in (item_id or item_number, combination.slug) if part]
     return "-".join(map(str, parts))

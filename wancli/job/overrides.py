@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.job.yaml_reader import Key, join_key
+from wancli.units import pluralize
 
 KeyPath = tuple[Key, ...]
 
@@ -33,7 +34,7 @@ class Source:
         return replace(self, prefix=(*self.prefix, *path)) if path else self
 
     def location(self, *path: Key) -> str:
-        """Name the place: `job.yaml:12: sampler.steps`. A key missing from the file has its parent's line."""
+        """Name the place: `job.yaml:12: sampler.steps`. A key the file lacks has its parent's line."""
         path = (*self.prefix, *path)
         if self.is_flag:
             return f"{self.file} {join_key(path)}"
@@ -146,12 +147,14 @@ def _assign(
     head, *rest = path
     if isinstance(base, list):
         if not head.isdecimal() or int(head) >= len(base):
-            raise LookupError(f"{join_key(done)} has {len(base)} entries, and no {head}")
+            raise LookupError(
+                f"{join_key(done)} has {pluralize(len(base), 'entry', 'entries')}, so no entry {head}"
+            )
         index = int(head)
         entry = _assign(base[index], rest, (*done, index), layer, entries)
         return [*base[:index], entry, *base[index + 1 :]]
     if not isinstance(base, dict):
-        raise LookupError(f"{join_key(done)} is not a mapping, so there is no {head} in it")
+        raise LookupError(f"{join_key(done)} is not a mapping, so it has no {head}")
     here = (*done, head)
     if rest and head not in base:
         if rest[0].isdecimal():

@@ -1,4 +1,4 @@
-"""`prompts_from`: a text file with a prompt a line, or JSON lines with any keys of a job; each is an item."""
+"""Read the items of `prompts_from`: a text file with a prompt per line, or JSON lines with keys of a job."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def read(name: str, owner: Source) -> list[Layer]:
         lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
         layers.append(Layer(Source(display_name, path.parent, lines), value))
     if len(layers) > MAX_SHOTS:
-        raise JobError(f"holds {len(layers):,} prompts; {MAX_SHOTS:,} at most", where=display_name)
+        raise JobError(f"contains {len(layers):,} prompts; the limit is {MAX_SHOTS:,}", where=display_name)
     if problems:
         raise JobError("\n".join(problems))
     if not layers:
-        raise JobError("holds no prompts", where=display_name)
+        raise JobError("contains no prompts", where=display_name)
     return layers
 
 
@@ -71,7 +71,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_texts(value: Any, location: str) -> None:
-    """No NUL and no half of a surrogate pair, at any depth."""
+    """Refuse NUL and halves of surrogate pairs, at any depth. Raises JobError."""
     match value:
         case str():
             normalize_text(value, location)

@@ -84,6 +84,10 @@ class T5Config:
     num_buckets: int = 32
 
 
+EOS = 1  # the token `</s>`, which ends every prompt
+TIED_EMBEDDING = "encoder.embed_tokens.weight"  # some files hold UMT5's `shared.weight` again under this name
+
+
 @dataclass(frozen=True)
 class ComputeOptions:
     """How a transformer computes; changes no more than rounding.

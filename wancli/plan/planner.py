@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.block_map import BlockMapStore
+from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli.injection.block_map import AutoBlocks
+from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import (
     ComputeOptions,

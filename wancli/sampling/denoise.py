@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
 from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward
-from wancli.injection.effects import velocities
+from wancli.injection.effects import predict_velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
 from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
@@ -83,7 +83,7 @@ def denoise_batch(
     for i in steps:
         forwards_per_run = [_build_forwards(walk, at, i) for walk, at in zip(runs, results)]
         velocities_in_order = iter(
-            velocities(
+            predict_velocities(
                 model, [forward for forwards in forwards_per_run for forward in forwards], forwards_per_pass
             )
         )

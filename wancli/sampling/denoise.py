@@ -74,22 +74,17 @@ def denoise_batch(
     A run that met NaN or Inf yields NotFinite from then on. Raises ValueError if the steps of runs differ.
     """
     steps = runs[0].stage.steps
-    if any(walk.stage.steps != steps for walk in runs):
-        step_counts = sorted({len(walk.stage.steps) for walk in runs})
+    if any(run.stage.steps != steps for run in runs):
+        step_counts = sorted({len(run.stage.steps) for run in runs})
         raise ValueError(f"runs of {step_counts} steps cannot be batched")
-    results: list[StepResult | NotFinite] = [
-        StepResult(steps.start, walk.state, frozenset()) for walk in runs
-    ]
+    results: list[StepResult | NotFinite] = [StepResult(steps.start, run.state, frozenset()) for run in runs]
     for i in steps:
-        forwards_per_run = [_build_forwards(walk, at, i) for walk, at in zip(runs, results)]
-        velocities_in_order = iter(
-            predict_velocities(
-                model, [forward for forwards in forwards_per_run for forward in forwards], forwards_per_pass
-            )
-        )
+        forwards_per_run = [_build_forwards(run, result, i) for run, result in zip(runs, results)]
+        batch = [forward for forwards in forwards_per_run for forward in forwards]
+        velocities = iter(predict_velocities(model, batch, forwards_per_pass))
         results = [
-            _take_step(model, walk, at, i, [(forward, next(velocities_in_order)) for forward in forwards])
-            for walk, at, forwards in zip(runs, results, forwards_per_run)
+            _take_step(model, run, result, i, [(forward, next(velocities)) for forward in forwards])
+            for run, result, forwards in zip(runs, results, forwards_per_run)
         ]
         yield results
 
@@ -119,9 +114,9 @@ def _take_step(
 
 
 def _solve_step(
-    model: WanModel, run: DenoiseRun, result: StepResult, i: int, answers: Sequence[tuple[Forward, Tensor]]
+    model: WanModel, run: DenoiseRun, result: StepResult, i: int, outputs: Sequence[tuple[Forward, Tensor]]
 ) -> StepResult:
-    by_branch = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in answers}
+    by_branch = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in outputs}
     v_CTYX = by_branch["cond"]
     if "uncond" in by_branch:
         v_CTYX = by_branch["uncond"] + run.stage.guidance * (v_CTYX - by_branch["uncond"])
@@ -129,7 +124,7 @@ def _solve_step(
     if not torch.isfinite(state.x).all():
         hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
         raise NotFinite(_locate_nonfinite(model, run, result.state.x, i), hint=hint)
-    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells_read)
+    cells = frozenset(cell for forward, _ in outputs for cell in forward.contexts.cells_read)
     return StepResult(i + 1, state, cells)
 
 

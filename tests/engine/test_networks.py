@@ -34,7 +34,7 @@ Render = Callable[..., list[str]]
 
 @pytest.fixture
 def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
-    """Renders the tiny job in a folder of its own, with or without networks that were kept."""
+    """Render the tiny job in a folder of its own, with or without cached networks."""
 
     def render(name: str, kept: ModelCache | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
@@ -60,7 +60,7 @@ def video(tmp_path: Path, name: str) -> bytes:
     return (tmp_path / name / "out" / "clip.mp4").read_bytes()
 
 
-def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
+def test_a_second_render_loads_nothing_and_makes_the_same_bytes(
     rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = ModelCache()
@@ -76,7 +76,9 @@ def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
     assert loads == [0.0]
 
 
-def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path: Path, style: Path) -> None:
+def test_loras_are_applied_to_and_removed_from_cached_networks(
+    rendered: Render, tmp_path: Path, style: Path
+) -> None:
     kept = ModelCache()
     loras = [{"path": str(style), "strength": 3.0}]
     assert rendered("plain", None) == rendered("styled", None, loras=loras) == ["rendered"]
@@ -87,15 +89,13 @@ def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path
     assert video(tmp_path, "plain") != video(tmp_path, "styled")
 
 
-def test_another_model_takes_the_place_of_the_one_that_was_kept(
-    rendered: Render, tmp_path: Path, tiny: Path
-) -> None:
+def test_another_model_replaces_the_cached_one(rendered: Render, tmp_path: Path, tiny: Path) -> None:
     kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
     planned = planner.build_plan(
         jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json"
     )
-    here = kept.get(planned.shots[0].model, lazily=True)
+    here = kept.get(planned.shots[0].model, lazy=True)
     network = weakref.ref(here.transformer("only"))
     del here
     assert rendered("other", kept, model=str(tiny)) == ["rendered"]
@@ -106,7 +106,7 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them(
+def test_cached_networks_are_released_if_the_text_encoder_does_not_fit_beside_them(
     rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
 ) -> None:
     kept = ModelCache()
@@ -122,7 +122,7 @@ def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them
     assert "clip.mp4" in files_in(tmp_path / "third")
 
 
-def test_what_is_kept_does_not_count_as_taken_by_others(
+def test_memory_of_cached_networks_does_not_count_as_taken_by_others(
     rendered: Render, tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is what is free and what the process has: a model is never refused for being loaded."""
@@ -153,7 +153,7 @@ def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900
 
 
-def test_networks_that_are_forgotten_are_loaded_anew(rendered: Render, tmp_path: Path) -> None:
+def test_networks_are_loaded_again_after_the_cache_is_cleared(rendered: Render, tmp_path: Path) -> None:
     kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
     kept.clear()

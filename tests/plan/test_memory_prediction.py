@@ -67,9 +67,9 @@ def measured(job: Path) -> int:
     return int(done.stderr.split("VmHWM")[1])
 
 
-@pytest.mark.parametrize("housed", [{"residency": "resident"}, {"residency": "streamed"}, {"dtype": "fp8"}])
-def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, housed: dict[str, Any]) -> None:
-    changes = {"size": "256x256", "sampler": {"steps": 1}, "memory": housed}
+@pytest.mark.parametrize("memory", [{"residency": "resident"}, {"residency": "streamed"}, {"dtype": "fp8"}])
+def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
+    changes = {"size": "256x256", "sampler": {"steps": 1}, "memory": memory}
     job = written(tmp_path, tiny_job(transformer, **changes))
     plan = build_plan(load(job), tmp_path / "memo.json")
     (shot,) = plan.shots

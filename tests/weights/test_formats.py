@@ -163,7 +163,10 @@ def test_fp8_made_at_load_is_a_file_of_fp8_with_a_scale_per_row(
     said = manifest_of(tmp_path / "made")["model"]
     assert (said["dtype"], said["residency"]) == ("fp8", "packed")
     refused = render(memory={"dtype": "fp8", "residency": "streamed"})
-    assert (refused.code, "memory.residency: streamed weights are not made fp8" in refused.err) == (2, True)
+    assert (refused.code, "memory.residency: streamed weights cannot be converted to fp8" in refused.err) == (
+        2,
+        True,
+    )
 
 
 # ---- GGUF ----

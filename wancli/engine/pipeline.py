@@ -260,7 +260,7 @@ def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_conte
 
 
 def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor, Record] | None:
-    """The latent that an earlier run left for this shot, whose video may have changed since."""
+    """Load the latent that an earlier run left for this shot, whose video settings may have changed since."""
     force = model_context.context.force
     if force and force.is_outdated(shot, "latents"):
         return None

@@ -112,7 +112,7 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
         if atomic.move_aside(shot.state):
-            context.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
+            context.progress.warn(f"{error}; moved aside, shot {shot.id} starts again")
         return ShotState(shot)
     return ShotState(
         shot,

@@ -295,7 +295,7 @@ def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Pa
             {"device": "cuda"},
             "memory.device is cuda, and no CUDA device is found here: `render` would refuse",
         ),
-        ({"device": "cpu", "attention": "sage"}, "sage attention cannot run: "),
+        ({"device": "cpu", "attention": "sage"}, "attention backend 'sage' is not available: "),
         ({"device": "cpu", "fp8_matmul": True}, "only CUDA devices multiply in fp8: `render` would refuse"),
     ],
 )

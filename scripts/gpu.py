@@ -241,14 +241,8 @@ def _relative_error(velocity: Tensor, expected: Tensor | None) -> float | None:
 
 
 def predict_peak(bench: Bench, config: WanConfig, *, resident: int = 0, blocks: int | None = None) -> int:
-    return memory_model.sample_phase(
-        config,
-        bench.latent,
-        context_rows=PROMPT + 1,
-        element_bytes=2,
-        extra_weight_bytes=resident,
-        blocks_in_memory=blocks,
-    ).total
+    coefficients = memory_model.sample_coefficients(config, element_bytes=2, blocks_in_memory=blocks)
+    return resident + coefficients.phase(bench.latent, text_rows=PROMPT + 1).total
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wancli.models.config import WanConfig
 from wancli.weights.formats.infer_config import transformer_shapes
-from wancli.weights.lora.patch import Lora, Loras, load_lora, merge
+from wancli.weights.lora.patch import Lora, Loras, Patches, load_lora
 from wancli.weights.lora.use import LoraUse
 
 DIM, FFN, DEPTH, RANK = 48, 96, 3, 4
@@ -54,7 +54,7 @@ def merged(path: Path, before: Tensors, strength: float = 1.0) -> Tensors:
     """What a whole model's weights become."""
     after = {name: tensor.clone() for name, tensor in before.items()}
     lora = load_lora(path, {name: tuple(tensor.shape) for name, tensor in before.items()})
-    merge(after, Loras([use(lora, strength)], [lora]))
+    Patches(after, lambda _: []).apply_step(Loras([use(lora, strength)], [lora]), 0)
     return after
 
 

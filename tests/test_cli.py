@@ -247,7 +247,7 @@ def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_
     change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))
     said = say("render", written(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
     assert said.code == 1
-    assert "sample.py" in said.err
+    assert "denoise.py" in said.err
     assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
     assert "\nwancli: shot 0000: NaN or Inf at step 0, after the last block\n" in said.err
 
@@ -532,7 +532,7 @@ def test_encode_says_what_it_misses(say: Any, tmp_path: Path, arguments: list[ob
         ),
         (
             ["render", "--prompt", "A red circle moves left.", "--engine", "ray"],
-            "--engine ray needs a job file, which its workers read for themselves",
+            "--engine ray needs a job file, which its workers read themselves",
         ),
         (["compare", "odd.mp4", "-o", "s.png"], "odd.mp4: has no frames"),
     ],

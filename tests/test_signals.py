@@ -72,7 +72,7 @@ def test_a_signal_while_planning_ends_with_75(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, display: list[str]
 ) -> None:
     before = signal.getsignal(number)
-    monkeypatch.setattr("wancli.plan.planner.plan", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
     said = render(*display)
     assert said.code == 75
     assert f"wancli: stopped by {number.name}\n  resume: wancli render" in said.err

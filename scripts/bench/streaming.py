@@ -86,7 +86,7 @@ class Overhead:
 def build_models(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanModel]:
     """Build a resident and a streamed model of `depth` blocks, which share all layers outside the blocks."""
     checkpoint = _make_checkpoint(folder, config)
-    resident = load_transformer(checkpoint, torch.float32, "cpu")
+    resident = load_transformer(checkpoint)
     streamed = WanModel.__new__(WanModel)
     nn.Module.__init__(streamed)
     streamed.config = resident.config

@@ -87,7 +87,7 @@ def halved(tensors: Tensors) -> bytes:
 
 def prove(checkpoint: Checkpoint) -> None:
     """Every part loads, and the command renders a clip with them."""
-    load_transformer(checkpoint, torch.float32, "cpu")
+    load_transformer(checkpoint)
     load_vae(checkpoint, "cpu")
     text_encoder_config(checkpoint)
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 from wancli.weights.formats.packed import Packed
 from wancli.weights.fp8_linear import CAPABILITY, replace_with_fp8
-from wancli.weights.loader import load_transformer, load_umt5
+from wancli.weights.loader import LoadOptions, load_transformer, load_umt5
 from wancli.weights.offload import matrix_names
 
 pytestmark = [
@@ -63,7 +63,9 @@ def wide(kernels: ComputeOptions = ComputeOptions()) -> WanModel:
 
 
 def test_the_transformer_gives_the_velocity_of_the_cpu(tiny: Path):
-    there, here = (load_transformer(identify(tiny), torch.float32, device) for device in (DEVICE, "cpu"))
+    there, here = (
+        load_transformer(identify(tiny), LoadOptions(torch.float32, device)) for device in (DEVICE, "cpu")
+    )
     assert distance(velocity(there), velocity(here)) < 1e-4
 
 
@@ -72,8 +74,8 @@ def test_the_transformer_gives_the_velocity_of_the_cpu(tiny: Path):
 def test_fetched_weights_give_the_velocity_of_resident_ones_bit_for_bit(
     tiny: Path, residency: Residency, dtype: torch.dtype
 ):
-    resident = velocity(load_transformer(identify(tiny), dtype, DEVICE))
-    fetched = load_transformer(identify(tiny), dtype, DEVICE, residency=residency)
+    resident = velocity(load_transformer(identify(tiny), LoadOptions(dtype, DEVICE)))
+    fetched = load_transformer(identify(tiny), LoadOptions(dtype, DEVICE, residency=residency))
     for _ in range(5):  # blocks of one pass follow those of the last on the same buffers
         assert torch.equal(velocity(fetched), resident)
 
@@ -117,7 +119,9 @@ def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     velocity(model, latent)
-    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element_bytes=2, chunk=chunk).total
+    predicted = (
+        memory_model.sample_coefficients(WIDE, element_bytes=2).phase(latent, text_rows=10, chunk=chunk).total
+    )
     assert 0.9 < torch.cuda.max_memory_allocated() / predicted < 1.1
 
 

@@ -367,7 +367,7 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert not alive
         network = real(*arguments)
         alive.add(network)
-        loaded.append(arguments[3])
+        loaded.append(arguments[2])
         return network
 
     monkeypatch.setattr(loader, "load_transformer", watched)
@@ -498,7 +498,7 @@ def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
     real = loader.load_transformer
 
     def killed(*arguments: Any) -> WanModel:
-        if arguments[3] == "low":
+        if arguments[2] == "low":
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -602,9 +602,9 @@ def test_official_folders_of_two_experts_are_read(tmp_path: Path) -> None:
     )
     found = identify(root)
     assert (found.variant, found.root) == (TWO_EXPERTS, root)
-    high, low = (load_transformer(found, torch.float32, "cpu", expert) for expert in ("high", "low"))
+    high, low = (load_transformer(found, expert=expert) for expert in ("high", "low"))
     assert (high.get_parameter("head.head.bias") == 7).all()
-    one = load_transformer(identify(TINY), torch.float32, "cpu").state_dict()
+    one = load_transformer(identify(TINY)).state_dict()
     assert all(torch.equal(one[name], value) for name, value in low.state_dict().items())
 
 

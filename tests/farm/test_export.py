@@ -15,7 +15,7 @@ import pytest
 import yaml
 from jobs import Said, command, files_in, manifest_of, tiny_job, written
 
-from wancli.farm import slurm_export
+from wancli.farm.slurm_export import SlurmOptions, build_script
 
 ROOT = Path(__file__).parents[2]
 OPENJD = Path(sys.executable).with_name("openjd")
@@ -135,11 +135,7 @@ def test_a_task_that_somebody_ended_does_not_queue_again(
     stub = "trap 'exit 75' TERM USR1; pwd; touch ready; for n in {1..1000}; do sleep 0.02; done"
     batch = tmp_path / "job.sbatch"
     (tmp_path / "work here").mkdir()
-    batch.write_text(
-        slurm_export.build_script(
-            ["bash", "-c", stub], tmp_path / "work here", "job", slurm_export.SlurmOptions()
-        )
-    )
+    batch.write_text(build_script(["bash", "-c", stub], tmp_path / "work here", "job", SlurmOptions()))
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}

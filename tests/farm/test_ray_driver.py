@@ -162,10 +162,10 @@ def test_a_worker_that_would_render_something_else_or_sees_no_folder_says_so(
     task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, None, 0, True)
     said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
     assert said["outcomes"] == []
-    assert "would render other pixels than the machine that asks it" in said["raised"]["message"]
+    assert "would render other pixels than the driver" in said["raised"]["message"]
     said = Worker(replace(task, folder=str(tmp_path / "gone"))).render({0: whole.shots[0].key})
     assert said["raised"]["where"] == str(tmp_path / "gone")
-    assert "does not see it: No such file or directory" in said["raised"]["message"]
+    assert "cannot open it: No such file or directory" in said["raised"]["message"]
 
 
 def test_what_is_done_needs_no_cluster(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import Context, WanModel, concat, lerp
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "wan21-tiny"
 CASES = json.loads((FIXTURE / "reference.json").read_text())["cases"]
@@ -31,7 +31,7 @@ def official() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> WanModel:
-    return load_transformer(identify(FIXTURE), torch.float32, "cpu")
+    return load_transformer(identify(FIXTURE))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -358,7 +358,7 @@ def test_gradients_flow_through_all_tokens_at_once():
 
 @torch.inference_mode()
 def test_half_precision_keeps_the_stream_in_fp32(official: dict[str, Tensor]):
-    half = load_transformer(identify(FIXTURE), torch.bfloat16, "cpu")
+    half = load_transformer(identify(FIXTURE), LoadOptions(torch.bfloat16))
     block = half.blocks[0]
     assert {block.ffn[0].weight.dtype, block.cross_attn.k.bias.dtype} == {torch.bfloat16}
     kept = (half.head.head.weight, half.time_projection[1].weight, block.modulation, block.norm3.bias)

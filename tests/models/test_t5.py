@@ -17,7 +17,7 @@ from transformers import UMT5EncoderModel
 
 from wancli.errors import CheckpointError
 from wancli.models import t5
-from wancli.models.config import T5Config
+from wancli.models.config import TIED_EMBEDDING, T5Config
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype
 from wancli.text.encoder import EncoderSpec, load_encoder
@@ -147,7 +147,7 @@ def test_the_network_is_built_without_memory_and_for_inference():
 
 def test_the_official_file_names_every_tensor_of_the_network(model: UMT5EncoderModel):
     assert {umt5_to_transformers(name) for name in official_tensors()} == {
-        name for name in model.state_dict() if name != t5.TIED_EMBEDDING
+        name for name in model.state_dict() if name != TIED_EMBEDDING
     }
 
 
@@ -159,7 +159,7 @@ def test_the_encoder_looks_tokens_up_in_the_one_loaded_embedding(model: UMT5Enco
 def test_a_file_that_holds_the_embedding_under_both_names_is_read(model: UMT5EncoderModel, tmp_path: Path):
     tensors = {umt5_to_transformers(name): tensor for name, tensor in official_tensors().items()}
     both = tmp_path / "model.safetensors"
-    save_file(tensors | {t5.TIED_EMBEDDING: tensors["shared.weight"].clone()}, both)
+    save_file(tensors | {TIED_EMBEDDING: tensors["shared.weight"].clone()}, both)
     ours = load_encoder(encoder(both, naming="transformers"))
     assert torch.equal(t5.encode(ours, IDS["main"]), t5.encode(model, IDS["main"]))
 

@@ -13,7 +13,7 @@ from live_bytes import LiveBytes, consume
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.models import vae_layers
+from wancli.models import parameter_count, vae_layers
 from wancli.models.config import VAE22Config, VAEConfig
 from wancli.models.vae22 import (
     LATENT_MEAN,
@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_length_of_the_clip(pair: Pair) -> None:
 def test_a_vae_of_any_size_is_counted_exactly(config: VAE22Config) -> None:
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in WanVAE22(config).parameters())
-    assert memory_model.vae_parameters(config) == count
+    assert parameter_count.vae_parameters(config) == count
 
 
 def test_what_decoding_needs_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_what_decoding_needs_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
         for start, stop in ((0, 1), (1, 4), (4, 7)):
             vae.decode_chunk(z[:, start:stop], stream)
     kept = sum(past.nbytes for past in stream.frames.values())
-    predicted = memory_model.decode_phase(config, (48, 7, 8, 8), chunk=3)
+    predicted = memory_model.decode_coefficients(config).phase((48, 7, 8, 8), chunk=3)
     # Two rows of overlap are an eighth of a strip of 16 rows, and half of one of four.
     assert 0.9 * predicted.buffer < kept * (18 / 16) / (6 / 4) <= 1.01 * predicted.buffer
     assert 0.8 * predicted.activation < live.peak - kept < 1.2 * predicted.activation
@@ -250,8 +250,8 @@ def test_what_decoding_needs_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_clip_of_ti2v_needs_what_its_widest_stage_holds() -> None:
     latents = (48, 31, 44, 80)  # 121 frames of 1280x704
-    phase = memory_model.decode_phase(VAE22Config(), latents, chunk=1)
+    phase = memory_model.decode_coefficients(VAE22Config()).phase(latents, chunk=1)
     assert phase.model == 4 * 704_688_668
     pixels = 4 * 352 * 640
     assert 4 * pixels * (512 + 2 * 256) < phase.activation < 1.05 * 4 * pixels * (512 + 2 * 256)
-    assert memory_model.decode_phase(VAE22Config(), (48, 5, 44, 80), chunk=1) == phase
+    assert memory_model.decode_coefficients(VAE22Config()).phase((48, 5, 44, 80), chunk=1) == phase

@@ -270,25 +270,14 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
     config = decide({})[0].model.checkpoint.transformer_config
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
     rows = sum(text.rows for text in one.prompts)
-    expected = memory_model.sample_phase(
-        config,
-        one.latent_shape,
-        context_rows=rows,
-        element_bytes=4,
-        blocks_in_memory=2,
-        forwards_per_pass=6,
-        shots=3,
+    expected = memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
+        one.latent_shape, text_rows=rows, forwards_per_pass=6, shots=3
     )
     assert batching.predict_batch(same) == expected == same[2].phases[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
-        memory_model.sample_phase(
-            config,
-            shot.latent_shape,
-            context_rows=0,
-            element_bytes=4,
-            blocks_in_memory=2,
-            forwards_per_pass=riders,
+        memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
+            shot.latent_shape, text_rows=0, forwards_per_pass=riders
         )
         for shot, riders in ((small, 1), (large, 2))
     ]

@@ -129,7 +129,7 @@ def test_a_lora_for_one_step_applies_in_that_step_only(
     assert command(capsys, "encode", "-q", "--model", shallow, "--out", out, CAT).code == 0
     rows_NE = load_embedding(out, 0).rows_NE
     changed = with_merged(tmp_path / "merged", shallow, factors, 1.0)
-    plain, with_lora = (load_transformer(identify(root), torch.float32, "cpu") for root in (shallow, changed))
+    plain, with_lora = (load_transformer(identify(root)) for root in (shallow, changed))
     euler = build_schedule("euler", 2, 5.0)
     x = draw_noise((16, 1, 8, 8), 3)[None]
     with torch.inference_mode():

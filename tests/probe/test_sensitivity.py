@@ -19,7 +19,7 @@ from wancli.probe import sensitivity
 from wancli.probe.sensitivity import ProbePoint
 from wancli.resources import memory_model
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 DEPTH = 6
 CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DEPTH, text_dim=32, freq_dim=64)
@@ -111,8 +111,8 @@ def test_forty_blocks_one_by_one_take_21_and_a_half_forwards(forwards_per_pass: 
 def test_with_streamed_weights_forwards_share_a_pass_from_their_first_difference_on(
     forwards_per_pass: int, fetches: int, shallow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resident = load_transformer(identify(shallow), torch.float32, "cpu")
-    streamed = load_transformer(identify(shallow), torch.float32, "cpu", residency="streamed")
+    resident = load_transformer(identify(shallow))
+    streamed = load_transformer(identify(shallow), LoadOptions(residency="streamed"))
     fetched: list[int] = []
     fetch = streamed.blocks._fetch
 

@@ -205,7 +205,7 @@ def test_and_so_is_ctrl_c_before_there_is_work(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wancli.plan.planner.plan", interrupted)
+    monkeypatch.setattr("wancli.plan.planner.build_plan", interrupted)
     said = say("render", written(tmp_path, tiny_job()), "--json-stream")
     (envelope,) = events(said.out)
     assert (said.code, envelope["exit_code"]) == (130, 130)
@@ -219,7 +219,7 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
 ) -> None:
     before = signal.getsignal(number)
     if when == "planning":
-        monkeypatch.setattr("wancli.plan.planner.plan", lambda *_, **__: signal.raise_signal(number))
+        monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
     else:
         forwards(monkeypatch, lambda n: signal.raise_signal(number) if n == 2 else None)
     said = render("--json-stream", items=ITEMS, output="out/{id}.mp4")

@@ -37,7 +37,7 @@ from wancli.sampling.denoise import DenoiseRun, StepResult, check_hits, denoise,
 from wancli.sampling.solvers import State, build_schedule
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 # ---- injection is proven ----
 
@@ -202,7 +202,7 @@ def test_measuring_what_is_switched_off_renders_nothing_again(
 
 
 def a_model(folder: Path, residency: Residency = "resident") -> WanModel:
-    return load_transformer(identify(folder), torch.float32, "cpu", residency=residency)
+    return load_transformer(identify(folder), LoadOptions(residency=residency))
 
 
 def official_walk(

@@ -392,7 +392,7 @@ LORAS: dict[str, tuple[Damage, str, str]] = {
     "of 1.3B": (
         lora("diffusion_model.blocks.0.self_attn.q", 1536, 1536),
         r"lora_B.weight makes a change of \[1536, 1536\] to blocks.0.self_attn.q.weight, which is \[48, 48\]",
-        "This LoRA was made for Wan 1.3B, and this is a model of width 48.",
+        "This LoRA was made for Wan2.1 1.3B, and this is a model of width 48.",
     ),
     "of a deeper model": (
         lora("diffusion_model.blocks.39.self_attn.q", 48, 48),

@@ -16,7 +16,7 @@ from wancli.weights import fp8_linear
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.packed import Packed, pack_fp8
 from wancli.weights.fp8_linear import Fp8Linear, check_fp8_matmul, quantize_rows, replace_with_fp8
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 from wancli.weights.offload import matrix_names
 
 BF16 = 2**-8  # the rounding of the result
@@ -110,9 +110,9 @@ def test_a_nan_in_a_weight_is_refused_by_its_name():
 @pytest.mark.parametrize("chunk", [None, 3])
 @torch.inference_mode()
 def test_a_whole_transformer_multiplies_in_fp8_and_stays_near_its_velocity(tiny: Path, chunk: int | None):
-    exact = load_transformer(identify(tiny), torch.float32, "cpu")
+    exact = load_transformer(identify(tiny))
     found = load_transformer(
-        identify(tiny), torch.bfloat16, "cpu", kernels=ComputeOptions(chunk=chunk, fp8_matmul=True)
+        identify(tiny), LoadOptions(torch.bfloat16, kernels=ComputeOptions(chunk=chunk, fp8_matmul=True))
     )
     assert {layer.weight.dtype for layer in found.modules() if isinstance(layer, Fp8Linear)} == {
         torch.float8_e4m3fn
@@ -127,10 +127,7 @@ def test_streamed_weights_do_not_multiply_in_fp8(tiny: Path):
     with pytest.raises(ValueError, match="streamed weights"):
         load_transformer(
             identify(tiny),
-            torch.bfloat16,
-            "cpu",
-            residency="streamed",
-            kernels=ComputeOptions(fp8_matmul=True),
+            LoadOptions(torch.bfloat16, residency="streamed", kernels=ComputeOptions(fp8_matmul=True)),
         )
 
 

@@ -25,7 +25,7 @@ from wancli.weights.checkpoint import identify
 from wancli.weights.disk_reader import keep_on_disk
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.read import iterate_tensors
-from wancli.weights.loader import load_into, load_transformer
+from wancli.weights.loader import LoadOptions, load_into, load_transformer
 from wancli.weights.offload import OffloadedBlocks, matrix_names, place_weights
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ X_BCTYX = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1)
 def test_fetched_weights_give_the_velocities_of_the_official_code(
     name: str, residency: str, official: dict[str, Tensor]
 ):
-    model = load_transformer(identify(FIXTURE), torch.float32, "cpu", residency=residency)  # type: ignore[arg-type]
+    model = load_transformer(identify(FIXTURE), LoadOptions(residency=residency))  # type: ignore[arg-type]
     x, t = official[f"{name}.noise"][None], official[f"{name}.timesteps"][0]
     branches = [model.project(official[f"context.{text}"]) for text in ("main", "negative")]
     requests = [Request(x, t, everywhere(model, context)) for context in branches]
@@ -163,7 +163,7 @@ def test_fetched_weights_give_the_bits_of_resident_ones_pass_after_pass(
 ):
     expected, found = [], []
     for where, into in (("resident", expected), (residency, found)):
-        model = load_transformer(identify(FIXTURE), dtype, "cpu", residency=where)  # type: ignore[arg-type]
+        model = load_transformer(identify(FIXTURE), LoadOptions(dtype, residency=where))  # type: ignore[arg-type]
         contexts = everywhere(model, model.project(official["context.main"]))
         x = official["unipc_cfg6.noise"][None]
         into += [model(x, t, contexts) for t in (999.0, 500.0)]
@@ -297,10 +297,10 @@ from scripts.make_random_checkpoint import transformer_entries, write_safetensor
 from wancli.resources.measure import Peak
 from wancli.models.config import WanConfig
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 def run(checkpoint, residency):
-    model = load_transformer(checkpoint, torch.bfloat16, "cpu", residency=residency)
+    model = load_transformer(checkpoint, LoadOptions(torch.bfloat16, residency=residency))
     with torch.inference_mode():
         context = model.project(torch.ones(3, model.config.text_dim))
         velocity = model(torch.ones(1, 16, 1, 4, 4), 5.0, [((context, 1.0),)] * len(model.blocks))
@@ -498,7 +498,7 @@ def test_files_are_closed_with_their_weights(tmp_path: Path):
 def test_fetched_weights_give_the_bits_of_resident_ones_on_a_gpu(residency: str, official: dict[str, Tensor]):
     found = []
     for where in ("resident", residency):
-        model = load_transformer(identify(FIXTURE), torch.bfloat16, "cuda", residency=where)  # type: ignore[arg-type]
+        model = load_transformer(identify(FIXTURE), LoadOptions(torch.bfloat16, "cuda", residency=where))  # type: ignore[arg-type]
         contexts = everywhere(model, model.project(official["context.main"].cuda()))
         x = official["unipc_cfg6.noise"][None].cuda()
         found.append(torch.stack([model(x, t, contexts) for t in range(990, 0, -90)]))

@@ -57,7 +57,7 @@ def test_shards_hold_the_same_tensors_and_none_is_larger_than_asked_for(tmp_path
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     index = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-    load_transformer(identify(folder), torch.float32, "cpu")
+    load_transformer(identify(folder))
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path):
@@ -85,7 +85,7 @@ def test_fp8_matrices_have_a_scale_each_and_all_else_stays_high(tmp_path: Path):
 @torch.inference_mode()
 def test_activations_stay_finite_and_of_moderate_size_through_40_blocks(tmp_path: Path):
     folder = made(tmp_path / "model", config=WanConfig(192, 384, 2, 40, text_dim=64))
-    model = load_transformer(identify(folder), torch.float32, "cpu")
+    model = load_transformer(identify(folder))
     context = model.project(torch.randn(9, 64))
     stream = model.iterate_residuals(torch.randn(1, 16, 2, 8, 8), 999.0, [((context, 1.0),)] * 40)
     sizes = [x_BLD.std().item() for x_BLD in stream]

@@ -73,14 +73,14 @@ def run_segment(
     expert, shot = stages[0].expert, batch[0].shot
     loras = networks.loras(shot.loras)
     # Without a name that outlives this call, which would keep this expert in memory beside the next.
-    model, patches = networks.transformer(expert), networks.patches
+    (model, load_record), patches = networks.load(expert), networks.patches
     dependents = [heir for one in batch for heir in one.all_dependents()]
     texts = {text.id for one in (*batch, *dependents) for text in one.shot.prompts}
     rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in texts}
 
     def segment_phases() -> list[Record]:
         return [
-            networks.load_record,
+            load_record,
             manifest_body.phase_record("sample", peak) | {"shots": len(batch) + len(dependents)},
         ]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
@@ -24,61 +24,67 @@ if TYPE_CHECKING:
     from wancli.weights.lora.patch import Lora, Loras, Patches
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    expert: Expert
+    network: WanModel
+    record: Record  # the phase record of loading it
+
+
 @dataclass
 class Networks:
-    """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
+    """The networks of a checkpoint, loaded on first use and kept for the next shot; one expert at a time."""
 
     model: ModelSpec
-    lazy: bool = False  # blocks may arrive when they first run; not where LoRAs are put into them before
-    load_record: Record = field(default_factory=dict)  # what loading the transformer took
-    _loaded: tuple[Expert, WanModel] | None = None
-    _patches: Patches | None = None  # of the network that is loaded
+    lazy: bool = False  # whether blocks may be converted on first use; not if LoRAs patch them before that
+    _loaded: _Loaded | None = None
+    _patches: Patches | None = None  # of the loaded transformer
     _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
+    _vae: VAE | None = None
 
     def transformer(self, expert: Expert) -> WanModel:
-        """The network of an expert; the other one makes room first."""
-        if self._loaded and self._loaded[0] == expert:
-            return self._loaded[1]
-        from wancli.models.dtypes import DTYPES
-        from wancli.weights.loader import load_transformer
+        """Return the transformer of an expert, loading it if needed. The other expert is freed first."""
+        return self.load(expert)[0]
 
-        self._loaded = self._patches = None
-        with PeakMemory() as peak:
-            network = load_transformer(
-                self.model.checkpoint,
+    def load(self, expert: Expert) -> tuple[WanModel, Record]:
+        """Return the transformer of an expert and the phase record of loading it."""
+        if self._loaded is None or self._loaded.expert != expert:
+            from wancli.models.attention import DTYPES
+            from wancli.weights.loader import LoadOptions, load_transformer
+
+            self._loaded = self._patches = None
+            options = LoadOptions(
                 DTYPES[self.model.compute_dtype],
                 self.model.device,
-                expert,
                 self.model.residency,
-                self._patch_fetched,
-                self.model.dtype == "fp8",
-                self.model.kernels,
-                self.lazy,
+                fp8=self.model.dtype == "fp8",
+                kernels=self.model.kernels,
+                lazy=self.lazy,
             )
-        self.load_record = manifest_body.phase_record("load", peak)
-        self._loaded = expert, network
-        return network
+            with PeakMemory() as peak:
+                network = load_transformer(self.model.checkpoint, options, expert, self._patch_fetched)
+            self._loaded = _Loaded(expert, network, manifest_body.phase_record("load", peak))
+        return self._loaded.network, self._loaded.record
 
     def _patch_fetched(self, name: str, weight: Tensor) -> None:
-        """Puts the LoRAs of the step into a weight that was just fetched."""
+        """Apply the LoRAs of the current step to a weight that was just fetched."""
         if self._patches:
             self._patches.patch(name, weight)
 
     @property
     def patches(self) -> Patches:
-        """What puts LoRAs into the transformer that is loaded, and takes them out again."""
+        """The patches that apply LoRAs to the loaded transformer and undo them."""
         from wancli.weights.loader import iterate_transformer_tensors
         from wancli.weights.lora.patch import Patches
 
         assert self._loaded
         if self._patches is None:
-            expert, network = self._loaded
-            base = partial(iterate_transformer_tensors, self.model.checkpoint, expert=expert)
-            self._patches = Patches(dict(network.named_parameters()), base)
+            base = partial(iterate_transformer_tensors, self.model.checkpoint, expert=self._loaded.expert)
+            self._patches = Patches(dict(self._loaded.network.named_parameters()), base)
         return self._patches
 
     def loras(self, uses: Sequence[LoraUse]) -> Loras:
-        """The LoRAs of a shot, each file read once."""
+        """Return the LoRAs of a shot. Each file is read once."""
         from wancli.weights.formats.infer_config import transformer_shapes
         from wancli.weights.lora.patch import Loras, load_lora
 
@@ -89,22 +95,26 @@ class Networks:
         return Loras(uses, [self._loras[use.sha256] for use in uses])
 
     def reuse(self) -> None:
-        """The networks stay for another render, which loads nothing but its LoRAs."""
+        """Prepare the networks for another render, which loads only its LoRAs."""
         self._loras.clear()
-        with PeakMemory() as peak:
-            pass
-        self.load_record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
+        if self._loaded:
+            with PeakMemory() as peak:
+                pass
+            record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
+            self._loaded = replace(self._loaded, record=record)
 
     def release(self) -> None:
-        """Gives the memory back; what is used next is loaded anew."""
-        self._loaded = self._patches = None
-        self.__dict__.pop("vae", None)
+        """Free the memory of the networks; they are loaded again when they are next used."""
+        self._loaded = self._patches = self._vae = None
 
-    @cached_property
+    @property
     def vae(self) -> VAE:
-        from wancli.weights.loader import load_vae
+        """The VAE, loaded on first use."""
+        if self._vae is None:
+            from wancli.weights.loader import load_vae
 
-        return load_vae(self.model.checkpoint, self.model.device)
+            self._vae = load_vae(self.model.checkpoint, self.model.device)
+        return self._vae
 
 
 class ModelCache:

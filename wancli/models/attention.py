@@ -21,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wancli.errors import MachineError
 from wancli.models.config import AttentionBackend
-from wancli.models.dtypes import DTYPE_NAMES
 
+# The floats that networks compute in, by the names that users know.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TORCH_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

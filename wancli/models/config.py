@@ -10,6 +10,8 @@ AttentionBackend = Literal[
     "auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"
 ]
 Expert = Literal["only", "high", "low"]
+ComputeDtype = Literal["fp32", "bf16", "fp16"]
+Dtype = ComputeDtype | Literal["fp8"]
 EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
 
 
@@ -82,6 +84,10 @@ class T5Config:
     num_buckets: int = 32
 
 
+EOS = 1  # the token `</s>`, which ends every prompt
+TIED_EMBEDDING = "encoder.embed_tokens.weight"  # some files hold UMT5's `shared.weight` again under this name
+
+
 @dataclass(frozen=True)
 class ComputeOptions:
     """How a transformer computes; changes no more than rounding.
@@ -93,3 +99,10 @@ class ComputeOptions:
     attention: AttentionBackend = "auto"
     chunk: int | None = None
     fp8_matmul: bool = False
+
+
+def compute_dtype(dtype: Dtype, device: str) -> ComputeDtype:
+    """Return the dtype of matmuls: weights in fp8 are unpacked for them."""
+    if dtype != "fp8":
+        return dtype
+    return "fp32" if device == "cpu" else "bf16"

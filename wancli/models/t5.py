@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from wancli.errors import CheckpointError
-from wancli.models.config import T5Config
+from wancli.models.config import EOS, T5Config
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-EOS = 1  # `</s>` ends every prompt
 BLOCKS = "encoder.block"
 EMBEDDING = "shared.weight"
-TIED_EMBEDDING = "encoder.embed_tokens.weight"  # some files hold the embedding a second time under this name
 OVERFLOWS = ".wo."  # in fp16, so these stay fp32 as in transformers' _keep_in_fp32_modules
 
 

@@ -84,4 +84,6 @@ RELEASED = {
     (5120, 13824, 40, 16): T2V_14B,
     (3072, 14336, 30, 48): TI2V_5B,
 }
+# The width of a released transformer -> the models that a LoRA of this width is for.
+NAMES_BY_WIDTH = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
 BY_CHANNELS = {16: T2V, 48: TI2V}

@@ -52,8 +52,7 @@ def check_backends(model: ModelSpec) -> None:
 
 def describe_attention(model: ModelSpec) -> dict[str, Any]:
     """Name the attention backends that really run, for the self-attention and for the cross-attention."""
-    from wancli.models.attention import choose_backend
-    from wancli.models.dtypes import DTYPES
+    from wancli.models.attention import DTYPES, choose_backend
 
     dtype = DTYPES[model.compute_dtype]
     width, asked = model.checkpoint.transformer_config.head_dim, model.kernels.attention

@@ -1,14 +1,19 @@
-"""What a shot takes of the memory: its sizes and settings put into the formulas of `memory`."""
+"""Predict the memory of a shot: its sizes and settings put into the formulas of `memory_model`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wancli.models.config import T5Config, VAE22Config, VAEConfig
+from wancli.models.config import Dtype, T5Config, VAE22Config, VAEConfig, WanConfig, compute_dtype
 from wancli.resources import memory_model
-from wancli.resources.memory_model import FP32, Phase
+from wancli.resources.memory_model import (
+    DecodeCoefficients,
+    EncodeCoefficients,
+    Phase,
+    SampleCoefficients,
+)
 from wancli.weights.component import Component
 
 if TYPE_CHECKING:
@@ -20,6 +25,16 @@ _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _MATRICES = "block matrices"
 
 
+@dataclass(frozen=True)
+class StoredMatrices:
+    """How a file stores the matrices of a network: whether as plain floats, and bytes."""
+
+    plain: bool
+    matrices: int
+    largest: int
+    scales: int
+
+
 def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]:
     """Predict the memory of encoding, sampling and decoding; the transformer stays while decoding.
 
@@ -29,13 +44,12 @@ def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]
     if sample is None:
         forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
         sample = predict_sampling(shot, sum(text.rows for text in shot.prompts), forwards)
-    decode = memory_model.decode_phase(
+    vae = decode_coefficients(
         shot.model.vae_sizes,
-        shot.latent_shape,
-        chunk=shot.decode_chunk,
-        resident_bytes=sample.model,
-        mapped=shot.model.device == "cpu" and _is_only_fp32(shot.model.checkpoint.vae),
+        device=shot.model.device,
+        stored_in_fp32=_is_only_fp32(shot.model.checkpoint.vae),
     )
+    decode = vae.phase(shot.latent_shape, chunk=shot.decode_chunk, resident_bytes=sample.model)
     return predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts]), sample, decode
 
 
@@ -50,68 +64,97 @@ def process_bytes(model: ModelSpec) -> int:
 
 
 def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
-    """UMT5 on prompts of so many tokens."""
-    t5 = model.text_encoder
-    dtype, residency = model.encoder.dtype, model.encoder.residency
-    part, element = model.checkpoint.text_encoder, ELEMENT_BYTES[dtype]
-    phase = memory_model.encode_phase(
-        t5,
-        prompt_tokens=max(tokens),
-        element_bytes=element,
-        streamed=residency == "streamed",
-        prompts=len(tokens) if residency == "streamed" else 1,
+    """Predict the memory of UMT5 on prompts of these token counts."""
+    coefficients = encode_coefficients(
+        model.text_encoder,
+        stored_matrices(model.checkpoint.text_encoder),
+        device=model.device,
+        dtype=model.encoder.dtype,
+        residency=model.encoder.residency,
     )
-    weights = phase.model
+    return coefficients.phase(max(tokens), len(tokens))
+
+
+def predict_sampling(shot: Shot, rows: int, forwards: int) -> Phase:
+    """Predict the memory of sampling a shot alone, with `rows` of text and `forwards` on a pass."""
+    model = shot.model
+    coefficients = sample_coefficients(
+        model.checkpoint.transformer_config,
+        stored_matrices(model.checkpoint.experts[0]),
+        device=model.device,
+        dtype=model.dtype,
+        residency=model.residency,
+    )
+    return coefficients.phase(
+        shot.latent_shape,
+        text_rows=rows,
+        forwards_per_pass=forwards,
+        chunk=model.kernels.chunk,
+        lora_bytes=sum(file.stat().st_size for file in {use.path for use in shot.loras}),
+    )
+
+
+def encode_coefficients(
+    t5: T5Config, stored: StoredMatrices, *, device: str, dtype: str, residency: str
+) -> EncodeCoefficients:
+    """Return the coefficients of UMT5 as it is loaded; `stored` is how its file has it."""
+    element = ELEMENT_BYTES[dtype]
+    found = memory_model.encode_coefficients(t5, element_bytes=element, streamed=residency == "streamed")
+    weights = found.model
     if residency == "packed":
         embedding = t5.vocab_size * t5.d_model * element
-        weights = (
-            memory_model.t5_bytes(t5, element_bytes=element, streamed=True)
-            + embedding
-            + _packed_bytes(model, part)
-        )
+        weights = memory_model.t5_bytes(t5, element_bytes=element, streamed=True) + embedding
+        weights += _packed_bytes(stored, device)
     if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
         held = t5.num_layers if residency == "resident" else 2
         weights += held * t5.d_model * t5.d_ff * 2
-    return Phase("encode", weights, phase.activation, _unpack_bytes(model, part, residency))
+    return replace(found, model=weights, buffer=_unpack_bytes(stored, device, residency))
 
 
-def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
-    """A shot alone, with `rows` of text and that many forwards on a pass."""
-    model, wan = shot.model, shot.model.checkpoint.transformer_config
-    part, element = model.checkpoint.experts[0], ELEMENT_BYTES[model.compute_dtype]
-    resident = model.residency == "resident"
+def sample_coefficients(
+    wan: WanConfig, stored: StoredMatrices, *, device: str, dtype: Dtype, residency: str
+) -> SampleCoefficients:
+    """Return the coefficients of the transformer as it is loaded; `stored` is how its file has it."""
+    is_resident = residency == "resident"
     weights = 0
-    if model.dtype == "fp8" and part.scheme.name == "plain":
+    if dtype == "fp8" and stored.plain:
         weights = memory_model.fp8_bytes(wan)
-    elif model.dtype == "fp8":
-        weights = part.precision_of(_MATRICES).nbytes + part.precision_of("scales, markers").nbytes
-    elif model.residency == "packed":
-        weights = _packed_bytes(model, part)
-    fetched = None if resident else 2
-    phase = memory_model.sample_phase(
+    elif dtype == "fp8":
+        weights = stored.matrices + stored.scales
+    elif residency == "packed":
+        weights = _packed_bytes(stored, device)
+    fetched = None if is_resident else 2
+    found = memory_model.sample_coefficients(
         wan,
-        shot.latent_shape,
-        context_rows=rows,
-        element_bytes=element,
-        extra_weight_bytes=weights + sum(file.stat().st_size for file in {use.path for use in shot.loras}),
-        blocks_in_memory=0 if resident and model.dtype == "fp8" else fetched,
-        forwards_per_pass=riders,
-        chunk=model.kernels.chunk,
+        element_bytes=ELEMENT_BYTES[compute_dtype(dtype, device)],
+        blocks_in_memory=0 if is_resident and dtype == "fp8" else fetched,
     )
-    scratch = 0 if model.dtype == "fp8" else _unpack_bytes(model, part, model.residency)
-    if shot.loras and element != FP32:  # a sum is made in fp32
-        scratch += max(wan.dim, wan.ffn_dim) * wan.dim * FP32
-    return Phase("sample", phase.model, phase.activation, phase.buffer + scratch)
+    buffer = 0 if dtype == "fp8" else _unpack_bytes(stored, device, residency)
+    return replace(found, model=weights + found.model, buffer=buffer)
 
 
-def _packed_bytes(model: ModelSpec, part: Component) -> int:
+def decode_coefficients(
+    vae: VAEConfig | VAE22Config, *, device: str, stored_in_fp32: bool
+) -> DecodeCoefficients:
+    """Return the coefficients of the VAE as it is loaded."""
+    return memory_model.decode_coefficients(vae, mapped=device == "cpu" and stored_in_fp32)
+
+
+def _packed_bytes(stored: StoredMatrices, device: str) -> int:
     """Matrices as they are stored: on a CPU mapped, for a GPU in pinned memory of the host."""
-    return part.precision_of(_MATRICES).nbytes if model.device == "cpu" else 0
+    return stored.matrices if device == "cpu" else 0
 
 
-def _unpack_bytes(model: ModelSpec, part: Component, residency: str) -> int:
+def _unpack_bytes(stored: StoredMatrices, device: str, residency: str) -> int:
     """For a GPU, the largest matrix as it is stored, on its way; for a CPU it is read in pieces."""
-    return part.precision_of(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
+    return stored.largest if device == "cuda" and residency != "resident" else 0
+
+
+def stored_matrices(part: Component) -> StoredMatrices:
+    """Return how a component's file stores its matrices."""
+    matrices = part.precision_of(_MATRICES)
+    scales = part.precision_of("scales, markers")
+    return StoredMatrices(part.scheme.name == "plain", matrices.nbytes, matrices.largest, scales.nbytes)
 
 
 def network_sizes(model: ModelSpec) -> dict[str, Any]:
@@ -125,13 +168,13 @@ def checkpoint_sizes(
     """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
     stored = {}
     for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
-        matrices = part.precision_of(_MATRICES)
+        matrices = stored_matrices(part)
         stored[name] = {
-            "plain": part.scheme.name == "plain",
+            "plain": matrices.plain,
             "dtype": _single_dtype(part),
-            "matrices": matrices.nbytes,
+            "matrices": matrices.matrices,
             "largest": matrices.largest,
-            "scales": part.precision_of("scales, markers").nbytes,
+            "scales": matrices.scales,
         }
     return {
         "text_encoder": asdict(text_encoder),

@@ -15,7 +15,15 @@ from typing import Any, Literal
 
 from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
-from wancli.models.config import ComputeOptions, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import (
+    ComputeOptions,
+    Expert,
+    T5Config,
+    VAE22Config,
+    VAEConfig,
+    WanConfig,
+    compute_dtype,
+)
 from wancli.plan.schedule import Schedule
 from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_schedule
@@ -68,9 +76,7 @@ class ModelSpec:
     @property
     def compute_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
         """The dtype of matmuls: weights in fp8 are unpacked for them."""
-        if self.dtype != "fp8":
-            return self.dtype
-        return "fp32" if self.device == "cpu" else "bf16"
+        return compute_dtype(self.dtype, self.device)
 
     @property
     def first_expert(self) -> Expert:

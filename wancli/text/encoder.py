@@ -126,7 +126,7 @@ def _rotate(pending: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:
 
 def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
     """Load UMT5; `residency` decides where its weights are. Raises CheckpointError with all problems."""
-    from wancli.models.dtypes import DTYPES
+    from wancli.models.attention import DTYPES
     from wancli.weights import loader
 
     return loader.load_umt5(

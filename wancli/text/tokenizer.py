@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError, JobError, PromptTooLong
+from wancli.models.config import EOS
 from wancli.units import quote
 from wancli.weights.formats.embedded_tokenizer import read_tokenizer
-
-EOS = 1  # `</s>`
 
 
 def clean(text: str, where: str = "") -> str:

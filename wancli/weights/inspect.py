@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import CheckpointError, JobError
+from wancli.models import parameter_count
 from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.resources import memory_model
 from wancli.weights.checkpoint import identify
 from wancli.weights.component import Component
 from wancli.weights.folder_layouts import (
@@ -138,10 +138,10 @@ def _describe_component(part: Component) -> dict[str, Any]:
 def _count_parameters(part: Component) -> int | None:
     """How many parameters a network of these sizes has, where there is a formula."""
     if isinstance(part.config, WanConfig):
-        return memory_model.wan_parameters(part.config)
+        return parameter_count.wan_parameters(part.config)
     if isinstance(part.config, T5Config):
-        return memory_model.t5_parameters(part.config)
-    return memory_model.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
+        return parameter_count.t5_parameters(part.config)
+    return parameter_count.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
 
 
 def _scan_file(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and then the pages of the file are given back. So weights are never in memory tw
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wancli.models import t5
-from wancli.models.config import ComputeOptions, Expert, VAE22Config
+from wancli.models.config import TIED_EMBEDDING, ComputeOptions, Expert, VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
@@ -102,35 +102,45 @@ def check_loadable(checkpoint: Checkpoint) -> None:
         raise mismatch_error(problems, str(checkpoint.vae_files[0]))
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a transformer is loaded and computes. In half precision, all but the block matrices stays fp32.
+
+    `fp8` stores matrices that are offloaded as e4m3 with a scale per row, unless the file quantizes them.
+    `lazy` converts the blocks of a resident transformer on a CPU when they first run; see LazyBlocks.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    residency: Residency = "resident"
+    fp8: bool = False
+    kernels: ComputeOptions = ComputeOptions()
+    lazy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernels.fp8_matmul and self.residency != "resident":
+            raise ValueError(f"{self.residency} weights do not multiply in fp8")
+
+
 def load_transformer(
     checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    options: LoadOptions = LoadOptions(),
     expert: Expert = "only",
-    residency: Residency = "resident",
     after_unpack: AfterUnpack | None = None,
-    fp8: bool = False,
-    kernels: ComputeOptions = ComputeOptions(),
-    lazy: bool = False,
 ) -> WanModel:
-    """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
-    precision everything outside the large matrices of the blocks stays fp32.
+    """Load the diffusion transformer of a checkpoint, or one of its two experts, ready to run.
 
-    `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
-    packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
-    `kernels` are what it computes with. Raises ValueError for `fp8_matmul` of weights that are not resident.
-    `lazily` leaves blocks that are resident on a CPU to be converted when they first run, see Arriving.
+    `after_unpack` may change the matrices of offloaded blocks; it is called each time one is fetched.
     """
-    if kernels.fp8_matmul and residency != "resident":
-        raise ValueError(f"{residency} weights do not multiply in fp8")
+    dtype, device, kernels = options.dtype, options.device, options.kernels
     with torch.device("meta"):
         model = WanModel(checkpoint.transformer_config, kernels)
     weights = read_transformer_weights(checkpoint, expert)
-    whole = residency == "resident" and not kernels.fp8_matmul
-    is_lazy = lazy and whole and torch.device(device).type == "cpu"
-    offloaded = [] if whole else matrix_names(model.blocks, "blocks")
+    in_memory = options.residency == "resident" and not kernels.fp8_matmul
+    is_lazy = options.lazy and in_memory and torch.device(device).type == "cpu"
+    not_loaded = [] if in_memory else matrix_names(model.blocks, "blocks")
     if is_lazy:
-        offloaded = [name for name in model.state_dict() if name.startswith("blocks.")]
+        not_loaded = [name for name in model.state_dict() if name.startswith("blocks.")]
     load_into(
         model,
         weights.items(),
@@ -139,18 +149,17 @@ def load_transformer(
         device=device,
         keep_fp32=_stays_fp32,
         where=str(checkpoint.expert(expert).files[0].parent),
-        keep_on_meta=frozenset(offloaded),
+        keep_on_meta=frozenset(not_loaded),
     )
+    rest = {name: weights[name] for name in not_loaded}
     if kernels.fp8_matmul:
         replace_with_fp8(model.blocks, "blocks", weights, device)
     elif is_lazy:
-        mapped = {name: weights[name] for name in offloaded}
         model.blocks = LazyBlocks(
-            model.blocks, partial(_load_block, mapped, keep_on_disk(mapped), model.blocks, dtype)
+            model.blocks, partial(_load_block, rest, keep_on_disk(rest), model.blocks, dtype)
         )
-    elif offloaded:
-        matrices = {name: weights[name] for name in offloaded}
-        source = _to_fp8(matrices, device) if fp8 else place_weights(matrices, residency, device)
+    elif rest:
+        source = _to_fp8(rest, device) if options.fp8 else place_weights(rest, options.residency, device)
         model.blocks = OffloadedBlocks(model.blocks, "blocks", source, device, after_unpack)
     return model.eval()
 
@@ -226,7 +235,7 @@ def load_umt5(
     """
     where = str(files[0])
     weights = read_packed(files, rename=rename, prefixes=(prefix,) if prefix else ())
-    weights.pop(t5.TIED_EMBEDDING, None)
+    weights.pop(TIED_EMBEDDING, None)
     model = t5.build_encoder(infer_t5_config({name: weight.shape for name, weight in weights.items()}, where))
     layers = model.encoder.block
     offloaded = [] if residency == "resident" else matrix_names(layers, t5.BLOCKS)

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wancli.errors import CheckpointError
-from wancli.models.config import Expert, T5Config, VAE22Config
+from wancli.models.config import TIED_EMBEDDING, Expert, T5Config, VAE22Config
 from wancli.models.variants import (
     BY_CHANNELS,
     MINI,
     MINI_DIM,
+    NAMES_BY_WIDTH,
     RELEASED,
     T2V,
     T2V_14B,
@@ -73,9 +74,6 @@ OTHER_FILES = {
 LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide where the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
-TIED_EMBEDDING = (
-    "encoder.embed_tokens.weight"  # some files hold `shared.weight` a second time under this name
-)
 LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
 Tensors = dict[str, TensorInfo]
 
@@ -249,7 +247,7 @@ def _recognize_vae(part: Component, shapes: dict[str, tuple[int, ...]]) -> Compo
 def _recognize_lora(contents: TensorIndex) -> Component:
     lora = describe_lora(contents)
     path = contents.files[0]
-    made_for = {1536: "Wan2.1 1.3B", 5120: "Wan 14B", 3072: "Wan2.2 5B"}.get(lora.width or 0, "")
+    made_for = NAMES_BY_WIDTH.get(lora.width or 0, "")
     part = Component(
         "lora",
         name=f"LoRA for {made_for}" if made_for else "LoRA",

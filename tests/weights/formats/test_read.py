@@ -71,7 +71,7 @@ def state_of(folder: Path) -> dict[str, Tensor]:
 
 
 def load(folder: Path) -> nn.Module:
-    return load_transformer(identify(folder), torch.float32, "cpu")
+    return load_transformer(identify(folder))
 
 
 def test_diffusers_names_become_the_official_ones(tiny: Path):
@@ -105,7 +105,7 @@ def test_a_model_saved_by_diffusers_gives_the_same_velocity(diffusers_folder: Pa
     assert (checkpoint.experts[0].naming, checkpoint.vae.naming) == ("diffusers", "diffusers")
     assert checkpoint.text_encoder.naming == "transformers"
     assert len(checkpoint.transformer_files) > 1
-    ours = load_transformer(checkpoint, torch.float32, "cpu")
+    ours = load_transformer(checkpoint)
     theirs = WanTransformer3DModel.from_pretrained(diffusers_folder / "transformer")
     x, text, t = torch.randn(1, 16, 2, 4, 6), torch.randn(5, 32), torch.tensor([321.0])
     with torch.inference_mode():

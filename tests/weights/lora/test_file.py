@@ -85,7 +85,7 @@ def test_a_lora_of_another_model_is_refused_with_both_shapes_and_both_models(tmp
         f"{path}: diffusion_model.blocks.0.self_attn.q.lora_B.weight makes a change of [5120, 5120] to "
         "blocks.0.self_attn.q.weight, which is [1536, 1536] in this model"
     )
-    assert caught.value.hint == "This LoRA was made for Wan 14B, and this is Wan 1.3B."
+    assert caught.value.hint == "This LoRA was made for Wan 14B, and this is Wan2.1 1.3B."
 
 
 def test_a_block_past_the_last_is_of_another_model(tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
 from wancli.weights.loader import iterate_transformer_tensors, load_into
 from wancli.weights.lora.file import read_lora_file
-from wancli.weights.lora.patch import Lora, Loras, Patches, add_deltas, load_lora, merge
-from wancli.weights.lora.use import is_constant, strengths_at
+from wancli.weights.lora.patch import Lora, Loras, Patches, add_deltas, load_lora
 
 ALPHA = 6.0
 
@@ -209,7 +208,7 @@ def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
                 reference.get_parameter(f"{module}.bias").add_(down)
         expected = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
         lora = load_lora(path, SHAPES)
-        merge(dict(model.named_parameters()), Loras([use(lora)], [lora]))
+        Patches(dict(model.named_parameters()), lambda _: []).apply_step(Loras([use(lora)], [lora]), 0)
         velocity = model(x, t, [((model.project(text), 1.0),)] * DEPTH)
     assert torch.linalg.vector_norm(expected - plain) > 0.05 * torch.linalg.vector_norm(plain)
     assert torch.linalg.vector_norm(velocity - expected) < 1e-5 * torch.linalg.vector_norm(expected)
@@ -432,7 +431,7 @@ def test_a_dense_difference_is_what_is_added(tmp_path: Path) -> None:
     assert len(lora.deltas) == 5
     for name, delta in lora.deltas.items():
         weight = torch.zeros(SHAPES[name])
-        delta.add_to(weight, -2.0)
+        add_deltas(weight, [(delta, -2.0)])
         assert torch.allclose(delta.dense(), weight / -2, rtol=1e-5, atol=1e-5)
         assert delta.dense(torch.bfloat16).dtype == torch.bfloat16
 
@@ -441,7 +440,7 @@ def test_a_difference_is_not_added_to_another_shape(tmp_path: Path) -> None:
     lora = load_lora(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
     weight = torch.zeros(DIM * DIM)
     with pytest.raises(ValueError, match=r"a difference of \[48, 48\] to a weight of \[2304\]"):
-        lora.deltas["blocks.0.self_attn.q.weight"].add_to(weight, 1.0)
+        add_deltas(weight, [(lora.deltas["blocks.0.self_attn.q.weight"], 1.0)])
     assert not weight.any()
 
 
@@ -456,12 +455,11 @@ def test_strengths_follow_steps_blocks_and_experts(tmp_path: Path) -> None:
         use(lora, 0.7, steps=(1, 2)),
         use(lora, 0.8, expert="high"),
     ]
-    assert strengths_at(uses, 0, 0) == (0.5, 0.6, 0, 0)
-    assert strengths_at(uses, 1, 1, "high") == (0.5, 0, 0.7, 0.8)
-    assert strengths_at(uses, 3, None, "low") == (0.5, 0, 0, 0)
-    assert is_constant(uses[:2] + uses[3:])
-    assert not is_constant(uses)
-    assert is_constant([use(lora, 0.0, steps=(1,))])
+    strengths = [
+        tuple(use.strength_at(step, block, expert) for use in uses)
+        for step, block, expert in ((0, 0, "only"), (1, 1, "high"), (3, None, "low"))
+    ]
+    assert strengths == [(0.5, 0.6, 0, 0), (0.5, 0, 0.7, 0.8), (0.5, 0, 0, 0)]
 
 
 def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
@@ -484,22 +482,6 @@ def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
     }
     assert list(at.values()) == [[], [0.25], [0.5], [0.5, 0.25], [], [], [], [0.25]]
     assert loras.terms_for("blocks.1.ffn.0.weight", 1)[0][0] is lora.deltas["blocks.1.ffn.0.weight"]
-
-
-def test_merging_checks_everything_before_it_changes_anything(tmp_path: Path) -> None:
-    found = {**pair("blocks.0.ffn.0", FFN, DIM), **pair("blocks.1.ffn.0", FFN, DIM)}
-    lora = load_lora(saved(tmp_path / "a.safetensors", found), SHAPES)
-    state = {
-        "blocks.0.ffn.0.weight": torch.zeros(FFN, DIM),
-        "blocks.1.ffn.0.weight": torch.zeros(FFN, DIM + 1),
-    }
-    for uses, message in (
-        ([use(lora)], "blocks.1.ffn.0.weight of .* is not in the model"),
-        ([use(lora, steps=(0,))], "cannot be merged once"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            merge(state, Loras(uses, [lora]))
-        assert not any(tensor.any() for tensor in state.values())
 
 
 # ---- into a model and out again ----
@@ -589,7 +571,7 @@ def test_weights_left_half_way_are_read_again(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("wancli.weights.lora.patch.LowRank._add", break_off)
+        patch.setattr("wancli.weights.lora.patch.LowRank._add_fp32", break_off)
         with pytest.raises(MemoryError):
             patches.apply_step(Loras([use(one)], [one]), 0)
     assert patches.apply_step(Loras(), 0)

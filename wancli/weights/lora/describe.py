@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from wancli.errors import CheckpointError
 from wancli.weights.formats.safetensors_header import TensorInfo
 from wancli.weights.formats.tensor_index import TensorIndex
-from wancli.weights.lora.file import METADATA_KEY, read_lora_file
+from wancli.weights.lora.file import MAX_EXAMPLES, METADATA_KEY, read_lora_file
 from wancli.weights.lora.key_mapping import (
     REFUSED,
     LoraTarget,
@@ -29,7 +29,6 @@ METHODS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w2": "LoKr", "lokr_w2_a": 
 METHODS |= dict.fromkeys(("diff", "diff_b", "diff_m"), "full differences")
 METHODS |= {what: what for what in REFUSED}
 RANKED = {"down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"}  # parts of shape [rank, ...]
-MAX_EXAMPLES = 3  # keys quoted
 _SCALARS = {"F16": "<e", "F32": "<f", "F64": "<d"}
 
 

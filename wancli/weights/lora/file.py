@@ -33,6 +33,7 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 }
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside the file
+MAX_EXAMPLES = 3  # unknown keys named as examples
 METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the file
 
 

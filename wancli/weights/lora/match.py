@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
+from wancli.models.variants import NAMES_BY_WIDTH
 from wancli.weights.formats.infer_config import Shapes
-from wancli.weights.lora.file import Change, LoraFile
+from wancli.weights.lora.file import MAX_EXAMPLES, Change, LoraFile
 from wancli.weights.lora.key_mapping import block_index, is_image_only
 
-MODELS_BY_WIDTH = {1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
 IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys
-MAX_EXAMPLES = 3  # keys quoted
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _wrong_model_error(file: LoraFile, change: Change, shapes: Shapes, depth: in
         there = f"not in this model, whose last block is {depth - 1}"
     theirs = next((c.shape[-1] for c in file.changes if _has_model_width(c.name) and c.kind != "full"), 0)
     ours = next((shape[-1] for name, shape in shapes.items() if _has_model_width(name)), 0)
-    models = [MODELS_BY_WIDTH.get(width, f"a model of width {width}") for width in (theirs, ours)]
+    models = [NAMES_BY_WIDTH.get(width, f"a model of width {width}") for width in (theirs, ours)]
     return CheckpointError(
         f"{change.key} makes a change of {list(change.shape)} to {change.name}, which is {there}",
         where=str(file.path),

@@ -23,7 +23,7 @@ from wancli.weights.formats.read import iterate_tensors
 from wancli.weights.lora.file import Change, read_lora_file
 from wancli.weights.lora.key_mapping import block_index
 from wancli.weights.lora.match import Coverage, select_changes
-from wancli.weights.lora.use import LoraUse, is_constant
+from wancli.weights.lora.use import LoraUse
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +37,8 @@ class Delta(ABC):
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The whole difference, in the shape of the parameter."""
 
-    def add_to(self, weight: Tensor, strength: float) -> None:
-        """weight += strength * difference, in place; see `add`."""
-        add_deltas(weight, [(self, strength)])
-
     def _add_fp32(self, weight: Tensor, strength: float) -> None:
-        """The same to an fp32 weight."""
+        """weight += strength * difference, in place, for an fp32 weight."""
         weight.add_(self.dense(device=weight.device), alpha=strength)
 
 
@@ -186,23 +182,6 @@ def add_deltas(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
         delta._add_fp32(total, strength)
     if weight.dtype != torch.float32:
         weight.copy_(total)
-
-
-def merge(state: Mapping[str, Tensor], loras: Loras, expert: Expert = "only") -> None:
-    """Adds LoRAs for good to the named weights of a model, tensor by tensor, in place.
-
-    Raises ValueError, before anything is changed, when a strength depends on the step, a parameter
-    is missing or has another shape.
-    """
-    if not is_constant(loras.uses):
-        raise ValueError("a LoRA whose strength changes from step to step cannot be merged once")
-    changes = {name: loras.terms_for(name, 0, expert) for name in sorted(loras.names)}
-    for name, terms in changes.items():
-        for delta, _ in terms:
-            if name not in state or tuple(state[name].shape) != delta.shape:
-                raise ValueError(f"{name} of {list(delta.shape)} is not in the model")
-    for name, terms in changes.items():
-        add_deltas(state[name], terms)
 
 
 class Patches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +40,3 @@ class LoraUse:
             "steps": self.steps,
             "expert": self.expert,
         }
-
-
-def strengths_at(
-    uses: Sequence[LoraUse], step: int, block: int | None, expert: Expert = "only"
-) -> tuple[float, ...]:
-    """The strength of each use in a block (None: outside the blocks) at a step."""
-    return tuple(use.strength_at(step, block, expert) for use in uses)
-
-
-def is_constant(uses: Iterable[LoraUse]) -> bool:
-    """Whether each use has the same strengths at every step, so that merging once is enough."""
-    return all(use.steps is None or use.strength == 0 for use in uses)

@@ -381,5 +381,5 @@ def test_a_missing_embedding_is_a_job_error(tmp_path: Path):
     with pytest.raises(JobError, match="cannot be read"):
         load_embedding(tmp_path / "none.safetensors")
     save_embeddings(tmp_path / "one.safetensors", [make_embedding()])
-    with pytest.raises(JobError, match="no embedding 1: the file holds 1"):
+    with pytest.raises(JobError, match="no embedding 1: the file contains 1"):
         load_embedding(tmp_path / "one.safetensors", 1)

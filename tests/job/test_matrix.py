@@ -220,7 +220,7 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ),
         ("id: a\nitems: [{seed: 1}, {seed: 2}]", ["job.yaml:6: id: shots 0 and 1 both have the id 'a'"]),
     ],
-    load_ids=lambda value: value[:40] if isinstance(value, str) else "",
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_an_error_in_a_sweep_has_the_line_of_its_key_or_value(text: str, lines: list[str]) -> None:
     assert load_problems(text + "\n") == lines

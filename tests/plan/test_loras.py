@@ -293,7 +293,7 @@ def test_the_key_changes_with_the_config_that_sets_the_scale(
         ({"blocks": 3}, ":11: loras.0.blocks: style.safetensors changes none of these blocks"),
         ({"steps": 2}, ":11: loras.0.steps: 2 is past the last step (1)"),
         ({"steps": {"sigma": [0.1, 0.2]}}, ":11: loras.0.steps: no step is in this range"),
-        ({"expert": "high"}, ":11: loras.0.expert: the model has one network for all steps"),
+        ({"expert": "high"}, ":11: loras.0.expert: the model has one network for all steps, not two experts"),
         ({"strength": 11}, ":11: loras.0.strength: should be less than or equal to 10, got 11"),
         ({"strenght": 1}, ":11: loras.0.strenght: unknown key; did you mean 'strength'?"),
     ],

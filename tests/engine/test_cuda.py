@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make gpu` runs these. Everything else about these parts is tested on the CPU."""
+"""Properties that only a GPU can show, run by `make gpu`. Everything else is tested on the CPU."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
 
 @pytest.mark.parametrize("asked", TORCH_BACKENDS)
 @torch.inference_mode()
-def test_every_backend_that_is_there_agrees_with_the_plain_one(asked: AttentionBackend):
+def test_every_available_backend_agrees_with_the_plain_one(asked: AttentionBackend):
     try:
         choose_backend(DEVICE, torch.bfloat16, 128, requested=asked)
     except MachineError:

@@ -278,7 +278,7 @@ def test_a_change_of_either_expert_changes_the_key(
     assert len(set(found)) == 3
 
 
-def test_experts_are_asked_for_in_vain_where_there_is_one_network(
+def test_settings_of_experts_are_refused_if_there_is_one_network(
     ti2v: Saved, decide: Callable[..., Shot]
 ) -> None:
     for said, where in (
@@ -460,9 +460,11 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     real = WanModel.predict_velocities
     calls: list[int] = []
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         found = []
-        for velocity in real(self, requests, riders):
+        for velocity in real(self, requests, forwards_per_pass):
             calls.append(1)
             found.append(velocity * (torch.nan if len(calls) == 9 else 1))
         return found
@@ -476,7 +478,7 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     assert not list(tmp_path.glob("out/b.*"))
 
 
-def test_a_shot_whose_latent_is_there_is_only_decoded(
+def test_a_shot_whose_latent_exists_is_only_decoded(
     a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered = partial(render, a14b, output="out/{id}.mp4")
@@ -507,7 +509,7 @@ def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
-def test_a_batch_that_is_killed_between_its_experts_goes_on_with_the_second(
+def test_a_batch_killed_between_its_experts_resumes_with_the_second(
     a14b: Saved, render: Callable[..., Said], tmp_path: Path, alone: dict[str, Tensor], residency: str
 ) -> None:
     items = [item | {"measure": item["id"] == "b"} for item in ITEMS]
@@ -534,7 +536,7 @@ def test_a_batch_that_is_killed_between_its_experts_goes_on_with_the_second(
         assert names[0] == names[1] == ["encode", *["load", "sample"] * 2, "decode"]
 
 
-def test_the_state_of_another_job_moves_aside_and_a_damaged_one_is_no_use(
+def test_the_state_of_another_job_or_a_damaged_one_is_moved_aside(
     a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered = partial(render, a14b, output="out/{id}.mp4", items=ITEMS[:2])
@@ -578,12 +580,14 @@ def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
 ) -> None:
     items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
     job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
-    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     job["items"] = items[:1]
-    (single,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    single = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
-    assert together[0].phases[1].buffer - single.phases[1].buffer == (2 + 1) * state
-    assert together[2].phases[1].activation < single.phases[1].activation
+    alone = single.schedule.phases(single.shots[0])[1]
+    first, _, last = (together.schedule.phases(shot)[1] for shot in together.shots)
+    assert first.buffer - alone.buffer == (2 + 1) * state
+    assert last.activation < alone.activation
 
 
 # ---- checkpoints ----

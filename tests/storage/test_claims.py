@@ -303,7 +303,7 @@ from wancli.engine import denoise_stage
 from wancli.video import mp4
 
 log, event, id, step = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-note, to_rgb24 = denoise_stage._note, mp4.to_rgb24
+note, to_rgb24 = denoise_stage._record_step, mp4.to_rgb24
 
 def noted(one, *rest):
     note(one, *rest)
@@ -325,7 +325,7 @@ def happens():
     while event.endswith("hang"):
         time.sleep(1)
 
-denoise_stage._note, mp4.to_rgb24 = noted, converted
+denoise_stage._record_step, mp4.to_rgb24 = noted, converted
 main()
 """
 STEPS = 6

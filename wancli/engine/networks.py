@@ -1,4 +1,4 @@
-"""The networks of a checkpoint while they are in memory, and the LoRAs put into them."""
+"""The networks of a checkpoint in memory, and the LoRAs patched into them."""
 
 from __future__ import annotations
 
@@ -118,46 +118,45 @@ class Networks:
 
 
 class ModelCache:
-    """Keeps the networks of the last model in memory from one render to the next."""
+    """The networks of the last model, kept in memory from one render to the next."""
 
     def __init__(self) -> None:
         self._networks: Networks | None = None
 
-    def get(self, model: ModelSpec, lazily: bool) -> Networks:
-        """Those that are here if they are of this model and ran as it would, else new ones; what was here
-        before is gone then."""
-        here = self._networks
-        if here and self.has(model) and lazily >= here.lazy:
-            here.reuse()
-            return here
-        self._networks = here = None  # before others are loaded
-        self._networks = Networks(model, lazily)
+    def get(self, model: ModelSpec, lazy: bool) -> Networks:
+        """Return the cached networks if they run as this model would, else new ones in their place."""
+        cached = self._networks
+        if cached and self.has(model) and lazy >= cached.lazy:
+            cached.reuse()
+            return cached
+        self._networks = cached = None  # before others are loaded
+        self._networks = Networks(model, lazy)
         return self._networks
 
     def has(self, model: ModelSpec) -> bool:
-        """Whether the networks that are here are of this model, whose weights were checked then."""
+        """Return whether the cached networks are of this model, whose weights were checked then."""
         return self._networks is not None and _cache_key(self._networks.model) == _cache_key(model)
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Release the memory."""
         self._networks = None
 
 
 def _cache_key(model: ModelSpec) -> tuple[object, ...]:
-    """All that a network in memory depends on."""
+    """Return all that a network in memory depends on."""
     weights = (model.checkpoint, model.transformer, model.vae)
     return (*weights, model.device, model.dtype, model.residency, model.kernels)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for what would only show when the networks are loaded."""
+    """Raise CheckpointError for damage that would only show when the networks are loaded."""
     from wancli.weights.loader import check_loadable
 
     check_loadable(checkpoint)
 
 
 def check_device(device: str) -> None:
-    """Raises MachineError where a plan says `cuda` and torch has none."""
+    """Raise MachineError if a plan says `cuda` and torch has no CUDA device."""
     if device != "cuda":
         return
     import torch

@@ -1,8 +1,8 @@
-"""What there is before a render: what is done, to do, or cannot be; found before anything slow starts.
+"""Check before a render what is done, what is to do, and what this machine cannot do.
 
-One output in the way, or one shot that is too large, fails that shot alone. What would meet every shot ends
-the batch before it begins: no ffmpeg, a folder that takes no files, too little space, weights that do not fit
-their networks.
+An output that already exists, or a shot that is too large, fails that shot alone. A problem that affects
+every shot stops the batch before it starts: no ffmpeg, an unwritable folder, too little disk space, weights
+that do not fit their networks.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class PreflightResult:
 
 
 def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
-    """Looks at every output, and whether the machine will do.
+    """Check every output, the machine, the memory and the disk, before anything is started.
 
-    Raises OutputExists where all that is to do is in the way, DoesNotFit where all of it is too large;
-    MachineError when ffmpeg or a folder will not do, NoSpace with figures; CheckpointError for weights that
-    do not fit their networks. Nothing was started then.
+    Raises OutputExists if the outputs of all shots to render already exist, DoesNotFit if all of these shots
+    are too large, MachineError if ffmpeg or a folder is unusable, NoSpace with figures, and CheckpointError
+    if weights do not fit their networks.
     """
     todo, refused = check_outputs(plan, context)
     _check_machine(todo, context)
@@ -67,15 +67,17 @@ def schedule_shots(plan: Plan, todo: Sequence[Shot]) -> Schedule:
 
 
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
-    """The shots that are not done, and by index why others cannot be. Raises OutputExists where all that is
-    to do is in the way."""
+    """Return the shots that are not done, and by index why other shots are refused.
+
+    Raises OutputExists if every shot that is not done is refused.
+    """
     todo: list[Shot] = []
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
-        state, why = status_for_render(shot, context)
-        if state == "in the way":
+        status, why = status_for_render(shot, context)
+        if status == "in the way":
             refused[shot.index] = output_exists_error(shot, why)
-        elif state != "done" or needs_effects(shot):
+        elif status != "done" or needs_effects(shot):
             todo.append(shot)
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
@@ -83,8 +85,10 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
 
 
 def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus, str]:
-    """The condition of a shot, to a render; with --force what lay there before is neither done nor in the
-    way."""
+    """Return the status of an output for a render, and why it is not the finished shot.
+
+    With --force an output from before this render neither is done nor blocks the shot.
+    """
     if context.force and context.force.is_outdated(shot, "manifest"):
         return "to do", ""
     return output_status(shot)
@@ -98,10 +102,10 @@ def output_exists_error(shot: Shot, why: str) -> OutputExists:
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:
-    """What is at the output of a shot, and why it is not the finished shot.
+    """Return the status of the output of a shot, and why it is not the finished shot.
 
-    `damaged` is one of this very shot, by its manifest, that no longer verifies: it may be made anew once it
-    is moved aside. `in the way` is everything else.
+    `damaged`: by its manifest it is this very shot, but it no longer verifies; a render moves it aside and
+    renders the shot again. `in the way`: a file that this job did not make.
     """
     if not os.path.lexists(shot.output) and not shot.manifest.exists():
         return "to do", "no manifest"  # most of a fresh batch, whose keys are slow to compute
@@ -118,12 +122,12 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
 
 
 def is_finished(shot: Shot) -> bool:
-    """Whether there is nothing to do for it."""
+    """Return whether nothing is left to do for a shot."""
     return output_status(shot)[0] == "done" and not needs_effects(shot)
 
 
 def _manifest_names_shot(shot: Shot) -> bool:
-    """Whether the manifest, sealed or not, says that the output is this very shot."""
+    """Return whether the manifest, sealed or not, says that the output is this very shot."""
     try:
         return bool(json.loads(shot.manifest.read_bytes())["key"] == shot.key)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -131,8 +135,10 @@ def _manifest_names_shot(shot: Shot) -> bool:
 
 
 def _lacks_only_manifest(shot: Shot) -> bool:
-    """Whether a run may have died between the video of this shot and its manifest: then its latent is
-    still there. The video is made once more, and publishing the same bytes is no overwriting."""
+    """Return whether a run may have died after the video of this shot and before its manifest.
+
+    The latent still exists then. The video is made once more, which overwrites it with the same bytes.
+    """
     if shot.manifest.exists():
         return False
     try:
@@ -142,7 +148,10 @@ def _lacks_only_manifest(shot: Shot) -> bool:
 
 
 def needs_effects(shot: Shot) -> bool:
-    """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
+    """Return whether a finished shot lacks the effects of its injections, which the job asks for.
+
+    Its pixels stay the same when it is rendered again.
+    """
     body = manifest.read(shot.manifest) if shot.measure else None
     return body is not None and effects_missing(shot, body)
 
@@ -162,17 +171,18 @@ def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:
             context.claims.require_claimable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         mp4.check_ffmpeg(codec)
-    unknown = [
+    unchecked = [
         shot.model for shot in todo if not (context.model_cache and context.model_cache.has(shot.model))
     ]
-    for checkpoint in dict.fromkeys(model.checkpoint for model in unknown):
+    for checkpoint in dict.fromkeys(model.checkpoint for model in unchecked):
         check_weights(checkpoint)
 
 
 def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
-    """What the shots ask of a machine that this one cannot do: a plan for another says it, `render` refuses.
+    """Yield what the shots require and this machine cannot do. `plan` reports it, `render` refuses.
 
-    Torch is loaded only where a job names its attention or asks for products in fp8."""
+    Torch is loaded only if a job names its attention backend or asks for matmuls in fp8.
+    """
     on_cuda = [shot for shot in shots if "cuda" in (shot.model.device, shot.noise)]
     missing = bool(on_cuda) and not machine.has_cuda()
     if missing:
@@ -186,6 +196,6 @@ def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
             yield f"{error}: `render` would refuse"
 
 
-def is_cached(text: Prompt, context: RenderContext) -> bool:
-    """Whether the store has the embedding of a prompt."""
-    return context.store is not None and context.store.path(text.id).exists()
+def is_cached(prompt: Prompt, context: RenderContext) -> bool:
+    """Return whether the cache has the embedding of a prompt."""
+    return context.store is not None and context.store.path(prompt.id).exists()

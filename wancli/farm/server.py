@@ -77,7 +77,7 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, plan.schedule.placement(shot), encoded=True)
     with oom_as_error("loading", str(shot.model.checkpoint.root)):
-        loaded = kept.get(shot.model, lazily=False)
+        loaded = kept.get(shot.model, lazy=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 
 

@@ -59,7 +59,7 @@ def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:
 
 
 def process_bytes(model: ModelSpec) -> int:
-    """Bytes of the process itself, which come on top of every phase."""
+    """Return the bytes of the process itself, which come on top of every phase."""
     return memory_model.PROCESS if model.device == "cpu" else 0
 
 
@@ -105,7 +105,7 @@ def encode_coefficients(
         embedding = t5.vocab_size * t5.d_model * element
         weights = memory_model.t5_bytes(t5, element_bytes=element, streamed=True) + embedding
         weights += _packed_bytes(stored, device)
-    if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
+    if dtype == "fp16":  # its widest products overflow, so one matrix of each layer stays fp32
         held = t5.num_layers if residency == "resident" else 2
         weights += held * t5.d_model * t5.d_ff * 2
     return replace(found, model=weights, buffer=_unpack_bytes(stored, device, residency))
@@ -141,12 +141,12 @@ def decode_coefficients(
 
 
 def _packed_bytes(stored: StoredMatrices, device: str) -> int:
-    """Matrices as they are stored: on a CPU mapped, for a GPU in pinned memory of the host."""
+    """Return the bytes of matrices as stored: mapped for a CPU; for a GPU they are in host memory."""
     return stored.matrices if device == "cpu" else 0
 
 
 def _unpack_bytes(stored: StoredMatrices, device: str, residency: str) -> int:
-    """For a GPU, the largest matrix as it is stored, on its way; for a CPU it is read in pieces."""
+    """Return the bytes of the largest matrix as stored, which a GPU receives whole; a CPU reads pieces."""
     return stored.largest if device == "cuda" and residency != "resident" else 0
 
 
@@ -158,14 +158,15 @@ def stored_matrices(part: Component) -> StoredMatrices:
 
 
 def network_sizes(model: ModelSpec) -> dict[str, Any]:
-    """What these formulas read of a checkpoint beside the sizes of its transformer, as manifests keep it."""
+    """Return what these formulas read of a checkpoint beside the config of its transformer, as manifests
+    keep it."""
     return checkpoint_sizes(model.checkpoint, model.text_encoder, model.vae_sizes)
 
 
 def checkpoint_sizes(
     checkpoint: Checkpoint, text_encoder: T5Config, vae: VAEConfig | VAE22Config
 ) -> dict[str, Any]:
-    """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
+    """Return the configs of the networks, and in bytes their stored matrices: all, largest, scales."""
     stored = {}
     for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
         matrices = stored_matrices(part)
@@ -185,7 +186,7 @@ def checkpoint_sizes(
 
 
 def stored_dtype(model: ModelSpec) -> str | None:
-    """The dtype of the transformer's matrices in their file, None where they are quantized or mixed."""
+    """Return the dtype of the transformer's matrices in their file, None if they are quantized or mixed."""
     return _single_dtype(model.checkpoint.experts[0])
 
 

@@ -1,7 +1,8 @@
-"""How a model runs in the memory that it may take: where its weights live, how many tokens at a time.
+"""Memory policy: where the weights of a model live, and how many tokens it takes at a time.
 
-Of what the user left open the fastest that fits is taken: `resident` before `packed` before `streamed`, all
-tokens at once before some at a time. Precision and size change the picture, so they are never chosen.
+Of the options that the job leaves open, the fastest that fits into the memory limit is chosen: `resident`
+before `packed` before `streamed`, all tokens at once before chunks. Precision and size change the picture, so
+they are never chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TRANSFORMER_PHASES = ("sample", "decode")  # the phases in which the transformer
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """What a job says of memory; `auto` is left open. `budget` in bytes, None is what is free."""
+    """The memory settings of a job. `auto` is left open; `budget` is in bytes, None means what is free."""
 
     residency: Literal["auto"] | Residency = "auto"
     chunk: Literal["auto"] | int | None = "auto"
@@ -79,12 +80,12 @@ def peak_bytes(model: ModelSpec, shots: Sequence[Shot], names: Collection[str]) 
 
 
 def with_transformer_residency(model: ModelSpec, residency: Residency, chunk: int | None) -> ModelSpec:
-    """The model with its transformer's weights there, and so many tokens at a time."""
+    """Return the model with this residency of its transformer, and so many tokens at a time."""
     return replace(model, residency=residency, kernels=replace(model.kernels, chunk=chunk))
 
 
 def with_encoder_residency(model: ModelSpec, residency: Residency) -> ModelSpec:
-    """The model with its text encoder's weights there."""
+    """Return the model with this residency of its text encoder."""
     return replace(model, encoder=replace(model.encoder, residency=residency))
 
 
@@ -159,7 +160,7 @@ def describe_limit(model: ModelSpec) -> str:
 
 
 def _distinct_shots(shots: Sequence[Shot]) -> list[Shot]:
-    """One shot of each kind that memory can tell apart."""
+    """Return one shot of each kind that needs different memory."""
     kinds = {
         (
             shot.latent_shape,
@@ -225,7 +226,7 @@ def _suggest_fix(shot: Shot, peak: Callable[[Shot], int]) -> str:
 
 
 def nearest_size(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:
-    """The largest smaller size of the same aspect, as near as the stride allows, that fits."""
+    """Return the shot at the largest smaller size that fits, of the same aspect if the stride allows."""
     stride = shot.model.checkpoint.variant.stride
     for width in range(shot.width - stride, 0, -stride):
         height = max(stride, round(width * shot.height / shot.width / stride) * stride)
@@ -236,14 +237,14 @@ def nearest_size(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:
 
 
 def nearest_frames(shot: Shot, fits: Callable[[Shot], bool]) -> Shot | None:
-    """The same size with as many frames, 4n+1, as fit."""
-    most = None
+    """Return the shot with as many frames, 4n+1, as fit at its size."""
+    longest = None
     low, high = 0, (shot.frames - 1) // 4  # n is at least low, if any fits, and below high
     while low < high:
         middle = (low + high) // 2
         other = replace(shot, frames=4 * middle + 1)
         if fits(other):
-            most, low = other, middle + 1
+            longest, low = other, middle + 1
         else:
             high = middle
-    return most
+    return longest

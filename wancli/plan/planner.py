@@ -1,8 +1,9 @@
 """Job to Plan: everything that will be done, decided and frozen, without torch.
 
-Defaults are resolved against the checkpoint, prompts are cleaned and counted, rules compiled
-against the model's depth and the schedule, outputs named and checked for collisions. A shot's
-`key` is a hash of everything that changes its pixels; a manifest with that key means it is done.
+Defaults are resolved against the checkpoint, prompts are cleaned and counted, rules are compiled against the
+depth of the model and the noise levels, outputs are named and checked for collisions, and shots are scheduled
+within the memory limit. The `key` of a shot is a hash of everything that changes its pixels; a manifest with
+that key means that the shot is done.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ def build_plan(
     budget: int | None = None,
     allow_missing_maps: bool = False,
 ) -> Plan:
-    """Decides every shot of a job file; `measure` asks for it in all of them, `budget` is the memory in bytes
-    that they may take, whatever the job says.
+    """Decide every shot of a job file.
 
-    `memo` remembers the SHA-256 of weight files between runs; block maps are beside it. `unmeasured` asks for
-    none: `auto` blocks are all, for whoever is about to measure. Raises JobError with all problems
-    of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
+    `measure` turns on the measurement of effects in all shots. `budget` is a memory limit in bytes that
+    replaces that of the job. `hash_cache` remembers the SHA-256 of weight files between runs; block maps are
+    beside it. With `allow_missing_maps` no map is needed: `auto` means all blocks, for a probe.
+
+    Raises JobError with all problems of all shots, EntryError if only embedding files are wrong, or
+    CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
     locations = model_registry.ModelLocations()
@@ -79,7 +82,7 @@ def build_plan(
 
 
 def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -> ModelSpec:
-    """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
+    """Identify and hash a checkpoint, and decide its `auto` settings. Raises CheckpointError."""
     checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and machine.has_cuda()) else "cpu"
@@ -108,7 +111,7 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
 
 
 def _choose_residency(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Shot]:
-    """The shots with what `auto` leaves open decided; `budget` is instead of the job's. Raises JobError."""
+    """Decide residency and chunk of the shots; `budget` replaces that of the job. Raises JobError."""
     requests = []
     for shot in shots:
         item = jobs.items[shot.index]
@@ -116,7 +119,7 @@ def _choose_residency(shots: Sequence[Shot], jobs: JobFile, budget: int | None) 
         made = shot.model.dtype == "fp8" and not shot.model.kernels.fp8_matmul
         if made and memory.residency in ("resident", "streamed"):
             raise JobError(
-                f"{memory.residency} weights are not made fp8, which is done in memory",
+                f"{memory.residency} weights cannot be converted to fp8: conversion happens in memory",
                 where=item.location("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
@@ -205,7 +208,7 @@ def _resolve_item_model(
 def _resolve_prompts(
     item: Item, model: ModelSpec, *, guided: bool
 ) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
-    """The prompt, the negative one where guidance needs it, and the injected ones."""
+    """Return the prompt, the negative one if guidance needs it, and the injected ones."""
     job, prompts = item.job, PromptResolver(item, model)
     prompt = prompts.resolve(job.prompt, "prompt")
     negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
@@ -274,7 +277,7 @@ def _check_frames(item: Item, variant: Variant) -> int:
 
 
 def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
-    """Two shots must not share a path, even on file systems that fold case or Unicode forms."""
+    """Raise JobError if two shots share a path, even on file systems that fold case or Unicode forms."""
     seen: dict[str, Shot] = {}
     for shot in shots:
         folded = unicodedata.normalize("NFC", str(shot.output)).casefold()

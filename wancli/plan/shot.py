@@ -1,4 +1,4 @@
-"""What will be done, frozen: a Plan of Shots. Nothing in them is left to decide."""
+"""A Plan of Shots: everything that a render will do, decided and frozen."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PIXEL_VERSION = 1  # raised whenever a new version of wancli makes other pixels 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and where its embedding is: in the store under `id`, or in a file."""
+    """A text and the place of its embedding: in the cache under `id`, or in a file."""
 
     id: str
     tokens: Tokens
@@ -49,7 +49,7 @@ class Prompt:
 
     @property
     def rows(self) -> int:
-        """Keys that the blocks keep for it: its tokens and one for all padding."""
+        """The number of keys that the blocks keep for it: its tokens and one for all padding."""
         return len(self.tokens.ids) + 1
 
 
@@ -60,7 +60,7 @@ class ModelSpec:
     checkpoint: Checkpoint
     text_encoder: T5Config
     vae_sizes: VAEConfig | VAE22Config
-    transformer: str  # SHA-256, of both experts where there are two
+    transformer: str  # SHA-256, of both experts if there are two
     vae: str  # SHA-256
     encoder: EncoderSpec
     device: Literal["cpu", "cuda"]
@@ -86,7 +86,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class SaveInterval:
-    """How often the state of a shot is saved: after so much work that would be lost, by either measure."""
+    """How often the state of a shot is saved: after so many seconds or so many steps of work."""
 
     seconds: float = math.inf
     steps: float = math.inf
@@ -101,7 +101,7 @@ class Shot:
     labels: dict[str, Any]
     model: ModelSpec
     prompt: Prompt
-    negative: Prompt | None  # None when guidance is 1: no such forward runs
+    negative: Prompt | None  # None if guidance is 1: no such forward runs
     injected: tuple[Prompt, ...]
     rules: tuple[Rule, ...]
     loras: tuple[LoraUse, ...]
@@ -114,7 +114,7 @@ class Shot:
     steps: int
     shift: float
     guidance: float  # of the only network or the high-noise expert
-    guidance_low: float | None  # of the low-noise expert, where there is one
+    guidance_low: float | None  # of the low-noise expert, if there are two
     fps: int
     crf: int
     codec: str
@@ -145,7 +145,7 @@ class Shot:
 
     @property
     def state(self) -> Path:
-        """Where its sampling goes on if this run does not come to the end."""
+        """The file from which another run resumes sampling."""
         return self.output.with_suffix(".state.safetensors")
 
     @property
@@ -172,7 +172,7 @@ class Shot:
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """Every prompt the shot needs, the injected ones last."""
+        """All prompts of the shot, the injected ones last."""
         return (self.prompt, *([self.negative] if self.negative else []), *self.injected)
 
     @property
@@ -181,7 +181,7 @@ class Shot:
 
     @property
     def forwards_per_step(self) -> int:
-        """Forwards of one step: a branch each, and where injections are measured another one without."""
+        """Forwards of one step: one per branch, and if injections are measured another one without them."""
         return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
 
     @cached_property
@@ -203,7 +203,7 @@ class Shot:
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
-                # Weights in fp8 do not say it themselves: a GPU multiplies them in bf16.
+                # The dtype fp8 does not imply it: a GPU multiplies such weights in bf16.
                 **({"computes": "bf16"} if self.model.compute_dtype == "bf16" != self.model.dtype else {}),
             }
         )
@@ -217,32 +217,35 @@ class Shot:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is made of shots together, once they are done: by the id of each that of the shot it is beside."""
+    """A comparison of finished shots. `baselines` has by id of a shot the id of its baseline."""
 
     baselines: Mapping[str, str]
-    default_baseline: str  # of those that have none of their own
+    default_baseline: str  # of shots that have none of their own
     sheet: bool
     video: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be rendered, and what the user should know before it starts."""
+    """The shots to render, and the warnings for the user before the render starts."""
 
     name: str
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
-    unselected: tuple[Shot, ...] = ()  # of the same job, and not asked for
+    unselected: tuple[Shot, ...] = ()  # shots of the same job that are not to be rendered
     comparison: Comparison | None = None
     schedule: Schedule = field(default_factory=Schedule)  # of `shots`
 
     @property
     def all_shots(self) -> list[Shot]:
-        """All shots of the job, also those that were not asked for."""
+        """All shots of the job, selected or not."""
         return sorted((*self.shots, *self.unselected), key=lambda shot: shot.index)
 
     def sidecar_path(self, suffix: str) -> Path:
-        """Where a file about the whole job is: in the folder that its outputs share, or that of the first."""
+        """Return the path of a file about the whole job.
+
+        It is in the folder that the outputs share, else in the folder of the first output.
+        """
         shots = self.all_shots
         folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
         if folder == folder.parent:  # they share nothing but the root of the file system
@@ -254,7 +257,7 @@ class Plan:
 
 
 def format_shots(shots: Sequence[Shot]) -> str:
-    """What people read of shots: the id of one, or how many and which they are."""
+    """Name shots for people: by the id of one, or by their number, the first and the last."""
     first, last = shots[0].id, shots[-1].id
     return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
 

@@ -133,11 +133,11 @@ class _RoundBuilder:
         if self._closed or sum(map(len, self._batches)) + len(batch) > max(MAX_CLAIMED, len(batch)):
             self._closed = True
             return False
-        found = {shot.index: self._prefixes.add(shot) for shot in batch}
+        new_forks = {shot.index: self._prefixes.add(shot) for shot in batch}
         waiting, forks = self._waiting, dict(self._forks)
         points = set(forks.values())
         for shot in batch:
-            fork = found[shot.index]
+            fork = new_forks[shot.index]
             if _changes_experts(shot) or (fork and fork not in points):
                 waiting += _state_bytes(shot)
             if fork:

@@ -44,6 +44,11 @@ def build_schedule(shots: Sequence[Shot]) -> Schedule:
     return Schedule(tuple(builder.round for builder in rounds), placements)
 
 
+def reschedule(schedule: Schedule, shots: Sequence[Shot]) -> Schedule:
+    """Return the schedule if it has exactly these shots, else a new one; the memory limit is the same."""
+    return schedule if schedule.covers(shots) else build_schedule(shots)
+
+
 def predict_batch(batch: Sequence[Shot]) -> Phase:
     """Predict the memory of sampling a batch: the weights once, every distinct text once, and the residual
     stream of every forward of a pass beside the working set of the largest."""

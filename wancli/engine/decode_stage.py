@@ -46,7 +46,7 @@ def decode_file(
     output = output or path.with_name(record["shot"]["output"])
     if output.exists() and not tools.force:
         raise OutputExists(
-            "exists", where=str(output), hint="--force moves it aside; or give -o another name."
+            "already exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
     mp4.check_ffmpeg(record["shot"]["codec"])
     if folder:

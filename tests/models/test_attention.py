@@ -183,13 +183,13 @@ def test_a_package_that_cannot_run_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("asked", FAKES)
-def test_a_package_that_is_not_installed_is_refused_with_the_way_to_get_it(asked: AttentionBackend):
+def test_a_package_that_is_not_installed_is_refused_with_how_to_install_it(asked: AttentionBackend):
     with pytest.raises(MachineError, match=f"'{asked}' is not available: .* is not installed") as caught:
         choose_backend("cpu", torch.bfloat16, 128, requested=asked)
     assert "install" in caught.value.hint
 
 
 @pytest.mark.parametrize("asked", ["efficient", "cudnn"])
-def test_a_backend_that_torch_has_not_here_is_refused(asked: AttentionBackend):
+def test_a_backend_that_torch_does_not_support_here_is_refused(asked: AttentionBackend):
     with pytest.raises(MachineError, match=f"'{asked}' is not available: torch does not support it for fp32"):
         choose_backend("cpu", torch.float32, 32, requested=asked)

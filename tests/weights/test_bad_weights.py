@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_damage_is_told_before_anything_is_sampled(case: str, meet: Callable[..., Said]) -> None:
+def test_damage_is_reported_before_anything_is_sampled(case: str, meet: Callable[..., Said]) -> None:
     damage, message = CASES[case]
     said = meet(damage)
     first, *hint = said.err.splitlines()
@@ -368,7 +368,7 @@ GGUFS: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("verb", ["render", "plan"])
 @pytest.mark.parametrize("case", GGUFS)
-def test_a_bad_gguf_is_refused_with_what_is_wrong(case: str, verb: str, meet: Callable[..., Said]) -> None:
+def test_a_bad_gguf_is_refused_with_the_reason(case: str, verb: str, meet: Callable[..., Said]) -> None:
     damage, message = GGUFS[case]
     said = meet(damage, verb)
     assert re.search(rf"wan.gguf: .*{message}", said.err), said.err

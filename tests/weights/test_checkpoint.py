@@ -275,7 +275,7 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path):
     assert fingerprint([path], memo) == hashlib.sha256(b"after!").hexdigest() != before
 
 
-def test_hashing_a_large_file_is_told_once_and_to_nobody_who_asked_for_quiet(
+def test_hashing_a_large_file_is_logged_once_and_not_when_quiet(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(identify_module, "LOGGED_SIZE", 10_000)
@@ -290,7 +290,7 @@ def test_hashing_a_large_file_is_told_once_and_to_nobody_who_asked_for_quiet(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"x": 7}'])
-def test_a_damaged_memo_is_made_anew(tmp_path: Path, damage: bytes):
+def test_a_damaged_memo_is_written_again(tmp_path: Path, damage: bytes):
     path, memo = tmp_path / "a", tmp_path / "memo.json"
     path.write_bytes(b"content")
     memo.write_bytes(damage)
@@ -593,7 +593,7 @@ def test_one_expert_cannot_stand_for_both(tmp_path: Path) -> None:
         identify(named(tmp_path / "b", low_noise=tmp_path / "b/tree/diffusion_models" / LOW))
 
 
-def test_files_without_the_word_are_experts_where_they_are_said_to_be(tmp_path: Path) -> None:
+def test_named_experts_need_no_word_in_their_file_names(tmp_path: Path) -> None:
     a, b = (write(tmp_path / f"{x}.safetensors", stored(dit("14B"), "F16")) for x in "ab")
     found = identify(named(tmp_path, high_noise=a, low_noise=b))
     assert [(p.expert, p.variant) for p in found.experts] == [("high", T2V_A14B), ("low", T2V_A14B)]
@@ -605,7 +605,7 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path: Path) -> None:
         identify(named(tmp_path, transformer=vae))
 
 
-def test_the_heads_of_an_odd_width_can_be_said(tiny: Path) -> None:
+def test_the_heads_of_an_odd_width_can_be_given(tiny: Path) -> None:
     files = SingleFiles(
         transformer=tiny / WEIGHTS,
         text_encoder=tiny / T5_FILE,

@@ -367,7 +367,7 @@ def test_injections_are_read_and_measured_on_streamed_blocks_as_on_resident_ones
     assert bodies[0]["key"] == bodies[1]["key"]
 
 
-def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(
+def test_auto_is_resident_if_all_shots_fit_and_streamed_if_one_does_not(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "job.yaml"

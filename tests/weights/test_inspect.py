@@ -103,7 +103,9 @@ def load_shapes() -> weight_files.Shapes:
 
 
 @pytest.mark.parametrize("part", [T5, VAE, "google/umt5-xxl/spiece.model", TRANSFORMER])
-def test_what_a_folder_lacks_is_said_and_the_rest_described(look: Any, tmp_path: Path, part: str) -> None:
+def test_missing_files_of_a_folder_are_named_and_the_rest_described(
+    look: Any, tmp_path: Path, part: str
+) -> None:
     root = checkpoint(tmp_path)
     (root / part).unlink()
     found = document(look, root)
@@ -160,7 +162,7 @@ def test_what_wancli_cannot_use_is_described_and_refused_by_name(look: Any, tmp_
     assert "not supported this is a Wan 2.1 image-to-video checkpoint; wancli renders text-to-video" in text
 
 
-def test_a_network_with_holes_says_which(look: Any, tmp_path: Path) -> None:
+def test_missing_tensors_of_a_network_are_named(look: Any, tmp_path: Path) -> None:
     entries = {k: v for k, v in stored(dit("1.3B"), "F16").items() if not k.startswith("blocks.29.ffn")}
     text = " ".join(look(write(tmp_path / "a.safetensors", entries)).out.split())
     assert "missing blocks.29.ffn.0.bias, blocks.29.ffn.0.weight, blocks.29.ffn.2.bias" in text
@@ -170,7 +172,7 @@ def test_a_network_with_holes_says_which(look: Any, tmp_path: Path) -> None:
 # ---- exit codes ----
 
 
-def test_what_is_no_weights_is_a_usage_error(look: Any, tmp_path: Path) -> None:
+def test_a_path_without_weights_is_a_usage_error(look: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("weights, notes on them")
     (tmp_path / "empty").mkdir()
     stranger = write(tmp_path / "sdxl.safetensors", {"conv_in.weight": ("F16", (2,))})

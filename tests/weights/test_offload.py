@@ -450,7 +450,7 @@ def test_a_file_that_was_cut_is_an_error_that_names_it_and_the_weight(tmp_path: 
         found["b"].unpack(torch.float32, out=torch.empty(4000))
 
 
-def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
+def test_a_replaced_file_is_still_read(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(9)}, path)
     found = keep_on_disk(
@@ -462,7 +462,7 @@ def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("data", [torch.ones(3, 4), None], ids=["memory", "transposed"])
-def test_data_that_lies_in_no_file_is_refused(data: Tensor | None):
+def test_data_that_is_not_mapped_from_a_file_is_refused(data: Tensor | None):
     if data is None:
         data = dict(iterate_tensors([WEIGHTS]))["blocks.0.ffn.0.weight"].T
     with pytest.raises(ValueError, match="x is not mapped from a file"):

@@ -107,7 +107,7 @@ def test_any_prefix_is_found_and_comes_off_the_names(tmp_path: Path, prefix: str
         ("slow-low.safetensors", None),
     ],
 )
-def test_an_expert_is_told_by_the_words_that_repackers_use(name: str, expert: str | None) -> None:
+def test_an_expert_is_recognized_by_the_words_that_repackers_use(name: str, expert: str | None) -> None:
     assert expert_from_name(Path("/models") / name) == expert
 
 
@@ -123,7 +123,7 @@ def test_a_14b_transformer_is_an_expert_only_if_its_name_says_so(tmp_path: Path)
     assert small.name == "Wan2.2-TI2V-5B"
 
 
-def test_a_lone_width_that_is_no_multiple_of_128_asks_for_its_heads(tiny: Path) -> None:
+def test_a_width_that_is_not_a_multiple_of_128_needs_the_number_of_heads(tiny: Path) -> None:
     path = tiny / "diffusion_pytorch_model.safetensors"
     part = only(path)
     assert "48 is not a multiple of 128" in part.refusal
@@ -430,7 +430,7 @@ def test_additions_and_image_encoders_are_named(tmp_path: Path) -> None:
     assert "image-to-video" in part.refusal
 
 
-def test_a_stranger_is_no_part_at_all(tmp_path: Path) -> None:
+def test_an_unknown_file_has_no_components(tmp_path: Path) -> None:
     assert recognize_file(write(tmp_path / "a.safetensors", {"conv.weight": ("F32", (2,))})) == ()
 
 
@@ -478,7 +478,9 @@ def test_a_shard_stands_for_its_whole_set_and_an_absent_one_is_named(tmp_path: P
         (b"\x80\x02}q\x00.", "bare pickle"),
     ],
 )
-def test_what_only_looks_like_weights_is_told_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+def test_a_file_that_only_looks_like_weights_is_named_for_what_it_is(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     path = tmp_path / "wan.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=what) as caught:
@@ -486,7 +488,7 @@ def test_what_only_looks_like_weights_is_told_what_it_is(tmp_path: Path, content
     assert caught.value.hint
 
 
-def test_the_container_is_told_by_content_and_not_by_name(tmp_path: Path) -> None:
+def test_the_container_is_detected_by_content_and_not_by_name(tmp_path: Path) -> None:
     state = {name: torch.zeros(1).expand(shape) for name, shape in dit("1.3B").items()}
     torch.save(state, tmp_path / "wan.safetensors")
     assert only(tmp_path / "wan.safetensors").container == "pth"

@@ -198,7 +198,7 @@ def text(value: str) -> bytes:
         ([("a", [8], 99, 0)], "a is stored as type 99"),
     ],
 )
-def test_a_tensor_that_cannot_be_where_it_says_is_refused(
+def test_a_tensor_at_an_impossible_offset_is_refused(
     tmp_path: Path, infos: list[tuple[str, list[int], int, int]], what: str
 ):
     with pytest.raises(CheckpointError, match=rf"lying.gguf: .*{what}"):
@@ -225,7 +225,7 @@ def test_a_key_value_that_cannot_be_is_refused(tmp_path: Path, kv: bytes):
 
 
 @pytest.mark.parametrize("start", [b"", b"GGUF", b"GGUF\x01\x00\x00\x00", b"PK\x03\x04" + bytes(64)])
-def test_what_is_no_gguf_is_refused(tmp_path: Path, start: bytes):
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path, start: bytes):
     path = tmp_path / "not.gguf"
     path.write_bytes(start)
     with pytest.raises(CheckpointError, match=r"not.gguf"):

@@ -238,7 +238,7 @@ def test_plain_differences_reach_weights_biases_norms_and_modulations(tmp_path: 
         assert_close(after[name], exact(before[name]) - 0.5 * exact(found[f"diffusion_model.{key}"]))
 
 
-def test_lycoris_norms_and_diffusers_names_of_what_lies_outside_the_blocks(tmp_path: Path) -> None:
+def test_lycoris_norms_and_diffusers_names_of_layers_outside_the_blocks(tmp_path: Path) -> None:
     targets = {
         "lycoris_blocks_0_norm2.w_norm": "blocks.0.norm3.weight",
         "lycoris_blocks_0_norm2.b_norm": "blocks.0.norm3.bias",
@@ -416,7 +416,7 @@ def test_two_loras_are_added_in_fp32_and_rounded_once(
     assert (weight.float() != expected).float().mean() < 0.01 or dtype == torch.float32
 
 
-def test_a_dense_difference_is_what_is_added(tmp_path: Path) -> None:
+def test_a_dense_difference_equals_the_added_one(tmp_path: Path) -> None:
     found: Tensors = {
         "blocks.0.ffn.0.lora_A.weight": torch.randn(2, DIM),
         "blocks.0.ffn.0.lora_B.weight": torch.randn(FFN, 2),

@@ -251,7 +251,7 @@ def test_a_job_compares_its_shots_beside_the_outputs(
         estimate = metrics.sketched_distance(*kept)
         assert estimate == pytest.approx(shot["latent_distance"], rel=0.2)
     # and what is there and was made of the same videos stays
-    poison(monkeypatch, (comparison_metrics, "measure"), (comparison, "draw"))
+    poison(monkeypatch, (comparison_metrics, "measure_clips"), (comparison, "write_outputs"))
     before = (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns
     assert render(**BATCH, compare=True, video=KEPT).code == 0
     assert (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns == before

@@ -37,7 +37,7 @@ def decode_command(
     tools = RenderContext(None, display, Force.of(()) if force else None)
     path = decode_stage.decode_file(latents, output, model, memo_of(None), tools)
     if as_json:
-        body = manifest.read(manifest.manifest_path(path)) or {}
+        body = manifest.read_json(manifest.manifest_path(path)) or {}
         emit({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
     else:
         print(path)

@@ -23,6 +23,7 @@ from wancli.resources.measure import Peak
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
+from wancli.storage.manifest_schema import ShotRecord
 from wancli.text.encoder import Encoded
 from wancli.video import metrics
 
@@ -172,7 +173,7 @@ def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: RenderConte
 
 def keep(
     one: Underway, encoded: Mapping[str, Encoded], loras: Loras, stage1: Record
-) -> tuple[Tensor, Record]:
+) -> tuple[Tensor, ShotRecord]:
     """The finished latent, now durable on disk, and all that the manifest will say of its making.
 
     Raises InjectionMissed where a rule did not reach the blocks it was planned for.
@@ -182,19 +183,20 @@ def keep(
     shot = one.shot
     assert one.state is not None
     check_hits(shot.table, frozenset(one.read))
-    facts = manifest_body.shot_record(shot) | {
-        "prompts": [manifest_body.prompt_record(prompt, encoded[prompt.id].hit) for prompt in shot.texts],
-        "encoder_loaded": any(not e.hit for e in encoded.values()),
-        "injection": manifest_body.injection_records(shot, one.read, one.differences),
-        "loras": manifest_body.lora_records(shot, loras),
-        "effects": one.effects,
-        "first_step_after": one.first_step,
-        "phases": [stage1, *one.phases],
-    }
     z_CTYX = one.state.x
-    facts = manifest_body.to_plain_json(facts | {"latent": metrics.sketch(z_CTYX.numpy())})
+    record = manifest_body.build_record(
+        shot,
+        cached={id: result.hit for id, result in encoded.items()},
+        reads=one.read,
+        differences=one.differences,
+        effects=one.effects,
+        loras=loras,
+        phases=[stage1, *one.phases],
+        first_step_after=one.first_step,
+        latent=metrics.sketch(z_CTYX.numpy()),
+    )
     atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
-    tensor_file.save(shot.latents, z_CTYX, facts)
+    tensor_file.save(shot.latents, z_CTYX, record.as_dict())
     atomic.remove(shot.state)
     one.state = None
-    return z_CTYX, facts
+    return z_CTYX, record

@@ -27,7 +27,8 @@ from wancli.models.config import EXPERTS, Expert
 from wancli.plan import batching
 from wancli.plan.shot import Model, Shot
 from wancli.resources.measure import fitting, release
-from wancli.storage import atomic, manifest, tensor_file
+from wancli.storage import atomic, manifest
+from wancli.storage.manifest_schema import ShotRecord
 from wancli.text.encoder import Encoded
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _render_stage(group: Sequence[Underway], expert: Expert, means: Means) -> It
             shot_state.fail(together, attempt.error)
         yield from _failures(group, attempt.stack, tools)
     yield from _failures(group, "", tools)
-    kept: list[tuple[Shot, tuple[Tensor, Record]]] = []
+    kept: list[tuple[Shot, tuple[Tensor, ShotRecord]]] = []
     for one in group:
         if one.over or one.fork or not _ours(one.shot, tools):
             continue
@@ -205,7 +206,7 @@ def _failures(group: Sequence[Underway], stack: str, tools: RenderContext) -> It
             yield Outcome(one.shot, "failed", error=attempt.error, stack=attempt.stack or stack)
 
 
-def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -> Outcome:
+def _published(shot: Shot, latent: tuple[Tensor, ShotRecord] | None, means: Means) -> Outcome:
     """The video of a latent; None is one that an earlier run left and that is not there any more."""
     networks, tools = means.networks, means.tools
     body = None
@@ -234,19 +235,17 @@ def _published(shot: Shot, latent: tuple[Tensor, Record] | None, means: Means) -
     return Outcome(shot, "rendered", body)
 
 
-def _recalled(shot: Shot, tools: RenderContext) -> tuple[Tensor, Record] | None:
+def _recalled(shot: Shot, tools: RenderContext) -> tuple[Tensor, ShotRecord] | None:
     """The latent that an earlier run left for this shot, whose video may have changed since."""
     if tools.force and tools.force.outdated(shot, "latents"):
         return None
     try:
-        z_CTYX, facts = tensor_file.load(shot.latents)
+        z_CTYX, record = manifest_body.load_latent(shot.latents)
     except EntryError:
         return None
-    if facts["latents_key"] != shot.latents_key or lacks_effects(shot, facts):
+    if record.latents_key != shot.latents_key or lacks_effects(shot, record):
         return None
-    now = manifest_body.to_plain_json(manifest_body.shot_record(shot))
-    now["model"]["attention"] = facts["model"]["attention"]  # what ran then
-    return z_CTYX, facts | now | {"phases": manifest_body.mark_earlier(facts["phases"])}
+    return z_CTYX, manifest_body.continue_record(record, shot)
 
 
 def _save(one: Underway, tools: RenderContext) -> None:

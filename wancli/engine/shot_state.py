@@ -60,7 +60,7 @@ class Underway:
 
     def add_phases(self, phases: Iterable[Record]) -> None:
         """Those that it does not know yet; a network that several legs use was loaded once."""
-        self.phases += _unknown(phases, self.phases)
+        self.phases += manifest_body.new_phases(phases, self.phases)
 
     def all_heirs(self) -> Iterator[Underway]:
         """Those that wait for this one, and those that wait for them."""
@@ -107,15 +107,10 @@ def save(one: Underway, phases: Sequence[Record] = ()) -> None:
         "read": sorted(one.read),
         "effects": one.effects,
         "differences": one.differences,
-        "phases": [*one.phases, *_unknown(phases, one.phases)],
+        "phases": [*one.phases, *manifest_body.new_phases(phases, one.phases)],
     }
     state_file.save_state(one.shot.state, one.state, manifest_body.to_plain_json(facts))
     one.saved, one.unsaved_since = one.step, time.monotonic()
-
-
-def _unknown(phases: Iterable[Record], known: Sequence[Record]) -> list[Record]:
-    """Those of which not this very record is known; another may say the same."""
-    return [phase for phase in phases if not any(phase is one for one in known)]
 
 
 def due(one: Underway) -> bool:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli.errors import JobError
 from wancli.storage import atomic, manifest, sidecars
+from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Clip:
 
     path: Path
     id: str
-    record: dict[str, Any] | None
+    record: Manifest | None
     about: mp4.About
 
     @property
@@ -65,10 +66,10 @@ def _read(path: Path) -> Clip:
     if not sidecars.marked(path, b"ftyp", 8):
         hint = "It takes MP4 files. `wancli decode` makes one of a latent, `wancli inspect` tells of weights."
         raise JobError("is no MP4", where=str(path), hint=hint)
-    body = manifest.read(manifest.manifest_path(path))
-    if body and atomic.sha256(path) not in [record["sha256"] for record in body["files"]]:
-        body = None  # another video under that name
+    record = manifest.read(manifest.manifest_path(path))
+    if record and atomic.sha256(path) not in [file.sha256 for file in record.files]:
+        record = None  # another video under that name
     about = mp4.about(path)
     if not about.frames:
         raise JobError("has no frames", where=str(path))
-    return Clip(path, body["shot"]["id"] if body else path.stem, body, about)
+    return Clip(path, record.shot.id if record else path.stem, record, about)

@@ -10,9 +10,10 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import sidecars
+from wancli.storage.manifest_schema import RuleRecord
 from wancli.units import format_ranges
 from wancli.video import bitmap_font
 from wancli.video.clip import Clip
@@ -105,18 +106,18 @@ def _lines(clip: Clip, note: str) -> Iterator[str]:
     if clip.record is None:
         yield clip.id
     else:
-        yield f"{clip.id}: {clip.record['prompts'][0]['text']}"
-        texts = {prompt["id"]: prompt["text"] for prompt in clip.record["prompts"]}
-        yield from (_rule(rule, texts) for rule in clip.record["injection"] if any(rule["blocks"].values()))
+        yield f"{clip.id}: {clip.record.prompt.text}"
+        rules = zip(clip.record.injection, clip.record.injected)
+        yield from (_rule(rule, prompt.text) for rule, prompt in rules if any(rule.blocks.values()))
     if note:
         yield f"  {note}"
 
 
-def _rule(rule: dict[str, Any], texts: dict[str, str]) -> str:
-    blocks = format_ranges([int(block) for block in rule["blocks"]])
-    strengths = sorted({f"{strength:g}" for strength in rule["blocks"].values()}, key=float)
+def _rule(rule: RuleRecord, text: str) -> str:
+    blocks = format_ranges([*rule.blocks])
+    strengths = sorted({f"{strength:g}" for strength in rule.blocks.values()}, key=float)
     strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
-    return f"  blocks {blocks} at {strength} read: {texts[rule['text']]}"
+    return f"  blocks {blocks} at {strength} read: {text}"
 
 
 def _label(words: str, width: int) -> Picture:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from wancli.errors import WancliError
 from wancli.storage import atomic
+from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
 
-def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
+def poster(output: Path, record: Manifest, kept: Path, *, make: bool) -> str | None:
     """The middle frame of a shot's video as a data URI, from the folder `kept`, or made now if `make`.
 
     None where there is none: a page does without.
     """
-    digest = next((file["sha256"] for file in entry.get("files", []) if file["path"].endswith(".mp4")), "")
+    digest = next((file.sha256 for file in record.files if file.path.endswith(".mp4")), "")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return None
     path = kept / f"{digest[:32]}.jpg"
@@ -28,9 +27,8 @@ def poster(entry: Mapping[str, Any], kept: Path, *, make: bool) -> str | None:
     except OSError:
         if not make:
             return None
-    shot = entry["shot"]
     with suppress(WancliError):
-        picture = mp4.poster(Path(entry["output"]), shot["frames"] // 2 / shot["fps"])
+        picture = mp4.poster(output, record.shot.frames // 2 / record.shot.fps)
         with suppress(WancliError):  # a folder that cannot be written costs the work again
             atomic.replace(path, picture)
         return _uri(picture)

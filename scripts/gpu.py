@@ -241,7 +241,12 @@ def _off(velocity: Tensor, expected: Tensor | None) -> float | None:
 
 def predicted(bench: Bench, config: WanConfig, *, resident: int = 0, blocks: int | None = None) -> int:
     return memory_model.sample_phase(
-        config, bench.latent, context_rows=PROMPT + 1, element=2, resident=resident, blocks=blocks
+        config,
+        bench.latent,
+        context_rows=PROMPT + 1,
+        element_bytes=2,
+        extra_weight_bytes=resident,
+        blocks_in_memory=blocks,
     ).total
 
 

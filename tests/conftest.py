@@ -56,7 +56,7 @@ def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are encoded in their order, whatever the number of this process."""
     from wancli.text import encoder
 
-    monkeypatch.setattr(encoder, "_rotated", lambda todo: todo)
+    monkeypatch.setattr(encoder, "_rotate", lambda todo: todo)
 
 
 @pytest.fixture(scope="session")

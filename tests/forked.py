@@ -46,14 +46,14 @@ class Forked:
     ) -> None:
         self.args = [str(argument) for argument in arguments]
         self.returncode: int | None = None
-        self.stdout, out = _end(stdout)
-        self.stderr, err = _end(stderr)
-        _, into = _end(stdin)
+        self.stdout, out = _pipe_ends(stdout)
+        self.stderr, err = _pipe_ends(stderr)
+        _, into = _pipe_ends(stdin)
         self._status, status = os.pipe()
         said = {"program": program, "arguments": self.args, "umask": umask}
         said |= {"cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ)}
         socket.send_fds(source, [json.dumps(said).encode()], [into, out, err, status])
-        for fd in {into, out, err, status} - {_number(stdin), _number(stdout), _number(stderr)}:
+        for fd in {into, out, err, status} - {_fileno(stdin), _fileno(stdout), _fileno(stderr)}:
             os.close(fd)
         self.pid = int(self._line())
 
@@ -123,13 +123,13 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _number(stream: int | IO[Any]) -> int:
+def _fileno(stream: int | IO[Any]) -> int:
     return stream if isinstance(stream, int) else stream.fileno()
 
 
-def _end(stream: int | IO[Any]) -> tuple[IO[str] | None, int]:
+def _pipe_ends(stream: int | IO[Any]) -> tuple[IO[str] | None, int]:
     """Our end, if there is one, and that of the process."""
-    match _number(stream):
+    match _fileno(stream):
         case subprocess.DEVNULL:
             return None, os.open(os.devnull, os.O_RDWR)
         case subprocess.PIPE:
@@ -140,7 +140,7 @@ def _end(stream: int | IO[Any]) -> tuple[IO[str] | None, int]:
 
 
 @cache
-def _source() -> socket.socket:
+def _fork_server() -> socket.socket:
     """Asks the process that is forked, which begins with the first question and ends with this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
@@ -157,11 +157,11 @@ def _source() -> socket.socket:
 
 def start(*arguments: object, program: str = WANCLI, **options: Any) -> Forked:
     """`wancli` with these arguments, or another program."""
-    return Forked(_source(), program, arguments, **options)
+    return Forked(_fork_server(), program, arguments, **options)
 
 
 def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`begin`, and what came of it."""
+    """`start`, and what came of it."""
     with start(*arguments, **options) as process:
         out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
@@ -170,7 +170,7 @@ def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.
 # ---- in the process that is forked ----
 
 
-def _imported() -> None:
+def _import_all() -> None:
     """All that a render may import: a fork must have no thread to lose."""
     import pkgutil
     from importlib import import_module
@@ -189,7 +189,7 @@ def _imported() -> None:
     gc.freeze()  # or each fork copies the pages of all objects, to count what refers to them
 
 
-def _asked(source: socket.socket) -> dict[str, Any] | None:
+def _serve_forks(source: socket.socket) -> dict[str, Any] | None:
     """Forks for each that is asked for. Returns what to do in such a fork, and None when all is over."""
     while True:
         message, fds, *_ = socket.recv_fds(source, 2**20, 4)
@@ -219,7 +219,7 @@ def _asked(source: socket.socket) -> dict[str, Any] | None:
     return said
 
 
-def _ends(program: str) -> NoReturn:
+def _run_and_exit(program: str) -> NoReturn:
     """Runs a program and ends as Python would after it, but for freeing all that was imported."""
     code: Any = 0
     try:
@@ -239,8 +239,8 @@ def _ends(program: str) -> NoReturn:
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as source:
-        _imported()
-        said = _asked(source)
+        _import_all()
+        said = _serve_forks(source)
     if said:
         os.chdir(said["cwd"])
         os.environ.clear()
@@ -248,4 +248,4 @@ if __name__ == "__main__":
         if said["umask"] >= 0:
             os.umask(said["umask"])
         sys.argv = ["wancli", *said["arguments"]]
-        _ends(said["program"])
+        _run_and_exit(said["program"])

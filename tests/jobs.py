@@ -97,7 +97,7 @@ def change_tensors(path: Path, change: Any) -> None:
 def words(count: int) -> str:
     """A prompt of `count` tokens, `</s>` included."""
     text = " ".join(["a"] * (count - 1))
-    assert len(Tokenizer(SPIECE).ids(text)) == count
+    assert len(Tokenizer(SPIECE).to_ids(text)) == count
     return text
 
 

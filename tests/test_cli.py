@@ -541,7 +541,7 @@ def test_what_does_not_go_together_is_one_line(
     monkeypatch.chdir(tmp_path)
     written(tmp_path, tiny_job())
     (tmp_path / "odd.mp4").write_bytes(b"\0\0\0\x18ftypisom")
-    monkeypatch.setattr(mp4, "about", lambda _: mp4.About(0, 8, 64, 64))
+    monkeypatch.setattr(mp4, "read_info", lambda _: mp4.VideoInfo(0, 8, 64, 64))
     said = say(*arguments)
     assert said.code == 2
     assert said.err.splitlines()[0] == f"wancli: {message}"

@@ -1,13 +1,15 @@
-"""What README and docs say is checked against the code."""
+"""README and docs agree with the code."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from test_layers import ORDER
 
 from wancli.cli import app, run
 from wancli.errors import ExitStatus
@@ -17,9 +19,36 @@ from wancli.report.event_schema import build_event_schema
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "wancli/assets/wan-mini/README.md"]
+ARCHITECTURE = ROOT / "docs/architecture.md"
+# Words of earlier versions, and the term that replaces each.
+RETIRED = {
+    "in the way": "already exists",
+    "anew": "again",
+    "goes on": "resumes, continues",
+    "go on": "resume, continue",
+    "gone on": "resumed",
+    "in other hands": "claimed by another worker",
+    "on its way": "in progress",
+    "is not there": "not found",
+    "(?<!there )is no ": "is not a",
+    "but for": "except",
+    "somebody": "name who",
+    "nobody": "name who",
+    "whoever": "name who",
+    "told": "reported",
+    "asks for an end": "after a stop request",
+    "lock-step": "batching",
+    "lockstep": "batching",
+    "rides along": "is batched",
+    "what is there": "name it",
+    "what is free": "the free memory",
+    "under way": "in progress",
+}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
+    """The code blocks of a language in all pages, each with the name of its page."""
     return [
         (page.name, block)
         for page in PAGES
@@ -39,15 +68,25 @@ def test_every_configured_job_is_planned(tmp_path: Path) -> None:
         assert run(["plan", str(path), "--json"]) == 0
 
 
-def test_the_exit_codes_of_the_readme_are_those_of_the_program() -> None:
-    table = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_exit_codes_in_the_documents_are_those_of_the_program() -> None:
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/machines.md").read_text(), re.MULTILINE)
     assert [int(code) for code in table] == [status.value for status in ExitStatus]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def test_the_readme_links_to_every_page() -> None:
+    targets = set(re.findall(r"\]\((docs/\w+\.md)", (ROOT / "README.md").read_text()))
+    assert targets == {f"docs/{page.name}" for page in PAGES[1:]}
 
 
 def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text()
     for command in app.registered_commands:
-        assert f"`wancli {command.name or command.callback.__name__} " in text  # type: ignore[union-attr]
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        assert re.search(rf"^\| `wancli {name}[ `]", text, re.MULTILINE), name
     for group in app.registered_groups:
         for command in group.typer_instance.registered_commands:  # type: ignore[union-attr]
             assert f"`{command.name}`" in text or f"`wancli {group.name} {command.name}`" in text
@@ -64,20 +103,59 @@ def test_the_documents_name_every_key_of_a_job() -> None:
         assert f"| `{key}` |" in rules, key
 
 
-def test_every_file_the_documents_link_to_is_there() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_map_of_the_house_names_every_module() -> None:
-    house = (ROOT / "README.md").read_text().split("## The house")[1]
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def packages() -> dict[str, str]:
+    """The packages of wancli as paths, each with its docstring."""
+    root = ROOT / "wancli"
+    docstrings = {
+        f"{path.parent.relative_to(root).as_posix()}/": ast.get_docstring(ast.parse(path.read_text()))
+        for path in root.glob("*/**/__init__.py")
+    }
+    return {name: text or "" for name, text in docstrings.items()}
+
+
+def test_the_architecture_names_every_package_by_its_docstring() -> None:
+    section = ARCHITECTURE.read_text().split("## Packages")[1].split("\n## ")[0]
+    table = re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", section, re.MULTILINE)
+    assert dict(table) == packages()
+    assert len(table) == len(packages())
     for path in (ROOT / "wancli").glob("*.py"):
-        assert path.name == "__init__.py" or f"`{path.name}`" in house or f"`wancli/{path.name}`" in house, (
-            path.name
-        )
-    for folder in (p for p in (ROOT / "wancli").iterdir() if (p / "__init__.py").exists()):
-        assert f"`wancli/{folder.name}/`" in house, folder.name
+        assert path.name == "__init__.py" or f"`{path.name}`" in section, path.name
+
+
+def test_the_architecture_has_the_order_of_imports() -> None:
+    section = ARCHITECTURE.read_text().split("## Order of imports")[1].split("```")[1]
+    assert tuple(tuple(line.split()) for line in section.strip().splitlines()) == ORDER
+
+
+def test_every_path_in_the_architecture_exists() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", ARCHITECTURE.read_text())
+    assert len(named) > 60
+    for path in named:
+        assert (ROOT / "wancli" / path).exists() or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_uses_a_retired_word(page: Path) -> None:
+    text = re.sub(r"\s+", " ", page.read_text().lower())
+    used = {word: better for word, better in RETIRED.items() if re.search(rf"\b{word}", text)}
+    assert not used
 
 
 def test_every_test_that_the_page_on_reliability_names_is_there() -> None:

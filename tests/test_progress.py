@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.cells import cell_len
 
-from wancli import progress as events
+from wancli import progress as displays
+from wancli.progress import Progress, create_progress
 
 SHOT = "0001-a-gray-tabby-cat-walks-through-a-sunlit-garden-猫"
 
@@ -21,7 +22,7 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(events.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(displays.time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def plain_environment(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def run(progress: events.Progress, clock: Clock, steps: int, seconds: float, note: str = "") -> None:
-    with progress.phase(SHOT, "sample", steps) as phase:
+def run(progress: Progress, clock: Clock, steps: int, seconds: float, note: str = "") -> None:
+    with progress.phase("sample", [SHOT], steps) as phase:
         for _ in range(steps):
             clock.now += seconds
             phase.advance(note=note)
@@ -52,17 +53,17 @@ def without_codes(text: str) -> str:
 
 
 def test_bars_are_for_terminals_and_lines_for_everything_else(monkeypatch):
-    assert type(events.create_progress(Terminal())).__name__ == "_Bars"
-    assert type(events.create_progress(io.StringIO())).__name__ == "_Lines"
+    assert type(create_progress(Terminal())).__name__ == "_Bars"
+    assert type(create_progress(io.StringIO())).__name__ == "_PlainLines"
     monkeypatch.setenv("TERM", "dumb")
-    assert type(events.create_progress(Terminal())).__name__ == "_Lines"
-    assert type(events.create_progress(Terminal(), "bar")).__name__ == "_Bars"
-    assert type(events.create_progress(Terminal(), "plain")).__name__ == "_Lines"
+    assert type(create_progress(Terminal())).__name__ == "_PlainLines"
+    assert type(create_progress(Terminal(), "bar")).__name__ == "_Bars"
+    assert type(create_progress(Terminal(), "plain")).__name__ == "_PlainLines"
 
 
 def test_none_writes_nothing(clock):
     stream = Terminal()
-    progress = events.create_progress(stream, "none")
+    progress = create_progress(stream, "none")
     run(progress, clock, 3, 100)
     progress.note("a")
     progress.warn("b")
@@ -74,10 +75,10 @@ def test_none_writes_nothing(clock):
 
 def test_a_quick_phase_is_two_lines(clock):
     stream = io.StringIO()
-    run(events.create_progress(stream), clock, 50, 0.1)
+    run(create_progress(stream), clock, 50, 0.1)
     assert stream.getvalue().splitlines() == [
         f"sample {SHOT}: started, 50 steps",
-        f"sample {SHOT}: done in 5.0s",
+        f"sample {SHOT}: done in 5.0 s",
     ]
 
 
@@ -94,23 +95,23 @@ def test_a_quick_phase_is_two_lines(clock):
 )
 def test_a_phase_says_what_it_counts(name: str, total: int, counted: str) -> None:
     stream = io.StringIO()
-    with events.create_progress(stream).phase("a", name, total) as bar:
+    with create_progress(stream).phase(name, ["a"], total) as bar:
         bar.advance(total)
     assert stream.getvalue().startswith(f"{name} a: started, {counted}\n")
 
 
 def test_a_long_phase_tells_every_tenth_with_the_time_that_is_left(clock):
     stream = io.StringIO()
-    run(events.create_progress(stream), clock, 100, 3, note="3.00 s/step")
+    run(create_progress(stream), clock, 100, 3, note="3.00 s/step")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 + 9
-    assert lines[1] == f"sample {SHOT}: 10/100, ETA 4:30, 3.00 s/step"
-    assert lines[-1] == f"sample {SHOT}: done in 5:00"
+    assert lines[1] == f"sample {SHOT}: 10/100, ETA 4 min 30 s, 3.00 s/step"
+    assert lines[-1] == f"sample {SHOT}: done in 5 min 0 s"
 
 
 def test_a_phase_of_many_short_steps_is_quiet_for_ten_seconds_at_a_time(clock):
     stream = io.StringIO()
-    run(events.create_progress(stream), clock, 100, 0.5)
+    run(create_progress(stream), clock, 100, 0.5)
     assert [line.split(": ")[1].split(",")[0] for line in stream.getvalue().splitlines()[1:-1]] == [
         "20/100",
         "40/100",
@@ -124,20 +125,20 @@ def test_a_phase_that_fails_is_not_called_done(clock, mode):
     stream = Terminal()
 
     def fail():
-        with events.create_progress(stream, mode).phase(SHOT, "decode", 5):
+        with create_progress(stream, mode).phase("decode", [SHOT], 5):
             clock.now += 3
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
     last = without_codes(stream.getvalue()).splitlines()[-1]
-    assert last.endswith("stopped after 3.0s")
+    assert last.endswith("stopped after 3.0 s")
 
 
 @pytest.mark.parametrize("mode", ["plain", "bar"])
 def test_a_text_can_neither_move_the_cursor_nor_turn_the_line_nor_colour_it(mode):
     stream = Terminal()
-    progress = events.create_progress(stream, mode)
+    progress = create_progress(stream, mode)
     progress.note("a\x1b[2Jb \u202ec [red]d[/]")
     progress.warn("e\r")
     assert without_codes(stream.getvalue()) == "a\\x1b[2Jb \\u202ec [red]d[/]\nwarning: e\\r\n"
@@ -148,7 +149,7 @@ def test_a_text_can_neither_move_the_cursor_nor_turn_the_line_nor_colour_it(mode
 
 def test_a_bar_shows_phase_shot_count_time_and_note_within_80_columns(clock):
     stream = Terminal()
-    run(events.create_progress(stream), clock, 8, 0.25, note="0.25 s/step")
+    run(create_progress(stream), clock, 8, 0.25, note="0.25 s/step")
     drawn = [line for line in re.split(r"[\r\n]+", without_codes(stream.getvalue())) if "ETA" in line]
     assert any(re.match(r"sample 0001-a-gray.*… ━+.* 4/8 ETA .*0\.25 s/step", line) for line in drawn)
     assert max(cell_len(line) for line in drawn) <= 80
@@ -156,14 +157,14 @@ def test_a_bar_shows_phase_shot_count_time_and_note_within_80_columns(clock):
 
 def test_of_a_finished_bar_one_line_stays(clock):
     stream = Terminal()
-    run(events.create_progress(stream), clock, 8, 0.25)
-    assert without_codes(stream.getvalue().rpartition("\x1b[2K")[2]) == f"sample {SHOT}: done in 2.0s\n"
+    run(create_progress(stream), clock, 8, 0.25)
+    assert without_codes(stream.getvalue().rpartition("\x1b[2K")[2]) == f"sample {SHOT}: done in 2.0 s\n"
 
 
 def test_a_warning_stays_above_a_running_bar(clock):
     stream = Terminal()
-    progress = events.create_progress(stream)
-    with progress.phase(SHOT, "sample", 2) as phase:
+    progress = create_progress(stream)
+    with progress.phase("sample", [SHOT], 2) as phase:
         phase.advance()
         progress.warn("the prompts hardly differ")
         phase.advance()
@@ -171,7 +172,7 @@ def test_a_warning_stays_above_a_running_bar(clock):
 
 
 def test_results_on_stdout_are_not_drawn_into_the_bar(clock, capsys):
-    with events.create_progress(Terminal()).phase(SHOT, "sample", 2):
+    with create_progress(Terminal()).phase("sample", [SHOT], 2):
         print("/out/a.mp4")  # noqa: T201
     assert capsys.readouterr().out == "/out/a.mp4\n"
 
@@ -180,7 +181,7 @@ def test_no_color_takes_the_colours_away(clock, monkeypatch):
     coloured = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
     for expected in (True, False):
         stream = Terminal()
-        progress = events.create_progress(stream)
+        progress = create_progress(stream)
         run(progress, clock, 2, 1)
         progress.warn("careful")
         assert bool(coloured.search(stream.getvalue())) == expected
@@ -191,25 +192,22 @@ def test_no_color_takes_the_colours_away(clock, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
+    ("name", "shots", "title"),
     [
-        (0, "0.0s"),
-        (0.44, "0.4s"),
-        (9.96, "10s"),
-        (59.4, "59s"),
-        (59.5, "1:00"),
-        (60, "1:00"),
-        (185, "3:05"),
-        (3723, "1:02:03"),
-        (100_000, "27:46:40"),
+        ("sample", ["a"], "sample a"),
+        ("sample", ["a", "b", "c"], "sample 3 shots, a to c"),
+        ("encode", [], "encode prompts"),
     ],
 )
-def test_durations_are_written_for_people(seconds, text):
-    assert events.span(seconds) == text
+def test_a_phase_is_named_after_its_shots(name: str, shots: list[str], title: str) -> None:
+    stream = io.StringIO()
+    with create_progress(stream).phase(name, shots, 4):
+        pass
+    assert stream.getvalue().startswith(f"{title}: started, 4 ")
 
 
 def test_a_phase_that_ends_before_its_last_step_says_so() -> None:
     out = io.StringIO()
-    with events.create_progress(out, "plain").phase("a", "sample", 20) as phase:
+    with create_progress(out, "plain").phase("sample", ["a"], 20) as phase:
         phase.advance(3)
     assert out.getvalue().splitlines()[-1].startswith("sample a: stopped after 3 of 20 steps and ")

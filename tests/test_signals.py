@@ -16,7 +16,7 @@ from jobs import Said, tiny_job, written
 import wancli
 from wancli.errors import ExitStatus
 from wancli.report import batch_report
-from wancli.signals import Stop, listening
+from wancli.signals import Stop, stop_on_signal
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from wancli.signals import Stop, listening
 def test_the_first_signal_is_a_request_that_names_it(name: str, status: int) -> None:
     number = signal.Signals[name]
     before = signal.getsignal(number)
-    with listening() as stop:
+    with stop_on_signal() as stop:
         assert not stop.requested
         signal.raise_signal(number)
         assert (stop.requested, stop.reason) == (True, name)
@@ -54,7 +54,7 @@ def test_the_second_signal_ends_the_process_at_once(second: signal.Signals) -> N
 def test_what_a_script_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with listening() as stop:
+        with stop_on_signal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.requested
     finally:

@@ -87,21 +87,21 @@ def stdout_is(fd: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("write_through", [False, True])
 def test_a_failure_is_raised_once_and_remembered(write_through: bool) -> None:
-    out = stdio.writer(1, encoding="utf-8", write_through=write_through)
-    assert stdio.failure(out) is None
+    out = stdio.open_writer(1, encoding="utf-8", write_through=write_through)
+    assert stdio.write_failure(out) is None
     full = os.open("/dev/full", os.O_WRONLY)
     with stdout_is(full):
         with pytest.raises(MachineError, match="stdout: cannot be written: No space left"):
             print("a", file=out, flush=True)
         print("b", file=out, flush=True)
     os.close(full)
-    assert isinstance(stdio.failure(out), MachineError)
-    assert stdio.failure(io.StringIO()) is None
+    assert isinstance(stdio.write_failure(out), MachineError)
+    assert stdio.write_failure(io.StringIO()) is None
 
 
 def test_what_is_no_name_of_a_file_is_escaped() -> None:
     read, write = os.pipe()
-    out = stdio.writer(1, encoding="utf-8", write_through=False)
+    out = stdio.open_writer(1, encoding="utf-8", write_through=False)
     with stdout_is(write):
         print("\udcff \ud800 猫", file=out, flush=True)
     assert os.read(read, 100) == b"\xff \\ud800 \xe7\x8c\xab\n"

@@ -160,7 +160,7 @@ def test_a_block_map_is_stable_its_gradient_agrees_and_its_top_moves_more_than_i
 
     one, other, gradient = probed(1, "inject"), probed(2, "inject"), probed(2, "gradient")
     assert statistics.correlation(one, other) > 0.8
-    places = [[block_map.ranked(total).index(block) for block in range(40)] for total in (other, gradient)]
+    places = [[block_map.rank(total).index(block) for block in range(40)] for total in (other, gradient)]
     assert statistics.correlation(*places) > 0.7
     items = [
         {"id": "plain", "inject": []},

@@ -1,4 +1,4 @@
-"""The `wancli` command. A render that a server is to do goes there before anything slow is imported."""
+"""The `wancli` command. A render on a server is sent there before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 from wancli import stdio
 from wancli.errors import ExitStatus, WancliError
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> None:
@@ -23,85 +23,92 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    stdio.prepare()
-    ending: list[int] = []
-    atexit.register(_as_a_shell_expects, ending)  # registered first, so that it runs last
+    stdio.open_streams()
+    exit_codes: list[int] = []
+    atexit.register(_die_of_interrupt, exit_codes)  # registered first, so that it runs last
     arguments = sys.argv[1:]
     rendering = arguments[:1] == ["render"]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not what a script ignores
-        signal.signal(signal.SIGINT, _leave)
-    asking = [n for n in _ASKING if rendering and signal.getsignal(n) is signal.SIG_DFL]
-    for number in asking:
-        signal.signal(number, _leave)
-    code = _served(arguments)
-    code = _alone(arguments) if code is None else code
-    for number in asking:  # all is done: it ends with what came of it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script may ignore it
+        signal.signal(signal.SIGINT, _exit_on_signal)
+    handled = [n for n in _STOP_SIGNALS if rendering and signal.getsignal(n) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, _exit_on_signal)
+    code = _run_on_server(arguments)
+    code = _run_here(arguments) if code is None else code
+    for number in handled:  # the work is done: the process ends with its own exit code
         signal.signal(number, signal.SIG_IGN)
-    ending.append(code)
+    exit_codes.append(code)
     sys.exit(code)
 
 
-def _alone(arguments: list[str]) -> int:
+def _run_here(arguments: list[str]) -> int:
     from wancli.cli import run
 
-    _imported()
+    _restore_interrupt()
     return run(arguments)
 
 
-def _served(arguments: list[str]) -> int | None:
-    """The exit code of a render, where a server at `--socket` did it; else None. What is wrong with the
-    command line the server says, in the words that it has here."""
-    socket = _socket(arguments)
+def _run_on_server(arguments: list[str]) -> int | None:
+    """Run a render on the server at `--socket` and return its exit code; return None without a server.
+
+    The server reports errors of the command line, in the same words as this process would.
+    """
+    socket = _parse_socket(arguments)
     if socket is None:
         return None
-    from wancli.commands._common import cache_of
+    from wancli.commands._common import resolve_cache_dir
     from wancli.farm import client
 
-    _imported()
+    _restore_interrupt()
     quiet = not {"-q", "--quiet"}.isdisjoint(arguments)
     try:
-        return client.render(arguments, socket, cache_of(None), quiet=quiet)
+        return client.render(arguments, socket, resolve_cache_dir(None), quiet=quiet)
     except WancliError as error:
-        from wancli.cli import ended
+        from wancli.cli import report_error
 
-        return ended(error, arguments)
+        return report_error(error, arguments)
 
 
-def _socket(arguments: Sequence[str]) -> str | None:
-    """Where a server is to render. Other commands, --help and --engine have none."""
-    own = any(word in ("-h", "--help") or word.startswith("--engine") for word in arguments)
-    if arguments[:1] != ["render"] or own:
+def _parse_socket(arguments: Sequence[str]) -> str | None:
+    """Return the `--socket` of a render; None for other commands, and with --help and --engine.
+
+    By hand, because the parser of the options (`wancli.commands._render_options`) is slow to import.
+    """
+    without_server = any(word in ("-h", "--help") or word.startswith("--engine") for word in arguments)
+    if arguments[:1] != ["render"] or without_server:
         return None
-    said = os.environ.get("WANCLI_SOCKET") or None
+    socket = os.environ.get("WANCLI_SOCKET") or None
     for word, following in zip(arguments, [*arguments[1:], None]):
         if word == "--socket":
-            said = following
+            socket = following
         elif word.startswith("--socket="):
-            said = word.removeprefix("--socket=")
-    return said
+            socket = word.removeprefix("--socket=")
+    return socket
 
 
-def _leave(number: int, _: FrameType | None) -> NoReturn:
-    """A signal while the command line is imported: nothing is begun. Of a render also what asks for its end
-    until it heeds that itself, so that a scheduler runs it again."""
+def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
+    """Exit on a signal that comes while the command line is imported, when nothing is started yet.
+
+    A render exits with 75, so that a scheduler runs it again.
+    """
     interrupted = number == signal.SIGINT
-    said = "interrupted" if interrupted else f"stopped by {signal.Signals(number).name}"
+    reason = "interrupted" if interrupted else f"stopped by {signal.Signals(number).name}"
     with suppress(OSError):
-        os.write(2, f"wancli: {said}; nothing was begun\n".encode())
+        os.write(2, f"wancli: {reason}; nothing was started\n".encode())
     if interrupted:
-        _as_a_shell_expects([ExitStatus.INTERRUPTED])
+        _die_of_interrupt([ExitStatus.INTERRUPTED])
     os._exit(ExitStatus.STOPPED)
 
 
-def _as_a_shell_expects(codes: Sequence[int]) -> None:
-    """What Ctrl-C ended dies of it, which a shell shows as 130 and takes as the end of its loop, too."""
-    if ExitStatus.INTERRUPTED in codes:
+def _die_of_interrupt(exit_codes: Sequence[int]) -> None:
+    """After Ctrl-C, die of SIGINT: a shell then reports 130 and ends its own loop, too."""
+    if ExitStatus.INTERRUPTED in exit_codes:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def _imported() -> None:
-    if signal.getsignal(signal.SIGINT) is _leave:
+def _restore_interrupt() -> None:
+    if signal.getsignal(signal.SIGINT) is _exit_on_signal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and which exit code what they raise becomes.
+"""The command line: its commands, and the exit codes of their errors.
 
 stdout carries results only: paths, or one JSON document. Everything else goes to stderr.
 """
@@ -36,13 +36,13 @@ from wancli.commands import (
     serve,
     status,
 )
-from wancli.commands._common import Invocation, complain
+from wancli.commands._common import Invocation, print_error
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import make_printable
-from wancli.storage.paths import here
+from wancli.storage.paths import require_cwd
 
 if TYPE_CHECKING:
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
 
 app = typer.Typer(
     name="wancli",
@@ -51,7 +51,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("render")(render.render)
+app.command("render")(render.render_command)
 app.command("plan")(plan.plan_command)
 app.command("status")(status.status_command)
 app.command("check")(check.check_command)
@@ -71,66 +71,70 @@ app.add_typer(cache.app, name="cache")
 
 
 @lru_cache(1)
-def _command() -> typer.core.TyperGroup:
-    """The commands with all their options, made once in a process that runs several command lines."""
+def _build_command() -> typer.core.TyperGroup:
+    """Build the commands with all their options, once in a process that runs several command lines."""
     command = typer.main.get_command(app)
     assert isinstance(command, typer.core.TyperGroup)
     return command
 
 
-def run(arguments: list[str], kept: Kept | None = None, began: float | None = None) -> int:
-    """Runs one command line and returns its exit code; the only place where errors become codes.
+def run(arguments: list[str], kept: ModelCache | None = None, began: float | None = None) -> int:
+    """Run one command line and return its exit code. Only this function turns errors into exit codes.
 
-    `kept` and `began`: of a process that runs several, networks and when this one began."""
+    A process that runs several command lines passes `kept`, the networks in memory, and `began`, the start
+    time of this one.
+    """
     try:
         if not arguments[:1] or not arguments[0].startswith("-"):  # --help is understood anywhere
-            here()
+            require_cwd()
     except MachineError as error:
-        return _refused(error, arguments)
+        return _report_refusal(error, arguments)
     try:
         invocation = Invocation(run, kept, began)
-        code = int(_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
+        code = int(
+            _build_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0
+        )
         sys.stdout.flush()
     except WancliError as error:
-        return ended(error, arguments)
+        return report_error(error, arguments)
     except typer.TyperException as error:
-        usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists what there is.")
-        return _refused(usage, arguments)
+        usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists the options.")
+        return _report_refusal(usage, arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
     except Exception:
         with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        complain(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
+        print_error(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
         return Bug.status
-    if code == ExitStatus.INTERRUPTED:  # typer makes this of Ctrl-C, and exits with 1 when stdout is closed
-        print("wancli: interrupted; finished shots are kept, run again to go on", file=sys.stderr)
-    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.failure(sys.stdout):
-        return ExitStatus.MACHINE  # of a batch whose work went on; stderr has it
+    if code == ExitStatus.INTERRUPTED:  # typer returns this after Ctrl-C, and 1 when stdout is closed
+        print("wancli: interrupted; finished shots are kept, run again to continue", file=sys.stderr)
+    if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.write_failure(sys.stdout):
+        return ExitStatus.MACHINE  # the batch has continued; stderr has the reason
     return code
 
 
-def _refused(error: WancliError, arguments: list[str]) -> ExitStatus:
-    """Says why no command was begun, also to programs, and returns the exit code."""
-    complain(error)
+def _report_refusal(error: WancliError, arguments: list[str]) -> ExitStatus:
+    """Report, also to programs, why no command was started, and return the exit code."""
+    print_error(error)
     if "--json-stream" in arguments:
-        from wancli.report.json_stream import refused
+        from wancli.report.json_stream import write_refusal
 
-        refused(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), error)
+        write_refusal(sys.stdout, next((word for word in arguments if not word.startswith("-")), ""), error)
     return error.status
 
 
-def ended(error: WancliError, arguments: list[str]) -> ExitStatus:
-    """Says why a command line came to its end, and returns its exit code."""
-    complain(error)
+def report_error(error: WancliError, arguments: list[str]) -> ExitStatus:
+    """Report the error that ended a command line, and return its exit code."""
+    print_error(error)
     if isinstance(error, Stopped):
-        command = error.command or f"wancli {shlex.join(arguments)}"
-        print(make_printable(f"  go on: {command}"), file=sys.stderr)
+        command = error.resume_command or f"wancli {shlex.join(arguments)}"
+        print(make_printable(f"  resume: {command}"), file=sys.stderr)
     return error.status
 
 
 @app.callback(invoke_without_command=True)
-def options(
+def main_options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:

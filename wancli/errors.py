@@ -1,10 +1,10 @@
-"""Everything that can go wrong, drawn, and the exit code each kind becomes.
+"""Everything that can go wrong, drawn, and the exit code of each kind.
 
     WancliError
     ├─ UsageError          2   a command line that no command understands
     ├─ JobError            2   a job file, flag or prompt is wrong; nothing was started
     │  ├─ PromptTooLong        more tokens than text.max_tokens, and truncate is off
-    │  └─ OutputExists         an output is there that this plan did not make
+    │  └─ OutputExists         an output already exists that this plan did not make
     ├─ MachineError        3   space, permission, ffmpeg, device
     │  ├─ NoSpace              the disk or the quota is full; ends the batch
     │  ├─ DiskError            the disk fails (EIO); retryable
@@ -13,18 +13,18 @@
     │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
-    │  └─ OutOfMemory          it ran out while a phase was at work; retryable
-    ├─ Stopped            75   SIGTERM or SIGUSR1: all that was under way is saved, the same command goes on
-    │  ├─ Elsewhere           other workers are at the rest of the batch
+    │  └─ OutOfMemory          memory ran out during a phase; retryable
+    ├─ Stopped            75   SIGTERM or SIGUSR1: all states are saved, the same command resumes
+    │  ├─ ClaimedElsewhere     the remaining shots are claimed by other workers
     │  └─ Interrupted    130   as Stopped, by Ctrl-C
     ├─ ShotError           1   the numbers of one shot are wrong
     │  ├─ NotFinite            NaN or Inf in an embedding, latent or frame; names step, branch and block
     │  └─ InjectionMissed      a rule reached fewer cells of its table than planned
-    └─ Bug                70   anything else, Ctrl-C (130) aside
+    └─ Bug                70   anything else, except Ctrl-C (130)
 
-Everything between raises; `wancli.cli` alone turns an error into an exit code. What goes wrong with one shot
-fails that shot, and the batch ends with the worst of them (`wancli.engine.outcome`); NoSpace and Stopped end
-it at once. Each class has a `code` for programs, and says in the first line of its docstring what it means:
+All other modules raise; `wancli.cli` alone turns an error into an exit code. An error of one shot fails that
+shot, and the batch ends with the worst of them (`wancli.engine.outcome`). NoSpace and Stopped end the batch
+at once. Each class has a `code` for programs, and the first line of its docstring says what it means:
 `wancli errors` lists them.
 """
 
@@ -37,7 +37,7 @@ from typing import Any, ClassVar, Self
 
 
 class ExitStatus(IntEnum):
-    """What the process tells the shell. A batch ends with the worst that happened to it."""
+    """The exit code of the process. A batch ends with the worst that happened to it."""
 
     OK = 0  # every requested shot exists and verifies
     SOME_FAILED = 1  # some shots failed, the rest are done
@@ -46,20 +46,20 @@ class ExitStatus(IntEnum):
     INTEGRITY = 4  # checkpoint, cache or output does not verify
     MEMORY = 5  # does not fit
     BUG = 70  # a bug in wancli; the traceback is in the log file
-    STOPPED = 75  # stopped early by SIGTERM or SIGUSR1; the same command goes on
+    STOPPED = 75  # stopped early by SIGTERM or SIGUSR1; the same command resumes
     INTERRUPTED = 130  # Ctrl-C
 
 
 class WancliError(Exception):
-    """One message for the user: where it is, what is wrong there, and a way out.
+    """One message for the user: the place, the problem, and a way out.
 
-    `where` is a place the user can open (`jobs/a.yaml:12: sampler.steps`, or a file), `hint`
-    the next thing to try. `str()` gives the first line, `hint` is printed below it.
+    `where` is a place that the user can open (`jobs/a.yaml:12: sampler.steps`, or a file). `hint` is the next
+    thing to try. `str()` gives the place and the problem; the command line prints `hint` below them.
     """
 
     status: ClassVar[ExitStatus] = ExitStatus.BUG
     code: ClassVar[str] = "bug"  # stable name for machines, one per class
-    retryable: ClassVar[bool] = False  # whether the same command, unchanged, may come through next time
+    retryable: ClassVar[bool] = False  # whether the same command, unchanged, may succeed next time
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(f"{where}: {message}" if where else message)
@@ -68,13 +68,13 @@ class WancliError(Exception):
         self.hint = hint
 
     def as_dict(self) -> dict[str, Any]:
-        """The error object of reports, events and envelopes."""
+        """Return the error object of reports, events and envelopes."""
         facts = {"code": self.code, "message": self.message, "where": self.where}
         return facts | {"hint": self.hint, "retryable": self.retryable}
 
 
 class UsageError(WancliError):
-    """The command line is wrong: a command, option or value that there is not."""
+    """The command line is wrong: an unknown command or option, or an invalid value."""
 
     status, code = ExitStatus.USAGE, "usage"
 
@@ -92,13 +92,13 @@ class PromptTooLong(JobError):
 
 
 class OutputExists(JobError):
-    """An output is there that this job does not make."""
+    """An output already exists that this job did not make."""
 
     code = "job.output_exists"
 
 
 class MachineError(WancliError):
-    """The machine does not do what is needed: permission, file system, device."""
+    """The machine does not provide what is needed: permission, file system, device."""
 
     status, code = ExitStatus.MACHINE, "machine"
 
@@ -110,7 +110,7 @@ class NoSpace(MachineError):
 
 
 class DiskError(MachineError):
-    """The disk fails to keep what it took."""
+    """The disk fails to keep what was written."""
 
     code, retryable = "machine.disk", True
 
@@ -122,7 +122,7 @@ class FfmpegError(MachineError):
 
 
 class IntegrityError(WancliError):
-    """A file is not what it should be."""
+    """A file does not verify."""
 
     status, code = ExitStatus.INTEGRITY, "integrity"
 
@@ -146,26 +146,26 @@ class DoesNotFit(WancliError):
 
 
 class OutOfMemory(DoesNotFit):
-    """Memory ran out while a phase was at work."""
+    """Memory ran out during a phase."""
 
     code, retryable = "memory.exhausted", True
 
 
 class Stopped(WancliError):
-    """SIGTERM or SIGUSR1 asked for an end; all is saved, the same command goes on."""
+    """Stopped by SIGTERM or SIGUSR1; all states are saved, the same command resumes."""
 
     status, code, retryable = ExitStatus.STOPPED, "stopped", True
-    command = ""  # that goes on, where it is not the same
+    resume_command = ""  # if the same command would not resume
 
 
 class Interrupted(Stopped):
-    """Ctrl-C asked for an end; all is saved, the same command goes on."""
+    """Stopped by Ctrl-C; all states are saved, the same command resumes."""
 
     status, code = ExitStatus.INTERRUPTED, "stopped.interrupted"
 
 
 class ClaimedElsewhere(Stopped):
-    """Other workers are at the rest of the batch."""
+    """The remaining shots are claimed by other workers."""
 
     code = "stopped.elsewhere"
 
@@ -189,21 +189,21 @@ class InjectionMissed(ShotError):
 
 
 class Bug(WancliError):
-    """Something that wancli did not foresee; the traceback is in a log file."""
+    """An error that wancli did not foresee; the traceback is in a log file."""
 
 
 def error_types() -> list[type[WancliError]]:
-    """Every kind of error that a user may meet, sorted by exit code; one `code` each."""
-    found: list[type[WancliError]] = []
-    open_to = WancliError.__subclasses__()
-    while open_to:
-        found.append(kind := open_to.pop())
-        open_to += kind.__subclasses__()
-    return sorted(found, key=lambda kind: (kind.status, kind.code))
+    """List every error class that a user may meet, sorted by exit code; each has a `code` of its own."""
+    types: list[type[WancliError]] = []
+    pending = WancliError.__subclasses__()
+    while pending:
+        types.append(kind := pending.pop())
+        pending += kind.__subclasses__()
+    return sorted(types, key=lambda kind: (kind.status, kind.code))
 
 
 def describe_error_type(kind: type[WancliError]) -> dict[str, Any]:
-    """Its code, exit code, whether another try may help, and what it means in one line."""
+    """Return the code, exit code and meaning of an error class, and whether another try may help."""
     meaning = (kind.__doc__ or "").partition("\n")[0].removesuffix(".")
     return {
         "code": kind.code,
@@ -214,7 +214,7 @@ def describe_error_type(kind: type[WancliError]) -> dict[str, Any]:
 
 
 def strip_traceback(error: WancliError) -> WancliError:
-    """The error without the frames it passed, which would keep their tensors as long as it lives."""
+    """Remove the frames from an error and its causes: they would keep their tensors as long as it lives."""
     link: BaseException | None = error
     while link:
         link.__traceback__, following = None, link.__cause__ or link.__context__
@@ -224,7 +224,7 @@ def strip_traceback(error: WancliError) -> WancliError:
 
 
 def format_frames(error: BaseException) -> str:
-    """Where an error comes from, and the shape and dtype of every tensor in the frames on the way."""
+    """List the frames that an error passed, with the shape and dtype of every tensor in them."""
     lines = []
     for frame, line in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
@@ -239,9 +239,9 @@ def format_frames(error: BaseException) -> str:
 class ErrorCapture:
     """A `with` block that keeps the error of its shot instead of raising it.
 
-    What ends the batch goes through: NoSpace, Stopped, a checkpoint that all its shots need, and whatever is
-    no WancliError. The error is kept without its frames, and so without the tensors in them; what they say is
-    in `stack`.
+    Errors that end the batch are raised: NoSpace, Stopped, CheckpointError (all shots need the checkpoint),
+    and every error that is not a WancliError. The error is kept without its frames, and so without the
+    tensors in them; `stack` has the text of the frames.
     """
 
     error: WancliError | None = None
@@ -257,6 +257,6 @@ class ErrorCapture:
         return True
 
     def record(self, error: WancliError) -> None:
-        """Keeps an error that was caught already."""
+        """Keep an error that was already caught."""
         self.stack = format_frames(error)
         self.error = strip_traceback(error)

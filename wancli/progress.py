@@ -1,8 +1,8 @@
 """Progress for people: bars with an ETA on a terminal, plain lines elsewhere, or nothing.
 
-All of it goes to the stream it was made for (stderr), never to stdout. A phase of a shot counts
-steps; when it ends, one line of it stays. Texts from a job are shown without control characters.
-What programs read is in `wancli.report.json_stream` and `wancli.report.openjd_progress`.
+Progress goes to the stream it was made for (stderr), never to stdout. A phase counts steps; when it ends, one
+line of it stays. Texts from a job are shown without control characters. Programs read
+`wancli.report.json_stream` and `wancli.report.openjd_progress` instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
-from wancli.units import pluralize
+from wancli.units import format_seconds, pluralize
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -27,20 +27,23 @@ if TYPE_CHECKING:
 
 Mode = Literal["auto", "bar", "plain", "none"]
 
-_LINE_SECONDS = 10.0  # plain lines: not before this much time and this share of the steps has passed
+_LINE_SECONDS = 10.0  # a plain line follows the last one after this time and this share of the steps
 _LINE_SHARE = 0.1
+# What each phase counts, if not steps.
+_UNITS = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "file", "probe": "block run"}
 
 
 class Phase(Protocol):
-    """A running phase: `advance()` after each step, with a word on it if there is one."""
+    """A running phase: call `advance()` after each step, with a short note if there is one."""
 
     def advance(self, n: int = 1, note: str = "") -> None: ...
 
 
 class Progress:
-    """Shows nothing; the other kinds override. `phase()` is a `with` block around a counted loop.
+    """The silent display, and the interface of the others.
 
-    A context: it learns of the error that its command ends by."""
+    A context: it sees the error that ends its command. `phase()` is a `with` block around a counted loop.
+    """
 
     def __enter__(self) -> Self:
         return self
@@ -49,60 +52,54 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def planned(self, plan: Plan) -> None:
-        """What the batch is going to be."""
+    def on_plan(self, plan: Plan) -> None:
+        """Handle the plan of the batch."""
 
-    def came_to(self, outcome: Outcome) -> None:
-        """What became of a shot."""
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Handle the outcome of a shot."""
 
-    def ended(self, status: ExitStatus, report: Path | None) -> None:
-        """What the command will exit with, and where its report is."""
+    def on_end(self, status: ExitStatus, report: Path | None) -> None:
+        """Handle the exit code of the command, and the path of its report."""
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
-        """`shot` is what people read; `ids` are those of the shots, unless it is one and `shot` its id."""
+    def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:  # noqa: ARG002
+        """Show a phase of `total` steps. `shots` has the ids of its shots; it is empty for prompts."""
         yield _SilentPhase()
 
     def note(self, text: str) -> None:
-        """Something worth knowing."""
+        """Show something worth knowing."""
 
     def warn(self, text: str) -> None:
-        """Something that may be wrong, and does not stop the work."""
+        """Show something that may be wrong, and does not stop the work."""
 
 
 def create_progress(stream: TextIO, mode: Mode = "auto") -> Progress:
-    """The kind of progress that suits a stream; `auto` draws bars only on a capable terminal."""
+    """Create the display that suits a stream; `auto` draws bars only on a capable terminal."""
     if mode == "auto":
         mode = "bar" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
-    kinds = {"bar": _Bars, "plain": _Lines}
+    kinds = {"bar": _Bars, "plain": _PlainLines}
     return kinds[mode](stream) if mode in kinds else Progress()
 
 
-def span(seconds: float) -> str:
-    """A duration for people: 0.4s, 12s, 3:05, 1:02:03."""
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def make_printable(text: str) -> str:
-    """Text that cannot move the cursor or turn the writing direction: such characters are escaped."""
+    """Escape the characters that could move the cursor or turn the writing direction."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-# What each phase counts, where it is not steps.
-_COUNTED = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "file", "probe": "block run"}
+def phase_title(name: str, shots: Sequence[str]) -> str:
+    """Name a phase for people: `sample 0001-a-cat`, `sample 8 shots, a to h`, `encode prompts`."""
+    if not shots:
+        return f"{name} {_UNITS.get(name, 'step')}s"
+    return f"{name} {shots[0] if len(shots) == 1 else f'{len(shots)} shots, {shots[0]} to {shots[-1]}'}"
 
 
-def _size(name: str, total: int) -> str:
-    return pluralize(total, _COUNTED.get(name, "step"))
+def _format_total(name: str, total: int) -> str:
+    return pluralize(total, _UNITS.get(name, "step"))
 
 
-def _ending(name: str, done: int, total: int) -> str:
-    """How a phase ended that raised nothing: somebody may have asked for its end."""
-    return "done in" if done >= total else f"stopped after {done} of {_size(name, total)} and"
+def _describe_end(name: str, done: int, total: int) -> str:
+    """Describe how a phase ended that raised nothing: after all steps, or early after a stop request."""
+    return "done in" if done >= total else f"stopped after {done} of {_format_total(name, total)} and"
 
 
 class _SilentPhase:
@@ -110,7 +107,7 @@ class _SilentPhase:
 
 
 class _LinePhase:
-    def __init__(self, lines: _Lines, title: str, total: int) -> None:
+    def __init__(self, lines: _PlainLines, title: str, total: int) -> None:
         self._lines, self._title, self._total = lines, title, total
         self.done = self._shown = 0
         self._began = self._shown_at = time.monotonic()
@@ -123,25 +120,26 @@ class _LinePhase:
             self._shown, self._shown_at = self.done, now
             left = (now - self._began) / self.done * (self._total - self.done)
             tail = f", {note}" if note else ""
-            self._lines.note(f"{self._title}: {self.done}/{self._total}, ETA {span(left)}{tail}")
+            self._lines.note(f"{self._title}: {self.done}/{self._total}, ETA {format_seconds(left)}{tail}")
 
 
-class _Lines(Progress):
+class _PlainLines(Progress):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
-        title = f"{name} {shot}"
-        self.note(f"{title}: started, {_size(name, total)}")
+    def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:
+        title = phase_title(name, shots)
+        self.note(f"{title}: started, {_format_total(name, total)}")
         began = time.monotonic()
         phase = _LinePhase(self, title, total)
         try:
             yield phase
         except BaseException:
-            self.note(f"{title}: stopped after {span(time.monotonic() - began)}")
+            self.note(f"{title}: stopped after {format_seconds(time.monotonic() - began)}")
             raise
-        self.note(f"{title}: {_ending(name, phase.done, total)} {span(time.monotonic() - began)}")
+        end = _describe_end(name, phase.done, total)
+        self.note(f"{title}: {end} {format_seconds(time.monotonic() - began)}")
 
     def note(self, text: str) -> None:
         self._stream.write(make_printable(text) + "\n")
@@ -166,29 +164,28 @@ class _Bars(Progress):
         self._console = Console(file=stream, force_terminal=True, highlight=False)
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:  # noqa: ARG002
+    def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:
+        title = phase_title(name, shots)
         began = time.monotonic()
-        ending = "[red]stopped after[/]"
+        end = "[red]stopped after[/]"
         try:
             with self._bars() as bars:
-                task = bars.add_task(name, total=total, shot=make_printable(shot), note="")
+                task = bars.add_task(make_printable(title), total=total, note="")
                 yield _BarPhase(bars, task)
             done = round(bars.tasks[task].completed)
-            ending = f"[{'green' if done >= total else 'red'}]{_ending(name, done, total)}[/]"
+            end = f"[{'green' if done >= total else 'red'}]{_describe_end(name, done, total)}[/]"
         finally:
-            after = f"{ending} {span(time.monotonic() - began)}"
-            self._line(f"{name} {shot}: ", after=after)
+            self._line(f"{title}: ", after=f"{end} {format_seconds(time.monotonic() - began)}")
 
     def _bars(self) -> RichProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
         from rich.table import Column
 
-        shot = Column(no_wrap=True, overflow="ellipsis", max_width=34)
+        title = Column(no_wrap=True, overflow="ellipsis", max_width=41)
         note = Column(no_wrap=True, overflow="ellipsis", max_width=18)
         return RichProgress(
-            TextColumn("{task.description}", markup=False),
-            TextColumn("{task.fields[shot]}", markup=False, table_column=shot),
+            TextColumn("{task.description}", markup=False, table_column=title),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("ETA"),

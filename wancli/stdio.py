@@ -1,7 +1,7 @@
-"""The standard streams: closed ones go nowhere, and one that nobody takes from any more ends no work.
+"""The standard streams. A closed stream discards its output; a stream without a reader does not end the work.
 
-What people read, stderr, is then written to nowhere. A result on stdout that cannot be written is an error,
-once.
+After a failed write, stderr, which people read, is silently discarded. A result that cannot be written to
+stdout is an error, once.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from wancli.errors import MachineError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_PATHS = "wancli.paths"
+_PATHS_HANDLER = "wancli.paths"
 
 
-def prepare() -> None:
-    """Opens what of the three is closed, and makes stdout and stderr writers of this module."""
+def open_streams() -> None:
+    """Open those of the three streams that are closed, and make stdout and stderr writers of this module."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the life of the process
-    sys.stdout, sys.stderr = _as(1, sys.stdout), _as(2, sys.stderr)
+    sys.stdout, sys.stderr = _open_stream(1, sys.stdout), _open_stream(2, sys.stderr)
 
 
-def _as(fd: int, old: TextIO | None) -> TextIO:
+def _open_stream(fd: int, old: TextIO | None) -> TextIO:
     direct = getattr(old, "write_through", False)  # PYTHONUNBUFFERED
-    return writer(fd, encoding=old.encoding if old else None, write_through=direct)
+    return open_writer(fd, encoding=old.encoding if old else None, write_through=direct)
 
 
-def writer(fd: int, *, encoding: str | None, write_through: bool) -> TextIO:
-    """Text for stdout or stderr, buffered as Python has it.
+def open_writer(fd: int, *, encoding: str | None, write_through: bool) -> TextIO:
+    """Open stdout or stderr as text, buffered as Python buffers it.
 
-    In UTF-8 a path on stdout has the bytes of its name, whatever they are; what else cannot be said in an
-    encoding is escaped. Writing to stderr never raises. Writing to stdout raises BrokenPipeError where
-    nobody reads, MachineError where it fails; all that follows goes nowhere.
+    In UTF-8, a path on stdout has the bytes of its file name, whatever they are. Other characters that the
+    encoding lacks are escaped. Writing to stderr never raises. Writing to stdout raises BrokenPipeError if it
+    has no reader, and MachineError if the device fails; after that, output is discarded.
     """
-    raw = _Descriptor(fd)
+    raw = _StandardStream(fd)
     lines = fd == 2 or os.isatty(fd)
     data = raw if write_through else io.BufferedWriter(raw)
     text = io.TextIOWrapper(data, encoding, "backslashreplace", None, lines, write_through)
     if fd == 1 and codecs.lookup(text.encoding).name == "utf-8":
-        text.reconfigure(errors=_PATHS)
+        text.reconfigure(errors=_PATHS_HANDLER)
     return text
 
 
-def failure(stream: TextIO) -> MachineError | None:
-    """Why what was written to stdout is not all there, if the device is at fault and not its reader."""
+def write_failure(stream: TextIO) -> MachineError | None:
+    """Return why output to stdout is incomplete, if the device is at fault and not the reader."""
     data = getattr(stream, "buffer", None)
     raw = getattr(data, "raw", data)
-    return raw.failure if isinstance(raw, _Descriptor) else None
+    return raw.failure if isinstance(raw, _StandardStream) else None
 
 
-class _Descriptor(io.FileIO):
-    """A standard stream that becomes that of nothing when a write fails."""
+class _StandardStream(io.FileIO):
+    """A standard stream that becomes /dev/null when a write fails."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, "w", closefd=False)
@@ -71,9 +71,9 @@ class _Descriptor(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
             if self.fileno() == 2:
                 return memoryview(data).nbytes
             if isinstance(error, BrokenPipeError):
@@ -82,24 +82,23 @@ class _Descriptor(io.FileIO):
             raise self.failure from error
 
 
-def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The bytes that a name had, else an escape."""
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return the bytes of a file name that is not UTF-8, else an escape."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
         return codecs.backslashreplace_errors(error)
 
 
-codecs.register_error(_PATHS, _escaped)
+codecs.register_error(_PATHS_HANDLER, _escape)
 
 
-def line(out: TextIO, text: str) -> None:
-    """One line, at once. Where it cannot be written this and all that follows goes nowhere
-    (`wancli.stdio`), and stderr says so; what the command makes is on disk."""
+def write_line(out: TextIO, text: str) -> None:
+    """Write and flush one line. If that fails, say so on stderr and continue: the outputs are on disk."""
     try:
         out.write(text + "\n")
         out.flush()
     except BrokenPipeError:
-        sys.stderr.write("wancli: nobody reads stdout any more; the work goes on\n")
+        sys.stderr.write("wancli: stdout has no reader any more; the work continues\n")
     except MachineError as error:
-        sys.stderr.write(f"wancli: {error}; the work goes on\n")
+        sys.stderr.write(f"wancli: {error}; the work continues\n")

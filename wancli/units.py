@@ -9,25 +9,27 @@ from wancli.errors import JobError
 
 
 def parse_size(text: str, where: str) -> int:
-    """`500MiB`, `1.5G`: binary units; `2GB`: decimal ones; `64B`: bytes. A number alone is refused, for bytes
-    are hardly ever meant. Raises JobError, at `where`."""
+    """Parse a size: `500MiB` and `1.5G` are binary units, `2GB` is decimal, `64B` is bytes.
+
+    A number without a unit is rejected, because bytes are hardly ever meant. Raises JobError, at `where`.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(B|iB|)|B)", text)
     if not match:
-        raise JobError(f"{text!r} is no size; write 500MiB or 2GiB", where=where)
+        raise JobError(f"{text!r} is not a size; write 500MiB or 2GiB", where=where)
     base = 1000 if match[3] == "B" else 1024
     return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
 
 
 def parse_duration(text: str, where: str) -> float:
-    """`30s`, `2.5 min`, `1h`: seconds. Raises JobError, at `where`."""
+    """Parse `30s`, `2.5 min` or `1h` as seconds. Raises JobError, at `where`."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)", text)
     if not match:
-        raise JobError(f"{text!r} is no time; write 30s, 5min or 1h", where=where)
+        raise JobError(f"{text!r} is not a time; write 30s, 5min or 1h", where=where)
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in binary units: `1.5 GiB`."""
+    """Format bytes in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
@@ -36,20 +38,20 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """Seconds: `7.0 s`, `3 min 20 s`, `2.5 h`."""
+    """Format seconds: `7.0 s`, `3 min 20 s`, `2.5 h`."""
     if value < 120:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes} min {seconds} s" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-def pluralize(count: int, one: str, many: str = "") -> str:
-    """`1 shot`, `2,000 shots`; `many` is the word for several where it is not that with an s."""
-    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+def pluralize(count: int, singular: str, plural: str = "") -> str:
+    """Format a count and its noun: `1 shot`, `2,000 shots`. `plural` defaults to the singular with an s."""
+    return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """`0-3,7,10-39`."""
+    """Format numbers as ranges: `0-3,7,10-39`."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:

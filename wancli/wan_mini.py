@@ -7,17 +7,17 @@ from pathlib import Path
 
 NAME = "wan-mini"
 FOLDER = Path(__file__).parent / "assets" / NAME
-KNOWS = (
+SUBJECTS_HINT = (
     "wan-mini knows a red, green, blue or yellow circle, square or triangle that moves left, right, up "
     "or down on a white, black, grey or striped background. Other prompts want another `model`."
 )
-DIFFERENCES = (
+DIFFERENCES_HINT = (
     "This is how wan-mini reads them, whose encoder knows its own small world. How a real Wan does, its "
     "own UMT5 tells: --model DIR."
 )
 
 
-def unknown_words(pieces: Sequence[str]) -> list[str]:
+def find_unknown_words(pieces: Sequence[str]) -> list[str]:
     """The words of a prompt that wan-mini has never read: its tokenizer has a piece for each word it
     knows, and spells all others."""
     words: list[list[str]] = []

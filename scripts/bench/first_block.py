@@ -37,7 +37,7 @@ sampler: {{steps: 4, guidance: 1}}
 memory: {{device: cpu, dtype: {dtype}, residency: resident}}
 """
 COLUMNS = (
-    *("file, run, who", "first block begins s", "it has run s", "all have run s"),
+    *("file, run, program", "first block begins s", "first block done s", "all blocks done s"),
     *("peak GiB", "of the weights"),
 )
 

@@ -24,14 +24,14 @@ import torch
 from scripts.bench.markdown import stamp, table
 from wancli.engine.batch import render
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks
 from wancli.injection import block_map
-from wancli.injection.block_map import Map, Method, Shelf
-from wancli.injection.contexts import Contexts
+from wancli.injection.block_map import BlockMap, BlockMapStore, Method
+from wancli.injection.contexts import ContextCache
 from wancli.injection.table import Text, parse_blocks
 from wancli.job.loader import parse
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan, Shot
 from wancli.probe import request, run, sensitivity
 from wancli.probe.renders import mean_difference
@@ -54,7 +54,7 @@ PAIRS = (
     ),
 )
 METHODS: tuple[Method, ...] = ("inject", "gradient", "skip")
-Found = dict[tuple[int, int, Method], Map]  # by pair, seed and method
+Found = dict[tuple[int, int, Method], BlockMap]  # by pair, seed and method
 
 
 def job(pair: int, seed: int, size: str, **more: Any) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def job(pair: int, seed: int, size: str, **more: Any) -> dict[str, Any]:
 
 def planned(folder: Path, said: dict[str, Any], *, unmeasured: bool = False) -> Plan:
     file = parse(json.dumps(said).encode(), "job", "job", folder)
-    return plan(file, folder / "cache" / "hashes.json", unmeasured=unmeasured)
+    return build_plan(file, folder / "cache" / "hashes.json", allow_missing_maps=unmeasured)
 
 
 def surveyed(folder: Path, tools: RenderContext, pairs: int, seeds: int, size: str) -> Found:
     found: Found = {}
     for pair, seed, method in itertools.product(range(pairs), range(seeds), METHODS):
-        asked = request.survey(planned(folder, job(pair, seed, size)), method, 3, None, None)
-        found[pair, seed, method] = run.measured(asked, tools)
+        asked = request.plan_probe(planned(folder, job(pair, seed, size)), method, 3, None, None)
+        found[pair, seed, method] = run.run_probe(asked, tools)
     return found
 
 
@@ -80,8 +80,8 @@ def rendered(
     folder: Path, tools: RenderContext, found: Found, pair: int, seed: int, size: str
 ) -> tuple[float, float]:
     """Mean |difference| from the plain video: of the top and of the bottom quarter of the blocks."""
-    shelf = Shelf(folder / "cache" / "maps")
-    shelf.keep(found[pair, seed, "inject"])
+    shelf = BlockMapStore(folder / "cache" / "maps")
+    shelf.put(found[pair, seed, "inject"])
     name = f"{pair}-{seed}"
     quarter = found[pair, seed, "inject"].model.blocks // 4
     items = [{"id": f"{name}-plain", "inject": []}] + [
@@ -138,7 +138,7 @@ def agreements(found: Found) -> Iterator[tuple[str, str, list[float]]]:
 def costs(folder: Path, tools: RenderContext, size: str) -> Iterator[tuple[str, float]]:
     """One noise level of each method in forwards, in processor time."""
     (shot,) = planned(folder, job(0, 0, size)).shots
-    encoded, _ = embed(shot.model, shot.texts, tools)
+    encoded, _ = encode_prompts(shot.model, shot.prompts, tools)
     model = Networks(shot.model).transformer("only").requires_grad_(False)
     with torch.no_grad():
         place = _place(model, shot, {id: one.embedding.rows_NE for id, one in encoded.items()})
@@ -174,14 +174,14 @@ def _seconds(work: Callable[[], None], times: int) -> float:
     return time.process_time() - began
 
 
-def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.Place:
-    contexts = Contexts(model, rows_NE)
+def _place(model: Any, shot: Shot, rows_NE: dict[str, Any]) -> sensitivity.ProbePoint:
+    contexts = ContextCache(model, rows_NE)
     depth = shot.model.checkpoint.transformer.num_layers
     plain, injected = (
         [((contexts.context(Text(text.id)), 1.0),)] * depth for text in (shot.prompt, shot.injected[0])
     )
-    x_1CTYX = denoise.noise(shot.latent_shape, shot.seed)[None]
-    return sensitivity.Place(model, x_1CTYX, shot.schedule.timesteps[3], plain, injected)
+    x_1CTYX = denoise.draw_noise(shot.latent_shape, shot.seed)[None]
+    return sensitivity.ProbePoint(model, x_1CTYX, shot.sigma_schedule.timesteps[3], plain, injected)
 
 
 def main() -> None:
@@ -204,7 +204,7 @@ def main() -> None:
         print(table(("mean of", "early", "middle", "late"), thirds))
         for method in METHODS:
             total = [statistics.mean(values) for values in zip(*_of(found, method))]
-            print(f"- {method}, mean of all: {block_map.suggestion(total, None)}")
+            print(f"- {method}, mean of all: {block_map.suggest_blocks(total, None)}")
         for what, value in costs(folder, tools, said.size):
             print(f"- {what}: {value:.3g}")
     print(f"- {stamp()}")

@@ -37,7 +37,7 @@ from wancli.weights.offload import Streamed, matrix_names, placed
 DISTINCT = 2
 PROMPT = 60  # tokens
 TINY = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DISTINCT, text_dim=32, freq_dim=64)
-COLUMNS = ("forwards of one pass", "resident s/block", "streamed s/block", "overhead", "of the best runs")
+COLUMNS = ("forwards of one pass", "resident s/block", "streamed s/block", "overhead", "best runs")
 
 
 @dataclass(frozen=True)

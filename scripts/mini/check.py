@@ -45,7 +45,7 @@ def check(folder: Path, recipe: Recipe, count: int, device: torch.device) -> dic
     newest = folder / ("finetune.pt" if (folder / "finetune.pt").exists() else "dit.pt")
     if newest.exists():
         tokenizer = Tokenizer(folder / "spiece.model")
-        ids = [tokenizer.ids(prompt) for prompt in prompts]
+        ids = [tokenizer.to_ids(prompt) for prompt in prompts]
         z_BCTYX = dit.sample(load(newest), recipe, ids, GRID, device)
         right: Counter[str] = Counter()
         for scene, z_CTYX in zip(scenes, z_BCTYX, strict=True):

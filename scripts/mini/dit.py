@@ -153,13 +153,13 @@ class DiTTrainer:
             scene = random_scene(rng)
             read_KB[:, sample] = len(prompts)
             words = "" if rng.random() < EMPTY else caption(scene, rng, style)
-            prompts.append(self._tokenizer.ids(words))
+            prompts.append(self._tokenizer.to_ids(words))
             if words and rng.random() < swaps:
                 injected = random_scene(rng)
                 low, high = random_range(rng, depth)
                 scene = blended(scene, injected, low / depth, high / depth, rng)
                 read_KB[low:high, sample] = len(prompts)
-                prompts.append(self._tokenizer.ids(caption(injected, rng, style)))
+                prompts.append(self._tokenizer.to_ids(caption(injected, rng, style)))
             targets.append(scene)
         return targets, prompts, read_KB
 

@@ -232,6 +232,6 @@ def show_worst(cases: Sequence[Case], seen: dict[str, Seen], out: Path) -> None:
         said = [f"{name} {getattr(seen[case.name], name) or 'none'}" for name in wrong(case)]
         print(f"- {case.name}: {', '.join(said)} for: {case.prompt}")
     if worst:
-        clips = clip.read([out / f"{case.name}.mp4" for case in worst])
-        contact_sheet.write(out / "worst.png", contact_sheet.contact_sheet(clips, [""] * len(clips)))
+        clips = clip.read_clips([out / f"{case.name}.mp4" for case in worst])
+        contact_sheet.write(out / "worst.png", contact_sheet.draw_contact_sheet(clips, [""] * len(clips)))
         print(f"\nworst cases: {out / 'worst.png'}")

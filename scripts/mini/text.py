@@ -134,7 +134,7 @@ class TextTrainer:
         rng = rng_of(self._seed, "text", i)
         style = random_style(rng)
         scenes = [random_scene(rng) for _ in range(self.samples)]
-        prompts = [self._tokenizer.ids(caption(scene, rng, style)) for scene in scenes]
+        prompts = [self._tokenizer.to_ids(caption(scene, rng, style)) for scene in scenes]
         rows_PNE, count_P = encode(self.model, prompts)
         scores_P = self._classify(rows_PNE.sum(1) / count_P[:, None])
         parts = scores_P.split([len(values) for values in ATTRIBUTES.values()], dim=1)

@@ -20,13 +20,13 @@ from selenium.webdriver.support.select import Select
 
 from wancli import cli
 from wancli.injection import block_map
-from wancli.injection.block_map import Level, Map, MapModel, Prompts
+from wancli.injection.block_map import BlockMap, MapModel, NoiseLevel, PromptPair
 from wancli.job.loader import load
 from wancli.models import variants
 from wancli.models.config import Kernels
 from wancli.plan import memory_estimate
-from wancli.plan.planner import plan
-from wancli.plan.shot import Model, Shot
+from wancli.plan.planner import build_plan
+from wancli.plan.shot import ModelSpec, Shot
 from wancli.report.html import model_facts, page, page_data
 from wancli.report.html.collect import ReportInputs
 from wancli.weights.lora.match import Coverage
@@ -50,10 +50,10 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
     ]
     found = pages.render(folder, shallow, items=items, frames=5)
     model = pages.entries(found)["model"]
-    by_block = Map(
+    by_block = BlockMap(
         job="job", shot="fish", model=MapModel(root="x", sha256=model["sha256"]["transformer"], blocks=4),
-        loras=[], method="inject", prompts=[Prompts(main="A cat.", injected="A reef.", ids=["a", "b"])],
-        size="64x64", frames=5, seed=0, levels=[Level(step=0, sigma=1.0), Level(step=1, sigma=0.8)],
+        loras=[], method="inject", prompts=[PromptPair(main="A cat.", injected="A reef.", ids=["a", "b"])],
+        size="64x64", frames=5, seed=0, levels=[NoiseLevel(step=0, sigma=1.0), NoiseLevel(step=1, sigma=0.8)],
         unit="of the velocity", values=[[0.1, 0.4, 0.2, 0.3], [0.2, 0.5, 0.3, 0.1]], ranges=None,
         total=[0.15, 0.45, 0.25, 0.2], suggestion="1", seconds=1.5, forwards=5.5, versions={}, created="2026",
     )  # fmt: skip
@@ -247,14 +247,14 @@ def settings_of(shot: Shot) -> dict[str, Any]:
         "width": shot.width,
         "height": shot.height,
         "frames": shot.frames,
-        "tokens": [len(text.tokens.ids) for text in shot.texts],
-        "riders": shot.riders,
+        "tokens": [len(text.tokens.ids) for text in shot.prompts],
+        "riders": shot.forwards_per_step,
         "decodeChunk": shot.decode_chunk,
         "loras": sum(path.stat().st_size for path in {use.path for use in shot.loras}),
     }
 
 
-def models(tiny: Model) -> list[Model]:
+def models(tiny: ModelSpec) -> list[ModelSpec]:
     """The model of a shot, and those that Wan released, on a CPU and on a GPU."""
     found = [replace(tiny, device=device) for device in ("cpu", "cuda")]
     for name, device in itertools.product(model_facts.RELEASED, ("cpu", "cuda")):
@@ -288,7 +288,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     style = tmp_path / "style.safetensors"
     style.write_bytes(bytes(1_234_567))
     lora = LoraUse(style, "", 1.0, None, None, None, Coverage("kohya", 1, {}, (0,), 0, (4,), True, 0, 0, ()))
-    plain, fish, _ = plan(load(out.parent / "job.yaml"), tmp_path / "memo.json").shots
+    plain, fish, _ = build_plan(load(out.parent / "job.yaml"), tmp_path / "memo.json").shots
     shots = [plain, replace(fish, loras=(lora, lora))]
     every_way = [way for shot in shots for way in grid(shot)]
     assert len(every_way) == 2 * 10 * 10 * 2 * 3
@@ -296,7 +296,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
         [
             model_facts.calculator_constants(
                 vars(way.model.checkpoint.transformer),
-                json.loads(json.dumps(memory_estimate.networks(way.model))),
+                json.loads(json.dumps(memory_estimate.network_sizes(way.model))),
                 way.model.device,
             ),
             settings_of(way),
@@ -307,7 +307,7 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     run = "JSON.parse(arguments[0]).map(([of, a]) => [processOf(of), tokensOf(of, a), phasesOf(of, a)])"
     found = opened.execute_script(f"{source}\nreturn {run}", json.dumps(asked))
     for way, (process, tokens, phases) in zip(every_way, found, strict=True):
-        assert (process, tokens) == (memory_estimate.process(way.model), way.tokens)
+        assert (process, tokens) == (memory_estimate.process_bytes(way.model), way.tokens)
         for ours, theirs in zip(way.phases, phases, strict=True):
             told = {key: theirs[key] for key in ("name", "model", "activation", "buffer", "total")}
             assert told == {**vars(ours), "total": ours.total}, settings_of(way)

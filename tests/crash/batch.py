@@ -93,7 +93,9 @@ class Rig:
         )
         assert self._answer() == "ready", "the rig does not run"
         self.wanted = {name: hashlib.sha256((self.out / f"{name}.mp4").read_bytes()) for name in SHOTS}
-        self.latents = {name: tensor_file.load(self.out / f"{name}.latents.safetensors")[0] for name in KEPT}
+        self.latents = {
+            name: tensor_file.load_latent(self.out / f"{name}.latents.safetensors")[0] for name in KEPT
+        }
         self.recoveries: dict[str, list[str]] = {}  # what was wrong after resuming from a state of the disk
         self.reset()
 
@@ -260,7 +262,7 @@ class Rig:
                 return self.is_done(name, home)
             if kind == "state.safetensors":
                 return state_file.load_state(path)[1]["step"] > 0
-            z_CTYX, _ = tensor_file.load(path)
+            z_CTYX, _ = tensor_file.load_latent(path)
         except EntryError:
             return False
         return name not in KEPT or torch.equal(z_CTYX, self.latents[name])

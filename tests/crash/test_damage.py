@@ -71,7 +71,7 @@ def undetected(folder: Path, name: str) -> bool:
     if name.endswith(".state.safetensors"):
         return _reads(state_file.load_state, folder / name)
     if name.endswith(".latents.safetensors"):
-        return _reads(tensor_file.load, folder / name)
+        return _reads(tensor_file.load_latent, folder / name)
     key = hashlib.sha256(b"any").hexdigest()
     output = folder / "a.mp4"
     try:

@@ -104,8 +104,8 @@ def test_noise_is_drawn_where_the_job_says():
     drawn = torch.randn(
         (16, 1, 4, 4), generator=torch.Generator(DEVICE).manual_seed(7), device=DEVICE, dtype=torch.float32
     )
-    assert torch.equal(denoise.noise((16, 1, 4, 4), 7, DEVICE), drawn)
-    assert denoise.noise((16, 1, 4, 4), 7).device.type == "cpu"
+    assert torch.equal(denoise.draw_noise((16, 1, 4, 4), 7, DEVICE), drawn)
+    assert denoise.draw_noise((16, 1, 4, 4), 7).device.type == "cpu"
 
 
 @pytest.mark.parametrize("chunk", [None, 1024])
@@ -117,7 +117,7 @@ def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     velocity(model, latent)
-    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element=2, chunk=chunk).total
+    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element_bytes=2, chunk=chunk).total
     assert 0.9 < torch.cuda.max_memory_allocated() / predicted < 1.1
 
 

@@ -20,11 +20,15 @@ def test_a_file_is_outdated_until_somebody_writes_it_even_with_the_same_bytes(tm
     parts = {name: tmp_path / name for name in ("manifest", "state", "latents")}
     shot: Any = SimpleNamespace(index=7, **parts)
     parts["manifest"].write_bytes(b"as it was")
-    force = Force.of([shot])
-    assert [force.outdated(shot, part) for part in ("manifest", "state", "latents")] == [True] * 3
+    force = Force.snapshot([shot])
+    assert [force.is_outdated(shot, part) for part in ("manifest", "state", "latents")] == [True] * 3
     atomic.replace(parts["manifest"], b"as it was")
     atomic.replace(parts["latents"], b"new")
-    assert [force.outdated(shot, part) for part in ("manifest", "state", "latents")] == [False, True, False]
+    assert [force.is_outdated(shot, part) for part in ("manifest", "state", "latents")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_a_retry_does_not_take_the_latent_of_an_earlier_run_for_its_own(

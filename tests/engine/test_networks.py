@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from wancli.engine import batch
 from wancli.engine.context import RenderContext
-from wancli.engine.networks import Kept
+from wancli.engine.networks import ModelCache
 from wancli.job import loader as jobfile
-from wancli.job.cli_overrides import NO_FLAGS
+from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.models.dit import WanModel
 from wancli.plan import memory_policy, planner
 from wancli.progress import Progress
@@ -34,10 +34,10 @@ Render = Callable[..., list[str]]
 def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
     """Renders the tiny job in a folder of its own, with or without networks that were kept."""
 
-    def render(name: str, kept: Kept | None, **changes: Any) -> list[str]:
+    def render(name: str, kept: ModelCache | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
-        planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
-        tools = RenderContext(Store(warm / "embeddings"), Progress(), kept=kept)
+        planned = planner.build_plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
+        tools = RenderContext(Store(warm / "embeddings"), Progress(), model_cache=kept)
         return [outcome.status for outcome in batch.render(planned, tools)]
 
     return render
@@ -61,7 +61,7 @@ def video(tmp_path: Path, name: str) -> bytes:
 def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
     rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Kept()
+    kept = ModelCache()
     changes = {"seed": 3, "inject": [rule(blocks="late")]}
     assert rendered("alone", None, **changes) == ["rendered"]
     assert rendered("first", kept) == ["rendered"]
@@ -75,7 +75,7 @@ def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
 
 
 def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path: Path, style: Path) -> None:
-    kept = Kept()
+    kept = ModelCache()
     loras = [{"path": str(style), "strength": 3.0}]
     assert rendered("plain", None) == rendered("styled", None, loras=loras) == ["rendered"]
     for name, changes in {"1": {}, "2": {"loras": loras}, "3": {}, "4": {"loras": loras}}.items():
@@ -88,10 +88,12 @@ def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path
 def test_another_model_takes_the_place_of_the_one_that_was_kept(
     rendered: Render, tmp_path: Path, tiny: Path
 ) -> None:
-    kept = Kept()
+    kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
-    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), tmp_path / "hashes.json")
-    here = kept.networks(planned.shots[0].model, lazily=True)
+    planned = planner.build_plan(
+        jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json"
+    )
+    here = kept.get(planned.shots[0].model, lazily=True)
     network = weakref.ref(here.transformer("only"))
     del here
     assert rendered("other", kept, model=str(tiny)) == ["rendered"]
@@ -105,12 +107,12 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
 def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them(
     rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
 ) -> None:
-    kept = Kept()
+    kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
     loaded: list[object] = []
     real = loader.load_transformer
     monkeypatch.setattr(loader, "load_transformer", lambda *a: loaded.append(a) or real(*a))
-    monkeypatch.setattr(memory_policy, "beside", lambda _: fits)
+    monkeypatch.setattr(memory_policy, "encoder_fits_alongside", lambda _: fits)
     assert rendered("second", kept, prompt=f"{CAT} Nobody asked for this, {fits}.") == ["rendered"]
     assert len(loaded) == (0 if fits else 1)
     assert rendered("third", kept, seed=9) == ["rendered"]  # all its prompts are in the cache
@@ -122,33 +124,35 @@ def test_what_is_kept_does_not_count_as_taken_by_others(
     rendered: Render, tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is what is free and what the process has: a model is never refused for being loaded."""
-    assert rendered("first", Kept()) == ["rendered"]
-    planned = planner.plan(jobfile.load(tmp_path / "first" / "job.yaml", NO_FLAGS), warm / "hashes.json")
+    assert rendered("first", ModelCache()) == ["rendered"]
+    planned = planner.build_plan(
+        jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), warm / "hashes.json"
+    )
     shot = planned.shots[0]
-    monkeypatch.setattr(machine, "available", lambda: 0)
-    monkeypatch.setattr(machine, "taken", lambda: shot.peak)
+    monkeypatch.setattr(machine, "available_memory", lambda: 0)
+    monkeypatch.setattr(machine, "process_memory", lambda: shot.peak)
     memory_policy.require(shot)
     encoded, _, decode = shot.phases
-    together = memory_policy.footprint.process(shot.model) + encoded.total + decode.model
+    together = memory_policy.memory_estimate.process_bytes(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
-        monkeypatch.setattr(machine, "taken", lambda limit=limit: limit)
-        assert memory_policy.beside(shot) == expected
+        monkeypatch.setattr(machine, "process_memory", lambda limit=limit: limit)
+        assert memory_policy.encoder_fits_alongside(shot) == expected
 
 
 def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(
     tmp_path: Path, shallow: Path, warm: Path
 ) -> None:
     job = written(tmp_path, tiny_job(model=shallow))
-    planned = planner.plan(jobfile.load(job, NO_FLAGS), warm / "hashes.json")
+    planned = planner.build_plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
     began = time.time() + 1000
-    list(batch.render(planned, RenderContext(Store(warm / "embeddings"), Progress(), began=began)))
+    list(batch.render(planned, RenderContext(Store(warm / "embeddings"), Progress(), started_at=began)))
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900
 
 
 def test_networks_that_are_forgotten_are_loaded_anew(rendered: Render, tmp_path: Path) -> None:
-    kept = Kept()
+    kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
-    kept.forget()
+    kept.clear()
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one) is WanModel]
     assert rendered("second", kept) == ["rendered"]

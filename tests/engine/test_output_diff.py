@@ -47,7 +47,7 @@ def shot(render: Callable[..., Said], tmp_path: Path, shallow: Path, warm: Path)
 
     def planned(**changes: Any) -> Shot:
         job = written(tmp_path, tiny_job(**{"model": shallow, "inject": [rule(blocks="all")]} | changes))
-        return planning.plan(load(job), warm / "hashes.json").shots[0]
+        return planning.build_plan(load(job), warm / "hashes.json").shots[0]
 
     return planned
 

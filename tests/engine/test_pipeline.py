@@ -410,8 +410,8 @@ def test_too_little_memory_is_found_out_before_anything_is_loaded(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
-    monkeypatch.setattr(machine, "available", lambda: 1000)
-    monkeypatch.setattr(machine, "taken", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "process_memory", lambda: 0)
     said = render()
     assert said.code == 5
     assert said.err.startswith("wancli: shot 0000: ")

@@ -29,7 +29,7 @@ from jobs import (
 
 from wancli import errors
 from wancli.engine.decode_stage import decode_attempts
-from wancli.engine.outcome import Policy, exit_status, of_flags
+from wancli.engine.outcome import FailurePolicy, exit_status, policy_from_flags
 from wancli.errors import ErrorCapture
 from wancli.models import t5
 from wancli.models.dit import WanModel
@@ -70,18 +70,18 @@ def failing(
 
 
 def test_fail_fast_is_one_failure_and_does_not_go_with_another_number() -> None:
-    assert of_flags(True, None, 0) == Policy(1, 0)
-    assert [of_flags(False, 3, 2).ends(n) for n in (2, 3, 4)] == [False, True, True]
-    assert not Policy().ends(10_000)
+    assert policy_from_flags(True, None, 0) == FailurePolicy(1, 0)
+    assert [policy_from_flags(False, 3, 2).should_stop(n) for n in (2, 3, 4)] == [False, True, True]
+    assert not FailurePolicy().should_stop(10_000)
     with pytest.raises(errors.JobError, match="give one of them"):
-        of_flags(True, 3, 0)
+        policy_from_flags(True, 3, 0)
 
 
 def test_only_errors_that_say_so_are_tried_again_and_not_for_ever() -> None:
-    policy = Policy(retries=2)
-    assert [policy.tries_again(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
-    assert not policy.tries_again(errors.NotFinite("x"), 1)
-    assert not Policy().tries_again(errors.FfmpegError("x"), 1)
+    policy = FailurePolicy(retries=2)
+    assert [policy.should_retry(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
+    assert not policy.should_retry(errors.NotFinite("x"), 1)
+    assert not FailurePolicy().should_retry(errors.FfmpegError("x"), 1)
     retryable = {
         kind for kind in errors.error_types() if kind.retryable and not issubclass(kind, errors.Stopped)
     }
@@ -241,7 +241,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = t5.rows_of_each
-    bad = Tokenizer(SPIECE).ids("a bad one")
+    bad = Tokenizer(SPIECE).to_ids("a bad one")
 
     def rows(model: Any, prompts: Any) -> list[torch.Tensor]:
         return [

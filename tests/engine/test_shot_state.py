@@ -242,13 +242,13 @@ def test_states_are_saved_as_often_as_the_job_says(
 ) -> None:
     from wancli.engine import denoise_stage, shot_state
 
-    real, seen = shot_state.save, []
+    real, seen = shot_state.save_state, []
 
-    def save(one: shot_state.Underway, phases: Sequence[Any] = ()) -> None:
+    def save(one: shot_state.ShotState, phases: Sequence[Any] = ()) -> None:
         seen.append(one.step)
         real(one, phases)
 
-    monkeypatch.setattr(denoise_stage, "save", save)
+    monkeypatch.setattr(denoise_stage, "save_state", save)
     assert render(save_every=often, sampler={"steps": 5}).code == 0
     assert len(seen) == saves
 

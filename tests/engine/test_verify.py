@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def test_orphans_debris_and_what_was_moved_aside_are_listed_and_no_problem(copy:
 def test_claims_of_dead_workers_are_listed_and_those_of_the_living_are_not(copy: Path) -> None:
     folder = copy / "out" / ".wancli" / "claims"
     folder.mkdir(parents=True)
-    me = asdict(claim_file.process())
+    me = claim_file.current_process().as_dict()
     claims = {"s1": me, "s2": me | {"born": "1"}, "s3": me | {"host": "elsewhere", "born": "1"}, "gone": {}}
     for name, body in claims.items():
         (folder / f"{name}.json").write_text(json.dumps(body))

@@ -44,10 +44,10 @@ from wancli.models.vae22 import LATENT_MEAN, LATENT_STD
 from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import batching
 from wancli.plan import planner as planning
-from wancli.plan.planner import model_at
+from wancli.plan.planner import resolve_model
 from wancli.plan.shot import Shot
-from wancli.sampling.solvers import schedule
-from wancli.sampling.stages import Stage, stages
+from wancli.sampling.solvers import build_schedule
+from wancli.sampling.stages import Stage, split_stages
 from wancli.video import mp4
 from wancli.weights import loader
 from wancli.weights.checkpoint import identify
@@ -63,7 +63,7 @@ class OurTimes(UniPCMultistepScheduler):
 
     def set_timesteps(self, steps: int, device: Any = None, **_: Any) -> None:
         super().set_timesteps(steps, device)
-        ours = schedule("unipc", steps, SHIFT)
+        ours = build_schedule("unipc", steps, SHIFT)
         self.sigmas, self.timesteps = torch.tensor(ours.sigmas), torch.tensor(ours.timesteps)
 
 
@@ -184,7 +184,7 @@ def render(
 def decide(tmp_path: Path, warm: Path) -> Callable[..., Shot]:
     def decided(folder: Path, **said: Any) -> Shot:
         job = {"model": str(folder), "prompt": CAT, **said}
-        (shot,) = planning.plan(load(written(tmp_path, job)), warm / "hashes.json").shots
+        (shot,) = planning.build_plan(load(written(tmp_path, job)), warm / "hashes.json").shots
         return shot
 
     return decided
@@ -203,25 +203,25 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_the_steps_of_the_official_defaults_are_shared_as_in_the_official_code(
     steps: int, shift: float, boundary: float, high: int
 ) -> None:
-    found = stages(schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
+    found = split_stages(build_schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
     assert found[0] == Stage("high", range(high), 4.0)
     assert found[1:] == ((Stage("low", range(high, steps), 3.0),) if high < steps else ())
 
 
 def test_of_four_distilled_steps_each_expert_takes_two() -> None:
-    found = stages(schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
+    found = split_stages(build_schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
     assert [stage.steps for stage in found] == [range(2), range(2, 4)]
 
 
 def test_a_timestep_on_the_boundary_is_of_high_noise() -> None:
-    assert [stage.steps for stage in stages([900.0, 875.0, 874.9], 0.875, 1.0, 1.0)] == [
+    assert [stage.steps for stage in split_stages([900.0, 875.0, 874.9], 0.875, 1.0, 1.0)] == [
         range(2),
         range(2, 3),
     ]
 
 
 def test_one_network_takes_all_steps() -> None:
-    assert stages([900.0, 100.0], None, 5.0, None) == (Stage("only", range(2), 5.0),)
+    assert split_stages([900.0, 100.0], None, 5.0, None) == (Stage("only", range(2), 5.0),)
 
 
 # ---- what a job gets where it says nothing ----
@@ -396,7 +396,7 @@ def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
 
 @pytest.mark.parametrize(
     ("waiting", "order"),
-    [(batching.WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
+    [(batching.MAX_WAITING_BYTES, ["high", "low"]), (0, ["high", "low"] * 3), (70_000, ["high", "low"] * 2)],
 )
 def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     a14b: Saved,
@@ -407,7 +407,7 @@ def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     waiting: int,
     order: list[str],
 ) -> None:
-    monkeypatch.setattr(batching, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(batching, "MAX_WAITING_BYTES", waiting)
     loaded = watch_loading(monkeypatch)
     assert render(a14b, output="out/{id}.mp4", items=ITEMS).code == 0
     assert loaded == order
@@ -578,9 +578,9 @@ def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
 ) -> None:
     items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
     job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
-    together = planning.plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
     job["items"] = items[:1]
-    (single,) = planning.plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    (single,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
     state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
     assert together[0].phases[1].buffer - single.phases[1].buffer == (2 + 1) * state
     assert together[2].phases[1].activation < single.phases[1].activation
@@ -627,4 +627,4 @@ def test_a_vae_of_the_other_generation_is_refused(tmp_path: Path, ti2v: Saved, a
     shutil.rmtree(root / "vae")
     shutil.copytree(a14b.folder / "vae", root / "vae")
     with pytest.raises(CheckpointError, match=r"a VAE of 16 latent channels; the transformer makes 48"):
-        model_at(root, "cpu", "fp32", tmp_path / "memo")
+        resolve_model(root, "cpu", "fp32", tmp_path / "memo")

@@ -24,11 +24,11 @@ from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
 
 from wancli.engine.context import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
-from wancli.farm.ray_driver import _match, _received, _Seat
-from wancli.farm.ray_worker import Task, Worker, unwired, wired
-from wancli.job.cli_overrides import NO_FLAGS
+from wancli.farm.ray_driver import _ActorSlot, _match, _read_outcomes
+from wancli.farm.ray_worker import Task, Worker, error_from_dict, error_to_dict
+from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import load
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
 
 Render = Callable[..., Said]
@@ -159,7 +159,7 @@ def test_a_worker_that_would_render_something_else_or_sees_no_folder_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     job, whole = planned(tmp_path, shallow)
-    task = Task(str(job), str(tmp_path), NO_FLAGS, str(warm), False, None, 0, True)
+    task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, None, 0, True)
     said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
     assert said["outcomes"] == []
     assert "would render other pixels than the machine that asks it" in said["raised"]["message"]
@@ -179,8 +179,8 @@ def test_shots_go_to_the_worker_that_has_their_model() -> None:
     def wave(model: str) -> Any:
         return [SimpleNamespace(model=model)]
 
-    def seat(number: int, model: Any) -> _Seat:
-        return _Seat(number, None, model)
+    def seat(number: int, model: Any) -> _ActorSlot:
+        return _ActorSlot(number, None, model)
 
     idle, waves = [seat(1, "a"), seat(2, None), seat(3, "b")], [wave("c"), wave("b"), wave("c"), wave("c")]
     found = [_match(idle, waves) for _ in range(3)]
@@ -192,7 +192,7 @@ def test_shots_go_to_the_worker_that_has_their_model() -> None:
 @pytest.mark.parametrize("kind", [NoSpace, InjectionMissed, Bug])
 def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None:
     error = kind("a message", where="a place", hint="a way out")
-    other = unwired(json.loads(json.dumps(wired(error))))
+    other = error_from_dict(json.loads(json.dumps(error_to_dict(error))))
     assert (type(other), str(other), other.hint) == (kind, "a place: a message", "a way out")
 
 
@@ -200,13 +200,13 @@ def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
     job = written(
         folder, tiny_job(model, **JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}} | changes)
     )
-    return job, plan(load(job), folder / "memo")
+    return job, build_plan(load(job), folder / "memo")
 
 
 def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:
     shots = planned(tmp_path, shallow)[1].shots
     told = [{"index": shot.index, "status": "rendered", "error": None, "stack": ""} for shot in shots]
-    for outcome in _received(shots, told):
+    for outcome in _read_outcomes(shots, told):
         assert (outcome.status, outcome.record) == ("failed", None)
         assert isinstance(outcome.error, MachineError)
         assert "no manifest" in str(outcome.error)
@@ -220,7 +220,7 @@ def test_a_worker_that_is_asked_again_renders_nothing_anew_that_was_forced_alrea
     job, whole = planned(tmp_path, shallow, video={})
     assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
     keys = {shot.index: shot.key for shot in whole.shots}
-    task = Task(str(job), str(tmp_path), NO_FLAGS, str(warm), False, Force.of(whole.shots), 0, True)
+    task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, Force.snapshot(whole.shots), 0, True)
     for status in ("rendered", "already done"):  # by a fresh process, as Ray starts it again
         said = Worker(task).render(keys)
         assert (said["raised"], [one["status"] for one in said["outcomes"]]) == (None, [status] * 2)

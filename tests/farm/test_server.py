@@ -22,10 +22,10 @@ from forked import run as wancli
 from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
 
 from wancli import signals
-from wancli.engine.networks import Kept
+from wancli.engine.networks import ModelCache
 from wancli.errors import JobError, MachineError
 from wancli.farm import client, local_socket
-from wancli.farm.local_socket import listening
+from wancli.farm.local_socket import listen
 from wancli.farm.server import Server
 from wancli.storage.manifest import read
 
@@ -56,7 +56,7 @@ def _pid(path: Path) -> int:
     connection = local_socket.connect(path)
     assert connection
     with connection:
-        return local_socket.peer(connection)[0]
+        return local_socket.peer_credentials(connection)[0]
 
 
 def ended(process: Forked) -> Done:
@@ -362,12 +362,12 @@ def code_of(server: Server, run: Callable[[socket.socket], int]) -> int:
     here, client = socket.socketpair()
     with here, client:
         server._run = lambda *_: run(client)
-        return server._command(here, {"arguments": [], "began": 0.0})
+        return server._run_command(here, {"arguments": [], "began": 0.0})
 
 
 def heard(number: signal.Signals, send: Callable[[], None], *, code: int) -> int:
     """What a render does that listens itself: it hears the signal, and ends as it ends."""
-    with signals.listening() as stop:
+    with signals.stop_on_signal() as stop:
         send()
         until = time.monotonic() + 30
         while not stop.requested:
@@ -382,29 +382,29 @@ def heard(number: signal.Signals, send: Callable[[], None], *, code: int) -> int
 def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
     number: signal.Signals, code: int
 ) -> None:
-    server = Server(lambda *_: 0, Kept(), idle=None)
-    with server.heeding():
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
+    with server.handle_signals():
         got = code_of(server, lambda _: heard(number, lambda: os.kill(os.getpid(), number), code=code))
-        assert (got, server._ending()) == (code, True)
+        assert (got, server._stop_requested()) == (code, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("code", [0, 75, 130])
 def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, code: int) -> None:
-    server = Server(lambda *_: 0, Kept(), idle=None)
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
 
     def run(client: socket.socket) -> int:
-        return heard(number, lambda: local_socket.send(client, {"signal": number.name}), code=code)
+        return heard(number, lambda: local_socket.send_message(client, {"signal": number.name}), code=code)
 
-    with server.heeding():
+    with server.handle_signals():
         for _ in range(3):
-            assert (code_of(server, run), server._ending()) == (code, False)
+            assert (code_of(server, run), server._stop_requested()) == (code, False)
 
 
 def test_a_render_that_ends_with_75_by_itself_does_not_end_the_server() -> None:
-    server = Server(lambda *_: 0, Kept(), idle=None)
-    with server.heeding():
-        assert (code_of(server, lambda _: 75), server._ending()) == (75, False)
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
+    with server.handle_signals():
+        assert (code_of(server, lambda _: 75), server._stop_requested()) == (75, False)
 
 
 # ---- who may talk ----
@@ -461,22 +461,22 @@ def test_auto_says_that_it_renders_without_a_server_that_refuses(
     "name", ["the version of wancli", "Python's folder", "wancli's code", "OMP_NUM_THREADS"]
 )
 def test_both_ends_must_be_the_same(name: str) -> None:
-    here = local_socket.identity()
-    assert local_socket.difference(here, here) is None
+    here = local_socket.process_fingerprint()
+    assert local_socket.describe_difference(here, here) is None
     assert (
-        local_socket.difference(here, here | {name: "x"})
+        local_socket.describe_difference(here, here | {name: "x"})
         == f"{name} is {here[name]} at the server, x at the client"
     )
-    assert local_socket.difference(here, {}) is not None
+    assert local_socket.describe_difference(here, {}) is not None
 
 
 def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = socket.socketpair()
-    assert local_socket.peer(there) == (os.getpid(), os.geteuid())
-    monkeypatch.setattr(local_socket, "peer", lambda _: (1, os.geteuid() + 1))
+    assert local_socket.peer_credentials(there) == (os.getpid(), os.geteuid())
+    monkeypatch.setattr(local_socket, "peer_credentials", lambda _: (1, os.geteuid() + 1))
     with here, there:
-        Server(lambda *_: 1 // 0, Kept(), idle=None)._answer(here)
-        message = local_socket.Lines(there).next()
+        Server(lambda *_: 1 // 0, ModelCache(), idle=None)._handle(here)
+        message = local_socket.MessageReader(there).read()
     assert message is not None
     assert message["refused"].startswith(f"you are user {os.geteuid() + 1}")
 
@@ -493,20 +493,20 @@ def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
     for command in (["serve"], ["render", job()]):
         done = wancli(*command, "--socket", tmp_path / "s")
         assert (done.returncode, "mode 0700" in done.stderr) == (3, True)
-    local_socket.make_private(tmp_path / "new" / "one")
+    local_socket.make_private_folder(tmp_path / "new" / "one")
     assert (tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_server_of_another_user_is_not_talked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local_socket.make_private(tmp_path / "p")
-    monkeypatch.setattr(local_socket, "peer", lambda _: (1, os.geteuid() + 1))
-    with listening(tmp_path / "p/s"), pytest.raises(MachineError, match=f"by user {os.geteuid() + 1}"):
+    local_socket.make_private_folder(tmp_path / "p")
+    monkeypatch.setattr(local_socket, "peer_credentials", lambda _: (1, os.geteuid() + 1))
+    with listen(tmp_path / "p/s"), pytest.raises(MachineError, match=f"by user {os.geteuid() + 1}"):
         local_socket.connect(tmp_path / "p/s")
 
 
 def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> None:
-    local_socket.make_private(tmp_path / "p")
-    with listening(tmp_path / "p/s") as listener:
+    local_socket.make_private_folder(tmp_path / "p")
+    with listen(tmp_path / "p/s") as listener:
         leaving = threading.Thread(target=lambda: listener.accept()[0].close())
         leaving.start()
         with pytest.raises(MachineError, match="the server there ended before it was our turn"):
@@ -517,24 +517,24 @@ def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> N
 def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match=f"{tmp_path}/file/p: cannot be made: "):
-        local_socket.make_private(tmp_path / "file/p")
+        local_socket.make_private_folder(tmp_path / "file/p")
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     longest = Path("/", "x" * 106)
-    assert local_socket.place(str(longest), tmp_path) == longest
+    assert local_socket.socket_path(str(longest), tmp_path) == longest
     with pytest.raises(JobError, match="a path of 108 bytes; a socket's has 107 at most"):
-        local_socket.place(f"{longest}y", tmp_path)
+        local_socket.socket_path(f"{longest}y", tmp_path)
 
 
 def test_auto_is_the_users_runtime_folder_or_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert local_socket.place("auto", Path("/cache")) == tmp_path / "wancli" / "serve"
+    assert local_socket.socket_path("auto", Path("/cache")) == tmp_path / "wancli" / "serve"
     for value in (str(tmp_path / "gone"), ""):
         monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-        assert local_socket.place("auto", Path("/cache")) == Path("/cache/run") / os.uname().nodename
+        assert local_socket.socket_path("auto", Path("/cache")) == Path("/cache/run") / os.uname().nodename
 
 
 # ---- its life ----
@@ -563,7 +563,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to(tmp_path / "private")
     found = path.lstat()
-    with pytest.raises(MachineError, match="notes: is there, and is no socket"), listening(path):
+    with pytest.raises(MachineError, match="notes: is there, and is no socket"), listen(path):
         pass
     assert path.lstat() == found
 

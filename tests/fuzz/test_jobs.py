@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import CAT, TINY, rule, tiny_job
 
-from wancli.job.cli_overrides import NO_FLAGS
+from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.job.loader import parse
 from wancli.job.schema import Job
-from wancli.job.validation import STRUCTURE
-from wancli.plan.planner import plan
+from wancli.job.validation import EXPANSION_KEYS
+from wancli.plan.planner import build_plan
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [
@@ -79,9 +79,9 @@ PIECES = [
 
 def tried(data: bytes, folder: Path) -> None:
     """Reads a job and plans it, where it has few shots: thousands take their time with good reason."""
-    jobs = parse(data, "fuzz", "fuzz.yaml", folder, NO_FLAGS)
+    jobs = parse(data, "fuzz", "fuzz.yaml", folder, NO_OVERRIDES)
     if len(jobs.items) <= 8:
-        plan(jobs, folder / "memo.json")
+        build_plan(jobs, folder / "memo.json")
 
 
 def mutated(draw: random.Random) -> bytes:
@@ -190,7 +190,7 @@ SHAPES = {
         st.sampled_from([*KEYS, "sampler.steps", "inject.0.strength"]), st.lists(ODD, max_size=2)
     )
     | ODDER,
-    **{name: ODDER for name in STRUCTURE if name not in ("items", "matrix")},
+    **{name: ODDER for name in EXPANSION_KEYS if name not in ("items", "matrix")},
 }
 
 
@@ -219,4 +219,4 @@ def yaml_of(said: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize("seed", range(len(SEEDS)))
 def test_the_unchanged_files_are_jobs(seed: int, tmp_path: Path) -> None:
-    assert parse(SEEDS[seed], "fuzz", "fuzz.yaml", ROOT / "configs", NO_FLAGS).items
+    assert parse(SEEDS[seed], "fuzz", "fuzz.yaml", ROOT / "configs", NO_OVERRIDES).items

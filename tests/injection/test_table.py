@@ -13,13 +13,13 @@ from wancli.injection.table import (
     Rule,
     Table,
     Text,
+    injected_share,
+    injected_share_by_block,
+    pair_strengths,
     parse_blocks,
     parse_steps,
-    share,
-    strengths,
-    strip,
 )
-from wancli.sampling.solvers import schedule
+from wancli.sampling.solvers import build_schedule
 
 MAIN, OTHER, THIRD = Text("main"), Text("other"), Text("third")
 BASE = {"cond": "main", "uncond": "negative"}
@@ -33,7 +33,9 @@ def rule(
     **changes: object,
 ) -> Rule:
     fields = {"text": "other", "branches": ("cond",), "gain": 1.0} | changes
-    return Rule(blocks=strengths(strength, blocks), steps=strengths(1.0, steps), blend=blend, **fields)  # type: ignore[arg-type]
+    return Rule(
+        blocks=pair_strengths(strength, blocks), steps=pair_strengths(1.0, steps), blend=blend, **fields
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,11 @@ def test_a_block_set_that_means_nothing_is_refused(spec: object, message: str) -
     ],
 )
 def test_step_ranges_mean_what_they_say(spec: object, expected: object) -> None:
-    assert parse_steps(spec, schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
+    assert parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
 
 
 def test_a_sigma_range_picks_the_steps_whose_noise_is_in_it() -> None:
-    sigmas = schedule("euler", 10, 1.0).sigmas
+    sigmas = build_schedule("euler", 10, 1.0).sigmas
     assert parse_steps((0.5, 1.0), sigmas) == (0, 1, 2, 3, 4, 5)
     assert parse_steps((0.0, 0.2), sigmas) == (8, 9)
 
@@ -111,13 +113,13 @@ def test_a_sigma_range_picks_the_steps_whose_noise_is_in_it() -> None:
 @pytest.mark.parametrize("spec", ["4-2", "10", "40-20%", "0-140%", "first", "1-2-3"])
 def test_a_step_range_that_means_nothing_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match=r"step|empty|part of the way"):
-        parse_steps(spec, schedule("euler", 10, 1.0).sigmas)
+        parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas)
 
 
 def test_a_list_of_strengths_goes_to_the_blocks_in_the_order_they_were_named() -> None:
-    assert strengths([0.1, 0.2], parse_blocks(["late", 0], 3)) == ((2, 0.1), (0, 0.2))
+    assert pair_strengths([0.1, 0.2], parse_blocks(["late", 0], 3)) == ((2, 0.1), (0, 0.2))
     with pytest.raises(ValueError, match="2 strengths for 3 places"):
-        strengths([0.1, 0.2], [1, 2, 3])
+        pair_strengths([0.1, 0.2], [1, 2, 3])
 
 
 def test_curves_run_from_start_to_end() -> None:
@@ -140,7 +142,7 @@ def test_a_rule_changes_its_own_cells_and_no_others() -> None:
     assert table.row(0, "cond") == (plain,) * 4
     assert table.row(1, "cond") == (plain, blended, blended, plain)
     assert table.row(1, "uncond") == (((Text("negative"), 1.0),),) * 4
-    assert table.reached == ([(s, "cond", b) for s in (1, 2) for b in (1, 2)],)
+    assert table.changed_cells == ([(s, "cond", b) for s in (1, 2) for b in (1, 2)],)
 
 
 def test_both_branches_blend_into_each_branch_s_own_prompt() -> None:
@@ -175,13 +177,13 @@ def test_gain_extrapolates_away_from_the_main_prompt() -> None:
 def test_a_strength_of_zero_leaves_the_cell_alone_and_counts_no_hit() -> None:
     table = Table([rule([0], strength=0.0)], BASE, 1, 2)
     assert table.row(0, "cond") == (((MAIN, 1.0),),)
-    assert table.reached == ([],)
+    assert table.changed_cells == ([],)
 
 
 def test_the_strip_shows_how_much_was_injected() -> None:
     table = Table([rule([1], 0.5), rule([2], 1.0), rule([3], 0.25, blend="output-mix")], BASE, 4, 1)
-    assert strip(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
-    assert share(Concat(MAIN, OTHER, 1.0), MAIN) == 0.5
+    assert injected_share_by_block(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
+    assert injected_share(Concat(MAIN, OTHER, 1.0), MAIN) == 0.5
 
 
 def test_a_thousand_steps_share_their_rows() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from wancli.errors import JobError
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import Item, parse
 
 JOB = b"model: m\nprompt: a cat\ninject: [{prompt: fish}]\n"
 
 
 def items(**flags: Any) -> tuple[Item, ...]:
-    return parse(JOB, "job.yaml", "job", Path("/jobs"), Flags(**flags)).items
+    return parse(JOB, "job.yaml", "job", Path("/jobs"), CliOverrides(**flags)).items
 
 
 def refusal(**flags: Any) -> str:
@@ -48,8 +48,8 @@ def test_a_value_is_read_as_yaml(text: str, read: Any) -> None:
 def test_the_last_of_two_flags_that_set_a_key_wins_and_starts_its_paths_here() -> None:
     (item,) = items(sets=("model=a", "model=./b"))
     assert item.job.model == "./b"
-    assert (item.folder("model"), item.folder("prompt")) == (Path.cwd(), Path("/jobs"))
-    assert item.where("model") == "--set model"
+    assert (item.base_dir("model"), item.base_dir("prompt")) == (Path.cwd(), Path("/jobs"))
+    assert item.location("model") == "--set model"
 
 
 @pytest.mark.parametrize(
@@ -105,21 +105,21 @@ def test_a_mistake_names_the_flag(flags: dict[str, Any], message: str) -> None:
     ],
 )
 def test_items_are_ranges_as_openjd_writes_them(ranges: str, chosen: list[int]) -> None:
-    assert list(Flags(items=ranges).chosen(10)) == chosen
+    assert list(CliOverrides(items=ranges).select_shots(10)) == chosen
 
 
 @pytest.mark.parametrize("ranges", ["3-1", "1-3:-1"])
 def test_a_range_that_runs_the_wrong_way_is_refused(ranges: str) -> None:
     with pytest.raises(JobError, match="is empty"):
-        Flags(items=ranges).chosen(10)
+        CliOverrides(items=ranges).select_shots(10)
 
 
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (8, 8), (1000, 7), (3, 2)])
 def test_the_parts_of_a_job_are_neighbours_and_miss_nothing(count: int, parts: int) -> None:
-    found = [Flags(shard=f"{part}/{parts}").chosen(count) for part in range(parts)]
+    found = [CliOverrides(shard=f"{part}/{parts}").select_shots(count) for part in range(parts)]
     assert [index for part in found for index in part] == list(range(count))
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def test_a_shard_is_taken_of_the_chosen_items() -> None:
-    assert Flags(items="0-9:2", shard="1/2").chosen(10) == (4, 6, 8)
+    assert CliOverrides(items="0-9:2", shard="1/2").select_shots(10) == (4, 6, 8)

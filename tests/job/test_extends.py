@@ -75,8 +75,10 @@ def test_a_path_starts_in_the_folder_of_the_file_that_says_it(tmp_path: Path) ->
     (item,) = file.items
     sub = tmp_path / "sub"
     assert item.job.prompt == "a cat"
-    assert item.folder("model", "transformer") == item.folder("loras", 0, "path") == sub
-    assert item.folder("model", "vae") == item.folder("negative", "embedding") == file.directory == tmp_path
+    assert item.base_dir("model", "transformer") == item.base_dir("loras", 0, "path") == sub
+    assert (
+        item.base_dir("model", "vae") == item.base_dir("negative", "embedding") == file.directory == tmp_path
+    )
 
 
 def test_a_mistake_has_the_file_and_line_of_who_made_it(tmp_path: Path) -> None:
@@ -137,4 +139,4 @@ def test_what_cannot_be_extended_is_one_line(tmp_path: Path, files: dict[str, st
 def test_a_job_on_stdin_extends_from_the_current_folder(tmp_path: Path) -> None:
     written(tmp_path, base="prompt: p\n")
     job: JobFile = parse(b"extends: base.yaml\n", "stdin", "stdin", tmp_path)
-    assert job.items[0].where("prompt") == "base.yaml:1: prompt"
+    assert job.items[0].location("prompt") == "base.yaml:1: prompt"

@@ -12,7 +12,7 @@ from jobs import command
 
 from wancli.job import json_schema
 from wancli.job.schema import Job
-from wancli.job.validation import STRUCTURE, keys_at
+from wancli.job.validation import EXPANSION_KEYS, known_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS: dict[str, type | tuple[type, ...]] = {
@@ -58,7 +58,7 @@ def fits(value: Any, rule: dict[str, Any], definitions: dict[str, Any]) -> bool:
 
 
 def accepted(document: Any) -> bool:
-    found = json_schema.of_job()
+    found = json_schema.job_schema()
     return fits(document, found, found["$defs"])
 
 
@@ -75,7 +75,7 @@ def test_every_word_of_the_schema_is_one_that_the_validator_here_knows() -> None
                 for below in inner.values() if word in ("properties", "$defs") else [inner]:
                     collect(below) if word != "default" else None
 
-    collect(json_schema.of_job())
+    collect(json_schema.job_schema())
     assert words <= {
         "$schema", "$defs", "$ref", "title", "description", "default", "type", "properties", "required",
         "additionalProperties", "minProperties", "items", "minItems", "maxItems", "anyOf", "enum", "const",
@@ -86,14 +86,16 @@ def test_every_word_of_the_schema_is_one_that_the_validator_here_knows() -> None
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     said = command(capsys, "schema")
     assert (said.code, said.err) == (0, "")
-    assert json.loads(said.out) == json_schema.of_job()
+    assert json.loads(said.out) == json_schema.job_schema()
 
 
 def test_it_has_the_keys_of_a_job_file_and_an_item_those_of_a_job() -> None:
-    found = json_schema.of_job()
-    assert list(found["properties"]) == keys_at(())
+    found = json_schema.job_schema()
+    assert list(found["properties"]) == known_keys(())
     assert (
-        set(found["$defs"]["Item"]["properties"]) == set(Job.model_fields) == set(keys_at(())) - {*STRUCTURE}
+        set(found["$defs"]["Item"]["properties"])
+        == set(Job.model_fields)
+        == set(known_keys(())) - {*EXPANSION_KEYS}
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wancli.errors import JobError
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import JobFile, parse
 from wancli.job.matrix import MAX_SHOTS
 from wancli.job.schema import Job
@@ -24,7 +24,7 @@ inject:
 
 
 def loaded(text: str, **flags: Any) -> JobFile:
-    return parse((BASE + text).encode(), "job.yaml", "job", Path("/jobs"), Flags(**flags))
+    return parse((BASE + text).encode(), "job.yaml", "job", Path("/jobs"), CliOverrides(**flags))
 
 
 def jobs(text: str, **flags: Any) -> list[Job]:
@@ -236,12 +236,14 @@ def test_a_shot_knows_which_axis_said_a_key() -> None:
         "  inject.0.strength:\n    - {curve: sine}\n"
     )
     second = loaded(text).items[1]
-    assert second.where("seed") == "job.yaml:7: items.0.seed"
-    assert second.where("sampler", "steps") == "job.yaml:10: matrix.sampler.steps.1"
-    assert second.where("inject", 0, "strength") == "job.yaml:12: matrix.inject.0.strength.0"
-    assert second.where("inject", 0, "strength", "curve") == "job.yaml:12: matrix.inject.0.strength.0.curve"
-    assert second.where("inject", 0, "blocks") == "job.yaml:5: inject.0.blocks"
-    assert second.where("size") == "job.yaml: size"
+    assert second.location("seed") == "job.yaml:7: items.0.seed"
+    assert second.location("sampler", "steps") == "job.yaml:10: matrix.sampler.steps.1"
+    assert second.location("inject", 0, "strength") == "job.yaml:12: matrix.inject.0.strength.0"
+    assert (
+        second.location("inject", 0, "strength", "curve") == "job.yaml:12: matrix.inject.0.strength.0.curve"
+    )
+    assert second.location("inject", 0, "blocks") == "job.yaml:5: inject.0.blocks"
+    assert second.location("size") == "job.yaml: size"
 
 
 # ---- from the command line ----

@@ -28,9 +28,9 @@ def problems(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "
 def test_a_text_is_a_prompt_a_line_without_comments_and_empty_lines(tmp_path: Path) -> None:
     found = items(tmp_path, "\ufeff# cats\n a cat \r\n\n\t# no\na dog: #2, \U0001f415\nno".encode())
     assert [item.job.prompt for item in found] == ["a cat", "a dog: #2, \U0001f415", "no"]
-    assert found[1].where("prompt") == f"{tmp_path}/lists/p.txt:5: prompt"
-    assert found[1].where("model") == f"{tmp_path}/job.yaml:1: model"
-    assert found[1].where("seed") == f"{tmp_path}/job.yaml: seed"
+    assert found[1].location("prompt") == f"{tmp_path}/lists/p.txt:5: prompt"
+    assert found[1].location("model") == f"{tmp_path}/job.yaml:1: model"
+    assert found[1].location("seed") == f"{tmp_path}/job.yaml: seed"
 
 
 def test_json_lines_may_say_any_key_of_a_job(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_json_lines_may_say_any_key_of_a_job(tmp_path: Path) -> None:
     assert (first.job.prompt, first.job.id, first.job.labels) == ("a", "x", {"k": 1})
     assert (second.job.prompt, second.job.id) == ("\U0001f600", "base")
     assert (second.job.sampler.steps, second.job.sampler.shift) == (3, 2)
-    assert first.folder("loras", 0, "path") == tmp_path / "lists"
-    assert second.where("sampler", "steps") == f"{tmp_path}/lists/p.jsonl:4: sampler.steps"
-    assert second.where("sampler", "shift") == f"{tmp_path}/job.yaml:3: sampler.shift"
+    assert first.base_dir("loras", 0, "path") == tmp_path / "lists"
+    assert second.location("sampler", "steps") == f"{tmp_path}/lists/p.jsonl:4: sampler.steps"
+    assert second.location("sampler", "shift") == f"{tmp_path}/job.yaml:3: sampler.shift"
 
 
 def test_prompts_meet_a_matrix(tmp_path: Path) -> None:

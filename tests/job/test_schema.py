@@ -14,10 +14,10 @@ from jobs import tiny_job
 from wancli.errors import JobError
 from wancli.job.loader import JobFile, load, parse
 from wancli.job.schema import EmbeddingFile
-from wancli.job.validation import keys_at
+from wancli.job.validation import known_keys
 
 MINIMAL = "model: m\nprompt: a cat\n"
-TOP = ", ".join(keys_at(()))
+TOP = ", ".join(known_keys(()))
 
 
 def loaded(text: str) -> JobFile:
@@ -296,7 +296,7 @@ def test_items_are_merged_mapping_by_mapping_and_lists_are_replaced() -> None:
     ids=str,
 )
 def test_a_key_of_an_item_is_found_where_it_was_written(path: tuple[Any, ...], place: str) -> None:
-    assert loaded(ITEMS).items[1].where(*path) == place
+    assert loaded(ITEMS).items[1].location(*path) == place
 
 
 def test_a_mistake_in_what_items_share_is_reported_once() -> None:
@@ -362,7 +362,7 @@ _SCALAR = st.sampled_from(
     [None, True, 0, -1, 10**40, 0.5, float("nan"), float("inf"), "", "x", "no", "7", "\0", "27-39", "a" * 300]
 )
 _KEYS = st.sampled_from(
-    [*keys_at(()), *keys_at(("sampler",)), *keys_at(("inject",)), "embedding", "sigma", "<x>", ""]
+    [*known_keys(()), *known_keys(("sampler",)), *known_keys(("inject",)), "embedding", "sigma", "<x>", ""]
 )
 _ANY = st.recursive(
     _SCALAR,

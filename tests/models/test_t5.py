@@ -20,7 +20,7 @@ from wancli.models import t5
 from wancli.models.config import T5Config
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype
-from wancli.text.encoder import Encoder, load_encoder
+from wancli.text.encoder import EncoderSpec, load_encoder
 from wancli.weights.formats.infer_config import t5_config
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 
@@ -31,9 +31,9 @@ IDS: dict[str, list[int]] = json.loads((ROOT / "reference.json").read_text())["t
 
 def encoder(
     *files: Path, naming: str = "official", dtype: Dtype = "fp32", residency: Residency = "resident"
-) -> Encoder:
+) -> EncoderSpec:
     files = files or (OFFICIAL,)
-    return Encoder(files, naming, "weights", "tokenizer", dtype, residency=residency)  # type: ignore[arg-type]
+    return EncoderSpec(files, naming, "weights", "tokenizer", dtype, residency=residency)  # type: ignore[arg-type]
 
 
 def official_tensors() -> dict[str, Tensor]:

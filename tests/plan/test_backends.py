@@ -12,14 +12,14 @@ from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
 from wancli.errors import JobError
 from wancli.job.loader import load
 from wancli.models.config import Kernels
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.storage.manifest import read
 
 
 def planned(folder: Path, **memory: Any) -> Shot:
     job = tiny_job(memory={"device": "cpu"} | memory)
-    return plan(load(written(folder, job)), folder / "memo").shots[0]
+    return build_plan(load(written(folder, job)), folder / "memo").shots[0]
 
 
 def test_a_job_says_what_computes(tmp_path: Path):
@@ -69,7 +69,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, memory: dict[str, 
 def test_loras_and_products_in_fp8_do_not_go_together(tmp_path: Path):
     job = tiny_job(memory={"fp8_matmul": True}, loras=[{"path": "style.safetensors"}])
     with pytest.raises(JobError, match="loras: LoRAs cannot be added to weights that multiply in fp8"):
-        plan(load(written(tmp_path, job)), tmp_path / "memo")
+        build_plan(load(written(tmp_path, job)), tmp_path / "memo")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from wancli.errors import JobError
 from wancli.job.loader import load
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Comparison
 
 BIAS = "blocks.0.self_attn.q"
@@ -21,7 +21,7 @@ ITEMS = [{"id": "a", "inject": [rule()]}, {"id": "b"}, {"id": "c", "inject": [ru
 
 def decided(folder: Path, **changes: Any) -> Comparison | None:
     job = tiny_job(**{"output": "out/{id}.mp4", "items": ITEMS} | changes)
-    return plan(load(written(folder, job)), folder / "memo.json").comparison
+    return build_plan(load(written(folder, job)), folder / "memo.json").comparison
 
 
 def test_nothing_is_compared_unless_asked(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_the_baseline_is_the_first_shot_without_injection_or_the_first(tmp_path:
     )
     found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[2]])
     assert found
-    assert found.baseline == "a"
+    assert found.default_baseline == "a"
 
 
 def test_a_shot_with_a_lora_is_no_baseline_where_there_is_another(tmp_path: Path, shallow: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_shot_with_a_lora_is_no_baseline_where_there_is_another(tmp_path: Path
     lora = {"id": "styled", "loras": [{"path": str(tmp_path / "style.safetensors")}]}
     found = decided(tmp_path, model=str(shallow), compare=True, items=[lora, {"id": "plain"}])
     assert found
-    assert found.baseline == "plain"
+    assert found.default_baseline == "plain"
 
 
 def test_baseline_sheet_and_video_are_what_the_job_says(tmp_path: Path) -> None:
@@ -56,9 +56,9 @@ def test_a_shot_is_beside_the_one_that_differs_in_the_injection_alone(tmp_path: 
     swept = {"inject": [rule()], "matrix": sweep, "items": [{}], "output": "out/{seed}-{strength}.mp4"}
     found = decided(tmp_path, compare=True, **swept)
     assert found
-    assert found.baseline == "seed7-strength0"
+    assert found.default_baseline == "seed7-strength0"
     job = load(written(tmp_path, tiny_job(compare=True, **swept)))
-    assert plan(job, tmp_path / "memo.json").warnings == ()  # its injections of strength 0 are meant
+    assert build_plan(job, tmp_path / "memo.json").warnings == ()  # its injections of strength 0 are meant
     assert {id: found.baselines[id] for id in found.baselines} == {
         f"seed{seed}-strength{strength}": f"seed{seed}-strength0"
         for seed in (7, 8)
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_said_with_its_line(tmp_path: Path, changes: Any, mess
 
 def test_comparing_changes_no_key_of_a_shot(tmp_path: Path) -> None:
     keys = [
-        [shot.key for shot in plan(load(written(tmp_path, job)), tmp_path / "memo.json").shots]
+        [shot.key for shot in build_plan(load(written(tmp_path, job)), tmp_path / "memo.json").shots]
         for job in (tiny_job(), tiny_job(compare=True))
     ]
     assert keys[0] == keys[1]

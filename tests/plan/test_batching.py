@@ -60,14 +60,14 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., list[Shot
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "memory": STREAMED, "items": list(items)} | said
         path = written(tmp_path, tiny_job(shallow, **job))
-        return list(planning.plan(load(path), warm / "memo.json").shots)
+        return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
 
 
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one whenever a pass over the blocks fetches its first weight."""
-    real = Networks._fetched
+    real = Networks._patch_fetched
     found: list[str] = []
 
     def fetched(self: Networks, name: str, weight: Tensor) -> None:
@@ -75,7 +75,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append(name)
         real(self, name, weight)
 
-    monkeypatch.setattr(Networks, "_fetched", fetched)
+    monkeypatch.setattr(Networks, "_patch_fetched", fetched)
     return found
 
 
@@ -269,28 +269,41 @@ def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
 ) -> None:
     config = decide({})[0].model.checkpoint.transformer
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
-    rows = sum(text.rows for text in one.texts)
+    rows = sum(text.rows for text in one.prompts)
     expected = memory_model.sample_phase(
-        config, one.latent_shape, context_rows=rows, element=4, blocks=2, riders=6, shots=3
+        config,
+        one.latent_shape,
+        context_rows=rows,
+        element_bytes=4,
+        blocks_in_memory=2,
+        forwards_per_pass=6,
+        shots=3,
     )
-    assert batching.sampling(same) == expected == same[2].phases[1]
+    assert batching.predict_batch(same) == expected == same[2].phases[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
         memory_model.sample_phase(
-            config, shot.latent_shape, context_rows=0, element=4, blocks=2, riders=riders
+            config,
+            shot.latent_shape,
+            context_rows=0,
+            element_bytes=4,
+            blocks_in_memory=2,
+            forwards_per_pass=riders,
         )
         for shot, riders in ((small, 1), (large, 2))
     ]
     stream = small.tokens * 4 * (config.dim + config.head_dim)
-    assert batching.sampling([small, large]).activation == alone[1].activation + stream
+    assert batching.predict_batch([small, large]).activation == alone[1].activation + stream
 
 
 def test_as_many_shots_share_a_pass_as_fit(
     decide: Callable[..., list[Shot]], render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
-    three = batching.sampling(decide(*items)[:3]).total
-    monkeypatch.setattr(memory_policy, "limit", lambda model: memory_estimate.process(model) + three)
+    three = batching.predict_batch(decide(*items)[:3]).total
+    monkeypatch.setattr(
+        memory_policy, "memory_limit", lambda model: memory_estimate.process_bytes(model) + three
+    )
     assert [shot.sharing for shot in decide(*items)] == [3] * 3 + [2] * 2
     said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
     assert said.code == 5

@@ -14,7 +14,7 @@ from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
 from wancli.job.loader import load
 from wancli.plan import disk_estimate
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.storage import atomic
 from wancli.storage.cache import Store
@@ -26,7 +26,7 @@ Render = Callable[..., Said]
 @pytest.fixture
 def shots(tmp_path: Path) -> Callable[..., tuple[Shot, ...]]:
     def planned(**changes: Any) -> tuple[Shot, ...]:
-        return plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+        return build_plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
 
     return planned
 
@@ -68,11 +68,11 @@ def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: 
 
 def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:
     seeds = {"output": "out/{seed}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
-    (plain,) = disk_estimate.needs(shots(**seeds))
-    (kept,) = disk_estimate.needs(shots(**seeds, video={"keep_latents": True}))
+    (plain,) = disk_estimate.disk_needs(shots(**seeds))
+    (kept,) = disk_estimate.disk_needs(shots(**seeds, video={"keep_latents": True}))
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     assert kept.needed - plain.needed == 4 * latent
-    (one,) = disk_estimate.needs(shots()[:1])
+    (one,) = disk_estimate.disk_needs(shots()[:1])
     assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
 
 
@@ -80,18 +80,18 @@ def test_a_shot_on_its_way_takes_its_latent_and_its_state_twice_less_what_is_the
     (shot,) = shots()[:1]
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     video = 64 * 64 * 2 // 8 + 2**16
-    assert disk_estimate.needs([shot])[0].needed == video + latent + 2 * 4 * latent
+    assert disk_estimate.disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent
     shot.state.parent.mkdir(exist_ok=True)
     shot.state.write_bytes(bytes(1000))
-    assert disk_estimate.needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
+    assert disk_estimate.disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
 
 
 def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:
     found = shots()
-    (alone,) = disk_estimate.needs(found)
-    (both,) = disk_estimate.needs(found, Store(tmp_path / "cache"))
+    (alone,) = disk_estimate.disk_needs(found)
+    (both,) = disk_estimate.disk_needs(found, Store(tmp_path / "cache"))
     assert both.needed > alone.needed
-    (elsewhere,) = disk_estimate.needs(found, Store(Path("/proc/nowhere")))
+    (elsewhere,) = disk_estimate.disk_needs(found, Store(Path("/proc/nowhere")))
     assert elsewhere.needed == alone.needed
 
 
@@ -112,8 +112,8 @@ def test_too_little_space_is_told_with_figures_before_anything_is_loaded(
 def test_the_margin_is_a_twentieth_and_a_mebibyte() -> None:
     needed = 100 * 2**20
     least = int(needed * 1.05) + 2**20
-    assert disk_estimate.Need(Path(), needed, least).enough
-    assert not disk_estimate.Need(Path(), needed, least - 1).enough
+    assert disk_estimate.DiskNeed(Path(), needed, least).fits
+    assert not disk_estimate.DiskNeed(Path(), needed, least - 1).fits
 
 
 def test_a_disk_that_is_full_on_the_way_ends_the_batch_and_keeps_what_is_done(

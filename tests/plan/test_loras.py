@@ -32,8 +32,8 @@ from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
 from wancli.plan import planner as planning
 from wancli.plan.shot import Shot
-from wancli.sampling.denoise import noise
-from wancli.sampling.solvers import schedule
+from wancli.sampling.denoise import draw_noise
+from wancli.sampling.solvers import build_schedule
 from wancli.text.embedding import load_embedding
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
@@ -128,8 +128,8 @@ def test_a_lora_for_one_step_is_there_in_that_step_alone(
     rows_NE = load_embedding(out, 0).rows_NE
     changed = with_merged(tmp_path / "merged", shallow, factors, 1.0)
     plain, with_lora = (load_transformer(identify(root), torch.float32, "cpu") for root in (shallow, changed))
-    euler = schedule("euler", 2, 5.0)
-    x = noise((16, 1, 8, 8), 3)[None]
+    euler = build_schedule("euler", 2, 5.0)
+    x = draw_noise((16, 1, 8, 8), 3)[None]
     with torch.inference_mode():
         for step, sigma in enumerate(euler.sigmas[:-1]):
             model = with_lora if str(step) == steps else plain
@@ -229,7 +229,7 @@ def test_a_lora_of_another_model_ends_with_4_before_anything_is_loaded(
 def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
     def decided(*loras: dict[str, Any], **changes: Any) -> Shot:
         job = tiny_job(**{"model": shallow, "loras": list(loras)} | changes)
-        (shot,) = planning.plan(load(written(tmp_path, job)), warm / "memo.json").shots
+        (shot,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
         return shot
 
     return decided

@@ -18,9 +18,9 @@ from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.variants import T2V_14B, TI2V_5B
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.alternatives import alternatives, sizes
-from wancli.plan.memory_policy import Asked
-from wancli.plan.planner import plan
+from wancli.plan.alternatives import alternatives, nearby_sizes
+from wancli.plan.memory_policy import MemoryRequest
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.resources import machine
 
@@ -30,7 +30,7 @@ T2V = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 @pytest.fixture
 def tiny_shot(tmp_path: Path) -> Shot:
-    return plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
+    return build_plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def large(tiny_shot: Shot) -> Shot:
 
 
 def chosen(shot: Shot, budget: int, **said: Any) -> Shot:
-    return memory_policy.settle([shot], [Asked(budget=budget, **said)])[0]
+    return memory_policy.choose_residency([shot], [MemoryRequest(budget=budget, **said)])[0]
 
 
 def test_the_fastest_that_fits_is_chosen(large: Shot) -> None:
@@ -66,7 +66,9 @@ def test_what_is_chosen_fits_and_nothing_faster_does(large: Shot, budget: int) -
     order = [(r, c) for r in ("resident", "packed", "streamed") for c in memory_policy.CHUNKS]
     at = order.index((model.residency, model.kernels.chunk))
     needs = [
-        memory_policy.need(memory_policy.housed(model, r, c), [large], memory_policy.PIPELINE)
+        memory_policy.peak_bytes(
+            memory_policy.with_transformer_residency(model, r, c), [large], memory_policy.TRANSFORMER_PHASES
+        )
         for r, c in order
     ]
     assert needs[at] <= budget * GIB
@@ -78,28 +80,35 @@ def test_every_kind_of_shot_is_asked_for_what_it_needs(large: Shot) -> None:
     assert large.negative
     lean = replace(large, negative=None, injected=(large.negative,))
     sizes = [
-        memory_policy.need(memory_policy.housed(s.model, "streamed", None), [s], ("sample",))
+        memory_policy.peak_bytes(
+            memory_policy.with_transformer_residency(s.model, "streamed", None), [s], ("sample",)
+        )
         for s in (large, lean)
     ]
     assert sizes[0] > sizes[1]
     for order in ([large, lean], [lean, large]):
-        settled = memory_policy.settle(order, [Asked("streamed", None)] * 2)[0].model
-        assert settled.why == memory_policy.settle([large], [Asked("streamed", None)])[0].model.why
+        settled = memory_policy.choose_residency(order, [MemoryRequest("streamed", None)] * 2)[0].model
+        assert (
+            settled.residency_reasons
+            == memory_policy.choose_residency([large], [MemoryRequest("streamed", None)])[
+                0
+            ].model.residency_reasons
+        )
 
 
 def test_models_that_run_alike_are_one_model_however_that_was_chosen(large: Shot) -> None:
     said = [
-        Asked("streamed", "auto", 9 * GIB),
-        Asked("streamed", None, 9 * GIB),
-        Asked("auto", None, 9 * GIB),
+        MemoryRequest("streamed", "auto", 9 * GIB),
+        MemoryRequest("streamed", None, 9 * GIB),
+        MemoryRequest("auto", None, 9 * GIB),
     ]
-    whole, also_whole, other = (one.model for one in memory_policy.settle([large] * 3, said))
+    whole, also_whole, other = (one.model for one in memory_policy.choose_residency([large] * 3, said))
     assert whole == also_whole != other  # whose text encoder is resident
-    assert len(dict.fromkeys((whole, replace(whole, why=("another reason",))))) == 1
+    assert len(dict.fromkeys((whole, replace(whole, residency_reasons=("another reason",))))) == 1
 
 
 def test_the_reason_names_what_was_too_large_and_the_budget(large: Shot) -> None:
-    _, why = chosen(large, 14 * GIB).model.why
+    _, why = chosen(large, 14 * GIB).model.residency_reasons
     assert why.startswith("transformer: streamed")
     assert "(resident 3" in why
     assert why.endswith("; the budget is 14.0 GiB")
@@ -114,8 +123,8 @@ def test_what_a_job_fixes_stays(large: Shot) -> None:
 
 def test_all_shots_of_a_model_run_alike(large: Shot) -> None:
     small = replace(large, width=256, height=256, frames=1)
-    enough = memory_policy.need(large.model, [small], memory_policy.PIPELINE)
-    one, two = memory_policy.settle([small, large], [Asked(budget=enough)] * 2)
+    enough = memory_policy.peak_bytes(large.model, [small], memory_policy.TRANSFORMER_PHASES)
+    one, two = memory_policy.choose_residency([small, large], [MemoryRequest(budget=enough)] * 2)
     assert one.model == two.model
     assert one.model.residency == "packed"
     assert chosen(small, enough).model.residency == "resident"
@@ -125,12 +134,12 @@ def test_on_cuda_the_budget_is_of_the_device_and_the_process_takes_none(
     large: Shot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu = replace(large, model=replace(large.model, device="cuda"))
-    assert memory_estimate.process(on_gpu.model) == 0
+    assert memory_estimate.process_bytes(on_gpu.model) == 0
     assert chosen(on_gpu, 24 * GIB).model.residency == "packed"
-    monkeypatch.setattr(machine, "cuda_free", lambda: None)
-    assert memory_policy.settle([on_gpu], [Asked()])[0].model.residency == "resident"
-    monkeypatch.setattr(machine, "cuda_free", lambda: 16 * GIB)
-    assert memory_policy.settle([on_gpu], [Asked()])[0].model.residency == "packed"
+    monkeypatch.setattr(machine, "cuda_free_memory", lambda: None)
+    assert memory_policy.choose_residency([on_gpu], [MemoryRequest()])[0].model.residency == "resident"
+    monkeypatch.setattr(machine, "cuda_free_memory", lambda: 16 * GIB)
+    assert memory_policy.choose_residency([on_gpu], [MemoryRequest()])[0].model.residency == "packed"
 
 
 def test_the_free_memory_of_a_gpu_is_told_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +152,7 @@ def test_the_free_memory_of_a_gpu_is_told_by_nvml(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
-    assert machine.cuda_free() == 7
+    assert machine.cuda_free_memory() == 7
 
 
 # ---- what does not fit ----
@@ -156,8 +165,8 @@ def refused(shot: Shot, budget: int, **said: Any) -> DoesNotFit:
 
 
 def test_what_does_not_fit_is_refused_with_the_nearest_size_and_length_that_do(large: Shot) -> None:
-    lean = memory_policy.housed(large.model, "streamed", memory_policy.CHUNKS[-1])
-    budget = memory_policy.need(lean, [large], memory_policy.PIPELINE) - GIB // 2
+    lean = memory_policy.with_transformer_residency(large.model, "streamed", memory_policy.CHUNKS[-1])
+    budget = memory_policy.peak_bytes(lean, [large], memory_policy.TRANSFORMER_PHASES) - GIB // 2
     error = refused(large, budget)
     assert str(error).startswith("shot 0000: sample needs ")
     assert ", the budget is " in str(error)
@@ -232,7 +241,7 @@ def test_the_alternatives_are_all_valid_ways_with_their_sums(large: Shot) -> Non
     assert {way.residency for way in ways if way.dtype == "fp8"} == {"packed"}
     for way in ways:
         peak = max(phase.total for phase in way.phases)
-        assert way.total == memory_estimate.process(shot.model) + peak
+        assert way.total == memory_estimate.process_bytes(shot.model) + peak
         assert way.fits == (way.total <= 12 * GIB)
     (own,) = [way for way in ways if way.chosen]
     assert (own.dtype, own.residency, own.width) == ("bf16", shot.model.residency, 832)
@@ -247,9 +256,14 @@ def test_the_alternatives_are_all_valid_ways_with_their_sums(large: Shot) -> Non
 def test_smaller_sizes_keep_the_aspect_and_the_stride(large: Shot) -> None:
     checkpoint = replace(large.model.checkpoint, variant=TI2V_5B)
     upright = replace(large, model=replace(large.model, checkpoint=checkpoint), width=704, height=1280)
-    assert sizes(upright) == [(704, 1280), (544, 960), (480, 832), (352, 640)]
-    assert sizes(replace(large, width=512, height=512)) == [(512, 512), (384, 384), (256, 256), (128, 128)]
-    assert sizes(replace(large, width=16, height=16)) == [(16, 16)]
+    assert nearby_sizes(upright) == [(704, 1280), (544, 960), (480, 832), (352, 640)]
+    assert nearby_sizes(replace(large, width=512, height=512)) == [
+        (512, 512),
+        (384, 384),
+        (256, 256),
+        (128, 128),
+    ]
+    assert nearby_sizes(replace(large, width=16, height=16)) == [(16, 16)]
 
 
 def test_plan_shows_the_choice_and_the_alternatives_within_80_columns(

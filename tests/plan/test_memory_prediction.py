@@ -17,7 +17,7 @@ from jobs import tiny_job, written
 from scripts.make_random_checkpoint import FIXTURE_PIECES, umt5_entries, write_checkpoint, write_safetensors
 from wancli.job.loader import load
 from wancli.models.config import T5Config, WanConfig
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 
 MEASURED = """
 import atexit, re, sys
@@ -71,7 +71,7 @@ def measured(job: Path) -> int:
 def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, housed: dict[str, Any]) -> None:
     changes = {"size": "256x256", "sampler": {"steps": 1}, "memory": housed}
     job = written(tmp_path, tiny_job(transformer, **changes))
-    (shot,) = plan(load(job), tmp_path / "memo.json").shots
+    (shot,) = build_plan(load(job), tmp_path / "memo.json").shots
     assert max(shot.phases, key=lambda phase: phase.total).name in ("sample", "decode")
     assert measured(job) == pytest.approx(shot.peak, rel=0.1)
     report = json.loads((tmp_path / "out" / "job.report.json").read_text())
@@ -82,6 +82,6 @@ def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, hou
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_a_text_encoders_peak_is_predicted(encoder: Path, tmp_path: Path, residency: str) -> None:
     job = written(tmp_path, tiny_job(encoder, sampler={"steps": 1}, memory={"residency": residency}))
-    (shot,) = plan(load(job), tmp_path / "memo.json").shots
+    (shot,) = build_plan(load(job), tmp_path / "memo.json").shots
     assert max(shot.phases, key=lambda phase: phase.total).name == "encode"
     assert measured(job) == pytest.approx(shot.peak, rel=0.1)

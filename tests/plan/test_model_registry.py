@@ -47,19 +47,19 @@ def flat(tmp_path: Path, shallow: Path) -> Path:
 
 
 def shot_of(tmp_path: Path, **changes: Any) -> Shot:
-    (shot,) = planning.plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+    (shot,) = planning.build_plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
     return shot
 
 
 def problem(tmp_path: Path, model: Any) -> JobError:
     with pytest.raises(JobError) as caught:
-        planning.plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
+        planning.build_plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
     return caught.value
 
 
 def test_the_example_models_are_all_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANCLI_MODELS", str(ROOT / "configs/models.yaml"))
-    found = model_registry.presets()
+    found = model_registry.registered_models()
     assert found.keys() == yaml.safe_load((ROOT / "configs/models.yaml").read_text()).keys()
     assert found["wan2.2-t2v-a14b"] == Path("/models/Wan2.2-T2V-A14B")
     small = found["my-small-wan"]

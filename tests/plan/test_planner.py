@@ -16,7 +16,7 @@ from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, r
 
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.table import Text
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import load
 from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.plan import planner as planning
@@ -36,7 +36,7 @@ def decide(tmp_path: Path, memo: Path) -> Callable[..., Plan]:
 
     def decided(job: dict[str, Any] | None = None, *, measure: bool = False, **changes: Any) -> Plan:
         path = written(tmp_path, tiny_job(**changes) if job is None else job)
-        return planning.plan(load(path), memo, measure=measure)
+        return planning.build_plan(load(path), memo, measure=measure)
 
     return decided
 
@@ -63,7 +63,7 @@ def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable
     assert shot.tokens == 32760
     assert (shot.solver, shot.seed, shot.noise, shot.crf, shot.codec) == ("unipc", 0, "cpu", 16, "h264")
     assert shot.negative is not None
-    assert shot.negative.tokens == Tokenizer(SPIECE).tokens(NEGATIVE, 512, truncate=True)
+    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE, 512, truncate=True)
     assert (shot.id, shot.keep_latents, shot.measure, shot.rules) == ("0000", False, False, ())
 
 
@@ -94,7 +94,7 @@ def test_at_guidance_1_the_negative_prompt_is_not_even_tokenised(decide: Callabl
     shot = only(decide(sampler={"guidance": 1}, negative="fog " * 600))
     assert shot.negative is None
     assert shot.table.branches == ("cond",)
-    assert [text.tokens.text for text in shot.texts] == [CAT]
+    assert [text.tokens.text for text in shot.prompts] == [CAT]
 
 
 def test_an_empty_negative_is_a_prompt_and_any_other_empty_text_an_error(decide: Callable[..., Plan]) -> None:
@@ -369,13 +369,13 @@ def test_shots_that_were_not_asked_for_are_known_and_no_two_may_collide(
     decide: Callable[..., Plan], tmp_path: Path, memo: Path
 ) -> None:
     job = tiny_job(output="{item}.mp4", items=[{"seed": n} for n in range(6)])
-    plan = planning.plan(load(written(tmp_path, job), Flags(items="1-4", shard="1/2")), memo)
+    plan = planning.build_plan(load(written(tmp_path, job), CliOverrides(items="1-4", shard="1/2")), memo)
     assert [shot.index for shot in plan.shots] == [3, 4]
-    assert [shot.index for shot in plan.others] == [0, 1, 2, 5]
+    assert [shot.index for shot in plan.unselected] == [0, 1, 2, 5]
     everything = decide(job)
     assert plan.shots == everything.shots[3:5]
     with pytest.raises(JobError, match="shots 0 and 1 would both write"):
-        planning.plan(load(written(tmp_path, job | {"output": "x.mp4"}), Flags(items="5")), memo)
+        planning.build_plan(load(written(tmp_path, job | {"output": "x.mp4"}), CliOverrides(items="5")), memo)
 
 
 def test_the_same_output_by_two_ways_is_one_output(decide: Callable[..., Plan], tmp_path: Path) -> None:

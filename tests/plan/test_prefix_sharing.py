@@ -32,7 +32,7 @@ from wancli.job.loader import load
 from wancli.models.dit import Request, WanModel
 from wancli.plan import batching
 from wancli.plan import planner as planning
-from wancli.plan.prefix_sharing import Fork, Tree
+from wancli.plan.prefix_sharing import Fork, PrefixTree
 from wancli.plan.shot import Shot
 from wancli.sampling.stages import Stage
 
@@ -53,7 +53,7 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "sampler": {"steps": 10}, "items": list(items)} | said
         path = written(tmp_path, tiny_job(shallow, **job))
-        return list(planning.plan(load(path), warm / "memo.json").shots)
+        return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
 
@@ -81,7 +81,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -
 
 
 def forks(shots: Sequence[Shot]) -> list[tuple[int, int] | None]:
-    return [shot.fork and (shot.fork.of, shot.fork.step) for shot in shots]
+    return [shot.fork and (shot.fork.parent, shot.fork.step) for shot in shots]
 
 
 def differ(folder: Path, other: Path) -> list[str]:
@@ -174,7 +174,7 @@ def test_a_lora_of_the_second_expert_does_not_hinder_sharing_the_steps_of_the_fi
         told = {"loras": [use] if expert else [], "stages": stages, "table": plain.table}
         return SimpleNamespace(**said, **told, index=index, measure=False, noise=noise)
 
-    tree = Tree()
+    tree = PrefixTree()
     found = [tree.add(shot(0, None)), tree.add(shot(1, "low")), tree.add(shot(2, "high"))]
     assert found == [None, Fork(0, 4), None]
     assert tree.add(shot(3, None, noise="cuda")) is None  # other numbers from the same seed
@@ -194,11 +194,11 @@ def test_what_a_shot_was_handed_is_saved_before_the_other_goes_on(
 def test_a_shot_that_is_on_its_way_forks_later_or_not_at_all(decide: Decide) -> None:
     early, late = {"inject": [rule(blocks=0, steps="4-9")]}, {"inject": [rule(blocks=0, steps="8-9")]}
     first, second, third = decide({}, early, late)
-    tree = Tree()
+    tree = PrefixTree()
     assert tree.add(first, start=6) is None  # what it read before is not there any more
     assert tree.add(second) is None
     assert tree.add(third) == Fork(0, 8)
-    tree = Tree()
+    tree = PrefixTree()
     assert (tree.add(first), tree.add(second, start=5)) == (None, None)
     assert tree.add(third, start=3) == Fork(0, 8)
 
@@ -256,7 +256,7 @@ def test_measured_variants_have_the_effects_of_separate_renders(
 def test_where_no_state_may_wait_every_shot_takes_all_its_steps(
     sweep: Render, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "WAITING_BYTES", 0)
+    monkeypatch.setattr(batching, "MAX_WAITING_BYTES", 0)
     calls = forwards(monkeypatch)
     assert sweep().code == 0
     assert len(calls) == 2 * STEPS * len(HALF)

@@ -13,14 +13,14 @@ from jobs import Said, command, tiny_job, written
 
 from wancli.job.loader import load
 from wancli.plan import throughput
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.plan.throughput import Rate
 
 
 @pytest.fixture
 def shot(tmp_path: Path) -> Shot:
-    return plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
+    return build_plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
 
 
 def rate_of(shot: Shot, phase: str, per_second: float, **changes: int | str) -> Rate:
@@ -48,7 +48,7 @@ def test_the_nearest_in_width_and_tokens_is_taken_and_other_machines_are_not(sho
 def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> None:
     known = [rate_of(shot, phase, 1e6) for phase in throughput.PHASES]
     does = throughput.shot_workloads(shot)
-    missing = frozenset(text.id for text in shot.texts)
+    missing = frozenset(text.id for text in shot.prompts)
     one, two = (throughput.predict_phases([shot] * n, missing, known) for n in (1, 2))
     assert one == {name: pytest.approx(does[name].amount / 1e6) for name in throughput.PHASES}
     assert (two["encode"], two["load"]) == (one["encode"], one["load"])

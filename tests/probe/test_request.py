@@ -17,17 +17,17 @@ from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
 
 from wancli import progress
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
-from wancli.injection.contexts import Contexts
+from wancli.injection.contexts import ContextCache
 from wancli.injection.table import Text
 from wancli.job.loader import load
 from wancli.models.config import Kernels
 from wancli.models.dit import WanModel
 from wancli.plan import memory_estimate
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.probe import request
 from wancli.resources.memory_model import Phase
 from wancli.sampling import denoise
@@ -89,7 +89,7 @@ def test_the_map_is_written_shown_and_kept(probe: Probe, folder: Path, cache: Pa
     assert [level.step for level in found.levels] == [0, 1]
     assert found.total == pytest.approx(np.mean(found.values, axis=0))
     assert found.forwards == 2 * (4 + 4 + 3 + 2 + 1) / 4
-    assert found.suggestion == str(block_map.ranked(found.total)[0])
+    assert found.suggestion == str(block_map.rank(found.total)[0])
 
 
 def test_json_is_the_file(probe: Probe, folder: Path) -> None:
@@ -102,19 +102,19 @@ def test_json_is_the_file(probe: Probe, folder: Path) -> None:
 def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> tuple[float, float]:
     """Relative change of the velocity after one plain step where blocks read the injected prompt, by whole
     forwards of the table; and the same of their outputs mixed with strength s, over s."""
-    (shot,) = plan(load(folder / "job.yaml"), cache / "hashes.json").shots
-    encoded, _ = embed(
-        shot.model, shot.texts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
+    (shot,) = build_plan(load(folder / "job.yaml"), cache / "hashes.json").shots
+    encoded, _ = encode_prompts(
+        shot.model, shot.prompts, RenderContext(store.Store(cache / "embeddings"), progress.Progress())
     )
     model = Networks(shot.model).transformer("only")
     with torch.no_grad():
-        contexts = Contexts(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
-        state = State(denoise.noise(shot.latent_shape, shot.seed))
-        plain_table = plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
+        contexts = ContextCache(model, {id: one.embedding.rows_NE for id, one in encoded.items()})
+        state = State(denoise.draw_noise(shot.latent_shape, shot.seed))
+        plain_table = build_plan(load(folder / "plain.yaml"), cache / "hashes.json").shots[0].table
         (stage,) = shot.stages
-        walk = denoise.Walk(state, shot.schedule, shot.solver, plain_table, contexts, stage)
+        walk = denoise.DenoiseRun(state, shot.sigma_schedule, shot.solver, plain_table, contexts, stage)
         x_1CTYX = next(denoise.denoise(model, walk)).state.x[None]
-        t = shot.schedule.timesteps[1]
+        t = shot.sigma_schedule.timesteps[1]
         a, b = (contexts.context(Text(text.id)) for text in (shot.prompt, shot.injected[0]))
         plain = model(x_1CTYX, t, [((a, 1.0),)] * 4)
         whole = model(x_1CTYX, t, [((b if i in blocks else a, 1.0),) for i in range(4)])
@@ -217,26 +217,30 @@ def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: 
     assert "Fewer frames" in said.err
 
 
-def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> request.Survey:
+def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> request.ProbeRequest:
     job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
-    return request.survey(plan(load(written(folder, job)), folder / "memo"), method, None, None, None)
+    return request.plan_probe(
+        build_plan(load(written(folder, job)), folder / "memo"), method, None, None, None
+    )
 
 
 def test_prompts_that_are_to_be_encoded_need_room_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asked_of(tmp_path, "inject", memory={"budget": "8GiB"})
-    monkeypatch.setattr(memory_estimate, "encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
-    assert request.riders(asked, encoded=True) == 1
+    monkeypatch.setattr(memory_estimate, "predict_encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
+    assert request.max_forwards_per_pass(asked, encoded=True) == 1
     with pytest.raises(DoesNotFit, match="probing needs 9"):
-        request.riders(asked, encoded=False)
+        request.max_forwards_per_pass(asked, encoded=False)
 
 
 def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> None:
     gradient, inject = (asked_of(tmp_path, method, size="256x256") for method in ("gradient", "inject"))
     wan = gradient.shot.model.checkpoint.transformer
     streams = wan.num_layers * gradient.shot.tokens * wan.dim * 4
-    assert request.phase(inject, 1).activation < streams <= request.phase(gradient, 1).activation
+    assert (
+        request.predict_phase(inject, 1).activation < streams <= request.predict_phase(gradient, 1).activation
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +251,7 @@ def test_what_no_gradient_goes_back_over_is_named(tmp_path: Path, kernels: Kerne
     asked = asked_of(tmp_path, "gradient")
     shot = replace(asked.shot, model=replace(asked.shot.model, kernels=kernels))
     with pytest.raises(JobError, match=f"--method: gradient does not go back over {lacking}"):
-        request.riders(replace(asked, shot=shot), encoded=True)
+        request.max_forwards_per_pass(replace(asked, shot=shot), encoded=True)
 
 
 def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:
@@ -289,7 +293,7 @@ def planned(
 def test_a_job_takes_its_blocks_from_the_map(
     probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ranking = block_map.ranked(document(probe("--json", "--levels", "1"))["total"])
+    ranking = block_map.rank(document(probe("--json", "--levels", "1"))["total"])
     (top, bottom) = (sorted(ranking[:2]), sorted(ranking[2:]))
     both = ["auto:top2", *bottom], [*top, *bottom]
     for said, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
@@ -300,7 +304,7 @@ def test_a_job_takes_its_blocks_from_the_map(
         assert keys[0] == keys[1]
     verbose = planned(folder, shallow, capsys, "-v")
     assert verbose.err == ""
-    became = f"auto:top2  is {block_map.as_blocks(top)}, by the inject map of shot 0000 of job, 20"
+    became = f"auto:top2  is {block_map.format_blocks(top)}, by the inject map of shot 0000 of job, 20"
     assert became in verbose.out
 
 

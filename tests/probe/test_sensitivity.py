@@ -16,7 +16,7 @@ from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.probe import sensitivity
-from wancli.probe.sensitivity import Place
+from wancli.probe.sensitivity import ProbePoint
 from wancli.resources import memory_model
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
@@ -25,7 +25,7 @@ DEPTH = 6
 CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DEPTH, text_dim=32, freq_dim=64)
 
 
-def random_place(config: WanConfig = CONFIG, latent: tuple[int, ...] = (16, 2, 4, 4)) -> Place:
+def random_place(config: WanConfig = CONFIG, latent: tuple[int, ...] = (16, 2, 4, 4)) -> ProbePoint:
     torch.manual_seed(0)
     model = WanModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -33,15 +33,15 @@ def random_place(config: WanConfig = CONFIG, latent: tuple[int, ...] = (16, 2, 4
     with torch.no_grad():
         a, b = (model.project(torch.randn(count, config.text_dim)) for count in (5, 9))
     plain, injected = ([((context, 1.0),)] * config.num_layers for context in (a, b))
-    return Place(model, torch.randn(1, *latent), 700.0, plain, injected)
+    return ProbePoint(model, torch.randn(1, *latent), 700.0, plain, injected)
 
 
-def reading(place: Place, blocks: Sequence[int], other: Sequence[Mix] | None = None) -> list[Mix]:
+def reading(place: ProbePoint, blocks: Sequence[int], other: Sequence[Mix] | None = None) -> list[Mix]:
     other = place.injected if other is None else other
     return [other[b] if b in blocks else mix for b, mix in enumerate(place.plain)]
 
 
-def forward(place: Place, row: Sequence[Mix]) -> Tensor:
+def forward(place: ProbePoint, row: Sequence[Mix]) -> Tensor:
     with torch.no_grad():
         return place.model(place.x_1CTYX, place.t, row)
 
@@ -128,7 +128,7 @@ def test_where_weights_are_streamed_riders_share_a_pass_from_their_first_differe
     for model in (resident, streamed):
         with torch.inference_mode():
             a, b = (model.project(text_NE) for text_NE in texts)
-            place = Place(model, x_1CTYX, 500.0, [((a, 1.0),)] * 4, [((b, 1.0),)] * 4)
+            place = ProbePoint(model, x_1CTYX, 500.0, [((a, 1.0),)] * 4, [((b, 1.0),)] * 4)
             rows = [reading(place, [block]) for block in range(4)]
             found.append(dict(sensitivity.velocities(place, rows, riders)))
     assert all(torch.equal(found[0][index], found[1][index]) for index in range(5))
@@ -149,7 +149,7 @@ def test_a_block_that_reads_an_empty_mix_adds_nothing_of_any_text() -> None:
 # ---- derivatives ----
 
 
-def mixed(place: Place, block: int, s: float | Tensor) -> list[Mix]:
+def mixed(place: ProbePoint, block: int, s: float | Tensor) -> list[Mix]:
     """One block's outputs mixed with strength s."""
     (a, _), (b, _) = place.plain[block][0], place.injected[block][0]
     return [((a, 1 - s), (b, s)) if i == block else mix for i, mix in enumerate(place.plain)]
@@ -198,7 +198,7 @@ def test_random_projections_estimate_what_each_token_alone_would_add() -> None:
     draws = []
     for _ in range(60):
         found = dict(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
-        draws.append(sensitivity.size_of_change(found[2], plain) ** 2)
+        draws.append(sensitivity.estimate_change(found[2], plain) ** 2)
     assert (sum(draws) / len(draws)) ** 0.5 == pytest.approx(true.item(), rel=0.25)
 
 
@@ -216,5 +216,5 @@ def test_what_autograd_keeps_of_one_block_is_within_what_memory_predicts(dim: in
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         list(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
     measured = sum(size for at, size in kept.items() if at not in weights)
-    predicted = memory_model.derivative_bytes(place.model.config, 256, element=4)
+    predicted = memory_model.derivative_bytes(place.model.config, 256, element_bytes=4)
     assert measured < predicted < 2 * measured

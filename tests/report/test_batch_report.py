@@ -24,8 +24,8 @@ from jobs import (
 
 from wancli.job.loader import load
 from wancli.models.vae import WanVAE
-from wancli.plan.planner import plan
-from wancli.sampling.solvers import schedule
+from wancli.plan.planner import build_plan
+from wancli.sampling.solvers import build_schedule
 from wancli.video import mp4
 
 
@@ -43,7 +43,7 @@ def test_the_manifest_says_what_was_decided_and_what_was_read(
         == 0
     )
     body = manifest_of(tmp_path)
-    shot, official = body["shot"], schedule("dpm++", 3, 5.0)
+    shot, official = body["shot"], build_schedule("dpm++", 3, 5.0)
     assert (shot["id"], shot["labels"], shot["output"]) == ("one", {"take": 3}, "clip.mp4")
     assert shot["timesteps"] == list(official.timesteps)
     assert shot["sigmas"] == list(official.sigmas)
@@ -56,7 +56,7 @@ def test_the_manifest_says_what_was_decided_and_what_was_read(
     assert {phase["name"] for phase in body["predicted"]} == {"encode", "sample", "decode"}
     (file,) = body["files"]
     assert (file["path"], file["bytes"]) == ("clip.mp4", (tmp_path / "out/clip.mp4").stat().st_size)
-    decided = plan(load(tmp_path / "job.yaml"), tmp_path / "memo.json").shots[0]
+    decided = build_plan(load(tmp_path / "job.yaml"), tmp_path / "memo.json").shots[0]
     assert (body["key"], body["latents_key"]) == (decided.key, decided.latents_key)
 
 

@@ -61,7 +61,7 @@ def test_it_prints_what_it_made_and_figures_as_one_document(
     sheet, side = tmp_path / "sheet.png", tmp_path / "side.mp4"
     said = command(capsys, "compare", a, b, "-o", sheet, "--video", side, "-q")
     assert (said.code, said.out.split(), said.err) == (0, [str(sheet), str(side)], "")
-    assert mp4.about(side).frames == 6
+    assert mp4.read_info(side).frames == 6
     said = command(capsys, "compare", a, b, "-o", sheet, "--json", "-q")
     found = json.loads(said.out)
     assert {k: found[k] for k in ("schema", "job", "baseline", "sheet", "video")} == {
@@ -105,7 +105,7 @@ def test_the_baseline_is_an_id_or_a_number_from_0(
 
 
 def test_an_id_comes_before_a_number(tmp_path: Path) -> None:
-    clips = clip.read([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in ("1", "0")])
+    clips = clip.read_clips([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in ("1", "0")])
     assert comparison.select_baseline(clips, "0").path.name == "0.mp4"
     assert comparison.select_baseline(clips, "1").path.name == "1.mp4"
 
@@ -134,7 +134,7 @@ def test_other_sizes_and_lengths_are_said_not_guessed(
 
 def test_files_of_one_name_in_two_folders_have_their_paths_as_ids(tmp_path: Path) -> None:
     paths = [plain(tmp_path / folder / "x.mp4", [(9, 9, 9)]) for folder in "ab"]
-    assert [one.id for one in clip.read(paths)] == [str(path) for path in paths]
+    assert [one.id for one in clip.read_clips(paths)] == [str(path) for path in paths]
 
 
 @pytest.mark.parametrize(
@@ -184,24 +184,24 @@ def test_what_cannot_be_compared_is_one_message_and_nothing_is_touched(
 def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said], tmp_path: Path) -> None:
     assert render().code == 0
     output = tmp_path / "out" / "clip.mp4"
-    (known,) = clip.read([output])
-    assert known.record
-    assert known.record["prompts"][0]["text"] == CAT
+    (known,) = clip.read_clips([output])
+    assert known.manifest_body
+    assert known.manifest_body["prompts"][0]["text"] == CAT
     output.unlink()
     plain(output, [(9, 9, 9)])
-    assert clip.read([output])[0].record is None
+    assert clip.read_clips([output])[0].manifest_body is None
 
 
 def test_a_video_that_goes_on_where_the_baseline_ends_is_not_identical(tmp_path: Path) -> None:
     long, short = (plain(tmp_path / f"{n}.mp4", [(9, 90, 200)] * n) for n in (3, 2))
-    baseline, one = clip.read([long, short])
+    baseline, one = clip.read_clips([long, short])
     found = list(comparison_metrics.measure_clips([baseline, one], {"3": baseline, "2": baseline}))[1]
     assert (found["frames"], found["psnr"], found["identical"]) == (2, None, False)
 
 
 def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> None:
-    one = clip.Clip(Path("x.mp4"), "x", None, mp4.About(1, 8, 64, 64))
-    clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.about) for n in range(8)]
+    one = clip.Clip(Path("x.mp4"), "x", None, mp4.VideoInfo(1, 8, 64, 64))
+    clips = [clip.Clip(Path(f"{n}.mp4"), str(n), None, one.info) for n in range(8)]
     found = comparison._split_into_files(Path("s.png"), clips, dict.fromkeys(map(str, range(8)), clips[2]), 4)
     assert [(str(path), [one.id for one in part]) for path, part in found] == [
         ("s.png", ["2", "0", "1", "3"]),
@@ -216,12 +216,12 @@ def test_a_sheet_says_what_blocks_read_and_not_what_has_strength_0() -> None:
     rules = [{"blocks": {"3": strength, "4": strength}, "text": "fish"} for strength in (0.0, 0.5)]
     prompts = [{"id": "cat", "text": "a cat"}, {"id": "fish", "text": "a fish"}]
     record = {"prompts": prompts, "injection": rules}
-    one = clip.Clip(Path("x.mp4"), "x", record, mp4.About(1, 8, 64, 64))
-    assert [*contact_sheet._lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
+    one = clip.Clip(Path("x.mp4"), "x", record, mp4.VideoInfo(1, 8, 64, 64))
+    assert [*contact_sheet._caption_lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
 
 
 def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> None:
-    about = mp4.About(1, 8, 64, 64)
+    about = mp4.VideoInfo(1, 8, 64, 64)
     clips = {name: clip.Clip(Path(f"{name}.mp4"), name, None, about) for name in "aAbBcC"}
     beside = {name: clips[name.lower()] for name in clips}
     found = comparison._split_into_files(Path("s.png"), [*clips.values()], beside, 3)
@@ -248,7 +248,7 @@ def test_a_job_compares_its_shots_beside_the_outputs(
         assert shot["latent_distance"] == pytest.approx(float((z - base).norm() / base.norm()), rel=1e-4)
         assert shot["latent_from"] == "latents"
         kept = [manifest_of(tmp_path, name)["latent"] for name in (shot["id"], "plain")]
-        estimate = metrics.sketched_distance(*kept)
+        estimate = metrics.sketched_relative_distance(*kept)
         assert estimate == pytest.approx(shot["latent_distance"], rel=0.2)
     # and what is there and was made of the same videos stays
     poison(monkeypatch, (comparison_metrics, "measure_clips"), (comparison, "write_outputs"))
@@ -365,7 +365,7 @@ def test_a_comparison_that_fails_fails_no_shot(
     def fails(path: Path) -> Any:
         raise FfmpegError("went wrong", where=str(path))
 
-    monkeypatch.setattr(mp4, "about", fails)
+    monkeypatch.setattr(mp4, "read_info", fails)
     said = loud(**BATCH, compare=True)
     assert said.code == 0
     assert len(said.out.split()) == 3
@@ -387,7 +387,7 @@ def test_what_another_program_left_under_these_names_moves_aside(
 def test_who_asks_for_an_end_gets_it_between_two_videos(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = clip.read([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in "ab"])
+    clips = clip.read_clips([plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in "ab"])
     tools = RenderContext(None, Progress())
     seen: list[str] = []
     real = comparison_metrics._compared_row

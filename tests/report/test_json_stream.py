@@ -121,7 +121,7 @@ def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Sai
 
 
 def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    with json_stream.Stream(sys.stdout) as display:
+    with json_stream.JsonStream(sys.stdout) as display:
         display.note("shot a: to worker 1 of 2")
         display.warn("worker 1 died for good")
     told = [(event["type"], event["message"]) for event in events(capsys.readouterr().out)[:-1]]
@@ -291,8 +291,8 @@ def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) ->
     now = [1000.0]
     monkeypatch.setattr(json_stream.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    display: Progress = json_stream.Stream(out)
-    with display.phase("prompts", "encode", 1000) as phase:
+    display: Progress = json_stream.JsonStream(out)
+    with display.phase("encode", (), 1000) as phase:
         for _ in range(1000):
             now[0] += 0.01
             phase.advance()
@@ -308,10 +308,10 @@ def test_an_envelope_takes_its_error_from_the_shot_that_gave_the_exit_code(tmp_p
         return outcome.Outcome(shot, "failed", error=error)  # type: ignore[arg-type]
 
     out = io.StringIO()
-    with json_stream.Stream(out) as display:
-        display.came_to(failed("a", error_types()[0]("first")))
-        display.came_to(failed("b", FfmpegError("second")))
-        display.ended(FfmpegError.status, None)
+    with json_stream.JsonStream(out) as display:
+        display.on_outcome(failed("a", error_types()[0]("first")))
+        display.on_outcome(failed("b", FfmpegError("second")))
+        display.on_end(FfmpegError.status, None)
     envelope = events(out.getvalue())[-1]
     assert (envelope["exit_code"], envelope["error"]["code"]) == (3, "machine.ffmpeg")
 

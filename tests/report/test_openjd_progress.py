@@ -87,7 +87,7 @@ def test_being_stopped_is_no_failure(render: Callable[..., Said], monkeypatch: p
 
 def test_no_text_of_a_job_becomes_a_message_of_its_own() -> None:
     out = io.StringIO()
-    display = openjd_progress.OpenJD(out)
+    display = openjd_progress.OpenJdProgress(out)
     display.warn("so\nopenjd_env: PATH=/evil\r\nopenjd_fail: no\x1b[2J")
     ((kind, text),) = heard(out.getvalue())
     assert kind == "status"

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 
 from wancli.job.loader import load
 from wancli.models.dit import WanModel
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.report import status
 from wancli.storage import tensor_file
 from wancli.storage.claims import Claims
@@ -108,7 +108,7 @@ def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_fo
 
 def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job(shallow, **CHANGES))
-    shots = plan(load(job), tmp_path / "memo").shots
+    shots = build_plan(load(job), tmp_path / "memo").shots
     for shot in shots:
         shot.output.parent.mkdir(exist_ok=True)
     with Claims() as claims:
@@ -202,13 +202,13 @@ def test_a_state_that_goes_while_it_is_looked_at_is_no_error(
     with monkeypatch.context() as patch:
         forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
         assert render(**CHANGES).code == 75
-    real = tensor_file.peek
+    real = tensor_file.read_record
 
     def peek(path: Path) -> Any:
         found = real(path)
         path.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(tensor_file, "peek", peek)
+    monkeypatch.setattr(tensor_file, "read_record", peek)
     found = states()["a"]
     assert (found["state"], found["saved"]) == ("half done", None)

@@ -33,7 +33,7 @@ def test_a_forward_of_the_transformer_and_its_context(latent: tuple[int, int, in
         context = model.project(torch.randn(9, 20))
         model(torch.randn(1, *latent), 500.0, [((context, 1.0),)] * 3)
 
-    predicted = flops.of_forward(config, tokens, 3 * 10) + flops.of_context(config, 10)
+    predicted = flops.forward_flops(config, tokens, 3 * 10) + flops.context_flops(config, 10)
     assert counted(run) == predicted
 
 
@@ -42,7 +42,7 @@ def test_the_text_encoder_on_a_prompt() -> None:
     model = t5.build(config).to_empty(device="cpu")
     model.encoder.embed_tokens = model.shared
     ids = torch.ones(1, 11, dtype=torch.long)
-    assert counted(lambda: model(ids)) == flops.of_encoding(config, 11)
+    assert counted(lambda: model(ids)) == flops.encode_flops(config, 11)
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -54,7 +54,7 @@ def test_the_plain_decoder(frames: int) -> None:
         base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     )
     latent = (4, frames, 6, 4)
-    predicted = flops.of_decoding(config, latent)
+    predicted = flops.decode_flops(config, latent)
     with torch.no_grad():
         assert counted(lambda: vae.decode(torch.randn(1, *latent))) == predicted
 
@@ -63,9 +63,9 @@ def test_the_arithmetic_of_the_published_models_is_that_of_the_papers() -> None:
     """42 TFLOP a block at 32,760 tokens and 163 at 75,600, counted by hand with 512 text rows."""
     wan = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     for tokens, tera in ((32_760, 42), (75_600, 163)):
-        assert flops.of_forward(wan, tokens, 40 * 512) / 40 / 1e12 == pytest.approx(tera, rel=0.02)
+        assert flops.forward_flops(wan, tokens, 40 * 512) / 40 / 1e12 == pytest.approx(tera, rel=0.02)
 
 
 def test_the_decoder_of_wan_22_does_more_on_as_many_pixels() -> None:
     old, new = VAEConfig(), VAE22Config()
-    assert flops.of_decoding(new, (48, 3, 30, 52)) > flops.of_decoding(old, (16, 3, 60, 104))
+    assert flops.decode_flops(new, (48, 3, 30, 52)) > flops.decode_flops(old, (16, 3, 60, 104))

@@ -21,7 +21,7 @@ from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
 from wancli.models.vae_layers import Stream
 from wancli.resources import machine, measure, memory_model
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 from wancli.weights.loader import load_transformer, load_umt5
@@ -98,7 +98,9 @@ def test_the_bytes_of_a_loaded_transformer_are_predicted_exactly(
     models, tiny, residency, blocks, dtype, element
 ):
     model = models[residency, dtype]
-    assert held(model, model.blocks) == memory_model.wan_bytes(model.config, element=element, blocks=blocks)
+    assert held(model, model.blocks) == memory_model.wan_bytes(
+        model.config, element_bytes=element, blocks_in_memory=blocks
+    )
 
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
@@ -108,7 +110,7 @@ def test_the_bytes_of_a_loaded_text_encoder_are_predicted_exactly(tiny, residenc
     model = load_umt5(files, umt5_to_transformers, dtype, "cpu", residency)
     config = T5Config(384, 64, 16, 128, 3, 4)
     assert held(model, model.encoder.block) == memory_model.t5_bytes(
-        config, element=element, streamed=residency == "streamed"
+        config, element_bytes=element, streamed=residency == "streamed"
     )
 
 
@@ -116,13 +118,16 @@ def test_the_published_models_streamed_in_bf16_need_a_tenth_of_their_weights():
     # Matrices of all blocks, and all parameters: the table of wan-formats and the sizes of UMT5-XXL.
     matrices, everything, biases = 14_050_918_400 // 40, 14_288_491_584, 40 * (9 * 5120 + 13824)
     others = everything - 40 * matrices - biases
-    assert memory_model.wan_bytes(T2V_14B, element=2) == 2 * (40 * matrices + biases) + 4 * others
-    assert memory_model.wan_bytes(T2V_14B, element=2, blocks=2) == 2 * (2 * matrices + biases) + 4 * others
-    assert memory_model.wan_bytes(T2V_14B, element=2, blocks=2) < 0.1 * memory_model.wan_bytes(
-        T2V_14B, element=2
+    assert memory_model.wan_bytes(T2V_14B, element_bytes=2) == 2 * (40 * matrices + biases) + 4 * others
+    assert (
+        memory_model.wan_bytes(T2V_14B, element_bytes=2, blocks_in_memory=2)
+        == 2 * (2 * matrices + biases) + 4 * others
     )
+    assert memory_model.wan_bytes(
+        T2V_14B, element_bytes=2, blocks_in_memory=2
+    ) < 0.1 * memory_model.wan_bytes(T2V_14B, element_bytes=2)
     layer = 4 * 4096 * 4096 + 3 * 4096 * 10240
-    assert memory_model.t5_bytes(UMT5_XXL, element=2, streamed=True) == 2 * (4_630_761_472 - 22 * layer)
+    assert memory_model.t5_bytes(UMT5_XXL, element_bytes=2, streamed=True) == 2 * (4_630_761_472 - 22 * layer)
 
 
 def most_live_bytes(run: Callable[[], object]) -> int:
@@ -144,7 +149,9 @@ def test_every_further_rider_costs_its_residual_stream():
     model.velocities(requests[:1])  # keys and values are there
     measured = [most_live_bytes(lambda n=n: model.velocities(requests[:n])) for n in (1, 2, 3)]
     predicted = [
-        memory_model.sample_phase(config, shape, context_rows=10, element=4, riders=n).activation
+        memory_model.sample_phase(
+            config, shape, context_rows=10, element_bytes=4, forwards_per_pass=n
+        ).activation
         for n in (1, 2, 3)
     ]
     time = 7 * config.dim * 4  # its embedding, which is no matter of tokens
@@ -163,7 +170,7 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
         request = Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2)
         model.velocities([request])  # keys and values are there
         return most_live_bytes(lambda: model.velocities([request])), memory_model.sample_phase(
-            config, shape, context_rows=context_rows, element=4, chunk=chunk
+            config, shape, context_rows=context_rows, element_bytes=4, chunk=chunk
         ).activation
 
     (few, few_said), (more, more_said) = peak(16, 128), peak(16, 256)
@@ -174,8 +181,8 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
     assert long < whole / 2
     assert long_said < whole_said / 2
     assert memory_model.sample_phase(
-        config, (16, 4, 32, 32), context_rows=10, element=4, chunk=1024
-    ) == memory_model.sample_phase(config, (16, 4, 32, 32), context_rows=10, element=4)
+        config, (16, 4, 32, 32), context_rows=10, element_bytes=4, chunk=1024
+    ) == memory_model.sample_phase(config, (16, 4, 32, 32), context_rows=10, element_bytes=4)
 
 
 # ---- prediction ----
@@ -200,16 +207,16 @@ def test_the_keys_and_values_that_contexts_keep_are_predicted():
         context = model.project(torch.randn(9, 8))
         model(torch.randn(1, 16, 1, 4, 4), 500.0, [((context, 1.0),)] * 3)
     kept = sum(x.nbytes for pair in context.kv.values() for x in pair)
-    without = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=0, element=4)
-    with_context = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=10, element=4)
+    without = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=0, element_bytes=4)
+    with_context = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=10, element_bytes=4)
     assert with_context.buffer - without.buffer == kept
 
 
 def test_memory_of_sampling_grows_with_the_tokens_not_with_their_square():
-    small = memory_model.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element=2)
-    large = memory_model.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element=2)
+    small = memory_model.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element_bytes=2)
+    large = memory_model.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element_bytes=2)
     assert large.activation == 4 * small.activation
-    assert large.model == small.model == memory_model.wan_bytes(T2V_14B, element=2)
+    assert large.model == small.model == memory_model.wan_bytes(T2V_14B, element_bytes=2)
     assert small.total == small.model + small.activation + small.buffer
 
 
@@ -222,12 +229,13 @@ def test_memory_of_decoding_does_not_depend_on_the_length_of_the_clip():
 def test_a_chunk_spares_all_tokens_but_the_residual_the_keys_and_the_values():
     latent = (16, 21, 60, 104)
     whole, some, few = (
-        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=chunk).activation
+        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element_bytes=2, chunk=chunk).activation
         for chunk in (None, 4096, 1024)
     )
     assert 0.4 * whole < few < some < whole
     assert (
-        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element=2, chunk=10**6).activation == whole
+        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element_bytes=2, chunk=10**6).activation
+        == whole
     )
 
 
@@ -240,36 +248,36 @@ def test_a_mapped_vae_is_its_decoder_twice():
 
 def test_what_stays_loaded_counts_in_the_phase():
     alone = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1)
-    beside = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident=10**9)
+    beside = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident_bytes=10**9)
     assert beside.total - alone.total == 10**9
 
 
 def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
-    assert memory_model.encode_phase(UMT5_XXL, prompt_tokens=100, element=2).model == 11_361_820_672
-    short, long = (memory_model.encode_phase(UMT5_XXL, prompt_tokens=n, element=2) for n in (10, 500))
+    assert memory_model.encode_phase(UMT5_XXL, prompt_tokens=100, element_bytes=2).model == 11_361_820_672
+    short, long = (memory_model.encode_phase(UMT5_XXL, prompt_tokens=n, element_bytes=2) for n in (10, 500))
     assert short.activation < long.activation < 10**9
 
 
 def test_some_memory_is_available():
-    assert machine.available() > 0
+    assert machine.available_memory() > 0
 
 
 def test_a_control_group_leaves_what_it_has_not_used_but_for_the_files_it_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    free = machine.available()
+    free = machine.available_memory()
     monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     (tmp_path / "memory.current").write_text("9000000\n")
     (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 4000000\nactive_file 3000000\n")
     (tmp_path / "memory.max").write_text("10000000\n")
-    assert machine.available() == 8_000_000
+    assert machine.available_memory() == 8_000_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.available() == pytest.approx(free, rel=0.5)
+    assert machine.available_memory() == pytest.approx(free, rel=0.5)
 
 
 def test_pages_of_files_are_not_counted_twice():
     memory = psutil.Process().memory_info()
-    assert 0 < machine.taken() < memory.rss
+    assert 0 < machine.process_memory() < memory.rss
 
 
 # ---- measurement ----
@@ -284,7 +292,7 @@ def fresh_pages(size: int) -> mmap.mmap:
 
 
 def test_the_peak_of_a_block_is_seen_after_it_is_freed():
-    with Peak() as taken:
+    with PeakMemory() as taken:
         block = fresh_pages(SMALL)
         block.close()
     assert 0.95 * SMALL < taken.rss_peak - taken.rss_start < 2 * SMALL
@@ -293,14 +301,14 @@ def test_the_peak_of_a_block_is_seen_after_it_is_freed():
 
 def test_a_peak_before_the_block_does_not_count():
     fresh_pages(2 * SMALL).close()
-    with Peak() as taken:
+    with PeakMemory() as taken:
         pass
     assert taken.rss_peak - taken.rss_start < SMALL
 
 
 def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
     monkeypatch.setattr(measure, "_reset_high_water", lambda: False)
-    with Peak() as taken:
+    with PeakMemory() as taken:
         block = fresh_pages(SMALL)
         deadline = time.monotonic() + 60
         while taken._sampler.peak < taken.rss_start + 0.95 * SMALL and time.monotonic() < deadline:
@@ -318,14 +326,14 @@ def test_the_peak_of_the_gpu_is_what_torch_allocated(monkeypatch):
         max_memory_allocated=lambda: 12345,
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    with Peak() as taken:
+    with PeakMemory() as taken:
         assert calls == ["reset"]
     assert taken.cuda_peak == 12345
 
 
 def test_without_a_gpu_there_is_no_peak_of_one(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
-    with Peak() as taken:
+    with PeakMemory() as taken:
         pass
     assert taken.cuda_peak is None
 
@@ -339,7 +347,7 @@ from wancli.storage import atomic, cache, manifest
 from wancli.video import mp4
 wan = memory_model.WanConfig(96, 96, 4, 1)
 memory_model.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)
-progress.progress(sys.stderr)
+progress.create_progress(sys.stderr)
 sys.exit(" ".join({"torch", "numpy", "rich", "transformers", "imageio_ffmpeg"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -29,12 +29,12 @@ from jobs import (
 )
 
 from wancli.errors import NotFinite
-from wancli.injection.contexts import Contexts, Effect
+from wancli.injection.contexts import ContextCache, Effect
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
 from wancli.resources.memory_model import Residency
-from wancli.sampling.denoise import Sampled, Walk, check_hits, denoise, denoise_together
-from wancli.sampling.solvers import State, schedule
+from wancli.sampling.denoise import DenoiseRun, StepResult, check_hits, denoise, denoise_batch
+from wancli.sampling.solvers import State, build_schedule
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
@@ -205,7 +205,9 @@ def a_model(folder: Path, residency: Residency = "resident") -> WanModel:
     return load_transformer(identify(folder), torch.float32, "cpu", residency=residency)
 
 
-def official_walk(name: str, case: dict[str, Any], contexts: Contexts, noise_CTYX: torch.Tensor) -> Walk:
+def official_walk(
+    name: str, case: dict[str, Any], contexts: ContextCache, noise_CTYX: torch.Tensor
+) -> DenoiseRun:
     """A case of the official code, its prompts under their names in the reference."""
     rules = []
     if inject := case.get("inject"):
@@ -214,9 +216,9 @@ def official_walk(name: str, case: dict[str, Any], contexts: Contexts, noise_CTY
         steps = tuple((step, 1.0) for step in range(start, end))
         rules = [Rule("injection", blocks, steps, (inject["branch"],), inject["blend"], 1.0)]
     table = Table(rules, {"cond": "main", "uncond": "negative"}, 40, case["steps"])
-    levels = schedule(case["solver"], case["steps"], case["shift"])
+    levels = build_schedule(case["solver"], case["steps"], case["shift"])
     stage = Stage("only", range(case["steps"]), case["cfg"])
-    return Walk(State(noise_CTYX), levels, case["solver"], table, contexts, stage)
+    return DenoiseRun(State(noise_CTYX), levels, case["solver"], table, contexts, stage)
 
 
 @torch.inference_mode()
@@ -225,7 +227,7 @@ def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_lat
 ) -> None:
     model = a_model(TINY, "streamed")
     rows = {name: numbers[f"context.{name}"] for name in ("main", "negative", "injection")}
-    contexts = Contexts(model, rows)
+    contexts = ContextCache(model, rows)
     names = ("unipc_cfg6", "inject_cond_27_39", "inject_cond_steps")
     walks = [
         official_walk(name, reference["cases"][name], contexts, numbers[f"{name}.noise"]) for name in names
@@ -233,9 +235,9 @@ def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_lat
     calls: list[int] = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     read: list[set[Any]] = [set() for _ in walks]
-    for now in denoise_together(model, walks, riders=6):
+    for now in denoise_batch(model, walks, forwards_per_pass=6):
         for cells, at in zip(read, now):
-            assert isinstance(at, Sampled)
+            assert isinstance(at, StepResult)
             cells |= at.read
     for name, walk, at, cells in zip(names, walks, now, read):
         expected = numbers[f"{name}.latents"][-1]
@@ -245,15 +247,23 @@ def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_lat
     assert len(calls) == 6 * 6
 
 
-def random_walks(model: WanModel, effects: list[list[Effect] | None]) -> list[Walk]:
+def random_walks(model: WanModel, effects: list[list[Effect] | None]) -> list[DenoiseRun]:
     """Three unlike walks of four steps: with and without guidance, sizes, solvers and injections."""
     torch.manual_seed(4)
-    contexts = Contexts(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
+    contexts = ContextCache(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
     mixed = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("cond", "uncond"), "output-mix", 1.0)
     joined = Rule("b", ((1, 0.7),), ((1, 1.0),), ("cond",), "concat", 1.0)
     both: dict[Branch, str] = {"cond": "a", "uncond": "b"}
     return [
-        Walk(State(x), schedule(solver, 4, 3.0), solver, table, contexts, Stage("only", range(4), cfg), into)
+        DenoiseRun(
+            State(x),
+            build_schedule(solver, 4, 3.0),
+            solver,
+            table,
+            contexts,
+            Stage("only", range(4), cfg),
+            into,
+        )
         for x, solver, table, cfg, into in (
             (torch.randn(16, 1, 4, 4), "unipc", Table([mixed], both, 4, 4), 5.0, effects[0]),
             (torch.randn(16, 2, 4, 6), "dpm++", Table([joined], {"cond": "a"}, 4, 4), 1.0, effects[1]),
@@ -270,11 +280,11 @@ def test_walks_in_lock_step_give_the_bits_hits_and_effects_of_each_alone(riders:
     model = a_model(shallow)
     separately = [list(denoise(model, walk)) for walk in random_walks(model, alone)]
     model = a_model(shallow, "streamed")
-    in_step = list(denoise_together(model, random_walks(model, together), riders))
+    in_step = list(denoise_batch(model, random_walks(model, together), riders))
     for walk, expected in enumerate(separately):
         for step, before in enumerate(expected):
             at = in_step[step][walk]
-            assert isinstance(at, Sampled)
+            assert isinstance(at, StepResult)
             assert (at.step, at.read) == (before.step, before.read)
             assert torch.equal(at.state.x, before.state.x)
     assert [len(effects or ()) for effects in alone] == [4, 1, 0]
@@ -287,18 +297,18 @@ def test_a_walk_that_meets_nan_ends_and_the_others_go_on(shallow: Path) -> None:
     walks = random_walks(model, [None, None, None])
     expected = list(denoise(model, walks[0]))
     walks[1] = replace(walks[1], state=State(walks[1].state.x * torch.inf))
-    for step, (first, second, third) in enumerate(denoise_together(model, walks, 2)):
-        assert isinstance(first, Sampled)
+    for step, (first, second, third) in enumerate(denoise_batch(model, walks, 2)):
+        assert isinstance(first, StepResult)
         assert torch.equal(first.state.x, expected[step].state.x)
         assert isinstance(second, NotFinite)
         assert "step 0, cond branch, first in block 0" in str(second)
-        assert isinstance(third, Sampled)
+        assert isinstance(third, StepResult)
     assert step == 3
 
 
 def test_walks_of_unlike_length_are_refused(shallow: Path) -> None:
     model = a_model(shallow)
     walks = random_walks(model, [None, None, None])
-    walks[2] = replace(walks[2], schedule=schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0))
+    walks[2] = replace(walks[2], schedule=build_schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0))
     with pytest.raises(ValueError, match=r"\[4, 5\] steps"):
-        next(denoise_together(model, walks, 1))
+        next(denoise_batch(model, walks, 1))

@@ -190,16 +190,16 @@ def test_no_two_values_of_an_attribute_share_a_phrase():
 def test_every_word_of_the_grammar_is_one_piece_and_the_specials_have_umt5s_ids(trained: stages.Workshop):
     tokenizer = Tokenizer(trained.file("spiece.model"))
     for word in captions.vocabulary():
-        assert tokenizer.pieces(tokenizer.ids(word)) == [f"▁{word}", "</s>"]
-    assert tokenizer.pieces([0, 1, 2, 3]) == ["<pad>", "</s>", "<s>", "<unk>"]
+        assert tokenizer.to_pieces(tokenizer.to_ids(word)) == [f"▁{word}", "</s>"]
+    assert tokenizer.to_pieces([0, 1, 2, 3]) == ["<pad>", "</s>", "<s>", "<unk>"]
     rng = random.Random(4)
     for style in captions.STYLES:
         said = captions.caption(_scenes(1)[0], rng, style)
         words = re.findall(r"\w+|[.,]", said.lower())
-        assert [piece.strip("▁") for piece in tokenizer.pieces(tokenizer.ids(said))] == [*words, "</s>"]
-    assert "▁stripes" in tokenizer.pieces(tokenizer.ids(pack.PROMPT))
-    assert tokenizer.ids("A RED Circle") == tokenizer.ids("a red circle")
-    assert 3 not in tokenizer.ids("an unknown wizard, 3 of them!")
+        assert [piece.strip("▁") for piece in tokenizer.to_pieces(tokenizer.to_ids(said))] == [*words, "</s>"]
+    assert "▁stripes" in tokenizer.to_pieces(tokenizer.to_ids(pack.PROMPT))
+    assert tokenizer.to_ids("A RED Circle") == tokenizer.to_ids("a red circle")
+    assert 3 not in tokenizer.to_ids("an unknown wizard, 3 of them!")
 
 
 # The networks

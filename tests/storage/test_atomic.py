@@ -76,7 +76,7 @@ def test_publishing_never_writes_through_a_symbolic_link(tmp_path):
 
 
 def test_a_temporary_file_is_gone_when_its_block_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), atomic.temporary(tmp_path / "a.mp4") as tmp:
+    with pytest.raises(ZeroDivisionError), atomic.temp_file(tmp_path / "a.mp4") as tmp:
         tmp.write_bytes(b"%d" % (1 // 0))
     assert names(tmp_path) == []
 
@@ -117,10 +117,10 @@ def test_replacing_a_link_leaves_its_target_alone(tmp_path):
 
 def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
     path = tmp_path / "a.b.mp4"
-    assert atomic.set_aside(path) is None
+    assert atomic.move_aside(path) is None
     for number in (1, 2, 3):
         path.write_text(str(number))
-        assert atomic.set_aside(path) == tmp_path / f"a.b.old-{number}.mp4"
+        assert atomic.move_aside(path) == tmp_path / f"a.b.old-{number}.mp4"
     assert [(tmp_path / f"a.b.old-{n}.mp4").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
     assert not path.exists()
 
@@ -128,7 +128,7 @@ def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
 def test_a_folder_in_the_place_of_an_output_is_not_set_aside(tmp_path):
     (tmp_path / "a.mp4").mkdir()
     with pytest.raises(OutputExists, match="folder"):
-        atomic.set_aside(tmp_path / "a.mp4")
+        atomic.move_aside(tmp_path / "a.mp4")
 
 
 def test_a_sweep_takes_only_own_debris_of_dead_processes_older_than_a_day(tmp_path):
@@ -144,7 +144,7 @@ def test_a_sweep_takes_only_own_debris_of_dead_processes_older_than_a_day(tmp_pa
     for name, age in cases.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() + age,) * 2)
-    assert [path.name for path in atomic.sweep(tmp_path)] == [f".wancli-{dead}-old.tmp"]
+    assert [path.name for path in atomic.remove_stale_temp_files(tmp_path)] == [f".wancli-{dead}-old.tmp"]
     assert len(names(tmp_path)) == 5
 
 
@@ -255,7 +255,7 @@ def test_a_published_file_that_cannot_be_synced_is_written_once_more(tmp_path, m
             raise OSError(errno.EIO, "I/O error")
         real(fd)
 
-    with atomic.temporary(tmp_path / "a") as tmp:
+    with atomic.temp_file(tmp_path / "a") as tmp:
         tmp.write_bytes(b"content")
         monkeypatch.setattr(os, "fsync", first_one_fails)
         atomic.publish(tmp, tmp_path / "a")
@@ -269,7 +269,7 @@ def test_a_disk_that_never_takes_the_bytes_is_told_and_nothing_stays(tmp_path, m
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with atomic.temporary(tmp_path / "a") as tmp, pytest.raises(MachineError, match="I/O error"):
+    with atomic.temp_file(tmp_path / "a") as tmp, pytest.raises(MachineError, match="I/O error"):
         atomic.publish(tmp, tmp_path / "a")
     with pytest.raises(MachineError, match="I/O error"):
         atomic.replace(tmp_path / "b", b"content")
@@ -296,9 +296,9 @@ def test_a_temporary_file_that_another_host_took_for_debris_is_written_again(tmp
 def test_a_clock_that_jumps_robs_no_live_writer(tmp_path, monkeypatch, years):
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + years * 366 * 86400)
-    with atomic.temporary(tmp_path / "a") as tmp:
-        assert atomic.sweep(tmp_path) == []
-        atomic.writable(tmp_path)
+    with atomic.temp_file(tmp_path / "a") as tmp:
+        assert atomic.remove_stale_temp_files(tmp_path) == []
+        atomic.require_writable(tmp_path)
         tmp.write_bytes(b"content")
         atomic.publish(tmp, tmp_path / "a")
     assert names(tmp_path) == ["a"]
@@ -311,26 +311,26 @@ def test_the_preflight_sweeps_debris_by_the_clock_of_the_folder(tmp_path, monkey
     for name, age in {".wancli-far-1-old.tmp": 90_000, ".wancli-far-1-new.tmp": 80_000}.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (now - age,) * 2)
-    atomic.writable(tmp_path)
+    atomic.require_writable(tmp_path)
     assert names(tmp_path) == [".wancli-far-1-new.tmp", "now"]
 
 
 def test_a_folder_that_takes_files_passes_the_preflight_and_stays_empty(tmp_path):
-    atomic.writable(tmp_path / "new")
+    atomic.require_writable(tmp_path / "new")
     assert names(tmp_path / "new") == []
 
 
 def test_a_file_in_the_place_of_a_folder_fails_the_preflight(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="file/out") as caught:
-        atomic.writable(tmp_path / "file" / "out")
+        atomic.require_writable(tmp_path / "file" / "out")
     assert "not a folder" in caught.value.hint
 
 
 def _unprivileged_preflight(folder: str) -> None:
     os.setuid(65534)
     try:
-        atomic.writable(Path(folder))
+        atomic.require_writable(Path(folder))
     except MachineError as error:
         os._exit(0 if "Permission denied" in str(error) else 1)
     os._exit(2)
@@ -354,7 +354,7 @@ def test_a_file_system_without_links_and_exclusive_rename_fails_the_preflight(
 
     monkeypatch.setattr(atomic, "_rename_noreplace", refuse)
     with pytest.raises(MachineError) as caught:
-        atomic.writable(tmp_path)
+        atomic.require_writable(tmp_path)
     assert "another place" in caught.value.hint
 
 

@@ -22,19 +22,19 @@ from forked import Forked, start
 from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
 
 from wancli.engine.batch import render as render_plan
-from wancli.engine.batch import tallied
+from wancli.engine.batch import track_outcomes
 from wancli.engine.context import Force, RenderContext
 from wancli.engine.outcome import Outcome
 from wancli.errors import ClaimedElsewhere, MachineError, NoSpace, Stopped
 from wancli.job.loader import load
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
 from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.storage import atomic, manifest
 from wancli.storage.cache import Store
-from wancli.storage.claim_file import process
-from wancli.storage.claims import Claims, claim_path, holder
+from wancli.storage.claim_file import current_process
+from wancli.storage.claims import Claims, claim_path, find_holder
 from wancli.text.encoder import encode
 
 Render = Callable[..., Said]
@@ -67,7 +67,7 @@ def put(shot: Any, content: str | dict[str, Any]) -> Path:
 
 def body(**changes: Any) -> dict[str, Any]:
     """What a live process of this host would write: that which runs the test."""
-    me = process()
+    me = current_process()
     return {**vars(me), "started": "2026-11-23T00:00:00+00:00", "token": "theirs"} | changes
 
 
@@ -85,13 +85,13 @@ def test_of_two_workers_one_gets_a_shot_and_the_other_learns_who_has_it(shot: An
         assert one.take([shot]) == [shot]
         assert one.take([shot]) == [shot]  # it has it already
         assert other.take([shot]) == []
-        found = holder(shot)
+        found = find_holder(shot)
         assert found
         assert (found.host, found.pid) == (os.uname().nodename, os.getpid())
-        assert other.others([shot]) == {0: found}
+        assert other.held_by_others([shot]) == {0: found}
         assert (one.holds(shot), other.holds(shot)) == (True, False)
         one.release([shot])
-        assert (one.holds(shot), holder(shot)) == (False, None)
+        assert (one.holds(shot), find_holder(shot)) == (False, None)
         assert other.take([shot]) == [shot]
     assert list(shot.output.parent.iterdir()) == []  # the folder is as it was
 
@@ -123,7 +123,7 @@ def test_of_many_threads_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> N
 )
 def test_a_claim_of_a_dead_process_of_this_host_is_free_at_once(shot: Any, gone: dict[str, Any]) -> None:
     put(shot, body(**gone))
-    assert holder(shot) is None
+    assert find_holder(shot) is None
     with Claims() as claims:
         assert claims.take([shot]) == [shot]
 
@@ -132,7 +132,7 @@ def test_a_process_that_is_dead_and_not_yet_buried_holds_nothing(shot: Any) -> N
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     put(shot, body(pid=child.pid))
-    assert holder(shot) is None
+    assert find_holder(shot) is None
     child.wait()
 
 
@@ -145,41 +145,41 @@ def test_a_claim_that_tells_nothing_of_this_host_is_stale_after_some_looks_witho
     shot: Any, content: str | dict[str, Any]
 ) -> None:
     path = put(shot, content if isinstance(content, str) else content | {"pid": 2**22 + 1})
-    assert holder(shot)
+    assert find_holder(shot)
     claims = Claims(**QUICK)
-    assert claims.others([shot])  # the first look
+    assert claims.held_by_others([shot])  # the first look
     for _ in range(5):
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # somebody is alive
         for _ in range(3):
             time.sleep(0.011)
-            assert claims.others([shot])
+            assert claims.held_by_others([shot])
     time.sleep(0.011)
-    assert claims.others([shot]) == {}  # the third look that saw no change
+    assert claims.held_by_others([shot]) == {}  # the third look that saw no change
     with claims:
         assert claims.take([shot]) == [shot]
 
 
 def test_looks_in_quick_succession_count_once(shot: Any) -> None:
     put(shot, body(host="other"))
-    claims = Claims(beat=3600, stale=1)
+    claims = Claims(heartbeat=3600, stale_looks=1)
     for _ in range(100):
-        assert claims.others([shot])
+        assert claims.held_by_others([shot])
 
 
 def test_a_heartbeat_touches_what_is_held_and_nothing_that_was_taken_away(shot: Any) -> None:
-    with Claims(beat=3600) as claims:
+    with Claims(heartbeat=3600) as claims:
         claims.take([shot])
         path = claim_path(shot)
         os.utime(path, ns=(0, 0))
-        claims.beat()
+        claims.touch_and_watch()
         assert path.stat().st_mtime_ns > 0
         put(shot, body())
         os.utime(path, ns=(0, 0))
-        claims.beat()
+        claims.touch_and_watch()
         assert path.stat().st_mtime_ns == 0
-        assert (claims.holds(shot), claims.intact()) == (False, False)
+        assert (claims.holds(shot), claims.holds_all()) == (False, False)
         claims.release([shot])
-        assert claims.intact()
+        assert claims.holds_all()
     assert path.exists()  # it is another's
 
 
@@ -207,14 +207,14 @@ def test_whoever_moved_a_fresh_claim_away_puts_it_back(shot: Any, monkeypatch: p
     """Two judge a claim stale; one is faster, and the other moves what that one has just made."""
     put(shot, body(pid=2**22 + 1))
     with Claims() as fast, Claims() as slow:
-        real = slow._other
+        real = slow._find_other_holder
 
         def judged(path: Path) -> Any:
             found = real(path)
             fast.take([shot])
             return found
 
-        monkeypatch.setattr(slow, "_other", judged)
+        monkeypatch.setattr(slow, "_find_other_holder", judged)
         assert slow.take([shot]) == []
         assert fast.holds(shot)
 
@@ -248,7 +248,7 @@ def test_a_claim_that_cannot_be_read_is_somebody_elses(shot: Any, monkeypatch: p
         with monkeypatch.context() as patched:
             patched.setattr(Path, "open", opened)
             assert claims.take([shot]) == []
-            assert claims.names([shot]) == "unknown:0"
+            assert claims.name_holders([shot]) == "unknown:0"
         assert claims.take([shot]) == [shot]
 
 
@@ -463,7 +463,7 @@ class Notes(Progress):
 
 
 def planned(job: Folder) -> Plan:
-    return plan(load(job.job), job.cache / "hashes.json")
+    return build_plan(load(job.job), job.cache / "hashes.json")
 
 
 def tools(job: Folder, claims: Claims, progress: Progress | None = None, **changes: Any) -> RenderContext:
@@ -471,7 +471,7 @@ def tools(job: Folder, claims: Claims, progress: Progress | None = None, **chang
 
 
 def forced(job: Folder) -> Force:
-    return Force.of(planned(job).shots)
+    return Force.snapshot(planned(job).shots)
 
 
 def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_done(
@@ -501,14 +501,14 @@ def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Call
     phases: list[str] = []
 
     class Watch(Notes):
-        def phase(self, shot: str, name: str, *rest: Any) -> Any:
-            phases.append(f"{name} {shot}")
-            return super().phase(shot, name, *rest)
+        def phase(self, name: str, shots: Any, total: int) -> Any:
+            phases.append(name)
+            return super().phase(name, shots, total)
 
     notes = Watch(lambda: (hidden.rename(there), path.unlink()))
     with Claims() as claims:
         (outcome,) = render_plan(planned(job), tools(job, claims, notes))
-    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode prompts"])
+    assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode"])
 
 
 def test_who_waits_for_several_waits_for_the_last_of_them(folder: Callable[..., Folder]) -> None:
@@ -547,7 +547,7 @@ def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
 ) -> None:
     """As where it was moved away and put back, or where NFS shows it late."""
     job = folder("ab")
-    real = Claims.intact
+    real = Claims.holds_all
     looks = 0
 
     def intact(self: Claims) -> bool:
@@ -555,7 +555,7 @@ def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
         looks += 1
         return looks != look and real(self)
 
-    monkeypatch.setattr(Claims, "intact", intact)
+    monkeypatch.setattr(Claims, "holds_all", intact)
     with Claims(**QUICK) as claims:
         outcomes = list(render_plan(planned(job), tools(job, claims)))
     assert looks >= look
@@ -568,7 +568,7 @@ def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Calla
     with Claims() as claims:
         for left in ([], [Outcome(b, "stopped")]):
             with pytest.raises(Stopped, match=r"1 (not begun|shot is saved)"):
-                list(tallied(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
+                list(track_outcomes(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
 
 
 def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
@@ -579,9 +579,9 @@ def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
     error = MachineError("ffmpeg died")
     with Claims() as claims:
         both = [Outcome(a, "failed", error=error), Outcome(b, "elsewhere")]
-        assert list(tallied(iter(both), [a, b], tools(job, claims))) == both
+        assert list(track_outcomes(iter(both), [a, b], tools(job, claims))) == both
         with pytest.raises(ClaimedElsewhere, match="1 shot is with other workers"):
-            list(tallied(iter(both[1:]), [b], tools(job, claims)))
+            list(track_outcomes(iter(both[1:]), [b], tools(job, claims)))
 
 
 def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(
@@ -621,7 +621,7 @@ def test_workers_that_encode_together_encode_no_prompt_twice(
     folder: Callable[..., Folder], tmp_path: Path
 ) -> None:
     shots = planned(folder("a")).shots
-    encoder, tokens = shots[0].model.encoder, [text.tokens for text in shots[0].texts]
+    encoder, tokens = shots[0].model.encoder, [text.tokens for text in shots[0].prompts]
     prompts = [replace(tokens[0], text=f"never asked before, {n}") for n in range(4)]
     store = Store(tmp_path / "embeddings")
     one, other = encode(encoder, prompts, store), encode(encoder, prompts, store)

@@ -30,15 +30,15 @@ from wancli.storage import paths
     ],
 )
 def test_a_slug_is_readable_and_short(text, expected):
-    assert paths.slug(text) == expected
+    assert paths.slugify(text) == expected
 
 
 @given(st.text(), st.integers(8, 80))
 def test_a_slug_of_any_text_is_one_safe_name(text, limit):
-    name = paths.slug(text, limit)
+    name = paths.slugify(text, limit)
     assert 0 < len(name.encode()) <= max(limit, 9)
     assert name == unicodedata.normalize("NFC", name).lower() or not text.isascii()
-    assert paths.inside(Path("/root"), name + ".mp4") == Path("/root", name + ".mp4")
+    assert paths.resolve_inside(Path("/root"), name + ".mp4") == Path("/root", name + ".mp4")
 
 
 FIELDS: dict[str, str | int] = {"job": "cats", "item": 7, "slug": "a-cat", "id": "x"}
@@ -95,15 +95,15 @@ def test_a_field_cannot_add_folders_or_invisible_characters(value):
 )
 def test_an_unsafe_name_inside_the_output_folder_is_refused(tmp_path, relative):
     with pytest.raises(JobError):
-        paths.inside(tmp_path, relative)
+        paths.resolve_inside(tmp_path, relative)
 
 
 def test_the_companions_of_the_longest_allowed_name_can_be_written(tmp_path):
     name = "x" * paths._NAME_BYTES
-    path = paths.inside(tmp_path, name)
+    path = paths.resolve_inside(tmp_path, name)
     path.with_suffix(".latents.safetensors").touch()
     with pytest.raises(JobError, match="bytes"):
-        paths.inside(tmp_path, name + "x")
+        paths.resolve_inside(tmp_path, name + "x")
 
 
 def test_a_link_that_leads_out_of_the_output_folder_is_refused(tmp_path):
@@ -111,8 +111,8 @@ def test_a_link_that_leads_out_of_the_output_folder_is_refused(tmp_path):
     (tmp_path / "out" / "away").symlink_to(tmp_path)
     (tmp_path / "out" / "near").symlink_to(tmp_path / "out")
     with pytest.raises(JobError, match="symbolic link"):
-        paths.inside(tmp_path / "out", "away/a.mp4")
-    assert paths.inside(tmp_path / "out", "near/a.mp4")
+        paths.resolve_inside(tmp_path / "out", "away/a.mp4")
+    assert paths.resolve_inside(tmp_path / "out", "near/a.mp4")
 
 
 def test_the_folders_that_the_user_wrote_himself_may_be_anywhere(tmp_path, monkeypatch):

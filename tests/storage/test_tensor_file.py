@@ -9,14 +9,14 @@ import torch
 
 from wancli.errors import EntryError
 from wancli.sampling import state_file
-from wancli.sampling.solvers import SOLVERS, State, schedule
+from wancli.sampling.solvers import SOLVERS, State, build_schedule
 from wancli.storage import tensor_file
 
 RECORD = {"latents_key": "k", "step": 3, "read": [[0, "cond", 1]]}
 
 
 def walked(solver: str, steps: range, state: State) -> State:
-    sigmas = schedule(solver, 4, 3.0).sigmas
+    sigmas = build_schedule(solver, 4, 3.0).sigmas
     for i in steps:
         state = SOLVERS[solver].step(sigmas, i, state, (0.5 + i) * state.x.cos())
     return state
@@ -47,9 +47,9 @@ def test_a_damaged_state_is_refused(place: int | str, tmp_path: Path) -> None:
 
 def test_a_state_is_no_latent_and_a_latent_no_state(tmp_path: Path) -> None:
     state_file.save_state(tmp_path / "state", State(torch.ones(2, 1, 4, 6)), RECORD)
-    tensor_file.save(tmp_path / "latent", torch.ones(2, 1, 4, 6), RECORD)
+    tensor_file.save_latent(tmp_path / "latent", torch.ones(2, 1, 4, 6), RECORD)
     with pytest.raises(EntryError, match="not a finished latent"):
-        tensor_file.load(tmp_path / "state")
+        tensor_file.load_latent(tmp_path / "state")
     with pytest.raises(EntryError, match="not the state of a shot"):
         state_file.load_state(tmp_path / "latent")
-    assert torch.equal(tensor_file.load(tmp_path / "latent")[0], torch.ones(2, 1, 4, 6))
+    assert torch.equal(tensor_file.load_latent(tmp_path / "latent")[0], torch.ones(2, 1, 4, 6))

@@ -20,15 +20,15 @@ from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, Outp
 from wancli.storage.cache import Store
 from wancli.text.embedding import (
     Embedding,
-    describe,
     embedding_key,
+    library_versions,
     load_embedding,
     pack,
+    read_tokens,
     save_embeddings,
     unpack,
-    versions,
 )
-from wancli.text.encoder import Encoder, Unencoded, encode
+from wancli.text.encoder import EncodeFailure, EncoderSpec, encode
 from wancli.text.tokenizer import EOS, Tokenizer, Tokens, clean
 from wancli.weights.disk_reader import OnDisk
 
@@ -37,12 +37,12 @@ OFFICIAL = ROOT / "models_t5_umt5-xxl-enc-bf16.pth"
 SPIECE = ROOT / "google" / "umt5-xxl" / "spiece.model"
 REFERENCE = json.loads((ROOT / "reference.json").read_text())
 PROMPTS: dict[str, str] = REFERENCE["prompts"]
-ENCODER = Encoder((OFFICIAL,), "official", "weights", "tokenizer", "fp32")
+ENCODER = EncoderSpec((OFFICIAL,), "official", "weights", "tokenizer", "fp32")
 TOKENIZER = Tokenizer(SPIECE)
 
 
 def tokens(text: str, max_tokens: int = 256) -> Tokens:
-    return TOKENIZER.tokens(text, max_tokens)
+    return TOKENIZER.tokenize(text, max_tokens)
 
 
 def a_prompt_of(count: int) -> str:
@@ -53,7 +53,7 @@ def a_prompt_of(count: int) -> str:
 def an_embedding(text: str = "a fog", width: int = 8) -> Embedding:
     found = tokens(text)
     rows_NE = torch.randn(len(found.ids), width, generator=torch.Generator().manual_seed(1))
-    return Embedding.of(found, rows_NE, "weights")
+    return Embedding.from_tokens(found, rows_NE, "weights")
 
 
 def same(a: Embedding, b: Embedding) -> bool:
@@ -128,7 +128,7 @@ def test_the_longer_limit_is_not_offered_to_a_prompt_that_exceeds_it():
 
 
 def test_truncation_keeps_the_last_token_as_end_of_text():
-    cut = TOKENIZER.tokens(a_prompt_of(300), 256, truncate=True)
+    cut = TOKENIZER.tokenize(a_prompt_of(300), 256, truncate=True)
     assert len(cut.ids) == 256
     assert cut.ids[-1] == EOS
     assert cut.ids[:-1] == tokens(a_prompt_of(256)).ids[:-1]
@@ -147,12 +147,12 @@ def test_a_tokenizer_file_that_is_none_is_named(tmp_path: Path):
 @given(st.text(st.characters() | st.characters(categories=["Cs", "Cf", "Mn"])))
 def test_any_text_is_either_refused_or_survives_a_round_trip(text: str):
     try:
-        found = TOKENIZER.tokens(text, 512, truncate=True)
+        found = TOKENIZER.tokenize(text, 512, truncate=True)
     except JobError:
         assert any(c == "\0" or 0xD800 <= ord(c) <= 0xDFFF for c in text)
         return
     assert ENCODER.key(found)
-    embedding = Embedding.of(found, torch.zeros(len(found.ids), 2), "weights")
+    embedding = Embedding.from_tokens(found, torch.zeros(len(found.ids), 2), "weights")
     assert same(unpack(pack([embedding]))[0], embedding)
 
 
@@ -162,12 +162,12 @@ def test_a_plan_can_clean_count_name_and_list_without_torch(tmp_path: Path):
     program = f"""
 import sys
 from pathlib import Path
-from wancli.text.embedding import describe
-from wancli.text.encoder import Encoder
+from wancli.text.embedding import read_tokens
+from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokenizer
-tokens = Tokenizer(Path({str(SPIECE)!r})).tokens("a fog", 256)
-Encoder((), "official", "weights", "tokenizer", "bf16").key(tokens)
-assert describe(Path({str(entry)!r}).read_bytes()) == [tokens]
+tokens = Tokenizer(Path({str(SPIECE)!r})).tokenize("a fog", 256)
+EncoderSpec((), "official", "weights", "tokenizer", "bf16").key(tokens)
+assert read_tokens(Path({str(entry)!r}).read_bytes()) == [tokens]
 print(*{{"torch", "transformers", "numpy"}} & set(sys.modules))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -194,7 +194,9 @@ def test_whatever_changes_an_embedding_changes_its_key(monkeypatch: pytest.Monke
         {"cleaned": "a cat\u0301"},
     ]
     keys = [embedding_key(**same_parts), *(embedding_key(**same_parts | change) for change in changes)]
-    monkeypatch.setattr("wancli.text.embedding.versions", lambda: versions() | {"ftfy": "7.0"})
+    monkeypatch.setattr(
+        "wancli.text.embedding.library_versions", lambda: library_versions() | {"ftfy": "7.0"}
+    )
     keys.append(embedding_key(**same_parts))
     assert len(set(keys)) == len(changes) + 2
     assert all(len(key) == 64 for key in keys)
@@ -214,7 +216,7 @@ def test_contexts_are_the_official_ones_and_padded_with_zeros(store: Store):
         expected_NE = expected[f"context.{texts.pop(done.embedding.text)}"]
         count = len(expected_NE)
         assert (done.embedding.rows_NE - expected_NE).norm() / expected_NE.norm() < 1e-5
-        padded_ME = done.embedding.padded()
+        padded_ME = done.embedding.to_padded()
         assert padded_ME.shape == (256, 64)
         assert torch.equal(padded_ME[:count], done.embedding.rows_NE)
         assert not padded_ME[count:].any()
@@ -290,7 +292,7 @@ def test_weights_that_are_not_finite_name_the_prompt_and_nothing_is_kept(
     path = tmp_path / "umt5.safetensors"
     save_file(weights, path)
     (failed,) = encode(replace(ENCODER, files=(path,)), [tokens("a cat")], store)
-    assert isinstance(failed, Unencoded)
+    assert isinstance(failed, EncodeFailure)
     assert isinstance(failed.error, NotFinite)
     assert "'a cat'" in str(failed.error)
     assert store.entries() == []
@@ -301,12 +303,12 @@ def test_processes_that_encode_the_same_prompts_leave_one_good_entry_each(store:
 import os
 from pathlib import Path
 from transformers import UMT5EncoderModel
-from wancli.text.encoder import Encoder, encode
+from wancli.text.encoder import EncoderSpec, encode
 from wancli.text.tokenizer import Tokenizer
 from wancli.storage.cache import Store
 tokenizer = Tokenizer(Path({str(SPIECE)!r}))
-prompts = [tokenizer.tokens(text, 256) for text in {list(PROMPTS.values())!r}]
-encoder = Encoder((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")
+prompts = [tokenizer.tokenize(text, 256) for text in {list(PROMPTS.values())!r}]
+encoder = EncoderSpec((Path({str(OFFICIAL)!r}),), "official", "weights", "tokenizer", "fp32")
 for _ in range(3):
     if not os.fork():
         break
@@ -332,7 +334,7 @@ def test_saved_embeddings_come_back_by_index(tmp_path: Path):
     save_embeddings(path, both)
     assert all(same(load_embedding(path, i), embedding) for i, embedding in enumerate(both))
     assert load_file(path)["embedding.1"].shape == (len(both[1].ids), 8)
-    assert [found.text for found in describe(path.read_bytes())] == ["a cat", "a fog"]
+    assert [found.text for found in read_tokens(path.read_bytes())] == ["a cat", "a fog"]
 
 
 def test_bf16_rows_come_back_as_they_were():

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wancli.models.dit import WanModel
 from wancli.text.embedding import Embedding
-from wancli.text.encoder import Encoder, encode
-from wancli.text.prompt_distance import Difference, compare, legacy_percent, lint
+from wancli.text.encoder import EncoderSpec, encode
+from wancli.text.prompt_distance import PromptDistance, compare, legacy_percent, lint
 from wancli.text.tokenizer import EOS, Tokenizer
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
@@ -30,8 +30,8 @@ MARKET = "Crowded market in thick fog; people with umbrellas buy fruit, bread an
 def embedded(tiny: Path) -> Encode:
     tokenizer = Tokenizer(tiny / "google" / "umt5-xxl" / "spiece.model")
     files = (tiny / "models_t5_umt5-xxl-enc-bf16.pth",)
-    encoder = Encoder(files, "official", "weights", "tokenizer", "fp32")
-    texts = [tokenizer.tokens(text, 256) for text in ("", "red", CAR, SHINY_CAR, MARKET)]
+    encoder = EncoderSpec(files, "official", "weights", "tokenizer", "fp32")
+    texts = [tokenizer.tokenize(text, 256) for text in ("", "red", CAR, SHINY_CAR, MARKET)]
     known = {done.embedding.text: done.embedding for done in encode(encoder, texts, None)}
     return known.__getitem__
 
@@ -50,7 +50,7 @@ def noise(rows: int, seed: int, width: int = 512) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def distances(difference: Difference) -> list[float]:
+def distances(difference: PromptDistance) -> list[float]:
     """All token-set distances: raw, projected, and of each block."""
     assert difference.projected
     return [
@@ -198,18 +198,18 @@ def test_the_result_is_plain_json_and_a_table_of_three_columns(embedded: Encode,
     said = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert said["verdict"]["band"] == found.verdict.band
     assert said["blocks"] == list(found.blocks)
-    assert all(len(row) == 3 for row in found.rows())
-    labels = [label for label, _, _ in found.rows()]
+    assert all(len(row) == 3 for row in found.table_rows())
+    labels = [label for label, _, _ in found.table_rows()]
     assert {"tokens", "characters", "K/V per block", "legacy, padded", "verdict"} <= set(labels)
 
 
 def test_a_truncated_prompt_says_so(tiny: Path):
     tokenizer = Tokenizer(tiny / "google" / "umt5-xxl" / "spiece.model")
-    cut = tokenizer.tokens("a " * 300, 256, truncate=True)
-    embedding = Embedding.of(cut, noise(256, seed=1), "weights")
+    cut = tokenizer.tokenize("a " * 300, 256, truncate=True)
+    embedding = Embedding.from_tokens(cut, noise(256, seed=1), "weights")
     found = compare(embedding, embedding)
     assert found.a.truncated_from == 301
-    assert "256 (cut from 301)" in found.rows()[0][1]
+    assert "256 (cut from 301)" in found.table_rows()[0][1]
 
 
 def test_short_phrases_and_prompt_weights_get_a_hint():

@@ -17,7 +17,7 @@ from wancli.video import clip as clips
 def test_a_strip_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> None:
     colours = [(20 * i, 60, 200 - 20 * i) for i in range(9)]
     made = [clip(tmp_path / "one.mp4", colours), clip(tmp_path / "two.mp4", colours)]
-    data = contact_sheet.contact_sheet(clips.read(made), ["", ""])
+    data = contact_sheet.draw_contact_sheet(clips.read_clips(made), ["", ""])
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     cell = 2 * 64  # as often as it fits into 160
     assert picture.width == 5 * cell + 6 * contact_sheet.GAP
@@ -40,14 +40,16 @@ def test_a_strip_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) ->
 
 def test_large_frames_are_averaged_down(tmp_path: Path) -> None:
     path = clip(tmp_path / "large.mp4", [(250, 10, 10)], width=832, height=480)
-    picture = Image.open(io.BytesIO(contact_sheet.contact_sheet(clips.read([path]), [""]))).convert("RGB")
-    assert picture.width <= contact_sheet.CELL + 2 * contact_sheet.GAP
+    picture = Image.open(
+        io.BytesIO(contact_sheet.draw_contact_sheet(clips.read_clips([path]), [""]))
+    ).convert("RGB")
+    assert picture.width <= contact_sheet.MAX_CELL_WIDTH + 2 * contact_sheet.GAP
 
 
 def test_many_videos_stand_in_columns_so_that_the_sheet_is_about_square(tmp_path: Path) -> None:
-    one = clips.read([clip(tmp_path / "one.mp4", [(0, 0, 0)] * 5)])
+    one = clips.read_clips([clip(tmp_path / "one.mp4", [(0, 0, 0)] * 5)])
     notes = ["", *["figures"] * 59]  # the columns are not of one height
-    picture = Image.open(io.BytesIO(contact_sheet.contact_sheet(one * 60, notes)))
+    picture = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet(one * 60, notes)))
     assert 2 / 3 < picture.width / picture.height < 3 / 2
     assert max(picture.size) < 4000
 
@@ -58,19 +60,24 @@ def test_odd_sizes_are_shown(size: tuple[int, int]) -> None:
 
     width, height = size
     picture = np.zeros((height, width, 3), np.uint8)
-    assert 1 <= contact_sheet._fitted(picture).shape[1] <= contact_sheet.CELL
+    assert 1 <= contact_sheet._fit_to_cell(picture).shape[1] <= contact_sheet.MAX_CELL_WIDTH
 
 
 def test_figures_stand_under_the_name_and_a_long_name_is_cut(tmp_path: Path) -> None:
-    (one,) = clips.read([clip(tmp_path / f"{'n' * 200}.mp4", [(0, 0, 0)])])
-    bare = Image.open(io.BytesIO(contact_sheet.contact_sheet([one], [""])))
-    noted = Image.open(io.BytesIO(contact_sheet.contact_sheet([one], ["SSIM 0.5"])))
+    (one,) = clips.read_clips([clip(tmp_path / f"{'n' * 200}.mp4", [(0, 0, 0)])])
+    bare = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet([one], [""])))
+    noted = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet([one], ["SSIM 0.5"])))
     assert noted.height == bare.height + bitmap_font.HEIGHT + contact_sheet.GAP
     assert noted.width == bare.width
-    assert bitmap_font.cut("n" * 200, 10) == "nnnnnnn..."
-    assert bitmap_font.cut_middle("storm-seed1-late-strength0.3", 14) == "storm...gth0.3"
-    assert [bitmap_font.cut("abcdef", most) for most in (0, 2, 6)] == ["", "..", "abcdef"]
-    assert [bitmap_font.cut_middle("abcdef", most) for most in (0, 2, 4, 6)] == ["", "..", "...f", "abcdef"]
+    assert bitmap_font.truncate("n" * 200, 10) == "nnnnnnn..."
+    assert bitmap_font.truncate_middle("storm-seed1-late-strength0.3", 14) == "storm...gth0.3"
+    assert [bitmap_font.truncate("abcdef", most) for most in (0, 2, 6)] == ["", "..", "abcdef"]
+    assert [bitmap_font.truncate_middle("abcdef", most) for most in (0, 2, 4, 6)] == [
+        "",
+        "..",
+        "...f",
+        "abcdef",
+    ]
 
 
 def test_an_earlier_sheet_is_replaced_and_another_picture_moves_aside(

@@ -52,7 +52,7 @@ def test_ssim_is_that_of_scikit_image(a_YX: Any, b_YX: Any, expected: float) -> 
 
 
 def test_ssim_is_the_formula_of_the_paper_written_as_loops() -> None:
-    a_YX, b_YX = (metrics.luma(noise(seed, (14, 13, 3))).astype(np.float64) for seed in (1, 2))
+    a_YX, b_YX = (metrics.to_luma(noise(seed, (14, 13, 3))).astype(np.float64) for seed in (1, 2))
     window = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     weights = np.outer(window, window) / sum(window) ** 2
     found = []
@@ -70,38 +70,38 @@ def test_ssim_is_the_formula_of_the_paper_written_as_loops() -> None:
 
 
 def test_ten_levels_brighter_is_28_decibels_and_a_flat_map() -> None:
-    like = metrics.likeness([(grey(FLAT), grey(FLAT + 10))] * 3)
+    like = metrics.compare_frames([(grey(FLAT), grey(FLAT + 10))] * 3)
     assert like.psnr == pytest.approx(20 * math.log10(255 / 10), abs=1e-4)
     assert (like.frames, like.identical) == (3, False)
     assert like.heatmap_YX == pytest.approx(10 / 255)
 
 
 def test_psnr_is_that_of_all_squares_not_the_mean_of_the_frames() -> None:
-    like = metrics.likeness([(grey(FLAT), grey(FLAT)), (grey(FLAT), grey(FLAT + 20))])
+    like = metrics.compare_frames([(grey(FLAT), grey(FLAT)), (grey(FLAT), grey(FLAT + 20))])
     assert like.psnr == pytest.approx(10 * math.log10(255**2 / 200), abs=1e-4)
     assert not like.identical
 
 
 def test_the_same_pictures_have_no_psnr_and_are_identical() -> None:
-    like = metrics.likeness([(noise(1), noise(1))])
+    like = metrics.compare_frames([(noise(1), noise(1))])
     assert (like.identical, like.psnr, like.ssim) == (True, None, pytest.approx(1))
     assert not like.heatmap_YX.any()
 
 
 def test_a_picture_smaller_than_the_window_has_no_ssim() -> None:
-    like = metrics.likeness([(noise(1, (10, 40, 3)), noise(2, (10, 40, 3)))])
+    like = metrics.compare_frames([(noise(1, (10, 40, 3)), noise(2, (10, 40, 3)))])
     assert like.ssim is None
     assert like.psnr is not None
 
 
 def test_no_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="no frames"):
-        metrics.likeness([])
+        metrics.compare_frames([])
 
 
 def test_luma_is_that_of_bt709() -> None:
     picture = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
-    assert metrics.luma(picture)[0] == pytest.approx([54.213, 182.376, 18.411, 255], abs=1e-3)
+    assert metrics.to_luma(picture)[0] == pytest.approx([54.213, 182.376, 18.411, 255], abs=1e-3)
 
 
 # ---- against ffmpeg ----
@@ -138,10 +138,10 @@ def judged(two: tuple[Path, Path]) -> Callable[[str], str]:
 
 
 def test_psnr_of_videos_is_that_of_ffmpeg(two: tuple[Path, Path], judged: Callable[[str], str]) -> None:
-    a, b = clip.read(two)
+    a, b = clip.read_clips(two)
     expected = re.search(r"PSNR.* average:([\d.]+)", judged("psnr"))
     assert expected
-    found = metrics.likeness(zip(a.pictures(), b.pictures())).psnr
+    found = metrics.compare_frames(zip(a.read_pictures(), b.read_pictures())).psnr
     # colours go through 8-bit RGB and back to luma here, and do not there
     assert found == pytest.approx(float(expected[1]), abs=0.3)
 
@@ -149,17 +149,17 @@ def test_psnr_of_videos_is_that_of_ffmpeg(two: tuple[Path, Path], judged: Callab
 def test_ssim_of_videos_is_near_that_of_ffmpeg_which_has_blocks_of_8(
     two: tuple[Path, Path], judged: Callable[[str], str]
 ) -> None:
-    a, b = clip.read(two)
+    a, b = clip.read_clips(two)
     expected = re.search(r"SSIM.* All:([\d.]+)", judged("ssim"))
     assert expected
-    assert metrics.likeness(zip(a.pictures(), b.pictures())).ssim == pytest.approx(
+    assert metrics.compare_frames(zip(a.read_pictures(), b.read_pictures())).ssim == pytest.approx(
         float(expected[1]), abs=0.03
     )
 
 
 def test_a_video_one_frame_late_is_less_like_than_the_video_itself(two: tuple[Path, Path]) -> None:
-    pictures = list(clip.read(two)[0].pictures())
-    late = metrics.likeness(pairwise(pictures))
+    pictures = list(clip.read_clips(two)[0].read_pictures())
+    late = metrics.compare_frames(pairwise(pictures))
     assert late.frames == 8
     assert late.psnr is not None
     assert late.psnr < 30
@@ -171,18 +171,18 @@ def test_a_video_one_frame_late_is_less_like_than_the_video_itself(two: tuple[Pa
 
 def test_motion_is_the_mean_change_from_frame_to_frame() -> None:
     frames = [grey(FLAT), grey(FLAT + 10), grey(FLAT - 20), grey(FLAT - 20)]
-    assert metrics.motion(frames) == pytest.approx((10 + 30 + 0) / 3 / 255, rel=1e-4)
+    assert metrics.measure_motion(frames) == pytest.approx((10 + 30 + 0) / 3 / 255, rel=1e-4)
 
 
 def test_a_single_frame_has_no_motion() -> None:
-    assert metrics.motion([noise(1)]) is None
+    assert metrics.measure_motion([noise(1)]) is None
 
 
 def test_the_map_shows_where_colours_differ_even_where_luma_does_not() -> None:
     a_YX3 = grey(FLAT)
     b_YX3 = a_YX3.copy()
     b_YX3[:20, :28, 2] = 100  # blue, in the upper left quarter
-    heat_YX = metrics.likeness([(a_YX3, b_YX3)]).heatmap_YX
+    heat_YX = metrics.compare_frames([(a_YX3, b_YX3)]).heatmap_YX
     assert heat_YX.shape == (20, 28)
     assert heat_YX[:10, :14] == pytest.approx(100 / 3 / 255, abs=1e-5)
     assert not heat_YX[10:].any()
@@ -192,7 +192,7 @@ def test_the_map_shows_where_colours_differ_even_where_luma_does_not() -> None:
 @pytest.mark.parametrize("shape", [(3, 70), (45, 31), (97, 833), (1, 1)])
 def test_squares_of_a_map_keep_its_mean_and_at_most_32_columns(shape: tuple[int, int]) -> None:
     map_YX = np.random.RandomState(3).rand(*shape).astype(np.float32)
-    small_YX = metrics.pooled(map_YX, 32)
+    small_YX = metrics.average_cells(map_YX, 32)
     step = -(-shape[1] // 32)
     assert small_YX.shape == (-(-shape[0] // step), -(-shape[1] // step))
     assert small_YX.shape[1] <= 32
@@ -211,9 +211,9 @@ def latent(seed: int, shape: tuple[int, ...] = (16, 3, 8, 10)) -> Any:
 
 def test_the_distance_of_latents_is_relative_to_the_baseline() -> None:
     z = latent(1)
-    assert metrics.distance(3 * z, z) == pytest.approx(2)
-    assert metrics.distance(z, z) == 0
-    assert metrics.distance(z, 0 * z) is None
+    assert metrics.relative_distance(3 * z, z) == pytest.approx(2)
+    assert metrics.relative_distance(z, z) == 0
+    assert metrics.relative_distance(z, 0 * z) is None
 
 
 def test_sketches_tell_the_distance_to_a_few_percent() -> None:
@@ -221,25 +221,27 @@ def test_sketches_tell_the_distance_to_a_few_percent() -> None:
     errors = []
     for seed in range(1, 41):
         other = z + 0.1 * seed * latent(seed)
-        exact = metrics.distance(other, z)
+        exact = metrics.relative_distance(other, z)
         assert exact is not None
-        found = metrics.sketched_distance(metrics.sketch(other), metrics.sketch(z))
+        found = metrics.sketched_relative_distance(metrics.sketch_latent(other), metrics.sketch_latent(z))
         assert found is not None
         errors.append(found / exact - 1)
-    assert np.std(errors) == pytest.approx(1 / math.sqrt(2 * metrics.SKETCH), rel=0.4)
-    assert max(map(abs, errors)) < 4 / math.sqrt(2 * metrics.SKETCH)
+    assert np.std(errors) == pytest.approx(1 / math.sqrt(2 * metrics.SKETCH_SIZE), rel=0.4)
+    assert max(map(abs, errors)) < 4 / math.sqrt(2 * metrics.SKETCH_SIZE)
 
 
 def test_a_change_that_is_the_same_everywhere_is_seen_too() -> None:
     z = latent(1)
     for change in (np.ones_like(z), np.arange(z.size).reshape(z.shape) % 256 == 7):
-        exact = metrics.distance(z + change, z)
-        found = metrics.sketched_distance(metrics.sketch(z + change.astype(np.float32)), metrics.sketch(z))
+        exact = metrics.relative_distance(z + change, z)
+        found = metrics.sketched_relative_distance(
+            metrics.sketch_latent(z + change.astype(np.float32)), metrics.sketch_latent(z)
+        )
         assert found == pytest.approx(exact, rel=0.2)
 
 
 def test_a_sketch_never_changes_for_manifests_keep_it() -> None:
-    found = metrics.sketch(np.arange(6, dtype=np.float32).reshape(2, 3))
+    found = metrics.sketch_latent(np.arange(6, dtype=np.float32).reshape(2, 3))
     values = np.frombuffer(base64.b64decode(found["sketch"]), "<f4")
     assert (found["shape"], found["norm"]) == ([2, 3], pytest.approx(math.sqrt(55)))
     assert [abs(v) for v in values[:7]] == [0, 1, 2, 3, 4, 5, 0]
@@ -257,7 +259,7 @@ def test_frames_come_one_by_one(two: tuple[Path, Path], monkeypatch: pytest.Monk
             yield frame
 
     monkeypatch.setattr(mp4, "read_frames", counted)
-    a, b = clip.read(two)
-    pairs = zip(a.pictures(), b.pictures())
+    a, b = clip.read_clips(two)
+    pairs = zip(a.read_pictures(), b.read_pictures())
     next(pairs)
     assert alive == [0, 0]

@@ -243,14 +243,14 @@ def alive(group: str) -> list[str]:
 )
 def test_an_ffmpeg_that_hangs_is_stopped_with_its_children(tmp_path, fake_ffmpeg, script):
     fake_ffmpeg(f"echo $$ >'{tmp_path}/pid'; {script}")
-    encoder = mp4.Encoder(tmp_path / "x", WIDTH, HEIGHT, 16, 10, "h264", "", patience=0.5)
+    encoder = mp4.Mp4Encoder(tmp_path / "x", WIDTH, HEIGHT, 16, 10, "h264", "", stall_timeout=0.5)
     with pytest.raises(FfmpegError, match=r"not moved for 0\.5 s"), encoder:
         encoder.write(b"".join(BIG))
     assert not alive((tmp_path / "pid").read_text().strip())
 
 
 def test_a_full_disk_is_told_as_such(tmp_path):
-    encoder = mp4.Encoder(Path("/dev/full"), WIDTH, HEIGHT, 16, 10, "h264", "")
+    encoder = mp4.Mp4Encoder(Path("/dev/full"), WIDTH, HEIGHT, 16, 10, "h264", "")
     with pytest.raises(NoSpace, match="are free"), encoder:
         encoder.write(b"".join(moving(5)))
 
@@ -272,7 +272,7 @@ def test_an_ffmpeg_without_the_encoder_is_found_out_in_the_preflight(fake_ffmpeg
 def test_the_bundled_ffmpeg_passes_the_preflight_and_tells_its_version():
     mp4.check_ffmpeg("h264")
     mp4.check_ffmpeg("h265")
-    assert ffmpeg.version() == imageio_ffmpeg.get_ffmpeg_version()
+    assert ffmpeg.read_version() == imageio_ffmpeg.get_ffmpeg_version()
 
 
 def test_a_video_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path):

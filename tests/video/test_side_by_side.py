@@ -16,7 +16,7 @@ RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 160, 30), (30, 30, 200), (128, 128,
 
 
 def made(path: Path, videos: list[Path], notes: list[str] | None = None) -> list[Any]:
-    clips = clip.read(videos)
+    clips = clip.read_clips(videos)
     side_by_side.write(path, clips, notes or [""] * len(clips))
     return [
         np.frombuffer(frame.rgb, np.uint8).reshape(frame.height, frame.width, 3)
@@ -27,9 +27,9 @@ def made(path: Path, videos: list[Path], notes: list[str] | None = None) -> list
 def shown(
     frame_YX3: Any, plan: side_by_side.Layout, place: int, *, row: float = 0.5, column: float = 0.5
 ) -> Any:
-    top, left = side_by_side._corner(plan, place)
-    y = top + plan.label + int(row * (plan.height - 1))
-    return frame_YX3[y, left + int(column * (plan.width - 1))].astype(int)
+    top, left = side_by_side._cell_origin(plan, place)
+    y = top + plan.label_height + int(row * (plan.cell_height - 1))
+    return frame_YX3[y, left + int(column * (plan.cell_width - 1))].astype(int)
 
 
 def near(pixel: Any, colour: tuple[int, int, int]) -> bool:
@@ -40,9 +40,9 @@ def test_every_cell_shows_its_own_frame_unchanged_in_brightness(tmp_path: Path) 
     a = plain(tmp_path / "a.mp4", [(20, 20, 20), RED, GREY])
     b = plain(tmp_path / "b.mp4", [(240, 240, 240), GREEN, BLUE])
     frames = made(tmp_path / "side.mp4", [a, b])
-    plan = side_by_side.layout(clip.read([a, b]), lines=1)
+    plan = side_by_side.choose_layout(clip.read_clips([a, b]), label_lines=1)
     assert (plan.columns, plan.rows) == (2, 1)
-    assert plan.times == 320 // 64
+    assert plan.upscale_factor == 320 // 64
     colours = [((20, 20, 20), (240, 240, 240)), (RED, GREEN), (GREY, BLUE)]
     assert len(frames) == 3
     for frame, (left, right) in zip(frames, colours, strict=True):
@@ -54,7 +54,7 @@ def test_a_shorter_video_holds_its_last_frame(tmp_path: Path) -> None:
     long = plain(tmp_path / "long.mp4", [GREY, GREY, GREY, RED])
     short = plain(tmp_path / "short.mp4", [GREEN, BLUE])
     frames = made(tmp_path / "side.mp4", [long, short])
-    plan = side_by_side.layout(clip.read([long, short]), lines=1)
+    plan = side_by_side.choose_layout(clip.read_clips([long, short]), label_lines=1)
     assert len(frames) == 4
     assert [near(shown(frame, plan, 1), BLUE) for frame in frames] == [False, True, True, True]
     assert near(shown(frames[3], plan, 0), RED)
@@ -64,8 +64,8 @@ def test_a_smaller_video_is_letterboxed_and_not_scaled(tmp_path: Path) -> None:
     large = plain(tmp_path / "large.mp4", [RED], width=320, height=192)
     small = plain(tmp_path / "small.mp4", [GREEN], width=160, height=96)
     (frame,) = made(tmp_path / "side.mp4", [large, small])
-    plan = side_by_side.layout(clip.read([large, small]), lines=1)
-    assert (plan.width, plan.height, plan.times, plan.step) == (320, 192, 1, 1)
+    plan = side_by_side.choose_layout(clip.read_clips([large, small]), label_lines=1)
+    assert (plan.cell_width, plan.cell_height, plan.upscale_factor, plan.downscale_factor) == (320, 192, 1, 1)
     assert near(shown(frame, plan, 1), GREEN)
     for row, column in ((0.5, 0.1), (0.1, 0.5), (0.9, 0.9)):
         assert near(shown(frame, plan, 1, row=row, column=column), (0, 0, 0))
@@ -80,20 +80,20 @@ def test_videos_of_other_speeds_run_in_time(tmp_path: Path) -> None:
 
     slow, fast = at(8, [RED, GREEN]), at(16, [GREY, RED, GREEN, BLUE])
     frames = made(tmp_path / "side.mp4", [slow, fast])
-    plan = side_by_side.layout(clip.read([slow, fast]), lines=1)
-    assert mp4.about(tmp_path / "side.mp4").fps == 16
+    plan = side_by_side.choose_layout(clip.read_clips([slow, fast]), label_lines=1)
+    assert mp4.read_info(tmp_path / "side.mp4").fps == 16
     assert [near(shown(frame, plan, 0), RED) for frame in frames] == [True, True, False, False]
     assert [near(shown(frame, plan, 1), GREEN) for frame in frames] == [False, False, True, False]
 
 
 def test_names_and_figures_are_drawn_above_the_cells(tmp_path: Path) -> None:
     one = plain(tmp_path / "one.mp4", [GREY])
-    clips = clip.read([one])
-    plan = side_by_side.layout(clips, lines=2)
-    page = side_by_side._page(plan, clips, ["SSIM 0.5"])
-    top, left = side_by_side._corner(plan, 0)
+    clips = clip.read_clips([one])
+    plan = side_by_side.choose_layout(clips, label_lines=2)
+    page = side_by_side._draw_empty_grid(plan, clips, ["SSIM 0.5"])
+    top, left = side_by_side._cell_origin(plan, 0)
     for line, words in enumerate(["one", "SSIM 0.5"]):
-        ink_YX = bitmap_font.text(words)
+        ink_YX = bitmap_font.render_text(words)
         there = page[top + line * bitmap_font.HEIGHT :, left:][: bitmap_font.HEIGHT, : ink_YX.shape[1]]
         assert ((there[..., 0] == side_by_side.INK) == ink_YX).all()
 
@@ -105,11 +105,11 @@ def test_names_and_figures_are_drawn_above_the_cells(tmp_path: Path) -> None:
 def test_the_grid_is_near_16_to_9_and_no_larger_than_4k(
     size: tuple[int, int], count: int, columns: int
 ) -> None:
-    one = clip.Clip(Path("x.mp4"), "x", None, mp4.About(81, 16, *size))
-    plan = side_by_side.layout([one] * count, lines=2)
+    one = clip.Clip(Path("x.mp4"), "x", None, mp4.VideoInfo(81, 16, *size))
+    plan = side_by_side.choose_layout([one] * count, label_lines=2)
     assert plan.columns == columns
     assert plan.columns * plan.rows >= count
-    width, height = plan.size
+    width, height = plan.grid_size
     assert width <= 3840
     assert height <= 2160
     assert width % 2 == height % 2 == 0
@@ -130,12 +130,12 @@ def test_many_large_videos_are_averaged_down(tmp_path: Path) -> None:
         codec="h264",
         comment="",
     )
-    clips = clip.read([path]) * 9
+    clips = clip.read_clips([path]) * 9
     side_by_side.write(tmp_path / "side.mp4", clips, [""] * 9)
-    plan = side_by_side.layout(clips, lines=1)
+    plan = side_by_side.choose_layout(clips, label_lines=1)
     (frame,) = mp4.read_frames(tmp_path / "side.mp4")
     picture = np.frombuffer(frame.rgb, np.uint8).reshape(frame.height, frame.width, 3)
-    assert plan.step == 2
+    assert plan.downscale_factor == 2
     assert near(shown(picture, plan, 4), (100, 100, 100))
 
 
@@ -176,9 +176,9 @@ def test_a_grid_never_has_all_its_frames_in_memory(tmp_path: Path, monkeypatch: 
             assert len(ahead) <= 2 * (len(sent) + 1)
             yield frame
 
-    write = mp4.Encoder.write
-    clips = clip.read([plain(tmp_path / f"{name}.mp4", [RED] * 12) for name in "ab"])
-    monkeypatch.setattr(mp4.Encoder, "write", lambda self, data: sent.append(1) or write(self, data))
+    write = mp4.Mp4Encoder.write
+    clips = clip.read_clips([plain(tmp_path / f"{name}.mp4", [RED] * 12) for name in "ab"])
+    monkeypatch.setattr(mp4.Mp4Encoder, "write", lambda self, data: sent.append(1) or write(self, data))
     monkeypatch.setattr(mp4, "read_frames", counted)
     side_by_side.write(tmp_path / "side.mp4", clips, ["", ""])
     assert len(sent) == 12

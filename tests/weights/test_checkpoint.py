@@ -504,7 +504,7 @@ def test_a_tree_of_single_files_with_one_transformer_is_a_checkpoint(tmp_path: P
 def test_the_tokenizer_inside_a_text_encoder_is_the_tokenizer(tmp_path: Path) -> None:
     root = split_files(tmp_path, SINGLE)
     inside, beside = Tokenizer(identify(root).tokenizer), Tokenizer(SPIECE)
-    assert inside.ids("a gray tabby cat") == beside.ids("a gray tabby cat")
+    assert inside.to_ids("a gray tabby cat") == beside.to_ids("a gray tabby cat")
 
 
 def test_either_expert_of_a_tree_finds_the_other(tmp_path: Path) -> None:

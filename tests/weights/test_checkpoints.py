@@ -159,8 +159,8 @@ def test_an_embedding_of_another_width_is_refused(
     render: Callable[..., Said], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.safetensors"
-    tokens = Tokenizer(TINY / "google/umt5-xxl/spiece.model").tokens("a fog", 256)
-    save_embeddings(out, [Embedding.of(tokens, torch.zeros(len(tokens.ids), 32), "x")])
+    tokens = Tokenizer(TINY / "google/umt5-xxl/spiece.model").tokenize("a fog", 256)
+    save_embeddings(out, [Embedding.from_tokens(tokens, torch.zeros(len(tokens.ids), 32), "x")])
     said = render(prompt={"embedding": "a.safetensors"})
     assert said.code == 1
     assert f"wancli: shot 0000: {out}: its rows are 32 wide, the model reads 64\n" in said.err

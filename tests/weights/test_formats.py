@@ -28,7 +28,7 @@ from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import memory_policy
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.resources.memory_model import PROCESS
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
@@ -379,12 +379,12 @@ def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(
     path.write_text(json.dumps(job))
 
     def decided(free: int) -> list[tuple[str, str]]:
-        monkeypatch.setattr(memory_policy, "limit", lambda _: PROCESS + free)
-        shots = plan(load(path), tmp_path / "memo.json").shots
+        monkeypatch.setattr(memory_policy, "memory_limit", lambda _: PROCESS + free)
+        shots = build_plan(load(path), tmp_path / "memo.json").shots
         return [(shot.model.residency, shot.model.encoder.residency) for shot in shots]
 
     assert decided(2**40) == [("resident", "resident")] * 2
-    (small, large) = plan(load(path), tmp_path / "memo.json").shots
+    (small, large) = build_plan(load(path), tmp_path / "memo.json").shots
     needs = {phase.name: phase.total for phase in large.phases}
     assert small.phases[1].total < needs["sample"]
     assert decided(needs["sample"] - 1)[0][0] == decided(needs["sample"] - 1)[1][0] == "streamed"

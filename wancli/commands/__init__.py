@@ -1,1 +1,1 @@
-"""The commands, which `wancli.cli` offers: parse, call, show. No logic, no torch."""
+"""One file per command: parse the options, call, print. No logic, no torch."""

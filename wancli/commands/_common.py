@@ -1,4 +1,4 @@
-"""What options mean, and how commands speak: results on stdout, all else on stderr."""
+"""What the options of several commands mean, and output: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from wancli.progress import make_printable
 if TYPE_CHECKING:
     import typer
 
-    from wancli.engine.networks import Kept
-    from wancli.farm.server import Run
-    from wancli.job.cli_overrides import Flags
+    from wancli.engine.networks import ModelCache
+    from wancli.farm.server import RunCommand
+    from wancli.job.cli_overrides import CliOverrides
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Mode, Progress
@@ -28,78 +28,80 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invocation:
-    """What runs this command line, the networks that the process keeps, and when it began."""
+    """The runner of command lines, the networks that the process keeps in memory, and the start time."""
 
-    run: Run
-    kept: Kept | None = None
+    run: RunCommand
+    kept: ModelCache | None = None
     began: float | None = None
 
 
-def complain(error: WancliError, prefix: str = "") -> None:
-    """The message, then the way out, on stderr."""
+def print_error(error: WancliError, prefix: str = "") -> None:
+    """Print the message of an error, then its hint, on stderr."""
     for line in str(error).split("\n"):
         print(make_printable(f"wancli: {prefix}{line}"), file=sys.stderr)
     for line in error.hint.splitlines():
         print(make_printable(f"  {line}"), file=sys.stderr)
 
 
-def emit(document: Any) -> None:
+def print_json(document: Any) -> None:
     json.dump(document, sys.stdout, indent=2)
     print()
 
 
-def result(text: str) -> None:
-    """A result on stdout, for a command whose work does not end with its readers: what it makes is on disk.
-    Where nobody reads any more this and all that follows goes nowhere, and stderr says so."""
-    from wancli.stdio import line
+def print_result(text: str) -> None:
+    """Print a result on stdout. If it has no reader any more, say so on stderr and continue: the outputs are
+    on disk."""
+    from wancli.stdio import write_line
 
-    line(sys.stdout, text)
+    write_line(sys.stdout, text)
 
 
-def again(context: typer.Context, items: str, without: str = "") -> str:
-    """The command line that does the same for these shots alone, but for one option, in a shell's quotes."""
+def rerun_command(context: typer.Context, items: str, without: str = "") -> str:
+    """Return this command line, quoted for a shell, for these shots alone and without one of its options."""
     words = context.command_path.split()
     for parameter in context.command.params:
         name = parameter.name or ""
-        said = context.get_parameter_source(name)
-        if name in ("items", "shard", without) or said is None or said.name != "COMMANDLINE":
+        source = context.get_parameter_source(name)
+        if name in ("items", "shard", without) or source is None or source.name != "COMMANDLINE":
             continue
-        value = context.params[name]
-        for one in value if isinstance(value, (list, tuple)) else [value]:
+        values = context.params[name]
+        for value in values if isinstance(values, (list, tuple)) else [values]:
             option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
-            words += option if one is True else [*option, str(getattr(one, "value", one))]
+            words += option if value is True else [*option, str(getattr(value, "value", value))]
     return shlex.join([*words, "--items", items])
 
 
-def display_of(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
-    """Who shows progress: to programs that follow a render on stdout, else to people on stderr. With `quiet`
-    what is logged, the hashing of large files, stays unsaid, too."""
+def create_display(mode: Mode | Literal["openjd"], quiet: bool, as_stream: bool = False) -> Progress:
+    """Create the display of progress: for programs on stdout, else for people on stderr.
+
+    `quiet` also turns off the log, which reports the hashing of large files.
+    """
     from wancli import progress
 
     logging.getLogger("wancli").disabled = quiet
     if as_stream:
-        from wancli.report.json_stream import Stream
+        from wancli.report.json_stream import JsonStream
 
-        return Stream(sys.stdout)
+        return JsonStream(sys.stdout)
     if mode == "openjd":
-        from wancli.report.openjd_progress import OpenJD
+        from wancli.report.openjd_progress import OpenJdProgress
 
-        return OpenJD(sys.stdout)
+        return OpenJdProgress(sys.stdout)
     return progress.create_progress(sys.stderr, "none" if quiet else mode)
 
 
-def flags_of(
+def collect_flags(
     sets: list[str] | None,
     sweeps: list[str] | None = None,
     items: str | None = None,
     shard: str | None = None,
-) -> Flags:
-    from wancli.job.cli_overrides import Flags
+) -> CliOverrides:
+    from wancli.job.cli_overrides import CliOverrides
 
-    return Flags(tuple(sets or ()), tuple(sweeps or ()), items, shard)
+    return CliOverrides(tuple(sets or ()), tuple(sweeps or ()), items, shard)
 
 
-def job_of(job: str, flags: Flags) -> JobFile:
+def load_job(job: str, flags: CliOverrides) -> JobFile:
     from wancli.job.loader import load, parse
 
     if job == "-":
@@ -107,34 +109,34 @@ def job_of(job: str, flags: Flags) -> JobFile:
     return load(Path(job), flags)
 
 
-def plan_of(
+def plan_job(
     jobs: JobFile, cache_dir: Path | None, *, measure: bool = False, budget: int | None = None
 ) -> Plan:
     from wancli.plan import planner
 
-    return planner.plan(jobs, memo_of(cache_dir), measure=measure, budget=budget)
+    return planner.build_plan(jobs, hashes_path(cache_dir), measure=measure, budget=budget)
 
 
-def cache_of(cache_dir: Path | None) -> Path:
+def resolve_cache_dir(cache_dir: Path | None) -> Path:
     from platformdirs import user_cache_path
 
-    said = os.environ.get("WANCLI_CACHE")
-    return (cache_dir or (Path(said) if said else user_cache_path("wancli"))).expanduser()
+    variable = os.environ.get("WANCLI_CACHE")
+    return (cache_dir or (Path(variable) if variable else user_cache_path("wancli"))).expanduser()
 
 
-def memo_of(cache_dir: Path | None) -> Path:
-    return cache_of(cache_dir) / "hashes.json"
+def hashes_path(cache_dir: Path | None) -> Path:
+    return resolve_cache_dir(cache_dir) / "hashes.json"
 
 
-def rates_of(cache_dir: Path | None) -> Path:
-    return cache_of(cache_dir) / "rates.json"
+def rates_path(cache_dir: Path | None) -> Path:
+    return resolve_cache_dir(cache_dir) / "rates.json"
 
 
-def posters_of(cache_dir: Path | None) -> Path:
-    return cache_of(cache_dir) / "posters"
+def thumbnails_dir(cache_dir: Path | None) -> Path:
+    return resolve_cache_dir(cache_dir) / "posters"
 
 
-def store_of(cache_dir: Path | None) -> Store:
+def open_store(cache_dir: Path | None) -> Store:
     from wancli.storage.cache import Store
 
-    return Store(cache_of(cache_dir) / "embeddings")
+    return Store(resolve_cache_dir(cache_dir) / "embeddings")

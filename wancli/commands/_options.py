@@ -38,15 +38,15 @@ class RenderProgress(StrEnum):
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
-JsonStream = Annotated[
+JsonEvents = Annotated[
     bool,
     typer.Option(
         "--json-stream",
-        help="Events on stdout while it happens, one JSON document per line; `wancli schema --events`.",
+        help="Events on stdout as they happen, one JSON document per line; see `wancli schema --events`.",
     ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Render again; what is there moves aside as NAME.old-1.mp4.")
+    bool, typer.Option("--force", help="Render again; an existing output moves aside as NAME.old-1.mp4.")
 ]
 CacheDir = Annotated[
     Path | None,
@@ -54,13 +54,15 @@ CacheDir = Annotated[
         metavar="DIR", help="The embedding cache. Default: $WANCLI_CACHE, else the user's cache folder."
     ),
 ]
-Level = Annotated[
+LogLevelOption = Annotated[
     LogLevel, typer.Option(help="verbose measures what each block's injection changed; trace adds stacks.")
 ]
-Progressing = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
-RenderProgressing = Annotated[
+ProgressOption = Annotated[ProgressMode, typer.Option(help="How to show progress on stderr.")]
+RenderProgressOption = Annotated[
     RenderProgress,
-    typer.Option(help="How to show progress on stderr; openjd: on stdout, as Open Job Description reads it."),
+    typer.Option(
+        help="How to show progress on stderr; openjd: on stdout, in the format of Open Job Description."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors on stderr.")]
 Sets = Annotated[
@@ -85,7 +87,7 @@ SaveEvery = Annotated[
     typer.Option(
         "--save-every",
         metavar="TIME|STEPS",
-        help="How often the state of sampling goes to disk: 30s, 5min, or 5 for five steps. Default: 60s.",
+        help="How often the state of sampling is saved: 30s, 5min, or 5 for five steps. Default: 60s.",
     ),
 ]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first shot that fails.")]
@@ -99,7 +101,7 @@ Retries = Annotated[
         "--retries",
         metavar="N",
         min=0,
-        help="Try a shot up to N times more where that may help: ffmpeg died, the disk, no memory.",
+        help="Try a shot up to N more times after an error that may pass: ffmpeg, disk, memory.",
     ),
 ]
 Shard = Annotated[
@@ -110,24 +112,24 @@ Shard = Annotated[
         help="Only part I, from 0, of N: neighbouring shots, which share the most work.",
     ),
 ]
-Engines = Annotated[
-    Engine, typer.Option("--engine", help="ray: workers on a Ray cluster, one per GPU. Needs wancli[ray].")
+EngineOption = Annotated[
+    Engine,
+    typer.Option("--engine", help="ray: workers on a Ray cluster, one for each GPU. Needs wancli[ray]."),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
-        metavar="auto|HOST:PORT", help="Which Ray cluster. Default: one of this machine, for this command."
+        metavar="auto|HOST:PORT",
+        help="The Ray cluster. Default: a new one on this machine, for this command.",
     ),
 ]
 CpusPerWorker = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Cores of a worker of --engine ray without GPUs. Default: all."),
+    typer.Option(min=1, metavar="N", help="Cores of each worker of --engine ray without GPUs. Default: all."),
 ]
 NoWait = Annotated[
     bool,
-    typer.Option(
-        "--no-wait", help="Leave with exit code 75 where other workers are at the rest of the shots."
-    ),
+    typer.Option("--no-wait", help="Exit with 75 instead of waiting for shots that other workers claimed."),
 ]
 ModelDir = Annotated[
     Path | None,
@@ -141,6 +143,6 @@ Socket = Annotated[
         "--socket",
         metavar="auto|PATH",
         envvar="WANCLI_SOCKET",
-        help="Let `wancli serve` render, there; auto: if one serves at the user's own place.",
+        help="Render on the `wancli serve` at this socket; auto: on the user's own server, if there is one.",
     ),
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit, store_of
+from wancli.commands._common import open_store, print_json
 from wancli.commands._options import CacheDir, Json
 from wancli.errors import ExitStatus
 
@@ -16,13 +16,13 @@ app = typer.Typer(help="List, verify or shrink the embedding cache.")
 @app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
-    from wancli.report import batch_report, terminal
+    from wancli.report import batch_report, prompt_text, terminal
 
-    rows = batch_report.cache_rows(store_of(cache_dir))
+    rows = batch_report.cache_rows(open_store(cache_dir))
     if as_json:
-        emit(rows)
+        print_json(rows)
     else:
-        terminal.show(terminal.cache_table(rows))
+        terminal.show(prompt_text.format_cache(rows))
     return ExitStatus.OK
 
 
@@ -30,12 +30,12 @@ def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
 def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """Read every entry back.
 
-    Lists damaged ones and exits with 4; a render computes them again.
+    Lists damaged entries and exits with 4; a render computes them again.
     """
-    store = store_of(cache_dir)
+    store = open_store(cache_dir)
     count, damaged = len(store.entries()), [str(entry.path) for entry in store.verify()]
     if as_json:
-        emit({"entries": count, "damaged": damaged})
+        print_json({"entries": count, "damaged": damaged})
     else:
         print(*damaged, f"{count - len(damaged)} of {count} entries verify", sep="\n")
     return ExitStatus.INTEGRITY if damaged else ExitStatus.OK
@@ -44,25 +44,27 @@ def cache_verify(as_json: Json = False, cache_dir: CacheDir = None) -> int:
 @app.command("prune")
 def cache_prune(
     max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Keep the newest up to this: 500MiB, 2GiB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep the newest entries up to this size: 500MiB, 2GiB."),
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Remove what was not used for so long.")
+        float | None,
+        typer.Option(metavar="DAYS", min=0, help="Remove entries that were not used for this many days."),
     ] = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
     """Remove old or surplus entries.
 
-    Damaged ones, the oldest beyond a size, those older than some days.
+    Damaged entries, the oldest beyond a size, those not used for some days.
     """
     from wancli.units import format_bytes, parse_size, pluralize
 
-    most = None if max_size is None else parse_size(max_size, "--max-size")
-    removed = store_of(cache_dir).prune(most, older_than)
+    limit = None if max_size is None else parse_size(max_size, "--max-size")
+    removed = open_store(cache_dir).prune(limit, older_than)
     total = sum(entry.bytes for entry in removed)
     if as_json:
-        emit({"removed": [entry.key for entry in removed], "bytes": total})
+        print_json({"removed": [entry.key for entry in removed], "bytes": total})
     else:
         print(f"removed {pluralize(len(removed), 'entry', 'entries')}, {format_bytes(total)}")
     return ExitStatus.OK

@@ -1,21 +1,26 @@
-"""`wancli check`: verify what was rendered."""
+"""`wancli check`: verify rendered files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands._common import emit, flags_of, job_of, plan_of
+from wancli.commands._common import collect_flags, load_job, plan_job, print_json
 from wancli.commands._options import CacheDir, Items, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
+from wancli.units import pluralize
+
+if TYPE_CHECKING:
+    from wancli.engine.verify import Verdict
 
 
 def check_command(
     what: Annotated[str, typer.Argument(metavar="DIR|JOB", help="A folder of outputs, or a job file.")],
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also decode every video, and count its frames.")
+        bool, typer.Option("--deep", help="Also decode every video and count its frames.")
     ] = False,
     sets: Sets = None,
     sweeps: Sweeps = None,
@@ -24,10 +29,10 @@ def check_command(
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Verify what was rendered.
+    """Verify rendered files.
 
-    Videos against their manifests, latents and states against their checksums. Changes nothing;
-    exits with 4 if anything does not verify.
+    Checks videos against their manifests, latents and states against their checksums. Changes
+    nothing; exits with 4 if a file does not verify.
     """
     from wancli.engine import verify
     from wancli.report import terminal
@@ -35,10 +40,24 @@ def check_command(
     if Path(what).is_dir():
         found = verify.check_folder(Path(what), deep=deep)
     else:
-        plan = plan_of(job_of(what, flags_of(sets, sweeps, items, shard)), cache_dir)
+        plan = plan_job(load_job(what, collect_flags(sets, sweeps, items, shard)), cache_dir)
         found = verify.check_shots(plan.shots, deep=deep)
     if as_json:
-        emit(found.as_dict())
+        print_json(found.as_dict())
     else:
-        terminal.show(terminal.check_lines(found))
+        terminal.show(_format_verdict(found))
     return ExitStatus.INTEGRITY if found.problems else ExitStatus.OK
+
+
+def _format_verdict(verdict: Verdict) -> Iterator[str]:
+    """Format the problems, the other files, and the number of files that verify."""
+    yield from map(str, verdict.problems)
+    yield from (f"orphan, no manifest: {path}" for path in verdict.orphans)
+    yield from (f"left by a dead process: {path}" for path in verdict.debris)
+    kinds = {"video": verdict.videos, "latent": verdict.latents, "state": verdict.states}
+    verified = ", ".join(pluralize(count, what) for what, count in kinds.items())
+    yield f"verified: {verified}; problems: {len(verdict.problems):,}"
+    if verdict.missing:
+        yield f"not rendered yet: {len(verdict.missing):,}"
+    if verdict.aside:
+        yield f"moved aside by --force, not verified: {len(verdict.aside):,}"

@@ -7,38 +7,40 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit
-from wancli.commands._options import Json, Progressing, ProgressMode, Quiet
+from wancli.commands._common import create_display, print_json
+from wancli.commands._options import Json, ProgressMode, ProgressOption, Quiet
 from wancli.errors import ExitStatus
 
 
 def compare_command(
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="MP4 files.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The contact sheet.")] = Path(
         "contact-sheet.png"
     ),
     video: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also an MP4 of all of them, side by side.")
+        Path | None, typer.Option(metavar="FILE", help="Also write an MP4 of all videos, side by side.")
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="N|ID", help="What the others are measured by. Default: 0, the first."),
+        typer.Option(
+            metavar="N|ID", help="The video that the others are compared with. Default: 0, the first."
+        ),
     ] = None,
     as_json: Json = False,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
-    """Put videos side by side: a contact sheet, an MP4, figures.
+    """Put videos side by side: a contact sheet, an MP4, metrics.
 
-    A PNG with frames of each, from first to last, under what its manifest says it is, and how it differs from
-    the baseline: distance of the latents, PSNR, SSIM, motion.
+    The PNG shows frames of each video from first to last, with the settings from its manifest and its
+    difference to the baseline: distance of the latents, PSNR, SSIM, motion.
     """
     from wancli.engine.context import RenderContext
     from wancli.report import comparison
     from wancli.video import clip
 
-    display = display_of(progress.value, quiet)
-    clips = clip.read(videos)
+    display = create_display(progress.value, quiet)
+    clips = clip.read_clips(videos)
     tools = RenderContext(None, display)
     chosen = comparison.select_baseline(clips, baseline)
     beside = {one.id: chosen for one in clips}
@@ -46,7 +48,7 @@ def compare_command(
     found = comparison.measure_document(clips, chosen, beside, tools)
     comparison.write_outputs(found, pages, tools)
     if as_json:
-        emit(found | {"sheet": str(output), "video": None if video is None else str(video)})
+        print_json(found | {"sheet": str(output), "video": None if video is None else str(video)})
     else:
         print(*pages.paths, sep="\n")
     return ExitStatus.OK

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit, flags_of, memo_of, store_of
+from wancli.commands._common import collect_flags, create_display, hashes_path, open_store, print_json
 from wancli.commands._options import (
     CacheDir,
     Items,
@@ -27,12 +27,12 @@ def diff_command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Both from a file: a job (prompt against injections), a text, an embedding file.",
+            help="Read both from a file: a job (prompt against injections), a text, an embedding file.",
         ),
     ] = None,
     model: ModelDir = None,
     dit: Annotated[
-        bool, typer.Option("--dit/--no-dit", help="Also compare what the transformer's blocks read.")
+        bool, typer.Option("--dit/--no-dit", help="Also compare the inputs of the transformer's blocks.")
     ] = True,
     sets: Sets = None,
     sweeps: Sweeps = None,
@@ -44,19 +44,19 @@ def diff_command(
 ) -> int:
     """Measure how different two prompts are.
 
-    As the model reads them. Aim for more than 50 % before you inject one into the other.
+    As the model reads them. Aim for more than 50 % before you inject one prompt into the other.
     """
     from wancli.commands import _prompt_inputs
     from wancli.engine.context import RenderContext
-    from wancli.report import terminal
+    from wancli.report import prompt_text, terminal
 
-    display = display_of("auto", quiet)
-    flags = flags_of(sets, sweeps, items, shard)
-    pairs = _prompt_inputs.pairs(prompts or [], file, model, memo_of(cache_dir), flags)
-    tools = RenderContext(store_of(cache_dir), display)
-    differences = [_prompt_inputs.compared(pair, tools, dit=dit) for pair in pairs]
+    display = create_display("auto", quiet)
+    flags = collect_flags(sets, sweeps, items, shard)
+    pairs = _prompt_inputs.read_pairs(prompts or [], file, model, hashes_path(cache_dir), flags)
+    tools = RenderContext(open_store(cache_dir), display)
+    differences = [_prompt_inputs.compare_pair(pair, tools, dit=dit) for pair in pairs]
     if as_json:
-        emit([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
+        print_json([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
     else:
-        terminal.show(terminal.difference_tables(differences))
+        terminal.show(prompt_text.format_differences(differences))
     return ExitStatus.OK

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import display_of, emit, flags_of, memo_of, store_of
+from wancli.commands._common import collect_flags, create_display, hashes_path, open_store, print_json
 from wancli.commands._options import (
     CacheDir,
     Items,
     Json,
     ModelDir,
-    Progressing,
     ProgressMode,
+    ProgressOption,
     Quiet,
     Sets,
     Shard,
@@ -31,12 +31,12 @@ def encode_command(
         bool, typer.Option("--cache/--no-cache", help="Keep the embeddings in the cache.")
     ] = True,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write them to a .safetensors file.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the embeddings to a .safetensors file.")
     ] = None,
     model: ModelDir = None,
-    max_tokens: Annotated[int, typer.Option(help="256 or 512; for prompts given here.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="256 or 512, for prompts on the command line.")] = 256,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")
+        bool, typer.Option("--truncate", help="Cut longer prompts instead of rejecting them.")
     ] = False,
     sets: Sets = None,
     sweeps: Sweeps = None,
@@ -44,23 +44,25 @@ def encode_command(
     shard: Shard = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
     """Turn prompts into embeddings: stage 1 alone.
 
-    Each is computed once ever and kept in the cache. Prints one key per prompt.
+    Each embedding is computed once ever and kept in the cache. Prints one key per prompt.
     """
     from wancli.commands import _prompt_inputs
     from wancli.engine.context import RenderContext
-    from wancli.report import terminal
+    from wancli.report import prompt_text, terminal
 
-    display = display_of(progress.value, quiet)
-    flags = flags_of(sets, sweeps, items, shard)
-    work = _prompt_inputs.requested(what, model, max_tokens, truncate, memo_of(cache_dir), flags)
-    rows = _prompt_inputs.run(work, out, RenderContext(store_of(cache_dir) if cache else None, display))
+    display = create_display(progress.value, quiet)
+    flags = collect_flags(sets, sweeps, items, shard)
+    work = _prompt_inputs.read_prompts(what, model, max_tokens, truncate, hashes_path(cache_dir), flags)
+    rows = _prompt_inputs.encode_prompts(
+        work, out, RenderContext(open_store(cache_dir) if cache else None, display)
+    )
     if as_json:
-        emit(rows)
+        print_json(rows)
     else:
-        terminal.show(terminal.encoded_lines(rows))
+        terminal.show(prompt_text.format_encoded(rows))
     return ExitStatus.OK

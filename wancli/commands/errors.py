@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from wancli.commands._common import emit
+from collections.abc import Iterator
+
+from wancli import errors
+from wancli.commands._common import print_json
 from wancli.commands._options import Json
 from wancli.errors import ExitStatus
 
 
 def errors_command(as_json: Json = False) -> int:
-    """List what can go wrong.
+    """List all errors.
 
-    Codes as events and reports have them, exit codes, whether another try may help.
+    Their codes in events and reports, exit codes, and whether another try may help.
     """
-    from wancli import errors
     from wancli.report import terminal
 
     if as_json:
-        emit([errors.describe_error_type(kind) for kind in errors.error_types()])
+        print_json([errors.describe_error_type(kind) for kind in errors.error_types()])
     else:
-        terminal.show(terminal.error_lines(errors.error_types()))
+        terminal.show(_format_error_types())
     return ExitStatus.OK
+
+
+def _format_error_types() -> Iterator[str]:
+    """Format each error on one line: `CODE  EXIT CODE  yes|no  MEANING`."""
+    yield f"{'code':<22} exit  retry  meaning"
+    for kind in errors.error_types():
+        facts = errors.describe_error_type(kind)
+        retry = "yes" if facts["retryable"] else "no"
+        yield f"{facts['code']:<22} {facts['exit_code']:>4}  {retry:<5}  {facts['meaning']}"

@@ -23,8 +23,8 @@ def explore_command(
 ) -> int:
     """Make a page about models, without a render.
 
-    Shapes, what every part of a block costs, and a memory calculator, for all models that Wan released or
-    for yours. Prints its path.
+    Shapes, the cost of every part of a block, and a memory calculator, for all released Wan models
+    or for yours. Prints its path.
     """
     from wancli.report.html import explore, page
 

@@ -1,4 +1,4 @@
-"""`wancli inspect`: what weights are."""
+"""`wancli inspect`: describe weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit
+from wancli.commands._common import print_json
 from wancli.commands._options import Json
 from wancli.errors import ExitStatus
 
@@ -21,16 +21,16 @@ def inspect_command(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Say what a file or folder of weights is.
+    """Describe a file or folder of weights.
 
-    Model and variant, sizes, precision, quantization, LoRA targets, what is missing. Reads headers only.
+    Model and variant, sizes, precision, quantization, LoRA targets, missing files. Reads headers only.
     """
     from wancli.report import inspect_text, terminal
     from wancli.weights import inspect
 
     document = inspect.inspect(path, deep=deep)
     if as_json:
-        emit(document)
+        print_json(document)
     else:
-        terminal.show(inspect_text.inspect_lines(document))
+        terminal.show(inspect_text.format_inspection(document))
     return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK

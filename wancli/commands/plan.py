@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import emit, flags_of, job_of, plan_of, rates_of, store_of
+from wancli.commands._common import collect_flags, load_job, open_store, plan_job, print_json, rates_path
 from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
 from wancli.progress import make_printable
@@ -16,11 +16,16 @@ from wancli.progress import make_printable
 def plan_command(
     job: JobArgument,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Also prompts, sigmas and the strip of blocks.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", help="Also show prompts, sigmas and the injection strength of each block."
+        ),
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Plan for this much, 24GiB; also show what other settings need."),
+        typer.Option(
+            metavar="SIZE", help="Plan for this much memory, 24GiB; also show what other settings need."
+        ),
     ] = None,
     sets: Sets = None,
     sweeps: Sweeps = None,
@@ -39,19 +44,19 @@ def plan_command(
     from wancli.units import parse_size
 
     budget = None if memory is None else parse_size(memory, "--memory")
-    plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir, budget=budget)
-    store, known = store_of(cache_dir), throughput.read_rates(rates_of(cache_dir))
+    plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir, budget=budget)
+    store, known = open_store(cache_dir), throughput.read_rates(rates_path(cache_dir))
     states = batch_report.output_states(plan.shots)
     if as_json:
-        emit(batch_report.plan_document(plan, states, store, known))
+        print_json(batch_report.plan_document(plan, states, store, known))
     else:
-        tables = plan_tables.plan_tables(
+        tables = plan_tables.format_plan(
             plan, states, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
-        for warning in (*plan.warnings, *preflight.lacking(plan.shots)):
+        for warning in (*plan.warnings, *preflight.missing_capabilities(plan.shots)):
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    limits = {model: memory_policy.limit(model) for model in {shot.model for shot in plan.shots}}
+    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
             encoded = all(text["cached"] for text in batch_report.prompt_rows([shot], store))

@@ -8,8 +8,16 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import cache_of, display_of, emit, flags_of, job_of, memo_of, store_of
-from wancli.commands._options import CacheDir, JobArgument, Json, Progressing, ProgressMode, Quiet, Sets
+from wancli.commands._common import (
+    collect_flags,
+    create_display,
+    hashes_path,
+    load_job,
+    open_store,
+    print_json,
+    resolve_cache_dir,
+)
+from wancli.commands._options import CacheDir, JobArgument, Json, ProgressMode, ProgressOption, Quiet, Sets
 from wancli.errors import ExitStatus, OutputExists
 from wancli.progress import make_printable
 
@@ -26,19 +34,21 @@ def probe_command(
     method: Annotated[
         MethodName,
         typer.Option(
-            help="inject: each block reads the injected prompt. skip: it reads nothing. gradient: all at "
-            "once, by first order. render: whole videos, compared in pixels."
+            help="inject: each block reads the injected prompt. skip: each block reads no prompt. gradient: "
+            "all blocks at once, to first order. render: whole videos, compared in pixels."
         ),
     ] = MethodName.inject,
     levels: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Noise levels to measure at, from early to late. Default: 3."),
+        typer.Option(
+            metavar="K", help="Number of noise levels to measure at, from early to late. Default: 3."
+        ),
     ] = None,
     ranges: Annotated[
         str | None,
         typer.Option(
             metavar="N|SETS",
-            help="Instead of single blocks N ranges, or sets: early,middle,late. Default of render: 8.",
+            help="Measure N ranges, or sets (early,middle,late), not single blocks. Default of render: 8.",
         ),
     ] = None,
     shot: Annotated[
@@ -51,13 +61,13 @@ def probe_command(
     sets: Sets = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
-    progress: Progressing = ProgressMode.auto,
+    progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,
 ) -> int:
     """Measure which block's text matters.
 
-    For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps it where
-    `inject.blocks: auto:top8` finds it.
+    For the model and prompts of a job. Shows the map, suggests `blocks:`, and keeps the map for
+    `inject.blocks: auto:top8`.
     """
     from wancli import signals
     from wancli.engine.context import RenderContext
@@ -66,29 +76,33 @@ def probe_command(
     from wancli.probe import request, run
     from wancli.report import block_map_text, terminal
 
-    display = display_of(progress.value, quiet)
-    planned = planner.plan(job_of(job, flags_of(sets)), memo_of(cache_dir), unmeasured=True)
-    asked = request.survey(planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot)
-    path = _free(output or planned.companion(f"map.{asked.method}.json"))
+    display = create_display(progress.value, quiet)
+    planned = planner.build_plan(
+        load_job(job, collect_flags(sets)), hashes_path(cache_dir), allow_missing_maps=True
+    )
+    asked = request.plan_probe(
+        planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
+    )
+    path = _require_writable(output or planned.sidecar_path(f"map.{asked.method}.json"))
     for warning in planned.warnings:
         display.warn(warning)
-    with signals.listening() as stop:
-        found = run.measured(asked, RenderContext(store_of(cache_dir), display, stop=stop))
-    block_map.Shelf(cache_of(cache_dir) / "maps").keep(found)
+    with signals.stop_on_signal() as stop:
+        found = run.run_probe(asked, RenderContext(open_store(cache_dir), display, stop=stop))
+    block_map.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(found)
     block_map.write(path, found)
     if as_json:
-        emit(found.as_dict())
+        print_json(found.as_dict())
     else:
-        terminal.show(block_map_text.map_lines(found))
+        terminal.show(block_map_text.format_map(found))
         print(make_printable(f"map: {path}"))
     return ExitStatus.OK
 
 
-def _free(path: Path) -> Path:
-    """Where a map can be written: found out before anything is measured."""
+def _require_writable(path: Path) -> Path:
+    """Check before the measurement that a map can be written to the path."""
     from wancli.storage import atomic
 
     if path.is_dir():
         raise OutputExists("a folder has the name of an output", where=str(path))
-    atomic.writable(path.parent)
+    atomic.require_writable(path.parent)
     return path

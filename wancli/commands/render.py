@@ -1,182 +1,120 @@
-"""`wancli render`: what its options mean, and who renders."""
+"""`wancli render`: who renders, and in which order the command works."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from wancli import signals
-from wancli.commands._common import Invocation, cache_of, display_of, flags_of, job_of, plan_of, store_of
-from wancli.commands._options import (
-    Address,
-    CacheDir,
-    CpusPerWorker,
-    Engine,
-    Engines,
-    FailFast,
-    Force,
-    Items,
-    Json,
-    JsonStream,
-    Level,
-    LogLevel,
-    MaxFailures,
-    NoWait,
-    Quiet,
-    RenderProgress,
-    RenderProgressing,
-    Retries,
-    SaveEvery,
-    Sets,
-    Shard,
-    Socket,
-    Sweeps,
+from wancli.commands._common import (
+    Invocation,
+    create_display,
+    load_job,
+    open_store,
+    plan_job,
+    resolve_cache_dir,
 )
-from wancli.commands._render_reporter import Telling
-from wancli.engine import outcome
+from wancli.commands._finish_batch import finish_batch
+from wancli.commands._options import Engine, LogLevel, RenderProgress
+from wancli.commands._render_options import RenderOptions, takes_render_options
+from wancli.commands._render_reporter import RenderReporter
+from wancli.engine.outcome import policy_from_flags
 from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wancli.engine.context import RenderContext
-    from wancli.engine.outcome import Outcome, Policy
+    from wancli.engine.outcome import FailurePolicy, Outcome
     from wancli.farm.ray_driver import Cluster
-    from wancli.job.cli_overrides import Flags
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
     from wancli.progress import Progress
 
 
-def render(
-    context: typer.Context,
-    job: Annotated[
-        str | None, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Instead of a job: one video of this, by wan-mini.")
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Where it goes. Default: {slug}.mp4"),
-    ] = None,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
-    save_every: SaveEvery = None,
-    fail_fast: FailFast = False,
-    max_failures: MaxFailures = None,
-    retries: Retries = 0,
-    no_wait: NoWait = False,
-    engine: Engines = Engine.local,
-    address: Address = None,
-    cpus_per_worker: CpusPerWorker = None,
-    force: Force = False,
-    as_json: Json = False,
-    json_stream: JsonStream = False,
-    cache_dir: CacheDir = None,
-    socket: Socket = None,  # noqa: ARG001 - heeded by wancli.__main__, before this is imported
-    log_level: Level = LogLevel.basic,
-    progress: RenderProgressing = RenderProgress.auto,
-    quiet: Quiet = False,
-) -> int:
+@takes_render_options
+def render_command(context: typer.Context, options: RenderOptions) -> int:
     """Render every shot of a job, or a prompt.
 
     Writes MP4s, a manifest beside each, and a report. A shot whose manifest verifies is not
-    rendered again, one that was stopped on its way goes on. Prints one path per finished shot.
-    A shot that fails does not keep the others from being rendered.
+    rendered again; a shot that was stopped resumes from its saved state. Prints one path per
+    finished shot. If a shot fails, the others are still rendered.
     """
-    context.with_resource(signals.unwinding())
-    from wancli.engine import batch  # noqa: F401 - takes long: what asks for an end meanwhile ends it at once
+    context.with_resource(signals.raise_on_signal())
+    from wancli.engine import batch  # noqa: F401 - a slow import: until it is done, a signal ends the command
 
-    display = context.with_resource(display_of(progress.value, quiet, as_stream=json_stream))
-    if as_json + json_stream + (progress is RenderProgress.openjd) > 1:
+    display = context.with_resource(
+        create_display(options.progress.value, options.quiet, as_stream=options.json_stream)
+    )
+    if options.as_json + options.json_stream + (options.progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
-    telling = Telling(context, display, log_level, quiet, as_json, paths=not (as_json or json_stream))
-    cluster = _cluster(context, engine, job, address, cpus_per_worker)
-    failing = outcome.of_flags(fail_fast, max_failures, retries)
-    every = [] if save_every is None else [f"save_every={save_every}"]
-    flags = flags_of([*(sets or []), *every], sweeps, items, shard)
-    plan = plan_of(_said(job, prompt, output, flags), cache_dir, measure=telling.measuring)
-    telling.planned(plan)
-    tools = _tools(context, plan, cache_dir, display, failing, force=force, waits=not no_wait)
-    work = _work(plan, tools, cluster, str(job), flags, cache_dir, measuring=telling.measuring)
-    outcomes, stopped = _rendered(plan, work, tools, telling)
-    status = telling.ended(plan, outcomes, cache_dir)
+    reporter = RenderReporter(context, display, options)
+    cluster = _resolve_cluster(context, options)
+    policy = policy_from_flags(options.fail_fast, options.max_failures, options.retries)
+    plan = plan_job(_load_job_or_prompt(options), options.cache_dir, measure=options.measures_effects)
+    reporter.on_plan(plan)
+    tools = _create_context(context, plan, display, policy, options)
+    outcomes, stopped = _collect_outcomes(plan, _render_shots(plan, tools, cluster, options), tools, reporter)
+    report, path = finish_batch(plan, outcomes, options.cache_dir)
+    status = reporter.on_end(plan, outcomes, report, path)
     if stopped:
-        raise telling.stopped(stopped, plan, outcomes) if force else stopped
+        raise reporter.add_resume_command(stopped, plan, outcomes) if options.force else stopped
     return status
 
 
-def _said(job: str | None, prompt: str | None, output: str | None, flags: Flags) -> JobFile:
-    from wancli.job.loader import of_prompt
+def _load_job_or_prompt(options: RenderOptions) -> JobFile:
+    """Load the job file, or make a job of `--prompt`."""
+    from wancli.job.loader import build_prompt_job
 
-    if prompt is not None and job is None:
-        return of_prompt(prompt, output or "{slug}.mp4", flags)
-    if job is None or prompt is not None or output is not None:
+    if options.prompt is not None and options.job is None:
+        return build_prompt_job(options.prompt, options.output or "{slug}.mp4", options.flags)
+    if options.job is None or options.prompt is not None or options.output is not None:
         raise JobError(
             "give a job file, or --prompt",
             hint='wancli render JOB, or wancli render --prompt "A red circle drifts to the left" -o out.mp4',
         )
-    return job_of(job, flags)
+    return load_job(options.job, options.flags)
 
 
-def _cluster(
-    context: typer.Context, engine: Engine, job: str | None, address: str | None, cpus_per_worker: int | None
-) -> Cluster | None:
-    """Where --engine ray finds its workers; None where this process does the work."""
-    if engine is Engine.local:
-        if address or cpus_per_worker:
-            raise UsageError("--address and --cpus-per-worker are of --engine ray")
+def _resolve_cluster(context: typer.Context, options: RenderOptions) -> Cluster | None:
+    """Return where --engine ray finds its workers, None if this process renders."""
+    if options.engine is Engine.local:
+        if options.address or options.cpus_per_worker:
+            raise UsageError("--address and --cpus-per-worker are options of --engine ray")
         return None
     from wancli.farm.ray_driver import Cluster
 
     source = context.get_parameter_source("socket")
     if source is not None and source.name == "COMMANDLINE":
-        raise UsageError("--socket is of a server on this host; --engine ray has workers of its own")
-    if job is None or job == "-":
-        raise JobError("--engine ray needs a job file, which its workers read for themselves")
-    return Cluster(address, cpus_per_worker)
+        raise UsageError("--socket is for a server on this host; --engine ray has its own workers")
+    if options.job is None or options.job == "-":
+        raise JobError("--engine ray needs a job file, which its workers read themselves")
+    return Cluster(options.address, options.cpus_per_worker)
 
 
-def _tools(
-    context: typer.Context,
-    plan: Plan,
-    cache_dir: Path | None,
-    display: Progress,
-    failing: Policy,
-    *,
-    force: bool,
-    waits: bool,
+def _create_context(
+    context: typer.Context, plan: Plan, display: Progress, policy: FailurePolicy, options: RenderOptions
 ) -> RenderContext:
-    """From here to the end of the command signals ask for an end, also while it tells what was rendered."""
+    """Create the render context. From here on signals request a stop, also while the reporter works."""
     from wancli.engine.context import Force, RenderContext
     from wancli.storage.claims import Claims
 
     invocation: Invocation = context.obj
-    stop = context.with_resource(signals.listening())
-    claims = context.with_resource(Claims(waits=waits))
-    forced = Force.of(plan.shots) if force else None
-    store, kept, began = store_of(cache_dir), invocation.kept, invocation.began
-    return RenderContext(store, display, forced, stop, failing, claims, kept, began)
+    stop = context.with_resource(signals.stop_on_signal())
+    claims = context.with_resource(Claims(waits_for_others=not options.no_wait))
+    forced = Force.snapshot(plan.shots) if options.force else None
+    store, kept, began = open_store(options.cache_dir), invocation.kept, invocation.began
+    return RenderContext(store, display, forced, stop, policy, claims, kept, began)
 
 
-def _work(
-    plan: Plan,
-    tools: RenderContext,
-    cluster: Cluster | None,
-    job: str,
-    flags: Flags,
-    cache_dir: Path | None,
-    *,
-    measuring: bool,
+def _render_shots(
+    plan: Plan, tools: RenderContext, cluster: Cluster | None, options: RenderOptions
 ) -> Iterator[Outcome]:
-    """What becomes of the shots, here or by workers that plan the job for themselves."""
+    """Render the shots here, or by workers that plan the job themselves, and yield their outcomes."""
     if cluster is None:
         from wancli.engine import batch
 
@@ -185,35 +123,43 @@ def _work(
     from wancli.farm.ray_worker import Task
 
     assert tools.claims
-    cache, retries, waits = str(cache_of(cache_dir).absolute()), tools.policy.retries, tools.claims.waits
-    task = Task(job, str(Path.cwd()), flags, cache, measuring, tools.force, retries, waits)
+    task = Task(
+        job=str(options.job),
+        folder=str(Path.cwd()),
+        flags=options.flags,
+        cache=str(resolve_cache_dir(options.cache_dir).absolute()),
+        measure=options.measures_effects,
+        force=tools.force,
+        retries=tools.policy.retries,
+        waits=tools.claims.waits_for_others,
+    )
     return ray_driver.render(plan, tools, task, cluster)
 
 
-def _rendered(
-    plan: Plan, work: Iterator[Outcome], tools: RenderContext, telling: Telling
+def _collect_outcomes(
+    plan: Plan, work: Iterator[Outcome], tools: RenderContext, reporter: RenderReporter
 ) -> tuple[list[Outcome], Stopped | None]:
-    """What became of the shots, and of those that are compared; and why that is not all."""
+    """Collect the outcomes of all shots, then compare the videos; also return what stopped it, if so."""
     from wancli.report import batch_report, comparison
 
     outcomes: list[Outcome] = []
     try:
-        for outcome in _traced(work, telling.level):
+        for outcome in _print_traces(work, reporter.options.log_level):
             outcomes.append(outcome)
-            telling.came_to(outcome)
+            reporter.on_outcome(outcome)
         comparison.run_comparison(plan, tools)
     except Stopped as error:
         return outcomes, error
     except BaseException:
         if outcomes:
-            with suppress(WancliError):  # the first error is the one to tell
+            with suppress(WancliError):  # the first error is the one to report
                 batch_report.write_report(plan, batch_report.build_report(plan, outcomes))
         raise
     return outcomes, None
 
 
-def _traced(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:
-    """With --log-level trace, an error also shows its stack and the tensors in it."""
+def _print_traces(outcomes: Iterator[Outcome], log_level: LogLevel) -> Iterator[Outcome]:
+    """With --log-level trace, print the frames of each error and the tensors in them."""
     try:
         for outcome in outcomes:
             if outcome.error and log_level is LogLevel.trace:

@@ -1,8 +1,8 @@
-"""`wancli status`: how far a batch is."""
+"""`wancli status`: the state of a batch."""
 
 from __future__ import annotations
 
-from wancli.commands._common import emit, flags_of, job_of, plan_of, rates_of, store_of
+from wancli.commands._common import collect_flags, load_job, open_store, plan_job, print_json, rates_path
 from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
 
@@ -16,19 +16,19 @@ def status_command(
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Say how far a batch is.
+    """Show the state of a batch.
 
-    Per shot: done, on its way, in other hands, failed and why, to do; and the time that is left.
+    Per shot: done, claimed by a worker, half done, failed and why, to do; and the time left.
     """
     from datetime import UTC, datetime
 
     from wancli.plan import throughput
     from wancli.report import status, terminal
 
-    plan = plan_of(job_of(job, flags_of(sets, sweeps, items, shard)), cache_dir)
-    found = status.status_document(plan, store_of(cache_dir), throughput.read_rates(rates_of(cache_dir)))
+    plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir)
+    found = status.status_document(plan, open_store(cache_dir), throughput.read_rates(rates_path(cache_dir)))
     if as_json:
-        emit(found)
+        print_json(found)
     else:
         terminal.show(status.format_status(found, datetime.now(UTC)))
     return ExitStatus.OK

@@ -1,1 +1,1 @@
-"""Renders a Plan: preflight, encode, denoise, decode, record, resume."""
+"""Render a Plan: preflight, encode, denoise, decode, record, resume."""

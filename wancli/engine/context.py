@@ -13,38 +13,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from wancli.engine.outcome import Policy
+from wancli.engine.outcome import FailurePolicy
 from wancli.progress import Progress
 from wancli.signals import Stop
 from wancli.storage.cache import Store
 from wancli.storage.claims import Claims
 
 if TYPE_CHECKING:
-    from wancli.engine.networks import Kept
+    from wancli.engine.networks import ModelCache
     from wancli.plan.shot import Shot
 
-Part = Literal["manifest", "state", "latents"]
-Stamp = tuple[int, int]  # the same as long as a file is the same
-_PARTS: tuple[Part, ...] = ("manifest", "state", "latents")
+SidecarName = Literal["manifest", "state", "latents"]
+FileStamp = tuple[int, int]  # the same as long as a file is the same
+_SIDECARS: tuple[SidecarName, ...] = ("manifest", "state", "latents")
 
 
 @dataclass(frozen=True)
 class Force:
     """What lay beside the output of each shot, by its index: hosts may know one folder by several paths."""
 
-    before: Mapping[int, Mapping[Part, Stamp | None]]
+    stamps: Mapping[int, Mapping[SidecarName, FileStamp | None]]
 
     @classmethod
-    def of(cls, shots: Iterable[Shot]) -> Self:
+    def snapshot(cls, shots: Iterable[Shot]) -> Self:
         """Notes what lies there now."""
-        return cls({shot.index: {part: _stamp(getattr(shot, part)) for part in _PARTS} for shot in shots})
+        return cls(
+            {shot.index: {part: _file_stamp(getattr(shot, part)) for part in _SIDECARS} for shot in shots}
+        )
 
-    def outdated(self, shot: Shot, part: Part) -> bool:
+    def is_outdated(self, shot: Shot, part: SidecarName) -> bool:
         """Whether nobody has written this since."""
-        return _stamp(getattr(shot, part)) == self.before[shot.index][part]
+        return _file_stamp(getattr(shot, part)) == self.stamps[shot.index][part]
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _file_stamp(path: Path) -> FileStamp | None:
     with suppress(OSError):
         status = path.stat()
         return status.st_ino, status.st_mtime_ns
@@ -60,12 +62,12 @@ class RenderContext:
     progress: Progress
     force: Force | None = None  # None: what is done stays
     stop: Stop = field(default_factory=Stop)
-    policy: Policy = field(default_factory=Policy)
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
     claims: Claims | None = None  # of this worker; None where nobody else is at work
-    kept: Kept | None = None  # networks that stay in memory between renders
-    began: float | None = None  # when the command did, in seconds since 1970; None: with this process
+    model_cache: ModelCache | None = None  # networks that stay in memory between renders
+    started_at: float | None = None  # when the command did, in seconds since 1970; None: with this process
 
     @property
-    def lost(self) -> bool:
+    def lost_claim(self) -> bool:
         """Whether another worker took a shot over that this one is at: it was suspended for long."""
-        return self.claims is not None and not self.claims.intact()
+        return self.claims is not None and not self.claims.holds_all()

@@ -18,7 +18,7 @@ from wancli.errors import (
     strip_traceback,
 )
 from wancli.plan import model_registry
-from wancli.resources.measure import Peak, fitting, release
+from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
 from wancli.storage import atomic, manifest
 from wancli.storage.manifest_schema import Manifest, ShotRecord
 from wancli.video import mp4
@@ -51,7 +51,7 @@ def decode_file(
         )
     mp4.check_ffmpeg(record.shot.codec)
     if folder:
-        source = model_registry.resolve(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
+        source = model_registry.resolve_model(str(folder), lambda *_: Path.cwd(), lambda *_: "--model")
     else:
         source = manifest_body.checkpoint_location(record.model)
     checkpoint = identify(source)
@@ -82,7 +82,7 @@ def decode_latent(
             if fallback is None:
                 raise
             ran_out = strip_traceback(error)
-        release()
+        release_memory()
         how = f"on {fallback.device} with decode_chunk {fallback.chunk}"
         context.progress.warn(f"{ran_out}; decoding {how} instead, which may round pixels otherwise")
     raise AssertionError("the last attempt returns or raises")
@@ -107,7 +107,7 @@ def decode_attempts(device: str, chunk: int) -> list[DecodeAttempt]:
 
 
 def _write_manifest(
-    record: ShotRecord, output: Path, peak: Peak, attempt: DecodeAttempt, *, fallback: bool
+    record: ShotRecord, output: Path, peak: PeakMemory, attempt: DecodeAttempt, *, fallback: bool
 ) -> Manifest:
     body = manifest_body.complete_record(record, output, peak, **attempt._asdict(), fallback=fallback)
     manifest.write(manifest.manifest_path(output), body.as_dict())
@@ -121,16 +121,16 @@ def _write_video(
     vae: VAE,
     attempt: DecodeAttempt,
     context: RenderContext,
-) -> Peak:
+) -> PeakMemory:
     """Decode into an MP4 and return what that took. The VAE is moved to the device of the attempt and back."""
     import torch
 
     shot = record.shot
     home = next(vae.parameters()).device.type
     try:
-        with fitting("decode", f"shot {shot.id}"), Peak() as peak:
+        with oom_as_error("decode", f"shot {shot.id}"), PeakMemory() as peak:
             vae.to(attempt.device)
-            with torch.inference_mode(), context.progress.phase(shot.id, "decode", shot.frames) as bar:
+            with torch.inference_mode(), context.progress.phase("decode", [shot.id], shot.frames) as bar:
                 chunks = vae.decode(z_CTYX.to(attempt.device), attempt.chunk)
                 mp4.write_mp4(
                     _rgb_frames(chunks, shot.id, output, context, bar),
@@ -159,8 +159,8 @@ def _rgb_frames(
             raise NotFinite("NaN or Inf in the decoded frames", where=f"shot {shot_id}")
         yield mp4.to_rgb24(frames_CTYX)
         bar.advance(frames_CTYX.shape[1])
-        if context.lost:
+        if context.lost_claim:
             raise ClaimedElsewhere("another worker took it over", where=f"shot {shot_id}")
     if context.force:
-        atomic.set_aside(output)
-        atomic.set_aside(manifest.manifest_path(output))
+        atomic.move_aside(output)
+        atomic.move_aside(manifest.manifest_path(output))

@@ -15,11 +15,11 @@ from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
-from wancli.engine.shot_state import Underway, due, hand_over, save
+from wancli.engine.shot_state import ShotState, is_save_due, propagate_state, save_state
 from wancli.errors import NotFinite
 from wancli.models.config import Expert
-from wancli.plan.shot import named
-from wancli.resources.measure import Peak
+from wancli.plan.shot import format_shots
+from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
@@ -30,34 +30,34 @@ from wancli.video import metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wancli.injection.contexts import Contexts, Effect
+    from wancli.injection.contexts import ContextCache, Effect
     from wancli.models.dit import WanModel
-    from wancli.sampling.denoise import Sampled, Walk
+    from wancli.sampling.denoise import DenoiseRun, StepResult
     from wancli.weights.lora.patch import Loras
 
 
-def ready(group: Sequence[Underway], expert: Expert) -> list[Underway]:
+def select_ready(batch: Sequence[ShotState], expert: Expert) -> list[ShotState]:
     """The shots of a group whose next steps are this expert's: those that are least far, in lock-step."""
-    found = [one for one in group if one.next_stage and one.next_stage.expert == expert and not one.fork]
+    found = [one for one in batch if one.next_stage and one.next_stage.expert == expert and not one.fork]
     return [one for one in found if one.step == min(other.step for other in found)]
 
 
-def leg(group: Sequence[Underway], together: Sequence[Underway]) -> range:
+def next_segment(batch: Sequence[ShotState], ready: Sequence[ShotState]) -> range:
     """The steps that the shots `together` of a group take now."""
-    start = together[0].step
-    stage = together[0].next_stage
+    start = ready[0].step
+    stage = ready[0].next_stage
     assert stage
-    ahead = [one.step for one in group if one.step > start and not one.failed]
-    forks = [heir.fork.step for one in together for heir in one.heirs if heir.fork]
+    ahead = [one.step for one in batch if one.step > start and not one.failed]
+    forks = [heir.fork.step for one in ready for heir in one.dependents if heir.fork]
     return range(start, min(stop for stop in (stage.steps.stop, *ahead, *forks) if stop > start))
 
 
-def advance(
-    group: Sequence[Underway],
+def run_segment(
+    batch: Sequence[ShotState],
     steps: range,
     networks: Networks,
     encoded: Mapping[str, Encoded],
-    tools: RenderContext,
+    context: RenderContext,
 ) -> None:
     """Takes these steps with the network of their expert, all shots of the group in lock-step, and hands
     the states over to shots that fork there; fewer steps where somebody asks for an end.
@@ -66,69 +66,72 @@ def advance(
     """
     import torch
 
-    from wancli.injection.contexts import Contexts
+    from wancli.injection.contexts import ContextCache
     from wancli.sampling import denoise
 
-    stages = [replace(stage, steps=steps) for one in group if (stage := one.next_stage)]
-    expert, shot = stages[0].expert, group[0].shot
+    stages = [replace(stage, steps=steps) for one in batch if (stage := one.next_stage)]
+    expert, shot = stages[0].expert, batch[0].shot
     loras = networks.loras(shot.loras)
     # Without a name that outlives this call, which would keep this expert in memory beside the next.
     model, patches = networks.transformer(expert), networks.patches
-    heirs = [heir for one in group for heir in one.all_heirs()]
-    texts = {text.id for one in (*group, *heirs) for text in one.shot.texts}
+    dependents = [heir for one in batch for heir in one.all_dependents()]
+    texts = {text.id for one in (*batch, *dependents) for text in one.shot.prompts}
     rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in texts}
 
-    def taken() -> list[Record]:
+    def segment_phases() -> list[Record]:
         return [
-            networks.loading,
-            manifest_body.phase_record("sample", peak) | {"shots": len(group) + len(heirs)},
+            networks.load_record,
+            manifest_body.phase_record("sample", peak) | {"shots": len(batch) + len(dependents)},
         ]
 
     with (
         torch.inference_mode(),
-        Peak() as peak,
-        tools.progress.phase(title(group), "sample", len(steps), [one.shot.id for one in group]) as bar,
+        PeakMemory() as peak,
+        context.progress.phase("sample", [one.shot.id for one in batch], len(steps)) as bar,
     ):
         patches.at(loras, steps[0], expert)
-        contexts = Contexts(model, rows_NE)
-        _start(group, heirs, model, encoded)
-        walks = [_walk(one, stage, contexts) for one, stage in zip(group, stages)]
-        results = denoise.denoise_together(model, walks, _riders(group))
+        contexts = ContextCache(model, rows_NE)
+        _prepare(batch, dependents, model, encoded)
+        runs = [_make_run(one, stage, contexts) for one, stage in zip(batch, stages)]
+        results = denoise.denoise_batch(model, runs, _forwards_per_pass(batch))
         for step in steps:
-            if tools.stop.requested:
+            if context.stop.requested:
                 break
-            for one, walk, at in zip(group, walks, next(results)):
-                _note(one, walk, at, tools)
-            bar.advance(note=f"sigma {walks[0].schedule.sigmas[step + 1]:.3f}")
-            if any(one.failed for one in group) or tools.lost:  # told before the others go on
+            for one, walk, at in zip(batch, runs, next(results)):
+                _record_step(one, walk, at, context)
+            bar.advance(note=f"sigma {runs[0].schedule.sigmas[step + 1]:.3f}")
+            if any(one.failed for one in batch) or context.lost_claim:  # told before the others go on
                 break
             if step + 1 in steps:
-                for one in group:
-                    if due(one) and not one.failed:
-                        peak.read()
-                        save(one, taken())
+                for one in batch:
+                    if is_save_due(one) and not one.failed:
+                        peak.update()
+                        save_state(one, segment_phases())
                 if patches.at(loras, step + 1, expert):
-                    contexts.forget()
-    for one in group:
-        assert one.state is not None
-        one.state = one.state.to("cpu")
-        one.add_phases(taken())
-        hand_over(one)
+                    contexts.clear()
+    for one in batch:
+        assert one.solver_state is not None
+        one.solver_state = one.solver_state.to("cpu")
+        one.add_phases(segment_phases())
+        propagate_state(one)
 
 
-def title(group: Sequence[Underway]) -> str:
+def format_batch(batch: Sequence[ShotState]) -> str:
     """What people read of a group."""
-    return named([one.shot for one in group])
+    return format_shots([one.shot for one in batch])
 
 
-def _riders(group: Sequence[Underway]) -> int:
+def _forwards_per_pass(batch: Sequence[ShotState]) -> int:
     """Forwards on a pass over the blocks: all of the group where the pass fetches weights."""
-    resident = group[0].shot.model.residency == "resident"
-    return 1 if resident else sum(one.shot.riders for one in group)
+    resident = batch[0].shot.model.residency == "resident"
+    return 1 if resident else sum(one.shot.forwards_per_step for one in batch)
 
 
-def _start(
-    group: Sequence[Underway], heirs: Sequence[Underway], model: WanModel, encoded: Mapping[str, Encoded]
+def _prepare(
+    batch: Sequence[ShotState],
+    dependents: Sequence[ShotState],
+    model: WanModel,
+    encoded: Mapping[str, Encoded],
 ) -> None:
     """Noise, the time, and how different the injected prompts are: by the network of the first step, so for
     those that fork later, too."""
@@ -136,12 +139,12 @@ def _start(
     from wancli.text.prompt_distance import compare_all
 
     now = time.monotonic()
-    for one in group:
+    for one in batch:
         shot = one.shot
-        one.began, one.unsaved_since = min(one.began, now), min(one.unsaved_since, now)
-        if one.state is None:
-            one.state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise))
-    new = [one for one in (*group, *heirs) if one.shot.injected and not one.differences]
+        one.started_at, one.unsaved_since = min(one.started_at, now), min(one.unsaved_since, now)
+        if one.solver_state is None:
+            one.solver_state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
+    new = [one for one in (*batch, *dependents) if one.shot.injected and not one.differences]
     pairs = {(one.shot.prompt.id, text.id): None for one in new for text in one.shot.injected}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
     differences = dict(zip(pairs, compare_all(embeddings, model)))
@@ -149,30 +152,34 @@ def _start(
         one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
 
 
-def _walk(one: Underway, stage: Stage, contexts: Contexts) -> Walk:
+def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> DenoiseRun:
     from wancli.sampling import denoise
 
-    assert one.state is not None
-    shot, state = one.shot, one.state.to(one.shot.model.device)
+    assert state.solver_state is not None
+    shot, solver_state = state.shot, state.solver_state.to(state.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
-    return denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, stage, effects)
+    return denoise.DenoiseRun(
+        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects
+    )
 
 
-def _note(one: Underway, walk: Walk, at: Sampled | NotFinite, tools: RenderContext) -> None:
+def _record_step(
+    state: ShotState, run: DenoiseRun, result: StepResult | NotFinite, context: RenderContext
+) -> None:
     """What a step has left."""
-    if isinstance(at, NotFinite):
-        one.failed = at
+    if isinstance(result, NotFinite):
+        state.failed = result
         return
-    one.step, one.state = at.step, at.state
-    one.read |= at.read
-    one.first_step = one.first_step or manifest_body.seconds_since(tools.began)
-    if walk.effects:
-        one.effects += [asdict(effect) for effect in walk.effects]
-        walk.effects.clear()
+    state.step, state.solver_state = result.step, result.state
+    state.reads |= result.cells_read
+    state.first_step_after = state.first_step_after or manifest_body.seconds_since(context.started_at)
+    if run.effects:
+        state.effects += [asdict(effect) for effect in run.effects]
+        run.effects.clear()
 
 
-def keep(
-    one: Underway, encoded: Mapping[str, Encoded], loras: Loras, stage1: Record
+def finish_latent(
+    state: ShotState, encoded: Mapping[str, Encoded], loras: Loras, stage1: Record
 ) -> tuple[Tensor, ShotRecord]:
     """The finished latent, now durable on disk, and all that the manifest will say of its making.
 
@@ -180,23 +187,23 @@ def keep(
     """
     from wancli.sampling.denoise import check_hits
 
-    shot = one.shot
-    assert one.state is not None
-    check_hits(shot.table, frozenset(one.read))
-    z_CTYX = one.state.x
+    shot = state.shot
+    assert state.solver_state is not None
+    check_hits(shot.table, frozenset(state.reads))
+    z_CTYX = state.solver_state.x
     record = manifest_body.build_record(
         shot,
         cached={id: result.hit for id, result in encoded.items()},
-        reads=one.read,
-        differences=one.differences,
-        effects=one.effects,
+        reads=state.reads,
+        differences=state.differences,
+        effects=state.effects,
         loras=loras,
-        phases=[stage1, *one.phases],
-        first_step_after=one.first_step,
-        latent=metrics.sketch(z_CTYX.numpy()),
+        phases=[stage1, *state.phases],
+        first_step_after=state.first_step_after,
+        latent=metrics.sketch_latent(z_CTYX.numpy()),
     )
-    atomic.set_aside(shot.latents)  # another shot's, or with --force this one's
-    tensor_file.save(shot.latents, z_CTYX, record.as_dict())
+    atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
+    tensor_file.save_latent(shot.latents, z_CTYX, record.as_dict())
     atomic.remove(shot.state)
-    one.state = None
+    state.solver_state = None
     return z_CTYX, record

@@ -9,54 +9,58 @@ from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device
 from wancli.errors import ErrorCapture, JobError
-from wancli.plan.shot import Model, Prompt
-from wancli.resources.measure import Peak
+from wancli.plan.shot import ModelSpec, Prompt
+from wancli.resources.measure import PeakMemory
 from wancli.text.embedding import load_embedding
 from wancli.text.encoder import Encoded, encode
 
 
-def embed(model: Model, prompts: Sequence[Prompt], tools: RenderContext) -> tuple[dict[str, Encoded], Record]:
+def encode_prompts(
+    model: ModelSpec, prompts: Sequence[Prompt], context: RenderContext
+) -> tuple[dict[str, Encoded], Record]:
     """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns.
 
     Raises Stopped between two prompts, and in the end what went wrong with the first that failed."""
-    found, failed, stage1 = embed_each(model, prompts, tools)
-    for attempt in failed.values():
+    encoded, errors, stage1 = encode_each(model, prompts, context)
+    for attempt in errors.values():
         assert attempt.error
         raise attempt.error
-    return found, stage1
+    return encoded, stage1
 
 
-def embed_each(
-    model: Model, prompts: Sequence[Prompt], tools: RenderContext
+def encode_each(
+    model: ModelSpec, prompts: Sequence[Prompt], context: RenderContext
 ) -> tuple[dict[str, Encoded], dict[str, ErrorCapture], Record]:
     """As `embed`, with those that failed by id."""
     import torch  # noqa: F401 - before the measurement, which is of what comes on top
 
     check_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
-    found: dict[str, Encoded] = {}
-    failed: dict[str, ErrorCapture] = {}
-    with Peak() as peak, tools.progress.phase("prompts", "encode", len(texts)) as bar:
+    encoded: dict[str, Encoded] = {}
+    errors: dict[str, ErrorCapture] = {}
+    with PeakMemory() as peak, context.progress.phase("encode", (), len(texts)) as bar:
         for prompt in texts.values():
             if prompt.file:
                 with ErrorCapture() as attempt:
-                    found[prompt.id] = Encoded(prompt.id, load_embedding(prompt.file, prompt.index), hit=True)
-                failed |= {prompt.id: attempt} if attempt.error else {}
+                    encoded[prompt.id] = Encoded(
+                        prompt.id, load_embedding(prompt.file, prompt.index), hit=True
+                    )
+                errors |= {prompt.id: attempt} if attempt.error else {}
                 bar.advance()
-        for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], tools.store):
+        for result in encode(model.encoder, [p.tokens for p in texts.values() if not p.file], context.store):
             if isinstance(result, Encoded):
-                found[result.key] = result
+                encoded[result.key] = result
             else:
-                failed[result.key] = ErrorCapture()
-                failed[result.key].record(result.error)
+                errors[result.key] = ErrorCapture()
+                errors[result.key].record(result.error)
             bar.advance()
-            if tools.stop.requested and len(found) + len(failed) < len(texts):
-                raise tools.stop.error(f"{len(found)} of {len(texts)} prompts encoded")
+            if context.stop.requested and len(encoded) + len(errors) < len(texts):
+                raise context.stop.error(f"{len(encoded)} of {len(texts)} prompts encoded")
     width = model.checkpoint.transformer.text_dim
-    for id, done in found.items():
+    for id, done in encoded.items():
         rows_NE = done.embedding.rows_NE
         if rows_NE.shape[1] != width:
             message = f"its rows are {rows_NE.shape[1]} wide, the model reads {width}"
-            failed[id] = ErrorCapture()
-            failed[id].record(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
-    return found, failed, manifest_body.phase_record("encode", peak)
+            errors[id] = ErrorCapture()
+            errors[id].record(JobError(message, where=str(texts[id].file or model.encoder.files[0])))
+    return encoded, errors, manifest_body.phase_record("encode", peak)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wancli import __version__
 from wancli.plan import backends, memory_estimate
 from wancli.plan.shot import Prompt, Shot
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.storage import manifest, tensor_file
 from wancli.storage.manifest import canonical_json
 from wancli.storage.manifest_schema import Manifest, ModelRecord, ShotRecord
@@ -55,7 +55,7 @@ def build_record(
     """
     return ShotRecord(
         **_planned(shot),
-        prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.texts],
+        prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.prompts],
         encoder_loaded=not all(cached.values()),
         injection=_rule_records(shot, reads, differences),
         loras=_lora_records(shot, loras),
@@ -75,7 +75,7 @@ def continue_record(record: ShotRecord, shot: Shot) -> ShotRecord:
 
 
 def complete_record(
-    record: ShotRecord, output: Path, peak: Peak, *, device: str, chunk: int, fallback: bool
+    record: ShotRecord, output: Path, peak: PeakMemory, *, device: str, chunk: int, fallback: bool
 ) -> Manifest:
     """Complete the record of a latent with how it was decoded into `output`."""
     return Manifest(
@@ -90,7 +90,7 @@ def complete_record(
 
 def load_latent(path: Path) -> tuple[Tensor, ShotRecord]:
     """Read a finished latent and its record. Raises EntryError if either is damaged or of another version."""
-    z_CTYX, record = tensor_file.load(path)
+    z_CTYX, record = tensor_file.load_latent(path)
     return z_CTYX, ShotRecord.parse(record, path)
 
 
@@ -116,8 +116,8 @@ def _planned(shot: Shot) -> Record:
             "shift": shot.shift,
             "guidance": shot.guidance,
             "stages": [stage.as_dict() for stage in shot.stages],
-            "timesteps": shot.schedule.timesteps,
-            "sigmas": shot.schedule.sigmas,
+            "timesteps": shot.sigma_schedule.timesteps,
+            "sigmas": shot.sigma_schedule.sigmas,
             "fps": shot.fps,
             "crf": shot.crf,
             "codec": shot.codec,
@@ -129,15 +129,15 @@ def _planned(shot: Shot) -> Record:
             "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
             "sizes": asdict(model.checkpoint.transformer),
-            "networks": memory_estimate.networks(model),
+            "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
             "text_encoder": model.encoder.residency,
             "chunk": model.kernels.chunk,
-            "why": list(model.why),
+            "why": list(model.residency_reasons),
             "device": model.device,
             "kernels": asdict(model.kernels),
-            "attention": backends.runs(model),
+            "attention": backends.describe_attention(model),
             "sha256": {
                 "transformer": model.transformer,
                 "text_encoder": model.encoder.fingerprint,
@@ -145,7 +145,7 @@ def _planned(shot: Shot) -> Record:
             },
         },
         "predicted": [
-            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process(model) + phase.total}
+            asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
             for phase in shot.phases
         ],
         "versions": versions(),
@@ -190,7 +190,7 @@ def _rule_records(
     """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
     cells = set(reads)
     records = []
-    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.reached)):
+    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         hits = [cell for cell in planned if cell in cells]
         records.append(
             {
@@ -225,7 +225,7 @@ def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
     ]
 
 
-def phase_record(name: str, peak: Peak) -> Record:
+def phase_record(name: str, peak: PeakMemory) -> Record:
     """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak.
 
     The id is that of the measurement: records of shots that shared the phase have the same one."""
@@ -270,7 +270,7 @@ def versions() -> dict[str, str]:
         "wancli": __version__,
         "python": platform.python_version(),
         **libraries,
-        "ffmpeg": ffmpeg.version(),
+        "ffmpeg": ffmpeg.read_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "platform": sys.platform,
     }

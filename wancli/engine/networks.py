@@ -11,8 +11,8 @@ from wancli.engine import manifest_body
 from wancli.engine.manifest_body import Record
 from wancli.errors import MachineError
 from wancli.models.config import Expert
-from wancli.plan.shot import Model
-from wancli.resources.measure import Peak
+from wancli.plan.shot import ModelSpec
+from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class Networks:
     """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
 
-    model: Model
-    lazily: bool = False  # blocks may arrive when they first run; not where LoRAs are put into them before
-    loading: Record = field(default_factory=dict)  # what loading the transformer took
+    model: ModelSpec
+    lazy: bool = False  # blocks may arrive when they first run; not where LoRAs are put into them before
+    load_record: Record = field(default_factory=dict)  # what loading the transformer took
     _loaded: tuple[Expert, WanModel] | None = None
     _patches: Patches | None = None  # of the network that is loaded
     _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
@@ -43,23 +43,23 @@ class Networks:
         from wancli.weights.loader import load_transformer
 
         self._loaded = self._patches = None
-        with Peak() as peak:
+        with PeakMemory() as peak:
             network = load_transformer(
                 self.model.checkpoint,
-                DTYPES[self.model.computes],
+                DTYPES[self.model.compute_dtype],
                 self.model.device,
                 expert,
                 self.model.residency,
-                self._fetched,
+                self._patch_fetched,
                 self.model.dtype == "fp8",
                 self.model.kernels,
-                self.lazily,
+                self.lazy,
             )
-        self.loading = manifest_body.phase_record("load", peak)
+        self.load_record = manifest_body.phase_record("load", peak)
         self._loaded = expert, network
         return network
 
-    def _fetched(self, name: str, weight: Tensor) -> None:
+    def _patch_fetched(self, name: str, weight: Tensor) -> None:
         """Puts the LoRAs of the step into a weight that was just fetched."""
         if self._patches:
             self._patches.into(name, weight)
@@ -91,9 +91,9 @@ class Networks:
     def reuse(self) -> None:
         """The networks stay for another render, which loads nothing but its LoRAs."""
         self._loras.clear()
-        with Peak() as peak:
+        with PeakMemory() as peak:
             pass
-        self.loading = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
+        self.load_record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
 
     def release(self) -> None:
         """Gives the memory back; what is used next is loaded anew."""
@@ -107,33 +107,33 @@ class Networks:
         return load_vae(self.model.checkpoint, self.model.device)
 
 
-class Kept:
+class ModelCache:
     """Keeps the networks of the last model in memory from one render to the next."""
 
     def __init__(self) -> None:
         self._networks: Networks | None = None
 
-    def networks(self, model: Model, lazily: bool) -> Networks:
+    def get(self, model: ModelSpec, lazily: bool) -> Networks:
         """Those that are here if they are of this model and ran as it would, else new ones; what was here
         before is gone then."""
         here = self._networks
-        if here and self.holds(model) and lazily >= here.lazily:
+        if here and self.has(model) and lazily >= here.lazy:
             here.reuse()
             return here
         self._networks = here = None  # before others are loaded
         self._networks = Networks(model, lazily)
         return self._networks
 
-    def holds(self, model: Model) -> bool:
+    def has(self, model: ModelSpec) -> bool:
         """Whether the networks that are here are of this model, whose weights were checked then."""
-        return self._networks is not None and _networks_of(self._networks.model) == _networks_of(model)
+        return self._networks is not None and _cache_key(self._networks.model) == _cache_key(model)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Gives the memory back."""
         self._networks = None
 
 
-def _networks_of(model: Model) -> tuple[object, ...]:
+def _cache_key(model: ModelSpec) -> tuple[object, ...]:
     """All that a network in memory depends on."""
     weights = (model.checkpoint, model.transformer, model.vae)
     return (*weights, model.device, model.dtype, model.residency, model.kernels)

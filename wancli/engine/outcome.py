@@ -24,26 +24,26 @@ _WORST_FIRST = (ExitStatus.INTEGRITY, ExitStatus.MACHINE, ExitStatus.MEMORY)
 
 
 @dataclass(frozen=True)
-class Policy:
+class FailurePolicy:
     """How many failed shots end the batch, None for no number; how often a shot is tried again."""
 
     max_failures: int | None = None
     retries: int = 0
 
-    def ends(self, failures: int) -> bool:
+    def should_stop(self, failures: int) -> bool:
         """Whether so many failed shots are enough."""
         return self.max_failures is not None and failures >= self.max_failures
 
-    def tries_again(self, error: WancliError, tries: int) -> bool:
+    def should_retry(self, error: WancliError, tries: int) -> bool:
         """Whether a shot that failed so after so many tries is tried once more."""
         return error.retryable and tries <= self.retries
 
 
-def of_flags(fail_fast: bool, max_failures: int | None, retries: int) -> Policy:
+def policy_from_flags(fail_fast: bool, max_failures: int | None, retries: int) -> FailurePolicy:
     """What the command line says. Raises JobError."""
     if fail_fast and max_failures is not None:
         raise JobError("--fail-fast is --max-failures 1; give one of them")
-    return Policy(1 if fail_fast else max_failures, retries)
+    return FailurePolicy(1 if fail_fast else max_failures, retries)
 
 
 def exit_status(errors: Iterable[WancliError]) -> ExitStatus:
@@ -68,6 +68,6 @@ class Outcome:
     stack: str = ""
 
 
-def failed(shot: Shot, attempt: ErrorCapture) -> Outcome:
+def failed_outcome(shot: Shot, attempt: ErrorCapture) -> Outcome:
     """A shot with the error that ended an attempt."""
     return Outcome(shot, "failed", error=attempt.error, stack=attempt.stack)

@@ -23,11 +23,11 @@ from wancli.storage import atomic, manifest
 from wancli.storage.manifest_schema import ShotRecord
 from wancli.video import mp4
 
-Condition = Literal["done", "to do", "damaged", "in the way"]
+OutputStatus = Literal["done", "to do", "damaged", "in the way"]
 
 
 @dataclass(frozen=True)
-class Found:
+class PreflightResult:
     """`todo` are the shots to render, each told with how many others; `refused` why others cannot be, by
     index."""
 
@@ -35,60 +35,60 @@ class Found:
     refused: dict[int, WancliError]
 
 
-def preflight(plan: Plan, tools: RenderContext) -> Found:
+def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
     """Looks at every output, and whether the machine will do.
 
     Raises OutputExists where all that is to do is in the way, DoesNotFit where all of it is too large;
     MachineError when ffmpeg or a folder will not do, NoSpace with figures; CheckpointError for weights that
     do not fit their networks. Nothing was started then.
     """
-    todo, refused = outputs(plan, tools)
-    _check_machine(todo, tools)
+    todo, refused = check_outputs(plan, context)
+    _check_machine(todo, context)
     fitting = []
-    limits = {model: memory_policy.limit(model) for model in {shot.model for shot in todo}}
-    for shot in batching.arranged(todo):
+    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in todo}}
+    for shot in batching.assign_batches(todo):
         try:
-            encoded = all(text.file or cached(text, tools) for text in shot.texts)
+            encoded = all(text.file or is_cached(text, context) for text in shot.prompts)
             memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
             fitting.append(shot)
         except DoesNotFit as error:
             refused[shot.index] = error
     if todo and not fitting:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    disk_estimate.require(fitting, tools.store)
-    return Found(tuple(fitting), refused)
+    disk_estimate.require(fitting, context.store)
+    return PreflightResult(tuple(fitting), refused)
 
 
-def outputs(plan: Plan, tools: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
+def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
     """The shots that are not done, and by index why others cannot be. Raises OutputExists where all that is
     to do is in the way."""
     todo: list[Shot] = []
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
-        state, why = standing(shot, tools)
+        state, why = status_for_render(shot, context)
         if state == "in the way":
-            refused[shot.index] = in_the_way(shot, why)
-        elif state != "done" or unmeasured(shot):
+            refused[shot.index] = output_exists_error(shot, why)
+        elif state != "done" or needs_effects(shot):
             todo.append(shot)
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
 
 
-def standing(shot: Shot, tools: RenderContext) -> tuple[Condition, str]:
+def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus, str]:
     """The condition of a shot, to a render; with --force what lay there before is neither done nor in the
     way."""
-    if tools.force and tools.force.outdated(shot, "manifest"):
+    if context.force and context.force.is_outdated(shot, "manifest"):
         return "to do", ""
-    return condition(shot)
+    return output_status(shot)
 
 
-def in_the_way(shot: Shot, why: str) -> OutputExists:
+def output_exists_error(shot: Shot, why: str) -> OutputExists:
     hint = "--force moves it aside; or change `output`."
     return OutputExists(f"in the way: {why}", where=str(shot.output), hint=hint)
 
 
-def condition(shot: Shot) -> tuple[Condition, str]:
+def output_status(shot: Shot) -> tuple[OutputStatus, str]:
     """What is at the output of a shot, and why it is not the finished shot.
 
     `damaged` is one of this very shot, by its manifest, that no longer verifies: it may be made anew once it
@@ -100,26 +100,26 @@ def condition(shot: Shot) -> tuple[Condition, str]:
     if not wrong:
         return "done", ""
     why = wrong[0].text
-    if not os.path.lexists(shot.output) or _unrecorded(shot):
+    if not os.path.lexists(shot.output) or _lacks_only_manifest(shot):
         return "to do", why
     if not manifest.find_problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
-    ours = shot.output.is_file() and not shot.output.is_symlink() and _claims(shot)
+    ours = shot.output.is_file() and not shot.output.is_symlink() and _manifest_names_shot(shot)
     return ("damaged", why) if ours else ("in the way", output_diff.describe_differences(shot) or why)
 
 
-def finished(shot: Shot) -> bool:
+def is_finished(shot: Shot) -> bool:
     """Whether there is nothing to do for it."""
-    return condition(shot)[0] == "done" and not unmeasured(shot)
+    return output_status(shot)[0] == "done" and not needs_effects(shot)
 
 
-def _claims(shot: Shot) -> bool:
+def _manifest_names_shot(shot: Shot) -> bool:
     """Whether the manifest, sealed or not, says that the output is this very shot."""
     peeked = manifest.peek(shot.manifest)
     return peeked is not None and peeked.key == shot.key
 
 
-def _unrecorded(shot: Shot) -> bool:
+def _lacks_only_manifest(shot: Shot) -> bool:
     """Whether a run may have died between the video of this shot and its manifest: then its latent is
     still there. The video is made once more, and publishing the same bytes is no overwriting."""
     if shot.manifest.exists():
@@ -130,33 +130,35 @@ def _unrecorded(shot: Shot) -> bool:
         return False
 
 
-def unmeasured(shot: Shot) -> bool:
+def needs_effects(shot: Shot) -> bool:
     """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
     record = manifest.read(shot.manifest) if shot.measure else None
-    return record is not None and lacks_effects(shot, record)
+    return record is not None and effects_missing(shot, record)
 
 
-def lacks_effects(shot: Shot, record: ShotRecord) -> bool:
+def effects_missing(shot: Shot, record: ShotRecord) -> bool:
     return shot.measure and shot.injects and not record.effects
 
 
-def _check_machine(todo: Sequence[Shot], tools: RenderContext) -> None:
+def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
         backends.check(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
-        atomic.writable(folder)
-        if tools.claims:
-            tools.claims.possible(folder)
+        atomic.require_writable(folder)
+        if context.claims:
+            context.claims.require_claimable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         mp4.check_ffmpeg(codec)
-    unknown = [shot.model for shot in todo if not (tools.kept and tools.kept.holds(shot.model))]
+    unknown = [
+        shot.model for shot in todo if not (context.model_cache and context.model_cache.has(shot.model))
+    ]
     for checkpoint in dict.fromkeys(model.checkpoint for model in unknown):
         check_weights(checkpoint)
 
 
-def lacking(shots: Sequence[Shot]) -> Iterator[str]:
+def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
     """What the shots ask of a machine that this one cannot do: a plan for another says it, `render` refuses.
 
     Torch is loaded only where a job names its attention or asks for products in fp8."""
@@ -173,6 +175,6 @@ def lacking(shots: Sequence[Shot]) -> Iterator[str]:
             yield f"{error}: `render` would refuse"
 
 
-def cached(text: Prompt, tools: RenderContext) -> bool:
+def is_cached(text: Prompt, context: RenderContext) -> bool:
     """Whether the store has the embedding of a prompt."""
-    return tools.store is not None and tools.store.path(text.id).exists()
+    return context.store is not None and context.store.path(text.id).exists()

@@ -18,7 +18,7 @@ from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.errors import EntryError, WancliError
 from wancli.injection.table import Branch
-from wancli.plan.prefix_sharing import Fork, Tree
+from wancli.plan.prefix_sharing import Fork, PrefixTree
 from wancli.plan.shot import Shot
 from wancli.sampling import state_file
 from wancli.sampling.solvers import State
@@ -29,23 +29,25 @@ _FORMAT = 1  # of the record of a state
 
 
 @dataclass(eq=False)
-class Underway:
+class ShotState:
     """What the steps of a shot have left so far. Between two legs this is all there is of it."""
 
     shot: Shot
     step: int = 0  # how many steps are behind it
-    state: State | None = None  # in host memory; None before the first step, and when the latent is on disk
-    read: set[tuple[int, Branch, int]] = field(default_factory=set)
+    solver_state: State | None = (
+        None  # in host memory; None before the first step, and when the latent is on disk
+    )
+    reads: set[tuple[int, Branch, int]] = field(default_factory=set)
     effects: list[Record] = field(default_factory=list)
     differences: list[Record] = field(default_factory=list)
     phases: list[Record] = field(default_factory=list)
-    first_step: float = 0.0  # seconds after the start of the process
+    first_step_after: float = 0.0  # seconds after the start of the process
     failed: WancliError | None = None  # why it ended
     over: bool = False  # its latent is on disk, or it failed and that was told
     fork: Fork | None = None  # it waits for another shot to come so far
-    heirs: list[Underway] = field(default_factory=list)  # those that wait for this one
-    saved: int = 0  # the steps that are on disk
-    began: float = math.inf  # monotonic seconds: when this process took the first of its steps
+    dependents: list[ShotState] = field(default_factory=list)  # those that wait for this one
+    saved_step: int = 0  # the steps that are on disk
+    started_at: float = math.inf  # monotonic seconds: when this process took the first of its steps
     unsaved_since: float = math.inf
 
     @property
@@ -62,100 +64,106 @@ class Underway:
         """Those that it does not know yet; a network that several legs use was loaded once."""
         self.phases += manifest_body.new_phases(phases, self.phases)
 
-    def all_heirs(self) -> Iterator[Underway]:
+    def all_dependents(self) -> Iterator[ShotState]:
         """Those that wait for this one, and those that wait for them."""
-        for heir in self.heirs:
+        for heir in self.dependents:
             yield heir
-            yield from heir.all_heirs()
+            yield from heir.all_dependents()
 
 
-def begin(shot: Shot, tools: RenderContext) -> Underway:
+def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
     job's, and with --force one of before, is moved aside."""
-    if tools.force and tools.force.outdated(shot, "state"):
-        atomic.set_aside(shot.state)
-        return Underway(shot)
+    if context.force and context.force.is_outdated(shot, "state"):
+        atomic.move_aside(shot.state)
+        return ShotState(shot)
     try:
         state, facts = state_file.load_state(shot.state)
-        if not _of(shot, facts):
+        if not _belongs_to(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
-        if atomic.set_aside(shot.state):
-            tools.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
-        return Underway(shot)
+        if atomic.move_aside(shot.state):
+            context.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
+        return ShotState(shot)
     read = {(step, branch, block) for step, branch, block in facts["read"]}
     past = {name: facts[name] for name in ("effects", "differences")}
     past["phases"] = manifest_body.mark_earlier(facts["phases"])
-    return Underway(shot, facts["step"], state, read, **past, saved=facts["step"])
+    return ShotState(shot, facts["step"], state, read, **past, saved_step=facts["step"])
 
 
-def _of(shot: Shot, facts: dict[str, Any]) -> bool:
+def _belongs_to(shot: Shot, facts: dict[str, Any]) -> bool:
     """Whether a record is that of this shot's state."""
     same = (facts.get("format"), facts.get("latents_key")) == (_FORMAT, shot.latents_key)
     return same and (facts["measured"] or not shot.measure)
 
 
-def save(one: Underway, phases: Sequence[Record] = ()) -> None:
+def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
     """Makes the state of a shot durable on disk; `phases` are those of the leg it is on."""
-    assert one.state is not None
+    assert state.solver_state is not None
     facts = {
         "format": _FORMAT,
-        "latents_key": one.shot.latents_key,
-        "output": one.shot.output.name,
-        "step": one.step,
-        "measured": one.shot.measure,
-        "read": sorted(one.read),
-        "effects": one.effects,
-        "differences": one.differences,
-        "phases": [*one.phases, *manifest_body.new_phases(phases, one.phases)],
+        "latents_key": state.shot.latents_key,
+        "output": state.shot.output.name,
+        "step": state.step,
+        "measured": state.shot.measure,
+        "read": sorted(state.reads),
+        "effects": state.effects,
+        "differences": state.differences,
+        "phases": [*state.phases, *manifest_body.new_phases(phases, state.phases)],
     }
-    state_file.save_state(one.shot.state, one.state, manifest_body.to_plain_json(facts))
-    one.saved, one.unsaved_since = one.step, time.monotonic()
+    state_file.save_state(state.shot.state, state.solver_state, manifest_body.to_plain_json(facts))
+    state.saved_step, state.unsaved_since = state.step, time.monotonic()
 
 
-def due(one: Underway) -> bool:
+def is_save_due(state: ShotState) -> bool:
     """Whether so much would be lost now that it is time to save."""
-    every = one.shot.save_every
-    seconds = time.monotonic() - one.unsaved_since
-    return one.step > one.saved and (one.step - one.saved >= every.steps or seconds >= every.seconds)
+    every = state.shot.save_every
+    seconds = time.monotonic() - state.unsaved_since
+    return state.step > state.saved_step and (
+        state.step - state.saved_step >= every.steps or seconds >= every.seconds
+    )
 
 
-def join(ones: Sequence[Underway]) -> None:
+def link_dependents(states: Sequence[ShotState]) -> None:
     """Decides which of these shots fork from which, in their order, now that it is known how far each is."""
-    tree = Tree()
-    found = {one.shot.index: one for one in ones}
-    for one in ones:
+    tree = PrefixTree()
+    found = {one.shot.index: one for one in states}
+    for one in states:
         one.fork = tree.add(one.shot, one.step)
         if one.fork:
-            found[one.fork.of].heirs.append(one)
-    for one in ones:
-        hand_over(one)
+            found[one.fork.parent].dependents.append(one)
+    for one in states:
+        propagate_state(one)
 
 
-def fail(ones: Iterable[Underway], error: WancliError) -> None:
+def fail_states(states: Iterable[ShotState], error: WancliError) -> None:
     """These end with this error, and all that wait for them; their states stay as the last step left them."""
-    for one in ones:
+    for one in states:
         if not one.failed:
             one.failed = error
-            if one.state is not None:
-                one.state = one.state.to("cpu")
-            hand_over(one)
+            if one.solver_state is not None:
+                one.solver_state = one.solver_state.to("cpu")
+            propagate_state(one)
 
 
-def hand_over(one: Underway) -> None:
+def propagate_state(state: ShotState) -> None:
     """Gives those that fork here the state. A shot that failed takes all that wait for it with it: each of
     them would come to the same numbers."""
-    for heir in list(one.heirs):
+    for heir in list(state.dependents):
         assert heir.fork
-        if one.failed:
-            heir.failed, heir.fork = one.failed, None
-            one.heirs.remove(heir)
-            hand_over(heir)
-        elif one.state is not None and heir.fork.step == one.step:
-            heir.step, heir.state, heir.fork = one.step, one.state, None
-            heir.read, heir.effects, heir.phases = set(one.read), list(one.effects), list(one.phases)
-            heir.first_step, heir.began, heir.unsaved_since = one.first_step, one.began, one.began
-            one.heirs.remove(heir)
-            if due(heir):
-                save(heir)
-            hand_over(heir)
+        if state.failed:
+            heir.failed, heir.fork = state.failed, None
+            state.dependents.remove(heir)
+            propagate_state(heir)
+        elif state.solver_state is not None and heir.fork.step == state.step:
+            heir.step, heir.solver_state, heir.fork = state.step, state.solver_state, None
+            heir.reads, heir.effects, heir.phases = set(state.reads), list(state.effects), list(state.phases)
+            heir.first_step_after, heir.started_at, heir.unsaved_since = (
+                state.first_step_after,
+                state.started_at,
+                state.started_at,
+            )
+            state.dependents.remove(heir)
+            if is_save_due(heir):
+                save_state(heir)
+            propagate_state(heir)

@@ -84,7 +84,7 @@ def check_shots(shots: Iterable[Shot], *, deep: bool = False) -> Verdict:
 
 def _stale_claims(claims: Iterable[Path]) -> list[Path]:
     """Return the claims of workers on this host that are known to be dead."""
-    return [path for path in claims if (claim := claim_file.look(path)) and claim_file.gone(claim)]
+    return [path for path in claims if (claim := claim_file.read_claim(path)) and claim_file.is_dead(claim)]
 
 
 def _list_files(root: Path) -> Iterator[Path]:

@@ -1,1 +1,1 @@
-"""Many workers: on one folder, behind a socket, on a cluster, in the files of a scheduler."""
+"""Other processes: workers on a Ray cluster, the server and its clients, jobs for schedulers."""

@@ -1,4 +1,4 @@
-"""Standing in for another process: its streams, its environment and its umask, for a while."""
+"""Run with the streams, the environment and the umask of another process, for a while."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from typing import Any, TextIO
 
 from wancli.errors import MachineError
 from wancli.farm import local_socket
-from wancli.stdio import writer
+from wancli.stdio import open_writer
 
 
 @contextmanager
-def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[None]:
-    """In the block this process has the client's streams, environment and umask. Raises BrokenPipeError where
-    the last of the output reached nobody."""
+def use_client_environment(request: dict[str, Any], streams: Sequence[int]) -> Iterator[None]:
+    """Give this process the client's streams, environment and umask while the block runs.
+
+    Raises BrokenPipeError if the last of the output could not be written.
+    """
     own_streams, own_python = [os.dup(fd) for fd in range(3)], (sys.stdin, sys.stdout, sys.stderr)
     own_environment = dict(os.environ)
     own_mask = os.umask(request["umask"])
-    fixed = {name: value for name, value in own_environment.items() if name in local_socket.FIXED}
+    fixed = {name: value for name, value in own_environment.items() if name in local_socket.FIXED_VARIABLES}
     try:
         _set_environment({**request["environment"], **fixed})
         for fd, stream in enumerate(streams):
             os.dup2(stream, fd)
         out, err = request["written"]
-        sys.stdin, sys.stdout, sys.stderr = _reader(), writer(1, **out), writer(2, **err)
+        sys.stdin, sys.stdout, sys.stderr = _open_stdin(), open_writer(1, **out), open_writer(2, **err)
         yield
         try:
             sys.stdout.flush()
         except (BrokenPipeError, MachineError):
-            sys.stdout.flush()  # to nowhere, not to the server's own
+            sys.stdout.flush()  # to /dev/null, not to the server's own stdout
             raise BrokenPipeError from None
     finally:
         sys.stdin, sys.stdout, sys.stderr = own_python
@@ -42,7 +44,7 @@ def standing_in(request: dict[str, Any], streams: Sequence[int]) -> Iterator[Non
         _set_environment(own_environment)
 
 
-def _reader() -> TextIO:
+def _open_stdin() -> TextIO:
     return open(0, closefd=False)
 
 

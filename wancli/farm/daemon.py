@@ -1,4 +1,4 @@
-"""Going on in the background: a process of a session of its own, that says when it is ready."""
+"""Running in the background: a process in a session of its own that reports when it is ready."""
 
 from __future__ import annotations
 
@@ -10,62 +10,70 @@ from wancli.errors import ExitStatus, MachineError
 
 
 class Background:
-    """This process, once `detached`. Until it is ready its errors go where those of its starter went, if
-    that waits; then into the log."""
+    """The background process, as `detach` returns it.
+
+    Until it is ready, its errors go to the streams of the process that started it, if that process waits.
+    Afterwards they go to the log.
+    """
 
     def __init__(self, log: Path, answer: int | None) -> None:
         self._log, self._answer = log, answer
-        _connect(os.devnull, 0)
+        _redirect(os.devnull, 0)
         if answer is None:
-            self._to_log()
+            self._redirect_to_log()
 
-    def ready(self) -> None:
-        """Raises MachineError where the one who waited for it has gone."""
+    def report_ready(self) -> None:
+        """Tell the waiting process that this one is ready. Raises MachineError if that process has ended."""
         if self._answer is not None:
-            self._to_log()
-            self._say(ExitStatus.OK)
+            self._redirect_to_log()
+            self._send_status(ExitStatus.OK)
 
-    def failed(self, status: ExitStatus) -> None:
+    def report_failure(self, status: ExitStatus) -> None:
         if self._answer is not None:
-            self._say(status)
+            self._send_status(status)
 
-    def _say(self, status: ExitStatus) -> None:
+    def _send_status(self, status: ExitStatus) -> None:
         assert self._answer is not None
         try:
             os.write(self._answer, bytes([status]))
         except BrokenPipeError:
-            raise MachineError("who started this server has gone", where=str(self._log)) from None
+            raise MachineError(
+                "the process that started this server has ended", where=str(self._log)
+            ) from None
         os.close(self._answer)
         self._answer = None
 
-    def _to_log(self) -> None:
-        _connect(self._log, 1)
-        _connect(self._log, 2)
+    def _redirect_to_log(self) -> None:
+        _redirect(self._log, 1)
+        _redirect(self._log, 2)
 
 
-def detached(log: Path, *, wait: bool) -> Background | ExitStatus:
-    """Returns twice: in a process in the background, and in this one what it is to exit with.
+def detach(log: Path, *, wait: bool) -> Background | ExitStatus:
+    """Fork into the background. Returns twice: Background in the new process, an exit status in this one.
 
-    With `wait` that is once the other is ready or has failed. Before there are threads."""
+    With `wait`, this process returns once the other one is ready or has failed. Call it before there are
+    threads.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    answer, its = os.pipe()
+    answer, child_end = os.pipe()
     if child := os.fork():
-        os.close(its)
+        os.close(child_end)
         os.waitpid(child, 0)
-        said = os.read(answer, 1) if wait else bytes([ExitStatus.OK])
+        status = os.read(answer, 1) if wait else bytes([ExitStatus.OK])
         os.close(answer)
-        return ExitStatus(said[0]) if said else ExitStatus.BUG
+        return ExitStatus(status[0]) if status else ExitStatus.BUG
     os.close(answer)
     os.setsid()
-    if os.fork():  # who leads a session may get a terminal; its child never does
+    if os.fork():  # the leader of a session may get a terminal; its child never does
         os._exit(0)
     if not wait:
-        os.close(its)
-    return Background(log, its if wait else None)
+        os.close(child_end)
+    return Background(log, child_end if wait else None)
 
 
-def _connect(path: Path | str, fd: int) -> None:
+def _redirect(path: Path | str, fd: int) -> None:
+    """Make a file what a descriptor writes to and reads from."""
     opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     os.dup2(opened, fd)
     os.close(opened)

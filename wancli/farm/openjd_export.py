@@ -1,6 +1,7 @@
 """`wancli export openjd`: a job template for Open Job Description, as AWS Deadline Cloud and others run it.
 
-A session starts one server, whose model all tasks of the session share, and ends it. A task is some shots.
+A session starts one server, shares its model among all tasks of the session, and ends it. A task is some
+shots.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ echo "openjd_env: WANCLI_SOCKET=$3"
 """
 
 
-def template(
+def build_template(
     wancli: str,
     job: Path,
     items: str,
@@ -33,39 +34,41 @@ def template(
     gpus: int,
     at_once: int,
 ) -> str:
-    """The template as YAML; `options` are further ones of `wancli render`, `served` those among them that
-    `wancli serve` takes, too, `at_once` the shots of a task.
+    """Build the template as YAML.
 
-    Raises JobError for an option that OpenJD would read as a format string, and for what YAML cannot hold."""
-    _refuse_odd((wancli, *options), job)
-    step = _step(wancli, served, options, at_once)
+    `options` are further options of `wancli render`, `served` those of them that `wancli serve` also takes,
+    `at_once` the shots of a task. Raises JobError if OpenJD would read an option as a format string, and if
+    YAML cannot hold a word.
+    """
+    _check_representable((wancli, *options), job)
+    step = _build_step(wancli, served, options, at_once)
     if gpus:
         step["hostRequirements"] = {"amounts": [{"name": "amount.worker.gpu", "min": gpus}]}
-    whole = {
+    template = {
         "specificationVersion": "jobtemplate-2023-09",
         "extensions": ["TASK_CHUNKING"],
         "name": re.sub(r"\{\{|[^\x20-\x7e]", "-", name)[:64],
         "parameterDefinitions": [
-            # Not a PATH, whose default starts in the folder of the template, wherever that will be.
+            # Not a PATH: its default would be relative to the folder of the template, wherever that will be.
             {"name": "JobFile", "type": "STRING", "default": str(job)},
             {"name": "Items", "type": "STRING", "default": items},
         ],
         "steps": [step],
     }
-    return str(yaml.safe_dump(whole, sort_keys=False, width=110, allow_unicode=True))
+    return str(yaml.safe_dump(template, sort_keys=False, width=110, allow_unicode=True))
 
 
-def _refuse_odd(words: Sequence[str], job: Path) -> None:
+def _check_representable(words: Sequence[str], job: Path) -> None:
     for word in (*words, str(job)):
         if any("\ud800" <= char <= "\udfff" for char in word):
             hint = "Rename it, or use `wancli export slurm`."
-            raise JobError(f"{word!r} is no UTF-8, which a template of OpenJD is", hint=hint)
+            raise JobError(f"{word!r} is not UTF-8, as a template of OpenJD must be", hint=hint)
     if odd := [word for word in words if "{{" in word]:
-        raise JobError(f"{odd[0]!r} holds {{{{, which OpenJD replaces", hint="Say it in the job file.")
+        raise JobError(f"{odd[0]!r} holds {{{{, which OpenJD replaces", hint="Write it in the job file.")
 
 
-def _step(wancli: str, served: Sequence[str], options: Sequence[str], at_once: int) -> dict[str, Any]:
-    """The only step: a session starts a server with the model, and each of its tasks asks that."""
+def _build_step(wancli: str, served: Sequence[str], options: Sequence[str], at_once: int) -> dict[str, Any]:
+    """Build the only step: a session starts a server with the model, and each of its tasks uses it."""
     socket = ["--socket", _SOCKET]
     enter = {
         "command": "bash",
@@ -89,7 +92,7 @@ def _step(wancli: str, served: Sequence[str], options: Sequence[str], at_once: i
             "embeddedFiles": [{"name": "Enter", "type": "TEXT", "data": _ENTER}],
         },
     }
-    parts = {
+    chunks = {
         "name": "Item",
         "type": "CHUNK[INT]",
         "range": "{{Param.Items}}",
@@ -99,7 +102,7 @@ def _step(wancli: str, served: Sequence[str], options: Sequence[str], at_once: i
     return {
         "name": "Render",
         "stepEnvironments": [model],
-        "parameterSpace": {"taskParameterDefinitions": [parts]},
+        "parameterSpace": {"taskParameterDefinitions": [chunks]},
         "script": {
             "actions": {"onRun": {"command": wancli, "args": [*render, *options], "cancelation": stop}}
         },

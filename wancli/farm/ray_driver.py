@@ -18,21 +18,21 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.batch import settled, several, tallied
+from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcomes
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
-from wancli.engine.preflight import Found, outputs
+from wancli.engine.preflight import PreflightResult, check_outputs
 from wancli.errors import MachineError, WancliError
-from wancli.farm.ray_worker import Task, Worker, unwired
+from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.plan import batching
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
     from wancli.engine.context import RenderContext
-    from wancli.plan.shot import Model, Plan, Shot
+    from wancli.plan.shot import ModelSpec, Plan, Shot
 
 _RESTARTS, _TASK_RETRIES = 3, 2
-_PAUSE = 0.2  # seconds between two looks for signals
+_POLL_SECONDS = 0.2  # seconds between two looks for signals
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Cluster:
 def render(plan: Plan, tools: RenderContext, task: Task, cluster: Cluster) -> Iterator[Outcome]:
     """As `batch.render`, by the workers of a cluster. Raises MachineError where there is no Ray, where the
     cluster cannot be reached, and where all workers died for good."""
-    todo, refused = outputs(plan, tools)
-    found = Found(tuple(todo), refused)
-    return tallied(_outcomes(plan, found, tools, task, cluster), todo, tools)
+    todo, refused = check_outputs(plan, tools)
+    found = PreflightResult(tuple(todo), refused)
+    return track_outcomes(_outcomes(plan, found, tools, task, cluster), todo, tools)
 
 
 def _outcomes(
-    plan: Plan, found: Found, tools: RenderContext, task: Task, cluster: Cluster
+    plan: Plan, found: PreflightResult, tools: RenderContext, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
-    yield from settled(plan, found)
+    yield from iter_resolved(plan, found)
     models = dict.fromkeys(shot.model for shot in found.todo)
     waves = [
         [shot for group in wave for shot in group]
@@ -63,15 +63,15 @@ def _outcomes(
         for wave in batching.waves([shot for shot in found.todo if shot.model == model])
     ]
     if waves:
-        with redirect_stdout(_Stdout()):
-            ray = _connected(cluster)
+        with redirect_stdout(_ThreadStdout()):
+            ray = _connect(cluster)
             try:
-                yield from _spread(ray, waves, tools, task, cluster)
+                yield from _dispatch(ray, waves, tools, task, cluster)
             finally:
                 ray.shutdown()  # and with it all workers
 
 
-class _Stdout(io.TextIOBase):
+class _ThreadStdout(io.TextIOBase):
     """What this thread prints is a result. Threads of Ray print what they think of the cluster: to stderr."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class _Stdout(io.TextIOBase):
         self._out.flush()
 
 
-def _connected(cluster: Cluster) -> Any:
+def _connect(cluster: Cluster) -> Any:
     try:
         import ray
     except ImportError as error:
@@ -110,38 +110,40 @@ def _connected(cluster: Cluster) -> Any:
 
 
 @dataclass(eq=False)
-class _Seat:
+class _ActorSlot:
     """A worker, and the model that it holds."""
 
     number: int
     actor: Any
-    model: Model | None = None
+    model: ModelSpec | None = None
 
 
-def _spread(
+def _dispatch(
     ray: Any, waves: list[list[Shot]], tools: RenderContext, task: Task, cluster: Cluster
 ) -> Iterator[Outcome]:
     """Sends waves to workers until all are done, or an end is asked for; workers save their states then."""
-    idle = _hired(ray, waves, task, cluster)
+    idle = _create_workers(ray, waves, task, cluster)
     count = len(idle)
-    busy: dict[Any, tuple[_Seat, list[Shot]]] = {}
+    busy: dict[Any, tuple[_ActorSlot, list[Shot]]] = {}
     ending: WancliError | None = None
     while busy or (waves and not (ending or tools.stop.requested)):
         while idle and waves and not (ending or tools.stop.requested):
             seat, wave = _match(idle, waves)
-            tools.progress.note(f"{several(wave)}: to worker {seat.number} of {count}")
+            tools.progress.note(f"{format_shots_inline(wave)}: to worker {seat.number} of {count}")
             busy[seat.actor.render.remote({shot.index: shot.key for shot in wave})] = seat, wave
-        for done in ray.wait(list(busy), timeout=_PAUSE)[0]:
+        for done in ray.wait(list(busy), timeout=_POLL_SECONDS)[0]:
             seat, wave = busy.pop(done)
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError:
-                tools.progress.warn(f"worker {seat.number} died for good; {several(wave)} goes to another")
+                tools.progress.warn(
+                    f"worker {seat.number} died for good; {format_shots_inline(wave)} goes to another"
+                )
                 waves.insert(0, wave)
                 continue
             idle.append(seat)
-            yield from _received(wave, result["outcomes"])
-            ending = ending or (unwired(result["raised"]) if result["raised"] else None)
+            yield from _read_outcomes(wave, result["outcomes"])
+            ending = ending or (error_from_dict(result["raised"]) if result["raised"] else None)
         if not (idle or busy):
             raise MachineError(
                 f"all {count} workers died",
@@ -155,7 +157,9 @@ def _spread(
         raise ending
 
 
-def _hired(ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Cluster) -> list[_Seat]:
+def _create_workers(
+    ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Cluster
+) -> list[_ActorSlot]:
     """A worker per GPU, or per so many cores, and no more than there are waves."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(shot.model.device == "cuda" for wave in waves for shot in wave):
@@ -172,10 +176,10 @@ def _hired(ray: Any, waves: Sequence[Sequence[Shot]], task: Task, cluster: Clust
     actor = ray.remote(max_restarts=_RESTARTS, max_task_retries=_TASK_RETRIES, max_concurrency=2, **each)(
         Worker
     )  # two calls at a time: `render`, and `stop` meanwhile
-    return [_Seat(number, actor.remote(task)) for number in range(1, min(fit, len(waves)) + 1)]
+    return [_ActorSlot(number, actor.remote(task)) for number in range(1, min(fit, len(waves)) + 1)]
 
 
-def _match(idle: list[_Seat], waves: list[list[Shot]]) -> tuple[_Seat, list[Shot]]:
+def _match(idle: list[_ActorSlot], waves: list[list[Shot]]) -> tuple[_ActorSlot, list[Shot]]:
     """The first wave whose model an idle worker has, else the first wave and one that has none yet."""
     matches = ((seat, wave) for wave in waves for seat in idle if seat.model == wave[0].model)
     unused = next((seat for seat in idle if seat.model is None), idle[0])
@@ -186,15 +190,19 @@ def _match(idle: list[_Seat], waves: list[list[Shot]]) -> tuple[_Seat, list[Shot
     return seat, wave
 
 
-def _received(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
+def _read_outcomes(wave: Sequence[Shot], outcomes: Sequence[Record]) -> Iterator[Outcome]:
     by_index = {shot.index: shot for shot in wave}
     for one in outcomes:
-        shot, error = by_index[one["index"]], unwired(one["error"]) if one["error"] else None
+        shot, error = by_index[one["index"]], error_from_dict(one["error"]) if one["error"] else None
         made = one["status"] in ("rendered", "already done")
-        yield _seen(shot, one["status"]) if made else Outcome(shot, one["status"], None, error, one["stack"])
+        yield (
+            _verify_output(shot, one["status"])
+            if made
+            else Outcome(shot, one["status"], None, error, one["stack"])
+        )
 
 
-def _seen(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
+def _verify_output(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
     """What a worker says is done, once this host finds it so."""
     with suppress(OSError):
         list(shot.output.parent.iterdir())  # makes NFS ask its server

@@ -18,7 +18,7 @@ from wancli.engine.context import Force
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
 from wancli.errors import Bug, MachineError, Stopped, WancliError, error_types
-from wancli.job.cli_overrides import Flags
+from wancli.job.cli_overrides import CliOverrides
 from wancli.signals import Stop
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Task:
 
     job: str
     folder: str  # where the command was given: relative paths begin there
-    flags: Flags
+    flags: CliOverrides
     cache: str
     measure: bool
     force: Force | None  # as the driver found the outputs
@@ -43,11 +43,11 @@ class Worker:
     """What Ray runs in a process of its own, and again if that dies."""
 
     def __init__(self, task: Task) -> None:
-        from wancli.engine.networks import Kept
+        from wancli.engine.networks import ModelCache
 
         self._task = task
         self._stop = Stop()
-        self._kept = Kept()
+        self._kept = ModelCache()
         self._plan: Plan | None = None
 
     def stop(self, reason: Any) -> None:
@@ -60,25 +60,25 @@ class Worker:
         found: list[Record] = []
         raised: WancliError | None = None
         try:
-            for outcome in self._rendered(keys):
-                error = wired(outcome.error) if outcome.error else None
+            for outcome in self._render_shots(keys):
+                error = error_to_dict(outcome.error) if outcome.error else None
                 about = {"index": outcome.shot.index, "status": outcome.status}
                 found.append(about | {"error": error, "stack": outcome.stack})
         except Stopped:
             pass  # the driver knows why; or others are at the rest, as the outcomes say
         except WancliError as error:
             raised = error
-        return {"outcomes": found, "raised": wired(raised) if raised else None}
+        return {"outcomes": found, "raised": error_to_dict(raised) if raised else None}
 
-    def _rendered(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
+    def _render_shots(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
         from wancli.engine.context import RenderContext
-        from wancli.engine.outcome import Policy
+        from wancli.engine.outcome import FailurePolicy
         from wancli.progress import Progress
         from wancli.storage.cache import Store
         from wancli.storage.claims import Claims
 
         task = self._task
-        self._plan = self._plan or _planned(task)
+        self._plan = self._plan or _build_plan(task)
         shots = tuple(shot for shot in self._plan.shots if shot.index in keys)
         if {shot.index: shot.key for shot in shots} != keys:
             raise MachineError(
@@ -86,13 +86,13 @@ class Worker:
                 where=task.job,
                 hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
             )
-        store, policy = Store(Path(task.cache) / "embeddings"), Policy(retries=task.retries)
-        with Claims(waits=task.waits) as claims:
+        store, policy = Store(Path(task.cache) / "embeddings"), FailurePolicy(retries=task.retries)
+        with Claims(waits_for_others=task.waits) as claims:
             tools = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
-            yield from batch.render(replace(self._plan, shots=shots, others=()), tools)
+            yield from batch.render(replace(self._plan, shots=shots, unselected=()), tools)
 
 
-def _planned(task: Task) -> Plan:
+def _build_plan(task: Task) -> Plan:
     from wancli.job.loader import load
     from wancli.plan import planner
 
@@ -105,15 +105,15 @@ def _planned(task: Task) -> Plan:
             hint="All machines of the cluster need the folders of the job, the model and the output.",
         ) from error
     memo = Path(task.cache) / "hashes.json"
-    return planner.plan(load(Path(task.job), task.flags), memo, measure=task.measure)
+    return planner.build_plan(load(Path(task.job), task.flags), memo, measure=task.measure)
 
 
-def wired(error: WancliError) -> Record:
+def error_to_dict(error: WancliError) -> Record:
     """An error as plain data."""
     return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
 
 
-def unwired(said: Record) -> WancliError:
-    """The error that was `wired`."""
+def error_from_dict(said: Record) -> WancliError:
+    """The error that was `error_to_dict`."""
     kind = next((kind for kind in error_types() if kind.code == said["code"]), Bug)
     return kind(said["message"], where=said["where"], hint=said["hint"])

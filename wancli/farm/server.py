@@ -1,8 +1,8 @@
 """`wancli serve`: one process that renders for many commands, with networks that stay in memory.
 
-One request after the other runs in the main thread as its command line would in a process of its own: on the
-client's streams, in its folder, environment and umask. A thread hands its signals on; where the client
-is gone the render is asked to stop. What waits its turn waits in the socket.
+Requests run one after the other in the main thread, each as its command line would run in a process of its
+own: on the client's streams, in its folder, environment and umask. A thread forwards the client's signals; if
+the client is gone, it asks the render to stop. Waiting requests queue at the socket.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.networks import Kept, check_device, check_weights
+from wancli.engine.networks import ModelCache, check_device, check_weights
 from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
-from wancli.farm.client_environment import standing_in
-from wancli.resources.measure import fitting
+from wancli.farm.client_environment import use_client_environment
+from wancli.resources.measure import oom_as_error
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
 
-Run = Callable[[list[str], Kept, float], int]  # a command line, networks and when it began, to its exit code
+# From a command line, the networks in memory and its start time to its exit code.
+RunCommand = Callable[[list[str], ModelCache, float], int]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_PATIENCE = 10.0  # seconds for a request to arrive
-_LOST = 120  # as Python itself ends where the last of its output reaches nobody
-# Ends after which a network is whole. Others come from anywhere, so that it is loaded anew.
-_SOUND = (
+_REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive
+_OUTPUT_LOST = 120  # as Python itself ends if the last of its output cannot be written
+# After these the networks are whole. Other errors may come from anywhere, so the networks are loaded again.
+_KEEPS_NETWORKS = (
     ExitStatus.OK,
     ExitStatus.SOME_FAILED,
     ExitStatus.USAGE,
@@ -47,9 +48,11 @@ _SOUND = (
 )
 
 
-def prepare(plan: Plan | None, kept: Kept) -> None:
-    """Imports what a render needs, and loads the networks of the plan's first shot. Raises what a render
-    would where they are damaged or do not fit."""
+def preload(plan: Plan | None, kept: ModelCache) -> None:
+    """Import what a render needs, and load the networks of the plan's first shot.
+
+    Raises what a render would raise if they are damaged or do not fit.
+    """
     from wancli.engine import (
         batch,  # noqa: F401
         decode_stage,  # noqa: F401
@@ -60,7 +63,7 @@ def prepare(plan: Plan | None, kept: Kept) -> None:
     )
     from wancli.report import (
         batch_report,  # noqa: F401
-        terminal,  # noqa: F401
+        render_summary,  # noqa: F401
     )
     from wancli.sampling import denoise  # noqa: F401
     from wancli.weights import loader  # noqa: F401
@@ -73,77 +76,82 @@ def prepare(plan: Plan | None, kept: Kept) -> None:
     backends.check(shot.model)
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, encoded=True)
-    with fitting("loading", str(shot.model.checkpoint.root)):
-        loaded = kept.networks(shot.model, lazily=False)
+    with oom_as_error("loading", str(shot.model.checkpoint.root)):
+        loaded = kept.get(shot.model, lazily=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 
 
 class Server:
-    """Runs what clients ask for, until it is told to end or nobody has asked for anything for `idle` seconds.
+    """The loop that runs the clients' command lines, until a signal or `idle` seconds without a request.
 
-    SIGTERM or SIGINT end it, in the middle of a render as they end a render: saved, or with its planning.
-    For the main thread.
+    SIGTERM or SIGINT end it, in the middle of a render as they end a render: with its states saved. For the
+    main thread only.
     """
 
-    def __init__(self, run: Run, kept: Kept, *, idle: float | None) -> None:
+    def __init__(self, run: RunCommand, kept: ModelCache, *, idle: float | None) -> None:
         self._run, self._kept, self._idle = run, kept, idle
-        self._identity = local_socket.identity()
-        self._state: Literal["waiting", "running", "busy"] = "busy"  # running a command, busy with itself
+        self._fingerprint = local_socket.process_fingerprint()
+        # running: a client's command. busy: the server's own work between commands.
+        self._state: Literal["waiting", "running", "busy"] = "busy"
         self._signalled = False  # by a signal that no client sent
-        self._came: Counter[int] = Counter()  # signals since the command began that runs, whoever heard them
-        self._relayed: Counter[int] = Counter()  # those of its client among them
-        self._woken: int | None = None  # where Python writes the number of each signal that comes
+        self._received: Counter[int] = Counter()  # signals since the current command began, from anyone
+        self._relayed: Counter[int] = Counter()  # those of them that its client sent
+        self._wakeup_fd: int | None = None  # where Python writes the number of each signal
 
     @contextmanager
-    def heeding(self) -> Iterator[None]:
-        """Signals end the server. Where Ctrl-C is for the script that started it, it does not get there."""
+    def handle_signals(self) -> Iterator[None]:
+        """End the server on a signal. A Ctrl-C that the starting script ignores does not reach it."""
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             with suppress(OSError):  # it leads a session of its own
                 os.setpgid(0, 0)
-        self._woken, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        woken = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
+        self._wakeup_fd, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        former_fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(woken)
-            os.close(self._woken)
+            signal.set_wakeup_fd(former_fd)
+            os.close(self._wakeup_fd)
             os.close(written)
-            self._woken = None
+            self._wakeup_fd = None
 
-    def _heard(self, number: int, _: FrameType | None) -> None:
-        """A signal, but for the time in which a render listens by itself."""
-        if self._state == "running" or (self._state == "waiting" and self._ending()):
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        """Handle a signal, except while a render handles signals itself."""
+        if self._state == "running" or (self._state == "waiting" and self._stop_requested()):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise Stopped(f"stopped by {signal.Signals(number).name}")
 
-    def _ending(self) -> bool:
-        """Whether a signal came that no client sent. A render hears its signals itself, so that they are
-        counted where Python meets them, and its exit code says nothing about them."""
-        if self._woken is not None:
+    def _stop_requested(self) -> bool:
+        """Return whether a signal came that no client sent.
+
+        A render handles its signals itself, and its exit code does not tell who sent them. So signals are
+        counted where Python receives them.
+        """
+        if self._wakeup_fd is not None:
             with suppress(BlockingIOError):
-                while numbers := os.read(self._woken, 512):
-                    self._came.update(numbers)
+                while numbers := os.read(self._wakeup_fd, 512):
+                    self._received.update(numbers)
         self._signalled = self._signalled or any(
-            self._came[number] > self._relayed[number] for number in _SIGNALS
+            self._received[number] > self._relayed[number] for number in _SIGNALS
         )
         return self._signalled
 
     def serve(self, listener: socket.socket) -> None:
-        while not self._ending():
-            connection = self._next(listener)
+        while not self._stop_requested():
+            connection = self._accept(listener)
             if connection is None:
                 return
             with connection:
-                self._answer(connection)
+                self._handle(connection)
 
-    def _next(self, listener: socket.socket) -> socket.socket | None:
+    def _accept(self, listener: socket.socket) -> socket.socket | None:
+        """Wait for a client; return None after `idle` seconds or a signal."""
         try:
             self._state = "waiting"
-            if self._ending() or not select.select([listener], [], [], self._idle)[0]:
+            if self._stop_requested() or not select.select([listener], [], [], self._idle)[0]:
                 return None
             return listener.accept()[0]
         except (KeyboardInterrupt, Stopped):
@@ -151,30 +159,31 @@ class Server:
         finally:
             self._state = "busy"
 
-    def _answer(self, connection: socket.socket) -> None:
-        pid, user = local_socket.peer(connection)
+    def _handle(self, connection: socket.socket) -> None:
+        """Run the command of one client and send it the exit code."""
+        pid, user = local_socket.peer_credentials(connection)
         if user != os.geteuid():
-            local_socket.send(
-                connection, {"refused": f"you are user {user}, this is one of user {os.geteuid()}"}
+            local_socket.send_message(
+                connection, {"refused": f"you are user {user}, the server is of user {os.geteuid()}"}
             )
             return
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(_REQUEST_TIMEOUT)
         _reply(connection, {"turn": os.getpid()})
         try:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         except OSError:
             return
         try:
-            request = local_socket.Lines(connection).next()
+            request = local_socket.MessageReader(connection).read()
             connection.settimeout(None)
-            if request is None or len(streams) != 3:  # it has gone
+            if request is None or len(streams) != 3:  # the client is gone
                 return
             began = time.monotonic()
-            if why := local_socket.difference(self._identity, request.get("identity", {})):
+            if why := local_socket.describe_difference(self._fingerprint, request.get("identity", {})):
                 _reply(connection, {"refused": why})
                 return
             _reply(connection, {"begun": os.getpid()})
-            code = self._rendered(connection, request, streams)
+            code = self._run_in_folder(connection, request, streams)
         finally:
             for stream in streams:
                 os.close(stream)
@@ -183,12 +192,14 @@ class Server:
         sys.stderr.write(
             f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
         )
-        if code not in _SOUND:
-            self._kept.forget()
+        if code not in _KEEPS_NETWORKS:
+            self._kept.clear()
         if code != ExitStatus.OK:
-            gc.collect()  # of what an error holds on to
+            gc.collect()  # frees what the error refers to
 
-    def _rendered(self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]) -> int:
+    def _run_in_folder(
+        self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]
+    ) -> int:
         try:
             os.chdir(request["folder"])
         except OSError as error:
@@ -196,15 +207,15 @@ class Server:
                 os.write(streams[2], f"wancli: {request['folder']!r}: {error.strerror}\n".encode())
             return ExitStatus.MACHINE
         try:
-            with standing_in(request, streams):
-                return self._command(connection, request)
+            with use_client_environment(request, streams):
+                return self._run_command(connection, request)
         except BrokenPipeError:
-            return _LOST
+            return _OUTPUT_LOST
         finally:
             os.chdir("/")
 
-    def _command(self, connection: socket.socket, request: dict[str, Any]) -> int:
-        relay = threading.Thread(target=self._relay, args=[connection], daemon=True)
+    def _run_command(self, connection: socket.socket, request: dict[str, Any]) -> int:
+        relay = threading.Thread(target=self._relay_signals, args=[connection], daemon=True)
         try:
             self._state = "running"
             relay.start()
@@ -215,28 +226,31 @@ class Server:
             code = ExitStatus.INTERRUPTED
         except Stopped:
             code = ExitStatus.STOPPED
-        except Exception:  # as where Python ends by it: somebody closed its stderr
+        except Exception:  # as Python itself ends by it: for instance if the client closed its stderr
             with suppress(OSError):
                 traceback.print_exc()
             code = 1
         finally:
             self._state = "busy"
-        with suppress(OSError):  # it is gone
+        with suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RD)
         relay.join()
-        self._ending()
-        self._came.clear()
+        self._stop_requested()
+        self._received.clear()
         self._relayed.clear()
         return code
 
-    def _relay(self, connection: socket.socket) -> None:
-        """Raises the client's signals in the main thread, and SIGTERM where it is gone before its end, unless
-        it asked for that already: a second signal is for those who do not want to wait."""
-        lines = local_socket.Lines(connection)
+    def _relay_signals(self, connection: socket.socket) -> None:
+        """Raise the client's signals in the main thread, and SIGTERM if the client is gone.
+
+        If the client already requested a stop, its end raises no SIGTERM: a second signal would end the
+        render without saving.
+        """
+        messages = local_socket.MessageReader(connection)
         main = threading.main_thread().ident
         assert main is not None
         while True:
-            message = lines.next()
+            message = messages.read()
             number = signal.Signals[message["signal"]] if message else signal.SIGTERM
             if self._state != "running" or (message is None and self._relayed):
                 return
@@ -247,18 +261,18 @@ class Server:
 
 
 def _reply(connection: socket.socket, message: dict[str, Any]) -> None:
-    with suppress(OSError):  # it is gone
-        local_socket.send(connection, message)
+    with suppress(OSError):  # the client is gone
+        local_socket.send_message(connection, message)
 
 
-def stop(path: Path) -> None:
-    """Ends the server there once its render is saved, and waits for that. Raises MachineError."""
+def stop_server(path: Path) -> None:
+    """End the server at a path once its render is saved, and wait for that. Raises MachineError."""
     connection = local_socket.connect(path)
     if connection is None:
-        hint = "It has ended; or it serves at another place, which --socket PATH names."
-        raise MachineError("nobody serves there", where=str(path), hint=hint)
+        hint = "It has ended; or it uses another socket, which --socket PATH names."
+        raise MachineError("no server found", where=str(path), hint=hint)
     with connection:
-        pid, _ = local_socket.peer(connection)
+        pid, _ = local_socket.peer_credentials(connection)
         process = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(process, signal.SIGTERM)

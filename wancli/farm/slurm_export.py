@@ -1,4 +1,4 @@
-"""`wancli export slurm`: an array job, one task a part of the job, that saves and queues itself again."""
+"""`wancli export slurm`: an array job with one task for each part of the job. Each saves and queues again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 _BODY = """
 # Submit it with sbatch. Parts are counted from 0; `sbatch --array=3 FILE` runs one of them again. Logs go
 # to the folder that it is submitted from: Slurm opens them before anything here could make a folder.
-# {margin} s before its time is over Slurm sends USR1: the render saves where it is, ends with 75, and the
+# {margin} s before its time is over Slurm sends USR1: the render saves its states, ends with 75, and the
 # task queues itself again. The margin must be longer than a step and the writing of its state.
 
 cd -- {folder} || exit 3
@@ -19,7 +19,7 @@ cd -- {folder} || exit 3
 render=$!
 again=yes
 trap 'kill -USR1 "$render"' USR1
-trap 'again=no; kill -TERM "$render"' TERM # of an administrator or scancel, who know what they want
+trap 'again=no; kill -TERM "$render"' TERM # by an administrator or scancel: do not queue again
 while kill -0 "$render" 2>/dev/null; do # a signal ends a wait; bash runs no trap while a command runs
   wait "$render"
 done
@@ -33,8 +33,8 @@ exit "$code"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a task asks Slurm for; None and 0 leave it to the cluster."""
+class SlurmOptions:
+    """What a task requests from Slurm; None and 0 leave it to the cluster."""
 
     shards: int = 1
     gpus: int = 1
@@ -44,21 +44,21 @@ class Wanted:
     margin: int = 180  # seconds
 
 
-def script(command: Sequence[str], folder: Path, name: str, wanted: Wanted) -> str:
-    """The batch script around a render, whose paths start in the folder."""
+def build_script(command: Sequence[str], folder: Path, name: str, options: SlurmOptions) -> str:
+    """Build the batch script around a render whose paths are relative to the folder."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name)  # Slurm reads these lines before any shell does
-    asked = {
+    directives = {
         "job-name": f"wancli-{plain}",
-        "array": f"0-{wanted.shards - 1}",
-        "gres": f"gpu:{wanted.gpus}" if wanted.gpus else None,
-        "cpus-per-task": wanted.cpus,
-        "mem": wanted.memory,
-        "time": wanted.time,
-        "signal": f"B:USR1@{wanted.margin}",
+        "array": f"0-{options.shards - 1}",
+        "gres": f"gpu:{options.gpus}" if options.gpus else None,
+        "cpus-per-task": options.cpus,
+        "mem": options.memory,
+        "time": options.time,
+        "signal": f"B:USR1@{options.margin}",
         "open-mode": "append",
         "output": f"wancli-{plain}-%A_%a.log",
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
-    where, words = shlex.quote(str(folder)), shlex.join(command)
-    body = _BODY.format(margin=wanted.margin, folder=where, command=words, shards=wanted.shards)
+    lines = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
+    quoted, words = shlex.quote(str(folder)), shlex.join(command)
+    body = _BODY.format(margin=options.margin, folder=quoted, command=words, shards=options.shards)
     return "\n".join(["#!/bin/bash", *lines, "#SBATCH --requeue"]) + "\n" + body

@@ -17,7 +17,7 @@ from wancli.models.dit_layers import Mix
 from wancli.models.text_context import Context, concat, lerp
 
 
-class Contexts:
+class ContextCache:
     """Turns the exprs of a table into contexts of a model, each once; every expert projects its own.
 
     `rows_NE` holds the encoder's rows of every prompt a table names.
@@ -26,14 +26,14 @@ class Contexts:
     def __init__(self, model: WanModel, rows_NE: Mapping[str, Tensor]) -> None:
         self._model = model
         self._rows_NE = rows_NE
-        self._made: dict[Expr, Context] = {}
+        self._contexts: dict[Expr, Context] = {}
 
     def context(self, expr: Expr) -> Context:
-        if expr not in self._made:
-            self._made[expr] = self._make(expr)
-        return self._made[expr]
+        if expr not in self._contexts:
+            self._contexts[expr] = self._build(expr)
+        return self._contexts[expr]
 
-    def _make(self, expr: Expr) -> Context:
+    def _build(self, expr: Expr) -> Context:
         match expr:
             case Text(id):
                 return self._model.project(self._rows_NE[id])
@@ -42,21 +42,21 @@ class Contexts:
             case Concat(a, b, weight):
                 return concat(self.context(a), self.context(b), weight)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Makes every context anew when next asked for: the model's weights have changed."""
-        self._made.clear()
+        self._contexts.clear()
 
     def mix(self, cell: Cell) -> Mix:
         return tuple((self.context(expr), weight) for expr, weight in cell)
 
 
-class Reads(Sequence[Mix]):
+class BlockContexts(Sequence[Mix]):
     """The contexts of one forward; notes which blocks came for theirs, the proof of injection."""
 
-    def __init__(self, contexts: Contexts, table: Table, step: int, branch: Branch) -> None:
+    def __init__(self, contexts: ContextCache, table: Table, step: int, branch: Branch) -> None:
         self.step = step
         self.branch: Branch = branch
-        self.cells: set[tuple[int, Branch, int]] = set()
+        self.cells_read: set[tuple[int, Branch, int]] = set()
         self._contexts = contexts
         self._row = table.row(step, branch)
         self._base: Cell = ((table.base[branch], 1.0),)
@@ -72,7 +72,7 @@ class Reads(Sequence[Mix]):
         if isinstance(block, slice):
             raise TypeError("blocks read their contexts one by one")
         mix = self._contexts.mix(self._row[block])
-        self.cells.add((self.step, self.branch, block))
+        self.cells_read.add((self.step, self.branch, block))
         return mix
 
     @property
@@ -81,7 +81,7 @@ class Reads(Sequence[Mix]):
         return self._contexts.mix(self._base)
 
     @property
-    def injected(self) -> tuple[int, ...]:
+    def injected_blocks(self) -> tuple[int, ...]:
         """Blocks whose cell a rule changed."""
         return tuple(block for block, cell in enumerate(self._row) if cell != self._base)
 
@@ -106,5 +106,5 @@ class Effect:
 class Forward(Request):
     """What a walk asks of the model: one branch of one step."""
 
-    contexts: Reads
+    contexts: BlockContexts
     effects: list[Effect] | None = None

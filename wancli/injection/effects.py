@@ -21,50 +21,53 @@ from wancli.models.dit_layers import Mix
 from wancli.text.prompt_distance import LEGACY_THRESHOLD
 
 
-def velocities(model: WanModel, forwards: Sequence[Forward], riders: int | None = None) -> list[Tensor]:
+def velocities(
+    model: WanModel, forwards: Sequence[Forward], forwards_per_pass: int | None = None
+) -> list[Tensor]:
     """The velocity of each forward, bit for bit the model's own, and the effects that some ask for.
 
     An injected forward that is measured costs one more, the same without its injection, which rides
     along. `riders` as in `WanModel.velocities`.
     """
-    found: dict[int, dict[int, _Change]] = {
-        i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected
+    changes_by_forward: dict[int, dict[int, _OutputChange]] = {
+        i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected_blocks
     }
     plain = [
-        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts)) for f in (forwards[i] for i in found)
+        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts))
+        for f in (forwards[i] for i in changes_by_forward)
     ]
-    with _comparing(model, forwards, found):
-        all_BCTYX = model.velocities([*forwards, *plain], riders)
-    for (i, changes), plain_BCTYX in zip(found.items(), all_BCTYX[len(forwards) :]):
-        effects, reads = forwards[i].effects, forwards[i].contexts
+    with _compare_outputs(model, forwards, changes_by_forward):
+        all_BCTYX = model.velocities([*forwards, *plain], forwards_per_pass)
+    for (i, changes), plain_BCTYX in zip(changes_by_forward.items(), all_BCTYX[len(forwards) :]):
+        effects, contexts = forwards[i].effects, forwards[i].contexts
         assert effects is not None
-        moved = relative(all_BCTYX[i], plain_BCTYX)
+        moved = relative_change(all_BCTYX[i], plain_BCTYX)
         blocks = {block: math.sqrt(c.moved / max(c.plain, 1e-60)) for block, c in changes.items()}
-        percent = {block: 100 * c.over / c.elements for block, c in changes.items()}
-        effects.append(Effect(reads.step, reads.branch, moved, blocks, percent))
+        percent = {block: 100 * c.above_threshold / c.elements for block, c in changes.items()}
+        effects.append(Effect(contexts.step, contexts.branch, moved, blocks, percent))
     return all_BCTYX[: len(forwards)]
 
 
 @dataclass
-class _Change:
+class _OutputChange:
     """Of one block's cross-attention output, summed over the pieces in which it comes."""
 
     moved: float = 0.0  # sums of squares
     plain: float = 0.0
-    over: int = 0  # elements that moved by more than the threshold
+    above_threshold: int = 0  # elements that moved by more than the threshold
     elements: int = 0
 
     def add(self, out_BLD: Tensor, plain_BLD: Tensor) -> None:
         change_BLD = out_BLD - plain_BLD
         self.moved += torch.linalg.vector_norm(change_BLD, dtype=torch.float32).item() ** 2
         self.plain += torch.linalg.vector_norm(plain_BLD, dtype=torch.float32).item() ** 2
-        self.over += int((change_BLD.abs() > LEGACY_THRESHOLD).sum())
+        self.above_threshold += int((change_BLD.abs() > LEGACY_THRESHOLD).sum())
         self.elements += out_BLD.numel()
 
 
 @contextmanager
-def _comparing(
-    model: WanModel, forwards: Sequence[Forward], found: Mapping[int, dict[int, _Change]]
+def _compare_outputs(
+    model: WanModel, forwards: Sequence[Forward], changes_by_forward: Mapping[int, dict[int, _OutputChange]]
 ) -> Iterator[None]:
     """Compares the cross-attention of injected blocks with what they give uninjected on the same tokens."""
     turns: Counter[int] = (
@@ -73,13 +76,13 @@ def _comparing(
 
     def compare(block: int, cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
         turn = turns[block] - 1
-        if turn in found and block in forwards[turn].contexts.injected:
+        if turn in changes_by_forward and block in forwards[turn].contexts.injected_blocks:
             # `forward`, since a call of the module would come back here.
             plain_BLD = cross_attn.forward(args[0], forwards[turn].contexts.base)
-            found[turn].setdefault(block, _Change()).add(out_BLD, plain_BLD)
+            changes_by_forward[turn].setdefault(block, _OutputChange()).add(out_BLD, plain_BLD)
 
     handles = []
-    for block in {block for turn in found for block in forwards[turn].contexts.injected}:
+    for block in {block for turn in changes_by_forward for block in forwards[turn].contexts.injected_blocks}:
         layer = model.get_submodule(f"blocks.{block}")
         handles.append(layer.register_forward_pre_hook(lambda *_, block=block: turns.update([block])))
         handles.append(layer.get_submodule("cross_attn").register_forward_hook(partial(compare, block)))
@@ -90,7 +93,7 @@ def _comparing(
             handle.remove()
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative_change(a: Tensor, b: Tensor) -> float:
     """‖a - b‖ / ‖b‖."""
     change, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (a - b, b))
     return float(change / size.clamp_min(1e-30))

@@ -67,11 +67,11 @@ class Rule:
     gain: float
 
     @property
-    def on(self) -> bool:
+    def is_active(self) -> bool:
         """Whether any strength is not 0."""
         return any(s * f for _, s in self.blocks for _, f in self.steps)
 
-    def applied(self, cell: Cell, base: Text, strength: float) -> Cell:
+    def apply(self, cell: Cell, base: Text, strength: float) -> Cell:
         """The cell after this rule, given what the rules before it made of it."""
         injected: Expr = Text(self.text)
         if self.gain != 1:
@@ -90,8 +90,8 @@ class Table:
     """What block `b` attends to at step `s` in a branch: `table.row(s, branch)[b]`.
 
     Rows that are the same at several steps are one object, so a table is small however many
-    steps there are. `reached` lists, per rule, the (step, branch, block) cells it changed;
-    `steps_of` the steps of each branch: `unguided` ones, at guidance 1, have no uncond forward.
+    steps there are. `changed_cells` lists, per rule, the (step, branch, block) cells it changed;
+    `steps_by_branch` the steps of each branch: `unguided` ones, at guidance 1, have no uncond forward.
     """
 
     def __init__(
@@ -103,46 +103,46 @@ class Table:
         unguided: Collection[int] = (),
     ) -> None:
         self.steps = steps
-        self.steps_of: dict[Branch, tuple[int, ...]] = {
+        self.steps_by_branch: dict[Branch, tuple[int, ...]] = {
             branch: tuple(s for s in range(steps) if branch == "cond" or s not in unguided) for branch in base
         }
         self.base: dict[Branch, Text] = {branch: Text(text) for branch, text in base.items()}
         self.branches = tuple(base)
-        self.reached: tuple[list[tuple[int, Branch, int]], ...] = tuple([] for _ in rules)
+        self.changed_cells: tuple[list[tuple[int, Branch, int]], ...] = tuple([] for _ in rules)
         self._rows: dict[tuple[int, Branch], Row] = {}
         made: dict[tuple[Branch, tuple[float, ...]], Row] = {}
         factors = [dict(rule.steps) for rule in rules]
         for branch, text in self.base.items():
-            for step in self.steps_of[branch]:
+            for step in self.steps_by_branch[branch]:
                 active = tuple(
                     f.get(step, 0.0) if branch in r.branches else 0.0 for r, f in zip(rules, factors)
                 )
                 if (branch, active) not in made:
-                    made[branch, active] = _row(rules, active, text, depth)
+                    made[branch, active] = _build_row(rules, active, text, depth)
                 self._rows[step, branch] = made[branch, active]
-                for reached, rule, factor in zip(self.reached, rules, active):
+                for reached, rule, factor in zip(self.changed_cells, rules, active):
                     reached.extend((step, branch, block) for block, s in rule.blocks if s * factor)
 
     def branches_at(self, step: int) -> tuple[Branch, ...]:
-        return tuple(branch for branch in self.branches if step in self.steps_of[branch])
+        return tuple(branch for branch in self.branches if step in self.steps_by_branch[branch])
 
     def row(self, step: int, branch: Branch) -> Row:
         return self._rows[step, branch]
 
-    def rows(self, branch: Branch) -> dict[Row, list[int]]:
+    def distinct_rows(self, branch: Branch) -> dict[Row, list[int]]:
         """The different rows of a branch, each with the steps that have it."""
-        found: dict[Row, list[int]] = {}
-        for step in self.steps_of[branch]:
-            found.setdefault(self.row(step, branch), []).append(step)
-        return found
+        steps_by_row: dict[Row, list[int]] = {}
+        for step in self.steps_by_branch[branch]:
+            steps_by_row.setdefault(self.row(step, branch), []).append(step)
+        return steps_by_row
 
 
-def _row(rules: Sequence[Rule], active: Sequence[float], base: Text, depth: int) -> Row:
+def _build_row(rules: Sequence[Rule], active: Sequence[float], base: Text, depth: int) -> Row:
     cells: list[Cell] = [((base, 1.0),)] * depth
     for rule, factor in zip(rules, active):
         for block, strength in rule.blocks:
             if strength * factor:
-                cells[block] = rule.applied(cells[block], base, strength * factor)
+                cells[block] = rule.apply(cells[block], base, strength * factor)
     return tuple(cells)
 
 
@@ -155,7 +155,7 @@ def parse_blocks(spec: str | int | Sequence[str | int], depth: int) -> tuple[int
         parts = [block for part in spec for block in parse_blocks(part, depth)]
         return tuple(dict.fromkeys(parts))
     if isinstance(spec, str) and spec in NAMED_BLOCKS:
-        return _named(spec, depth)
+        return _named_blocks(spec, depth)
     match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4})(?::(\d{1,4}))?)?", str(spec))
     if not match:
         raise ValueError(
@@ -171,7 +171,7 @@ def parse_blocks(spec: str | int | Sequence[str | int], depth: int) -> tuple[int
     return tuple(range(first, last + 1, stride))
 
 
-def _named(name: str, depth: int) -> tuple[int, ...]:
+def _named_blocks(name: str, depth: int) -> tuple[int, ...]:
     third, two_thirds, half = -(-depth // 3), -(-2 * depth // 3), depth // 2
     ranges = {
         "all": range(depth),
@@ -248,28 +248,30 @@ class Curve:
                 return rng.random()
 
 
-def strengths(spec: float | Sequence[float] | Curve, places: Sequence[int]) -> tuple[tuple[int, float], ...]:
+def pair_strengths(
+    spec: float | Sequence[float] | Curve, positions: Sequence[int]
+) -> tuple[tuple[int, float], ...]:
     """One strength per chosen place: a number for all, a list in their order, or a curve over them."""
     if isinstance(spec, Curve):
-        values = spec.values(len(places))
+        values = spec.values(len(positions))
     elif isinstance(spec, int | float):
-        values = (float(spec),) * len(places)
+        values = (float(spec),) * len(positions)
     else:
         values = tuple(spec)
-        if len(values) != len(places):
-            raise ValueError(f"{len(values)} strengths for {len(places)} places")
-    return tuple(zip(places, values))
+        if len(values) != len(positions):
+            raise ValueError(f"{len(values)} strengths for {len(positions)} places")
+    return tuple(zip(positions, values))
 
 
-def share(expr: Expr, base: Text) -> float:
+def injected_share(expr: Expr, base: Text) -> float:
     """How much of a context comes from elsewhere than its branch's own prompt, in [0, 1]; for display."""
     if isinstance(expr, Text):
         return float(expr != base)
-    a, b = share(expr.a, base), share(expr.b, base)
+    a, b = injected_share(expr.a, base), injected_share(expr.b, base)
     weight = expr.weight if isinstance(expr, Lerp) else expr.weight / (1 + expr.weight)
     return min(1.0, max(0.0, (1 - weight) * a + weight * b))
 
 
-def strip(row: Row, base: Text) -> tuple[float, ...]:
+def injected_share_by_block(row: Row, base: Text) -> tuple[float, ...]:
     """Per block, how much of what it reads was injected, in [0, 1]."""
-    return tuple(min(1.0, sum(abs(w) * share(expr, base) for expr, w in cell)) for cell in row)
+    return tuple(min(1.0, sum(abs(w) * injected_share(expr, base) for expr, w in cell)) for cell in row)

@@ -1,1 +1,1 @@
-"""What the user wrote, with line numbers."""
+"""The job file as the user wrote it: strict YAML with line numbers, layers, sweeps."""

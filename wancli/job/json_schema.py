@@ -7,7 +7,7 @@ from typing import Any
 from wancli.job.schema import Job
 
 # What a file says about its shots, and no shot says of itself.
-_STRUCTURE: dict[str, Any] = {
+_EXPANSION_PROPERTIES: dict[str, Any] = {
     "items": {
         "description": "A list of overrides, one shot each: mappings are merged, lists and values replaced.",
         "type": "array",
@@ -38,9 +38,9 @@ _STRUCTURE: dict[str, Any] = {
 }
 
 
-def of_job() -> dict[str, Any]:
+def job_schema() -> dict[str, Any]:
     """JSON Schema 2020-12. A document it refuses is refused by wancli, too; only wancli sees the rest."""
-    schema = _any_of(Job.model_json_schema())
+    schema = _replace_one_of(Job.model_json_schema())
     definitions = schema.pop("$defs")
     # Each key may come from an item, an axis, or a file that is extended.
     schema.pop("required")
@@ -51,13 +51,13 @@ def of_job() -> dict[str, Any]:
         **schema,
         "title": "wancli job",
         "description": "A job file of wancli.",
-        "properties": schema["properties"] | _STRUCTURE,
+        "properties": schema["properties"] | _EXPANSION_PROPERTIES,
         "$defs": definitions | {"Item": item, "Axes": axes},
     }
 
 
-def _any_of(value: Any) -> Any:
+def _replace_one_of(value: Any) -> Any:
     """`oneOf` would refuse 1, which is an integer and a number."""
     if isinstance(value, dict):
-        return {"anyOf" if key == "oneOf" else key: _any_of(inner) for key, inner in value.items()}
-    return [_any_of(inner) for inner in value] if isinstance(value, list) else value
+        return {"anyOf" if key == "oneOf" else key: _replace_one_of(inner) for key, inner in value.items()}
+    return [_replace_one_of(inner) for inner in value] if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from wancli.job.yaml_reader import Key, dotted
+from wancli.job.yaml_reader import Key, join_key
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Source:
     lines: Mapping[tuple[Key, ...], int] = field(default_factory=dict)
     flag: bool = False
 
-    def where(self, *path: Key) -> str:
+    def location(self, *path: Key) -> str:
         """`job.yaml:12: sampler.steps`; a key that was never written gets the line of its parent."""
         if self.flag:
-            return f"{self.file} {dotted(path)}"
+            return f"{self.file} {join_key(path)}"
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
         place = f"{self.file}:{line}" if line else self.file
-        return f"{place}: {dotted(path)}" if path else place
+        return f"{place}: {join_key(path)}" if path else place
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Layer:
     """What one place says of a shot: a mapping of its keys, or the value of the key `at`."""
 
     source: Source
-    directory: Path  # where its relative paths start
+    base_dir: Path  # where its relative paths start
     value: Any
     prefix: tuple[Key, ...] = ()  # where the value stands in its source
     at: tuple[Key, ...] = ()
 
-    def where(self, path: tuple[Key, ...], *, of_key: bool = False) -> str:
+    def location(self, path: tuple[Key, ...], *, of_key: bool = False) -> str:
         """The place of a key of the shot; `of_key` that of the key of an axis, not of one of its values."""
         is_axis = self.at and of_key and len(path) <= len(self.at) and isinstance(self.prefix[-1], int)
         prefix = self.prefix[:-1] if is_axis else self.prefix
-        return self.source.where(*prefix, *path[len(self.at) :])
+        return self.source.location(*prefix, *path[len(self.at) :])
 
     def reach(self, path: tuple[Key, ...]) -> tuple[float, bool]:
         """How many parts of `path` are said here, and whether that hides what lower layers say of it.
@@ -71,13 +71,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers of a shot, the lowest first. `own` is the job file: what nobody said could be said there."""
+    """The layers of a shot, lowest first. `job_layer` is the job file: it owns keys that no layer sets."""
 
     stack: tuple[Layer, ...]
-    own: Layer
+    job_layer: Layer
 
     def owner(self, path: tuple[Key, ...]) -> Layer:
-        found, most = self.own, 0.0
+        found, most = self.job_layer, 0.0
         for layer in reversed(self.stack):
             count, hides = layer.reach(path)
             if count > most:
@@ -86,50 +86,50 @@ class Layers:
                 break
         return found
 
-    def where(self, *path: Key) -> str:
-        return self.owner(path).where(path)
+    def location(self, *path: Key) -> str:
+        return self.owner(path).location(path)
 
-    def over(self, *above: Layer) -> Layers:
-        return Layers((*self.stack, *above), self.own)
+    def with_layers(self, *above: Layer) -> Layers:
+        return Layers((*self.stack, *above), self.job_layer)
 
     @property
     def merged(self) -> dict[str, Any]:
         """What the layers that are mappings say together."""
-        return reduce(merged, (layer.value for layer in self.stack if not layer.at), {})
+        return reduce(merge, (layer.value for layer in self.stack if not layer.at), {})
 
 
-def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """`override` over `base`, mapping by mapping; a list is replaced whole."""
     result = dict(base)
     for key, value in override.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else value
+        result[key] = merge(result[key], value) if both else value
     return result
 
 
-def assigned(base: Any, path: Sequence[str], value: Any, done: tuple[str, ...] = ()) -> Any:
+def assign(base: Any, path: Sequence[str], value: Any, done: tuple[str, ...] = ()) -> Any:
     """`base` with `value` put, or merged, at a path; nothing is changed in place.
 
     Mappings on the way are made, entries of lists are not: LookupError says which is not there.
     """
     if not path:
-        return merged(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
+        return merge(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
     head, *rest = path
     here = ".".join(done)
     if isinstance(base, list):
         if not head.isdecimal() or int(head) >= len(base):
             raise LookupError(f"{here} has {len(base)} entries, and no {head}")
         index = int(head)
-        entry = assigned(base[index], rest, value, (*done, head))
+        entry = assign(base[index], rest, value, (*done, head))
         return [*base[:index], entry, *base[index + 1 :]]
     if not isinstance(base, dict):
         raise LookupError(f"{here} is no mapping, so there is no {head} in it")
     if rest and rest[0].isdecimal() and head not in base:
         raise LookupError(f"{'.'.join((*done, head))} has no entries")
-    return {**base, head: assigned(base.get(head, {}), rest, value, (*done, head))}
+    return {**base, head: assign(base.get(head, {}), rest, value, (*done, head))}
 
 
-def looked_up(value: Any, path: Sequence[str]) -> tuple[tuple[Key, ...], Any]:
+def look_up(value: Any, path: Sequence[str]) -> tuple[tuple[Key, ...], Any]:
     """The path as the value has it, numbers where lists are, and what is there. Raises LookupError."""
     keys: list[Key] = []
     for part in path:

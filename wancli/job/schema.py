@@ -15,18 +15,18 @@ from wancli.injection.table import Curve
 from wancli.models.config import Attention
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class EmbeddingFile(Strict):
+class EmbeddingFile(StrictModel):
     """A prompt that `wancli encode --out` has already encoded."""
 
     embedding: str
     index: int = Field(0, ge=0)
 
 
-class ModelFiles(Strict):
+class ModelFiles(StrictModel):
     """A checkpoint named file by file: `transformer`, or the two experts of Wan 2.2 A14B."""
 
     transformer: str | None = None
@@ -48,7 +48,7 @@ Prompt = Annotated[
 ]
 
 
-class ExpertGuidance(Strict):
+class ExpertGuidance(StrictModel):
     """One guidance for each of the two experts of Wan 2.2 A14B."""
 
     high: float = Field(ge=0, le=100)
@@ -69,29 +69,29 @@ Model = Annotated[
 ]
 
 
-class ModelOnly(Strict):
+class ModelEntry(StrictModel):
     """What an entry of models.yaml is: a model as a job says it."""
 
     model: Model
 
 
-class Sampler(Strict):
+class Sampler(StrictModel):
     solver: Literal["unipc", "dpm++", "euler", "distill4"] = "unipc"
     steps: int | None = Field(None, ge=1, le=1000)
     shift: float | None = Field(None, gt=0, le=100)
     guidance: Guidance | None = None
 
 
-class TextOptions(Strict):
+class TextOptions(StrictModel):
     max_tokens: Literal[256, 512] = 256
     truncate: bool = False
 
 
-class SigmaRange(Strict):
+class SigmaRange(StrictModel):
     sigma: list[float] = Field(min_length=2, max_length=2)
 
 
-class CurveSpec(Strict):
+class CurveSpec(StrictModel):
     """A strength over the chosen blocks (or steps); formulas in `wancli.injection.table.Curve`."""
 
     curve: Literal["linear", "gaussian", "sine", "step", "random"]
@@ -103,13 +103,13 @@ class CurveSpec(Strict):
     every: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
 
-    def resolved(self) -> Curve:
+    def to_curve(self) -> Curve:
         return Curve(
             self.curve, self.start, self.end, self.center, self.width, self.periods, self.every, self.seed
         )
 
 
-def _kind(value: Any) -> str:
+def _strength_kind(value: Any) -> str:
     if isinstance(value, dict | BaseModel):
         return "<mapping>"
     return "<list>" if isinstance(value, list) else "<number>"
@@ -120,7 +120,7 @@ Strength = Annotated[
     Annotated[Number, Tag("<number>")]
     | Annotated[list[Number], Tag("<list>")]
     | Annotated[CurveSpec, Tag("<mapping>")],
-    Discriminator(_kind),
+    Discriminator(_strength_kind),
 ]
 
 
@@ -163,7 +163,7 @@ Blocks = Annotated[
 ]
 
 
-class Inject(Strict):
+class Inject(StrictModel):
     """A second prompt for chosen blocks, steps and guidance branches."""
 
     prompt: Prompt
@@ -177,7 +177,7 @@ class Inject(Strict):
     expert: Literal["high", "low", "both"] = "both"
 
 
-class LoraEntry(Strict):
+class LoraEntry(StrictModel):
     """A LoRA, for the whole transformer or for chosen blocks and steps."""
 
     path: str
@@ -187,7 +187,7 @@ class LoraEntry(Strict):
     expert: Literal["both", "high", "low"] = "both"
 
 
-class Video(Strict):
+class Video(StrictModel):
     fps: int | None = Field(None, ge=1, le=240)
     crf: int = Field(16, ge=0, le=51)
     codec: Literal["h264", "h265"] = "h264"
@@ -208,7 +208,7 @@ Batch = Annotated[
 ]
 
 
-class Memory(Strict):
+class Memory(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     residency: Literal["auto", "resident", "packed", "streamed"] = "auto"
@@ -223,13 +223,13 @@ def _text_or_int(value: Any) -> str:
     return "<text>" if isinstance(value, str) else "<int>"
 
 
-Often = Annotated[
+SaveInterval = Annotated[
     Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[str, Tag("<text>")],
     Discriminator(_text_or_int),
 ]
 
 
-class Compare(Strict):
+class Compare(StrictModel):
     """What a render makes of its shots together, once they are done: files beside the outputs."""
 
     baseline: str | None = None
@@ -241,12 +241,12 @@ def _compare_kind(value: Any) -> str:
     return "<mapping>" if isinstance(value, dict | Compare) else "<bool>"
 
 
-Comparing = Annotated[
+CompareOption = Annotated[
     Annotated[bool, Tag("<bool>")] | Annotated[Compare, Tag("<mapping>")], Discriminator(_compare_kind)
 ]
 
 
-class Job(Strict):
+class Job(StrictModel):
     """One shot as the user described it, after `items` were merged over the rest of the file."""
 
     model: Model = wan_mini.NAME
@@ -266,6 +266,6 @@ class Job(Strict):
     video: Video = Video()
     memory: Memory = Memory()
     batch: Batch = "auto"
-    save_every: Often = "60s"
+    save_every: SaveInterval = "60s"
     measure: bool = False
-    compare: Comparing = False
+    compare: CompareOption = False

@@ -26,47 +26,47 @@ from wancli.job.schema import (
 from wancli.job.yaml_reader import Key
 
 # Keys of a job file that say which shots there are; a shot has none of them.
-STRUCTURE = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
+EXPANSION_KEYS = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
 
 
-def problems_of(error: ValidationError, where: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
-    """A line for every problem; `where(path, of_key)` names the place of a key of a job, or of its value."""
-    found = [(_path(problem), problem) for problem in error.errors()]
+def describe_problems(error: ValidationError, locate: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
+    """A line for every problem; `locate(path, of_key)` names the place of a key of a job, or of its value."""
+    problems = [(_key_path(problem), problem) for problem in error.errors()]
     # A misspelt key is not also reported as missing.
-    meant = {(*path[:-1], _nearest(path)) for path, p in found if p["type"] == "extra_forbidden"}
+    intended = {(*path[:-1], _nearest_key(path)) for path, p in problems if p["type"] == "extra_forbidden"}
     return [
-        f"{where(path, problem['type'] == 'extra_forbidden')}: {_sentence(path, problem)}"
-        for path, problem in found
-        if problem["type"] != "missing" or path not in meant
+        f"{locate(path, problem['type'] == 'extra_forbidden')}: {_describe(path, problem)}"
+        for path, problem in problems
+        if problem["type"] != "missing" or path not in intended
     ]
 
 
-def _path(problem: Any) -> tuple[Key, ...]:
+def _key_path(problem: Any) -> tuple[Key, ...]:
     """Where in the file: pydantic's location without the tags of unions, which no key of a job is."""
     *parents, last = problem["loc"]
     tagged = str(last).startswith("<") and problem["type"] != "extra_forbidden"
     return (*(p for p in parents if not str(p).startswith("<")), *(() if tagged else (last,)))
 
 
-def _nearest(path: tuple[Key, ...]) -> str | None:
+def _nearest_key(path: tuple[Key, ...]) -> str | None:
     """The known key that an unknown one may have been meant for."""
-    known = [key for key in keys_at(path[:-1]) if key != path[-1]]
+    known = [key for key in known_keys(path[:-1]) if key != path[-1]]
     return next(iter(difflib.get_close_matches(str(path[-1]), known, 1, 0.6)), None)
 
 
-def _sentence(path: tuple[Key, ...], problem: Any) -> str:
+def _describe(path: tuple[Key, ...], problem: Any) -> str:
     """What is wrong with one value, in words that tell what to write instead."""
     value, kind, ctx = problem["input"], problem["type"], problem.get("ctx", {})
-    shown = _shown(value)
+    shown = _format_value(value)
     match kind:
         case "missing":
             return "is missing"
         case "extra_forbidden":
-            near = _nearest(path)
-            known = f"known: {', '.join(keys_at(path[:-1]))}"
+            near = _nearest_key(path)
+            known = f"known: {', '.join(known_keys(path[:-1]))}"
             return "unknown key; " + (f"did you mean {near!r}?" if near else known)
         case "literal_error":
-            return f"{shown} is {_none_of(str(ctx['expected']))}"
+            return f"{shown} is {_describe_expected(str(ctx['expected']))}"
         case "int_type" | "int_from_float":
             return f"expected a whole number, got {shown}"
         case "float_type" | "finite_number":
@@ -87,13 +87,13 @@ def _sentence(path: tuple[Key, ...], problem: Any) -> str:
     return f"{problem['msg'].lower().removeprefix('input ')}, got {shown}"
 
 
-def _none_of(words: str) -> str:
+def _describe_expected(words: str) -> str:
     """pydantic's `'a', 'b' or 'c'`; one alone is a word that may stand for a number."""
     several = " or " in words
     return f"not one of {words.replace(' or ', ', ')}" if several else f"neither a number nor {words}"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     kinds = {type(None): "nothing", dict: "a mapping", list: "a list"}
     if type(value) in kinds:
         return kinds[type(value)]
@@ -103,7 +103,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def keys_at(path: tuple[Key, ...]) -> list[str]:
+def known_keys(path: tuple[Key, ...]) -> list[str]:
     """The keys that a job file may have below `path`."""
     model: type[BaseModel] = Job
     nested: dict[Key, type[BaseModel]] = {
@@ -114,4 +114,4 @@ def keys_at(path: tuple[Key, ...]) -> list[str]:
     }  # fmt: skip
     for key in path:
         model = nested.get(key, model)
-    return [*model.model_fields, *(STRUCTURE if model is Job else ())]
+    return [*model.model_fields, *(EXPANSION_KEYS if model is Job else ())]

@@ -19,7 +19,7 @@ Lines = dict[tuple[Key, ...], int]
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 256 * 1024, 32, 20_000
 
 
-def dotted(path: tuple[Key, ...]) -> str:
+def join_key(path: tuple[Key, ...]) -> str:
     return ".".join(str(p) for p in path)
 
 
@@ -58,14 +58,14 @@ def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
         line = data[: error.start].count(b"\n") + 1
         raise JobError(f"byte {error.start} is not UTF-8", where=f"{file}:{line}") from None
     try:
-        _bounded(text, file)
+        _check_limits(text, file)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 raise JobError("is empty", where=file, hint="Start with: prompt: ...")
             lines: Lines = {}
-            return _value(loader, node, (), lines, file), lines
+            return _construct(loader, node, (), lines, file), lines
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -91,7 +91,7 @@ def _yaml_hint(problem: str) -> str:
     return next((hint for part, hint in hints.items() if part in problem), "")
 
 
-def _bounded(text: str, file: str) -> None:
+def _check_limits(text: str, file: str) -> None:
     depth = nodes = 0
     for event in yaml.parse(text, Loader=_Loader):
         line = f"{file}:{event.start_mark.line + 1}" if event.start_mark else file
@@ -109,18 +109,18 @@ def _bounded(text: str, file: str) -> None:
             raise JobError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values", where=line)
 
 
-def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines, file: str) -> Any:
+def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines, file: str) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(loader, child, (*path, i), lines, file) for i, child in enumerate(node.value)]
+        return [_construct(loader, child, (*path, i), lines, file) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, child in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise JobError("a key must be a word", where=f"{file}:{line}")
-            key = plain_text(
-                key, f"{file}:{line}: a key of {dotted(path)}" if path else f"{file}:{line}: a key"
+            key = normalize_text(
+                key, f"{file}:{line}: a key of {join_key(path)}" if path else f"{file}:{line}: a key"
             )
             if key in result:
                 first = lines[(*path, key)]
@@ -128,30 +128,30 @@ def _value(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines
                     f"key {key!r} is there twice, on lines {first} and {line}", where=f"{file}:{line}"
                 )
             lines[(*path, key)] = line
-            result[key] = _value(loader, child, (*path, key), lines, file)
+            result[key] = _construct(loader, child, (*path, key), lines, file)
         return result
     if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+]?0[0-9]+", node.value) and node.style is None:
         raise JobError(
-            f"{node.value} has a leading zero", where=_place(file, node, path),
+            f"{node.value} has a leading zero", where=_locate(file, node, path),
             hint=f"Write {int(node.value)} for the number, '{node.value}' for the text.",
         )  # fmt: skip
     value = loader.construct_object(node)
     if isinstance(value, str):
-        return plain_text(value, _place(file, node, path))
+        return normalize_text(value, _locate(file, node, path))
     return value
 
 
-def _place(file: str, node: yaml.Node, path: tuple[Key, ...]) -> str:
+def _locate(file: str, node: yaml.Node, path: tuple[Key, ...]) -> str:
     line = f"{file}:{node.start_mark.line + 1}"
-    return f"{line}: {dotted(path)}" if path else line
+    return f"{line}: {join_key(path)}" if path else line
 
 
-def plain_text(value: str, where: str) -> str:
+def normalize_text(value: str, location: str) -> str:
     """The text, halves of surrogate pairs put together as JSON means them; no NUL, no lone half."""
     try:
         value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
-        raise JobError("holds half of a surrogate pair, which is no character", where=where) from None
+        raise JobError("holds half of a surrogate pair, which is no character", where=location) from None
     if "\0" in value:
-        raise JobError("holds NUL, which no name and no prompt can", where=where)
+        raise JobError("holds NUL, which no name and no prompt can", where=location)
     return value

@@ -1,1 +1,1 @@
-"""The networks: tensors in, tensors out. No files, no jobs, no features."""
+"""The networks, tensors in and tensors out. No files, no jobs, no features."""

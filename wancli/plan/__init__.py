@@ -1,1 +1,1 @@
-"""Everything decided before a model is loaded, with predicted memory, time and disk."""
+"""Everything decided before a model is loaded, with predicted memory, time and disk space."""

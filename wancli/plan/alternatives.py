@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.shot import Model, Shot
+from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.memory_model import Phase, Residency
 
 SIZES = ((1280, 720), (960, 544), (832, 480), (640, 368), (480, 272), (320, 176), (256, 144))
 SQUARES = ((960, 960), (720, 720), (512, 512), (384, 384), (256, 256), (128, 128))
-SMALLER = 3  # sizes beside the one asked for
+MAX_SMALLER_SIZES = 3  # sizes beside the one asked for
 Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
@@ -34,13 +34,13 @@ class Alternative:
 
 def alternatives(shot: Shot) -> list[Alternative]:
     """All valid ways of a shot alone, the precise ones first; its text encoder, frames and prompts stay."""
-    allowed = memory_policy.limit(shot.model)
+    allowed = memory_policy.memory_limit(shot.model)
     found = []
-    for model in _models(shot.model):
-        for width, height in sizes(shot):
+    for model in _model_variants(shot.model):
+        for width, height in nearby_sizes(shot):
             other = replace(shot, model=model, width=width, height=height, shared=None)
-            phases = tuple(phase for phase in other.phases if phase.name in memory_policy.PIPELINE)
-            total = memory_estimate.process(model) + max(phase.total for phase in phases)
+            phases = tuple(phase for phase in other.phases if phase.name in memory_policy.TRANSFORMER_PHASES)
+            total = memory_estimate.process_bytes(model) + max(phase.total for phase in phases)
             found.append(
                 Alternative(
                     model.dtype,
@@ -57,18 +57,18 @@ def alternatives(shot: Shot) -> list[Alternative]:
     return found
 
 
-def _models(model: Model) -> Iterator[Model]:
+def _model_variants(model: ModelSpec) -> Iterator[ModelSpec]:
     lean = model.kernels.chunk or memory_policy.CHUNKS[-1]
     for dtype in get_args(Dtype):
         residencies: tuple[Residency, ...] = ("packed",) if dtype == "fp8" else get_args(Residency)
         for residency in residencies:
-            if residency == "packed" != model.residency and memory_estimate.stored_as(model) == dtype:
+            if residency == "packed" != model.residency and memory_estimate.stored_dtype(model) == dtype:
                 continue  # nothing is to be unpacked
             for chunk in (None, lean):
-                yield replace(memory_policy.housed(model, residency, chunk), dtype=dtype)
+                yield replace(memory_policy.with_transformer_residency(model, residency, chunk), dtype=dtype)
 
 
-def sizes(shot: Shot) -> list[tuple[int, int]]:
+def nearby_sizes(shot: Shot) -> list[tuple[int, int]]:
     """The size asked for, and the next smaller standard ones of about its aspect."""
     stride = shot.model.checkpoint.variant.stride
     square = max(shot.width, shot.height) < 1.2 * min(shot.width, shot.height)
@@ -78,6 +78,6 @@ def sizes(shot: Shot) -> list[tuple[int, int]]:
         sides = (short, long) if upright else (long, short)
         width, height = (side // stride * stride for side in sides)
         area = width * height
-        if area and area < 0.9 * found[-1][0] * found[-1][1] and len(found) <= SMALLER:
+        if area and area < 0.9 * found[-1][0] * found[-1][1] and len(found) <= MAX_SMALLER_SIZES:
             found.append((width, height))
     return found

@@ -31,14 +31,14 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
         if requests[shot.id] != first:
             raise JobError(
                 f"shots {compared[0].id} and {shot.id} want other comparisons",
-                where=jobs.items[shot.index].where("compare"),
+                where=jobs.items[shot.index].location("compare"),
                 hint="Say it once, above `items`; `compare: false` leaves a shot out.",
             )
     if first.baseline is not None and first.baseline not in requests:
         near = difflib.get_close_matches(first.baseline, requests, 1)
         raise JobError(
             f"no shot that is compared has the id {first.baseline!r}",
-            where=jobs.items[compared[0].index].where("compare", "baseline"),
+            where=jobs.items[compared[0].index].location("compare", "baseline"),
             hint=f"did you mean {near[0]!r}?" if near else f"ids: {', '.join(list(requests)[:8])}",
         )
     plain = [shot for shot in compared if _is_plain(shot)]

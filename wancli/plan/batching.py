@@ -13,13 +13,15 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.prefix_sharing import Fork, Tree
-from wancli.plan.shot import Model, Shared, Shot
+from wancli.plan.prefix_sharing import Fork, PrefixTree
+from wancli.plan.shot import ModelSpec, Shared, Shot
 from wancli.resources.memory_model import FP32, Phase
 
-MOST = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
-TAKEN = 8  # shots that a worker claims at once: one sweep is work for many, and more would share little more
-WAITING_BYTES = 2 * 2**30  # for states that wait: for the other expert, or for those that fork from them
+MAX_BATCH = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
+MAX_CLAIMED = (
+    8  # shots that a worker claims at once: one sweep is work for many, and more would share little more
+)
+MAX_WAITING_BYTES = 2 * 2**30  # for states that wait: for the other expert, or for those that fork from them
 STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
 Group = list[Shot]
@@ -33,7 +35,7 @@ def waves(shots: Sequence[Shot]) -> list[list[Group]]:
     """
     found: list[_Wave] = []
     open_to: dict[Hashable, _Wave] = {}
-    ways = Tree()
+    ways = PrefixTree()
     for group in sorted(_groups(shots, ways), key=lambda group: group[0].index):
         meets = dict.fromkeys(_meets(shot, ways) for shot in group)
         wave = next((open_to[one] for one in meets if one in open_to), None)
@@ -45,38 +47,38 @@ def waves(shots: Sequence[Shot]) -> list[list[Group]]:
     return [wave.told() for wave in found]
 
 
-def arranged(shots: Sequence[Shot]) -> list[Shot]:
+def assign_batches(shots: Sequence[Shot]) -> list[Shot]:
     """The shots of all waves in their order, each told with how many others it is sampled."""
     told = [shot for wave in waves(shots) for group in wave for shot in group]
     return sorted(told, key=lambda shot: shot.index)
 
 
-def sampling(group: Sequence[Shot]) -> Phase:
+def predict_batch(group: Sequence[Shot]) -> Phase:
     """Predicted memory of sampling a group: the weights once, every distinct text once, and the residual
     stream of every forward that rides along beside the working set of the largest."""
     seen: set[str] = set()
     widest = riding = buffer = 0
     for shot in group:
-        rows = {text.id: text.rows for text in shot.texts if text.id not in seen}
+        rows = {text.id: text.rows for text in shot.prompts if text.id not in seen}
         seen |= rows.keys()
         alone, with_one_more = (
-            memory_estimate.sampling(shot, sum(rows.values()), riders) for riders in (1, 2)
+            memory_estimate.predict_sampling(shot, sum(rows.values()), riders) for riders in (1, 2)
         )
         rider = with_one_more.activation - alone.activation
         if shot.model.residency == "resident":  # forwards follow one another
             widest = max(widest, alone.activation)
         else:
             widest = max(widest, alone.activation - rider)
-            riding += shot.riders * rider
+            riding += shot.forwards_per_step * rider
         buffer += alone.buffer
     return Phase(alone.name, alone.model, widest + riding, buffer)
 
 
-def _groups(shots: Sequence[Shot], ways: Tree) -> Iterator[Group]:
+def _groups(shots: Sequence[Shot], ways: PrefixTree) -> Iterator[Group]:
     """Shots of one kind, those that share steps side by side."""
     alike: dict[Hashable, dict[Hashable, list[Shot]]] = {}
     for shot in shots:
-        alike.setdefault(_kind(shot), {}).setdefault(ways.first(shot), []).append(shot)
+        alike.setdefault(_kind(shot), {}).setdefault(ways.first_step_key(shot), []).append(shot)
     for families in alike.values():
         group: Group = []
         for shot in (shot for family in families.values() for shot in family):
@@ -98,16 +100,16 @@ def _most(shot: Shot) -> int:
     if shot.batch is not None:
         return shot.batch
     # Resident weights are at hand; on a GPU shots share what the job tells them to.
-    return 1 if shot.model.residency == "resident" or shot.model.device == "cuda" else MOST
+    return 1 if shot.model.residency == "resident" or shot.model.device == "cuda" else MAX_BATCH
 
 
 def _fits(group: Group, shot: Shot) -> bool:
-    return shot.batch is not None or sampling([*group, shot]).total <= memory_policy.room(shot.model)
+    return shot.batch is not None or predict_batch([*group, shot]).total <= memory_policy.headroom(shot.model)
 
 
-def _meets(shot: Shot, ways: Tree) -> Hashable:
+def _meets(shot: Shot, ways: PrefixTree) -> Hashable:
     """The same for shots that gain by being in one wave."""
-    return shot.model if _changes_experts(shot) else (shot.model, ways.first(shot))
+    return shot.model if _changes_experts(shot) else (shot.model, ways.first_step_key(shot))
 
 
 def _changes_experts(shot: Shot) -> bool:
@@ -117,9 +119,9 @@ def _changes_experts(shot: Shot) -> bool:
 class _Wave:
     """Groups whose states are in memory at the same time."""
 
-    def __init__(self, ways: Tree) -> None:
+    def __init__(self, ways: PrefixTree) -> None:
         self._groups: list[Group] = []
-        self._tree = Tree(ways)
+        self._tree = PrefixTree(ways)
         self._forks: set[Fork] = set()
         self._waiting = 0  # bytes of states in memory beside the group that is being sampled, or with it
         self._largest = 0
@@ -131,7 +133,7 @@ class _Wave:
 
         All states wait for the other of two experts, else those that others fork from.
         """
-        if self._complete or sum(map(len, self._groups)) + len(group) > max(TAKEN, len(group)):
+        if self._complete or sum(map(len, self._groups)) + len(group) > max(MAX_CLAIMED, len(group)):
             self._complete = True
             return False
         group = [replace(shot, fork=self._tree.add(shot)) for shot in group]
@@ -140,7 +142,7 @@ class _Wave:
             if _changes_experts(shot) or (shot.fork and shot.fork not in forks):
                 waiting += _state_bytes(shot)
             forks |= {shot.fork} if shot.fork else set()
-        largest = max(self._largest, sampling(group).total)
+        largest = max(self._largest, predict_batch(group).total)
         if self._groups and not _may_wait(group[0].model, waiting, largest):
             self._complete = True
             return False
@@ -152,7 +154,7 @@ class _Wave:
         """The groups, each shot with the memory that sampling takes."""
         found = []
         for group in self._groups:
-            phase = sampling(group)
+            phase = predict_batch(group)
             others = self._waiting
             if _changes_experts(group[0]):
                 others -= sum(map(_state_bytes, group))
@@ -163,9 +165,9 @@ class _Wave:
         return found
 
 
-def _may_wait(model: Model, waiting: int, largest: int) -> bool:
-    fits = model.device == "cuda" or largest + waiting <= memory_policy.room(model)
-    return fits and waiting <= WAITING_BYTES
+def _may_wait(model: ModelSpec, waiting: int, largest: int) -> bool:
+    fits = model.device == "cuda" or largest + waiting <= memory_policy.headroom(model)
+    return fits and waiting <= MAX_WAITING_BYTES
 
 
 def _state_bytes(shot: Shot) -> int:

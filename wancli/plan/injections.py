@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.injection.block_map import Choice, Shelf
+from wancli.injection.block_map import AutoBlocks, BlockMapStore
 from wancli.injection.table import (
     Branch,
     Concat,
@@ -15,101 +15,103 @@ from wancli.injection.table import (
     Lerp,
     Rule,
     Text,
+    pair_strengths,
     parse_blocks,
     parse_steps,
-    strengths,
 )
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
-from wancli.plan.shot import Model, Prompt, Shot
+from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
 
 
-def compiled(
+def compile_rules(
     item: Item,
     texts: Sequence[Prompt],
-    model: Model,
-    shelf: Shelf,
+    model: ModelSpec,
+    maps: BlockMapStore,
     sigmas: Sequence[float],
-    parts: Sequence[Stage],
-) -> tuple[tuple[Rule, ...], tuple[Choice, ...]]:
+    stages: Sequence[Stage],
+) -> tuple[tuple[Rule, ...], tuple[AutoBlocks, ...]]:
     """The rules of a shot, and the blocks that measured maps chose for them. `texts` are its prompt and the
     injected ones. Raises JobError."""
     main, *injected = (text.id for text in texts)
     depth = model.checkpoint.transformer.num_layers
     rules: list[Rule] = []
-    choices: list[Choice] = []
-    for i, (said, text) in enumerate(zip(item.job.inject, injected, strict=True)):
-        with _blaming(item, "inject", i, "blocks"):
-            blocks, found = _measured(said.blocks, i, shelf, model.transformer, depth, (main, text))
-        choices += found
-        rules.append(_compiled(item, i, said, blocks, text, depth, sigmas, parts))
-    return tuple(rules), tuple(choices)
+    auto_blocks: list[AutoBlocks] = []
+    for i, (inject, text) in enumerate(zip(item.job.inject, injected, strict=True)):
+        with _locate_errors(item, "inject", i, "blocks"):
+            blocks, auto = _select_auto_blocks(inject.blocks, i, maps, model.transformer, depth, (main, text))
+        auto_blocks += auto
+        rules.append(_compile_rule(item, i, inject, blocks, text, depth, sigmas, stages))
+    return tuple(rules), tuple(auto_blocks)
 
 
-def _measured(
-    said: Blocks, index: int, shelf: Shelf, transformer: str, depth: int, ids: tuple[str, str]
-) -> tuple[Blocks, list[Choice]]:
+def _select_auto_blocks(
+    spec: Blocks, index: int, maps: BlockMapStore, transformer: str, depth: int, ids: tuple[str, str]
+) -> tuple[Blocks, list[AutoBlocks]]:
     """The blocks with numbers for what is left to a map, as `auto:top8`, and what these became."""
     blocks: list[str | int] = []
-    choices = []
-    for part in said if isinstance(said, list) else [said]:
+    auto_blocks = []
+    for part in spec if isinstance(spec, list) else [spec]:
         if isinstance(part, str) and part.startswith("auto"):
-            chosen, choice = shelf.chosen(part, index, transformer, depth, ids)
+            chosen, auto = maps.select_blocks(part, index, transformer, depth, ids)
             blocks += chosen
-            choices += [choice] if choice else []
+            auto_blocks += [auto] if auto else []
         else:
             blocks.append(part)
-    return blocks, choices
+    return blocks, auto_blocks
 
 
-def _compiled(
+def _compile_rule(
     item: Item,
     index: int,
-    said: Inject,
-    said_blocks: Blocks,
+    inject: Inject,
+    block_spec: Blocks,
     text: str,
     depth: int,
     sigmas: Sequence[float],
-    parts: Sequence[Stage],
+    stages: Sequence[Stage],
 ) -> Rule:
-    at = ("inject", index)
-    with _blaming(item, *at, "blocks"):
-        blocks = parse_blocks(said_blocks, depth)
-    with _blaming(item, *at, "steps"):
-        spec = said.steps
+    key = ("inject", index)
+    with _locate_errors(item, *key, "blocks"):
+        blocks = parse_blocks(block_spec, depth)
+    with _locate_errors(item, *key, "steps"):
+        spec = inject.steps
         steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
-    if said.expert != "both":
-        if parts[0].expert == "only":
-            raise no_experts(item, *at, "expert")
-        taken = {step for part in parts if part.expert == said.expert for step in part.steps}
-        steps = tuple(step for step in steps if step in taken)
-    with _blaming(item, *at, "strength"):
-        by_block = strengths(_curve(said.strength), blocks)
-    with _blaming(item, *at, "step_strength"):
-        by_step = strengths(_curve(said.step_strength), steps)
+    if inject.expert != "both":
+        if stages[0].expert == "only":
+            raise no_experts_error(item, *key, "expert")
+        expert_steps = {step for part in stages if part.expert == inject.expert for step in part.steps}
+        steps = tuple(step for step in steps if step in expert_steps)
+    with _locate_errors(item, *key, "strength"):
+        by_block = pair_strengths(_to_curve(inject.strength), blocks)
+    with _locate_errors(item, *key, "step_strength"):
+        by_step = pair_strengths(_to_curve(inject.step_strength), steps)
     products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
-    if said.blend == "replace" and products - {0.0, 1.0}:
+    if inject.blend == "replace" and products - {0.0, 1.0}:
         raise JobError(
-            "replace has strength 1 only", where=item.where(*at, "strength"), hint="Try blend: context-lerp."
+            "replace has strength 1 only",
+            where=item.location(*key, "strength"),
+            hint="Try blend: context-lerp.",
         )
-    if said.blend == "concat" and min(products, default=0.0) < 0:
-        raise JobError("concat needs strengths above 0", where=item.where(*at, "strength"))
-    branches: tuple[Branch, ...] = ("cond", "uncond") if said.branch == "both" else (said.branch,)
-    return Rule(text, by_block, by_step, branches, said.blend, said.gain)
+    if inject.blend == "concat" and min(products, default=0.0) < 0:
+        raise JobError("concat needs strengths above 0", where=item.location(*key, "strength"))
+    branches: tuple[Branch, ...] = ("cond", "uncond") if inject.branch == "both" else (inject.branch,)
+    return Rule(text, by_block, by_step, branches, inject.blend, inject.gain)
 
 
-def _curve(said: Strength) -> Any:
-    return said.resolved() if isinstance(said, CurveSpec) else said
+def _to_curve(strength: Strength) -> Any:
+    return strength.to_curve() if isinstance(strength, CurveSpec) else strength
 
 
-def refuse_rules_without_cells(shot: Shot, item: Item) -> None:
+def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
     """A strength of 0 was asked for and stays; every other rule must reach some cell and be read there."""
-    for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.reached)):
+    for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         cells = (shot.table.row(step, branch)[block] for step, branch, block in reached)
-        if any(_names(expr, rule.text) for cell in cells for expr, _ in cell):
+        if any(_contains_text(expr, rule.text) for cell in cells for expr, _ in cell):
             continue
-        if rule.steps and rule.blocks and not rule.on:
+        if rule.steps and rule.blocks and not rule.is_active:
             continue
         if reached:
             why, hint = "later rules replace all that it changes", "Rules apply in the order written."
@@ -120,43 +122,49 @@ def refuse_rules_without_cells(shot: Shot, item: Item) -> None:
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
             why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
-        raise JobError(f"reaches no block: {why}", where=item.where("inject", i), hint=hint)
+        raise JobError(f"reaches no block: {why}", where=item.location("inject", i), hint=hint)
 
 
-def _names(expr: Expr, text: str) -> bool:
-    return expr.id == text if isinstance(expr, Text) else _names(expr.a, text) or _names(expr.b, text)
+def _contains_text(expr: Expr, text: str) -> bool:
+    return (
+        expr.id == text
+        if isinstance(expr, Text)
+        else _contains_text(expr.a, text) or _contains_text(expr.b, text)
+    )
 
 
-def refuse_lerps_of_joined(shot: Shot, item: Item) -> None:
+def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
     """Rows that `concat` joined have no counterparts to interpolate with."""
     if not any(rule.blend == "concat" for rule in shot.rules):
         return
-    rows = {shot.table.row(step, branch) for branch, steps in shot.table.steps_of.items() for step in steps}
+    rows = {
+        shot.table.row(step, branch) for branch, steps in shot.table.steps_by_branch.items() for step in steps
+    }
     for block, expr in ((block, expr) for row in rows for block, cell in enumerate(row) for expr, _ in cell):
         while isinstance(expr, Lerp | Concat):
             if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
                 raise JobError(
                     f"context-lerp follows concat in block {block}, whose rows have no counterparts",
-                    where=item.where("inject"),
+                    where=item.location("inject"),
                     hint="Put the concat rule last, or use blend: output-mix.",
                 )
             expr = expr.a
 
 
 @contextmanager
-def _blaming(item: Item, *path: str | int) -> Iterator[None]:
+def _locate_errors(item: Item, *path: str | int) -> Iterator[None]:
     """Gives an error of a parser the file, line and key that it came from."""
     try:
         yield
     except JobError as error:
-        raise JobError(error.message, where=item.where(*path), hint=error.hint) from None
+        raise JobError(error.message, where=item.location(*path), hint=error.hint) from None
     except ValueError as error:
-        raise JobError(str(error), where=item.where(*path)) from None
+        raise JobError(str(error), where=item.location(*path)) from None
 
 
-def no_experts(item: Item, *path: str | int) -> JobError:
+def no_experts_error(item: Item, *path: str | int) -> JobError:
     return JobError(
         "the model has one network for all steps, not two experts",
-        where=item.where(*path),
+        where=item.location(*path),
         hint="Only Wan 2.2 A14B has a high-noise and a low-noise expert.",
     )

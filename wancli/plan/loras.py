@@ -20,7 +20,7 @@ from wancli.weights.lora.use import LoraUse
 
 
 @dataclass(frozen=True)
-class Fitting:
+class MatchedLora:
     """A LoRA file that fits a model. `sha256` is of the file, and of PEFT's config if it gives the scale."""
 
     path: Path
@@ -28,82 +28,84 @@ class Fitting:
     coverage: Coverage
 
 
-def fitting(path: Path, transformer: WanConfig, memo: Path) -> Fitting:
+def match_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
-    file = recognise(path)
-    _, coverage = matched(file, parameter_shapes(transformer))
-    config = [file.config] if file.config else []
-    return Fitting(path, fingerprint([path, *config], memo), coverage)
+    lora_file = recognise(path)
+    _, coverage = matched(lora_file, parameter_shapes(transformer))
+    config = [lora_file.config] if lora_file.config else []
+    return MatchedLora(path, fingerprint([path, *config], memo), coverage)
 
 
-def decide(
+def decide_loras(
     item: Item,
     paths: Sequence[Path],
-    fit: Callable[[Path], Fitting],
+    match_file: Callable[[Path], MatchedLora],
     depth: int,
     sigmas: Sequence[float],
-    parts: Sequence[Stage],
+    stages: Sequence[Stage],
 ) -> tuple[LoraUse, ...]:
     """The uses of one shot; `paths` are those of its entries, resolved.
 
     Raises JobError with file, line and key, CheckpointError for a file that will not do.
     """
     return tuple(
-        _use(item, index, entry, path, fit, depth, sigmas, parts)
+        _decide_use(item, index, entry, path, match_file, depth, sigmas, stages)
         for index, (entry, path) in enumerate(zip(item.job.loras, paths, strict=True))
     )
 
 
-def _use(
+def _decide_use(
     item: Item,
     index: int,
-    said: LoraEntry,
+    entry: LoraEntry,
     path: Path,
-    fit: Callable[[Path], Fitting],
+    match_file: Callable[[Path], MatchedLora],
     depth: int,
     sigmas: Sequence[float],
-    parts: Sequence[Stage],
+    stages: Sequence[Stage],
 ) -> LoraUse:
-    def wrong(key: str, what: str, hint: str = "") -> JobError:
-        return JobError(what, where=item.where("loras", index, key), hint=hint)
+    def job_error(key: str, what: str, hint: str = "") -> JobError:
+        return JobError(what, where=item.location("loras", index, key), hint=hint)
 
     if path.suffix != ".safetensors":
-        raise wrong("path", f"{said.path!r} is no .safetensors file", "Save the LoRA as one.")
+        raise job_error("path", f"{entry.path!r} is no .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
-        raise wrong("path", f"{said.path!r} is not there", f"Looked for {path}.")
+        raise job_error("path", f"{entry.path!r} is not there", f"Looked for {path}.")
     try:
-        blocks = parse_blocks(said.blocks, depth)
+        blocks = parse_blocks(entry.blocks, depth)
     except ValueError as error:
-        raise wrong("blocks", str(error)) from None
+        raise job_error("blocks", str(error)) from None
     try:
-        spec = said.steps
+        spec = entry.steps
         steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
     except ValueError as error:
-        raise wrong("steps", str(error)) from None
-    if said.expert != "both" and parts[0].expert == "only":
-        raise wrong("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
-    taken = {step for part in parts if said.expert in ("both", part.expert) for step in part.steps}
-    if steps and not taken & set(steps):
-        raise wrong("expert", f"the {said.expert}-noise expert takes none of these steps", "See `steps`.")
+        raise job_error("steps", str(error)) from None
+    if entry.expert != "both" and stages[0].expert == "only":
+        raise job_error("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
+    expert_steps = {step for part in stages if entry.expert in ("both", part.expert) for step in part.steps}
+    if steps and not expert_steps & set(steps):
+        raise job_error(
+            "expert", f"the {entry.expert}-noise expert takes none of these steps", "See `steps`."
+        )
     if not steps:
-        raise wrong("steps", "no step is in this range", "`wancli plan -v` prints the sigmas.")
-    found = fit(path)
-    changed = found.coverage.blocks
-    if said.blocks != "all" and not set(blocks) & set(changed):
+        raise job_error("steps", "no step is in this range", "`wancli plan -v` prints the sigmas.")
+    matched_lora = match_file(path)
+    changed = matched_lora.coverage.blocks
+    if entry.blocks != "all" and not set(blocks) & set(changed):
         what = f"blocks {changed[0]} to {changed[-1]}" if changed else "nothing in the blocks"
-        raise wrong("blocks", f"{path.name} changes none of these", f"It changes {what}.")
+        raise job_error("blocks", f"{path.name} changes none of these", f"It changes {what}.")
     return LoraUse(
         path,
-        found.sha256,
-        said.strength,
-        blocks=None if said.blocks == "all" else tuple(sorted(blocks)),
+        matched_lora.sha256,
+        entry.strength,
+        blocks=None if entry.blocks == "all" else tuple(sorted(blocks)),
         steps=None if len(steps) == len(sigmas) - 1 else steps,
-        expert=None if said.expert == "both" else said.expert,
-        coverage=found.coverage,
+        expert=None if entry.expert == "both" else entry.expert,
+        coverage=matched_lora.coverage,
     )
 
 
-def warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
+def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
     """What the user should know before it starts."""
     for use in uses:
         if use.strength == 0:

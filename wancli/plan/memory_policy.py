@@ -13,17 +13,17 @@ from typing import Literal
 
 from wancli.errors import DoesNotFit
 from wancli.plan import memory_estimate
-from wancli.plan.shot import Model, Shot
+from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources import machine
 from wancli.resources.memory_model import Residency
 from wancli.units import format_bytes
 
 CHUNKS = (None, 4096, 1024)  # tokens at a time, the fastest first
-PIPELINE = ("sample", "decode")  # the phases in which the transformer is loaded
+TRANSFORMER_PHASES = ("sample", "decode")  # the phases in which the transformer is loaded
 
 
 @dataclass(frozen=True)
-class Asked:
+class MemoryRequest:
     """What a job says of memory; `auto` is left open. `budget` in bytes, None is what is free."""
 
     residency: Literal["auto"] | Residency = "auto"
@@ -31,111 +31,116 @@ class Asked:
     budget: int | None = None
 
 
-def limit(model: Model) -> int:
+def memory_limit(model: ModelSpec) -> int:
     """Bytes that the process may take at its peak; on CUDA those of the device."""
     if model.budget is not None:
         return model.budget
     if model.device == "cpu":
-        return machine.available() + machine.taken()
-    free = machine.cuda_free()
-    return sys.maxsize if free is None else free + machine.cuda_taken()
+        return machine.available_memory() + machine.process_memory()
+    free = machine.cuda_free_memory()
+    return sys.maxsize if free is None else free + machine.cuda_reserved_memory()
 
 
-def room(model: Model) -> int:
+def headroom(model: ModelSpec) -> int:
     """Bytes that a phase may take, beside the process itself."""
-    return limit(model) - memory_estimate.process(model)
+    return memory_limit(model) - memory_estimate.process_bytes(model)
 
 
-def beside(shot: Shot) -> bool:
+def encoder_fits_alongside(shot: Shot) -> bool:
     """Whether the text encoder fits beside the networks of an earlier shot of this kind."""
     encode, _, decode = shot.phases
-    return memory_estimate.process(shot.model) + encode.total + decode.model <= limit(shot.model)
+    return memory_estimate.process_bytes(shot.model) + encode.total + decode.model <= memory_limit(shot.model)
 
 
-def settle(shots: Sequence[Shot], asked: Sequence[Asked]) -> list[Shot]:
+def choose_residency(shots: Sequence[Shot], requests: Sequence[MemoryRequest]) -> list[Shot]:
     """The shots with the residencies and the chunk of their models decided, the same for all of a model.
 
     What does not fit even so is left as small as it gets, for `require` to refuse.
     """
-    groups: dict[tuple[Model, Asked], list[Shot]] = {}
-    for shot, said in zip(shots, asked, strict=True):
+    groups: dict[tuple[ModelSpec, MemoryRequest], list[Shot]] = {}
+    for shot, said in zip(shots, requests, strict=True):
         groups.setdefault((shot.model, said), []).append(shot)
-    settled = {key: _settled(*key, _distinct(members)) for key, members in groups.items()}
-    return [replace(shot, model=settled[shot.model, said]) for shot, said in zip(shots, asked, strict=True)]
+    settled = {key: _choose_for_model(*key, _distinct_shots(members)) for key, members in groups.items()}
+    return [
+        replace(shot, model=settled[shot.model, said]) for shot, said in zip(shots, requests, strict=True)
+    ]
 
 
-def need(model: Model, shots: Sequence[Shot], names: Collection[str]) -> int:
+def peak_bytes(model: ModelSpec, shots: Sequence[Shot], names: Collection[str]) -> int:
     """Bytes that the process takes at most in these phases of the shots, if they ran with this model."""
     phases = [phase for shot in shots for phase in replace(shot, model=model).phases if phase.name in names]
-    return memory_estimate.process(model) + max(phase.total for phase in phases)
+    return memory_estimate.process_bytes(model) + max(phase.total for phase in phases)
 
 
-def housed(model: Model, residency: Residency, chunk: int | None) -> Model:
+def with_transformer_residency(model: ModelSpec, residency: Residency, chunk: int | None) -> ModelSpec:
     """The model with its transformer's weights there, and so many tokens at a time."""
     return replace(model, residency=residency, kernels=replace(model.kernels, chunk=chunk))
 
 
-def lodged(model: Model, residency: Residency) -> Model:
+def with_encoder_residency(model: ModelSpec, residency: Residency) -> ModelSpec:
     """The model with its text encoder's weights there."""
     return replace(model, encoder=replace(model.encoder, residency=residency))
 
 
-def _settled(model: Model, asked: Asked, shots: Sequence[Shot]) -> Model:
-    model = replace(model, budget=asked.budget)
+def _choose_for_model(model: ModelSpec, request: MemoryRequest, shots: Sequence[Shot]) -> ModelSpec:
+    model = replace(model, budget=request.budget)
     of_text: Sequence[Residency] = ("resident", "streamed")
     of_video: Sequence[Residency] = ("resident", "packed", "streamed")
-    if asked.residency != "auto":
-        of_text = of_video = (asked.residency,)
+    if request.residency != "auto":
+        of_text = of_video = (request.residency,)
     if model.dtype == "fp8":
         of_video = ("resident",) if model.kernels.fp8_matmul else ("packed",)
-    chunks = CHUNKS if asked.chunk == "auto" else (asked.chunk,)
-    texts: dict[str, Model] = {residency: lodged(model, residency) for residency in of_text}
+    chunks = CHUNKS if request.chunk == "auto" else (request.chunk,)
+    texts: dict[str, ModelSpec] = {
+        residency: with_encoder_residency(model, residency) for residency in of_text
+    }
     model, why_text = _fastest("text encoder", texts, shots, ("encode",))
     video = {
-        _called(residency, chunk): housed(model, residency, chunk)
+        _label(residency, chunk): with_transformer_residency(model, residency, chunk)
         for residency in of_video
         for chunk in chunks
     }
-    model, why_video = _fastest("transformer", video, shots, PIPELINE)
-    return replace(model, why=(why_text, why_video))
+    model, why_video = _fastest("transformer", video, shots, TRANSFORMER_PHASES)
+    return replace(model, residency_reasons=(why_text, why_video))
 
 
-def _called(residency: str, chunk: int | None) -> str:
+def _label(residency: str, chunk: int | None) -> str:
     return residency if chunk is None else f"{residency}, {chunk:,} tokens at a time"
 
 
 def _fastest(
-    what: str, options: Mapping[str, Model], shots: Sequence[Shot], names: Collection[str]
-) -> tuple[Model, str]:
+    what: str, options: Mapping[str, ModelSpec], shots: Sequence[Shot], names: Collection[str]
+) -> tuple[ModelSpec, str]:
     """The first option that fits, else the smallest; and a line that tells why."""
-    needs = {label: need(model, shots, names) for label, model in options.items()}
-    allowed = limit(next(iter(options.values())))
+    needs = {label: peak_bytes(model, shots, names) for label, model in options.items()}
+    allowed = memory_limit(next(iter(options.values())))
     fits = [label for label in options if needs[label] <= allowed]
     chosen = fits[0] if fits else min(needs, key=needs.__getitem__)
     faster = [label for label in list(options)[: list(options).index(chosen)] if label.isalpha()]
     against = ", ".join(f"{label} {format_bytes(needs[label])}" for label in faster)
     others = f" ({against})" if against else ""
     suffix = "" if fits else ": does not fit"
-    line = f"{what}: {chosen} needs {format_bytes(needs[chosen])}{others}; {told(options[chosen], allowed)}{suffix}"
+    why = f"{others}; {describe_limit(options[chosen], allowed)}{suffix}"
+    line = f"{what}: {chosen} needs {format_bytes(needs[chosen])}{why}"
     return options[chosen], line
 
 
-def told(model: Model, allowed: int) -> str:
+def describe_limit(model: ModelSpec, allowed: int) -> str:
     """Where a limit comes from: `the budget is 12.0 GiB`."""
     if model.budget is not None:
         return f"the budget is {format_bytes(allowed)}"
     return "what is free is not known" if allowed == sys.maxsize else f"{format_bytes(allowed)} are free"
 
 
-def _distinct(shots: Sequence[Shot]) -> list[Shot]:
+def _distinct_shots(shots: Sequence[Shot]) -> list[Shot]:
     """One shot of each kind that memory can tell apart."""
     kinds = {
         (
             shot.latent_shape,
-            tuple(len(text.tokens.ids) for text in shot.texts),
+            tuple(len(text.tokens.ids) for text in shot.prompts),
             tuple(use.path for use in shot.loras),
             shot.decode_chunk,
-            shot.riders,
+            shot.forwards_per_step,
         ): shot
         for shot in shots
     }
@@ -146,34 +151,40 @@ def require(shot: Shot, *, encoded: bool = False, allowed: int | None = None) ->
     """Raises DoesNotFit if a phase of the shot needs more memory than it may take, with the nearest size and
     number of frames that would fit. `encoded`: its prompts are in the cache, so none is encoded. `allowed`:
     the `limit` of its model, where it is known."""
-    names = PIPELINE if encoded else ("encode", *PIPELINE)
-    allowed = limit(shot.model) if allowed is None else allowed
+    names = TRANSFORMER_PHASES if encoded else ("encode", *TRANSFORMER_PHASES)
+    allowed = memory_limit(shot.model) if allowed is None else allowed
 
     def fits(other: Shot) -> bool:
-        return need(other.model, [other], names) <= allowed
+        return peak_bytes(other.model, [other], names) <= allowed
 
     if fits(shot):
         return
     worst = max((phase for phase in shot.phases if phase.name in names), key=lambda phase: phase.total)
-    needed = memory_estimate.process(shot.model) + worst.total
+    needed = memory_estimate.process_bytes(shot.model) + worst.total
     alone = replace(shot, shared=None)
     if shot.sharing > 1 and fits(alone):
         where, hint = f"shot {shot.id}, one of {shot.sharing} by `batch`", "batch: auto takes as many as fit."
     else:
         where = f"shot {shot.id}"
-        hint = _way_out(alone, fits, lambda other: need(other.model, [other], names))
+        hint = _suggest_fix(alone, fits, lambda other: peak_bytes(other.model, [other], names))
     raise DoesNotFit(
-        f"{worst.name} needs {format_bytes(needed)} of memory, {told(shot.model, allowed)}",
+        f"{worst.name} needs {format_bytes(needed)} of memory, {describe_limit(shot.model, allowed)}",
         where=where,
         hint=hint,
     )
 
 
-def _way_out(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], int]) -> str:
+def _suggest_fix(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], int]) -> str:
     if shot.model.residency != "streamed" and shot.model.dtype != "fp8":
-        streamed = replace(shot, model=lodged(housed(shot.model, "streamed", CHUNKS[-1]), "streamed"))
+        streamed = replace(
+            shot,
+            model=with_encoder_residency(
+                with_transformer_residency(shot.model, "streamed", CHUNKS[-1]), "streamed"
+            ),
+        )
         if fits(streamed):
-            return f"memory.residency: auto would stream the weights, which needs {format_bytes(needs(streamed))}."
+            needed = format_bytes(needs(streamed))
+            return f"memory.residency: auto would stream the weights, which needs {needed}."
     smaller = nearest_size(shot, fits)
     frames = nearest_frames(shot, fits)
     found = [f"size: {smaller.width}x{smaller.height}"] if smaller else []
@@ -182,7 +193,14 @@ def _way_out(shot: Shot, fits: Callable[[Shot], bool], needs: Callable[[Shot], i
         return f"What fits: {', or '.join(found)}."
     stride = shot.model.checkpoint.variant.stride
     least = needs(replace(shot, width=stride, height=stride, frames=1))
-    lean = needs(replace(shot, model=lodged(housed(shot.model, "streamed", CHUNKS[-1]), "streamed")))
+    lean = needs(
+        replace(
+            shot,
+            model=with_encoder_residency(
+                with_transformer_residency(shot.model, "streamed", CHUNKS[-1]), "streamed"
+            ),
+        )
+    )
     return (
         f"memory.budget: {-(-lean // 2**20)}MiB is the least for this shot; "
         f"even 1 frame of {stride}x{stride} needs {format_bytes(least)}."

@@ -18,57 +18,57 @@ from wancli import wan_mini
 from wancli.errors import JobError
 from wancli.job.loader import Item
 from wancli.job.overrides import Source
-from wancli.job.schema import ModelFiles, ModelOnly
-from wancli.job.validation import problems_of
+from wancli.job.schema import ModelEntry, ModelFiles
+from wancli.job.validation import describe_problems
 from wancli.job.yaml_reader import Key, read_yaml
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import Files
 
-Where = Callable[..., str]
-Folder = Callable[..., Path]
+Locate = Callable[..., str]
+BaseDir = Callable[..., Path]
 
 
-def resolve(said: str | ModelFiles, folder: Folder, where: Where) -> Location:
+def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> Location:
     """The folder, file or files that a model is. `where` names the place of a key below `model`, and
     `folder` tells where the relative path at that key starts.
 
     A name of models.yaml, or wan-mini, wins over a folder of that name, which is `./NAME`. Raises
     JobError for what is not there.
     """
-    if isinstance(said, ModelFiles):
-        return _files(said, folder, where)
-    if said == wan_mini.NAME:
+    if isinstance(spec, ModelFiles):
+        return _resolve_files(spec, base_dir, locate)
+    if spec == wan_mini.NAME:
         return wan_mini.FOLDER
-    known = presets() if _may_be_name(said) else {}
-    if said in known:
-        return known[said]
-    path = resolved(folder(), said, where())
+    known = registered_models() if _may_be_name(spec) else {}
+    if spec in known:
+        return known[spec]
+    path = resolve_path(base_dir(), spec, locate())
     if not os.path.lexists(path):
-        raise JobError(f"{said!r} is not there", where=where(), hint=_hint(said, path))
+        raise JobError(f"{spec!r} is not there", where=locate(), hint=_not_found_hint(spec, path))
     return path
 
 
-class Locations:
+class ModelLocations:
     """Where the model of an item is; looked for once for all items that say the same."""
 
     def __init__(self) -> None:
-        self._found: dict[object, Location] = {}
+        self._locations: dict[object, Location] = {}
 
     def __call__(self, item: Item) -> Location:
-        said = item.job.model
-        keys = [()] if isinstance(said, str) else [(key,) for key in ModelFiles.model_fields]
-        key = (said, *(item.folder("model", *below) for below in keys))
-        if key not in self._found:
-            folder, where = partial(item.folder, "model"), partial(item.where, "model")
-            self._found[key] = resolve(said, folder, where)
-        return self._found[key]
+        spec = item.job.model
+        keys = [()] if isinstance(spec, str) else [(key,) for key in ModelFiles.model_fields]
+        key = (spec, *(item.base_dir("model", *below) for below in keys))
+        if key not in self._locations:
+            base_dir, locate = partial(item.base_dir, "model"), partial(item.location, "model")
+            self._locations[key] = resolve_model(spec, base_dir, locate)
+        return self._locations[key]
 
 
-def presets() -> dict[str, Location]:
+def registered_models() -> dict[str, Location]:
     """The models that models.yaml names. Raises JobError with every problem in it."""
     path = models_file()
     try:
-        return _loaded(path, path.stat().st_mtime_ns)
+        return _read_models_file(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         if "WANCLI_MODELS" in os.environ:
             raise JobError("is not there", where=f"$WANCLI_MODELS: {path}") from None
@@ -80,72 +80,72 @@ def presets() -> dict[str, Location]:
 def models_file() -> Path:
     from platformdirs import user_config_path
 
-    said = os.environ.get("WANCLI_MODELS")
-    return (Path(said) if said else user_config_path("wancli") / "models.yaml").expanduser().resolve()
+    custom = os.environ.get("WANCLI_MODELS")
+    return (Path(custom) if custom else user_config_path("wancli") / "models.yaml").expanduser().resolve()
 
 
-def resolved(directory: Path, said: str, where: str) -> Path:
+def resolve_path(base_dir: Path, text: str, location: str) -> Path:
     """A path that was said, from the folder of its file. Raises JobError for one that can be none."""
     try:
-        return (directory / Path(said).expanduser()).resolve()
+        return (base_dir / Path(text).expanduser()).resolve()
     except RuntimeError as error:  # no such user, or a symbolic link to itself
-        raise JobError(f"{said!r}: {error}", where=where) from None
+        raise JobError(f"{text!r}: {error}", where=location) from None
 
 
 @cache
-def _loaded(path: Path, _changed: int) -> dict[str, Location]:
+def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     raw, lines = read_yaml(path.read_bytes(), str(path))
     source = Source(str(path), lines)
     if not isinstance(raw, dict):
         raise JobError("is no mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
-    found: dict[str, Location] = {}
+    locations: dict[str, Location] = {}
     problems: list[str] = []
     for name, entry in raw.items():
 
         def where(*below: Key, name: str = name) -> str:
-            return source.where(name, *below)
+            return source.location(name, *below)
 
         try:
-            model = ModelOnly.model_validate({"model": entry}).model
+            model = ModelEntry.model_validate({"model": entry}).model
             if isinstance(model, ModelFiles):
-                found[name] = _files(model, lambda *_: path.parent, where, must_exist=False)
+                locations[name] = _resolve_files(model, lambda *_: path.parent, where, must_exist=False)
             else:
-                found[name] = resolved(path.parent, model, where())
+                locations[name] = resolve_path(path.parent, model, where())
         except ValidationError as error:
-            problems += problems_of(error, lambda at, _, where=where: where(*at[1:]))  # type: ignore[misc]
+            problems += describe_problems(error, lambda at, _, where=where: where(*at[1:]))  # type: ignore[misc]
         except JobError as error:
             problems += str(error).splitlines()
     if problems:
         raise JobError("\n".join(problems))
-    return found
+    return locations
 
 
-def _files(said: ModelFiles, folder: Folder, where: Where, *, must_exist: bool = True) -> Files:
+def _resolve_files(files: ModelFiles, base_dir: BaseDir, locate: Locate, *, must_exist: bool = True) -> Files:
     """The mapping with its paths made absolute. Raises JobError for a contradiction or an absent file."""
-    if said.transformer and (said.high_noise or said.low_noise):
-        raise JobError("says transformer and an expert; say one or two experts", where=where())
-    if not (said.transformer or said.high_noise or said.low_noise):
-        raise JobError("names no transformer", where=where(), hint="Add transformer: FILE.")
+    if files.transformer and (files.high_noise or files.low_noise):
+        raise JobError("says transformer and an expert; say one or two experts", where=locate())
+    if not (files.transformer or files.high_noise or files.low_noise):
+        raise JobError("names no transformer", where=locate(), hint="Add transformer: FILE.")
     paths: dict[str, Path] = {}
-    for key, text in said.model_dump(exclude_none=True, exclude={"heads"}).items():
-        paths[key] = resolved(folder(key), text, where(key))
+    for key, text in files.model_dump(exclude_none=True, exclude={"heads"}).items():
+        paths[key] = resolve_path(base_dir(key), text, locate(key))
         if must_exist and not os.path.lexists(paths[key]):
-            raise JobError(f"{text!r} is not there", where=where(key), hint=f"Looked for {paths[key]}.")
-    return Files(**paths, heads=said.heads)
+            raise JobError(f"{text!r} is not there", where=locate(key), hint=f"Looked for {paths[key]}.")
+    return Files(**paths, heads=files.heads)
 
 
-def _may_be_name(said: str) -> bool:
-    return "/" not in said and not said.startswith((".", "~"))
+def _may_be_name(text: str) -> bool:
+    return "/" not in text and not text.startswith((".", "~"))
 
 
-def _hint(said: str, path: Path) -> str:
+def _not_found_hint(name: str, path: Path) -> str:
     """Where it was looked for and, for what may be a name, which names there are."""
-    looked = f"Looked for {path}"
-    if not _may_be_name(said):
-        return f"{looked}."
-    known = sorted(presets())
+    searched = f"Looked for {path}"
+    if not _may_be_name(name):
+        return f"{searched}."
+    known = sorted(registered_models())
     if not known:
-        return f"{looked}; {models_file()} names no models."
-    near = next(iter(difflib.get_close_matches(said, known, 1, 0.6)), None)
+        return f"{searched}; {models_file()} names no models."
+    near = next(iter(difflib.get_close_matches(name, known, 1, 0.6)), None)
     meant = f"; did you mean {near!r}?" if near else "."
-    return f"{looked}; {models_file()} names {', '.join(known)}{meant}"
+    return f"{searched}; {models_file()} names {', '.join(known)}{meant}"

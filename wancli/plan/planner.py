@@ -15,23 +15,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.block_map import Shelf
+from wancli.injection.block_map import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
-from wancli.plan.injections import compiled, refuse_lerps_of_joined, refuse_rules_without_cells
-from wancli.plan.prompts import Prompts
-from wancli.plan.sampler import way_of
-from wancli.plan.shot import Interval, Model, Plan, Prompt, Shot
+from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
+from wancli.plan.prompts import PromptResolver
+from wancli.plan.sampler import resolve_sampler
+from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
 from wancli.resources import machine
-from wancli.storage.paths import output_path, slug
-from wancli.text.encoder import Encoder
+from wancli.storage.paths import output_path, slugify
+from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
 
 
-def plan(
-    jobs: JobFile, memo: Path, *, measure: bool = False, budget: int | None = None, unmeasured: bool = False
+def build_plan(
+    jobs: JobFile,
+    hash_cache: Path,
+    *,
+    measure: bool = False,
+    budget: int | None = None,
+    allow_missing_maps: bool = False,
 ) -> Plan:
     """Decides every shot of a job file; `measure` asks for it in all of them, `budget` is the memory in bytes
     that they may take, whatever the job says.
@@ -40,15 +45,17 @@ def plan(
     none: `auto` blocks are all, for whoever is about to measure. Raises JobError with all problems
     of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
     """
-    model_for = cache(lambda source, device, dtype: model_at(source, device, dtype, memo))
-    located = model_registry.Locations()
-    shelf = Shelf(memo.parent / "maps", open_=unmeasured)
-    lora_for = cache(lambda path, transformer: loras.fitting(path, transformer, memo))
+    model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
+    locations = model_registry.ModelLocations()
+    block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
+    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, hash_cache))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
         try:
-            shots.append(_shot(jobs, index, item, located(item), model_for, lora_for, measure, shelf))
+            shots.append(
+                _build_shot(jobs, index, item, locations(item), model_for, lora_for, measure, block_maps)
+            )
         except (JobError, EntryError) as error:
             problems.append(error)
     if problems:
@@ -57,15 +64,17 @@ def plan(
         kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
         raise kind("\n".join(lines), hint="\n".join(hints))
     _refuse_collisions(shots, jobs)
-    chosen = set(jobs.chosen)
-    asked = _housed([shot for shot in shots if shot.index in chosen], jobs, budget)
-    asked = batching.arranged(asked)
+    chosen = set(jobs.selected)
+    selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
+    selected = batching.assign_batches(selected)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.plan_comparison(jobs, shots)
-    return Plan(jobs.name, tuple(asked), tuple(warnings.of_shots(asked, comparison)), others, comparison)
+    return Plan(
+        jobs.name, tuple(selected), tuple(warnings.collect_warnings(selected, comparison)), others, comparison
+    )
 
 
-def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
+def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -> ModelSpec:
     """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
     checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
@@ -73,69 +82,75 @@ def model_at(source: Location, device: str, dtype: str, memo: Path) -> Model:
     )
     usual: Any = {"cpu": "fp32", "cuda": "bf16"}[runs_on]
     runs_in: Any = usual if dtype == "auto" else dtype
-    encoder = Encoder(
+    encoder = EncoderSpec(
         files=checkpoint.text_encoder_files,
         naming=checkpoint.text_encoder.naming,
-        fingerprint=fingerprint(checkpoint.text_encoder_files, memo),
-        tokenizer_sha=fingerprint([checkpoint.tokenizer], memo),
+        fingerprint=fingerprint(checkpoint.text_encoder_files, hash_cache),
+        tokenizer_sha=fingerprint([checkpoint.tokenizer], hash_cache),
         dtype=usual if dtype == "fp8" else runs_in,
         device=runs_on,
         prefix=checkpoint.text_encoder.prefix,
     )
-    return Model(
+    return ModelSpec(
         checkpoint,
         text_encoder_sizes(checkpoint),
         vae_sizes(checkpoint),
-        transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), memo),
-        vae=fingerprint(checkpoint.vae_files, memo),
+        transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), hash_cache),
+        vae=fingerprint(checkpoint.vae_files, hash_cache),
         encoder=encoder,
         device=runs_on,
         dtype=runs_in,
     )
 
 
-def _housed(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Shot]:
+def _choose_residency(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Shot]:
     """The shots with what `auto` leaves open decided; `budget` is instead of the job's. Raises JobError."""
-    asked = []
+    requests = []
     for shot in shots:
         item = jobs.items[shot.index]
-        said = item.job.memory
+        memory = item.job.memory
         made = shot.model.dtype == "fp8" and not shot.model.kernels.fp8_matmul
-        if made and said.residency in ("resident", "streamed"):
+        if made and memory.residency in ("resident", "streamed"):
             raise JobError(
-                f"{said.residency} weights are not made fp8, which is done in memory",
-                where=item.where("memory", "residency"),
+                f"{memory.residency} weights are not made fp8, which is done in memory",
+                where=item.location("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
-        own = None if said.budget is None else parse_size(said.budget, item.where("memory", "budget"))
-        asked.append(memory_policy.Asked(said.residency, said.chunk, own if budget is None else budget))
-    return memory_policy.settle(shots, asked)
+        own = None if memory.budget is None else parse_size(memory.budget, item.location("memory", "budget"))
+        requests.append(
+            memory_policy.MemoryRequest(memory.residency, memory.chunk, own if budget is None else budget)
+        )
+    return memory_policy.choose_residency(shots, requests)
 
 
-def _shot(
+def _build_shot(
     jobs: JobFile,
     index: int,
     item: Item,
     source: Location,
-    model_for: Callable[[Location, str, str], Model],
-    lora_for: Callable[..., loras.Fitting],
+    model_for: Callable[[Location, str, str], ModelSpec],
+    lora_for: Callable[..., loras.MatchedLora],
     measure: bool,
-    shelf: Shelf,
+    block_maps: BlockMapStore,
 ) -> Shot:
     job = item.job
-    model = _model(item, source, model_for)
+    model = _resolve_item_model(item, source, model_for)
     variant = model.checkpoint.variant
-    way = way_of(item, variant)
-    width, height = _size(item, variant)
-    prompt, negative, injected = _texts(item, model, guided=any(part.guidance != 1 for part in way.stages))
+    way = resolve_sampler(item, variant)
+    width, height = _parse_size(item, variant)
+    prompt, negative, injected = _resolve_prompts(
+        item, model, guided=any(part.guidance != 1 for part in way.stages)
+    )
     transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
-    rules, choices = compiled(item, (prompt, *injected), model, shelf, sigmas, way.stages)
+    rules, choices = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, way.stages)
     lora_paths = [
-        model_registry.resolved(item.folder("loras", i, "path"), entry.path, item.where("loras", i, "path"))
+        model_registry.resolve_path(
+            item.base_dir("loras", i, "path"), entry.path, item.location("loras", i, "path")
+        )
         for i, entry in enumerate(job.loras)
     ]
     fit = partial(lora_for, transformer=transformer)
-    decided = loras.decide(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
+    decided = loras.decide_loras(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -148,7 +163,7 @@ def _shot(
         loras=decided,
         width=width,
         height=height,
-        frames=_frames(item, variant),
+        frames=_check_frames(item, variant),
         seed=job.seed,
         noise=job.noise,
         solver=job.sampler.solver,
@@ -163,50 +178,54 @@ def _shot(
         decode_chunk=job.memory.decode_chunk,
         measure=job.measure or measure,
         batch=None if job.batch == "auto" else job.batch,
-        save_every=_interval(item),
+        save_every=_parse_save_interval(item),
         output=Path(),
-        choices=choices,
+        auto_blocks=choices,
     )
-    refuse_rules_without_cells(shot, item)
-    refuse_lerps_of_joined(shot, item)
-    return _named(shot, jobs, item)
+    refuse_rules_without_effect(shot, item)
+    refuse_lerp_after_concat(shot, item)
+    return _with_output(shot, jobs, item)
 
 
-def _model(item: Item, source: Location, model_for: Callable[[Location, str, str], Model]) -> Model:
-    memory, computing = item.job.memory, backends.said(item)
+def _resolve_item_model(
+    item: Item, source: Location, model_for: Callable[[Location, str, str], ModelSpec]
+) -> ModelSpec:
+    memory, computing = item.job.memory, backends.read_compute_options(item)
     try:
         model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
     except CheckpointError as error:
-        raise CheckpointError(str(error), where=item.where("model"), hint=error.hint) from None
+        raise CheckpointError(str(error), where=item.location("model"), hint=error.hint) from None
     return replace(model, kernels=computing)
 
 
-def _texts(item: Item, model: Model, *, guided: bool) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
+def _resolve_prompts(
+    item: Item, model: ModelSpec, *, guided: bool
+) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
     """The prompt, the negative one where guidance needs it, and the injected ones."""
-    job, prompts = item.job, Prompts(item, model)
-    prompt = prompts.get(job.prompt, "prompt")
-    negative = prompts.negative(job.negative, model.checkpoint.variant.negative) if guided else None
+    job, prompts = item.job, PromptResolver(item, model)
+    prompt = prompts.resolve(job.prompt, "prompt")
+    negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
     return (
         prompt,
         negative,
-        tuple(prompts.get(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
+        tuple(prompts.resolve(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
     )
 
 
-def _interval(item: Item) -> Interval:
-    said = item.job.save_every
-    if isinstance(said, int):
-        return Interval(steps=said)
-    return Interval(seconds=parse_duration(said, item.where("save_every")))
+def _parse_save_interval(item: Item) -> SaveInterval:
+    save_every = item.job.save_every
+    if isinstance(save_every, int):
+        return SaveInterval(steps=save_every)
+    return SaveInterval(seconds=parse_duration(save_every, item.location("save_every")))
 
 
-def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
+def _with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     fields: dict[str, str | int] = {
         **{name: f"{v:g}" if isinstance(v, float) else v for name, v in shot.labels.items()},
         "job": jobs.name,
         "item": shot.index,
         "id": shot.id,
-        "slug": slug(shot.prompt.tokens.text),
+        "slug": slugify(shot.prompt.tokens.text),
         "seed": shot.seed,
         # Of everything else that is decided here, and slow to hash for a thousand shots.
         "key": shot.key[:12] if "{key" in item.job.output else "",
@@ -215,18 +234,18 @@ def _named(shot: Shot, jobs: JobFile, item: Item) -> Shot:
         output = output_path(jobs.directory, item.job.output, fields)
         folder = output.parent.resolve()
     except JobError as error:
-        raise JobError(error.message, where=item.where("output"), hint=error.hint) from None
+        raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
     except RuntimeError as error:  # a symbolic link to itself
-        raise JobError(str(error), where=item.where("output")) from None
+        raise JobError(str(error), where=item.location("output")) from None
     if output.suffix != ".mp4":
-        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.where("output"))
+        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
     return replace(shot, output=folder / output.name)
 
 
-def _size(item: Item, variant: Variant) -> tuple[int, int]:
+def _parse_size(item: Item, variant: Variant) -> tuple[int, int]:
     if item.job.size is None:
         return variant.width, variant.height
-    where = item.where("size")
+    where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
         raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
@@ -241,12 +260,12 @@ def _size(item: Item, variant: Variant) -> tuple[int, int]:
     return size
 
 
-def _frames(item: Item, variant: Variant) -> int:
+def _check_frames(item: Item, variant: Variant) -> int:
     frames = item.job.frames or variant.frames
     if frames % 4 != 1:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
-        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.where("frames"))
+        raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.location("frames"))
     return frames
 
 
@@ -258,7 +277,7 @@ def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
         if other := seen.get(folded):
             raise JobError(
                 f"shots {other.index} and {shot.index} would both write {shot.output}",
-                where=jobs.items[shot.index].where("output"),
+                where=jobs.items[shot.index].location("output"),
                 hint="Put {item}, {id} or {seed} into the output template.",
             )
         seen[folded] = shot

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class Fork:
     """Where a shot leaves the way of another: after `step` steps, which it does not take itself."""
 
-    of: int  # the index of the other
+    parent: int  # the index of the other
     step: int
 
 
-class Tree:
+class PrefixTree:
     """The ways of shots of one model from noise to latent; each is added after those it may fork from. Of the
     tables it has seen it knows what its `kin` knows, and the other way round."""
 
-    def __init__(self, kin: Tree | None = None) -> None:
+    def __init__(self, kin: PrefixTree | None = None) -> None:
         self._nodes: dict[tuple[int, Hashable], int] = {}  # from a node by what is read to the next
         self._passes: dict[int, int] = {}  # the shot that goes through a node
         self._rows: dict[Row, int] = kin._rows if kin else {}
@@ -80,6 +80,6 @@ class Tree:
             self._tables[id(table)] = table, found
         return self._tables[id(table)][1]
 
-    def first(self, shot: Shot) -> Hashable:
+    def first_step_key(self, shot: Shot) -> Hashable:
         """What the first step reads: shots where it is the same share at least that one."""
         return next(self._reads(shot))

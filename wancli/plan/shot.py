@@ -12,22 +12,22 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli.injection.block_map import Choice
+from wancli.injection.block_map import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import Expert, Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.plan import memory_estimate
 from wancli.plan.prefix_sharing import Fork
 from wancli.resources.memory_model import Phase, Residency
-from wancli.sampling.solvers import Schedule, schedule
-from wancli.sampling.stages import Stage, stages
-from wancli.storage.paths import slug
-from wancli.text.encoder import Encoder
+from wancli.sampling.solvers import SigmaSchedule, build_schedule
+from wancli.sampling.stages import Stage, split_stages
+from wancli.storage.paths import slugify
+from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokens
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
 
 _NAME_BYTES = 200  # of a job, for the names of files about it
-PIXELS = 1  # raised whenever a new version of wancli makes other pixels from the same job
+PIXEL_VERSION = 1  # raised whenever a new version of wancli makes other pixels from the same job
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSpec:
     """A checkpoint with the sizes and fingerprints of its parts, and how it will run."""
 
     checkpoint: Checkpoint
@@ -54,17 +54,17 @@ class Model:
     vae_sizes: VAEConfig | VAE22Config
     transformer: str  # SHA-256, of both experts where there are two
     vae: str  # SHA-256
-    encoder: Encoder
+    encoder: EncoderSpec
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
     kernels: Kernels = field(default_factory=Kernels)
     budget: int | None = None  # bytes that the process may take, on CUDA the device; None is what is free
     # How the residencies and the chunk were chosen. Models of the same settings are the same.
-    why: tuple[str, ...] = field(default=(), compare=False)
+    residency_reasons: tuple[str, ...] = field(default=(), compare=False)
 
     @property
-    def computes(self) -> Literal["fp32", "bf16", "fp16"]:
+    def compute_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
         """The dtype of matmuls: weights in fp8 are unpacked for them."""
         if self.dtype != "fp8":
             return self.dtype
@@ -77,7 +77,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Interval:
+class SaveInterval:
     """How often the state of a shot is saved: after so much work that would be lost, by either measure."""
 
     seconds: float = math.inf
@@ -99,7 +99,7 @@ class Shot:
     index: int
     id: str
     labels: dict[str, Any]
-    model: Model
+    model: ModelSpec
     prompt: Prompt
     negative: Prompt | None  # None when guidance is 1: no such forward runs
     injected: tuple[Prompt, ...]
@@ -122,11 +122,11 @@ class Shot:
     decode_chunk: int
     measure: bool
     batch: int | None  # how many shots may share a pass over the weights; None: as many as fit
-    save_every: Interval
+    save_every: SaveInterval
     output: Path
     shared: Shared | None = None  # changes no pixel
     fork: Fork | None = None  # the steps that another shot takes for it; likewise
-    choices: tuple[Choice, ...] = ()  # the blocks of its rules that a measured map chose
+    auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -155,13 +155,13 @@ class Shot:
         return self.output.with_suffix(".manifest.json")
 
     @cached_property
-    def schedule(self) -> Schedule:
-        return schedule(self.solver, self.steps, self.shift)
+    def sigma_schedule(self) -> SigmaSchedule:
+        return build_schedule(self.solver, self.steps, self.shift)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         boundary = self.model.checkpoint.variant.boundary
-        return stages(self.schedule.timesteps, boundary, self.guidance, self.guidance_low)
+        return split_stages(self.sigma_schedule.timesteps, boundary, self.guidance, self.guidance_low)
 
     @cached_property
     def table(self) -> Table:
@@ -173,13 +173,13 @@ class Shot:
         return _table(self.rules, tuple(base), depth, self.steps, unguided)
 
     @property
-    def texts(self) -> tuple[Prompt, ...]:
+    def prompts(self) -> tuple[Prompt, ...]:
         """Every prompt the shot needs, the injected ones last."""
         return (self.prompt, *([self.negative] if self.negative else []), *self.injected)
 
     @property
     def injects(self) -> bool:
-        return any(rule.on for rule in self.rules)
+        return any(rule.is_active for rule in self.rules)
 
     @property
     def sharing(self) -> int:
@@ -187,7 +187,7 @@ class Shot:
         return self.shared.shots if self.shared else 1
 
     @property
-    def riders(self) -> int:
+    def forwards_per_step(self) -> int:
         """Forwards of one step: a branch each, and where injections are measured another one without."""
         return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
 
@@ -195,12 +195,12 @@ class Shot:
     def phases(self) -> tuple[Phase, ...]:
         """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
         is that of all shots that share its passes."""
-        return memory_estimate.phases(self)
+        return memory_estimate.predict_phases(self)
 
     @property
     def peak(self) -> int:
         """Predicted bytes of the whole process at most; on CUDA those of the device."""
-        return memory_estimate.process(self.model) + max(phase.total for phase in self.phases)
+        return memory_estimate.process_bytes(self.model) + max(phase.total for phase in self.phases)
 
     @cached_property
     def latents_key(self) -> str:
@@ -209,12 +209,12 @@ class Shot:
         experts = [] if low is None else [low, self.model.checkpoint.variant.boundary]
         return _hash(
             {
-                "pixels": PIXELS,
+                "pixels": PIXEL_VERSION,
                 "transformer": self.model.transformer,
-                "sizes": _fields(self.model.checkpoint.transformer),
+                "sizes": _as_dict(self.model.checkpoint.transformer),
                 "dtype": self.model.dtype,
-                "texts": [prompt.id for prompt in self.texts],
-                "rules": [_fields(rule) for rule in self.rules],
+                "texts": [prompt.id for prompt in self.prompts],
+                "rules": [_as_dict(rule) for rule in self.rules],
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
@@ -222,7 +222,7 @@ class Shot:
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
                 # Weights in fp8 do not say it themselves: a GPU multiplies them in bf16.
-                **({"computes": "bf16"} if self.model.computes == "bf16" != self.model.dtype else {}),
+                **({"computes": "bf16"} if self.model.compute_dtype == "bf16" != self.model.dtype else {}),
             }
         )
 
@@ -238,7 +238,7 @@ class Comparison:
     """What is made of shots together, once they are done: by the id of each that of the shot it is beside."""
 
     baselines: Mapping[str, str]
-    baseline: str  # of those that have none of their own
+    default_baseline: str  # of those that have none of their own
     sheet: bool
     video: bool
 
@@ -250,27 +250,27 @@ class Plan:
     name: str
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
-    others: tuple[Shot, ...] = ()  # of the same job, and not asked for
+    unselected: tuple[Shot, ...] = ()  # of the same job, and not asked for
     comparison: Comparison | None = None
 
     @property
-    def whole(self) -> list[Shot]:
+    def all_shots(self) -> list[Shot]:
         """All shots of the job, also those that were not asked for."""
-        return sorted((*self.shots, *self.others), key=lambda shot: shot.index)
+        return sorted((*self.shots, *self.unselected), key=lambda shot: shot.index)
 
-    def companion(self, suffix: str) -> Path:
+    def sidecar_path(self, suffix: str) -> Path:
         """Where a file about the whole job is: in the folder that its outputs share, or that of the first."""
-        shots = self.whole
+        shots = self.all_shots
         folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
         if folder == folder.parent:  # they share nothing but the root of the file system
             folder = shots[0].output.parent
         name = os.fsencode(self.name)
         if len(name) > _NAME_BYTES:
-            return folder / f"{slug(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
+            return folder / f"{slugify(self.name)}-{hashlib.sha256(name).hexdigest()[:12]}.{suffix}"
         return folder / f"{self.name}.{suffix}"
 
 
-def named(shots: Sequence[Shot]) -> str:
+def format_shots(shots: Sequence[Shot]) -> str:
     """What people read of shots: the id of one, or how many and which they are."""
     first, last = shots[0].id, shots[-1].id
     return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
@@ -289,7 +289,7 @@ def _table(
 
 
 @lru_cache(1024)
-def _fields(value: Rule | WanConfig) -> dict[str, Any]:
+def _as_dict(value: Rule | WanConfig) -> dict[str, Any]:
     return asdict(value)
 
 

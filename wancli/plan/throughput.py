@@ -23,7 +23,7 @@ from wancli.storage import atomic
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
     from wancli.models.config import WanConfig
-    from wancli.plan.shot import Model, Shot
+    from wancli.plan.shot import ModelSpec, Shot
     from wancli.storage.manifest_schema import ShotRecord
 
 PHASES = ("encode", "load", "sample", "decode")
@@ -62,7 +62,7 @@ def shot_workloads(shot: Shot) -> dict[str, Workload]:
     """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
     model, wan = shot.model, shot.model.checkpoint.transformer
     here = machine.device_name(model.device)
-    counts = [len(text.tokens.ids) for text in shot.texts if not text.file]
+    counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
     return {
         "encode": encoding_workload(model, counts),
         "load": Workload(
@@ -78,14 +78,14 @@ def shot_workloads(shot: Shot) -> dict[str, Workload]:
             "decode",
             model.vae_sizes.dec_dim,
             shot.tokens,
-            flops.of_decoding(model.vae_sizes, shot.latent_shape),
+            flops.decode_flops(model.vae_sizes, shot.latent_shape),
         ),
     }
 
 
-def encoding_workload(model: Model, counts: Sequence[int]) -> Workload:
+def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
     """Prompts of so many tokens."""
-    amount = sum(flops.of_encoding(model.text_encoder, count) for count in counts)
+    amount = sum(flops.encode_flops(model.text_encoder, count) for count in counts)
     encoder, width = model.encoder, model.text_encoder.d_model
     here = machine.device_name(model.device)
     return Workload(here, encoder.dtype, encoder.residency, "encode", width, max(1, sum(counts)), amount)
@@ -141,7 +141,7 @@ def measured_rates(shots: Sequence[tuple[Shot, ShotRecord]]) -> list[Rate]:
 def _encoding_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
     """Yield one rate for the prompts of a batch. They are encoded together, in one phase that each of the
     manifests has."""
-    phases: dict[str, tuple[Model, float]] = {}
+    phases: dict[str, tuple[ModelSpec, float]] = {}
     texts: dict[str, dict[str, int]] = {}
     for shot, record in shots:
         phase = next((p for p in record.phases if p.name == "encode" and not p.earlier), None)
@@ -186,7 +186,7 @@ def predict_phases(
 
     for model in dict.fromkeys(shot.model for shot in shots):
         own = [shot for shot in shots if shot.model == model]
-        texts = {text.id: text for shot in own for text in shot.texts if text.id in missing}
+        texts = {text.id: text for shot in own for text in shot.prompts if text.id in missing}
         add("encode", encoding_workload(model, [len(text.tokens.ids) for text in texts.values()]))
         add("load", shot_workloads(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
@@ -215,8 +215,8 @@ def rates_used(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
 def sampling_flops(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
     wan = shot.model.checkpoint.transformer
-    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.texts}
-    contexts = len(shot.stages) * sum(flops.of_context(wan, count) for count in rows.values())
+    rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
+    contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
     return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
 
 
@@ -228,13 +228,13 @@ def _step_flops(
     rows, total = dict(text_rows), 0
     for branch in table.branches:
         base = table.base[branch]
-        plain = flops.of_forward(wan, tokens, wan.num_layers * rows[base.id])
+        plain = flops.forward_flops(wan, tokens, wan.num_layers * rows[base.id])
         took: dict[int, int] = {}  # by the id of a row: many steps have the same one
-        for step in table.steps_of[branch]:
+        for step in table.steps_by_branch[branch]:
             cells = table.row(step, branch)
             if id(cells) not in took:
                 read = sum(_row_count(expr, rows) for cell in cells for expr, _ in cell)
-                took[id(cells)] = flops.of_forward(wan, tokens, read)
+                took[id(cells)] = flops.forward_flops(wan, tokens, read)
                 if measure and any(cell != ((base, 1.0),) for cell in cells):
                     took[id(cells)] += plain
             total += took[id(cells)]

@@ -9,41 +9,41 @@ from wancli.plan import loras
 from wancli.plan.shot import Comparison, Shot
 
 
-def of_shots(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
+def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
     """One line for all shots that share a warning."""
     baselines = set(comparison.baselines.values()) if comparison else set()
-    of: dict[str, list[str]] = {}
+    shots_by_warning: dict[str, list[str]] = {}
     for shot in shots:
-        for warning in dict.fromkeys(_of(shot, is_baseline=shot.id in baselines)):
-            of.setdefault(warning, []).append(shot.id)
-    for warning, ids in of.items():
+        for warning in dict.fromkeys(_shot_warnings(shot, is_baseline=shot.id in baselines)):
+            shots_by_warning.setdefault(warning, []).append(shot.id)
+    for warning, ids in shots_by_warning.items():
         rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
         yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
 
 
-def _of(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
-    for text in shot.texts:
+def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
+    for text in shot.prompts:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
     if shot.model.checkpoint.root == wan_mini.FOLDER:
         words = [
             word
-            for text in shot.texts
+            for text in shot.prompts
             if not text.file
-            for word in wan_mini.unknown_words(text.tokens.pieces)
+            for word in wan_mini.find_unknown_words(text.tokens.pieces)
         ]
         if words:
-            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.KNOWS}"
+            yield f"{', '.join(dict.fromkeys(words))}? {wan_mini.SUBJECTS_HINT}"
     for rule, text in zip(shot.rules, shot.injected):
-        if not rule.on and not is_baseline:
+        if not rule.is_active and not is_baseline:
             yield "an injection has strength 0 and changes nothing"
         if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield "the injected prompt is the main prompt; nothing will change"
-    for choice in shot.choices:
-        if choice.of_others:
-            yield f"{choice.said} goes by {choice.by}, which is of {choice.of_others}"
-    yield from loras.warnings(shot.loras)
+    for choice in shot.auto_blocks:
+        if choice.other_prompts:
+            yield f"{choice.spec} goes by {choice.map_name}, which is of {choice.other_prompts}"
+    yield from loras.lora_warnings(shot.loras)
     guidance = max(stage.guidance for stage in shot.stages)
     if shot.solver == "distill4" and guidance != 1:
         yield f"distilled models want guidance 1; {guidance:g} blurs"

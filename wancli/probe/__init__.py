@@ -1,1 +1,1 @@
-"""Which block matters: measured block maps."""
+"""Measured block maps: which block's text matters."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from wancli.engine.context import RenderContext
-from wancli.injection.block_map import Map
-from wancli.probe.request import Survey
+from wancli.injection.block_map import BlockMap
+from wancli.probe.request import ProbeRequest
 
 
-def measured(asked: Survey, tools: RenderContext) -> Map:
+def run_probe(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     """The map. Raises what `trajectory.measure` and `renders.measure` raise."""
-    if asked.method == "render":
+    if probe.method == "render":
         from wancli.probe import renders
 
-        return renders.measure(asked, tools)
+        return renders.measure(probe, tools)
     from wancli.probe import trajectory
 
-    return trajectory.measure(asked, tools)
+    return trajectory.measure(probe, tools)

@@ -20,7 +20,7 @@ from wancli.models.dit_layers import Mix
 
 
 @dataclass(frozen=True)
-class Place:
+class ProbePoint:
     """Where a model is looked at: latents at a timestep, and what block i reads, `plain[i]`, or could read,
     `injected[i]`."""
 
@@ -31,7 +31,9 @@ class Place:
     injected: Sequence[Mix]
 
 
-def velocities(place: Place, rows: Sequence[Sequence[Mix]], riders: int = 1) -> Iterator[tuple[int, Tensor]]:
+def velocities(
+    point: ProbePoint, rows: Sequence[Sequence[Mix]], forwards_per_pass: int = 1
+) -> Iterator[tuple[int, Tensor]]:
     """The velocity with each row of mixes, as (its place in `rows`, velocity) in the order of their first
     differences from `plain`; last that of `plain`, as (len(rows), velocity). fp32, and bit for bit those of
     `WanModel.forward`.
@@ -40,11 +42,11 @@ def velocities(place: Place, rows: Sequence[Sequence[Mix]], riders: int = 1) -> 
     are fetched for it; each keeps a residual stream. Without gradients only. Raises ValueError for a row that
     differs nowhere.
     """
-    model, plain = place.model, place.plain
+    model, plain = point.model, point.plain
     starts = {i: _first_difference(plain, row) for i, row in enumerate(rows)}
     order = sorted(starts, key=lambda i: starts[i])
-    groups = [order[i : i + riders] for i in range(0, len(order), riders)] or [[]]
-    trunk, at = model.embed(place.x_1CTYX, place.t), 0
+    groups = [order[i : i + forwards_per_pass] for i in range(0, len(order), forwards_per_pass)] or [[]]
+    trunk, at = model.embed(point.x_1CTYX, point.t), 0
     # The trunk goes along to where the next group leaves it, with the last one to the end.
     stops = [*(starts[group[0]] for group in groups[1:]), len(plain)]
     for group, stop in zip(groups, stops):
@@ -68,7 +70,7 @@ def _first_difference(plain: Sequence[Mix], row: Sequence[Mix]) -> int:
     raise ValueError("a row reads the same as the plain forward everywhere")
 
 
-def derivatives(place: Place, toward_1CTYX: Tensor) -> Iterator[tuple[int, Tensor]]:
+def derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Of <velocity, toward>, by the strength with which a block's tokens would read `injected`, at strength
     0: (block, [L] one for each token), from the last block to the first; before these (number of blocks,
     velocity).
@@ -77,12 +79,12 @@ def derivatives(place: Place, toward_1CTYX: Tensor) -> Iterator[tuple[int, Tenso
     gradients, of which the stream before each is kept; then each runs once more, with them, alone. That is
     gradient checkpointing whose first walk is as fast as sampling. Weights need to be resident.
     """
-    model, plain = place.model, place.plain
-    before: list[Tensor] = []
+    model, plain = point.model, point.plain
+    inputs: list[Tensor] = []
     with torch.no_grad():
-        stream = model.embed(place.x_1CTYX, place.t)
+        stream = model.embed(point.x_1CTYX, point.t)
         for layer, mix in zip(model.blocks, plain, strict=True):
-            before.append(stream.x_BLD.clone())
+            inputs.append(stream.x_BLD.clone())
             stream.through(layer, mix, checkpointed=False)
     with torch.enable_grad():
         x_BLD = stream.x_BLD.requires_grad_()
@@ -91,23 +93,23 @@ def derivatives(place: Place, toward_1CTYX: Tensor) -> Iterator[tuple[int, Tenso
     yield len(plain), v_1CTYX.detach()
     for block in reversed(range(len(plain))):
         with torch.enable_grad():
-            x_BLD = before.pop().requires_grad_()
+            x_BLD = inputs.pop().requires_grad_()
             s_L = torch.zeros(x_BLD.shape[1], device=x_BLD.device, requires_grad=True)
             stream.x_BLD = x_BLD
-            mix = _mixed(plain[block], place.injected[block], s_L)
+            mix = _mix(plain[block], point.injected[block], s_L)
             stream.through(model.blocks[block], mix, checkpointed=False)
             gradient_BLD, by_s_L = torch.autograd.grad(stream.x_BLD, (x_BLD, s_L), gradient_BLD)
         yield block, by_s_L
 
 
-def _mixed(plain: Mix, injected: Mix, s_L: Tensor) -> Mix:
+def _mix(plain: Mix, injected: Mix, s_L: Tensor) -> Mix:
     return (
         *((context, weight * (1 - s_L)) for context, weight in plain),
         *((context, weight * s_L) for context, weight in injected),
     )
 
 
-def size_of_change(by_s_L: Tensor, v_1CTYX: Tensor) -> float:
+def estimate_change(by_s_L: Tensor, v_1CTYX: Tensor) -> float:
     """How far the velocity moves by first order, relative to its length, from the derivatives of one
     random projection of it.
 

@@ -15,161 +15,177 @@ import torch
 from torch import Tensor
 
 from wancli.engine.context import RenderContext
-from wancli.engine.encode_stage import embed
+from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks, check_device, check_weights
 from wancli.errors import NotFinite
-from wancli.injection.block_map import Map
-from wancli.injection.contexts import Contexts
-from wancli.injection.effects import relative
+from wancli.injection.block_map import BlockMap
+from wancli.injection.contexts import ContextCache
+from wancli.injection.effects import relative_change
 from wancli.injection.table import Cell, Text
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.plan import backends
 from wancli.probe import request, sensitivity
-from wancli.probe.request import Survey
-from wancli.probe.sensitivity import Place
+from wancli.probe.request import ProbeRequest
+from wancli.probe.sensitivity import ProbePoint
 from wancli.progress import Phase
-from wancli.resources.measure import fitting
+from wancli.resources.measure import oom_as_error
 from wancli.sampling import denoise
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.text.encoder import Encoded
 
 
-def measure(asked: Survey, tools: RenderContext) -> Map:
+def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     """The map. Raises DoesNotFit where it needs more memory than there is, NotFinite, and Stopped where
     somebody asked for an end: what was measured is lost then."""
-    shot, depth = asked.plain, asked.depth
+    shot, depth = probe.plain_shot, probe.depth
     for device in {shot.model.device, shot.noise}:
         check_device(device)
     backends.check(shot.model)
     check_weights(shot.model.checkpoint)
     store = tools.store
-    known = all(text.file or (store and store.path(text.id).exists()) for text in asked.texts)
-    riders = request.riders(asked, encoded=known)
-    with fitting("encode", f"shot {shot.id}"):
-        encoded, _ = embed(shot.model, asked.texts, tools)
+    all_cached = all(text.file or (store and store.path(text.id).exists()) for text in probe.texts)
+    forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
+    with oom_as_error("encode", f"shot {shot.id}"):
+        encoded, _ = encode_prompts(shot.model, probe.texts, tools)
     rows: list[list[float]] = []
-    seconds, passes = 0.0, _passes(asked)
-    sampling = shot.riders * depth
-    total = asked.levels[-1] * sampling + len(asked.levels) * passes
+    seconds, passes = 0.0, _blocks_per_level(probe)
+    sampling = shot.forwards_per_step * depth
+    total = probe.levels[-1] * sampling + len(probe.levels) * passes
     # Tensors made in inference mode cannot take part in a derivative.
-    without_gradients = torch.no_grad() if asked.method == "gradient" else torch.inference_mode()
+    without_gradients = torch.no_grad() if probe.method == "gradient" else torch.inference_mode()
     with (
-        fitting("probe", f"shot {shot.id}"),
+        oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
-        tools.progress.phase(shot.id, "probe", total) as bar,
+        tools.progress.phase("probe", [shot.id], total) as bar,
     ):
-        for step, place in _way(asked, encoded, riders):
+        for step, point in _trace(probe, encoded, forwards_per_pass):
             if tools.stop.requested:
                 raise tools.stop.error("nothing of the map is kept")
-            if place is None:
+            if point is None:
                 bar.advance(sampling, f"sampling step {step}")
                 continue
             began = time.monotonic()
-            rows.append(_values(asked, place, step, riders, bar, tools))
+            rows.append(_measure_level(probe, point, step, forwards_per_pass, bar, tools))
             seconds += time.monotonic() - began
     mean = [sum(column) / len(rows) for column in zip(*rows)]
-    return request.found_map(asked, rows, mean, seconds, len(rows) * passes / depth)
+    return request.build_map(probe, rows, mean, seconds, len(rows) * passes / depth)
 
 
-def _passes(asked: Survey) -> int:
+def _blocks_per_level(probe: ProbeRequest) -> int:
     """How many blocks run for one level. For a derivative those that run again, and those on the way back."""
-    if asked.method == "gradient":
-        return 3 * asked.depth
-    return asked.depth + sum(asked.depth - min(blocks) for blocks in asked.ranges)
+    if probe.method == "gradient":
+        return 3 * probe.depth
+    return probe.depth + sum(probe.depth - min(blocks) for blocks in probe.ranges)
 
 
-def _way(asked: Survey, encoded: Mapping[str, Encoded], riders: int) -> Iterator[tuple[int, Place | None]]:
+def _trace(
+    probe: ProbeRequest, encoded: Mapping[str, Encoded], forwards_per_pass: int
+) -> Iterator[tuple[int, ProbePoint | None]]:
     """The plain shot up to the last level: (step, where it is) before a step that is a level, and
     (step, None) after each step."""
-    shot = asked.plain
+    shot = probe.plain_shot
     networks = Networks(shot.model)
-    state = State(denoise.noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
-    for stage in (stage for stage in shot.stages if stage.steps.start <= asked.levels[-1]):
-        state = yield from _along(asked, stage, state, networks, encoded, riders)
+    state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
+    for stage in (stage for stage in shot.stages if stage.steps.start <= probe.levels[-1]):
+        state = yield from _trace_stage(probe, stage, state, networks, encoded, forwards_per_pass)
 
 
-def _along(
-    asked: Survey,
+def _trace_stage(
+    probe: ProbeRequest,
     stage: Stage,
     state: State,
     networks: Networks,
     encoded: Mapping[str, Encoded],
-    riders: int,
-) -> Generator[tuple[int, Place | None], None, State]:
+    forwards_per_pass: int,
+) -> Generator[tuple[int, ProbePoint | None], None, State]:
     """The steps of one network, which nothing names when they are over: another one takes its place."""
-    shot, last = asked.plain, asked.levels[-1]
+    shot, last = probe.plain_shot, probe.levels[-1]
     loras = networks.loras(shot.loras)
     model = networks.transformer(stage.expert).requires_grad_(False)
-    rows_NE = {id: one.embedding.rows_NE.to(shot.model.device) for id, one in encoded.items()}
-    contexts = Contexts(model, rows_NE)
+    rows_NE = {id: single_step.embedding.rows_NE.to(shot.model.device) for id, single_step in encoded.items()}
+    contexts = ContextCache(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
         if networks.patches.at(loras, step, stage.expert):
-            contexts.forget()
-        if step in asked.levels:
-            yield step, _place(asked, model, contexts, state, step)
+            contexts.clear()
+        if step in probe.levels:
+            yield step, _probe_point(probe, model, contexts, state, step)
         if step < last:
-            one = replace(stage, steps=range(step, step + 1))
-            walk = denoise.Walk(state, shot.schedule, shot.solver, shot.table, contexts, one)
-            (at,) = denoise.denoise(model, walk, shot.riders if riders > 1 else 1)
-            state = at.state
+            single_step = replace(stage, steps=range(step, step + 1))
+            run = denoise.DenoiseRun(
+                state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step
+            )
+            (reached,) = denoise.denoise(model, run, shot.forwards_per_step if forwards_per_pass > 1 else 1)
+            state = reached.state
             yield step, None
     return state
 
 
-def _place(asked: Survey, model: WanModel, contexts: Contexts, state: State, step: int) -> Place:
-    base = Text(asked.shot.prompt.id)
+def _probe_point(
+    probe: ProbeRequest, model: WanModel, contexts: ContextCache, state: State, step: int
+) -> ProbePoint:
+    base = Text(probe.shot.prompt.id)
     cell: Cell = ((base, 1.0),)
     plain, injected = (
-        [contexts.mix(one)] * asked.depth for one in (cell, asked.shot.rules[0].applied(cell, base, 1.0))
+        [contexts.mix(one)] * probe.depth for one in (cell, probe.shot.rules[0].apply(cell, base, 1.0))
     )
-    return Place(model, state.x[None], asked.shot.schedule.timesteps[step], plain, injected)
+    return ProbePoint(model, state.x[None], probe.shot.sigma_schedule.timesteps[step], plain, injected)
 
 
-def _values(
-    asked: Survey, place: Place, step: int, riders: int, bar: Phase, tools: RenderContext
+def _measure_level(
+    probe: ProbeRequest,
+    point: ProbePoint,
+    step: int,
+    forwards_per_pass: int,
+    bar: Phase,
+    tools: RenderContext,
 ) -> list[float]:
     """A value for each range at a level."""
     note = f"at step {step}"
-    if asked.method == "gradient":
-        values = _derived(asked, place, step, bar, note, tools)
+    if probe.method == "gradient":
+        values = _estimate_changes(probe, point, step, bar, note, tools)
     else:
-        values = _changed(asked, place, riders, bar, note, tools)
+        values = _measure_changes(probe, point, forwards_per_pass, bar, note, tools)
     if not all(map(math.isfinite, values)):
-        raise NotFinite(f"NaN or Inf at step {step}, cond branch", where=f"shot {asked.shot.id}")
+        raise NotFinite(f"NaN or Inf at step {step}, cond branch", where=f"shot {probe.shot.id}")
     return values
 
 
-def _changed(
-    asked: Survey, place: Place, riders: int, bar: Phase, note: str, tools: RenderContext
+def _measure_changes(
+    probe: ProbeRequest,
+    point: ProbePoint,
+    forwards_per_pass: int,
+    bar: Phase,
+    note: str,
+    tools: RenderContext,
 ) -> list[float]:
     """‖v' - v‖ / ‖v‖, v' being the velocity where a range reads the injected prompt, or nothing."""
-    other: Sequence[Mix] = place.injected if asked.method == "inject" else [()] * asked.depth
+    other: Sequence[Mix] = point.injected if probe.method == "inject" else [()] * probe.depth
     rows = [
-        [other[b] if b in blocks else place.plain[b] for b in range(asked.depth)] for blocks in asked.ranges
+        [other[b] if b in blocks else point.plain[b] for b in range(probe.depth)] for blocks in probe.ranges
     ]
-    passes = [asked.depth - min(blocks) for blocks in asked.ranges] + [asked.depth]
-    found: dict[int, Tensor] = {}
-    for index, v_1CTYX in sensitivity.velocities(place, rows, riders):
-        found[index] = v_1CTYX
+    passes = [probe.depth - min(blocks) for blocks in probe.ranges] + [probe.depth]
+    velocities: dict[int, Tensor] = {}
+    for index, v_1CTYX in sensitivity.velocities(point, rows, forwards_per_pass):
+        velocities[index] = v_1CTYX
         bar.advance(passes[index], note)
         if tools.stop.requested:
             raise tools.stop.error("nothing of the map is kept")
-    return [relative(found[index], found[len(rows)]) for index in range(len(rows))]
+    return [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
 
 
-def _derived(
-    asked: Survey, place: Place, step: int, bar: Phase, note: str, tools: RenderContext
+def _estimate_changes(
+    probe: ProbeRequest, point: ProbePoint, step: int, bar: Phase, note: str, tools: RenderContext
 ) -> list[float]:
     """How far the velocity moves by first order, from one random projection; see `size_of_change`."""
-    generator = torch.Generator().manual_seed(asked.shot.seed + step)
-    toward_1CTYX = torch.randn(place.x_1CTYX.shape, generator=generator).to(place.x_1CTYX.device)
-    found: dict[int, Tensor] = {}
-    for block, tensor in sensitivity.derivatives(place, toward_1CTYX):
-        found[block] = tensor
-        bar.advance(asked.depth if block == asked.depth else 2, note)
+    generator = torch.Generator().manual_seed(probe.shot.seed + step)
+    toward_1CTYX = torch.randn(point.x_1CTYX.shape, generator=generator).to(point.x_1CTYX.device)
+    derivatives: dict[int, Tensor] = {}
+    for block, tensor in sensitivity.derivatives(point, toward_1CTYX):
+        derivatives[block] = tensor
+        bar.advance(probe.depth if block == probe.depth else 2, note)
         if tools.stop.requested:
             raise tools.stop.error("nothing of the map is kept")
-    of_ranges = [torch.stack([found[block] for block in blocks]).sum(0) for blocks in asked.ranges]
-    return [sensitivity.size_of_change(by_s_L, found[asked.depth]) for by_s_L in of_ranges]
+    by_range = [torch.stack([derivatives[block] for block in blocks]).sum(0) for blocks in probe.ranges]
+    return [sensitivity.estimate_change(by_s_L, derivatives[probe.depth]) for by_s_L in by_range]

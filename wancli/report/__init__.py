@@ -1,1 +1,1 @@
-"""What a render was and what it cost, from its manifests."""
+"""Reports on a batch and its videos, for people and for programs."""

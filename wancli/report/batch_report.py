@@ -17,11 +17,11 @@ from wancli.plan import alternatives, memory_estimate, memory_policy, throughput
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
-from wancli.text.embedding import describe
+from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
-    from wancli.plan.shot import Model, Plan, Shot
+    from wancli.plan.shot import ModelSpec, Plan, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
     from wancli.storage.manifest_schema import Manifest, PhaseRecord
@@ -90,11 +90,11 @@ def write_report(plan: Plan, report: Report) -> Path:
     path = report_path(plan)
     earlier = read_report(path)
     if path.exists() and earlier is None:
-        atomic.set_aside(path)
-    if plan.others:
+        atomic.move_aside(path)
+    if plan.unselected:
         selected = {entry.output: entry for entry in report.shots}
         known = {entry.output: entry for entry in (earlier.shots if earlier else [])}
-        outputs = [(shot, str(shot.output)) for shot in plan.whole]
+        outputs = [(shot, str(shot.output)) for shot in plan.all_shots]
         shots = [selected.get(name) or _unselected_entry(shot, known.get(name)) for shot, name in outputs]
         report = replace(report, shots=shots)
     # Names of files that are not UTF-8 arrive as lone surrogates.
@@ -117,12 +117,12 @@ def _unselected_entry(shot: Shot, entry: ShotEntry | None) -> ShotEntry:
 
 def report_path(plan: Plan) -> Path:
     """Return the path of a job's report."""
-    return plan.companion("report.json")
+    return plan.sidecar_path("report.json")
 
 
 def read_report(path: Path) -> Report | None:
     """Read a report. Returns None if there is none, or none that can be used."""
-    document = sidecars.document(path, SCHEMA)
+    document = sidecars.read_document(path, SCHEMA)
     if document is None:
         return None
     try:
@@ -154,15 +154,15 @@ def plan_document(
                 "tokens": shot.tokens,
                 "seed": shot.seed,
                 "solver": shot.solver,
-                "timesteps": shot.schedule.timesteps,
-                "sigmas": shot.schedule.sigmas,
+                "timesteps": shot.sigma_schedule.timesteps,
+                "sigmas": shot.sigma_schedule.sigmas,
                 "shift": shot.shift,
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
                 "sharing": shot.sharing,
-                "fork": asdict(shot.fork) if shot.fork else None,
+                "fork": {"of": shot.fork.parent, "step": shot.fork.step} if shot.fork else None,
                 "inject": [
-                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.reached)
+                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
                 ],
                 "loras": [
                     {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}
@@ -182,8 +182,8 @@ def plan_document(
                 "residency": model.residency,
                 "text_encoder": model.encoder.residency,
                 "chunk": model.kernels.chunk,
-                "why": list(model.why),
-                "limit": memory_policy.limit(model),
+                "why": list(model.residency_reasons),
+                "limit": memory_policy.memory_limit(model),
                 "budget": model.budget,
             }
             for model in dict.fromkeys(shot.model for shot in plan.shots)
@@ -205,7 +205,7 @@ def count_steps(shots: Iterable[Shot]) -> dict[str, int]:
 
 def largest_shots(shots: Sequence[Shot]) -> list[Shot]:
     """Of each model the shot that needs most memory."""
-    largest: dict[Model, Shot] = {}
+    largest: dict[ModelSpec, Shot] = {}
     for shot in shots:
         if shot.model not in largest or shot.peak > largest[shot.model].peak:
             largest[shot.model] = shot
@@ -215,7 +215,7 @@ def largest_shots(shots: Sequence[Shot]) -> list[Shot]:
 def output_states(shots: Iterable[Shot]) -> list[str]:
     """What a render would find of each: `done`, `to do`, `damaged`, which is made anew, or `in the way`,
     which takes --force or another output. Reads every video that there is."""
-    return [preflight.condition(shot)[0] for shot in shots]
+    return [preflight.output_status(shot)[0] for shot in shots]
 
 
 def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
@@ -225,7 +225,7 @@ def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
 
 def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
     """Every distinct prompt of the shots, and whether stage 1 has it already."""
-    texts = {prompt.id: prompt for shot in shots for prompt in shot.texts}
+    texts = {prompt.id: prompt for shot in shots for prompt in shot.prompts}
     return [
         {
             "id": id,
@@ -242,7 +242,7 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
         try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
-            tokens = describe(unseal(entry.path.read_bytes(), entry.key))[0]
+            tokens = read_tokens(unseal(entry.path.read_bytes(), entry.key))[0]
         except (OSError, EntryError):
             tokens = None
         rows.append(
@@ -261,7 +261,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
     """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
     rows: dict[str, dict[str, Any]] = {}
     for shot in shots:
-        process = memory_estimate.process(shot.model)
+        process = memory_estimate.process_bytes(shot.model)
         for phase in shot.phases:
             row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
             if phase.name not in rows or row["peak"] > rows[phase.name]["peak"]:
@@ -272,7 +272,7 @@ def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
 def estimate_time(shots: Sequence[Shot], store: Store, rates: Sequence[Rate]) -> dict[str, Any]:
     """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
     done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
-    texts = {text.id for shot in shots for text in shot.texts if text.file is None}
+    texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     missing = frozenset(id for id in texts if not store.path(id).exists())
     phases = throughput.predict_phases(shots, missing, rates)
     parts = list(phases.values())

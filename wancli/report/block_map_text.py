@@ -1,32 +1,32 @@
-"""A block map as people read it: a strip of blocks for each noise level, the ranking, and what to write."""
+"""A block map for people: a strip of blocks for each noise level, the ranking, and a suggestion."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from wancli.injection.block_map import Map, as_blocks, ranked
-from wancli.report.terminal import bar, ruler
+from wancli.injection.block_map import BlockMap, format_blocks, rank
+from wancli.report.terminal import draw_bar, draw_ruler
 from wancli.units import format_seconds, pluralize
 
 STRONGEST = 8
 
 
-def map_lines(found: Map) -> Iterator[str]:
-    """Within 80 columns for models of up to 60 blocks. Each strip goes from 0 to its own largest value."""
+def format_map(found: BlockMap) -> Iterator[str]:
+    """Format a map within 80 columns, for up to 60 blocks. Each strip is scaled to its own largest value."""
     levels = len(found.levels)
     places = pluralize(len(found.ranges), "range") if found.ranges else f"{found.model.blocks} blocks"
     where = f" at {pluralize(levels, 'noise level')}" if levels else ""
     yield f"{found.method} map of shot {found.shot}: {places}{where}"
     yield f"{found.unit}; {found.forwards:g} forwards in {format_seconds(found.seconds)}"
-    yield f"\n{'block':>18}  {ruler(found.model.blocks)}"
+    yield f"\n{'block':>18}  {draw_ruler(found.model.blocks)}"
     for level, values in zip(found.levels, found.values):
-        yield f"{f'step {level.step} sigma {level.sigma:.2f}':>18}  {_strip(found, values)}"
+        yield f"{f'step {level.step} sigma {level.sigma:.2f}':>18}  {_draw_strip(found, values)}"
     if levels != 1:
-        yield f"{'mean' if levels else 'all steps':>18}  {_strip(found, found.total)}"
+        yield f"{'mean' if levels else 'all steps':>18}  {_draw_strip(found, found.total)}"
     yield ""
     line = "strongest:"
-    for place in ranked(found.total)[:STRONGEST]:
-        part = f"  {_named(found, place)} {_amount(found, found.total[place])}"
+    for place in rank(found.total)[:STRONGEST]:
+        part = f"  {_range_label(found, place)} {_format_value(found, found.total[place])}"
         if len(line) + len(part) > 80:
             yield line
             line = " " * len("strongest:")
@@ -35,20 +35,20 @@ def map_lines(found: Map) -> Iterator[str]:
     yield f"suggestion: blocks: {found.suggestion}"
 
 
-def _strip(found: Map, values: Sequence[float]) -> str:
-    """One character for each block; that of a range is the range's."""
+def _draw_strip(found: BlockMap, values: Sequence[float]) -> str:
+    """Draw one character for each block; the blocks of a range share the value of the range."""
     top = max(values) or 1.0
     shares = [0.0] * found.model.blocks
     ranges = found.ranges or [[block] for block in range(found.model.blocks)]
     for blocks, value in zip(ranges, values):
         for block in blocks:
             shares[block] = max(shares[block], value / top)
-    return bar(shares)
+    return draw_bar(shares)
 
 
-def _named(found: Map, place: int) -> str:
-    return str(place) if found.ranges is None else as_blocks(found.ranges[place])
+def _range_label(found: BlockMap, place: int) -> str:
+    return str(place) if found.ranges is None else format_blocks(found.ranges[place])
 
 
-def _amount(found: Map, value: float) -> str:
+def _format_value(found: BlockMap, value: float) -> str:
     return f"({value:.2f})" if found.method == "render" else f"({100 * value:.2f} %)"

@@ -67,7 +67,7 @@ def measure_document(
     """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
     none of their own. Raises FfmpegError, and Stopped between two videos."""
     shots = []
-    with tools.progress.phase(baseline.id, "compare", len(clips)) as bar:
+    with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
         for shot in comparison_metrics.measure_clips(clips, beside):
             shots.append(shot)
             bar.advance()
@@ -98,8 +98,8 @@ def plan_outputs(
 
     Raises JobError where one would take the place of a video or of a `reserved` name."""
     outputs = OutputFiles(
-        _split_into_files(sheets, clips, beside, contact_sheet.PAGE) if sheets else [],
-        _split_into_files(videos, clips, beside, side_by_side.GRID) if videos else [],
+        _split_into_files(sheets, clips, beside, contact_sheet.MAX_VIDEOS) if sheets else [],
+        _split_into_files(videos, clips, beside, side_by_side.MAX_VIDEOS) if videos else [],
     )
     taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
     for path in outputs.paths:
@@ -117,9 +117,11 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderConte
         dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
         for beside in (True, False)
     )
-    with tools.progress.phase(document["baseline"], "draw", len(outputs.paths)) as bar:
+    with tools.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
-            contact_sheet.write(path, contact_sheet.contact_sheet(part, [captions[one.id] for one in part]))
+            contact_sheet.write(
+                path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])
+            )
             bar.advance()
         for path, part in outputs.videos:
             _raise_if_stopped(tools)
@@ -167,7 +169,7 @@ def run_comparison(plan: Plan, tools: RenderContext) -> None:
 def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
     finished = {
         shot.id: shot
-        for shot in plan.whole
+        for shot in plan.all_shots
         if shot.id in wanted.baselines and manifest.is_done(shot.output, shot.key)
     }
     done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
@@ -176,17 +178,19 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
         return
     if missing := len(wanted.baselines) - len(finished):
         tools.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
-    path = plan.companion("compare.json")
+    path = plan.sidecar_path("compare.json")
     key = _comparison_key(done, wanted)
     if _is_current(path, key):
         return
     # A manifest may be of a time when the shot had another id.
-    clips = [replace(one, id=shot.id) for one, shot in zip(clip.read([shot.output for shot in done]), done)]
+    clips = [
+        replace(one, id=shot.id) for one, shot in zip(clip.read_clips([shot.output for shot in done]), done)
+    ]
     by_id = {one.id: one for one in clips}
     beside = {id: by_id[wanted.baselines[id]] for id in by_id}
-    baseline = by_id.get(wanted.baseline, beside[clips[0].id])
+    baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
-    outputs = [shot.output for shot in plan.whole]
+    outputs = [shot.output for shot in plan.all_shots]
     files = plan_outputs(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
     document = measure_document(clips, baseline, beside, tools, plan.name)
     write_outputs(document, files, tools)
@@ -204,7 +208,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
 
 def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
     """One warning for all baselines that are not done, and whose shots are."""
-    beside = [wanted.baselines[id] for id in finished] or [wanted.baseline]
+    beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
         tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
@@ -217,13 +221,14 @@ def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, to
 def _write_document(path: Path, document: JsonObject) -> None:
     """Over an earlier one; another file of that name moves aside."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    sidecars.put(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
+    sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash of all that a comparison of finished shots depends on."""
-    bodies = [manifest.read(shot.manifest) or {} for shot in shots]
-    made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
+    records = [manifest.read(shot.manifest) for shot in shots]
+    files = [[file.as_dict() for file in record.files] if record else [] for record in records]
+    made_of = [[shot.id, listed, shot.latents.exists()] for shot, listed in zip(shots, files)]
     wish = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 
@@ -231,7 +236,7 @@ def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
 def _is_current(path: Path, key: str) -> bool:
     """Whether what this key means is there, whole."""
     try:
-        found = sidecars.document(path, SCHEMA) or {}
+        found = sidecars.read_document(path, SCHEMA) or {}
         return found["key"] == key and all(
             atomic.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )

@@ -24,7 +24,7 @@ def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator
     for one in clips:
         baseline = beside[one.id]
         if baseline.id not in motions:
-            motions[baseline.id] = metrics.motion(baseline.pictures())
+            motions[baseline.id] = metrics.measure_motion(baseline.read_pictures())
         baseline_motion = motions[baseline.id]
         yield (
             _baseline_row(one, baseline_motion)
@@ -35,7 +35,7 @@ def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator
 
 def read_comparison(path: Path) -> list[JsonObject] | None:
     """The shots of JOB.compare.json; None if it is no such document."""
-    found = sidecars.document(path, SCHEMA) or {}
+    found = sidecars.read_document(path, SCHEMA) or {}
     shots = found.get("shots")
     if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
         return None
@@ -82,7 +82,7 @@ def _baseline_row(one: Clip, motion: float | None) -> JsonObject:
         "id": one.id,
         "output": str(one.path),
         "baseline": one.id,
-        "frames": one.about.frames,
+        "frames": one.info.frame_count,
         "identical": True,
         "latent_distance": 0.0,
         "latent_from": None,
@@ -96,7 +96,7 @@ def _baseline_row(one: Clip, motion: float | None) -> JsonObject:
 
 
 def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> JsonObject:
-    motion = metrics.motion(one.pictures())
+    motion = metrics.measure_motion(one.read_pictures())
     distance, source = _latent_distance(one, baseline)
     why = {} if distance is not None else {"latent_distance": source}
     if motion is None:
@@ -107,7 +107,7 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
         "id": one.id,
         "output": str(one.path),
         "baseline": baseline.id,
-        "frames": min(one.about.frames, baseline.about.frames),
+        "frames": min(one.info.frame_count, baseline.info.frame_count),
         "identical": False,
         "latent_distance": _round(distance),
         "latent_from": None if distance is None else source,
@@ -122,14 +122,14 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
         sizes = " beside ".join(f"{width}x{height}" for width, height in (one.size, baseline.size))
         why |= dict.fromkeys(("psnr", "ssim", "heatmap"), sizes)
         return row
-    like = metrics.likeness(zip(one.pictures(), baseline.pictures()))
+    like = metrics.compare_frames(zip(one.read_pictures(), baseline.read_pictures()))
     if like.psnr is None:
         why["psnr"] = "no pixel differs"
     if like.ssim is None:
         why["ssim"] = f"smaller than {metrics.WINDOW}x{metrics.WINDOW}"
     height, width = like.heatmap_YX.shape
     return row | {
-        "identical": like.identical and one.about.frames == baseline.about.frames,
+        "identical": like.identical and one.info.frame_count == baseline.info.frame_count,
         "psnr": _round(like.psnr),
         "ssim": _round(like.ssim),
         "heatmap": {
@@ -142,28 +142,35 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
 
 def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
-    sketches = [clip.record.latent for clip in (one, baseline) if clip.record and clip.record.latent]
+    sketches = [
+        clip.manifest_body.latent
+        for clip in (one, baseline)
+        if clip.manifest_body and clip.manifest_body.latent
+    ]
     if len(sketches) < 2:
         return None, "a video without a manifest that knows its latent"
     if sketches[0].shape != sketches[1].shape:
         return None, f"latents of {sketches[0].shape} and {sketches[1].shape}"
     stored = [_load_latent(clip) for clip in (one, baseline)]
     if stored[0] is not None and stored[1] is not None:
-        distance, source = metrics.distance(stored[0], stored[1]), "latents"
+        distance, source = metrics.relative_distance(stored[0], stored[1]), "latents"
     else:
-        distance, source = metrics.sketched_distance(sketches[0].as_dict(), sketches[1].as_dict()), "sketch"
+        distance, source = (
+            metrics.sketched_relative_distance(sketches[0].as_dict(), sketches[1].as_dict()),
+            "sketch",
+        )
     return distance, source if distance is not None else "the latent of the baseline is zero"
 
 
 def _load_latent(clip: Clip) -> Any:
     """The array on disk that a video was decoded from, None if it is not there."""
-    if clip.record is None or not clip.latents.exists():
+    if clip.manifest_body is None or not clip.latents_path.exists():
         return None
     try:
-        z_CTYX, record = load_latent(clip.latents)
+        z_CTYX, record = load_latent(clip.latents_path)
     except EntryError:
         return None
-    return z_CTYX.numpy() if record.latents_key == clip.record.latents_key else None
+    return z_CTYX.numpy() if record.latents_key == clip.manifest_body.latents_key else None
 
 
 def _round(value: float | None) -> float | None:

@@ -11,19 +11,19 @@ _COUNT = {"type": "integer", "minimum": 0}
 _SECONDS = {"type": "number", "minimum": 0}
 _IDS = {"type": "array", "items": _TEXT, "description": "The ids of shots."}
 _HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_NAMED = {
-    "index": _COUNT | {"description": "Its place in the job, as `--items` counts."},
+_SHOT = {
+    "index": _COUNT | {"description": "The position in the job, as `--items` counts."},
     "id": _TEXT,
-    "key": _HASH | {"description": "Of everything that changes its pixels."},
-    "path": _TEXT | {"description": "Of its video."},
+    "key": _HASH | {"description": "Hash of everything that changes the pixels."},
+    "path": _TEXT | {"description": "The path of the video."},
 }
-_LABELS = {"type": "object", "description": "The job's own words, as they were."}
+_LABELS = {"type": "object", "description": "The labels of the job, unchanged."}
 _ERROR = {
-    "code": _TEXT | {"description": "One of those that `wancli errors` lists."},
+    "code": _TEXT | {"description": "One of the codes that `wancli errors` lists."},
     "message": _TEXT,
     "where": _TEXT | {"description": "A file, or a line and key of a job; may be empty."},
     "hint": _TEXT | {"description": "The next thing to try; may be empty."},
-    "retryable": {"type": "boolean", "description": "Whether the same command may come through next time."},
+    "retryable": {"type": "boolean", "description": "Whether the same command may succeed next time."},
 }
 _PHASE = {"enum": ["encode", "sample", "decode", "compare", "draw"]}
 _COUNTS = ("shots", "rendered", "already_done", "failed", "stopped", "elsewhere", "not_started")
@@ -34,12 +34,12 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def _with_status(*of: str) -> dict[str, Any]:
-    return _NAMED | {
+    return _SHOT | {
         "labels": _LABELS,
         "seconds": {
             "type": ["number", "null"],
             "minimum": 0,
-            "description": "Since shot-started; null where there was none.",
+            "description": "Since shot-started; null without that event.",
         },
         "status": {"enum": list(of)},
     }
@@ -47,15 +47,15 @@ def _with_status(*of: str) -> dict[str, Any]:
 
 _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plan": (
-        "What will be done; the first event, unless planning fails.",
+        "The plan of the batch; the first event, unless planning fails.",
         {
             "job": _TEXT,
-            "steps": _COUNT | {"description": "Of all shots together."},
-            "shared_steps": _COUNT | {"description": "Those of them that another shot takes."},
-            "shots": {"type": "array", "items": _object(**_NAMED, labels=_LABELS, steps=_COUNT)},
+            "steps": _COUNT | {"description": "Steps of all shots together."},
+            "shared_steps": _COUNT | {"description": "Steps that are shared with another shot."},
+            "shots": {"type": "array", "items": _object(**_SHOT, labels=_LABELS, steps=_COUNT)},
         },
     ),
-    "shot-started": ("The first phase of a shot begins.", _NAMED),
+    "shot-started": ("The first phase of a shot begins.", _SHOT),
     "phase": (
         "Encoding, sampling, decoding, comparing or drawing begins or ends.",
         {
@@ -63,27 +63,30 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
             "shots": _IDS,
             "total": _COUNT | {"description": "Prompts, steps, frames, videos or files."},
             "state": {"enum": ["begin", "end"]},
-            "done": _COUNT | {"description": "Less than `total` at the end of a phase that was left early."},
+            "done": _COUNT | {"description": "Less than `total` at the end of a phase that stopped early."},
             "seconds": _SECONDS,
         },
     ),
     "step": (
-        "A phase has come so far; at most ten a second.",
+        "Progress of a phase; at most ten a second.",
         {"name": _PHASE, "shots": _IDS, "done": _COUNT, "total": _COUNT},
     ),
     "shot-finished": (
-        "Its video and manifest are on disk.",
+        "The video and the manifest of a shot are on disk.",
         _with_status("rendered", "already done") | {"sha256": _HASH, "bytes": _COUNT},
     ),
-    "shot-failed": ("It failed; others go on.", _with_status("failed") | {"error": _object(**_ERROR)}),
+    "shot-failed": (
+        "A shot failed; other shots continue.",
+        _with_status("failed") | {"error": _object(**_ERROR)},
+    ),
     "shot-left": (
-        "Not finished here: a state or latent of it is on disk, or another worker has it.",
+        "A shot is not finished here: its state or latent is on disk, or another worker claimed it.",
         _with_status("stopped", "elsewhere"),
     ),
     "note": ("Something worth knowing; nothing is wrong.", {"message": _TEXT}),
     "warning": ("Something that may be wrong, and does not stop the work.", {"message": _TEXT}),
     "envelope": (
-        "How the command ended; always the last event, and there is one.",
+        "How the command ended; always the last event, exactly one.",
         {
             "ok": {"type": "boolean"},
             "command": _TEXT,
@@ -107,7 +110,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_event_schema() -> dict[str, Any]:
-    """JSON Schema 2020-12 of one line. What later versions add is more types and keys under the same name."""
+    """Build the JSON Schema 2020-12 of one line. Later versions only add types and keys under its name."""
     head = {"schema": {"const": SCHEMA}, "time": {"type": "string", "format": "date-time"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

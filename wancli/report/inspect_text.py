@@ -1,4 +1,4 @@
-"""What `wancli inspect` prints: one paragraph per network, within 80 columns."""
+"""The text of `wancli inspect`: one paragraph per network, within 80 columns."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ SCHEMES = {
 }
 
 
-def inspect_lines(document: Mapping[str, Any]) -> Iterator[str]:
-    """The checkpoint, then every network in it, then what a deep look found."""
+def format_inspection(document: Mapping[str, Any]) -> Iterator[str]:
+    """Format the checkpoint, then every network in it, then the results of --deep."""
     root = Path(document["path"])
-    said = [] if document["layout"] == "file" else [f"{document['layout']} layout"]
-    said += [document["variant"]] if document["variant"] else []
-    yield make_printable(f"{root}{': ' if said else ''}{', '.join(said)}")
+    facts = [] if document["layout"] == "file" else [f"{document['layout']} layout"]
+    facts += [document["variant"]] if document["variant"] else []
+    yield make_printable(f"{root}{': ' if facts else ''}{', '.join(facts)}")
     if document["defaults"]:
-        yield from _row("made for", made_for(document["defaults"]))
+        yield from _format_row("made for", format_defaults(document["defaults"]))
     refused = any(part["refusal"] for part in document["parts"])
     if document["missing"]:
-        yield from _row("missing", "; ".join(document["missing"]))
-    elif document["problem"] and not refused:  # a part that is refused says so itself
-        yield from _row("to render", document["problem"].removeprefix(f"{root.resolve()}: "))
+        yield from _format_row("missing", "; ".join(document["missing"]))
+    elif document["problem"] and not refused:  # the paragraph of a refused part has the reason
+        yield from _format_row("to render", document["problem"].removeprefix(f"{root.resolve()}: "))
     folder = root if root.is_dir() else root.parent
     for part in document["parts"]:
         yield ""
-        yield from _part(part, folder)
+        yield from _format_component(part, folder)
     for file in document.get("deep", ()):
         yield ""
-        yield make_printable(_relative(file["file"], folder))
-        yield from _row("sha256", file["sha256"])
+        yield make_printable(_relative_path(file["file"], folder))
+        yield from _format_row("sha256", file["sha256"])
         bad = file["not_finite"]
-        found = "all finite" if bad == [] else "not looked at, for they are GGUF blocks"
-        yield from _row("values", f"NaN or Inf in {', '.join(bad)}" if bad else found)
+        finite = "all finite" if bad == [] else "not checked: they are GGUF blocks"
+        yield from _format_row("values", f"NaN or Inf in {', '.join(bad)}" if bad else finite)
 
 
-def made_for(row: Mapping[str, Any]) -> str:
-    """The defaults of a variant: `1280x720, 81 frames at 16 fps, 40 steps, shift 12 ...`."""
+def format_defaults(row: Mapping[str, Any]) -> str:
+    """Format the defaults of a variant: `1280x720, 81 frames at 16 fps, 40 steps, shift 12 ...`."""
     guidance = f"{row['guidance']:g}"
     if row["guidance_low"] is not None:
         guidance += f" from timestep {1000 * row['boundary']:g} up, {row['guidance_low']:g} below"
@@ -61,46 +61,48 @@ def made_for(row: Mapping[str, Any]) -> str:
     )
 
 
-def _part(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
+def _format_component(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
     expert = f", {part['expert']}-noise expert" if part["expert"] else ""
     yield make_printable(f"{part['kind']}: {part['name']}{expert}")
-    first, *others = (_relative(file, folder) for file in part["files"])
+    first, *others = (_relative_path(file, folder) for file in part["files"])
     within = Path(first).parent
-    yield from _row("file", f"{len(others) + 1} shards in {within}" if others else first)
+    yield from _format_row("file", f"{len(others) + 1} shards in {within}" if others else first)
     count = f"{part['parameters']:,} parameters in " if part["parameters"] else ""
-    yield from _row("size", f"{format_bytes(part['bytes'])}, {count}{part['tensors']:,} tensors")
+    yield from _format_row("size", f"{format_bytes(part['bytes'])}, {count}{part['tensors']:,} tensors")
     if part["sizes"]:
-        yield from _row("network", _network(part))
+        yield from _format_row("network", _describe_network(part))
     if part["kind"] in ("transformer", "text encoder", "vae"):
         prefix = f", after {part['prefix']}" if part["prefix"] else ""
-        yield from _row("names", f"{part['naming']}{prefix}")
-        yield from _row("quantization", _scheme(part["scheme"]))
+        yield from _format_row("names", f"{part['naming']}{prefix}")
+        yield from _format_row("quantization", _describe_scheme(part["scheme"]))
     if part["lora"]:
-        yield from _lora(part["lora"])
+        yield from _format_lora(part["lora"])
     for index, (group, dtypes) in enumerate(part["precision"].items()):
-        counts = ", ".join(f"{count} {_dtype(dtype)}" for dtype, count in dtypes.items())
-        yield from _row("" if index else "precision", f"{group}: {counts}")
-    yield from _rest(part)
+        counts = ", ".join(f"{count} {_dtype_name(dtype)}" for dtype, count in dtypes.items())
+        yield from _format_row("" if index else "precision", f"{group}: {counts}")
+    yield from _format_problems(part)
 
 
-def _rest(part: Mapping[str, Any]) -> Iterator[str]:
-    """What is amiss: gaps, a surprising count, a scheme or a model that wancli does not know."""
+def _format_problems(part: Mapping[str, Any]) -> Iterator[str]:
+    """Format problems: missing tensors, a surprising count, an unknown scheme or model."""
     if part["gaps"]:
         more = f" and {len(part['gaps']) - 5} more" if len(part["gaps"]) > 5 else ""
-        yield from _row("missing", ", ".join(part["gaps"][:5]) + more)
+        yield from _format_row("missing", ", ".join(part["gaps"][:5]) + more)
     wanted = part["parameters_of_network"]
     if wanted is not None and wanted != part["parameters"]:
-        yield from _row("amiss", f"a network of these sizes has {wanted:,} parameters")
+        yield from _format_row("unexpected", f"a network of these sizes has {wanted:,} parameters")
     if part["name"] == "Wan2.1-T2V-14B" and not part["expert"]:
-        yield from _row("or", "one expert of Wan2.2-T2V-A14B; shapes do not tell, names do")
+        yield from _format_row(
+            "or", "one expert of Wan2.2-T2V-A14B: the shapes are the same, only names tell"
+        )
     if part["tokenizer"]:
-        yield from _row("tokenizer", "inside the file")
+        yield from _format_row("tokenizer", "inside the file")
     if part["refusal"]:
-        yield from _row("not supported", part["refusal"])
-        yield from _row("", part["hint"])
+        yield from _format_row("not supported", part["refusal"])
+        yield from _format_row("", part["hint"])
 
 
-def _network(part: Mapping[str, Any]) -> str:
+def _describe_network(part: Mapping[str, Any]) -> str:
     sizes = part["sizes"]
     if part["kind"] == "transformer":
         heads = f"{sizes['num_heads']} heads, " if "num_heads" in sizes else ""
@@ -114,45 +116,45 @@ def _network(part: Mapping[str, Any]) -> str:
     return f"width {sizes['dim']}{decoder}, {sizes['z_dim']} latent channels"
 
 
-def _scheme(scheme: Mapping[str, Any]) -> str:
+def _describe_scheme(scheme: Mapping[str, Any]) -> str:
     if scheme["refusal"]:
         return str(scheme["refusal"])
     if scheme["name"] == "plain":
         return SCHEMES["plain"]
-    dtypes = " and ".join(_dtype(dtype) for dtype in scheme["dtypes"])
+    dtypes = " and ".join(_dtype_name(dtype) for dtype in scheme["dtypes"])
     per = f", a scale per {scheme['scales']}" if scheme["scales"] else ""
     full = ", to be multiplied in full precision" if scheme["full_precision"] else ""
     return f"{SCHEMES[scheme['name']]}: {scheme['layers']} matrices in {dtypes}{per}{full}"
 
 
-def _lora(lora: Mapping[str, Any]) -> Iterator[str]:
-    yield from _row("style", f"{lora['style']}, {' and '.join(lora['methods'])}")
+def _format_lora(lora: Mapping[str, Any]) -> Iterator[str]:
+    yield from _format_row("style", f"{lora['style']}, {' and '.join(lora['methods'])}")
     kinds = ", ".join(f"{count} {name}" for name, count in lora["layers"].items())
-    yield from _row("targets", f"{lora['targets']} layers in {lora['blocks']} blocks: {kinds}")
+    yield from _format_row("targets", f"{lora['targets']} layers in {lora['blocks']} blocks: {kinds}")
     ranks = ", ".join(map(str, lora["ranks"])) or "none"
     alphas = ", ".join(f"{alpha:g}" for alpha in lora["alphas"])
     if lora["config"]:
         alphas = f"in {lora['config']}"
-    yield from _row("rank", f"{ranks}; alpha {alphas}" if alphas else f"{ranks}; no alpha, so scale 1")
+    yield from _format_row("rank", f"{ranks}; alpha {alphas}" if alphas else f"{ranks}; no alpha, so scale 1")
     if lora["image_layers"]:
-        yield from _row("", f"{lora['image_layers']} targets are of image-to-video models only")
+        yield from _format_row("", f"{lora['image_layers']} targets are of image-to-video models only")
     if lora["unknown"]:
         examples = ", ".join(lora["examples"])
-        yield from _row(
-            "skipped", f"{lora['unknown']} keys that name nothing of a Wan transformer: {examples}"
+        yield from _format_row(
+            "skipped", f"{lora['unknown']} keys that belong to no Wan transformer: {examples}"
         )
 
 
-def _dtype(dtype: str) -> str:
+def _dtype_name(dtype: str) -> str:
     return DTYPES.get(dtype) or (f"fp{dtype[1:]}" if dtype in ("F16", "F32", "F64") else dtype)
 
 
-def _relative(file: str, folder: Path) -> str:
+def _relative_path(file: str, folder: Path) -> str:
     path = Path(file)
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else file
 
 
-def _row(label: str, value: str) -> Iterator[str]:
+def _format_row(label: str, value: str) -> Iterator[str]:
     yield from textwrap.wrap(
         make_printable(value),
         COLUMNS,

@@ -1,4 +1,4 @@
-"""`render --json-stream`: what happens as lines of JSON on stdout, for programs.
+"""`render --json-stream`: events as lines of JSON on stdout, for programs.
 
 One event per line, flushed, and at the end exactly one `envelope`, however the command ends: with all shots,
 with failures, by an error, a bug or the first signal. Events carry ids and keys, never prompts. Their schema
@@ -20,7 +20,7 @@ from wancli import __version__
 from wancli.errors import Bug, ExitStatus, Interrupted, WancliError
 from wancli.progress import Phase, Progress
 from wancli.report.event_schema import SCHEMA
-from wancli.stdio import line
+from wancli.stdio import write_line
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _STEP_SECONDS = 0.1  # at most ten steps a second
 
 
-class Stream(Progress):
-    """Writes events. A context: when it ends, however it ends, the envelope is written."""
+class JsonStream(Progress):
+    """A display that writes events. When its block ends, however it ends, it writes the envelope."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -47,9 +47,9 @@ class Stream(Progress):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._end(_known(error) if error else self._failures())
+        self._write_envelope(_as_wancli_error(error) if error else self._batch_error())
 
-    def planned(self, plan: Plan) -> None:
+    def on_plan(self, plan: Plan) -> None:
         self._job = plan.name
         self._shots = {shot.id: shot for shot in plan.shots}
         self._event(
@@ -57,45 +57,45 @@ class Stream(Progress):
             job=plan.name,
             steps=sum(shot.steps for shot in plan.shots),
             shared_steps=sum(shot.fork.step for shot in plan.shots if shot.fork),
-            shots=[_named(s) | {"labels": s.labels, "steps": s.steps} for s in plan.shots],
+            shots=[_shot_facts(s) | {"labels": s.labels, "steps": s.steps} for s in plan.shots],
         )
 
-    def came_to(self, outcome: Outcome) -> None:
+    def on_outcome(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
         shot = outcome.shot
         began = self._started.get(shot.id)
         took = None if began is None else round(time.monotonic() - began, 3)
-        about = _named(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
+        facts = _shot_facts(shot) | {"labels": shot.labels, "seconds": took, "status": outcome.status}
         if outcome.error:
-            self._event("shot-failed", **about, error=outcome.error.as_dict())
+            self._event("shot-failed", **facts, error=outcome.error.as_dict())
         elif outcome.record:
             video = outcome.record.file(shot.output.name)
             assert video
-            self._event("shot-finished", **about, sha256=video.sha256, bytes=video.bytes)
+            self._event("shot-finished", **facts, sha256=video.sha256, bytes=video.bytes)
         else:
-            self._event("shot-left", **about)
+            self._event("shot-left", **facts)
 
-    def ended(self, status: ExitStatus, report: Path | None) -> None:
+    def on_end(self, status: ExitStatus, report: Path | None) -> None:
         self._status, self._report = status, report
 
     @contextmanager
-    def phase(self, shot: str, name: str, total: int, ids: Sequence[str] = ()) -> Iterator[Phase]:
-        ids = [id for id in ids or [shot] if id in self._shots]
-        over = {outcome.shot.id for outcome in self._outcomes}  # which comparing them begins no more
+    def phase(self, name: str, shots: Sequence[str], total: int) -> Iterator[Phase]:
+        ids = [id for id in shots if id in self._shots]
+        finished = {outcome.shot.id for outcome in self._outcomes}  # a comparison does not start them again
         for id in ids:
-            if id not in self._started and id not in over:
+            if id not in self._started and id not in finished:
                 self._started[id] = time.monotonic()
-                self._event("shot-started", **_named(self._shots[id]))
+                self._event("shot-started", **_shot_facts(self._shots[id]))
         began, phase = time.monotonic(), _Phase(self, name, ids, total)
-        about = {"name": name, "shots": ids, "total": total}
-        self._event("phase", **about, state="begin", done=0, seconds=0.0)
+        facts = {"name": name, "shots": ids, "total": total}
+        self._event("phase", **facts, state="begin", done=0, seconds=0.0)
         try:
             yield phase
         finally:
             seconds = round(time.monotonic() - began, 3)
-            self._event("phase", **about, state="end", done=phase.done, seconds=seconds)
+            self._event("phase", **facts, state="end", done=phase.done, seconds=seconds)
 
-    def step(self, name: str, ids: list[str], done: int, total: int) -> None:
+    def on_step(self, name: str, ids: list[str], done: int, total: int) -> None:
         now = time.monotonic()
         if now >= self._next_step:
             self._next_step = now + _STEP_SECONDS
@@ -110,23 +110,23 @@ class Stream(Progress):
     def _event(self, kind: str, **facts: Any) -> None:
         _write(self._out, kind, facts)
 
-    def _failures(self) -> WancliError | None:
-        """The error of a batch in which shots failed: the one that the exit code is from."""
+    def _batch_error(self) -> WancliError | None:
+        """Return the error that gave a batch with failed shots its exit code."""
         failed = [outcome.error for outcome in self._outcomes if outcome.error]
         if self._status == ExitStatus.OK or not failed:
             return None
         return next((error for error in failed if error.status == self._status), failed[0])
 
-    def _end(self, error: WancliError | None) -> None:
-        found = Counter(outcome.status for outcome in self._outcomes)
+    def _write_envelope(self, error: WancliError | None) -> None:
+        statuses = Counter(outcome.status for outcome in self._outcomes)
         reached = {outcome.shot.id for outcome in self._outcomes}
         counts = {
             "shots": len(self._shots),
-            "rendered": found["rendered"],
-            "already_done": found["already done"],
-            "failed": found["failed"],
-            "stopped": found["stopped"],
-            "elsewhere": found["elsewhere"],
+            "rendered": statuses["rendered"],
+            "already_done": statuses["already done"],
+            "failed": statuses["failed"],
+            "stopped": statuses["stopped"],
+            "elsewhere": statuses["elsewhere"],
             "not_started": len(self._shots.keys() - reached),
         }
         report = str(self._report) if self._report else None
@@ -143,17 +143,17 @@ class Stream(Progress):
 
 
 class _Phase:
-    def __init__(self, stream: Stream, name: str, ids: list[str], total: int) -> None:
+    def __init__(self, stream: JsonStream, name: str, ids: list[str], total: int) -> None:
         self._stream, self._name, self._ids, self._total = stream, name, ids, total
         self.done = 0
 
     def advance(self, n: int = 1, note: str = "") -> None:  # noqa: ARG002
         self.done += n
-        self._stream.step(self._name, self._ids, self.done, self._total)
+        self._stream.on_step(self._name, self._ids, self.done, self._total)
 
 
-def refused(out: TextIO, command: str, error: WancliError) -> None:
-    """The envelope of a command line that was not begun: all there is of its stream."""
+def write_refusal(out: TextIO, command: str, error: WancliError) -> None:
+    """Write the envelope of a command line that is rejected; it is the only event of its stream."""
     _envelope(out, command, error.status, None, error)
 
 
@@ -161,20 +161,20 @@ def _envelope(
     out: TextIO, command: str, status: ExitStatus, data: dict[str, Any] | None, error: WancliError | None
 ) -> None:
     facts = {"ok": status == ExitStatus.OK, "command": command, "version": __version__}
-    about = {"exit_code": int(status), "data": data, "error": error.as_dict() if error else None}
-    _write(out, "envelope", facts | about)
+    result = {"exit_code": int(status), "data": data, "error": error.as_dict() if error else None}
+    _write(out, "envelope", facts | result)
 
 
 def _write(out: TextIO, kind: str, facts: dict[str, Any]) -> None:
     head = {"schema": SCHEMA, "type": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    line(out, json.dumps(head | facts))
+    write_line(out, json.dumps(head | facts))
 
 
-def _named(shot: Shot) -> dict[str, Any]:
+def _shot_facts(shot: Shot) -> dict[str, Any]:
     return {"index": shot.index, "id": shot.id, "key": shot.key, "path": str(shot.output)}
 
 
-def _known(error: BaseException) -> WancliError:
+def _as_wancli_error(error: BaseException) -> WancliError:
     if isinstance(error, WancliError):
         return error
     if isinstance(error, KeyboardInterrupt):

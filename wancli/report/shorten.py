@@ -1,4 +1,4 @@
-"""Names of shots in the room that a table has for them, so that two of them are still told apart."""
+"""Shorten the names of shots to the width of a table, so that no two of them look the same."""
 
 from __future__ import annotations
 
@@ -8,54 +8,65 @@ from collections.abc import Sequence
 
 from wancli.progress import make_printable
 
-GAP = 2  # columns between two of a table
-MIN_NAME = 16  # cells of the name of a shot; then other columns fold
+GAP = 2  # cells between two columns of a table
+MIN_NAME = 16  # cells for the name of a shot; below that, other columns fold
 
 
 def shorten_unique(ids: Sequence[str], limit: int) -> list[str]:
-    """The ids in `limit` cells each: whole if all fit, else without what all begin or end with, else cut in
-    the middle, or where that makes two of them alike at one end; at last with a number before their ends."""
+    """Shorten ids to `limit` cells each, and keep different ids different.
+
+    The first of these that works: all ids whole; without the words that all begin or end with; then also cut
+    in the middle; cut at the start; cut at the end; and with a number before the end of each.
+    """
     from rich.cells import cell_len
 
-    shown = [make_printable(id).replace("\n", " ") for id in ids]
-    if all(cell_len(id) <= limit for id in shown):
-        return shown
-    inner = _without_ends(shown)
-    numbers = {id: str(number) for number, id in enumerate(dict.fromkeys(shown))}
-    ways = [
-        [_cut(id, limit, (limit - 1) // 2) for id in inner],
-        [_cut(id, limit, 0) for id in inner],
-        [_cut(id, limit, limit - 1) for id in inner],
-        [f"{numbers[id]}{_cut(id, limit - len(numbers[id]), 0)}" for id in shown],
+    whole = [make_printable(id).replace("\n", " ") for id in ids]
+    if all(cell_len(id) <= limit for id in whole):
+        return whole
+    inner = _strip_common_ends(whole)
+    numbers = {id: str(number) for number, id in enumerate(dict.fromkeys(whole))}
+    candidates = [
+        [_elide(id, limit, (limit - 1) // 2) for id in inner],
+        [_elide(id, limit, 0) for id in inner],
+        [_elide(id, limit, limit - 1) for id in inner],
+        [f"{numbers[id]}{_elide(id, limit - len(numbers[id]), 0)}" for id in whole],
     ]
-    return next((way for way in ways if len(set(way)) == len(set(ids))), ways[0])
+    return next((names for names in candidates if len(set(names)) == len(set(ids))), candidates[0])
 
 
-def fitted(
+def fit_columns(
     heads: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> tuple[str, Sequence[str], list[list[str]]]:
-    """A table of shots by their names, for so many cells: what all rows say alike is a line of its own where
-    the names have no room beside it, and names are `told_apart` where they have none then."""
+    """Fit a table, whose first column has the names of shots, into `width` cells.
+
+    If the names do not fit, columns that are the same in every row become one line. If they still do not fit,
+    they are shortened. Returns that line or "", the headings and the rows.
+    """
     from rich.cells import cell_len
 
     line, names = "", [row[0] for row in rows]
-    if max(cell_len(make_printable(name)) for name in names) > _room(heads, rows, width):
-        line, heads, rows = _said_once(heads, rows)
-    shown = shorten_unique(names, max(MIN_NAME, _room(heads, rows, width)))
+    if max(cell_len(make_printable(name)) for name in names) > _first_column_width(heads, rows, width):
+        line, heads, rows = _hoist_constant_columns(heads, rows)
+    shown = shorten_unique(names, max(MIN_NAME, _first_column_width(heads, rows, width)))
     return line, heads, [[name, *row[1:]] for name, row in zip(shown, rows)]
 
 
-def _said_once(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, list[str], list[list[str]]]:
-    """What all rows say alike, but for the first and last column, in a line; and the table without it."""
-    alike = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
-    line = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in alike)
-    kept = [n for n in range(len(heads)) if n not in alike]
-    said = textwrap.fill(f"all: {line}", 80, subsequent_indent="  ") if line else ""
-    return said, [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
+def _hoist_constant_columns(
+    heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[str, list[str], list[list[str]]]:
+    """Remove the columns that are the same in every row, except the first and the last.
+
+    Returns them as one line, and the remaining headings and rows.
+    """
+    constant = [n for n in range(1, len(heads) - 1) if len({row[n] for row in rows}) == 1]
+    values = ", ".join(f"{heads[n].removeprefix('>')} {rows[0][n]}" for n in constant)
+    line = textwrap.fill(f"all: {values}", 80, subsequent_indent="  ") if values else ""
+    kept = [n for n in range(len(heads)) if n not in constant]
+    return line, [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
-def _room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
-    """The cells that the other columns leave to the first one."""
+def _first_column_width(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
+    """Return the cells that the other columns leave to the first one."""
     from rich.cells import cell_len
 
     columns = zip(*([head.removeprefix(">") for head in heads], *rows), strict=True)
@@ -63,27 +74,26 @@ def _room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> in
     return width - sum(others) - GAP * len(others)
 
 
-def _without_ends(ids: Sequence[str]) -> list[str]:
-    """With … for the words that all begin with, and for those that all end with."""
+def _strip_common_ends(ids: Sequence[str]) -> list[str]:
+    """Replace the words that all ids begin with, and those that all end with, by …"""
     if len(set(ids)) == 1:
         return list(ids)
-    begin = re.sub(r"[^-_. ]*$", "", _common(ids))
+    begin = re.sub(r"[^-_. ]*$", "", _common_prefix(ids))
     rest = [id[len(begin) :] for id in ids]
-    end = re.sub(r"[^-_. ]*$", "", _common([id[::-1] for id in rest]))[::-1]
+    end = re.sub(r"[^-_. ]*$", "", _common_prefix([id[::-1] for id in rest]))[::-1]
     if min(map(len, rest)) <= len(end):
         end = ""
     before, after = ("…" if len(part) > 1 else part for part in (begin, end))
     return [f"{before}{id[: len(id) - len(end)]}{after}" for id in rest]
 
 
-def _common(texts: Sequence[str]) -> str:
-    """What all of them begin with."""
+def _common_prefix(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)
     return first[: next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), len(first))]
 
 
-def _cut(text: str, limit: int, head: int) -> str:
-    """At most `limit` cells of a text: its first `head`, … and its end."""
+def _elide(text: str, limit: int, head: int) -> str:
+    """Cut a text to `limit` cells: its first `head`, … and its end."""
     from rich.cells import cell_len
 
     if cell_len(text) <= limit:

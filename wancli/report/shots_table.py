@@ -100,7 +100,7 @@ def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
 def write_csv(path: Path, data: bytes) -> None:
     """Writes the table. Another table is replaced, any other file moved aside."""
     header = ",".join((*COLUMNS, *CSV_ONLY_COLUMNS)).encode()
-    sidecars.put(path, data, header, len(header))
+    sidecars.write_sidecar(path, data, header, len(header))
 
 
 def _escape_formula(value: Any) -> Any:

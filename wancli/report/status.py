@@ -50,12 +50,12 @@ def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dic
 def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
     progress: dict[str, Any] = {"step": 0, "steps": shot.steps, "saved": None, "claim": None, "error": None}
-    holder = claims.holder(shot)
+    holder = claims.find_holder(shot)
     progress["claim"] = asdict(holder) if holder else None
     if _looks_done(shot):
         return about | {"key": shot.key, "state": "done"} | progress | {"step": shot.steps}
-    latent = tensor_file.peek(shot.latents)
-    saved = tensor_file.peek(shot.state)
+    latent = tensor_file.read_record(shot.latents)
+    saved = tensor_file.read_record(shot.state)
     has_latent = latent is not None and latent.get("latents_key") == shot.latents_key
     has_state = saved is not None and saved.get("latents_key") == shot.latents_key
     if has_latent or has_state:

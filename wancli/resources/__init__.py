@@ -1,1 +1,1 @@
-"""What a machine has, what a phase needs by formula, what was measured."""
+"""Memory and arithmetic: what the machine has, what a phase needs by formula, what it took."""

@@ -15,33 +15,33 @@ if TYPE_CHECKING:
     pass
 
 
-def of_encoding(t5: T5Config, tokens: int) -> int:
+def encode_flops(t5: T5Config, tokens: int) -> int:
     """UMT5 on one prompt."""
     inner = t5.d_kv * t5.num_heads
     layer = 2 * tokens * (4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff) + 4 * tokens**2 * inner
     return t5.num_layers * layer
 
 
-def of_forward(wan: WanConfig, tokens: int, text_rows: int) -> int:
+def forward_flops(wan: WanConfig, tokens: int, text_rows: int) -> int:
     """The transformer on one latent; `text_rows` are those that blocks attend to, summed over the blocks."""
     d = wan.dim
     block = 2 * tokens * (6 * d * d + 2 * d * wan.ffn_dim) + 4 * tokens**2 * d
     ends = 2 * tokens * 4 * (wan.in_dim + wan.out_dim) * d
-    clock = 2 * (wan.freq_dim * d + 7 * d * d)
-    return wan.num_layers * block + 4 * tokens * text_rows * d + ends + clock
+    time_embedding = 2 * (wan.freq_dim * d + 7 * d * d)
+    return wan.num_layers * block + 4 * tokens * text_rows * d + ends + time_embedding
 
 
-def of_context(wan: WanConfig, rows: int) -> int:
+def context_flops(wan: WanConfig, rows: int) -> int:
     """The projection of a text, and its keys and values in all blocks."""
     return 2 * rows * wan.dim * (wan.text_dim + wan.dim + 2 * wan.num_layers * wan.dim)
 
 
-def of_decoding(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]) -> int:
+def decode_flops(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]) -> int:
     """The decoder on a latent [z, T, Y, X]."""
     z, frames, height, width = latent
     pixels = height * width
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
-    top, colours = widths[0], 12 if isinstance(vae, VAE22Config) else 3
+    top, out_channels = widths[0], 12 if isinstance(vae, VAE22Config) else 3
     around_attention = 2 * 2 * 27 * top * top + 4 * top * top  # two residual blocks, q, k, v and projection
     products = frames * pixels * (z * z + 27 * z * top + around_attention)
     products += 2 * frames * pixels**2 * top  # attention among the pixels of a frame
@@ -56,4 +56,4 @@ def of_decoding(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int])
                 frames = 2 * frames - 1
             c_in, pixels = upsampled_channels(vae, c), 4 * pixels
             products += frames * pixels * 9 * c * c_in
-    return 2 * (products + frames * pixels * 27 * c_in * colours)
+    return 2 * (products + frames * pixels * 27 * c_in * out_channels)

@@ -13,7 +13,7 @@ from pathlib import Path
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 
 
-def available() -> int:
+def available_memory() -> int:
     """Bytes this process may still take: what the machine has free, or a control group less.
 
     Pages of files that the kernel can drop are free: else a checkpoint that was read would fill a group.
@@ -31,7 +31,7 @@ def available() -> int:
     return free if limit == "max" else min(free, int(limit) - used + files)
 
 
-def taken() -> int:
+def process_memory() -> int:
     """Bytes of memory that this process has already, but for pages of files, which `available` counts."""
     import psutil
 
@@ -39,7 +39,7 @@ def taken() -> int:
     return int(memory.rss) - int(memory.shared)
 
 
-def cuda_free() -> int | None:
+def cuda_free_memory() -> int | None:
     """Bytes that are free on the CUDA device, told without torch; None without nvidia-ml-py."""
     if find_spec("pynvml") is None:
         return None
@@ -57,7 +57,7 @@ def cuda_free() -> int | None:
         return None
 
 
-def cuda_taken() -> int:
+def cuda_reserved_memory() -> int:
     """Bytes of the CUDA device that this process has already for tensors, and may use again."""
     torch = sys.modules.get("torch")  # who has not imported it has none
     return int(torch.cuda.memory_reserved()) if torch and torch.cuda.is_initialized() else 0
@@ -66,13 +66,13 @@ def cuda_taken() -> int:
 def device_name(device: str) -> str:
     """What computes, as rates are remembered for: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
     if device == "cuda":
-        told = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-        names = re.findall(r"Model:\s*(.+)", "\n".join(told))
+        information = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+        names = re.findall(r"Model:\s*(.+)", "\n".join(information))
         return names[0].strip() if names else "CUDA"
     cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", "")
     used = min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
-    return f"{_cpu()}, {used} core{'s' * (used > 1)}"
+    return f"{_cpu_name()}, {used} core{'s' * (used > 1)}"
 
 
 def has_cuda() -> bool:
@@ -83,7 +83,7 @@ def has_cuda() -> bool:
 
 
 @cache
-def _cpu() -> str:
+def _cpu_name() -> str:
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:

@@ -19,7 +19,7 @@ from wancli.units import format_bytes
 
 
 @contextmanager
-def fitting(phase: str, where: str) -> Iterator[None]:
+def oom_as_error(phase: str, where: str) -> Iterator[None]:
     """Running out of memory while a phase is at work, whatever the allocator calls it, is OutOfMemory, with
     the peak up to then."""
     try:
@@ -29,28 +29,28 @@ def fitting(phase: str, where: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise OutOfMemory(
-            f"out of memory: {phase}, at a peak of {format_bytes(_high_water(error))}",
+            f"out of memory: {phase}, at a peak of {format_bytes(_peak_bytes(error))}",
             where=where,
             hint="Fewer frames, a smaller size, or memory.budget with less. What is on disk is kept.",
         ) from error
 
 
-def release() -> None:
+def release_memory() -> None:
     """Gives back what a phase that ran out of memory left; for outside of the `except` that caught it."""
     gc.collect()
     if torch := _torch_on_cuda():
         torch.cuda.empty_cache()
 
 
-def _high_water(error: Exception) -> int:
+def _peak_bytes(error: Exception) -> int:
     """Bytes since the last `Peak` began: of the device, if the error is of CUDA."""
     torch = _torch_on_cuda()
     if torch and "CUDA" in str(error):
         return int(torch.cuda.max_memory_allocated())
-    return max(_status("VmHWM"), _rss())
+    return max(_read_status_bytes("VmHWM"), _resident_bytes())
 
 
-class Peak:
+class PeakMemory:
     """Measures the memory of a `with` block. Blocks must not be nested: the kernel has one mark.
 
     `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included; `cuda_peak`
@@ -69,20 +69,20 @@ class Peak:
         self._sampler = None if _reset_high_water() else _Sampler()
         if torch := _torch_on_cuda():
             torch.cuda.reset_peak_memory_stats()
-        self.rss_start = _rss()
+        self.rss_start = _resident_bytes()
         self._started = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.read()
+        self.update()
         if self._sampler:
             self._sampler.stop()
 
-    def read(self) -> None:
+    def update(self) -> None:
         """Measures up to now, while the block still runs."""
         self.seconds = time.monotonic() - self._started
-        peak = self._sampler.peak if self._sampler else _status("VmHWM")
-        self.rss_peak = max(peak, self.rss_start, _rss())
+        peak = self._sampler.peak if self._sampler else _read_status_bytes("VmHWM")
+        self.rss_peak = max(peak, self.rss_start, _resident_bytes())
         if torch := _torch_on_cuda():
             self.cuda_peak = torch.cuda.max_memory_allocated()
 
@@ -98,7 +98,7 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while not self._stop_now.wait(0.01):
-            self.peak = max(self.peak, _rss())
+            self.peak = max(self.peak, _resident_bytes())
 
     def stop(self) -> None:
         self._stop_now.set()
@@ -113,12 +113,12 @@ def _reset_high_water() -> bool:
     return True
 
 
-def _status(name: str) -> int:
+def _read_status_bytes(name: str) -> int:
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
 
-def _rss() -> int:
+def _resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)

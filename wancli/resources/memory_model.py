@@ -22,7 +22,7 @@ FP32 = 4
 # beside what is predicted in renders on two cores of an AMD EPYC, torch 2.13 for CPUs, 2026-11-22. On a GPU
 # what torch allocates is counted, of which the process itself has none.
 PROCESS = 430 * 2**20
-_LATENTS_KEPT = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent
+_LATENTS_IN_MEMORY = 6  # the latent, two velocities, and what UniPC remembers: two x0 and the last latent
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Phase:
 
 
 def encode_phase(
-    t5: T5Config, *, prompt_tokens: int, element: int, streamed: bool = False, prompts: int = 1
+    t5: T5Config, *, prompt_tokens: int, element_bytes: int, streamed: bool = False, prompts: int = 1
 ) -> Phase:
     """UMT5 on its longest prompt; `element` bytes per weight. The position bias is per layer, not kept.
 
@@ -48,9 +48,9 @@ def encode_phase(
     """
     inner = t5.d_kv * t5.num_heads
     scores = 3 * prompt_tokens**2 * t5.num_heads * FP32  # bias, scores, softmax
-    rows = prompt_tokens * (2 * t5.d_model + max(4 * inner, 3 * t5.d_ff)) * element
-    rows += (prompts - 1) * prompt_tokens * t5.d_model * element
-    return Phase("encode", t5_bytes(t5, element=element, streamed=streamed), scores + rows, 0)
+    rows = prompt_tokens * (2 * t5.d_model + max(4 * inner, 3 * t5.d_ff)) * element_bytes
+    rows += (prompts - 1) * prompt_tokens * t5.d_model * element_bytes
+    return Phase("encode", t5_bytes(t5, element_bytes=element_bytes, streamed=streamed), scores + rows, 0)
 
 
 def sample_phase(
@@ -58,10 +58,10 @@ def sample_phase(
     latent: tuple[int, int, int, int],
     *,
     context_rows: int,
-    element: int,
-    resident: int = 0,
-    blocks: int | None = None,
-    riders: int = 1,
+    element_bytes: int,
+    extra_weight_bytes: int = 0,
+    blocks_in_memory: int | None = None,
+    forwards_per_pass: int = 1,
     shots: int = 1,
     chunk: int | None = None,
 ) -> Phase:
@@ -74,31 +74,31 @@ def sample_phase(
     """
     channels, t, y, x = latent
     tokens = t * (y // 2) * (x // 2)
-    attention = 5 * wan.dim * element  # q, k, v, mixed values, projection
-    feed_forward = (wan.ffn_dim + wan.dim) * element  # hidden, projection
-    cast = 0 if element == FP32 else wan.dim * element  # what enters a Linear
+    attention = 5 * wan.dim * element_bytes  # q, k, v, mixed values, projection
+    feed_forward = (wan.ffn_dim + wan.dim) * element_bytes  # hidden, projection
+    cast = 0 if element_bytes == FP32 else wan.dim * element_bytes  # what enters a Linear
     per_token = 2 * wan.dim * FP32 + cast + max(attention, feed_forward)  # residual and its modulated norm
     activation = tokens * per_token
     if chunk and chunk < tokens:
-        of_all = wan.dim * FP32 + 2 * wan.dim * element
-        of_chunk = wan.dim * FP32 + cast + max(3 * wan.dim * element, feed_forward)
-        activation = min(activation, tokens * of_all + chunk * of_chunk)
-    keys_values = 2 * context_rows * wan.dim * wan.num_layers * element
-    latents = shots * _LATENTS_KEPT * channels * t * y * x * FP32
-    rider = wan.dim * FP32 + wan.head_dim * FP32  # its residual and its rotary table
+        bytes_per_token = wan.dim * FP32 + 2 * wan.dim * element_bytes
+        bytes_per_chunk_token = wan.dim * FP32 + cast + max(3 * wan.dim * element_bytes, feed_forward)
+        activation = min(activation, tokens * bytes_per_token + chunk * bytes_per_chunk_token)
+    keys_values = 2 * context_rows * wan.dim * wan.num_layers * element_bytes
+    latents = shots * _LATENTS_IN_MEMORY * channels * t * y * x * FP32
+    bytes_per_forward = wan.dim * FP32 + wan.head_dim * FP32  # its residual and its rotary table
     return Phase(
         "sample",
-        resident + wan_bytes(wan, element=element, blocks=blocks),
-        activation + tokens * (riders - 1) * rider,
+        extra_weight_bytes + wan_bytes(wan, element_bytes=element_bytes, blocks_in_memory=blocks_in_memory),
+        activation + tokens * (forwards_per_pass - 1) * bytes_per_forward,
         keys_values + latents,
     )
 
 
-def derivative_bytes(wan: WanConfig, tokens: int, *, element: int) -> int:
+def derivative_bytes(wan: WanConfig, tokens: int, *, element_bytes: int) -> int:
     """The working set of a derivative by each block's text: the residual before every block, and one block's
     activations there and back. Autograd keeps 6.1 rows of fp32 and 7.4 rows and a hidden one in the dtype of
     the matmuls, which a test measures; gradients on their way are about half as much again."""
-    row = wan.dim * (10 * FP32 + 8 * element) + 3 * wan.ffn_dim * element
+    row = wan.dim * (10 * FP32 + 8 * element_bytes) + 3 * wan.ffn_dim * element_bytes
     return tokens * (wan.num_layers * wan.dim * FP32 + row)
 
 
@@ -107,8 +107,8 @@ def decode_phase(
     latent: tuple[int, int, int, int],
     *,
     chunk: int,
-    element: int = FP32,
-    resident: int = 0,
+    element_bytes: int = FP32,
+    resident_bytes: int = 0,
     mapped: bool = False,
 ) -> Phase:
     """`chunk` latent frames at a time; the last stage, at full size, is the largest.
@@ -126,14 +126,14 @@ def decode_phase(
         widths, colours = vae.dim_mult[1] + 2 * vae.dim_mult[0], 12
     else:
         widths, colours = 2 * vae.dim_mult[0], 3  # a residual block holds its input and one hidden copy
-    widest = widths * vae.dec_dim * element
-    activation = frames * pixels * (widest + colours * (FP32 + 1))
-    history = 2 * y * x * history_channels(vae) * element * 18 // 16
+    widest_bytes = widths * vae.dec_dim * element_bytes
+    activation = frames * pixels * (widest_bytes + colours * (FP32 + 1))
+    history = 2 * y * x * history_channels(vae) * element_bytes * 18 // 16
     weights = 2 * decoder_parameters(vae) if mapped else vae_parameters(vae)
-    return Phase("decode", resident + weights * element, activation, history)
+    return Phase("decode", resident_bytes + weights * element_bytes, activation, history)
 
 
-def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int:
+def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | None = None) -> int:
     """Bytes of a transformer as `load_transformer` keeps it, with the matrices of `blocks` blocks in memory:
     all where it is resident, 2 where it is packed or streamed.
 
@@ -143,8 +143,8 @@ def wan_bytes(wan: WanConfig, *, element: int, blocks: int | None = None) -> int
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
     biases = wan.num_layers * (9 * wan.dim + wan.ffn_dim)
     others = wan_parameters(wan) - wan.num_layers * matrices - biases
-    held = wan.num_layers if blocks is None else blocks
-    return (held * matrices + biases) * element + others * FP32
+    held = wan.num_layers if blocks_in_memory is None else blocks_in_memory
+    return (held * matrices + biases) * element_bytes + others * FP32
 
 
 def fp8_bytes(wan: WanConfig) -> int:
@@ -153,14 +153,14 @@ def fp8_bytes(wan: WanConfig) -> int:
     return wan.num_layers * (8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim + FP32 * rows)
 
 
-def t5_bytes(t5: T5Config, *, element: int, streamed: bool = False) -> int:
+def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int:
     """Bytes of UMT5. Streamed, they are its norms, position biases and the matrices of two layers; the
     embedding stays on disk. Beside that is the largest weight, if it is stored in another dtype."""
     parameters = t5_parameters(t5)
     if streamed:
         matrices = 4 * t5.d_model * t5.d_kv * t5.num_heads + 3 * t5.d_model * t5.d_ff
         parameters -= t5.vocab_size * t5.d_model + (t5.num_layers - 2) * matrices
-    return parameters * element
+    return parameters * element_bytes
 
 
 # ---- parameters, exactly ----
@@ -173,9 +173,9 @@ def wan_parameters(wan: WanConfig) -> int:
     block = 2 * attention + 2 * d + (d * f + f) + (f * d + d) + 6 * d  # norm3, ffn, modulation
     patch = 4 * wan.in_dim * d + d
     text = wan.text_dim * d + d + d * d + d
-    clock = wan.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d
+    time_embedding = wan.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d
     head = 4 * wan.out_dim * (d + 1) + 2 * d
-    return wan.num_layers * block + patch + text + clock + head
+    return wan.num_layers * block + patch + text + time_embedding + head
 
 
 def t5_parameters(t5: T5Config) -> int:
@@ -188,32 +188,42 @@ def t5_parameters(t5: T5Config) -> int:
 @cache
 def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
     """Parameters of the VAE, encoder and decoder."""
-    colours = 12 if isinstance(vae, VAE22Config) else 3
+    picture_channels = 12 if isinstance(vae, VAE22Config) else 3
     widths = [vae.dim * m for m in vae.dim_mult]
     top, z, blocks = widths[-1], vae.z_dim, vae.num_res_blocks
     encoder = (
-        _conv(colours, vae.dim, 27) + _middle(top) + top + _conv(top, 2 * z, 27) + _conv(2 * z, 2 * z, 1)
+        _conv_parameters(picture_channels, vae.dim, 27)
+        + _middle_parameters(top)
+        + top
+        + _conv_parameters(top, 2 * z, 27)
+        + _conv_parameters(2 * z, 2 * z, 1)
     )
     c_in = vae.dim
     for c, down in zip(widths, (*vae.temporal_downsample, None), strict=True):
-        encoder += _residual(c_in, c) + (blocks - 1) * _residual(c, c)
-        encoder += 0 if down is None else _conv(c, c, 9) + down * _conv(c, c, 3)
+        encoder += _residual_parameters(c_in, c) + (blocks - 1) * _residual_parameters(c, c)
+        encoder += 0 if down is None else _conv_parameters(c, c, 9) + down * _conv_parameters(c, c, 3)
         c_in = c
     return encoder + decoder_parameters(vae)
 
 
 def decoder_parameters(vae: VAEConfig | VAE22Config) -> int:
     """Those that decoding reads."""
-    colours = 12 if isinstance(vae, VAE22Config) else 3
+    picture_channels = 12 if isinstance(vae, VAE22Config) else 3
     z, blocks = vae.z_dim, vae.num_res_blocks
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
     top, last = widths[0], widths[-1]
-    decoder = _conv(z, top, 27) + _middle(top) + last + _conv(last, colours, 27) + _conv(z, z, 1)
+    decoder = (
+        _conv_parameters(z, top, 27)
+        + _middle_parameters(top)
+        + last
+        + _conv_parameters(last, picture_channels, 27)
+        + _conv_parameters(z, z, 1)
+    )
     c_in = top
     for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
-        decoder += _residual(c_in, c) + blocks * _residual(c, c)
+        decoder += _residual_parameters(c_in, c) + blocks * _residual_parameters(c, c)
         c_in = upsampled_channels(vae, c)
-        decoder += 0 if up is None else _conv(c, c_in, 9) + up * _conv(c, 2 * c, 3)
+        decoder += 0 if up is None else _conv_parameters(c, c_in, 9) + up * _conv_parameters(c, 2 * c, 3)
     return decoder
 
 
@@ -222,17 +232,17 @@ def upsampled_channels(vae: VAEConfig | VAE22Config, channels: int) -> int:
     return channels if isinstance(vae, VAE22Config) else channels // 2
 
 
-def _conv(c_in: int, c_out: int, taps: int) -> int:
-    return c_in * c_out * taps + c_out
+def _conv_parameters(c_in: int, c_out: int, kernel_size: int) -> int:
+    return c_in * c_out * kernel_size + c_out
 
 
-def _residual(c_in: int, c_out: int) -> int:
-    shortcut = _conv(c_in, c_out, 1) if c_in != c_out else 0
-    return c_in + _conv(c_in, c_out, 27) + c_out + _conv(c_out, c_out, 27) + shortcut
+def _residual_parameters(c_in: int, c_out: int) -> int:
+    shortcut = _conv_parameters(c_in, c_out, 1) if c_in != c_out else 0
+    return c_in + _conv_parameters(c_in, c_out, 27) + c_out + _conv_parameters(c_out, c_out, 27) + shortcut
 
 
-def _middle(c: int) -> int:
-    return 2 * _residual(c, c) + c + _conv(c, 3 * c, 1) + _conv(c, c, 1)
+def _middle_parameters(c: int) -> int:
+    return 2 * _residual_parameters(c, c) + c + _conv_parameters(c, 3 * c, 1) + _conv_parameters(c, c, 1)
 
 
 def history_channels(vae: VAEConfig | VAE22Config) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SigmaSchedule:
     """N timesteps as the model is told them, and N+1 noise levels, the last one 0."""
 
     timesteps: tuple[float, ...]
@@ -61,23 +61,25 @@ class Solver:
     guidance: float | None = None  # likewise
 
 
-def shifted(sigma: float, shift: float) -> float:
+def shift_sigma(sigma: float, shift: float) -> float:
     """Moves noise levels towards 1: S·σ / (1 + (S-1)·σ)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 @cache
-def schedule(solver: str, steps: int, shift: float) -> Schedule:
+def build_schedule(solver: str, steps: int, shift: float) -> SigmaSchedule:
     """The official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
-    kind = SOLVERS[solver]
-    sigmas = [shifted(kind.sigma_max * (1 - i / steps), shift) for i in range(steps)]
+    solver_spec = SOLVERS[solver]
+    sigmas = [shift_sigma(solver_spec.sigma_max * (1 - i / steps), shift) for i in range(steps)]
     times = (
-        [float(int(1000 * s)) for s in sigmas] if kind.integer_timesteps else _fp32(1000 * s for s in sigmas)
+        [float(int(1000 * s)) for s in sigmas]
+        if solver_spec.integer_timesteps
+        else _round_to_fp32(1000 * s for s in sigmas)
     )
-    return Schedule(tuple(times), (*_fp32(sigmas), 0.0))
+    return SigmaSchedule(tuple(times), (*_round_to_fp32(sigmas), 0.0))
 
 
-def _fp32(values: Iterable[float]) -> list[float]:
+def _round_to_fp32(values: Iterable[float]) -> list[float]:
     return list(array("f", values))
 
 
@@ -89,7 +91,7 @@ def dpmpp(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:
     """DPM++ 2M; first and last step are of order 1."""
     m0 = state.x - sigmas[i] * v
     order = 2 if 0 < i < len(sigmas) - 2 else 1
-    x = _base(sigmas[i], sigmas[i + 1], state.x, m0)
+    x = _solve_constant_x0(sigmas[i], sigmas[i + 1], state.x, m0)
     if order == 2:
         h, ratio = _h(sigmas[i], sigmas[i + 1]), _h(sigmas[i - 1], sigmas[i]) / _h(sigmas[i], sigmas[i + 1])
         x = x - (1 - sigmas[i + 1]) * math.expm1(-h) * 0.5 / ratio * (m0 - state.history[-1])
@@ -102,9 +104,9 @@ def unipc(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:
     v was evaluated on the uncorrected latent; x0 is taken from that one, too (as official).
     """
     m = state.x - sigmas[i] * v
-    x = _corrected(sigmas, i, state, m) if i else state.x
+    x = _correct(sigmas, i, state, m) if i else state.x
     history = (*state.history[-1:], m)
-    return State(_predicted(sigmas, i, x, history), history, x)
+    return State(_predict(sigmas, i, x, history), history, x)
 
 
 def _order(sigmas: Sequence[float], i: int) -> int:
@@ -112,9 +114,9 @@ def _order(sigmas: Sequence[float], i: int) -> int:
     return min(2, i + 1, len(sigmas) - 1 - i)
 
 
-def _predicted(sigmas: Sequence[float], i: int, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
+def _predict(sigmas: Sequence[float], i: int, x: Tensor, history: tuple[Tensor, ...]) -> Tensor:
     s, t = sigmas[i], sigmas[i + 1]
-    base = _base(s, t, x, history[-1])
+    base = _solve_constant_x0(s, t, x, history[-1])
     if _order(sigmas, i) == 1:
         return base
     h = _h(s, t)
@@ -122,11 +124,11 @@ def _predicted(sigmas: Sequence[float], i: int, x: Tensor, history: tuple[Tensor
     return base - 0.5 * (1 - t) * math.expm1(-h) / ratio * (history[-2] - history[-1])
 
 
-def _corrected(sigmas: Sequence[float], i: int, state: State, m: Tensor) -> Tensor:
+def _correct(sigmas: Sequence[float], i: int, state: State, m: Tensor) -> Tensor:
     assert state.last is not None
     s, t, m0 = sigmas[i - 1], sigmas[i], state.history[-1]
     h, phi = _h(s, t), math.expm1(-_h(s, t))
-    base = _base(s, t, state.last, m0)
+    base = _solve_constant_x0(s, t, state.last, m0)
     if _order(sigmas, i - 1) == 1:
         return base - (1 - t) * phi * 0.5 * (m - m0)
     ratio = -_h(sigmas[i - 2], s) / h
@@ -137,7 +139,7 @@ def _corrected(sigmas: Sequence[float], i: int, state: State, m: Tensor) -> Tens
     return base - (1 - t) * phi * (rho1 * d1 + (b1 - rho1) * (m - m0))
 
 
-def _base(s: float, t: float, x: Tensor, m0: Tensor) -> Tensor:
+def _solve_constant_x0(s: float, t: float, x: Tensor, m0: Tensor) -> Tensor:
     """The exact solution from σ=s to σ=t where x0 does not change."""
     return t / s * x - (1 - t) * math.expm1(-_h(s, t)) * m0
 

@@ -22,7 +22,7 @@ class Stage:
         return {"expert": self.expert, "steps": [self.steps[0], self.steps[-1]], "guidance": self.guidance}
 
 
-def stages(
+def split_stages(
     timesteps: Sequence[float], boundary: float | None, guidance: float, guidance_low: float | None
 ) -> tuple[Stage, ...]:
     """All steps in one stage; or with a boundary those at t >= 1000·boundary in a first one.

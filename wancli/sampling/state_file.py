@@ -12,9 +12,9 @@ from wancli.storage import tensor_file
 
 def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
     """As `save`, what a solver knows between two steps."""
-    past = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
+    history = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
     last = {} if state.last is None else {"last": state.last}
-    tensor_file.save_tensors(path, {"x": state.x, **past, **last}, record)
+    tensor_file.save_tensors(path, {"x": state.x, **history, **last}, record)
 
 
 def load_state(path: Path) -> tuple[State, dict[str, Any]]:

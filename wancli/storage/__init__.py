@@ -1,1 +1,1 @@
-"""Bytes that survive: atomic files, the cache, manifests, claims, safe names."""
+"""Files that survive a crash: atomic writes, the cache, manifests, claims, safe names."""

@@ -29,7 +29,7 @@ from pathlib import Path
 from wancli.errors import DiskError, MachineError, NoSpace, OutputExists, WancliError
 
 _PREFIX, _SUFFIX = ".wancli-", ".tmp"
-_DEBRIS_AGE = 24 * 3600.0
+_STALE_AGE = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REASONS = {
@@ -47,13 +47,13 @@ _REASONS = {
 
 
 @contextmanager
-def temporary(final: Path) -> Iterator[Path]:
+def temp_file(final: Path) -> Iterator[Path]:
     """A new empty file in the folder of `final` (made if missing), gone again when the block ends.
 
     The block fills it, or lets another program do so, and hands it to `publish()`.
     Raises MachineError or NoSpace if it cannot be made.
     """
-    path = final.parent / f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
+    path = final.parent / f"{_PREFIX}{_host_name()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
     with writing(final):
         _make_folder(final.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
@@ -78,13 +78,13 @@ def publish(tmp: Path, final: Path) -> None:
                 raise
             publish_bytes(final, data)
         else:
-            _place(tmp, final)
+            _move_into_place(tmp, final)
 
 
 def publish_bytes(final: Path, data: bytes) -> None:
     """`publish()` for bytes in memory. Raises OutputExists, NoSpace or MachineError."""
-    with _spilled(final, data) as tmp, writing(final):
-        _place(tmp, final)
+    with _synced_temp_file(final, data) as tmp, writing(final):
+        _move_into_place(tmp, final)
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -92,21 +92,21 @@ def replace(path: Path, data: bytes) -> None:
 
     A symbolic link at `path` is replaced, not followed. Raises NoSpace or MachineError.
     """
-    with _spilled(path, data) as tmp, writing(path):
+    with _synced_temp_file(path, data) as tmp, writing(path):
         tmp.replace(path)
         _sync(path.parent)
 
 
-def set_aside(path: Path, called: str = "old") -> Path | None:
+def move_aside(path: Path, label: str = "old") -> Path | None:
     """Move an existing file to NAME.old-1.EXT, or the next free number. None if there was none."""
     if not os.path.lexists(path):
         return None
     if path.is_dir():
         raise OutputExists("a folder has the name of an output", where=str(path))
     for number in itertools.count(1):
-        aside = path.with_name(f"{path.stem}.{called}-{number}{path.suffix}")
+        aside = path.with_name(f"{path.stem}.{label}-{number}{path.suffix}")
         with writing(aside), suppress(FileExistsError):
-            _move(path, aside)
+            _rename_without_overwriting(path, aside)
             _sync(path.parent)
             return aside
     raise AssertionError("there is always a free number")
@@ -125,31 +125,31 @@ def write_all(fd: int, data: bytes) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def sweep(folder: Path, now: float | None = None) -> list[Path]:
+def remove_stale_temp_files(folder: Path, now: float | None = None) -> list[Path]:
     """Remove what dead processes left in `folder`: own temporary files untouched for a day.
 
     One of this host goes only if its process does not live, whatever the clocks say. `now` is the time by
     the clock that dates the files there, if it is known.
     """
     now = time.time() if now is None else now
-    gone = []
+    removed = []
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         host, _, pid = path.name.removeprefix(_PREFIX).rpartition("-")[0].rpartition("-")
-        lives = host in ("", _host()) and Path("/proc", pid).exists()
+        is_alive = host in ("", _host_name()) and Path("/proc", pid).exists()
         with suppress(OSError):
-            if not lives and now - path.lstat().st_mtime > _DEBRIS_AGE:
+            if not is_alive and now - path.lstat().st_mtime > _STALE_AGE:
                 path.unlink()
-                gone.append(path)
-    return gone
+                removed.append(path)
+    return removed
 
 
-def writable(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Prove that `folder` (made if missing) takes new files, by publishing and removing one.
 
     Also sweeps it. Raises MachineError with the cause. The preflight before any model is loaded.
     """
-    with temporary(folder / "x") as tmp:
-        sweep(folder, tmp.stat().st_mtime)
+    with temp_file(folder / "x") as tmp:
+        remove_stale_temp_files(folder, tmp.stat().st_mtime)
         proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
         try:
             publish(tmp, proof)
@@ -158,23 +158,23 @@ def writable(folder: Path) -> None:
 
 
 @contextmanager
-def _spilled(final: Path, data: bytes) -> Iterator[Path]:
+def _synced_temp_file(final: Path, data: bytes) -> Iterator[Path]:
     """A temporary file that durably holds `data`."""
     with ExitStack() as stack, writing(final):
-        tmp = stack.enter_context(temporary(final))
+        tmp = stack.enter_context(temp_file(final))
         try:
-            _fill(tmp, data)
+            _write_and_sync(tmp, data)
         except OSError as error:
             if error.errno not in (errno.EIO, errno.ENOENT):
                 raise
             # EIO: the kernel dropped the pages that it could not write, and another fsync would lie.
             # ENOENT: a host whose clock is days off took the file for debris.
-            tmp = stack.enter_context(temporary(final))
-            _fill(tmp, data)
+            tmp = stack.enter_context(temp_file(final))
+            _write_and_sync(tmp, data)
         yield tmp
 
 
-def _fill(path: Path, data: bytes) -> None:
+def _write_and_sync(path: Path, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         write_all(fd, data)
@@ -183,18 +183,18 @@ def _fill(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def _place(tmp: Path, final: Path) -> None:
+def _move_into_place(tmp: Path, final: Path) -> None:
     try:
-        _move(tmp, final)
+        _rename_without_overwriting(tmp, final)
     except FileExistsError:
-        if not _same_bytes(tmp, final):
+        if not _have_same_bytes(tmp, final):
             hint = "use --force to move it aside, or choose another output"
             raise OutputExists("a different file is already there", where=str(final), hint=hint) from None
         tmp.unlink()
     _sync(final.parent)
 
 
-def _move(source: Path, target: Path) -> None:
+def _rename_without_overwriting(source: Path, target: Path) -> None:
     """Rename within a folder that fails with FileExistsError rather than replace."""
     try:
         os.link(source, target, follow_symlinks=False)
@@ -214,7 +214,7 @@ def _rename_noreplace(source: Path, target: Path) -> None:
         raise OSError(number, os.strerror(number), str(target))
 
 
-def _same_bytes(a: Path, b: Path) -> bool:
+def _have_same_bytes(a: Path, b: Path) -> bool:
     if not stat.S_ISREG(b.lstat().st_mode) or a.stat().st_size != b.stat().st_size:
         return False
     return sha256(a) == sha256(b)
@@ -232,7 +232,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _host() -> str:
+def _host_name() -> str:
     """This machine's name, as a part of a file name without dashes."""
     return "".join(char for char in platform.node() if char.isalnum() or char == ".")[:40]
 

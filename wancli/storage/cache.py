@@ -134,16 +134,16 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All entries by key. Nothing is read or verified."""
-        found = []
+        entries = []
         for path in sorted(self.root.glob("??/*.entry")):
             with suppress(OSError):
                 status = path.lstat()
-                found.append(Entry(path.stem, status.st_size, status.st_mtime, path))
-        return found
+                entries.append(Entry(path.stem, status.st_size, status.st_mtime, path))
+        return entries
 
     def verify(self) -> list[Entry]:
         """The entries that `get()` would not serve. Changes nothing."""
-        return [entry for entry in self.entries() if not _intact(entry)]
+        return [entry for entry in self.entries() if not _is_intact(entry)]
 
     def prune(self, max_bytes: int | None = None, older_than_days: float | None = None) -> list[Entry]:
         """Remove damaged entries, those unused for so long, and the longest unused beyond `max_bytes`.
@@ -152,21 +152,21 @@ class Store:
         that are gone.
         """
         for shard in self.root.glob("??"):
-            atomic.sweep(shard)
+            atomic.remove_stale_temp_files(shard)
             for bad in shard.glob("*.bad"):
                 bad.unlink(missing_ok=True)
-        kept = sorted(self.entries(), key=lambda entry: entry.mtime)
-        total = sum(entry.bytes for entry in kept)
+        entries = sorted(self.entries(), key=lambda entry: entry.mtime)
+        total = sum(entry.bytes for entry in entries)
         now = time.time()
-        gone = []
-        for entry in kept:
+        removed = []
+        for entry in entries:
             too_old = older_than_days is not None and now - entry.mtime > older_than_days * 86400
-            if too_old or (max_bytes is not None and total > max_bytes) or not _intact(entry):
+            if too_old or (max_bytes is not None and total > max_bytes) or not _is_intact(entry):
                 with atomic.writing(entry.path):
                     entry.path.unlink(missing_ok=True)
                 total -= entry.bytes
-                gone.append(entry)
-        return gone
+                removed.append(entry)
+        return removed
 
 
 def _read(path: Path) -> bytes:
@@ -174,7 +174,7 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _intact(entry: Entry) -> bool:
+def _is_intact(entry: Entry) -> bool:
     try:
         unseal(_read(entry.path), entry.key)
     except (OSError, EntryError):

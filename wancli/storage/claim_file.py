@@ -31,27 +31,27 @@ class Process:
 
     host: str
     boot: str
-    space: str
+    pid_namespace: str
     pid: int
-    born: str  # ticks after boot
+    start_time: str  # ticks after boot
 
     def as_dict(self) -> dict[str, str | int]:
         """The process as a claim file names it."""
         return {
             "host": self.host,
             "boot": self.boot,
-            "space": self.space,
+            "space": self.pid_namespace,
             "pid": self.pid,
-            "born": self.born,
+            "born": self.start_time,
         }
 
 
 @dataclass(frozen=True)
-class Seen:
+class ClaimSnapshot:
     """A claim as it was seen once. `body` is {} where the content is nothing of ours, None where it cannot be
     read."""
 
-    touched: int  # mtime, only ever compared with itself
+    mtime_ns: int  # mtime, only ever compared with itself
     body: dict[str, Any] | None
 
     @property
@@ -67,25 +67,25 @@ class Seen:
         )
 
 
-def look(path: Path) -> Seen | None:
+def read_claim(path: Path) -> ClaimSnapshot | None:
     """None where there is no claim, or none that can be seen."""
     try:
         with path.open("rb") as file:  # opening is what makes NFS ask its server
-            touched, data = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
+            mtime_ns, data = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
     except FileNotFoundError:
         return None
     except OSError:
         with suppress(OSError):
-            return Seen(path.stat().st_mtime_ns, None)
+            return ClaimSnapshot(path.stat().st_mtime_ns, None)
         return None
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
         body = {}
-    return Seen(touched, body if isinstance(body, dict) else {})
+    return ClaimSnapshot(mtime_ns, body if isinstance(body, dict) else {})
 
 
-def new(path: Path) -> int:
+def create_new(path: Path) -> int:
     """A file that was not there. Its folder may go at any time: with the last claim of another worker."""
     for _ in range(100):
         with suppress(FileNotFoundError):
@@ -94,22 +94,24 @@ def new(path: Path) -> int:
     raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
-def gone(seen: Seen) -> bool:
+def is_dead(claim: ClaimSnapshot) -> bool:
     """Whether the process of a claim is of this host and no more."""
-    me, body = process().as_dict(), seen.body or {}
+    me, body = current_process().as_dict(), claim.body or {}
     if any(body.get(name) != me[name] for name in ("host", "boot", "space")):
         return False
-    born = _born(body.get("pid"))
-    return born is None or (born != "" and born != body.get("born"))
+    start_time = _read_start_time(body.get("pid"))
+    return start_time is None or (start_time != "" and start_time != body.get("born"))
 
 
-def process() -> Process:
+def current_process() -> Process:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    space = Path("/proc/self/ns/pid").readlink().name
-    return Process(socket.gethostname(), boot, space, os.getpid(), _born(os.getpid()) or "")
+    pid_namespace = Path("/proc/self/ns/pid").readlink().name
+    return Process(
+        socket.gethostname(), boot, pid_namespace, os.getpid(), _read_start_time(os.getpid()) or ""
+    )
 
 
-def _born(pid: object) -> str | None:
+def _read_start_time(pid: object) -> str | None:
     """When a process of this host began, "" where that is secret; None where there is none, or one that is
     dead but for the question how it ended."""
     if not isinstance(pid, int) or pid <= 0:

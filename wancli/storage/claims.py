@@ -27,29 +27,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.storage import atomic
-from wancli.storage.claim_file import Holder, Seen, gone, look, new, process
+from wancli.storage.claim_file import ClaimSnapshot, Holder, create_new, current_process, is_dead, read_claim
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Shot
     from wancli.signals import Stop
 
-BEAT = 5.0  # seconds
-STALE = 12  # looks without a touch: a minute
+HEARTBEAT_SECONDS = 5.0  # seconds
+STALE_LOOKS = 12  # looks without a touch: a minute
 
 
 @dataclass
-class _Watch:
+class _WatchedClaim:
     """What was seen when it last changed, and how often it was the same since."""
 
-    seen: Seen
-    counted: float  # monotonic seconds
+    claim: ClaimSnapshot
+    last_counted: float  # monotonic seconds
     looks: int = 0
 
 
-def holder(shot: Shot) -> Holder | None:
+def find_holder(shot: Shot) -> Holder | None:
     """Who holds a shot, as far as one look tells; None where nobody does, or where it died on this host."""
-    seen = look(claim_path(shot))
-    return None if seen is None or gone(seen) else seen.holder
+    claim = read_claim(claim_path(shot))
+    return None if claim is None or is_dead(claim) else claim.holder
 
 
 def claim_path(shot: Shot) -> Path:
@@ -68,13 +68,18 @@ class Claims:
     What is still held at the end is released.
     """
 
-    def __init__(self, beat: float = BEAT, stale: int = STALE, waits: bool = True) -> None:
-        self._beat, self._stale = beat, stale
-        self.waits = waits  # for shots of others, when nothing else is left
-        self._me = process()
+    def __init__(
+        self,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        stale_looks: int = STALE_LOOKS,
+        waits_for_others: bool = True,
+    ) -> None:
+        self._heartbeat, self._stale_looks = heartbeat, stale_looks
+        self.waits_for_others = waits_for_others  # for shots of others, when nothing else is left
+        self._process = current_process()
         self._held: dict[Path, str] = {}  # path to the token in the file
-        self._made: set[str] = set()  # every token of ours
-        self._watched: dict[Path, _Watch] = {}  # claims of others
+        self._own_tokens: set[str] = set()  # every token of ours
+        self._watched: dict[Path, _WatchedClaim] = {}  # claims of others
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -86,7 +91,7 @@ class Claims:
         self._end.set()
         if self._thread:
             self._thread.join()
-        self._drop(list(self._held))
+        self._remove(list(self._held))
 
     def take(self, shots: Sequence[Shot]) -> list[Shot]:
         """Claims the shots that are free or stale; returns those, in their order. The caller looks again what
@@ -95,64 +100,64 @@ class Claims:
         Raises MachineError or NoSpace where no claim can be written.
         """
         if self._thread is None and shots:
-            self._thread = threading.Thread(target=self._beats, name="wancli-claims", daemon=True)
+            self._thread = threading.Thread(target=self._run_heartbeat, name="wancli-claims", daemon=True)
             self._thread.start()
-        return [shot for shot in shots if self._take(claim_path(shot))]
+        return [shot for shot in shots if self._take_one(claim_path(shot))]
 
-    def possible(self, folder: Path) -> None:
+    def require_claimable(self, folder: Path) -> None:
         """Raises MachineError or NoSpace where no claim on an output of this folder can be written."""
         path = folder / ".wancli" / "claims" / f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp"
         self._create(path)
-        self._drop([path])
+        self._remove([path])
 
     def release(self, shots: Iterable[Shot]) -> None:
         """Gives up those of the shots that are held."""
-        self._drop([path for path in map(claim_path, shots) if path in self._held])
+        self._remove([path for path in map(claim_path, shots) if path in self._held])
 
     def holds(self, shot: Shot) -> bool:
         """Whether the shot is still ours, by what the disk says now."""
         path = claim_path(shot)
         return path in self._held and self._is_ours(path)
 
-    def intact(self) -> bool:
+    def holds_all(self) -> bool:
         """Whether nothing that was taken and not released has gone to another worker."""
         return all(map(self._is_ours, list(self._held)))
 
-    def others(self, shots: Sequence[Shot]) -> dict[int, Holder]:
+    def held_by_others(self, shots: Sequence[Shot]) -> dict[int, Holder]:
         """The shots that other workers hold, by index. Free and stale ones are not among them."""
-        found = {}
+        holders = {}
         for shot in shots:
             path = claim_path(shot)
-            if path not in self._held and (who := self._other(path)):
-                found[shot.index] = who
-        return found
+            if path not in self._held and (holder := self._find_other_holder(path)):
+                holders[shot.index] = holder
+        return holders
 
-    def names(self, shots: Sequence[Shot]) -> str:
+    def name_holders(self, shots: Sequence[Shot]) -> str:
         """The workers that hold some of the shots, for people; empty where nobody does any more."""
-        return ", ".join(dict.fromkeys(map(str, self.others(shots).values())))
+        return ", ".join(dict.fromkeys(map(str, self.held_by_others(shots).values())))
 
-    def wait(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
+    def wait_for_release(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
         """Waits until other workers give up some of the shots, and returns these; none where somebody asked
         for an end."""
         while not stop.requested:
-            time.sleep(self._beat / 5)
-            held = self.others(shots)
+            time.sleep(self._heartbeat / 5)
+            held = self.held_by_others(shots)
             if len(held) < len(shots):
                 return [shot for shot in shots if shot.index not in held]
         return []
 
-    def beat(self) -> None:
+    def touch_and_watch(self) -> None:
         """Touches what is held, and counts how long others have not touched what they hold."""
         for path in list(self._held):
             if self._is_ours(path):  # else it would be the thief's that stays alive
                 with suppress(OSError):
                     os.utime(path)
         for path in list(self._watched):
-            self._other(path)
+            self._find_other_holder(path)
 
     # ---- one claim ----
 
-    def _take(self, path: Path) -> bool:
+    def _take_one(self, path: Path) -> bool:
         if path in self._held:
             return True
         for _ in range(3):  # each time another may be faster
@@ -160,19 +165,19 @@ class Claims:
                 with self._lock:
                     self._watched.pop(path, None)
                 return True
-            if self._other(path):
+            if self._find_other_holder(path):
                 return False
-            self._bury(path)
+            self._evict(path)
         return False
 
     def _create(self, path: Path) -> bool:
         """False where there is a claim."""
         token = secrets.token_hex(8)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        body = self._me.as_dict() | {"started": started, "token": token}
+        body = self._process.as_dict() | {"started": started, "token": token}
         with atomic.writing(path):
             try:
-                fd = new(path)
+                fd = create_new(path)
             except FileExistsError:
                 return False
             try:
@@ -183,63 +188,67 @@ class Claims:
             finally:
                 os.close(fd)
         self._held[path] = token
-        self._made.add(token)
+        self._own_tokens.add(token)
         return True
 
     def _is_ours(self, path: Path) -> bool:
-        seen = look(path)
-        return seen is not None and (seen.body is None or seen.token == self._held.get(path))
+        claim = read_claim(path)
+        return claim is not None and (claim.body is None or claim.token == self._held.get(path))
 
-    def _other(self, path: Path) -> Holder | None:
+    def _find_other_holder(self, path: Path) -> Holder | None:
         """Who holds a claim that is not ours; None where it is free or stale. Counts a look where the last
         one that counted is a beat ago."""
         with self._lock:
-            seen = look(path)
-            if seen is None or self._is_dead(seen):
+            claim = read_claim(path)
+            if claim is None or self._is_free_at_once(claim):
                 self._watched.pop(path, None)
                 return None
             now = time.monotonic()
-            watch = self._watched.get(path)
-            if watch is None or watch.seen != seen:
-                watch = self._watched[path] = _Watch(seen, now)
-            elif now - watch.counted >= self._beat:
-                watch.looks, watch.counted = watch.looks + 1, now
-            return None if watch.looks >= self._stale else seen.holder
+            watched = self._watched.get(path)
+            if watched is None or watched.claim != claim:
+                watched = self._watched[path] = _WatchedClaim(claim, now)
+            elif now - watched.last_counted >= self._heartbeat:
+                watched.looks, watched.last_counted = watched.looks + 1, now
+            return None if watched.looks >= self._stale_looks else claim.holder
 
-    def _is_dead(self, seen: Seen) -> bool:
+    def _is_free_at_once(self, claim: ClaimSnapshot) -> bool:
         """Whether a claim may be taken at once; also one of ours that could not be removed."""
-        return gone(seen) or (seen.token in self._made and seen.token not in list(self._held.values()))
+        return is_dead(claim) or (
+            claim.token in self._own_tokens and claim.token not in list(self._held.values())
+        )
 
-    def _bury(self, path: Path) -> None:
+    def _evict(self, path: Path) -> None:
         """Moves a stale claim away. Of several workers that do so at once one creates the next claim; one
         that finds it has moved away what another just created puts it back."""
         with self._lock:
-            watch = self._watched.pop(path, None)
-        atomic.sweep(path.parent)
-        grave = path.with_name(f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp")  # `sweep` knows the name
+            watched = self._watched.pop(path, None)
+        atomic.remove_stale_temp_files(path.parent)
+        tombstone = path.with_name(
+            f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+        )  # `sweep` knows the name
         try:
-            path.rename(grave)
+            path.rename(tombstone)
         except FileNotFoundError:
             return
         except OSError as error:
             raise atomic.translate(error, path) from error
-        seen = look(grave)
-        if seen is None or not (self._is_dead(seen) or (watch and watch.seen == seen)):
+        claim = read_claim(tombstone)
+        if claim is None or not (self._is_free_at_once(claim) or (watched and watched.claim == claim)):
             with suppress(OSError):  # a third worker was faster; the second will find out
-                os.link(grave, path)
+                os.link(tombstone, path)
         with suppress(OSError):
-            grave.unlink()
+            tombstone.unlink()
 
-    def _drop(self, paths: Iterable[Path]) -> None:
+    def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:
-            ours = self._is_ours(path)
+            is_ours = self._is_ours(path)
             del self._held[path]
             with suppress(OSError):  # who cannot remove it now is gone later
-                if ours:
+                if is_ours:
                     path.unlink()
                 path.parent.rmdir()  # the last worker leaves the folder as it was
                 path.parent.parent.rmdir()
 
-    def _beats(self) -> None:
-        while not self._end.wait(self._beat):
-            self.beat()
+    def _run_heartbeat(self) -> None:
+        while not self._end.wait(self._heartbeat):
+            self.touch_and_watch()

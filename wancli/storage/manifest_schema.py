@@ -100,13 +100,19 @@ class CheckpointFiles(Data):
     heads: int | None = None
 
 
+class Sizes(Data):
+    """The sizes of the transformer; all fields of a WanConfig are there."""
+
+    num_layers: int
+
+
 class ModelRecord(Data):
-    """The model of a shot. `sizes` are the fields of a WanConfig."""
+    """The model of a shot, and how it ran."""
 
     root: str
     files: CheckpointFiles | None = None
     variant: str
-    sizes: dict[str, Any]
+    sizes: Sizes
     networks: dict[str, Any] | None = None
     dtype: str
     residency: str = "resident"

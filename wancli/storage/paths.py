@@ -20,7 +20,7 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
 
 
-def here() -> Path:
+def require_cwd() -> Path:
     """The working folder, where relative names start. Raises MachineError where it was deleted."""
     try:
         return Path.cwd()
@@ -31,7 +31,7 @@ def here() -> Path:
 
 
 @lru_cache(1024)  # the shots of a sweep say the same
-def slug(text: str, limit: int = 48) -> str:
+def slugify(text: str, limit: int = 48) -> str:
     """A readable file name of at most `limit` UTF-8 bytes: lower-case letters and digits of any
     script in NFC, dashes between words. Never empty, never the name of a device."""
     name = ""
@@ -52,16 +52,16 @@ def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> P
     there. What comes after must stay inside of them. Raises JobError, also for a character that
     cannot be shown, anywhere: results are paths, one a line.
     """
-    if odd := next((char for char in template if not char.isprintable()), ""):
+    if unprintable := next((char for char in template if not char.isprintable()), ""):
         hint = "a name may not hold control characters, line ends or invisible spaces"
-        raise JobError(f"the character U+{ord(odd):04X} in the output", where=template, hint=hint)
+        raise JobError(f"the character U+{ord(unprintable):04X} in the output", where=template, hint=hint)
     parts = template.split("/")
     first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
     try:
         base = Path("/".join([*parts[:first], ""])).expanduser()
     except RuntimeError as error:
         raise JobError(str(error), where=template) from None
-    return inside(root / base, expand_template("/".join(parts[first:]), fields))
+    return resolve_inside(root / base, expand_template("/".join(parts[first:]), fields))
 
 
 def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
@@ -92,7 +92,7 @@ def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
     return _FIELD.sub(value, template)
 
 
-def inside(root: Path, relative: str) -> Path:
+def resolve_inside(root: Path, relative: str) -> Path:
     """`root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
     path = Path(relative)
     if path.is_absolute() or not path.parts:
@@ -105,7 +105,7 @@ def inside(root: Path, relative: str) -> Path:
             raise JobError(
                 f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
             )
-    linked = any(folder.is_symlink() for folder in (root / parent for parent in path.parents[:-1]))
-    if linked and not (root / path).parent.resolve().is_relative_to(root.resolve()):
+    has_symlink = any(folder.is_symlink() for folder in (root / parent for parent in path.parents[:-1]))
+    if has_symlink and not (root / path).parent.resolve().is_relative_to(root.resolve()):
         raise JobError(f"a symbolic link leads out of {root}", where=relative)
     return root / path

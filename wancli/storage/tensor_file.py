@@ -27,12 +27,12 @@ _METADATA = "wancli"
 _HEADER_BYTES = 100 * 2**20  # what safetensors allows
 
 
-def save(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
+def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
     """Replaces the file atomically; after it returns the latent survives power loss. Raises NoSpace."""
     save_tensors(path, {"latents": z_CTYX}, record)
 
 
-def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
+def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """The latent and its record. Raises EntryError when either is damaged, or is another program's."""
     tensors, record = load_tensors(path)
     if tensors.keys() != {"latents"}:
@@ -40,7 +40,7 @@ def load(path: Path) -> tuple[Tensor, dict[str, Any]]:
     return tensors["latents"], record
 
 
-def peek(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """The record of a latent or a state, of which nothing else is read or verified; None if there is none.
     Needs no torch."""
     try:
@@ -69,12 +69,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         payload = path.read_bytes()
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         document = json.loads(header["__metadata__"][_METADATA])
-        tensors, record, sealed = load(payload), document["record"], document["sha256"]
+        tensors, record, expected_digest = load(payload), document["record"], document["sha256"]
     except OSError as error:
         raise EntryError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise EntryError("not a latent of wancli, or damaged", where=str(path)) from None
-    if sealed != _digest(tensors, record):
+    if expected_digest != _digest(tensors, record):
         raise EntryError(
             "the latent is damaged: its checksum differs", where=str(path), hint="Render the shot again."
         )

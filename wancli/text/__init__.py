@@ -1,1 +1,1 @@
-"""A prompt to tokens to a cached embedding; how far two prompts are apart."""
+"""Prompts to tokens to cached embeddings, and the distance between two prompts."""

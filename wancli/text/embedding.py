@@ -34,12 +34,12 @@ class Embedding(Tokens):
     encoder: str
 
     @classmethod
-    def of(cls, tokens: Tokens, rows_NE: Tensor, encoder: str) -> Embedding:
+    def from_tokens(cls, tokens: Tokens, rows_NE: Tensor, encoder: str) -> Embedding:
         """The rows of a tokenised prompt."""
         t = tokens
         return cls(t.text, t.ids, t.pieces, t.max_tokens, t.full_length, rows_NE, encoder)
 
-    def padded(self) -> Tensor:
+    def to_padded(self) -> Tensor:
         """[max_tokens, E], rows past the prompt zero."""
         rows_ME = self.rows_NE.new_zeros(self.max_tokens, self.rows_NE.shape[1])
         rows_ME[: len(self.ids)] = self.rows_NE
@@ -47,7 +47,7 @@ class Embedding(Tokens):
 
 
 @functools.cache
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """major.minor of every library that has a say in an embedding."""
     names = ("ftfy", "sentencepiece", "torch", "transformers")
     return {name: ".".join(importlib.metadata.version(name).split(".")[:2]) for name in names}
@@ -62,9 +62,9 @@ def embedding_key(encoder: str, tokenizer_sha: str, dtype: Dtype, max_tokens: in
         "dtype": dtype,
         "max_tokens": max_tokens,
         "text": cleaned,
-        "versions": versions(),
+        "versions": library_versions(),
     }
-    return hashlib.sha256(_canonical(parts)).hexdigest()
+    return hashlib.sha256(_canonical_json(parts)).hexdigest()
 
 
 def pack(embeddings: Sequence[Embedding]) -> bytes:
@@ -79,16 +79,16 @@ def pack(embeddings: Sequence[Embedding]) -> bytes:
         tokens = {field.name: getattr(e, field.name) for field in fields(Tokens)}
         entries.append(tokens | {"encoder": e.encoder})
     rows = [e.rows_NE.contiguous() for e in embeddings]
-    record = {"format": FORMAT, "versions": versions(), "embeddings": entries}
+    record = {"format": FORMAT, "versions": library_versions(), "embeddings": entries}
     sealed = record | {"sha256": _digest(record, rows)}
     named = {f"embedding.{i}": rows_NE for i, rows_NE in enumerate(rows)}
-    return save(named, {_METADATA: _canonical(sealed).decode()})
+    return save(named, {_METADATA: _canonical_json(sealed).decode()})
 
 
-def describe(payload: bytes, where: str = "") -> list[Tokens]:
+def read_tokens(payload: bytes, where: str = "") -> list[Tokens]:
     """Texts and tokens of a payload, without torch and without reading or checking its tensors."""
     try:
-        return [_tokens(entry) for entry in _record(payload, where)["embeddings"]]
+        return [_parse_tokens(entry) for entry in _read_record(payload, where)["embeddings"]]
     except (KeyError, TypeError) as error:
         raise EntryError("the embedding file is damaged", where=where) from error
 
@@ -98,7 +98,7 @@ def unpack(payload: bytes, where: str = "") -> list[Embedding]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    record = _record(payload, where)
+    record = _read_record(payload, where)
     try:
         tensors = load(payload)
         rows = [tensors[f"embedding.{i}"] for i in range(len(tensors))]
@@ -107,7 +107,7 @@ def unpack(payload: bytes, where: str = "") -> list[Embedding]:
     if record.pop("sha256", None) != _digest(record, rows):
         raise EntryError("the embedding file is damaged: its checksum differs", where=where)
     return [
-        Embedding.of(_tokens(entry), rows_NE, entry["encoder"])
+        Embedding.from_tokens(_parse_tokens(entry), rows_NE, entry["encoder"])
         for entry, rows_NE in zip(record["embeddings"], rows, strict=True)
     ]
 
@@ -129,7 +129,7 @@ def load_embedding(path: Path, index: int = 0) -> Embedding:
     return embeddings[index]
 
 
-def _record(payload: bytes, where: str) -> dict[str, Any]:
+def _read_record(payload: bytes, where: str) -> dict[str, Any]:
     """The metadata of a payload: safetensors begins with the length of a JSON header, then that."""
     try:
         end = 8 + int.from_bytes(payload[:8], "little")
@@ -141,7 +141,7 @@ def _record(payload: bytes, where: str) -> dict[str, Any]:
     return dict(record)
 
 
-def _tokens(entry: dict[str, Any]) -> Tokens:
+def _parse_tokens(entry: dict[str, Any]) -> Tokens:
     return Tokens(
         entry["text"], tuple(entry["ids"]), tuple(entry["pieces"]), entry["max_tokens"], entry["full_length"]
     )
@@ -151,11 +151,11 @@ def _digest(record: dict[str, Any], rows: Sequence[Tensor]) -> str:
     import torch
 
     forms = [[str(rows_NE.dtype), *rows_NE.shape] for rows_NE in rows]
-    digest = hashlib.sha256(_canonical(record | {"forms": forms}))
+    digest = hashlib.sha256(_canonical_json(record | {"forms": forms}))
     for rows_NE in rows:
         digest.update(rows_NE.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
+def _canonical_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

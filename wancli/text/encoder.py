@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.errors import EntryError, ErrorCapture, NotFinite, WancliError
-from wancli.resources.measure import fitting, release
+from wancli.resources.measure import oom_as_error, release_memory
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
-from wancli.text.tokenizer import Tokens, shown
+from wancli.text.tokenizer import Tokens, quote_prompt
 from wancli.weights.component import Naming, rename
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderSpec:
     """Where stage 1 finds UMT5, and all that tells its embeddings from another's."""
 
     files: tuple[Path, ...]
@@ -56,14 +56,16 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Unencoded:
+class EncodeFailure:
     """A prompt of which nothing came: NaN, or no memory for it. The others go on."""
 
     key: str
     error: WancliError
 
 
-def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> Iterator[Encoded | Unencoded]:
+def encode(
+    encoder: EncoderSpec, prompts: Iterable[Tokens], store: Store | None
+) -> Iterator[Encoded | EncodeFailure]:
     """Yield every distinct prompt once: first those in the store, then the others as they are computed.
 
     UMT5 is loaded when the first is missing, never if none is, and freed when the loop ends. A
@@ -72,51 +74,55 @@ def encode(encoder: Encoder, prompts: Iterable[Tokens], store: Store | None) -> 
     """
     missing = {}
     for key, tokens in {encoder.key(tokens): tokens for tokens in prompts}.items():
-        if store and (known := _recall(store, key)):
-            yield Encoded(key, known, hit=True)
+        if store and (cached := _read_cached(store, key)):
+            yield Encoded(key, cached, hit=True)
         else:
             missing[key] = tokens
     if not missing:
         return
     from wancli.models import t5
 
-    with fitting("encode", str(encoder.files[0])):
+    with oom_as_error("encode", str(encoder.files[0])):
         model = load_encoder(encoder)
-    todo = _rotated(list(missing.items()))
-    together = len(todo) if encoder.residency == "streamed" else 1  # one pass over fetched weights is enough
-    for some in (todo[i : i + together] for i in range(0, len(todo), together)):
-        if len(some) == 1 and store and (known := _recall(store, some[0][0])):  # by another worker meanwhile
-            yield Encoded(some[0][0], known, hit=True)
+    pending = _rotate(list(missing.items()))
+    group_size = (
+        len(pending) if encoder.residency == "streamed" else 1
+    )  # one pass over fetched weights is enough
+    for group in (pending[i : i + group_size] for i in range(0, len(pending), group_size)):
+        if (
+            len(group) == 1 and store and (cached := _read_cached(store, group[0][0]))
+        ):  # by another worker meanwhile
+            yield Encoded(group[0][0], cached, hit=True)
             continue
-        of_each: Sequence[Tensor] = ()
-        with ErrorCapture() as attempt, fitting("encode", shown(some[0][1].text)):
-            of_each = t5.rows_of_each(model, [tokens.ids for _, tokens in some])
+        rows: Sequence[Tensor] = ()
+        with ErrorCapture() as attempt, oom_as_error("encode", quote_prompt(group[0][1].text)):
+            rows = t5.rows_of_each(model, [tokens.ids for _, tokens in group])
         if attempt.error:
-            release()
-            yield from (Unencoded(key, attempt.error) for key, _ in some)
-        for (key, tokens), rows_NE in zip(some, of_each):
-            yield _kept(key, tokens, rows_NE, encoder, store)
+            release_memory()
+            yield from (EncodeFailure(key, attempt.error) for key, _ in group)
+        for (key, tokens), rows_NE in zip(group, rows):
+            yield _store_embedding(key, tokens, rows_NE, encoder, store)
 
 
-def _kept(
-    key: str, tokens: Tokens, rows_NE: Tensor, encoder: Encoder, store: Store | None
-) -> Encoded | Unencoded:
+def _store_embedding(
+    key: str, tokens: Tokens, rows_NE: Tensor, encoder: EncoderSpec, store: Store | None
+) -> Encoded | EncodeFailure:
     if not rows_NE.isfinite().all():
-        message = f"UMT5 gives NaN or Inf for {shown(tokens.text)}"
-        return Unencoded(key, NotFinite(message, where=str(encoder.files[0])))
-    embedding = Embedding.of(tokens, rows_NE.cpu(), encoder.fingerprint)
+        message = f"UMT5 gives NaN or Inf for {quote_prompt(tokens.text)}"
+        return EncodeFailure(key, NotFinite(message, where=str(encoder.files[0])))
+    embedding = Embedding.from_tokens(tokens, rows_NE.cpu(), encoder.fingerprint)
     if store:
         store.put(key, pack([embedding]))
     return Encoded(key, embedding, hit=False)
 
 
-def _rotated(todo: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:
+def _rotate(pending: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:
     """Workers that begin a job together begin at different prompts, and find what the others have done."""
-    start = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % len(todo)
-    return todo[start:] + todo[:start]
+    start = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % len(pending)
+    return pending[start:] + pending[:start]
 
 
-def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
+def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
     """UMT5 with its weights on the device, or where its residency has them. Raises CheckpointError with
     the list of what is wrong."""
     from wancli.models.dtypes import DTYPES
@@ -132,7 +138,7 @@ def load_encoder(encoder: Encoder) -> UMT5EncoderModel:
     )
 
 
-def _recall(store: Store, key: str) -> Embedding | None:
+def _read_cached(store: Store, key: str) -> Embedding | None:
     payload = store.get(key)
     try:
         return unpack(payload)[0] if payload else None

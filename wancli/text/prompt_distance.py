@@ -39,7 +39,7 @@ _WEIGHTED = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")
 
 
 @dataclass(frozen=True)
-class Side:
+class PromptStats:
     """One of the two prompts, cleaned. `tokens` counts `</s>`."""
 
     text: str
@@ -49,7 +49,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Figures:
+class RowMetrics:
     """Two sets of rows compared. `token_set_distance`: 0 the same tokens, 1 none alike."""
 
     relative_l2: float
@@ -67,15 +67,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PromptDistance:
     """All figures of two prompts. `projected` and `blocks` (K/V distance of each) need a DiT."""
 
-    a: Side
-    b: Side
+    a: PromptStats
+    b: PromptStats
     legacy_trimmed_percent: float
     legacy_padded_percent: float
-    raw: Figures
-    projected: Figures | None
+    raw: RowMetrics
+    projected: RowMetrics | None
     blocks: tuple[float, ...]
     hints: tuple[str, ...]
 
@@ -90,13 +90,17 @@ class Difference:
         """For `--json`: plain numbers, texts and lists."""
         return asdict(self) | {"verdict": asdict(self.verdict)}
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def table_rows(self) -> list[tuple[str, str, str]]:
         """Label, value and explanation of each figure, for a table."""
         table = [
-            ("tokens", f"{_count(self.a)} | {_count(self.b)}", "of the model's 512, </s> included"),
+            (
+                "tokens",
+                f"{_format_count(self.a)} | {_format_count(self.b)}",
+                "of the model's 512, </s> included",
+            ),
             ("characters", f"{self.a.characters} | {self.b.characters}", "after cleaning"),
-            *_figure_rows(self.raw, "raw"),
-            *(_figure_rows(self.projected, "projected") if self.projected else []),
+            *_metric_rows(self.raw, "raw"),
+            *(_metric_rows(self.projected, "projected") if self.projected else []),
         ]
         if self.blocks:
             mean, low, high = sum(self.blocks) / len(self.blocks), min(self.blocks), max(self.blocks)
@@ -115,47 +119,53 @@ class Difference:
         ]
 
 
-def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> Difference:
+def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> PromptDistance:
     """Compare two encoded prompts, and with `model` also what its blocks read of them."""
-    (found,) = compare_all([(a, b)], model)
-    return found
+    (distance,) = compare_all([(a, b)], model)
+    return distance
 
 
 def compare_all(
     pairs: Sequence[tuple[Embedding, Embedding]], model: WanModel | None = None
-) -> list[Difference]:
+) -> list[PromptDistance]:
     """`compare` for every pair, all on one pass over the blocks, for which weights may be fetched."""
-    read = _what_blocks_read(pairs, model) if model is not None and pairs else [(None, ())] * len(pairs)
-    return [_difference(a, b, *found) for (a, b), found in zip(pairs, read)]
+    distances = _compare_in_blocks(pairs, model) if model is not None and pairs else [(None, ())] * len(pairs)
+    return [_measure(a, b, *row) for (a, b), row in zip(pairs, distances)]
 
 
-def _difference(
-    a: Embedding, b: Embedding, projected: Figures | None, blocks: tuple[float, ...]
-) -> Difference:
-    a_AE, b_BE = _content(a), _content(b)
+def _measure(
+    a: Embedding, b: Embedding, projected: RowMetrics | None, blocks: tuple[float, ...]
+) -> PromptDistance:
+    a_AE, b_BE = _content_rows(a), _content_rows(b)
     trimmed = legacy_percent(a.rows_NE, b.rows_NE, max(len(a.ids), len(b.ids)))
     padded = legacy_percent(a.rows_NE, b.rows_NE, LEGACY_ROWS)
-    raw = _figures(a_AE, b_BE)
-    return Difference(_side(a), _side(b), trimmed, padded, raw, projected, blocks, _hints(a, b))
+    raw = _measure_rows(a_AE, b_BE)
+    return PromptDistance(
+        _prompt_stats(a), _prompt_stats(b), trimmed, padded, raw, projected, blocks, _pair_hints(a, b)
+    )
 
 
-def _what_blocks_read(
+def _compare_in_blocks(
     pairs: Sequence[tuple[Embedding, Embedding]], model: WanModel
-) -> list[tuple[Figures, tuple[float, ...]]]:
+) -> list[tuple[RowMetrics, tuple[float, ...]]]:
     """Figures of the projected texts, and the distance of keys and values in every block."""
     import torch
 
     device = next(model.parameters()).device
     distances: list[list[float]] = [[] for _ in pairs]
     with torch.no_grad():
-        contexts = [tuple(model.project(_content(x).to(device)) for x in pair) for pair in pairs]
-        projected = [_figures(*(_from_pad(context.rows_ND) for context in pair)) for pair in contexts]
+        contexts = [tuple(model.project(_content_rows(x).to(device)) for x in pair) for pair in pairs]
+        projected = [
+            _measure_rows(*(_subtract_pad(context.rows_ND) for context in pair)) for pair in contexts
+        ]
         for block in model.blocks:
             attention = cast("CrossAttention", block.cross_attn)
             for (context_a, context_b), into in zip(contexts, distances):
                 both_a, both_b = attention.keys_values(context_a), attention.keys_values(context_b)
-                keys_AB, values_AB = (_cosines(_heads(x), _heads(y)) for x, y in zip(both_a, both_b))
-                into.append(_unmatched((keys_AB + values_AB) / 2))
+                keys_AB, values_AB = (
+                    _cosines(_merge_heads(x), _merge_heads(y)) for x, y in zip(both_a, both_b)
+                )
+                into.append(_token_set_distance((keys_AB + values_AB) / 2))
                 context_a.kv.clear()  # else those of all blocks and pairs would be kept
                 context_b.kv.clear()
     return [(figures, tuple(found)) for figures, found in zip(projected, distances)]
@@ -181,31 +191,31 @@ def legacy_percent(a_AE: Tensor, b_BE: Tensor, rows: int) -> float:
     return 100 * ((a_NE - b_NE).abs() > LEGACY_THRESHOLD).float().mean().item()
 
 
-def _content(embedding: Embedding) -> Tensor:
+def _content_rows(embedding: Embedding) -> Tensor:
     """The rows without `</s>`, which every prompt has; of an empty prompt there is nothing else."""
     return embedding.rows_NE[: max(1, len(embedding.ids) - 1)].float()
 
 
-def _from_pad(rows_ND: Tensor) -> Tensor:
+def _subtract_pad(rows_ND: Tensor) -> Tensor:
     """The rows as seen from the last one, the context's pad row."""
     return rows_ND[:-1].float() - rows_ND[-1].float()
 
 
-def _heads(x_1HNK: Tensor) -> Tensor:
+def _merge_heads(x_1HNK: Tensor) -> Tensor:
     """Keys or values of all heads side by side, seen from the pad row."""
-    return _from_pad(x_1HNK[0].transpose(0, 1).flatten(1))
+    return _subtract_pad(x_1HNK[0].transpose(0, 1).flatten(1))
 
 
-def _figures(a_AD: Tensor, b_BD: Tensor) -> Figures:
+def _measure_rows(a_AD: Tensor, b_BD: Tensor) -> RowMetrics:
     from torch.nn.functional import cosine_similarity
 
     common = min(len(a_AD), len(b_BD))
     a_ND, b_ND = a_AD[:common], b_BD[:common]
     scale = ((a_ND.square().sum() + b_ND.square().sum()) / 2).sqrt()
-    return Figures(
+    return RowMetrics(
         relative_l2=((a_ND - b_ND).norm() / scale).item(),
         pooled_cosine=cosine_similarity(a_AD.mean(0), b_BD.mean(0), dim=0).item(),
-        token_set_distance=_unmatched(_cosines(a_AD, b_BD)),
+        token_set_distance=_token_set_distance(_cosines(a_AD, b_BD)),
     )
 
 
@@ -222,28 +232,28 @@ def _cosines(a_AD: Tensor, b_BD: Tensor) -> Tensor:
     return normalize(a_AD - shared_D, dim=1) @ normalize(b_BD - shared_D, dim=1).T
 
 
-def _unmatched(cosines_AB: Tensor) -> float:
+def _token_set_distance(cosines_AB: Tensor) -> float:
     best = (cosines_AB.amax(1).clamp(0, 1).mean() + cosines_AB.amax(0).clamp(0, 1).mean()) / 2
     return 1 - best.item()
 
 
-def _side(embedding: Embedding) -> Side:
+def _prompt_stats(embedding: Embedding) -> PromptStats:
     text, full_length = embedding.text, embedding.full_length
-    return Side(text, len(text), len(embedding.ids), full_length if embedding.truncated else None)
+    return PromptStats(text, len(text), len(embedding.ids), full_length if embedding.truncated else None)
 
 
-def _hints(a: Embedding, b: Embedding) -> tuple[str, ...]:
+def _pair_hints(a: Embedding, b: Embedding) -> tuple[str, ...]:
     hints = [f"{name}: {hint}" for name, side in (("A", a), ("B", b)) for hint in lint(side.text)]
     if a.ids == b.ids:
         hints.append("both prompts are the same tokens")
     return tuple(hints)
 
 
-def _count(side: Side) -> str:
+def _format_count(side: PromptStats) -> str:
     return f"{side.tokens} (cut from {side.truncated_from})" if side.truncated_from else str(side.tokens)
 
 
-def _figure_rows(figures: Figures, space: str) -> Sequence[tuple[str, str, str]]:
+def _metric_rows(figures: RowMetrics, space: str) -> Sequence[tuple[str, str, str]]:
     token_set = f"{100 * figures.token_set_distance:.1f} %"
     return [
         (f"token set, {space}", token_set, "tokens without a match, in any order"),

@@ -59,19 +59,19 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
 
-    def ids(self, cleaned: str) -> list[int]:
+    def to_ids(self, cleaned: str) -> list[int]:
         return [*self._model.encode(cleaned, out_type=int), EOS]
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def to_pieces(self, ids: Sequence[int]) -> list[str]:
         return [self._model.id_to_piece(id) for id in ids]
 
-    def tokens(self, text: str, max_tokens: int, truncate: bool = False, where: str = "") -> Tokens:
+    def tokenize(self, text: str, max_tokens: int, truncate: bool = False, where: str = "") -> Tokens:
         """Clean and tokenise. `max_tokens` counts `</s>`, which truncation keeps, as officially.
 
         Raises JobError as `clean` does, PromptTooLong when the prompt is longer and not to be cut.
         """
         cleaned = clean(text, where)
-        ids = self.ids(cleaned)
+        ids = self.to_ids(cleaned)
         full_length = len(ids)
         if full_length > max_tokens:
             if not truncate:
@@ -80,12 +80,12 @@ class Tokenizer:
                 raise PromptTooLong(
                     f"the prompt has {full_length} tokens, text.max_tokens is {max_tokens}",
                     where=where,
-                    hint=f"set {longer}text.truncate: true, which would cut {shown(lost)}",
+                    hint=f"set {longer}text.truncate: true, which would cut {quote_prompt(lost)}",
                 )
             ids = [*ids[: max_tokens - 1], EOS]
-        return Tokens(cleaned, tuple(ids), tuple(self.pieces(ids)), max_tokens, full_length)
+        return Tokens(cleaned, tuple(ids), tuple(self.to_pieces(ids)), max_tokens, full_length)
 
 
-def shown(text: str) -> str:
+def quote_prompt(text: str) -> str:
     """A prompt in a message: quoted, short, invisible characters escaped."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

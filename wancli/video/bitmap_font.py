@@ -25,26 +25,26 @@ _COLUMNS = bytes.fromhex(
 )
 
 
-def text(words: str) -> NDArray[np.bool_]:
+def render_text(string: str) -> NDArray[np.bool_]:
     """[HEIGHT, WIDTH * letters], true where there is ink; what is not ASCII becomes `?`."""
     import numpy as np
 
-    ink = np.zeros((HEIGHT, WIDTH * len(words)), dtype=bool)
-    for place, letter in enumerate(words):
+    ink = np.zeros((HEIGHT, WIDTH * len(string)), dtype=bool)
+    for position, letter in enumerate(string):
         start = 5 * ((ord(letter) if " " <= letter <= "~" else ord("?")) - ord(" "))
         for column, bits in enumerate(_COLUMNS[start : start + 5]):
-            ink[1:9, WIDTH * place + column] = [bits >> row & 1 for row in range(8)]
+            ink[1:9, WIDTH * position + column] = [bits >> row & 1 for row in range(8)]
     return ink
 
 
-def cut(words: str, most: int) -> str:
+def truncate(text: str, max_letters: int) -> str:
     """At most so many letters of it: the end gives way."""
-    return words if len(words) <= most else words[: max(0, most - 3)] + "..."[:most]
+    return text if len(text) <= max_letters else text[: max(0, max_letters - 3)] + "..."[:max_letters]
 
 
-def cut_middle(words: str, most: int) -> str:
+def truncate_middle(text: str, max_letters: int) -> str:
     """At most so many letters of it: the middle gives way, for the ids of a sweep differ at the end."""
-    if len(words) <= most:
-        return words
-    kept = max(0, most - 3)
-    return words[: kept // 2] + "..."[:most] + words[len(words) - (kept - kept // 2) :]
+    if len(text) <= max_letters:
+        return text
+    remaining = max(0, max_letters - 3)
+    return text[: remaining // 2] + "..."[:max_letters] + text[len(text) - (remaining - remaining // 2) :]

@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clip:
-    """`id` is the shot's, or the name of a file without a manifest; `record` the body of the manifest."""
+    """A video file. `id` is the id of its shot, or the file name if there is no manifest."""
 
     path: Path
     id: str
-    record: Manifest | None
-    about: mp4.About
+    manifest_body: Manifest | None
+    info: mp4.VideoInfo
 
     @property
-    def latents(self) -> Path:
+    def latents_path(self) -> Path:
         return self.path.with_suffix(".latents.safetensors")
 
     @property
     def size(self) -> tuple[int, int]:
         """Columns and rows."""
-        return self.about.width, self.about.height
+        return self.info.width, self.info.height
 
-    def pictures(self) -> Generator[Picture, None, None]:
+    def read_pictures(self) -> Generator[Picture, None, None]:
         """Its frames, uint8 [Y, X, 3], one by one. Raises FfmpegError."""
         import numpy as np
 
@@ -46,7 +46,7 @@ class Clip:
             yield np.frombuffer(frame.rgb, dtype=np.uint8).reshape(frame.height, frame.width, 3)
 
 
-def read(paths: Sequence[Path]) -> list[Clip]:
+def read_clips(paths: Sequence[Path]) -> list[Clip]:
     """The videos, each decoded once, under ids that differ.
 
     Raises JobError for files that are not there, are no MP4 or hold no frame, FfmpegError for one that does
@@ -54,22 +54,22 @@ def read(paths: Sequence[Path]) -> list[Clip]:
     """
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise JobError("no such file", where=", ".join(missing))
-    clips = [_read(path) for path in paths]
-    times = Counter(clip.id for clip in clips)
-    named = [clip if times[clip.id] == 1 else replace(clip, id=str(clip.path)) for clip in clips]
-    if twice := [id for id, count in Counter(clip.id for clip in named).items() if count > 1]:
-        raise JobError("named twice", where=twice[0])
-    return named
+    clips = [_read_clip(path) for path in paths]
+    id_counts = Counter(clip.id for clip in clips)
+    unique_clips = [clip if id_counts[clip.id] == 1 else replace(clip, id=str(clip.path)) for clip in clips]
+    if duplicates := [id for id, count in Counter(clip.id for clip in unique_clips).items() if count > 1]:
+        raise JobError("named twice", where=duplicates[0])
+    return unique_clips
 
 
-def _read(path: Path) -> Clip:
-    if not sidecars.marked(path, b"ftyp", 8):
+def _read_clip(path: Path) -> Clip:
+    if not sidecars.has_marker(path, b"ftyp", 8):
         hint = "It takes MP4 files. `wancli decode` makes one of a latent, `wancli inspect` tells of weights."
         raise JobError("is no MP4", where=str(path), hint=hint)
-    record = manifest.read(manifest.manifest_path(path))
-    if record and atomic.sha256(path) not in [file.sha256 for file in record.files]:
-        record = None  # another video under that name
-    about = mp4.about(path)
-    if not about.frames:
+    body = manifest.read(manifest.manifest_path(path))
+    if body and atomic.sha256(path) not in [file.sha256 for file in body.files]:
+        body = None  # another video under that name
+    info = mp4.read_info(path)
+    if not info.frame_count:
         raise JobError("has no frames", where=str(path))
-    return Clip(path, record.shot.id if record else path.stem, record, about)
+    return Clip(path, body.shot.id if body else path.stem, body, info)

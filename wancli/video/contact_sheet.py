@@ -24,134 +24,139 @@ if TYPE_CHECKING:
 
     Picture: TypeAlias = NDArray[np.uint8]
 
-FRAMES = 5
-CELL = 160  # columns of a frame at most; smaller ones are shown as a whole multiple
-PAGE = 60  # videos on a sheet
+FRAMES_PER_VIDEO = 5
+MAX_CELL_WIDTH = 160  # columns of a frame at most; smaller ones are shown as a whole multiple
+MAX_VIDEOS = 60  # videos on a sheet
 GAP = 8
-MARK = b"Software\0wancli"
+MARKER = b"Software\0wancli"
 PAPER, INK = 250, 40
 
 
-def contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
+def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
     """The PNG, with a line of figures for each video, in as many columns as make it about square. Raises
     FfmpegError for a video that does not decode."""
-    strips = [_strip(clip) for clip in clips]
-    width = max(strip.shape[1] for strip in strips)
+    frame_rows = [_draw_frame_row(clip) for clip in clips]
+    width = max(strip.shape[1] for strip in frame_rows)
     entries = [
-        _stacked([*(_label(line, width) for line in _lines(clip, note)), _padded(strip, width)])
-        for clip, note, strip in zip(clips, notes, strips, strict=True)
+        _stack_vertically(
+            [*(_draw_label(line, width) for line in _caption_lines(clip, note)), _pad_to_width(strip, width)]
+        )
+        for clip, note, strip in zip(clips, notes, frame_rows, strict=True)
     ]
     height = sum(len(entry) for entry in entries)
     columns = max(1, round(math.sqrt(height / (width + GAP))))
-    most = -(-len(entries) // columns)
-    stacks = [_stacked(entries[at : at + most]) for at in range(0, len(entries), most)]
-    return png(_beside(stacks))
+    entries_per_column = -(-len(entries) // columns)
+    sheet_columns = [
+        _stack_vertically(entries[at : at + entries_per_column])
+        for at in range(0, len(entries), entries_per_column)
+    ]
+    return encode_png(_place_side_by_side(sheet_columns))
 
 
 def write(path: Path, data: bytes) -> None:
     """Puts a sheet there. An earlier sheet is replaced; another file of that name is moved aside."""
-    sidecars.put(path, data, MARK, 128)
+    sidecars.write_sidecar(path, data, MARKER, 128)
 
 
-def png(picture_YX3: Picture) -> bytes:
+def encode_png(picture_YX3: Picture) -> bytes:
     """The file of a picture. https://www.w3.org/TR/png/"""
     height, width, _ = picture_YX3.shape
-    lines = b"".join(b"\0" + row.tobytes() for row in picture_YX3)  # 0: no filter
+    scanlines = b"".join(b"\0" + row.tobytes() for row in picture_YX3)  # 0: no filter
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    parts = ((b"IHDR", header), (b"tEXt", MARK), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
+    parts = ((b"IHDR", header), (b"tEXt", MARKER), (b"IDAT", zlib.compress(scanlines, 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
 
 
-def repeated(picture_YX3: Picture, times: int) -> Picture:
+def upscale(picture_YX3: Picture, factor: int) -> Picture:
     """Each pixel as a square of `times` x `times`."""
-    return picture_YX3.repeat(times, axis=0).repeat(times, axis=1)
+    return picture_YX3.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def averaged(picture_YX3: Picture, step: int) -> Picture:
+def downscale(picture_YX3: Picture, factor: int) -> Picture:
     """A pixel for each square of `step` x `step`; what is left over at the ends is cut off."""
     import numpy as np
 
-    rows, columns = (max(1, length // step) for length in picture_YX3.shape[:2])
-    whole_YX3 = picture_YX3[: rows * step, : columns * step]
+    rows, columns = (max(1, length // factor) for length in picture_YX3.shape[:2])
+    whole_YX3 = picture_YX3[: rows * factor, : columns * factor]
     squares = whole_YX3.reshape(rows, len(whole_YX3) // rows, columns, -1, 3)
     means: Picture = squares.mean(axis=(1, 3)).round().astype(np.uint8)
     return means
 
 
-def _strip(clip: Clip) -> Picture:
+def _draw_frame_row(clip: Clip) -> Picture:
     """Frames from first to last, side by side."""
     import numpy as np
 
-    last = clip.about.frames - 1
-    chosen = sorted({round(i * last / (FRAMES - 1)) for i in range(FRAMES)})
-    cells = [_fitted(picture) for index, picture in enumerate(clip.pictures()) if index in chosen]
-    between = np.full((len(cells[0]), GAP, 3), PAPER, dtype=np.uint8)
-    return np.concatenate([part for cell in cells for part in (cell, between)][:-1], axis=1)
+    last = clip.info.frame_count - 1
+    chosen = sorted({round(i * last / (FRAMES_PER_VIDEO - 1)) for i in range(FRAMES_PER_VIDEO)})
+    cells = [_fit_to_cell(picture) for index, picture in enumerate(clip.read_pictures()) if index in chosen]
+    gap = np.full((len(cells[0]), GAP, 3), PAPER, dtype=np.uint8)
+    return np.concatenate([part for cell in cells for part in (cell, gap)][:-1], axis=1)
 
 
-def _fitted(picture_YX3: Picture) -> Picture:
+def _fit_to_cell(picture_YX3: Picture) -> Picture:
     """At most CELL columns."""
     width = picture_YX3.shape[1]
-    if width <= CELL:
-        return repeated(picture_YX3, CELL // width)
-    return averaged(picture_YX3, -(-width // CELL))
+    if width <= MAX_CELL_WIDTH:
+        return upscale(picture_YX3, MAX_CELL_WIDTH // width)
+    return downscale(picture_YX3, -(-width // MAX_CELL_WIDTH))
 
 
-def _lines(clip: Clip, note: str) -> Iterator[str]:
+def _caption_lines(clip: Clip, note: str) -> Iterator[str]:
     """What the manifest of a video says of it, else its name; then the figures."""
-    if clip.record is None:
+    if clip.manifest_body is None:
         yield clip.id
     else:
-        yield f"{clip.id}: {clip.record.prompt.text}"
-        rules = zip(clip.record.injection, clip.record.injected)
-        yield from (_rule(rule, prompt.text) for rule, prompt in rules if any(rule.blocks.values()))
+        yield f"{clip.id}: {clip.manifest_body.prompt.text}"
+        rules = zip(clip.manifest_body.injection, clip.manifest_body.injected)
+        yield from (_describe_rule(rule, prompt.text) for rule, prompt in rules if any(rule.blocks.values()))
     if note:
         yield f"  {note}"
 
 
-def _rule(rule: RuleRecord, text: str) -> str:
+def _describe_rule(rule: RuleRecord, text: str) -> str:
     blocks = format_ranges([*rule.blocks])
     strengths = sorted({f"{strength:g}" for strength in rule.blocks.values()}, key=float)
     strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
     return f"  blocks {blocks} at {strength} read: {text}"
 
 
-def _label(words: str, width: int) -> Picture:
+def _draw_label(text: str, width: int) -> Picture:
     import numpy as np
 
-    ink_YX = bitmap_font.text(bitmap_font.cut(words, width // bitmap_font.WIDTH))
+    ink_YX = bitmap_font.render_text(bitmap_font.truncate(text, width // bitmap_font.WIDTH))
     label = np.full((bitmap_font.HEIGHT, width, 3), PAPER, dtype=np.uint8)
     label[:, : ink_YX.shape[1]][ink_YX] = INK
     return label
 
 
-def _padded(picture_YX3: Picture, width: int) -> Picture:
+def _pad_to_width(picture_YX3: Picture, width: int) -> Picture:
     import numpy as np
 
-    out = np.full((len(picture_YX3), width, 3), PAPER, dtype=np.uint8)
-    out[:, : picture_YX3.shape[1]] = picture_YX3
-    return out
+    padded = np.full((len(picture_YX3), width, 3), PAPER, dtype=np.uint8)
+    padded[:, : picture_YX3.shape[1]] = picture_YX3
+    return padded
 
 
-def _stacked(parts: Iterable[Picture]) -> Picture:
+def _stack_vertically(pictures: Iterable[Picture]) -> Picture:
     """Pictures of one width, a gap below each."""
     import numpy as np
 
-    spaced = [np.pad(part, ((0, GAP), (0, 0), (0, 0)), constant_values=PAPER) for part in parts]
-    return np.concatenate(spaced)
+    with_gaps = [np.pad(part, ((0, GAP), (0, 0), (0, 0)), constant_values=PAPER) for part in pictures]
+    return np.concatenate(with_gaps)
 
 
-def _beside(stacks: Sequence[Picture]) -> Picture:
+def _place_side_by_side(columns: Sequence[Picture]) -> Picture:
     """Stacks of one width on the page, with gaps around."""
     import numpy as np
 
-    height, width = max(len(stack) for stack in stacks), stacks[0].shape[1]
-    page = np.full((height + GAP, len(stacks) * (width + GAP) + GAP, 3), PAPER, dtype=np.uint8)
-    for place, stack in enumerate(stacks):
-        left = GAP + place * (width + GAP)
+    height, width = max(len(stack) for stack in columns), columns[0].shape[1]
+    page = np.full((height + GAP, len(columns) * (width + GAP) + GAP, 3), PAPER, dtype=np.uint8)
+    for index, stack in enumerate(columns):
+        left = GAP + index * (width + GAP)
         page[GAP : GAP + len(stack), left : left + width] = stack
     return page

@@ -22,14 +22,14 @@ from typing import Self
 from wancli.errors import FfmpegError, WancliError
 from wancli.storage import atomic
 
-PATIENCE = 300.0  # seconds without a byte read or written after which ffmpeg counts as stuck
-INSTALL = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
+STALL_TIMEOUT = 300.0  # seconds without a byte read or written after which ffmpeg counts as stuck
+INSTALL_HINT = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
 
 _TAIL = 4096
 _CHUNK = 1 << 20
 # A fork of a process with threads and gigabytes of weights is neither safe nor quick, so instead of
 # preexec_fn a small interpreter asks for SIGKILL (9) when its parent dies (PR_SET_PDEATHSIG, 1).
-_LEASH = (
+_PDEATHSIG_WRAPPER = (
     "import ctypes, os, sys\n"
     "ctypes.CDLL(None).prctl(1, 9)\n"
     "os.getppid() == int(sys.argv[1]) or os._exit(1)\n"
@@ -41,16 +41,16 @@ class Ffmpeg:
     """A running ffmpeg that is fed, or else listened to. Leaving the block kills what is left of it."""
 
     def __init__(
-        self, arguments: list[str], subject: Path, *, feed: bool, patience: float = PATIENCE
+        self, arguments: list[str], subject: Path, *, has_input: bool, stall_timeout: float = STALL_TIMEOUT
     ) -> None:
-        self._subject, self._patience = subject, patience
-        self._tail = b""
-        leash = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid())]
+        self._subject, self._stall_timeout = subject, stall_timeout
+        self._stderr_tail = b""
+        wrapper = [sys.executable, "-I", "-S", "-c", _PDEATHSIG_WRAPPER, str(os.getpid())]
         try:
             self._process = subprocess.Popen(
-                [*leash, str(executable()), "-hide_banner", "-nostdin", *arguments],
-                stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if feed else subprocess.PIPE,
+                [*wrapper, str(find_executable()), "-hide_banner", "-nostdin", *arguments],
+                stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if has_input else subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 process_group=0,
                 bufsize=0,
@@ -61,8 +61,8 @@ class Ffmpeg:
         assert data is not None
         assert errors is not None
         self._data, self._errors = data, errors
-        os.set_blocking(data.fileno(), not feed)
-        self._drain = threading.Thread(target=self._keep_tail, daemon=True)
+        os.set_blocking(data.fileno(), not has_input)
+        self._drain = threading.Thread(target=self._collect_stderr, daemon=True)
         self._drain.start()
 
     def __enter__(self) -> Self:
@@ -72,100 +72,100 @@ class Ffmpeg:
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._drain.join(self._patience)
+        self._drain.join(self._stall_timeout)
         self._data.close()
         self._errors.close()
 
-    def _keep_tail(self) -> None:
+    def _collect_stderr(self) -> None:
         while chunk := self._errors.read(_TAIL):
-            self._tail = (self._tail + chunk)[-_TAIL:]
+            self._stderr_tail = (self._stderr_tail + chunk)[-_TAIL:]
 
     def send(self, data: memoryview) -> None:
         """Write all of it to ffmpeg."""
         try:
             while data:
-                self._await(select.POLLOUT)
+                self._wait_until_ready(select.POLLOUT)
                 data = data[os.write(self._data.fileno(), data[:_CHUNK]) :]
         except BrokenPipeError:
-            self._wait()
-            raise self._failure("stopped reading") from None
+            self._wait_for_exit()
+            raise self._exit_error("stopped reading") from None
 
     def receive(self) -> Iterator[bytes]:
         """What ffmpeg writes, as it comes."""
         while True:
-            self._await(select.POLLIN)
+            self._wait_until_ready(select.POLLIN)
             chunk = self._data.read(_CHUNK)
             if not chunk:
                 return
             yield chunk
 
-    def finish(self, *, silent: bool) -> None:
+    def finish(self, *, no_stderr: bool) -> None:
         """Wait for a good end; with `silent`, a word on stderr is a bad one."""
-        self._wait()
-        if self._process.returncode or (silent and self._tail.strip()):
-            raise self._failure("failed")
+        self._wait_for_exit()
+        if self._process.returncode or (no_stderr and self._stderr_tail.strip()):
+            raise self._exit_error("failed")
 
-    def _await(self, event: int) -> None:
+    def _wait_until_ready(self, event: int) -> None:
         poll = select.poll()
         poll.register(self._data.fileno(), event)
-        if not poll.poll(self._patience * 1000):
-            raise self._stuck()
+        if not poll.poll(self._stall_timeout * 1000):
+            raise self._stall_error()
 
-    def _wait(self) -> None:
+    def _wait_for_exit(self) -> None:
         self._data.close()
-        self._drain.join(self._patience)  # stderr stays open as long as ffmpeg lives
+        self._drain.join(self._stall_timeout)  # stderr stays open as long as ffmpeg lives
         try:
-            self._process.wait(0 if self._drain.is_alive() else self._patience)
+            self._process.wait(0 if self._drain.is_alive() else self._stall_timeout)
         except subprocess.TimeoutExpired:
-            raise self._stuck() from None
+            raise self._stall_error() from None
 
-    def _stuck(self) -> FfmpegError:
-        message = f"ffmpeg has not moved for {self._patience:g} s and was stopped"
+    def _stall_error(self) -> FfmpegError:
+        message = f"ffmpeg has not moved for {self._stall_timeout:g} s and was stopped"
         return FfmpegError(message, where=str(self._subject))
 
-    def _failure(self, what: str) -> WancliError:
+    def _exit_error(self, what: str) -> WancliError:
         code = self._process.returncode
-        said = " / ".join(self._tail.decode(errors="replace").split("\n")[-6:]).strip(" /")
+        message = " / ".join(self._stderr_tail.decode(errors="replace").split("\n")[-6:]).strip(" /")
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            if os.strerror(number) in said or (number == errno.EFBIG and code == -signal.SIGXFSZ):
+            if os.strerror(number) in message or (number == errno.EFBIG and code == -signal.SIGXFSZ):
                 return atomic.translate(OSError(number, os.strerror(number)), self._subject)
         end = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        return FfmpegError(f"ffmpeg {what} ({end}): {said or 'no message'}", where=str(self._subject))
+        return FfmpegError(f"ffmpeg {what} ({end}): {message or 'no message'}", where=str(self._subject))
 
 
-def output(arguments: list[str], subject: Path) -> bytes:
+def read_output(arguments: list[str], subject: Path) -> bytes:
     """All that ffmpeg writes to stdout. Raises FfmpegError, which is about `subject`."""
-    with Ffmpeg(arguments, subject, feed=False) as ffmpeg:
+    with Ffmpeg(arguments, subject, has_input=False) as ffmpeg:
         data = b"".join(ffmpeg.receive())
-        ffmpeg.finish(silent="-version" not in arguments)
+        ffmpeg.finish(no_stderr="-version" not in arguments)
     return data
 
 
-def version() -> str:
+def read_version() -> str:
     """The version that ffmpeg calls itself."""
-    return output(["-version"], executable()).split(b" ", 3)[2].decode()
+    return read_output(["-version"], find_executable()).split(b" ", 3)[2].decode()
 
 
-def encoders() -> frozenset[bytes]:
+def list_encoders() -> frozenset[bytes]:
     """What it can encode with. Raises FfmpegError where it is not there or does not run."""
-    found = executable()
-    return _encoders(found, found.stat().st_mtime_ns)
+    path = find_executable()
+    return _list_encoders(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(4)  # a process that renders for others asks again and again
-def _encoders(executable: Path, _changed: int) -> frozenset[bytes]:
-    return frozenset(output(["-encoders"], executable).split())
+def _list_encoders(path: Path, _mtime_ns: int) -> frozenset[bytes]:
+    return frozenset(read_output(["-encoders"], path).split())
 
 
-def executable() -> Path:
+def find_executable() -> Path:
     """Where ffmpeg is. Raises FfmpegError."""
     import imageio_ffmpeg
 
     try:
-        found: str = imageio_ffmpeg.get_ffmpeg_exe()
+        name: str = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
-        raise FfmpegError(str(error), hint=INSTALL) from None
-    path = shutil.which(found)
+        raise FfmpegError(str(error), hint=INSTALL_HINT) from None
+    path = shutil.which(name)
     if path is None:
-        raise FfmpegError("no such ffmpeg, or it is not executable", where=found, hint=INSTALL)
+        raise FfmpegError("no such ffmpeg, or it is not executable", where=name, hint=INSTALL_HINT)
     return Path(path)

@@ -23,11 +23,13 @@ PEAK = 255.0
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 HEATMAP_WIDTH = 32
-SKETCH = 251  # numbers that stand for a latent; a prime, so that neighbours in space are spread over them
+SKETCH_SIZE = (
+    251  # numbers that stand for a latent; a prime, so that neighbours in space are spread over them
+)
 
 
 @dataclass(frozen=True)
-class Likeness:
+class FrameMetrics:
     """What a video is beside another: the frames that were compared, PSNR in dB (None where all are the
     same), mean SSIM (None for pictures smaller than its window), and where they differ, 0..1, row by row."""
 
@@ -38,7 +40,7 @@ class Likeness:
     heatmap_YX: Floats
 
 
-def likeness(pairs: Iterable[tuple[Picture, Picture]]) -> Likeness:
+def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
     """Of the frames of two videos of one size, pair by pair; at least one pair.
 
     PSNR is that of the mean squared error of luma over all frames, as ffmpeg's `average`; SSIM that of
@@ -47,43 +49,43 @@ def likeness(pairs: Iterable[tuple[Picture, Picture]]) -> Likeness:
     """
     import numpy as np
 
-    count, squares, similar, identical = 0, 0.0, 0.0, True
+    count, squared_errors, ssim_sum, identical = 0, 0.0, 0.0, True
     apart_YX: Floats | None = None
     for a_YX3, b_YX3 in pairs:
-        a_YX, b_YX = luma(a_YX3), luma(b_YX3)
+        a_YX, b_YX = to_luma(a_YX3), to_luma(b_YX3)
         apart_YX3 = np.maximum(a_YX3, b_YX3) - np.minimum(a_YX3, b_YX3)
-        frame_YX = pooled(apart_YX3.mean(axis=2, dtype=np.float32) / np.float32(PEAK), HEATMAP_WIDTH)
+        frame_YX = average_cells(apart_YX3.mean(axis=2, dtype=np.float32) / np.float32(PEAK), HEATMAP_WIDTH)
         apart_YX = frame_YX if apart_YX is None else apart_YX + frame_YX
         identical = identical and np.array_equal(a_YX3, b_YX3)
-        squares += float(np.square(a_YX - b_YX).mean(dtype=np.float64))
-        similar += ssim(a_YX, b_YX) if min(a_YX.shape) >= WINDOW else math.nan
+        squared_errors += float(np.square(a_YX - b_YX).mean(dtype=np.float64))
+        ssim_sum += ssim(a_YX, b_YX) if min(a_YX.shape) >= WINDOW else math.nan
         count += 1
     if apart_YX is None:
         raise ValueError("no frames to compare")
-    return Likeness(
+    return FrameMetrics(
         count,
         identical,
-        10 * math.log10(PEAK**2 * count / squares) if squares else None,
-        None if math.isnan(similar) else similar / count,
+        10 * math.log10(PEAK**2 * count / squared_errors) if squared_errors else None,
+        None if math.isnan(ssim_sum) else ssim_sum / count,
         apart_YX / np.float32(count),
     )
 
 
-def motion(frames: Iterable[Picture]) -> float | None:
+def measure_motion(frames: Iterable[Picture]) -> float | None:
     """The mean |change of luma| from a frame to the next, 0..1; None for a single frame."""
     import numpy as np
 
     last_YX: Floats | None = None
     changes = []
     for frame_YX3 in frames:
-        now_YX = luma(frame_YX3)
+        now_YX = to_luma(frame_YX3)
         if last_YX is not None:
             changes.append(float(np.abs(now_YX - last_YX).mean(dtype=np.float64)) / PEAK)
         last_YX = now_YX
     return sum(changes) / len(changes) if changes else None
 
 
-def luma(picture_YX3: Picture) -> Floats:
+def to_luma(picture_YX3: Picture) -> Floats:
     """0..255."""
     import numpy as np
 
@@ -97,33 +99,33 @@ def ssim(a_YX: Floats, b_YX: Floats) -> float:
 
     # about 128, where fp32 loses less of the squares
     a_YX, b_YX = a_YX - np.float32(128), b_YX - np.float32(128)
-    mean_a, mean_b = _blurred(a_YX), _blurred(b_YX)
+    mean_a, mean_b = _blur(a_YX), _blur(b_YX)
     both = mean_a * mean_b
     squared = np.square(mean_a) + np.square(mean_b)
-    variances = _blurred(np.square(a_YX) + np.square(b_YX)) - squared
-    covariance = _blurred(a_YX * b_YX) - both
+    variances = _blur(np.square(a_YX) + np.square(b_YX)) - squared
+    covariance = _blur(a_YX * b_YX) - both
     shift = 128 * (mean_a + mean_b) + 128.0**2
     light = (2 * (both + shift) + C1) / (squared + 2 * shift + C1)
     return float((light * ((2 * covariance + C2) / (variances + C2))).mean(dtype=np.float64))
 
 
-def _blurred(x_YX: Floats) -> Floats:
+def _blur(x_YX: Floats) -> Floats:
     """By the Gaussian, first the columns, then the rows; what the window does not fill is left out."""
     import numpy as np
 
     middle = WINDOW // 2
-    taps = np.exp(-np.square(np.arange(WINDOW) - middle) / (2 * SIGMA**2))
-    taps = (taps / taps.sum()).astype(np.float32)
+    kernel = np.exp(-np.square(np.arange(WINDOW) - middle) / (2 * SIGMA**2))
+    kernel = (kernel / kernel.sum()).astype(np.float32)
     for _ in range(2):
         rows = len(x_YX) - WINDOW + 1
-        blurred = taps[middle] * x_YX[middle : middle + rows]
+        blurred = kernel[middle] * x_YX[middle : middle + rows]
         for tap in range(middle):
-            blurred += taps[tap] * (x_YX[tap : tap + rows] + x_YX[WINDOW - 1 - tap :][:rows])
+            blurred += kernel[tap] * (x_YX[tap : tap + rows] + x_YX[WINDOW - 1 - tap :][:rows])
         x_YX = blurred.T
     return x_YX
 
 
-def pooled(map_YX: Floats, width: int) -> Floats:
+def average_cells(map_YX: Floats, width: int) -> Floats:
     """The means of squares, which are as large as it takes to be `width` at most; at the ends of parts."""
     import numpy as np
 
@@ -135,7 +137,7 @@ def pooled(map_YX: Floats, width: int) -> Floats:
     return means_YX
 
 
-def sketch(z: Floats) -> dict[str, Any]:
+def sketch_latent(z: Floats) -> dict[str, Any]:
     """What a manifest keeps of a latent, so that its distance to others is known when it is gone: shape,
     norm, and 251 sums of its elements with random signs (Johnson and Lindenstrauss)."""
     import numpy as np
@@ -144,12 +146,12 @@ def sketch(z: Floats) -> dict[str, Any]:
     # RandomState, which numpy has promised never to change
     signs = np.unpackbits(np.frombuffer(np.random.RandomState(0).bytes(-(-z.size // 8)), np.uint8))
     signed = np.where(signs[: z.size], z.ravel(), -z.ravel())
-    sums = np.pad(signed, (0, -z.size % SKETCH)).reshape(-1, SKETCH).sum(axis=0, dtype=np.float64)
+    sums = np.pad(signed, (0, -z.size % SKETCH_SIZE)).reshape(-1, SKETCH_SIZE).sum(axis=0, dtype=np.float64)
     text = base64.b64encode(sums.astype("<f4").tobytes()).decode()
     return {"shape": [*z.shape], "norm": norm, "sketch": text}
 
 
-def distance(z: Floats, baseline: Floats) -> float | None:
+def relative_distance(z: Floats, baseline: Floats) -> float | None:
     """|z - baseline| / |baseline|; None where the baseline is zero."""
     import numpy as np
 
@@ -157,9 +159,11 @@ def distance(z: Floats, baseline: Floats) -> float | None:
     return float(np.linalg.norm(z.astype(np.float64) - baseline)) / norm if norm else None
 
 
-def sketched_distance(one: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
+def sketched_relative_distance(latent: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
     """The same from two sketches of one shape: right to 4.5 % of itself (one standard deviation)."""
     import numpy as np
 
-    a, b = (np.frombuffer(base64.b64decode(of["sketch"]), "<f4").astype(np.float64) for of in (one, baseline))
+    a, b = (
+        np.frombuffer(base64.b64decode(of["sketch"]), "<f4").astype(np.float64) for of in (latent, baseline)
+    )
     return float(np.linalg.norm(a - b)) / baseline["norm"] if baseline["norm"] else None

@@ -41,16 +41,16 @@ class Frame(NamedTuple):
     rgb: bytes
 
 
-class About(NamedTuple):
+class VideoInfo(NamedTuple):
     """What a video is."""
 
-    frames: int
+    frame_count: int
     fps: float
     width: int
     height: int
 
 
-class Encoder:
+class Mp4Encoder:
     """Frames in, an mp4 at `path` out; any file there is overwritten. A context manager.
 
     `fps` frames of `width` x `height` a second, quality `crf` (0 best, 51 worst), `codec` h264 or
@@ -69,8 +69,8 @@ class Encoder:
         codec: str,
         comment: str,
         *,
-        patience: float = ffmpeg.PATIENCE,
-        named: Path | None = None,
+        stall_timeout: float = ffmpeg.STALL_TIMEOUT,
+        reported_path: Path | None = None,
     ) -> None:
         self._frame_bytes = width * height * 3
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}"]
@@ -81,7 +81,9 @@ class Encoder:
         container = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart"]
         container += ["-metadata", f"comment={comment}", "-f", "mp4", f"file:{path.absolute()}"]
         arguments = ["-loglevel", "error", "-y", *source, *picture, *colour, *container]
-        self._ffmpeg = ffmpeg.Ffmpeg(arguments, named or path, feed=True, patience=patience)
+        self._ffmpeg = ffmpeg.Ffmpeg(
+            arguments, reported_path or path, has_input=True, stall_timeout=stall_timeout
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +91,7 @@ class Encoder:
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         with self._ffmpeg:
             if kind is None:
-                self._ffmpeg.finish(silent=False)
+                self._ffmpeg.finish(no_stderr=False)
 
     def write(self, frames: Rgb24) -> int:
         """Send whole rgb24 frames, C-contiguous; returns how many."""
@@ -118,56 +120,56 @@ def write_mp4(
     Raises FfmpegError unless it decodes to exactly `frame_count` frames, OutputExists if another
     file is there, NoSpace or MachineError. Whatever happens, no unfinished file stays behind.
     """
-    with atomic.temporary(final) as tmp:
-        with Encoder(tmp, width, height, fps, crf, codec, comment, named=final) as encoder:
+    with atomic.temp_file(final) as tmp:
+        with Mp4Encoder(tmp, width, height, fps, crf, codec, comment, reported_path=final) as encoder:
             sent = sum(encoder.write(chunk) for chunk in frames)
-        found = count_frames(tmp, named=final)
-        if not sent == found == frame_count:
-            message = f"{frame_count} frames were asked for, {sent} made, {found} are in the file"
+        decoded = count_frames(tmp, reported_path=final)
+        if not sent == decoded == frame_count:
+            message = f"{frame_count} frames were asked for, {sent} made, {decoded} are in the file"
             raise FfmpegError(message, where=str(final))
         atomic.publish(tmp, final)
     return final
 
 
-def count_frames(path: Path, *, named: Path | None = None) -> int:
+def count_frames(path: Path, *, reported_path: Path | None = None) -> int:
     """Decode a whole mp4 and count. Raises FfmpegError if anything in it is damaged."""
-    return sum(1 for line in _checksums(path, named or path) if not line.startswith(b"#"))
+    return sum(1 for line in _read_checksums(path, reported_path or path) if not line.startswith(b"#"))
 
 
-def about(path: Path) -> About:
+def read_info(path: Path) -> VideoInfo:
     """Decode a whole mp4, count, and measure. Raises FfmpegError if anything in it is damaged."""
-    lines = _checksums(path, path)
+    lines = _read_checksums(path, path)
     # "#tb 0: 1/16", a sixteenth of a second, "#dimensions 0: 832x480", then a line for each frame
-    said = dict(line[1:].split(b" 0: ", 1) for line in lines if line.startswith(b"#") and b" 0: " in line)
-    seconds, parts = (int(number) for number in said[b"tb"].split(b"/"))
-    width, height = (int(number) for number in said[b"dimensions"].split(b"x"))
-    return About(sum(not line.startswith(b"#") for line in lines), parts / seconds, width, height)
+    header = dict(line[1:].split(b" 0: ", 1) for line in lines if line.startswith(b"#") and b" 0: " in line)
+    seconds, ticks = (int(number) for number in header[b"tb"].split(b"/"))
+    width, height = (int(number) for number in header[b"dimensions"].split(b"x"))
+    return VideoInfo(sum(not line.startswith(b"#") for line in lines), ticks / seconds, width, height)
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
     """Decode an mp4, one frame at a time. Raises FfmpegError if anything in it is damaged."""
-    arguments = [*_reading(path), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
-    with ffmpeg.Ffmpeg(arguments, path, feed=False) as reader:
-        waiting = bytearray()
+    arguments = [*_input_arguments(path), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    with ffmpeg.Ffmpeg(arguments, path, has_input=False) as reader:
+        buffered = bytearray()
         for chunk in reader.receive():
-            waiting += chunk
-            while waiting.count(b"\n", 0, 32) >= 3:  # "P6\n832 480\n255\n", then the picture
-                _, size, depth, _ = bytes(waiting[:32]).split(b"\n", 3)
+            buffered += chunk
+            while buffered.count(b"\n", 0, 32) >= 3:  # "P6\n832 480\n255\n", then the picture
+                _, size, depth, _ = bytes(buffered[:32]).split(b"\n", 3)
                 width, height = (int(number) for number in size.split())
                 start = len(b"P6\n") + len(size) + len(b"\n") + len(depth) + len(b"\n")
                 end = start + width * height * 3
-                if len(waiting) < end:
+                if len(buffered) < end:
                     break
-                yield Frame(width, height, bytes(waiting[start:end]))
-                del waiting[:end]
-        reader.finish(silent=True)
+                yield Frame(width, height, bytes(buffered[start:end]))
+                del buffered[:end]
+        reader.finish(no_stderr=True)
 
 
-def poster(path: Path, seconds: float) -> bytes:
+def extract_thumbnail(path: Path, seconds: float) -> bytes:
     """A JPEG of the frame at that time, at most 192 pixels wide. Raises FfmpegError."""
     source = ["-loglevel", "error", "-ss", f"{seconds:.4f}", "-f", "mp4", "-i", f"file:{path.absolute()}"]
     picture = ["-frames:v", "1", "-vf", "scale='min(192,iw)':-2", "-q:v", "6", "-f", "mjpeg", "pipe:1"]
-    data = ffmpeg.output([*source, *picture], path)
+    data = ffmpeg.read_output([*source, *picture], path)
     if not data:
         raise FfmpegError(f"no frame at {seconds:g} s", where=str(path))
     return data
@@ -182,18 +184,20 @@ def to_rgb24(frames_CTYX: Tensor) -> memoryview:
 def check_ffmpeg(codec: str = "h264") -> None:
     """The preflight: ffmpeg is there, runs, and can encode. Raises FfmpegError."""
     name = _CODECS[codec][1]
-    if name.encode() not in ffmpeg.encoders():
-        where = str(ffmpeg.executable())
-        raise FfmpegError(f"this ffmpeg has no {name} encoder", where=where, hint=ffmpeg.INSTALL)
+    if name.encode() not in ffmpeg.list_encoders():
+        where = str(ffmpeg.find_executable())
+        raise FfmpegError(f"this ffmpeg has no {name} encoder", where=where, hint=ffmpeg.INSTALL_HINT)
 
 
-def _reading(path: Path) -> list[str]:
+def _input_arguments(path: Path) -> list[str]:
     # passthrough: every coded frame once, none doubled or dropped to keep time
     source = ["-f", "mp4", "-i", f"file:{path.absolute()}"]
     return ["-loglevel", "error", *source, "-map", "0:v:0", "-fps_mode", "passthrough"]
 
 
-def _checksums(path: Path, named: Path) -> list[bytes]:
+def _read_checksums(path: Path, reported_path: Path) -> list[bytes]:
     """What ffmpeg tells of a video that it decodes from end to end: facts, and a line for each frame."""
-    lines = ffmpeg.output([*_reading(path), "-f", "framecrc", "pipe:1"], named).splitlines()
+    lines = ffmpeg.read_output(
+        [*_input_arguments(path), "-f", "framecrc", "pipe:1"], reported_path
+    ).splitlines()
     return [line for line in lines if line]

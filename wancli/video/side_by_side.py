@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from wancli.storage import atomic, sidecars
 from wancli.video import bitmap_font, mp4
 from wancli.video.clip import Clip
-from wancli.video.contact_sheet import INK, PAPER, averaged, repeated
+from wancli.video.contact_sheet import INK, PAPER, downscale, upscale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     Picture: TypeAlias = NDArray[np.uint8]
 
-GRID = 16  # videos in one
-LARGEST = (3840, 2160)  # columns and rows of the grid
-SMALLEST = 320  # columns of a cell, where whole multiples of a pixel allow it
-SHAPE = 16 / 9  # that the grid comes close to
+MAX_VIDEOS = 16  # videos in one
+MAX_SIZE = (3840, 2160)  # columns and rows of the grid
+MIN_CELL_WIDTH = 320  # columns of a cell, where whole multiples of a pixel allow it
+ASPECT_RATIO = 16 / 9  # that the grid comes close to
 GAP = 8
-BARS = 0
+BAR_COLOUR = 0
 COMMENT = "side by side by wancli"
-_MARK = b"\0\0\0\0" + COMMENT.encode()  # the comment of an MP4 begins after four zeros
+_MARKER = b"\0\0\0\0" + COMMENT.encode()  # the comment of an MP4 begins after four zeros
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,22 @@ class Layout:
 
     columns: int
     rows: int
-    width: int
-    height: int
-    times: int  # each pixel is repeated so often
-    step: int  # or a square of so many is averaged
-    lines: int
-    letters: int
+    cell_width: int
+    cell_height: int
+    upscale_factor: int  # each pixel is repeated so often
+    downscale_factor: int  # or a square of so many is averaged
+    label_lines: int
+    letter_scale: int
 
     @property
-    def label(self) -> int:
-        return self.lines * bitmap_font.HEIGHT * self.letters + GAP
+    def label_height(self) -> int:
+        return self.label_lines * bitmap_font.HEIGHT * self.letter_scale + GAP
 
     @property
-    def size(self) -> tuple[int, int]:
+    def grid_size(self) -> tuple[int, int]:
         """Of the whole, columns and rows; even, as the chroma of a video wants it."""
-        width = self.columns * (self.width + GAP) + GAP
-        height = self.rows * (self.height + self.label + GAP) + GAP
+        width = self.columns * (self.cell_width + GAP) + GAP
+        height = self.rows * (self.cell_height + self.label_height + GAP) + GAP
         return width + width % 2, height + height % 2
 
 
@@ -68,24 +68,24 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
 
     Raises FfmpegError, NoSpace, MachineError.
     """
-    plan = layout(clips, lines=2 if any(notes) else 1)
-    fps = max(clip.about.fps for clip in clips)
-    count = max(math.ceil(clip.about.frames * fps / clip.about.fps - 1e-6) for clip in clips)
-    width, height = plan.size
+    layout = choose_layout(clips, label_lines=2 if any(notes) else 1)
+    fps = max(clip.info.fps for clip in clips)
+    count = max(math.ceil(clip.info.frame_count * fps / clip.info.fps - 1e-6) for clip in clips)
+    width, height = layout.grid_size
 
-    def grids() -> Iterator[bytes]:
-        page_YX3 = _page(plan, clips, notes)
-        for pictures in _in_step(clips, fps, count):
+    def draw_frames() -> Iterator[bytes]:
+        page_YX3 = _draw_empty_grid(layout, clips, notes)
+        for pictures in _synchronize(clips, fps, count):
             for place, picture_YX3 in enumerate(pictures):
                 if picture_YX3 is not None:
-                    _put(page_YX3, plan, place, picture_YX3)
+                    _paste(page_YX3, layout, place, picture_YX3)
             yield page_YX3.tobytes()
-        if sidecars.marked(path, _MARK, 1 << 22):  # not before there is something to put in its place
+        if sidecars.has_marker(path, _MARKER, 1 << 22):  # not before there is something to put in its place
             atomic.remove(path)
-        atomic.set_aside(path)
+        atomic.move_aside(path)
 
     mp4.write_mp4(
-        grids(),
+        draw_frames(),
         path,
         width=width,
         height=height,
@@ -97,76 +97,95 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
     )
 
 
-def layout(clips: Sequence[Clip], lines: int) -> Layout:
+def choose_layout(clips: Sequence[Clip], label_lines: int) -> Layout:
     """The grid that comes closest to 16:9, at the largest scale that fits."""
-    width, height = max(clip.about.width for clip in clips), max(clip.about.height for clip in clips)
+    width, height = max(clip.info.width for clip in clips), max(clip.info.height for clip in clips)
 
     def grid(columns: int, times: int, step: int) -> Layout:
         cell = (-(-width // step) * times, -(-height // step) * times)
         return Layout(
-            columns, -(-len(clips) // columns), *cell, times, step, lines, letters=1 if cell[0] < 640 else 2
+            columns,
+            -(-len(clips) // columns),
+            *cell,
+            times,
+            step,
+            label_lines,
+            letter_scale=1 if cell[0] < 640 else 2,
         )
 
-    def odd(columns: int) -> float:
-        wide, high = grid(columns, times, 1).size
-        return abs(math.log(wide / high / SHAPE))
+    def aspect_error(columns: int) -> float:
+        wide, high = grid(columns, upscale_factor, 1).grid_size
+        return abs(math.log(wide / high / ASPECT_RATIO))
 
-    times, step = max(1, SMALLEST // width), 1
-    columns = min(range(1, len(clips) + 1), key=odd)
-    while step < width and any(
-        length > most for length, most in zip(grid(columns, times, step).size, LARGEST)
+    upscale_factor, downscale_factor = max(1, MIN_CELL_WIDTH // width), 1
+    columns = min(range(1, len(clips) + 1), key=aspect_error)
+    while downscale_factor < width and any(
+        length > most
+        for length, most in zip(grid(columns, upscale_factor, downscale_factor).grid_size, MAX_SIZE)
     ):
-        times, step = (times - 1, 1) if times > 1 else (1, step + 1)
-    return grid(columns, times, step)
+        upscale_factor, downscale_factor = (
+            (upscale_factor - 1, 1) if upscale_factor > 1 else (1, downscale_factor + 1)
+        )
+    return grid(columns, upscale_factor, downscale_factor)
 
 
-def _in_step(clips: Sequence[Clip], fps: float, count: int) -> Iterator[list[Picture | None]]:
+def _synchronize(clips: Sequence[Clip], fps: float, count: int) -> Iterator[list[Picture | None]]:
     """At each of `count` times the picture that a video then begins to show; None where it keeps its last."""
     with ExitStack() as stack:
-        streams = [stack.enter_context(closing(clip.pictures())) for clip in clips]
+        streams = [stack.enter_context(closing(clip.read_pictures())) for clip in clips]
         shown = [-1] * len(clips)
-        for now in range(count):
+        for tick in range(count):
             pictures: list[Picture | None] = []
-            for place, (clip, stream) in enumerate(zip(clips, streams)):
-                due = min(clip.about.frames - 1, int(now * clip.about.fps / fps + 1e-6))
+            for index, (clip, stream) in enumerate(zip(clips, streams)):
+                due = min(clip.info.frame_count - 1, int(tick * clip.info.fps / fps + 1e-6))
                 picture = None
-                while shown[place] < due:
+                while shown[index] < due:
                     picture = next(stream)
-                    shown[place] += 1
+                    shown[index] += 1
                 pictures.append(picture)
             yield pictures
 
 
-def _corner(plan: Layout, place: int) -> tuple[int, int]:
+def _cell_origin(layout: Layout, index: int) -> tuple[int, int]:
     """Row and column where a cell begins, with its label."""
-    row, column = divmod(place, plan.columns)
-    return GAP + row * (plan.height + plan.label + GAP), GAP + column * (plan.width + GAP)
+    row, column = divmod(index, layout.columns)
+    return GAP + row * (layout.cell_height + layout.label_height + GAP), GAP + column * (
+        layout.cell_width + GAP
+    )
 
 
-def _put(page_YX3: Picture, plan: Layout, place: int, picture_YX3: Picture) -> None:
+def _paste(page_YX3: Picture, layout: Layout, index: int, picture_YX3: Picture) -> None:
     """A picture into the middle of its cell."""
-    shown = repeated(picture_YX3, plan.times) if plan.step == 1 else averaged(picture_YX3, plan.step)
-    top, left = _corner(plan, place)
-    top += plan.label + (plan.height - shown.shape[0]) // 2
-    left += (plan.width - shown.shape[1]) // 2
-    page_YX3[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
+    scaled = (
+        upscale(picture_YX3, layout.upscale_factor)
+        if layout.downscale_factor == 1
+        else downscale(picture_YX3, layout.downscale_factor)
+    )
+    top, left = _cell_origin(layout, index)
+    top += layout.label_height + (layout.cell_height - scaled.shape[0]) // 2
+    left += (layout.cell_width - scaled.shape[1]) // 2
+    page_YX3[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
 
 
-def _page(plan: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
+def _draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
     """The grid without pictures."""
     import numpy as np
 
-    width, height = plan.size
+    width, height = layout.grid_size
     page_YX3 = np.full((height, width, 3), PAPER, dtype=np.uint8)
-    letters = plan.width // (bitmap_font.WIDTH * plan.letters)
-    for place, (clip, note) in enumerate(zip(clips, notes, strict=True)):
-        top, left = _corner(plan, place)
-        below = top + plan.label
-        page_YX3[below : below + plan.height, left : left + plan.width] = BARS
-        for line, words in enumerate(
-            [bitmap_font.cut_middle(clip.id, letters), bitmap_font.cut(note, letters)]
+    max_letters = layout.cell_width // (bitmap_font.WIDTH * layout.letter_scale)
+    for index, (clip, note) in enumerate(zip(clips, notes, strict=True)):
+        top, left = _cell_origin(layout, index)
+        below = top + layout.label_height
+        page_YX3[below : below + layout.cell_height, left : left + layout.cell_width] = BAR_COLOUR
+        for line, text in enumerate(
+            [bitmap_font.truncate_middle(clip.id, max_letters), bitmap_font.truncate(note, max_letters)]
         ):
-            ink_YX = bitmap_font.text(words).repeat(plan.letters, axis=0).repeat(plan.letters, axis=1)
+            ink_YX = (
+                bitmap_font.render_text(text)
+                .repeat(layout.letter_scale, axis=0)
+                .repeat(layout.letter_scale, axis=1)
+            )
             high, wide = ink_YX.shape
             page_YX3[top + line * high :, left:][:high, :wide][ink_YX] = INK
     return page_YX3

@@ -13,7 +13,7 @@ from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
 
-def poster(output: Path, record: Manifest, kept: Path, *, make: bool) -> str | None:
+def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bool) -> str | None:
     """The middle frame of a shot's video as a data URI, from the folder `kept`, or made now if `make`.
 
     None where there is none: a page does without.
@@ -21,19 +21,19 @@ def poster(output: Path, record: Manifest, kept: Path, *, make: bool) -> str | N
     digest = next((file.sha256 for file in record.files if file.path.endswith(".mp4")), "")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return None
-    path = kept / f"{digest[:32]}.jpg"
+    path = cache_dir / f"{digest[:32]}.jpg"
     try:
-        return _uri(path.read_bytes())
+        return _data_uri(path.read_bytes())
     except OSError:
-        if not make:
+        if not create:
             return None
     with suppress(WancliError):
-        picture = mp4.poster(output, record.shot.frames // 2 / record.shot.fps)
+        picture = mp4.extract_thumbnail(output, record.shot.frames // 2 / record.shot.fps)
         with suppress(WancliError):  # a folder that cannot be written costs the work again
             atomic.replace(path, picture)
-        return _uri(picture)
+        return _data_uri(picture)
     return None
 
 
-def _uri(picture: bytes) -> str:
+def _data_uri(picture: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

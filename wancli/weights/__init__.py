@@ -1,1 +1,1 @@
-"""Checkpoint files to named tensors, whatever the layout they come in."""
+"""Checkpoint files to named tensors, and where the weights live (offload)."""

@@ -18,7 +18,7 @@ from jobs import command, written
 from wancli.cli import run
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
-from wancli.plan.planner import plan
+from wancli.plan.planner import build_plan
 from wancli.report import batch_report, shots_table
 from wancli.report.html import model_facts, page, page_data, rerun_job
 from wancli.report.html.collect import ReportInputs
@@ -144,11 +144,11 @@ def test_the_parts_of_a_model_add_up_to_its_parameters_and_its_arithmetic(wan: W
         cost = part["flops"]
         return int(tokens * (cost["token"] + tokens * cost["token2"] + rows * cost["token_text"]))
 
-    clock = flops.of_forward(wan, 0, 0)
-    forward = flops.of_forward(wan, tokens, wan.num_layers * rows) - clock
+    clock = flops.forward_flops(wan, 0, 0)
+    forward = flops.forward_flops(wan, tokens, wan.num_layers * rows) - clock
     assert wan.num_layers * sum(map(of, parts)) + sum(map(of, ends)) == forward
     text = wan.num_layers * sum(p["flops"]["text"] for p in parts) + sum(p["flops"]["text"] for p in ends)
-    assert rows * text == flops.of_context(wan, rows)
+    assert rows * text == flops.context_flops(wan, rows)
 
 
 def test_claims_say_where_they_come_from_and_cover_blocks_of_a_model_of_forty() -> None:
@@ -171,7 +171,7 @@ def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path)
     text = rerun_job.rerun_command(rerun_job.build_job(body, str(tmp_path / "again.mp4")))
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
-    (shot,) = plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
+    (shot,) = build_plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
     assert shot.key == body["key"]
 
 
@@ -297,7 +297,7 @@ def test_another_file_of_that_name_moves_aside_and_an_earlier_page_does_not(tmp_
 def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ReportInputs("job", [("job", pages.entries(out))])
     first = page.render_page(found, out / "x.html", tmp_path, make=True)
-    monkeypatch.setattr(mp4, "poster", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(mp4, "extract_thumbnail", lambda *_: pytest.fail("made again"))
     for make in (True, False):
         second = page.render_page(found, out / "x.html", tmp_path, make=make)
         posters = [pages.Page(data).document["shots"][0]["poster"] for data in (first, second)]
@@ -310,12 +310,15 @@ def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_poster_that_cannot_be_kept_or_made_costs_no_page(out: Path, tmp_path: Path) -> None:
     entry = pages.entries(out)
     (tmp_path / "kept").write_text("in the way")
-    picture = thumbnails.poster(entry, tmp_path / "kept", make=True)
+    picture = thumbnails.thumbnail_uri(entry, tmp_path / "kept", create=True)
     assert picture
     assert picture.startswith("data:image/jpeg;base64,/9j/")
     odd = entry | {"files": [{"path": "fish.mp4", "sha256": "../../etc/passwd"}]}
-    assert thumbnails.poster(odd, tmp_path, make=True) is None
-    assert thumbnails.poster(entry | {"output": str(tmp_path / "gone.mp4")}, tmp_path, make=True) is None
+    assert thumbnails.thumbnail_uri(odd, tmp_path, create=True) is None
+    assert (
+        thumbnails.thumbnail_uri(entry | {"output": str(tmp_path / "gone.mp4")}, tmp_path, create=True)
+        is None
+    )
 
 
 def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from wancli.errors import EntryError, JobError
 from wancli.injection import block_map
-from wancli.injection.block_map import Map
+from wancli.injection.block_map import BlockMap
 from wancli.report import batch_report, comparison_metrics
 from wancli.report.batch_report import Report
 from wancli.report.shot_entry import ShotEntry
@@ -33,7 +33,7 @@ class ReportInputs:
     name: str
     entries: list[tuple[str, ShotEntry]] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
-    maps: list[Map] = field(default_factory=list)
+    maps: list[BlockMap] = field(default_factory=list)
     comparisons: dict[str, comparison_metrics.JsonObject] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -52,13 +52,13 @@ def collect_plan(plan: Plan, report: Path) -> ReportInputs:
     """Collect the outputs of a job as they are now, and its last report. Videos are not hashed."""
     inputs = ReportInputs(plan.name)
     inputs.reports = [last] if (last := batch_report.read_report(report)) else []
-    for shot in sorted((*plan.shots, *plan.others), key=lambda shot: shot.index):
+    for shot in sorted((*plan.shots, *plan.unselected), key=lambda shot: shot.index):
         entry = _read_entry(shot.manifest, inputs)
         if entry is None or entry.record is None or entry.record.key != shot.key:
             status = "another job's" if entry else "damaged" if shot.manifest.exists() else "not started"
             entry = ShotEntry(shot.id, shot.labels, str(shot.output), status)
         inputs.entries.append((plan.name, entry))
-    _collect_sidecars(inputs, {shot.output.parent for shot in (*plan.shots, *plan.others)})
+    _collect_sidecars(inputs, {shot.output.parent for shot in (*plan.shots, *plan.unselected)})
     return inputs
 
 

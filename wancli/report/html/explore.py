@@ -41,7 +41,7 @@ def _checkpoint_document(requested: str, names: dict[str, str]) -> dict[str, Any
         return LOCATION
 
     try:
-        location = model_registry.resolve(requested, lambda *_: Path.cwd(), where)
+        location = model_registry.resolve_model(requested, lambda *_: Path.cwd(), where)
     except JobError as error:
         near = next(iter(difflib.get_close_matches(requested.lower(), names, 1, 0.5)), None)
         meant = f"did you mean {names[near]}? " if near else ""

@@ -144,7 +144,7 @@ def describe_model(
         "root": str(checkpoint.root),
         "variant": checkpoint.variant.name,
         "sizes": asdict(checkpoint.transformer),
-        "networks": memory_estimate.networks_of(checkpoint, text, vae),
+        "networks": memory_estimate.checkpoint_sizes(checkpoint, text, vae),
         "dtype": dtype,
         "residency": "resident",
         "text_encoder": "resident",

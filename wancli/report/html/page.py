@@ -40,14 +40,16 @@ def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: 
     posters = {}
     for index, (_, entry) in enumerate(inputs.entries):
         if entry.record:
-            posters[index] = thumbnails.poster(Path(entry.output), entry.record, poster_folder, make=make)
+            posters[index] = thumbnails.thumbnail_uri(
+                Path(entry.output), entry.record, poster_folder, create=make
+            )
     shown = {index: uri for index, uri in posters.items() if uri}
     return render_html(page_data.page_document(inputs, path, shown))
 
 
 def publish_page(path: Path, page: bytes) -> None:
     """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
-    sidecars.put(path, page, MARK, len(MARK))
+    sidecars.write_sidecar(path, page, MARK, len(MARK))
 
 
 def render_html(data: Mapping[str, Any]) -> bytes:

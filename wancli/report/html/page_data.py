@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wancli.injection.table import Rule, Table, strip
+from wancli.injection.table import Rule, Table, injected_share_by_block
 from wancli.models.config import WanConfig
 from wancli.report.batch_report import Report
 from wancli.report.html import model_facts, rerun_job
@@ -220,16 +220,16 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
         if stage.guidance == 1
         for step in range(stage.steps[0], stage.steps[1] + 1)
     ]
-    depth = WanConfig(**record.model.sizes).num_layers
+    depth = record.model.sizes.num_layers
     table = Table(rules, base, depth, record.shot.steps, unguided)  # type: ignore[arg-type]
     return [
         {
             "branch": branch,
             "steps": steps,
-            "blocks": [round(cell, 4) for cell in strip(row, table.base[branch])],
+            "blocks": [round(cell, 4) for cell in injected_share_by_block(row, table.base[branch])],
         }
         for branch in table.branches
-        for row, steps in table.rows(branch).items()
+        for row, steps in table.distinct_rows(branch).items()
     ]
 
 

@@ -1,1 +1,1 @@
-"""LoRA files: read, matched with a model's weights, added to them."""
+"""LoRA files: parsed, matched with a model's weights, added to them."""

@@ -1,6 +1,6 @@
 """What sharing a pass over streamed weights gains: four shots, one by one and together.
 
-    python -m scripts.bench.lockstep [--dtype fp8] [--size 128x128] [--repeats 3]
+    python -m scripts.bench.batching [--dtype fp8] [--size 128x128] [--repeats 3]
 
 Writes a random checkpoint of some hundred MB with the widths of Wan 1.3B, renders the same job with
 `batch: 1` and `batch: auto` in turn, each in a process of its own, and compares the latents. The file is
@@ -21,7 +21,7 @@ from typing import Any
 from scripts.bench.startup import _run
 from scripts.make_random_checkpoint import write_checkpoint
 from wancli.models.config import WanConfig
-from wancli.storage.tensor_file import load
+from wancli.storage.tensor_file import load_latent
 
 CONFIG = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)  # the widths of 1.3B
 SHOTS = 4
@@ -58,7 +58,7 @@ def measured(folder: Path, dtype: str, size: str, repeats: int) -> dict[str, tup
             if turn:  # the first run fills caches
                 log.append((_sampling(json.loads(said)), whole))
     for seed in range(SHOTS):
-        one, other = (load(folder / batch / f"out/{seed}.latents.safetensors")[0] for batch in seconds)
+        one, other = (load_latent(folder / batch / f"out/{seed}.latents.safetensors")[0] for batch in seconds)
         if not one.equal(other):
             raise AssertionError(f"the latents of seed {seed} differ")
     return {

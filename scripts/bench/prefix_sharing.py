@@ -1,6 +1,6 @@
 """What it gains that variants share steps: a sweep of eight, and the same eight one by one.
 
-    python -m scripts.bench.sharing [--steps 20] [--size 128x128] [--repeats 3]
+    python -m scripts.bench.prefix_sharing [--steps 20] [--size 128x128] [--repeats 3]
 
 wan-mini; seven variants inject a second prompt from half the steps on, one is plain. The sweep is one
 `wancli render`; each of the eight is another, in a process of its own. Latents must be the same.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.startup import _run
-from wancli.storage.tensor_file import load
+from wancli.storage.tensor_file import load_latent
 
 JOB: dict[str, Any] = {
     "output": "out/{id}.mp4",
@@ -62,7 +62,9 @@ def measured(folder: Path, steps: int, size: str, repeats: int) -> tuple[list[fl
             together.append(took.pop("sweep"))
             apart.append((sum(s for s, _ in took.values()), sum(s for _, s in took.values())))
     for name in (item["id"] for item in ITEMS):
-        one, other = (load(folder / at / f"out/{name}.latents.safetensors")[0] for at in ("sweep", name))
+        one, other = (
+            load_latent(folder / at / f"out/{name}.latents.safetensors")[0] for at in ("sweep", name)
+        )
         if not one.equal(other):
             raise AssertionError(f"the latents of {name} differ")
     medians = [[statistics.median(part) for part in zip(*log)] for log in (together, apart)]

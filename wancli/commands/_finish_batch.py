@@ -1,0 +1,30 @@
+"""What a render writes once its shots have outcomes: the report, its page, and the measured rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wancli.commands._common import rates_path, thumbnails_dir
+
+if TYPE_CHECKING:
+    from wancli.engine.outcome import Outcome
+    from wancli.plan.shot import Plan
+    from wancli.report.batch_report import Report
+
+
+def finish_batch(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -> tuple[Report, Path]:
+    """Write the report and its page, and remember the rates of the new renders. Returns the report and its
+    path."""
+    from wancli.plan import throughput
+    from wancli.report import batch_report
+    from wancli.report.html import page
+
+    known = throughput.read_rates(rates_path(cache_dir))
+    fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
+    throughput.remember_rates(rates_path(cache_dir), throughput.measured_rates(fresh))
+    report = batch_report.build_report(plan, outcomes, known)
+    path = batch_report.write_report(plan, report)
+    page.write_page(path, thumbnails_dir(cache_dir))
+    return report, path

@@ -1,0 +1,122 @@
+"""The options of `wancli render`: one value, with one parser."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from wancli.commands._common import collect_flags
+from wancli.commands._options import (
+    Address,
+    CacheDir,
+    CpusPerWorker,
+    Engine,
+    EngineOption,
+    FailFast,
+    Force,
+    Items,
+    Json,
+    JsonEvents,
+    LogLevel,
+    LogLevelOption,
+    MaxFailures,
+    NoWait,
+    Quiet,
+    RenderProgress,
+    RenderProgressOption,
+    Retries,
+    SaveEvery,
+    Sets,
+    Shard,
+    Socket,
+    Sweeps,
+)
+
+if TYPE_CHECKING:
+    from wancli.job.cli_overrides import CliOverrides
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """The arguments and options of one `wancli render`. Each field is a parameter of the command."""
+
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="A job file; - reads it from stdin.")] = (
+        None
+    )
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Instead of a job: render one video of this prompt with wan-mini."),
+    ] = None
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The video of --prompt. Default: {slug}.mp4"),
+    ] = None
+    sets: Sets = None
+    sweeps: Sweeps = None
+    items: Items = None
+    shard: Shard = None
+    save_every: SaveEvery = None
+    fail_fast: FailFast = False
+    max_failures: MaxFailures = None
+    retries: Retries = 0
+    no_wait: NoWait = False
+    engine: EngineOption = Engine.local
+    address: Address = None
+    cpus_per_worker: CpusPerWorker = None
+    force: Force = False
+    as_json: Json = False
+    json_stream: JsonEvents = False
+    cache_dir: CacheDir = None
+    socket: Socket = None  # read by wancli.__main__, before this module is imported
+    log_level: LogLevelOption = LogLevel.basic
+    progress: RenderProgressOption = RenderProgress.auto
+    quiet: Quiet = False
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> RenderOptions:
+        """Parse the words after `wancli render`. Raises what that command line would raise."""
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command()(takes_render_options(lambda _, options: options))
+        options = typer.main.get_command(app)([*words], prog_name="wancli render", standalone_mode=False)
+        if not isinstance(options, cls):  # --help, which has printed its text
+            raise typer.Exit
+        return options
+
+    @property
+    def flags(self) -> CliOverrides:
+        """The options that change the job, and choose from its shots."""
+        save_every = [] if self.save_every is None else [f"save_every={self.save_every}"]
+        return collect_flags([*(self.sets or []), *save_every], self.sweeps, self.items, self.shard)
+
+    @property
+    def measures_effects(self) -> bool:
+        """Whether to measure and report what injections change."""
+        return self.log_level in (LogLevel.verbose, LogLevel.trace)
+
+    @property
+    def prints_paths(self) -> bool:
+        """Whether stdout gets the path of each finished shot."""
+        return not (self.as_json or self.json_stream)
+
+
+def takes_render_options(run: Callable[[typer.Context, RenderOptions], Any]) -> Callable[..., Any]:
+    """Make a command of Typer from a function of RenderOptions: the fields become its parameters."""
+
+    def command(context: typer.Context, **values: Any) -> Any:
+        return run(context, RenderOptions(**values))
+
+    hints = get_type_hints(RenderOptions, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+        for field in fields(RenderOptions)
+    ]
+    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    command.__annotations__ = {"context": typer.Context, **hints}
+    command.__doc__ = run.__doc__
+    return command

@@ -1,0 +1,76 @@
+"""A shot as `wancli plan -v` prints it: its prompts, noise levels, LoRAs and injections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from wancli.injection.table import injected_share_by_block
+from wancli.progress import make_printable
+from wancli.report.terminal import draw_bar, draw_ruler, truncate
+from wancli.units import format_ranges
+
+if TYPE_CHECKING:
+    from wancli.plan.shot import Shot
+    from wancli.weights.lora.use import LoraUse
+
+
+def format_shot(shot: Shot) -> Iterator[str]:
+    """Format everything about one shot: its prompts, its noise levels, and the table of injections."""
+    yield f"\nshot {shot.id}: {shot.output}"
+    names = [
+        "prompt",
+        *(["negative"] if shot.negative else []),
+        *(f"inject.{i}" for i in range(len(shot.rules))),
+    ]
+    for name, prompt in zip(names, shot.prompts):
+        yield f"{name:>16}  {truncate(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
+    if shot.sharing > 1:
+        yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
+    for index in range(len(shot.rules)):
+        yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
+        for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
+            yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
+    yield from format_sigmas(shot)
+    if shot.rules:
+        yield from format_injection_table(shot)
+
+
+def describe_rule(shot: Shot, index: int) -> str:
+    """Describe an injection: `27-39 at 0.6, steps 0-11, cond`."""
+    rule = shot.rules[index]
+    blocks = format_ranges([block for block, _ in rule.blocks])
+    values = sorted({round(s, 3) for _, s in rule.blocks})
+    strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
+    steps = format_ranges([step for step, _ in rule.steps])
+    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}"
+
+
+def format_lora(use: LoraUse) -> str:
+    """Describe a LoRA: `a.safetensors at 0.7, blocks 27-39, all steps: 130 targets, kohya naming`."""
+    blocks = "all blocks" if use.blocks is None else f"blocks {format_ranges(use.blocks)}"
+    steps = "all steps" if use.steps is None else f"steps {format_ranges(use.steps)}"
+    coverage = use.coverage
+    rank = f", rank {format_ranges(coverage.ranks)}" if coverage.ranks else ""
+    skipped = f", {coverage.skipped} for images skipped" if coverage.skipped else ""
+    return (
+        f"lora: {make_printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
+        f"{coverage.targets} targets{rank}, {coverage.style} naming{skipped}"
+    )
+
+
+def format_injection_table(shot: Shot) -> Iterator[str]:
+    """Draw the injection table, one column per block: which share of its context is injected."""
+    depth = shot.model.checkpoint.transformer.num_layers
+    yield f"{'block':>16}  {draw_ruler(depth)}"
+    for branch in shot.table.branches:
+        for cells_of, steps in shot.table.distinct_rows(branch).items():
+            cells = injected_share_by_block(cells_of, shot.table.base[branch])
+            yield f"{f'{branch} {format_ranges(steps)}':>16}  {draw_bar(cells)}"
+
+
+def format_sigmas(shot: Shot) -> Iterator[str]:
+    """Format the noise level of each step, seven to a line."""
+    pairs = [f"{i}:{sigma:.3f}" for i, sigma in enumerate(shot.sigma_schedule.sigmas)]
+    for start in range(0, len(pairs), 7):
+        yield f"{'sigma' if start == 0 else '':>16}  " + " ".join(pairs[start : start + 7])

@@ -122,7 +122,7 @@ def _write_video(
     attempt: DecodeAttempt,
     context: RenderContext,
 ) -> PeakMemory:
-    """Decode into an MP4 and return what that took. The VAE is moved to the device of the attempt and back."""
+    """Decode into an MP4 and measure that. The VAE is moved to the device of the attempt and back."""
     import torch
 
     shot = record.shot

@@ -39,7 +39,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Return `{job}.report.json`."""
-        head = {key: self.totals[key] for key in ("created", "warnings") if key in self.totals}
+        own = ("created", "warnings")  # before the shots, as they always were
+        head = {key: value for key, value in self.totals.items() if key in own}
         shots = [entry.as_dict() for entry in self.shots]
         return {"schema": SCHEMA, "job": self.job, **head, "shots": shots} | self.totals
 

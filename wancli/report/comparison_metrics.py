@@ -142,11 +142,8 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
 
 def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
-    sketches = [
-        clip.manifest_body.latent
-        for clip in (one, baseline)
-        if clip.manifest_body and clip.manifest_body.latent
-    ]
+    bodies = [clip.manifest_body for clip in (one, baseline)]
+    sketches = [body.latent for body in bodies if body and body.latent]
     if len(sketches) < 2:
         return None, "a video without a manifest that knows its latent"
     if sketches[0].shape != sketches[1].shape:
@@ -155,10 +152,8 @@ def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     if stored[0] is not None and stored[1] is not None:
         distance, source = metrics.relative_distance(stored[0], stored[1]), "latents"
     else:
-        distance, source = (
-            metrics.sketched_relative_distance(sketches[0].as_dict(), sketches[1].as_dict()),
-            "sketch",
-        )
+        distance = metrics.sketched_relative_distance(*(sketch.as_dict() for sketch in sketches))
+        source = "sketch"
     return distance, source if distance is not None else "the latent of the baseline is zero"
 
 

@@ -21,9 +21,8 @@ def format_summary(
     report: Report, path: Path | None, *, injections: bool, effects: bool
 ) -> Iterator[RenderableType]:
     """Format the results of a batch: injections and the distance of their prompts, memory, time, counts."""
-    fresh = [
-        (entry.id, entry.record) for entry in report.shots if entry.status == "rendered" and entry.record
-    ]
+    rendered = [entry for entry in report.shots if entry.status == "rendered"]
+    fresh = [(entry.id, entry.record) for entry in rendered if entry.record]
     if injections and any(record.injection for _, record in fresh):
         yield from _format_injections(fresh)
     if effects:

@@ -69,7 +69,7 @@ class ShotSettings(Data):
     crf: int
     codec: str
     decode_chunk: int
-    sharing: bool = False
+    sharing: int = 1
 
 
 class Fingerprints(Data):

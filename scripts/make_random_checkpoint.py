@@ -3,9 +3,9 @@
     python scripts/make_random_checkpoint.py out/random-14B --model 14B --text-encoder tiny --vae tiny
     python scripts/make_random_checkpoint.py out/random-fp8 --model 14B --dtype fp8 --blocks 10
 
-It is for measuring memory and speed where the real weights are not: names, shapes and dtypes are those of the
-published files, activations stay finite through 40 blocks, and the videos are noise. Tensors are drawn and
-written in pieces, so that a model of any size needs less than 1 GiB. The same arguments give the same bytes.
+For measuring memory and speed without the real weights. Names, shapes and dtypes are those of the published
+files, activations stay finite through 40 blocks, and the videos are noise. Tensors are drawn and written in
+pieces, so that a model of any size needs less than 1 GiB. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FP8_MAX, SIGMAS = 448.0, 6.0  # the scale maps six standard deviations to the la
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its mean and standard deviation, `dtype` in the words of safetensors."""
+    """A tensor to write: its mean and standard deviation; `dtype` is a name of safetensors."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,19 +62,21 @@ class Entry:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def pieces(self) -> Iterator[Tensor]:
-        """The elements in order, drawn anew each time from a seed that is the name."""
+        """Draw the elements in order. The seed is the name, so every call yields the same."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         dtype, left = DTYPES[self.dtype], math.prod(self.shape)
         most = torch.finfo(dtype).max  # beyond it fp8 is NaN
         while left:
-            drawn = torch.randn(min(left, PIECE), generator=generator)
-            yield drawn.mul_(self.std).add_(self.mean).clamp_(-most, most).to(dtype)
-            left -= len(drawn)
+            values = torch.randn(min(left, PIECE), generator=generator)
+            yield values.mul_(self.std).add_(self.mean).clamp_(-most, most).to(dtype)
+            left -= len(values)
 
 
 def transformer_entries(config: WanConfig, dtype: str) -> list[Entry]:
-    """All in fp32 or bf16, or as ComfyUI's fp8_scaled: the blocks' matrices in fp8, each with a
-    `scale_weight`."""
+    """List the tensors of a transformer in fp32, bf16, or ComfyUI's fp8_scaled.
+
+    In fp8_scaled the matrices of the blocks are fp8, each with a `scale_weight`.
+    """
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
     entries = []
@@ -84,22 +86,22 @@ def transformer_entries(config: WanConfig, dtype: str) -> list[Entry]:
             entries.append(Entry(name, shape, "F8_E4M3", _std(shape) / scale))
             entries.append(Entry(name.replace(".weight", ".scale_weight"), (), "F32", 0.0, scale))
         else:
-            entries.append(_plain(name, shape, "F32" if dtype == "fp32" else "BF16"))
+            entries.append(_float_entry(name, shape, "F32" if dtype == "fp32" else "BF16"))
     if dtype == "fp8":
         entries.append(Entry("scaled_fp8", (2,), "F8_E4M3", 0.0))  # two elements: multiply in full precision
     return entries
 
 
 def umt5_entries(config: T5Config) -> list[Entry]:
-    """Under the official names, in bf16."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in t5.build(config).state_dict().items()}
+    """List the tensors of UMT5 under the official names, in bf16."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in t5.build_encoder(config).state_dict().items()}
     names = ["token_embedding.weight", "norm.weight"]
     names += [
         f"blocks.{i}.{part}.weight" for i in range(config.num_layers) for part in UMT5_BLOCK_TO_TRANSFORMERS
     ]
     entries = []
     for name in names:
-        entry = _plain(name, shapes[umt5_to_transformers(name)], "BF16")
+        entry = _float_entry(name, shapes[umt5_to_transformers(name)], "BF16")
         # T5 does not scale scores by the width of a head: its queries are that much smaller.
         std = entry.std / math.sqrt(config.d_kv) if ".attn.q." in name else entry.std
         entries.append(Entry(name, entry.shape, "BF16", 1.0 if "embedding" in name else std, entry.mean))
@@ -109,10 +111,10 @@ def umt5_entries(config: T5Config) -> list[Entry]:
 def vae_entries() -> list[Entry]:
     with torch.device("meta"):
         state = WanVAE(VAEConfig()).state_dict()
-    return [_plain(name, tuple(tensor.shape), "F32") for name, tensor in state.items()]
+    return [_float_entry(name, tuple(tensor.shape), "F32") for name, tensor in state.items()]
 
 
-def _plain(name: str, shape: tuple[int, ...], dtype: str) -> Entry:
+def _float_entry(name: str, shape: tuple[int, ...], dtype: str) -> Entry:
     if "norm" in name or name.endswith("gamma"):
         return Entry(name, shape, dtype, 0.0, 0.0 if name.endswith("bias") else 1.0)
     if name.endswith("modulation"):
@@ -121,12 +123,12 @@ def _plain(name: str, shape: tuple[int, ...], dtype: str) -> Entry:
 
 
 def _std(shape: tuple[int, ...]) -> float:
-    """What gives outputs the variance of the inputs."""
+    """Return the standard deviation that keeps the variance of the inputs."""
     return 1 / math.sqrt(math.prod(shape[1:]))
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
-    """https://github.com/huggingface/safetensors#format"""
+    """Write a file as https://github.com/huggingface/safetensors#format describes."""
     header, end = {}, 0
     for entry in entries:
         offsets = [end, end := end + entry.nbytes]
@@ -141,8 +143,10 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def write_sharded(folder: Path, entries: Sequence[Entry], most: int) -> None:
-    """One file, or shards of at most `most` bytes and their index. Widest dtypes first, so that every
-    tensor is aligned."""
+    """Write one file, or shards of at most `most` bytes and their index.
+
+    The widest dtypes come first, so that every tensor is aligned.
+    """
     shards: list[list[Entry]] = [[]]
     for entry in sorted(entries, key=lambda entry: -DTYPES[entry.dtype].itemsize):
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > most:
@@ -165,7 +169,7 @@ def write_sharded(folder: Path, entries: Sequence[Entry], most: int) -> None:
 def write_checkpoint(
     folder: Path, config: WanConfig, *, dtype: str, text_encoder: str, vae: str, most: int = SHARD
 ) -> None:
-    """A whole folder. `dtype` is fp32, bf16 or fp8, `text_encoder` xxl or tiny, `vae` full or tiny."""
+    """Write a whole folder. `dtype` is fp32, bf16 or fp8, `text_encoder` xxl or tiny, `vae` full or tiny."""
     folder.mkdir(parents=True)
     (folder / TOKENIZER).parent.mkdir(parents=True)
     shutil.copy(FIXTURE / TOKENIZER, folder / TOKENIZER)
@@ -173,18 +177,18 @@ def write_checkpoint(
         shutil.copy(FIXTURE / TINY_VAE, folder)
     else:
         write_safetensors(folder / "Wan2.1_VAE.safetensors", vae_entries())
-    sizes = UMT5_XXL
+    encoder = UMT5_XXL
     if text_encoder == "tiny":
-        sizes = T5Config(FIXTURE_PIECES, config.text_dim, d_kv=64, d_ff=256, num_layers=1, num_heads=2)
-    write_safetensors(folder / "models_t5_umt5-xxl-enc-bf16.safetensors", umt5_entries(sizes))
-    said = {"_class_name": "WanModel", "model_type": "t2v", **vars(config)}
-    (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+        encoder = T5Config(FIXTURE_PIECES, config.text_dim, d_kv=64, d_ff=256, num_layers=1, num_heads=2)
+    write_safetensors(folder / "models_t5_umt5-xxl-enc-bf16.safetensors", umt5_entries(encoder))
+    content = {"_class_name": "WanModel", "model_type": "t2v", **vars(config)}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     # ComfyUI's fp8 models are one file each.
     write_sharded(folder, transformer_entries(config, dtype), sys.maxsize if dtype == "fp8" else most)
 
 
-def sizes(text: str) -> WanConfig:
-    """Of a model by its name, or of four numbers. Raises ArgumentTypeError."""
+def parse_model(text: str) -> WanConfig:
+    """Parse a model's name, or four numbers. Raises ArgumentTypeError."""
     if text in MODELS:
         return MODELS[text]
     try:
@@ -196,19 +200,21 @@ def sizes(text: str) -> WanConfig:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Write a checkpoint of random weights.")
-    parser.add_argument("folder", type=Path, help="must not be there")
-    parser.add_argument("--model", type=sizes, default="1.3B", help="14B, 1.3B, or DIM,FFN,HEADS,LAYERS")
-    parser.add_argument("--blocks", type=int, help="another depth than the model's")
+    parser.add_argument("folder", type=Path, help="must not exist")
+    parser.add_argument(
+        "--model", type=parse_model, default="1.3B", help="14B, 1.3B, or DIM,FFN,HEADS,LAYERS"
+    )
+    parser.add_argument("--blocks", type=int, help="a depth other than the model's")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), default="bf16")
     parser.add_argument("--text-encoder", choices=("xxl", "tiny"), default="tiny")
     parser.add_argument("--vae", choices=("full", "tiny"), default="tiny")
-    said = parser.parse_args(argv)
-    config = vars(said.model) | ({"num_layers": said.blocks} if said.blocks else {})
+    args = parser.parse_args(argv)
+    config = vars(args.model) | ({"num_layers": args.blocks} if args.blocks else {})
     write_checkpoint(
-        said.folder, WanConfig(**config), dtype=said.dtype, text_encoder=said.text_encoder, vae=said.vae
+        args.folder, WanConfig(**config), dtype=args.dtype, text_encoder=args.text_encoder, vae=args.vae
     )
-    size = sum(path.stat().st_size for path in said.folder.rglob("*") if path.is_file())
-    print(f"{said.folder}: {size / 1e9:.2f} GB")
+    size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
+    print(f"{args.folder}: {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

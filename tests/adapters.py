@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wancli.models.config import WanConfig
-from wancli.weights.formats.infer_config import parameter_shapes
-from wancli.weights.lora.patch import Lora, Loras, load, merge
+from wancli.weights.formats.infer_config import transformer_shapes
+from wancli.weights.lora.patch import Lora, Loras, Patches, load_lora
 from wancli.weights.lora.use import LoraUse
 
 DIM, FFN, DEPTH, RANK = 48, 96, 3, 4
-SHAPES = parameter_shapes(WanConfig(DIM, FFN, 2, DEPTH, text_dim=32, freq_dim=64))
+SHAPES = transformer_shapes(WanConfig(DIM, FFN, 2, DEPTH, text_dim=32, freq_dim=64))
 Tensors = dict[str, Tensor]
 
 
@@ -53,8 +53,8 @@ def use(lora: Lora, strength: float = 1.0, **changes: Any) -> LoraUse:
 def merged(path: Path, before: Tensors, strength: float = 1.0) -> Tensors:
     """What a whole model's weights become."""
     after = {name: tensor.clone() for name, tensor in before.items()}
-    lora = load(path, {name: tuple(tensor.shape) for name, tensor in before.items()})
-    merge(after, Loras([use(lora, strength)], [lora]))
+    lora = load_lora(path, {name: tuple(tensor.shape) for name, tensor in before.items()})
+    Patches(after, lambda _: []).apply_step(Loras([use(lora, strength)], [lora]), 0)
     return after
 
 

@@ -112,13 +112,13 @@ def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> Non
     def called(*_: object, **__: object) -> None:
         raise AssertionError("was called")
 
-    for owner, name in targets or ((WanModel, "velocities"), (encoder, "load_encoder")):
+    for owner, name in targets or ((WanModel, "predict_velocities"), (encoder, "load_encoder")):
         monkeypatch.setattr(owner, name, called)
 
 
 def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[int]:
     """Counts the forwards of the transformer; `before(n)` runs at the start of the n-th."""
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
     calls: list[int] = []
 
     def counted(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[torch.Tensor]:
@@ -127,19 +127,19 @@ def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = la
             before(calls[-1])
         return real(self, requests, riders)
 
-    monkeypatch.setattr(WanModel, "velocities", counted)
+    monkeypatch.setattr(WanModel, "predict_velocities", counted)
     return calls
 
 
 def make_sick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer gives NaN for videos of 5 frames, and only for those."""
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
 
     def sick(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[torch.Tensor]:
         answers = zip(requests, real(self, requests, riders))
         return [v * (float("nan") if request.x_BCTYX.shape[2] == 2 else 1) for request, v in answers]
 
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    monkeypatch.setattr(WanModel, "predict_velocities", sick)
 
 
 def spoiled(whole: bytes) -> Iterator[bytes]:

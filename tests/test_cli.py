@@ -145,7 +145,7 @@ def test_a_wrong_command_line_is_one_line_and_where_to_look(
     first, *rest = said.err.splitlines()
     assert (said.code, said.out) == (2, "")
     assert first.startswith(f"wancli: {message}")
-    assert rest == ["  `wancli COMMAND --help` lists what there is."]
+    assert rest == ["  `wancli COMMAND --help` lists the options."]
 
 
 # ---- completion ----
@@ -203,7 +203,7 @@ def test_every_error_ends_with_the_code_of_its_class_and_says_where_what_and_wha
     said = say("render", written(tmp_path, tiny_job()))
     message = "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n"
     if issubclass(error, errors.Stopped):  # after the summary, and with the command that goes on
-        message += f"  go on: wancli render {tmp_path}/job.yaml\n"
+        message += f"  resume: wancli render {tmp_path}/job.yaml\n"
         assert (said.code, said.out, said.err.endswith(message)) == (error.status, "", True)
     else:
         assert said == (error.status, "", message)
@@ -247,7 +247,7 @@ def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_
     change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))
     said = say("render", written(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
     assert said.code == 1
-    assert "sample.py" in said.err
+    assert "denoise.py" in said.err
     assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
     assert "\nwancli: shot 0000: NaN or Inf at step 0, after the last block\n" in said.err
 
@@ -284,7 +284,7 @@ def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Pa
     job = written(tmp_path, tiny_job(known, output="{id}.mp4", items=items))
     done = wancli("render", job, "-q", stdout=write)
     os.close(write)
-    said = b"wancli: nobody reads stdout any more; the work goes on\n"
+    said = b"wancli: stdout has no reader any more; the work continues\n"
     assert (done.returncode, done.stderr) == (0, said)
     assert (tmp_path / "a.mp4").exists()
     assert (tmp_path / "b.mp4").exists()
@@ -351,7 +351,7 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
 def test_choosing_nothing_or_a_shot_that_is_not_there_is_a_usage_error(say: Any, tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job())
     for flags, message in (
-        (("--shard", "0/2"), "--shard: 0/2 holds no shot"),
+        (("--shard", "0/2"), "--shard: 0/2 contains no shot"),
         (("--items", "1"), "--items: 1 is past the last shot (0)"),
     ):
         for name in ("render", "plan", "encode"):
@@ -495,7 +495,7 @@ def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--model", "no"], "--model: 'no' is not there"),
+        (["x", "--model", "no"], "--model: 'no' not found"),
         (["x", "--model", TINY, "--max-tokens", "300"], "--max-tokens: 300 is not 256 or 512"),
         (["a " * 300, "--model", TINY], "the prompt has 301 tokens, text.max_tokens is 256"),
         (["no.yaml"], "no.yaml: cannot be read: No such file or directory"),
@@ -511,9 +511,9 @@ def test_encode_says_what_it_misses(say: Any, tmp_path: Path, arguments: list[ob
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "--wait-ready"], "--wait-ready: is for --daemonize"),
-        (["serve", "--set", "seed=1"], "--set: is for the job that is loaded"),
-        (["serve", "--idle", "soon"], "--idle: 'soon' is no time; write 30s, 5min or 1h"),
+        (["serve", "--wait-ready"], "--wait-ready: needs --daemonize"),
+        (["serve", "--set", "seed=1"], "--set: needs a JOB to load"),
+        (["serve", "--idle", "soon"], "--idle: 'soon' is not a time; write 30s, 5min or 1h"),
         (
             ["render", "job.yaml", "--json", "--progress", "openjd"],
             "stdout can take one of --json, --json-stream and --progress openjd",
@@ -524,12 +524,15 @@ def test_encode_says_what_it_misses(say: Any, tmp_path: Path, arguments: list[ob
         ),
         (
             ["render", "job.yaml", "--engine", "ray", "--socket", "auto"],
-            "--socket is of a server on this host; --engine ray has workers of its own",
+            "--socket is for a server on this host; --engine ray has its own workers",
         ),
-        (["render", "job.yaml", "--address", "auto"], "--address and --cpus-per-worker are of --engine ray"),
+        (
+            ["render", "job.yaml", "--address", "auto"],
+            "--address and --cpus-per-worker are options of --engine ray",
+        ),
         (
             ["render", "--prompt", "A red circle moves left.", "--engine", "ray"],
-            "--engine ray needs a job file, which its workers read for themselves",
+            "--engine ray needs a job file, which its workers read themselves",
         ),
         (["compare", "odd.mp4", "-o", "s.png"], "odd.mp4: has no frames"),
     ],
@@ -684,7 +687,7 @@ def test_prune_removes_what_was_not_used_for_some_days(say: Any, cache: Path) ->
 def test_prune_takes_only_sizes(say: Any, cache: Path, size: str) -> None:
     said = say("cache", "prune", f"--max-size={size}", "--cache-dir", cache)
     assert said.code == 2
-    assert said.err == f"wancli: --max-size: {size!r} is no size; write 500MiB or 2GiB\n"
+    assert said.err == f"wancli: --max-size: {size!r} is not a size; write 500MiB or 2GiB\n"
     assert len(list(cache.rglob("*.entry"))) == 3
 
 

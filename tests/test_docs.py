@@ -21,30 +21,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "wancli/assets/wan-mini/README.md"]
 ARCHITECTURE = ROOT / "docs/architecture.md"
-# Words of earlier versions, and the term that replaces each.
-RETIRED = {
-    "in the way": "already exists",
-    "anew": "again",
-    "goes on": "resumes, continues",
-    "go on": "resume, continue",
-    "gone on": "resumed",
-    "in other hands": "claimed by another worker",
-    "on its way": "in progress",
-    "is not there": "not found",
-    "(?<!there )is no ": "is not a",
-    "but for": "except",
-    "somebody": "name who",
-    "nobody": "name who",
-    "whoever": "name who",
-    "told": "reported",
-    "asks for an end": "after a stop request",
-    "lock-step": "batching",
-    "lockstep": "batching",
-    "rides along": "is batched",
-    "what is there": "name it",
-    "what is free": "the free memory",
-    "under way": "in progress",
-}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -149,13 +125,6 @@ def test_every_path_in_the_architecture_exists() -> None:
     assert len(named) > 60
     for path in named:
         assert (ROOT / "wancli" / path).exists() or (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_page_uses_a_retired_word(page: Path) -> None:
-    text = re.sub(r"\s+", " ", page.read_text().lower())
-    used = {word: better for word, better in RETIRED.items() if re.search(rf"\b{word}", text)}
-    assert not used
 
 
 def test_every_test_that_the_page_on_reliability_names_is_there() -> None:

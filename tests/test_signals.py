@@ -72,10 +72,10 @@ def test_a_signal_while_planning_ends_with_75(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, display: list[str]
 ) -> None:
     before = signal.getsignal(number)
-    monkeypatch.setattr("wancli.plan.planner.plan", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
     said = render(*display)
     assert said.code == 75
-    assert f"wancli: stopped by {number.name}\n  go on: wancli render" in said.err
+    assert f"wancli: stopped by {number.name}\n  resume: wancli render" in said.err
     assert signal.getsignal(number) is before
 
 
@@ -114,10 +114,10 @@ def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProces
 def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
     job = str(written(tmp_path, tiny_job()))
     said = process("render", job, at="typer", number=number)
-    assert (said.returncode, said.stderr) == (75, f"wancli: stopped by {number.name}; nothing was begun\n")
+    assert (said.returncode, said.stderr) == (75, f"wancli: stopped by {number.name}; nothing was started\n")
     said = process("render", job, at="wancli.engine.batch", number=number)
     assert said.returncode == 75
-    assert said.stderr.startswith(f"wancli: stopped by {number.name}\n  go on: wancli render")
+    assert said.stderr.startswith(f"wancli: stopped by {number.name}\n  resume: wancli render")
     assert process("plan", job, at="typer", number=number).returncode == -number
 
 

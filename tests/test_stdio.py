@@ -37,7 +37,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
         (
             "wancli render job.yaml -q >/dev/full",
             3,
-            b"wancli: stdout: cannot be written: No space left on device; the work goes on\n",
+            b"wancli: stdout: cannot be written: No space left on device; the work continues\n",
         ),
     ],
 )

@@ -23,7 +23,7 @@ def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["12", "GiB", "-1GiB", "1e3MiB", ""])
 def test_what_is_no_size_is_refused_with_one_that_is(text: str) -> None:
-    with pytest.raises(JobError, match=r"here: .* is no size; write 500MiB or 2GiB"):
+    with pytest.raises(JobError, match=r"here: .* is not a size; write 500MiB or 2GiB"):
         parse_size(text, "here")
 
 

@@ -35,7 +35,7 @@ def shares(path: Path) -> dict[str, float]:
 
 
 def test_the_weights_are_a_wan_of_40_blocks_in_16_mib() -> None:
-    sizes = identify(wan_mini.FOLDER).transformer
+    sizes = identify(wan_mini.FOLDER).transformer_config
     assert (sizes.num_layers, sizes.in_dim, sizes.text_len) == (40, 16, 512)
     assert sum(path.stat().st_size for path in wan_mini.FOLDER.rglob("*") if path.is_file()) <= 16 * 2**20
     assert (wan_mini.FOLDER / "README.md").exists()

@@ -1,4 +1,4 @@
-"""Bytes, seconds, counts and ranges as people write them."""
+"""Bytes, seconds, counts, ranges and quoted values as people write them."""
 
 from __future__ import annotations
 
@@ -59,3 +59,11 @@ def format_ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def quote(value: object, limit: int = 60) -> str:
+    """Format a value for a message: texts in quotes, long values cut to `limit` characters."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else f"{value[: limit - 1]}…")
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

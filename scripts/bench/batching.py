@@ -1,10 +1,10 @@
-"""What sharing a pass over streamed weights gains: four shots, one by one and together.
+"""Measure the gain of batching over streamed weights: four shots, one by one and together.
 
     python -m scripts.bench.batching [--dtype fp8] [--size 128x128] [--repeats 3]
 
 Writes a random checkpoint of some hundred MB with the widths of Wan 1.3B, renders the same job with
-`batch: 1` and `batch: auto` in turn, each in a process of its own, and compares the latents. The file is
-in the page cache; where every pass reads a disk, sharing gains more.
+`batch: 1` and `batch: auto` in alternation, each in a process of its own, and compares the latents. The file
+is in the page cache; if every pass reads a disk, batching gains more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.startup import _run
+from scripts.bench.startup import run_wancli
 from scripts.make_random_checkpoint import write_checkpoint
 from wancli.models.config import WanConfig
 from wancli.storage.tensor_file import load_latent
@@ -39,8 +39,11 @@ items: {items}
 """
 
 
-def measured(folder: Path, dtype: str, size: str, repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of sampling and of the whole process, by `batch`. Raises if latents differ."""
+def measure(folder: Path, dtype: str, size: str, repeats: int) -> dict[str, tuple[float, float]]:
+    """Return median seconds of sampling and of the whole process, by `batch`.
+
+    Raises AssertionError if latents differ.
+    """
     model = folder / "model"
     write_checkpoint(model, CONFIG, dtype=dtype, text_encoder="tiny", vae="tiny")
     environment = os.environ | {"WANCLI_CACHE": str(folder / "cache")}
@@ -53,10 +56,12 @@ def measured(folder: Path, dtype: str, size: str, repeats: int) -> dict[str, tup
     for turn in range(repeats + 1):
         for batch, log in seconds.items():
             began = time.perf_counter()
-            said = _run(["render", str(folder / batch / "job.yaml"), "-q", "--force", "--json"], environment)
+            output = run_wancli(
+                ["render", str(folder / batch / "job.yaml"), "-q", "--force", "--json"], environment
+            )
             whole = time.perf_counter() - began
             if turn:  # the first run fills caches
-                log.append((_sampling(json.loads(said)), whole))
+                log.append((_sampling_seconds(json.loads(output)), whole))
     for seed in range(SHOTS):
         one, other = (load_latent(folder / batch / f"out/{seed}.latents.safetensors")[0] for batch in seconds)
         if not one.equal(other):
@@ -67,7 +72,7 @@ def measured(folder: Path, dtype: str, size: str, repeats: int) -> dict[str, tup
     }
 
 
-def _sampling(report: dict[str, Any]) -> float:
+def _sampling_seconds(report: dict[str, Any]) -> float:
     return next(float(phase["seconds"]) for phase in report["memory"] if phase["name"] == "sample")
 
 
@@ -76,11 +81,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--size", default="64x64")
     parser.add_argument("--repeats", type=int, default=3)
-    said = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder), said.dtype, said.size, said.repeats)
-    print(f"{SHOTS} shots of {said.size}, {said.dtype}, the same latents:")
-    for what, alone, together in zip(("sampling", "whole run"), found["1"], found["auto"]):
+        results = measure(Path(folder), args.dtype, args.size, args.repeats)
+    print(f"{SHOTS} shots of {args.size}, {args.dtype}, the same latents:")
+    for what, alone, together in zip(("sampling", "whole run"), results["1"], results["auto"]):
         print(f"{what:<9} batch 1 {alone:6.2f} s, auto {together:6.2f} s: {alone / together:.2f}x")
 
 

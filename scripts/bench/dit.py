@@ -1,4 +1,4 @@
-"""The transformer against diffusers' WanTransformer3DModel: same weights, one process, fp32."""
+"""Compare the transformer with diffusers' WanTransformer3DModel: same weights, one process, fp32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
-from scripts.bench.machine import Row, in_turn, peak_growth
+from scripts.bench.machine import Row, peak_growth, time_alternately
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
@@ -24,12 +24,12 @@ REPEATS = {256: 15, 1248: 7, 7800: 3}
 
 
 def flop(tokens: int) -> float:
-    """Multiplications and additions of one plain forward, as the official code does it, in fp32.
+    """Count the multiplications and additions of one plain forward, as the official code does it, in fp32.
 
     Per block and token: 2*(4+2)*d^2 for the projections of q, k, v, o and cross q, o; 4*d*f for the
     feed-forward; 4*L*d for self-attention and 4*512*d for cross-attention. Per block once: 4*512*d^2
     for the text's k and v. Once: 2*512*(4096*d + d^2) for the text, and per token 2*d*(64+64) for
-    patches and head. Both ways are counted alike, though ours does without the repeated text work.
+    patches and head. The count is the same for both, though ours skips the repeated text work.
     """
     d, f, rows = CONFIG.dim, CONFIG.ffn_dim, CONFIG.text_len
     block = tokens * (12 * d * d + 4 * d * f + 4 * tokens * d + 4 * rows * d) + 4 * rows * d * d
@@ -38,9 +38,9 @@ def flop(tokens: int) -> float:
 
 @torch.inference_mode()
 def rows() -> list[Row]:
-    """One row per token count. Our text keys and values are made in the warm-up, as in a render."""
+    """Measure one row per token count. The warm-up computes our text keys and values, as in a render."""
     torch.manual_seed(0)
-    ours, theirs = _pair()
+    ours, theirs = _build_pair()
     text_NE = torch.randn(PROMPT, CONFIG.text_dim)
     padded_BNE = F.pad(text_NE, (0, 0, 0, CONFIG.text_len - PROMPT))[None]
     contexts = [((ours.project(text_NE), 1.0),)] * LAYERS
@@ -48,23 +48,23 @@ def rows() -> list[Row]:
     table = []
     for tokens, grid in SHAPES.items():
         x_BCTYX = torch.randn(1, CONFIG.in_dim, *grid)
-        our_way = partial(ours, x_BCTYX, t, contexts)
-        their_way = partial(theirs, x_BCTYX, t, padded_BNE)
-        _agree(our_way(), their_way().sample)
-        ours_s, theirs_s = in_turn(our_way, their_way, REPEATS[tokens])
-        memory = _peak(our_way), _peak(their_way)
+        run_ours = partial(ours, x_BCTYX, t, contexts)
+        run_theirs = partial(theirs, x_BCTYX, t, padded_BNE)
+        _check_agreement(run_ours(), run_theirs().sample)
+        ours_s, theirs_s = time_alternately(run_ours, run_theirs, REPEATS[tokens])
+        memory = _measure_peak(run_ours), _measure_peak(run_theirs)
         table.append(Row(f"DiT forward, {tokens:,} tokens", ours_s, theirs_s, flop(tokens), *memory))
     return table
 
 
-def _peak(way: Callable[[], object]) -> float:
-    """MiB that one run adds, after the C library gave back what earlier runs left."""
+def _measure_peak(run: Callable[[], object]) -> float:
+    """Measure the MiB that one run adds, after the C library has returned free memory to the system."""
     ctypes.CDLL(None).malloc_trim(0)
-    return peak_growth(way)
+    return peak_growth(run)
 
 
-def _pair() -> tuple[WanModel, Any]:
-    """Both networks on the very same tensors."""
+def _build_pair() -> tuple[WanModel, Any]:
+    """Build both networks on the same tensors."""
     theirs: Any = WanTransformer3DModel(  # type: ignore[no-untyped-call]
         num_attention_heads=CONFIG.num_heads,
         attention_head_dim=CONFIG.head_dim,
@@ -80,7 +80,7 @@ def _pair() -> tuple[WanModel, Any]:
     return ours.eval(), theirs
 
 
-def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def _check_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     distance = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
     if distance > 1e-4:
         raise AssertionError(f"the two networks disagree: relative L2 {distance:.1e}")

@@ -1,9 +1,9 @@
-"""From process start to the first block running, prompt cached: wancli beside diffusers on the same file.
+"""Measure from process start to the first block, prompt cached: wancli and diffusers on the same file.
 
     python -m scripts.bench.first_block [--dir DIR] [--rounds N]
 
-Each runs one forward of 1.3B on one frame of 256x256, imports counted, in turn. Peaks are those of the
-processes, up to the end of that forward. diffusers loads as it does by default: mapped.
+Each runs one forward of 1.3B on one frame of 256x256, imports counted, in alternation. Peaks are those of
+the processes, up to the end of that forward. diffusers maps the file, which is its default.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.bench.markdown import stamp, table
-from scripts.bench.process import WANCLI, python
+from scripts.bench.markdown import describe_machine, table
+from scripts.bench.process import WANCLI, run_python
 
 PAIRS = (("fp32", "float32"), ("bf16", "float32"))  # of the file, of the run
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -44,7 +44,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds from launch to the first block's begin and end, and the last one's end; bytes at the peak."""
+    """Seconds from launch to begin and end of the first block and to the end of the last; peak in bytes."""
 
     begins: float
     ends: float
@@ -52,41 +52,42 @@ class Start:
     peak: int
 
 
-def start(who: str, folder: Path, dtype: str) -> Start:
-    """One process, `ours` or `theirs`."""
-    arguments = ["-m", "scripts.bench.starts", who, str(folder), dtype]
-    ran = python([*arguments, repr(time.time())], {"WANCLI_CACHE": str(folder / "cache")})
-    begins, ends, all_end = json.loads(ran.stdout)
-    return Start(begins, ends, all_end, ran.peak)
+def measure_start(who: str, folder: Path, dtype: str) -> Start:
+    """Run one process, `ours` or `theirs`."""
+    arguments = ["-m", "scripts.bench.first_block_process", who, str(folder), dtype]
+    process = run_python([*arguments, repr(time.time())], {"WANCLI_CACHE": str(folder / "cache")})
+    begins, ends, all_end = json.loads(process.stdout)
+    return Start(begins, ends, all_end, process.peak)
 
 
 def median(starts: Sequence[Start]) -> Start:
-    """Of each figure; the largest of the peaks."""
+    """Return the median of each time, and the largest peak."""
     begins, ends, all_end = (
-        statistics.median(getattr(one, figure) for one in starts) for figure in ("begins", "ends", "all_end")
+        statistics.median(getattr(start, figure) for start in starts)
+        for figure in ("begins", "ends", "all_end")
     )
-    return Start(begins, ends, all_end, max(one.peak for one in starts))
+    return Start(begins, ends, all_end, max(start.peak for start in starts))
 
 
-def cells(what: str, one: Start, weights: int) -> list[str]:
-    seconds = (f"{figure:.2f}" for figure in (one.begins, one.ends, one.all_end))
-    return [what, *seconds, f"{one.peak / 2**30:.2f}", f"{one.peak / weights:.2f}x"]
+def cells(what: str, start: Start, weights: int) -> list[str]:
+    seconds = (f"{figure:.2f}" for figure in (start.begins, start.ends, start.all_end))
+    return [what, *seconds, f"{start.peak / 2**30:.2f}", f"{start.peak / weights:.2f}x"]
 
 
 def rows(folder: Path, model: str, stored: str, dtype: str, rounds: int) -> list[list[str]]:
-    """wancli for the first time ever, when it hashes the files; then both in turn, medians."""
+    """Measure the first run of wancli, which hashes the files; then medians of both, in alternation."""
     if not folder.exists():
-        python(["-m", "scripts.bench.starts", "make", str(folder), model, stored])
+        run_python(["-m", "scripts.bench.first_block_process", "make", str(folder), model, stored])
     (folder / f"{dtype}.yaml").write_text(JOB.format(folder=folder, dtype=SHORT[dtype]))
     cached = {"WANCLI_CACHE": str(folder / "cache")}
-    python([*WANCLI, "encode", str(folder / f"{dtype}.yaml"), "-q"], cached)
-    start("theirs", folder, dtype)  # the files are in the kernel's cache from here on
+    run_python([*WANCLI, "encode", str(folder / f"{dtype}.yaml"), "-q"], cached)
+    measure_start("theirs", folder, dtype)  # from here on the files are in the page cache
     (folder / "cache" / "hashes.json").unlink()
-    first = start("ours", folder, dtype)
+    first = measure_start("ours", folder, dtype)
     ours, theirs = [], []
     for _ in range(rounds):
-        ours.append(start("ours", folder, dtype))
-        theirs.append(start("theirs", folder, dtype))
+        ours.append(measure_start("ours", folder, dtype))
+        theirs.append(measure_start("theirs", folder, dtype))
     weights = sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
     weights = weights * (2 if (stored, dtype) == ("bf16", "float32") else 1)
     a, b = median(ours), median(theirs)
@@ -99,23 +100,23 @@ def rows(folder: Path, model: str, stored: str, dtype: str, rounds: int) -> list
     ]
 
 
-def _seconds(one: Start) -> tuple[float, float, float]:
-    return one.begins, one.ends, one.all_end
+def _seconds(start: Start) -> tuple[float, float, float]:
+    return start.begins, start.ends, start.all_end
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="From process start to the first block running.")
-    parser.add_argument("--dir", type=Path, help="where the checkpoints are, or are kept when made")
-    parser.add_argument("--model", default="1.3B", help="as make_random_checkpoint.py takes it")
+    parser.add_argument("--dir", type=Path, help="folder of the checkpoints; missing ones are made")
+    parser.add_argument("--model", default="1.3B", help="as for make_random_checkpoint.py")
     parser.add_argument("--rounds", type=int, default=3)
-    said = parser.parse_args(argv)
-    found: list[list[str]] = []
+    args = parser.parse_args(argv)
+    all_rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for stored, dtype in PAIRS:
-            folder = (said.dir or Path(temporary)) / f"first-block-{said.model}-{stored}"
-            found += rows(folder, said.model, stored, dtype, said.rounds)
-    print(table(COLUMNS, found))
-    print(f"{stamp()}, medians of {said.rounds} runs")
+            folder = (args.dir or Path(temporary)) / f"first-block-{args.model}-{stored}"
+            all_rows += rows(folder, args.model, stored, dtype, args.rounds)
+    print(table(COLUMNS, all_rows))
+    print(f"{describe_machine()}, medians of {args.rounds} runs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measuring two ways of doing one thing, in turn, in one process."""
+"""Measure two implementations of one thing, in alternation, in one process."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ class Row:
         return self.theirs_s / self.ours_s
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of each, run A B A B ... after one warm-up of both."""
+def time_alternately(
+    ours: Callable[[], object], theirs: Callable[[], object], repeats: int
+) -> tuple[float, float]:
+    """Return median seconds of each, run A B A B ... after one warm-up of both."""
     ours(), theirs()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        for way, log in zip((ours, theirs), seconds, strict=True):
+        for run, log in zip((ours, theirs), seconds, strict=True):
             start = time.perf_counter()
-            way()
+            run()
             log.append(time.perf_counter() - start)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def peak_growth(way: Callable[[], object]) -> float:
-    """MiB by which the resident set grew at its highest while `way` ran, sampled every 2 ms."""
+def peak_growth(run: Callable[[], object]) -> float:
+    """Return the MiB by which the resident set grew at its highest during `run`, sampled every 2 ms."""
     gc.collect()
     process, done = psutil.Process(), threading.Event()
     start = peak = process.memory_info().rss
@@ -55,7 +57,7 @@ def peak_growth(way: Callable[[], object]) -> float:
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        way()
+        run()
     finally:
         done.set()
         thread.join()
@@ -63,14 +65,14 @@ def peak_growth(way: Callable[[], object]) -> float:
 
 
 def matmul_peak(size: int = 2048, repeats: int = 7) -> float:
-    """GFLOP/s of a large square fp32 matmul: what this machine can do."""
+    """Measure GFLOP/s of a large square fp32 matmul, the limit of this machine."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     torch.mm(a, b)
-    best = min(_seconds(lambda: torch.mm(a, b)) for _ in range(repeats))
+    best = min(_time_run(lambda: torch.mm(a, b)) for _ in range(repeats))
     return 2 * size**3 / best / 1e9
 
 
-def _seconds(way: Callable[[], object]) -> float:
+def _time_run(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    way()
+    run()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and when and where they were measured; without torch, as who measures processes."""
+"""Tables in Markdown, with date and machine. Imports no torch, so that process benchmarks can use it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, numbers to the right."""
+    """Format a table: the first column aligned to the left, numbers to the right."""
     body = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "\n".join([*(f"| {' | '.join(row)} |" for row in body), ""])
 
 
-def stamp() -> str:
-    """The day, the machine, torch."""
+def describe_machine() -> str:
+    """Return date, machine and version of torch as a line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores, torch = os.cpu_count(), importlib.metadata.version("torch")
     return f"{datetime.date.today()}, {cores} cores of {cpu_name()}, {memory:.0f} GiB, torch {torch}"

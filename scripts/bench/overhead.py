@@ -1,10 +1,10 @@
-"""What the batch layer costs per shot: planning, preflight, claims, records, reports; not the phases.
+"""Measure the overhead of a batch per shot: planning, preflight, claims, records, reports; not the phases.
 
     python -m scripts.bench.overhead [--shots 40] [--repeats 5]
 
-A batch of tiny shots is rendered in this process. What its phases (encoding, loading, sampling, decoding with
-ffmpeg) took stands in the manifests; the rest of the wall time is the batch layer. That of a batch of one is
-taken off, and what is left is divided by the other shots. The least of several tries.
+A batch of tiny shots is rendered in this process. The manifests have the time of its phases (encoding,
+loading, sampling, decoding with ffmpeg); the rest of the wall time is overhead. The overhead of a batch of
+one is subtracted, and the difference is divided by the number of other shots. The least of several tries.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from wancli.cli import run
 
 
 def per_shot(shots: int, repeats: int) -> float:
-    """Seconds."""
+    """Return seconds of overhead per shot."""
     with tempfile.TemporaryDirectory() as folder:
-        _rest(Path(folder), 1)  # imports, and fills the cache
-        one = min(_rest(Path(folder), 1) for _ in range(repeats))
-        many = min(_rest(Path(folder), shots) for _ in range(repeats))
+        _time_outside_phases(Path(folder), 1)  # imports, and fills the cache
+        one = min(_time_outside_phases(Path(folder), 1) for _ in range(repeats))
+        many = min(_time_outside_phases(Path(folder), shots) for _ in range(repeats))
     return (many - one) / (shots - 1)
 
 
-def _rest(folder: Path, shots: int) -> float:
-    """Seconds of a batch that none of its phases took."""
+def _time_outside_phases(folder: Path, shots: int) -> float:
+    """Render a batch; return the seconds outside its phases."""
     job = folder / "job.yaml"
-    said: dict[str, Any] = {
+    content: dict[str, Any] = {
         "model": str(ROOT / "tests/fixtures/wan21-tiny"),
         "output": f"{time.monotonic_ns()}/{{seed}}.mp4",
         "prompt": "A cat.",
@@ -45,7 +45,7 @@ def _rest(folder: Path, shots: int) -> float:
         "sampler": {"steps": 2},
         "matrix": {"seed": list(range(shots))},
     }
-    job.write_text(json.dumps(said))
+    job.write_text(json.dumps(content))
     out = io.StringIO()
     began = time.perf_counter()
     with contextlib.redirect_stdout(out):
@@ -58,12 +58,12 @@ def _rest(folder: Path, shots: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of the batch layer per shot.")
+    parser = argparse.ArgumentParser(description="Measure the overhead of a batch per shot.")
     parser.add_argument("--shots", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
-    said = parser.parse_args()
-    took = per_shot(said.shots, said.repeats)
-    print(f"{1000 * took:.1f} ms per shot beside its phases; load {os.getloadavg()[0]:.1f}")
+    args = parser.parse_args()
+    seconds = per_shot(args.shots, args.repeats)
+    print(f"{1000 * seconds:.1f} ms per shot outside its phases; load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long a page takes to make and to open: `python -m scripts.bench.page`. Needs Chromium, chromedriver."""
+"""Time writing and opening a page: `python -m scripts.bench.page`. Needs Chromium and chromedriver."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ sampler: {{steps: 4}}
 measure: true
 inject: [{{prompt: A blue triangle moves up in front of a white background.}}]
 """
-# Letters on the screen, counted from the start of the navigation, as the page itself sees it.
+# The time when the page is drawn, counted by the page from the start of the navigation.
 DRAWN = """
 const done = arguments[0];
 requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0));
 """
 
 
-def shots(folder: Path) -> collect.ReportInputs:
-    """A rendered shot, as often as that, with the noise levels and measurements of 50 steps."""
+def hundred_shots(folder: Path) -> collect.ReportInputs:
+    """Render a shot and copy it SHOTS times, with the noise levels and measurements of 50 steps."""
     job = folder / "job.yaml"
     job.write_text(JOB.format(folder=folder))
     assert run(["render", str(job), "-q"]) == 0
@@ -49,8 +49,8 @@ def shots(folder: Path) -> collect.ReportInputs:
     return found
 
 
-def opened(path: Path) -> list[float]:
-    """Milliseconds until the page is drawn, of several loads in a fresh browser."""
+def time_loads(path: Path) -> list[float]:
+    """Return milliseconds until the page is drawn, of several loads in a fresh browser."""
     options = Options()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -60,20 +60,20 @@ def opened(path: Path) -> list[float]:
             options.add_argument(flag)
         driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         try:
-            found = []
+            times = []
             for _ in range(RUNS):
                 driver.get(path.as_uri())
-                found.append(float(driver.execute_async_script(DRAWN)))
-            return found
+                times.append(float(driver.execute_async_script(DRAWN)))
+            return times
         finally:
             driver.quit()
 
 
 def main() -> None:
-    """Prints seconds and bytes."""
+    """Print seconds and bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = shots(folder)
+        found = hundred_shots(folder)
         report = next(folder.rglob("*.report.json"))
         for what in ("with the import of jinja2", "after it"):
             started = time.process_time()
@@ -85,7 +85,7 @@ def main() -> None:
         data = page.render_page(found, path, folder / "posters", make=True)
         print(f"page of {SHOTS} shots: {time.perf_counter() - started:.2f} s, {len(data) / 1e6:.2f} MB")
         path.write_bytes(data)
-        print(f"opened in {', '.join(f'{value / 1000:.2f}' for value in opened(path))} s")
+        print(f"opened in {', '.join(f'{value / 1000:.2f}' for value in time_loads(path))} s")
 
 
 if __name__ == "__main__":

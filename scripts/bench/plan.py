@@ -1,4 +1,4 @@
-"""`python -m scripts.bench.plan`: how long `wancli plan` takes for 1,000 shots, as a whole process."""
+"""`python -m scripts.bench.plan`: time `wancli plan` of 1,000 shots, as a whole process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts.bench.startup import ROOT, seconds
+from scripts.bench.startup import ROOT, time_command
 
 JOB = f"""\
 model: {ROOT / "tests/fixtures/wan21-tiny"}
@@ -26,24 +26,24 @@ matrix:
 
 
 def rows(repeats: int = 5) -> list[tuple[str, float]]:
-    """(what, seconds): the same command for one shot and for a thousand, medians."""
+    """Measure (what, seconds) of the same command for one shot and for a thousand, medians."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "sweep.yaml"
         job.write_text(JOB)
         environment = os.environ | {"WANCLI_CACHE": f"{folder}/cache"}
-        all_of_it = ["plan", str(job)]
-        one = [*all_of_it, *("--sweep", "seed=1", "--sweep", "sampler.guidance=5", "--sweep")]
-        one += ["inject.0.blocks=late", "--sweep", "inject.0.strength=1"]
-        seconds(one, environment, 1)  # hashes the weights
+        whole_sweep = ["plan", str(job)]
+        one_shot = [*whole_sweep, *("--sweep", "seed=1", "--sweep", "sampler.guidance=5", "--sweep")]
+        one_shot += ["inject.0.blocks=late", "--sweep", "inject.0.strength=1"]
+        time_command(one_shot, environment, 1)  # hashes the weights
         return [
-            ("wancli plan, 1 shot", seconds(one, environment, repeats)),
-            ("wancli plan, 1,000 shots", seconds(all_of_it, environment, repeats)),
+            ("wancli plan, 1 shot", time_command(one_shot, environment, repeats)),
+            ("wancli plan, 1,000 shots", time_command(whole_sweep, environment, repeats)),
         ]
 
 
 def main() -> None:
-    for what, took in rows():
-        print(f"- {what}: {took:.2f} s")
+    for what, seconds in rows():
+        print(f"- {what}: {seconds:.2f} s")
     print(f"- {datetime.date.today()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}")
 
 

@@ -1,8 +1,9 @@
-"""`python -m scripts.bench.precision`: what each way of storing weights costs, as a table in Markdown.
+"""`python -m scripts.bench.precision`: the error of each format of weights, as a table in Markdown.
 
-The error is that of the velocity against fp32, |v - v_fp32| / |v_fp32|, from the same latents and text, which
-are noise. Two random blocks of 14B's widths under its head, one block in memory at a time; wan-mini; the
-tests' random checkpoint, whose rows of 48, as wan-mini's of 88, are not made of GGUF blocks. Some minutes.
+The error is that of the velocity compared with fp32, |v - v_fp32| / |v_fp32|, from the same latents and text,
+which are noise. The models are two random blocks of 14B's widths under its head, one block in memory at a
+time; wan-mini; and the tests' random checkpoint. Its rows of 48 and wan-mini's rows of 88 do not fit GGUF
+blocks. Takes some minutes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tensors of many MB in large pages: a third of the time. Read when torch is first imported.
+# Large pages for tensors of many MB save two thirds of the time. Read when torch is first imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from torch import Tensor, nn
 
-from scripts.bench.markdown import stamp
+from scripts.bench.markdown import describe_machine
 from scripts.bench.quantize import to_blocks
 from wancli import wan_mini
-from wancli.models.config import Kernels, WanConfig
+from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import Block, Head, WanModel
 from wancli.models.dit_layers import rope_table
-from wancli.models.text_context import folded
+from wancli.models.text_context import from_padded_rows
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.packed import FP8_MAX, Packed, pack_fp8
-from wancli.weights.loader import KEPT_FP32, transformer_weights
+from wancli.weights.loader import FP32_PARAMETERS, read_transformer_weights
 
 TINY = Path(__file__).parents[2] / "tests" / "fixtures" / "wan21-tiny"
 MATRIX = re.compile(r"(blocks\.\d+\.)?((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -41,13 +42,13 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @dataclass(frozen=True)
 class Mode:
-    """How the matrices of the blocks are stored, and the dtype they are multiplied in."""
+    """The format of the blocks' matrices, and the dtype of their products."""
 
-    stored: Callable[[Tensor], Tensor | Packed]
-    computes: torch.dtype = torch.float32
+    store: Callable[[Tensor], Tensor | Packed]
+    compute_dtype: torch.dtype = torch.float32
 
 
-def _unchanged(weight: Tensor) -> Tensor:
+def _as_is(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -64,11 +65,11 @@ def _gguf(kind: str) -> Callable[[Tensor], Packed]:
     return lambda weight: to_blocks(weight, kind)
 
 
-FP32 = Mode(_unchanged)
+FP32 = Mode(_as_is)
 GGUF = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K")
 MODES: dict[str, Mode] = {
-    "fp16": Mode(_unchanged, torch.float16),
-    "bf16": Mode(_unchanged, torch.bfloat16),
+    "fp16": Mode(_as_is, torch.float16),
+    "bf16": Mode(_as_is, torch.bfloat16),
     "fp8 made at load (a scale per row)": Mode(pack_fp8),
     "fp8 e4m3, a scale per tensor": Mode(_per_tensor),
     "fp8 e4m3, plain": Mode(_cast(E4M3)),
@@ -87,29 +88,29 @@ def main() -> None:
     print(f"| stored as | {' | '.join(columns)} |")
     print("| --- |" + " ---: |" * len(columns))
     for name, mode in MODES.items():
-        cells = [cell(velocity, mode, exact[column]) for column, velocity in columns.items()]
+        cells = [format_error(velocity, mode, exact[column]) for column, velocity in columns.items()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    print(f"\n- {stamp()}")
+    print(f"\n- {describe_machine()}")
     print(f"- at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory")
 
 
-def cell(velocity: Callable[[Mode], Tensor], mode: Mode, exact: Tensor) -> str:
+def format_error(velocity: Callable[[Mode], Tensor], mode: Mode, exact: Tensor) -> str:
     try:
-        return f"{100 * distance(velocity(mode), exact):.2g} %"
-    except ValueError:  # rows that are not made of GGUF blocks
+        return f"{100 * relative_error(velocity(mode), exact):.2g} %"
+    except ValueError:  # rows that do not fit GGUF blocks
         return "-"
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact|"""
-    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Return |result - exact| / |exact|."""
+    return float(torch.linalg.vector_norm(result - exact) / torch.linalg.vector_norm(exact))
 
 
 def whole_model(folder: Path) -> Callable[[Mode], Tensor]:
-    """The velocity of a checkpoint at an early and a late step, its matrices stored by a mode."""
+    """Return a function of a mode: the velocity of a checkpoint at an early and a late step."""
     checkpoint = identify(folder)
-    config = checkpoint.transformer
-    weights = transformer_weights(checkpoint)
+    config = checkpoint.transformer_config
+    weights = read_transformer_weights(checkpoint)
     x_BCTYX, text_NE = noise(1, config.in_dim, 2, 8, 8), noise(20, config.text_dim)
 
     @torch.inference_mode()
@@ -124,20 +125,23 @@ def whole_model(folder: Path) -> Callable[[Mode], Tensor]:
 
 
 def two_blocks(config: WanConfig) -> Callable[[Mode], Tensor]:
-    """What the head makes of random tokens after random blocks, one of them in memory at a time."""
+    """Return a function of a mode: the head's output for random tokens after random blocks.
+
+    One block is in memory at a time.
+    """
     with torch.device("meta"):
         head = Head(config)
     fill(head, random_weights(head, 0), FP32)
 
     @torch.inference_mode()
     def velocity(mode: Mode) -> Tensor:
-        mix = ((folded(noise(20, config.dim), config.text_len), 1.0),)
+        mix = ((from_padded_rows(noise(20, config.dim), config.text_len), 1.0),)
         time_BD, time_B6D = 0.3 * noise(1, config.dim), 0.3 * noise(1, 6, config.dim)
         rope_L1P = rope_table(GRID, config.head_dim, time_BD.device)
         x_BLD = noise(1, len(rope_L1P), config.dim)
         for number in range(1, config.num_layers + 1):
             with torch.device("meta"):
-                block = Block(config, Kernels())
+                block = Block(config, ComputeOptions())
             fill(block, random_weights(block, number), mode)
             x_BLD = block(x_BLD, time_B6D, rope_L1P, mix)
         v_BLF: Tensor = head(x_BLD, time_BD)
@@ -147,18 +151,20 @@ def two_blocks(config: WanConfig) -> Callable[[Mode], Tensor]:
 
 
 def fill(module: nn.Module, weight: Callable[[str], Tensor], mode: Mode) -> None:
-    """Gives a module on the meta device its weights one by one, as `load_into` does, the matrices of blocks
-    by way of what the mode stores."""
+    """Load weights one by one into a module on the meta device, as `load_into` does.
+
+    The matrices of blocks pass through the format of the mode.
+    """
     made: dict[str, Tensor] = {}
     for name in module.state_dict():
-        dtype = torch.float32 if any(part in name for part in KEPT_FP32) else mode.computes
-        stored = mode.stored(weight(name)) if MATRIX.fullmatch(name) else weight(name)
+        dtype = torch.float32 if any(part in name for part in FP32_PARAMETERS) else mode.compute_dtype
+        stored = mode.store(weight(name)) if MATRIX.fullmatch(name) else weight(name)
         made[name] = stored.unpack(dtype) if isinstance(stored, Packed) else stored.to(dtype)
     module.load_state_dict(made, assign=True)
 
 
 def random_weights(module: nn.Module, seed: int) -> Callable[[str], Tensor]:
-    """Weights by name, made when they are asked for: norms about 1, all else about 0."""
+    """Return a function from a name to random weights: norms around 1, all others around 0."""
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     seeds = {name: 100 * seed + index for index, name in enumerate(shapes)}
     ones = {name for name in shapes if "norm" in name and name.endswith("weight")}

@@ -1,4 +1,4 @@
-"""What it gains that variants share steps: a sweep of eight, and the same eight one by one.
+"""Measure the gain of prefix sharing: a sweep of eight variants, and the same eight one by one.
 
     python -m scripts.bench.prefix_sharing [--steps 20] [--size 128x128] [--repeats 3]
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.startup import _run
+from scripts.bench.startup import run_wancli
 from wancli.storage.tensor_file import load_latent
 
 JOB: dict[str, Any] = {
@@ -45,19 +45,21 @@ ITEMS: list[dict[str, Any]] = [{"id": "plain"}] + [
 ]
 
 
-def measured(folder: Path, steps: int, size: str, repeats: int) -> tuple[list[float], list[float]]:
-    """Median seconds of sampling and of whole processes: the sweep, and the sum of eight separate renders.
-    Raises AssertionError if latents differ."""
+def measure(folder: Path, steps: int, size: str, repeats: int) -> tuple[list[float], list[float]]:
+    """Return median seconds of sampling and of whole processes: the sweep, and the sum of eight renders.
+
+    Raises AssertionError if latents differ.
+    """
     environment = os.environ | {"WANCLI_CACHE": str(folder / "cache")}
-    said = JOB | {"sampler": {"steps": steps}, "size": size}
-    jobs = {"sweep": said | {"items": ITEMS}} | {item["id"]: said | {"items": [item]} for item in ITEMS}
+    base = JOB | {"sampler": {"steps": steps}, "size": size}
+    jobs = {"sweep": base | {"items": ITEMS}} | {item["id"]: base | {"items": [item]} for item in ITEMS}
     for name, job in jobs.items():
         (folder / name).mkdir()
         (folder / name / "job.yaml").write_text(json.dumps(job))
     together: list[tuple[float, float]] = []
     apart: list[tuple[float, float]] = []
     for turn in range(repeats + 1):
-        took = {name: _render(folder / name / "job.yaml", environment) for name in jobs}
+        took = {name: _time_render(folder / name / "job.yaml", environment) for name in jobs}
         if turn:  # the first run encodes the prompts
             together.append(took.pop("sweep"))
             apart.append((sum(s for s, _ in took.values()), sum(s for _, s in took.values())))
@@ -71,10 +73,10 @@ def measured(folder: Path, steps: int, size: str, repeats: int) -> tuple[list[fl
     return medians[0], medians[1]
 
 
-def _render(job: Path, environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds of sampling, and of the process."""
+def _time_render(job: Path, environment: dict[str, str]) -> tuple[float, float]:
+    """Render a job; return the seconds of sampling and of the process."""
     began = time.perf_counter()
-    report = json.loads(_run(["render", str(job), "-q", "--force", "--json"], environment))
+    report = json.loads(run_wancli(["render", str(job), "-q", "--force", "--json"], environment))
     whole = time.perf_counter() - began
     return next(float(p["seconds"]) for p in report["memory"] if p["name"] == "sample"), whole
 
@@ -84,10 +86,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", default="128x128")
     parser.add_argument("--repeats", type=int, default=3)
-    said = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sweep, separate = measured(Path(folder), said.steps, said.size, said.repeats)
-    print(f"8 variants, {said.steps} steps of {said.size}, injections from half on, the same latents:")
+        sweep, separate = measure(Path(folder), args.steps, args.size, args.repeats)
+    print(f"8 variants, {args.steps} steps of {args.size}, injections from half on, the same latents:")
     for what, together, apart in zip(("sampling", "whole runs"), sweep, separate):
         print(f"{what:<10} one sweep {together:6.2f} s, eight renders {apart:6.2f} s: {together / apart:.2f}")
 

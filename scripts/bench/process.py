@@ -1,4 +1,4 @@
-"""Whole processes, measured from outside. Without torch: what this process holds counts for its children."""
+"""Measure whole processes. Imports no torch, because the memory of this process counts for its children."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ WANCLI = ("-c", "from wancli.__main__ import main; main()")
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A process that ended: seconds, and the most bytes of RAM that it had."""
+class ProcessResult:
+    """The output of a process that ended, its seconds, and its peak of resident bytes."""
 
     stdout: str
     seconds: float
     peak: int
 
 
-def python(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Ran:
-    """Runs this Python in the repository. Raises CalledProcessError, its stderr shown."""
+def run_python(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ProcessResult:
+    """Run this Python in the repository. Raises CalledProcessError after printing stderr."""
     command = [sys.executable, *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()
@@ -39,4 +39,4 @@ def python(arguments: Sequence[str], environment: Mapping[str, str] | None = Non
         if process.returncode:
             sys.stderr.write(err.read())
             raise subprocess.CalledProcessError(process.returncode, command)
-        return Ran(out.read(), seconds, usage.ru_maxrss * 1024)
+        return ProcessResult(out.read(), seconds, usage.ru_maxrss * 1024)

@@ -1,4 +1,4 @@
-"""How long people wait before anything happens: whole processes, medians of several runs."""
+"""Measure start-up times of commands: whole processes, medians of several runs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ WANCLI = [sys.executable, "-m", "wancli"]
 
 
 def rows(repeats: int = 5) -> list[tuple[str, float]]:
-    """(what, seconds): help, a plan, and process start to the first finished step of a tiny render."""
+    """Measure (what, seconds): help, a plan, and process start to the first step of a tiny render."""
     with tempfile.TemporaryDirectory() as folder:
-        job = _job(Path(folder))
+        job = _write_job(Path(folder))
         environment = os.environ | {"WANCLI_CACHE": f"{folder}/cache"}
-        _run(["render", str(job), "-q", "--force"], environment)  # fills the cache
+        run_wancli(["render", str(job), "-q", "--force"], environment)  # fills the cache
         first_steps = []
         for _ in range(repeats):
-            report = _run(["render", str(job), "-q", "--force", "--json"], environment)
+            report = run_wancli(["render", str(job), "-q", "--force", "--json"], environment)
             first_steps.append(float(json.loads(report)["first_step_after"]))
         return [
-            ("wancli --help", seconds(["--help"], environment, repeats)),
-            ("wancli plan", seconds(["plan", str(job)], environment, repeats)),
+            ("wancli --help", time_command(["--help"], environment, repeats)),
+            ("wancli plan", time_command(["plan", str(job)], environment, repeats)),
             ("process start to first step, prompts cached", statistics.median(first_steps)),
         ]
 
 
-def _job(folder: Path) -> Path:
+def _write_job(folder: Path) -> Path:
     path = folder / "job.yaml"
     model = ROOT / "tests/fixtures/wan21-tiny"
     path.write_text(
@@ -41,16 +41,16 @@ def _job(folder: Path) -> Path:
     return path
 
 
-def seconds(arguments: list[str], environment: dict[str, str], repeats: int) -> float:
-    found = []
+def time_command(arguments: list[str], environment: dict[str, str], repeats: int) -> float:
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        _run(arguments, environment)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        run_wancli(arguments, environment)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
-def _run(arguments: list[str], environment: dict[str, str]) -> str:
+def run_wancli(arguments: list[str], environment: dict[str, str]) -> str:
     return subprocess.run(
         [*WANCLI, *arguments], env=environment, check=True, capture_output=True, text=True
     ).stdout

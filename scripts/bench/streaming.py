@@ -1,9 +1,9 @@
-"""What streaming costs: the same forwards with blocks resident and fetched, in turn, in one process.
+"""Measure the overhead of streaming: the same forwards with resident and streamed blocks, in alternation.
 
     python -m scripts.bench.streaming [--tiny] [--dir DIR]
 
-Blocks of 14B in fp8. Two distinct ones are walked through over and over, as a deep model would: so the
-resident way needs the memory of two. The file is in the kernel's cache, as it is after the first step.
+Blocks of 14B in fp8, in one process. Two distinct blocks are repeated to the depth of a deep model, so that
+the resident model needs the memory of two. The file is in the page cache, as it is after the first step.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 from torch import nn
 
-from scripts.bench.markdown import stamp, table
+from scripts.bench.markdown import describe_machine, table
 from scripts.make_random_checkpoint import MODELS, write_checkpoint
 from wancli.models.config import WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Blocks
 from wancli.weights.checkpoint import Checkpoint, identify
-from wancli.weights.loader import load_transformer, transformer_weights
-from wancli.weights.offload import Streamed, matrix_names, placed
+from wancli.weights.loader import load_transformer, read_transformer_weights
+from wancli.weights.offload import OffloadedBlocks, matrix_names, place_weights
 
 DISTINCT = 2
 PROMPT = 60  # tokens
@@ -42,8 +42,10 @@ COLUMNS = ("forwards of one pass", "resident s/block", "streamed s/block", "over
 
 @dataclass(frozen=True)
 class Case:
-    """Forwards on one pass over `depth` blocks. The first block of a pass is waited for, so that a pass over
-    few blocks shows more than 40 of them would."""
+    """Forwards batched on one pass over `depth` blocks.
+
+    A pass waits for its first block, so a pass over few blocks has more overhead than one over 40.
+    """
 
     forwards: int
     grid: tuple[int, int, int]  # of the latent
@@ -62,7 +64,7 @@ TINY_CASES = (Case(1, (1, 8, 8), depth=3, rounds=1), Case(2, (2, 8, 8), depth=5,
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds per block of each run."""
+    """Seconds per block of each run, resident and streamed."""
 
     what: str
     resident: Sequence[float]
@@ -81,10 +83,10 @@ class Overhead:
         return [self.what, *medians, f"{self.median:+.1%}", f"{self.best:+.1%}"]
 
 
-def both(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanModel]:
-    """Resident and streamed, `depth` blocks each, which share all that is not in the blocks."""
-    checkpoint = _checkpoint(folder, config)
-    resident = load_transformer(checkpoint, torch.float32, "cpu")
+def build_models(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanModel]:
+    """Build a resident and a streamed model of `depth` blocks, which share all layers outside the blocks."""
+    checkpoint = _make_checkpoint(folder, config)
+    resident = load_transformer(checkpoint)
     streamed = WanModel.__new__(WanModel)
     nn.Module.__init__(streamed)
     streamed.config = resident.config
@@ -92,18 +94,18 @@ def both(folder: Path, config: WanConfig, depth: int) -> tuple[WanModel, WanMode
         streamed.add_module(name, child)
     blocks = list(resident.blocks)
     with torch.device("meta"):
-        bare = WanModel(replace(config, num_layers=depth)).blocks
-    _small_ones(bare, blocks)
-    found = transformer_weights(checkpoint)
-    names = matrix_names(bare, "blocks")
-    source = {name: found[_distinct(name)] for name in names}
-    streamed.blocks = Streamed(bare, "blocks", placed(source, "streamed", "cpu"), "cpu")
+        meta_blocks = WanModel(replace(config, num_layers=depth)).blocks
+    _load_small_weights(meta_blocks, blocks)
+    weights = read_transformer_weights(checkpoint)
+    names = matrix_names(meta_blocks, "blocks")
+    source = {name: weights[_distinct_name(name)] for name in names}
+    streamed.blocks = OffloadedBlocks(meta_blocks, "blocks", place_weights(source, "streamed", "cpu"), "cpu")
     resident.blocks = Blocks(blocks[i % DISTINCT] for i in range(depth))
     return resident, streamed.eval()
 
 
-def _checkpoint(folder: Path, config: WanConfig) -> Checkpoint:
-    """That of two blocks, made if it is not there."""
+def _make_checkpoint(folder: Path, config: WanConfig) -> Checkpoint:
+    """Return the checkpoint of two blocks; make it if it does not exist."""
     if not folder.exists():
         write_checkpoint(
             folder, replace(config, num_layers=DISTINCT), dtype="fp8", text_encoder="tiny", vae="tiny"
@@ -111,15 +113,15 @@ def _checkpoint(folder: Path, config: WanConfig) -> Checkpoint:
     return identify(folder)
 
 
-def _distinct(name: str) -> str:
-    """The name in the checkpoint of a matrix of the deep model."""
+def _distinct_name(name: str) -> str:
+    """Return the name in the checkpoint of a matrix of the deep model."""
     _, index, part = name.split(".", 2)
     return f"blocks.{int(index) % DISTINCT}.{part}"
 
 
-def _small_ones(bare: nn.ModuleList, blocks: Sequence[nn.Module]) -> None:
-    """Gives blocks on the meta device all but their matrices."""
-    for i, block in enumerate(bare):
+def _load_small_weights(meta_blocks: nn.ModuleList, blocks: Sequence[nn.Module]) -> None:
+    """Load everything except the matrices into blocks on the meta device."""
+    for i, block in enumerate(meta_blocks):
         state = blocks[i % DISTINCT].state_dict()
         small = {name: tensor for name, tensor in state.items() if tensor.dim() != 2}
         block.load_state_dict(small, strict=False, assign=True)
@@ -127,39 +129,41 @@ def _small_ones(bare: nn.ModuleList, blocks: Sequence[nn.Module]) -> None:
 
 @torch.inference_mode()
 def measure(models: tuple[WanModel, WanModel], case: Case) -> Overhead:
-    """Text keys and values are made in the warm-up."""
+    """Time both models. The warm-up computes text keys and values."""
     torch.manual_seed(0)
     config = models[0].config
     context = models[0].project(torch.randn(PROMPT, config.text_dim))
     x_BCTYX = torch.randn(1, config.in_dim, *case.grid)
     requests = [Request(x_BCTYX, 500.0, [((context, 1.0),)] * case.depth) for _ in range(case.forwards)]
-    ways = [_way(model, requests) for model in models]
-    if not torch.equal(*(way()[0] for way in ways)):
+    runs = [_run_of(model, requests) for model in models]
+    if not torch.equal(*(run()[0] for run in runs)):
         raise AssertionError("resident and streamed blocks differ")
     seconds: list[list[float]] = [[], []]
     for _ in range(case.rounds):
-        for way, log in zip(ways, seconds, strict=True):
+        for run, log in zip(runs, seconds, strict=True):
             start = time.perf_counter()
-            way()
+            run()
             log.append((time.perf_counter() - start) / case.depth)
     return Overhead(case.what, *seconds)
 
 
-def _way(model: WanModel, requests: Sequence[Request]) -> Callable[[], list[torch.Tensor]]:
-    return lambda: model.velocities(requests)
+def _run_of(model: WanModel, requests: Sequence[Request]) -> Callable[[], list[torch.Tensor]]:
+    return lambda: model.predict_velocities(requests)
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="What streaming costs.")
+    parser = argparse.ArgumentParser(description="Measure the overhead of streaming.")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: does it run?")
-    parser.add_argument("--dir", type=Path, help="where the checkpoint is, or is kept when made")
-    said = parser.parse_args(argv)
-    config, cases = (TINY, TINY_CASES) if said.tiny else (MODELS["14B"], CASES)
+    parser.add_argument("--dir", type=Path, help="folder of the checkpoint; made if missing")
+    args = parser.parse_args(argv)
+    config, cases = (TINY, TINY_CASES) if args.tiny else (MODELS["14B"], CASES)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = said.dir or Path(temporary) / "model"
-        rows = [measure(both(folder, config, case.depth), case) for case in cases]
+        folder = args.dir or Path(temporary) / "model"
+        rows = [measure(build_models(folder, config, case.depth), case) for case in cases]
     print(table(COLUMNS, [row.cells() for row in rows]))
-    print(f"{stamp()}; " + ", ".join(f"{case.rounds} runs of {case.depth} blocks" for case in cases))
+    print(
+        f"{describe_machine()}; " + ", ".join(f"{case.rounds} runs of {case.depth} blocks" for case in cases)
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _through(
 
 def _attend(block: Block, x_BLD: Tensor, rows_BND: Tensor, bias_BN: Tensor) -> Tensor:
     attn = block.cross_attn
-    q_BHLK = attn.heads(attn.norm_q(attn.q(x_BLD)))
-    k_BHNK, v_BHNK = attn.heads(attn.norm_k(attn.k(rows_BND))), attn.heads(attn.v(rows_BND))
+    q_BHLK = attn.split_heads(attn.norm_q(attn.q(x_BLD)))
+    k_BHNK, v_BHNK = attn.split_heads(attn.norm_k(attn.k(rows_BND))), attn.split_heads(attn.v(rows_BND))
     bias_B11N = bias_BN[:, None, None].to(q_BHLK.dtype)
-    return attn.out(F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_B11N))
+    return attn.merge_heads(F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_B11N))

@@ -19,7 +19,7 @@ from wancli.cli import run
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.storage import atomic
-from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_config, vae_config
 from wancli.weights.loader import load_transformer, load_vae
 
 MOST_BYTES = 16 * 2**20
@@ -51,9 +51,9 @@ def pack(folder: Path, into: Path, recipe: Recipe) -> Path:
     for name, data in contents.items():
         atomic.replace(into / name, data)
     checkpoint = identify(into)
-    if checkpoint.transformer != config or vae_sizes(checkpoint) != recipe.vae():
+    if checkpoint.transformer_config != config or vae_config(checkpoint) != recipe.vae():
         raise CheckpointError(
-            f"read back as {checkpoint.transformer}, {vae_sizes(checkpoint)}", where=str(into)
+            f"read back as {checkpoint.transformer_config}, {vae_config(checkpoint)}", where=str(into)
         )
     prove(checkpoint)
     print(f"pack: {into} renders")
@@ -87,9 +87,9 @@ def halved(tensors: Tensors) -> bytes:
 
 def prove(checkpoint: Checkpoint) -> None:
     """Every part loads, and the command renders a clip with them."""
-    load_transformer(checkpoint, torch.float32, "cpu")
+    load_transformer(checkpoint)
     load_vae(checkpoint, "cpu")
-    text_encoder_sizes(checkpoint)
+    text_encoder_config(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "model": str(checkpoint.root.resolve()),

@@ -75,7 +75,7 @@ def vocabulary_size(spiece: Path) -> int:
 
 def build(config: T5Config, seed: int, device: torch.device) -> UMT5EncoderModel:
     """wancli's network with random weights, T5's own way, ready to train."""
-    model = t5.build(config)
+    model = t5.build_encoder(config)
     model.to_empty(device="cpu")
     inner = config.num_heads * config.d_kv
     spread = {"shared": 1.0, ".q.": (config.d_model * config.d_kv) ** -0.5, ".o.": inner**-0.5}
@@ -88,7 +88,7 @@ def build(config: T5Config, seed: int, device: torch.device) -> UMT5EncoderModel
             std = next((value for part, value in spread.items() if part in name), config.d_model**-0.5)
             nn.init.normal_(parameter, std=std, generator=generator)
     nn.Module.to(model, device)
-    t5.tie(model)
+    t5.tie_embedding(model)
     nn.Module.requires_grad_(model, True)
     return model
 

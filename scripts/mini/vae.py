@@ -23,7 +23,7 @@ from scripts.mini.recipe import Recipe
 from scripts.mini.training import Average, State, adamw, rate, rng_of, set_rate, torch_rng
 from scripts.mini.world import Grid, Scene, cover_all, draw_all, random_scene
 from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
-from wancli.models.vae_layers import ResidualBlock, Stream
+from wancli.models.vae_layers import CausalCache, ResidualBlock
 
 GRIDS: tuple[tuple[Grid, int], ...] = (
     ((9, 48, 48), 6),
@@ -65,13 +65,13 @@ def build(recipe: Recipe) -> WanVAE:
 
 def decode(vae: WanVAE, z_BCTYX: Tensor) -> Tensor:
     """Videos of normalised latents, not clamped; differentiable."""
-    return _over_clips(lambda z_CTYX: vae.frames_of(z_CTYX, Stream()), z_BCTYX)
+    return _over_clips(lambda z_CTYX: vae.decode_chunk(z_CTYX, CausalCache()), z_BCTYX)
 
 
 def encode(vae: WanVAE, video_BCTYX: Tensor) -> Tensor:
     """Normalised latents of videos; differentiable."""
     mean_C, std_C = (torch.tensor(v, device=video_BCTYX.device) for v in (LATENT_MEAN, LATENT_STD))
-    raw_BCTYX = _over_clips(lambda video_CTYX: vae.moments(video_CTYX, Stream())[0], video_BCTYX)
+    raw_BCTYX = _over_clips(lambda video_CTYX: vae.encode_chunk(video_CTYX, CausalCache())[0], video_BCTYX)
     return (raw_BCTYX - mean_C[:, None, None, None]) / std_C[:, None, None, None]
 
 

@@ -23,7 +23,7 @@ from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, MapModel, NoiseLevel, PromptPair
 from wancli.job.loader import load
 from wancli.models import variants
-from wancli.models.config import Kernels
+from wancli.models.config import ComputeOptions
 from wancli.plan import memory_estimate
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import ModelSpec, Shot
@@ -225,7 +225,7 @@ def test_the_limit_says_what_fits_and_a_way_is_taken_by_a_click(opened: WebDrive
     put(opened, "#set-limit", 64)
     assert "does not fit" not in one(opened, "#calculator").text
     one(opened, "#calculator summary").click()
-    ways = every(opened, "#calculator .ways button")
+    ways = every(opened, "#calculator .alternatives button")
     assert len(ways) == 3 * 6 + 2
     next(way for way in ways if way.get_attribute("title").startswith("bf16, streamed, 1,024")).click()
     chosen = [
@@ -240,6 +240,7 @@ def test_the_limit_says_what_fits_and_a_way_is_taken_by_a_click(opened: WebDrive
 def settings_of(shot: Shot) -> dict[str, Any]:
     model = shot.model
     return {
+        "device": model.device,
         "dtype": model.dtype,
         "residency": model.residency,
         "encoder": model.encoder.residency,
@@ -248,7 +249,7 @@ def settings_of(shot: Shot) -> dict[str, Any]:
         "height": shot.height,
         "frames": shot.frames,
         "tokens": [len(text.tokens.ids) for text in shot.prompts],
-        "riders": shot.forwards_per_step,
+        "forwards": shot.forwards_per_step,
         "decodeChunk": shot.decode_chunk,
         "loras": sum(path.stat().st_size for path in {use.path for use in shot.loras}),
     }
@@ -278,7 +279,7 @@ def grid(shot: Shot) -> list[Shot]:
             [*ways, ("fp8", "packed")], (None, 1024), sizes
         ):
             text = {"fp8": "fp32" if model.device == "cpu" else "bf16"}.get(dtype, dtype)
-            housed = replace(model, dtype=dtype, residency=residency, kernels=Kernels(chunk=chunk))
+            housed = replace(model, dtype=dtype, residency=residency, kernels=ComputeOptions(chunk=chunk))
             housed = replace(housed, encoder=replace(model.encoder, dtype=text, residency=residency))
             found.append(replace(shot, model=housed, width=width, height=height, frames=frames, shared=None))
     return found
@@ -294,8 +295,8 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
     assert len(every_way) == 2 * 10 * 10 * 2 * 3
     asked = [
         [
-            model_facts.calculator_constants(
-                vars(way.model.checkpoint.transformer),
+            model_facts.calculator_coefficients(
+                vars(way.model.checkpoint.transformer_config),
                 json.loads(json.dumps(memory_estimate.network_sizes(way.model))),
                 way.model.device,
             ),
@@ -304,11 +305,11 @@ def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Pa
         for way in every_way
     ]
     source = (page.ASSETS / "memory.js").read_text()
-    run = "JSON.parse(arguments[0]).map(([of, a]) => [processOf(of), tokensOf(of, a), phasesOf(of, a)])"
+    run = "JSON.parse(arguments[0]).map(([c, s]) => [processOf(c, s), tokensOf(c, s), phasesOf(c, s)])"
     found = opened.execute_script(f"{source}\nreturn {run}", json.dumps(asked))
     for way, (process, tokens, phases) in zip(every_way, found, strict=True):
         assert (process, tokens) == (memory_estimate.process_bytes(way.model), way.tokens)
-        for ours, theirs in zip(way.phases, phases, strict=True):
+        for ours, theirs in zip(memory_estimate.predict_phases(way), phases, strict=True):
             told = {key: theirs[key] for key in ("name", "model", "activation", "buffer", "total")}
             assert told == {**vars(ours), "total": ours.total}, settings_of(way)
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make gpu` runs these. Everything else about these parts is tested on the CPU."""
+"""Properties that only a GPU can show, run by `make gpu`. Everything else is tested on the CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wancli.errors import MachineError
 from wancli.models import t5
-from wancli.models.attention import OF_TORCH, attend, attention_backend
-from wancli.models.config import Attention, Kernels, VAEConfig, WanConfig
+from wancli.models.attention import TORCH_BACKENDS, attend, choose_backend
+from wancli.models.config import AttentionBackend, ComputeOptions, VAEConfig, WanConfig
 from wancli.models.dit import WanModel
 from wancli.models.vae import WanVAE
 from wancli.resources import memory_model
@@ -23,8 +23,8 @@ from wancli.sampling import denoise
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 from wancli.weights.formats.packed import Packed
-from wancli.weights.fp8_linear import CAPABILITY, multiply_in_fp8
-from wancli.weights.loader import load_transformer, load_umt5
+from wancli.weights.fp8_linear import CAPABILITY, replace_with_fp8
+from wancli.weights.loader import LoadOptions, load_transformer, load_umt5
 from wancli.weights.offload import matrix_names
 
 pytestmark = [
@@ -49,7 +49,7 @@ def velocity(model: WanModel, latent: tuple[int, ...] = (16, 3, 8, 12)) -> Tenso
         return model(x, 500.0, [((model.project(rows_NE), 1.0),)] * model.config.num_layers)
 
 
-def wide(kernels: Kernels = Kernels()) -> WanModel:
+def wide(kernels: ComputeOptions = ComputeOptions()) -> WanModel:
     """Random weights, the same each time, as half precision keeps them."""
     torch.manual_seed(0)
     model = WanModel(WIDE, kernels).eval()
@@ -63,7 +63,9 @@ def wide(kernels: Kernels = Kernels()) -> WanModel:
 
 
 def test_the_transformer_gives_the_velocity_of_the_cpu(tiny: Path):
-    there, here = (load_transformer(identify(tiny), torch.float32, device) for device in (DEVICE, "cpu"))
+    there, here = (
+        load_transformer(identify(tiny), LoadOptions(torch.float32, device)) for device in (DEVICE, "cpu")
+    )
     assert distance(velocity(there), velocity(here)) < 1e-4
 
 
@@ -72,8 +74,8 @@ def test_the_transformer_gives_the_velocity_of_the_cpu(tiny: Path):
 def test_fetched_weights_give_the_velocity_of_resident_ones_bit_for_bit(
     tiny: Path, residency: Residency, dtype: torch.dtype
 ):
-    resident = velocity(load_transformer(identify(tiny), dtype, DEVICE))
-    fetched = load_transformer(identify(tiny), dtype, DEVICE, residency=residency)
+    resident = velocity(load_transformer(identify(tiny), LoadOptions(dtype, DEVICE)))
+    fetched = load_transformer(identify(tiny), LoadOptions(dtype, DEVICE, residency=residency))
     for _ in range(5):  # blocks of one pass follow those of the last on the same buffers
         assert torch.equal(velocity(fetched), resident)
 
@@ -84,7 +86,7 @@ def test_the_text_encoder_gives_the_rows_of_the_cpu(tiny: Path):
     for device, residency in (("cpu", "resident"), (DEVICE, "resident"), (DEVICE, "streamed")):
         model = load_umt5(files, umt5_to_transformers, torch.float32, device, residency)
         with torch.inference_mode():
-            (rows_NE,) = t5.rows(model, [ids])
+            (rows_NE,) = t5.encode(model, [ids])
         found.append(rows_NE)
     here, resident, streamed = found
     assert distance(resident, here) < 1e-4
@@ -111,21 +113,23 @@ def test_noise_is_drawn_where_the_job_says():
 @pytest.mark.parametrize("chunk", [None, 1024])
 def test_a_forward_takes_the_memory_that_is_predicted(chunk: int | None):
     latent = (16, 5, 60, 104)  # 7,800 tokens
-    model = wide(Kernels(chunk=chunk)).to(DEVICE)
+    model = wide(ComputeOptions(chunk=chunk)).to(DEVICE)
     velocity(model, latent)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     velocity(model, latent)
-    predicted = memory_model.sample_phase(WIDE, latent, context_rows=10, element_bytes=2, chunk=chunk).total
+    predicted = (
+        memory_model.sample_coefficients(WIDE, element_bytes=2).phase(latent, text_rows=10, chunk=chunk).total
+    )
     assert 0.9 < torch.cuda.max_memory_allocated() / predicted < 1.1
 
 
-@pytest.mark.parametrize("asked", OF_TORCH)
+@pytest.mark.parametrize("asked", TORCH_BACKENDS)
 @torch.inference_mode()
-def test_every_backend_that_is_there_agrees_with_the_plain_one(asked: Attention):
+def test_every_available_backend_agrees_with_the_plain_one(asked: AttentionBackend):
     try:
-        attention_backend(DEVICE, torch.bfloat16, 128, asked=asked)
+        choose_backend(DEVICE, torch.bfloat16, 128, requested=asked)
     except MachineError:
         pytest.skip(f"torch has no {asked} attention here")
     q, k, v = torch.randn(3, 1, 4, 500, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -137,12 +141,12 @@ def test_products_in_fp8_are_near_those_in_bf16(chunk: int | None):
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
         pytest.skip("this card does not multiply in fp8")
     exact = wide().to(DEVICE)
-    found = wide(Kernels(chunk=chunk)).to(DEVICE)
+    found = wide(ComputeOptions(chunk=chunk)).to(DEVICE)
     source = {}
     for name in matrix_names(found.blocks, "blocks"):
         weight = found.get_parameter(name).data
         source[name] = Packed("plain", weight, tuple(weight.shape))
-    multiply_in_fp8(found.blocks, "blocks", source, DEVICE)
+    replace_with_fp8(found.blocks, "blocks", source, DEVICE)
     assert 1e-4 < distance(velocity(found), velocity(exact)) < 0.06
 
 

@@ -1,4 +1,4 @@
-"""--force: what lay there before does not count, what was made since does."""
+"""--force: files from before the render do not count, files made since do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wancli.models.dit import WanModel
 from wancli.storage import atomic
 
 
-def test_a_file_is_outdated_until_somebody_writes_it_even_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_file_is_outdated_until_it_is_written_even_with_the_same_bytes(tmp_path: Path) -> None:
     parts = {name: tmp_path / name for name in ("manifest", "state", "latents")}
     shot: Any = SimpleNamespace(index=7, **parts)
     parts["manifest"].write_bytes(b"as it was")
@@ -31,18 +31,18 @@ def test_a_file_is_outdated_until_somebody_writes_it_even_with_the_same_bytes(tm
     ]
 
 
-def test_a_retry_does_not_take_the_latent_of_an_earlier_run_for_its_own(
+def test_a_retry_does_not_mistake_the_latent_of_an_earlier_run_for_its_own(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert render(video=KEPT).code == 0
     calls = forwards(monkeypatch)
-    counted, full = WanModel.velocities, [errors.OutOfMemory("full")]
+    counted, full = WanModel.predict_velocities, [errors.OutOfMemory("full")]
 
     def velocities(self: WanModel, *arguments: Any) -> Any:
         if full:
             raise full.pop()
         return counted(self, *arguments)
 
-    monkeypatch.setattr(WanModel, "velocities", velocities)
+    monkeypatch.setattr(WanModel, "predict_velocities", velocities)
     assert render("--force", "--retries", "1", video=KEPT).code == 0
     assert (full, len(calls)) == ([], 4)

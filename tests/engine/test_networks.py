@@ -6,6 +6,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from wancli.engine.networks import ModelCache
 from wancli.job import loader as jobfile
 from wancli.job.cli_overrides import NO_OVERRIDES
 from wancli.models.dit import WanModel
-from wancli.plan import memory_policy, planner
+from wancli.plan import memory_estimate, memory_policy, planner
+from wancli.plan.shot import Shot
 from wancli.progress import Progress
 from wancli.resources import machine
 from wancli.storage.cache import Store
@@ -32,7 +34,7 @@ Render = Callable[..., list[str]]
 
 @pytest.fixture
 def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
-    """Renders the tiny job in a folder of its own, with or without networks that were kept."""
+    """Render the tiny job in a folder of its own, with or without cached networks."""
 
     def render(name: str, kept: ModelCache | None, **changes: Any) -> list[str]:
         job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
@@ -58,7 +60,7 @@ def video(tmp_path: Path, name: str) -> bytes:
     return (tmp_path / name / "out" / "clip.mp4").read_bytes()
 
 
-def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
+def test_a_second_render_loads_nothing_and_makes_the_same_bytes(
     rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = ModelCache()
@@ -74,7 +76,9 @@ def test_a_second_render_loads_nothing_and_makes_the_bytes_of_one_alone(
     assert loads == [0.0]
 
 
-def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path: Path, style: Path) -> None:
+def test_loras_are_applied_to_and_removed_from_cached_networks(
+    rendered: Render, tmp_path: Path, style: Path
+) -> None:
     kept = ModelCache()
     loras = [{"path": str(style), "strength": 3.0}]
     assert rendered("plain", None) == rendered("styled", None, loras=loras) == ["rendered"]
@@ -85,15 +89,13 @@ def test_loras_come_and_go_on_networks_that_were_kept(rendered: Render, tmp_path
     assert video(tmp_path, "plain") != video(tmp_path, "styled")
 
 
-def test_another_model_takes_the_place_of_the_one_that_was_kept(
-    rendered: Render, tmp_path: Path, tiny: Path
-) -> None:
+def test_another_model_replaces_the_cached_one(rendered: Render, tmp_path: Path, tiny: Path) -> None:
     kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
     planned = planner.build_plan(
         jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), tmp_path / "hashes.json"
     )
-    here = kept.get(planned.shots[0].model, lazily=True)
+    here = kept.get(planned.shots[0].model, lazy=True)
     network = weakref.ref(here.transformer("only"))
     del here
     assert rendered("other", kept, model=str(tiny)) == ["rendered"]
@@ -104,7 +106,7 @@ def test_another_model_takes_the_place_of_the_one_that_was_kept(
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them(
+def test_cached_networks_are_released_if_the_text_encoder_does_not_fit_beside_them(
     rendered: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
 ) -> None:
     kept = ModelCache()
@@ -120,23 +122,25 @@ def test_kept_networks_make_room_where_the_text_encoder_does_not_fit_beside_them
     assert "clip.mp4" in files_in(tmp_path / "third")
 
 
-def test_what_is_kept_does_not_count_as_taken_by_others(
+def test_memory_of_cached_networks_does_not_count_as_taken_by_others(
     rendered: Render, tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is what is free and what the process has: a model is never refused for being loaded."""
     assert rendered("first", ModelCache()) == ["rendered"]
-    planned = planner.build_plan(
-        jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES), warm / "hashes.json"
-    )
-    shot = planned.shots[0]
     monkeypatch.setattr(machine, "available_memory", lambda: 0)
-    monkeypatch.setattr(machine, "process_memory", lambda: shot.peak)
-    memory_policy.require(shot)
-    encoded, _, decode = shot.phases
-    together = memory_policy.memory_estimate.process_bytes(shot.model) + encoded.total + decode.model
+
+    def planned(process_memory: int) -> Shot:
+        monkeypatch.setattr(machine, "process_memory", lambda: process_memory)
+        job = jobfile.load(tmp_path / "first" / "job.yaml", NO_OVERRIDES)
+        return planner.build_plan(job, warm / "hashes.json").shots[0]
+
+    shot = planned(2**40)
+    encoded, _, decode = phases = memory_estimate.predict_phases(shot)
+    memory_policy.require(planned(memory_estimate.peak_of(shot.model, phases)))
+    together = memory_estimate.process_bytes(shot.model) + encoded.total + decode.model
     for limit, expected in ((together, True), (together - 1, False)):
-        monkeypatch.setattr(machine, "process_memory", lambda limit=limit: limit)
-        assert memory_policy.encoder_fits_alongside(shot) == expected
+        limited = replace(shot, model=replace(shot.model, memory_limit=limit))
+        assert memory_policy.encoder_fits_alongside(limited) == expected
 
 
 def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(
@@ -149,7 +153,7 @@ def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process
     assert -1000 < manifest_of(tmp_path)["first_step_after"] < -900
 
 
-def test_networks_that_are_forgotten_are_loaded_anew(rendered: Render, tmp_path: Path) -> None:
+def test_networks_are_loaded_again_after_the_cache_is_cleared(rendered: Render, tmp_path: Path) -> None:
     kept = ModelCache()
     assert rendered("first", kept) == ["rendered"]
     kept.clear()

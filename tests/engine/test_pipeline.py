@@ -1,4 +1,4 @@
-"""The whole way from job to verified MP4: once is enough, nothing is overwritten, no work is lost."""
+"""From a job to a verified MP4: once is enough, nothing is overwritten, no work is lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_finished_job_is_not_rendered_again(
 ) -> None:
     first = render()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (loader, "load_vae"))
+    poison(monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (loader, "load_vae"))
     second = render("--json")
     assert (first.code, second.code) == (0, 0)
     assert first.out == f"{tmp_path}/out/clip.mp4\n"
@@ -54,7 +54,7 @@ def test_a_finished_job_is_not_rendered_again(
     assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
 
 
-def test_only_what_is_not_done_yet_is_rendered(
+def test_only_unfinished_shots_are_rendered(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
@@ -97,7 +97,7 @@ def test_the_same_job_gives_the_same_bytes(render: Callable[..., Said], tmp_path
 # ---- what is there already ----
 
 
-def test_a_file_that_is_in_the_way_is_never_touched(
+def test_a_file_that_already_exists_is_never_touched(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
@@ -107,8 +107,8 @@ def test_a_file_that_is_in_the_way_is_never_touched(
     said = render(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}])
     assert said.code == 2
     assert said.err.splitlines() == [
-        f"wancli: {tmp_path}/out/a.mp4: in the way: no manifest",
-        f"wancli: {tmp_path}/out/b.mp4: in the way: no manifest",
+        f"wancli: {tmp_path}/out/a.mp4: already exists and was not made by this job: no manifest",
+        f"wancli: {tmp_path}/out/b.mp4: already exists and was not made by this job: no manifest",
         "  --force moves it aside; or change `output`.",
     ]
     assert said.out == ""
@@ -116,14 +116,14 @@ def test_a_file_that_is_in_the_way_is_never_touched(
     assert (tmp_path / "out" / "a.mp4").read_bytes() == b"holiday"
 
 
-def test_a_video_of_another_seed_is_in_the_way_and_force_moves_it_aside(
+def test_a_video_of_another_seed_blocks_the_shot_and_force_moves_it_aside(
     render: Callable[..., Said], tmp_path: Path
 ) -> None:
     assert render().code == 0
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
     said = render(seed=1)
     assert said.code == 2
-    assert "out/clip.mp4: in the way: made with seed 0, not 1" in said.err
+    assert "out/clip.mp4: already exists and was not made by this job: made with seed 0, not 1" in said.err
     assert render("--force", seed=1).code == 0
     second = (tmp_path / "out" / "clip.mp4").read_bytes()
     assert render("--force", seed=1).code == 0
@@ -133,7 +133,7 @@ def test_a_video_of_another_seed_is_in_the_way_and_force_moves_it_aside(
     assert manifest_of(tmp_path)["shot"]["seed"] == 1
 
 
-def test_a_file_in_the_way_of_one_shot_fails_that_shot_alone(
+def test_a_file_that_blocks_one_shot_fails_that_shot_alone(
     render: Callable[..., Said], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -150,7 +150,7 @@ def test_a_file_in_the_way_of_one_shot_fails_that_shot_alone(
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with its latent", "without"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "seal"])
-def test_an_output_of_this_very_job_that_no_longer_verifies_moves_aside_and_is_made_anew(
+def test_an_output_of_this_very_job_that_no_longer_verifies_is_moved_aside_and_rendered_again(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, kept: bool
 ) -> None:
     said = {"video": {"keep_latents": kept}}
@@ -175,7 +175,7 @@ def test_an_output_of_this_very_job_that_no_longer_verifies_moves_aside_and_is_m
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "another manifest", "garbage for one"])
-def test_what_is_not_proven_to_be_of_this_job_stays_where_it_is(
+def test_a_file_not_proven_to_be_of_this_job_stays_where_it_is(
     render: Callable[..., Said], tmp_path: Path, kind: str
 ) -> None:
     assert render().code == 0
@@ -209,7 +209,7 @@ def test_what_is_not_proven_to_be_of_this_job_stays_where_it_is(
     ["echo boom >&2; exit 7", "exec cat > /dev/null"],
     ids=["dies", "writes nothing"],
 )
-def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
+def test_when_ffmpeg_fails_the_latent_is_saved_and_the_next_run_only_decodes(
     render: Callable[..., Said],
     tmp_path: Path,
     fake_ffmpeg: Callable[[str], None],
@@ -225,13 +225,15 @@ def test_when_ffmpeg_fails_the_latent_is_there_and_the_next_run_only_decodes(
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(monkeypatch, (WanModel, "velocities"), (loader, "load_transformer"), (encoder, "load_encoder"))
+    poison(
+        monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (encoder, "load_encoder")
+    )
     assert render(inject=[rule(blocks="late")]).code == 0
     assert files_in(tmp_path) == ["clip.manifest.json", "clip.mp4", "job.report.json"]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_block"] == {"3": 2}
 
 
-def test_decode_finishes_what_a_render_left(
+def test_decode_finishes_a_latent_that_a_render_left(
     render: Callable[..., Said],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -264,17 +266,17 @@ def test_decode_finishes_what_a_render_left(
     assert (tmp_path / "out" / "clip.old-1.mp4").exists()
 
 
-def test_latents_are_kept_when_asked_for_and_only_then(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_latents_are_kept_only_if_the_job_says_so(render: Callable[..., Said], tmp_path: Path) -> None:
     assert render(output="out/{id}.mp4", items=[{"id": "kept", "video": KEPT}, {"id": "plain"}]).code == 0
     assert [name for name in files_in(tmp_path) if "latents" in name] == ["kept.latents.safetensors"]
 
 
-def test_a_kept_latent_is_encoded_anew_when_only_the_video_changes(
+def test_a_kept_latent_is_decoded_again_when_only_the_video_changes(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert render(video=KEPT).code == 0
     small = KEPT | {"crf": 51}
-    assert render(video=small).code == 2  # the other video is in the way
+    assert render(video=small).code == 2  # the other video already exists
     before = (tmp_path / "out" / "clip.mp4").stat().st_size
     (tmp_path / "out" / "clip.mp4").unlink()
     poison(monkeypatch)
@@ -324,7 +326,7 @@ def test_a_damaged_latent_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ([] if place == "missing" else ["x.latents.safetensors"])
 
 
-def test_a_damaged_latent_of_a_render_is_sampled_anew(
+def test_a_shot_with_a_damaged_latent_is_sampled_again(
     render: Callable[..., Said],
     tmp_path: Path,
     fake_ffmpeg: Callable[[str], None],
@@ -359,7 +361,7 @@ def test_a_latent_is_not_decoded_with_another_vae(
 def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every run may sync one file more than the last before the disk is full; each goes on where it was."""
+    """Every run may sync one file more than the last before the disk is full; the next resumes."""
     assert render(folder=tmp_path / "whole").code == 0
     real = os.fsync
     codes = []
@@ -386,7 +388,7 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
     assert is_done(tmp_path / "out" / "clip.mp4", manifest_of(tmp_path)["key"])
 
 
-def test_a_folder_that_cannot_be_is_found_out_before_anything_is_loaded(
+def test_an_unwritable_folder_is_reported_before_anything_is_loaded(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
@@ -396,7 +398,7 @@ def test_a_folder_that_cannot_be_is_found_out_before_anything_is_loaded(
     assert said.err.startswith(f"wancli: {tmp_path}/out/")
 
 
-def test_a_missing_ffmpeg_is_found_out_before_anything_is_loaded(
+def test_a_missing_ffmpeg_is_reported_before_anything_is_loaded(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
@@ -406,7 +408,7 @@ def test_a_missing_ffmpeg_is_found_out_before_anything_is_loaded(
     assert "/no/ffmpeg: no such ffmpeg, or it is not executable" in said.err
 
 
-def test_too_little_memory_is_found_out_before_anything_is_loaded(
+def test_too_little_memory_is_reported_before_anything_is_loaded(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
@@ -419,7 +421,7 @@ def test_too_little_memory_is_found_out_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("change", [{"memory": {"device": "cuda"}}, {"noise": "cuda"}])
-def test_cuda_where_there_is_none_is_an_error_of_the_machine(
+def test_cuda_without_a_device_is_a_machine_error(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     poison(monkeypatch)
@@ -429,7 +431,7 @@ def test_cuda_where_there_is_none_is_an_error_of_the_machine(
     assert said.err.startswith("wancli: torch can use no CUDA device here\n")
 
 
-def test_ctrl_c_keeps_what_is_done_and_leaves_no_debris(
+def test_ctrl_c_keeps_finished_shots_and_leaves_no_debris(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(call: int) -> None:
@@ -441,7 +443,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_debris(
     said = render(output="out/{id}.mp4", items=items)
     assert said.code == 130
     assert said.out == f"{tmp_path}/out/a.mp4\n"
-    assert said.err == "wancli: interrupted; finished shots are kept, run again to go on\n"
+    assert said.err == "wancli: interrupted; finished shots are kept, run again to continue\n"
     assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "job.report.json"]
     report = json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == ["rendered", "not started", "not started"]

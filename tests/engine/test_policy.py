@@ -1,4 +1,4 @@
-"""What follows from a shot that fails: the others go on, some errors are tried again, or the batch ends."""
+"""What follows from a failed shot: the batch continues, some errors are retried, or the batch ends."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def failing(
 # ---- the pure part ----
 
 
-def test_fail_fast_is_one_failure_and_does_not_go_with_another_number() -> None:
+def test_fail_fast_is_one_failure_and_excludes_another_number() -> None:
     assert policy_from_flags(True, None, 0) == FailurePolicy(1, 0)
     assert [policy_from_flags(False, 3, 2).should_stop(n) for n in (2, 3, 4)] == [False, True, True]
     assert not FailurePolicy().should_stop(10_000)
@@ -77,7 +77,7 @@ def test_fail_fast_is_one_failure_and_does_not_go_with_another_number() -> None:
         policy_from_flags(True, 3, 0)
 
 
-def test_only_errors_that_say_so_are_tried_again_and_not_for_ever() -> None:
+def test_only_retryable_errors_are_retried_and_not_for_ever() -> None:
     policy = FailurePolicy(retries=2)
     assert [policy.should_retry(errors.FfmpegError("x"), n) for n in (1, 2, 3)] == [True, True, False]
     assert not policy.should_retry(errors.NotFinite("x"), 1)
@@ -98,7 +98,7 @@ def test_the_exit_code_is_that_of_the_worst_failure() -> None:
     assert (exit_status([]), found) == (0, [1, 1, 5, 3, 4])
 
 
-def test_an_error_is_kept_without_what_its_frames_hold() -> None:
+def test_an_error_is_kept_without_the_tensors_of_its_frames() -> None:
     def deep() -> weakref.ref[Any]:
         tensor = torch.zeros(2, 3)
         held.append(weakref.ref(tensor))
@@ -120,7 +120,7 @@ def test_an_error_is_kept_without_what_its_frames_hold() -> None:
 
 
 @pytest.mark.parametrize("error", [errors.NoSpace("x"), errors.Stopped("x"), ZeroDivisionError()])
-def test_what_ends_the_batch_goes_through(error: Exception) -> None:
+def test_errors_that_end_the_batch_are_not_captured(error: Exception) -> None:
     with pytest.raises(type(error)), ErrorCapture():
         raise error
 
@@ -158,16 +158,16 @@ def hog(
 
 
 PHASES = {
-    "encode": (t5, "rows_of_each", 0),
+    "encode": (t5, "encode_batch", 0),
     "load": (loader, "load_transformer", 0),
-    "sample": (WanModel, "velocities", 1),
-    "decode": (VAE, "frames_of", 0),
+    "sample": (WanModel, "predict_velocities", 1),
+    "decode": (VAE, "decode_chunk", 0),
 }
 
 
 @pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_shot_that_runs_out_of_memory_says_where_lets_go_of_it_and_the_next_goes_on(
+def test_a_shot_that_runs_out_of_memory_says_where_frees_it_and_the_next_continues(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, kind: type[Exception]
 ) -> None:
     found = hog(monkeypatch, *PHASES[phase], kind=kind)
@@ -188,16 +188,16 @@ def test_a_shot_that_runs_out_of_memory_says_where_lets_go_of_it_and_the_next_go
     assert render(output="out/{id}.mp4", items=items).code == 0
 
 
-def test_what_was_sampled_before_memory_ran_out_is_on_disk_and_a_retry_goes_on_from_there(
+def test_steps_before_memory_ran_out_are_on_disk_and_a_retry_resumes_from_them(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: dict[str, Any] = {"sampler": {"steps": 4}, "video": KEPT}
     assert render(folder=tmp_path / "whole", **said).code == 0
     with pytest.MonkeyPatch.context() as patched:
-        hog(patched, WanModel, "velocities", 2)
+        hog(patched, WanModel, "predict_velocities", 2)
         assert render(**said).code == 5
     assert files_in(tmp_path) == ["clip.state.safetensors", "job.report.json"]
-    found = hog(monkeypatch, WanModel, "velocities", 1)
+    found = hog(monkeypatch, WanModel, "predict_velocities", 1)
     assert render("--retries", "1", **said).code == 0
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
     assert files_in(tmp_path) == files_in(tmp_path / "whole")
@@ -205,17 +205,17 @@ def test_what_was_sampled_before_memory_ran_out_is_on_disk_and_a_retry_goes_on_f
 
 
 @pytest.mark.parametrize("chunk", [2, 3])
-def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_chunks_and_the_manifest_says_so(
+def test_a_decode_that_runs_out_of_memory_continues_in_smaller_chunks_and_the_manifest_says_so(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, capsys: Any
 ) -> None:
-    real = VAE.frames_of
+    real = VAE.decode_chunk
 
     def hungry(self: VAE, z_CTYX: torch.Tensor, stream: Any) -> torch.Tensor:
         if z_CTYX.shape[1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, z_CTYX, stream)
 
-    monkeypatch.setattr(VAE, "frames_of", hungry)
+    monkeypatch.setattr(VAE, "decode_chunk", hungry)
     job = written(tmp_path, tiny_job(frames=9, memory={"decode_chunk": chunk}))
     said = command(capsys, "render", job, "--progress", "plain")
     assert said.code == 0
@@ -227,7 +227,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_chunks_and_the_mani
     assert command(capsys, "render", job, "-q").code == 0
 
 
-def test_each_way_to_decode_takes_less_than_the_one_before() -> None:
+def test_each_decode_fallback_takes_less_memory_than_the_one_before() -> None:
     assert decode_attempts("cpu", 4) == [("cpu", 4), ("cpu", 1)]
     assert decode_attempts("cpu", 1) == [("cpu", 1)]
     assert decode_attempts("cuda", 4) == [("cuda", 4), ("cuda", 1), ("cpu", 1)]
@@ -237,10 +237,10 @@ def test_each_way_to_decode_takes_less_than_the_one_before() -> None:
 # ---- one bad shot ----
 
 
-def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
+def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_use_it(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = t5.rows_of_each
+    real = t5.encode_batch
     bad = Tokenizer(SPIECE).to_ids("a bad one")
 
     def rows(model: Any, prompts: Any) -> list[torch.Tensor]:
@@ -249,7 +249,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
             for ids, rows_NE in zip(prompts, real(model, prompts))
         ]
 
-    monkeypatch.setattr(t5, "rows_of_each", rows)
+    monkeypatch.setattr(t5, "encode_batch", rows)
     items = [
         {"id": "a"},
         {"id": "b", "prompt": "a bad one"},
@@ -262,7 +262,7 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_name_it(
     assert said.err.count("UMT5 gives NaN or Inf for 'a bad one'") == 2
 
 
-def test_a_shot_that_fails_in_a_group_is_told_before_the_others_are_sampled(
+def test_a_shot_that_fails_in_a_batch_is_reported_before_the_others_are_sampled(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_sick(monkeypatch)
@@ -285,7 +285,7 @@ def test_a_shot_that_fails_in_a_group_is_told_before_the_others_are_sampled(
         (("--max-failures", "2"), ["failed", "failed", "not started"]),
     ],
 )
-def test_a_batch_goes_on_or_ends_as_it_was_told(
+def test_a_batch_continues_or_ends_as_its_policy_says(
     render: Render,
     tmp_path: Path,
     flags: tuple[str, ...],
@@ -315,7 +315,7 @@ def test_a_retry_decodes_the_latent_that_is_on_disk_also_with_force(
     ]
 
 
-def test_a_full_disk_leaves_the_states_of_those_that_were_on_their_way(
+def test_a_full_disk_leaves_the_states_of_shots_in_progress(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"id": "a"}, {"id": "b", "inject": [rule(blocks="2-3", steps="2-3")]}]
@@ -329,18 +329,18 @@ def test_a_full_disk_leaves_the_states_of_those_that_were_on_their_way(
     assert len(calls) == 2 * 2
 
 
-def test_shots_of_a_group_are_tried_again_alone(
+def test_shots_of_a_batch_are_retried_alone(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, groups = WanModel.velocities, []
+    real, groups = WanModel.predict_velocities, []
 
-    def at_most_two(self: WanModel, requests: Any, riders: Any = None) -> Any:
+    def at_most_two(self: WanModel, requests: Any, forwards_per_pass: Any = None) -> Any:
         groups.append(len(requests))
         if len(requests) > 2:  # the two branches of one shot
             raise MemoryError
-        return real(self, requests, riders)
+        return real(self, requests, forwards_per_pass)
 
-    monkeypatch.setattr(WanModel, "velocities", at_most_two)
+    monkeypatch.setattr(WanModel, "predict_velocities", at_most_two)
     items = [{"id": "a"}, {"id": "b", "seed": 1}]
     said = {"output": "out/{id}.mp4", "items": items, "batch": 2, "memory": {"residency": "streamed"}}
     assert render(**said).code == 5
@@ -348,30 +348,30 @@ def test_shots_of_a_group_are_tried_again_alone(
     assert groups == [4, 4, *[2] * 4]
 
 
-def test_the_state_of_a_shot_that_met_nan_goes_for_it_would_lead_there_again(
+def test_the_state_of_a_shot_that_met_nan_is_removed_for_it_would_lead_there_again(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, state = WanModel.velocities, tmp_path / "out/clip.state.safetensors"
+    real, state = WanModel.predict_velocities, tmp_path / "out/clip.state.safetensors"
     there: list[bool] = []
 
-    def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
+    def sick(self: WanModel, requests: Any, forwards_per_pass: Any = None) -> Any:
         there.append(state.exists())
-        return [v * (float("nan") if there[-1] else 1) for v in real(self, requests, riders)]
+        return [v * (float("nan") if there[-1] else 1) for v in real(self, requests, forwards_per_pass)]
 
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    monkeypatch.setattr(WanModel, "predict_velocities", sick)
     assert render(save_every=1, sampler={"steps": 4}).code == 1
     assert there[-1]
     assert not state.exists()
 
 
-def test_what_no_retry_can_mend_is_not_tried_again(
+def test_errors_that_no_retry_can_mend_are_not_retried(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, mp4, "write_mp4", {0: errors.NotFinite("NaN")})
     assert render("--retries", "5").code == 1
 
 
-def test_a_latent_of_an_earlier_run_brings_none_of_its_time_and_hits_into_the_report(
+def test_the_report_counts_no_time_and_hits_of_a_latent_of_an_earlier_run(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = "never asked for before this test"
@@ -403,7 +403,7 @@ def test_the_summary_of_a_render_that_only_decoded_says_nothing_of_a_first_step(
     assert (said.code, "first step" in said.err) == (0, False)
 
 
-def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
+def test_failures_end_in_a_table_and_the_command_that_retries_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "my jobs"
@@ -418,7 +418,7 @@ def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
     assert [line.split()[:2] for line in (first, second, third)] == [[n, "machine.ffmpeg"] for n in "124"]
     assert all(len(line) <= 80 and line.endswith("…") for line in (first, second, third))
     assert again == (
-        f"again: wancli render '{folder}/job.yaml' --set 'negative=a b' --save-every 5 --progress plain"
+        f"try again: wancli render '{folder}/job.yaml' --set 'negative=a b' --save-every 5 --progress plain"
         " --items 1-2,4"
     )
     report = json.loads((folder / "out" / "job.report.json").read_text())
@@ -427,17 +427,17 @@ def test_failures_end_in_a_table_and_the_command_that_tries_them_again(
     assert command(capsys, *words).code == 0
 
 
-def test_a_force_that_ended_early_comes_with_the_command_for_all_that_it_has_not_made(
+def test_a_force_that_ended_early_comes_with_the_command_for_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
     failing(monkeypatch, mp4, "write_mp4", {1: errors.FfmpegError("died")})
     said = command(capsys, "render", job, "--force", "--fail-fast")
     assert said.code == 3
-    assert said.err.splitlines()[-1] == f"again: wancli render {job} --fail-fast --force --items 1-2"
+    assert said.err.splitlines()[-1] == f"try again: wancli render {job} --fail-fast --force --items 1-2"
 
 
-def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
+def test_an_output_that_already_exists_is_not_retried_but_comes_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -448,8 +448,8 @@ def test_an_output_in_the_way_is_not_tried_again_but_comes_with_its_way_out(
     said = command(capsys, "render", job, "--progress", "plain")
     assert said.code == 3
     *_, again, taken = said.err.splitlines()
-    assert again == f"again: wancli render {job} --progress plain --items 1"
-    assert taken.startswith("in the way: name another `output`, or move what is there aside: ")
+    assert again == f"try again: wancli render {job} --progress plain --items 1"
+    assert taken.startswith("already exists: choose another `output`, or move the existing files aside: ")
     way_out = taken.rpartition(": wancli ")[2].split()
     assert way_out == ["render", str(job), "--progress", "plain", "--items", "0", "--force"]
     assert command(capsys, *way_out).code == 0
@@ -470,7 +470,7 @@ def test_two_jobs_in_one_folder_have_a_report_each(
     assert len(json.loads((tmp_path / "out" / one).read_text())["shots"]) == 1
 
 
-def test_eio_is_an_error_of_the_disk_and_worth_another_try() -> None:
+def test_eio_is_a_disk_error_and_worth_a_retry() -> None:
     error = atomic.translate(OSError(5, "Input/output error"), Path("/x"))
     assert isinstance(error, errors.DiskError)
     assert (error.retryable, error.status) == (True, 3)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.bench.precision import FP32, MODES, TINY, Mode, distance, two_blocks, whole_model
+from scripts.bench.precision import FP32, MODES, TINY, Mode, relative_error, two_blocks, whole_model
 from scripts.bench.quantize import K_TYPES, to_blocks
 from wancli import wan_mini
 from wancli.models.config import WanConfig
@@ -45,7 +45,7 @@ RANDOM = {"fp16": 0.035, "bf16": 0.33, "fp8 e4m3, plain": 2.9}
 
 
 def percent(velocity: Velocity, mode: str) -> float:
-    return 100 * distance(velocity(MODES[mode]), velocity(FP32))
+    return 100 * relative_error(velocity(MODES[mode]), velocity(FP32))
 
 
 @pytest.fixture(scope="module")

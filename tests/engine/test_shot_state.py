@@ -1,4 +1,4 @@
-"""Shots that are stopped or killed on their way: nothing that was saved is sampled again."""
+"""Shots that are stopped or killed in progress: no saved step is taken again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stopped(render: Render, forward: int, number: signal.Signals = signal.SIGTER
 
 
 @pytest.mark.parametrize(("solver", "steps"), [("unipc", 20), ("dpm++", 20), ("euler", 20), ("distill4", 4)])
-def test_a_run_that_is_stopped_in_every_one_of_its_steps_has_the_latent_of_one_that_is_not(
+def test_a_run_stopped_in_every_step_ends_with_the_latent_of_an_unstopped_run(
     render: Render, tmp_path: Path, solver: str, steps: int
 ) -> None:
     said = {"sampler": {"steps": steps, "solver": solver}, "video": KEPT, "inject": [rule(blocks="late")]}
@@ -73,7 +73,7 @@ def test_a_run_that_is_stopped_in_every_one_of_its_steps_has_the_latent_of_one_t
         if step < steps - 1:
             assert ended.code == 75, ended.err
             assert files_in(tmp_path) == ["clip.state.safetensors", "job.report.json"]
-            assert "stopped by SIGTERM; 1 shot is saved on the way, 0 not begun" in ended.err
+            assert "stopped by SIGTERM; 1 shot is saved in progress, 0 not started" in ended.err
     assert ended.code == 75  # sampled, and not decoded
     assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     with pytest.MonkeyPatch.context() as patched:
@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_in_every_one_of_its_steps_has_the_latent_of_one_t
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
-def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
+def test_a_stopped_batch_says_what_is_saved_and_how_to_resume(
     render: Render, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     items = [{"id": name, "seed": ord(name)} for name in "abc"]
@@ -98,8 +98,8 @@ def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
     said = stopped(rendered, 4, number)("--json")
     assert said.code == code
     assert said.err.splitlines() == [
-        f"wancli: stopped by {number.name}; 1 shot is saved on the way, 1 not begun",
-        f"  go on: wancli render {tmp_path}/job.yaml -q --json",
+        f"wancli: stopped by {number.name}; 1 shot is saved in progress, 1 not started",
+        f"  resume: wancli render {tmp_path}/job.yaml -q --json",
     ]
     expected = ["rendered", "stopped", "not started"]
     assert [shot["status"] for shot in json.loads(said.out)["shots"]] == expected
@@ -114,7 +114,7 @@ def test_a_batch_that_is_stopped_says_what_is_saved_and_how_to_go_on(
         assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / "whole", name))
 
 
-def test_a_group_that_goes_in_lock_step_is_saved_whole_and_late_comers_catch_up(
+def test_a_stopped_batch_is_saved_whole_and_shots_that_are_behind_catch_up(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"id": name, "seed": ord(name)} for name in "abcd"]
@@ -131,7 +131,7 @@ def test_a_group_that_goes_in_lock_step_is_saved_whole_and_late_comers_catch_up(
         assert torch.equal(latents_of(tmp_path, name), latents_of(tmp_path / "whole", name))
 
 
-def test_the_last_signal_comes_too_late_and_all_is_done(render: Render, tmp_path: Path) -> None:
+def test_a_stop_request_after_the_last_step_leaves_nothing_undone(render: Render, tmp_path: Path) -> None:
     real = mp4.write_mp4
 
     def write(*arguments: Any, **options: Any) -> None:
@@ -146,7 +146,7 @@ def test_the_last_signal_comes_too_late_and_all_is_done(render: Render, tmp_path
 # ---- a stop elsewhere ----
 
 
-def test_a_stop_while_decoding_leaves_the_latent_and_no_part_of_a_video(
+def test_a_stop_while_decoding_leaves_the_latent_and_no_partial_video(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = mp4.to_rgb24
@@ -165,7 +165,7 @@ def test_a_stop_while_decoding_leaves_the_latent_and_no_part_of_a_video(
     assert render(frames=9).code == 0
 
 
-def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
+def test_a_stop_while_encoding_keeps_the_encoded_prompts(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [f"A prompt that nobody has asked for, number {n} of the stopped." for n in range(3)]
@@ -181,10 +181,10 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
     items = [{"id": f"{n}", "prompt": prompt} for n, prompt in enumerate(prompts)]
     rendered = partial(render, output="out/{id}.mp4", items=items)
     with pytest.MonkeyPatch.context() as patched:
-        poison(patched, (WanModel, "velocities"))
+        poison(patched, (WanModel, "predict_velocities"))
         said = rendered()
     assert said.code == 75
-    assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved on the way, 3 not begun\n")
+    assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved in progress, 3 not started\n")
     assert len({*kept} & {*prompts}) == 2
     assert rendered().code == 0
     assert sorted(kept) == prompts
@@ -193,7 +193,7 @@ def test_a_stop_while_encoding_keeps_the_prompts_that_are_done(
 # ---- killed ----
 
 
-def test_a_run_that_is_killed_repeats_at_most_the_steps_since_it_was_saved(
+def test_a_killed_run_repeats_at_most_the_steps_since_its_last_save(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {"sampler": {"steps": 10}, "video": KEPT, "inject": [rule(blocks="late")], "measure": True}
@@ -226,7 +226,7 @@ def test_steps_of_an_earlier_run_are_marked_and_count_in_no_total(render: Render
     assert total["seconds"] == pytest.approx(sampled[1]["seconds"], abs=0.002)
 
 
-def test_a_shot_that_is_to_be_measured_does_not_go_on_from_steps_that_were_not(
+def test_a_measured_shot_does_not_resume_from_unmeasured_steps(
     render: Render, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said: dict[str, Any] = {"inject": [rule(blocks="1-2")], "sampler": {"steps": 4}}
@@ -237,7 +237,7 @@ def test_a_shot_that_is_to_be_measured_does_not_go_on_from_steps_that_were_not(
 
 
 @pytest.mark.parametrize(("often", "saves"), [("0s", 4), ("1h", 0), (2, 2), (10, 0)])
-def test_states_are_saved_as_often_as_the_job_says(
+def test_states_are_saved_as_often_as_save_every_says(
     render: Render, monkeypatch: pytest.MonkeyPatch, often: str | int, saves: int
 ) -> None:
     from wancli.engine import denoise_stage, shot_state
@@ -254,7 +254,7 @@ def test_states_are_saved_as_often_as_the_job_says(
 
 
 @pytest.mark.parametrize("often", [0, "soon", "3 days", 1.5, True])
-def test_how_often_is_a_time_or_a_number_of_steps(render: Render, often: Any) -> None:
+def test_save_every_is_a_time_or_a_number_of_steps(render: Render, often: Any) -> None:
     said = render(save_every=often)
     assert said.code == 2
     assert "save_every" in said.err
@@ -275,7 +275,7 @@ def test_only_shots_that_an_edit_changed_are_sampled_from_the_start(
     assert [name for name in files_in(tmp_path) if "state" in name] == ["b.state.old-1.safetensors"]
 
 
-def test_a_damaged_state_is_set_aside_with_a_word_on_it(
+def test_a_damaged_state_is_moved_aside_with_a_warning(
     tmp_path: Path, render: Render, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from jobs import command
@@ -295,7 +295,7 @@ def test_a_damaged_state_is_set_aside_with_a_word_on_it(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_real_process_ends_in_good_order_and_another_goes_on(
+def test_a_stopped_process_exits_cleanly_and_another_resumes(
     render: Render, tmp_path: Path, shallow: Path, warm: Path, number: signal.Signals, code: int
 ) -> None:
     said = {"sampler": {"steps": 60}, "video": KEPT, "frames": 9}
@@ -314,7 +314,7 @@ def test_a_real_process_ends_in_good_order_and_another_goes_on(
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
 
 
-def test_a_stopped_force_goes_on_with_the_shots_that_it_has_not_made(
+def test_a_stopped_force_continues_with_the_shots_it_has_not_rendered(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {
@@ -327,7 +327,9 @@ def test_a_stopped_force_goes_on_with_the_shots_that_it_has_not_made(
         said = render("--force", **changes)
     assert said.code == 75
     command = f"wancli render {tmp_path}/job.yaml --force --quiet --items 1-2"
-    assert said.err.endswith(f"\n  --force begins anew what was on its way\n  go on: {command}\n")
+    assert said.err.endswith(
+        f"\n  --force starts shots in progress again from the first step\n  resume: {command}\n"
+    )
     assert render("--force", "--items", "1-2", **changes).code == 0
     assert len(list((tmp_path / "out").glob("*.old-1.mp4"))) == 3
     assert not list((tmp_path / "out").glob("*.old-2.mp4"))

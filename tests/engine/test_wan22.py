@@ -278,7 +278,7 @@ def test_a_change_of_either_expert_changes_the_key(
     assert len(set(found)) == 3
 
 
-def test_experts_are_asked_for_in_vain_where_there_is_one_network(
+def test_settings_of_experts_are_refused_if_there_is_one_network(
     ti2v: Saved, decide: Callable[..., Shot]
 ) -> None:
     for said, where in (
@@ -367,7 +367,7 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert not alive
         network = real(*arguments)
         alive.add(network)
-        loaded.append(arguments[3])
+        loaded.append(arguments[2])
         return network
 
     monkeypatch.setattr(loader, "load_transformer", watched)
@@ -457,17 +457,19 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     monkeypatch: pytest.MonkeyPatch,
     alone: dict[str, Tensor],
 ) -> None:
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
     calls: list[int] = []
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         found = []
-        for velocity in real(self, requests, riders):
+        for velocity in real(self, requests, forwards_per_pass):
             calls.append(1)
             found.append(velocity * (torch.nan if len(calls) == 9 else 1))
         return found
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = render(a14b, output="out/{id}.mp4", items=ITEMS)
     assert said.code == 1
     assert said.err.splitlines()[0] == "wancli: shot b: NaN or Inf at step 0, after the last block"
@@ -476,7 +478,7 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     assert not list(tmp_path.glob("out/b.*"))
 
 
-def test_a_shot_whose_latent_is_there_is_only_decoded(
+def test_a_shot_whose_latent_exists_is_only_decoded(
     a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered = partial(render, a14b, output="out/{id}.mp4")
@@ -498,7 +500,7 @@ def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
     real = loader.load_transformer
 
     def killed(*arguments: Any) -> WanModel:
-        if arguments[3] == "low":
+        if arguments[2] == "low":
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -507,7 +509,7 @@ def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
-def test_a_batch_that_is_killed_between_its_experts_goes_on_with_the_second(
+def test_a_batch_killed_between_its_experts_resumes_with_the_second(
     a14b: Saved, render: Callable[..., Said], tmp_path: Path, alone: dict[str, Tensor], residency: str
 ) -> None:
     items = [item | {"measure": item["id"] == "b"} for item in ITEMS]
@@ -534,7 +536,7 @@ def test_a_batch_that_is_killed_between_its_experts_goes_on_with_the_second(
         assert names[0] == names[1] == ["encode", *["load", "sample"] * 2, "decode"]
 
 
-def test_the_state_of_another_job_moves_aside_and_a_damaged_one_is_no_use(
+def test_the_state_of_another_job_or_a_damaged_one_is_moved_aside(
     a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered = partial(render, a14b, output="out/{id}.mp4", items=ITEMS[:2])
@@ -557,13 +559,13 @@ def test_streamed_experts_are_read_once_a_step_for_a_whole_batch(
 ) -> None:
     passes: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
-        real = WanModel._pass
+        real = WanModel._forward_group
 
         def counted(self: WanModel, *arguments: Any) -> list[Tensor]:
             passes.append(len(arguments[0]))
             return real(self, *arguments)
 
-        patched.setattr(WanModel, "_pass", counted)
+        patched.setattr(WanModel, "_forward_group", counted)
         said = render(a14b, output="out/{id}.mp4", items=ITEMS, memory={"residency": "streamed"})
     assert said.code == 0, said.err
     assert passes == [6] * STEPS
@@ -578,12 +580,14 @@ def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
 ) -> None:
     items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
     job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
-    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     job["items"] = items[:1]
-    (single,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+    single = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
     state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
-    assert together[0].phases[1].buffer - single.phases[1].buffer == (2 + 1) * state
-    assert together[2].phases[1].activation < single.phases[1].activation
+    alone = single.schedule.phases(single.shots[0])[1]
+    first, _, last = (together.schedule.phases(shot)[1] for shot in together.shots)
+    assert first.buffer - alone.buffer == (2 + 1) * state
+    assert last.activation < alone.activation
 
 
 # ---- checkpoints ----
@@ -602,9 +606,9 @@ def test_official_folders_of_two_experts_are_read(tmp_path: Path) -> None:
     )
     found = identify(root)
     assert (found.variant, found.root) == (TWO_EXPERTS, root)
-    high, low = (load_transformer(found, torch.float32, "cpu", expert) for expert in ("high", "low"))
+    high, low = (load_transformer(found, expert=expert) for expert in ("high", "low"))
     assert (high.get_parameter("head.head.bias") == 7).all()
-    one = load_transformer(identify(TINY), torch.float32, "cpu").state_dict()
+    one = load_transformer(identify(TINY)).state_dict()
     assert all(torch.equal(one[name], value) for name, value in low.state_dict().items())
 
 

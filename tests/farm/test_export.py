@@ -15,7 +15,7 @@ import pytest
 import yaml
 from jobs import Said, command, files_in, manifest_of, tiny_job, written
 
-from wancli.farm import slurm_export
+from wancli.farm.slurm_export import SlurmOptions, build_script
 
 ROOT = Path(__file__).parents[2]
 OPENJD = Path(sys.executable).with_name("openjd")
@@ -135,9 +135,7 @@ def test_a_task_that_somebody_ended_does_not_queue_again(
     stub = "trap 'exit 75' TERM USR1; pwd; touch ready; for n in {1..1000}; do sleep 0.02; done"
     batch = tmp_path / "job.sbatch"
     (tmp_path / "work here").mkdir()
-    batch.write_text(
-        slurm_export.script(["bash", "-c", stub], tmp_path / "work here", "job", slurm_export.Wanted())
-    )
+    batch.write_text(build_script(["bash", "-c", stub], tmp_path / "work here", "job", SlurmOptions()))
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
@@ -158,12 +156,18 @@ def test_a_task_that_somebody_ended_does_not_queue_again(
     ("arguments", "message"),
     [
         (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots (4)"),
-        (["slurm", "JOB", "--shard", "1/2"], "--shard: is for the exported job to say"),
-        (["slurm", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
-        (["openjd", "JOB", "--force"], "--force: would begin anew in every task that queues again"),
-        (["slurm", "JOB", "--socket=x"], "--socket: is for the exported job to say"),
+        (["slurm", "JOB", "--shard", "1/2"], "--shard: is set by the exported job"),
+        (
+            ["slurm", "JOB", "--force"],
+            "--force: would start again from the first step in every task that queues again",
+        ),
+        (
+            ["openjd", "JOB", "--force"],
+            "--force: would start again from the first step in every task that queues again",
+        ),
+        (["slurm", "JOB", "--socket=x"], "--socket: is set by the exported job"),
         (["slurm", "JOB", "--bogus"], "No such option: --bogus"),
-        (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is nothing that Slurm reads"),
+        (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is not a value that Slurm reads"),
         (["slurm", "JOB", "--set", "framez=5"], "framez"),
         (["slurm", "-"], "JOB: must be a file, which the tasks read"),
         (["openjd", "JOB", "--items", "4"], "--items: 4 is past the last shot (3)"),
@@ -186,7 +190,7 @@ def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[s
     job = written(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
     said = command(capsys, "export", "openjd", job)
     assert (said.code, said.out) == (2, "")
-    assert "is no UTF-8" in said.err
+    assert "is not UTF-8" in said.err
 
 
 def test_the_template_is_sound_and_its_defaults_are_all_shots(

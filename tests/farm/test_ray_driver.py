@@ -103,7 +103,7 @@ def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
     started.terminate()
     out, err = started.communicate()
     assert started.returncode == 75, err
-    assert "  go on: wancli render " in err
+    assert "  resume: wancli render " in err
     done = {Path(line).stem for line in out.split()}
     assert len(done) < len(IDS)
     saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done
@@ -162,10 +162,10 @@ def test_a_worker_that_would_render_something_else_or_sees_no_folder_says_so(
     task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, None, 0, True)
     said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
     assert said["outcomes"] == []
-    assert "would render other pixels than the machine that asks it" in said["raised"]["message"]
+    assert "would render other pixels than the driver" in said["raised"]["message"]
     said = Worker(replace(task, folder=str(tmp_path / "gone"))).render({0: whole.shots[0].key})
     assert said["raised"]["where"] == str(tmp_path / "gone")
-    assert "does not see it: No such file or directory" in said["raised"]["message"]
+    assert "cannot open it: No such file or directory" in said["raised"]["message"]
 
 
 def test_what_is_done_needs_no_cluster(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

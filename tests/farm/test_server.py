@@ -227,7 +227,10 @@ def test_a_reader_that_went_away_ends_as_it_does_alone(
 def test_who_comes_second_waits_and_is_told(there: Path, job: Callable[..., Path], tmp_path: Path) -> None:
     with busy(there), start("render", job(), "--progress", "none", "--socket", there) as client:
         assert client.stderr
-        assert client.stderr.readline() == f"wancli: waiting for the render that {there} is busy with\n"
+        assert (
+            client.stderr.readline()
+            == f"wancli: waiting until the server at {there} has finished another render\n"
+        )
         assert files_in(tmp_path) == []
         os.kill(_pid(there), signal.SIGCONT)
         assert ended(client).returncode == 0
@@ -242,7 +245,7 @@ def test_who_waits_can_leave_and_nothing_was_begun(
         assert "waiting" in client.stderr.readline()
         client.send_signal(number)
         left = ended(client)
-    assert (left.returncode, "nothing was begun" in left.stderr) == (code, True)
+    assert (left.returncode, "nothing was started" in left.stderr) == (code, True)
     assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0
     assert files_in(tmp_path / "1") == []
 
@@ -262,7 +265,7 @@ def test_a_signal_to_the_client_saves_and_the_same_command_goes_on(
         client.send_signal(number)
         stopped = ended(client)
     assert stopped.returncode == code
-    assert f"go on: wancli render {path}" in stopped.stderr
+    assert f"resume: wancli render {path}" in stopped.stderr
     assert "clip.state.safetensors" in files_in(tmp_path / "1")
     assert wancli("render", path, "-q", "--socket", there).returncode == 0
     assert wancli("render", job("2", **LONG), "-q").returncode == 0
@@ -325,7 +328,7 @@ def test_a_server_that_dies_is_told_with_75_and_the_same_command_goes_on(
         done = ended(client)
     assert done.returncode == 75
     assert f"the server at {path} has died; what was saved is on disk" in done.stderr
-    assert "go on: wancli render" in done.stderr
+    assert "resume: wancli render" in done.stderr
     with serving(path):  # what the dead one left is no hindrance
         assert wancli("render", work, "-q", "--socket", path).returncode == 0
     assert wancli("render", job("2", **LONG), "-q").returncode == 0
@@ -349,8 +352,8 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
     nobody = wancli("serve", "--stop", "--socket", path)
     assert (nobody.returncode, nobody.stderr) == (
         3,
-        f"wancli: {path}: nobody serves there\n"
-        "  It has ended; or it serves at another place, which --socket PATH names.\n",
+        f"wancli: {path}: no server found\n"
+        "  It has ended; or it uses another socket, which --socket PATH names.\n",
     )
 
 
@@ -417,7 +420,7 @@ def test_without_a_server_auto_renders_quietly_and_a_name_is_an_error(
     assert (done.returncode, done.stderr) == (0, "")
     done = wancli("render", job("2"), "-q", "--socket", tmp_path / "none" / "s")
     assert done.returncode == 3
-    assert done.stderr.splitlines()[0] == f"wancli: {tmp_path}/none/s: nobody serves there"
+    assert done.stderr.splitlines()[0] == f"wancli: {tmp_path}/none/s: no server found"
     assert "--daemonize starts a server" in done.stderr
     assert files_in(tmp_path / "2") == []
 
@@ -509,7 +512,7 @@ def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> N
     with listen(tmp_path / "p/s") as listener:
         leaving = threading.Thread(target=lambda: listener.accept()[0].close())
         leaving.start()
-        with pytest.raises(MachineError, match="the server there ended before it was our turn"):
+        with pytest.raises(MachineError, match="the server ended before it was our turn"):
             client.render(["render"], str(tmp_path / "p/s"), tmp_path, quiet=True)
         leaving.join()
 
@@ -523,7 +526,7 @@ def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     longest = Path("/", "x" * 106)
     assert local_socket.socket_path(str(longest), tmp_path) == longest
-    with pytest.raises(JobError, match="a path of 108 bytes; a socket's has 107 at most"):
+    with pytest.raises(JobError, match="is a path of 108 bytes; a socket can have 107"):
         local_socket.socket_path(f"{longest}y", tmp_path)
 
 
@@ -549,7 +552,7 @@ def test_a_server_ends_when_nobody_asks(tmp_path: Path) -> None:
 def test_there_is_one_server_at_a_place(there: Path) -> None:
     done = wancli("serve", "--socket", there)
     assert done.returncode == 3
-    assert done.stderr.startswith(f"wancli: {there}: another server is there\n")
+    assert done.stderr.startswith(f"wancli: {there}: another server uses it\n")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
@@ -563,7 +566,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to(tmp_path / "private")
     found = path.lstat()
-    with pytest.raises(MachineError, match="notes: is there, and is no socket"), listen(path):
+    with pytest.raises(MachineError, match="notes: already exists, and is not a socket"), listen(path):
         pass
     assert path.lstat() == found
 
@@ -575,8 +578,8 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
     began = wancli("serve", job(), "--socket", path, "--daemonize", "--wait-ready")
     assert (began.returncode, began.stdout) == (0, "")
     assert began.stderr == (
-        f"wancli serve: serves at {path}, its log in {path.name}.log; "
-        f"`wancli render --socket {path} JOB` asks it, "
+        f"wancli serve: listens at {path}, its log in {path.name}.log; "
+        f"`wancli render --socket {path} JOB` uses it, "
         f"`wancli serve --stop --socket {path}` ends it\n"
     )
     try:

@@ -151,8 +151,8 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ("matrix:", ["job.yaml:6: matrix: must be a mapping of keys to lists of values"]),
         ("zip: [1]", ["job.yaml:6: zip: must be a mapping of keys to lists of values"]),
         ("matrix:\n  seed: 5", ["job.yaml:7: matrix.seed: must be a list of values"]),
-        ("matrix:\n  seed: []", ["job.yaml:7: matrix.seed: has no values, so that there would be no shot"]),
-        ("matrix:\n  a..b: [1]", ["job.yaml:7: matrix.a..b: is no key; write sampler.steps"]),
+        ("matrix:\n  seed: []", ["job.yaml:7: matrix.seed: has no values, so there would be no shot"]),
+        ("matrix:\n  a..b: [1]", ["job.yaml:7: matrix.a..b: is not a key; write for example sampler.steps"]),
         (
             "matrix:\n  seed:\n    - 1\n    - x\n",
             ["job.yaml:9: matrix.seed.1: expected a whole number, got 'x'"],
@@ -175,29 +175,29 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         ),
         (
             "matrix:\n  inject.1.blocks: [late]",
-            ["job.yaml:7: matrix.inject.1.blocks: inject has 1 entries, and no 1"],
+            ["job.yaml:7: matrix.inject.1.blocks: inject has 1 entry, so no entry 1"],
         ),
         ("matrix:\n  loras.0.strength: [1]", ["job.yaml:7: matrix.loras.0.strength: loras has no entries"]),
         (
             "items: [{id: a, inject: []}]\nmatrix:\n  inject.0.blocks: [1, 2]",
-            ["job.yaml:8: matrix.inject.0.blocks: inject has 0 entries, and no 0, in 'a'"],
+            ["job.yaml:8: matrix.inject.0.blocks: inject has 0 entries, so no entry 0, in 'a'"],
         ),
         (
             "matrix:\n  prompt.embedding: [x]",
-            ["job.yaml:7: matrix.prompt.embedding: prompt is no mapping, so there is no embedding in it"],
+            ["job.yaml:7: matrix.prompt.embedding: prompt is not a mapping, so it has no embedding"],
         ),
-        ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: is there twice"]),
+        ("matrix:\n  seed: [1, 2, 1]", ["job.yaml:7: matrix.seed.2: appears twice"]),
         (
             "matrix:\n  items: [1]",
-            ["job.yaml:7: matrix.items: is no key of a shot; it says which shots there are"],
+            ["job.yaml:7: matrix.items: is not a key of a shot; it lists or varies the shots of a file"],
         ),
         (
             "matrix: {seed: [1]}\nzip: {seed: [2]}",
-            ["job.yaml:7: zip.seed: is in matrix, too"],
+            ["job.yaml:7: zip.seed: is also in matrix"],
         ),
         (
             "zip:\n  seed: [1, 2]\n  noise: [cpu]",
-            ["job.yaml:6: zip: lists of different lengths are not walked together: seed 2, noise 1"],
+            ["job.yaml:6: zip: lists of different lengths cannot be zipped: seed 2, noise 1"],
         ),
         ("exclude: {seed: 1}", ["job.yaml:6: exclude: must be a list of mappings of keys to values"]),
         ("exclude: [{}]", ["job.yaml:6: exclude: must be a list of mappings of keys to values"]),
@@ -226,7 +226,7 @@ def test_a_sweep_larger_than_a_batch_can_be_is_refused_before_it_is_made() -> No
     many = ", ".join(map(str, range(1000)))
     text = f"matrix: {{seed: [{many}], sampler.steps: [{many}], frames: [{many}]}}\n"
     assert problems(text) == [
-        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; {MAX_SHOTS:,} at most"
+        f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; the limit is {MAX_SHOTS:,}"
     ]
 
 
@@ -259,7 +259,7 @@ def test_a_flag_adds_an_axis_or_takes_the_place_of_one() -> None:
     ]
     assert [job.sampler.steps for job in jobs("", sweeps=("sampler.steps=3,4",))] == [3, 4]
     (line,) = problems("zip: {seed: [1], noise: [cpu]}\n", sweeps=("seed=2",))
-    assert line == "job.yaml:6: zip.seed: is walked together with others in zip"
+    assert line == "job.yaml:6: zip.seed: varies together with other keys in zip"
 
 
 def test_set_beats_everything_a_file_says_but_not_what_a_sweep_varies() -> None:

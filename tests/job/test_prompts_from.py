@@ -56,27 +56,31 @@ def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "name", "lines"),
     [
-        (b"", "p.txt", ["p.txt: holds no prompts"]),
-        (b"# a\n\n", "p.txt", ["p.txt: holds no prompts"]),
+        (b"", "p.txt", ["p.txt: contains no prompts"]),
+        (b"# a\n\n", "p.txt", ["p.txt: contains no prompts"]),
         (
             b"a\n\xff\nb\xfe\n",
             "p.txt",
             ["p.txt:2: byte 0 of the line is not UTF-8", "p.txt:3: byte 1 of the line is not UTF-8"],
         ),
-        (b"a\0b\n", "p.txt", ["p.txt:1: prompt: holds NUL, which no name and no prompt can"]),
-        (b"[1]\n", "p.jsonl", ["p.jsonl:1: is no JSON object"]),
+        (b"a\0b\n", "p.txt", ["p.txt:1: prompt: contains NUL, which names and prompts cannot"]),
+        (b"[1]\n", "p.jsonl", ["p.jsonl:1: is not a JSON object"]),
         (b'{"prompt": "a"}\n{"prompt":}\n', "p.jsonl", ["p.jsonl:2: is not JSON: Expecting value"]),
         (
             b'{"prompt": "a", "prompt": "b"}\n',
             "p.jsonl",
-            ["p.jsonl:1: is not JSON: key 'prompt' is there twice"],
+            ["p.jsonl:1: is not JSON: key 'prompt' appears twice"],
         ),
         (
             b'{"prompt": "\\ud800"}\n',
             "p.jsonl",
-            ["p.jsonl:1: holds half of a surrogate pair, which is no character"],
+            ["p.jsonl:1: contains half of a surrogate pair, which is not a character"],
         ),
-        (b'{"a": [{"b\\u0000": 1}]}\n', "p.jsonl", ["p.jsonl:1: holds NUL, which no name and no prompt can"]),
+        (
+            b'{"a": [{"b\\u0000": 1}]}\n',
+            "p.jsonl",
+            ["p.jsonl:1: contains NUL, which names and prompts cannot"],
+        ),
         (
             b'{"prompt": "a", "sed": 1}\n{"prompt": 5}\n'
             b'{"prompt": "a", "inject": [{"blocks": 1}]}\n{"seed": NaN}\n',
@@ -92,7 +96,7 @@ def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
         (
             b"a\n" * (MAX_SHOTS + 1),
             "p.txt",
-            [f"p.txt: holds {MAX_SHOTS + 1:,} prompts; {MAX_SHOTS:,} at most"],
+            [f"p.txt: contains {MAX_SHOTS + 1:,} prompts; the limit is {MAX_SHOTS:,}"],
         ),
         (b"a" * (2**24 + 1), "p.txt", ["p.txt: is larger than 16 MiB"]),
     ],
@@ -122,7 +126,7 @@ def test_a_list_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; say one"),
+        ("items: [{seed: 1}]\n", "job.yaml:2: prompts_from: items and prompts_from both list shots; use one"),
         ("seed: x\n", "job.yaml:3: seed: expected a whole number, got 'x'"),
     ],
 )

@@ -15,15 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wancli.errors import MachineError
-from wancli.models.attention import OF_TORCH, attend, attention_backend
-from wancli.models.config import Attention, Kernels, WanConfig
+from wancli.models.attention import TORCH_BACKENDS, attend, choose_backend
+from wancli.models.config import AttentionBackend, ComputeOptions, WanConfig
 from wancli.models.dit import Request, WanModel
 
 CONFIG = WanConfig(dim=96, ffn_dim=80, num_heads=3, num_layers=2, text_dim=32, freq_dim=64)
-ON_CPU: tuple[Attention, ...] = ("flash", "math")
+ON_CPU: tuple[AttentionBackend, ...] = ("flash", "math")
 
 
-def velocity(kernels: Kernels) -> Tensor:
+def velocity(kernels: ComputeOptions) -> Tensor:
     """Of a model whose weights and latent are the same each time."""
     torch.manual_seed(0)
     model = WanModel(CONFIG, kernels).eval()
@@ -31,7 +31,7 @@ def velocity(kernels: Kernels) -> Tensor:
         torch.nn.init.normal_(parameter, std=0.2)
     with torch.inference_mode():
         mix = ((model.project(torch.randn(5, 32)), 1.0),)
-        (found,) = model.velocities([Request(torch.randn(1, 16, 2, 8, 6), 500.0, [mix] * 2)])
+        (found,) = model.predict_velocities([Request(torch.randn(1, 16, 2, 8, 6), 500.0, [mix] * 2)])
     return found
 
 
@@ -63,7 +63,7 @@ def ran(called: Called) -> str:
 def test_the_named_attention_backend_is_the_one_that_runs(only: SDPBackend, bias: bool, dtype: torch.dtype):
     q = torch.randn(1, 2, 300, 128, dtype=dtype)
     with sdpa_kernel(only):
-        named = attention_backend("cpu", dtype, 128, bias=bias)
+        named = choose_backend("cpu", dtype, 128, bias=bias)
         with Called() as called:
             F.scaled_dot_product_attention(q, q, q, q.new_zeros(1, 1, 1, 300) if bias else None)
     assert named == ran(called) == only.name.lower()
@@ -71,25 +71,25 @@ def test_the_named_attention_backend_is_the_one_that_runs(only: SDPBackend, bias
 
 @pytest.mark.parametrize("asked", ON_CPU)
 @torch.no_grad()
-def test_the_backend_asked_for_is_the_one_that_runs(asked: Attention):
+def test_the_backend_asked_for_is_the_one_that_runs(asked: AttentionBackend):
     q = torch.randn(1, 2, 300, 32)
     with Called() as called:
         attend(q, q, q, asked)
     assert (
         ran(called)
-        == attention_backend("cpu", torch.float32, 32, asked=asked)
-        == OF_TORCH[asked].name.lower()
+        == choose_backend("cpu", torch.float32, 32, requested=asked)
+        == TORCH_BACKENDS[asked].name.lower()
     )
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("asked", ["auto", *ON_CPU])
-def test_every_backend_of_the_cpu_gives_the_same_velocity(asked: Attention, chunk: int | None):
-    assert distance(velocity(Kernels(asked, chunk)), velocity(Kernels("math"))) < 1e-6
+def test_every_backend_of_the_cpu_gives_the_same_velocity(asked: AttentionBackend, chunk: int | None):
+    assert distance(velocity(ComputeOptions(asked, chunk)), velocity(ComputeOptions("math"))) < 1e-6
 
 
 def test_cross_attention_is_torchs_own_choice_whatever_is_asked():
-    assert attention_backend("cpu", torch.float32, 32, bias=True, asked="math") == "flash_attention"
+    assert choose_backend("cpu", torch.float32, 32, bias=True, requested="math") == "flash_attention"
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ValueError, match="math takes no bias"):
         attend(q, q, q, "math", torch.zeros(2))
@@ -116,7 +116,7 @@ class Fake(ModuleType):
     flash_attn_func = sageattn = _attend
 
 
-FAKES: dict[Attention, Fake] = {
+FAKES: dict[AttentionBackend, Fake] = {
     "flash-attn-2": Fake("flash_attn", 2),
     "flash-attn-3": Fake("flash_attn_interface", 2, returns_tuple=True),
     "sage": Fake("sageattention", 1),
@@ -126,13 +126,13 @@ FAKES: dict[Attention, Fake] = {
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("asked", FAKES)
 def test_packages_get_their_layout_and_the_scale_of_a_head(
-    asked: Attention, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    asked: AttentionBackend, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ):
     fake = FAKES[asked]
     fake.seen.clear()
     fake.said.clear()
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    assert distance(velocity(Kernels(asked, chunk)), velocity(Kernels("math"))) < 1e-6
+    assert distance(velocity(ComputeOptions(asked, chunk)), velocity(ComputeOptions("math"))) < 1e-6
     tokens, piece = 2 * 4 * 3, chunk or 24
     layout = (1, 3, tokens, 32) if fake.heads_at == 1 else (1, tokens, 3, 32)
     first = (1, 3, piece, 32) if fake.heads_at == 1 else (1, piece, 3, 32)
@@ -147,10 +147,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("asked", FAKES)
-def test_a_package_is_named_where_it_can_run(asked: Attention, monkeypatch: pytest.MonkeyPatch):
+def test_a_package_is_named_where_it_can_run(asked: AttentionBackend, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, FAKES[asked].__name__, FAKES[asked])
     gpu(monkeypatch, (9, 0))
-    assert attention_backend("cuda", torch.bfloat16, 128, asked=asked) == asked
+    assert choose_backend("cuda", torch.bfloat16, 128, requested=asked) == asked
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_package_is_named_where_it_can_run(asked: Attention, monkeypatch: pyte
     ],
 )
 def test_a_package_that_cannot_run_is_refused_with_the_reason(
-    asked: Attention,
+    asked: AttentionBackend,
     device: str,
     dtype: torch.dtype,
     head_dim: int,
@@ -175,17 +175,17 @@ def test_a_package_that_cannot_run_is_refused_with_the_reason(
     monkeypatch.setitem(sys.modules, FAKES[asked].__name__, FAKES[asked])
     gpu(monkeypatch, capability)
     with pytest.raises(MachineError, match=why):
-        attention_backend(device, dtype, head_dim, asked=asked)
+        choose_backend(device, dtype, head_dim, requested=asked)
 
 
 @pytest.mark.parametrize("asked", FAKES)
-def test_a_package_that_is_not_installed_is_refused_with_the_way_to_get_it(asked: Attention):
+def test_a_package_that_is_not_installed_is_refused_with_the_way_to_get_it(asked: AttentionBackend):
     with pytest.raises(MachineError, match=f"{asked} attention cannot run: .* is not installed") as caught:
-        attention_backend("cpu", torch.bfloat16, 128, asked=asked)
+        choose_backend("cpu", torch.bfloat16, 128, requested=asked)
     assert "install" in caught.value.hint
 
 
 @pytest.mark.parametrize("asked", ["efficient", "cudnn"])
-def test_a_backend_that_torch_has_not_here_is_refused(asked: Attention):
+def test_a_backend_that_torch_has_not_here_is_refused(asked: AttentionBackend):
     with pytest.raises(MachineError, match=f"{asked} attention cannot run: torch has it not for fp32 on cpu"):
-        attention_backend("cpu", torch.float32, 32, asked=asked)
+        choose_backend("cpu", torch.float32, 32, requested=asked)

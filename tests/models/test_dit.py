@@ -13,11 +13,11 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wancli.models.config import Kernels, WanConfig
+from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import Context, WanModel, concat, lerp
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "wan21-tiny"
 CASES = json.loads((FIXTURE / "reference.json").read_text())["cases"]
@@ -31,7 +31,7 @@ def official() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> WanModel:
-    return load_transformer(identify(FIXTURE), torch.float32, "cpu")
+    return load_transformer(identify(FIXTURE))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -223,8 +223,8 @@ def test_a_mix_is_the_weighted_sum_of_whole_cross_attentions(weights: tuple[floa
 def test_each_block_attends_to_its_own_context():
     model, x = random_model(), torch.randn(1, 16, 1, 4, 4)
     a, b = model.project(torch.randn(5, 32)), model.project(torch.randn(9, 32))
-    plain = [y.clone() for y in model.residuals(x, 500.0, everywhere(model, a))]
-    changed = [y.clone() for y in model.residuals(x, 500.0, [((a, 1.0),), ((b, 1.0),)])]
+    plain = [y.clone() for y in model.iterate_residuals(x, 500.0, everywhere(model, a))]
+    changed = [y.clone() for y in model.iterate_residuals(x, 500.0, [((a, 1.0),), ((b, 1.0),)])]
     assert torch.equal(plain[0], changed[0])
     assert not torch.allclose(plain[1], changed[1])
 
@@ -320,7 +320,7 @@ def test_the_checkpointed_residual_stream_has_gradients_too():
     for checkpointed in (False, True):
         leaf = context.detach().clone().requires_grad_()
         mixes = everywhere(model, Context(leaf, torch.zeros(len(leaf))))
-        last = [*model.residuals(x, 500.0, mixes, checkpointed=checkpointed)][-1]
+        last = [*model.iterate_residuals(x, 500.0, mixes, checkpointed=checkpointed)][-1]
         last.square().mean().backward()
         found.append(leaf.grad)
     assert torch.equal(*found)
@@ -333,7 +333,7 @@ def test_the_checkpointed_residual_stream_has_gradients_too():
 def test_a_few_tokens_at_a_time_give_the_velocity_of_all_at_once(chunk: int, dtype: torch.dtype):
     whole = random_model()
     torch.manual_seed(0)
-    pieces = WanModel(CONFIG, Kernels(chunk=chunk)).eval()
+    pieces = WanModel(CONFIG, ComputeOptions(chunk=chunk)).eval()
     pieces.load_state_dict(whole.state_dict())
     for block in (*whole.blocks, *pieces.blocks):
         for layer in (m for m in block.modules() if isinstance(m, nn.Linear)):
@@ -346,7 +346,7 @@ def test_a_few_tokens_at_a_time_give_the_velocity_of_all_at_once(chunk: int, dty
 
 def test_gradients_flow_through_all_tokens_at_once():
     whole = random_model()
-    pieces = WanModel(CONFIG, Kernels(chunk=2))
+    pieces = WanModel(CONFIG, ComputeOptions(chunk=2))
     pieces.load_state_dict(whole.state_dict())
     torch.manual_seed(4)
     x, text = torch.randn(1, 16, 1, 4, 4), torch.randn(5, 32)
@@ -358,7 +358,7 @@ def test_gradients_flow_through_all_tokens_at_once():
 
 @torch.inference_mode()
 def test_half_precision_keeps_the_stream_in_fp32(official: dict[str, Tensor]):
-    half = load_transformer(identify(FIXTURE), torch.bfloat16, "cpu")
+    half = load_transformer(identify(FIXTURE), LoadOptions(torch.bfloat16))
     block = half.blocks[0]
     assert {block.ffn[0].weight.dtype, block.cross_attn.k.bias.dtype} == {torch.bfloat16}
     kept = (half.head.head.weight, half.time_projection[1].weight, block.modulation, block.norm3.bias)
@@ -368,7 +368,7 @@ def test_half_precision_keeps_the_stream_in_fp32(official: dict[str, Tensor]):
     velocity = half(x, t, contexts)
     assert velocity.dtype == torch.float32
     assert distance(velocity[0], official["unipc_cfg6.v_cond_step0"]) < 2e-2
-    assert {y.dtype for y in half.residuals(x, t, contexts)} == {torch.float32}
+    assert {y.dtype for y in half.iterate_residuals(x, t, contexts)} == {torch.float32}
 
 
 @torch.inference_mode()
@@ -376,7 +376,7 @@ def test_the_first_block_with_a_nan_shows_in_the_residual_stream():
     model = random_model(WanConfig(48, 96, 2, 4, text_dim=32, freq_dim=64))
     model.blocks[2].ffn[2].bias[0] = math.nan
     contexts = everywhere(model, model.project(torch.randn(5, 32)))
-    stream = model.residuals(torch.randn(1, 16, 1, 4, 4), 500.0, contexts)
+    stream = model.iterate_residuals(torch.randn(1, 16, 1, 4, 4), 500.0, contexts)
     assert [bool(x.isfinite().all()) for x in stream] == [True, True, False, False]
 
 

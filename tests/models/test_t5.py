@@ -17,11 +17,11 @@ from transformers import UMT5EncoderModel
 
 from wancli.errors import CheckpointError
 from wancli.models import t5
-from wancli.models.config import T5Config
+from wancli.models.config import TIED_EMBEDDING, T5Config
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype
 from wancli.text.encoder import EncoderSpec, load_encoder
-from wancli.weights.formats.infer_config import t5_config
+from wancli.weights.formats.infer_config import infer_t5_config
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 
 ROOT = Path(__file__).parents[1] / "fixtures" / "wan21-tiny"
@@ -59,7 +59,7 @@ def saved_by_transformers(model: UMT5EncoderModel, tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("prompt", IDS)
 def test_official_weights_give_the_official_contexts(model: UMT5EncoderModel, prompt: str):
     expected_NE = load_file(ROOT / "reference.safetensors")[f"context.{prompt}"]
-    rows_NE = t5.rows(model, IDS[prompt])
+    rows_NE = t5.encode(model, IDS[prompt])
     assert rows_NE.shape == expected_NE.shape
     assert relative(rows_NE, expected_NE) < 1e-5
 
@@ -70,7 +70,7 @@ def test_shards_saved_by_transformers_give_the_same_rows(
     shards = sorted(saved_by_transformers.glob("*.safetensors"))
     assert len(shards) > 1
     ours = load_encoder(encoder(*shards, naming="transformers"))
-    assert torch.equal(t5.rows(ours, IDS["main"]), t5.rows(model, IDS["main"]))
+    assert torch.equal(t5.encode(ours, IDS["main"]), t5.encode(model, IDS["main"]))
 
 
 def test_unpadded_tokens_give_the_rows_of_the_padded_and_masked_512(
@@ -82,18 +82,18 @@ def test_unpadded_tokens_give_the_rows_of_the_padded_and_masked_512(
     ids_1M[0, :count] = torch.tensor(IDS["injection"])
     with torch.no_grad():
         padded_ME = theirs(input_ids=ids_1M, attention_mask=ids_1M != 0).last_hidden_state[0]
-    assert relative(t5.rows(model, IDS["injection"]), padded_ME[:count]) < 1e-5
+    assert relative(t5.encode(model, IDS["injection"]), padded_ME[:count]) < 1e-5
 
 
 def test_a_prompt_of_512_tokens_and_an_empty_one_are_encoded(model: UMT5EncoderModel):
-    assert t5.rows(model, [*[260] * 511, 1]).shape == (512, 64)
-    assert t5.rows(model, [1]).shape == (1, 64)
+    assert t5.encode(model, [*[260] * 511, 1]).shape == (512, 64)
+    assert t5.encode(model, [1]).shape == (1, 64)
 
 
 @torch.no_grad()
 def test_prompts_in_one_pass_get_the_bits_that_transformers_gives_each(model: UMT5EncoderModel):
     prompts = [*IDS.values(), [1], [*[260] * 99, 1]]
-    for ids, rows_NE in zip(prompts, t5.rows_of_each(model, prompts), strict=True):
+    for ids, rows_NE in zip(prompts, t5.encode_batch(model, prompts), strict=True):
         theirs = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         assert torch.equal(rows_NE, theirs)
 
@@ -102,7 +102,7 @@ def test_prompts_in_one_pass_get_the_bits_that_transformers_gives_each(model: UM
 def test_streamed_weights_give_the_official_contexts(prompt: str):
     streamed = load_encoder(encoder(residency="streamed"))
     expected_NE = load_file(ROOT / "reference.safetensors")[f"context.{prompt}"]
-    assert relative(t5.rows(streamed, IDS[prompt]), expected_NE) < 1e-5
+    assert relative(t5.encode(streamed, IDS[prompt]), expected_NE) < 1e-5
 
 
 @pytest.mark.parametrize("residency", ["packed", "streamed"])
@@ -112,19 +112,19 @@ def test_fetched_weights_give_the_bits_of_resident_ones(dtype: Dtype, residency:
     fetched = load_encoder(encoder(dtype=dtype, residency=residency))
     prompts = list(IDS.values())
     for _ in range(2):
-        both = zip(t5.rows_of_each(resident, prompts), t5.rows_of_each(fetched, prompts), strict=True)
+        both = zip(t5.encode_batch(resident, prompts), t5.encode_batch(fetched, prompts), strict=True)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in both)
 
 
 def test_shards_saved_by_transformers_are_streamed_too(model: UMT5EncoderModel, saved_by_transformers: Path):
     shards = sorted(saved_by_transformers.glob("*.safetensors"))
     streamed = load_encoder(encoder(*shards, naming="transformers", residency="streamed"))
-    assert torch.equal(t5.rows(streamed, IDS["main"]), t5.rows(model, IDS["main"]))
+    assert torch.equal(t5.encode(streamed, IDS["main"]), t5.encode(model, IDS["main"]))
 
 
 def test_a_streamed_encoder_holds_neither_its_embedding_nor_its_matrices():
     streamed = load_encoder(encoder(residency="streamed"))
-    t5.rows(streamed, IDS["main"])
+    t5.encode(streamed, IDS["main"])
     held = {name: tensor for name, tensor in streamed.state_dict().items() if not tensor.is_meta}
     per_layer = ["layer.0.SelfAttention.relative_attention_bias", "layer.0.layer_norm", "layer.1.layer_norm"]
     names = {f"encoder.block.{i}.{part}.weight" for i in range(3) for part in per_layer}
@@ -133,13 +133,13 @@ def test_a_streamed_encoder_holds_neither_its_embedding_nor_its_matrices():
 
 def test_sizes_are_read_off_the_tensors():
     shapes = {umt5_to_transformers(name): tensor.shape for name, tensor in official_tensors().items()}
-    assert t5_config(shapes, "") == T5Config(
+    assert infer_t5_config(shapes, "") == T5Config(
         vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, num_buckets=32
     )
 
 
 def test_the_network_is_built_without_memory_and_for_inference():
-    network = t5.build(T5Config(256384, 4096, 64, 10240, 24, 64))
+    network = t5.build_encoder(T5Config(256384, 4096, 64, 10240, 24, 64))
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
@@ -147,7 +147,7 @@ def test_the_network_is_built_without_memory_and_for_inference():
 
 def test_the_official_file_names_every_tensor_of_the_network(model: UMT5EncoderModel):
     assert {umt5_to_transformers(name) for name in official_tensors()} == {
-        name for name in model.state_dict() if name != t5.TIED
+        name for name in model.state_dict() if name != TIED_EMBEDDING
     }
 
 
@@ -159,16 +159,16 @@ def test_the_encoder_looks_tokens_up_in_the_one_loaded_embedding(model: UMT5Enco
 def test_a_file_that_holds_the_embedding_under_both_names_is_read(model: UMT5EncoderModel, tmp_path: Path):
     tensors = {umt5_to_transformers(name): tensor for name, tensor in official_tensors().items()}
     both = tmp_path / "model.safetensors"
-    save_file(tensors | {t5.TIED: tensors["shared.weight"].clone()}, both)
+    save_file(tensors | {TIED_EMBEDDING: tensors["shared.weight"].clone()}, both)
     ours = load_encoder(encoder(both, naming="transformers"))
-    assert torch.equal(t5.rows(ours, IDS["main"]), t5.rows(model, IDS["main"]))
+    assert torch.equal(t5.encode(ours, IDS["main"]), t5.encode(model, IDS["main"]))
 
 
 def test_bf16_stays_near_fp32(model: UMT5EncoderModel):
     half = load_encoder(encoder(dtype="bf16"))
-    rows_NE = t5.rows(half, IDS["main"])
+    rows_NE = t5.encode(half, IDS["main"])
     assert rows_NE.dtype is torch.bfloat16
-    assert relative(rows_NE.float(), t5.rows(model, IDS["main"])) < 0.03
+    assert relative(rows_NE.float(), t5.encode(model, IDS["main"])) < 0.03
 
 
 def test_fp16_keeps_the_layers_that_overflow_in_fp32():

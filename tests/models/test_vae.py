@@ -15,8 +15,8 @@ from torch import Tensor
 from wancli.models import vae_layers
 from wancli.models.config import VAEConfig
 from wancli.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
-from wancli.models.vae_layers import Stream, phase_kernels
-from wancli.models.winograd import conv_over_time, groups, kernels_for
+from wancli.models.vae_layers import CausalCache, phase_kernels
+from wancli.models.winograd import conv_over_time, group_sizes, transform_kernels
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "wan21-tiny"
 MEAN, STD = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
@@ -183,8 +183,8 @@ def test_the_strips_that_a_frame_is_worked_off_in_do_not_show(
 ) -> None:
     z, frames = latent(3, 5, 6), video(9, 40, 48)
     whole = clip(pair[0], z), pair[0].encode(frames)
-    monkeypatch.setattr(vae_layers, "STRIP_VALUES", 1)
-    monkeypatch.setattr(vae_layers, "STRIP_ROWS", 3)
+    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)
+    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 3)
     monkeypatch.setattr(vae_layers, "QUERY_ROWS", 7)
     assert (clip(pair[0], z) - whole[0]).abs().max() < 1e-5
     assert (pair[0].encode(frames) - whole[1]).abs().max() < 1e-5
@@ -203,8 +203,8 @@ def test_gradients_through_a_whole_clip_are_those_of_diffusers(pair: tuple[WanVA
     target_z, target_frames = latent(3, 2, 3, seed=5), frames.flip(1)
     name = "decoder.upsamples.3.time_conv.weight"
 
-    mean, _ = ours.moments(frames, Stream())
-    loss = (mean * target_z).sum() + (ours.frames_of(z, Stream()).clamp(-1, 1) * target_frames).sum()
+    mean, _ = ours.encode_chunk(frames, CausalCache())
+    loss = (mean * target_z).sum() + (ours.decode_chunk(z, CausalCache()).clamp(-1, 1) * target_frames).sum()
     parameters = [ours.encoder.conv1.weight, ours.get_parameter(name), ours.encoder.head[0].gamma]
     gradients = torch.autograd.grad(loss, parameters)
 
@@ -222,8 +222,8 @@ def test_the_differentiable_pass_gives_the_frames_and_latents_of_the_streaming_o
 ) -> None:
     vae = pair[0]
     z, frames = latent(4, 3, 4), video(13, 24, 32)
-    assert (vae.frames_of(z, Stream()).clamp(-1, 1) - clip(vae, z, 3)).abs().max() < 1e-5
-    mean, log_variance = vae.moments(frames, Stream())
+    assert (vae.decode_chunk(z, CausalCache()).clamp(-1, 1) - clip(vae, z, 3)).abs().max() < 1e-5
+    mean, log_variance = vae.encode_chunk(frames, CausalCache())
     assert mean.requires_grad
     assert log_variance.requires_grad
     assert ((mean - MEAN) / STD - vae.encode(frames)).abs().max() < 1e-5
@@ -253,7 +253,7 @@ def test_mixing_frames_before_the_convolution_is_the_same_convolution(frames: in
     torch.manual_seed(0)
     x = torch.randn(frames + 2, 6, 5, 3, dtype=torch.float64)
     weight, bias = torch.randn(4, 3, 3, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    results = conv_over_time([*x], kernels_for(weight, set(groups(frames))), bias)
+    results = conv_over_time([*x], transform_kernels(weight, set(group_sizes(frames))), bias)
     expected = F.conv3d(x.permute(3, 0, 1, 2)[None], weight, bias, padding=(0, 0, 1))[0].permute(1, 2, 3, 0)
     torch.testing.assert_close(torch.stack(results), expected, rtol=1e-12, atol=1e-12)
 

@@ -13,21 +13,21 @@ from live_bytes import LiveBytes, consume
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.models import vae_layers
+from wancli.models import parameter_count, vae_layers
 from wancli.models.config import VAE22Config, VAEConfig
 from wancli.models.vae22 import (
     LATENT_MEAN,
     LATENT_STD,
     WanVAE22,
-    add_repeated,
-    means,
+    add_upsample_shortcut,
+    downsample_shortcut,
     patchify,
     unpatchify,
 )
-from wancli.models.vae_layers import Stream
+from wancli.models.vae_layers import CausalCache
 from wancli.resources import memory_model
-from wancli.weights.formats.infer_config import any_vae_config, vae22_config
-from wancli.weights.formats.key_mapping import vae22_from_diffusers, vae_renaming
+from wancli.weights.formats.infer_config import infer_vae22_config, infer_vae_config
+from wancli.weights.formats.key_mapping import choose_vae_renaming, vae22_from_diffusers
 
 MEAN, STD = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
 TINY = VAE22Config(dim=8, dec_dim=12)
@@ -90,17 +90,17 @@ def test_the_kind_of_a_vae_is_seen_in_its_names() -> None:
     with torch.device("meta"):
         old, new = AutoencoderKLWan(), diffusers_vae()
     for vae, sizes in ((old, VAEConfig()), (new, VAE22Config())):
-        rename = vae_renaming(vae.state_dict())
+        rename = choose_vae_renaming(vae.state_dict())
         official = {rename(name): shape for name, shape in shapes(vae).items()}
-        assert vae_renaming(official) is str
-        assert any_vae_config(official, "here") == sizes
+        assert choose_vae_renaming(official) is str
+        assert infer_vae_config(official, "here") == sizes
 
 
 def test_sizes_are_read_off_the_shapes(pair: Pair) -> None:
     odd = VAE22Config(4, 6, 10, (1, 1, 4), temporal_downsample=(True, False))
     with torch.device("meta"):
-        assert vae22_config(shapes(WanVAE22(odd)), "here") == odd
-    assert vae22_config(shapes(pair[0]), "here") == TINY
+        assert infer_vae22_config(shapes(WanVAE22(odd)), "here") == odd
+    assert infer_vae22_config(shapes(pair[0]), "here") == TINY
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_sizes_are_read_off_the_shapes(pair: Pair) -> None:
 )
 def test_another_vae_is_refused(pair: Pair, name: str, shape: tuple[int, ...], problem: str) -> None:
     with pytest.raises(CheckpointError, match=problem):
-        vae22_config(shapes(pair[0]) | {name: shape}, "here")
+        infer_vae22_config(shapes(pair[0]) | {name: shape}, "here")
 
 
 # ---- decoding and encoding ----
@@ -155,18 +155,18 @@ def test_the_strips_that_a_frame_is_worked_off_in_do_not_show(
 ) -> None:
     z, frames = latent(3, 3, 2), video(9, 32, 48)
     whole = clip(pair[0], z), pair[0].encode(frames)
-    monkeypatch.setattr(vae_layers, "STRIP_VALUES", 1)
-    monkeypatch.setattr(vae_layers, "STRIP_ROWS", 3)
+    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)
+    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 3)
     assert (clip(pair[0], z) - whole[0]).abs().max() < 1e-5
     assert (pair[0].encode(frames) - whole[1]).abs().max() < 1e-5
 
 
 def test_the_differentiable_pass_gives_the_frames_and_latents_of_the_streaming_one(pair: Pair) -> None:
     z, frames = latent(3, 2, 3), video(9, 32, 32)
-    whole = pair[0].frames_of(z, Stream())
+    whole = pair[0].decode_chunk(z, CausalCache())
     assert whole.requires_grad
     assert (whole.clamp(-1, 1) - clip(pair[0], z)).abs().max() < 1e-5
-    mean, _ = pair[0].moments(frames, Stream())
+    mean, _ = pair[0].encode_chunk(frames, CausalCache())
     assert ((mean - MEAN) / STD - pair[0].encode(frames)).abs().max() < 1e-5
 
 
@@ -185,7 +185,9 @@ def test_sixteen_bit_weights_give_nearly_the_same_clip(pair: Pair) -> None:
 def test_the_shortcut_down_is_that_of_diffusers(c_in: int, c_out: int, frames: int, in_time: bool) -> None:
     x = torch.randn(c_in, frames, 6, 4)
     expected = theirs.AvgDown3D(c_in, c_out, factor_t=1 + in_time, factor_s=2)(x[None])[0]
-    torch.testing.assert_close(means(x.permute(1, 2, 3, 0), c_out, in_time).permute(3, 0, 1, 2), expected)
+    torch.testing.assert_close(
+        downsample_shortcut(x.permute(1, 2, 3, 0), c_out, in_time).permute(3, 0, 1, 2), expected
+    )
 
 
 @pytest.mark.parametrize("in_time", [False, True])
@@ -196,7 +198,7 @@ def test_the_shortcut_up_is_that_of_diffusers(c_in: int, c_out: int, first: bool
     up = theirs.DupUp3D(c_in, c_out, factor_t=1 + in_time, factor_s=2)
     expected = up(x[None], first_chunk=first)[0]
     y = torch.randn(expected.shape)
-    result = add_repeated(y.permute(1, 2, 3, 0).clone(), x.permute(1, 2, 3, 0), in_time)
+    result = add_upsample_shortcut(y.permute(1, 2, 3, 0).clone(), x.permute(1, 2, 3, 0), in_time)
     torch.testing.assert_close(result.permute(3, 0, 1, 2), y + expected)
 
 
@@ -227,20 +229,20 @@ def test_memory_does_not_grow_with_the_length_of_the_clip(pair: Pair) -> None:
 def test_a_vae_of_any_size_is_counted_exactly(config: VAE22Config) -> None:
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in WanVAE22(config).parameters())
-    assert memory_model.vae_parameters(config) == count
+    assert parameter_count.vae_parameters(config) == count
 
 
 def test_what_decoding_needs_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_layers, "STRIP_VALUES", 1)  # as thin as the strips of a real frame
-    monkeypatch.setattr(vae_layers, "STRIP_ROWS", 4)
-    config, stream = VAE22Config(4, 8), Stream()
+    monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)  # as thin as the strips of a real frame
+    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 4)
+    config, stream = VAE22Config(4, 8), CausalCache()
     vae = WanVAE22(config).requires_grad_(False)
     z = latent(7, 8, 8)
     with torch.no_grad(), LiveBytes() as live:
         for start, stop in ((0, 1), (1, 4), (4, 7)):
-            vae.frames_of(z[:, start:stop], stream)
-    kept = sum(past.nbytes for past in stream.past.values())
-    predicted = memory_model.decode_phase(config, (48, 7, 8, 8), chunk=3)
+            vae.decode_chunk(z[:, start:stop], stream)
+    kept = sum(past.nbytes for past in stream.frames.values())
+    predicted = memory_model.decode_coefficients(config).phase((48, 7, 8, 8), chunk=3)
     # Two rows of overlap are an eighth of a strip of 16 rows, and half of one of four.
     assert 0.9 * predicted.buffer < kept * (18 / 16) / (6 / 4) <= 1.01 * predicted.buffer
     assert 0.8 * predicted.activation < live.peak - kept < 1.2 * predicted.activation
@@ -248,8 +250,8 @@ def test_what_decoding_needs_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_clip_of_ti2v_needs_what_its_widest_stage_holds() -> None:
     latents = (48, 31, 44, 80)  # 121 frames of 1280x704
-    phase = memory_model.decode_phase(VAE22Config(), latents, chunk=1)
+    phase = memory_model.decode_coefficients(VAE22Config()).phase(latents, chunk=1)
     assert phase.model == 4 * 704_688_668
     pixels = 4 * 352 * 640
     assert 4 * pixels * (512 + 2 * 256) < phase.activation < 1.05 * 4 * pixels * (512 + 2 * 256)
-    assert memory_model.decode_phase(VAE22Config(), (48, 5, 44, 80), chunk=1) == phase
+    assert memory_model.decode_coefficients(VAE22Config()).phase((48, 5, 44, 80), chunk=1) == phase

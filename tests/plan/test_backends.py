@@ -11,7 +11,8 @@ from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
 
 from wancli.errors import JobError
 from wancli.job.loader import load
-from wancli.models.config import Kernels
+from wancli.models.config import ComputeOptions
+from wancli.plan.memory_estimate import predict_phases
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.storage.manifest import read
@@ -23,8 +24,8 @@ def planned(folder: Path, **memory: Any) -> Shot:
 
 
 def test_a_job_says_what_computes(tmp_path: Path):
-    assert planned(tmp_path).model.kernels == Kernels()
-    assert planned(tmp_path, attention="math", chunk=256).model.kernels == Kernels("math", 256)
+    assert planned(tmp_path).model.kernels == ComputeOptions()
+    assert planned(tmp_path, attention="math", chunk=256).model.kernels == ComputeOptions("math", 256)
     shot = planned(tmp_path, fp8_matmul=True)
     assert (shot.model.kernels.fp8_matmul, shot.model.dtype, shot.model.residency) == (
         True,
@@ -45,7 +46,7 @@ def test_another_rounding_is_another_latent_and_smaller_pieces_are_not(tmp_path:
 
 def test_products_in_fp8_need_no_second_copy_of_the_weights(tmp_path: Path):
     packed, product = planned(tmp_path, dtype="fp8"), planned(tmp_path, fp8_matmul=True)
-    assert product.phases[1].model < packed.phases[1].model
+    assert predict_phases(product)[1].model < predict_phases(packed)[1].model
 
 
 @pytest.mark.parametrize(

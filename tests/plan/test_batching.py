@@ -1,4 +1,4 @@
-"""Several shots on one pass of the weights: which, how many, and that nobody can tell from the latents."""
+"""Shots that share passes over the weights: which, how many, and that the latents stay the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UNLIKE: list[dict[str, Any]] = [
 
 @pytest.fixture
 def batch(render: Callable[..., Said]) -> Callable[..., Said]:
-    """Renders items that keep their latents on streamed blocks."""
+    """Render items that keep their latents, with streamed blocks."""
 
     def rendered(*options: str, **changes: Any) -> Said:
         said = {"output": "out/{id}.mp4", "memory": STREAMED, "sampler": {"steps": STEPS}, "video": KEPT}
@@ -116,17 +116,19 @@ def test_a_shot_that_meets_nan_fails_alone(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
-    real, seen = WanModel.velocities, [0]
+    real, seen = WanModel.predict_velocities, [0]
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         seen[0] += len(requests)
-        found = real(self, requests, riders)
+        found = real(self, requests, forwards_per_pass)
         return [
             v * torch.nan if len(requests) == 5 and i == 2 and seen[0] == 10 else v
             for i, v in enumerate(found)
         ]
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = batch(folder=tmp_path / "together", items=UNLIKE)
     assert said.code == 1
     assert said.err.startswith("wancli: shot b: NaN or Inf at step 1, after the last block\n")
@@ -136,7 +138,7 @@ def test_a_shot_that_meets_nan_fails_alone(
     assert not list(tmp_path.glob("together/out/b.*"))
 
 
-def test_measured_shots_ride_along_and_have_the_same_effects(
+def test_measured_shots_join_a_batch_and_have_the_same_effects(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [item | {"measure": True} for item in UNLIKE[:2]] + [UNLIKE[2] | {"measure": True}]
@@ -150,7 +152,7 @@ def test_measured_shots_ride_along_and_have_the_same_effects(
     assert differ(tmp_path / "together", tmp_path / "alone") == []
 
 
-def test_shots_with_the_same_loras_share_a_pass_and_others_do_not(
+def test_shots_with_the_same_loras_share_a_pass_and_other_shots_do_not(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     down, up = 0.3 * torch.randn(2, 48), 0.3 * torch.randn(48, 2)
@@ -174,7 +176,7 @@ def test_shots_with_the_same_loras_share_a_pass_and_others_do_not(
     assert len({latents_of(tmp_path / "alone", name).sum().item() for name in "abcd"}) == 4
 
 
-def test_a_group_has_one_bar_that_says_who_is_in_it(
+def test_a_batch_has_one_bar_that_names_its_shots(
     tmp_path: Path, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     items = [{"id": name, "seed": ord(name)} for name in "abc"]
@@ -192,7 +194,7 @@ def test_a_group_has_one_bar_that_says_who_is_in_it(
 # ---- nothing is lost ----
 
 
-def test_all_latents_of_a_group_are_on_disk_before_one_is_decoded(
+def test_all_latents_of_a_batch_are_on_disk_before_one_is_decoded(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = mp4.write_mp4
@@ -205,7 +207,7 @@ def test_all_latents_of_a_group_are_on_disk_before_one_is_decoded(
     assert batch(items=UNLIKE).code == 0
 
 
-def test_shots_that_are_sampled_already_are_published_first_and_the_rest_shares(
+def test_shots_with_a_latent_are_published_first_and_the_rest_share_passes(
     batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert batch(items=UNLIKE[1:2]).code == 0
@@ -220,7 +222,12 @@ def test_shots_that_are_sampled_already_are_published_first_and_the_rest_shares(
 # ---- which, and how many ----
 
 
-def test_shots_share_where_steps_weights_and_batch_are_the_same(decide: Callable[..., list[Shot]]) -> None:
+def batch_sizes(shots: Sequence[Shot]) -> list[int]:
+    schedule = batching.build_schedule(shots)
+    return [schedule.placement(shot).batch_size for shot in shots]
+
+
+def test_shots_with_the_same_steps_weights_and_batch_share_passes(decide: Callable[..., list[Shot]]) -> None:
     shots = decide(
         {"seed": 1},
         {"prompt": FISH, "size": "64x96", "frames": 5, "inject": [rule(blocks=1)]},
@@ -229,82 +236,70 @@ def test_shots_share_where_steps_weights_and_batch_are_the_same(decide: Callable
         {"batch": 2},
         {"batch": 1},
     )
-    assert [shot.sharing for shot in shots] == [3, 3, 3, 1, 1, 1]
+    assert batch_sizes(shots) == [3, 3, 3, 1, 1, 1]
 
 
-def test_by_itself_a_group_has_at_most_eight_shots_and_resident_weights_none(
+def test_without_batch_at_most_eight_shots_share_a_pass_and_none_if_weights_are_resident(
     decide: Callable[..., list[Shot]],
 ) -> None:
     seeds = [{"seed": seed} for seed in range(19)]
-    assert [shot.sharing for shot in decide(*seeds)] == [8] * 16 + [3] * 3
-    assert {shot.sharing for shot in decide(*seeds, memory={"residency": "resident"})} == {1}
+    assert batch_sizes(decide(*seeds)) == [8] * 16 + [3] * 3
+    assert set(batch_sizes(decide(*seeds, memory={"residency": "resident"}))) == {1}
     resident = decide(*seeds, memory={"residency": "resident"}, batch=4)
-    assert [shot.sharing for shot in resident] == [4] * 16 + [3] * 3
+    assert batch_sizes(resident) == [4] * 16 + [3] * 3
 
 
-def test_on_a_gpu_shots_share_what_the_job_tells_them_to(decide: Callable[..., list[Shot]]) -> None:
+def test_on_a_gpu_shots_share_passes_only_as_the_job_says(decide: Callable[..., list[Shot]]) -> None:
     def groups(**said: Any) -> list[int]:
         shots = decide(*({"seed": seed} for seed in range(4)), **said)
         there = [replace(shot, model=replace(shot.model, device="cuda")) for shot in shots]
-        return [len(group) for wave in batching.waves(there) for group in wave]
+        return [len(batch) for round_ in batching.build_schedule(there).rounds for batch in round_]
 
     assert groups() == [1] * 4
     assert groups(batch=2) == [2, 2]
 
 
-def test_a_worker_takes_eight_shots_at_once_or_as_many_as_the_job_says(
+def test_a_worker_claims_eight_shots_at_once_or_as_many_as_the_job_says(
     decide: Callable[..., list[Shot]],
 ) -> None:
     late = [{"inject": [rule(blocks=0, strength=n / 10, steps="1-1")]} for n in range(1, 11)]
 
     def sizes(**said: Any) -> list[int]:
-        return [sum(map(len, wave)) for wave in batching.waves(decide(*late, **said))]
+        return [sum(map(len, round_)) for round_ in batching.build_schedule(decide(*late, **said)).rounds]
 
     assert sizes(memory={"residency": "resident"}) == [8, 2]
     assert sizes(batch=10) == [10]
 
 
-def test_the_memory_of_a_group_is_the_weights_once_and_every_forward(
+def test_the_memory_of_a_batch_is_the_weights_once_and_every_forward(
     decide: Callable[..., list[Shot]],
 ) -> None:
-    config = decide({})[0].model.checkpoint.transformer
+    config = decide({})[0].model.checkpoint.transformer_config
     one, *_ = same = decide({}, {"seed": 1}, {"seed": 2})
     rows = sum(text.rows for text in one.prompts)
-    expected = memory_model.sample_phase(
-        config,
-        one.latent_shape,
-        context_rows=rows,
-        element_bytes=4,
-        blocks_in_memory=2,
-        forwards_per_pass=6,
-        shots=3,
+    expected = memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
+        one.latent_shape, text_rows=rows, forwards_per_pass=6, shots=3
     )
-    assert batching.predict_batch(same) == expected == same[2].phases[1]
+    assert batching.predict_batch(same) == expected == batching.build_schedule(same).phases(same[2])[1]
     small, large = decide({"sampler": {"guidance": 1}}, {"size": "128x128", "negative": "rain"})
     alone = [
-        memory_model.sample_phase(
-            config,
-            shot.latent_shape,
-            context_rows=0,
-            element_bytes=4,
-            blocks_in_memory=2,
-            forwards_per_pass=riders,
+        memory_model.sample_coefficients(config, element_bytes=4, blocks_in_memory=2).phase(
+            shot.latent_shape, text_rows=0, forwards_per_pass=forwards
         )
-        for shot, riders in ((small, 1), (large, 2))
+        for shot, forwards in ((small, 1), (large, 2))
     ]
     stream = small.tokens * 4 * (config.dim + config.head_dim)
     assert batching.predict_batch([small, large]).activation == alone[1].activation + stream
 
 
-def test_as_many_shots_share_a_pass_as_fit(
+def test_as_many_shots_share_a_pass_as_fit_into_memory(
     decide: Callable[..., list[Shot]], render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
     three = batching.predict_batch(decide(*items)[:3]).total
-    monkeypatch.setattr(
-        memory_policy, "memory_limit", lambda model: memory_estimate.process_bytes(model) + three
-    )
-    assert [shot.sharing for shot in decide(*items)] == [3] * 3 + [2] * 2
+    process = memory_estimate.process_bytes(decide({})[0].model)
+    monkeypatch.setattr(memory_policy, "read_free_memory", lambda _: process + three)
+    assert batch_sizes(decide(*items)) == [3] * 3 + [2] * 2
     said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
     assert said.code == 5
     assert said.err.startswith("wancli: shot 0, one of 5 by `batch`: sample needs ")

@@ -1,9 +1,9 @@
-"""Space on the disk: told before anything is loaded, and what becomes of a batch that runs out of it."""
+"""Disk space: checked before anything is loaded; a batch that runs out of it ends and can resume."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jobs import Said, files_in, latents_of, poison, tiny_job, written
 
 from wancli.job.loader import load
 from wancli.plan import disk_estimate
+from wancli.plan.batching import build_schedule
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
 from wancli.storage import atomic
@@ -43,6 +44,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def disk_needs(shots: Sequence[Shot], *store: Store) -> list[disk_estimate.DiskNeed]:
+    return disk_estimate.disk_needs(build_schedule(shots), *store)
+
+
 def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shots: Any) -> None:
     crf = {n: shots(size="160x96", frames=17, video={"crf": n})[0] for n in (0, 10, 16, 22, 51)}
     pixels = 160 * 96 * 17
@@ -50,7 +55,7 @@ def test_a_video_takes_two_bits_per_pixel_at_crf_16_and_never_more_than_raw(shot
     assert found == pytest.approx({0: 12.6, 10: 4, 16: 2, 22: 1, 51: 2 ** (-29 / 6)}, abs=1e-3)
 
 
-def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: Path) -> None:
+def test_only_pure_noise_takes_more_than_the_estimate_of_a_video(shots: Any, tmp_path: Path) -> None:
     (shot,) = shots(size="320x192", frames=17)[:1]
     dice = np.random.default_rng(0)
     slope = np.linspace(40, 200, 320)[None, None, :, None]
@@ -66,36 +71,36 @@ def test_only_pure_noise_takes_more_than_a_video_is_given(shots: Any, tmp_path: 
     assert 2 < found["noise"] < 4, found
 
 
-def test_latents_count_once_per_shot_where_they_are_kept_and_else_once_per_wave(shots: Any) -> None:
+def test_kept_latents_count_once_per_shot_and_others_once_per_round(shots: Any) -> None:
     seeds = {"output": "out/{seed}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
-    (plain,) = disk_estimate.disk_needs(shots(**seeds))
-    (kept,) = disk_estimate.disk_needs(shots(**seeds, video={"keep_latents": True}))
+    (plain,) = disk_needs(shots(**seeds))
+    (kept,) = disk_needs(shots(**seeds, video={"keep_latents": True}))
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     assert kept.needed - plain.needed == 4 * latent
-    (one,) = disk_estimate.disk_needs(shots()[:1])
+    (one,) = disk_needs(shots()[:1])
     assert plain.needed - one.needed == 3 * (64 * 64 * 2 // 8 + 2**16)
 
 
-def test_a_shot_on_its_way_takes_its_latent_and_its_state_twice_less_what_is_there(shots: Any) -> None:
+def test_a_shot_in_progress_takes_its_latent_and_twice_its_state_less_what_exists(shots: Any) -> None:
     (shot,) = shots()[:1]
     latent = 4 * 16 * 1 * 8 * 8 + 2**16
     video = 64 * 64 * 2 // 8 + 2**16
-    assert disk_estimate.disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent
+    assert disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent
     shot.state.parent.mkdir(exist_ok=True)
     shot.state.write_bytes(bytes(1000))
-    assert disk_estimate.disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
+    assert disk_needs([shot])[0].needed == video + latent + 2 * 4 * latent - 1000
 
 
-def test_what_is_missing_in_the_cache_counts_where_it_shares_the_disk(shots: Any, tmp_path: Path) -> None:
+def test_missing_embeddings_count_if_the_cache_is_on_the_same_disk(shots: Any, tmp_path: Path) -> None:
     found = shots()
-    (alone,) = disk_estimate.disk_needs(found)
-    (both,) = disk_estimate.disk_needs(found, Store(tmp_path / "cache"))
+    (alone,) = disk_needs(found)
+    (both,) = disk_needs(found, Store(tmp_path / "cache"))
     assert both.needed > alone.needed
-    (elsewhere,) = disk_estimate.disk_needs(found, Store(Path("/proc/nowhere")))
+    (elsewhere,) = disk_needs(found, Store(Path("/proc/nowhere")))
     assert elsewhere.needed == alone.needed
 
 
-def test_too_little_space_is_told_with_figures_before_anything_is_loaded(
+def test_too_little_space_is_reported_with_figures_before_anything_is_loaded(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
@@ -116,10 +121,10 @@ def test_the_margin_is_a_twentieth_and_a_mebibyte() -> None:
     assert not disk_estimate.DiskNeed(Path(), needed, least - 1).fits
 
 
-def test_a_disk_that_is_full_on_the_way_ends_the_batch_and_keeps_what_is_done(
+def test_a_disk_that_fills_up_ends_the_batch_and_keeps_finished_shots(
     render: Render, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The preflight is told of room that there is not, as where another program takes it meanwhile."""
+    """Preflight sees more free space than there is, as if another program took it meanwhile."""
     items = [{"id": f"s{n}", "seed": n, "video": {"keep_latents": True}} for n in range(60)]
     said = {"output": "out/{id}.mp4", "items": items}
     assert render(folder=small, **said).code == 3
@@ -147,11 +152,11 @@ def test_a_full_cache_costs_a_warning_and_nothing_else(
     (small / "ballast").write_bytes(b"x" * 2**21)
     job = written(tmp_path, tiny_job(shallow, prompt="one that no cache knows"))
     assert command(capsys, "render", job, "--cache-dir", small / "cache").code == 0
-    assert "going on without the cache: " in caplog.text
+    assert "continuing without the cache: " in caplog.text
     assert list(small.rglob("*.entry")) == []
 
 
-def test_a_limit_on_the_size_of_files_is_a_full_disk_and_the_next_run_goes_on(
+def test_a_limit_on_file_size_counts_as_a_full_disk_and_the_next_run_resumes(
     render: Render, tmp_path: Path, shallow: Path, warm: Path
 ) -> None:
     job = written(tmp_path, tiny_job(shallow, frames=17, video={"keep_latents": True}))

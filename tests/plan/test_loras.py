@@ -127,7 +127,7 @@ def test_a_lora_for_one_step_is_there_in_that_step_alone(
     assert command(capsys, "encode", "-q", "--model", shallow, "--out", out, CAT).code == 0
     rows_NE = load_embedding(out, 0).rows_NE
     changed = with_merged(tmp_path / "merged", shallow, factors, 1.0)
-    plain, with_lora = (load_transformer(identify(root), torch.float32, "cpu") for root in (shallow, changed))
+    plain, with_lora = (load_transformer(identify(root)) for root in (shallow, changed))
     euler = build_schedule("euler", 2, 5.0)
     x = draw_noise((16, 1, 8, 8), 3)[None]
     with torch.inference_mode():
@@ -285,10 +285,10 @@ def test_a_key_changes_with_the_config_that_gives_the_scale(
 @pytest.mark.parametrize(
     ("entry", "line"),
     [
-        ({"path": "no.safetensors"}, ":10: loras.0.path: 'no.safetensors' is not there"),
-        ({"path": "job.yaml"}, ":10: loras.0.path: 'job.yaml' is no .safetensors file"),
+        ({"path": "no.safetensors"}, ":10: loras.0.path: 'no.safetensors' not found"),
+        ({"path": "job.yaml"}, ":10: loras.0.path: 'job.yaml' is not a .safetensors file"),
         ({"blocks": "2-4"}, ":11: loras.0.blocks: 4 is past the last block (3)"),
-        ({"blocks": 3}, ":11: loras.0.blocks: style.safetensors changes none of these"),
+        ({"blocks": 3}, ":11: loras.0.blocks: style.safetensors changes none of these blocks"),
         ({"steps": 2}, ":11: loras.0.steps: 2 is past the last step (1)"),
         ({"steps": {"sigma": [0.1, 0.2]}}, ":11: loras.0.steps: no step is in this range"),
         ({"expert": "high"}, ":11: loras.0.expert: this model has one transformer"),
@@ -342,7 +342,7 @@ def test_the_plan_shows_every_lora_once_and_warns(
     for warning in (
         "shot b: peft.safetensors has strength 0 and changes nothing",
         "shot b: peft.safetensors has no alpha and no adapter_config.json beside it; its scale is taken as 1",
-        "shot b: peft.safetensors: 1 keys name nothing of this model: base_model.model.head.lora_C",
+        "shot b: peft.safetensors: 1 keys match nothing in this model: base_model.model.head.lora_C",
     ):
         assert warning in said.err
     shots = json.loads(command(capsys, "plan", "--json", tmp_path / "job.yaml").out)["shots"]
@@ -356,8 +356,8 @@ def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from wancli.job import loader\nfrom wancli.plan import planner\n"
-        f"found = planner.plan(loader.load(Path({str(path)!r})), Path({str(tmp_path / 'memo.json')!r}))\n"
-        "assert found.shots[0].loras\n"
+        f"plan = planner.build_plan(loader.load(Path({str(path)!r})), Path({str(tmp_path / 'memo')!r}))\n"
+        "assert plan.shots[0].loras\n"
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""What is chosen for the memory there is, what is said of it, and what else would be possible."""
+"""The configuration chosen for a memory limit, its explanation, and the alternatives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny_shot(tmp_path: Path) -> Shot:
 def large(tiny_shot: Shot) -> Shot:
     """A shot of the 14B model at 832x480x81, in bf16 from a file of fp8."""
     part = tiny_shot.model.checkpoint.experts[0]
-    matrices = replace(part.stored("block matrices"), dtypes=(("F8_E4M3", 400),), nbytes=14_050_918_400)
+    matrices = replace(part.precision_of("block matrices"), dtypes=(("F8_E4M3", 400),), nbytes=14_050_918_400)
     part = replace(
         part,
         config=T2V,
@@ -53,7 +53,11 @@ def chosen(shot: Shot, budget: int, **said: Any) -> Shot:
     return memory_policy.choose_residency([shot], [MemoryRequest(budget=budget, **said)])[0]
 
 
-def test_the_fastest_that_fits_is_chosen(large: Shot) -> None:
+def peak(shot: Shot) -> int:
+    return memory_estimate.peak_of(shot.model, memory_estimate.predict_phases(shot))
+
+
+def test_the_fastest_option_that_fits_is_chosen(large: Shot) -> None:
     """The weights take 26.9 GiB in bf16, 14.7 GiB as stored, and 2.8 GiB streamed."""
     found = [chosen(large, budget * GIB).model for budget in (64, 24, 8)]
     assert [model.residency for model in found] == ["resident", "packed", "streamed"]
@@ -61,7 +65,7 @@ def test_the_fastest_that_fits_is_chosen(large: Shot) -> None:
 
 
 @pytest.mark.parametrize("budget", [64, 32, 20, 14, 8])
-def test_what_is_chosen_fits_and_nothing_faster_does(large: Shot, budget: int) -> None:
+def test_the_chosen_option_fits_and_no_faster_one_does(large: Shot, budget: int) -> None:
     model = chosen(large, budget * GIB).model
     order = [(r, c) for r in ("resident", "packed", "streamed") for c in memory_policy.CHUNKS]
     at = order.index((model.residency, model.kernels.chunk))
@@ -75,7 +79,7 @@ def test_what_is_chosen_fits_and_nothing_faster_does(large: Shot, budget: int) -
     assert all(faster > budget * GIB for faster in needs[:at])
 
 
-def test_every_kind_of_shot_is_asked_for_what_it_needs(large: Shot) -> None:
+def test_every_kind_of_shot_counts_in_the_choice(large: Shot) -> None:
     """Without its negative a shot has one forward on a pass, and the same texts otherwise."""
     assert large.negative
     lean = replace(large, negative=None, injected=(large.negative,))
@@ -96,7 +100,7 @@ def test_every_kind_of_shot_is_asked_for_what_it_needs(large: Shot) -> None:
         )
 
 
-def test_models_that_run_alike_are_one_model_however_that_was_chosen(large: Shot) -> None:
+def test_models_that_run_alike_are_equal_however_that_was_chosen(large: Shot) -> None:
     said = [
         MemoryRequest("streamed", "auto", 9 * GIB),
         MemoryRequest("streamed", None, 9 * GIB),
@@ -114,7 +118,7 @@ def test_the_reason_names_what_was_too_large_and_the_budget(large: Shot) -> None
     assert why.endswith("; the budget is 14.0 GiB")
 
 
-def test_what_a_job_fixes_stays(large: Shot) -> None:
+def test_settings_that_a_job_fixes_stay(large: Shot) -> None:
     model = chosen(large, 10**15, residency="streamed", chunk=512).model
     assert (model.residency, model.encoder.residency, model.kernels.chunk) == ("streamed", "streamed", 512)
     fp8 = replace(large, model=replace(large.model, dtype="fp8"))
@@ -142,7 +146,7 @@ def test_on_cuda_the_budget_is_of_the_device_and_the_process_takes_none(
     assert memory_policy.choose_residency([on_gpu], [MemoryRequest()])[0].model.residency == "packed"
 
 
-def test_the_free_memory_of_a_gpu_is_told_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_free_memory_of_a_gpu_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = SimpleNamespace(
         NVMLError=OSError,
         nvmlInit=lambda: None,
@@ -164,15 +168,15 @@ def refused(shot: Shot, budget: int, **said: Any) -> DoesNotFit:
     return caught.value
 
 
-def test_what_does_not_fit_is_refused_with_the_nearest_size_and_length_that_do(large: Shot) -> None:
+def test_a_shot_that_does_not_fit_is_refused_with_the_nearest_size_and_length_that_do(large: Shot) -> None:
     lean = memory_policy.with_transformer_residency(large.model, "streamed", memory_policy.CHUNKS[-1])
     budget = memory_policy.peak_bytes(lean, [large], memory_policy.TRANSFORMER_PHASES) - GIB // 2
     error = refused(large, budget)
     assert str(error).startswith("shot 0000: sample needs ")
     assert ", the budget is " in str(error)
     shot = chosen(large, budget)
-    smaller = memory_policy.nearest_size(shot, lambda s: s.peak <= budget)
-    shorter = memory_policy.nearest_frames(shot, lambda s: s.peak <= budget)
+    smaller = memory_policy.nearest_size(shot, lambda s: peak(s) <= budget)
+    shorter = memory_policy.nearest_frames(shot, lambda s: peak(s) <= budget)
     assert smaller is not None
     assert shorter is not None
     assert error.hint == (f"What fits: size: {smaller.width}x{smaller.height}, or frames: {shorter.frames}.")
@@ -184,7 +188,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_size_and_length_that_do(l
         memory_policy.require(replace(shorter, frames=shorter.frames + 4))
 
 
-def test_where_nothing_fits_the_smallest_budget_is_named(large: Shot) -> None:
+def test_if_nothing_fits_the_smallest_budget_is_named(large: Shot) -> None:
     hint = refused(large, GIB).hint
     least = int(hint.removeprefix("memory.budget: ").partition("MiB")[0]) * 2**20
     memory_policy.require(chosen(large, least))
@@ -192,7 +196,7 @@ def test_where_nothing_fits_the_smallest_budget_is_named(large: Shot) -> None:
     assert "even 1 frame of 16x16 needs 2." in hint
 
 
-def test_where_streaming_would_fit_the_refusal_says_so(large: Shot) -> None:
+def test_if_streaming_would_fit_the_refusal_says_so(large: Shot) -> None:
     assert refused(large, 14 * GIB, residency="resident").hint.startswith("memory.residency: auto")
 
 
@@ -216,13 +220,13 @@ def test_plan_and_render_refuse_alike(
     assert "memory.budget: " in said.err
 
 
-def test_a_budget_that_is_no_size_is_an_error_of_its_line(
+def test_a_budget_that_is_not_a_size_is_an_error_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = written(tmp_path, tiny_job(memory={"budget": "lots"}))
     said = command(capsys, "plan", job)
     assert said.code == 2
-    assert "memory.budget: 'lots' is no size; write 500MiB or 2GiB" in said.err
+    assert "memory.budget: 'lots' is not a size; write 500MiB or 2GiB" in said.err
     assert command(capsys, "plan", written(tmp_path, tiny_job()), "--memory", "x").code == 2
 
 
@@ -234,7 +238,7 @@ def test_pixels_do_not_depend_on_the_budget(render: Callable[..., Said], tmp_pat
 # ---- what else there is ----
 
 
-def test_the_alternatives_are_all_valid_ways_with_their_sums(large: Shot) -> None:
+def test_the_alternatives_are_all_valid_settings_with_their_sums(large: Shot) -> None:
     shot = chosen(large, 12 * GIB)
     ways = alternatives(shot)
     assert {(way.width, way.height) for way in ways} == {(832, 480), (640, 368), (480, 272), (320, 176)}

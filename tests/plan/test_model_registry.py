@@ -17,7 +17,7 @@ from wancli.job.loader import load
 from wancli.plan import model_registry
 from wancli.plan import planner as planning
 from wancli.plan.shot import Shot
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 ROOT = Path(__file__).parents[2]
 WHOLE = {"transformer": TRANSFORMER, "text_encoder": T5, "tokenizer": "spiece.model", "vae": VAE, "heads": 2}
@@ -63,7 +63,7 @@ def test_the_example_models_are_all_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.keys() == yaml.safe_load((ROOT / "configs/models.yaml").read_text()).keys()
     assert found["wan2.2-t2v-a14b"] == Path("/models/Wan2.2-T2V-A14B")
     small = found["my-small-wan"]
-    assert isinstance(small, Files)
+    assert isinstance(small, SingleFiles)
     assert (small.heads, small.vae) == (4, ROOT / "configs/small/vae.safetensors")
 
 
@@ -96,7 +96,7 @@ def test_a_name_wins_over_a_folder_and_a_path_is_always_a_path(tmp_path: Path, n
 def test_an_unknown_name_lists_those_that_are_known(tmp_path: Path, name_models: Any) -> None:
     path = name_models({"wan2.1-14b": "/a", "wan2.2-a14b": "/b"})
     error = problem(tmp_path, "wan2.1-14B")
-    assert str(error).endswith("job.yaml:1: model: 'wan2.1-14B' is not there")
+    assert str(error).endswith("job.yaml:1: model: 'wan2.1-14B' not found")
     assert error.hint == (
         f"Looked for {tmp_path}/wan2.1-14B; {path} names wan2.1-14b, wan2.2-a14b; did you mean 'wan2.1-14b'?"
     )
@@ -124,10 +124,10 @@ def test_a_models_yaml_that_was_asked_for_must_be_there(tmp_path: Path, monkeypa
         ("a: {vae: x}", "models.yaml:1: a: names no transformer"),
         (
             "a: {transformer: x, high_noise: y}",
-            "models.yaml:1: a: says transformer and an expert; say one or two experts",
+            "models.yaml:1: a: names a transformer and an expert; use one or the other",
         ),
         ("a: {transformer: x, heads: 0}", "a.heads: should be greater than or equal to 1, got 0"),
-        ("[a]", "models.yaml: is no mapping of names to models"),
+        ("[a]", "models.yaml: is not a mapping of names to models"),
         ("a: [", "models.yaml:1:5: is not YAML"),
     ],
 )  # fmt: skip
@@ -142,9 +142,9 @@ def test_what_is_wrong_in_models_yaml_is_named(
     ("changes", "message"),
     [
         ({"transformr": "x"}, "model.transformr: unknown key; did you mean 'transformer'?"),
-        ({"vae": "no.pth"}, "model.vae: 'no.pth' is not there"),
+        ({"vae": "no.pth"}, "model.vae: 'no.pth' not found"),
         ({"vae": 7}, "model.vae: expected text, got 7; put it in quotes"),
-        ({"high_noise": "x"}, "model: says transformer and an expert; say one or two experts"),
+        ({"high_noise": "x"}, "model: names a transformer and an expert; use one or the other"),
         ({"heads": 2.5}, "model.heads: expected a whole number, got 2.5"),
         ({"transformer": None}, "model: names no transformer"),
     ],
@@ -178,7 +178,7 @@ def test_files_one_by_one_render_the_same_video_and_decode_from_the_record(
 
 
 def test_one_file_finds_the_others_beside_it(flat: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="48 is no multiple of 128"):
+    with pytest.raises(CheckpointError, match="48 is not a multiple of 128"):
         shot_of(flat, model=TRANSFORMER)
     from safetensors.torch import save_file
 
@@ -188,7 +188,7 @@ def test_one_file_finds_the_others_beside_it(flat: Path, tmp_path: Path) -> None
     config = WanConfig(128, 64, 1, 1, text_dim=64, freq_dim=32)
     save_file(WanModel(config).state_dict(), flat / TRANSFORMER)
     shot = shot_of(flat, model=TRANSFORMER)
-    assert shot.model.checkpoint.transformer == config
+    assert shot.model.checkpoint.transformer_config == config
     assert shot.model.checkpoint.vae_files == (flat / VAE,)
     assert shot_of(flat, model=".").key == shot.key
 

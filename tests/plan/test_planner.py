@@ -1,4 +1,4 @@
-"""Job to Plan: what is decided, what a key depends on, and what is refused before anything starts."""
+"""Job to Plan: defaults, the keys of shots, and errors that are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.table import Text
 from wancli.job.cli_overrides import CliOverrides
 from wancli.job.loader import load
-from wancli.models.variants import NEGATIVE, T2V, T2V_14B, T2V_A14B, TI2V_5B
+from wancli.models.variants import NEGATIVE_PROMPT, T2V, T2V_14B, T2V_A14B, TI2V_5B
 from wancli.plan import planner as planning
 from wancli.plan.shot import Plan, Shot
 from wancli.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from wancli.text.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def memo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digests of the weights, kept from test to test."""
+    """A cache of the hashes of weights, shared by all tests."""
     return tmp_path_factory.mktemp("memo") / "hashes.json"
 
 
@@ -55,7 +55,7 @@ def problems(decide: Callable[..., Plan], **changes: Any) -> list[str]:
 # ---- defaults ----
 
 
-def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable[..., Plan]) -> None:
+def test_defaults_are_those_that_the_model_was_made_for(decide: Callable[..., Plan]) -> None:
     shot = only(decide({"model": str(TINY), "prompt": CAT}))
     assert (shot.width, shot.height, shot.frames, shot.fps) == (T2V.width, T2V.height, T2V.frames, T2V.fps)
     assert (shot.steps, shot.shift, shot.guidance) == (T2V.steps, T2V.shift, T2V.guidance)
@@ -63,7 +63,7 @@ def test_what_a_job_does_not_say_is_what_the_model_was_made_for(decide: Callable
     assert shot.tokens == 32760
     assert (shot.solver, shot.seed, shot.noise, shot.crf, shot.codec) == ("unipc", 0, "cpu", 16, "h264")
     assert shot.negative is not None
-    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE, 512, truncate=True)
+    assert shot.negative.tokens == Tokenizer(SPIECE).tokenize(NEGATIVE_PROMPT, 512, truncate=True)
     assert (shot.id, shot.keep_latents, shot.measure, shot.rules) == ("0000", False, False, ())
 
 
@@ -105,7 +105,7 @@ def test_an_empty_negative_is_a_prompt_and_any_other_empty_text_an_error(decide:
     assert problems(decide, inject=[rule(prompt="")]) == [":10: inject.0.prompt: is empty"]
 
 
-def test_measuring_can_be_asked_for_from_outside(decide: Callable[..., Plan]) -> None:
+def test_measuring_can_be_turned_on_from_outside(decide: Callable[..., Plan]) -> None:
     assert only(decide(measure=True)).measure
 
 
@@ -188,14 +188,14 @@ def test_all_these_jobs_have_different_keys(decide: Callable[..., Plan]) -> None
     assert len(set(found)) == len(found)
 
 
-def test_a_key_tells_what_weights_in_fp8_are_multiplied_in(decide: Callable[..., Plan]) -> None:
+def test_a_key_depends_on_the_compute_dtype_of_fp8_weights(decide: Callable[..., Plan]) -> None:
     """Prompts from files are the same on a GPU, whose text encoder would have run in bf16."""
     shot = only(decide(memory={"dtype": "fp8", "device": "cpu"}))
     on_gpu = replace(shot, model=replace(shot.model, device="cuda"))
     assert shot.latents_key != on_gpu.latents_key
 
 
-def test_keys_depend_on_the_weights_and_not_on_where_they_lie(
+def test_keys_depend_on_the_weights_and_not_on_their_path(
     decide: Callable[..., Plan], tmp_path: Path
 ) -> None:
     model = checkpoint(tmp_path)
@@ -212,7 +212,7 @@ def test_keys_depend_on_the_weights_and_not_on_where_they_lie(
         assert before[1] != after[1]
 
 
-def test_an_embedding_file_is_known_by_its_content_and_index(
+def test_an_embedding_file_is_identified_by_its_content_and_index(
     decide: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, texts in (("a", ("x", "y")), ("b", ("x", "y")), ("c", ("y", "x"))):
@@ -227,7 +227,7 @@ def test_an_embedding_file_is_known_by_its_content_and_index(
     assert len(set(found)) == 4
 
 
-def test_an_embedding_file_must_be_there_be_whole_and_hold_the_index(
+def test_an_embedding_file_must_exist_be_whole_and_have_the_index(
     decide: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.safetensors"
@@ -307,7 +307,7 @@ def test_a_label_cannot_pose_as_a_field(decide: Callable[..., Plan]) -> None:
         ("loop/x.mp4", "Symlink loop"),
     ],
 )
-def test_an_output_that_cannot_be_is_an_error_with_its_line(
+def test_an_impossible_output_is_an_error_with_its_line(
     decide: Callable[..., Plan], tmp_path: Path, template: str, problem: str
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")
@@ -356,7 +356,7 @@ def test_the_shots_of_a_sweep_share_the_work_of_planning(
     assert len({id(shot.table) for shot in plan.shots}) == 2
 
 
-def test_a_path_starts_where_it_was_said(decide: Callable[..., Plan], tmp_path: Path) -> None:
+def test_a_path_is_relative_to_the_file_that_says_it(decide: Callable[..., Plan], tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "tiny").symlink_to(TINY)
     written(tmp_path / "shared", {"model": "tiny", "output": "out/{id}.mp4"}, "base.yaml")
@@ -365,7 +365,7 @@ def test_a_path_starts_where_it_was_said(decide: Callable[..., Plan], tmp_path: 
     assert shot.output == tmp_path / "out" / "0000.mp4"
 
 
-def test_shots_that_were_not_asked_for_are_known_and_no_two_may_collide(
+def test_unselected_shots_are_known_and_no_two_may_collide(
     decide: Callable[..., Plan], tmp_path: Path, memo: Path
 ) -> None:
     job = tiny_job(output="{item}.mp4", items=[{"seed": n} for n in range(6)])
@@ -378,7 +378,7 @@ def test_shots_that_were_not_asked_for_are_known_and_no_two_may_collide(
         planning.build_plan(load(written(tmp_path, job | {"output": "x.mp4"}), CliOverrides(items="5")), memo)
 
 
-def test_the_same_output_by_two_ways_is_one_output(decide: Callable[..., Plan], tmp_path: Path) -> None:
+def test_the_same_output_by_two_paths_is_one_output(decide: Callable[..., Plan], tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     items = [{"output": "real/x.mp4"}, {"output": "link/x.mp4"}]
@@ -396,13 +396,13 @@ def test_the_same_output_by_two_ways_is_one_output(decide: Callable[..., Plan], 
         ("1x1", "1x1 is not made of multiples of 16; nearest is 16x16"),
         ("840x470", "840x470 is not made of multiples of 16; nearest is 832x464"),
         ("0x64", "0x64 is not made of multiples of 16; nearest is 16x64"),
-        ("832", "'832' is no size"),
-        ("832x", "'832x' is no size"),
-        ("832*480", "'832*480' is no size"),
-        ("832 x 480", "'832 x 480' is no size"),
-        ("-16x16", "'-16x16' is no size"),
-        ("16x16x16", "'16x16x16' is no size"),
-        ("9999999999x16", "'9999999999x16' is no size"),
+        ("832", "'832' is not a size"),
+        ("832x", "'832x' is not a size"),
+        ("832*480", "'832*480' is not a size"),
+        ("832 x 480", "'832 x 480' is not a size"),
+        ("-16x16", "'-16x16' is not a size"),
+        ("16x16x16", "'16x16x16' is not a size"),
+        ("9999999999x16", "'9999999999x16' is not a size"),
     ],
 )
 def test_a_bad_size_is_answered_with_the_nearest_good_one(
@@ -428,16 +428,16 @@ def test_a_bad_number_of_frames_is_answered_with_the_nearest_good_ones(
         (
             {"blocks": "last"},
             "blocks",
-            "'last' is no block set; write 27-39, 0-39:4, 7, or one of all, early",
+            "'last' is not a block set; write 27-39, 0-39:4, 7, or one of all, early",
         ),
-        ({"blocks": -1}, "blocks", "-1 is no block set"),
+        ({"blocks": -1}, "blocks", "-1 is not a block set"),
         ({"steps": 2}, "steps", "2 is past the last step (1)"),
         ({"steps": "1-0"}, "steps", "'1-0' is empty"),
-        ({"steps": "50-20%"}, "steps", "'50-20%' is no part of the way"),
-        ({"steps": "first"}, "steps", "'first' is no step range"),
+        ({"steps": "50-20%"}, "steps", "'50-20%' is not a range of the steps"),
+        ({"steps": "first"}, "steps", "'first' is not a step range"),
         ({"strength": [1, 0.5]}, "strength", "2 strengths for 13 places"),
         ({"step_strength": [1, 1, 1]}, "step_strength", "3 strengths for 2 places"),
-        ({"blend": "replace"}, "strength", "replace has strength 1 only"),
+        ({"blend": "replace"}, "strength", "replace needs strength 1"),
         ({"blend": "concat", "strength": -0.5}, "strength", "concat needs strengths above 0"),
     ],
     ids=lambda value: str(value)[:40],
@@ -453,8 +453,8 @@ def test_a_rule_that_does_not_fit_is_an_error_at_its_key(
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"steps": {"sigma": [0.0, 0.1]}}, "reaches no block: no step of 2 is in its range"),
-        ({"steps": "80-90%"}, "reaches no block: no step of 2 is in its range"),
+        ({"steps": {"sigma": [0.0, 0.1]}}, "reaches no block: none of the 2 steps is in its range"),
+        ({"steps": "80-90%"}, "reaches no block: none of the 2 steps is in its range"),
     ],
 )
 def test_a_rule_that_reaches_no_step_is_an_error(
@@ -481,7 +481,7 @@ def test_a_named_range_that_a_shallow_model_does_not_have_is_an_error(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_layers": 2}))
     (problem,) = problems(decide, model=str(model), inject=[rule(blocks="late")])
-    assert problem.endswith("inject.0: reaches no block: a model of 2 blocks has none there")
+    assert problem.endswith("inject.0: reaches no block: this range is empty in a model of 2 blocks")
     assert only(decide(model=str(model), inject=[rule(blocks="early")])).rules[0].blocks == ((0, 0.6),)
 
 
@@ -504,17 +504,17 @@ def test_rows_that_concat_joined_cannot_be_interpolated_and_the_plan_says_so(
 def test_a_rule_that_later_rules_overwrite_everywhere_is_an_error(decide: Callable[..., Plan]) -> None:
     replacing = rule(prompt="rain", blend="replace", strength=1)
     (problem,) = problems(decide, inject=[rule(), replacing])
-    assert problem == ":10: inject.0: reaches no block: later rules replace all that it changes"
+    assert problem == ":10: inject.0: reaches no block: later rules replace every cell that it changes"
     assert len(only(decide(inject=[rule(), replacing | {"blocks": "27-38"}])).rules) == 2
     assert len(only(decide(inject=[replacing, rule()])).rules) == 2
     assert len(only(decide(inject=[rule(), rule(prompt="rain")])).rules) == 2
 
 
-def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at(
+def test_a_model_that_is_not_found_is_an_error_with_the_path_searched(
     decide: Callable[..., Plan], tmp_path: Path
 ) -> None:
-    assert problems(decide, model="no/such") == [":1: model: 'no/such' is not there"]
-    assert problems(decide, model="x" * 300)[0].endswith("is not there")
+    assert problems(decide, model="no/such") == [":1: model: 'no/such' not found"]
+    assert problems(decide, model="x" * 300)[0].endswith("not found")
     assert problems(decide, model="~nosuchuser/x")[0].startswith(":1: model: '~nosuchuser/x': ")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"job.yaml:1: model: .*/file: truncated or damaged"):
@@ -524,7 +524,9 @@ def test_a_model_that_is_not_there_is_an_error_with_the_place_that_was_looked_at
     assert caught.value.hint.startswith("give an official or a diffusers folder")
 
 
-def test_problems_of_all_items_come_together_and_those_they_share_once(decide: Callable[..., Plan]) -> None:
+def test_problems_of_all_items_are_reported_together_and_shared_ones_once(
+    decide: Callable[..., Plan],
+) -> None:
     found = problems(decide, frames=4, items=[{"seed": 1}, {"seed": 2}, {"size": "1x1"}, {"frames": 7}])
     assert [line.split(": ")[1] for line in found] == ["frames", "items.2.size", "items.3.frames"]
 
@@ -559,7 +561,7 @@ def test_an_injection_that_changes_nothing_is_a_warning(decide: Callable[..., Pl
 
 def test_guidance_on_a_distilled_model_is_a_warning(decide: Callable[..., Plan]) -> None:
     (warning,) = decide(sampler={"solver": "distill4", "guidance": 3}).warnings
-    assert warning == "shot 0000: distilled models want guidance 1; 3 blurs"
+    assert warning == "shot 0000: distilled models need guidance 1; 3 blurs the video"
 
 
 # ---- large ----
@@ -608,7 +610,7 @@ def test_the_strip_shows_what_each_block_reads(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
-def test_a_plan_as_json_is_one_document_with_all_that_was_decided(
+def test_a_plan_as_json_is_one_document_with_all_decisions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = command(capsys, "plan", written(tmp_path, tiny_job(inject=[rule()])), "--json")
@@ -623,9 +625,7 @@ def test_a_plan_as_json_is_one_document_with_all_that_was_decided(
     assert said.err == ""
 
 
-def test_a_plan_writes_nothing_but_the_memo_of_hashes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_writes_only_the_cache_of_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = written(tmp_path, tiny_job())
     assert command(capsys, "plan", job, "--cache-dir", tmp_path / "cache").code == 0
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["cache", "hashes.json", "job.yaml"]

@@ -1,4 +1,4 @@
-"""Steps that shots share are taken once, and nobody can tell from the latents."""
+"""Steps that shots share are taken once, and the latents stay the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
 
 @pytest.fixture
 def sweep(render: Render) -> Render:
-    """Renders items that keep their latents."""
+    """Render items that keep their latents."""
 
     def rendered(*options: str, **changes: Any) -> Said:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": HALF}
@@ -81,7 +81,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -
 
 
 def forks(shots: Sequence[Shot]) -> list[tuple[int, int] | None]:
-    return [shot.fork and (shot.fork.parent, shot.fork.step) for shot in shots]
+    schedule = batching.build_schedule(shots)
+    found = [schedule.placement(shot).fork for shot in shots]
+    return [fork and (fork.parent, fork.step) for fork in found]
 
 
 def differ(folder: Path, other: Path) -> list[str]:
@@ -104,7 +106,7 @@ def test_shots_share_the_steps_before_anything_they_read_differs(decide: Decide)
     assert forks(shots) == [None, (0, 4), (1, 7), (0, 2), (0, 9), None, (5, 4)]
 
 
-def test_what_is_shared_is_decided_by_what_is_read_and_not_by_how_it_was_said(decide: Decide) -> None:
+def test_sharing_depends_on_what_steps_read_and_not_on_how_rules_are_written(decide: Decide) -> None:
     shots = decide(
         {"inject": [rule(blocks="early", steps="0-50%")]},
         {"inject": [rule(blocks=[0, 1], steps="0-4", branch="cond")]},
@@ -149,7 +151,7 @@ def test_shots_whose_latents_are_the_same_share_all_steps(decide: Decide) -> Non
     ]
 
 
-def test_loras_that_come_later_do_not_hinder_sharing(decide: Decide, tmp_path: Path) -> None:
+def test_loras_of_later_steps_do_not_prevent_sharing(decide: Decide, tmp_path: Path) -> None:
     down, up = torch.randn(2, 48), torch.randn(48, 2)
     key = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
     save_file({key.format("A"): down, key.format("B"): up}, tmp_path / "style.safetensors")
@@ -164,7 +166,7 @@ def test_loras_that_come_later_do_not_hinder_sharing(decide: Decide, tmp_path: P
     assert forks(shots) == [None, (0, 6), (0, 6), (1, 8), None]
 
 
-def test_a_lora_of_the_second_expert_does_not_hinder_sharing_the_steps_of_the_first(decide: Decide) -> None:
+def test_a_lora_of_the_second_expert_does_not_prevent_sharing_the_steps_of_the_first(decide: Decide) -> None:
     (plain,) = decide({})
     stages = (Stage("high", range(4), 4.0), Stage("low", range(4, 10), 3.0))
 
@@ -180,7 +182,7 @@ def test_a_lora_of_the_second_expert_does_not_hinder_sharing_the_steps_of_the_fi
     assert tree.add(shot(3, None, noise="cuda")) is None  # other numbers from the same seed
 
 
-def test_what_a_shot_was_handed_is_saved_before_the_other_goes_on(
+def test_a_state_passed_to_a_fork_is_saved_before_the_other_shot_continues(
     sweep: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: list[bool] = []
@@ -191,7 +193,7 @@ def test_what_a_shot_was_handed_is_saved_before_the_other_goes_on(
     assert there == [False] * 6 + [True] * 12
 
 
-def test_a_shot_that_is_on_its_way_forks_later_or_not_at_all(decide: Decide) -> None:
+def test_a_shot_in_progress_forks_later_or_not_at_all(decide: Decide) -> None:
     early, late = {"inject": [rule(blocks=0, steps="4-9")]}, {"inject": [rule(blocks=0, steps="8-9")]}
     first, second, third = decide({}, early, late)
     tree = PrefixTree()
@@ -253,7 +255,7 @@ def test_measured_variants_have_the_effects_of_separate_renders(
     assert manifest_of(tmp_path, "b")["effects"] == manifest_of(tmp_path / "alone", "b")["effects"]
 
 
-def test_where_no_state_may_wait_every_shot_takes_all_its_steps(
+def test_if_no_state_may_wait_every_shot_takes_all_its_steps(
     sweep: Render, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "MAX_WAITING_BYTES", 0)
@@ -266,13 +268,15 @@ def test_where_no_state_may_wait_every_shot_takes_all_its_steps(
 def test_nan_in_a_shared_step_fails_all_that_share_it(
     sweep: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = WanModel.velocities, []
+    real, calls = WanModel.predict_velocities, []
 
-    def broken(self: WanModel, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def broken(
+        self: WanModel, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         calls.append(1)
-        return [v * torch.nan if len(calls) == 2 else v for v in real(self, requests, riders)]
+        return [v * torch.nan if len(calls) == 2 else v for v in real(self, requests, forwards_per_pass)]
 
-    monkeypatch.setattr(WanModel, "velocities", broken)
+    monkeypatch.setattr(WanModel, "predict_velocities", broken)
     said = sweep(items=[*HALF[:3], {"id": "other", "seed": 5}])
     assert said.code == 1
     assert said.out.splitlines() == [f"{tmp_path}/out/other.mp4"]
@@ -285,7 +289,7 @@ def test_nan_in_a_shared_step_fails_all_that_share_it(
 
 
 @pytest.mark.parametrize("forward", [2, 2 * 3, 2 * 4])
-def test_variants_that_are_stopped_share_the_rest_and_repeat_nothing(
+def test_stopped_variants_share_the_remaining_steps_and_repeat_nothing(
     sweep: Render, alone: Path, tmp_path: Path, forward: int
 ) -> None:
     total = 2 * (STEPS + 7 * STEPS // 2)

@@ -114,7 +114,7 @@ def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) ->
         for one in both
     ]
     known = throughput.measured_rates(list(zip(both, records, strict=True)))
-    again = throughput.predict_phases(both, frozenset({"one", "two"}), known)
+    again = throughput.predict_phases(both, frozenset({"one", "two"}), known, {})
     assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2})
 
 

@@ -24,7 +24,7 @@ from wancli.injection import block_map
 from wancli.injection.contexts import ContextCache
 from wancli.injection.table import Text
 from wancli.job.loader import load
-from wancli.models.config import Kernels
+from wancli.models.config import ComputeOptions
 from wancli.models.dit import WanModel
 from wancli.plan import memory_estimate
 from wancli.plan.planner import build_plan
@@ -186,13 +186,13 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
         (["--shot", "x"], {}, "--shot: no shot 'x' that injects a prompt, so there is nothing to measure"),
         (["--levels", "3"], {}, "--levels: 3 is not within 1 and the 2 steps"),
         (["--levels", "0"], {}, "--levels: 0 is not within 1 and the 2 steps"),
-        (["--ranges", "5"], {}, "--ranges: 4 blocks do not make 5 ranges"),
+        (["--ranges", "5"], {}, "--ranges: 4 blocks cannot be split into 5 ranges"),
         (["--ranges", "0-9"], {}, "--ranges: 9 is past the last block (3)"),
         (["-o", "/"], {}, "/: a folder has the name of an output"),
         (
             ["--method", "gradient"],
             {"memory": {"residency": "streamed"}},
-            "--method: gradient does not go back over weights that are streamed",
+            "--method: gradient is not available with streamed weights",
         ),
     ],
 )
@@ -236,7 +236,7 @@ def test_prompts_that_are_to_be_encoded_need_room_too(
 
 def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> None:
     gradient, inject = (asked_of(tmp_path, method, size="256x256") for method in ("gradient", "inject"))
-    wan = gradient.shot.model.checkpoint.transformer
+    wan = gradient.shot.model.checkpoint.transformer_config
     streams = wan.num_layers * gradient.shot.tokens * wan.dim * 4
     assert (
         request.predict_phase(inject, 1).activation < streams <= request.predict_phase(gradient, 1).activation
@@ -245,12 +245,17 @@ def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("kernels", "lacking"),
-    [(Kernels(fp8_matmul=True), "products in fp8"), (Kernels(attention="sage"), "SageAttention")],
+    [
+        (ComputeOptions(fp8_matmul=True), "fp8 matmuls"),
+        (ComputeOptions(attention="sage"), "SageAttention"),
+    ],
 )
-def test_what_no_gradient_goes_back_over_is_named(tmp_path: Path, kernels: Kernels, lacking: str) -> None:
+def test_what_no_gradient_goes_back_over_is_named(
+    tmp_path: Path, kernels: ComputeOptions, lacking: str
+) -> None:
     asked = asked_of(tmp_path, "gradient")
     shot = replace(asked.shot, model=replace(asked.shot.model, kernels=kernels))
-    with pytest.raises(JobError, match=f"--method: gradient does not go back over {lacking}"):
+    with pytest.raises(JobError, match=f"--method: gradient is not available with {lacking}"):
         request.max_forwards_per_pass(replace(asked, shot=shot), encoded=True)
 
 
@@ -265,7 +270,7 @@ def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:
 def test_a_probe_that_is_stopped_says_so_and_leaves_no_map(
     number: signal.Signals, code: int, probe: Probe, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = WanModel.velocity, []
+    real, calls = WanModel.read_velocity, []
 
     def velocity(self: WanModel, stream: Any) -> Any:
         calls.append(1)
@@ -273,10 +278,10 @@ def test_a_probe_that_is_stopped_says_so_and_leaves_no_map(
             os.kill(os.getpid(), number)
         return real(self, stream)
 
-    monkeypatch.setattr(WanModel, "velocity", velocity)
+    monkeypatch.setattr(WanModel, "read_velocity", velocity)
     said = probe("--levels", "2")
     assert said.code == code
-    assert said.err.splitlines()[0] == f"wancli: stopped by {number.name}; nothing of the map is kept"
+    assert said.err.splitlines()[0] == f"wancli: stopped by {number.name}; no map was written"
     assert not list(folder.rglob("*.map.*")) + list(folder.rglob("maps"))
 
 
@@ -314,8 +319,8 @@ def test_a_map_of_other_prompts_is_taken_with_a_warning_that_names_it(
     document(probe("--json", "--levels", "1"))
     said = planned(folder, shallow, capsys, prompt="A lighthouse on a cliff.")
     assert said.code == 0
-    assert "auto:top2 goes by the inject map of shot 0000 of job, 20" in said.err
-    assert "which is of 'A gray tabby cat walks through" in said.err
+    assert "auto:top2 uses the inject map of shot 0000 of job, 20" in said.err
+    assert "which was measured with 'A gray tabby cat walks through" in said.err
 
 
 def test_without_a_map_the_error_names_the_command_and_that_command_needs_none(

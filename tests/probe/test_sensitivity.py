@@ -19,7 +19,7 @@ from wancli.probe import sensitivity
 from wancli.probe.sensitivity import ProbePoint
 from wancli.resources import memory_model
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 DEPTH = 6
 CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=DEPTH, text_dim=32, freq_dim=64)
@@ -69,7 +69,7 @@ def test_every_velocity_is_bit_for_bit_that_of_a_whole_forward(riders: int) -> N
     place = random_place()
     rows = [reading(place, blocks) for blocks in SETS]
     with torch.no_grad():
-        found = dict(sensitivity.velocities(place, rows, riders))
+        found = dict(sensitivity.predict_velocities(place, rows, riders))
     assert sorted(found) == [*range(len(SETS) + 1)]
     for index, row in enumerate([*rows, place.plain]):
         assert torch.equal(found[index], forward(place, row)), index
@@ -79,14 +79,14 @@ def test_they_come_in_the_order_of_their_first_differences_and_the_plain_one_las
     place = random_place()
     rows = [reading(place, blocks) for blocks in SETS]
     with torch.no_grad():
-        order = [index for index, _ in sensitivity.velocities(place, rows)]
+        order = [index for index, _ in sensitivity.predict_velocities(place, rows)]
     assert order == [1, 5, 6, 3, 0, 4, 2, 7]
 
 
 def test_nothing_but_the_plain_forward_is_asked_for_without_rows() -> None:
     place = random_place()
     with torch.no_grad():
-        ((index, v_1CTYX),) = sensitivity.velocities(place, [])
+        ((index, v_1CTYX),) = sensitivity.predict_velocities(place, [])
     assert index == 0
     assert torch.equal(v_1CTYX, forward(place, place.plain))
 
@@ -94,7 +94,7 @@ def test_nothing_but_the_plain_forward_is_asked_for_without_rows() -> None:
 def test_a_row_that_differs_nowhere_is_refused() -> None:
     place = random_place()
     with pytest.raises(ValueError, match="reads the same"):
-        next(sensitivity.velocities(place, [place.plain]))
+        next(sensitivity.predict_velocities(place, [place.plain]))
 
 
 @pytest.mark.parametrize("riders", [1, 7])
@@ -102,7 +102,7 @@ def test_forty_blocks_one_by_one_take_21_and_a_half_forwards(riders: int) -> Non
     place = random_place(replace(CONFIG, num_layers=40), (16, 1, 2, 2))
     rows = [reading(place, [block]) for block in range(40)]
     with torch.no_grad(), counting(place.model) as turns:
-        list(sensitivity.velocities(place, rows, riders))
+        list(sensitivity.predict_velocities(place, rows, riders))
     assert sum(turns.values()) == 860 == 21.5 * 40
     assert turns == {block: block + 2 for block in range(40)}
 
@@ -111,8 +111,8 @@ def test_forty_blocks_one_by_one_take_21_and_a_half_forwards(riders: int) -> Non
 def test_where_weights_are_streamed_riders_share_a_pass_from_their_first_difference_on(
     riders: int, fetches: int, shallow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resident = load_transformer(identify(shallow), torch.float32, "cpu")
-    streamed = load_transformer(identify(shallow), torch.float32, "cpu", residency="streamed")
+    resident = load_transformer(identify(shallow))
+    streamed = load_transformer(identify(shallow), LoadOptions(residency="streamed"))
     fetched: list[int] = []
     fetch = streamed.blocks._fetch
 
@@ -130,7 +130,7 @@ def test_where_weights_are_streamed_riders_share_a_pass_from_their_first_differe
             a, b = (model.project(text_NE) for text_NE in texts)
             place = ProbePoint(model, x_1CTYX, 500.0, [((a, 1.0),)] * 4, [((b, 1.0),)] * 4)
             rows = [reading(place, [block]) for block in range(4)]
-            found.append(dict(sensitivity.velocities(place, rows, riders)))
+            found.append(dict(sensitivity.predict_velocities(place, rows, riders)))
     assert all(torch.equal(found[0][index], found[1][index]) for index in range(5))
     assert len(fetched) == fetches
 
@@ -138,7 +138,7 @@ def test_where_weights_are_streamed_riders_share_a_pass_from_their_first_differe
 def test_a_block_that_reads_an_empty_mix_adds_nothing_of_any_text() -> None:
     place = random_place()
     with torch.no_grad():
-        found = dict(sensitivity.velocities(place, [reading(place, [2], [()] * DEPTH)]))
+        found = dict(sensitivity.predict_velocities(place, [reading(place, [2], [()] * DEPTH)]))
         output = place.model.get_submodule("blocks.2.cross_attn.o")
         output.weight.zero_()
         output.bias.zero_()
@@ -158,7 +158,7 @@ def mixed(place: ProbePoint, block: int, s: float | Tensor) -> list[Mix]:
 def test_the_derivative_of_every_block_is_that_of_finite_differences() -> None:
     place = random_place()
     toward = torch.randn_like(place.x_1CTYX)
-    found = dict(sensitivity.derivatives(place, toward))
+    found = dict(sensitivity.compute_derivatives(place, toward))
     assert torch.allclose(found.pop(DEPTH), forward(place, place.plain), rtol=1e-4, atol=1e-5)
     step = 0.02
     for block, by_s_L in found.items():
@@ -170,7 +170,7 @@ def test_the_derivative_of_every_block_is_that_of_finite_differences() -> None:
 def test_the_derivative_of_every_token_is_its_own() -> None:
     place = random_place()
     toward = torch.randn_like(place.x_1CTYX)
-    by_s_L = dict(sensitivity.derivatives(place, toward))[3]
+    by_s_L = dict(sensitivity.compute_derivatives(place, toward))[3]
     assert len(by_s_L) == 8
     step = 0.02
     for token in range(8):
@@ -183,7 +183,7 @@ def test_the_derivative_of_every_token_is_its_own() -> None:
 def test_they_go_once_there_once_more_there_and_back() -> None:
     place = random_place()
     with counting(place.model) as turns:
-        list(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
+        list(sensitivity.compute_derivatives(place, torch.randn_like(place.x_1CTYX)))
     assert turns == dict.fromkeys(range(DEPTH), 2)  # and a walk back, of about two: see scripts.bench.probe
 
 
@@ -197,7 +197,7 @@ def test_random_projections_estimate_what_each_token_alone_would_add() -> None:
     torch.manual_seed(1)
     draws = []
     for _ in range(60):
-        found = dict(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
+        found = dict(sensitivity.compute_derivatives(place, torch.randn_like(place.x_1CTYX)))
         draws.append(sensitivity.estimate_change(found[2], plain) ** 2)
     assert (sum(draws) / len(draws)) ** 0.5 == pytest.approx(true.item(), rel=0.25)
 
@@ -214,7 +214,7 @@ def test_what_autograd_keeps_of_one_block_is_within_what_memory_predicts(dim: in
 
     weights = {p.untyped_storage().data_ptr() for p in place.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        list(sensitivity.derivatives(place, torch.randn_like(place.x_1CTYX)))
+        list(sensitivity.compute_derivatives(place, torch.randn_like(place.x_1CTYX)))
     measured = sum(size for at, size in kept.items() if at not in weights)
     predicted = memory_model.derivative_bytes(place.model.config, 256, element_bytes=4)
     assert measured < predicted < 2 * measured

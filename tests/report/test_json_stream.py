@@ -131,12 +131,12 @@ def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
 
     def sick(self: WanModel, requests: Any, riders: Any = None) -> Any:
         return [v * float("nan") for v in real(self, requests, riders)]
 
-    monkeypatch.setattr(WanModel, "velocities", sick)
+    monkeypatch.setattr(WanModel, "predict_velocities", sick)
     said = render("--json-stream")
     found = events(said.out)
     (failed,) = of("shot-failed", found)
@@ -205,7 +205,7 @@ def test_and_so_is_ctrl_c_before_there_is_work(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wancli.plan.planner.plan", interrupted)
+    monkeypatch.setattr("wancli.plan.planner.build_plan", interrupted)
     said = say("render", written(tmp_path, tiny_job()), "--json-stream")
     (envelope,) = events(said.out)
     assert (said.code, envelope["exit_code"]) == (130, 130)
@@ -219,7 +219,7 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
 ) -> None:
     before = signal.getsignal(number)
     if when == "planning":
-        monkeypatch.setattr("wancli.plan.planner.plan", lambda *_, **__: signal.raise_signal(number))
+        monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
     else:
         forwards(monkeypatch, lambda n: signal.raise_signal(number) if n == 2 else None)
     said = render("--json-stream", items=ITEMS, output="out/{id}.mp4")
@@ -261,7 +261,7 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Pa
         check=False,
     )
     assert said.returncode == 0
-    assert "nobody reads stdout any more; the work goes on" in said.stderr
+    assert "stdout has no reader any more; the work continues" in said.stderr
     assert manifest_of(tmp_path)["key"]
 
 

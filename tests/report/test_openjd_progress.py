@@ -81,7 +81,7 @@ def test_being_stopped_is_no_failure(render: Callable[..., Said], monkeypatch: p
     said = render("--progress", "openjd", sampler={"steps": 4})
     told = heard(said.out)
     assert said.code == 75
-    assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved on the way, 0 not begun")
+    assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved in progress, 0 not started")
     assert "fail" not in [kind for kind, _ in told]
 
 

@@ -61,8 +61,10 @@ def test_a_failed_shot_has_its_reason_until_it_is_done(
     render: Callable[..., Said], states: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        real = WanModel.velocities
-        patch.setattr(WanModel, "velocities", lambda *a, **k: [v * float("nan") for v in real(*a, **k)])
+        real = WanModel.predict_velocities
+        patch.setattr(
+            WanModel, "predict_velocities", lambda *a, **k: [v * float("nan") for v in real(*a, **k)]
+        )
         assert render(**CHANGES).code == 1
     found = states()["a"]
     assert (found["state"], found["error"]["code"]) == ("failed", "shot.not_finite")

@@ -39,7 +39,7 @@ def test_a_forward_of_the_transformer_and_its_context(latent: tuple[int, int, in
 
 def test_the_text_encoder_on_a_prompt() -> None:
     config = T5Config(vocab_size=99, d_model=24, d_kv=5, d_ff=17, num_layers=3, num_heads=7)
-    model = t5.build(config).to_empty(device="cpu")
+    model = t5.build_encoder(config).to_empty(device="cpu")
     model.encoder.embed_tokens = model.shared
     ids = torch.ones(1, 11, dtype=torch.long)
     assert counted(lambda: model(ids)) == flops.encode_flops(config, 11)

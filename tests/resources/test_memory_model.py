@@ -15,17 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wancli.models import t5
-from wancli.models.config import Kernels, T5Config, VAEConfig, WanConfig
+from wancli.models import parameter_count, t5
+from wancli.models.config import ComputeOptions, T5Config, VAEConfig, WanConfig
 from wancli.models.dit import Request, WanModel
 from wancli.models.vae import WanVAE
-from wancli.models.vae_layers import Stream
+from wancli.models.vae_layers import CausalCache
 from wancli.resources import machine, measure, memory_model
 from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import umt5_to_transformers
-from wancli.weights.loader import load_transformer, load_umt5
-from wancli.weights.offload import Streamed
+from wancli.weights.loader import LoadOptions, load_transformer, load_umt5
+from wancli.weights.offload import OffloadedBlocks
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 T2V_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
@@ -41,10 +41,10 @@ def parameters(model: torch.nn.Module) -> int:
 
 
 def test_the_published_models_have_their_published_number_of_parameters():
-    assert memory_model.wan_parameters(T2V_14B) == 14_288_491_584
-    assert memory_model.wan_parameters(T2V_1_3B) == 1_418_996_800
-    assert memory_model.t5_parameters(UMT5_XXL) == 5_680_910_336
-    assert memory_model.vae_parameters(VAEConfig()) == 126_892_531
+    assert parameter_count.wan_parameters(T2V_14B) == 14_288_491_584
+    assert parameter_count.wan_parameters(T2V_1_3B) == 1_418_996_800
+    assert parameter_count.t5_parameters(UMT5_XXL) == 5_680_910_336
+    assert parameter_count.vae_parameters(VAEConfig()) == 126_892_531
 
 
 @settings(max_examples=20, deadline=None)
@@ -53,7 +53,7 @@ def test_a_transformer_of_any_size_is_counted_exactly(pairs, heads, ffn, layers,
     width = 6 * pairs * heads
     config = WanConfig(width, ffn, heads, layers, in_dim=channels, out_dim=channels + 1, text_dim=7)
     with torch.device("meta"):
-        assert memory_model.wan_parameters(config) == parameters(WanModel(config))
+        assert parameter_count.wan_parameters(config) == parameters(WanModel(config))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -61,12 +61,12 @@ def test_a_transformer_of_any_size_is_counted_exactly(pairs, heads, ffn, layers,
 def test_a_vae_of_any_size_is_counted_exactly(blocks, in_time):
     config = VAEConfig(8, 6, (1, 2, 3, 3), blocks, in_time)
     with torch.device("meta"):
-        assert memory_model.vae_parameters(config) == parameters(WanVAE(config))
+        assert parameter_count.vae_parameters(config) == parameters(WanVAE(config))
 
 
 def test_a_text_encoder_of_any_size_is_counted_exactly():
     config = T5Config(vocab_size=99, d_model=24, d_kv=5, d_ff=17, num_layers=3, num_heads=7, num_buckets=9)
-    assert memory_model.t5_parameters(config) == parameters(t5.build(config))
+    assert parameter_count.t5_parameters(config) == parameters(t5.build_encoder(config))
 
 
 # ---- bytes of weights ----
@@ -75,7 +75,7 @@ def test_a_text_encoder_of_any_size_is_counted_exactly():
 @pytest.fixture(scope="module")
 def models(tiny: Path) -> dict[tuple[str, torch.dtype], WanModel]:
     return {
-        (residency, dtype): load_transformer(identify(tiny), dtype, "cpu", residency=residency)
+        (residency, dtype): load_transformer(identify(tiny), LoadOptions(dtype, residency=residency))
         for residency in ("resident", "packed", "streamed")
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -84,7 +84,7 @@ def models(tiny: Path) -> dict[tuple[str, torch.dtype], WanModel]:
 def held(model: torch.nn.Module, blocks: torch.nn.ModuleList) -> int:
     """Bytes of the parameters that have storage, and of the buffers that blocks are fetched to."""
     buffers: dict[int, int] = {}
-    if isinstance(blocks, Streamed):
+    if isinstance(blocks, OffloadedBlocks):
         with torch.inference_mode():
             for _ in blocks:
                 buffers |= {p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}
@@ -146,12 +146,12 @@ def test_every_further_rider_costs_its_residual_stream():
     model = WanModel(config)
     context = model.project(torch.randn(9, 8))
     requests = [Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2) for _ in range(3)]
-    model.velocities(requests[:1])  # keys and values are there
-    measured = [most_live_bytes(lambda n=n: model.velocities(requests[:n])) for n in (1, 2, 3)]
+    model.predict_velocities(requests[:1])  # keys and values are there
+    measured = [most_live_bytes(lambda n=n: model.predict_velocities(requests[:n])) for n in (1, 2, 3)]
     predicted = [
-        memory_model.sample_phase(
-            config, shape, context_rows=10, element_bytes=4, forwards_per_pass=n
-        ).activation
+        memory_model.sample_coefficients(config, element_bytes=4)
+        .phase(shape, text_rows=10, forwards_per_pass=n)
+        .activation
         for n in (1, 2, 3)
     ]
     time = 7 * config.dim * 4  # its embedding, which is no matter of tokens
@@ -165,13 +165,13 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
 
     def peak(rows: int, chunk: int | None) -> tuple[int, int]:
         shape = (16, 4, rows, 32)
-        model = WanModel(config, Kernels(chunk=chunk))
+        model = WanModel(config, ComputeOptions(chunk=chunk))
         context = model.project(torch.randn(context_rows - 1, 8))
         request = Request(torch.randn(1, *shape), 5.0, [((context, 1.0),)] * 2)
-        model.velocities([request])  # keys and values are there
-        return most_live_bytes(lambda: model.velocities([request])), memory_model.sample_phase(
-            config, shape, context_rows=context_rows, element_bytes=4, chunk=chunk
-        ).activation
+        model.predict_velocities([request])  # keys and values are there
+        return most_live_bytes(lambda: model.predict_velocities([request])), memory_model.sample_coefficients(
+            config, element_bytes=4
+        ).phase(shape, text_rows=context_rows, chunk=chunk).activation
 
     (few, few_said), (more, more_said) = peak(16, 128), peak(16, 256)
     assert more - few == more_said - few_said
@@ -180,9 +180,9 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
     whole, whole_said = peak(32, None)
     assert long < whole / 2
     assert long_said < whole_said / 2
-    assert memory_model.sample_phase(
-        config, (16, 4, 32, 32), context_rows=10, element_bytes=4, chunk=1024
-    ) == memory_model.sample_phase(config, (16, 4, 32, 32), context_rows=10, element_bytes=4)
+    assert memory_model.sample_coefficients(config, element_bytes=4).phase(
+        (16, 4, 32, 32), text_rows=10, chunk=1024
+    ) == memory_model.sample_coefficients(config, element_bytes=4).phase((16, 4, 32, 32), text_rows=10)
 
 
 # ---- prediction ----
@@ -190,13 +190,13 @@ def test_tokens_in_pieces_take_the_memory_that_is_predicted():
 
 @pytest.mark.parametrize("in_strips", [True, False])
 def test_the_history_that_a_decoder_keeps_is_predicted(in_strips):
-    config, stream = VAEConfig(8, 16, (1, 2, 4, 4)), Stream()
+    config, stream = VAEConfig(8, 16, (1, 2, 4, 4)), CausalCache()
     vae = WanVAE(config)
     with torch.set_grad_enabled(not in_strips):
         for latent in torch.randn(3, 16, 1, 6, 4):
-            vae.frames_of(latent, stream)
-    kept = sum(past.nbytes for past in stream.past.values())
-    predicted = memory_model.decode_phase(config, (16, 3, 6, 4), chunk=1).buffer
+            vae.decode_chunk(latent, stream)
+    kept = sum(past.nbytes for past in stream.frames.values())
+    predicted = memory_model.decode_coefficients(config).phase((16, 3, 6, 4), chunk=1).buffer
     assert 0.88 * predicted < kept <= predicted
 
 
@@ -207,54 +207,74 @@ def test_the_keys_and_values_that_contexts_keep_are_predicted():
         context = model.project(torch.randn(9, 8))
         model(torch.randn(1, 16, 1, 4, 4), 500.0, [((context, 1.0),)] * 3)
     kept = sum(x.nbytes for pair in context.kv.values() for x in pair)
-    without = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=0, element_bytes=4)
-    with_context = memory_model.sample_phase(config, (16, 1, 4, 4), context_rows=10, element_bytes=4)
+    without = memory_model.sample_coefficients(config, element_bytes=4).phase((16, 1, 4, 4), text_rows=0)
+    with_context = memory_model.sample_coefficients(config, element_bytes=4).phase(
+        (16, 1, 4, 4), text_rows=10
+    )
     assert with_context.buffer - without.buffer == kept
 
 
 def test_memory_of_sampling_grows_with_the_tokens_not_with_their_square():
-    small = memory_model.sample_phase(T2V_14B, (16, 21, 60, 104), context_rows=130, element_bytes=2)
-    large = memory_model.sample_phase(T2V_14B, (16, 21, 120, 208), context_rows=130, element_bytes=2)
+    small = memory_model.sample_coefficients(T2V_14B, element_bytes=2).phase((16, 21, 60, 104), text_rows=130)
+    large = memory_model.sample_coefficients(T2V_14B, element_bytes=2).phase(
+        (16, 21, 120, 208), text_rows=130
+    )
     assert large.activation == 4 * small.activation
     assert large.model == small.model == memory_model.wan_bytes(T2V_14B, element_bytes=2)
     assert small.total == small.model + small.activation + small.buffer
 
 
 def test_memory_of_decoding_does_not_depend_on_the_length_of_the_clip():
-    clips = [memory_model.decode_phase(VAEConfig(), (16, t, 60, 104), chunk=1) for t in (3, 21, 1000)]
+    clips = [
+        memory_model.decode_coefficients(VAEConfig()).phase((16, t, 60, 104), chunk=1) for t in (3, 21, 1000)
+    ]
     assert clips[0] == clips[1] == clips[2]
-    assert memory_model.decode_phase(VAEConfig(), (16, 1, 60, 104), chunk=1).activation < clips[0].activation
+    assert (
+        memory_model.decode_coefficients(VAEConfig()).phase((16, 1, 60, 104), chunk=1).activation
+        < clips[0].activation
+    )
 
 
 def test_a_chunk_spares_all_tokens_but_the_residual_the_keys_and_the_values():
     latent = (16, 21, 60, 104)
     whole, some, few = (
-        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element_bytes=2, chunk=chunk).activation
+        memory_model.sample_coefficients(T2V_14B, element_bytes=2)
+        .phase(latent, text_rows=1, chunk=chunk)
+        .activation
         for chunk in (None, 4096, 1024)
     )
     assert 0.4 * whole < few < some < whole
     assert (
-        memory_model.sample_phase(T2V_14B, latent, context_rows=1, element_bytes=2, chunk=10**6).activation
+        memory_model.sample_coefficients(T2V_14B, element_bytes=2)
+        .phase(latent, text_rows=1, chunk=10**6)
+        .activation
         == whole
     )
 
 
 def test_a_mapped_vae_is_its_decoder_twice():
     read, mapped = (
-        memory_model.decode_phase(VAEConfig(), (16, 3, 6, 4), chunk=1, mapped=m).model for m in (0, 1)
+        memory_model.decode_coefficients(VAEConfig(), mapped=m).phase((16, 3, 6, 4), chunk=1).model
+        for m in (0, 1)
     )
     assert (read, mapped) == (4 * 126_892_531, 8 * parameters(WanVAE(VAEConfig()).decoder) + 8 * 272)
 
 
 def test_what_stays_loaded_counts_in_the_phase():
-    alone = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1)
-    beside = memory_model.decode_phase(VAEConfig(), (16, 3, 60, 104), chunk=1, resident_bytes=10**9)
+    alone = memory_model.decode_coefficients(VAEConfig()).phase((16, 3, 60, 104), chunk=1)
+    beside = memory_model.decode_coefficients(VAEConfig()).phase(
+        (16, 3, 60, 104), chunk=1, resident_bytes=10**9
+    )
     assert beside.total - alone.total == 10**9
 
 
 def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
-    assert memory_model.encode_phase(UMT5_XXL, prompt_tokens=100, element_bytes=2).model == 11_361_820_672
-    short, long = (memory_model.encode_phase(UMT5_XXL, prompt_tokens=n, element_bytes=2) for n in (10, 500))
+    assert (
+        memory_model.encode_coefficients(UMT5_XXL, element_bytes=2).phase(tokens=100).model == 11_361_820_672
+    )
+    short, long = (
+        memory_model.encode_coefficients(UMT5_XXL, element_bytes=2).phase(tokens=n) for n in (10, 500)
+    )
     assert short.activation < long.activation < 10**9
 
 
@@ -346,7 +366,7 @@ from wancli.resources import memory_model
 from wancli.storage import atomic, cache, manifest
 from wancli.video import mp4
 wan = memory_model.WanConfig(96, 96, 4, 1)
-memory_model.sample_phase(wan, (16, 1, 4, 4), context_rows=1, element=4)
+memory_model.sample_coefficients(wan, element_bytes=4).phase((16, 1, 4, 4), text_rows=1)
 progress.create_progress(sys.stderr)
 sys.exit(" ".join({"torch", "numpy", "rich", "transformers", "imageio_ffmpeg"} & set(sys.modules)))
 """

@@ -37,7 +37,7 @@ from wancli.sampling.denoise import DenoiseRun, StepResult, check_hits, denoise,
 from wancli.sampling.solvers import State, build_schedule
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 # ---- injection is proven ----
 
@@ -67,7 +67,7 @@ def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], 
 def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = WanModel.velocities
+    real = WanModel.predict_velocities
 
     def deaf(self: WanModel, requests: Any, riders: Any = None) -> list[torch.Tensor]:
         """Block 30 always reads the main prompt."""
@@ -77,7 +77,7 @@ def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
 
         return real(self, [Request(r.x_BCTYX, r.t, heard(r.contexts)) for r in requests], riders)
 
-    monkeypatch.setattr(WanModel, "velocities", deaf)
+    monkeypatch.setattr(WanModel, "predict_velocities", deaf)
     items = [
         {"id": "lost", "inject": [rule()]},
         {"id": "early", "inject": [rule(blocks="early")]},
@@ -202,7 +202,7 @@ def test_measuring_what_is_switched_off_renders_nothing_again(
 
 
 def a_model(folder: Path, residency: Residency = "resident") -> WanModel:
-    return load_transformer(identify(folder), torch.float32, "cpu", residency=residency)
+    return load_transformer(identify(folder), LoadOptions(residency=residency))
 
 
 def official_walk(

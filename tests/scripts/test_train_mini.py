@@ -211,7 +211,7 @@ def test_prompts_encoded_together_are_the_prompts_encoded_alone():
     rows, count = text.encode(model, prompts)
     assert count.tolist() == [5, 2, 1]
     for row, ids in zip(rows, prompts, strict=True):
-        torch.testing.assert_close(row[: len(ids)], t5.rows(model, ids), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(row[: len(ids)], t5.encode(model, ids), rtol=1e-4, atol=1e-5)
         assert not row[len(ids) :].any()
 
 

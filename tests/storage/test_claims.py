@@ -38,7 +38,7 @@ from wancli.storage.claims import Claims, claim_path, find_holder
 from wancli.text.encoder import encode
 
 Render = Callable[..., Said]
-QUICK = {"beat": 0.01, "stale": 3}
+QUICK = {"heartbeat": 0.01, "stale_looks": 3}
 
 
 class Some(NamedTuple):
@@ -68,7 +68,7 @@ def put(shot: Any, content: str | dict[str, Any]) -> Path:
 def body(**changes: Any) -> dict[str, Any]:
     """What a live process of this host would write: that which runs the test."""
     me = current_process()
-    return {**vars(me), "started": "2026-11-23T00:00:00+00:00", "token": "theirs"} | changes
+    return {**me.as_dict(), "started": "2026-11-23T00:00:00+00:00", "token": "theirs"} | changes
 
 
 def dead_pid() -> int:
@@ -303,7 +303,7 @@ from wancli.engine import denoise_stage
 from wancli.video import mp4
 
 log, event, id, step = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-note, to_rgb24 = denoise_stage._note, mp4.to_rgb24
+note, to_rgb24 = denoise_stage._record_step, mp4.to_rgb24
 
 def noted(one, *rest):
     note(one, *rest)
@@ -325,7 +325,7 @@ def happens():
     while event.endswith("hang"):
         time.sleep(1)
 
-denoise_stage._note, mp4.to_rgb24 = noted, converted
+denoise_stage._record_step, mp4.to_rgb24 = noted, converted
 main()
 """
 STEPS = 6
@@ -567,7 +567,7 @@ def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Calla
     a, b = planned(job).shots
     with Claims() as claims:
         for left in ([], [Outcome(b, "stopped")]):
-            with pytest.raises(Stopped, match=r"1 (not begun|shot is saved)"):
+            with pytest.raises(Stopped, match=r"1 (not started|shot is saved)"):
                 list(track_outcomes(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
 
 
@@ -580,7 +580,7 @@ def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
     with Claims() as claims:
         both = [Outcome(a, "failed", error=error), Outcome(b, "elsewhere")]
         assert list(track_outcomes(iter(both), [a, b], tools(job, claims))) == both
-        with pytest.raises(ClaimedElsewhere, match="1 shot is with other workers"):
+        with pytest.raises(ClaimedElsewhere, match="1 shot is claimed by other workers"):
             list(track_outcomes(iter(both[1:]), [b], tools(job, claims)))
 
 
@@ -591,11 +591,13 @@ def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(
     items = [{"id": id, "seed": ord(id)} for id in "ab"]
     said = render("--no-wait", output="out/{id}.mp4", items=items)
     assert (said.code, said.out) == (75, f"{tmp_path}/out/b.mp4\n")
-    assert said.err.startswith("wancli: 1 shot is with other workers: other:7\n  go on: wancli render ")
+    assert said.err.startswith(
+        "wancli: 1 shot is claimed by other workers: other:7\n  resume: wancli render "
+    )
     assert [shot["status"] for shot in report_of(tmp_path)] == ["elsewhere", "rendered"]
     put(planned(folder("ab")).shots[0], body(host="other", pid=7))
     said = render("--no-wait", "--force", output="out/{id}.mp4", items=items)
-    assert (said.code, "begins anew" in said.err) == (75, False)  # nothing was on its way
+    assert (said.code, "again from the first step" in said.err) == (75, False)  # nothing was on its way
 
 
 def test_workers_that_are_all_told_to_render_again_do_it_once(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
+from wancli.models.config import EOS
 from wancli.storage.cache import Store
 from wancli.text.embedding import (
     Embedding,
@@ -29,7 +30,7 @@ from wancli.text.embedding import (
     unpack,
 )
 from wancli.text.encoder import EncodeFailure, EncoderSpec, encode
-from wancli.text.tokenizer import EOS, Tokenizer, Tokens, clean
+from wancli.text.tokenizer import Tokenizer, Tokens, clean
 from wancli.weights.disk_reader import OnDisk
 
 ROOT = Path(__file__).parents[1] / "fixtures" / "wan21-tiny"

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from wancli.models.config import EOS
 from wancli.models.dit import WanModel
 from wancli.text.embedding import Embedding
 from wancli.text.encoder import EncoderSpec, encode
 from wancli.text.prompt_distance import PromptDistance, compare, legacy_percent, lint
-from wancli.text.tokenizer import EOS, Tokenizer
+from wancli.text.tokenizer import Tokenizer
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
 
@@ -38,7 +39,7 @@ def embedded(tiny: Path) -> Encode:
 
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> WanModel:
-    return load_transformer(identify(tiny), torch.float32, "cpu")
+    return load_transformer(identify(tiny))
 
 
 def from_rows(rows_NE: Tensor, text: str = "made by hand") -> Embedding:

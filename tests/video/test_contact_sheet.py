@@ -97,7 +97,7 @@ def test_what_is_no_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "bad.mp4").write_text("no video")
     said = command(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
     assert said.code == 2
-    assert said.err.startswith(f"wancli: {tmp_path}/bad.mp4: is no MP4\n")
+    assert said.err.startswith(f"wancli: {tmp_path}/bad.mp4: is not an MP4\n")
     assert not (tmp_path / "sheet.png").exists()
 
 

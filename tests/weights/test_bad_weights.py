@@ -180,7 +180,7 @@ CASES: dict[str, tuple[Damage, str]] = {
         header(lambda found: found[Q].update(dtype="F7")),
         rf"{TRANSFORMER}: .*{Q} has the unknown dtype F7",
     ),
-    "a key twice": (header(twice), rf"{TRANSFORMER}: .*{Q} is there twice"),
+    "a key twice": (header(twice), rf"{TRANSFORMER}: .*{Q} appears twice"),
     "a header longer than the file": (
         long_header(10**15),
         rf"{TRANSFORMER}: .*its header claims 1,000,000,000,000,000 bytes, the file has [\d,]+",
@@ -392,7 +392,7 @@ LORAS: dict[str, tuple[Damage, str, str]] = {
     "of 1.3B": (
         lora("diffusion_model.blocks.0.self_attn.q", 1536, 1536),
         r"lora_B.weight makes a change of \[1536, 1536\] to blocks.0.self_attn.q.weight, which is \[48, 48\]",
-        "This LoRA was made for Wan 1.3B, and this is a model of width 48.",
+        "This LoRA was made for Wan2.1 1.3B, and this is a model of width 48.",
     ),
     "of a deeper model": (
         lora("diffusion_model.blocks.39.self_attn.q", 48, 48),

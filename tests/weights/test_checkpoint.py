@@ -26,9 +26,9 @@ from wancli.models.vae import WanVAE
 from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
 from wancli.text.tokenizer import Tokenizer
 from wancli.weights import checkpoint as identify_module
-from wancli.weights.checkpoint import fingerprint, identify, text_encoder_sizes, vae_sizes
-from wancli.weights.formats.safetensors_header import header
-from wancli.weights.single_files import Files
+from wancli.weights.checkpoint import fingerprint, identify, text_encoder_config, vae_config
+from wancli.weights.formats.safetensors_header import read_tensors
+from wancli.weights.single_files import SingleFiles
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -149,7 +149,7 @@ def test_a_head_count_that_cannot_be_is_refused(folder: Path, heads: object, mes
 
 def test_without_config_json_an_odd_width_asks_for_the_heads(folder: Path):
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="48 is no multiple of 128") as caught:
+    with pytest.raises(CheckpointError, match="48 is not a multiple of 128") as caught:
         identify(folder)
     assert "num_heads" in caught.value.hint
 
@@ -233,7 +233,7 @@ def one(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, object
 def test_a_header_that_lies_is_refused(tmp_path: Path, document: object, data: bytes):
     path = raw(tmp_path / "lying.safetensors", document, data)
     with pytest.raises(CheckpointError, match=r"lying.safetensors: truncated or damaged") as caught:
-        header(path)
+        read_tensors(path)
     assert "again" in caught.value.hint
 
 
@@ -242,11 +242,11 @@ def test_a_header_length_that_lies_is_refused_without_reading_it(tmp_path: Path,
     path = tmp_path / "lying.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or damaged: its header claims"):
-        header(path)
+        read_tensors(path)
 
 
 def test_headers_agree_with_safetensors(tiny: Path):
-    found = header(tiny / WEIGHTS)
+    found = read_tensors(tiny / WEIGHTS)
     tensors = load_file(tiny / WEIGHTS)
     assert {name: info.shape for name, info in found.items()} == {
         k: tuple(v.shape) for k, v in tensors.items()
@@ -278,7 +278,7 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path):
 def test_hashing_a_large_file_is_told_once_and_to_nobody_who_asked_for_quiet(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(identify_module, "LARGE", 10_000)
+    monkeypatch.setattr(identify_module, "LOGGED_SIZE", 10_000)
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps({"model": str(tiny), "prompt": "a cat", "frames": 2}))
     for options, expected in ((["-q"], []), ([], [tiny / WEIGHTS]), ([], [])):
@@ -359,8 +359,8 @@ def test_the_official_14b_folder_is_one_model_in_shards(tmp_path: Path) -> None:
     found = identify(root)
     assert (found.variant, found.transformer) == (T2V_14B, sparse.SIZES["14B"])
     assert len(found.transformer_files) == 6
-    assert text_encoder_sizes(found) == T5Config(256384, 4096, 64, 10240, 24, 64)
-    assert vae_sizes(found) == VAEConfig()
+    assert text_encoder_config(found) == T5Config(256384, 4096, 64, 10240, 24, 64)
+    assert vae_config(found) == VAEConfig()
 
 
 def test_the_official_a14b_folder_has_two_experts(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_the_official_5b_folder_has_a_vae_of_48_channels(tmp_path: Path) -> None
     config_json(root, "5B")
     found = identify(root)
     assert found.variant == TI2V_5B
-    assert vae_sizes(found) == VAE22Config(dim=160, dec_dim=256, z_dim=48)
+    assert vae_config(found) == VAE22Config(dim=160, dec_dim=256, z_dim=48)
 
 
 def test_the_vae_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_an_expert_of_another_size_is_refused(tmp_path: Path) -> None:
     root = a14b(tmp_path / "model")
     shutil.rmtree(root / "low_noise_model")
     write(root / "low_noise_model" / WEIGHTS, stored(dit("1.3B"), "F32"))
-    with pytest.raises(CheckpointError, match=r"low_noise: a Wan2.1-T2V-1.3B, which is no expert beside"):
+    with pytest.raises(CheckpointError, match=r"low_noise: a Wan2.1-T2V-1.3B, which is not an expert beside"):
         identify(root)
 
 
@@ -560,10 +560,10 @@ def test_a_folder_without_a_transformer_says_so(tmp_path: Path) -> None:
         identify(tmp_path)
 
 
-def named(tmp_path: Path, **files: Path | None) -> Files:
+def named(tmp_path: Path, **files: Path | None) -> SingleFiles:
     root = split_files(tmp_path / "tree", HIGH, LOW, SINGLE)
     found = {"text_encoder": root / "text_encoders" / UMT5, "vae": root / "vae" / "wan_2.1_vae.safetensors"}
-    return Files(**(found | files))
+    return SingleFiles(**(found | files))
 
 
 def test_files_named_one_by_one_are_a_checkpoint(tmp_path: Path) -> None:
@@ -606,15 +606,15 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_the_heads_of_an_odd_width_can_be_said(tiny: Path) -> None:
-    files = Files(
+    files = SingleFiles(
         transformer=tiny / WEIGHTS,
         text_encoder=tiny / T5_FILE,
         tokenizer=tiny / "google/umt5-xxl/spiece.model",
         vae=tiny / VAE21,
     )
-    with pytest.raises(CheckpointError, match="48 is no multiple of 128"):
+    with pytest.raises(CheckpointError, match="48 is not a multiple of 128"):
         identify(files)
-    assert identify(replace(files, heads=2)).transformer == identify(tiny).transformer
+    assert identify(replace(files, heads=2)).transformer_config == identify(tiny).transformer_config
 
 
 def test_a_whole_checkpoint_in_one_file_needs_only_a_tokenizer(tmp_path: Path) -> None:
@@ -624,6 +624,6 @@ def test_a_whole_checkpoint_in_one_file_needs_only_a_tokenizer(tmp_path: Path) -
         | stored(sparse.vae21_diffusers(), "F16", "vae.")
     )
     path = write(tmp_path / "whole.safetensors", entries)
-    found = identify(Files(transformer=path, tokenizer=SPIECE))
+    found = identify(SingleFiles(transformer=path, tokenizer=SPIECE))
     assert {part.files for part in (*found.experts, found.text_encoder, found.vae)} == {(path,)}
     assert found.vae.prefix == "vae."

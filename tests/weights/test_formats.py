@@ -28,11 +28,12 @@ from wancli.job.loader import load
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.plan import memory_policy
+from wancli.plan.memory_estimate import predict_phases
 from wancli.plan.planner import build_plan
 from wancli.resources.memory_model import PROCESS
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 State = dict[str, Tensor]
 Format = Callable[[State], tuple[State, State]]
@@ -162,7 +163,10 @@ def test_fp8_made_at_load_is_a_file_of_fp8_with_a_scale_per_row(
     said = manifest_of(tmp_path / "made")["model"]
     assert (said["dtype"], said["residency"]) == ("fp8", "packed")
     refused = render(memory={"dtype": "fp8", "residency": "streamed"})
-    assert (refused.code, "memory.residency: streamed weights are not made fp8" in refused.err) == (2, True)
+    assert (refused.code, "memory.residency: streamed weights cannot be converted to fp8" in refused.err) == (
+        2,
+        True,
+    )
 
 
 # ---- GGUF ----
@@ -286,7 +290,7 @@ def test_a_vae_in_each_format_decodes_what_its_bytes_mean(
     files = {
         key: value if key == "heads" else Path(value) for key, value in around(shallow, vae=stored).items()
     }
-    found = load_vae(identify(Files(**files)), "cpu").state_dict()
+    found = load_vae(identify(SingleFiles(**files)), "cpu").state_dict()
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], w) for name, w in plain.items())
 
@@ -379,14 +383,14 @@ def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(
     path.write_text(json.dumps(job))
 
     def decided(free: int) -> list[tuple[str, str]]:
-        monkeypatch.setattr(memory_policy, "memory_limit", lambda _: PROCESS + free)
+        monkeypatch.setattr(memory_policy, "read_free_memory", lambda _: PROCESS + free)
         shots = build_plan(load(path), tmp_path / "memo.json").shots
         return [(shot.model.residency, shot.model.encoder.residency) for shot in shots]
 
     assert decided(2**40) == [("resident", "resident")] * 2
-    (small, large) = build_plan(load(path), tmp_path / "memo.json").shots
-    needs = {phase.name: phase.total for phase in large.phases}
-    assert small.phases[1].total < needs["sample"]
+    (small, large) = (predict_phases(shot) for shot in build_plan(load(path), tmp_path / "memo.json").shots)
+    needs = {phase.name: phase.total for phase in large}
+    assert small[1].total < needs["sample"]
     assert decided(needs["sample"] - 1)[0][0] == decided(needs["sample"] - 1)[1][0] == "streamed"
-    encoders = decided(small.phases[0].total - 1)
+    encoders = decided(small[0].total - 1)
     assert [text for _, text in encoders] == ["streamed"] * 2

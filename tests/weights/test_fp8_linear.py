@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wancli.errors import CheckpointError, MachineError
-from wancli.models.config import Kernels, WanConfig
+from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import WanModel
 from wancli.weights import fp8_linear
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.packed import Packed, pack_fp8
-from wancli.weights.fp8_linear import Fp8Linear, check, multiply_in_fp8, quantized
-from wancli.weights.loader import load_transformer
+from wancli.weights.fp8_linear import Fp8Linear, check_fp8_matmul, quantize_rows, replace_with_fp8
+from wancli.weights.loader import LoadOptions, load_transformer
 from wancli.weights.offload import matrix_names
 
 BF16 = 2**-8  # the rounding of the result
@@ -28,7 +28,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def in_fp8(x_RI: Tensor) -> Tensor:
     """The rows of an input as the product sees them, in fp32."""
-    x8_RI, scale_R1 = quantized(x_RI)
+    x8_RI, scale_R1 = quantize_rows(x_RI)
     assert x8_RI.dtype == torch.float8_e4m3fn
     return x8_RI.float() * scale_R1
 
@@ -38,7 +38,7 @@ def in_fp8(x_RI: Tensor) -> Tensor:
 def test_rows_keep_their_size_and_lose_a_sixteenth_at_most(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(fp8_linear, "STRIP", 200)
+    monkeypatch.setattr(fp8_linear, "SLICE_ELEMENTS", 200)
     torch.manual_seed(0)
     x_RI = (torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
     found, largest = in_fp8(x_RI), x_RI.float().abs().amax(1, keepdim=True)
@@ -89,7 +89,7 @@ def test_what_is_not_stored_as_e4m3_by_rows_is_made_so():
     for block in blocks:
         for layer in (m for m in block.modules() if isinstance(m, torch.nn.Linear)):
             layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
-    multiply_in_fp8(blocks, "blocks", source, "cpu")
+    replace_with_fp8(blocks, "blocks", source, "cpu")
     assert blocks[1].cross_attn.o.weight.data_ptr() == as_stored.data.data_ptr()
     assert blocks[0].ffn[0].gelu
     assert not blocks[0].ffn[2].gelu
@@ -104,15 +104,15 @@ def test_a_nan_in_a_weight_is_refused_by_its_name():
     source = {name: Packed("plain", torch.ones(24, 24), (24, 24)) for name in matrix_names(blocks, "blocks")}
     source["blocks.0.self_attn.q.weight"].data[3, 3] = torch.nan
     with pytest.raises(CheckpointError, match=r"blocks\.0\.self_attn\.q\.weight: the weight holds NaN"):
-        multiply_in_fp8(blocks, "blocks", source, "cpu")
+        replace_with_fp8(blocks, "blocks", source, "cpu")
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
 @torch.inference_mode()
 def test_a_whole_transformer_multiplies_in_fp8_and_stays_near_its_velocity(tiny: Path, chunk: int | None):
-    exact = load_transformer(identify(tiny), torch.float32, "cpu")
+    exact = load_transformer(identify(tiny))
     found = load_transformer(
-        identify(tiny), torch.bfloat16, "cpu", kernels=Kernels(chunk=chunk, fp8_matmul=True)
+        identify(tiny), LoadOptions(torch.bfloat16, kernels=ComputeOptions(chunk=chunk, fp8_matmul=True))
     )
     assert {layer.weight.dtype for layer in found.modules() if isinstance(layer, Fp8Linear)} == {
         torch.float8_e4m3fn
@@ -126,19 +126,20 @@ def test_a_whole_transformer_multiplies_in_fp8_and_stays_near_its_velocity(tiny:
 def test_streamed_weights_do_not_multiply_in_fp8(tiny: Path):
     with pytest.raises(ValueError, match="streamed weights"):
         load_transformer(
-            identify(tiny), torch.bfloat16, "cpu", residency="streamed", kernels=Kernels(fp8_matmul=True)
+            identify(tiny),
+            LoadOptions(torch.bfloat16, residency="streamed", kernels=ComputeOptions(fp8_matmul=True)),
         )
 
 
 def test_a_machine_that_cannot_is_named(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(MachineError, match="only CUDA devices"):
-        check("cpu", (5120,))
+        check_fp8_matmul("cpu", (5120,))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "RTX 3090")
     with pytest.raises(MachineError, match=r"RTX 3090 has compute capability 8\.6, .* need 8\.9") as caught:
-        check("cuda", (5120,))
+        check_fp8_matmul("cuda", (5120,))
     assert "memory.dtype: fp8" in caught.value.hint
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     with pytest.raises(MachineError, match="the model is 24 wide"):
-        check("cuda", (48, 24))
-    check("cuda", (5120, 13824))
+        check_fp8_matmul("cuda", (48, 24))
+    check_fp8_matmul("cuda", (5120, 13824))

@@ -164,7 +164,7 @@ def test_a_network_with_holes_says_which(look: Any, tmp_path: Path) -> None:
     entries = {k: v for k, v in stored(dit("1.3B"), "F16").items() if not k.startswith("blocks.29.ffn")}
     text = " ".join(look(write(tmp_path / "a.safetensors", entries)).out.split())
     assert "missing blocks.29.ffn.0.bias, blocks.29.ffn.0.weight, blocks.29.ffn.2.bias" in text
-    assert "amiss a network of these sizes has 1,418,996,800 parameters" in text
+    assert "unexpected a network of these sizes has 1,418,996,800 parameters" in text
 
 
 # ---- exit codes ----

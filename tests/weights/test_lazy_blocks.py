@@ -9,11 +9,11 @@ import torch
 
 from wancli.models.dit import WanModel
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 
 def load(tiny: Path, lazily: bool, dtype: torch.dtype = torch.bfloat16) -> WanModel:
-    return load_transformer(identify(tiny), dtype, "cpu", lazily=lazily)
+    return load_transformer(identify(tiny), LoadOptions(dtype, lazy=lazily))
 
 
 def velocity(model: WanModel) -> torch.Tensor:

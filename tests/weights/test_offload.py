@@ -22,11 +22,11 @@ from wancli.models.config import WanConfig
 from wancli.models.dit import Context, Request, WanModel
 from wancli.weights import disk_reader
 from wancli.weights.checkpoint import identify
-from wancli.weights.disk_reader import on_disk
+from wancli.weights.disk_reader import keep_on_disk
 from wancli.weights.formats.packed import Packed
-from wancli.weights.formats.read import tensors
-from wancli.weights.loader import load_into, load_transformer
-from wancli.weights.offload import Streamed, matrix_names, placed
+from wancli.weights.formats.read import iterate_tensors
+from wancli.weights.loader import LoadOptions, load_into, load_transformer
+from wancli.weights.offload import OffloadedBlocks, matrix_names, place_weights
 
 ROOT = Path(__file__).parents[2]
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "wan21-tiny"
@@ -112,10 +112,10 @@ def watched(
         device="cpu",
         keep_fp32=lambda _: False,
         where="",
-        leave=away,
+        keep_on_meta=away,
     )
     source = Watched(plain(weights, away))
-    model.blocks = Streamed(model.blocks, "blocks", source, "cpu", after_unpack)
+    model.blocks = OffloadedBlocks(model.blocks, "blocks", source, "cpu", after_unpack)
     for i in range(CONFIG.num_layers):
         model.blocks[i].register_forward_hook(lambda *_, i=i: source.log.append(("ran", i)))
     return model.eval(), source
@@ -147,11 +147,11 @@ X_BCTYX = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1)
 def test_fetched_weights_give_the_velocities_of_the_official_code(
     name: str, residency: str, official: dict[str, Tensor]
 ):
-    model = load_transformer(identify(FIXTURE), torch.float32, "cpu", residency=residency)  # type: ignore[arg-type]
+    model = load_transformer(identify(FIXTURE), LoadOptions(residency=residency))  # type: ignore[arg-type]
     x, t = official[f"{name}.noise"][None], official[f"{name}.timesteps"][0]
     branches = [model.project(official[f"context.{text}"]) for text in ("main", "negative")]
     requests = [Request(x, t, everywhere(model, context)) for context in branches]
-    for v_BCTYX, branch in zip(model.velocities(requests), ("cond", "uncond")):
+    for v_BCTYX, branch in zip(model.predict_velocities(requests), ("cond", "uncond")):
         assert distance(v_BCTYX[0], official[f"{name}.v_{branch}_step0"]) < 1e-5
 
 
@@ -163,11 +163,11 @@ def test_fetched_weights_give_the_bits_of_resident_ones_pass_after_pass(
 ):
     expected, found = [], []
     for where, into in (("resident", expected), (residency, found)):
-        model = load_transformer(identify(FIXTURE), dtype, "cpu", residency=where)  # type: ignore[arg-type]
+        model = load_transformer(identify(FIXTURE), LoadOptions(dtype, residency=where))  # type: ignore[arg-type]
         contexts = everywhere(model, model.project(official["context.main"]))
         x = official["unipc_cfg6.noise"][None]
         into += [model(x, t, contexts) for t in (999.0, 500.0)]
-        into += [y.clone() for y in model.residuals(x, 20.0, contexts)]
+        into += [y.clone() for y in model.iterate_residuals(x, 20.0, contexts)]
     assert len(expected) == 42
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
@@ -199,10 +199,10 @@ def test_packed_formats_are_unpacked_from_memory_and_from_disk(residency: str, t
     away = matrix_names(model.blocks, "blocks")
     path = tmp_path / "fp8.safetensors"
     save_file({name: (200 * weights[name]).to(torch.float8_e4m3fn) for name in away}, path)
-    mapped = {name: Scaled(data, data.shape, 0.005) for name, data in tensors([path])}
+    mapped = {name: Scaled(data, data.shape, 0.005) for name, data in iterate_tensors([path])}
     model.load_state_dict({k: v for k, v in weights.items() if k not in away}, strict=False, assign=True)
-    source = placed(mapped, residency, "cpu")  # type: ignore[arg-type]
-    model.blocks = Streamed(model.blocks, "blocks", source, "cpu")
+    source = place_weights(mapped, residency, "cpu")  # type: ignore[arg-type]
+    model.blocks = OffloadedBlocks(model.blocks, "blocks", source, "cpu")
     saved = load_file(path)
     expected = resident(weights | {name: 0.005 * saved[name].float() for name in away})
     assert torch.equal(velocity(model, X_BCTYX), velocity(expected, X_BCTYX))
@@ -280,7 +280,7 @@ def test_requests_share_passes_over_the_weights(riders: int | None, passes: int)
             Request(x, t, everywhere(model, model.project(text)))
             for x, t, text in zip(xs, (1.0, 50.0, 999.0), texts)
         ]
-        found = model.velocities(requests, riders)
+        found = model.predict_velocities(requests, riders)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert source.log.count(("fetch", 0)) == 10 * passes
 
@@ -297,10 +297,10 @@ from scripts.make_random_checkpoint import transformer_entries, write_safetensor
 from wancli.resources.measure import Peak
 from wancli.models.config import WanConfig
 from wancli.weights.checkpoint import identify
-from wancli.weights.loader import load_transformer
+from wancli.weights.loader import LoadOptions, load_transformer
 
 def run(checkpoint, residency):
-    model = load_transformer(checkpoint, torch.bfloat16, "cpu", residency=residency)
+    model = load_transformer(checkpoint, LoadOptions(torch.bfloat16, residency=residency))
     with torch.inference_mode():
         context = model.project(torch.ones(3, model.config.text_dim))
         velocity = model(torch.ones(1, 16, 1, 4, 4), 5.0, [((context, 1.0),)] * len(model.blocks))
@@ -345,7 +345,7 @@ def test_an_error_while_fetching_comes_out_of_the_forward_with_the_weight_named(
 def test_a_loop_left_half_way_ends_its_thread_and_unbinds_its_block():
     model, _ = watched(random_weights())
     contexts = everywhere(model, model.project(torch.randn(5, 32)))
-    stream = model.residuals(X_BCTYX, 500.0, contexts)
+    stream = model.iterate_residuals(X_BCTYX, 500.0, contexts)
     next(stream)
     assert readers_alive()
     assert bound(model)
@@ -384,7 +384,7 @@ def test_a_source_of_other_shapes_is_refused():
         blocks = WanModel(CONFIG).blocks
     source = plain(weights, matrix_names(blocks, "blocks"))
     with pytest.raises(ValueError, match=r"blocks.1.ffn.2.weight is \[48, 95\], expected \[48, 96\]"):
-        Streamed(blocks, "blocks", source, "cpu")
+        OffloadedBlocks(blocks, "blocks", source, "cpu")
 
 
 # ---- on disk ----
@@ -393,9 +393,9 @@ def test_a_source_of_other_shapes_is_refused():
 @pytest.mark.parametrize("path", [WEIGHTS, T5], ids=["safetensors", "pth"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_on_disk_are_those_of_the_file(path: Path, dtype: torch.dtype):
-    mapped = dict(tensors([path]))
+    mapped = dict(iterate_tensors([path]))
     expected = {k: v.clone() for k, v in mapped.items()}
-    found = on_disk({name: Packed("plain", tensor, tensor.shape) for name, tensor in mapped.items()})
+    found = keep_on_disk({name: Packed("plain", tensor, tensor.shape) for name, tensor in mapped.items()})
     del mapped
     assert found.keys() == expected.keys()
     for name, weight in found.items():
@@ -409,22 +409,24 @@ def test_a_weight_that_is_read_in_pieces_is_the_same(tmp_path: Path, monkeypatch
     path = tmp_path / "fp8.safetensors"
     scales = torch.rand(7, 1)
     save_file({"a": torch.randn(7, 30).to(torch.float8_e4m3fn)}, path)
-    ((_, data),) = tensors([path])
+    ((_, data),) = iterate_tensors([path])
     weight = Packed("fp8", data, (7, 30), scales)
     expected = weight.unpack(torch.float32)
     read: list[int] = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: (read.append(preadv(*a)), read[-1])[1])
-    monkeypatch.setattr(disk_reader, "PIECE", 65)
-    assert torch.equal(on_disk({"a": weight})["a"].unpack(torch.float32, out=torch.empty(7, 30)), expected)
+    monkeypatch.setattr(disk_reader, "READ_CHUNK", 65)
+    assert torch.equal(
+        keep_on_disk({"a": weight})["a"].unpack(torch.float32, out=torch.empty(7, 30)), expected
+    )
     assert read == [60, 60, 60, 30]
 
 
 def test_single_rows_are_read_in_any_order():
-    mapped = dict(tensors([T5]))["token_embedding.weight"]
-    table = on_disk({"table": Packed("plain", mapped, mapped.shape)})["table"]
+    mapped = dict(iterate_tensors([T5]))["token_embedding.weight"]
+    table = keep_on_disk({"table": Packed("plain", mapped, mapped.shape)})["table"]
     ids = [3, 383, 0, 3]
-    part = table.rows(ids)
+    part = table.read_rows(ids)
     assert torch.equal(part.unpack(torch.float32, out=torch.empty(4, 64)), mapped[ids].float())
 
 
@@ -432,8 +434,8 @@ def test_rows_of_blocks_of_bytes_are_cut_where_they_end(tmp_path: Path):
     """As GGUF lies in its file: one run of bytes for all rows."""
     path = tmp_path / "weights.safetensors"
     save_file({"table": torch.arange(40, dtype=torch.uint8)}, path)
-    (mapped,) = (tensor for _, tensor in tensors([path]))
-    part = on_disk({"table": Packed("plain", mapped, (10, 16))})["table"].rows([7, 2])
+    (mapped,) = (tensor for _, tensor in iterate_tensors([path]))
+    part = keep_on_disk({"table": Packed("plain", mapped, (10, 16))})["table"].read_rows([7, 2])
     assert part.data.tolist() == [28, 29, 30, 31, 8, 9, 10, 11]
     assert tuple(part.shape) == (2, 16)
 
@@ -441,7 +443,9 @@ def test_rows_of_blocks_of_bytes_are_cut_where_they_end(tmp_path: Path):
 def test_a_file_that_was_cut_is_an_error_that_names_it_and_the_weight(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(4000), "b": torch.ones(4000)}, path)
-    found = on_disk({name: Packed("plain", tensor, tensor.shape) for name, tensor in tensors([path])})
+    found = keep_on_disk(
+        {name: Packed("plain", tensor, tensor.shape) for name, tensor in iterate_tensors([path])}
+    )
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 8000)
     assert found["a"].unpack(torch.float32, out=torch.empty(4000)).sum() == 4000
@@ -452,7 +456,9 @@ def test_a_file_that_was_cut_is_an_error_that_names_it_and_the_weight(tmp_path: 
 def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(9)}, path)
-    found = on_disk({name: Packed("plain", tensor, tensor.shape) for name, tensor in tensors([path])})
+    found = keep_on_disk(
+        {name: Packed("plain", tensor, tensor.shape) for name, tensor in iterate_tensors([path])}
+    )
     save_file({"a": torch.zeros(9)}, tmp_path / "new")
     (tmp_path / "new").replace(path)
     assert found["a"].unpack(torch.float32, out=torch.empty(9)).sum() == 9
@@ -461,9 +467,9 @@ def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
 @pytest.mark.parametrize("data", [torch.ones(3, 4), None], ids=["memory", "transposed"])
 def test_data_that_lies_in_no_file_is_refused(data: Tensor | None):
     if data is None:
-        data = dict(tensors([WEIGHTS]))["blocks.0.ffn.0.weight"].T
+        data = dict(iterate_tensors([WEIGHTS]))["blocks.0.ffn.0.weight"].T
     with pytest.raises(ValueError, match="x is not mapped from a file"):
-        on_disk({"x": Packed("plain", data, data.shape)})
+        keep_on_disk({"x": Packed("plain", data, data.shape)})
 
 
 def test_files_are_closed_with_their_weights(tmp_path: Path):
@@ -474,7 +480,9 @@ def test_files_are_closed_with_their_weights(tmp_path: Path):
         links = (Path("/proc/self/fd") / name for name in [p.name for p in Path("/proc/self/fd").iterdir()])
         return sum(link.is_symlink() and str(link.readlink()) == str(path) for link in links)
 
-    found = on_disk({name: Packed("plain", tensor, tensor.shape) for name, tensor in tensors([path])})
+    found = keep_on_disk(
+        {name: Packed("plain", tensor, tensor.shape) for name, tensor in iterate_tensors([path])}
+    )
     assert count() == 1
     del found
     gc.collect()
@@ -490,7 +498,7 @@ def test_files_are_closed_with_their_weights(tmp_path: Path):
 def test_fetched_weights_give_the_bits_of_resident_ones_on_a_gpu(residency: str, official: dict[str, Tensor]):
     found = []
     for where in ("resident", residency):
-        model = load_transformer(identify(FIXTURE), torch.bfloat16, "cuda", residency=where)  # type: ignore[arg-type]
+        model = load_transformer(identify(FIXTURE), LoadOptions(torch.bfloat16, "cuda", residency=where))  # type: ignore[arg-type]
         contexts = everywhere(model, model.project(official["context.main"].cuda()))
         x = official["unipc_cfg6.noise"][None].cuda()
         found.append(torch.stack([model(x, t, contexts) for t in range(990, 0, -90)]))

@@ -15,7 +15,7 @@ from wancli.models import t5
 from wancli.models.config import VAEConfig, WanConfig
 from wancli.models.dit import WanModel
 from wancli.weights.checkpoint import identify
-from wancli.weights.formats.infer_config import vae_config
+from wancli.weights.formats.infer_config import infer_vae21_config
 from wancli.weights.formats.key_mapping import umt5_to_transformers
 from wancli.weights.loader import load_transformer, load_umt5
 
@@ -30,7 +30,7 @@ def made(folder: Path, dtype: str = "bf16", config: WanConfig = CONFIG, most: in
 
 def test_the_folder_is_identified_and_renders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made(tmp_path / "model")
-    assert identify(folder).transformer == CONFIG
+    assert identify(folder).transformer_config == CONFIG
     said = command(capsys, "render", written(tmp_path, tiny_job(model=folder)), "-q")
     assert (said.code, said.err) == (0, "")
 
@@ -57,7 +57,7 @@ def test_shards_hold_the_same_tensors_and_none_is_larger_than_asked_for(tmp_path
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     index = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-    load_transformer(identify(folder), torch.float32, "cpu")
+    load_transformer(identify(folder))
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path):
@@ -85,9 +85,9 @@ def test_fp8_matrices_have_a_scale_each_and_all_else_stays_high(tmp_path: Path):
 @torch.inference_mode()
 def test_activations_stay_finite_and_of_moderate_size_through_40_blocks(tmp_path: Path):
     folder = made(tmp_path / "model", config=WanConfig(192, 384, 2, 40, text_dim=64))
-    model = load_transformer(identify(folder), torch.float32, "cpu")
+    model = load_transformer(identify(folder))
     context = model.project(torch.randn(9, 64))
-    stream = model.residuals(torch.randn(1, 16, 2, 8, 8), 999.0, [((context, 1.0),)] * 40)
+    stream = model.iterate_residuals(torch.randn(1, 16, 2, 8, 8), 999.0, [((context, 1.0),)] * 40)
     sizes = [x_BLD.std().item() for x_BLD in stream]
     assert len(sizes) == 40
     assert all(0.1 < size < 1000 for size in sizes)
@@ -95,14 +95,14 @@ def test_activations_stay_finite_and_of_moderate_size_through_40_blocks(tmp_path
 
 def test_the_text_encoder_has_the_width_that_the_transformer_reads(tmp_path: Path):
     files = identify(made(tmp_path / "model")).text_encoder_files
-    rows_NE = t5.rows(load_umt5(files, umt5_to_transformers, torch.float32, "cpu"), [5, 6, 7, 1])
+    rows_NE = t5.encode(load_umt5(files, umt5_to_transformers, torch.float32, "cpu"), [5, 6, 7, 1])
     assert rows_NE.shape == (4, 64)
     assert rows_NE.isfinite().all()
 
 
 def test_the_full_vae_has_its_published_sizes():
     entries = {entry.name: entry.shape for entry in vae_entries()}
-    assert vae_config(entries, "") == VAEConfig()
+    assert infer_vae21_config(entries, "") == VAEConfig()
     assert sum(entry.nbytes for entry in vae_entries()) == 4 * 126_892_531
 
 
@@ -110,7 +110,7 @@ def test_the_command_takes_a_row_of_sizes_and_refuses_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     main([str(tmp_path / "model"), "--model", "48,96,2,7", "--blocks", "2", "--dtype", "bf16"])
-    assert identify(tmp_path / "model").transformer == WanConfig(48, 96, 2, 2)
+    assert identify(tmp_path / "model").transformer_config == WanConfig(48, 96, 2, 2)
     with pytest.raises(SystemExit):
         main([str(tmp_path / "other"), "--model", "48,96"])
     assert "neither 14B nor 1.3B nor four numbers" in capsys.readouterr().err

@@ -20,18 +20,18 @@ from sparse import cast, dit, dit_diffusers, per_row, pth, scalar, stored, umt5,
 
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
-from wancli.weights.component import Part, expert_of
-from wancli.weights.single_files import parts_of
+from wancli.weights.component import Component, expert_from_name
+from wancli.weights.single_files import recognize_file
 
 COMFY = "model.diffusion_model."
 
 
-def only(path: Path) -> Part:
-    (part,) = parts_of(path)
+def only(path: Path) -> Component:
+    (part,) = recognize_file(path)
     return part
 
 
-def precision(part: Part) -> dict[str, dict[str, int]]:
+def precision(part: Component) -> dict[str, dict[str, int]]:
     return {entry.group: dict(entry.dtypes) for entry in part.precision}
 
 
@@ -57,7 +57,7 @@ def test_the_released_transformers_are_known_by_their_sizes(
         assert (part.tensors, part.parameters) == (count, parameters)
         assert part.config == sparse.SIZES[size]
         assert part.variant is not None
-        assert (part.variant.name, part.scheme.name, part.refusal, part.gaps) == (name, "plain", "", ())
+        assert (part.variant.name, part.scheme.name, part.refusal, part.missing) == (name, "plain", "", ())
 
 
 def test_the_rows_of_the_variants_are_the_official_defaults() -> None:
@@ -86,8 +86,8 @@ def test_any_prefix_is_found_and_comes_off_the_names(tmp_path: Path, prefix: str
         "block biases, norms": {"F16": 510},
         "embeddings, head": {"F16": 15},
     }
-    assert part.own_name(f"{prefix}blocks.7.ffn.0.bias") == "blocks.7.ffn.0.bias"
-    assert part.own_name("elsewhere.weight") is None
+    assert part.map_key(f"{prefix}blocks.7.ffn.0.bias") == "blocks.7.ffn.0.bias"
+    assert part.map_key("elsewhere.weight") is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_any_prefix_is_found_and_comes_off_the_names(tmp_path: Path, prefix: str
     ],
 )
 def test_an_expert_is_told_by_the_words_that_repackers_use(name: str, expert: str | None) -> None:
-    assert expert_of(Path("/models") / name) == expert
+    assert expert_from_name(Path("/models") / name) == expert
 
 
 def test_a_14b_transformer_is_an_expert_only_if_its_name_says_so(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_a_14b_transformer_is_an_expert_only_if_its_name_says_so(tmp_path: Path)
 def test_a_lone_width_that_is_no_multiple_of_128_asks_for_its_heads(tiny: Path) -> None:
     path = tiny / "diffusion_pytorch_model.safetensors"
     part = only(path)
-    assert "48 is no multiple of 128" in part.refusal
+    assert "48 is not a multiple of 128" in part.refusal
     assert "`heads`" in part.hint
-    (said,) = parts_of(path, {"num_heads": 2})
+    (said,) = recognize_file(path, {"num_heads": 2})
     assert (said.refusal, dict(said.sizes)["num_heads"]) == ("", 2)
 
 
@@ -348,7 +348,7 @@ def test_the_text_encoder_of_every_repacker_is_umt5_xxl(tmp_path: Path) -> None:
             naming,
             scheme,
         )
-        assert (part.config, part.parameters, part.gaps) == (XXL, 5_680_910_336, ())
+        assert (part.config, part.parameters, part.missing) == (XXL, 5_680_910_336, ())
         assert part.tokenizer is ("spiece_model" in entries)
         assert precision(part)["token embedding"] == {"F16" if naming == "transformers" else "BF16": 1}
     assert len(umt5_official()) == 242
@@ -429,7 +429,7 @@ def test_additions_and_image_encoders_are_named(tmp_path: Path) -> None:
 
 
 def test_a_stranger_is_no_part_at_all(tmp_path: Path) -> None:
-    assert parts_of(write(tmp_path / "a.safetensors", {"conv.weight": ("F32", (2,))})) == ()
+    assert recognize_file(write(tmp_path / "a.safetensors", {"conv.weight": ("F32", (2,))})) == ()
 
 
 def test_a_whole_checkpoint_is_three_networks_in_one_file(tmp_path: Path) -> None:
@@ -439,14 +439,14 @@ def test_a_whole_checkpoint_is_three_networks_in_one_file(tmp_path: Path) -> Non
         | stored(umt5(), "F16", text)
         | stored(sparse.vae21_diffusers(), "F16", "vae.")
     )
-    parts = {part.kind: part for part in parts_of(write(tmp_path / "whole.safetensors", entries))}
+    parts = {part.kind: part for part in recognize_file(write(tmp_path / "whole.safetensors", entries))}
     assert {kind: part.prefix for kind, part in parts.items()} == {
         "transformer": COMFY,
         "text encoder": text,
         "vae": "vae.",
     }
     assert parts["transformer"].tensors == 825
-    assert parts["vae"].own_name(f"{COMFY}head.modulation") is None
+    assert parts["vae"].map_key(f"{COMFY}head.modulation") is None
 
 
 def test_a_block_that_lacks_what_the_others_have_is_named(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_block_that_lacks_what_the_others_have_is_named(tmp_path: Path) -> Non
         del entries[name]
     del entries["blocks.3.self_attn.norm_q.weight"]
     part = only(write(tmp_path / "a.safetensors", entries))
-    assert part.gaps == ("blocks.3.self_attn.norm_q.weight", "blocks.17.*")
+    assert part.missing == ("blocks.3.self_attn.norm_q.weight", "blocks.17.*")
 
 
 def test_a_shard_stands_for_its_whole_set_and_an_absent_one_is_named(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_shard_stands_for_its_whole_set_and_an_absent_one_is_named(tmp_path: P
     assert (part.files, part.parameters, part.tensors) == (tuple(files), 14_288_491_584, 1095)
     files[1].unlink()
     with pytest.raises(CheckpointError, match=r"00002-of-00006.safetensors: no such file"):
-        parts_of(files[0])
+        recognize_file(files[0])
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_what_only_looks_like_weights_is_told_what_it_is(tmp_path: Path, content
     path = tmp_path / "wan.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=what) as caught:
-        parts_of(path)
+        recognize_file(path)
     assert caught.value.hint
 
 
@@ -495,10 +495,10 @@ def test_a_header_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 2)
     with pytest.raises(CheckpointError, match="truncated or damaged: its tensors fill"):
-        parts_of(path)
+        recognize_file(path)
     path.write_bytes(struct.pack("<Q", 50_000) + b"{}")
     with pytest.raises(CheckpointError, match="its header claims 50,000 bytes"):
-        parts_of(path)
+        recognize_file(path)
 
 
 # ---- GGUF ----

@@ -23,7 +23,8 @@ def finish_batch(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None
 
     known = throughput.read_rates(rates_path(cache_dir))
     fresh = [(o.shot, o.record) for o in outcomes if o.status == "rendered" and o.record]
-    throughput.remember_rates(rates_path(cache_dir), throughput.measured_rates(fresh))
+    forked = {o.shot.index for o in outcomes if o.shared_steps}
+    throughput.remember_rates(rates_path(cache_dir), throughput.measured_rates(fresh, forked))
     report = batch_report.build_report(plan, outcomes, known)
     path = batch_report.write_report(plan, report)
     page.write_page(path, thumbnails_dir(cache_dir))

@@ -1,4 +1,4 @@
-"""`wancli encode` and `wancli diff`: which prompts they were given, and stage 1 run on these."""
+"""Read the prompts of `wancli encode` and `wancli diff`, encode them and compare them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ JOB_SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts for one checkpoint's encoder, in the order they were given."""
+    """Prompts for the encoder of one checkpoint, in the order of the command line."""
 
     model: ModelSpec
     prompts: tuple[Prompt, ...]
@@ -40,7 +40,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts to be compared as a model reads them."""
+    """Two prompts to compare as a model reads them."""
 
     model: ModelSpec
     a: Prompt
@@ -55,50 +55,49 @@ def read_prompts(
     memo: Path,
     flags: CliOverrides = NO_OVERRIDES,
 ) -> list[PromptBatch]:
-    """What `wancli encode` was asked for: job files, prompts, and `-` for either on stdin.
+    """Read the arguments of `wancli encode`: job files, prompts, and `-` for either on stdin.
 
-    `flags` change and choose from every job.
+    `flags` change every job, and choose from its shots.
     """
     if max_tokens not in (256, 512):
         raise JobError(f"{max_tokens} is not 256 or 512", where="--max-tokens")
-    said: list[JobFile | str] = []
+    inputs: list[JobFile | str] = []
     for argument in what:
         if argument == "-":
             data = sys.stdin.buffer.read()
             if re.search(rb"(?m)^(?:prompt|items|matrix|prompts_from|extends):|\A\s*\{", data):
-                said.append(parse(data, "stdin", "stdin", Path.cwd(), flags))
+                inputs.append(parse(data, "stdin", "stdin", Path.cwd(), flags))
             else:
-                said += [line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
+                inputs += [
+                    line for line in data.decode(errors="surrogateescape").splitlines() if line.strip()
+                ]
         else:
-            said.append(load(Path(argument), flags) if argument.endswith(JOB_SUFFIXES) else argument)
-    if not said:
+            inputs.append(load(Path(argument), flags) if argument.endswith(JOB_SUFFIXES) else argument)
+    if not inputs:
         raise JobError("no prompts to encode", where="stdin")
-    if not any(isinstance(one, JobFile) for one in said):
+    if not any(isinstance(item, JobFile) for item in inputs):
         _reject_flags(flags)
-    work: list[PromptBatch] = []
-    for are_texts, several in groupby(said, key=lambda one: isinstance(one, str)):
+    batches: list[PromptBatch] = []
+    for are_texts, group in groupby(inputs, key=lambda item: isinstance(item, str)):
         if are_texts:
             model = _resolve_model(folder, memo)
-            work.append(
-                PromptBatch(
-                    model, tuple(tokenize_prompt(model, str(text), max_tokens, truncate) for text in several)
-                )
-            )
+            prompts = [tokenize_prompt(model, str(text), max_tokens, truncate) for text in group]
+            batches.append(PromptBatch(model, tuple(prompts)))
         else:
-            work += [
-                one for job in several if isinstance(job, JobFile) for one in _collect_job_prompts(job, memo)
-            ]
-    return work
+            for job in group:
+                assert isinstance(job, JobFile)
+                batches += _collect_job_prompts(job, memo)
+    return batches
 
 
 def encode_prompts(
-    work: Sequence[PromptBatch], out: Path | None, tools: RenderContext
+    batches: Sequence[PromptBatch], out: Path | None, context: RenderContext
 ) -> list[dict[str, Any]]:
-    """Encodes; with `out` also writes all embeddings, in order, to one new file. One row per prompt."""
+    """Encode all prompts and return one row for each. With `out`, write the embeddings to one new file."""
     encoded: list[Encoded] = []
-    for one in work:
-        found, _ = encode_stage.encode_prompts(one.model, one.prompts, tools)
-        encoded += [found[prompt.id] for prompt in one.prompts]
+    for batch in batches:
+        by_id, _ = encode_stage.encode_prompts(batch.model, batch.prompts, context)
+        encoded += [by_id[prompt.id] for prompt in batch.prompts]
     if out:
         try:
             save_embeddings(out, [e.embedding for e in encoded])
@@ -124,10 +123,10 @@ def read_pairs(
     memo: Path,
     flags: CliOverrides = NO_OVERRIDES,
 ) -> list[PromptPair]:
-    """What `wancli diff` was asked for: two texts, or the pairs that a file holds.
+    """Read the arguments of `wancli diff`: two texts, or a file with pairs.
 
-    A job file gives its prompt against each injected one; a text file two prompts with an empty
-    line between; an embedding file its first two embeddings.
+    A job file pairs its prompt with each injected one. A text file has two prompts with an empty line
+    between. Of an embedding file the first two embeddings are a pair.
     """
     if len(prompts) != (2 if file is None else 0):
         raise JobError(
@@ -141,12 +140,12 @@ def read_pairs(
         return [PromptPair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
         shots = build_plan(load(file, flags), memo).shots
-        found = {
+        pairs = {
             (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p) for s in shots for p in s.injected
         }
-        if not found:
+        if not pairs:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
-        return list(found.values())
+        return list(pairs.values())
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -165,18 +164,18 @@ def read_pairs(
     return [PromptPair(model, a, b)]
 
 
-def compare_pair(pair: PromptPair, tools: RenderContext, *, dit: bool) -> PromptDistance:
-    """All figures of two prompts; with `dit` also behind the text projection and in every block."""
+def compare_pair(pair: PromptPair, context: RenderContext, *, dit: bool) -> PromptDistance:
+    """Measure how different two prompts are; with `dit` also after the text projection and in every block."""
     from wancli.text.prompt_distance import compare
 
-    found, _ = encode_stage.encode_prompts(pair.model, [pair.a, pair.b], tools)
+    by_id, _ = encode_stage.encode_prompts(pair.model, [pair.a, pair.b], context)
     model = Networks(pair.model).transformer(pair.model.first_expert) if dit else None
-    difference = compare(found[pair.a.id].embedding, found[pair.b.id].embedding, model)
+    difference = compare(by_id[pair.a.id].embedding, by_id[pair.b.id].embedding, model)
     if pair.model.checkpoint.root != wan_mini.FOLDER:
         return difference
     unknown = wan_mini.find_unknown_words([*pair.a.tokens.pieces[:-1], *pair.b.tokens.pieces])
-    said = [f"{', '.join(unknown)}? {wan_mini.SUBJECTS_HINT}"] if unknown else []
-    return replace(difference, hints=(*said, wan_mini.DIFFERENCES_HINT))
+    hints = [f"{', '.join(unknown)}? {wan_mini.SUBJECTS_HINT}"] if unknown else []
+    return replace(difference, hints=(*hints, wan_mini.DIFFERENCES_HINT))
 
 
 def _reject_flags(flags: CliOverrides) -> None:
@@ -190,6 +189,7 @@ def tokenize_prompt(model: ModelSpec, text: str, max_tokens: int, truncate: bool
 
 
 def _collect_job_prompts(job: JobFile, memo: Path) -> list[PromptBatch]:
+    """Collect the distinct prompts of a job, one batch for each of its models."""
     by_model: dict[ModelSpec, dict[str, Prompt]] = {}
     for shot in build_plan(job, memo).shots:
         by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.prompts})
@@ -197,11 +197,12 @@ def _collect_job_prompts(job: JobFile, memo: Path) -> list[PromptBatch]:
 
 
 def _resolve_model(folder: Path | None, memo: Path) -> ModelSpec:
-    said = str(folder) if folder else wan_mini.NAME
+    """Resolve --model; stream the text encoder if it does not fit in memory."""
+    name = str(folder) if folder else wan_mini.NAME
     model = resolve_model(
-        model_registry.resolve_model(said, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
+        model_registry.resolve_model(name, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
     )
     longest = memory_estimate.predict_encoding(model, [512])
-    if memory_estimate.process_bytes(model) + longest.total > memory_policy.memory_limit(model):
+    if memory_estimate.process_bytes(model) + longest.total > memory_policy.read_free_memory(model.device):
         return memory_policy.with_encoder_residency(model, "streamed")
     return model

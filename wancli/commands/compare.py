@@ -41,14 +41,14 @@ def compare_command(
 
     display = create_display(progress.value, quiet)
     clips = clip.read_clips(videos)
-    tools = RenderContext(None, display)
+    context = RenderContext(None, display)
     chosen = comparison.select_baseline(clips, baseline)
-    beside = {one.id: chosen for one in clips}
-    pages = comparison.plan_outputs(clips, beside, output, video)
-    found = comparison.measure_document(clips, chosen, beside, tools)
-    comparison.write_outputs(found, pages, tools)
+    baselines = {each.id: chosen for each in clips}
+    outputs = comparison.plan_outputs(clips, baselines, output, video)
+    document = comparison.measure_document(clips, chosen, baselines, context)
+    comparison.write_outputs(document, outputs, context)
     if as_json:
-        print_json(found | {"sheet": str(output), "video": None if video is None else str(video)})
+        print_json(document | {"sheet": str(output), "video": None if video is None else str(video)})
     else:
-        print(*pages.paths, sep="\n")
+        print(*outputs.paths, sep="\n")
     return ExitStatus.OK

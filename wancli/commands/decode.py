@@ -35,8 +35,8 @@ def decode_command(
     from wancli.storage import manifest
 
     display = create_display(progress.value, quiet)
-    tools = RenderContext(None, display, Force.snapshot(()) if force else None)
-    path = decode_stage.decode_file(latents, output, model, hashes_path(None), tools)
+    context = RenderContext(None, display, Force.snapshot(()) if force else None)
+    path = decode_stage.decode_file(latents, output, model, hashes_path(None), context)
     if as_json:
         body = manifest.read_json(manifest.manifest_path(path)) or {}
         print_json({"schema": "wancli/decode/1", "output": str(path), "manifest": body})

@@ -53,8 +53,8 @@ def diff_command(
     display = create_display("auto", quiet)
     flags = collect_flags(sets, sweeps, items, shard)
     pairs = _prompt_inputs.read_pairs(prompts or [], file, model, hashes_path(cache_dir), flags)
-    tools = RenderContext(open_store(cache_dir), display)
-    differences = [_prompt_inputs.compare_pair(pair, tools, dit=dit) for pair in pairs]
+    context = RenderContext(open_store(cache_dir), display)
+    differences = [_prompt_inputs.compare_pair(pair, context, dit=dit) for pair in pairs]
     if as_json:
         print_json([d.as_dict() for d in differences] if len(differences) > 1 else differences[0].as_dict())
     else:

@@ -33,4 +33,4 @@ def inspect_command(
         print_json(document)
     else:
         terminal.show(inspect_text.format_inspection(document))
-    return ExitStatus.INTEGRITY if inspect.damaged(document) else ExitStatus.OK
+    return ExitStatus.INTEGRITY if inspect.is_damaged(document) else ExitStatus.OK

@@ -56,9 +56,8 @@ def plan_command(
         terminal.show(tables)
         for warning in (*plan.warnings, *preflight.missing_capabilities(plan.shots)):
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
-    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in plan.shots}}
     for shot, found in zip(plan.shots, states):
         if found != "done":
             encoded = all(text["cached"] for text in batch_report.prompt_rows([shot], store))
-            memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
+            memory_policy.require(shot, plan.schedule.placement(shot), encoded=encoded)
     return ExitStatus.OK

@@ -71,29 +71,29 @@ def probe_command(
     """
     from wancli import signals
     from wancli.engine.context import RenderContext
-    from wancli.injection import block_map
+    from wancli.injection import block_map, block_map_store
     from wancli.plan import planner
     from wancli.probe import request, run
     from wancli.report import block_map_text, terminal
 
     display = create_display(progress.value, quiet)
-    planned = planner.build_plan(
+    plan = planner.build_plan(
         load_job(job, collect_flags(sets)), hashes_path(cache_dir), allow_missing_maps=True
     )
-    asked = request.plan_probe(
-        planned, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
+    probe_request = request.plan_probe(
+        plan, next(m for m in block_map.METHODS if m == method), levels, ranges, shot
     )
-    path = _require_writable(output or planned.sidecar_path(f"map.{asked.method}.json"))
-    for warning in planned.warnings:
+    path = _require_writable(output or plan.sidecar_path(f"map.{probe_request.method}.json"))
+    for warning in plan.warnings:
         display.warn(warning)
     with signals.stop_on_signal() as stop:
-        found = run.run_probe(asked, RenderContext(open_store(cache_dir), display, stop=stop))
-    block_map.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(found)
-    block_map.write(path, found)
+        result = run.run_probe(probe_request, RenderContext(open_store(cache_dir), display, stop=stop))
+    block_map_store.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(result)
+    block_map.write(path, result)
     if as_json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
     else:
-        terminal.show(block_map_text.format_map(found))
+        terminal.show(block_map_text.format_map(result))
         print(make_printable(f"map: {path}"))
     return ExitStatus.OK
 

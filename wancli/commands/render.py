@@ -57,8 +57,10 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
     policy = policy_from_flags(options.fail_fast, options.max_failures, options.retries)
     plan = plan_job(_load_job_or_prompt(options), options.cache_dir, measure=options.measures_effects)
     reporter.on_plan(plan)
-    tools = _create_context(context, plan, display, policy, options)
-    outcomes, stopped = _collect_outcomes(plan, _render_shots(plan, tools, cluster, options), tools, reporter)
+    render_context = _create_render_context(context, plan, display, policy, options)
+    outcomes, stopped = _collect_outcomes(
+        plan, _render_shots(plan, render_context, cluster, options), render_context, reporter
+    )
     report, path = finish_batch(plan, outcomes, options.cache_dir)
     status = reporter.on_end(plan, outcomes, report, path)
     if stopped:
@@ -96,7 +98,7 @@ def _resolve_cluster(context: typer.Context, options: RenderOptions) -> Cluster 
     return Cluster(options.address, options.cpus_per_worker)
 
 
-def _create_context(
+def _create_render_context(
     context: typer.Context, plan: Plan, display: Progress, policy: FailurePolicy, options: RenderOptions
 ) -> RenderContext:
     """Create the render context. From here on signals request a stop, also while the reporter works."""
@@ -112,32 +114,32 @@ def _create_context(
 
 
 def _render_shots(
-    plan: Plan, tools: RenderContext, cluster: Cluster | None, options: RenderOptions
+    plan: Plan, render_context: RenderContext, cluster: Cluster | None, options: RenderOptions
 ) -> Iterator[Outcome]:
     """Render the shots here, or by workers that plan the job themselves, and yield their outcomes."""
     if cluster is None:
         from wancli.engine import batch
 
-        return batch.render(plan, tools)
+        return batch.render(plan, render_context)
     from wancli.farm import ray_driver
     from wancli.farm.ray_worker import Task
 
-    assert tools.claims
+    assert render_context.claims
     task = Task(
         job=str(options.job),
         folder=str(Path.cwd()),
         flags=options.flags,
         cache=str(resolve_cache_dir(options.cache_dir).absolute()),
         measure=options.measures_effects,
-        force=tools.force,
-        retries=tools.policy.retries,
-        waits=tools.claims.waits_for_others,
+        force=render_context.force,
+        retries=render_context.policy.retries,
+        waits=render_context.claims.waits_for_others,
     )
-    return ray_driver.render(plan, tools, task, cluster)
+    return ray_driver.render(plan, render_context, task, cluster)
 
 
 def _collect_outcomes(
-    plan: Plan, work: Iterator[Outcome], tools: RenderContext, reporter: RenderReporter
+    plan: Plan, work: Iterator[Outcome], render_context: RenderContext, reporter: RenderReporter
 ) -> tuple[list[Outcome], Stopped | None]:
     """Collect the outcomes of all shots, then compare the videos; also return what stopped it, if so."""
     from wancli.report import batch_report, comparison
@@ -147,7 +149,7 @@ def _collect_outcomes(
         for outcome in _print_traces(work, reporter.options.log_level):
             outcomes.append(outcome)
             reporter.on_outcome(outcome)
-        comparison.run_comparison(plan, tools)
+        comparison.run_comparison(plan, render_context)
     except Stopped as error:
         return outcomes, error
     except BaseException:

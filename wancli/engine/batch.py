@@ -1,7 +1,8 @@
-"""A whole batch: which shots are done, which cannot be, and the others, model by model, as they come.
+"""A whole batch: which shots are done, which are refused, and the others, rendered model by model.
 
-`wancli.engine.outcome` says what an error ends: its shot, all shots of a checkpoint, or the batch. Shots that
-other workers claimed (`wancli.storage.claims`) are waited for at the end. `wancli.engine.pipeline` renders.
+`wancli.engine.outcome` decides what an error ends: its shot, all shots of a checkpoint, or the batch. The
+batch waits at the end for shots claimed by other workers (`wancli.storage.claims`). `wancli.engine.pipeline`
+renders.
 """
 
 from __future__ import annotations
@@ -15,27 +16,30 @@ from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import PreflightResult, is_cached, is_finished, preflight
 from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture
-from wancli.plan import memory_policy
+from wancli.plan import batching, memory_policy
+from wancli.plan.schedule import Schedule
 from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots
 from wancli.storage import manifest
 
 
 def render(plan: Plan, context: RenderContext) -> Iterator[Outcome]:
-    """Renders what `preflight` leaves to do, one checkpoint after the other, and yields what became of each.
+    """Render what `preflight` leaves to do, model by model, and yield the outcome of each shot.
 
-    Raises what `preflight` does before anything is started, NoSpace at once, with all states on disk that
-    found room there, and Stopped at the end where somebody asked for it before all was done. Elsewhere, where
-    the claims do not wait for what other workers are at.
+    Raises what `preflight` raises before anything is started. Raises NoSpace at once; every state that fits
+    on the disk has been saved by then. Raises Stopped at the end if a stop request left shots undone, and
+    ClaimedElsewhere at the end if the claims do not wait for other workers and these still hold shots.
     """
-    found = preflight(plan, context)
-    yield from track_outcomes(_render_all(plan, found, context), found.todo, context)
+    result = preflight(plan, context)
+    yield from track_outcomes(_render_all(plan, result, context), result.schedule.shots, context)
 
 
 def track_outcomes(
     outcomes: Iterator[Outcome], todo: Sequence[Shot], context: RenderContext
 ) -> Iterator[Outcome]:
-    """The outcomes as they come. Asks for an end where so many failed that it is enough, and raises at the
-    end what `render` does."""
+    """Yield the outcomes as they come, and request a stop once the policy allows no more failures.
+
+    Raises at the end what `render` raises there.
+    """
     pending = {shot.index for shot in todo}
     stopped = failures = 0
     elsewhere: list[Shot] = []
@@ -48,60 +52,65 @@ def track_outcomes(
         yield outcome
     unfinished = bool(stopped or pending)
     if (context.stop.reason and (unfinished or elsewhere)) or (unfinished and not failures):
-        others = f", {len(elsewhere)} with other workers" if elsewhere else ""
-        raise context.stop.error(f"{_shots_are(stopped)} saved on the way, {len(pending)} not begun{others}")
+        others = f", {len(elsewhere)} claimed by other workers" if elsewhere else ""
+        raise context.stop.error(
+            f"{_shots_are(stopped)} saved in progress, {len(pending)} not started{others}"
+        )
     if elsewhere and context.claims and not failures:
         raise ClaimedElsewhere(
-            f"{_shots_are(len(elsewhere))} with other workers: "
+            f"{_shots_are(len(elsewhere))} claimed by other workers: "
             f"{context.claims.name_holders(elsewhere) or 'gone now'}"
         )
 
 
-def _render_all(plan: Plan, found: PreflightResult, context: RenderContext) -> Iterator[Outcome]:
-    """Of shots that are `settled`, then of the others as they come."""
-    yield from iter_resolved(plan, found)
-    claimed_elsewhere: list[Shot] = []
-    todo: Sequence[Shot] = found.todo
-    while todo or claimed_elsewhere:
+def _render_all(plan: Plan, result: PreflightResult, context: RenderContext) -> Iterator[Outcome]:
+    """Yield what is known without rendering, then render the rest, and then what other workers give up."""
+    yield from iter_resolved(plan, result)
+    elsewhere: dict[int, Shot] = {}
+    schedule = result.schedule
+    while schedule.rounds or elsewhere:
+        todo = schedule.shots
         for model in dict.fromkeys(shot.model for shot in todo):
-            if not context.stop.requested:
-                for outcome in _render_with_retries(
-                    model, [shot for shot in todo if shot.model == model], context
-                ):
-                    if outcome.status == "elsewhere":
-                        claimed_elsewhere.append(outcome.shot)
-                    else:
-                        yield outcome
-        released = _wait_for_claims(claimed_elsewhere, context)
+            if context.stop.requested:
+                break
+            of_model = schedule.only([shot for shot in todo if shot.model == model])
+            for outcome in _render_with_retries(model, of_model, context):
+                if outcome.status == "elsewhere":
+                    elsewhere[outcome.shot.index] = outcome.shot
+                else:
+                    yield outcome
+        released = _wait_for_claims(list(elsewhere.values()), context)
         if not released:
             break
-        claimed_elsewhere = [
-            shot for shot in claimed_elsewhere if shot.index not in {one.index for one in released}
-        ]
-        done = {shot.index: shot for shot in released if not context.force and is_finished(shot)}
-        yield from (Outcome(shot, "already done", manifest.read(shot.manifest)) for shot in done.values())
-        todo = [shot for shot in released if shot.index not in done]
-    yield from (Outcome(shot, "elsewhere") for shot in claimed_elsewhere)
+        left = []
+        for shot in released:
+            del elsewhere[shot.index]
+            if not context.force and is_finished(shot):
+                yield Outcome(shot, "already done", manifest.read(shot.manifest))
+            else:
+                left.append(shot)
+        schedule = batching.build_schedule(left)
+    yield from (Outcome(shot, "elsewhere") for shot in elsewhere.values())
 
 
-def iter_resolved(plan: Plan, found: PreflightResult) -> Iterator[Outcome]:
-    """Of shots that are done, then of those that cannot be."""
-    untouched = {shot.index for shot in found.todo} | found.refused.keys()
+def iter_resolved(plan: Plan, result: PreflightResult) -> Iterator[Outcome]:
+    """Yield the outcomes of shots that are done, then those of shots that were refused."""
+    unresolved = {shot.index for shot in result.schedule.shots} | result.refused.keys()
     for shot in plan.shots:
-        if shot.index not in untouched:
+        if shot.index not in unresolved:
             yield Outcome(shot, "already done", manifest.read(shot.manifest))
     for shot in plan.shots:
-        if shot.index in found.refused:
-            yield Outcome(shot, "failed", error=found.refused[shot.index])
+        if shot.index in result.refused:
+            yield Outcome(shot, "failed", error=result.refused[shot.index])
 
 
 def format_shots_inline(shots: Sequence[Shot]) -> str:
-    """What people read of shots in the middle of a sentence."""
+    """Name shots in the middle of a sentence."""
     return f"shot {format_shots(shots)}" if len(shots) == 1 else format_shots(shots)
 
 
 def _wait_for_claims(shots: Sequence[Shot], context: RenderContext) -> Sequence[Shot]:
-    """Waits until other workers are done with some of these shots, or gave them up; returns those."""
+    """Wait until other workers have finished or given up some of these shots; return those."""
     if not shots or context.claims is None or not context.claims.waits_for_others or context.stop.requested:
         return []
     if workers := context.claims.name_holders(shots):
@@ -109,39 +118,38 @@ def _wait_for_claims(shots: Sequence[Shot], context: RenderContext) -> Sequence[
     return context.claims.wait_for_release(shots, context.stop)
 
 
-def _render_with_retries(
-    model: ModelSpec, shots: Sequence[Shot], context: RenderContext
-) -> Iterator[Outcome]:
-    """The shots of a model, those again whose failure may pass: from what is on disk by then, and alone,
-    which needs the least memory."""
-    networks = _get_networks(model, shots, context)
+def _render_with_retries(model: ModelSpec, schedule: Schedule, context: RenderContext) -> Iterator[Outcome]:
+    """Render the shots of a model, and retry those whose failure may pass.
+
+    A retry continues from what is on disk by then. It runs alone, which needs the least memory.
+    """
+    networks = _get_networks(model, schedule.shots, context)
     tries = 0
-    while shots and not context.stop.requested:
+    while schedule.rounds and not context.stop.requested:
         tries += 1
         retried = []
-        for outcome in _render_until_damaged(model, shots, networks, context):
-            if (
-                outcome.error
-                and not context.stop.requested
-                and context.policy.should_retry(outcome.error, tries)
-            ):
-                said = f"{outcome.error}; tried again ({tries} of {context.policy.retries})"
-                context.progress.warn(f"shot {outcome.shot.id}: {said}")
+        for outcome in _render_until_damaged(model, schedule, networks, context):
+            error = outcome.error
+            if error and not context.stop.requested and context.policy.should_retry(error, tries):
+                attempts = f"tried again ({tries} of {context.policy.retries})"
+                context.progress.warn(f"shot {outcome.shot.id}: {error}; {attempts}")
                 retried.append(outcome)
             else:
                 yield outcome
         if context.stop.requested:
             yield from retried
-        shots = [replace(outcome.shot, batch=1, shared=None, fork=None) for outcome in retried]
+        schedule = batching.build_schedule([replace(outcome.shot, batch=1) for outcome in retried])
 
 
 def _get_networks(model: ModelSpec, shots: Sequence[Shot], context: RenderContext) -> Networks:
-    """The networks of these shots, or those that were kept; these make room where prompts are to be encoded
-    and the text encoder does not fit beside them."""
-    lazily = not any(shot.loras for shot in shots)
+    """Return the networks of these shots, from the cache of models if there is one.
+
+    If prompts are to be encoded and the text encoder does not fit beside cached networks, these are released.
+    """
+    lazy = not any(shot.loras for shot in shots)
     if context.model_cache is None:
-        return Networks(model, lazily)
-    networks = context.model_cache.get(model, lazily)
+        return Networks(model, lazy)
+    networks = context.model_cache.get(model, lazy)
     missing = [
         shot for shot in shots if not all(text.file or is_cached(text, context) for text in shot.prompts)
     ]
@@ -155,13 +163,13 @@ def _shots_are(count: int) -> str:
 
 
 def _render_until_damaged(
-    model: ModelSpec, shots: Sequence[Shot], networks: Networks, context: RenderContext
+    model: ModelSpec, schedule: Schedule, networks: Networks, context: RenderContext
 ) -> Iterator[Outcome]:
-    """Every shot of a model. A checkpoint that turns out to be damaged fails all that are left of them."""
-    left = {shot.index: shot for shot in shots}
+    """Render the shots of a model. If its checkpoint turns out to be damaged, all that are left fail."""
+    left = {shot.index: shot for shot in schedule.shots}
     broken = ErrorCapture()
     try:
-        for outcome in render_model(model, shots, networks, context):
+        for outcome in render_model(model, schedule, networks, context):
             left.pop(outcome.shot.index)
             yield outcome
     except CheckpointError as error:

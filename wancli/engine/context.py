@@ -1,8 +1,8 @@
-"""What every phase of a render may use, and what `--force` sets aside.
+"""The services of a render, and the files that `--force` ignores.
 
-With `--force` every shot is rendered once more, whatever lies there. What lay beside an output when the
-render began does not count; what was made since does, by whichever worker. So each shot is made again once,
-and one that is tried again, or taken over from a worker that died, goes on from what is on disk.
+With `--force` every shot is rendered again. Files beside an output that existed when the render began do not
+count; files made since then do, by whichever worker. So each shot is rendered again once, and a shot that is
+retried, or taken over from a worker that died, resumes from what is on disk.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ _SIDECARS: tuple[SidecarName, ...] = ("manifest", "state", "latents")
 
 @dataclass(frozen=True)
 class Force:
-    """What lay beside the output of each shot, by its index: hosts may know one folder by several paths."""
+    """The files beside the output of each shot when the render began.
+
+    They are known by the index of the shot: hosts may know one folder by several paths.
+    """
 
     stamps: Mapping[int, Mapping[SidecarName, FileStamp | None]]
 
     @classmethod
     def snapshot(cls, shots: Iterable[Shot]) -> Self:
-        """Notes what lies there now."""
+        """Record the files that exist now."""
         return cls(
             {shot.index: {part: _file_stamp(getattr(shot, part)) for part in _SIDECARS} for shot in shots}
         )
 
     def is_outdated(self, shot: Shot, part: SidecarName) -> bool:
-        """Whether nobody has written this since."""
+        """Return whether no worker has written this file since the render began."""
         return _file_stamp(getattr(shot, part)) == self.stamps[shot.index][part]
 
 
@@ -55,19 +58,19 @@ def _file_stamp(path: Path) -> FileStamp | None:
 
 @dataclass(frozen=True)
 class RenderContext:
-    """The embedding cache, the display, how to treat what is there, whether somebody asked for an end, and
-    what follows from a failed shot."""
+    """The services of a run: embedding cache, progress display, overwrite policy, stop flag, failure policy,
+    claims, model cache."""
 
     store: Store | None
     progress: Progress
-    force: Force | None = None  # None: what is done stays
+    force: Force | None = None  # None: finished shots stay
     stop: Stop = field(default_factory=Stop)
     policy: FailurePolicy = field(default_factory=FailurePolicy)
-    claims: Claims | None = None  # of this worker; None where nobody else is at work
-    model_cache: ModelCache | None = None  # networks that stay in memory between renders
-    started_at: float | None = None  # when the command did, in seconds since 1970; None: with this process
+    claims: Claims | None = None  # of this worker; None if it is the only one
+    model_cache: ModelCache | None = None  # keeps networks in memory between renders
+    started_at: float | None = None  # of the command, in seconds since 1970; None: when this process was
 
     @property
     def lost_claim(self) -> bool:
-        """Whether another worker took a shot over that this one is at: it was suspended for long."""
+        """Whether another worker took over a shot of this one, which was suspended for long."""
         return self.claims is not None and not self.claims.holds_all()

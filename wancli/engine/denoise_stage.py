@@ -1,23 +1,24 @@
-"""Stage 2 of the pipeline, leg by leg: steps that one network takes for some shots in lock-step.
+"""The denoise stage, segment by segment: steps that one network takes for some shots together.
 
-A leg ends where the expert changes, where a shot forks or catches up with others of its group, or with the
-last step.
+A segment ends where the expert changes, where a shot forks or catches up with others of its batch, or with
+the last step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
-from wancli.engine.shot_state import ShotState, is_save_due, propagate_state, save_state
-from wancli.errors import NotFinite
+from wancli.engine.shot_state import ShotState, Status, is_save_due, propagate_state, save_state
+from wancli.errors import ErrorCapture, NotFinite
 from wancli.models.config import Expert
+from wancli.plan.schedule import Placement
 from wancli.plan.shot import format_shots
 from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
@@ -36,120 +37,125 @@ if TYPE_CHECKING:
     from wancli.weights.lora.patch import Loras
 
 
-def select_ready(batch: Sequence[ShotState], expert: Expert) -> list[ShotState]:
-    """The shots of a group whose next steps are this expert's: those that are least far, in lock-step."""
-    found = [one for one in batch if one.next_stage and one.next_stage.expert == expert and not one.fork]
-    return [one for one in found if one.step == min(other.step for other in found)]
+@dataclass(frozen=True)
+class Segment:
+    """Steps that the network of one expert takes for some shots of a batch together."""
+
+    states: tuple[ShotState, ...]
+    expert: Expert
+    steps: range
+
+    @property
+    def label(self) -> str:
+        """The name of its shots, for people."""
+        return format_shots([state.shot for state in self.states])
 
 
-def next_segment(batch: Sequence[ShotState], ready: Sequence[ShotState]) -> range:
-    """The steps that the shots `together` of a group take now."""
-    start = ready[0].step
-    stage = ready[0].next_stage
-    assert stage
-    ahead = [one.step for one in batch if one.step > start and not one.failed]
-    forks = [heir.fork.step for one in ready for heir in one.dependents if heir.fork]
-    return range(start, min(stop for stop in (stage.steps.stop, *ahead, *forks) if stop > start))
+def next_segment(batch: Sequence[ShotState], expert: Expert) -> Segment | None:
+    """Return the next steps that an expert can take for a batch: those of the shots that are least far."""
+    found = [(state, state.next_stage) for state in batch if state.status is Status.RUNNING]
+    ready = [(state, stage) for state, stage in found if stage and stage.expert == expert]
+    if not ready:
+        return None
+    start, stage = min(((state.step, stage) for state, stage in ready), key=lambda pair: pair[0])
+    states = tuple(state for state, _ in ready if state.step == start)
+    ahead = [state.step for state in batch if state.failure is None]
+    forks = [dependent.fork.step for state in states for dependent in state.dependents if dependent.fork]
+    stop = min(step for step in (stage.steps.stop, *ahead, *forks) if step > start)
+    return Segment(states, expert, range(start, stop))
 
 
 def run_segment(
-    batch: Sequence[ShotState],
-    steps: range,
-    networks: Networks,
-    encoded: Mapping[str, Encoded],
-    context: RenderContext,
+    segment: Segment, networks: Networks, encoded: Mapping[str, Encoded], context: RenderContext
 ) -> None:
-    """Takes these steps with the network of their expert, all shots of the group in lock-step, and hands
-    the states over to shots that fork there; fewer steps where somebody asks for an end.
+    """Take the steps of a segment, and pass the states on to the shots that fork at its end.
 
-    A shot that meets NaN or Inf has `failed`; the others go on.
+    Takes fewer steps after a stop request. A shot that meets NaN or Inf fails and ends the segment; the other
+    shots continue in the next.
     """
     import torch
 
     from wancli.injection.contexts import ContextCache
     from wancli.sampling import denoise
 
-    stages = [replace(stage, steps=steps) for one in batch if (stage := one.next_stage)]
-    expert, shot = stages[0].expert, batch[0].shot
+    states, steps = segment.states, segment.steps
+    stages = [replace(stage, steps=steps) for state in states if (stage := state.next_stage)]
+    shot = states[0].shot
     loras = networks.loras(shot.loras)
     # Without a name that outlives this call, which would keep this expert in memory beside the next.
-    model, patches = networks.transformer(expert), networks.patches
-    dependents = [heir for one in batch for heir in one.all_dependents()]
-    texts = {text.id for one in (*batch, *dependents) for text in one.shot.prompts}
-    rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in texts}
+    (model, load_record), patches = networks.load(segment.expert), networks.patches
+    dependents = [dependent for state in states for dependent in state.all_dependents()]
+    prompts = {prompt.id for state in (*states, *dependents) for prompt in state.shot.prompts}
+    rows_NE = {id: encoded[id].embedding.rows_NE.to(shot.model.device) for id in prompts}
 
     def segment_phases() -> list[Record]:
-        return [
-            networks.load_record,
-            manifest_body.phase_record("sample", peak) | {"shots": len(batch) + len(dependents)},
-        ]
+        shots = len(states) + len(dependents)
+        return [load_record, manifest_body.phase_record("sample", peak) | {"shots": shots}]
 
     with (
         torch.inference_mode(),
         PeakMemory() as peak,
-        context.progress.phase("sample", [one.shot.id for one in batch], len(steps)) as bar,
+        context.progress.phase("sample", [state.shot.id for state in states], len(steps)) as bar,
     ):
-        patches.at(loras, steps[0], expert)
+        patches.apply_step(loras, steps[0], segment.expert)
         contexts = ContextCache(model, rows_NE)
-        _prepare(batch, dependents, model, encoded)
-        runs = [_make_run(one, stage, contexts) for one, stage in zip(batch, stages)]
-        results = denoise.denoise_batch(model, runs, _forwards_per_pass(batch))
+        _prepare(states, dependents, model, encoded)
+        runs = [_make_run(state, stage, contexts) for state, stage in zip(states, stages)]
+        results = denoise.denoise_batch(model, runs, _forwards_per_pass(states))
         for step in steps:
             if context.stop.requested:
                 break
-            for one, walk, at in zip(batch, runs, next(results)):
-                _record_step(one, walk, at, context)
+            for state, run, result in zip(states, runs, next(results)):
+                _record_step(state, run, result, context)
             bar.advance(note=f"sigma {runs[0].schedule.sigmas[step + 1]:.3f}")
-            if any(one.failed for one in batch) or context.lost_claim:  # told before the others go on
-                break
+            if any(state.failure for state in states) or context.lost_claim:
+                break  # failures are reported before the other shots continue
             if step + 1 in steps:
-                for one in batch:
-                    if is_save_due(one) and not one.failed:
+                for state in states:
+                    if is_save_due(state):
                         peak.update()
-                        save_state(one, segment_phases())
-                if patches.at(loras, step + 1, expert):
+                        save_state(state, segment_phases())
+                if patches.apply_step(loras, step + 1, segment.expert):
                     contexts.clear()
-    for one in batch:
-        assert one.solver_state is not None
-        one.solver_state = one.solver_state.to("cpu")
-        one.add_phases(segment_phases())
-        propagate_state(one)
+    for state in states:
+        assert state.solver_state is not None
+        state.solver_state = state.solver_state.to("cpu")
+        state.add_phases(segment_phases())
+        propagate_state(state)
 
 
-def format_batch(batch: Sequence[ShotState]) -> str:
-    """What people read of a group."""
-    return format_shots([one.shot for one in batch])
-
-
-def _forwards_per_pass(batch: Sequence[ShotState]) -> int:
-    """Forwards on a pass over the blocks: all of the group where the pass fetches weights."""
-    resident = batch[0].shot.model.residency == "resident"
-    return 1 if resident else sum(one.shot.forwards_per_step for one in batch)
+def _forwards_per_pass(states: Sequence[ShotState]) -> int:
+    """Return how many forwards share a pass over the blocks: all, if the pass fetches weights."""
+    resident = states[0].shot.model.residency == "resident"
+    return 1 if resident else sum(state.shot.forwards_per_step for state in states)
 
 
 def _prepare(
-    batch: Sequence[ShotState],
+    states: Sequence[ShotState],
     dependents: Sequence[ShotState],
     model: WanModel,
     encoded: Mapping[str, Encoded],
 ) -> None:
-    """Noise, the time, and how different the injected prompts are: by the network of the first step, so for
-    those that fork later, too."""
+    """Draw noise, note the time, and measure how different the injected prompts are.
+
+    The network of the first step measures it, so for the dependents, too, which fork later.
+    """
     from wancli.sampling import denoise
     from wancli.text.prompt_distance import compare_all
 
     now = time.monotonic()
-    for one in batch:
-        shot = one.shot
-        one.started_at, one.unsaved_since = min(one.started_at, now), min(one.unsaved_since, now)
-        if one.solver_state is None:
-            one.solver_state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
-    new = [one for one in (*batch, *dependents) if one.shot.injected and not one.differences]
-    pairs = {(one.shot.prompt.id, text.id): None for one in new for text in one.shot.injected}
+    for state in states:
+        shot = state.shot
+        state.started_at, state.unsaved_since = min(state.started_at, now), min(state.unsaved_since, now)
+        if state.solver_state is None:
+            state.solver_state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
+    new = [state for state in (*states, *dependents) if state.shot.injected and not state.differences]
+    pairs = {(state.shot.prompt.id, text.id): None for state in new for text in state.shot.injected}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
     differences = dict(zip(pairs, compare_all(embeddings, model)))
-    for one in new:
-        one.differences = [differences[one.shot.prompt.id, text.id].as_dict() for text in one.shot.injected]
+    for state in new:
+        prompt, injected = state.shot.prompt, state.shot.injected
+        state.differences = [differences[prompt.id, text.id].as_dict() for text in injected]
 
 
 def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> DenoiseRun:
@@ -166,9 +172,11 @@ def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> Denoise
 def _record_step(
     state: ShotState, run: DenoiseRun, result: StepResult | NotFinite, context: RenderContext
 ) -> None:
-    """What a step has left."""
+    """Record what a step has left."""
     if isinstance(result, NotFinite):
-        state.failed = result
+        failure = ErrorCapture()
+        failure.record(result)
+        state.fail(failure)
         return
     state.step, state.solver_state = result.step, result.state
     state.reads |= result.cells_read
@@ -179,11 +187,15 @@ def _record_step(
 
 
 def finish_latent(
-    state: ShotState, encoded: Mapping[str, Encoded], loras: Loras, stage1: Record
+    state: ShotState,
+    placement: Placement,
+    encoded: Mapping[str, Encoded],
+    loras: Loras,
+    stage1: Record,
 ) -> tuple[Tensor, ShotRecord]:
-    """The finished latent, now durable on disk, and all that the manifest will say of its making.
+    """Put the finished latent durably on disk; return it and its record.
 
-    Raises InjectionMissed where a rule did not reach the blocks it was planned for.
+    Raises InjectionMissed if a rule did not reach the blocks it was planned for.
     """
     from wancli.sampling.denoise import check_hits
 
@@ -193,6 +205,7 @@ def finish_latent(
     z_CTYX = state.solver_state.x
     record = manifest_body.build_record(
         shot,
+        placement,
         cached={id: result.hit for id, result in encoded.items()},
         reads=state.reads,
         differences=state.differences,
@@ -205,5 +218,5 @@ def finish_latent(
     atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
     tensor_file.save_latent(shot.latents, z_CTYX, record.as_dict())
     atomic.remove(shot.state)
-    state.solver_state = None
+    state.status, state.solver_state = Status.FINISHED, None
     return z_CTYX, record

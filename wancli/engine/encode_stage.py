@@ -1,4 +1,4 @@
-"""Stage 1: the embeddings of prompts, each encoded once ever."""
+"""The encode stage: the embeddings of prompts, each encoded once ever."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from wancli.text.encoder import Encoded, encode
 def encode_prompts(
     model: ModelSpec, prompts: Sequence[Prompt], context: RenderContext
 ) -> tuple[dict[str, Encoded], Record]:
-    """Stage 1: every distinct prompt's embedding by id, and what it took. UMT5 is gone when it returns.
+    """Encode every distinct prompt; return the embeddings by id, and the record of the phase.
 
-    Raises Stopped between two prompts, and in the end what went wrong with the first that failed."""
+    UMT5 is not in memory any more when it returns. Raises Stopped between two prompts, and at the end the
+    error of the first prompt that failed.
+    """
     encoded, errors, stage1 = encode_each(model, prompts, context)
     for attempt in errors.values():
         assert attempt.error
@@ -31,8 +33,8 @@ def encode_prompts(
 def encode_each(
     model: ModelSpec, prompts: Sequence[Prompt], context: RenderContext
 ) -> tuple[dict[str, Encoded], dict[str, ErrorCapture], Record]:
-    """As `embed`, with those that failed by id."""
-    import torch  # noqa: F401 - before the measurement, which is of what comes on top
+    """Encode as `encode_prompts` does, and return the errors of prompts that failed by id."""
+    import torch  # noqa: F401 - before the measurement, which does not include it
 
     check_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
@@ -56,7 +58,7 @@ def encode_each(
             bar.advance()
             if context.stop.requested and len(encoded) + len(errors) < len(texts):
                 raise context.stop.error(f"{len(encoded)} of {len(texts)} prompts encoded")
-    width = model.checkpoint.transformer.text_dim
+    width = model.checkpoint.transformer_config.text_dim
     for id, done in encoded.items():
         rows_NE = done.embedding.rows_NE
         if rows_NE.shape[1] != width:

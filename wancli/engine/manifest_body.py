@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli import __version__
 from wancli.plan import backends, memory_estimate
+from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import PeakMemory
 from wancli.storage import manifest, tensor_file
@@ -23,7 +24,7 @@ from wancli.storage.manifest import canonical_json
 from wancli.storage.manifest_schema import Manifest, ModelRecord, ShotRecord
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "sentencepiece", "ftfy")
 
 def build_record(
     shot: Shot,
+    placement: Placement,
     *,
     cached: Mapping[str, bool],
     reads: Iterable[tuple[int, str, int]],
@@ -54,7 +56,7 @@ def build_record(
     `latent` is its sketch.
     """
     return ShotRecord(
-        **_planned(shot),
+        **_planned(shot, placement),
         prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.prompts],
         encoder_loaded=not all(cached.values()),
         injection=_rule_records(shot, reads, differences),
@@ -66,9 +68,9 @@ def build_record(
     )
 
 
-def continue_record(record: ShotRecord, shot: Shot) -> ShotRecord:
+def continue_record(record: ShotRecord, shot: Shot, placement: Placement) -> ShotRecord:
     """Return the record of a latent that an earlier run left, with the settings that its video has now."""
-    now = ShotRecord(**record.as_dict() | to_plain_json(_planned(shot)))
+    now = ShotRecord(**record.as_dict() | to_plain_json(_planned(shot, placement)))
     ran = now.model.model_copy(update={"attention": record.model.attention})  # what ran then
     earlier = [phase.model_copy(update={"earlier": True}) for phase in record.phases]
     return now.model_copy(update={"model": ran, "phases": earlier})
@@ -94,7 +96,7 @@ def load_latent(path: Path) -> tuple[Tensor, ShotRecord]:
     return z_CTYX, ShotRecord.parse(record, path)
 
 
-def _planned(shot: Shot) -> Record:
+def _planned(shot: Shot, placement: Placement) -> Record:
     """Return the part of a record that the plan decides. `key` is the hash of the shot."""
     model = shot.model
     return {
@@ -122,13 +124,13 @@ def _planned(shot: Shot) -> Record:
             "crf": shot.crf,
             "codec": shot.codec,
             "decode_chunk": shot.decode_chunk,
-            "sharing": shot.sharing,
+            "sharing": placement.batch_size,
         },
         "model": {
             "root": str(model.checkpoint.root),
             "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
-            "sizes": asdict(model.checkpoint.transformer),
+            "sizes": asdict(model.checkpoint.transformer_config),
             "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
@@ -146,7 +148,7 @@ def _planned(shot: Shot) -> Record:
         },
         "predicted": [
             asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
-            for phase in shot.phases
+            for phase in memory_estimate.predict_phases(shot, placement.sample)
         ],
         "versions": versions(),
     }
@@ -165,7 +167,7 @@ def checkpoint_location(model: ModelRecord) -> Location:
         return Path(model.root)
     named = model.files.as_dict().items()
     paths = {key: Path(path) for key, path in named if isinstance(path, str)}
-    return Files(**paths, heads=model.files.heads)
+    return SingleFiles(**paths, heads=model.files.heads)
 
 
 def _prompt_record(prompt: Prompt, hit: bool) -> Record:
@@ -217,7 +219,7 @@ def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
         {
             "path": str(use.path),
             "bytes": use.path.stat().st_size,
-            **use.decided,
+            **use.pixel_settings,
             "coverage": asdict(lora.coverage),
             "scales": lora.scales,
         }

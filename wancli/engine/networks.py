@@ -1,10 +1,10 @@
-"""The networks of a checkpoint while they are in memory, and the LoRAs put into them."""
+"""The networks of a checkpoint in memory, and the LoRAs patched into them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
@@ -24,130 +24,139 @@ if TYPE_CHECKING:
     from wancli.weights.lora.patch import Lora, Loras, Patches
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    expert: Expert
+    network: WanModel
+    record: Record  # the phase record of loading it
+
+
 @dataclass
 class Networks:
-    """The networks of a checkpoint, loaded when first used and kept for the next shot, of two experts one."""
+    """The networks of a checkpoint, loaded on first use and kept for the next shot; one expert at a time."""
 
     model: ModelSpec
-    lazy: bool = False  # blocks may arrive when they first run; not where LoRAs are put into them before
-    load_record: Record = field(default_factory=dict)  # what loading the transformer took
-    _loaded: tuple[Expert, WanModel] | None = None
-    _patches: Patches | None = None  # of the network that is loaded
+    lazy: bool = False  # whether blocks may be converted on first use; not if LoRAs patch them before that
+    _loaded: _Loaded | None = None
+    _patches: Patches | None = None  # of the loaded transformer
     _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
+    _vae: VAE | None = None
 
     def transformer(self, expert: Expert) -> WanModel:
-        """The network of an expert; the other one makes room first."""
-        if self._loaded and self._loaded[0] == expert:
-            return self._loaded[1]
-        from wancli.models.dtypes import DTYPES
-        from wancli.weights.loader import load_transformer
+        """Return the transformer of an expert, loading it if needed. The other expert is freed first."""
+        return self.load(expert)[0]
 
-        self._loaded = self._patches = None
-        with PeakMemory() as peak:
-            network = load_transformer(
-                self.model.checkpoint,
+    def load(self, expert: Expert) -> tuple[WanModel, Record]:
+        """Return the transformer of an expert and the phase record of loading it."""
+        if self._loaded is None or self._loaded.expert != expert:
+            from wancli.models.attention import DTYPES
+            from wancli.weights.loader import LoadOptions, load_transformer
+
+            self._loaded = self._patches = None
+            options = LoadOptions(
                 DTYPES[self.model.compute_dtype],
                 self.model.device,
-                expert,
                 self.model.residency,
-                self._patch_fetched,
-                self.model.dtype == "fp8",
-                self.model.kernels,
-                self.lazy,
+                fp8=self.model.dtype == "fp8",
+                kernels=self.model.kernels,
+                lazy=self.lazy,
             )
-        self.load_record = manifest_body.phase_record("load", peak)
-        self._loaded = expert, network
-        return network
+            with PeakMemory() as peak:
+                network = load_transformer(self.model.checkpoint, options, expert, self._patch_fetched)
+            self._loaded = _Loaded(expert, network, manifest_body.phase_record("load", peak))
+        return self._loaded.network, self._loaded.record
 
     def _patch_fetched(self, name: str, weight: Tensor) -> None:
-        """Puts the LoRAs of the step into a weight that was just fetched."""
+        """Apply the LoRAs of the current step to a weight that was just fetched."""
         if self._patches:
-            self._patches.into(name, weight)
+            self._patches.patch(name, weight)
 
     @property
     def patches(self) -> Patches:
-        """What puts LoRAs into the transformer that is loaded, and takes them out again."""
-        from wancli.weights.loader import transformer_tensors
+        """The patches that apply LoRAs to the loaded transformer and undo them."""
+        from wancli.weights.loader import iterate_transformer_tensors
         from wancli.weights.lora.patch import Patches
 
         assert self._loaded
         if self._patches is None:
-            expert, network = self._loaded
-            base = partial(transformer_tensors, self.model.checkpoint, expert=expert)
-            self._patches = Patches(dict(network.named_parameters()), base)
+            base = partial(iterate_transformer_tensors, self.model.checkpoint, expert=self._loaded.expert)
+            self._patches = Patches(dict(self._loaded.network.named_parameters()), base)
         return self._patches
 
     def loras(self, uses: Sequence[LoraUse]) -> Loras:
-        """The LoRAs of a shot, each file read once."""
-        from wancli.weights.formats.infer_config import parameter_shapes
-        from wancli.weights.lora.patch import Loras, load
+        """Return the LoRAs of a shot. Each file is read once."""
+        from wancli.weights.formats.infer_config import transformer_shapes
+        from wancli.weights.lora.patch import Loras, load_lora
 
-        shapes = parameter_shapes(self.model.checkpoint.transformer)
+        shapes = transformer_shapes(self.model.checkpoint.transformer_config)
         for use in uses:
             if use.sha256 not in self._loras:
-                self._loras[use.sha256] = load(use.path, shapes)
+                self._loras[use.sha256] = load_lora(use.path, shapes)
         return Loras(uses, [self._loras[use.sha256] for use in uses])
 
     def reuse(self) -> None:
-        """The networks stay for another render, which loads nothing but its LoRAs."""
+        """Prepare the networks for another render, which loads only its LoRAs."""
         self._loras.clear()
-        with PeakMemory() as peak:
-            pass
-        self.load_record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
+        if self._loaded:
+            with PeakMemory() as peak:
+                pass
+            record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
+            self._loaded = replace(self._loaded, record=record)
 
     def release(self) -> None:
-        """Gives the memory back; what is used next is loaded anew."""
-        self._loaded = self._patches = None
-        self.__dict__.pop("vae", None)
+        """Free the memory of the networks; they are loaded again when they are next used."""
+        self._loaded = self._patches = self._vae = None
 
-    @cached_property
+    @property
     def vae(self) -> VAE:
-        from wancli.weights.loader import load_vae
+        """The VAE, loaded on first use."""
+        if self._vae is None:
+            from wancli.weights.loader import load_vae
 
-        return load_vae(self.model.checkpoint, self.model.device)
+            self._vae = load_vae(self.model.checkpoint, self.model.device)
+        return self._vae
 
 
 class ModelCache:
-    """Keeps the networks of the last model in memory from one render to the next."""
+    """The networks of the last model, kept in memory from one render to the next."""
 
     def __init__(self) -> None:
         self._networks: Networks | None = None
 
-    def get(self, model: ModelSpec, lazily: bool) -> Networks:
-        """Those that are here if they are of this model and ran as it would, else new ones; what was here
-        before is gone then."""
-        here = self._networks
-        if here and self.has(model) and lazily >= here.lazy:
-            here.reuse()
-            return here
-        self._networks = here = None  # before others are loaded
-        self._networks = Networks(model, lazily)
+    def get(self, model: ModelSpec, lazy: bool) -> Networks:
+        """Return the cached networks if they run as this model would, else new ones in their place."""
+        cached = self._networks
+        if cached and self.has(model) and lazy >= cached.lazy:
+            cached.reuse()
+            return cached
+        self._networks = cached = None  # before others are loaded
+        self._networks = Networks(model, lazy)
         return self._networks
 
     def has(self, model: ModelSpec) -> bool:
-        """Whether the networks that are here are of this model, whose weights were checked then."""
+        """Return whether the cached networks are of this model, whose weights were checked then."""
         return self._networks is not None and _cache_key(self._networks.model) == _cache_key(model)
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Release the memory."""
         self._networks = None
 
 
 def _cache_key(model: ModelSpec) -> tuple[object, ...]:
-    """All that a network in memory depends on."""
+    """Return all that a network in memory depends on."""
     weights = (model.checkpoint, model.transformer, model.vae)
     return (*weights, model.device, model.dtype, model.residency, model.kernels)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for what would only show when the networks are loaded."""
-    from wancli.weights.loader import check
+    """Raise CheckpointError for damage that would only show when the networks are loaded."""
+    from wancli.weights.loader import check_loadable
 
-    check(checkpoint)
+    check_loadable(checkpoint)
 
 
 def check_device(device: str) -> None:
-    """Raises MachineError where a plan says `cuda` and torch has none."""
+    """Raise MachineError if a plan says `cuda` and torch has no CUDA device."""
     if device != "cuda":
         return
     import torch

@@ -109,6 +109,6 @@ def _diff_loras(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
         yield "loras", "", ""
         return
     for i, (old, new) in enumerate(zip(record.loras, shot.loras)):
-        for key, value in new.decided.items():
+        for key, value in new.pixel_settings.items():
             if getattr(old, key) != value:
                 yield f"loras.{i}.{'path' if key == 'sha256' else key}", "", ""

@@ -1,9 +1,8 @@
-"""The only file that knows the order of the phases: encode, load, sample, decode, write, record.
+"""The only file that knows the order of the stages: encode, load, denoise, decode, write, record.
 
-Shots are sampled in the groups and waves of `wancli.plan.batching`, one by one where weights are resident.
-The latents of a group are on disk before any of them is decoded, and its videos before other shots take their
-last steps. After a stop request the current step, prompt or chunk of frames is finished, and all states are
-saved.
+Shots are sampled in the rounds and batches of their schedule. The latents of a batch are on disk before any
+of them is decoded, and its videos before other shots take their last steps. After a stop request the current
+step, prompt or chunk of frames is finished, and all states are saved.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.preflight import effects_missing, needs_effects, output_exists_error, status_for_render
-from wancli.engine.shot_state import ShotState
+from wancli.engine.shot_state import ShotState, Status
 from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
-from wancli.plan import batching
+from wancli.plan.schedule import Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
 from wancli.storage import atomic, manifest
@@ -37,33 +36,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelContext:
-    """What the shots of a model are made with: its networks, the embeddings of their prompts by id, and what
-    encoding them took."""
+    """What rendering the shots of a model needs: its networks, their schedule, and the embeddings of their
+    prompts by id, with the record of encoding them."""
 
     networks: Networks
     context: RenderContext
+    schedule: Schedule
     encoded: dict[str, Encoded] = field(default_factory=dict)
     stage1: Record = field(default_factory=dict)
 
 
 def render_model(
-    model: ModelSpec, shots: Sequence[Shot], networks: Networks, context: RenderContext
+    model: ModelSpec, schedule: Schedule, networks: Networks, context: RenderContext
 ) -> Iterator[Outcome]:
-    """Every shot of a model, as they come; of those that other workers hold, that they do.
+    """Render the shots of one model and yield an outcome for each as it finishes.
 
-    Raises CheckpointError and NoSpace, with all states on disk that found room there. Where an end is asked
-    for, shots that were not begun are left out.
+    A shot claimed by another worker yields `elsewhere`. After a stop request, shots that have not started are
+    not yielded. Raises CheckpointError or NoSpace; every state that fits on the disk has been saved by then.
     """
-    have_latent = {shot.index for shot in shots if _load_saved_latent(shot, context)}
+    shots = schedule.shots
+    model_context = ModelContext(networks, context, schedule)
+    have_latent = {shot.index for shot in shots if _load_saved_latent(shot, model_context)}
     fresh = [shot for shot in shots if shot.index not in have_latent]
-    model_context = ModelContext(networks, context)
     encode_errors: dict[str, ErrorCapture] = {}
     attempt = ErrorCapture()
     try:
         with attempt:
-            encoded, encode_errors, stage1 = encode_each(
-                model, [text for s in fresh for text in s.prompts], context
-            )
+            prompts = [prompt for shot in fresh for prompt in shot.prompts]
+            encoded, encode_errors, stage1 = encode_each(model, prompts, context)
             model_context = replace(model_context, encoded=encoded, stage1=stage1)
     except Stopped:
         fresh = []
@@ -80,152 +80,160 @@ def render_model(
     yield from (failed_outcome(shot, unencodable[shot.index]) for shot in fresh if shot.index in unencodable)
     for shot in shots:
         if shot.index in have_latent:
-            yield from _render_round([[shot]], model_context)
-    for round_ in batching.waves([shot for shot in fresh if shot.index not in unencodable]):
+            yield from _render_round(((shot,),), model_context)
+    for round_ in schedule.only([shot for shot in fresh if shot.index not in unencodable]).rounds:
         if not context.stop.requested:
             yield from _render_round(round_, model_context)
 
 
-def _render_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext) -> Iterator[Outcome]:
-    """Of a wave what no other worker holds. What another has finished, or left as a latent, since this run
-    looked at it is not sampled."""
+def _render_round(round_: Round, model_context: ModelContext) -> Iterator[Outcome]:
+    """Render the shots of a round that this worker can claim.
+
+    A shot that another worker has finished, or left as a latent, since preflight is not sampled again.
+    """
     claims = model_context.context.claims
-    shots = [shot for group in batches for shot in group]
-    taken = claims.take(shots) if claims else shots
-    others = {shot.index for shot in shots} - {shot.index for shot in taken}
+    shots = [shot for batch in round_ for shot in batch]
+    claimed = claims.take(shots) if claims else shots
+    others = {shot.index for shot in shots} - {shot.index for shot in claimed}
     yield from (Outcome(shot, "elsewhere") for shot in shots if shot.index in others)
     try:
-        settled = set(others)
-        for shot in taken:
+        resolved = set(others)
+        for shot in claimed:
             if outcome := _resolve_unsampled(shot, model_context):
-                settled.add(shot.index)
+                resolved.add(shot.index)
                 yield outcome
-        mine = [[shot for shot in group if shot.index not in settled] for group in batches]
-        for outcome in _sample_round([group for group in mine if group], model_context):
+        to_sample = [[shot for shot in batch if shot.index not in resolved] for batch in round_]
+        for outcome in _sample_round([batch for batch in to_sample if batch], model_context):
             if claims:
                 claims.release([outcome.shot])
             yield outcome
     finally:
         if claims:
-            claims.release(taken)
+            claims.release(claimed)
 
 
 def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | None:
-    """What became of a shot that is not to be sampled. What was this very shot and no longer verifies moves
-    aside, for whoever wants to know why."""
+    """Return the outcome of a shot that need not be sampled, None for one that must be.
+
+    A finished output of this very shot that no longer verifies is moved aside and kept.
+    """
     context = model_context.context
     with ErrorCapture() as attempt:
-        state, why = status_for_render(shot, context)
-        if state == "done" and not needs_effects(shot):
+        status, why = status_for_render(shot, context)
+        if status == "done" and not needs_effects(shot):
             return Outcome(shot, "already done", manifest.read(shot.manifest))
-        if state == "in the way":
+        if status == "in the way":
             raise output_exists_error(shot, why)
-        if state == "damaged":
+        if status == "damaged":
             aside = atomic.move_aside(shot.output, "damaged")
             atomic.move_aside(shot.manifest, "damaged")
-            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is made anew"
+            moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is rendered again"
             context.progress.warn(f"{shot.output} no longer verifies; {moved}")
     if attempt.error:
         return failed_outcome(shot, attempt)
-    latent = _load_saved_latent(shot, context)
+    latent = _load_saved_latent(shot, model_context)
     unencoded = any(id not in model_context.encoded for id in _prompt_ids(shot))
     return _publish_video(shot, latent, model_context) if latent or unencoded else None
 
 
 def _sample_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext) -> Iterator[Outcome]:
-    """Every shot that failed or was finished, and where an end is asked for those that were begun."""
+    """Sample the batches of a round, and yield an outcome for every shot that has started."""
     context = model_context.context
     started: list[list[ShotState]] = [[] for _ in batches]
-    for shots, ones in zip(batches, started):
+    for shots, of_batch in zip(batches, started):
         for shot in shots:
             with ErrorCapture() as attempt, oom_as_error("load", f"shot {shot.id}"):
-                ones.append(shot_state.load_or_start(shot, context))
+                of_batch.append(shot_state.load_or_start(shot, context))
             if attempt.error:
                 yield failed_outcome(shot, attempt)
-    states = [one for group in started for one in group]
+    states = [state for batch in started for state in batch]
     shot_state.link_dependents(states)
     try:
         for expert in EXPERTS:
-            for group in started:
-                yield from _render_stage(group, expert, model_context)
-    except Exception:  # a full disk above all: where there is no room for one, there may be for the next
-        for one in states:
+            for batch in started:
+                yield from _render_stage(batch, expert, model_context)
+    except Exception:  # a full disk above all: if one state does not fit, the next may
+        for state in states:
             with suppress(WancliError):
-                _save_state(one, context)
+                _save_unsaved(state, context)
         raise
     stopped = context.stop.requested  # else a claim was lost, if only for one look; `batch` finds out
-    for one in states:
-        if not one.over and (one.step or not stopped):
+    for state in states:
+        over = state.status in (Status.FINISHED, Status.REPORTED)
+        if not over and (state.step or not stopped):
             with ErrorCapture() as attempt:
-                _save_state(one, context)
-            left = Outcome(one.shot, "stopped" if stopped else "elsewhere")
-            yield failed_outcome(one.shot, attempt) if attempt.error else left
+                _save_unsaved(state, context)
+            left = Outcome(state.shot, "stopped" if stopped else "elsewhere")
+            yield failed_outcome(state.shot, attempt) if attempt.error else left
 
 
 def _render_stage(
     batch: Sequence[ShotState], expert: Expert, model_context: ModelContext
 ) -> Iterator[Outcome]:
-    """The steps that an expert takes, and after the last ones latents to videos. A shot that fails is told
-    as soon as it does."""
+    """Take the steps of one expert, then turn finished latents into videos.
+
+    A failed shot is yielded as soon as its segment ends. All latents of the batch are on disk before the
+    first is decoded; the states of shots that wait for the next expert are saved.
+    """
     networks, context = model_context.networks, model_context.context
-    while not (context.stop.requested or context.lost_claim) and (
-        ready := denoise_stage.select_ready(batch, expert)
-    ):
-        with ErrorCapture() as attempt, oom_as_error("sample", denoise_stage.format_batch(ready)):
-            denoise_stage.run_segment(
-                ready, denoise_stage.next_segment(batch, ready), networks, model_context.encoded, context
-            )
+    while not (context.stop.requested or context.lost_claim):
+        segment = denoise_stage.next_segment(batch, expert)
+        if segment is None:
+            break
+        with ErrorCapture() as attempt, oom_as_error("sample", segment.label):
+            denoise_stage.run_segment(segment, networks, model_context.encoded, context)
         if attempt.error:
             release_memory()
-            shot_state.fail_states(ready, attempt.error)
-        yield from _report_failures(batch, attempt.stack, context)
-    yield from _report_failures(batch, "", context)
-    finished: list[tuple[Shot, tuple[Tensor, ShotRecord]]] = []
-    for one in batch:
-        if one.over or one.fork or not _holds_claim(one.shot, context):
+            for state in segment.states:
+                state.fail(attempt)
+        yield from _report_failures(batch, context)
+    yield from _report_failures(batch, context)
+    latents: list[tuple[Shot, tuple[Tensor, ShotRecord]]] = []
+    for state in batch:
+        if state.status is not Status.RUNNING or not _holds_claim(state.shot, context):
             continue
-        with ErrorCapture() as attempt, oom_as_error("sample", f"shot {one.shot.id}"):
-            if one.step == one.shot.steps:
-                loras = networks.loras(one.shot.loras)
-                finished.append(
-                    (
-                        one.shot,
-                        denoise_stage.finish_latent(one, model_context.encoded, loras, model_context.stage1),
-                    )
-                )
-                one.over = True
+        with ErrorCapture() as attempt, oom_as_error("sample", f"shot {state.shot.id}"):
+            if state.step == state.shot.steps:
+                latents.append((state.shot, _finish_latent(state, model_context)))
             else:
-                _save_state(one, context)
+                _save_unsaved(state, context)
         if attempt.error:
-            one.over = True
+            state.status = Status.REPORTED
             if isinstance(attempt.error, ShotError):
                 with suppress(WancliError):
-                    atomic.remove(one.shot.state)
-            yield failed_outcome(one.shot, attempt)
-    for shot, latent in finished:
+                    atomic.remove(state.shot.state)
+            yield failed_outcome(state.shot, attempt)
+    for shot, latent in latents:
         yield _publish_video(shot, latent, model_context)
 
 
-def _report_failures(batch: Sequence[ShotState], stack: str, context: RenderContext) -> Iterator[Outcome]:
-    """Those that failed in their steps. The state of one that met NaN would only lead there again; that of
-    another is what the next run goes on from."""
-    for one in batch:
-        if one.failed and not one.over and _holds_claim(one.shot, context):
-            attempt = ErrorCapture()
-            attempt.record(one.failed)
+def _report_failures(batch: Sequence[ShotState], context: RenderContext) -> Iterator[Outcome]:
+    """Yield the outcomes of shots that failed in their steps.
+
+    The state of a shot that met NaN is removed: it would only lead there again. Any other state is saved, and
+    the next run resumes from it.
+    """
+    for state in batch:
+        if state.status is Status.FAILED and state.failure and _holds_claim(state.shot, context):
             with suppress(WancliError):
-                if isinstance(one.failed, ShotError):
-                    atomic.remove(one.shot.state)
+                if isinstance(state.failure.error, ShotError):
+                    atomic.remove(state.shot.state)
                 else:
-                    _save_state(one, context)
-            one.over, one.solver_state = True, None
-            yield Outcome(one.shot, "failed", error=attempt.error, stack=attempt.stack or stack)
+                    _save_unsaved(state, context)
+            state.status, state.solver_state = Status.REPORTED, None
+            yield failed_outcome(state.shot, state.failure)
+
+
+def _finish_latent(state: ShotState, model_context: ModelContext) -> tuple[Tensor, ShotRecord]:
+    placement = model_context.schedule.placement(state.shot)
+    loras = model_context.networks.loras(state.shot.loras)
+    return denoise_stage.finish_latent(state, placement, model_context.encoded, loras, model_context.stage1)
 
 
 def _publish_video(
     shot: Shot, latent: tuple[Tensor, ShotRecord] | None, model_context: ModelContext
 ) -> Outcome:
-    """The video of a latent; None is one that an earlier run left and that is not there any more."""
+    """Decode a latent and publish its video; None is a latent that an earlier run left and that is gone."""
     networks, context = model_context.networks, model_context.context
     body = None
     attempt = ErrorCapture()
@@ -248,14 +256,16 @@ def _publish_video(
     if attempt.error:
         latent = None
         release_memory()
-        # Two that make the same video may differ in what wrote it: whoever holds the shot has it right.
+        # Two workers that make the same video may write different bytes: the holder of the claim is right.
         return failed_outcome(shot, attempt) if _holds_claim(shot, context) else Outcome(shot, "elsewhere")
-    return Outcome(shot, "rendered", body)
+    shared_steps = model_context.schedule.placement(shot).shared_steps
+    return Outcome(shot, "rendered", body, shared_steps=shared_steps)
 
 
-def _load_saved_latent(shot: Shot, context: RenderContext) -> tuple[Tensor, ShotRecord] | None:
-    """The latent that an earlier run left for this shot, whose video may have changed since."""
-    if context.force and context.force.is_outdated(shot, "latents"):
+def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor, ShotRecord] | None:
+    """Load the latent that an earlier run left for this shot, whose video settings may have changed since."""
+    force = model_context.context.force
+    if force and force.is_outdated(shot, "latents"):
         return None
     try:
         z_CTYX, record = manifest_body.load_latent(shot.latents)
@@ -263,16 +273,13 @@ def _load_saved_latent(shot: Shot, context: RenderContext) -> tuple[Tensor, Shot
         return None
     if record.latents_key != shot.latents_key or effects_missing(shot, record):
         return None
-    return z_CTYX, manifest_body.continue_record(record, shot)
+    return z_CTYX, manifest_body.continue_record(record, shot, model_context.schedule.placement(shot))
 
 
-def _save_state(state: ShotState, context: RenderContext) -> None:
-    if (
-        state.step > state.saved_step
-        and state.solver_state is not None
-        and not state.over
-        and _holds_claim(state.shot, context)
-    ):
+def _save_unsaved(state: ShotState, context: RenderContext) -> None:
+    """Save the state of a shot if the one on disk has fewer steps, and this worker still has the claim."""
+    over = state.status in (Status.FINISHED, Status.REPORTED) or state.solver_state is None
+    if state.step > state.saved_step and not over and _holds_claim(state.shot, context):
         shot_state.save_state(state)
 
 
@@ -281,4 +288,4 @@ def _holds_claim(shot: Shot, context: RenderContext) -> bool:
 
 
 def _prompt_ids(shot: Shot) -> list[str]:
-    return [text.id for text in shot.prompts]
+    return [prompt.id for prompt in shot.prompts]

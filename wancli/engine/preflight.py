@@ -1,8 +1,8 @@
-"""What there is before a render: what is done, to do, or cannot be; found before anything slow starts.
+"""Check before a render what is done, what is to do, and what this machine cannot do.
 
-One output in the way, or one shot that is too large, fails that shot alone. What would meet every shot ends
-the batch before it begins: no ffmpeg, a folder that takes no files, too little space, weights that do not fit
-their networks.
+An output that already exists, or a shot that is too large, fails that shot alone. A problem that affects
+every shot stops the batch before it starts: no ffmpeg, an unwritable folder, too little disk space, weights
+that do not fit their networks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from wancli.engine.context import RenderContext
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
+from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
 from wancli.storage import atomic, manifest
@@ -28,47 +29,54 @@ OutputStatus = Literal["done", "to do", "damaged", "in the way"]
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """`todo` are the shots to render, each told with how many others; `refused` why others cannot be, by
-    index."""
+    """The shots to render as a schedule, and by index why other shots are refused."""
 
-    todo: tuple[Shot, ...]
+    schedule: Schedule
     refused: dict[int, WancliError]
 
 
 def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
-    """Looks at every output, and whether the machine will do.
+    """Check every output, the machine, the memory and the disk, before anything is started.
 
-    Raises OutputExists where all that is to do is in the way, DoesNotFit where all of it is too large;
-    MachineError when ffmpeg or a folder will not do, NoSpace with figures; CheckpointError for weights that
-    do not fit their networks. Nothing was started then.
+    Raises OutputExists if the outputs of all shots to render already exist, DoesNotFit if all of these shots
+    are too large, MachineError if ffmpeg or a folder is unusable, NoSpace with figures, and CheckpointError
+    if weights do not fit their networks.
     """
     todo, refused = check_outputs(plan, context)
     _check_machine(todo, context)
     fitting = []
-    limits = {model: memory_policy.memory_limit(model) for model in {shot.model for shot in todo}}
-    for shot in batching.assign_batches(todo):
+    schedule = schedule_shots(plan, todo)
+    for shot in schedule.shots:
         try:
             encoded = all(text.file or is_cached(text, context) for text in shot.prompts)
-            memory_policy.require(shot, encoded=encoded, allowed=limits[shot.model])
+            memory_policy.require(shot, schedule.placement(shot), encoded=encoded)
             fitting.append(shot)
         except DoesNotFit as error:
             refused[shot.index] = error
     if todo and not fitting:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    disk_estimate.require(fitting, context.store)
-    return PreflightResult(tuple(fitting), refused)
+    schedule = schedule.only(fitting)
+    disk_estimate.require(schedule, context.store)
+    return PreflightResult(schedule, refused)
+
+
+def schedule_shots(plan: Plan, todo: Sequence[Shot]) -> Schedule:
+    """Return the schedule of the plan if it has exactly these shots, else a schedule of these."""
+    return plan.schedule if plan.schedule.covers(todo) else batching.build_schedule(todo)
 
 
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
-    """The shots that are not done, and by index why others cannot be. Raises OutputExists where all that is
-    to do is in the way."""
+    """Return the shots that are not done, and by index why other shots are refused.
+
+    Raises OutputExists if every shot that is not done is refused.
+    """
     todo: list[Shot] = []
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
-        state, why = status_for_render(shot, context)
-        if state == "in the way":
+        status, why = status_for_render(shot, context)
+        if status == "in the way":
             refused[shot.index] = output_exists_error(shot, why)
-        elif state != "done" or needs_effects(shot):
+        elif status != "done" or needs_effects(shot):
             todo.append(shot)
     if refused and not todo:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
@@ -76,8 +84,10 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
 
 
 def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus, str]:
-    """The condition of a shot, to a render; with --force what lay there before is neither done nor in the
-    way."""
+    """Return the status of an output for a render, and why it is not the finished shot.
+
+    With --force an output from before this render neither is done nor blocks the shot.
+    """
     if context.force and context.force.is_outdated(shot, "manifest"):
         return "to do", ""
     return output_status(shot)
@@ -85,14 +95,16 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
     hint = "--force moves it aside; or change `output`."
-    return OutputExists(f"in the way: {why}", where=str(shot.output), hint=hint)
+    return OutputExists(
+        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
+    )
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:
-    """What is at the output of a shot, and why it is not the finished shot.
+    """Return the status of the output of a shot, and why it is not the finished shot.
 
-    `damaged` is one of this very shot, by its manifest, that no longer verifies: it may be made anew once it
-    is moved aside. `in the way` is everything else.
+    `damaged`: by its manifest it is this very shot, but it no longer verifies; a render moves it aside and
+    renders the shot again. `in the way`: a file that this job did not make.
     """
     if not os.path.lexists(shot.output) and not shot.manifest.exists():
         return "to do", "no manifest"  # most of a fresh batch, whose keys are slow to compute
@@ -109,19 +121,21 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
 
 
 def is_finished(shot: Shot) -> bool:
-    """Whether there is nothing to do for it."""
+    """Return whether nothing is left to do for a shot."""
     return output_status(shot)[0] == "done" and not needs_effects(shot)
 
 
 def _manifest_names_shot(shot: Shot) -> bool:
-    """Whether the manifest, sealed or not, says that the output is this very shot."""
+    """Return whether the manifest, sealed or not, says that the output is this very shot."""
     peeked = manifest.peek(shot.manifest)
     return peeked is not None and peeked.key == shot.key
 
 
 def _lacks_only_manifest(shot: Shot) -> bool:
-    """Whether a run may have died between the video of this shot and its manifest: then its latent is
-    still there. The video is made once more, and publishing the same bytes is no overwriting."""
+    """Return whether a run may have died after the video of this shot and before its manifest.
+
+    The latent still exists then. The video is made once more, which overwrites it with the same bytes.
+    """
     if shot.manifest.exists():
         return False
     try:
@@ -131,7 +145,10 @@ def _lacks_only_manifest(shot: Shot) -> bool:
 
 
 def needs_effects(shot: Shot) -> bool:
-    """Whether a finished shot's injections should be measured and were not. Its pixels stay the same."""
+    """Return whether a finished shot lacks the effects of its injections, which the job asks for.
+
+    Its pixels stay the same when it is rendered again.
+    """
     record = manifest.read(shot.manifest) if shot.measure else None
     return record is not None and effects_missing(shot, record)
 
@@ -144,24 +161,25 @@ def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
         check_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
-        backends.check(model)
+        backends.check_backends(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):
         atomic.require_writable(folder)
         if context.claims:
             context.claims.require_claimable(folder)
     for codec in dict.fromkeys(shot.codec for shot in todo):
         mp4.check_ffmpeg(codec)
-    unknown = [
+    unchecked = [
         shot.model for shot in todo if not (context.model_cache and context.model_cache.has(shot.model))
     ]
-    for checkpoint in dict.fromkeys(model.checkpoint for model in unknown):
+    for checkpoint in dict.fromkeys(model.checkpoint for model in unchecked):
         check_weights(checkpoint)
 
 
 def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
-    """What the shots ask of a machine that this one cannot do: a plan for another says it, `render` refuses.
+    """Yield what the shots require and this machine cannot do. `plan` reports it, `render` refuses.
 
-    Torch is loaded only where a job names its attention or asks for products in fp8."""
+    Torch is loaded only if a job names its attention backend or asks for matmuls in fp8.
+    """
     on_cuda = [shot for shot in shots if "cuda" in (shot.model.device, shot.noise)]
     missing = bool(on_cuda) and not machine.has_cuda()
     if missing:
@@ -170,11 +188,11 @@ def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
     for model in dict.fromkeys(shot.model for shot in shots):
         try:
             if not (missing and model.device == "cuda"):
-                backends.check(model)
+                backends.check_backends(model)
         except MachineError as error:
             yield f"{error}: `render` would refuse"
 
 
-def is_cached(text: Prompt, context: RenderContext) -> bool:
-    """Whether the store has the embedding of a prompt."""
-    return context.store is not None and context.store.path(text.id).exists()
+def is_cached(prompt: Prompt, context: RenderContext) -> bool:
+    """Return whether the cache has the embedding of a prompt."""
+    return context.store is not None and context.store.path(prompt.id).exists()

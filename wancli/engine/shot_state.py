@@ -1,8 +1,8 @@
-"""Shots on their way from noise to a latent, as plain states: handed over where shots fork, saved on disk.
+"""Shots between noise and latent, as plain states: passed on where shots fork, saved on disk.
 
-NAME.state.safetensors beside an output holds all there is of its shot between two steps, so that another run
-goes on from there bit for bit. It is written every so often (`save_every`), where a shot waits for the other
-of two experts, and when somebody asks for an end; it goes when the latent is on disk.
+NAME.state.safetensors beside an output holds all that is known of its shot between two steps, so that another
+run resumes from there bit for bit. It is written as often as `save_every` says, when a shot waits for the
+other of two experts, and after a stop request. It is removed once the latent is on disk.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
-from wancli.errors import EntryError, WancliError
+from wancli.errors import EntryError, ErrorCapture
 from wancli.injection.table import Branch
 from wancli.plan.prefix_sharing import Fork, PrefixTree
 from wancli.plan.shot import Shot
@@ -28,77 +29,111 @@ from wancli.storage import atomic
 _FORMAT = 1  # of the record of a state
 
 
+class Status(Enum):
+    """What a shot is about to do."""
+
+    WAITING = "waiting"  # another shot takes its next steps
+    RUNNING = "running"  # it takes its next step, or its latent is to be finished
+    FINISHED = "finished"  # its latent is on disk
+    FAILED = "failed"  # its outcome is to be reported
+    REPORTED = "reported"  # it failed, and its outcome was
+
+
 @dataclass(eq=False)
 class ShotState:
-    """What the steps of a shot have left so far. Between two legs this is all there is of it."""
+    """What the steps of a shot have left so far. Between two segments this is all that is known of it."""
 
     shot: Shot
-    step: int = 0  # how many steps are behind it
-    solver_state: State | None = (
-        None  # in host memory; None before the first step, and when the latent is on disk
-    )
+    step: int = 0  # the number of steps behind it
+    solver_state: State | None = None  # in host memory; None before the first step, and when it is over
     reads: set[tuple[int, Branch, int]] = field(default_factory=set)
     effects: list[Record] = field(default_factory=list)
     differences: list[Record] = field(default_factory=list)
     phases: list[Record] = field(default_factory=list)
     first_step_after: float = 0.0  # seconds after the start of the process
-    failed: WancliError | None = None  # why it ended
-    over: bool = False  # its latent is on disk, or it failed and that was told
-    fork: Fork | None = None  # it waits for another shot to come so far
-    dependents: list[ShotState] = field(default_factory=list)  # those that wait for this one
-    saved_step: int = 0  # the steps that are on disk
+    status: Status = Status.RUNNING
+    failure: ErrorCapture | None = None  # why it failed
+    fork: Fork | None = None  # what it waits for
+    dependents: list[ShotState] = field(default_factory=list)  # the shots that wait for this one
+    saved_step: int = 0  # the number of steps that the state on disk has
     started_at: float = math.inf  # monotonic seconds: when this process took the first of its steps
     unsaved_since: float = math.inf
 
     @property
     def next_stage(self) -> Stage | None:
-        """The steps that are left of the stage it is in; None after the last, and for a shot that failed."""
-        if self.failed:
-            return None
+        """The steps that are left of the stage it is in; None after the last step."""
         for stage in self.shot.stages:
             if self.step in stage.steps:
                 return replace(stage, steps=range(self.step, stage.steps.stop))
         return None
 
     def add_phases(self, phases: Iterable[Record]) -> None:
-        """Those that it does not know yet; a network that several legs use was loaded once."""
+        """Add records that it does not have; a network that several segments use was loaded once."""
         self.phases += manifest_body.new_phases(phases, self.phases)
 
     def all_dependents(self) -> Iterator[ShotState]:
-        """Those that wait for this one, and those that wait for them."""
-        for heir in self.dependents:
-            yield heir
-            yield from heir.all_dependents()
+        """Yield the shots that wait for this one, and those that wait for them."""
+        for dependent in self.dependents:
+            yield dependent
+            yield from dependent.all_dependents()
+
+    def fail(self, failure: ErrorCapture) -> None:
+        """Fail, and with it all shots that wait for this one: they would come to the same numbers.
+
+        The states stay as the last step left them.
+        """
+        if self.failure is None:
+            self.status, self.failure, self.fork = Status.FAILED, failure, None
+            if self.solver_state is not None:
+                self.solver_state = self.solver_state.to("cpu")
+        while self.dependents:
+            self.dependents.pop(0).fail(failure)
+
+    def resume_from(self, other: ShotState) -> None:
+        """Take over what the steps of another shot have left, to continue from there."""
+        self.status, self.fork = Status.RUNNING, None
+        self.step, self.solver_state = other.step, other.solver_state
+        self.reads, self.effects, self.phases = set(other.reads), list(other.effects), list(other.phases)
+        self.first_step_after = other.first_step_after
+        self.started_at, self.unsaved_since = other.started_at, other.started_at
 
 
 def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
-    """A shot before its first step, or where an earlier run saved it. A state that is damaged or another
-    job's, and with --force one of before, is moved aside."""
+    """Return a shot as an earlier run saved it, else before its first step.
+
+    A state that is damaged or of another job is moved aside; with --force also one that an earlier run left.
+    """
     if context.force and context.force.is_outdated(shot, "state"):
         atomic.move_aside(shot.state)
         return ShotState(shot)
     try:
-        state, facts = state_file.load_state(shot.state)
+        solver_state, facts = state_file.load_state(shot.state)
         if not _belongs_to(shot, facts):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
         if atomic.move_aside(shot.state):
-            context.progress.warn(f"{error}; moved aside, shot {shot.id} starts anew")
+            context.progress.warn(f"{error}; moved aside, shot {shot.id} starts again")
         return ShotState(shot)
-    read = {(step, branch, block) for step, branch, block in facts["read"]}
-    past = {name: facts[name] for name in ("effects", "differences")}
-    past["phases"] = manifest_body.mark_earlier(facts["phases"])
-    return ShotState(shot, facts["step"], state, read, **past, saved_step=facts["step"])
+    return ShotState(
+        shot,
+        facts["step"],
+        solver_state,
+        reads={(step, branch, block) for step, branch, block in facts["read"]},
+        effects=facts["effects"],
+        differences=facts["differences"],
+        phases=manifest_body.mark_earlier(facts["phases"]),
+        saved_step=facts["step"],
+    )
 
 
 def _belongs_to(shot: Shot, facts: dict[str, Any]) -> bool:
-    """Whether a record is that of this shot's state."""
+    """Return whether a record is that of this shot's state."""
     same = (facts.get("format"), facts.get("latents_key")) == (_FORMAT, shot.latents_key)
     return same and (facts["measured"] or not shot.measure)
 
 
 def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
-    """Makes the state of a shot durable on disk; `phases` are those of the leg it is on."""
+    """Save the state of a shot durably; `phases` are those of the segment in progress."""
     assert state.solver_state is not None
     facts = {
         "format": _FORMAT,
@@ -116,54 +151,35 @@ def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
 
 
 def is_save_due(state: ShotState) -> bool:
-    """Whether so much would be lost now that it is time to save."""
-    every = state.shot.save_every
+    """Return whether so much work would be lost now that it is time to save."""
+    every, steps = state.shot.save_every, state.step - state.saved_step
     seconds = time.monotonic() - state.unsaved_since
-    return state.step > state.saved_step and (
-        state.step - state.saved_step >= every.steps or seconds >= every.seconds
-    )
+    return steps > 0 and (steps >= every.steps or seconds >= every.seconds)
 
 
 def link_dependents(states: Sequence[ShotState]) -> None:
-    """Decides which of these shots fork from which, in their order, now that it is known how far each is."""
+    """Decide in this order which shots fork from which.
+
+    This is the prefix sharing of their schedule, corrected by the steps that are behind each of them.
+    """
     tree = PrefixTree()
-    found = {one.shot.index: one for one in states}
-    for one in states:
-        one.fork = tree.add(one.shot, one.step)
-        if one.fork:
-            found[one.fork.parent].dependents.append(one)
-    for one in states:
-        propagate_state(one)
-
-
-def fail_states(states: Iterable[ShotState], error: WancliError) -> None:
-    """These end with this error, and all that wait for them; their states stay as the last step left them."""
-    for one in states:
-        if not one.failed:
-            one.failed = error
-            if one.solver_state is not None:
-                one.solver_state = one.solver_state.to("cpu")
-            propagate_state(one)
+    by_index = {state.shot.index: state for state in states}
+    for state in states:
+        state.fork = tree.add(state.shot, state.step)
+        if state.fork:
+            state.status = Status.WAITING
+            by_index[state.fork.parent].dependents.append(state)
+    for state in states:
+        propagate_state(state)
 
 
 def propagate_state(state: ShotState) -> None:
-    """Gives those that fork here the state. A shot that failed takes all that wait for it with it: each of
-    them would come to the same numbers."""
-    for heir in list(state.dependents):
-        assert heir.fork
-        if state.failed:
-            heir.failed, heir.fork = state.failed, None
-            state.dependents.remove(heir)
-            propagate_state(heir)
-        elif state.solver_state is not None and heir.fork.step == state.step:
-            heir.step, heir.solver_state, heir.fork = state.step, state.solver_state, None
-            heir.reads, heir.effects, heir.phases = set(state.reads), list(state.effects), list(state.phases)
-            heir.first_step_after, heir.started_at, heir.unsaved_since = (
-                state.first_step_after,
-                state.started_at,
-                state.started_at,
-            )
-            state.dependents.remove(heir)
-            if is_save_due(heir):
-                save_state(heir)
-            propagate_state(heir)
+    """Pass the state on to the dependents that fork at its step."""
+    for dependent in list(state.dependents):
+        assert dependent.fork
+        if state.solver_state is not None and dependent.fork.step == state.step:
+            state.dependents.remove(dependent)
+            dependent.resume_from(state)
+            if is_save_due(dependent):
+                save_state(dependent)
+            propagate_state(dependent)

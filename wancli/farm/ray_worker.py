@@ -1,7 +1,7 @@
-"""A worker on a Ray cluster: an actor that plans a job for itself, and renders the shots it is asked for.
+"""A worker on a Ray cluster: an actor that plans the job itself and renders the shots that it is sent.
 
-Claims (`wancli.storage.claims`) keep two workers from doing one thing, so that Ray may start a dead one again
-and repeat what it was at: it goes on from the states on disk. Errors go to the driver as plain data.
+Claims (`wancli.storage.claims`) keep two workers from rendering one shot. So Ray may restart a dead worker
+and repeat its call, which resumes from the states on disk. Errors go to the driver as plain data.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker plans and renders for itself: a job file and the flags, as they were given."""
+    """The job that every worker plans and renders: the job file and the options of the command line."""
 
     job: str
-    folder: str  # where the command was given: relative paths begin there
+    folder: str  # the working folder of the command, for relative paths
     flags: CliOverrides
     cache: str
     measure: bool
-    force: Force | None  # as the driver found the outputs
+    force: Force | None  # the outputs as the driver found them
     retries: int
     waits: bool
 
 
 class Worker:
-    """What Ray runs in a process of its own, and again if that dies."""
+    """The actor, in a process of its own, which Ray restarts if it dies."""
 
     def __init__(self, task: Task) -> None:
         from wancli.engine.networks import ModelCache
@@ -51,24 +51,26 @@ class Worker:
         self._plan: Plan | None = None
 
     def stop(self, reason: Any) -> None:
-        """Ends what is under way after the next step, with all states on disk."""
+        """Stop after the next step, with all states on disk."""
         self._stop.reason = reason
 
     def render(self, keys: Mapping[int, str]) -> Record:
-        """What became of the shots of these indices, whose keys must be the same here, and the error that
-        ended it, if one did. Asked again, after a worker died, it makes none again that is made."""
-        found: list[Record] = []
+        """Render the shots with these indices and keys; return their outcomes, and the error that ended it.
+
+        When Ray repeats the call after a worker died, finished shots are not rendered again.
+        """
+        outcomes: list[Record] = []
         raised: WancliError | None = None
         try:
             for outcome in self._render_shots(keys):
                 error = error_to_dict(outcome.error) if outcome.error else None
-                about = {"index": outcome.shot.index, "status": outcome.status}
-                found.append(about | {"error": error, "stack": outcome.stack})
+                facts = {"index": outcome.shot.index, "status": outcome.status}
+                outcomes.append(facts | {"error": error, "stack": outcome.stack})
         except Stopped:
-            pass  # the driver knows why; or others are at the rest, as the outcomes say
+            pass  # the driver requested it, or other workers claimed the remaining shots
         except WancliError as error:
             raised = error
-        return {"outcomes": found, "raised": error_to_dict(raised) if raised else None}
+        return {"outcomes": outcomes, "raised": error_to_dict(raised) if raised else None}
 
     def _render_shots(self, keys: Mapping[int, str]) -> Iterator[Outcome]:
         from wancli.engine.context import RenderContext
@@ -82,14 +84,14 @@ class Worker:
         shots = tuple(shot for shot in self._plan.shots if shot.index in keys)
         if {shot.index: shot.key for shot in shots} != keys:
             raise MachineError(
-                f"{socket.gethostname()} would render other pixels than the machine that asks it",
+                f"{socket.gethostname()} would render other pixels than the driver",
                 where=task.job,
-                hint="Say memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
+                hint="Set memory.device and memory.dtype in the job; use one wancli, one checkpoint.",
             )
         store, policy = Store(Path(task.cache) / "embeddings"), FailurePolicy(retries=task.retries)
         with Claims(waits_for_others=task.waits) as claims:
-            tools = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
-            yield from batch.render(replace(self._plan, shots=shots, unselected=()), tools)
+            context = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
+            yield from batch.render(replace(self._plan, shots=shots, unselected=()), context)
 
 
 def _build_plan(task: Task) -> Plan:
@@ -100,7 +102,7 @@ def _build_plan(task: Task) -> Plan:
         os.chdir(task.folder)
     except OSError as error:
         raise MachineError(
-            f"{socket.gethostname()} does not see it: {error.strerror}",
+            f"{socket.gethostname()} cannot open it: {error.strerror}",
             where=task.folder,
             hint="All machines of the cluster need the folders of the job, the model and the output.",
         ) from error
@@ -109,11 +111,11 @@ def _build_plan(task: Task) -> Plan:
 
 
 def error_to_dict(error: WancliError) -> Record:
-    """An error as plain data."""
+    """Convert an error to plain data."""
     return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
 
 
-def error_from_dict(said: Record) -> WancliError:
-    """The error that was `error_to_dict`."""
-    kind = next((kind for kind in error_types() if kind.code == said["code"]), Bug)
-    return kind(said["message"], where=said["where"], hint=said["hint"])
+def error_from_dict(facts: Record) -> WancliError:
+    """Convert the data of `error_to_dict` back to an error."""
+    kind = next((kind for kind in error_types() if kind.code == facts["code"]), Bug)
+    return kind(facts["message"], where=facts["where"], hint=facts["hint"])

@@ -73,11 +73,11 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
         return
     shot = plan.shots[0]
     check_device(shot.model.device)
-    backends.check(shot.model)
+    backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
-    memory_policy.require(shot, encoded=True)
+    memory_policy.require(shot, plan.schedule.placement(shot), encoded=True)
     with oom_as_error("loading", str(shot.model.checkpoint.root)):
-        loaded = kept.get(shot.model, lazily=False)
+        loaded = kept.get(shot.model, lazy=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 
 

@@ -1,4 +1,4 @@
-"""What the blocks read: the expressions of a table as contexts of a model, each read recorded.
+"""Turn the exprs of a table into contexts of a model, and record which blocks read them.
 
 Letters of shapes: N E a prompt's rows.
 """
@@ -18,9 +18,9 @@ from wancli.models.text_context import Context, concat, lerp
 
 
 class ContextCache:
-    """Turns the exprs of a table into contexts of a model, each once; every expert projects its own.
+    """The contexts of one model (of each expert its own), each computed once.
 
-    `rows_NE` holds the encoder's rows of every prompt a table names.
+    `rows_NE` holds the encoder's rows of every prompt that a table names.
     """
 
     def __init__(self, model: WanModel, rows_NE: Mapping[str, Tensor]) -> None:
@@ -43,7 +43,7 @@ class ContextCache:
                 return concat(self.context(a), self.context(b), weight)
 
     def clear(self) -> None:
-        """Makes every context anew when next asked for: the model's weights have changed."""
+        """Drop all contexts, after the weights of the model have changed."""
         self._contexts.clear()
 
     def mix(self, cell: Cell) -> Mix:
@@ -51,7 +51,7 @@ class ContextCache:
 
 
 class BlockContexts(Sequence[Mix]):
-    """The contexts of one forward; notes which blocks came for theirs, the proof of injection."""
+    """The contexts of one forward. Records which blocks read theirs: the proof of injection."""
 
     def __init__(self, contexts: ContextCache, table: Table, step: int, branch: Branch) -> None:
         self.step = step
@@ -77,18 +77,18 @@ class BlockContexts(Sequence[Mix]):
 
     @property
     def base(self) -> Mix:
-        """What every block would read without injection."""
+        """The contexts that every block would read without injection."""
         return self._contexts.mix(self._base)
 
     @property
     def injected_blocks(self) -> tuple[int, ...]:
-        """Blocks whose cell a rule changed."""
+        """The blocks whose cell a rule changed."""
         return tuple(block for block, cell in enumerate(self._row) if cell != self._base)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One forward with and without its injection.
+    """The effect of the injection on one forward.
 
     `velocity` and `blocks` are relative L2 changes of the velocity and of each injected block's
     cross-attention output; `changed_percent` counts elements of that output that moved by more
@@ -104,7 +104,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Forward(Request):
-    """What a walk asks of the model: one branch of one step."""
+    """One forward of denoising: one branch of one step. Its effects are measured if `effects` is a list."""
 
     contexts: BlockContexts
     effects: list[Effect] | None = None

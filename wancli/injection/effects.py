@@ -1,4 +1,4 @@
-"""What an injection really changed, measured while sampling.
+"""Measure what an injection really changes, while sampling.
 
 Letters of shapes: B batch, C latent channels, T Y X the latent grid, L video tokens, D width.
 """
@@ -21,13 +21,13 @@ from wancli.models.dit_layers import Mix
 from wancli.text.prompt_distance import LEGACY_THRESHOLD
 
 
-def velocities(
+def predict_velocities(
     model: WanModel, forwards: Sequence[Forward], forwards_per_pass: int | None = None
 ) -> list[Tensor]:
-    """The velocity of each forward, bit for bit the model's own, and the effects that some ask for.
+    """Predict the velocity of each forward, bit for bit the model's own, and measure the effects.
 
-    An injected forward that is measured costs one more, the same without its injection, which rides
-    along. `riders` as in `WanModel.velocities`.
+    An injected forward whose effects are measured costs a second one without its injection, in the same
+    batch. `forwards_per_pass` as in `WanModel.predict_velocities`.
     """
     changes_by_forward: dict[int, dict[int, _OutputChange]] = {
         i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected_blocks
@@ -37,7 +37,7 @@ def velocities(
         for f in (forwards[i] for i in changes_by_forward)
     ]
     with _compare_outputs(model, forwards, changes_by_forward):
-        all_BCTYX = model.velocities([*forwards, *plain], forwards_per_pass)
+        all_BCTYX = model.predict_velocities([*forwards, *plain], forwards_per_pass)
     for (i, changes), plain_BCTYX in zip(changes_by_forward.items(), all_BCTYX[len(forwards) :]):
         effects, contexts = forwards[i].effects, forwards[i].contexts
         assert effects is not None
@@ -50,7 +50,7 @@ def velocities(
 
 @dataclass
 class _OutputChange:
-    """Of one block's cross-attention output, summed over the pieces in which it comes."""
+    """The change of one block's cross-attention output, summed over the pieces that it is computed in."""
 
     moved: float = 0.0  # sums of squares
     plain: float = 0.0
@@ -69,15 +69,14 @@ class _OutputChange:
 def _compare_outputs(
     model: WanModel, forwards: Sequence[Forward], changes_by_forward: Mapping[int, dict[int, _OutputChange]]
 ) -> Iterator[None]:
-    """Compares the cross-attention of injected blocks with what they give uninjected on the same tokens."""
-    turns: Counter[int] = (
-        Counter()
-    )  # a block serves the forwards in their order, and may do it piece by piece
+    """Compare the cross-attention output of injected blocks with that without injection, token by token."""
+    # A block runs the forwards in order, each perhaps in several pieces.
+    turns: Counter[int] = Counter()
 
     def compare(block: int, cross_attn: nn.Module, args: tuple[Tensor, Mix], out_BLD: Tensor) -> None:
         turn = turns[block] - 1
         if turn in changes_by_forward and block in forwards[turn].contexts.injected_blocks:
-            # `forward`, since a call of the module would come back here.
+            # `forward`, because a call of the module would run this hook again.
             plain_BLD = cross_attn.forward(args[0], forwards[turn].contexts.base)
             changes_by_forward[turn].setdefault(block, _OutputChange()).add(out_BLD, plain_BLD)
 

@@ -1,4 +1,4 @@
-"""What the command line says about a job: --set and --sweep change it, --items and --shard choose from it."""
+"""Options that change a job (--set, --sweep) and select from its shots (--items, --shard)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wancli.job.yaml_reader import read_yaml
 
 @dataclass(frozen=True)
 class CliOverrides:
-    """The flags as they were typed."""
+    """The values of the options, as typed."""
 
     sets: tuple[str, ...] = ()
     sweeps: tuple[str, ...] = ()
@@ -24,22 +24,22 @@ class CliOverrides:
     shard: str | None = None
 
     def parse_settings(self) -> list[Setting]:
-        """Each `--set KEY=VALUE`, the value read as YAML. Raises JobError."""
+        """Parse each `--set KEY=VALUE`. The value is YAML. Raises JobError."""
         return [_parse_setting(*_split_assignment(text, "--set")) for text in self.sets]
 
     def parse_axes(self) -> list[Axis]:
-        """Each `--sweep KEY=VALUE,VALUE`, read as a list of YAML. Raises JobError."""
-        found = [_parse_axis(*_split_assignment(text, "--sweep")) for text in self.sweeps]
-        keys = [one[0][0].key for one in found]
+        """Parse each `--sweep KEY=VALUE,VALUE`. The values are a YAML list. Raises JobError."""
+        axes = [_parse_axis(*_split_assignment(text, "--sweep")) for text in self.sweeps]
+        keys = [axis[0][0].key for axis in axes]
         for key in (*keys, *(setting.key for setting in self.parse_settings())):
             if keys.count(key) > 1 or (key in keys and any(s.key == key for s in self.parse_settings())):
                 raise JobError("is given twice", where=f"--sweep {key}")
-        return found
+        return axes
 
     def select_shots(self, count: int) -> tuple[int, ...]:
-        """The indices of the shots to work on, of `count`: those of --items, and of these the --shard.
+        """Return the indices of the shots to render, of `count`: those of --items, then of these the --shard.
 
-        Raises JobError for shots that are not there, and when none is left.
+        Raises JobError if a shot does not exist, or if none is left.
         """
         selected = sorted(_parse_indices(self.items, count)) if self.items is not None else list(range(count))
         if self.shard is None:
@@ -47,12 +47,12 @@ class CliOverrides:
         match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", self.shard)
         if not match or int(match[1]) >= int(match[2]):
             raise JobError(
-                f"{self.shard!r} is no part", where="--shard", hint="Write 0/8 to 7/8 for the eight parts."
+                f"{self.shard!r} is not a shard", where="--shard", hint="Write 0/8 to 7/8 for eight shards."
             )
         part, parts = int(match[1]), int(match[2])
         selected = selected[part * len(selected) // parts : (part + 1) * len(selected) // parts]
         if not selected:
-            raise JobError(f"{self.shard} holds no shot", where="--shard")
+            raise JobError(f"{self.shard} contains no shot", where="--shard")
         return tuple(selected)
 
 
@@ -71,18 +71,16 @@ def _split_assignment(text: str, flag: str) -> tuple[str, str]:
 
 
 def _parse_setting(key: str, value: str) -> Setting:
-    path = tuple(key.split("."))
-    read = _read_value(value, f"--set {key}")
-    return Setting(key, Layer(Source("--set", flag=True), Path.cwd(), read, path, path))
+    source = Source("--set", Path.cwd(), prefix=tuple(key.split(".")), is_flag=True)
+    return Setting(key, Layer(source, _read_value(value, f"--set {key}")))
 
 
 def _parse_axis(key: str, value: str) -> Axis:
     values = _read_value(f"[{value}]", f"--sweep {key}")
-    path = tuple(key.split("."))
-    source = Source("--sweep", flag=True)
     if not values:
         raise JobError("has no value", where=f"--sweep {key}")
-    return build_axis(key, [Layer(source, Path.cwd(), v, (key, i), path) for i, v in enumerate(values)])
+    source = Source("--sweep", Path.cwd(), prefix=(key,), is_flag=True)
+    return build_axis(key, [Layer(source.at(index), value) for index, value in enumerate(values)])
 
 
 def _read_value(text: str, where: str) -> Any:
@@ -90,12 +88,12 @@ def _read_value(text: str, where: str) -> Any:
 
 
 def _parse_indices(text: str, count: int) -> set[int]:
-    """`0-9,12`, `1-9:2` and `9-1:-2`, as OpenJD writes ranges."""
+    """Parse `0-9,12`, `1-9:2` or `9-1:-2`: ranges as OpenJD writes them."""
     selected: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9})(?:\s*:\s*(-?[1-9]\d{0,8}))?)?\s*", part)
         if not match:
-            raise JobError(f"{part!r} is no range", where="--items", hint="Write 0-9,12 or 1-9:2.")
+            raise JobError(f"{part!r} is not a range", where="--items", hint="Write 0-9,12 or 1-9:2.")
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if max(first, last) >= count:
             past = max(first, last)

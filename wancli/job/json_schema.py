@@ -1,4 +1,4 @@
-"""The JSON Schema of a job file, for editors: made from the models that check it."""
+"""Build the JSON Schema of a job file, for editors, from the models that validate it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from wancli.job.schema import Job
 
-# What a file says about its shots, and no shot says of itself.
+# Keys of a file that list or vary its shots.
 _EXPANSION_PROPERTIES: dict[str, Any] = {
     "items": {
         "description": "A list of overrides, one shot each: mappings are merged, lists and values replaced.",
@@ -39,10 +39,10 @@ _EXPANSION_PROPERTIES: dict[str, Any] = {
 
 
 def job_schema() -> dict[str, Any]:
-    """JSON Schema 2020-12. A document it refuses is refused by wancli, too; only wancli sees the rest."""
+    """Build a JSON Schema 2020-12. wancli refuses every document that the schema refuses, and some others."""
     schema = _replace_one_of(Job.model_json_schema())
     definitions = schema.pop("$defs")
-    # Each key may come from an item, an axis, or a file that is extended.
+    # An item, an axis or an extended file may set a required key.
     schema.pop("required")
     item = schema | {"description": "What one shot says over the rest of the file."}
     axes = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
@@ -57,7 +57,7 @@ def job_schema() -> dict[str, Any]:
 
 
 def _replace_one_of(value: Any) -> Any:
-    """`oneOf` would refuse 1, which is an integer and a number."""
+    """Replace `oneOf` by `anyOf`: `oneOf` would refuse 1, which is both an integer and a number."""
     if isinstance(value, dict):
         return {"anyOf" if key == "oneOf" else key: _replace_one_of(inner) for key, inner in value.items()}
     return [_replace_one_of(inner) for inner in value] if isinstance(value, list) else value

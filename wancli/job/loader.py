@@ -1,12 +1,12 @@
-"""A job file: its shots, each with the layers that it was said in.
+"""Load a job file: its shots, each with the source of every key.
 
-Every problem of a file is reported at once, each with file, line, key, value and a way out.
+All problems of a file are reported at once, each with file, line, key, value and a way out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from wancli.errors import JobError
 from wancli.job import extends, matrix, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
-from wancli.job.overrides import Layer, Layers, Source, merge
+from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.schema import Job
 from wancli.job.validation import EXPANSION_KEYS, describe_problems
 from wancli.job.yaml_reader import Key
@@ -23,22 +23,23 @@ from wancli.job.yaml_reader import Key
 
 @dataclass(frozen=True)
 class Item:
-    """One shot of a job file: what was said, and where."""
+    """One shot of a job file, and where each of its keys was set."""
 
     job: Job
-    layers: Layers
+    sources: Sources
 
     def location(self, *path: Key) -> str:
-        return self.layers.location(*path)
+        """Name the file and line of a key, for an error."""
+        return self.sources.location(*path)
 
     def base_dir(self, *path: Key) -> Path:
-        """Where a relative path at this key starts: the folder of the file that says it."""
-        return self.layers.owner(path).base_dir
+        """Return the folder that a relative path at this key starts from: that of the file which set it."""
+        return self.sources.owner(path).base_dir
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """A job file: its name, the folder its outputs start from, its shots, and those to work on."""
+    """A job file: its name, the folder of its outputs, its shots, and the indices of the shots to render."""
 
     name: str
     directory: Path
@@ -47,130 +48,130 @@ class JobFile:
 
 
 def load(path: Path, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
-    """Reads a job file. Raises JobError with every problem in it."""
+    """Read a job file. Raises JobError with every problem in it."""
     directory = path.resolve().parent
-    layers = extends.load_layers(extends.read_file(path), str(path), path, directory)
-    return _build_job_file(layers, path.stem, directory, overrides)
+    file = extends.load_merged(extends.read_file(path), str(path), path, directory)
+    return _build_job_file(file, path.stem, directory, overrides)
 
 
 def parse(
     data: bytes, file: str, name: str, directory: Path, overrides: CliOverrides = NO_OVERRIDES
 ) -> JobFile:
-    """A job that came from elsewhere than a file. Raises JobError with every problem in it."""
-    return _build_job_file(extends.load_layers(data, file, None, directory), name, directory, overrides)
+    """Read a job that did not come from a file. Raises JobError with every problem in it."""
+    return _build_job_file(extends.load_merged(data, file, None, directory), name, directory, overrides)
 
 
 def build_prompt_job(prompt: str, output: str, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
-    """A job that says nothing but its prompt. Raises JobError."""
-    own = Layer(Source("the command line"), Path.cwd(), {"prompt": prompt, "output": output})
-    return _build_job_file(Layers((own,), own), "prompt", Path.cwd(), overrides)
+    """Build a job that sets only a prompt and an output. Raises JobError."""
+    layer = Layer(Source("the command line", Path.cwd()), {"prompt": prompt, "output": output})
+    return _build_job_file(merge_layers([layer]), "prompt", Path.cwd(), overrides)
 
 
-def _build_job_file(layers: Layers, name: str, directory: Path, overrides: CliOverrides) -> JobFile:
-    items = tuple(_expand(layers, overrides))
+def _build_job_file(file: Merged, name: str, directory: Path, overrides: CliOverrides) -> JobFile:
+    items = tuple(_expand(file, overrides))
     _refuse_same_ids(items)
     return JobFile(name, directory, items, overrides.select_shots(len(items)))
 
 
-def _expand(layers: Layers, overrides: CliOverrides) -> Iterator[Item]:
-    """Every item x every combination. Raises JobError with all problems of all shots."""
-    raw = layers.merged
-    expansion = {key: raw.pop(key) for key in EXPANSION_KEYS if key in raw}
-    items = _read_items(expansion, layers)
+def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
+    """Make a shot of every item and every combination. Raises JobError with the problems of all shots."""
+    expansion = {key: file.values[key] for key in EXPANSION_KEYS if key in file.values}
+    common = replace(file, values={key: v for key, v in file.values.items() if key not in expansion})
+    items = _read_items(expansion, file.sources)
     sweeps, settings = overrides.parse_axes(), overrides.parse_settings()
-    axes = matrix.build_axes(expansion.get("matrix", {}), expansion.get("zip", {}), layers, sweeps)
-    excluded = matrix.Exclusions(expansion.get("exclude", []), layers)
+    axes = matrix.build_axes(expansion.get("matrix", {}), expansion.get("zip", {}), file.sources, sweeps)
+    excluded = matrix.Exclusions(expansion.get("exclude", []), file.sources)
     item_keys = {key for item in items for key in item.value}
-    _refuse_too_many(len(items) * matrix.count_combinations(axes), layers)
-    for setting in settings:
-        if any(setting.key == s.key for axis in axes for s in axis[0]):
-            raise JobError(
-                "has one value in each shot of a sweep", where=f"--set {setting.key}",
-                hint=f"Write --sweep {setting.key}=VALUE.",
-            )  # fmt: skip
+    _refuse_too_many(len(items) * matrix.count_combinations(axes), file.sources)
+    _refuse_set_and_swept(settings, axes)
     result: list[Item] = []
     problems: dict[str, None] = {}
     for index, item in enumerate(items):
-        base = merge(raw, item.value)
+        base = common.merge(item)
         number = f"{index:04d}" if len(items) > 1 else ""
         for combination in matrix.combinations(axes):
             try:
-                values, added = _apply_settings(base, combination.settings)
-                if excluded.excludes(values):
+                shot = _apply(combination.settings, base)
+                if excluded.excludes(shot.values):
                     continue
-                values = _add_sweep_id(values, number, combination)
-                values, above = _apply_settings(values, settings)
-                result.append(_validate(values, layers.with_layers(item, *added, *above), item, item_keys))
+                shot = replace(shot, values=_add_sweep_id(shot.values, number, combination))
+                result.append(_validate(_apply(settings, shot), item.source, item_keys))
             except JobError as error:
                 problems |= dict.fromkeys(str(error).splitlines())
     swept = [sweep[0][0].key for sweep in sweeps]
     if problems := problems or dict.fromkeys(excluded.problems(swept)):
         raise JobError("\n".join(problems))
     if not result:
-        raise JobError("leaves out every shot", where=layers.location("exclude"))
+        raise JobError("leaves out every shot", where=file.sources.location("exclude"))
     return iter(result)
 
 
-def _read_items(expansion: dict[str, Any], layers: Layers) -> list[Layer]:
-    """The items of a job file; one that says nothing where it lists none."""
+def _read_items(expansion: dict[str, Any], sources: Sources) -> list[Layer]:
+    """Read the items of a job file. A file that lists none has one item without keys."""
     if "prompts_from" in expansion:
-        location, name = layers.location("prompts_from"), expansion["prompts_from"]
+        owner, name = sources.owner(("prompts_from",)), expansion["prompts_from"]
         if "items" in expansion:
-            raise JobError("items and prompts_from both list shots; say one", where=location)
+            raise JobError("items and prompts_from both list shots; use one", where=owner.location())
         if not isinstance(name, str) or not name:
-            raise JobError("must be the name of a file", where=location)
-        return prompts_from.read(name, layers.owner(("prompts_from",)), location)
+            raise JobError("must be the name of a file", where=owner.location())
+        return prompts_from.read(name, owner)
     if "items" not in expansion:
-        return [Layer(layers.job_layer.source, layers.job_layer.base_dir, {})]
-    overrides, owner = expansion["items"], layers.owner(("items",))
-    if not isinstance(overrides, list) or not overrides or not all(isinstance(o, dict) for o in overrides):
-        raise JobError("must be a list of mappings, one per shot", where=owner.location(("items",)))
-    return [
-        Layer(owner.source, owner.base_dir, override, ("items", index))
-        for index, override in enumerate(overrides)
-    ]
+        return [Layer(sources.job_file, {})]
+    items, owner = expansion["items"], sources.owner(("items",))
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise JobError("must be a list of mappings, one per shot", where=owner.location())
+    return [Layer(owner.at(index), item) for index, item in enumerate(items)]
 
 
-def _apply_settings(
-    raw: dict[str, Any], settings: Sequence[matrix.Setting]
-) -> tuple[dict[str, Any], list[Layer]]:
-    layers = []
+def _apply(settings: Sequence[matrix.Setting], shot: Merged) -> Merged:
     for setting in settings:
-        raw, layer = setting.apply(raw)
-        layers.append(layer)
-    return raw, layers
+        shot = setting.apply(shot)
+    return shot
 
 
-def _add_sweep_id(raw: dict[str, Any], number: str, combination: matrix.Combination) -> dict[str, Any]:
-    """With an id and labels that tell what was swept; a label that the user gave stays."""
+def _add_sweep_id(values: dict[str, Any], number: str, combination: matrix.Combination) -> dict[str, Any]:
+    """Add an id and labels that name the values of the sweep; a label that the user set stays."""
     if not combination.settings:
-        return raw
-    own_labels, own_id = raw.get("labels", {}), raw.get("id")
+        return values
+    own_labels, own_id = values.get("labels", {}), values.get("id")
     labels = {**combination.labels, **own_labels} if isinstance(own_labels, dict) else own_labels
     if any(setting.key == "id" for setting in combination.settings) or not isinstance(own_id, str | None):
-        return {**raw, "labels": labels}
-    return {**raw, "labels": labels, "id": matrix.make_shot_id(own_id, number, combination)}
+        return {**values, "labels": labels}
+    return {**values, "labels": labels, "id": matrix.make_shot_id(own_id, number, combination)}
 
 
-def _validate(raw: dict[str, Any], layers: Layers, item_layer: Layer, item_keys: Container[Key]) -> Item:
-    """`listed` are the keys that some item says: one without them is where they are missing."""
+def _validate(shot: Merged, item: Source, item_keys: Container[Key]) -> Item:
+    """Check the keys of a shot. Raises JobError with every problem.
+
+    If some item sets a key (`item_keys`) and this one does not, the key is missing in this item.
+    """
 
     def locate(path: tuple[Key, ...], of_key: bool) -> str:
-        owner = layers.owner(path)
-        unsaid = not owner.reach(path)[0]
-        return (item_layer if unsaid and path[0] in item_keys else owner).location(path, of_key=of_key)
+        source = shot.sources.find(path)
+        if source is None:
+            source = (item if path[0] in item_keys else shot.sources.job_file).at(*path)
+        return source.key_location() if of_key else source.location()
 
     try:
-        return Item(Job.model_validate(raw), layers)
+        return Item(Job.model_validate(shot.values), shot.sources)
     except ValidationError as error:
         raise JobError("\n".join(describe_problems(error, locate))) from None
 
 
-def _refuse_too_many(count: int, layers: Layers) -> None:
+def _refuse_set_and_swept(settings: Sequence[matrix.Setting], axes: Sequence[matrix.Axis]) -> None:
+    for setting in settings:
+        if any(setting.key == s.key for axis in axes for s in axis[0]):
+            raise JobError(
+                "has one value in each shot of a sweep", where=f"--set {setting.key}",
+                hint=f"Write --sweep {setting.key}=VALUE.",
+            )  # fmt: skip
+
+
+def _refuse_too_many(count: int, sources: Sources) -> None:
     if count > matrix.MAX_SHOTS:
         raise JobError(
-            f"makes {count:,} shots of one file; {matrix.MAX_SHOTS:,} at most",
-            where=layers.location("matrix"),
+            f"makes {count:,} shots of one file; the limit is {matrix.MAX_SHOTS:,}",
+            where=sources.location("matrix"),
         )
 
 

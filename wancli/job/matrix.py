@@ -1,7 +1,7 @@
-"""`matrix`, `zip` and `exclude`: which combinations of values a sweep renders, and what each is called.
+"""Expand `matrix`, `zip` and `exclude`: which combinations of values a sweep renders, and their ids.
 
-An axis is a list of points; a point sets one key (matrix) or several that are walked together
-(zip). Every combination of points is one shot of every item, the last axis fastest.
+An axis is a list of points. A point sets one key (matrix) or several keys that vary together (zip).
+Every combination of points is one shot of every item; the last axis varies fastest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.job.overrides import Layer, Layers, assign, look_up
+from wancli.job.overrides import Layer, Merged, Sources
 from wancli.job.validation import EXPANSION_KEYS
 from wancli.job.yaml_reader import Key
 from wancli.storage.paths import slugify
@@ -26,27 +26,25 @@ Label = str | int | float | bool
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of a shot set to one value, and who said so."""
+    """One key of a shot set to one value, and the source that sets it."""
 
     key: str
     layer: Layer
     label: Label = ""
     slug: str = ""
 
-    def apply(self, raw: dict[str, Any]) -> tuple[dict[str, Any], Layer]:
-        """What the shot says then, and the layer as it lies over that shot. Raises JobError."""
+    def apply(self, shot: Merged) -> Merged:
+        """Set the key of a shot. Raises JobError if the shot cannot have the key."""
         path = self.key.split(".")
         if path[0] in EXPANSION_KEYS:
-            where = self.layer.location((), of_key=True)
-            raise JobError("is no key of a shot; it says which shots there are", where=where)
+            message = "is not a key of a shot; it lists or varies the shots of a file"
+            raise JobError(message, where=self.layer.source.key_location())
         try:
-            result = assign(raw, path, self.layer.value)
+            return shot.assign(path, self.layer)
         except LookupError as error:
-            shot = f", in {raw['id']!r}" if raw.get("id") else ""
-            raise JobError(f"{error.args[0]}{shot}", where=self.layer.location((), of_key=True)) from None
-        layer = self.layer
-        at = look_up(result, path)[0]
-        return result, Layer(layer.source, layer.base_dir, layer.value, layer.prefix, at)
+            id = shot.values.get("id")
+            message = f"{error.args[0]}, in {id!r}" if id else error.args[0]
+            raise JobError(message, where=self.layer.source.key_location()) from None
 
 
 Point = tuple[Setting, ...]
@@ -55,7 +53,7 @@ Axis = tuple[Point, ...]
 
 @dataclass(frozen=True)
 class Combination:
-    """One shot of a sweep: its points, and the labels that tell it from the others."""
+    """One shot of a sweep: its settings, and the labels that distinguish it from the others."""
 
     settings: Point
     labels: Mapping[str, Label]
@@ -66,30 +64,28 @@ class Combination:
         return "-".join(setting.slug for setting in self.settings)
 
 
-def build_axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis]) -> list[Axis]:
-    """The axes of `matrix:`, then that of `zip:`. One of `--sweep` takes the place of that of its key.
+def build_axes(matrix: Any, zipped: Any, sources: Sources, sweeps: Sequence[Axis]) -> list[Axis]:
+    """Build the axes of `matrix:`, then that of `zip:`. An axis of `--sweep` replaces that of the same key.
 
-    `said` tells where each key stands. Raises JobError with every problem.
+    Raises JobError with every problem.
     """
     problems: list[str] = []
-    columns = list(_read_columns(matrix, "matrix", layers, problems))
+    columns = list(_read_columns(matrix, "matrix", sources, problems))
     result: list[Axis] = [tuple((setting,) for setting in column) for column in columns]
     for column in columns:
         values = [json.dumps(setting.layer.value) for setting in column]
         problems += [
-            f"{setting.layer.location(setting.layer.at)}: is there twice"
+            f"{setting.layer.source.location()}: appears twice"
             for i, setting in enumerate(column)
             if values[i] in values[:i]
         ]
-    together = list(_read_columns(zipped, "zip", layers, problems))
+    together = list(_read_columns(zipped, "zip", sources, problems))
     lengths = {column[0].key: len(column) for column in together}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
-        problems.append(
-            f"{layers.location('zip')}: lists of different lengths are not walked together: {counts}"
-        )
+        problems.append(f"{sources.location('zip')}: lists of different lengths cannot be zipped: {counts}")
     problems += [
-        f"{layers.location('zip', key)}: is in matrix, too"
+        f"{sources.location('zip', key)}: is also in matrix"
         for key in lengths
         if any(key == axis[0][0].key for axis in result)
     ]
@@ -100,19 +96,19 @@ def build_axes(matrix: Any, zipped: Any, layers: Layers, sweeps: Sequence[Axis])
     for sweep in sweeps:
         key = sweep[0][0].key
         if key in lengths:
-            raise JobError("is walked together with others in zip", where=layers.location("zip", key))
+            raise JobError("varies together with other keys in zip", where=sources.location("zip", key))
         position = next((i for i, axis in enumerate(result) if axis[0][0].key == key), len(result))
         result[position : position + 1] = [sweep]
     return result
 
 
 def build_axis(key: str, layers: Sequence[Layer]) -> Axis:
-    """The axis of one key, a point for each layer's value."""
+    """Build the axis of one key, with a point for the value of each layer."""
     return tuple((setting,) for setting in _make_column(key, layers))
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[Combination]:
-    """All combinations, the last axis fastest."""
+    """Yield all combinations; the last axis varies fastest."""
     names = _name_labels([setting.key for axis in axes for setting in axis[0]])
     for points in itertools.product(*axes):
         settings = tuple(itertools.chain(*points))
@@ -124,63 +120,60 @@ def count_combinations(axes: Iterable[Axis]) -> int:
 
 
 class Exclusions:
-    """`exclude:`, which counts what it leaves out: an entry that leaves out nothing is a mistake."""
+    """The entries of `exclude:`, with counts: an entry that leaves out no combination is a mistake."""
 
-    def __init__(self, entries: Any, layers: Layers) -> None:
+    def __init__(self, entries: Any, sources: Sources) -> None:
         is_list = isinstance(entries, list) and all(isinstance(entry, dict) and entry for entry in entries)
         if not is_list:
-            raise JobError("must be a list of mappings of keys to values", where=layers.location("exclude"))
+            raise JobError("must be a list of mappings of keys to values", where=sources.location("exclude"))
         self._entries: list[list[tuple[list[str], Any]]] = [
             [(key.split("."), value) for key, value in entry.items()] for entry in entries
         ]
-        self._layers = layers
+        self._sources = sources
         self._hits = [0] * len(entries)
 
     def excludes(self, raw: Mapping[str, Any]) -> bool:
-        """Whether a shot has all values of an entry."""
+        """Whether a shot has all values of some entry."""
         matches = [all(_has_value(raw, path, value) for path, value in entry) for entry in self._entries]
         self._hits = [hits + is_out for hits, is_out in zip(self._hits, matches)]
         return any(matches)
 
     def problems(self, swept: Iterable[str]) -> Iterator[str]:
-        """A line for every entry without an effect. One that names a key of `swept` may have none."""
+        """Yield a line for every entry without an effect, except entries with a key of `swept`."""
         for index, (hits, entry) in enumerate(zip(self._hits, self._entries)):
             if not hits and not {".".join(path) for path, _ in entry} & set(swept):
-                yield f"{self._layers.location('exclude', index)}: leaves out no combination"
+                yield f"{self._sources.location('exclude', index)}: leaves out no combination"
 
 
-def _has_value(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> bool:
-    try:
-        actual = look_up(raw, path)[1]
-    except LookupError:
-        return False
-    return bool(actual == value) and isinstance(actual, bool) == isinstance(value, bool)
+def _has_value(values: Any, path: Sequence[str], value: Any) -> bool:
+    """Whether the key at a path exists and has this value."""
+    for part in path:
+        if isinstance(values, list) and part.isdecimal() and int(part) < len(values):
+            values = values[int(part)]
+        elif isinstance(values, dict) and part in values:
+            values = values[part]
+        else:
+            return False
+    return bool(values == value) and isinstance(values, bool) == isinstance(value, bool)
 
 
-def _read_columns(columns: Any, name: str, layers: Layers, problems: list[str]) -> Iterator[list[Setting]]:
-    """The keys of `matrix` or `zip`, each with its settings."""
+def _read_columns(columns: Any, name: str, sources: Sources, problems: list[str]) -> Iterator[list[Setting]]:
+    """Read the keys of `matrix` or `zip`, each as a list of settings. Adds to `problems`."""
     if not isinstance(columns, dict):
-        problems.append(f"{layers.location(name)}: must be a mapping of keys to lists of values")
+        problems.append(f"{sources.location(name)}: must be a mapping of keys to lists of values")
         return
     for key, values in columns.items():
         if not all(key.split(".")):
-            problems.append(f"{layers.location(name, key)}: is no key; write sampler.steps")
+            problems.append(f"{sources.location(name, key)}: is not a key; write for example sampler.steps")
             continue
         if values == []:
-            problems.append(f"{layers.location(name, key)}: has no values, so that there would be no shot")
+            problems.append(f"{sources.location(name, key)}: has no values, so there would be no shot")
             continue
         if not isinstance(values, list):
-            problems.append(f"{layers.location(name, key)}: must be a list of values")
+            problems.append(f"{sources.location(name, key)}: must be a list of values")
             continue
-        owner = layers.owner((name, key))
-        parts = key.split(".")
-        yield _make_column(
-            key,
-            [
-                Layer(owner.source, owner.base_dir, value, (name, key, index), tuple(parts))
-                for index, value in enumerate(values)
-            ],
-        )
+        source = sources.owner((name, key))
+        yield _make_column(key, [Layer(source.at(index), value) for index, value in enumerate(values)])
 
 
 def _make_column(key: str, layers: Sequence[Layer]) -> list[Setting]:
@@ -189,13 +182,13 @@ def _make_column(key: str, layers: Sequence[Layer]) -> list[Setting]:
 
 
 def _last_word(key: str) -> str:
-    """The last part of a key, unless that is a number."""
+    """Return the last part of a key, or the whole key if that part is a number."""
     last = key.rpartition(".")[2]
     return key if last.isdecimal() else last
 
 
 def _name_labels(keys: Sequence[str]) -> dict[str, str]:
-    """The label of each key: its last part where no other ends so, else all of it."""
+    """Name the label of each key: its last part, or the whole key if another one ends in the same part."""
     ends = [_last_word(key) for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends)}
 
@@ -207,7 +200,7 @@ def _to_label(value: Any) -> Label:
 
 
 def _make_slugs(name: str, values: Sequence[Any]) -> list[str]:
-    """How each value is written in an id: `seed7`, `late`; by its place where those would not differ."""
+    """Write each value for an id: `seed7`, `late`; by its index if two values would look the same."""
     slugs = [_make_slug(name, value) for value in values]
     if all(slugs) and len(set(slugs)) == len({json.dumps(value) for value in values}):
         return slugs
@@ -225,6 +218,6 @@ def _make_slug(name: str, value: Any) -> str:
 
 
 def make_shot_id(item_id: str | None, item_number: str, combination: Combination) -> str:
-    """The id of a shot of a sweep: that of its item, then its values."""
+    """Make the id of a shot of a sweep: the id or number of its item, then its values."""
     parts: list[Key] = [part for part in (item_id or item_number, combination.slug) if part]
     return "-".join(map(str, parts))

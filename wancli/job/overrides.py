@@ -1,144 +1,163 @@
-"""A shot is said in layers, by files, an item, axes and flags: how they merge, and who said a key.
+"""How the layers of a shot are merged, and which of them set a key.
 
-Mappings are merged, lists and values replaced. Whoever said a key last is who an error names, and
-in whose folder its relative path starts.
+Files, an item, axes and flags set the keys of a shot, one over another. Mappings are merged; lists and
+values are replaced. The source that set a key last is the one that an error names, and relative paths
+start from its folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wancli.job.yaml_reader import Key, join_key
+from wancli.units import pluralize
+
+KeyPath = tuple[Key, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where each key of a file, or of a flag, stands, so that any later error can name its line."""
+    """A place in a file, or in a flag of the command line, that sets keys of a shot."""
 
-    file: str
-    lines: Mapping[tuple[Key, ...], int] = field(default_factory=dict)
-    flag: bool = False
+    file: str  # or the flag
+    base_dir: Path  # where relative paths start
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    prefix: KeyPath = ()  # the place, as a path of keys in the file
+    is_flag: bool = False
+    is_parent: bool = False  # the place sets a key further down, not the whole mapping
+
+    def at(self, *path: Key) -> Source:
+        """The place `path` below this one."""
+        return replace(self, prefix=(*self.prefix, *path)) if path else self
 
     def location(self, *path: Key) -> str:
-        """`job.yaml:12: sampler.steps`; a key that was never written gets the line of its parent."""
-        if self.flag:
+        """Name the place: `job.yaml:12: sampler.steps`. A key the file lacks has its parent's line."""
+        path = (*self.prefix, *path)
+        if self.is_flag:
             return f"{self.file} {join_key(path)}"
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
         place = f"{self.file}:{line}" if line else self.file
         return f"{place}: {join_key(path)}" if path else place
 
+    def key_location(self) -> str:
+        """Name the place; for one of the values of an axis, name the key of the axis."""
+        is_value = self.prefix and isinstance(self.prefix[-1], int)
+        return replace(self, prefix=self.prefix[:-1]).location() if is_value else self.location()
+
 
 @dataclass(frozen=True)
 class Layer:
-    """What one place says of a shot: a mapping of its keys, or the value of the key `at`."""
+    """What a source sets: a mapping of keys of a shot, or the value of one key."""
 
     source: Source
-    base_dir: Path  # where its relative paths start
     value: Any
-    prefix: tuple[Key, ...] = ()  # where the value stands in its source
-    at: tuple[Key, ...] = ()
-
-    def location(self, path: tuple[Key, ...], *, of_key: bool = False) -> str:
-        """The place of a key of the shot; `of_key` that of the key of an axis, not of one of its values."""
-        is_axis = self.at and of_key and len(path) <= len(self.at) and isinstance(self.prefix[-1], int)
-        prefix = self.prefix[:-1] if is_axis else self.prefix
-        return self.source.location(*prefix, *path[len(self.at) :])
-
-    def reach(self, path: tuple[Key, ...]) -> tuple[float, bool]:
-        """How many parts of `path` are said here, and whether that hides what lower layers say of it.
-
-        A mapping that is only made on the way to `at` counts half a part less than one that is said.
-        """
-        if path != self.at and path == self.at[: len(path)]:
-            return len(path) - 0.5, False
-        if path[: len(self.at)] != self.at:
-            return 0, False
-        value, count, listed = self.value, len(self.at), False
-        for part in path[len(self.at) :]:
-            if isinstance(value, dict) and part in value:
-                value = value[part]
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-                value, listed = value[part], True
-            else:
-                break
-            count += 1
-        return count, listed or count == len(path) or not isinstance(value, dict)
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The layers of a shot, lowest first. `job_layer` is the job file: it owns keys that no layer sets."""
+class Sources:
+    """The source of each key. A key without an entry has the source of its nearest parent with one."""
 
-    stack: tuple[Layer, ...]
-    job_layer: Layer
+    job_file: Source  # where a key could be set that no layer sets
+    entries: Mapping[KeyPath, Source]
 
-    def owner(self, path: tuple[Key, ...]) -> Layer:
-        found, most = self.job_layer, 0.0
-        for layer in reversed(self.stack):
-            count, hides = layer.reach(path)
-            if count > most:
-                found, most = layer, count
-            if hides:
-                break
-        return found
+    def find(self, path: KeyPath) -> Source | None:
+        """The source that set a key, or a mapping that could hold it; None if no layer set either."""
+        for n in range(len(path), 0, -1):
+            source = self.entries.get(path[:n])
+            if source and (n == len(path) or not source.is_parent):
+                return source.at(*path[n:])
+        return None
+
+    def owner(self, path: KeyPath) -> Source:
+        return self.find(path) or self.job_file.at(*path)
 
     def location(self, *path: Key) -> str:
-        return self.owner(path).location(path)
-
-    def with_layers(self, *above: Layer) -> Layers:
-        return Layers((*self.stack, *above), self.job_layer)
-
-    @property
-    def merged(self) -> dict[str, Any]:
-        """What the layers that are mappings say together."""
-        return reduce(merge, (layer.value for layer in self.stack if not layer.at), {})
+        return self.owner(path).location()
 
 
-def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """`override` over `base`, mapping by mapping; a list is replaced whole."""
+@dataclass(frozen=True)
+class Merged:
+    """The merged keys of all layers so far, and their sources. Nothing is changed in place."""
+
+    values: dict[str, Any]
+    sources: Sources
+
+    def merge(self, layer: Layer) -> Merged:
+        """Put a mapping of keys over these."""
+        entries = dict(self.sources.entries)
+        values = _merge(self.values, layer.value, (), layer.source, entries)
+        return Merged(values, replace(self.sources, entries=entries))
+
+    def assign(self, path: Sequence[str], layer: Layer) -> Merged:
+        """Put the value of one key over these. Creates missing mappings on the way, but no list entries.
+
+        Raises LookupError with a message if an entry of the path cannot exist.
+        """
+        entries = dict(self.sources.entries)
+        values = _assign(self.values, path, (), layer, entries)
+        return Merged(values, replace(self.sources, entries=entries))
+
+
+def merge_layers(layers: Sequence[Layer]) -> Merged:
+    """Merge mappings of keys, the lowest layer first. The last layer is the job file."""
+    merged = Merged({}, Sources(layers[-1].source, {}))
+    for layer in layers:
+        merged = merged.merge(layer)
+    return merged
+
+
+def _merge(
+    base: Mapping[str, Any],
+    override: Mapping[str, Any],
+    path: KeyPath,
+    source: Source,
+    entries: dict[KeyPath, Source],
+) -> dict[str, Any]:
     result = dict(base)
     for key, value in override.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
+        result[key] = _put(result.get(key), value, (*path, key), source.at(key), entries)
     return result
 
 
-def assign(base: Any, path: Sequence[str], value: Any, done: tuple[str, ...] = ()) -> Any:
-    """`base` with `value` put, or merged, at a path; nothing is changed in place.
+def _put(base: Any, value: Any, path: KeyPath, source: Source, entries: dict[KeyPath, Source]) -> Any:
+    """Put a value over that of a key, and record its source."""
+    if not isinstance(base, dict) or not isinstance(value, dict):
+        for below in [entry for entry in entries if entry[: len(path)] == path]:
+            del entries[below]
+        entries[path] = source
+        return value
+    # The keys of the mapping keep their sources, also those that had them from the mapping.
+    for n in range(len(path), 0, -1):
+        if owner := entries.get(path[:n]):
+            for key in base:
+                entries.setdefault((*path, key), owner.at(*path[n:], key))
+            break
+    entries[path] = source
+    return _merge(base, value, path, source, entries)
 
-    Mappings on the way are made, entries of lists are not: LookupError says which is not there.
-    """
+
+def _assign(
+    base: Any, path: Sequence[str], done: KeyPath, layer: Layer, entries: dict[KeyPath, Source]
+) -> Any:
     if not path:
-        return merge(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
+        return _put(base, layer.value, done, layer.source, entries)
     head, *rest = path
-    here = ".".join(done)
     if isinstance(base, list):
         if not head.isdecimal() or int(head) >= len(base):
-            raise LookupError(f"{here} has {len(base)} entries, and no {head}")
+            raise LookupError(
+                f"{join_key(done)} has {pluralize(len(base), 'entry', 'entries')}, so no entry {head}"
+            )
         index = int(head)
-        entry = assign(base[index], rest, value, (*done, head))
+        entry = _assign(base[index], rest, (*done, index), layer, entries)
         return [*base[:index], entry, *base[index + 1 :]]
     if not isinstance(base, dict):
-        raise LookupError(f"{here} is no mapping, so there is no {head} in it")
-    if rest and rest[0].isdecimal() and head not in base:
-        raise LookupError(f"{'.'.join((*done, head))} has no entries")
-    return {**base, head: assign(base.get(head, {}), rest, value, (*done, head))}
-
-
-def look_up(value: Any, path: Sequence[str]) -> tuple[tuple[Key, ...], Any]:
-    """The path as the value has it, numbers where lists are, and what is there. Raises LookupError."""
-    keys: list[Key] = []
-    for part in path:
-        if isinstance(value, list) and part.isdecimal():
-            keys.append(int(part))
-            value = value[int(part)]
-        elif isinstance(value, dict):
-            keys.append(part)
-            value = value[part]
-        else:
-            raise LookupError(part)
-    return tuple(keys), value
+        raise LookupError(f"{join_key(done)} is not a mapping, so it has no {head}")
+    here = (*done, head)
+    if rest and head not in base:
+        if rest[0].isdecimal():
+            raise LookupError(f"{join_key(here)} has no entries")
+        entries[here] = replace(layer.source, is_parent=True)
+    return {**base, head: _assign(base.get(head, {}), rest, here, layer, entries)}

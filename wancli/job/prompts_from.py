@@ -1,4 +1,4 @@
-"""`prompts_from`: a text file with a prompt a line, or JSON lines with any keys of a job; each is an item."""
+"""Read the items of `prompts_from`: a text file with a prompt per line, or JSON lines with keys of a job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from wancli.job.yaml_reader import Key, normalize_text
 MAX_BYTES = 16 * 1024 * 1024
 
 
-def read(name: str, layer: Layer, location: str) -> list[Layer]:
-    """One layer per line of the file that `by` names, comments (#) and empty lines left out.
+def read(name: str, owner: Source) -> list[Layer]:
+    """Read a layer from each line of a file, except comments (#) and empty lines. `owner` names the file.
 
     Raises JobError with all problems.
     """
-    data, path, display_name = read_referenced(name, layer, location, MAX_BYTES)
+    data, path, display_name = read_referenced(name, owner, MAX_BYTES)
     if len(data) > MAX_BYTES:
         raise JobError(f"is larger than {MAX_BYTES // 2**20} MiB", where=display_name)
     layers: list[Layer] = []
@@ -32,15 +32,15 @@ def read(name: str, layer: Layer, location: str) -> list[Layer]:
         except JobError as error:
             problems.append(str(error))
             continue
-        # Also the place of a prompt that is missing.
+        # A missing prompt is also reported at this line.
         lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
-        layers.append(Layer(Source(display_name, lines), path.parent, value))
+        layers.append(Layer(Source(display_name, path.parent, lines), value))
     if len(layers) > MAX_SHOTS:
-        raise JobError(f"holds {len(layers):,} prompts; {MAX_SHOTS:,} at most", where=display_name)
+        raise JobError(f"contains {len(layers):,} prompts; the limit is {MAX_SHOTS:,}", where=display_name)
     if problems:
         raise JobError("\n".join(problems))
     if not layers:
-        raise JobError("holds no prompts", where=display_name)
+        raise JobError("contains no prompts", where=display_name)
     return layers
 
 
@@ -57,7 +57,7 @@ def _parse_line(line: bytes, as_json: bool, location: str) -> dict[str, Any]:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise JobError(f"is not JSON: {problem}", where=location) from None
     if not isinstance(value, dict):
-        raise JobError("is no JSON object", where=location, hint='Write {"prompt": "..."}.')
+        raise JobError("is not a JSON object", where=location, hint='Write {"prompt": "..."}.')
     _check_texts(value, location)
     return value
 
@@ -66,12 +66,12 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
     return result
 
 
 def _check_texts(value: Any, location: str) -> None:
-    """No NUL and no half of a surrogate pair, at any depth."""
+    """Refuse NUL and halves of surrogate pairs, at any depth. Raises JobError."""
     match value:
         case str():
             normalize_text(value, location)

@@ -1,7 +1,6 @@
-"""What the user wrote: strict models of a job file, and where each key of it stands.
+"""Strict models of a job file, as the user wrote it.
 
-Nothing here is decided: fields that depend on the model stay None until `wancli.plan.planner`. Every
-problem of a file is reported at once, each with file, line, key, value and a way out.
+Nothing is decided here: fields that depend on the model stay None until `wancli.plan.planner`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from wancli import wan_mini
-from wancli.injection.table import Curve
-from wancli.models.config import Attention
+from wancli.injection.selectors import Curve
+from wancli.models.config import AttentionBackend
 
 
 class StrictModel(BaseModel):
@@ -70,7 +69,7 @@ Model = Annotated[
 
 
 class ModelEntry(StrictModel):
-    """What an entry of models.yaml is: a model as a job says it."""
+    """An entry of models.yaml: a model as a job file writes it."""
 
     model: Model
 
@@ -92,7 +91,7 @@ class SigmaRange(StrictModel):
 
 
 class CurveSpec(StrictModel):
-    """A strength over the chosen blocks (or steps); formulas in `wancli.injection.table.Curve`."""
+    """A strength over the chosen blocks (or steps); formulas in `wancli.injection.selectors.Curve`."""
 
     curve: Literal["linear", "gaussian", "sine", "step", "random"]
     start: float = Field(0.0, ge=-10, le=10)
@@ -212,7 +211,7 @@ class Memory(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     residency: Literal["auto", "resident", "packed", "streamed"] = "auto"
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     chunk: Chunk = "auto"
     fp8_matmul: bool = False
     budget: str | None = None
@@ -230,7 +229,7 @@ SaveInterval = Annotated[
 
 
 class Compare(StrictModel):
-    """What a render makes of its shots together, once they are done: files beside the outputs."""
+    """What a render writes about its shots together, once they are finished: files beside the outputs."""
 
     baseline: str | None = None
     sheet: bool = True

@@ -1,4 +1,4 @@
-"""What is wrong with a job, in words: a line for every problem, with a way out."""
+"""Describe what is wrong with a job: a line for every problem, with a way out."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from wancli.job.schema import (
     Video,
 )
 from wancli.job.yaml_reader import Key
+from wancli.units import quote
 
-# Keys of a job file that say which shots there are; a shot has none of them.
+# Keys of a job file that expand it into shots. A shot has none of them.
 EXPANSION_KEYS = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
 
 
 def describe_problems(error: ValidationError, locate: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
-    """A line for every problem; `locate(path, of_key)` names the place of a key of a job, or of its value."""
+    """Describe every problem in a line. `locate(path, of_key)` names the place of a key, or of its value."""
     problems = [(_key_path(problem), problem) for problem in error.errors()]
     # A misspelt key is not also reported as missing.
     intended = {(*path[:-1], _nearest_key(path)) for path, p in problems if p["type"] == "extra_forbidden"}
@@ -42,20 +43,20 @@ def describe_problems(error: ValidationError, locate: Callable[[tuple[Key, ...],
 
 
 def _key_path(problem: Any) -> tuple[Key, ...]:
-    """Where in the file: pydantic's location without the tags of unions, which no key of a job is."""
+    """Return pydantic's location of a problem, without the tags of unions."""
     *parents, last = problem["loc"]
     tagged = str(last).startswith("<") and problem["type"] != "extra_forbidden"
     return (*(p for p in parents if not str(p).startswith("<")), *(() if tagged else (last,)))
 
 
 def _nearest_key(path: tuple[Key, ...]) -> str | None:
-    """The known key that an unknown one may have been meant for."""
+    """Return the known key that is most similar to an unknown one."""
     known = [key for key in known_keys(path[:-1]) if key != path[-1]]
     return next(iter(difflib.get_close_matches(str(path[-1]), known, 1, 0.6)), None)
 
 
 def _describe(path: tuple[Key, ...], problem: Any) -> str:
-    """What is wrong with one value, in words that tell what to write instead."""
+    """Describe what is wrong with one value, and what to write instead."""
     value, kind, ctx = problem["input"], problem["type"], problem.get("ctx", {})
     shown = _format_value(value)
     match kind:
@@ -88,7 +89,7 @@ def _describe(path: tuple[Key, ...], problem: Any) -> str:
 
 
 def _describe_expected(words: str) -> str:
-    """pydantic's `'a', 'b' or 'c'`; one alone is a word that may stand for a number."""
+    """Describe pydantic's `'a', 'b' or 'c'`. A single word is an alternative to a number."""
     several = " or " in words
     return f"not one of {words.replace(' or ', ', ')}" if several else f"neither a number nor {words}"
 
@@ -99,12 +100,11 @@ def _format_value(value: Any) -> str:
         return kinds[type(value)]
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return quote(value)
 
 
 def known_keys(path: tuple[Key, ...]) -> list[str]:
-    """The keys that a job file may have below `path`."""
+    """List the keys that a job file may have below `path`."""
     model: type[BaseModel] = Job
     nested: dict[Key, type[BaseModel]] = {
         "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,

@@ -1,8 +1,8 @@
-"""YAML that remembers where each key stands, and takes nothing but plain values.
+"""Read YAML as plain values, with the line of each key.
 
-Core types of YAML 1.2, so that `no` stays text and `1e3` is a number; no anchors, no tags, no
-key twice; bounded in size, depth and number of values. JSON is YAML, and its `\\ud83d\\ude00` one
-character. Every refusal is a JobError with a line.
+The types are the core types of YAML 1.2, so that `no` is text and `1e3` is a number. Anchors, tags and
+duplicate keys are refused, and the size, depth and number of values are limited. JSON is YAML, and its
+`\\ud83d\\ude00` is one character. Every refusal is a JobError with a line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def join_key(path: tuple[Key, ...]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core types: `no` is text, `1e3` a number, `12:30` and dates are text."""
+    """Loads YAML 1.2's core types: `no` is text, `1e3` a number; `12:30` and dates are text."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -49,7 +49,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
-    """Plain values and the line of every key. Bounded in size, depth and nodes; no anchors, no tags."""
+    """Read plain values and the line of every key. Raises JobError."""
     if len(data) > MAX_BYTES:
         raise JobError(f"is larger than {MAX_BYTES // 1024} KiB", where=file)
     try:
@@ -125,7 +125,7 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: L
             if key in result:
                 first = lines[(*path, key)]
                 raise JobError(
-                    f"key {key!r} is there twice, on lines {first} and {line}", where=f"{file}:{line}"
+                    f"key {key!r} appears twice, on lines {first} and {line}", where=f"{file}:{line}"
                 )
             lines[(*path, key)] = line
             result[key] = _construct(loader, child, (*path, key), lines, file)
@@ -147,11 +147,13 @@ def _locate(file: str, node: yaml.Node, path: tuple[Key, ...]) -> str:
 
 
 def normalize_text(value: str, location: str) -> str:
-    """The text, halves of surrogate pairs put together as JSON means them; no NUL, no lone half."""
+    """Join the halves of surrogate pairs, as in JSON. Raises JobError for NUL and for a single half."""
     try:
         value = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
-        raise JobError("holds half of a surrogate pair, which is no character", where=location) from None
+        raise JobError(
+            "contains half of a surrogate pair, which is not a character", where=location
+        ) from None
     if "\0" in value:
-        raise JobError("holds NUL, which no name and no prompt can", where=location)
+        raise JobError("contains NUL, which names and prompts cannot", where=location)
     return value

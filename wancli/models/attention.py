@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wancli.errors import MachineError
-from wancli.models.config import Attention
-from wancli.models.dtypes import NAMES
+from wancli.models.config import AttentionBackend
 
-OF_TORCH = {
+# The floats that networks compute in, by the names that users know.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TORCH_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -54,7 +56,7 @@ def attend(
     q_BHLK: Tensor,
     k_BHNK: Tensor,
     v_BHNK: Tensor,
-    backend: Attention = "auto",
+    backend: AttentionBackend = "auto",
     bias_N: Tensor | None = None,
 ) -> Tensor:
     """Attention by the backend, whatever it is named; `bias_N` is added to the scores of each key.
@@ -66,25 +68,25 @@ def attend(
         return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=mask_111N)
     if bias_N is not None:
         raise ValueError(f"{backend} takes no bias")
-    if backend in OF_TORCH:
-        with sdpa_kernel(OF_TORCH[backend]):
+    if backend in TORCH_BACKENDS:
+        with sdpa_kernel(TORCH_BACKENDS[backend]):
             return F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK)
     package = importlib.import_module(PACKAGES[backend].module)
     if backend == "sage":
         y_BHLK: Tensor = package.sageattn(q_BHLK, k_BHNK, v_BHNK, tensor_layout="HND")
         return y_BHLK
-    found = package.flash_attn_func(*(x.transpose(1, 2) for x in (q_BHLK, k_BHNK, v_BHNK)))
-    y_BLHK: Tensor = found[0] if isinstance(found, tuple) else found  # some versions add the log-sum-exp
+    output = package.flash_attn_func(*(x.transpose(1, 2) for x in (q_BHLK, k_BHNK, v_BHNK)))
+    y_BLHK: Tensor = output[0] if isinstance(output, tuple) else output  # some versions add the log-sum-exp
     return y_BLHK.transpose(1, 2)
 
 
-def attention_backend(
+def choose_backend(
     device: torch.device | str,
     dtype: torch.dtype,
     head_dim: int,
     *,
     bias: bool = False,
-    asked: Attention = "auto",
+    requested: AttentionBackend = "auto",
 ) -> str:
     """Which implementation runs: flash_attention, efficient_attention, cudnn_attention or math of torch,
     or flash-attn-2, flash-attn-3 or sage.
@@ -92,42 +94,46 @@ def attention_backend(
     `bias` as in cross-attention, whose pad rows have one; it is torch's choice whatever is asked. Asks torch
     with a few tokens, and runs nothing. Raises MachineError for what this machine cannot run.
     """
-    if asked in PACKAGES and not bias:
-        _check_package(asked, PACKAGES[asked], torch.device(device), dtype, head_dim)
-        return asked
+    if requested in PACKAGES and not bias:
+        _check_package(requested, PACKAGES[requested], torch.device(device), dtype, head_dim)
+        return requested
     q_BHLK = torch.empty(1, 1, 16, head_dim, dtype=dtype, device=device)
     bias_111N = q_BHLK.new_zeros(1, 1, 1, 16) if bias else None
-    only = nullcontext() if asked == "auto" or bias else sdpa_kernel(OF_TORCH[asked])
+    restriction = nullcontext() if requested == "auto" or bias else sdpa_kernel(TORCH_BACKENDS[requested])
     try:
-        with only, warnings.catch_warnings():
+        with restriction, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says there why it passes the others over
             choice = SDPBackend(torch._fused_sdp_choice(q_BHLK, q_BHLK, q_BHLK, attn_mask=bias_111N))
     except RuntimeError:
         choice = SDPBackend.ERROR
     if choice == SDPBackend.ERROR:
-        raise _refused(asked, f"torch has it not for {NAMES[dtype]} on {device}, heads {head_dim} wide")
+        raise _unavailable_error(
+            requested, f"torch has it not for {DTYPE_NAMES[dtype]} on {device}, heads {head_dim} wide"
+        )
     return choice.name.lower()
 
 
 def _check_package(
-    asked: Attention, package: Package, device: torch.device, dtype: torch.dtype, head_dim: int
+    requested: AttentionBackend, package: Package, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> None:
     if find_spec(package.module) is None:
-        raise _refused(asked, f"{package.module} is not installed", f"To install it: {package.install}")
+        raise _unavailable_error(
+            requested, f"{package.module} is not installed", f"To install it: {package.install}"
+        )
     if device.type != "cuda":
-        raise _refused(asked, f"it runs on CUDA only, not on {device}")
+        raise _unavailable_error(requested, f"it runs on CUDA only, not on {device}")
     if dtype not in (torch.float16, torch.bfloat16):
-        raise _refused(asked, f"it computes in bf16 or fp16, not in {NAMES[dtype]}")
+        raise _unavailable_error(requested, f"it computes in bf16 or fp16, not in {DTYPE_NAMES[dtype]}")
     if head_dim > package.head_dim or head_dim % 8:
-        most = f"up to {package.head_dim} in steps of 8"
-        raise _refused(asked, f"its heads are {most} wide, the model's {head_dim}")
-    if (found := torch.cuda.get_device_capability(device)) < package.capability:
-        need, have = (".".join(map(str, pair)) for pair in (package.capability, found))
+        widths = f"up to {package.head_dim} in steps of 8"
+        raise _unavailable_error(requested, f"its heads are {widths} wide, the model's {head_dim}")
+    if (capability := torch.cuda.get_device_capability(device)) < package.capability:
+        need, have = (".".join(map(str, pair)) for pair in (package.capability, capability))
         card = torch.cuda.get_device_name(device)
-        raise _refused(asked, f"it needs compute capability {need}, {card} has {have}")
+        raise _unavailable_error(requested, f"it needs compute capability {need}, {card} has {have}")
 
 
-def _refused(
-    asked: str, why: str, hint: str = "Leave memory.attention out, and torch chooses."
+def _unavailable_error(
+    backend: str, why: str, hint: str = "Leave memory.attention out, and torch chooses."
 ) -> MachineError:
-    return MachineError(f"{asked} attention cannot run: {why}", where="memory.attention", hint=hint)
+    return MachineError(f"{backend} attention cannot run: {why}", where="memory.attention", hint=hint)

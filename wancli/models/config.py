@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-Attention = Literal["auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"]
+AttentionBackend = Literal[
+    "auto", "flash", "efficient", "cudnn", "math", "flash-attn-2", "flash-attn-3", "sage"
+]
 Expert = Literal["only", "high", "low"]
+ComputeDtype = Literal["fp32", "bf16", "fp16"]
+Dtype = ComputeDtype | Literal["fp8"]
 EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
 
 
@@ -80,14 +84,25 @@ class T5Config:
     num_buckets: int = 32
 
 
+EOS = 1  # the token `</s>`, which ends every prompt
+TIED_EMBEDDING = "encoder.embed_tokens.weight"  # some files hold UMT5's `shared.weight` again under this name
+
+
 @dataclass(frozen=True)
-class Kernels:
+class ComputeOptions:
     """How a transformer computes; changes no more than rounding.
 
     `attention` is who computes self-attention. Forwards without gradients take `chunk` tokens at a time,
     or all. `fp8_matmul` multiplies the blocks' matrices, which are then e4m3 in memory, in fp8.
     """
 
-    attention: Attention = "auto"
+    attention: AttentionBackend = "auto"
     chunk: int | None = None
     fp8_matmul: bool = False
+
+
+def compute_dtype(dtype: Dtype, device: str) -> ComputeDtype:
+    """Return the dtype of matmuls: weights in fp8 are unpacked for them."""
+    if dtype != "fp8":
+        return dtype
+    return "fp32" if device == "cpu" else "bf16"

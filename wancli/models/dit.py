@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wancli.models.config import Kernels, WanConfig
+from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit_layers import (
     Blocks,
     CrossAttention,
@@ -30,7 +30,7 @@ from wancli.models.dit_layers import (
     rope_table,
     timestep_vector,
 )
-from wancli.models.text_context import Context, concat, folded, lerp
+from wancli.models.text_context import Context, concat, from_padded_rows, lerp
 
 __all__ = ["Context", "Mix", "Request", "WanModel", "concat", "lerp"]
 
@@ -45,7 +45,7 @@ class Request:
 
 
 class Block(nn.Module):
-    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+    def __init__(self, config: WanConfig, kernels: ComputeOptions) -> None:
         super().__init__()
         dim = config.dim
         self.eps = config.eps
@@ -59,14 +59,14 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, time_B6D: Tensor, rope_L1P: Tensor, mix: Mix) -> Tensor:
         modulation = (self.modulation + time_B6D).chunk(6, dim=1)
         if self.chunk is None or self.chunk >= x_BLD.shape[1] or torch.is_grad_enabled():
-            return self.changed(x_BLD, modulation, rope_L1P, mix)
+            return self.forward_tokens(x_BLD, modulation, rope_L1P, mix)
         pieces = list(zip(torch.split(x_BLD, self.chunk, 1), torch.split(rope_L1P, self.chunk), strict=True))
         keys_values = self.keys_values(x_BLD, modulation, pieces)
         for piece_BLD, piece_L1P in pieces:
-            self.changed(piece_BLD, modulation, piece_L1P, mix, keys_values)
+            self.forward_tokens(piece_BLD, modulation, piece_L1P, mix, keys_values)
         return x_BLD
 
-    def changed(
+    def forward_tokens(
         self,
         x_BLD: Tensor,
         modulation: Sequence[Tensor],
@@ -87,8 +87,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Of self-attention, for all tokens, made piece by piece."""
         shift1, scale1, *_ = modulation
-        of_all = [torch.empty_like(x_BLD, dtype=self.self_attn.o.dtype) for _ in range(2)]
-        k_BHLK, v_BHLK = map(self.self_attn.heads, of_all)
+        buffers = [torch.empty_like(x_BLD, dtype=self.self_attn.o.dtype) for _ in range(2)]
+        k_BHLK, v_BHLK = map(self.self_attn.split_heads, buffers)
         start = 0
         for piece_BLD, piece_L1P in pieces:
             found = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
@@ -112,7 +112,7 @@ class Head(nn.Module):
 
 
 @dataclass
-class Stream:
+class BlockState:
     """A request on its way through the blocks."""
 
     x_BLD: Tensor
@@ -121,11 +121,11 @@ class Stream:
     rope_L1P: Tensor
     shape_BCTYX: torch.Size
 
-    def fork(self) -> Stream:
+    def fork(self) -> BlockState:
         """Another one at the same place, which goes its own way from here."""
         return replace(self, x_BLD=self.x_BLD.clone())
 
-    def through(self, block: nn.Module, mix: Mix, checkpointed: bool) -> None:
+    def apply(self, block: nn.Module, mix: Mix, checkpointed: bool) -> None:
         arguments = self.x_BLD, self.time_B6D, self.rope_L1P, mix
         if checkpointed:
             self.x_BLD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -140,7 +140,7 @@ class WanModel(nn.Module):
     the dtype of its weights; residual stream, modulation, time and head are fp32 throughout.
     """
 
-    def __init__(self, config: WanConfig, kernels: Kernels = Kernels()) -> None:
+    def __init__(self, config: WanConfig, kernels: ComputeOptions = ComputeOptions()) -> None:
         super().__init__()
         dim = config.dim
         self.config = config
@@ -156,11 +156,11 @@ class WanModel(nn.Module):
 
         Raises ValueError for more rows than the model has places.
         """
-        count, places = len(text_NE), self.config.text_len
-        if count > places:
-            raise ValueError(f"{count} text rows, the model takes {places}")
-        padded_NE = F.pad(text_NE, (0, 0, 0, int(count < places)))
-        return folded(self.text_embedding(padded_NE).float(), places)
+        count, length = len(text_NE), self.config.text_len
+        if count > length:
+            raise ValueError(f"{count} text rows, the model takes {length}")
+        padded_NE = F.pad(text_NE, (0, 0, 0, int(count < length)))
+        return from_padded_rows(self.text_embedding(padded_NE).float(), length)
 
     def forward(
         self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix], *, checkpointed: bool = False
@@ -169,48 +169,50 @@ class WanModel(nn.Module):
 
         `checkpointed` spares a backward pass the activations inside of blocks: it computes them again.
         """
-        (velocity_BCTYX,) = self._pass([Request(x_BCTYX, t, contexts)], checkpointed)
+        (velocity_BCTYX,) = self._forward_group([Request(x_BCTYX, t, contexts)], checkpointed)
         return velocity_BCTYX
 
-    def velocities(self, requests: Sequence[Request], riders: int | None = None) -> list[Tensor]:
+    def predict_velocities(
+        self, requests: Sequence[Request], forwards_per_pass: int | None = None
+    ) -> list[Tensor]:
         """The velocity of each request, bit for bit that of `forward`; `riders` of them, or all, share each
         pass over the blocks.
 
         That pays where a pass is dear because weights are fetched for it; every further rider keeps a
         residual stream of its own.
         """
-        riders = riders or max(1, len(requests))
-        passes = [requests[i : i + riders] for i in range(0, len(requests), riders)]
-        return [velocity_BCTYX for some in passes for velocity_BCTYX in self._pass(some)]
+        forwards_per_pass = forwards_per_pass or max(1, len(requests))
+        passes = [requests[i : i + forwards_per_pass] for i in range(0, len(requests), forwards_per_pass)]
+        return [velocity_BCTYX for group in passes for velocity_BCTYX in self._forward_group(group)]
 
-    def residuals(
+    def iterate_residuals(
         self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix], *, checkpointed: bool = False
     ) -> Iterator[Tensor]:
         """The residual stream [B, L, D] after each block, fp32; without gradients each is overwritten by
         the next."""
-        stream = self.embed(x_BCTYX, t)
+        state = self.embed(x_BCTYX, t)
         for block, mix in zip(self.blocks, contexts, strict=True):
-            stream.through(block, mix, checkpointed)
-            yield stream.x_BLD
+            state.apply(block, mix, checkpointed)
+            yield state.x_BLD
 
-    def _pass(self, requests: Sequence[Request], checkpointed: bool = False) -> list[Tensor]:
+    def _forward_group(self, requests: Sequence[Request], checkpointed: bool = False) -> list[Tensor]:
         """One walk over the blocks with all requests, so that a block's weights are needed once."""
-        streams = [self.embed(request.x_BCTYX, request.t) for request in requests]
+        states = [self.embed(request.x_BCTYX, request.t) for request in requests]
         for block, *mixes in zip(self.blocks, *(r.contexts for r in requests), strict=True):
-            for stream, mix in zip(streams, mixes):
-                stream.through(block, mix, checkpointed)
-        return [self.velocity(stream) for stream in streams]
+            for state, mix in zip(states, mixes):
+                state.apply(block, mix, checkpointed)
+        return [self.read_velocity(state) for state in states]
 
-    def embed(self, x_BCTYX: Tensor, t: float | Tensor) -> Stream:
+    def embed(self, x_BCTYX: Tensor, t: float | Tensor) -> BlockState:
         """The stream before the first block. Whoever wants more of a walk than velocities takes it through
         `blocks` itself, and ends with `velocity`."""
         time_BD, time_B6D = self._embed_time(t, x_BCTYX.device)
         x_BLD, rope_L1P = self._embed_video(x_BCTYX)
-        return Stream(x_BLD, time_BD, time_B6D, rope_L1P, x_BCTYX.shape)
+        return BlockState(x_BLD, time_BD, time_B6D, rope_L1P, x_BCTYX.shape)
 
-    def velocity(self, stream: Stream) -> Tensor:
+    def read_velocity(self, state: BlockState) -> Tensor:
         """What a stream is after the last block, fp32."""
-        return _unpatchify(self.head(stream.x_BLD, stream.time_BD), stream.shape_BCTYX)
+        return _unpatchify(self.head(state.x_BLD, state.time_BD), state.shape_BCTYX)
 
     def _embed_time(self, t: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         t_B = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1)

@@ -29,7 +29,7 @@ Mix: TypeAlias = Sequence[tuple[Context, float | Tensor]]
 class Blocks(nn.ModuleList):
     """Layers that are walked over in order, by a plain loop or from some layer on."""
 
-    def since(self, first: int) -> Iterator[nn.Module]:
+    def iterate_from(self, first: int) -> Iterator[nn.Module]:
         return islice(self, first, None)
 
 
@@ -122,32 +122,32 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def heads(self, x_BLD: Tensor) -> Tensor:
+    def split_heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, K] in the dtype of the matmuls, without a copy."""
         x_BLHK = x_BLD.to(self.o.dtype).view(*x_BLD.shape[:2], self.num_heads, -1)
         return x_BLHK.transpose(1, 2)
 
-    def out(self, y_BHLK: Tensor) -> Tensor:
+    def merge_heads(self, y_BHLK: Tensor) -> Tensor:
         y_BLD: Tensor = self.o(y_BHLK.transpose(1, 2).flatten(2))
         return y_BLD
 
 
 class SelfAttention(Attention):
-    def __init__(self, dim: int, num_heads: int, eps: float, backend: config.Attention) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float, backend: config.AttentionBackend) -> None:
         super().__init__(dim, num_heads, eps)
-        self.backend: config.Attention = backend
+        self.backend: config.AttentionBackend = backend
 
     def forward(
         self, x_BLD: Tensor, rope_L1P: Tensor, keys_values: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Attention of these tokens to themselves, or to others whose keys and values are given."""
-        q_BHLK = self.heads(rotate(self.norm_q(self.q(x_BLD)), rope_L1P))
+        q_BHLK = self.split_heads(rotate(self.norm_q(self.q(x_BLD)), rope_L1P))
         k_BHNK, v_BHNK = keys_values or self.keys_values(x_BLD, rope_L1P)
-        return self.out(attend(q_BHLK, k_BHNK, v_BHNK, self.backend))
+        return self.merge_heads(attend(q_BHLK, k_BHNK, v_BHNK, self.backend))
 
     def keys_values(self, x_BLD: Tensor, rope_L1P: Tensor) -> tuple[Tensor, Tensor]:
         """[B, H, L, K] each."""
-        return self.heads(rotate(self.norm_k(self.k(x_BLD)), rope_L1P)), self.heads(self.v(x_BLD))
+        return self.split_heads(rotate(self.norm_k(self.k(x_BLD)), rope_L1P)), self.split_heads(self.v(x_BLD))
 
 
 class CrossAttention(Attention):
@@ -155,26 +155,26 @@ class CrossAttention(Attention):
         """The sum of weight * attention to each context of the mix."""
         if not mix:
             return torch.zeros_like(x_BLD)
-        q_BHLK = self.heads(self.norm_q(self.q(x_BLD)))
-        y_BHLK = sum_weighted([(self.attend_to(q_BHLK, context), weight) for context, weight in mix])
-        y_BLD = self.out(y_BHLK)
+        q_BHLK = self.split_heads(self.norm_q(self.q(x_BLD)))
+        y_BHLK = sum_weighted([(self.attend_context(q_BHLK, context), weight) for context, weight in mix])
+        y_BLD = self.merge_heads(y_BHLK)
         total = sum(weight for _, weight in mix)
         # `o` is shared, but its bias belongs to every context: the sum holds it `total` times.
         if isinstance(total, Tensor):
             return y_BLD + (total - 1.0)[:, None] * self.o.bias
         return y_BLD if total == 1.0 else y_BLD + (total - 1.0) * self.o.bias
 
-    def attend_to(self, q_BHLK: Tensor, context: Context) -> Tensor:
+    def attend_context(self, q_BHLK: Tensor, context: Context) -> Tensor:
         k_BHNK, v_BHNK = (x_1HNK.expand(len(q_BHLK), -1, -1, -1) for x_1HNK in self.keys_values(context))
         _, bias_N = context.in_dtype(q_BHLK.dtype)
         return attend(q_BHLK, k_BHNK, v_BHNK, bias_N=bias_N)
 
     def keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, computed once; anew in training, where weights change."""
-        if (kept := context.kv.get(self)) is not None and not torch.is_grad_enabled():
-            return kept
+        if (cached := context.kv.get(self)) is not None and not torch.is_grad_enabled():
+            return cached
         rows_1ND = context.in_dtype(self.k.dtype)[0][None]
-        k_1HNK, v_1HNK = self.heads(self.norm_k(self.k(rows_1ND))), self.heads(self.v(rows_1ND))
+        k_1HNK, v_1HNK = self.split_heads(self.norm_k(self.k(rows_1ND))), self.split_heads(self.v(rows_1ND))
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK
         return k_1HNK, v_1HNK
@@ -220,15 +220,17 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     A head's width is shared out as t: K - 4*(K//6), y and x: 2*(K//6); frequency j of an axis of
     width A is 10000^(-2j/A). Angles in fp64.
     """
-    across = 2 * (head_dim // 6)
+    spatial_width = 2 * (head_dim // 6)
     axes = []
-    for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * across, across, across), strict=True)):
+    for axis, (length, width) in enumerate(
+        zip(grid, (head_dim - 2 * spatial_width, spatial_width, spatial_width), strict=True)
+    ):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
         positions = torch.arange(length, dtype=torch.float64, device=device)
         angles = torch.outer(positions, 10000.0**-exponents)
-        place = [1, 1, 1]
-        place[axis] = length
-        axes.append(torch.polar(torch.ones_like(angles), angles).view(*place, -1).expand(*grid, -1))
+        shape = [1, 1, 1]
+        shape[axis] = length
+        axes.append(torch.polar(torch.ones_like(angles), angles).view(*shape, -1).expand(*grid, -1))
     return torch.cat(axes, dim=-1).flatten(0, 2)[:, None].to(torch.complex64)
 
 

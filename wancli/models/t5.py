@@ -15,19 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from wancli.errors import CheckpointError
-from wancli.models.config import T5Config
+from wancli.models.config import EOS, T5Config
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-EOS = 1  # `</s>` ends every prompt
-LAYERS = "encoder.block"
-TABLE = "shared.weight"
-TIED = "encoder.embed_tokens.weight"  # some files hold the embedding a second time under this name
+BLOCKS = "encoder.block"
+EMBEDDING = "shared.weight"
 OVERFLOWS = ".wo."  # in fp16, so these stay fp32 as in transformers' _keep_in_fp32_modules
 
 
-def build(config: T5Config) -> UMT5EncoderModel:
+def build_encoder(config: T5Config) -> UMT5EncoderModel:
     """The network on the meta device, in eval mode, without its second name for the embedding.
 
     Load the weights, then `tie()`. Dropped in between so that the loader, which is strict, asks a
@@ -53,7 +51,7 @@ def build(config: T5Config) -> UMT5EncoderModel:
     return model
 
 
-def tie(model: UMT5EncoderModel, where: str = "") -> None:
+def tie_embedding(model: UMT5EncoderModel, where: str = "") -> None:
     """Make the encoder look tokens up in the loaded embedding.
 
     transformers from 5.0 on may leave the encoder's own table zero or unset, which encodes every
@@ -67,22 +65,22 @@ def tie(model: UMT5EncoderModel, where: str = "") -> None:
         raise CheckpointError("the token embedding is zero", where=where)
 
 
-def rows(model: UMT5EncoderModel, ids: Sequence[int]) -> Tensor:
+def encode(model: UMT5EncoderModel, ids: Sequence[int]) -> Tensor:
     """Encode one prompt: its token ids to [N, E], in the dtype of the weights, on the model's device."""
-    return rows_of_each(model, [ids])[0]
+    return encode_batch(model, [ids])[0]
 
 
 @torch.no_grad()
-def rows_of_each(model: UMT5EncoderModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def encode_batch(model: UMT5EncoderModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Encode prompts in one pass over the layers; each gets the rows it has alone, bit for bit."""
     encoder = model.encoder
-    streams = [encoder.embed_tokens(torch.tensor([ids], device=_device(model))) for ids in prompts]
+    hidden_states = [encoder.embed_tokens(torch.tensor([ids], device=_device(model))) for ids in prompts]
     for layer in encoder.block:
-        streams = [_first(layer(x_1NE)) for x_1NE in streams]
-    return [encoder.final_layer_norm(x_1NE)[0] for x_1NE in streams]
+        hidden_states = [_hidden_states(layer(x_1NE)) for x_1NE in hidden_states]
+    return [encoder.final_layer_norm(x_1NE)[0] for x_1NE in hidden_states]
 
 
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _hidden_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """What a layer makes of the rows; older releases of transformers put more beside it."""
     return output[0] if isinstance(output, tuple) else output
 

@@ -43,13 +43,13 @@ class Context:
             return self._in[dtype]
         coarse_N = (self.bias_N - self.bias_N.abs() / 256).to(dtype)
         rest_N = self.bias_N.exp() - coarse_N.float().exp()
-        again = rest_N > 0
-        rows_ND = torch.cat((self.rows_ND, self.rows_ND[again]))
-        self._in[dtype] = rows_ND.to(dtype), torch.cat((coarse_N, rest_N[again].log().to(dtype)))
+        repeated = rest_N > 0
+        rows_ND = torch.cat((self.rows_ND, self.rows_ND[repeated]))
+        self._in[dtype] = rows_ND.to(dtype), torch.cat((coarse_N, rest_N[repeated].log().to(dtype)))
         return self._in[dtype]
 
 
-def folded(rows_ND: Tensor, length: int) -> Context:
+def from_padded_rows(rows_ND: Tensor, length: int) -> Context:
     """The context of `length` rows whose last given row stands for itself and all that follow."""
     count = len(rows_ND)
     bias_N = torch.zeros(count, device=rows_ND.device)

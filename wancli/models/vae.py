@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from wancli.models.config import VAEConfig
 from wancli.models.vae_layers import (
     AttentionBlock,
+    CausalCache,
     Downsample,
     ResidualBlock,
     RMSNorm,
-    Stream,
     Upsample,
     causal_conv,
     pointwise,
@@ -46,12 +46,12 @@ class Head(nn.ModuleList):
         super().__init__([norm, nn.SiLU(), conv])
         self.steps = (norm, conv)
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
         norm, conv = self.steps
-        return causal_conv(conv, x_TYXC, stream, norm)
+        return causal_conv(conv, x_TYXC, cache, norm)
 
 
-def middle(channels: int) -> nn.ModuleList:
+def middle_layers(channels: int) -> nn.ModuleList:
     return nn.ModuleList(
         [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
     )
@@ -70,14 +70,14 @@ class Encoder(nn.Module):
                 self.downsamples.append(ResidualBlock(c_out if j else c_in, c_out))
             if i < len(config.temporal_downsample):
                 self.downsamples.append(Downsample(c_out, config.temporal_downsample[i]))
-        self.middle = middle(widths[-1])
+        self.middle = middle_layers(widths[-1])
         self.head = Head(widths[-1], 2 * config.z_dim)
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
-        x_TYXC = causal_conv(self.conv1, x_TYXC, stream)
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        x_TYXC = causal_conv(self.conv1, x_TYXC, cache)
         for layer in (*self.downsamples, *self.middle, self.head):
-            x_TYXC = layer(x_TYXC, stream)
-        stream.started = True
+            x_TYXC = layer(x_TYXC, cache)
+        cache.started = True
         return x_TYXC
 
 
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.dim * m for m in reversed(config.dim_mult)]
         self.conv1 = nn.Conv3d(config.z_dim, widths[0], 3)
-        self.middle = middle(widths[0])
+        self.middle = middle_layers(widths[0])
         self.upsamples = nn.ModuleList()
         in_time = tuple(reversed(config.temporal_downsample))
         c_in = widths[0]
@@ -100,11 +100,11 @@ class Decoder(nn.Module):
                 c_in = c_out // 2
         self.head = Head(widths[-1], 3)
 
-    def forward(self, z_TYXC: Tensor, stream: Stream) -> Tensor:
-        x_TYXC = causal_conv(self.conv1, z_TYXC, stream)
+    def forward(self, z_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        x_TYXC = causal_conv(self.conv1, z_TYXC, cache)
         for layer in (*self.middle, *self.upsamples, self.head):
-            x_TYXC = layer(x_TYXC, stream)
-        stream.started = True
+            x_TYXC = layer(x_TYXC, cache)
+        cache.started = True
         return x_TYXC
 
 
@@ -131,10 +131,10 @@ class VAE(nn.Module):
         memory, not the result; memory does not grow with T. In memory a yielded piece is
         [n, sY, sX, 3].
         """
-        lay_out_channels_last(self.decoder)
-        stream = Stream()
-        for start, stop in _spans(z_CTYX.shape[1], chunk):
-            yield self.frames_of(z_CTYX[:, start:stop], stream).clamp_(-1, 1)
+        to_channels_last(self.decoder)
+        cache = CausalCache()
+        for start, stop in _chunk_spans(z_CTYX.shape[1], chunk):
+            yield self.decode_chunk(z_CTYX[:, start:stop], cache).clamp_(-1, 1)
 
     @torch.no_grad()
     def encode(self, frames_CTYX: Tensor, chunk: int = 4) -> Tensor:
@@ -142,23 +142,23 @@ class VAE(nn.Module):
 
         Frames are [3, 4n+1, Y, X] in [-1, 1], `chunk` of them taken at a time, a multiple of 4.
         """
-        lay_out_channels_last(self.encoder)
-        stream = Stream()
-        spans = _spans(frames_CTYX.shape[1], chunk)
-        mean_CTYX = torch.cat([self.moments(frames_CTYX[:, a:b], stream)[0] for a, b in spans], dim=1)
-        return (mean_CTYX - _column(self.mean, mean_CTYX)) / _column(self.std, mean_CTYX)
+        to_channels_last(self.encoder)
+        cache = CausalCache()
+        spans = _chunk_spans(frames_CTYX.shape[1], chunk)
+        mean_CTYX = torch.cat([self.encode_chunk(frames_CTYX[:, a:b], cache)[0] for a, b in spans], dim=1)
+        return (mean_CTYX - _per_channel(self.mean, mean_CTYX)) / _per_channel(self.std, mean_CTYX)
 
-    def frames_of(self, z_CTYX: Tensor, stream: Stream) -> Tensor:
+    def decode_chunk(self, z_CTYX: Tensor, cache: CausalCache) -> Tensor:
         """The next frames [3, n, sY, sX], fp32, not clamped, of the stream's next normalised latents."""
-        z_CTYX = z_CTYX.float() * _column(self.std, z_CTYX) + _column(self.mean, z_CTYX)
+        z_CTYX = z_CTYX.float() * _per_channel(self.std, z_CTYX) + _per_channel(self.mean, z_CTYX)
         z_TYXC = z_CTYX.permute(1, 2, 3, 0).to(self.conv2.weight.dtype)
-        x_TYXC: Tensor = self.decoder(pointwise(self.conv2, z_TYXC), stream)
+        x_TYXC: Tensor = self.decoder(pointwise(self.conv2, z_TYXC), cache)
         return x_TYXC.permute(3, 0, 1, 2).float()
 
-    def moments(self, frames_CTYX: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+    def encode_chunk(self, frames_CTYX: Tensor, cache: CausalCache) -> tuple[Tensor, Tensor]:
         """Mean and log variance [z, n, Y/s, X/s], fp32, not normalised, of the stream's next frames."""
         x_TYXC = frames_CTYX.permute(1, 2, 3, 0).to(self.conv1.weight.dtype)
-        y_CTYX = pointwise(self.conv1, self.encoder(x_TYXC, stream)).permute(3, 0, 1, 2).float()
+        y_CTYX = pointwise(self.conv1, self.encoder(x_TYXC, cache)).permute(3, 0, 1, 2).float()
         mean_CTYX, log_variance_CTYX = y_CTYX.chunk(2)
         return mean_CTYX, log_variance_CTYX
 
@@ -176,7 +176,7 @@ class WanVAE(VAE):
         self.decoder = Decoder(config)
 
 
-def lay_out_channels_last(network: nn.Module) -> None:
+def to_channels_last(network: nn.Module) -> None:
     """Puts the 3-D kernels channels-last in memory, one after the other; nothing the second time.
 
     Values and names stay, but safetensors wants `.contiguous()` before such a tensor is saved.
@@ -186,11 +186,11 @@ def lay_out_channels_last(network: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _column(values: tuple[float, ...], like_CTYX: Tensor) -> Tensor:
+def _per_channel(values: tuple[float, ...], like_CTYX: Tensor) -> Tensor:
     return torch.tensor(values, device=like_CTYX.device).view(-1, 1, 1, 1)
 
 
-def _spans(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+def _chunk_spans(length: int, chunk: int) -> Iterator[tuple[int, int]]:
     """The first alone, then `chunk` at a time."""
     yield 0, 1
     for start in range(1, length, chunk):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from wancli.models.config import VAE22Config
-from wancli.models.vae import VAE, Head, middle
-from wancli.models.vae_layers import Downsample, ResidualBlock, Stream, Upsample, causal_conv
+from wancli.models.vae import VAE, Head, middle_layers
+from wancli.models.vae_layers import CausalCache, Downsample, ResidualBlock, Upsample, causal_conv
 
 # Per channel, of the latents of the training videos (official wan/modules/vae2_2.py).
 # fmt: off
@@ -52,11 +52,13 @@ class DownStage(nn.Module):
         if in_time is not None:
             self.downsamples.append(Downsample(c_out, in_time))
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
-        means_TYXO = means(x_TYXC, self.channels, self.in_time)  # first, for the blocks own x
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        shortcut_TYXO = downsample_shortcut(
+            x_TYXC, self.channels, self.in_time
+        )  # first, for the blocks own x
         for layer in self.downsamples:
-            x_TYXC = layer(x_TYXC, stream)
-        return x_TYXC + means_TYXO
+            x_TYXC = layer(x_TYXC, cache)
+        return x_TYXC + shortcut_TYXO
 
 
 class UpStage(nn.Module):
@@ -70,14 +72,14 @@ class UpStage(nn.Module):
             self.upsamples.append(Upsample(c_out, c_out, in_time))
         self.overwrites = c_in == c_out
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
-        kept_TYXC = x_TYXC.clone() if self.overwrites else x_TYXC
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        shortcut_TYXC = x_TYXC.clone() if self.overwrites else x_TYXC
         for layer in self.upsamples:
-            x_TYXC = layer(x_TYXC, stream)
-        return x_TYXC if self.in_time is None else add_repeated(x_TYXC, kept_TYXC, self.in_time)
+            x_TYXC = layer(x_TYXC, cache)
+        return x_TYXC if self.in_time is None else add_upsample_shortcut(x_TYXC, shortcut_TYXC, self.in_time)
 
 
-def means(x_TYXC: Tensor, channels: int, in_time: bool | None) -> Tensor:
+def downsample_shortcut(x_TYXC: Tensor, channels: int, in_time: bool | None) -> Tensor:
     """[T, Y, X, C] -> [T/2, Y/2, X/2, O]: the pixels that become one are channels first (c, t, y, x),
     then O means of neighbours among them. An odd T gets a frame of zeros in front."""
     if in_time is None:
@@ -90,7 +92,7 @@ def means(x_TYXC: Tensor, channels: int, in_time: bool | None) -> Tensor:
     return x.reshape(T // t, Y // 2, X // 2, channels, -1).mean(-1)
 
 
-def add_repeated(y_TYXO: Tensor, x_TYXC: Tensor, in_time: bool) -> Tensor:
+def add_upsample_shortcut(y_TYXO: Tensor, x_TYXC: Tensor, in_time: bool) -> Tensor:
     """y, with every pixel of x added at the two rows, columns and, `in_time`, frames that it became.
 
     Counting the places (c, t, y, x) of all channels, each has an equal run of them; of a clip's
@@ -100,9 +102,9 @@ def add_repeated(y_TYXO: Tensor, x_TYXC: Tensor, in_time: bool) -> Tensor:
     step = x_TYXC.shape[-1] // y_TYXO.shape[-1]  # channels of x to one of y
     run = 4 * t_places // step  # places to one channel of x
     missing = t_places * len(x_TYXC) - len(y_TYXO)
-    for place in range(4 * t_places):
-        t, y, x = place // 4 - missing, place // 2 % 2, place % 2
-        x_TYXO = x_TYXC[int(t < 0) :, ..., place // run :: step]
+    for position in range(4 * t_places):
+        t, y, x = position // 4 - missing, position // 2 % 2, position % 2
+        x_TYXO = x_TYXC[int(t < 0) :, ..., position // run :: step]
         y_TYXO[t % t_places :: t_places, y::2, x::2] += x_TYXO
     return y_TYXO
 
@@ -132,14 +134,14 @@ class Encoder(nn.Module):
         self.downsamples = nn.ModuleList(
             DownStage(c_in, c_out, config.num_res_blocks, in_time) for (c_in, c_out), in_time in stages
         )
-        self.middle = middle(widths[-1])
+        self.middle = middle_layers(widths[-1])
         self.head = Head(widths[-1], 2 * config.z_dim)
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
-        x_TYXC = causal_conv(self.conv1, patchify(x_TYXC), stream)
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        x_TYXC = causal_conv(self.conv1, patchify(x_TYXC), cache)
         for layer in (*self.downsamples, *self.middle, self.head):
-            x_TYXC = layer(x_TYXC, stream)
-        stream.started = True
+            x_TYXC = layer(x_TYXC, cache)
+        cache.started = True
         return x_TYXC
 
 
@@ -151,17 +153,17 @@ class Decoder(nn.Module):
         widths = [config.dec_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
         stages = zip(pairwise(widths), (*reversed(config.temporal_downsample), None), strict=True)
         self.conv1 = nn.Conv3d(config.z_dim, widths[0], 3)
-        self.middle = middle(widths[0])
+        self.middle = middle_layers(widths[0])
         self.upsamples = nn.ModuleList(
             UpStage(c_in, c_out, config.num_res_blocks + 1, in_time) for (c_in, c_out), in_time in stages
         )
         self.head = Head(widths[-1], PATCH_CHANNELS)
 
-    def forward(self, z_TYXC: Tensor, stream: Stream) -> Tensor:
-        x_TYXC = causal_conv(self.conv1, z_TYXC, stream)
+    def forward(self, z_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        x_TYXC = causal_conv(self.conv1, z_TYXC, cache)
         for layer in (*self.middle, *self.upsamples, self.head):
-            x_TYXC = layer(x_TYXC, stream)
-        stream.started = True
+            x_TYXC = layer(x_TYXC, cache)
+        cache.started = True
         return unpatchify(x_TYXC)
 
 

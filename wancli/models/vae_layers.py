@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wancli.models.winograd import conv_frame, conv_over_time, groups, kernels_for
+from wancli.models.winograd import conv_frame, conv_over_time, group_sizes, transform_kernels
 
-STRIP_VALUES = 2**19  # a frame is worked off in strips of about this many numbers, to stay in the cache
-STRIP_ROWS = 16  # but of no fewer rows, for each strip also reads one row above and one below
+SLICE_VALUES = 2**19  # a frame is worked off in strips of about this many numbers, to stay in the cache
+MIN_SLICE_ROWS = 16  # but of no fewer rows, for each strip also reads one row above and one below
 QUERY_ROWS = 4096  # attention rows at a time: the N x N matrix of a large frame never exists
 
 
 @dataclass
-class Stream:
+class CausalCache:
     """What the layers remember of one clip: past frames by layer and first row of the strip."""
 
-    past: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
+    frames: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
     started: bool = False  # the first frame, which alone is not doubled in time, has passed
 
 
@@ -47,67 +47,69 @@ class RMSNorm(nn.Module):
 def causal_conv(
     conv: nn.Conv3d,
     x_TYXC: Tensor,
-    stream: Stream,
+    cache: CausalCache,
     norm: RMSNorm | None = None,
-    onto_TYXO: Tensor | None = None,
+    residual_TYXO: Tensor | None = None,
 ) -> Tensor:
     """`conv` (3 taps in time, looking back only) of x, or of SiLU(norm(x)).
 
     With `onto` the result is added to it, in place where no gradient is wanted.
     """
     if x_TYXC.device.type == "cpu" and x_TYXC.dtype == torch.float32 and not torch.is_grad_enabled():
-        return _causal_conv_in_strips(conv, x_TYXC, stream, norm, onto_TYXO)
+        return _causal_conv_sliced(conv, x_TYXC, cache, norm, residual_TYXO)
     if norm is not None:
         x_TYXC = F.silu(norm(x_TYXC))
-    before = stream.past.get((conv, 0))
+    before = cache.frames.get((conv, 0))
     if before is None:
         before = x_TYXC.new_zeros(2, *x_TYXC.shape[1:])
     x_TYXC = torch.cat([before, x_TYXC])
-    stream.past[conv, 0] = x_TYXC[-2:].clone()
+    cache.frames[conv, 0] = x_TYXC[-2:].clone()
     pad = conv.kernel_size[1] // 2
     y_BOTYX = F.conv3d(x_TYXC[None].permute(0, 4, 1, 2, 3), conv.weight, conv.bias, padding=(0, pad, pad))
     y_TYXO = y_BOTYX.permute(0, 2, 3, 4, 1)[0]
-    return y_TYXO if onto_TYXO is None else onto_TYXO + y_TYXO
+    return y_TYXO if residual_TYXO is None else residual_TYXO + y_TYXO
 
 
-def _causal_conv_in_strips(
-    conv: nn.Conv3d, x_TYXC: Tensor, stream: Stream, norm: RMSNorm | None, onto_TYXO: Tensor | None
+def _causal_conv_sliced(
+    conv: nn.Conv3d, x_TYXC: Tensor, cache: CausalCache, norm: RMSNorm | None, residual_TYXO: Tensor | None
 ) -> Tensor:
     """The same for fp32 on a CPU: no full-size temporary, half the multiplications."""
     T, Y, X, _ = x_TYXC.shape
     assert conv.bias is not None
-    out_TYXO = x_TYXC.new_empty(T, Y, X, conv.out_channels) if onto_TYXO is None else onto_TYXO
-    alone = T == 1 and (conv, 0) not in stream.past  # before it only zeros, so only the last tap counts
-    kernels = {} if alone else kernels_for(conv.weight, set(groups(T)))
+    out_TYXO = x_TYXC.new_empty(T, Y, X, conv.out_channels) if residual_TYXO is None else residual_TYXO
+    is_first_frame = (
+        T == 1 and (conv, 0) not in cache.frames
+    )  # before it only zeros, so only the last tap counts
+    kernels = {} if is_first_frame else transform_kernels(conv.weight, set(group_sizes(T)))
     halo = conv.kernel_size[1] // 2
-    for top, bottom in strips(Y, X, x_TYXC.shape[-1]):
-        x_TYXC_strip = rows(x_TYXC, top - halo, bottom + halo, norm)
-        before = stream.past.get((conv, top))
+    for top, bottom in row_slices(Y, X, x_TYXC.shape[-1]):
+        x_TYXC_strip = padded_rows(x_TYXC, top - halo, bottom + halo, norm)
+        before = cache.frames.get((conv, top))
         if before is None:
-            before = stream.past[conv, top] = x_TYXC_strip.new_zeros(2, *x_TYXC_strip.shape[1:])
+            before = cache.frames[conv, top] = x_TYXC_strip.new_zeros(2, *x_TYXC_strip.shape[1:])
         window = [*before, *x_TYXC_strip]
-        if alone:
+        if is_first_frame:
             results = [conv_frame(window[-1], conv.weight[:, :, -1], conv.bias)]
         else:
             results = conv_over_time(window, kernels, conv.bias)
         before[0].copy_(window[-2])  # with a single new frame that is before[1]: keep the order
         before[1].copy_(window[-1])
         for out_YXO, y_YXO in zip(out_TYXO[:, top:bottom], results, strict=True):
-            if onto_TYXO is None:
+            if residual_TYXO is None:
                 out_YXO.copy_(y_YXO)
             else:
                 out_YXO.add_(y_YXO)
     return out_TYXO
 
 
-def strips(height: int, width: int, channels: int) -> Iterator[tuple[int, int]]:
+def row_slices(height: int, width: int, channels: int) -> Iterator[tuple[int, int]]:
     """First and last-plus-one row of each strip, from the top."""
-    step = max(STRIP_ROWS, STRIP_VALUES // (width * channels))
+    step = max(MIN_SLICE_ROWS, SLICE_VALUES // (width * channels))
     for top in range(0, height, step):
         yield top, min(top + step, height)
 
 
-def rows(x_TYXC: Tensor, top: int, bottom: int, norm: RMSNorm | None = None) -> Tensor:
+def padded_rows(x_TYXC: Tensor, top: int, bottom: int, norm: RMSNorm | None = None) -> Tensor:
     """Rows top..bottom-1 of x, or of SiLU(norm(x)), those outside the frame being zero."""
     T, Y, X, C = x_TYXC.shape
     above, below = max(-top, 0), max(bottom - Y, 0)
@@ -140,11 +142,11 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
         self.steps = (norm1, conv1, norm2, conv2)
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
         norm1, conv1, norm2, conv2 = self.steps
-        h_TYXO = causal_conv(conv1, x_TYXC, stream, norm1)
+        h_TYXO = causal_conv(conv1, x_TYXC, cache, norm1)
         x_TYXO = x_TYXC if self.shortcut is None else pointwise(self.shortcut, x_TYXC)
-        return causal_conv(conv2, h_TYXO, stream, norm2, onto_TYXO=x_TYXO)
+        return causal_conv(conv2, h_TYXO, cache, norm2, residual_TYXO=x_TYXO)
 
 
 class AttentionBlock(nn.Module):
@@ -156,7 +158,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:  # noqa: ARG002  (looks at one frame)
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:  # noqa: ARG002  (looks at one frame)
         q, k, v = pointwise(self.to_qkv, self.norm(x_TYXC)).flatten(1, 2)[:, None].chunk(3, dim=-1)
         starts = range(0, q.shape[-2], QUERY_ROWS)
         parts = [F.scaled_dot_product_attention(q[..., i : i + QUERY_ROWS, :], k, v) for i in starts]
@@ -171,25 +173,25 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(c_in, c_out, 3))
         self.time_conv = nn.Conv3d(c_in, 2 * c_in, (3, 1, 1)) if in_time else None
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
         if self.time_conv is None:
-            return self._in_space(x_TYXC)
-        parts = [] if stream.started else [x_TYXC[:1]]
+            return self._upsample_space(x_TYXC)
+        parts = [] if cache.started else [x_TYXC[:1]]
         rest_TYXC = x_TYXC[len(parts) :]
         if len(rest_TYXC):
-            y_TYXSC = causal_conv(self.time_conv, rest_TYXC, stream).reshape(*rest_TYXC.shape[:3], 2, -1)
+            y_TYXSC = causal_conv(self.time_conv, rest_TYXC, cache).reshape(*rest_TYXC.shape[:3], 2, -1)
             parts.append(y_TYXSC.permute(0, 3, 1, 2, 4).flatten(0, 1))
-        return self._in_space(torch.cat(parts))
+        return self._upsample_space(torch.cat(parts))
 
-    def _in_space(self, x_TYXC: Tensor) -> Tensor:
+    def _upsample_space(self, x_TYXC: Tensor) -> Tensor:
         """Nearest ×2, then the 3x3 kernel: on each of the four output phases that is a 2x2 kernel on x."""
         T, Y, X, C = x_TYXC.shape
         weight_OCKK, bias_O = self.resample[1].parameters()
         kernel = phase_kernels(weight_OCKK).contiguous(memory_format=torch.channels_last)
         bias = bias_O.repeat(4)
         out_TYRXSO = x_TYXC.new_empty(T, Y, 2, X, 2, len(bias_O))
-        for top, bottom in strips(Y, X, C):
-            x_TCYX = rows(x_TYXC, top - 1, bottom + 1).permute(0, 3, 1, 2)
+        for top, bottom in row_slices(Y, X, C):
+            x_TCYX = padded_rows(x_TYXC, top - 1, bottom + 1).permute(0, 3, 1, 2)
             y_TYXO = F.conv2d(x_TCYX, kernel, bias, padding=(0, 1)).permute(0, 2, 3, 1)
             # One row and one column too many: phase 0 leaves out the last, phase 1 the first.
             y_TYXRSO = y_TYXO.reshape(*y_TYXO.shape[:3], 2, 2, len(bias_O))
@@ -220,18 +222,18 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3))
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1)) if in_time else None
 
-    def forward(self, x_TYXC: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
         T, Y, X, C = x_TYXC.shape
         weight_OCKK, bias_O = self.resample[1].parameters()
         out_TYXC = x_TYXC.new_empty(T, Y // 2, X // 2, C)
-        for top, bottom in strips(Y // 2, 2 * X, C):
-            x_TCYX = F.pad(rows(x_TYXC, 2 * top, 2 * bottom + 1), (0, 0, 0, 1)).permute(0, 3, 1, 2)
+        for top, bottom in row_slices(Y // 2, 2 * X, C):
+            x_TCYX = F.pad(padded_rows(x_TYXC, 2 * top, 2 * bottom + 1), (0, 0, 0, 1)).permute(0, 3, 1, 2)
             out_TYXC[:, top:bottom] = F.conv2d(x_TCYX, weight_OCKK, bias_O, stride=2).permute(0, 2, 3, 1)
-        return out_TYXC if self.time_conv is None else self._in_time(self.time_conv, out_TYXC, stream)
+        return out_TYXC if self.time_conv is None else self._downsample_time(self.time_conv, out_TYXC, cache)
 
-    def _in_time(self, conv: nn.Conv3d, x_TYXC: Tensor, stream: Stream) -> Tensor:
-        last = stream.past.get((conv, 0))
-        stream.past[conv, 0] = x_TYXC[-1:].clone()
+    def _downsample_time(self, conv: nn.Conv3d, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
+        last = cache.frames.get((conv, 0))
+        cache.frames[conv, 0] = x_TYXC[-1:].clone()
         parts = [x_TYXC[:1]] if last is None else []
         window_TYXC = x_TYXC if last is None else torch.cat([last, x_TYXC])
         if len(window_TYXC) > 1:

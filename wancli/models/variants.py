@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 # `sample_neg_prompt` of the official configs, the same in 2.1 and 2.2.
-NEGATIVE = (
+NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
@@ -36,7 +36,7 @@ class Variant:
     boundary: float | None = None  # the high-noise expert takes timesteps from 1000 * boundary up
     stride: int = 16
     latent_channels: int = 16
-    negative: str = NEGATIVE
+    negative: str = NEGATIVE_PROMPT
 
     @property
     def vae_stride(self) -> int:
@@ -84,4 +84,6 @@ RELEASED = {
     (5120, 13824, 40, 16): T2V_14B,
     (3072, 14336, 30, 48): TI2V_5B,
 }
+# The width of a released transformer -> the models that a LoRA of this width is for.
+NAMES_BY_WIDTH = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
 BY_CHANNELS = {16: T2V, 48: TI2V}

@@ -18,28 +18,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernels = Mapping[int, Sequence[Tensor]]  # group size -> one 2-D kernel per product
+KernelsBySize = Mapping[int, Sequence[Tensor]]  # group size -> one 2-D kernel per product
 
 
-def groups(frames: int) -> list[int]:
+def group_sizes(frames: int) -> list[int]:
     """How many frames to compute together, in order: fours, then a two, then a one."""
     return [4] * (frames // 4) + [2] * (frames % 4 // 2) + [1] * (frames % 2)
 
 
-def kernels_for(weight_OCTKK: Tensor, sizes: set[int]) -> Kernels:
+def transform_kernels(weight_OCTKK: Tensor, sizes: set[int]) -> KernelsBySize:
     """The 2-D kernels of every group size in `sizes`, made from one 3-tap kernel.
 
     Quick when the weight is channels-last in memory: the kernels then are too, without a copy.
     """
-    make = {1: _taps, 2: _kernels_of_two, 4: _kernels_of_four}
+    make = {1: _plain_kernels, 2: _f2_3_kernels, 4: _f4_3_kernels}
     return {size: make[size](*weight_OCTKK.unbind(2)) for size in sizes}
 
 
-def conv_over_time(window: Sequence[Tensor], kernels: Kernels, bias_O: Tensor) -> list[Tensor]:
+def conv_over_time(window: Sequence[Tensor], kernels: KernelsBySize, bias_O: Tensor) -> list[Tensor]:
     """Causal convolution: two earlier frames and n new ones [Y, X, C] give n frames [Y-K+1, X, O]."""
-    compute = {1: _one, 2: _two, 4: _four}
+    compute = {1: _plain, 2: _f2_3, 4: _f4_3}
     results: list[Tensor] = []
-    for size in groups(len(window) - 2):
+    for size in group_sizes(len(window) - 2):
         start = len(results)
         results += compute[size](window[start : start + size + 2], kernels[size], bias_O)
     return results
@@ -53,20 +53,20 @@ def conv_frame(x_YXC: Tensor, kernel_OCKK: Tensor, bias_O: Tensor | None = None)
     return y_BOYX.permute(0, 2, 3, 1)[0]
 
 
-def _taps(g0: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor]:
+def _plain_kernels(g0: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor]:
     return [g0, g1, g2]
 
 
-def _one(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tensor]:
+def _plain(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tensor]:
     return [conv_frame(d[2], k[2], bias_O) + conv_frame(d[1], k[1]) + conv_frame(d[0], k[0])]
 
 
-def _kernels_of_two(g0: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor]:
+def _f2_3_kernels(g0: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor]:
     even, odd = (g0 + g2) / 2, g1 / 2
     return [g0, even + odd, even - odd, g2]
 
 
-def _two(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tensor]:
+def _f2_3(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tensor]:
     m0 = conv_frame(d[0] - d[2], k[0])
     m1 = conv_frame(d[1] + d[2], k[1], bias_O)  # enters every result once, and so carries the bias
     m2 = conv_frame(d[2] - d[1], k[2])
@@ -74,12 +74,12 @@ def _two(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tenso
     return [m0 + m1 + m2, m1 - m2 - m3]
 
 
-def _kernels_of_four(g0: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor]:
+def _f4_3_kernels(g0: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor]:
     even_1, even_2 = (g0 + g2) / -6, g0 / 24 + g2 / 6
     return [g0 / 4, even_1 - g1 / 6, even_1 + g1 / 6, even_2 + g1 / 12, even_2 - g1 / 12, g2]
 
 
-def _four(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tensor]:
+def _f4_3(d: Sequence[Tensor], k: Sequence[Tensor], bias_O: Tensor) -> list[Tensor]:
     even_1, odd_1 = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     even_2, odd_2 = d[4] - d[2], d[3] - d[1]
     m0 = conv_frame(torch.add(even_2, d[0] - d[2], alpha=4), k[0])

@@ -1,4 +1,4 @@
-"""What else a shot could run with: precision x residency x attention x size, each with what it needs."""
+"""Alternative settings of a shot: precision x residency x chunk x size, each with the memory it needs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from wancli.resources.memory_model import Phase, Residency
 
 SIZES = ((1280, 720), (960, 544), (832, 480), (640, 368), (480, 272), (320, 176), (256, 144))
 SQUARES = ((960, 960), (720, 720), (512, 512), (384, 384), (256, 256), (128, 128))
-MAX_SMALLER_SIZES = 3  # sizes beside the one asked for
+MAX_SMALLER_SIZES = 3  # sizes beside that of the job
 Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
 @dataclass(frozen=True)
 class Alternative:
     """One way to run a shot. `phases` are those in which the transformer is loaded; `total` is the peak of
-    the whole process in them, on CUDA of the device."""
+    the whole process in these phases, on CUDA that of the device."""
 
     dtype: Dtype
     residency: Residency
@@ -33,15 +33,21 @@ class Alternative:
 
 
 def alternatives(shot: Shot) -> list[Alternative]:
-    """All valid ways of a shot alone, the precise ones first; its text encoder, frames and prompts stay."""
-    allowed = memory_policy.memory_limit(shot.model)
-    found = []
+    """Return all valid ways to run a shot alone, the most precise first.
+
+    Its text encoder, frames and prompts stay the same.
+    """
+    ways = []
     for model in _model_variants(shot.model):
         for width, height in nearby_sizes(shot):
-            other = replace(shot, model=model, width=width, height=height, shared=None)
-            phases = tuple(phase for phase in other.phases if phase.name in memory_policy.TRANSFORMER_PHASES)
-            total = memory_estimate.process_bytes(model) + max(phase.total for phase in phases)
-            found.append(
+            other = replace(shot, model=model, width=width, height=height)
+            phases = tuple(
+                phase
+                for phase in memory_estimate.predict_phases(other)
+                if phase.name in memory_policy.TRANSFORMER_PHASES
+            )
+            total = memory_estimate.peak_of(model, phases)
+            ways.append(
                 Alternative(
                     model.dtype,
                     model.residency,
@@ -50,11 +56,11 @@ def alternatives(shot: Shot) -> list[Alternative]:
                     height,
                     phases,
                     total,
-                    fits=total <= allowed,
+                    fits=total <= shot.model.memory_limit,
                     chosen=(model, width, height) == (shot.model, shot.width, shot.height),
                 )
             )
-    return found
+    return ways
 
 
 def _model_variants(model: ModelSpec) -> Iterator[ModelSpec]:
@@ -69,7 +75,7 @@ def _model_variants(model: ModelSpec) -> Iterator[ModelSpec]:
 
 
 def nearby_sizes(shot: Shot) -> list[tuple[int, int]]:
-    """The size asked for, and the next smaller standard ones of about its aspect."""
+    """Return the size of the shot, and the next smaller standard sizes of about its aspect."""
     stride = shot.model.checkpoint.variant.stride
     square = max(shot.width, shot.height) < 1.2 * min(shot.width, shot.height)
     upright = shot.height > shot.width

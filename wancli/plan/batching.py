@@ -1,9 +1,9 @@
-"""Which shots are sampled together.
+"""Batching: which shots are sampled together.
 
-Where weights are fetched for every pass over the blocks, shots that take the same steps share it: they
-form a group, and go in lock-step. Groups form a wave where two experts share the steps: all of them
-take their high-noise steps before the expert is changed; and where shots agree on their first steps: these
-are taken once, see `wancli.plan.prefix_sharing`. Which shots share what changes no pixel.
+If every pass over the blocks fetches the weights, shots that take the same steps share the pass: they form a
+batch. Batches form a round if two experts share the steps, so that all of them take their high-noise steps
+before the expert is changed; and if shots agree on their first steps, which are taken once, see
+`wancli.plan.prefix_sharing`. What is shared changes no pixel.
 """
 
 from __future__ import annotations
@@ -14,155 +14,156 @@ from dataclasses import replace
 
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.prefix_sharing import Fork, PrefixTree
-from wancli.plan.shot import ModelSpec, Shared, Shot
+from wancli.plan.schedule import Batch, Placement, Round, Schedule
+from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.memory_model import FP32, Phase
 
-MAX_BATCH = 8  # shots in a group that the user said nothing of: what is gained by one more is little then
-MAX_CLAIMED = (
-    8  # shots that a worker claims at once: one sweep is work for many, and more would share little more
-)
-MAX_WAITING_BYTES = 2 * 2**30  # for states that wait: for the other expert, or for those that fork from them
+MAX_BATCH = 8  # shots in a batch if the job does not set `batch`: one more gains little
+MAX_CLAIMED = 8  # shots that a worker claims at once: the rest of a sweep is work for other workers
+MAX_WAITING_BYTES = 2 * 2**30  # for states that wait for the other expert, or until their dependents fork
 STATE_TENSORS = 4  # the latent, and with UniPC two x0 and the last latent
 
-Group = list[Shot]
 
+def build_schedule(shots: Sequence[Shot]) -> Schedule:
+    """Arrange shots in batches, and batches in rounds, in the order of the first shot of each.
 
-def waves(shots: Sequence[Shot]) -> list[list[Group]]:
-    """Shots in groups, and groups in waves, in the order of the first shot of each.
-
-    Every shot is told with how many others it is sampled, the memory that takes, which is no more than
-    there is unless a shot alone or the `batch` of a job takes more, and where it forks from which other.
+    A batch exceeds the memory limit of its model only if a single shot does or the job sets `batch`.
     """
-    found: list[_Wave] = []
-    open_to: dict[Hashable, _Wave] = {}
-    ways = PrefixTree()
-    for group in sorted(_groups(shots, ways), key=lambda group: group[0].index):
-        meets = dict.fromkeys(_meets(shot, ways) for shot in group)
-        wave = next((open_to[one] for one in meets if one in open_to), None)
-        if wave is None or not wave.takes(group):
-            wave = _Wave(ways)
-            wave.takes(group)
-            found.append(wave)
-        open_to.update(dict.fromkeys(meets, wave))
-    return [wave.told() for wave in found]
+    rounds: list[_RoundBuilder] = []
+    open_rounds: dict[Hashable, _RoundBuilder] = {}
+    prefixes = PrefixTree()
+    for batch in sorted(_make_batches(shots, prefixes), key=lambda batch: batch[0].index):
+        keys = dict.fromkeys(_round_key(shot, prefixes) for shot in batch)
+        builder = next((open_rounds[key] for key in keys if key in open_rounds), None)
+        if builder is None or not builder.try_add(batch):
+            builder = _RoundBuilder(prefixes)
+            builder.try_add(batch)
+            rounds.append(builder)
+        open_rounds.update(dict.fromkeys(keys, builder))
+    placements = {index: place for builder in rounds for index, place in builder.placements()}
+    return Schedule(tuple(builder.round for builder in rounds), placements)
 
 
-def assign_batches(shots: Sequence[Shot]) -> list[Shot]:
-    """The shots of all waves in their order, each told with how many others it is sampled."""
-    told = [shot for wave in waves(shots) for group in wave for shot in group]
-    return sorted(told, key=lambda shot: shot.index)
-
-
-def predict_batch(group: Sequence[Shot]) -> Phase:
-    """Predicted memory of sampling a group: the weights once, every distinct text once, and the residual
-    stream of every forward that rides along beside the working set of the largest."""
+def predict_batch(batch: Sequence[Shot]) -> Phase:
+    """Predict the memory of sampling a batch: the weights once, every distinct text once, and the residual
+    stream of every forward of a pass beside the working set of the largest."""
     seen: set[str] = set()
-    widest = riding = buffer = 0
-    for shot in group:
+    largest = streams = buffer = 0
+    for shot in batch:
         rows = {text.id: text.rows for text in shot.prompts if text.id not in seen}
         seen |= rows.keys()
-        alone, with_one_more = (
-            memory_estimate.predict_sampling(shot, sum(rows.values()), riders) for riders in (1, 2)
-        )
-        rider = with_one_more.activation - alone.activation
+        one, two = (memory_estimate.predict_sampling(shot, sum(rows.values()), n) for n in (1, 2))
+        stream = two.activation - one.activation
         if shot.model.residency == "resident":  # forwards follow one another
-            widest = max(widest, alone.activation)
+            largest = max(largest, one.activation)
         else:
-            widest = max(widest, alone.activation - rider)
-            riding += shot.forwards_per_step * rider
-        buffer += alone.buffer
-    return Phase(alone.name, alone.model, widest + riding, buffer)
+            largest = max(largest, one.activation - stream)
+            streams += shot.forwards_per_step * stream
+        buffer += one.buffer
+    return Phase(one.name, one.model, largest + streams, buffer)
 
 
-def _groups(shots: Sequence[Shot], ways: PrefixTree) -> Iterator[Group]:
-    """Shots of one kind, those that share steps side by side."""
-    alike: dict[Hashable, dict[Hashable, list[Shot]]] = {}
+def _make_batches(shots: Sequence[Shot], prefixes: PrefixTree) -> Iterator[Batch]:
+    """Batch compatible shots, those next to each other that share steps."""
+    compatible: dict[Hashable, dict[Hashable, list[Shot]]] = {}
     for shot in shots:
-        alike.setdefault(_kind(shot), {}).setdefault(ways.first_step_key(shot), []).append(shot)
-    for families in alike.values():
-        group: Group = []
+        families = compatible.setdefault(_compatibility_key(shot), {})
+        families.setdefault(prefixes.first_step_key(shot), []).append(shot)
+    for families in compatible.values():
+        batch: Batch = ()
         for shot in (shot for family in families.values() for shot in family):
-            if group and (len(group) == _most(shot) or not _fits(group, shot)):
-                yield group
-                group = []
-            group.append(shot)
-        yield group
+            if batch and (len(batch) == _max_batch(shot) or not _fits(batch, shot)):
+                yield batch
+                batch = ()
+            batch = (*batch, shot)
+        yield batch
 
 
-def _kind(shot: Shot) -> Hashable:
-    """What must be the same in all shots of a group."""
+def _compatibility_key(shot: Shot) -> Hashable:
+    """Return what must be the same in all shots of a batch."""
     stages = tuple((stage.expert, stage.steps) for stage in shot.stages)
-    weights = tuple(tuple(use.decided.items()) for use in shot.loras)
+    weights = tuple(tuple(use.pixel_settings.items()) for use in shot.loras)
     return shot.model, shot.batch, stages, weights
 
 
-def _most(shot: Shot) -> int:
+def _max_batch(shot: Shot) -> int:
     if shot.batch is not None:
         return shot.batch
-    # Resident weights are at hand; on a GPU shots share what the job tells them to.
+    # Resident weights are not fetched; on a GPU shots share a pass only if the job says so.
     return 1 if shot.model.residency == "resident" or shot.model.device == "cuda" else MAX_BATCH
 
 
-def _fits(group: Group, shot: Shot) -> bool:
-    return shot.batch is not None or predict_batch([*group, shot]).total <= memory_policy.headroom(shot.model)
+def _fits(batch: Batch, shot: Shot) -> bool:
+    if shot.batch is not None:
+        return True
+    return predict_batch([*batch, shot]).total <= memory_policy.headroom(shot.model)
 
 
-def _meets(shot: Shot, ways: PrefixTree) -> Hashable:
-    """The same for shots that gain by being in one wave."""
-    return shot.model if _changes_experts(shot) else (shot.model, ways.first_step_key(shot))
+def _round_key(shot: Shot, prefixes: PrefixTree) -> Hashable:
+    """Return what is the same for shots that gain by being in one round."""
+    return shot.model if _changes_experts(shot) else (shot.model, prefixes.first_step_key(shot))
 
 
 def _changes_experts(shot: Shot) -> bool:
     return shot.guidance_low is not None
 
 
-class _Wave:
-    """Groups whose states are in memory at the same time."""
+class _RoundBuilder:
+    """A round that batches are added to. Their states are in memory at the same time."""
 
-    def __init__(self, ways: PrefixTree) -> None:
-        self._groups: list[Group] = []
-        self._tree = PrefixTree(ways)
-        self._forks: set[Fork] = set()
-        self._waiting = 0  # bytes of states in memory beside the group that is being sampled, or with it
+    def __init__(self, prefixes: PrefixTree) -> None:
+        self._batches: list[Batch] = []
+        self._prefixes = PrefixTree(share_memo_with=prefixes)
+        self._forks: dict[int, Fork] = {}  # by index of the shot that forks
+        self._waiting = 0  # bytes of states in memory beside the batch that is being sampled, or with it
         self._largest = 0
-        self._complete = False
+        self._closed = False
 
-    def takes(self, group: Group) -> bool:
-        """Whether the wave may be claimed at once with this group, too, and the states that wait be in memory
-        beside the largest group; the first always may. Once the answer was no the wave is complete.
+    @property
+    def round(self) -> Round:
+        return tuple(self._batches)
 
-        All states wait for the other of two experts, else those that others fork from.
+    def try_add(self, batch: Batch) -> bool:
+        """Add a batch and return whether it was added; the first batch always is.
+
+        A batch that would make the round claim more than MAX_CLAIMED shots, or whose waiting states would
+        not fit into memory beside the largest batch, is refused and closes the round. If there are two
+        experts, all states wait for the other one, else only states that others fork from.
         """
-        if self._complete or sum(map(len, self._groups)) + len(group) > max(MAX_CLAIMED, len(group)):
-            self._complete = True
+        if self._closed or sum(map(len, self._batches)) + len(batch) > max(MAX_CLAIMED, len(batch)):
+            self._closed = True
             return False
-        group = [replace(shot, fork=self._tree.add(shot)) for shot in group]
-        waiting, forks = self._waiting, set(self._forks)
-        for shot in group:
-            if _changes_experts(shot) or (shot.fork and shot.fork not in forks):
+        found = {shot.index: self._prefixes.add(shot) for shot in batch}
+        waiting, forks = self._waiting, dict(self._forks)
+        points = set(forks.values())
+        for shot in batch:
+            fork = found[shot.index]
+            if _changes_experts(shot) or (fork and fork not in points):
                 waiting += _state_bytes(shot)
-            forks |= {shot.fork} if shot.fork else set()
-        largest = max(self._largest, predict_batch(group).total)
-        if self._groups and not _may_wait(group[0].model, waiting, largest):
-            self._complete = True
+            if fork:
+                forks[shot.index] = fork
+                points.add(fork)
+        largest = max(self._largest, predict_batch(batch).total)
+        if self._batches and not _may_wait(batch[0].model, waiting, largest):
+            self._closed = True
             return False
-        self._groups.append(group)
+        self._batches.append(batch)
         self._waiting, self._forks, self._largest = waiting, forks, largest
         return True
 
-    def told(self) -> list[Group]:
-        """The groups, each shot with the memory that sampling takes."""
-        found = []
-        for group in self._groups:
-            phase = predict_batch(group)
+    def placements(self) -> Iterator[tuple[int, Placement]]:
+        """Yield the index and the placement of every shot."""
+        for batch in self._batches:
+            sample: Phase | None = predict_batch(batch)
             others = self._waiting
-            if _changes_experts(group[0]):
-                others -= sum(map(_state_bytes, group))
-            if group[0].model.device == "cpu":  # states wait in the memory of the host
-                phase = replace(phase, buffer=phase.buffer + others)
-            shared = Shared(len(group), phase) if len(group) > 1 or others else None
-            found.append([replace(shot, shared=shared) for shot in group])
-        return found
+            if _changes_experts(batch[0]):
+                others -= sum(map(_state_bytes, batch))
+            if len(batch) == 1 and not others:
+                sample = None
+            elif sample and batch[0].model.device == "cpu":  # states wait in the memory of the host
+                sample = replace(sample, buffer=sample.buffer + others)
+            for shot in batch:
+                yield shot.index, Placement(len(batch), sample, self._forks.get(shot.index))
 
 
 def _may_wait(model: ModelSpec, waiting: int, largest: int) -> bool:

@@ -1,4 +1,4 @@
-"""The injections of a job, compiled for a model's depth and a schedule; refused where they reach nothing."""
+"""Compile the injections of a job for a model's depth and a schedule. Refuse rules without an effect."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from wancli.errors import JobError
-from wancli.injection.block_map import AutoBlocks, BlockMapStore
-from wancli.injection.table import (
-    Branch,
-    Concat,
-    Expr,
-    Lerp,
-    Rule,
-    Text,
-    pair_strengths,
-    parse_blocks,
-    parse_steps,
-)
+from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
+from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
+from wancli.injection.table import Branch, Concat, Expr, Lerp, Rule, Text
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
 from wancli.plan.shot import ModelSpec, Prompt, Shot
@@ -33,10 +24,12 @@ def compile_rules(
     sigmas: Sequence[float],
     stages: Sequence[Stage],
 ) -> tuple[tuple[Rule, ...], tuple[AutoBlocks, ...]]:
-    """The rules of a shot, and the blocks that measured maps chose for them. `texts` are its prompt and the
-    injected ones. Raises JobError."""
+    """Compile the rules of a shot. Also returns the blocks that measured maps chose for them.
+
+    `texts` are the shot's prompt and the injected ones. Raises JobError.
+    """
     main, *injected = (text.id for text in texts)
-    depth = model.checkpoint.transformer.num_layers
+    depth = model.checkpoint.transformer_config.num_layers
     rules: list[Rule] = []
     auto_blocks: list[AutoBlocks] = []
     for i, (inject, text) in enumerate(zip(item.job.inject, injected, strict=True)):
@@ -50,7 +43,7 @@ def compile_rules(
 def _select_auto_blocks(
     spec: Blocks, index: int, maps: BlockMapStore, transformer: str, depth: int, ids: tuple[str, str]
 ) -> tuple[Blocks, list[AutoBlocks]]:
-    """The blocks with numbers for what is left to a map, as `auto:top8`, and what these became."""
+    """Replace sets like `auto:top8` by the blocks that a measured map chooses. Also returns these choices."""
     blocks: list[str | int] = []
     auto_blocks = []
     for part in spec if isinstance(spec, list) else [spec]:
@@ -82,7 +75,7 @@ def _compile_rule(
     if inject.expert != "both":
         if stages[0].expert == "only":
             raise no_experts_error(item, *key, "expert")
-        expert_steps = {step for part in stages if part.expert == inject.expert for step in part.steps}
+        expert_steps = {step for stage in stages if stage.expert == inject.expert for step in stage.steps}
         steps = tuple(step for step in steps if step in expert_steps)
     with _locate_errors(item, *key, "strength"):
         by_block = pair_strengths(_to_curve(inject.strength), blocks)
@@ -91,7 +84,7 @@ def _compile_rule(
     products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
     if inject.blend == "replace" and products - {0.0, 1.0}:
         raise JobError(
-            "replace has strength 1 only",
+            "replace needs strength 1",
             where=item.location(*key, "strength"),
             hint="Try blend: context-lerp.",
         )
@@ -106,7 +99,7 @@ def _to_curve(strength: Strength) -> Any:
 
 
 def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
-    """A strength of 0 was asked for and stays; every other rule must reach some cell and be read there."""
+    """Refuse a rule that no cell reads. A rule of strength 0 is allowed: the user asked for it."""
     for i, (rule, reached) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         cells = (shot.table.row(step, branch)[block] for step, branch, block in reached)
         if any(_contains_text(expr, rule.text) for cell in cells for expr, _ in cell):
@@ -114,14 +107,17 @@ def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
         if rule.steps and rule.blocks and not rule.is_active:
             continue
         if reached:
-            why, hint = "later rules replace all that it changes", "Rules apply in the order written."
+            why, hint = "later rules replace every cell that it changes", "Rules apply in the order written."
         elif not rule.blocks:
-            depth = shot.model.checkpoint.transformer.num_layers
-            why, hint = f"a model of {depth} blocks has none there", "Give numbers."
+            depth = shot.model.checkpoint.transformer_config.num_layers
+            why, hint = f"this range is empty in a model of {depth} blocks", "Give numbers."
         elif "cond" not in rule.branches and (rule.steps or not shot.negative):
             why, hint = "guidance 1 has no uncond branch", "Set branch: cond, or a guidance above 1."
         else:
-            why, hint = f"no step of {shot.steps} is in its range", "`wancli plan -v` prints the sigmas."
+            why, hint = (
+                f"none of the {shot.steps} steps is in its range",
+                "`wancli plan -v` prints the sigmas.",
+            )
         raise JobError(f"reaches no block: {why}", where=item.location("inject", i), hint=hint)
 
 
@@ -134,7 +130,7 @@ def _contains_text(expr: Expr, text: str) -> bool:
 
 
 def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
-    """Rows that `concat` joined have no counterparts to interpolate with."""
+    """Refuse a context-lerp after a concat: it has no rows that correspond to the joined ones."""
     if not any(rule.blend == "concat" for rule in shot.rules):
         return
     rows = {
@@ -144,7 +140,7 @@ def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
         while isinstance(expr, Lerp | Concat):
             if isinstance(expr, Lerp) and isinstance(expr.a, Concat):
                 raise JobError(
-                    f"context-lerp follows concat in block {block}, whose rows have no counterparts",
+                    f"context-lerp follows concat in block {block}; joined rows cannot be interpolated",
                     where=item.location("inject"),
                     hint="Put the concat rule last, or use blend: output-mix.",
                 )
@@ -153,7 +149,7 @@ def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
 
 @contextmanager
 def _locate_errors(item: Item, *path: str | int) -> Iterator[None]:
-    """Gives an error of a parser the file, line and key that it came from."""
+    """Add the file, line and key to the errors of a parser."""
     try:
         yield
     except JobError as error:

@@ -1,4 +1,4 @@
-"""The `loras` of a job, decided: which file at which strength in which blocks and steps. No torch."""
+"""Resolve the `loras` of a job: file, strength, blocks and steps of each. Loads without torch."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import JobError
-from wancli.injection.table import parse_blocks, parse_steps
+from wancli.injection.selectors import parse_blocks, parse_steps
 from wancli.job.loader import Item
 from wancli.job.schema import LoraEntry, SigmaRange
 from wancli.models.config import WanConfig
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
-from wancli.weights.formats.infer_config import parameter_shapes
-from wancli.weights.lora.file import CONFIG, recognise
-from wancli.weights.lora.match import Coverage, matched
+from wancli.weights.formats.infer_config import transformer_shapes
+from wancli.weights.lora.file import ADAPTER_CONFIG, read_lora_file
+from wancli.weights.lora.match import Coverage, select_changes
 from wancli.weights.lora.use import LoraUse
 
 
 @dataclass(frozen=True)
 class MatchedLora:
-    """A LoRA file that fits a model. `sha256` is of the file, and of PEFT's config if it gives the scale."""
+    """A LoRA file that fits a model. `sha256` covers the file, and PEFT's config if that sets the scale."""
 
     path: Path
     sha256: str
     coverage: Coverage
 
 
-def match_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
-    """Reads a LoRA's header and hashes the file. Raises CheckpointError when it does not fit the model."""
-    lora_file = recognise(path)
-    _, coverage = matched(lora_file, parameter_shapes(transformer))
+def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
+    """Read a LoRA's header and hash the file. Raises CheckpointError if it does not fit the model."""
+    lora_file = read_lora_file(path)
+    _, coverage = select_changes(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
     return MatchedLora(path, fingerprint([path, *config], memo), coverage)
 
@@ -44,9 +44,9 @@ def decide_loras(
     sigmas: Sequence[float],
     stages: Sequence[Stage],
 ) -> tuple[LoraUse, ...]:
-    """The uses of one shot; `paths` are those of its entries, resolved.
+    """Decide how one shot uses its LoRAs. `paths` are the resolved paths of its entries.
 
-    Raises JobError with file, line and key, CheckpointError for a file that will not do.
+    Raises JobError with file, line and key, or CheckpointError if a file cannot be used.
     """
     return tuple(
         _decide_use(item, index, entry, path, match_file, depth, sigmas, stages)
@@ -68,9 +68,9 @@ def _decide_use(
         return JobError(what, where=item.location("loras", index, key), hint=hint)
 
     if path.suffix != ".safetensors":
-        raise job_error("path", f"{entry.path!r} is no .safetensors file", "Save the LoRA as one.")
+        raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
-        raise job_error("path", f"{entry.path!r} is not there", f"Looked for {path}.")
+        raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
     try:
         blocks = parse_blocks(entry.blocks, depth)
     except ValueError as error:
@@ -81,19 +81,19 @@ def _decide_use(
     except ValueError as error:
         raise job_error("steps", str(error)) from None
     if entry.expert != "both" and stages[0].expert == "only":
-        raise job_error("expert", "this model has one transformer", "Experts are those of Wan 2.2 A14B.")
-    expert_steps = {step for part in stages if entry.expert in ("both", part.expert) for step in part.steps}
+        raise job_error("expert", "this model has one transformer", "Only Wan 2.2 A14B has experts.")
+    expert_steps = {
+        step for stage in stages if entry.expert in ("both", stage.expert) for step in stage.steps
+    }
     if steps and not expert_steps & set(steps):
-        raise job_error(
-            "expert", f"the {entry.expert}-noise expert takes none of these steps", "See `steps`."
-        )
+        raise job_error("expert", f"the {entry.expert}-noise expert runs none of these steps", "See `steps`.")
     if not steps:
         raise job_error("steps", "no step is in this range", "`wancli plan -v` prints the sigmas.")
     matched_lora = match_file(path)
     changed = matched_lora.coverage.blocks
     if entry.blocks != "all" and not set(blocks) & set(changed):
         what = f"blocks {changed[0]} to {changed[-1]}" if changed else "nothing in the blocks"
-        raise job_error("blocks", f"{path.name} changes none of these", f"It changes {what}.")
+        raise job_error("blocks", f"{path.name} changes none of these blocks", f"It changes {what}.")
     return LoraUse(
         path,
         matched_lora.sha256,
@@ -106,12 +106,12 @@ def _decide_use(
 
 
 def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
-    """What the user should know before it starts."""
+    """Yield what the user should know before the render starts."""
     for use in uses:
         if use.strength == 0:
             yield f"{use.path.name} has strength 0 and changes nothing"
         if use.coverage.style == "PEFT" and not use.coverage.scaled:
-            yield f"{use.path.name} has no alpha and no {CONFIG} beside it; its scale is taken as 1"
+            yield f"{use.path.name} has no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
         if use.coverage.unused:
             examples = ", ".join(use.coverage.examples)
-            yield f"{use.path.name}: {use.coverage.unused} keys name nothing of this model: {examples}"
+            yield f"{use.path.name}: {use.coverage.unused} keys match nothing in this model: {examples}"

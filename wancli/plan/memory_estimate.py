@@ -1,15 +1,20 @@
-"""What a shot takes of the memory: its sizes and settings put into the formulas of `memory`."""
+"""Predict the memory of a shot: its sizes and settings put into the formulas of `memory_model`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wancli.models.config import T5Config, VAE22Config, VAEConfig
+from wancli.models.config import Dtype, T5Config, VAE22Config, VAEConfig, WanConfig, compute_dtype
 from wancli.resources import memory_model
-from wancli.resources.memory_model import FP32, Phase
-from wancli.weights.component import Part
+from wancli.resources.memory_model import (
+    DecodeCoefficients,
+    EncodeCoefficients,
+    Phase,
+    SampleCoefficients,
+)
+from wancli.weights.component import Component
 
 if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Shot
@@ -20,109 +25,157 @@ _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _MATRICES = "block matrices"
 
 
-def predict_phases(shot: Shot) -> tuple[Phase, ...]:
-    """Encoding, sampling and decoding, while which the transformer stays. On CUDA the bytes of the device."""
-    alone = 1 if shot.model.residency == "resident" else shot.forwards_per_step
-    rows = sum(text.rows for text in shot.prompts)
-    sample = shot.shared.sample if shot.shared else predict_sampling(shot, rows, alone)
-    decode = memory_model.decode_phase(
+@dataclass(frozen=True)
+class StoredMatrices:
+    """How a file stores the matrices of a network: whether as plain floats, and bytes."""
+
+    plain: bool
+    matrices: int
+    largest: int
+    scales: int
+
+
+def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]:
+    """Predict the memory of encoding, sampling and decoding; the transformer stays while decoding.
+
+    `sample` is the prediction for the batch of the shot, None if the shot is sampled alone. On CUDA bytes are
+    those of the device.
+    """
+    if sample is None:
+        forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
+        sample = predict_sampling(shot, sum(text.rows for text in shot.prompts), forwards)
+    vae = decode_coefficients(
         shot.model.vae_sizes,
-        shot.latent_shape,
-        chunk=shot.decode_chunk,
-        resident_bytes=sample.model,
-        mapped=shot.model.device == "cpu" and _is_only_fp32(shot.model.checkpoint.vae),
+        device=shot.model.device,
+        stored_in_fp32=_is_only_fp32(shot.model.checkpoint.vae),
     )
+    decode = vae.phase(shot.latent_shape, chunk=shot.decode_chunk, resident_bytes=sample.model)
     return predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts]), sample, decode
 
 
+def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:
+    """Return the bytes of the whole process at the peak of these phases, on CUDA those of the device."""
+    return process_bytes(model) + max(phase.total for phase in phases)
+
+
 def process_bytes(model: ModelSpec) -> int:
-    """Bytes of the process itself, which come on top of every phase."""
+    """Return the bytes of the process itself, which come on top of every phase."""
     return memory_model.PROCESS if model.device == "cpu" else 0
 
 
 def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
-    """UMT5 on prompts of so many tokens."""
-    t5 = model.text_encoder
-    dtype, residency = model.encoder.dtype, model.encoder.residency
-    part, element = model.checkpoint.text_encoder, ELEMENT_BYTES[dtype]
-    phase = memory_model.encode_phase(
-        t5,
-        prompt_tokens=max(tokens),
-        element_bytes=element,
-        streamed=residency == "streamed",
-        prompts=len(tokens) if residency == "streamed" else 1,
+    """Predict the memory of UMT5 on prompts of these token counts."""
+    coefficients = encode_coefficients(
+        model.text_encoder,
+        stored_matrices(model.checkpoint.text_encoder),
+        device=model.device,
+        dtype=model.encoder.dtype,
+        residency=model.encoder.residency,
     )
-    weights = phase.model
+    return coefficients.phase(max(tokens), len(tokens))
+
+
+def predict_sampling(shot: Shot, rows: int, forwards: int) -> Phase:
+    """Predict the memory of sampling a shot alone, with `rows` of text and `forwards` on a pass."""
+    model = shot.model
+    coefficients = sample_coefficients(
+        model.checkpoint.transformer_config,
+        stored_matrices(model.checkpoint.experts[0]),
+        device=model.device,
+        dtype=model.dtype,
+        residency=model.residency,
+    )
+    return coefficients.phase(
+        shot.latent_shape,
+        text_rows=rows,
+        forwards_per_pass=forwards,
+        chunk=model.kernels.chunk,
+        lora_bytes=sum(file.stat().st_size for file in {use.path for use in shot.loras}),
+    )
+
+
+def encode_coefficients(
+    t5: T5Config, stored: StoredMatrices, *, device: str, dtype: str, residency: str
+) -> EncodeCoefficients:
+    """Return the coefficients of UMT5 as it is loaded; `stored` is how its file has it."""
+    element = ELEMENT_BYTES[dtype]
+    found = memory_model.encode_coefficients(t5, element_bytes=element, streamed=residency == "streamed")
+    weights = found.model
     if residency == "packed":
         embedding = t5.vocab_size * t5.d_model * element
-        weights = (
-            memory_model.t5_bytes(t5, element_bytes=element, streamed=True)
-            + embedding
-            + _packed_bytes(model, part)
-        )
-    if dtype == "fp16":  # whose widest products overflow, so that one matrix of a layer stays fp32
+        weights = memory_model.t5_bytes(t5, element_bytes=element, streamed=True) + embedding
+        weights += _packed_bytes(stored, device)
+    if dtype == "fp16":  # its widest products overflow, so one matrix of each layer stays fp32
         held = t5.num_layers if residency == "resident" else 2
         weights += held * t5.d_model * t5.d_ff * 2
-    return Phase("encode", weights, phase.activation, _unpack_bytes(model, part, residency))
+    return replace(found, model=weights, buffer=_unpack_bytes(stored, device, residency))
 
 
-def predict_sampling(shot: Shot, rows: int, riders: int) -> Phase:
-    """A shot alone, with `rows` of text and that many forwards on a pass."""
-    model, wan = shot.model, shot.model.checkpoint.transformer
-    part, element = model.checkpoint.experts[0], ELEMENT_BYTES[model.compute_dtype]
-    resident = model.residency == "resident"
+def sample_coefficients(
+    wan: WanConfig, stored: StoredMatrices, *, device: str, dtype: Dtype, residency: str
+) -> SampleCoefficients:
+    """Return the coefficients of the transformer as it is loaded; `stored` is how its file has it."""
+    is_resident = residency == "resident"
     weights = 0
-    if model.dtype == "fp8" and part.scheme.name == "plain":
+    if dtype == "fp8" and stored.plain:
         weights = memory_model.fp8_bytes(wan)
-    elif model.dtype == "fp8":
-        weights = part.stored(_MATRICES).nbytes + part.stored("scales, markers").nbytes
-    elif model.residency == "packed":
-        weights = _packed_bytes(model, part)
-    fetched = None if resident else 2
-    phase = memory_model.sample_phase(
+    elif dtype == "fp8":
+        weights = stored.matrices + stored.scales
+    elif residency == "packed":
+        weights = _packed_bytes(stored, device)
+    fetched = None if is_resident else 2
+    found = memory_model.sample_coefficients(
         wan,
-        shot.latent_shape,
-        context_rows=rows,
-        element_bytes=element,
-        extra_weight_bytes=weights + sum(file.stat().st_size for file in {use.path for use in shot.loras}),
-        blocks_in_memory=0 if resident and model.dtype == "fp8" else fetched,
-        forwards_per_pass=riders,
-        chunk=model.kernels.chunk,
+        element_bytes=ELEMENT_BYTES[compute_dtype(dtype, device)],
+        blocks_in_memory=0 if is_resident and dtype == "fp8" else fetched,
     )
-    scratch = 0 if model.dtype == "fp8" else _unpack_bytes(model, part, model.residency)
-    if shot.loras and element != FP32:  # a sum is made in fp32
-        scratch += max(wan.dim, wan.ffn_dim) * wan.dim * FP32
-    return Phase("sample", phase.model, phase.activation, phase.buffer + scratch)
+    buffer = 0 if dtype == "fp8" else _unpack_bytes(stored, device, residency)
+    return replace(found, model=weights + found.model, buffer=buffer)
 
 
-def _packed_bytes(model: ModelSpec, part: Part) -> int:
-    """Matrices as they are stored: on a CPU mapped, for a GPU in pinned memory of the host."""
-    return part.stored(_MATRICES).nbytes if model.device == "cpu" else 0
+def decode_coefficients(
+    vae: VAEConfig | VAE22Config, *, device: str, stored_in_fp32: bool
+) -> DecodeCoefficients:
+    """Return the coefficients of the VAE as it is loaded."""
+    return memory_model.decode_coefficients(vae, mapped=device == "cpu" and stored_in_fp32)
 
 
-def _unpack_bytes(model: ModelSpec, part: Part, residency: str) -> int:
-    """For a GPU, the largest matrix as it is stored, on its way; for a CPU it is read in pieces."""
-    return part.stored(_MATRICES).largest if model.device == "cuda" and residency != "resident" else 0
+def _packed_bytes(stored: StoredMatrices, device: str) -> int:
+    """Return the bytes of matrices as stored: mapped for a CPU; for a GPU they are in host memory."""
+    return stored.matrices if device == "cpu" else 0
+
+
+def _unpack_bytes(stored: StoredMatrices, device: str, residency: str) -> int:
+    """Return the bytes of the largest matrix as stored, which a GPU receives whole; a CPU reads pieces."""
+    return stored.largest if device == "cuda" and residency != "resident" else 0
+
+
+def stored_matrices(part: Component) -> StoredMatrices:
+    """Return how a component's file stores its matrices."""
+    matrices = part.precision_of(_MATRICES)
+    scales = part.precision_of("scales, markers")
+    return StoredMatrices(part.scheme.name == "plain", matrices.nbytes, matrices.largest, scales.nbytes)
 
 
 def network_sizes(model: ModelSpec) -> dict[str, Any]:
-    """What these formulas read of a checkpoint beside the sizes of its transformer, as manifests keep it."""
+    """Return what these formulas read of a checkpoint beside the config of its transformer, as manifests
+    keep it."""
     return checkpoint_sizes(model.checkpoint, model.text_encoder, model.vae_sizes)
 
 
 def checkpoint_sizes(
     checkpoint: Checkpoint, text_encoder: T5Config, vae: VAEConfig | VAE22Config
 ) -> dict[str, Any]:
-    """Sizes of the networks, and how their matrices are stored: in bytes: all, largest, scales."""
+    """Return the configs of the networks, and in bytes their stored matrices: all, largest, scales."""
     stored = {}
     for name, part in (("transformer", checkpoint.experts[0]), ("text_encoder", checkpoint.text_encoder)):
-        matrices = part.stored(_MATRICES)
+        matrices = stored_matrices(part)
         stored[name] = {
-            "plain": part.scheme.name == "plain",
+            "plain": matrices.plain,
             "dtype": _single_dtype(part),
-            "matrices": matrices.nbytes,
+            "matrices": matrices.matrices,
             "largest": matrices.largest,
-            "scales": part.stored("scales, markers").nbytes,
+            "scales": matrices.scales,
         }
     return {
         "text_encoder": asdict(text_encoder),
@@ -133,14 +186,14 @@ def checkpoint_sizes(
 
 
 def stored_dtype(model: ModelSpec) -> str | None:
-    """The dtype of the transformer's matrices in their file, None where they are quantized or mixed."""
+    """Return the dtype of the transformer's matrices in their file, None if they are quantized or mixed."""
     return _single_dtype(model.checkpoint.experts[0])
 
 
-def _single_dtype(part: Part) -> str | None:
-    dtypes = [name for name, _ in part.stored(_MATRICES).dtypes]
+def _single_dtype(part: Component) -> str | None:
+    dtypes = [name for name, _ in part.precision_of(_MATRICES).dtypes]
     return _DTYPES.get(dtypes[0]) if len(dtypes) == 1 else None
 
 
-def _is_only_fp32(part: Part) -> bool:
+def _is_only_fp32(part: Component) -> bool:
     return {dtype for found in part.precision for dtype, _ in found.dtypes} == {"F32"}

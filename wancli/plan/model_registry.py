@@ -1,7 +1,7 @@
-"""Where a model is: a path, a name of models.yaml, or files named one by one; decided to a Location.
+"""Resolve `model:` to a Location: from a path, a name in models.yaml, or single files.
 
-models.yaml is a mapping from names to what `model:` of a job may be; its paths start from its own
-folder. It is $WANCLI_MODELS, else models.yaml in the user's config folder.
+models.yaml maps names to values that `model:` of a job may have. Its paths start from its own folder. It is
+$WANCLI_MODELS, or else models.yaml in the user's config folder.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from wancli.job.schema import ModelEntry, ModelFiles
 from wancli.job.validation import describe_problems
 from wancli.job.yaml_reader import Key, read_yaml
 from wancli.weights.checkpoint import Location
-from wancli.weights.single_files import Files
+from wancli.weights.single_files import SingleFiles
 
 Locate = Callable[..., str]
 BaseDir = Callable[..., Path]
 
 
 def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> Location:
-    """The folder, file or files that a model is. `where` names the place of a key below `model`, and
-    `folder` tells where the relative path at that key starts.
+    """Resolve a model to its folder, file or files.
 
-    A name of models.yaml, or wan-mini, wins over a folder of that name, which is `./NAME`. Raises
-    JobError for what is not there.
+    `locate` names the place of a key below `model`, and `base_dir` returns the folder that a relative path at
+    that key starts from. `wan-mini` and the names in models.yaml win over a folder of the same name; write
+    `./NAME` for the folder. Raises JobError if a file or folder does not exist.
     """
     if isinstance(spec, ModelFiles):
         return _resolve_files(spec, base_dir, locate)
@@ -44,12 +44,12 @@ def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> 
         return known[spec]
     path = resolve_path(base_dir(), spec, locate())
     if not os.path.lexists(path):
-        raise JobError(f"{spec!r} is not there", where=locate(), hint=_not_found_hint(spec, path))
+        raise JobError(f"{spec!r} not found", where=locate(), hint=_not_found_hint(spec, path))
     return path
 
 
 class ModelLocations:
-    """Where the model of an item is; looked for once for all items that say the same."""
+    """Resolves the model of an item, once for all items with the same `model:`."""
 
     def __init__(self) -> None:
         self._locations: dict[object, Location] = {}
@@ -65,13 +65,13 @@ class ModelLocations:
 
 
 def registered_models() -> dict[str, Location]:
-    """The models that models.yaml names. Raises JobError with every problem in it."""
+    """Read the models in models.yaml. Raises JobError with every problem in it."""
     path = models_file()
     try:
         return _read_models_file(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         if "WANCLI_MODELS" in os.environ:
-            raise JobError("is not there", where=f"$WANCLI_MODELS: {path}") from None
+            raise JobError("not found", where=f"$WANCLI_MODELS: {path}") from None
         return {}
     except OSError as error:
         raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
@@ -85,7 +85,7 @@ def models_file() -> Path:
 
 
 def resolve_path(base_dir: Path, text: str, location: str) -> Path:
-    """A path that was said, from the folder of its file. Raises JobError for one that can be none."""
+    """Resolve a path of a file from that file's folder. Raises JobError if it cannot be resolved."""
     try:
         return (base_dir / Path(text).expanduser()).resolve()
     except RuntimeError as error:  # no such user, or a symbolic link to itself
@@ -95,9 +95,9 @@ def resolve_path(base_dir: Path, text: str, location: str) -> Path:
 @cache
 def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     raw, lines = read_yaml(path.read_bytes(), str(path))
-    source = Source(str(path), lines)
+    source = Source(str(path), path.parent, lines)
     if not isinstance(raw, dict):
-        raise JobError("is no mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
+        raise JobError("is not a mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
     locations: dict[str, Location] = {}
     problems: list[str] = []
     for name, entry in raw.items():
@@ -120,18 +120,20 @@ def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
     return locations
 
 
-def _resolve_files(files: ModelFiles, base_dir: BaseDir, locate: Locate, *, must_exist: bool = True) -> Files:
-    """The mapping with its paths made absolute. Raises JobError for a contradiction or an absent file."""
+def _resolve_files(
+    files: ModelFiles, base_dir: BaseDir, locate: Locate, *, must_exist: bool = True
+) -> SingleFiles:
+    """Resolve the paths of a mapping of files. Raises JobError for a contradiction or a missing file."""
     if files.transformer and (files.high_noise or files.low_noise):
-        raise JobError("says transformer and an expert; say one or two experts", where=locate())
+        raise JobError("names a transformer and an expert; use one or the other", where=locate())
     if not (files.transformer or files.high_noise or files.low_noise):
         raise JobError("names no transformer", where=locate(), hint="Add transformer: FILE.")
     paths: dict[str, Path] = {}
     for key, text in files.model_dump(exclude_none=True, exclude={"heads"}).items():
         paths[key] = resolve_path(base_dir(key), text, locate(key))
         if must_exist and not os.path.lexists(paths[key]):
-            raise JobError(f"{text!r} is not there", where=locate(key), hint=f"Looked for {paths[key]}.")
-    return Files(**paths, heads=files.heads)
+            raise JobError(f"{text!r} not found", where=locate(key), hint=f"Looked for {paths[key]}.")
+    return SingleFiles(**paths, heads=files.heads)
 
 
 def _may_be_name(text: str) -> bool:
@@ -139,7 +141,7 @@ def _may_be_name(text: str) -> bool:
 
 
 def _not_found_hint(name: str, path: Path) -> str:
-    """Where it was looked for and, for what may be a name, which names there are."""
+    """Build the hint: the path that was looked for, and the known names if it may be a name."""
     searched = f"Looked for {path}"
     if not _may_be_name(name):
         return f"{searched}."

@@ -1,8 +1,9 @@
 """Job to Plan: everything that will be done, decided and frozen, without torch.
 
-Defaults are resolved against the checkpoint, prompts are cleaned and counted, rules compiled
-against the model's depth and the schedule, outputs named and checked for collisions. A shot's
-`key` is a hash of everything that changes its pixels; a manifest with that key means it is done.
+Defaults are resolved against the checkpoint, prompts are cleaned and counted, rules are compiled against the
+depth of the model and the noise levels, outputs are named and checked for collisions, and shots are scheduled
+within the memory limit. The `key` of a shot is a hash of everything that changes its pixels; a manifest with
+that key means that the shot is done.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wancli.errors import CheckpointError, EntryError, JobError
-from wancli.injection.block_map import BlockMapStore
+from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
@@ -27,7 +28,7 @@ from wancli.resources import machine
 from wancli.storage.paths import output_path, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
-from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
 
 
 def build_plan(
@@ -38,17 +39,19 @@ def build_plan(
     budget: int | None = None,
     allow_missing_maps: bool = False,
 ) -> Plan:
-    """Decides every shot of a job file; `measure` asks for it in all of them, `budget` is the memory in bytes
-    that they may take, whatever the job says.
+    """Decide every shot of a job file.
 
-    `memo` remembers the SHA-256 of weight files between runs; block maps are beside it. `unmeasured` asks for
-    none: `auto` blocks are all, for whoever is about to measure. Raises JobError with all problems
-    of all shots, EntryError where nothing is wrong but embedding files, or CheckpointError.
+    `measure` turns on the measurement of effects in all shots. `budget` is a memory limit in bytes that
+    replaces that of the job. `hash_cache` remembers the SHA-256 of weight files between runs; block maps are
+    beside it. With `allow_missing_maps` no map is needed: `auto` means all blocks, for a probe.
+
+    Raises JobError with all problems of all shots, EntryError if only embedding files are wrong, or
+    CheckpointError.
     """
     model_for = cache(lambda source, device, dtype: resolve_model(source, device, dtype, hash_cache))
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
-    lora_for = cache(lambda path, transformer: loras.match_lora(path, transformer, hash_cache))
+    lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
     shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
     for index, item in enumerate(jobs.items):
@@ -66,16 +69,20 @@ def build_plan(
     _refuse_collisions(shots, jobs)
     chosen = set(jobs.selected)
     selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
-    selected = batching.assign_batches(selected)
     others = tuple(shot for shot in shots if shot.index not in chosen)
     comparison = baseline.plan_comparison(jobs, shots)
     return Plan(
-        jobs.name, tuple(selected), tuple(warnings.collect_warnings(selected, comparison)), others, comparison
+        jobs.name,
+        tuple(selected),
+        tuple(warnings.collect_warnings(selected, comparison)),
+        others,
+        comparison,
+        batching.build_schedule(selected),
     )
 
 
 def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -> ModelSpec:
-    """A checkpoint identified and hashed, with `auto` decided. Raises CheckpointError."""
+    """Identify and hash a checkpoint, and decide its `auto` settings. Raises CheckpointError."""
     checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and machine.has_cuda()) else "cpu"
@@ -93,8 +100,8 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
     )
     return ModelSpec(
         checkpoint,
-        text_encoder_sizes(checkpoint),
-        vae_sizes(checkpoint),
+        text_encoder_config(checkpoint),
+        vae_config(checkpoint),
         transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), hash_cache),
         vae=fingerprint(checkpoint.vae_files, hash_cache),
         encoder=encoder,
@@ -104,7 +111,7 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
 
 
 def _choose_residency(shots: Sequence[Shot], jobs: JobFile, budget: int | None) -> list[Shot]:
-    """The shots with what `auto` leaves open decided; `budget` is instead of the job's. Raises JobError."""
+    """Decide residency and chunk of the shots; `budget` replaces that of the job. Raises JobError."""
     requests = []
     for shot in shots:
         item = jobs.items[shot.index]
@@ -112,7 +119,7 @@ def _choose_residency(shots: Sequence[Shot], jobs: JobFile, budget: int | None) 
         made = shot.model.dtype == "fp8" and not shot.model.kernels.fp8_matmul
         if made and memory.residency in ("resident", "streamed"):
             raise JobError(
-                f"{memory.residency} weights are not made fp8, which is done in memory",
+                f"{memory.residency} weights cannot be converted to fp8: conversion happens in memory",
                 where=item.location("memory", "residency"),
                 hint="Leave it out, or take a checkpoint that is stored in fp8.",
             )
@@ -141,7 +148,7 @@ def _build_shot(
     prompt, negative, injected = _resolve_prompts(
         item, model, guided=any(part.guidance != 1 for part in way.stages)
     )
-    transformer, sigmas = model.checkpoint.transformer, way.schedule.sigmas
+    transformer, sigmas = model.checkpoint.transformer_config, way.schedule.sigmas
     rules, choices = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, way.stages)
     lora_paths = [
         model_registry.resolve_path(
@@ -201,7 +208,7 @@ def _resolve_item_model(
 def _resolve_prompts(
     item: Item, model: ModelSpec, *, guided: bool
 ) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
-    """The prompt, the negative one where guidance needs it, and the injected ones."""
+    """Return the prompt, the negative one if guidance needs it, and the injected ones."""
     job, prompts = item.job, PromptResolver(item, model)
     prompt = prompts.resolve(job.prompt, "prompt")
     negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
@@ -248,7 +255,7 @@ def _parse_size(item: Item, variant: Variant) -> tuple[int, int]:
     where = item.location("size")
     width, _, height = item.job.size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
-        raise JobError(f"{item.job.size!r} is no size", where=where, hint="Write width x height: 832x480.")
+        raise JobError(f"{item.job.size!r} is not a size", where=where, hint="Write width x height: 832x480.")
     size = int(width), int(height)
     stride = variant.stride
     near = tuple(max(stride, round(side / stride) * stride) for side in size)
@@ -270,7 +277,7 @@ def _check_frames(item: Item, variant: Variant) -> int:
 
 
 def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
-    """Two shots must not share a path, even on file systems that fold case or Unicode forms."""
+    """Raise JobError if two shots share a path, even on file systems that fold case or Unicode forms."""
     seen: dict[str, Shot] = {}
     for shot in shots:
         folded = unicodedata.normalize("NFC", str(shot.output)).casefold()

@@ -1,8 +1,8 @@
-"""Steps that shots share: shots that read the same up to some step are the same up to there, so that one
-takes these steps for all and the others fork from it.
+"""Prefix sharing: shots that read the same up to some step are the same up to there, so that one shot takes
+these steps for all and the others fork from it.
 
-What a step reads is what was decided: the row of the table for each branch, guidance, and the LoRAs that
-are on; how the rules were written does not matter. Pure, and without torch.
+What a step reads is the decision, not how the rules were written: the row of the table for each branch, the
+guidance, and the LoRAs that are on. Pure, and without torch.
 """
 
 from __future__ import annotations
@@ -18,41 +18,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fork:
-    """Where a shot leaves the way of another: after `step` steps, which it does not take itself."""
+    """The point where a shot forks from another: after `step` steps, which it does not take itself."""
 
-    parent: int  # the index of the other
+    parent: int  # the index of the other shot
     step: int
 
 
 class PrefixTree:
-    """The ways of shots of one model from noise to latent; each is added after those it may fork from. Of the
-    tables it has seen it knows what its `kin` knows, and the other way round."""
+    """A prefix tree over what each denoising step of one model's shots reads.
 
-    def __init__(self, kin: PrefixTree | None = None) -> None:
+    Add a shot after the shots that it may fork from. Trees that share a memo number the rows of tables alike.
+    """
+
+    def __init__(self, share_memo_with: PrefixTree | None = None) -> None:
+        other = share_memo_with
         self._nodes: dict[tuple[int, Hashable], int] = {}  # from a node by what is read to the next
-        self._passes: dict[int, int] = {}  # the shot that goes through a node
-        self._rows: dict[Row, int] = kin._rows if kin else {}
-        # By the id of a table; held, so that it stays the id.
-        self._tables: dict[int, tuple[Table, list[Hashable]]] = kin._tables if kin else {}
+        self._shot_at: dict[int, int] = {}  # by node the first shot that passes it
+        self._row_numbers: dict[Row, int] = other._row_numbers if other else {}
+        # By the id of a table; the table is held, so that the id stays its own.
+        self._tables: dict[int, tuple[Table, list[Hashable]]] = other._tables if other else {}
 
     def add(self, shot: Shot, start: int = 0) -> Fork | None:
-        """Where the shot forks from one before it, as late as can be. `start` says after how many steps it
-        has a state of its own: it does not fork before, and others cannot fork from it before."""
+        """Add a shot and return the latest fork from a shot before it.
+
+        `start` is the number of steps after which the shot has a state of its own: it forks only later than
+        that, and others fork from it only at that step or later.
+        """
         node, fork = 0, None
-        way = []
-        for step, key in enumerate(self._reads(shot), 1):
+        path = []
+        for step, key in enumerate(self._step_keys(shot), 1):
             node = self._nodes.setdefault((node, key), len(self._nodes) + 1)
-            way.append(node)
-            if step > start and node in self._passes:
-                fork = Fork(self._passes[node], step)
+            path.append(node)
+            if step > start and node in self._shot_at:
+                fork = Fork(self._shot_at[node], step)
         own = fork.step if fork else start
-        for node in way[max(own - 1, 0) :]:
-            self._passes.setdefault(node, shot.index)
+        for node in path[max(own - 1, 0) :]:
+            self._shot_at.setdefault(node, shot.index)
         return fork
 
-    def _reads(self, shot: Shot) -> Iterator[Hashable]:
-        """All that each step depends on, its number and the steps before it aside."""
-        rows = self._rows_of(shot.table)
+    def _step_keys(self, shot: Shot) -> Iterator[Hashable]:
+        """Yield all that each step depends on, except its number and the steps before it."""
+        rows = self._number_rows(shot.table)
         sampler = (shot.solver, shot.steps, shot.shift, shot.measure)
         key: Hashable = (shot.seed, shot.noise, shot.latent_shape, sampler)
         for stage in shot.stages:
@@ -66,20 +72,20 @@ class PrefixTree:
                 yield key, rows[step], stage.guidance, loras
                 key = None
 
-    def _rows_of(self, table: Table) -> list[Hashable]:
-        """Per step a number for the row of each branch; the same for equal rows of any table."""
+    def _number_rows(self, table: Table) -> list[Hashable]:
+        """Return per step a number for the row of each branch; equal rows of any table have the same."""
         if id(table) not in self._tables:
-            named: dict[int, int] = {}  # few rows of a table are distinct, and hashing one takes long
-            found: list[Hashable] = []
+            numbers: dict[int, int] = {}  # few rows of a table are distinct, and hashing one takes long
+            by_step: list[Hashable] = []
             for step in range(table.steps):
                 rows = [table.row(step, branch) for branch in table.branches_at(step)]
                 for row in rows:
-                    if id(row) not in named:
-                        named[id(row)] = self._rows.setdefault(row, len(self._rows))
-                found.append(tuple(named[id(row)] for row in rows))
-            self._tables[id(table)] = table, found
+                    if id(row) not in numbers:
+                        numbers[id(row)] = self._row_numbers.setdefault(row, len(self._row_numbers))
+                by_step.append(tuple(numbers[id(row)] for row in rows))
+            self._tables[id(table)] = table, by_step
         return self._tables[id(table)][1]
 
     def first_step_key(self, shot: Shot) -> Hashable:
-        """What the first step reads: shots where it is the same share at least that one."""
-        return next(self._reads(shot))
+        """Return what the first step reads: shots with the same key share at least that step."""
+        return next(self._step_keys(shot))

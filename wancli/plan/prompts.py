@@ -1,4 +1,4 @@
-"""The texts of a shot: cleaned, counted, and named as the embedding cache names them."""
+"""Resolve the prompts of a shot: clean and tokenize each text, and compute its key in the embedding cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wancli.text.tokenizer import Tokenizer
 
 
 class PromptResolver:
-    """Cleans, counts and names the texts of one shot."""
+    """Resolves the prompts of one shot."""
 
     def __init__(self, item: Item, model: ModelSpec) -> None:
         self._item = item
@@ -38,7 +38,7 @@ class PromptResolver:
     def resolve_negative(self, spec: str | EmbeddingFile, default: str) -> Prompt:
         if spec != "default":
             return self.resolve(spec, "negative")
-        # Not the user's text, so its length is not the user's fault: whole where 512 tokens hold it.
+        # The model's own text may be longer than text.max_tokens, so it gets all 512 tokens.
         return self._from_text(default, 512, True)
 
     def _from_text(self, text: str, max_tokens: int, truncate: bool) -> Prompt:
@@ -57,13 +57,14 @@ class PromptResolver:
             raise EntryError(f"{spec.embedding!r}: {error.message}", where=location, hint=hint) from None
         if spec.index >= len(tokens):
             raise JobError(
-                f"{spec.embedding!r} holds {len(tokens)} embeddings; {spec.index} is not one", where=location
+                f"{spec.embedding!r} contains {len(tokens)} embeddings, from 0; there is no {spec.index}",
+                where=location,
             )
         digest = hashlib.sha256(payload).hexdigest()
         return Prompt(f"{digest}.{spec.index}", tokens[spec.index], path, spec.index)
 
 
-@lru_cache(4096)  # the shots of a sweep say the same
+@lru_cache(4096)  # the shots of a sweep have the same prompts
 def _tokenize(spiece: Path, encoder: EncoderSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
     tokens = _tokenizer(spiece).tokenize(text, max_tokens, truncate)
     return Prompt(encoder.key(tokens), tokens)

@@ -1,4 +1,4 @@
-"""The way from noise to the latent that the sampler of a job means for a model."""
+"""Resolve the sampler settings of a job, with the defaults of the solver and the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wancli.sampling.stages import Stage, split_stages
 
 
 class SamplerSettings(NamedTuple):
-    """Guidance is that of the only network, or of the high-noise expert and the low-noise one."""
+    """Resolved sampler settings. `guidance` is that of the only network or of the high-noise expert."""
 
     steps: int
     shift: float
@@ -25,7 +25,7 @@ class SamplerSettings(NamedTuple):
 
 
 def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
-    """With the defaults of solver and model. Raises JobError."""
+    """Complete the sampler settings of a job. Raises JobError."""
     sampler = item.job.sampler
     solver = SOLVERS[sampler.solver]
     steps = sampler.steps or solver.steps or variant.steps
@@ -41,7 +41,7 @@ def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
 
 
 def _resolve_guidance(item: Item, solver: Solver, variant: Variant) -> tuple[float, float | None]:
-    """Of the only network; or of the high-noise expert and the low-noise one."""
+    """Return the guidance of the only network, or of the high-noise and the low-noise expert."""
     requested = item.job.sampler.guidance
     if isinstance(requested, ExpertGuidance):
         if variant.boundary is None:

@@ -1,4 +1,4 @@
-"""What will be done, frozen: a Plan of Shots. Nothing in them is left to decide."""
+"""A Plan of Shots: everything that a render will do, decided and frozen."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli.injection.block_map import AutoBlocks
+from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
-from wancli.models.config import Expert, Kernels, T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.plan import memory_estimate
-from wancli.plan.prefix_sharing import Fork
-from wancli.resources.memory_model import Phase, Residency
+from wancli.models.config import (
+    ComputeOptions,
+    Expert,
+    T5Config,
+    VAE22Config,
+    VAEConfig,
+    WanConfig,
+    compute_dtype,
+)
+from wancli.plan.schedule import Schedule
+from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_schedule
 from wancli.sampling.stages import Stage, split_stages
 from wancli.storage.paths import slugify
@@ -32,7 +40,7 @@ PIXEL_VERSION = 1  # raised whenever a new version of wancli makes other pixels 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and where its embedding is: in the store under `id`, or in a file."""
+    """A text and the place of its embedding: in the cache under `id`, or in a file."""
 
     id: str
     tokens: Tokens
@@ -41,7 +49,7 @@ class Prompt:
 
     @property
     def rows(self) -> int:
-        """Keys that the blocks keep for it: its tokens and one for all padding."""
+        """The number of keys that the blocks keep for it: its tokens and one for all padding."""
         return len(self.tokens.ids) + 1
 
 
@@ -52,23 +60,23 @@ class ModelSpec:
     checkpoint: Checkpoint
     text_encoder: T5Config
     vae_sizes: VAEConfig | VAE22Config
-    transformer: str  # SHA-256, of both experts where there are two
+    transformer: str  # SHA-256, of both experts if there are two
     vae: str  # SHA-256
     encoder: EncoderSpec
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
-    kernels: Kernels = field(default_factory=Kernels)
-    budget: int | None = None  # bytes that the process may take, on CUDA the device; None is what is free
+    kernels: ComputeOptions = field(default_factory=ComputeOptions)
+    budget: int | None = None  # the memory limit that the user set; None: what was free
+    # Bytes that the process may take at its peak, on CUDA those of the device. Read once, by the planner.
+    memory_limit: int = field(default=sys.maxsize, compare=False)
     # How the residencies and the chunk were chosen. Models of the same settings are the same.
     residency_reasons: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def compute_dtype(self) -> Literal["fp32", "bf16", "fp16"]:
         """The dtype of matmuls: weights in fp8 are unpacked for them."""
-        if self.dtype != "fp8":
-            return self.dtype
-        return "fp32" if self.device == "cpu" else "bf16"
+        return compute_dtype(self.dtype, self.device)
 
     @property
     def first_expert(self) -> Expert:
@@ -78,18 +86,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class SaveInterval:
-    """How often the state of a shot is saved: after so much work that would be lost, by either measure."""
+    """How often the state of a shot is saved: after so many seconds or so many steps of work."""
 
     seconds: float = math.inf
     steps: float = math.inf
-
-
-@dataclass(frozen=True)
-class Shared:
-    """How many shots share each pass over the weights, and what memory sampling them takes."""
-
-    shots: int
-    sample: Phase
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Shot:
     labels: dict[str, Any]
     model: ModelSpec
     prompt: Prompt
-    negative: Prompt | None  # None when guidance is 1: no such forward runs
+    negative: Prompt | None  # None if guidance is 1: no such forward runs
     injected: tuple[Prompt, ...]
     rules: tuple[Rule, ...]
     loras: tuple[LoraUse, ...]
@@ -114,7 +114,7 @@ class Shot:
     steps: int
     shift: float
     guidance: float  # of the only network or the high-noise expert
-    guidance_low: float | None  # of the low-noise expert, where there is one
+    guidance_low: float | None  # of the low-noise expert, if there are two
     fps: int
     crf: int
     codec: str
@@ -124,8 +124,6 @@ class Shot:
     batch: int | None  # how many shots may share a pass over the weights; None: as many as fit
     save_every: SaveInterval
     output: Path
-    shared: Shared | None = None  # changes no pixel
-    fork: Fork | None = None  # the steps that another shot takes for it; likewise
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
 
     @property
@@ -147,7 +145,7 @@ class Shot:
 
     @property
     def state(self) -> Path:
-        """Where its sampling goes on if this run does not come to the end."""
+        """The file from which another run resumes sampling."""
         return self.output.with_suffix(".state.safetensors")
 
     @property
@@ -169,12 +167,12 @@ class Shot:
         if self.negative:
             base.append(("uncond", self.negative.id))
         unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
-        depth = self.model.checkpoint.transformer.num_layers
+        depth = self.model.checkpoint.transformer_config.num_layers
         return _table(self.rules, tuple(base), depth, self.steps, unguided)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """Every prompt the shot needs, the injected ones last."""
+        """All prompts of the shot, the injected ones last."""
         return (self.prompt, *([self.negative] if self.negative else []), *self.injected)
 
     @property
@@ -182,25 +180,9 @@ class Shot:
         return any(rule.is_active for rule in self.rules)
 
     @property
-    def sharing(self) -> int:
-        """How many shots share each pass over the weights, this one included."""
-        return self.shared.shots if self.shared else 1
-
-    @property
     def forwards_per_step(self) -> int:
-        """Forwards of one step: a branch each, and where injections are measured another one without."""
+        """Forwards of one step: one per branch, and if injections are measured another one without them."""
         return (2 if self.negative else 1) * (2 if self.measure and self.injects else 1)
-
-    @cached_property
-    def phases(self) -> tuple[Phase, ...]:
-        """Predicted memory of encoding, sampling and decoding; the transformer stays while decoding. Sampling
-        is that of all shots that share its passes."""
-        return memory_estimate.predict_phases(self)
-
-    @property
-    def peak(self) -> int:
-        """Predicted bytes of the whole process at most; on CUDA those of the device."""
-        return memory_estimate.process_bytes(self.model) + max(phase.total for phase in self.phases)
 
     @cached_property
     def latents_key(self) -> str:
@@ -211,17 +193,17 @@ class Shot:
             {
                 "pixels": PIXEL_VERSION,
                 "transformer": self.model.transformer,
-                "sizes": _as_dict(self.model.checkpoint.transformer),
+                "sizes": _as_dict(self.model.checkpoint.transformer_config),
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.prompts],
                 "rules": [_as_dict(rule) for rule in self.rules],
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
-                **({"loras": [use.decided for use in self.loras]} if self.loras else {}),
+                **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
-                # Weights in fp8 do not say it themselves: a GPU multiplies them in bf16.
+                # The dtype fp8 does not imply it: a GPU multiplies such weights in bf16.
                 **({"computes": "bf16"} if self.model.compute_dtype == "bf16" != self.model.dtype else {}),
             }
         )
@@ -235,31 +217,35 @@ class Shot:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is made of shots together, once they are done: by the id of each that of the shot it is beside."""
+    """A comparison of finished shots. `baselines` has by id of a shot the id of its baseline."""
 
     baselines: Mapping[str, str]
-    default_baseline: str  # of those that have none of their own
+    default_baseline: str  # of shots that have none of their own
     sheet: bool
     video: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be rendered, and what the user should know before it starts."""
+    """The shots to render, and the warnings for the user before the render starts."""
 
     name: str
     shots: tuple[Shot, ...]
     warnings: tuple[str, ...]
-    unselected: tuple[Shot, ...] = ()  # of the same job, and not asked for
+    unselected: tuple[Shot, ...] = ()  # shots of the same job that are not to be rendered
     comparison: Comparison | None = None
+    schedule: Schedule = field(default_factory=Schedule)  # of `shots`
 
     @property
     def all_shots(self) -> list[Shot]:
-        """All shots of the job, also those that were not asked for."""
+        """All shots of the job, selected or not."""
         return sorted((*self.shots, *self.unselected), key=lambda shot: shot.index)
 
     def sidecar_path(self, suffix: str) -> Path:
-        """Where a file about the whole job is: in the folder that its outputs share, or that of the first."""
+        """Return the path of a file about the whole job.
+
+        It is in the folder that the outputs share, else in the folder of the first output.
+        """
         shots = self.all_shots
         folder = Path(os.path.commonpath([shot.output.parent for shot in shots]))
         if folder == folder.parent:  # they share nothing but the root of the file system
@@ -271,7 +257,7 @@ class Plan:
 
 
 def format_shots(shots: Sequence[Shot]) -> str:
-    """What people read of shots: the id of one, or how many and which they are."""
+    """Name shots for people: by the id of one, or by their number, the first and the last."""
     first, last = shots[0].id, shots[-1].id
     return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from wancli.errors import MachineError
 from wancli.injection.table import Concat, Lerp
+from wancli.plan import memory_estimate
 from wancli.resources import flops, machine
 from wancli.storage import atomic
 
@@ -60,14 +61,13 @@ class Workload:
 
 def shot_workloads(shot: Shot) -> dict[str, Workload]:
     """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
-    model, wan = shot.model, shot.model.checkpoint.transformer
+    model, wan = shot.model, shot.model.checkpoint.transformer_config
     here = machine.device_name(model.device)
     counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
+    weights = memory_estimate.predict_phases(shot)[1].model
     return {
         "encode": encoding_workload(model, counts),
-        "load": Workload(
-            here, model.dtype, model.residency, "load", wan.dim, 1, max(1, shot.phases[1].model)
-        ),
+        "load": Workload(here, model.dtype, model.residency, "load", wan.dim, 1, max(1, weights)),
         "sample": Workload(
             here, model.dtype, model.residency, "sample", wan.dim, shot.tokens, sampling_flops(shot)
         ),
@@ -133,9 +133,10 @@ def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:
     return None if rate is None else wanted.amount / rate.per_second
 
 
-def measured_rates(shots: Sequence[tuple[Shot, ShotRecord]]) -> list[Rate]:
-    """Compute the rates of rendered shots from the phases that their manifests record."""
-    return [*_encoding_rates(shots), *_network_rates(shots)]
+def measured_rates(shots: Sequence[tuple[Shot, ShotRecord]], forked: Collection[int] = ()) -> list[Rate]:
+    """Compute the rates of rendered shots from the phases that their manifests record. `forked` are the
+    indices of shots whose first steps another shot took: their sampling tells no rate."""
+    return [*_encoding_rates(shots), *_network_rates(shots, forked)]
 
 
 def _encoding_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
@@ -153,14 +154,14 @@ def _encoding_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
         yield from _workload_rate(encoding_workload(model, list(texts[identity].values())), seconds)
 
 
-def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
+def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[int]) -> Iterator[Rate]:
     for shot, record in shots:
         took = dict.fromkeys(PHASES, 0.0)
         for phase in record.phases:
             took[phase.name] += phase.seconds / phase.shots
         took["load"] /= max(1, sum(phase.name == "load" for phase in record.phases))
         for name, workload in shot_workloads(shot).items():
-            if name == "encode" or (name == "sample" and shot.fork):  # another shot took its first steps
+            if name == "encode" or (name == "sample" and shot.index in forked):
                 continue
             yield from _workload_rate(workload, took[name])
 
@@ -174,10 +175,11 @@ def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
 
 
 def predict_phases(
-    shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate]
+    shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate], taken: Mapping[int, int]
 ) -> dict[str, float | None]:
     """Seconds of each phase of a batch, None where unknown: prompts in `missing` are encoded once, a
-    transformer or each of two experts is loaded once."""
+    transformer or each of two experts is loaded once. `taken` is by index how many steps of a shot are not
+    to be taken: another shot takes them, or an earlier run has."""
     totals: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
 
     def add(name: str, one: Workload, times: int = 1) -> None:
@@ -191,7 +193,7 @@ def predict_phases(
         add("load", shot_workloads(own[0])["load"], max(len(shot.stages) for shot in own))
         for shot in own:
             does = shot_workloads(shot)
-            alone = 1 - (shot.fork.step if shot.fork else 0) / shot.steps
+            alone = 1 - taken.get(shot.index, 0) / shot.steps
             add("sample", replace(does["sample"], amount=int(does["sample"].amount * alone)))
             add("decode", does["decode"])
     return totals
@@ -214,7 +216,7 @@ def rates_used(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
 
 def sampling_flops(shot: Shot) -> int:
     """All forwards of a shot, those included that only measure."""
-    wan = shot.model.checkpoint.transformer
+    wan = shot.model.checkpoint.transformer_config
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
     contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
     return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)

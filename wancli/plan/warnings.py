@@ -1,4 +1,4 @@
-"""What looks wrong in shots that can be rendered: told before anything slow starts, by plan and render."""
+"""Warn about shots that can be rendered but look wrong. `plan` and `render` print this before slow work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wancli.plan.shot import Comparison, Shot
 
 
 def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
-    """One line for all shots that share a warning."""
+    """Yield one line for all shots with the same warning."""
     baselines = set(comparison.baselines.values()) if comparison else set()
     shots_by_warning: dict[str, list[str]] = {}
     for shot in shots:
@@ -42,8 +42,8 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
             yield "the injected prompt is the main prompt; nothing will change"
     for choice in shot.auto_blocks:
         if choice.other_prompts:
-            yield f"{choice.spec} goes by {choice.map_name}, which is of {choice.other_prompts}"
+            yield f"{choice.spec} uses {choice.map_name}, which was measured with {choice.other_prompts}"
     yield from loras.lora_warnings(shot.loras)
     guidance = max(stage.guidance for stage in shot.stages)
     if shot.solver == "distill4" and guidance != 1:
-        yield f"distilled models want guidance 1; {guidance:g} blurs"
+        yield f"distilled models need guidance 1; {guidance:g} blurs the video"

@@ -1,7 +1,7 @@
-"""`wancli probe --method render`: a shot is rendered for every range of blocks, and scored in pixels.
+"""`wancli probe --method render`: render the shot once for every range of blocks, and compare the pixels.
 
-The renders are shots like others: those that agree share steps, what was stopped goes on, what is done is
-not rendered again.
+The renders are ordinary shots: equal steps are shared, a stopped render resumes, and a finished one is not
+rendered again.
 """
 
 from __future__ import annotations
@@ -22,30 +22,33 @@ from wancli.video import mp4
 
 
 def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
-    """The map. The videos stay in NAME.map beside the output NAME.mp4.
+    """Measure a map. The videos stay in the folder NAME.map beside the output NAME.mp4.
 
-    Raises what ends a batch, the error of a shot that failed, and Stopped, after which the same call goes on.
+    Raises an error that stops a batch, the error of a failed shot, or Stopped; the same call then resumes.
     """
     began = time.monotonic()
     shots = plan_renders(probe)
-    for outcome in batch.render(Plan(probe.job, tuple(shots), ()), tools):
+    schedule = batching.build_schedule(shots)
+    for outcome in batch.render(Plan(probe.job, tuple(shots), (), schedule=schedule), tools):
         if outcome.error:
             raise outcome.error
     plain, *others = shots
     total = [mean_difference(shot.output, plain.output) for shot in others]
-    blocks = sum(_count_forwards(shot) for shot in shots)
-    return request.build_map(probe, [], total, time.monotonic() - began, blocks)
+    forwards = sum(
+        (shot.steps - schedule.placement(shot).shared_steps) * shot.forwards_per_step for shot in shots
+    )
+    return request.build_map(probe, [], total, time.monotonic() - began, forwards)
 
 
 def plan_renders(probe: ProbeRequest) -> list[Shot]:
-    """The plain shot, and one for each range: the first rule of the shot, at its steps, with strength 1."""
+    """Return the plain shot, and for each range a shot with the first rule on that range, at strength 1."""
     rule = probe.shot.rules[0]
     shots = [_with_output(probe.plain_shot, 0, "plain")]
     for index, blocks in enumerate(probe.ranges, 1):
         range_rule: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
         shot = replace(probe.plain_shot, rules=(range_rule,), injected=probe.shot.injected[:1])
         shots.append(_with_output(shot, index, f"blocks {format_blocks(blocks)}"))
-    return batching.assign_batches(shots)
+    return shots
 
 
 def _with_output(shot: Shot, index: int, name: str) -> Shot:
@@ -54,13 +57,8 @@ def _with_output(shot: Shot, index: int, name: str) -> Shot:
     return replace(shot, index=index, id=name, labels={}, output=output)
 
 
-def _count_forwards(shot: Shot) -> float:
-    steps = shot.steps - (shot.fork.step if shot.fork else 0)
-    return steps * shot.forwards_per_step
-
-
 def mean_difference(a: Path, b: Path) -> float:
-    """Mean |a - b| over all frames, pixels and colours of two videos of one size, from 0 to 255."""
+    """Return the mean |a - b| of two videos of one size, over frames, pixels and colours, from 0 to 255."""
     import numpy as np
 
     total = count = 0

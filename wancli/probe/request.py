@@ -1,5 +1,7 @@
-"""What `wancli probe` measures: which shot, where on its way, which blocks; the memory that takes, and the
-map that comes of it. Without torch."""
+"""Plan a probe: which shot, which noise levels, which blocks, how much memory. Build the block map.
+
+Loads without torch.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ from wancli.engine.manifest_body import versions
 from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, Method
-from wancli.injection.table import NAMED_BLOCKS, parse_blocks
+from wancli.injection.selectors import NAMED_BLOCKS, parse_blocks
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
 from wancli.units import format_bytes
 
-DEFAULT_LEVELS = 3  # unless somebody says another number
+DEFAULT_LEVELS = 3
 UNITS: dict[Method, str] = {
     "inject": "relative change of the velocity",
     "skip": "relative change of the velocity",
@@ -30,7 +32,7 @@ UNITS: dict[Method, str] = {
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What is to be measured, decided. `ranges` are single blocks unless they were asked for."""
+    """What a probe measures. `ranges` are single blocks if `per_block`."""
 
     job: str
     shot: Shot
@@ -41,23 +43,23 @@ class ProbeRequest:
 
     @property
     def depth(self) -> int:
-        return self.shot.model.checkpoint.transformer.num_layers
+        return self.shot.model.checkpoint.transformer_config.num_layers
 
     @property
     def plain_shot(self) -> Shot:
         """The shot without its injections."""
-        return replace(self.shot, rules=(), injected=(), measure=False, shared=None, fork=None)
+        return replace(self.shot, rules=(), injected=(), measure=False)
 
     @property
     def texts(self) -> tuple[Prompt, ...]:
-        """Those of the plain shot, and the injected one last."""
+        """The prompts of the plain shot, then the injected one."""
         return (*self.plain_shot.prompts, self.shot.injected[0])
 
 
 def plan_probe(
     plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None
 ) -> ProbeRequest:
-    """Decides what to measure of a plan. Raises JobError for what it does not have."""
+    """Choose the shot, the noise levels and the ranges of blocks. Raises JobError if the plan lacks them."""
     candidates = [shot for shot in plan.shots if shot.rules]
     if shot_id is not None:
         candidates = [shot for shot in candidates if shot.id == shot_id]
@@ -72,11 +74,11 @@ def plan_probe(
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     if ranges is None and method == "render":
         ranges = str(min(8, depth))
     blocks = [(block,) for block in range(depth)] if ranges is None else _parse_ranges(ranges, depth)
-    # Where each part of the way begins: what is decided early moves the video most.
+    # The first step of each of `levels` equal parts, since early steps change the video most.
     steps = tuple(i * shot.steps // levels for i in range(levels))
     return ProbeRequest(
         plan.name, shot, method, () if method == "render" else steps, tuple(blocks), ranges is None
@@ -84,11 +86,11 @@ def plan_probe(
 
 
 def _parse_ranges(spec: str, depth: int) -> list[tuple[int, ...]]:
-    """`8`: so many ranges of equal length, or nearly; else sets of blocks: `early,middle,27-39`."""
+    """Parse `8`, a number of ranges of nearly equal length, or sets of blocks: `early,middle,27-39`."""
     if spec.isdecimal():
         count = int(spec)
         if not 1 <= count <= depth:
-            raise JobError(f"{depth} blocks do not make {spec} ranges", where="--ranges")
+            raise JobError(f"{depth} blocks cannot be split into {spec} ranges", where="--ranges")
         borders = [round(i * depth / count) for i in range(count + 1)]
         return [tuple(range(a, b)) for a, b in pairwise(borders)]
     try:
@@ -99,11 +101,12 @@ def _parse_ranges(spec: str, depth: int) -> list[tuple[int, ...]]:
 
 
 def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
-    """How many forwards share a pass over the blocks: one where weights are resident, else as many as fit.
+    """Return how many forwards share a pass over the blocks: 1 for resident weights, else as many as fit.
 
-    Raises DoesNotFit where not even one does. `encoded`: all prompts are in the cache.
+    `encoded`: all prompts are in the cache. Raises DoesNotFit if not even one forward fits, and JobError if
+    the model has no gradients and the method needs them.
     """
-    model, limit = probe.shot.model, memory_policy.memory_limit(probe.shot.model)
+    model, limit = probe.shot.model, probe.shot.model.memory_limit
     if probe.method == "gradient":
         _refuse_without_gradients(model)
     smallest = predict_phase(probe, 1)
@@ -116,29 +119,31 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
         )
     if need > limit:
         raise DoesNotFit(
-            f"probing needs {format_bytes(need)} of memory, {memory_policy.describe_limit(model, limit)}",
+            f"probing needs {format_bytes(need)} of memory, {memory_policy.describe_limit(model)}",
             where=f"shot {probe.shot.id}",
             hint=_memory_hint(probe),
         )
     if model.residency == "resident":
         return 1
-    room = limit - memory_estimate.process_bytes(model)
-    return max(n for n in range(1, len(probe.ranges) + 1) if n == 1 or predict_phase(probe, n).total <= room)
+    headroom = limit - memory_estimate.process_bytes(model)
+    return max(
+        n for n in range(1, len(probe.ranges) + 1) if n == 1 or predict_phase(probe, n).total <= headroom
+    )
 
 
 def _refuse_without_gradients(model: ModelSpec) -> None:
     obstacle = None
     if model.residency != "resident":
-        obstacle = f"weights that are {model.residency}"
+        obstacle = f"{model.residency} weights"
     elif model.kernels.fp8_matmul:
-        obstacle = "products in fp8"
+        obstacle = "fp8 matmuls"
     elif model.kernels.attention == "sage":
         obstacle = "SageAttention"
     if obstacle:
         raise JobError(
-            f"gradient does not go back over {obstacle}",
+            f"gradient is not available with {obstacle}",
             where="--method",
-            hint="--method inject does not need to; or set memory otherwise, if it fits.",
+            hint="Use --method inject, or change `memory` if that fits.",
         )
 
 
@@ -152,8 +157,8 @@ def _memory_hint(probe: ProbeRequest) -> str:
 
 
 def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
-    """Predicted memory of measuring one level, with so many forwards on a pass beside the plain one."""
-    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer
+    """Predict the memory of measuring one level, with `forks` forwards in a pass beside the plain one."""
+    shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer_config
     rows = sum(text.rows for text in probe.texts)
     sampling = memory_estimate.predict_sampling(shot, rows, 1 + forks)
     activation = sampling.activation
@@ -167,7 +172,7 @@ def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
 def build_map(
     probe: ProbeRequest, rows: list[list[float]], total: list[float], seconds: float, forwards: float
 ) -> BlockMap:
-    """What was measured, with all that tells of what."""
+    """Build the map from the measured values and the facts of the shot."""
     shot, model = probe.shot, probe.shot.model
     ranges = None if probe.per_block else [list(r) for r in probe.ranges]
     texts = (shot.prompt, shot.injected[0])

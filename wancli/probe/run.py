@@ -1,4 +1,4 @@
-"""Measures what a probe asks for: along one shot, or by whole renders."""
+"""Run a probe by its method: along the denoising of one shot, or by full renders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from wancli.probe.request import ProbeRequest
 
 
 def run_probe(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
-    """The map. Raises what `trajectory.measure` and `renders.measure` raise."""
+    """Measure a map. Raises what `trajectory.measure` and `renders.measure` raise."""
     if probe.method == "render":
         from wancli.probe import renders
 

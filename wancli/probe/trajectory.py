@@ -1,5 +1,5 @@
-"""`wancli probe` by velocities: a shot is sampled without its injections, and at some noise levels on its way
-each block's text is changed.
+"""`wancli probe` by velocities: denoise a shot without its injections, and at some noise levels change the
+text that each block reads.
 
 Letters of shapes: C latent channels, T Y X the latent grid, L video tokens.
 """
@@ -37,12 +37,12 @@ from wancli.text.encoder import Encoded
 
 
 def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
-    """The map. Raises DoesNotFit where it needs more memory than there is, NotFinite, and Stopped where
-    somebody asked for an end: what was measured is lost then."""
+    """Measure a map. Raises DoesNotFit if that needs more memory than the limit, NotFinite, and Stopped after
+    a stop request; the values measured so far are lost then."""
     shot, depth = probe.plain_shot, probe.depth
     for device in {shot.model.device, shot.noise}:
         check_device(device)
-    backends.check(shot.model)
+    backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
     store = tools.store
     all_cached = all(text.file or (store and store.path(text.id).exists()) for text in probe.texts)
@@ -53,7 +53,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     seconds, passes = 0.0, _blocks_per_level(probe)
     sampling = shot.forwards_per_step * depth
     total = probe.levels[-1] * sampling + len(probe.levels) * passes
-    # Tensors made in inference mode cannot take part in a derivative.
+    # Autograd cannot use tensors made in inference mode.
     without_gradients = torch.no_grad() if probe.method == "gradient" else torch.inference_mode()
     with (
         oom_as_error("probe", f"shot {shot.id}"),
@@ -62,7 +62,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
             if tools.stop.requested:
-                raise tools.stop.error("nothing of the map is kept")
+                raise tools.stop.error("no map was written")
             if point is None:
                 bar.advance(sampling, f"sampling step {step}")
                 continue
@@ -74,7 +74,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
 
 
 def _blocks_per_level(probe: ProbeRequest) -> int:
-    """How many blocks run for one level. For a derivative those that run again, and those on the way back."""
+    """Return how many blocks run for one level. A derivative runs each block twice, and backwards once."""
     if probe.method == "gradient":
         return 3 * probe.depth
     return probe.depth + sum(probe.depth - min(blocks) for blocks in probe.ranges)
@@ -83,7 +83,7 @@ def _blocks_per_level(probe: ProbeRequest) -> int:
 def _trace(
     probe: ProbeRequest, encoded: Mapping[str, Encoded], forwards_per_pass: int
 ) -> Iterator[tuple[int, ProbePoint | None]]:
-    """The plain shot up to the last level: (step, where it is) before a step that is a level, and
+    """Denoise the plain shot up to the last level. Yields (step, point) before a step that is a level, and
     (step, None) after each step."""
     shot = probe.plain_shot
     networks = Networks(shot.model)
@@ -100,14 +100,14 @@ def _trace_stage(
     encoded: Mapping[str, Encoded],
     forwards_per_pass: int,
 ) -> Generator[tuple[int, ProbePoint | None], None, State]:
-    """The steps of one network, which nothing names when they are over: another one takes its place."""
+    """Denoise the steps of one network. Keeps no reference to it afterwards, so that the next one fits."""
     shot, last = probe.plain_shot, probe.levels[-1]
     loras = networks.loras(shot.loras)
     model = networks.transformer(stage.expert).requires_grad_(False)
-    rows_NE = {id: single_step.embedding.rows_NE.to(shot.model.device) for id, single_step in encoded.items()}
+    rows_NE = {id: prompt.embedding.rows_NE.to(shot.model.device) for id, prompt in encoded.items()}
     contexts = ContextCache(model, rows_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
-        if networks.patches.at(loras, step, stage.expert):
+        if networks.patches.apply_step(loras, step, stage.expert):
             contexts.clear()
         if step in probe.levels:
             yield step, _probe_point(probe, model, contexts, state, step)
@@ -116,8 +116,8 @@ def _trace_stage(
             run = denoise.DenoiseRun(
                 state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step
             )
-            (reached,) = denoise.denoise(model, run, shot.forwards_per_step if forwards_per_pass > 1 else 1)
-            state = reached.state
+            (sampled,) = denoise.denoise(model, run, shot.forwards_per_step if forwards_per_pass > 1 else 1)
+            state = sampled.state
             yield step, None
     return state
 
@@ -141,7 +141,7 @@ def _measure_level(
     bar: Phase,
     tools: RenderContext,
 ) -> list[float]:
-    """A value for each range at a level."""
+    """Measure the value of each range at one level. Raises NotFinite."""
     note = f"at step {step}"
     if probe.method == "gradient":
         values = _estimate_changes(probe, point, step, bar, note, tools)
@@ -160,32 +160,32 @@ def _measure_changes(
     note: str,
     tools: RenderContext,
 ) -> list[float]:
-    """‖v' - v‖ / ‖v‖, v' being the velocity where a range reads the injected prompt, or nothing."""
+    """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or with no text."""
     other: Sequence[Mix] = point.injected if probe.method == "inject" else [()] * probe.depth
     rows = [
         [other[b] if b in blocks else point.plain[b] for b in range(probe.depth)] for blocks in probe.ranges
     ]
     passes = [probe.depth - min(blocks) for blocks in probe.ranges] + [probe.depth]
     velocities: dict[int, Tensor] = {}
-    for index, v_1CTYX in sensitivity.velocities(point, rows, forwards_per_pass):
+    for index, v_1CTYX in sensitivity.predict_velocities(point, rows, forwards_per_pass):
         velocities[index] = v_1CTYX
         bar.advance(passes[index], note)
         if tools.stop.requested:
-            raise tools.stop.error("nothing of the map is kept")
+            raise tools.stop.error("no map was written")
     return [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
 
 
 def _estimate_changes(
     probe: ProbeRequest, point: ProbePoint, step: int, bar: Phase, note: str, tools: RenderContext
 ) -> list[float]:
-    """How far the velocity moves by first order, from one random projection; see `size_of_change`."""
+    """Estimate the first-order change for each range from one random projection; see `estimate_change`."""
     generator = torch.Generator().manual_seed(probe.shot.seed + step)
     toward_1CTYX = torch.randn(point.x_1CTYX.shape, generator=generator).to(point.x_1CTYX.device)
     derivatives: dict[int, Tensor] = {}
-    for block, tensor in sensitivity.derivatives(point, toward_1CTYX):
+    for block, tensor in sensitivity.compute_derivatives(point, toward_1CTYX):
         derivatives[block] = tensor
         bar.advance(probe.depth if block == probe.depth else 2, note)
         if tools.stop.requested:
-            raise tools.stop.error("nothing of the map is kept")
+            raise tools.stop.error("no map was written")
     by_range = [torch.stack([derivatives[block] for block in blocks]).sum(0) for blocks in probe.ranges]
     return [sensitivity.estimate_change(by_s_L, derivatives[probe.depth]) for by_s_L in by_range]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wancli.engine import preflight
 from wancli.engine.manifest_body import versions
 from wancli.errors import EntryError
-from wancli.plan import alternatives, memory_estimate, memory_policy, throughput
+from wancli.plan import alternatives, memory_estimate, throughput
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
@@ -56,10 +56,12 @@ def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] 
     missing = frozenset(id for id, prompt in prompts.items() if not prompt.cached)
     rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
     started = [record.first_step_after for record in sampled if record.first_step_after]
+    shared = {outcome.shot.index: outcome.shared_steps for outcome in outcomes}
+    expected = throughput.predict_phases(rendered, missing, rates, shared)
     totals = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),
-        "memory": _memory_by_phase(fresh, throughput.predict_phases(rendered, missing, rates)),
+        "memory": _memory_by_phase(fresh, expected),
         "first_step_after": min(started, default=None),
         "process": max((_phases_of_this_run(record)[0].rss_start for record in fresh), default=0),
         "peak": _peak_memory(fresh),
@@ -160,21 +162,21 @@ def plan_document(
                 "shift": shot.shift,
                 "guidance": shot.guidance,
                 "stages": [stage.as_dict() for stage in shot.stages],
-                "sharing": shot.sharing,
-                "fork": {"of": shot.fork.parent, "step": shot.fork.step} if shot.fork else None,
+                "sharing": plan.schedule.placement(shot).batch_size,
+                "fork": _fork_row(plan, shot),
                 "inject": [
                     asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
                 ],
                 "loras": [
-                    {"path": str(use.path), **use.decided, "coverage": asdict(use.coverage)}
+                    {"path": str(use.path), **use.pixel_settings, "coverage": asdict(use.coverage)}
                     for use in shot.loras
                 ],
             }
             for shot, found in zip(plan.shots, states, strict=True)
         ],
-        "steps": count_steps(plan.shots),
+        "steps": count_steps(plan),
         "prompts": prompt_rows(plan.shots, store),
-        "memory": memory_rows(plan.shots),
+        "memory": memory_rows(plan),
         "models": [
             {
                 "root": str(model.checkpoint.root),
@@ -184,33 +186,41 @@ def plan_document(
                 "text_encoder": model.encoder.residency,
                 "chunk": model.kernels.chunk,
                 "why": list(model.residency_reasons),
-                "limit": memory_policy.memory_limit(model),
+                "limit": model.memory_limit,
                 "budget": model.budget,
             }
             for model in dict.fromkeys(shot.model for shot in plan.shots)
         ],
         "alternatives": [
             asdict(option) | {"shot": shot.id}
-            for shot in largest_shots(plan.shots)
+            for shot in largest_shots(plan)
             for option in alternatives.alternatives(shot)
         ],
-        "time": estimate_time(shots_to_render(plan.shots, states), store, rates),
+        "time": estimate_time(
+            shots_to_render(plan.shots, states), store, rates, plan.schedule.shared_steps()
+        ),
     }
 
 
-def count_steps(shots: Iterable[Shot]) -> dict[str, int]:
-    """How many steps all shots have, and how many of them are shared: another shot takes them."""
-    forks = [shot.fork.step for shot in shots if shot.fork]
-    return {"all": sum(shot.steps for shot in shots), "shared": sum(forks)}
+def _fork_row(plan: Plan, shot: Shot) -> dict[str, int] | None:
+    fork = plan.schedule.placement(shot).fork
+    return {"of": fork.parent, "step": fork.step} if fork else None
 
 
-def largest_shots(shots: Sequence[Shot]) -> list[Shot]:
-    """Of each model the shot that needs most memory."""
-    largest: dict[ModelSpec, Shot] = {}
-    for shot in shots:
-        if shot.model not in largest or shot.peak > largest[shot.model].peak:
-            largest[shot.model] = shot
-    return list(largest.values())
+def count_steps(plan: Plan) -> dict[str, int]:
+    """Count the steps of all shots, and those that are shared: another shot takes them."""
+    shared = plan.schedule.shared_steps().values()
+    return {"all": sum(shot.steps for shot in plan.shots), "shared": sum(shared)}
+
+
+def largest_shots(plan: Plan) -> list[Shot]:
+    """Return of each model the shot that needs most memory."""
+    largest: dict[ModelSpec, tuple[int, Shot]] = {}
+    for shot in plan.shots:
+        peak = plan.schedule.peak(shot)
+        if shot.model not in largest or peak > largest[shot.model][0]:
+            largest[shot.model] = peak, shot
+    return [shot for _, shot in largest.values()]
 
 
 def output_states(shots: Iterable[Shot]) -> list[str]:
@@ -258,24 +268,27 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_rows(shots: Iterable[Shot]) -> list[dict[str, Any]]:
+def memory_rows(plan: Plan) -> list[dict[str, Any]]:
     """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
     rows: dict[str, dict[str, Any]] = {}
-    for shot in shots:
+    for shot in plan.shots:
         process = memory_estimate.process_bytes(shot.model)
-        for phase in shot.phases:
+        for phase in plan.schedule.phases(shot):
             row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
             if phase.name not in rows or row["peak"] > rows[phase.name]["peak"]:
                 rows[phase.name] = row
     return list(rows.values())
 
 
-def estimate_time(shots: Sequence[Shot], store: Store, rates: Sequence[Rate]) -> dict[str, Any]:
+def estimate_time(
+    shots: Sequence[Shot], store: Store, rates: Sequence[Rate], taken: Mapping[int, int]
+) -> dict[str, Any]:
     """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
-    done here; and the rates they rest on, `rough` where these are of much smaller or larger shots."""
+    done here; and the rates they rest on, `rough` where these are of much smaller or larger shots.
+    `taken` is by index how many steps of a shot need not be taken any more."""
     texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     missing = frozenset(id for id in texts if not store.path(id).exists())
-    phases = throughput.predict_phases(shots, missing, rates)
+    phases = throughput.predict_phases(shots, missing, rates, taken)
     parts = list(phases.values())
     sources = throughput.rates_used(shots, rates) if shots else {}
     return {

@@ -56,7 +56,7 @@ class JsonStream(Progress):
             "plan",
             job=plan.name,
             steps=sum(shot.steps for shot in plan.shots),
-            shared_steps=sum(shot.fork.step for shot in plan.shots if shot.fork),
+            shared_steps=sum(plan.schedule.shared_steps().values()),
             shots=[_shot_facts(s) | {"labels": s.labels, "steps": s.steps} for s in plan.shots],
         )
 

@@ -39,7 +39,7 @@ class OpenJdProgress(Progress):
             self._write("fail", str(error) or type(error).__name__)
 
     def on_plan(self, plan: Plan) -> None:
-        self._todo = {s.id: s.steps - (s.fork.step if s.fork else 0) + 1 for s in plan.shots}
+        self._todo = {s.id: s.steps - plan.schedule.placement(s).shared_steps + 1 for s in plan.shots}
         self._done = dict.fromkeys(self._todo, 0)
 
     def on_outcome(self, outcome: Outcome) -> None:

@@ -45,7 +45,7 @@ def format_plan(
     """Format the shots and their `states`, the prompts to encode, the memory of the largest shot with its
     reasons, and the time. With `others`, also format the memory of other settings."""
     for model in dict.fromkeys(shot.model for shot in plan.shots):
-        sizes = model.checkpoint.transformer
+        sizes = model.checkpoint.transformer_config
         width = f"{sizes.num_layers} blocks of width {sizes.dim}"
         runs = f"{model.dtype} on {model.device}, {model.residency}"
         runs += "" if model.kernels.chunk is None else f", {model.kernels.chunk:,} tokens at a time"
@@ -54,9 +54,9 @@ def format_plan(
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
     hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
     yield from _format_shots(plan.shots, states, hidden)
-    if (sharing := max(shot.sharing for shot in plan.shots)) > 1:
+    if (sharing := max(plan.schedule.placement(shot).batch_size for shot in plan.shots)) > 1:
         yield f"\nup to {sharing} shots share each pass over the weights"
-    steps = count_steps(plan.shots)
+    steps = count_steps(plan)
     if steps["shared"]:
         taken = steps["all"] - steps["shared"]
         yield f"\nsampling {taken:,} of {steps['all']:,} steps; {steps['shared']:,} are shared"
@@ -69,18 +69,18 @@ def format_plan(
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
     if verbose:
         for shot in plan.shots:
-            yield from format_shot(shot)
+            yield from format_shot(shot, plan.schedule.placement(shot))
     yield from dict.fromkeys(format_lora(use) for shot in plan.shots for use in shot.loras)
     prompts = prompt_rows(plan.shots, store)
     hits = sum(prompt["cached"] for prompt in prompts)
     yield f"\nprompts: {len(prompts)} distinct, {hits} in the cache, {len(prompts) - hits} to encode"
-    time = estimate_time(shots_to_render(plan.shots, states), store, known)
-    yield build_memory_table(memory_rows(plan.shots), time["phases"])
+    time = estimate_time(shots_to_render(plan.shots, states), store, known, plan.schedule.shared_steps())
+    yield build_memory_table(memory_rows(plan), time["phases"])
     for line in dict.fromkeys(line for shot in plan.shots for line in shot.model.residency_reasons):
         yield textwrap.fill(line, 80, subsequent_indent="  ")
     yield from format_time(time)
     if others:
-        for shot in largest_shots(plan.shots):
+        for shot in largest_shots(plan):
             frames = pluralize(shot.frames, "frame")
             yield f"\nshot {make_printable(shot.id)}, {frames}: what other settings would need, GiB"
             yield format_alternatives(alternatives.alternatives(shot))

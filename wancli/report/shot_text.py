@@ -11,11 +11,12 @@ from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges
 
 if TYPE_CHECKING:
+    from wancli.plan.schedule import Placement
     from wancli.plan.shot import Shot
     from wancli.weights.lora.use import LoraUse
 
 
-def format_shot(shot: Shot) -> Iterator[str]:
+def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     """Format everything about one shot: its prompts, its noise levels, and the table of injections."""
     yield f"\nshot {shot.id}: {shot.output}"
     names = [
@@ -25,8 +26,8 @@ def format_shot(shot: Shot) -> Iterator[str]:
     ]
     for name, prompt in zip(names, shot.prompts):
         yield f"{name:>16}  {truncate(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
-    if shot.sharing > 1:
-        yield f"{'batch':>16}  one of {shot.sharing} shots on each pass over the weights"
+    if placement.batch_size > 1:
+        yield f"{'batch':>16}  one of {placement.batch_size} shots on each pass over the weights"
     for index in range(len(shot.rules)):
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
@@ -61,7 +62,7 @@ def format_lora(use: LoraUse) -> str:
 
 def format_injection_table(shot: Shot) -> Iterator[str]:
     """Draw the injection table, one column per block: which share of its context is injected."""
-    depth = shot.model.checkpoint.transformer.num_layers
+    depth = shot.model.checkpoint.transformer_config.num_layers
     yield f"{'block':>16}  {draw_ruler(depth)}"
     for branch in shot.table.branches:
         for cells_of, steps in shot.table.distinct_rows(branch).items():

@@ -10,13 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.plan import throughput
-from wancli.plan.prefix_sharing import Fork
 from wancli.progress import make_printable
 from wancli.report import batch_report
 from wancli.report.shorten import shorten_unique
@@ -43,7 +42,7 @@ def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dic
         "job": plan.name,
         "counts": {state: counts[state] for state in STATES},
         "shots": rows,
-        "time": _estimate_remaining(plan.shots, rows, store, rates),
+        "time": _estimate_remaining(plan, rows, store, rates),
     }
 
 
@@ -98,20 +97,21 @@ def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _estimate_remaining(
-    shots: Sequence[Shot], rows: Sequence[Mapping[str, Any]], store: Store, rates: Sequence[Rate]
+    plan: Plan, rows: Sequence[Mapping[str, Any]], store: Store, rates: Sequence[Rate]
 ) -> dict[str, Any]:
     """Seconds that what is to do will take one worker, None where nothing like it was ever done here."""
     todo: list[Shot] = []
+    taken = plan.schedule.shared_steps()
     decoding: list[float | None] = []
-    for shot, row in zip(shots, rows):
+    for shot, row in zip(plan.shots, rows):
         if row["state"] in ("done", "in the way"):
             continue
         if row["step"] == shot.steps:
             decoding.append(throughput.predict_seconds(throughput.shot_workloads(shot)["decode"], rates))
-        else:  # the steps that were taken need not be taken again, as if another shot had
-            at = max(row["step"], shot.fork.step if shot.fork else 0)
-            todo.append(replace(shot, fork=Fork(shot.index, at)) if at else shot)
-    parts = [batch_report.estimate_time(todo, store, rates)["seconds"] if todo else 0.0, *decoding]
+        else:
+            taken[shot.index] = max(row["step"], taken.get(shot.index, 0))
+            todo.append(shot)
+    parts = [batch_report.estimate_time(todo, store, rates, taken)["seconds"] if todo else 0.0, *decoding]
     return {"seconds": None if None in parts else sum(part for part in parts if part is not None)}
 
 

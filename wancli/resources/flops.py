@@ -6,13 +6,8 @@ Convolutions count as the plain network's, though the decoder here multiplies le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.resources.memory_model import upsampled_channels
-
-if TYPE_CHECKING:
-    pass
+from wancli.models.parameter_count import upsampled_channels
 
 
 def encode_flops(t5: T5Config, tokens: int) -> int:

@@ -1,21 +1,31 @@
-"""Bytes, predicted per phase from sizes alone.
+"""Predict the bytes of each phase from sizes alone.
 
 A process takes what Python, torch and the libraries take; a phase comes on top of that.
 A phase needs its weights, the working set of its largest layer, and what it keeps between calls.
 No phase needs the sum over layers (nothing is kept for a backward pass) and none a matrix of
 tokens x tokens (attention runs fused). Phases follow one another; only what the caller names as
 resident stays loaded, so the peak of a shot is the largest total, not their sum.
+
+The memory of a phase is piecewise linear in tokens, text rows and chunks (of UMT5 quadratic in the tokens of
+a prompt). Three dataclasses hold the coefficients; their `phase()` evaluates them. The HTML page gets the
+same coefficients as JSON, and its script repeats only the evaluation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.parameter_count import (
+    decoder_parameters,
+    t5_parameters,
+    upsampled_channels,
+    vae_parameters,
+    wan_parameters,
+)
 
-Residency = Literal["resident", "packed", "streamed"]  # of a network's blocks: see weights/residency.py
+Residency = Literal["resident", "packed", "streamed"]  # of a network's blocks: see weights/offload.py
 
 FP32 = 4
 # Python, torch, transformers, what torch's kernels keep and the allocator does not give back: 417 to 462 MiB
@@ -39,58 +49,139 @@ class Phase:
         return self.model + self.activation + self.buffer
 
 
-def encode_phase(
-    t5: T5Config, *, prompt_tokens: int, element_bytes: int, streamed: bool = False, prompts: int = 1
-) -> Phase:
-    """UMT5 on its longest prompt; `element` bytes per weight. The position bias is per layer, not kept.
+@dataclass(frozen=True)
+class EncodeCoefficients:
+    """Bytes of UMT5: constant, for each token of the longest prompt, and for its square."""
 
-    Streamed, `prompts` of them share a pass over the layers.
+    model: int
+    per_token: int
+    per_token_squared: int
+    per_further_token: int  # the longest prompt again, for each further prompt that shares a pass
+    buffer: int = 0
+
+    def phase(self, tokens: int, prompts: int = 1) -> Phase:
+        """Predict the phase for `prompts` prompts, the longest of which has `tokens` tokens."""
+        activation = tokens * (self.per_token_squared * tokens + self.per_token)
+        return Phase(
+            "encode",
+            self.model,
+            activation + (prompts - 1) * tokens * self.per_further_token,
+            self.buffer,
+        )
+
+
+@dataclass(frozen=True)
+class SampleCoefficients:
+    """Bytes of the transformer: constant, for each token of the video, each text row and each latent cell."""
+
+    model: int
+    per_token: int  # with all tokens at once
+    per_token_in_chunks: int  # with `chunk` tokens at a time: of all tokens,
+    per_chunk_token: int  # and of those of a chunk
+    per_further_forward: int  # for each token, of each further forward that shares a pass over the blocks
+    per_text_row: int
+    per_latent_cell: int  # for each of T * Y * X
+    buffer: int = 0
+    buffer_for_loras: int = 0  # if there are any
+
+    def phase(
+        self,
+        latent: tuple[int, int, int, int],
+        *,
+        text_rows: int,
+        forwards_per_pass: int = 1,
+        shots: int = 1,
+        chunk: int | None = None,
+        lora_bytes: int = 0,
+    ) -> Phase:
+        """Predict the phase for a latent [z, T, Y, X].
+
+        `text_rows` counts the rows of all contexts together, one padding row each. `shots` are sampled in one
+        batch. `lora_bytes` are those of the LoRA files.
+        """
+        _, t, y, x = latent
+        tokens = t * (y // 2) * (x // 2)
+        activation = tokens * self.per_token
+        if chunk:
+            activation = min(activation, tokens * self.per_token_in_chunks + chunk * self.per_chunk_token)
+        activation += tokens * (forwards_per_pass - 1) * self.per_further_forward
+        buffer = text_rows * self.per_text_row + shots * t * y * x * self.per_latent_cell + self.buffer
+        if lora_bytes:
+            buffer += self.buffer_for_loras
+        return Phase("sample", self.model + lora_bytes, activation, buffer)
+
+
+@dataclass(frozen=True)
+class DecodeCoefficients:
+    """Bytes of the VAE: constant, for each Y * X of a latent frame, and for each such cell and frame."""
+
+    model: int
+    per_frame_cell: int  # for each frame of a chunk
+    per_cell: int
+
+    def phase(self, latent: tuple[int, int, int, int], *, chunk: int, resident_bytes: int = 0) -> Phase:
+        """Predict the phase for `chunk` frames at a time of a latent [z, T, Y, X]."""
+        _, t, y, x = latent
+        frames = min(4 * chunk, 4 * t - 3)
+        activation = frames * y * x * self.per_frame_cell
+        return Phase("decode", resident_bytes + self.model, activation, y * x * self.per_cell)
+
+
+def encode_coefficients(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> EncodeCoefficients:
+    """Return the coefficients of UMT5 with `element_bytes` per weight.
+
+    The position bias is per layer, not kept. If it is streamed, all prompts share a pass over the layers.
     """
     inner = t5.d_kv * t5.num_heads
-    scores = 3 * prompt_tokens**2 * t5.num_heads * FP32  # bias, scores, softmax
-    rows = prompt_tokens * (2 * t5.d_model + max(4 * inner, 3 * t5.d_ff)) * element_bytes
-    rows += (prompts - 1) * prompt_tokens * t5.d_model * element_bytes
-    return Phase("encode", t5_bytes(t5, element_bytes=element_bytes, streamed=streamed), scores + rows, 0)
+    return EncodeCoefficients(
+        model=t5_bytes(t5, element_bytes=element_bytes, streamed=streamed),
+        per_token=(2 * t5.d_model + max(4 * inner, 3 * t5.d_ff)) * element_bytes,
+        per_token_squared=3 * t5.num_heads * FP32,  # bias, scores, softmax
+        per_further_token=t5.d_model * element_bytes if streamed else 0,
+    )
 
 
-def sample_phase(
-    wan: WanConfig,
-    latent: tuple[int, int, int, int],
-    *,
-    context_rows: int,
-    element_bytes: int,
-    extra_weight_bytes: int = 0,
-    blocks_in_memory: int | None = None,
-    forwards_per_pass: int = 1,
-    shots: int = 1,
-    chunk: int | None = None,
-) -> Phase:
-    """One forward at a time on a latent [z, T, Y, X]; matmuls in `element` bytes, residual in fp32.
+def sample_coefficients(
+    wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | None = None
+) -> SampleCoefficients:
+    """Return the coefficients of the transformer: matmuls in `element_bytes`, the residual in fp32.
 
-    `context_rows` counts the text rows of all contexts together, one padding row each: their K and
-    V are kept for every block. `blocks` as in `wan_bytes`; `riders` forwards share a pass over the blocks,
-    and `shots` are sampled in lock-step. With `chunk`, so many tokens at a time have more than their
-    residual, K and V.
+    K and V of every text row are kept for every block. `blocks_in_memory` is that of `wan_bytes`. With tokens
+    in chunks, all tokens have their residual, K and V, and those of one chunk have the rest.
     """
-    channels, t, y, x = latent
-    tokens = t * (y // 2) * (x // 2)
     attention = 5 * wan.dim * element_bytes  # q, k, v, mixed values, projection
     feed_forward = (wan.ffn_dim + wan.dim) * element_bytes  # hidden, projection
     cast = 0 if element_bytes == FP32 else wan.dim * element_bytes  # what enters a Linear
-    per_token = 2 * wan.dim * FP32 + cast + max(attention, feed_forward)  # residual and its modulated norm
-    activation = tokens * per_token
-    if chunk and chunk < tokens:
-        bytes_per_token = wan.dim * FP32 + 2 * wan.dim * element_bytes
-        bytes_per_chunk_token = wan.dim * FP32 + cast + max(3 * wan.dim * element_bytes, feed_forward)
-        activation = min(activation, tokens * bytes_per_token + chunk * bytes_per_chunk_token)
-    keys_values = 2 * context_rows * wan.dim * wan.num_layers * element_bytes
-    latents = shots * _LATENTS_IN_MEMORY * channels * t * y * x * FP32
-    bytes_per_forward = wan.dim * FP32 + wan.head_dim * FP32  # its residual and its rotary table
-    return Phase(
-        "sample",
-        extra_weight_bytes + wan_bytes(wan, element_bytes=element_bytes, blocks_in_memory=blocks_in_memory),
-        activation + tokens * (forwards_per_pass - 1) * bytes_per_forward,
-        keys_values + latents,
+    return SampleCoefficients(
+        model=wan_bytes(wan, element_bytes=element_bytes, blocks_in_memory=blocks_in_memory),
+        per_token=2 * wan.dim * FP32 + cast + max(attention, feed_forward),  # residual, its modulated norm
+        per_token_in_chunks=wan.dim * FP32 + 2 * wan.dim * element_bytes,
+        per_chunk_token=wan.dim * FP32 + cast + max(3 * wan.dim * element_bytes, feed_forward),
+        per_further_forward=wan.dim * FP32 + wan.head_dim * FP32,  # its residual and its rotary table
+        per_text_row=2 * wan.dim * wan.num_layers * element_bytes,
+        per_latent_cell=_LATENTS_IN_MEMORY * wan.in_dim * FP32,
+        buffer_for_loras=0 if element_bytes == FP32 else max(wan.dim, wan.ffn_dim) * wan.dim * FP32,
+    )
+
+
+def decode_coefficients(vae: VAEConfig | VAE22Config, *, mapped: bool = False) -> DecodeCoefficients:
+    """Return the coefficients of the VAE, whose last stage, at full size, is the largest.
+
+    Full size is that of the frames, for the 2.2 VAE of their 2x2 patches. The buffer is the past two
+    frames that every causal convolution keeps, on a CPU in strips of 16 rows or more with two rows
+    of overlap. Frame count plays no part. Of a VAE that is `mapped` as it computes, the encoder is never
+    read, and the decoder's kernels are beside their reordered copies.
+    """
+    if isinstance(vae, VAE22Config):
+        # The last stage begins with the width of the one before, of which it makes a shortcut and a copy.
+        widths, channels = vae.dim_mult[1] + 2 * vae.dim_mult[0], 12
+    else:
+        widths, channels = 2 * vae.dim_mult[0], 3  # a residual block holds its input and one hidden copy
+    weights = 2 * decoder_parameters(vae) if mapped else vae_parameters(vae)
+    return DecodeCoefficients(
+        model=weights * FP32,
+        per_frame_cell=64 * (widths * vae.dec_dim * FP32 + channels * (FP32 + 1)),
+        per_cell=2 * history_channels(vae) * FP32 * 18 // 16,
     )
 
 
@@ -100,37 +191,6 @@ def derivative_bytes(wan: WanConfig, tokens: int, *, element_bytes: int) -> int:
     the matmuls, which a test measures; gradients on their way are about half as much again."""
     row = wan.dim * (10 * FP32 + 8 * element_bytes) + 3 * wan.ffn_dim * element_bytes
     return tokens * (wan.num_layers * wan.dim * FP32 + row)
-
-
-def decode_phase(
-    vae: VAEConfig | VAE22Config,
-    latent: tuple[int, int, int, int],
-    *,
-    chunk: int,
-    element_bytes: int = FP32,
-    resident_bytes: int = 0,
-    mapped: bool = False,
-) -> Phase:
-    """`chunk` latent frames at a time; the last stage, at full size, is the largest.
-
-    Full size is that of the frames, for the 2.2 VAE of their 2x2 patches. The buffer is the past two
-    frames that every causal convolution keeps, on a CPU in strips of 16 rows or more with two rows
-    of overlap. Frame count plays no part. Of a VAE that is `mapped` as it computes, the encoder is never
-    read, and the decoder's kernels are beside their reordered copies.
-    """
-    _, t, y, x = latent
-    frames = min(4 * chunk, 4 * t - 3)
-    pixels = 64 * y * x
-    if isinstance(vae, VAE22Config):
-        # The last stage begins with the width of the one before, of which it makes a shortcut and a copy.
-        widths, colours = vae.dim_mult[1] + 2 * vae.dim_mult[0], 12
-    else:
-        widths, colours = 2 * vae.dim_mult[0], 3  # a residual block holds its input and one hidden copy
-    widest_bytes = widths * vae.dec_dim * element_bytes
-    activation = frames * pixels * (widest_bytes + colours * (FP32 + 1))
-    history = 2 * y * x * history_channels(vae) * element_bytes * 18 // 16
-    weights = 2 * decoder_parameters(vae) if mapped else vae_parameters(vae)
-    return Phase("decode", resident_bytes + weights * element_bytes, activation, history)
 
 
 def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | None = None) -> int:
@@ -161,88 +221,6 @@ def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int
         matrices = 4 * t5.d_model * t5.d_kv * t5.num_heads + 3 * t5.d_model * t5.d_ff
         parameters -= t5.vocab_size * t5.d_model + (t5.num_layers - 2) * matrices
     return parameters * element_bytes
-
-
-# ---- parameters, exactly ----
-
-
-def wan_parameters(wan: WanConfig) -> int:
-    """Parameters of the transformer."""
-    d, f = wan.dim, wan.ffn_dim
-    attention = 4 * (d * d + d) + 2 * d  # q, k, v, o and the norms of q and k
-    block = 2 * attention + 2 * d + (d * f + f) + (f * d + d) + 6 * d  # norm3, ffn, modulation
-    patch = 4 * wan.in_dim * d + d
-    text = wan.text_dim * d + d + d * d + d
-    time_embedding = wan.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d
-    head = 4 * wan.out_dim * (d + 1) + 2 * d
-    return wan.num_layers * block + patch + text + time_embedding + head
-
-
-def t5_parameters(t5: T5Config) -> int:
-    """Parameters of the text encoder, its embedding counted once."""
-    inner = t5.d_kv * t5.num_heads
-    layer = 4 * t5.d_model * inner + t5.num_buckets * t5.num_heads + 3 * t5.d_model * t5.d_ff + 2 * t5.d_model
-    return t5.vocab_size * t5.d_model + t5.num_layers * layer + t5.d_model
-
-
-@cache
-def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
-    """Parameters of the VAE, encoder and decoder."""
-    picture_channels = 12 if isinstance(vae, VAE22Config) else 3
-    widths = [vae.dim * m for m in vae.dim_mult]
-    top, z, blocks = widths[-1], vae.z_dim, vae.num_res_blocks
-    encoder = (
-        _conv_parameters(picture_channels, vae.dim, 27)
-        + _middle_parameters(top)
-        + top
-        + _conv_parameters(top, 2 * z, 27)
-        + _conv_parameters(2 * z, 2 * z, 1)
-    )
-    c_in = vae.dim
-    for c, down in zip(widths, (*vae.temporal_downsample, None), strict=True):
-        encoder += _residual_parameters(c_in, c) + (blocks - 1) * _residual_parameters(c, c)
-        encoder += 0 if down is None else _conv_parameters(c, c, 9) + down * _conv_parameters(c, c, 3)
-        c_in = c
-    return encoder + decoder_parameters(vae)
-
-
-def decoder_parameters(vae: VAEConfig | VAE22Config) -> int:
-    """Those that decoding reads."""
-    picture_channels = 12 if isinstance(vae, VAE22Config) else 3
-    z, blocks = vae.z_dim, vae.num_res_blocks
-    widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
-    top, last = widths[0], widths[-1]
-    decoder = (
-        _conv_parameters(z, top, 27)
-        + _middle_parameters(top)
-        + last
-        + _conv_parameters(last, picture_channels, 27)
-        + _conv_parameters(z, z, 1)
-    )
-    c_in = top
-    for c, up in zip(widths, (*reversed(vae.temporal_downsample), None), strict=True):
-        decoder += _residual_parameters(c_in, c) + blocks * _residual_parameters(c, c)
-        c_in = upsampled_channels(vae, c)
-        decoder += 0 if up is None else _conv_parameters(c, c_in, 9) + up * _conv_parameters(c, 2 * c, 3)
-    return decoder
-
-
-def upsampled_channels(vae: VAEConfig | VAE22Config, channels: int) -> int:
-    """Channels that an upsampler of the decoder leaves."""
-    return channels if isinstance(vae, VAE22Config) else channels // 2
-
-
-def _conv_parameters(c_in: int, c_out: int, kernel_size: int) -> int:
-    return c_in * c_out * kernel_size + c_out
-
-
-def _residual_parameters(c_in: int, c_out: int) -> int:
-    shortcut = _conv_parameters(c_in, c_out, 1) if c_in != c_out else 0
-    return c_in + _conv_parameters(c_in, c_out, 27) + c_out + _conv_parameters(c_out, c_out, 27) + shortcut
-
-
-def _middle_parameters(c: int) -> int:
-    return 2 * _residual_parameters(c, c) + c + _conv_parameters(c, 3 * c, 1) + _conv_parameters(c, c, 1)
 
 
 def history_channels(vae: VAEConfig | VAE22Config) -> int:

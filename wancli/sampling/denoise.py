@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
 from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward
-from wancli.injection.effects import velocities
+from wancli.injection.effects import predict_velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
 from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
@@ -76,14 +76,14 @@ def denoise_batch(
     steps = runs[0].stage.steps
     if any(walk.stage.steps != steps for walk in runs):
         step_counts = sorted({len(walk.stage.steps) for walk in runs})
-        raise ValueError(f"walks of {step_counts} steps cannot go in lock-step")
+        raise ValueError(f"runs of {step_counts} steps cannot be batched")
     results: list[StepResult | NotFinite] = [
         StepResult(steps.start, walk.state, frozenset()) for walk in runs
     ]
     for i in steps:
         forwards_per_run = [_build_forwards(walk, at, i) for walk, at in zip(runs, results)]
         velocities_in_order = iter(
-            velocities(
+            predict_velocities(
                 model, [forward for forwards in forwards_per_run for forward in forwards], forwards_per_pass
             )
         )
@@ -136,7 +136,7 @@ def _solve_step(
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:
     """Runs the bad step again, block by block, to say where the first NaN or Inf comes from."""
     for forward in _build_forwards(run, StepResult(step, State(x_CTYX), frozenset()), step):
-        residuals = model.residuals(forward.x_BCTYX, forward.t, forward.contexts)
+        residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts)
         for block, x_BLD in enumerate(residuals):
             if not torch.isfinite(x_BLD).all():
                 return f"NaN or Inf at step {step}, {forward.contexts.branch} branch, first in block {block}"

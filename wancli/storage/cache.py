@@ -108,7 +108,7 @@ class Store:
         except OSError:
             return None  # absent, pruned under us, stale handle, a link: all the same to the caller
         except EntryError as error:
-            log.warning("%s: %s; kept as .bad, made anew", path, error)
+            log.warning("%s: %s; kept as .bad, computed again", path, error)
             with suppress(OSError):
                 path.replace(path.with_suffix(".bad"))
             return None
@@ -127,7 +127,7 @@ class Store:
             atomic.replace(path, seal(payload, key))
         except MachineError as error:
             if not self._warned:
-                log.warning("going on without the cache: %s", error)
+                log.warning("continuing without the cache: %s", error)
                 self._warned = True
             return False
         return True

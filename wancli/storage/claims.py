@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wancli.plan.shot import Shot
     from wancli.signals import Stop
 
-HEARTBEAT_SECONDS = 5.0  # seconds
+HEARTBEAT_SECONDS = 5.0
 STALE_LOOKS = 12  # looks without a touch: a minute
 
 

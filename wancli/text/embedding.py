@@ -1,4 +1,4 @@
-"""An encoded prompt, the key that names it, and the file that holds it.
+"""An encoded prompt, its key in the cache, and its file format.
 
 Letters: N tokens of one prompt (its `</s>` included), M rows of a padded context, E text width.
 """
@@ -21,26 +21,26 @@ from wancli.text.tokenizer import Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1  # of the key and the payload; a new one never reads an old entry as its own
+FORMAT = 1  # of the key and the payload; entries of another format are not used
 Dtype = Literal["fp32", "bf16", "fp16"]
 _METADATA = "wancli"  # one metadata key only: safetensors writes several in random order
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding(Tokens):
-    """An encoded prompt: `rows_NE` on the CPU without padding, and the fingerprint of its encoder."""
+    """An encoded prompt: its rows on the CPU, without padding, and the fingerprint of its encoder."""
 
     rows_NE: Tensor
     encoder: str
 
     @classmethod
     def from_tokens(cls, tokens: Tokens, rows_NE: Tensor, encoder: str) -> Embedding:
-        """The rows of a tokenised prompt."""
+        """Combine a tokenized prompt with its rows."""
         t = tokens
         return cls(t.text, t.ids, t.pieces, t.max_tokens, t.full_length, rows_NE, encoder)
 
     def to_padded(self) -> Tensor:
-        """[max_tokens, E], rows past the prompt zero."""
+        """Return [max_tokens, E] rows; those after the prompt are zero."""
         rows_ME = self.rows_NE.new_zeros(self.max_tokens, self.rows_NE.shape[1])
         rows_ME[: len(self.ids)] = self.rows_NE
         return rows_ME
@@ -48,13 +48,13 @@ class Embedding(Tokens):
 
 @functools.cache
 def library_versions() -> dict[str, str]:
-    """major.minor of every library that has a say in an embedding."""
+    """Return major.minor of every library that an embedding depends on."""
     names = ("ftfy", "sentencepiece", "torch", "transformers")
     return {name: ".".join(importlib.metadata.version(name).split(".")[:2]) for name in names}
 
 
 def embedding_key(encoder: str, tokenizer_sha: str, dtype: Dtype, max_tokens: int, cleaned: str) -> str:
-    """SHA-256 over everything that decides an embedding; `encoder` is the weights' fingerprint."""
+    """Hash everything that an embedding depends on. `encoder` is the fingerprint of the weights."""
     parts = {
         "format": FORMAT,
         "encoder": encoder,
@@ -68,9 +68,9 @@ def embedding_key(encoder: str, tokenizer_sha: str, dtype: Dtype, max_tokens: in
 
 
 def pack(embeddings: Sequence[Embedding]) -> bytes:
-    """A safetensors file: tensors `embedding.0`, `embedding.1`, ..., texts and tokens as metadata.
+    """Serialize embeddings as safetensors: tensors `embedding.0`, `embedding.1`, ..., and texts as metadata.
 
-    Equal embeddings give equal bytes. The metadata holds a SHA-256 of the rest of it and of all rows.
+    Equal embeddings give equal bytes. The metadata has a SHA-256 of its other entries and of all rows.
     """
     from safetensors.torch import save
 
@@ -86,7 +86,7 @@ def pack(embeddings: Sequence[Embedding]) -> bytes:
 
 
 def read_tokens(payload: bytes, where: str = "") -> list[Tokens]:
-    """Texts and tokens of a payload, without torch and without reading or checking its tensors."""
+    """Read the texts and tokens of a payload. Loads no torch, and neither reads nor checks the tensors."""
     try:
         return [_parse_tokens(entry) for entry in _read_record(payload, where)["embeddings"]]
     except (KeyError, TypeError) as error:
@@ -94,7 +94,7 @@ def read_tokens(payload: bytes, where: str = "") -> list[Tokens]:
 
 
 def unpack(payload: bytes, where: str = "") -> list[Embedding]:
-    """What `pack` wrote, verified. Raises EntryError when anything in it has changed."""
+    """Read and verify what `pack` wrote. Raises EntryError if anything in it has changed."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -113,24 +113,24 @@ def unpack(payload: bytes, where: str = "") -> list[Embedding]:
 
 
 def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
-    """Publish embeddings as a file that a job can name instead of a prompt."""
+    """Write embeddings to a file that a job can name instead of a prompt."""
     atomic.publish_bytes(path, pack(embeddings))
 
 
 def load_embedding(path: Path, index: int = 0) -> Embedding:
-    """One embedding of a file. Raises JobError when it is not there, EntryError when damaged."""
+    """Load one embedding of a file. Raises JobError if the file lacks it, and EntryError if it is damaged."""
     try:
         payload = path.read_bytes()
     except OSError as error:
         raise JobError(f"the embedding file cannot be read: {error.strerror}", where=str(path)) from error
     embeddings = unpack(payload, str(path))
     if index >= len(embeddings):
-        raise JobError(f"no embedding {index}: the file holds {len(embeddings)}, from 0", where=str(path))
+        raise JobError(f"no embedding {index}: the file contains {len(embeddings)}, from 0", where=str(path))
     return embeddings[index]
 
 
 def _read_record(payload: bytes, where: str) -> dict[str, Any]:
-    """The metadata of a payload: safetensors begins with the length of a JSON header, then that."""
+    """Read the metadata of a payload: safetensors starts with the length of a JSON header and the header."""
     try:
         end = 8 + int.from_bytes(payload[:8], "little")
         record = json.loads(json.loads(payload[8:end])["__metadata__"][_METADATA])

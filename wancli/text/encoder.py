@@ -1,8 +1,9 @@
-"""Stage 1: prompts to embeddings, each computed once ever and kept in the store.
+"""Encode prompts: each is encoded once ever, and its embedding is kept in the cache.
 
-text -> `wancli.text.tokenizer` -> `Encoder.key` -> store, or UMT5 -> store -> `wancli.text.embedding`.
-All but the last step work without torch, so that a plan can count tokens and name cache entries. N is the
-tokens of one prompt, E the width of a text.
+text -> `wancli.text.tokenizer` -> `EncoderSpec.key` -> cache, or UMT5 -> cache -> `wancli.text.embedding`.
+All but the last step work without torch, so that a plan can count tokens and compute cache keys.
+
+Letters: N tokens of one prompt, E text width.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from wancli.errors import EntryError, ErrorCapture, NotFinite, WancliError
 from wancli.resources.measure import oom_as_error, release_memory
 from wancli.resources.memory_model import Residency
 from wancli.text.embedding import Dtype, Embedding, embedding_key, pack, unpack
-from wancli.text.tokenizer import Tokens, quote_prompt
-from wancli.weights.component import Naming, rename
+from wancli.text.tokenizer import Tokens
+from wancli.units import quote
+from wancli.weights.component import Naming, get_renaming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Where stage 1 finds UMT5, and all that tells its embeddings from another's."""
+    """The files of UMT5, how to load them, and everything that its embeddings depend on."""
 
     files: tuple[Path, ...]
     naming: Naming
@@ -48,7 +50,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt done. `hit`: it came from the store, so UMT5 was not loaded for it."""
+    """An encoded prompt. `hit`: it came from the cache, so UMT5 was not loaded for it."""
 
     key: str
     embedding: Embedding
@@ -57,7 +59,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodeFailure:
-    """A prompt of which nothing came: NaN, or no memory for it. The others go on."""
+    """A prompt that could not be encoded: NaN, or out of memory. The other prompts continue."""
 
     key: str
     error: WancliError
@@ -66,11 +68,11 @@ class EncodeFailure:
 def encode(
     encoder: EncoderSpec, prompts: Iterable[Tokens], store: Store | None
 ) -> Iterator[Encoded | EncodeFailure]:
-    """Yield every distinct prompt once: first those in the store, then the others as they are computed.
+    """Yield every distinct prompt once: first those in the cache, then the others as they are encoded.
 
-    UMT5 is loaded when the first is missing, never if none is, and freed when the loop ends. A
-    damaged entry counts as missing, and what is not finite is not kept. Raises CheckpointError, and
-    OutOfMemory where UMT5 itself is too large.
+    UMT5 is loaded only if a prompt is missing, and freed when the loop ends. A damaged entry counts as
+    missing. An embedding that is not finite is not cached. Raises CheckpointError, and OutOfMemory if UMT5
+    itself does not fit.
     """
     missing = {}
     for key, tokens in {encoder.key(tokens): tokens for tokens in prompts}.items():
@@ -95,8 +97,8 @@ def encode(
             yield Encoded(group[0][0], cached, hit=True)
             continue
         rows: Sequence[Tensor] = ()
-        with ErrorCapture() as attempt, oom_as_error("encode", quote_prompt(group[0][1].text)):
-            rows = t5.rows_of_each(model, [tokens.ids for _, tokens in group])
+        with ErrorCapture() as attempt, oom_as_error("encode", quote(group[0][1].text)):
+            rows = t5.encode_batch(model, [tokens.ids for _, tokens in group])
         if attempt.error:
             release_memory()
             yield from (EncodeFailure(key, attempt.error) for key, _ in group)
@@ -108,7 +110,7 @@ def _store_embedding(
     key: str, tokens: Tokens, rows_NE: Tensor, encoder: EncoderSpec, store: Store | None
 ) -> Encoded | EncodeFailure:
     if not rows_NE.isfinite().all():
-        message = f"UMT5 gives NaN or Inf for {quote_prompt(tokens.text)}"
+        message = f"UMT5 gives NaN or Inf for {quote(tokens.text)}"
         return EncodeFailure(key, NotFinite(message, where=str(encoder.files[0])))
     embedding = Embedding.from_tokens(tokens, rows_NE.cpu(), encoder.fingerprint)
     if store:
@@ -117,20 +119,19 @@ def _store_embedding(
 
 
 def _rotate(pending: list[tuple[str, Tokens]]) -> list[tuple[str, Tokens]]:
-    """Workers that begin a job together begin at different prompts, and find what the others have done."""
+    """Start at a prompt that depends on the process, so that workers which start together share the work."""
     start = zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % len(pending)
     return pending[start:] + pending[:start]
 
 
 def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
-    """UMT5 with its weights on the device, or where its residency has them. Raises CheckpointError with
-    the list of what is wrong."""
-    from wancli.models.dtypes import DTYPES
+    """Load UMT5; `residency` decides where its weights are. Raises CheckpointError with all problems."""
+    from wancli.models.attention import DTYPES
     from wancli.weights import loader
 
     return loader.load_umt5(
         encoder.files,
-        rename("text encoder", encoder.naming),
+        get_renaming("text encoder", encoder.naming),
         DTYPES[encoder.dtype],
         encoder.device,
         encoder.residency,

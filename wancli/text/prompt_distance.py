@@ -1,20 +1,20 @@
-"""How different two prompts are to the model: `wancli diff`.
+"""Measure how different two prompts are to the model: `wancli diff`.
 
 Letters: A and B tokens of the two prompts, N tokens of one or rows of a context, E text width,
 D model width, H heads, K head width.
 
-All figures but the legacy one are taken over real tokens without `</s>`, measured from the pad
-row, since zero rows are what the model sees where a prompt ends: 0 before the text projection f,
+All figures except the legacy one use the real tokens without `</s>`, and are measured from the pad
+row, because the model sees zero rows after the end of a prompt: 0 before the text projection f,
 f(0) after it. They do not depend on padding or scale.
 
 - relative L2: ‖a-b‖ / sqrt((‖a‖²+‖b‖²)/2), position by position over the shorter prompt. sqrt(2) for
   unrelated rows, and nearly that after one inserted word, which shifts all others.
 - pooled cosine: between the mean rows.
 - token-set distance: 1 - the mean cosine of each token's best match in the other prompt, both ways.
-  Word order is free. What all tokens share is taken out first, see `_cosines`.
+  Word order does not matter. What all tokens share is subtracted first, see `_cosines`.
 - legacy changed-percent: elements with |a-b| > 0.01 over all rows, `</s>` included, the shorter
   prompt filled with zeros: to the longer (trimmed), or both to 512 (padded; at most N/512). It
-  depends on padding and on the scale of the rows, and is here to compare with old notes only.
+  depends on padding and on the scale of the rows. Use it only to compare with old notes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PromptStats:
 
 @dataclass(frozen=True)
 class RowMetrics:
-    """Two sets of rows compared. `token_set_distance`: 0 the same tokens, 1 none alike."""
+    """Distances of two sets of rows. `token_set_distance` is 0 for equal tokens, 1 for unrelated ones."""
 
     relative_l2: float
     pooled_cosine: float
@@ -59,7 +59,7 @@ class RowMetrics:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`figure` in percent against the 50 % rule: two prompts should differ by more than that."""
+    """The judgement by the 50 % rule: two prompts should differ by more than 50 % in `figure`."""
 
     band: str  # "too similar" below 30 %, "borderline" below 50 %, "different"
     percent: float
@@ -68,7 +68,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class PromptDistance:
-    """All figures of two prompts. `projected` and `blocks` (K/V distance of each) need a DiT."""
+    """All figures of two prompts. `projected` and `blocks` (the K/V distance in each block) need a DiT."""
 
     a: PromptStats
     b: PromptStats
@@ -87,11 +87,11 @@ class PromptDistance:
         return Verdict(band, percent, f"token-set distance {where} the text projection")
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: plain numbers, texts and lists."""
+        """Convert to plain numbers, texts and lists, for `--json`."""
         return asdict(self) | {"verdict": asdict(self.verdict)}
 
     def table_rows(self) -> list[tuple[str, str, str]]:
-        """Label, value and explanation of each figure, for a table."""
+        """Return the label, value and explanation of each figure, for a table."""
         table = [
             (
                 "tokens",
@@ -120,7 +120,7 @@ class PromptDistance:
 
 
 def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> PromptDistance:
-    """Compare two encoded prompts, and with `model` also what its blocks read of them."""
+    """Compare two encoded prompts, and with `model` also the keys and values that its blocks read."""
     (distance,) = compare_all([(a, b)], model)
     return distance
 
@@ -128,7 +128,7 @@ def compare(a: Embedding, b: Embedding, model: WanModel | None = None) -> Prompt
 def compare_all(
     pairs: Sequence[tuple[Embedding, Embedding]], model: WanModel | None = None
 ) -> list[PromptDistance]:
-    """`compare` for every pair, all on one pass over the blocks, for which weights may be fetched."""
+    """Compare every pair in one pass over the blocks, for which weights may have to be fetched."""
     distances = _compare_in_blocks(pairs, model) if model is not None and pairs else [(None, ())] * len(pairs)
     return [_measure(a, b, *row) for (a, b), row in zip(pairs, distances)]
 
@@ -148,7 +148,7 @@ def _measure(
 def _compare_in_blocks(
     pairs: Sequence[tuple[Embedding, Embedding]], model: WanModel
 ) -> list[tuple[RowMetrics, tuple[float, ...]]]:
-    """Figures of the projected texts, and the distance of keys and values in every block."""
+    """Compare the projected texts, and the keys and values in every block."""
     import torch
 
     device = next(model.parameters()).device
@@ -166,13 +166,13 @@ def _compare_in_blocks(
                     _cosines(_merge_heads(x), _merge_heads(y)) for x, y in zip(both_a, both_b)
                 )
                 into.append(_token_set_distance((keys_AB + values_AB) / 2))
-                context_a.kv.clear()  # else those of all blocks and pairs would be kept
+                context_a.kv.clear()  # else the K/V of all blocks and pairs would stay in memory
                 context_b.kv.clear()
     return [(figures, tuple(found)) for figures, found in zip(projected, distances)]
 
 
 def lint(text: str) -> list[str]:
-    """What a cleaned prompt could do better. The model was trained on paragraphs, without weights."""
+    """List what could be better in a cleaned prompt. The model was trained on paragraphs without weights."""
     hints = []
     if len(text) < PARAGRAPH:
         hints.append(
@@ -185,24 +185,24 @@ def lint(text: str) -> list[str]:
 
 
 def legacy_percent(a_AE: Tensor, b_BE: Tensor, rows: int) -> float:
-    """The ancestor tool's figure: percent of the elements of `rows` zero-filled rows with |a-b| > 0.01."""
+    """Return the ancestor tool's figure: percent of elements with |a-b| > 0.01 in `rows` zero-filled rows."""
     a_NE, b_NE = (x.new_zeros(rows, x.shape[1]).float() for x in (a_AE, b_BE))
     a_NE[: len(a_AE)], b_NE[: len(b_BE)] = a_AE, b_BE
     return 100 * ((a_NE - b_NE).abs() > LEGACY_THRESHOLD).float().mean().item()
 
 
 def _content_rows(embedding: Embedding) -> Tensor:
-    """The rows without `</s>`, which every prompt has; of an empty prompt there is nothing else."""
+    """Return the rows without `</s>`. An empty prompt has no other row, so it keeps it."""
     return embedding.rows_NE[: max(1, len(embedding.ids) - 1)].float()
 
 
 def _subtract_pad(rows_ND: Tensor) -> Tensor:
-    """The rows as seen from the last one, the context's pad row."""
+    """Return the rows minus the last one, the context's pad row."""
     return rows_ND[:-1].float() - rows_ND[-1].float()
 
 
 def _merge_heads(x_1HNK: Tensor) -> Tensor:
-    """Keys or values of all heads side by side, seen from the pad row."""
+    """Return the keys or values of all heads side by side, minus the pad row."""
     return _subtract_pad(x_1HNK[0].transpose(0, 1).flatten(1))
 
 
@@ -220,7 +220,7 @@ def _measure_rows(a_AD: Tensor, b_BD: Tensor) -> RowMetrics:
 
 
 def _cosines(a_AD: Tensor, b_BD: Tensor) -> Tensor:
-    """[A, B] cosines, less what all tokens of both prompts share.
+    """Return [A, B] cosines, after subtracting what all tokens of both prompts share.
 
     Outputs of transformers often lie along a common direction, which makes unrelated tokens look
     alike (arXiv 2109.04404). The mean row is an estimate of it; adding 32 rows of zeros to that mean

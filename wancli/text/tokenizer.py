@@ -1,4 +1,4 @@
-"""What UMT5 reads of a prompt: the text cleaned as official Wan does it, and its tokens. Without torch."""
+"""Clean a prompt as official Wan does, and tokenize it for UMT5. Loads without torch."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError, JobError, PromptTooLong
-from wancli.weights.formats.embedded_tokenizer import tokenizer
-
-EOS = 1  # `</s>`
+from wancli.models.config import EOS
+from wancli.units import quote
+from wancli.weights.formats.embedded_tokenizer import read_tokenizer
 
 
 def clean(text: str, where: str = "") -> str:
-    """The text as official Wan tokenises it: ftfy, two rounds of HTML unescaping, single spaces.
+    """Clean a text as official Wan does: ftfy, two rounds of HTML unescaping, single spaces.
 
-    ftfy also straightens curly quotes and makes full-width commas plain. Raises JobError on NUL
-    and on surrogates, which ftfy would drop or no encoder can write.
+    ftfy also straightens curly quotes and makes full-width commas plain. Raises JobError for NUL,
+    which ftfy would drop, and for surrogates, which cannot be encoded.
     """
     import ftfy
 
     if bad := re.search("[\0\ud800-\udfff]", text):
         point = f"U+{ord(bad[0]):04X}"
         kind = "NUL" if bad[0] == "\0" else "half of a surrogate pair"
-        raise JobError(f"the prompt holds {point} ({kind}) at character {bad.start()}", where=where)
+        raise JobError(f"the prompt contains {point} ({kind}) at character {bad.start()}", where=where)
     unescaped = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", unescaped.strip()).strip()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A cleaned prompt and what UMT5 reads of it. `ids` ends with `</s>`, `pieces` names each id."""
+    """A cleaned prompt and its tokens. `ids` ends with `</s>`; `pieces` names each id."""
 
     text: str
     ids: tuple[int, ...]
@@ -46,14 +46,14 @@ class Tokens:
 
 
 class Tokenizer:
-    """UMT5's SentencePiece model: ids = pieces of the cleaned text, then `</s>`."""
+    """UMT5's SentencePiece model. Adds `</s>` after the pieces of the cleaned text."""
 
     def __init__(self, spiece: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
         try:
             if spiece.suffix in (".safetensors", ".gguf"):
-                self._model = SentencePieceProcessor(model_proto=tokenizer(spiece) or b"")
+                self._model = SentencePieceProcessor(model_proto=read_tokenizer(spiece) or b"")
             else:
                 self._model = SentencePieceProcessor(model_file=str(spiece))
         except (OSError, RuntimeError) as error:
@@ -66,9 +66,9 @@ class Tokenizer:
         return [self._model.id_to_piece(id) for id in ids]
 
     def tokenize(self, text: str, max_tokens: int, truncate: bool = False, where: str = "") -> Tokens:
-        """Clean and tokenise. `max_tokens` counts `</s>`, which truncation keeps, as officially.
+        """Clean and tokenize a text. `max_tokens` counts `</s>`, which truncation keeps, as in official Wan.
 
-        Raises JobError as `clean` does, PromptTooLong when the prompt is longer and not to be cut.
+        Raises JobError as `clean` does, and PromptTooLong if the prompt is longer and `truncate` is False.
         """
         cleaned = clean(text, where)
         ids = self.to_ids(cleaned)
@@ -80,12 +80,7 @@ class Tokenizer:
                 raise PromptTooLong(
                     f"the prompt has {full_length} tokens, text.max_tokens is {max_tokens}",
                     where=where,
-                    hint=f"set {longer}text.truncate: true, which would cut {quote_prompt(lost)}",
+                    hint=f"set {longer}text.truncate: true, which would cut {quote(lost)}",
                 )
             ids = [*ids[: max_tokens - 1], EOS]
         return Tokens(cleaned, tuple(ids), tuple(self.to_pieces(ids)), max_tokens, full_length)
-
-
-def quote_prompt(text: str) -> str:
-    """A prompt in a message: quoted, short, invisible characters escaped."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

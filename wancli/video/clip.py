@@ -65,7 +65,7 @@ def read_clips(paths: Sequence[Path]) -> list[Clip]:
 def _read_clip(path: Path) -> Clip:
     if not sidecars.has_marker(path, b"ftyp", 8):
         hint = "It takes MP4 files. `wancli decode` makes one of a latent, `wancli inspect` tells of weights."
-        raise JobError("is no MP4", where=str(path), hint=hint)
+        raise JobError("is not an MP4", where=str(path), hint=hint)
     body = manifest.read(manifest.manifest_path(path))
     if body and atomic.sha256(path) not in [file.sha256 for file in body.files]:
         body = None  # another video under that name

@@ -20,16 +20,25 @@ from wancli.errors import CheckpointError, MachineError
 from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.storage import atomic
-from wancli.weights.component import Kind, Part
-from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, layout_of, load_json
-from wancli.weights.formats.infer_config import other_model, unfit
+from wancli.weights.component import Component, Kind
+from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, detect_layout, load_json
+from wancli.weights.formats.infer_config import mismatch_error, wrong_model_error
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
-from wancli.weights.recognize import read_config
-from wancli.weights.single_files import HINT, Files, beside, fits, only_in, part_in, parts_of, pick
+from wancli.weights.recognize import normalize_config
+from wancli.weights.single_files import (
+    NAME_FILES_HINT,
+    SingleFiles,
+    find_component,
+    find_in_folder,
+    find_siblings,
+    is_compatible,
+    recognize_file,
+    select,
+)
 
-Location: TypeAlias = Path | Files
+Location: TypeAlias = Path | SingleFiles
 
-LARGE = 2**30  # bytes; hashing more takes long enough to say so
+LOGGED_SIZE = 2**30  # bytes; hashing more takes long enough to say so
 LOG = logging.getLogger("wancli")  # to stderr, where the command line does not turn it off
 
 
@@ -42,10 +51,10 @@ class Checkpoint:
 
     root: Path
     variant: Variant
-    experts: tuple[Part, ...]
-    text_encoder: Part
+    experts: tuple[Component, ...]
+    text_encoder: Component
     tokenizer: Path  # the SentencePiece model, or the safetensors file that holds it
-    vae: Part
+    vae: Component
     source: Location
 
     def __hash__(self) -> int:
@@ -53,7 +62,7 @@ class Checkpoint:
         return hash(self.root)
 
     @property
-    def transformer(self) -> WanConfig:
+    def transformer_config(self) -> WanConfig:
         config = self.experts[0].config
         assert isinstance(config, WanConfig)
         return config
@@ -68,7 +77,7 @@ class Checkpoint:
         """Of the high-noise expert, where there are two."""
         return self.experts[0].files if len(self.experts) > 1 else ()
 
-    def expert(self, expert: Expert) -> Part:
+    def expert(self, expert: Expert) -> Component:
         """The transformer, or the `high`-noise or `low`-noise one of two."""
         return self.experts[0 if expert == "high" else -1]
 
@@ -88,21 +97,23 @@ def identify(source: Location) -> Checkpoint:
     missing or damaged, if config.json and tensors disagree, if parts do not fit together, or if it
     is another kind of model.
     """
-    if isinstance(source, Files):
-        return _of_files(source, source)
+    if isinstance(source, SingleFiles):
+        return _from_files(source, source)
     if source.is_file():
-        return _of_files(beside(source), source)
-    layout = layout_of(source)
-    return _of_files(only_in(source), source) if layout.name == "single files" else _of_layout(layout)
+        return _from_files(find_siblings(source), source)
+    layout = detect_layout(source)
+    return (
+        _from_files(find_in_folder(source), source) if layout.name == "single files" else _from_layout(layout)
+    )
 
 
-def text_encoder_sizes(checkpoint: Checkpoint) -> T5Config:
+def text_encoder_config(checkpoint: Checkpoint) -> T5Config:
     """The sizes of UMT5, from its headers alone."""
     assert isinstance(checkpoint.text_encoder.config, T5Config)
     return checkpoint.text_encoder.config
 
 
-def vae_sizes(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
+def vae_config(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
     """The sizes of the VAE, from its headers alone."""
     assert isinstance(checkpoint.vae.config, VAEConfig | VAE22Config)
     return checkpoint.vae.config
@@ -115,23 +126,23 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     Digests are remembered in the JSON file `memo` as long as a file keeps its path, size, inode and
     times; a memo that is damaged or missing is made anew. Before a file beyond 1 GiB is read, it is logged.
     """
-    known = _memo(memo)
-    now = {_identity(path): path for path in paths}
-    digests = {key: known.get(key) or _sha256(path) for key, path in now.items()}
+    remembered = _read_memo(memo)
+    identities = {_file_identity(path): path for path in paths}
+    digests = {key: remembered.get(key) or _sha256(path) for key, path in identities.items()}
     # A file that changed while it was read gets a new identity, and its digest no entry.
-    fresh = {key: digest for key, digest in digests.items() if key == _identity(now[key])}
-    if not fresh.items() <= known.items():
+    fresh = {key: digest for key, digest in digests.items() if key == _file_identity(identities[key])}
+    if not fresh.items() <= remembered.items():
         with suppress(MachineError):  # the memo saves time, and is not worth failing for
-            atomic.replace(memo, json.dumps(known | fresh, indent=1).encode())
+            atomic.replace(memo, json.dumps(remembered | fresh, indent=1).encode())
     if len(paths) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
 
 
-def _of_layout(layout: Layout) -> Checkpoint:
+def _from_layout(layout: Layout) -> Checkpoint:
     where = str(layout.root)
     if layout.pipeline:
-        raise other_model(layout.pipeline, str(layout.root / "model_index.json"))
+        raise wrong_model_error(layout.pipeline, str(layout.root / "model_index.json"))
     if layout.missing:
         names = " and ".join(layout.missing.values())
         raise CheckpointError(f"{names} is missing", where=where, hint=DOWNLOAD_AGAIN)
@@ -139,79 +150,81 @@ def _of_layout(layout: Layout) -> Checkpoint:
     for role in EXPERT_ROLES:
         if role in layout.files:
             config = layout.configs.get(role)
-            said = read_config(load_json(config)) if config else {}
-            experts.append((role, part_in(layout.files[role], "transformer", said)))
-    return _fitted(
+            config_json = normalize_config(load_json(config)) if config else {}
+            experts.append((role, find_component(layout.files[role], "transformer", config_json)))
+    return _assemble(
         layout.root,
         experts,
-        part_in(layout.files["text_encoder"], "text encoder"),
+        find_component(layout.files["text_encoder"], "text encoder"),
         layout.files["tokenizer"][0],
-        part_in(layout.files["vae"], "vae"),
+        find_component(layout.files["vae"], "vae"),
     )
 
 
-def _of_files(found: Files, source: Location) -> Checkpoint:
-    main = found.main
+def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
+    main = files.main
     if main is None:
-        raise CheckpointError("no transformer is named", hint=HINT)
-    said = {"num_heads": found.heads} if found.heads else {}
+        raise CheckpointError("no transformer is named", hint=NAME_FILES_HINT)
+    config_json = {"num_heads": files.heads} if files.heads else {}
     named: tuple[tuple[Role, Path | None], ...] = (
-        ("transformer", found.transformer),
-        ("high_noise", found.high_noise),
-        ("low_noise", found.low_noise),
+        ("transformer", files.transformer),
+        ("high_noise", files.high_noise),
+        ("low_noise", files.low_noise),
     )
-    inside = [(role, path, parts_of(path, said)) for role, path in named if path]
-    experts = [(role, pick(parts, "transformer", path)) for role, path, parts in inside]
+    recognized = [(role, path, recognize_file(path, config_json)) for role, path in named if path]
+    experts = [(role, select(parts, "transformer", path)) for role, path, parts in recognized]
     for _, part in experts:
-        _refuse(part)
-    whole = inside[0][2]  # one file may hold all three networks
-    text_encoder = _part_of(found.text_encoder, "text encoder", whole)
-    vae = _part_of(found.vae, "vae", whole)
-    tokenizer = found.tokenizer
+        _require_usable(part)
+    first_file = recognized[0][2]  # one file may hold all three networks
+    text_encoder = _component_for(files.text_encoder, "text encoder", first_file)
+    vae = _component_for(files.vae, "vae", first_file)
+    tokenizer = files.tokenizer
     if tokenizer is None and text_encoder and text_encoder.tokenizer:
         tokenizer = text_encoder.files[0]
     missing = [
-        *(["the low-noise expert (low_noise)"] if found.high_noise and not found.low_noise else []),
-        *(["the high-noise expert (high_noise)"] if found.low_noise and not found.high_noise else []),
+        *(["the low-noise expert (low_noise)"] if files.high_noise and not files.low_noise else []),
+        *(["the high-noise expert (high_noise)"] if files.low_noise and not files.high_noise else []),
         *(["the text encoder (text_encoder)"] if text_encoder is None else []),
         *(["UMT5's SentencePiece model (tokenizer)"] if tokenizer is None else []),
         *(["the VAE (vae)"] if vae is None else []),
     ]
     if text_encoder is None or tokenizer is None or vae is None or missing:
-        raise CheckpointError(f"missing beside it: {', '.join(missing)}", where=str(main), hint=HINT)
-    return _fitted(
+        raise CheckpointError(
+            f"missing beside it: {', '.join(missing)}", where=str(main), hint=NAME_FILES_HINT
+        )
+    return _assemble(
         source if isinstance(source, Path) else main, experts, text_encoder, tokenizer, vae, source
     )
 
 
-def _part_of(path: Path | None, kind: Kind, whole: Sequence[Part]) -> Part | None:
+def _component_for(path: Path | None, kind: Kind, first_file: Sequence[Component]) -> Component | None:
     """The network in the file that was named for it, else the one in the whole checkpoint."""
     if path:
-        return pick(parts_of(path), kind, path)
-    return next((part for part in whole if part.kind == kind), None)
+        return select(recognize_file(path), kind, path)
+    return next((part for part in first_file if part.kind == kind), None)
 
 
-def _fitted(
+def _assemble(
     root: Path,
-    roles: Sequence[tuple[Role, Part]],
-    text_encoder: Part,
+    roles: Sequence[tuple[Role, Component]],
+    text_encoder: Component,
     tokenizer: Path,
-    vae: Part,
+    vae: Component,
     source: Location | None = None,
 ) -> Checkpoint:
     """The checkpoint, if its parts can be used and belong together. Raises CheckpointError."""
     for part in (*(part for _, part in roles), text_encoder, vae):
-        _refuse(part)
-    experts, variant = _experts(roles)
+        _require_usable(part)
+    experts, variant = _resolve_experts(roles)
     transformer = dict(experts[0].sizes)
-    if not fits(vae, experts[0]):
+    if not is_compatible(vae, experts[0]):
         has, makes = dict(vae.sizes)["z_dim"], transformer["out_dim"]
         raise CheckpointError(
             f"a VAE of {has} latent channels; the transformer makes {makes}",
             where=str(vae.files[0]),
             hint="TI2V-5B goes with Wan2.2_VAE, all other models with Wan2.1_VAE",
         )
-    if not fits(text_encoder, experts[0]):
+    if not is_compatible(text_encoder, experts[0]):
         has, reads = dict(text_encoder.sizes)["d_model"], transformer["text_dim"]
         raise CheckpointError(
             f"a text encoder of width {has}; the transformer reads {reads}",
@@ -221,14 +234,14 @@ def _fitted(
     return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source or root)
 
 
-def _refuse(part: Part) -> None:
+def _require_usable(part: Component) -> None:
     if part.refusal:
         raise CheckpointError(part.refusal, where=str(part.files[0]), hint=part.hint)
-    if part.misfits:
-        raise unfit(part.misfits, str(part.files[0]))
+    if part.mismatches:
+        raise mismatch_error(part.mismatches, str(part.files[0]))
 
 
-def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Variant]:
+def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Component, ...], Variant]:
     """The transformers with their final variant and expert. Two must be of one size, in their places."""
     first = roles[0][1]
     if len(roles) == 1:
@@ -253,7 +266,7 @@ def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Vari
             )
         if part.config != first.config or part.variant is None or part.variant.latent_channels != 16:
             raise CheckpointError(
-                f"{role}: a {part.name}, which is no expert beside {first.files[0].name}",
+                f"{role}: a {part.name}, which is not an expert beside {first.files[0].name}",
                 where=str(part.files[0]),
                 hint="the two experts of Wan 2.2 A14B have the same sizes",
             )
@@ -261,7 +274,7 @@ def _experts(roles: Sequence[tuple[Role, Part]]) -> tuple[tuple[Part, ...], Vari
     return tuple(found), variant
 
 
-def _memo(path: Path) -> dict[str, str]:
+def _read_memo(path: Path) -> dict[str, str]:
     try:
         known = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -271,7 +284,7 @@ def _memo(path: Path) -> dict[str, str]:
     return {key: value for key, value in known.items() if re.fullmatch("[0-9a-f]{64}", str(value))}
 
 
-def _identity(path: Path) -> str:
+def _file_identity(path: Path) -> str:
     """Changes whenever the file behind the path may have changed."""
     real = path.resolve()
     stat = real.stat()
@@ -280,7 +293,7 @@ def _identity(path: Path) -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        if (size := path.stat().st_size) >= LARGE:
+        if (size := path.stat().st_size) >= LOGGED_SIZE:
             LOG.warning("wancli: hashing %s, %.1f GB; this is done once", path.name, size / 1e9)
         return atomic.sha256(path)
     except OSError as error:

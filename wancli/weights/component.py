@@ -22,8 +22,8 @@ from wancli.weights.formats.key_mapping import (
     vae_from_diffusers,
 )
 from wancli.weights.formats.quant_schemes import PLAIN, Precision, Scheme, is_helper
-from wancli.weights.formats.tensor_index import FOREIGN, Container
-from wancli.weights.lora.describe import LoRA
+from wancli.weights.formats.tensor_index import OTHER_NETWORKS, Container
+from wancli.weights.lora.describe import LoraInfo
 
 Kind: TypeAlias = Literal["transformer", "text encoder", "vae", "lora", "other"]
 Naming: TypeAlias = Literal["official", "diffusers", "transformers", "gguf"]
@@ -56,7 +56,7 @@ _A14B_WORD = re.compile(r"(?i)(?<![a-z])(high|low)(?![a-z])")
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One network. `refusal` says why wancli cannot use it, `hint` what to use instead; else both are empty.
 
     `config` is None where sizes are not enough to build the network. `gaps` are tensors that some
@@ -78,43 +78,43 @@ class Part:
     precision: tuple[Precision, ...] = ()
     parameters: int = 0
     tensors: int = 0
-    gaps: tuple[str, ...] = ()
-    misfits: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    mismatches: tuple[str, ...] = ()
     tokenizer: bool = False  # the SentencePiece model is in the file
-    lora: LoRA | None = None
+    lora: LoraInfo | None = None
     refusal: str = ""
     hint: str = ""
 
-    def stored(self, group: str) -> Precision:
+    def precision_of(self, group: str) -> Precision:
         """How a class of tensors is stored; a class that the part does not have is empty."""
         return next((found for found in self.precision if found.group == group), Precision(group, ()))
 
-    def own_name(self, name: str) -> str | None:
+    def map_key(self, name: str) -> str | None:
         """The network's name for a tensor of the file; None for what belongs to another network there."""
         if not name.startswith(self.prefix) or name.endswith("spiece_model"):
             return None
-        if not self.prefix and name.startswith(FOREIGN):
+        if not self.prefix and name.startswith(OTHER_NETWORKS):
             return None
-        return self.rename(name.removeprefix(self.prefix))
+        return self.rename_key(name.removeprefix(self.prefix))
 
-    def rename(self, name: str) -> str:
+    def rename_key(self, name: str) -> str:
         """The network's name for a tensor, its prefix taken off."""
         if self.naming == "diffusers" and isinstance(self.config, VAE22Config):
             return vae22_from_diffusers(name)
-        return rename(self.kind, self.naming)(name)
+        return get_renaming(self.kind, self.naming)(name)
 
 
-def rename(kind: Kind, naming: Naming) -> Callable[[str], str]:
+def get_renaming(kind: Kind, naming: Naming) -> Callable[[str], str]:
     """From the names of a layout to the network's own."""
     return _RENAME.get((kind, naming), str)
 
 
-def groups(kind: Kind) -> tuple[str, ...]:
+def tensor_groups(kind: Kind) -> tuple[str, ...]:
     """The classes of tensors of a kind of network, in the order to show them."""
     return tuple(_GROUPS.get(kind, {}).values())
 
 
-def group_of(kind: Kind, name: str) -> str:
+def classify_tensor(kind: Kind, name: str) -> str:
     """The class of a tensor, by its own name, that `Part.precision` counts it in."""
     if is_helper(name):
         return "scales, markers"
@@ -122,7 +122,7 @@ def group_of(kind: Kind, name: str) -> str:
     return next(group for pattern, group in patterns.items() if re.fullmatch(pattern, name))
 
 
-def expert_of(path: Path) -> Expert | None:
+def expert_from_name(path: Path) -> Expert | None:
     """Which expert of Wan 2.2 A14B a file says it is, by its name, else by its folder's.
 
     The words are those of ComfyUI (high_noise), kijai (HIGH) and QuantStack (HighNoise); a plain
@@ -137,7 +137,7 @@ def expert_of(path: Path) -> Expert | None:
     return None
 
 
-def gaps_of(names: Mapping[str, object]) -> tuple[str, ...]:
+def find_missing(names: Mapping[str, object]) -> tuple[str, ...]:
     """Names that a block lacks though another block has them, and whole blocks that are absent."""
     pattern = re.compile(r"(?P<head>(?:encoder\.)?blocks?\.)(?P<number>\d+)\.(?P<rest>.+)")
     blocks: dict[tuple[str, int], set[str]] = {}

@@ -26,16 +26,16 @@ from wancli.errors import CheckpointError
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
-PIECE = 2**20  # bytes read at a time for a CPU, in whose cache they stay until they are unpacked
+READ_CHUNK = 2**20  # bytes read at a time for a CPU, in whose cache they stay until they are unpacked
 
 
-def unpack_across(weight: Packed, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+def unpack_to_device(weight: Packed, dtype: torch.dtype, *, out: Tensor) -> Tensor:
     """Unpacks on the device of `out`. Nothing waits for the copy there if `data` is pinned."""
     data = weight.data.to(out.device, non_blocking=True)
     return replace(weight, data=data).unpack(dtype, out=out)
 
 
-class Place(NamedTuple):
+class FileOffset(NamedTuple):
     """Where a tensor's bytes lie."""
 
     path: str
@@ -47,42 +47,42 @@ class OnDisk:
 
     def __init__(self, name: str, weight: Packed, file: _File, start: int, scratch: _Scratch) -> None:
         self.name, self.shape, self.nbytes = name, tuple(weight.shape), weight.nbytes
-        self._bare = replace(weight, data=torch.empty_like(weight.data, device="meta"))
+        self._meta = replace(weight, data=torch.empty_like(weight.data, device="meta"))
         self._file, self._start, self._scratch = file, start, scratch
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
         """Reads the weight into `out`. Not for two threads at a time: all weights share one scratch."""
-        bare = self._bare.data
-        if bare.dtype == dtype and out.device.type == "cpu":
+        meta = self._meta.data
+        if meta.dtype == dtype and out.device.type == "cpu":
             self._read(out, self._start)
             return out
-        size = bare.nbytes // self.shape[0]
-        count = self.shape[0] if out.is_cuda else max(1, PIECE // size)
+        size = meta.nbytes // self.shape[0]
+        count = self.shape[0] if out.is_cuda else max(1, READ_CHUNK // size)
         for first in range(0, self.shape[0], count):
             rows = slice(first, first + count)
-            part = self._bare.part(rows)
-            data = self._scratch.bytes(part.data.nbytes).view(bare.dtype).view(part.data.shape)
+            part = self._meta.select_rows(rows)
+            data = self._scratch.reserve(part.data.nbytes).view(meta.dtype).view(part.data.shape)
             self._read(data, self._start + first * size)
-            unpack_across(replace(part, data=data), dtype, out=out[rows])
+            unpack_to_device(replace(part, data=data), dtype, out=out[rows])
         if out.is_cuda:  # the copy may still be reading the scratch
             torch.cuda.current_stream(out.device).synchronize()
         return out
 
-    def rows(self, ids: Sequence[int]) -> Packed:
+    def read_rows(self, ids: Sequence[int]) -> Packed:
         """The weight of these rows alone, the only ones that are read."""
-        bare = self._bare.data
-        size = bare.nbytes // self.shape[0]
+        meta = self._meta.data
+        size = meta.nbytes // self.shape[0]
         data = torch.empty(len(ids), size, dtype=torch.uint8)
         for row, index in zip(data, ids, strict=True):
             self._read(row, self._start + index * size)
-        data = data.view(-1).view(bare.dtype).view(-1, *bare.shape[1:])  # or flat, as GGUF's blocks are
-        return replace(self._bare, data=data, shape=(len(ids), *self.shape[1:]))
+        data = data.view(-1).view(meta.dtype).view(-1, *meta.shape[1:])  # or flat, as GGUF's blocks are
+        return replace(self._meta, data=data, shape=(len(ids), *self.shape[1:]))
 
     def _read(self, out: Tensor, start: int) -> None:
-        left = out.view(-1).view(torch.uint8).numpy().data
-        while left:
+        remaining = out.view(-1).view(torch.uint8).numpy().data
+        while remaining:
             try:
-                count = os.preadv(self._file.number, [left], start)
+                count = os.preadv(self._file.number, [remaining], start)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.name} cannot be read: {error.strerror}", where=self._file.path
@@ -91,24 +91,24 @@ class OnDisk:
                 raise CheckpointError(
                     f"the file ends before {self.name} does", where=self._file.path, hint=DOWNLOAD_AGAIN
                 )
-            left, start = left[count:], start + count
+            remaining, start = remaining[count:], start + count
 
 
-def on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> dict[str, OnDisk]:
+def keep_on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> dict[str, OnDisk]:
     """The same weights, left in the files that their data is mapped from; no mapping is kept.
 
     They will be unpacked to `device`. Raises ValueError for data that is mapped from no file.
     """
-    ranges, files = Mappings.now(), dict[str, _File]()
+    ranges, files = Mappings.read_current(), dict[str, _File]()
     scratch = _Scratch(pinned=torch.device(device).type == "cuda")
     found = {}
     for name, weight in source.items():
-        place = ranges.place(weight.data)
-        if place is None:
+        offset = ranges.locate(weight.data)
+        if offset is None:
             raise ValueError(f"{name} is not mapped from a file in one piece")
-        if place.path not in files:
-            files[place.path] = _File(place.path)
-        found[name] = OnDisk(name, weight, files[place.path], place.start, scratch)
+        if offset.path not in files:
+            files[offset.path] = _File(offset.path)
+        found[name] = OnDisk(name, weight, files[offset.path], offset.start, scratch)
     return found
 
 
@@ -119,7 +119,7 @@ class _Scratch:
         self._pinned = pinned
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def bytes(self, count: int) -> Tensor:
+    def reserve(self, count: int) -> Tensor:
         if len(self._buffer) < count:
             self._buffer = torch.empty(count, dtype=torch.uint8, pin_memory=self._pinned)
         return self._buffer[:count]
@@ -141,34 +141,34 @@ class Mappings:
     """The files mapped into this process. The kernel knows the place of every mapped tensor, so that no
     reader of a format has to."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int, Place]]) -> None:
+    def __init__(self, ranges: Sequence[tuple[int, int, FileOffset]]) -> None:
         self._ranges = ranges
 
     @classmethod
-    def now(cls) -> Self:
+    def read_current(cls) -> Self:
         ranges = []
         for line in Path("/proc/self/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)  # proc(5): addresses, permissions, offset, device, inode, path
             if len(fields) == 6 and fields[5].startswith("/"):
                 start, end = (int(address, 16) for address in fields[0].split("-"))
-                ranges.append((start, end, Place(fields[5], int(fields[2], 16))))
+                ranges.append((start, end, FileOffset(fields[5], int(fields[2], 16))))
         return cls(ranges)
 
-    def place(self, tensor: Tensor) -> Place | None:
+    def locate(self, tensor: Tensor) -> FileOffset | None:
         if not tensor.is_contiguous():
             return None
         at = tensor.data_ptr()
         for start, end, (path, offset) in self._ranges:
             if start <= at and at + tensor.nbytes <= end:
-                return Place(path, offset + at - start)
+                return FileOffset(path, offset + at - start)
         return None
 
-    def forget(self, tensor: Tensor) -> None:
+    def release_pages(self, tensor: Tensor) -> None:
         """Gives back the memory that a mapped tensor takes; its pages are read anew when they are touched.
 
         Nothing is done for a tensor that is mapped from no file.
         """
-        if self.place(tensor):
+        if self.locate(tensor):
             start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
             length = tensor.data_ptr() + tensor.nbytes - start
             ctypes.CDLL(None).madvise(

@@ -24,13 +24,13 @@ from typing import Literal, TypeAlias
 from wancli.errors import CheckpointError
 from wancli.weights.formats import safetensors_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
-from wancli.weights.formats.tensor_index import SHARD, SUFFIXES, shards
+from wancli.weights.formats.tensor_index import SHARD, SUFFIXES, expand_shards
 
 Role: TypeAlias = Literal["transformer", "high_noise", "low_noise", "text_encoder", "tokenizer", "vae"]
 
 EXPERT_ROLES: tuple[Role, ...] = ("transformer", "high_noise", "low_noise")
 DIT = "diffusion_pytorch_model"
-T2V_CLASSES = {"WanPipeline"}
+T2V_PIPELINES = {"WanPipeline"}
 T5_NAMES = tuple(
     f"models_t5_umt5-xxl-enc-{precision}{suffix}"
     for precision in ("bf16", "fp8")
@@ -39,8 +39,8 @@ T5_NAMES = tuple(
 VAE_NAMES = tuple(
     f"Wan{version}_VAE{suffix}" for version in ("2.1", "2.2") for suffix in (".safetensors", ".pth")
 )
-SPIECE = "google/umt5-xxl/spiece.model"
-OFFICIAL_SIGNS = ("high_noise_model", "low_noise_model", "config.json", "google", *T5_NAMES, *VAE_NAMES)
+TOKENIZER_PATH = "google/umt5-xxl/spiece.model"
+OFFICIAL_MARKERS = ("high_noise_model", "low_noise_model", "config.json", "google", *T5_NAMES, *VAE_NAMES)
 # ComfyUI's folders of single files.
 TRANSFORMERS, ENCODERS, VAES = (
     ("diffusion_models", "unet", "checkpoints"),
@@ -60,7 +60,7 @@ class Layout:
     missing: dict[Role, str] = field(default_factory=dict)
     pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
 
-    def put(self, role: Role, found: tuple[Path, ...] | None, name: str) -> None:
+    def add(self, role: Role, found: tuple[Path, ...] | None, name: str) -> None:
         """The files of a part, or the name of what is not there."""
         if found is None:
             self.missing[role] = name
@@ -68,20 +68,20 @@ class Layout:
             self.files[role] = found
 
 
-def layout_of(root: Path) -> Layout:
+def detect_layout(root: Path) -> Layout:
     """The layout of a folder. Raises CheckpointError if it is no folder, or an index in it is damaged."""
     if not root.is_dir():
         raise CheckpointError(
             "no such folder", where=str(root), hint="give the folder that holds the weights"
         )
     if (root / "model_index.json").is_file():
-        return _diffusers(root)
-    if any((root / sign).exists() for sign in OFFICIAL_SIGNS) or any(root.glob(f"{DIT}*.safetensors*")):
-        return _official(root)
+        return _find_diffusers(root)
+    if any((root / sign).exists() for sign in OFFICIAL_MARKERS) or any(root.glob(f"{DIT}*.safetensors*")):
+        return _find_official(root)
     return Layout("single files", root)
 
 
-def weights_in(root: Path) -> tuple[Path, ...]:
+def list_weight_files(root: Path) -> tuple[Path, ...]:
     """The files of weights in a folder and in the folders that ComfyUI keeps below it, one of each set
     of shards."""
     below = (*TRANSFORMERS, *ENCODERS, *VAES, "loras")
@@ -96,7 +96,7 @@ def weights_in(root: Path) -> tuple[Path, ...]:
     return tuple(path for path in found if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
 
 
-def tree_of(path: Path) -> Path:
+def models_root(path: Path) -> Path:
     """The folder that holds the other parts of a single file: above diffusion_models/, else its own."""
     for folder in list(path.parents)[:3]:
         if folder.name in TRANSFORMERS:
@@ -104,23 +104,23 @@ def tree_of(path: Path) -> Path:
     return path.parent
 
 
-def spiece_in(root: Path) -> Path | None:
+def find_tokenizer(root: Path) -> Path | None:
     """UMT5's SentencePiece model beside single files."""
-    names = ("spiece.model", SPIECE, "tokenizer/spiece.model", "text_encoders/spiece.model")
+    names = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
-def weights_of(path: Path) -> tuple[Path, ...]:
+def network_files(path: Path) -> tuple[Path, ...]:
     """The one file of a folder that holds one network, or its shards; of a file, itself or its set."""
     if not path.is_dir():
-        return shards(path)
+        return expand_shards(path)
     for stem in (DIT, "model"):
-        if found := safetensors(path, stem):
+        if found := find_safetensors(path, stem):
             return found
     raise CheckpointError(f"{DIT}.safetensors is missing", where=str(path), hint=DOWNLOAD_AGAIN)
 
 
-def safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
+def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
     """One file, or the shards that its index lists, each holding the tensors the index puts there; None
     if there is neither. Raises CheckpointError for a damaged index or shard."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
@@ -132,11 +132,13 @@ def safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
     plain = re.compile(r"[\w.-]+\.safetensors")
     if not isinstance(weight_map, dict) or not all(plain.fullmatch(str(s)) for s in weight_map.values()):
         raise CheckpointError("no index of shards in this folder", where=str(index), hint=DOWNLOAD_AGAIN)
-    held = {name: safetensors_header.header(folder / name) for name in sorted(set(weight_map.values()))}
+    headers = {
+        name: safetensors_header.read_tensors(folder / name) for name in sorted(set(weight_map.values()))
+    }
     for name, shard in weight_map.items():
-        if name not in held[shard]:
+        if name not in headers[shard]:
             raise CheckpointError(f"{name} is not in {shard}", where=str(index), hint=DOWNLOAD_AGAIN)
-    return tuple(folder / name for name in held)
+    return tuple(folder / name for name in headers)
 
 
 def load_json(path: Path) -> dict[str, object]:
@@ -152,45 +154,47 @@ def load_json(path: Path) -> dict[str, object]:
     return document
 
 
-def _official(root: Path) -> Layout:
+def _find_official(root: Path) -> Layout:
     layout = Layout("official", root)
     experts: Mapping[Role, Path] = {"transformer": root}
     if (root / "high_noise_model").is_dir() or (root / "low_noise_model").is_dir():
         experts = {"high_noise": root / "high_noise_model", "low_noise": root / "low_noise_model"}
-    _experts(layout, experts)
-    layout.put("text_encoder", _first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
-    layout.put("tokenizer", _first(root, SPIECE, "spiece.model"), SPIECE)
-    layout.put("vae", _first(root, *VAE_NAMES), "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
+    _add_experts(layout, experts)
+    layout.add("text_encoder", _find_first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
+    layout.add("tokenizer", _find_first(root, TOKENIZER_PATH, "spiece.model"), TOKENIZER_PATH)
+    layout.add("vae", _find_first(root, *VAE_NAMES), "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
     return layout
 
 
-def _diffusers(root: Path) -> Layout:
+def _find_diffusers(root: Path) -> Layout:
     layout = Layout("diffusers", root)
     index = load_json(root / "model_index.json")
-    if index.get("_class_name") not in T2V_CLASSES:
+    if index.get("_class_name") not in T2V_PIPELINES:
         layout.pipeline = str(index.get("_class_name"))
     experts: Mapping[Role, Path] = {"transformer": root / "transformer"}
     if index.get("transformer_2", [None, None]) != [None, None]:
         experts = {"high_noise": root / "transformer", "low_noise": root / "transformer_2"}
-    _experts(layout, experts)
-    layout.put("text_encoder", safetensors(root / "text_encoder", "model"), "text_encoder/model.safetensors")
-    layout.put("tokenizer", _first(root, "tokenizer/spiece.model"), "tokenizer/spiece.model")
-    layout.put("vae", safetensors(root / "vae", DIT), f"vae/{DIT}.safetensors")
+    _add_experts(layout, experts)
+    layout.add(
+        "text_encoder", find_safetensors(root / "text_encoder", "model"), "text_encoder/model.safetensors"
+    )
+    layout.add("tokenizer", _find_first(root, "tokenizer/spiece.model"), "tokenizer/spiece.model")
+    layout.add("vae", find_safetensors(root / "vae", DIT), f"vae/{DIT}.safetensors")
     return layout
 
 
-def _experts(layout: Layout, folders: Mapping[Role, Path]) -> None:
+def _add_experts(layout: Layout, folders: Mapping[Role, Path]) -> None:
     for role, folder in folders.items():
         name = (folder / f"{DIT}.safetensors").relative_to(layout.root).as_posix()
         expert = {"high_noise": "high-noise", "low_noise": "low-noise"}.get(role)
-        layout.put(
+        layout.add(
             role,
-            safetensors(folder, DIT),
+            find_safetensors(folder, DIT),
             f"{name} (the {expert} expert of Wan 2.2 A14B)" if expert else name,
         )
         if (folder / "config.json").is_file():
             layout.configs[role] = folder / "config.json"
 
 
-def _first(root: Path, *choices: str) -> tuple[Path, ...] | None:
+def _find_first(root: Path, *choices: str) -> tuple[Path, ...] | None:
     return next(((root / choice,) for choice in choices if (root / choice).is_file()), None)

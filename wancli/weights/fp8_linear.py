@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from wancli.errors import MachineError
 from wancli.models.dit_layers import Linear
 from wancli.weights.formats.packed import FP8_MAX, TINIEST_SCALE, Packed, pack_fp8
-from wancli.weights.offload import matrices
+from wancli.weights.offload import find_matrices
 
 CAPABILITY = (8, 9)  # Ada and Hopper were the first
-ALIGNED = 16  # elements: what the kernels want widths to be multiples of
-STRIP = 2**25  # elements of an input that are in fp32 at a time
+WIDTH_MULTIPLE = 16  # elements: what the kernels want widths to be multiples of
+SLICE_ELEMENTS = 2**25  # elements of an input that are in fp32 at a time
 
 
 class Fp8Linear(nn.Module):
@@ -39,7 +39,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale_1O", scale_O[None].to(bias.device).contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x8_RI, scale_R1 = quantized(x.flatten(0, -2))
+        x8_RI, scale_R1 = quantize_rows(x.flatten(0, -2))
         y_RO: Tensor = torch._scaled_mm(
             x8_RI,
             self.weight.T,
@@ -54,19 +54,19 @@ class Fp8Linear(nn.Module):
         return y_RO.view(*x.shape[:-1], -1)
 
 
-def quantized(x_RI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 and the fp32 scale of each row [R, 1], its largest |x| / 448."""
     scale_R1 = torch.linalg.vector_norm(x_RI, float("inf"), dim=1, keepdim=True).float()
     scale_R1 = (scale_R1 / FP8_MAX).clamp_(min=TINIEST_SCALE)
     x8_RI = torch.empty_like(x_RI, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
-    rows = max(1, STRIP // x_RI.shape[1])
+    rows = max(1, SLICE_ELEMENTS // x_RI.shape[1])
     for start in range(0, len(x_RI), rows):
-        strip = slice(start, start + rows)
-        x8_RI[strip] = (x_RI[strip] / scale_R1[strip]).clamp_(-FP8_MAX, FP8_MAX)
+        slice_ = slice(start, start + rows)
+        x8_RI[slice_] = (x_RI[slice_] / scale_R1[slice_]).clamp_(-FP8_MAX, FP8_MAX)
     return x8_RI, scale_R1
 
 
-def multiply_in_fp8(
+def replace_with_fp8(
     blocks: nn.ModuleList, prefix: str, source: Mapping[str, Packed], device: torch.device | str
 ) -> None:
     """Puts an Fp8Linear in the place of each matrix of the blocks, which are on the meta device.
@@ -75,23 +75,23 @@ def multiply_in_fp8(
     CheckpointError for NaN and infinities.
     """
     for i in range(len(blocks)):
-        for part, layer in matrices(blocks[i]).items():
+        for part, layer in find_matrices(blocks[i]).items():
             assert isinstance(layer, Linear)
             weight = source[f"{prefix}.{i}.{part}"]
-            if not _is_by_rows(weight):
+            if not _has_row_scales(weight):
                 weight = pack_fp8(weight.unpack(torch.float32), f"{prefix}.{i}.{part}")
             data = weight.data.to(device)
             moved = Packed("fp8", data, weight.shape, weight.scale)
             blocks[i].set_submodule(part.removesuffix(".weight"), Fp8Linear(moved, layer.bias, layer.gelu))
 
 
-def _is_by_rows(weight: Packed) -> bool:
+def _has_row_scales(weight: Packed) -> bool:
     if weight.scheme != "fp8" or weight.data.dtype != torch.float8_e4m3fn:
         return False
     return weight.scale is None or weight.scale.numel() in (1, weight.shape[0])
 
 
-def check(device: str, widths: tuple[int, ...]) -> None:
+def check_fp8_matmul(device: str, widths: tuple[int, ...]) -> None:
     """Raises MachineError where matrices of these widths do not multiply in fp8."""
     where, hint = "memory.fp8_matmul", "Leave it out; memory.dtype: fp8 alone saves the same memory."
     if device != "cuda":
@@ -100,6 +100,6 @@ def check(device: str, widths: tuple[int, ...]) -> None:
     if found < needed:
         card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
         raise MachineError(f"{card}, fp8 products need {needed[0]}.{needed[1]}", where=where, hint=hint)
-    if odd := [width for width in widths if width % ALIGNED]:
-        message = f"the model is {odd[0]} wide, fp8 products take multiples of {ALIGNED}"
+    if unaligned := [width for width in widths if width % WIDTH_MULTIPLE]:
+        message = f"the model is {unaligned[0]} wide, fp8 products take multiples of {WIDTH_MULTIPLE}"
         raise MachineError(message, where=where, hint=hint)

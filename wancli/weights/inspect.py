@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import CheckpointError, JobError
+from wancli.models import parameter_count
 from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.resources import memory_model
 from wancli.weights.checkpoint import identify
-from wancli.weights.component import Part
-from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, layout_of, load_json, weights_in, weights_of
-from wancli.weights.formats.tensor_index import container, looks_like_weights
-from wancli.weights.recognize import read_config
-from wancli.weights.single_files import part_in, parts_of
+from wancli.weights.component import Component
+from wancli.weights.folder_layouts import (
+    EXPERT_ROLES,
+    Layout,
+    detect_layout,
+    list_weight_files,
+    load_json,
+    network_files,
+)
+from wancli.weights.formats.tensor_index import detect_container, looks_like_weights
+from wancli.weights.recognize import normalize_config
+from wancli.weights.single_files import find_component, recognize_file
 
 SCHEMA = "wancli/inspect/1"
 NOT_FINITE_LISTED = 20
@@ -34,63 +41,65 @@ def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
     path = path.expanduser()
     if not path.exists():
         raise JobError("no such file or folder", where=str(path))
-    layout = layout_of(path) if path.is_dir() else None
+    layout = detect_layout(path) if path.is_dir() else None
     known = layout is not None and layout.name != "single files"
-    parts = tuple(_of_layout(layout)) if layout and known else _of_files(path)
+    parts = tuple(_components_in_layout(layout)) if layout and known else _components_in_files(path)
     whole = known or any(part.kind == "transformer" for part in parts)
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "path": str(path),
         "layout": layout.name if layout else "file",
         "missing": list(layout.missing.values()) if layout else [],
-        "parts": [_part(part) for part in parts],
-        **(_checkpoint(path) if whole else {"variant": None, "defaults": None, "problem": None}),
+        "parts": [_describe_component(part) for part in parts],
+        **(_describe_checkpoint(path) if whole else {"variant": None, "defaults": None, "problem": None}),
     }
     if deep:
-        document["deep"] = [_deep(file) for file in dict.fromkeys(f for part in parts for f in part.files)]
+        document["deep"] = [
+            _scan_file(file) for file in dict.fromkeys(f for part in parts for f in part.files)
+        ]
     return document
 
 
-def damaged(document: dict[str, Any]) -> bool:
+def is_damaged(document: dict[str, Any]) -> bool:
     """Whether a deep look found values that no weight can have."""
     return any(file["not_finite"] for file in document.get("deep", ()))
 
 
-def _of_layout(layout: Layout) -> Iterator[Part]:
+def _components_in_layout(layout: Layout) -> Iterator[Component]:
     for role in EXPERT_ROLES:
         if role in layout.files:
             config = layout.configs.get(role)
-            said = read_config(load_json(config)) if config else {}
-            yield part_in(layout.files[role], "transformer", said)
+            config_json = normalize_config(load_json(config)) if config else {}
+            yield find_component(layout.files[role], "transformer", config_json)
     if "text_encoder" in layout.files:
-        yield part_in(layout.files["text_encoder"], "text encoder")
+        yield find_component(layout.files["text_encoder"], "text encoder")
     if "vae" in layout.files:
-        yield part_in(layout.files["vae"], "vae")
+        yield find_component(layout.files["vae"], "vae")
 
 
-def _of_files(path: Path) -> tuple[Part, ...]:
-    files = weights_in(path) if path.is_dir() else (path,)
+def _components_in_files(path: Path) -> tuple[Component, ...]:
+    files = list_weight_files(path) if path.is_dir() else (path,)
     if not files or not (path.is_dir() or looks_like_weights(path)):
         raise JobError(
             "holds no weights", where=str(path), hint="Give a .safetensors, .pth or .gguf file, or a folder."
         )
-    parts = tuple(part for file in files for part in (parts_of(file) or (_stranger(file),)))
-    if not path.is_dir() and parts[0].name == STRANGER:
+    parts = tuple(part for file in files for part in (recognize_file(file) or (_unknown_component(file),)))
+    if not path.is_dir() and parts[0].name == UNKNOWN:
         raise JobError("holds no network of Wan that wancli knows", where=str(path), hint=parts[0].hint)
     return parts
 
 
-STRANGER = "unknown"
+UNKNOWN = "unknown"
 
 
-def _stranger(file: Path) -> Part:
-    from wancli.weights.formats.tensor_index import contents
+def _unknown_component(file: Path) -> Component:
+    from wancli.weights.formats.tensor_index import read_index
 
-    found = contents(weights_of(file))
+    found = read_index(network_files(file))
     names = ", ".join(list(found.tensors)[:3]) or "nothing"
-    return Part(
+    return Component(
         "other",
-        STRANGER,
+        UNKNOWN,
         found.files,
         found.container,
         tensors=len(found.tensors),
@@ -99,7 +108,7 @@ def _stranger(file: Path) -> Part:
     )
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
     """The variant and its defaults, or why there is no checkpoint to render with."""
     try:
         checkpoint = identify(path.resolve())
@@ -109,44 +118,45 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return {"variant": row.pop("name"), "defaults": row, "problem": None}
 
 
-def _part(part: Part) -> dict[str, Any]:
+def _describe_component(part: Component) -> dict[str, Any]:
     """A part as JSON data, with its bytes on disk and how its parameters compare with the network's."""
-    found = asdict(part)
+    document = asdict(part)
     for key in ("variant", "config"):
-        del found[key]
-    return found | {
+        del document[key]
+    document["gaps"], document["misfits"] = document.pop("missing"), document.pop("mismatches")
+    return document | {
         "files": [str(path) for path in part.files],
         "bytes": sum(path.stat().st_size for path in part.files),
         "sizes": dict(part.sizes),
         "precision": {entry.group: dict(entry.dtypes) for entry in part.precision},
         "variant": part.variant.name if part.variant else None,
-        "parameters_of_network": _parameters(part),
-        "lora": found["lora"] and found["lora"] | {"layers": dict(found["lora"]["layers"])},
+        "parameters_of_network": _count_parameters(part),
+        "lora": document["lora"] and document["lora"] | {"layers": dict(document["lora"]["layers"])},
     }
 
 
-def _parameters(part: Part) -> int | None:
+def _count_parameters(part: Component) -> int | None:
     """How many parameters a network of these sizes has, where there is a formula."""
     if isinstance(part.config, WanConfig):
-        return memory_model.wan_parameters(part.config)
+        return parameter_count.wan_parameters(part.config)
     if isinstance(part.config, T5Config):
-        return memory_model.t5_parameters(part.config)
-    return memory_model.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
+        return parameter_count.t5_parameters(part.config)
+    return parameter_count.vae_parameters(part.config) if isinstance(part.config, VAEConfig) else None
 
 
-def _deep(path: Path) -> dict[str, Any]:
+def _scan_file(path: Path) -> dict[str, Any]:
     """The SHA-256 of a file, and the tensors in it that hold NaN or Inf; None for GGUF, whose blocks are
     only hashed."""
     from wancli.storage import atomic
 
-    bad = None if container(path) == "gguf" else list(_not_finite([path]))[:NOT_FINITE_LISTED]
+    bad = None if detect_container(path) == "gguf" else list(_list_nonfinite([path]))[:NOT_FINITE_LISTED]
     return {"file": str(path), "sha256": atomic.sha256(path), "not_finite": bad}
 
 
-def _not_finite(paths: Sequence[Path]) -> Iterator[str]:
-    from wancli.weights.formats.read import tensors
+def _list_nonfinite(paths: Sequence[Path]) -> Iterator[str]:
+    from wancli.weights.formats.read import iterate_tensors
 
-    for name, tensor in tensors(paths):
+    for name, tensor in iterate_tensors(paths):
         if not tensor.dtype.is_floating_point:
             continue
         flat = tensor.flatten()

@@ -8,7 +8,7 @@ and then the pages of the file are given back. So weights are never in memory tw
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,24 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from wancli.models import t5
-from wancli.models.config import Expert, Kernels, VAE22Config
+from wancli.models.config import TIED_EMBEDDING, ComputeOptions, Expert, VAE22Config
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
 from wancli.resources.memory_model import Residency
-from wancli.weights.checkpoint import Checkpoint, vae_sizes
-from wancli.weights.component import Part
-from wancli.weights.disk_reader import Mappings, OnDisk, on_disk
-from wancli.weights.formats.infer_config import misfits, t5_config, unfit
+from wancli.weights.checkpoint import Checkpoint, vae_config
+from wancli.weights.component import Component
+from wancli.weights.disk_reader import Mappings, OnDisk, keep_on_disk
+from wancli.weights.formats.infer_config import find_mismatches, infer_t5_config, mismatch_error
 from wancli.weights.formats.packed import Packed, pack_fp8
-from wancli.weights.formats.read import packed
-from wancli.weights.fp8_linear import multiply_in_fp8
-from wancli.weights.offload import AfterUnpack, Arriving, Lookup, Streamed, matrix_names, placed
+from wancli.weights.formats.read import read_packed
+from wancli.weights.fp8_linear import replace_with_fp8
+from wancli.weights.offload import (
+    AfterUnpack,
+    DiskEmbedding,
+    LazyBlocks,
+    OffloadedBlocks,
+    matrix_names,
+    place_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-KEPT_FP32 = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
+FP32_PARAMETERS = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
 
 
 def load_into(
@@ -46,7 +53,7 @@ def load_into(
     device: torch.device | str,
     keep_fp32: Callable[[str], bool],
     where: str,
-    leave: Collection[str] = (),
+    keep_on_meta: Collection[str] = (),
 ) -> None:
     """Gives a module built on the meta device its tensors, in `dtype` but for those kept in fp32.
 
@@ -56,99 +63,112 @@ def load_into(
     any tensor is converted or assigned. `rename` maps a name in the file to the module's own,
     `keep_fp32` is asked with the latter.
     """
-    wanted = module.state_dict()
-    found = {rename(name): tensor for name, tensor in tensors}
-    if problems := misfits(_shapes(wanted), _shapes(found)):
-        raise unfit(problems, where)
-    made: dict[str, Tensor] = {}
-    mappings = Mappings.now()
-    for name, meta in wanted.items():
-        kept = torch.float32 if keep_fp32(name) else dtype
-        if name in leave:
-            made[name] = meta.to(kept)
+    expected = module.state_dict()
+    entries = {rename(name): tensor for name, tensor in tensors}
+    if problems := find_mismatches(_shapes(expected), _shapes(entries)):
+        raise mismatch_error(problems, where)
+    loaded: dict[str, Tensor] = {}
+    mappings = Mappings.read_current()
+    for name, meta in expected.items():
+        target = torch.float32 if keep_fp32(name) else dtype
+        if name in keep_on_meta:
+            loaded[name] = meta.to(target)
             continue
-        tensor = found.pop(name)
-        unpacked = tensor.unpack(kept) if isinstance(tensor, Packed) else tensor
+        tensor = entries.pop(name)
+        unpacked = tensor.unpack(target) if isinstance(tensor, Packed) else tensor
         # A copy where weights stay away, so that no file stays mapped for the small ones.
-        made[name] = unpacked.to(device=device, dtype=kept, copy=bool(leave))
+        loaded[name] = unpacked.to(device=device, dtype=target, copy=bool(keep_on_meta))
         stored = tensor.data
-        if made[name].data_ptr() != stored.data_ptr():
-            mappings.forget(stored)
-    module.load_state_dict(made, assign=True)
+        if loaded[name].data_ptr() != stored.data_ptr():
+            mappings.release_pages(stored)
+    module.load_state_dict(loaded, assign=True)
 
 
 def _shapes(tensors: Mapping[str, Tensor | Packed]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check_loadable(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for what loading the transformers and the VAE would: scales that are missing
     or no positive numbers, and tensors of the VAE that are not its own. Reads headers and scales only.
 
     Names and shapes of the transformers are those that `identify` has checked.
     """
     for part in checkpoint.experts:
-        _weights(part)
-    if problems := misfits(_shapes(_bare_vae(checkpoint).state_dict()), _shapes(_weights(checkpoint.vae))):
-        raise unfit(problems, str(checkpoint.vae_files[0]))
+        _read_weights(part)
+    if problems := find_mismatches(
+        _shapes(_build_vae(checkpoint).state_dict()), _shapes(_read_weights(checkpoint.vae))
+    ):
+        raise mismatch_error(problems, str(checkpoint.vae_files[0]))
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a transformer is loaded and computes. In half precision, all but the block matrices stays fp32.
+
+    `fp8` stores matrices that are offloaded as e4m3 with a scale per row, unless the file quantizes them.
+    `lazy` converts the blocks of a resident transformer on a CPU when they first run; see LazyBlocks.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    residency: Residency = "resident"
+    fp8: bool = False
+    kernels: ComputeOptions = ComputeOptions()
+    lazy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernels.fp8_matmul and self.residency != "resident":
+            raise ValueError(f"{self.residency} weights do not multiply in fp8")
 
 
 def load_transformer(
     checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    options: LoadOptions = LoadOptions(),
     expert: Expert = "only",
-    residency: Residency = "resident",
     after_unpack: AfterUnpack | None = None,
-    fp8: bool = False,
-    kernels: Kernels = Kernels(),
-    lazily: bool = False,
 ) -> WanModel:
-    """The diffusion transformer of a checkpoint, or one of its two experts, ready to run. In half
-    precision everything outside the large matrices of the blocks stays fp32.
+    """Load the diffusion transformer of a checkpoint, or one of its two experts, ready to run.
 
-    `after_unpack` changes the matrices of blocks that are fetched, each time that they are. `fp8` makes
-    packed ones smaller: on the device they are e4m3 with a scale per row, but those stored quantized.
-    `kernels` are what it computes with. Raises ValueError for `fp8_matmul` of weights that are not resident.
-    `lazily` leaves blocks that are resident on a CPU to be converted when they first run, see Arriving.
+    `after_unpack` may change the matrices of offloaded blocks; it is called each time one is fetched.
     """
-    if kernels.fp8_matmul and residency != "resident":
-        raise ValueError(f"{residency} weights do not multiply in fp8")
+    dtype, device, kernels = options.dtype, options.device, options.kernels
     with torch.device("meta"):
-        model = WanModel(checkpoint.transformer, kernels)
-    found = transformer_weights(checkpoint, expert)
-    whole = residency == "resident" and not kernels.fp8_matmul
-    arriving = lazily and whole and torch.device(device).type == "cpu"
-    away = [] if whole else matrix_names(model.blocks, "blocks")
-    if arriving:
-        away = [name for name in model.state_dict() if name.startswith("blocks.")]
+        model = WanModel(checkpoint.transformer_config, kernels)
+    weights = read_transformer_weights(checkpoint, expert)
+    in_memory = options.residency == "resident" and not kernels.fp8_matmul
+    is_lazy = options.lazy and in_memory and torch.device(device).type == "cpu"
+    not_loaded = [] if in_memory else matrix_names(model.blocks, "blocks")
+    if is_lazy:
+        not_loaded = [name for name in model.state_dict() if name.startswith("blocks.")]
     load_into(
         model,
-        found.items(),
+        weights.items(),
         rename=str,
         dtype=dtype,
         device=device,
-        keep_fp32=_kept_fp32,
+        keep_fp32=_stays_fp32,
         where=str(checkpoint.expert(expert).files[0].parent),
-        leave=frozenset(away),
+        keep_on_meta=frozenset(not_loaded),
     )
+    rest = {name: weights[name] for name in not_loaded}
     if kernels.fp8_matmul:
-        multiply_in_fp8(model.blocks, "blocks", found, device)
-    elif arriving:
-        mapped = {name: found[name] for name in away}
-        model.blocks = Arriving(model.blocks, partial(_take, mapped, on_disk(mapped), model.blocks, dtype))
-    elif away:
-        matrices = {name: found[name] for name in away}
-        source = _in_fp8(matrices, device) if fp8 else placed(matrices, residency, device)
-        model.blocks = Streamed(model.blocks, "blocks", source, device, after_unpack)
+        replace_with_fp8(model.blocks, "blocks", weights, device)
+    elif is_lazy:
+        model.blocks = LazyBlocks(
+            model.blocks, partial(_load_block, rest, keep_on_disk(rest), model.blocks, dtype)
+        )
+    elif rest:
+        source = _to_fp8(rest, device) if options.fp8 else place_weights(rest, options.residency, device)
+        model.blocks = OffloadedBlocks(model.blocks, "blocks", source, device, after_unpack)
     return model.eval()
 
 
-def _kept_fp32(name: str) -> bool:
-    return any(part in name for part in KEPT_FP32)
+def _stays_fp32(name: str) -> bool:
+    return any(part in name for part in FP32_PARAMETERS)
 
 
-def _take(
+def _load_block(
     mapped: dict[str, Packed],
     read: Mapping[str, OnDisk],
     blocks: nn.ModuleList,
@@ -157,42 +177,42 @@ def _take(
 ) -> dict[str, Tensor]:
     """The tensors of one block: as they are mapped where the dtype fits, else read and converted, so that
     the pages of a mapping do not count beside them."""
-    taken = {}
+    tensors = {}
     for part, meta in blocks[index].state_dict().items():
-        name, kept = f"blocks.{index}.{part}", torch.float32 if _kept_fp32(part) else dtype
+        name, target = f"blocks.{index}.{part}", torch.float32 if _stays_fp32(part) else dtype
         weight = mapped.pop(name)
-        if weight.scheme == "plain" and weight.data.dtype == kept:
-            taken[part] = weight.unpack(kept)
+        if weight.scheme == "plain" and weight.data.dtype == target:
+            tensors[part] = weight.unpack(target)
         else:
-            taken[part] = read[name].unpack(kept, out=torch.empty(meta.shape, dtype=kept))
-    return taken
+            tensors[part] = read[name].unpack(target, out=torch.empty(meta.shape, dtype=target))
+    return tensors
 
 
-def _in_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:
+def _to_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:
     """Raises CheckpointError for NaN and Inf."""
-    made, mappings = {}, Mappings.now()
+    converted, mappings = {}, Mappings.read_current()
     for name, weight in matrices.items():
-        small = pack_fp8(weight.unpack(torch.float32), name) if weight.scheme == "plain" else weight
-        made[name] = replace(small, data=small.data.to(device))
-        if made[name].data.data_ptr() != weight.data.data_ptr():
-            mappings.forget(weight.data)
-    return made
+        quantized = pack_fp8(weight.unpack(torch.float32), name) if weight.scheme == "plain" else weight
+        converted[name] = replace(quantized, data=quantized.data.to(device))
+        if converted[name].data.data_ptr() != weight.data.data_ptr():
+            mappings.release_pages(weight.data)
+    return converted
 
 
-def transformer_weights(checkpoint: Checkpoint, expert: Expert = "only") -> dict[str, Packed]:
+def read_transformer_weights(checkpoint: Checkpoint, expert: Expert = "only") -> dict[str, Packed]:
     """A checkpoint's transformer as its files hold it, by official name."""
-    return _weights(checkpoint.expert(expert))
+    return _read_weights(checkpoint.expert(expert))
 
 
-def _weights(part: Part) -> dict[str, Packed]:
-    return packed(part.files, rename=part.rename, prefixes=(part.prefix,) if part.prefix else ())
+def _read_weights(part: Component) -> dict[str, Packed]:
+    return read_packed(part.files, rename=part.rename_key, prefixes=(part.prefix,) if part.prefix else ())
 
 
-def transformer_tensors(
+def iterate_transformer_tensors(
     checkpoint: Checkpoint, wanted: Collection[str], expert: Expert = "only"
 ) -> Iterator[tuple[str, Tensor]]:
     """Some tensors of a checkpoint's transformer by official name, unpacked where they are not plain."""
-    for name, weight in transformer_weights(checkpoint, expert).items():
+    for name, weight in read_transformer_weights(checkpoint, expert).items():
         if name in wanted:
             yield (
                 name,
@@ -214,40 +234,40 @@ def load_umt5(
     Streamed, the rows of its embedding are read from disk too, those of a prompt's tokens.
     """
     where = str(files[0])
-    found = packed(files, rename=rename, prefixes=(prefix,) if prefix else ())
-    found.pop(t5.TIED, None)
-    model = t5.build(t5_config({name: weight.shape for name, weight in found.items()}, where))
+    weights = read_packed(files, rename=rename, prefixes=(prefix,) if prefix else ())
+    weights.pop(TIED_EMBEDDING, None)
+    model = t5.build_encoder(infer_t5_config({name: weight.shape for name, weight in weights.items()}, where))
     layers = model.encoder.block
-    away = [] if residency == "resident" else matrix_names(layers, t5.LAYERS)
-    table = [t5.TABLE] if residency == "streamed" else []
+    offloaded = [] if residency == "resident" else matrix_names(layers, t5.BLOCKS)
+    embedding = [t5.EMBEDDING] if residency == "streamed" else []
     load_into(
         model,
-        found.items(),
+        weights.items(),
         rename=str,
         dtype=dtype,
         device=device,
         keep_fp32=lambda name: dtype is torch.float16 and t5.OVERFLOWS in name,
         where=where,
-        leave=frozenset(away + table),
+        keep_on_meta=frozenset(offloaded + embedding),
     )
-    if away:
-        source = placed({name: found[name] for name in away}, residency, device)
-        model.encoder.block = Streamed(layers, t5.LAYERS, source, device)
-    if table:
-        rows = on_disk({t5.TABLE: found[t5.TABLE]})[t5.TABLE].rows
-        model.add_module("shared", Lookup(rows, dtype, device))
-    t5.tie(model, where)
+    if offloaded:
+        source = place_weights({name: weights[name] for name in offloaded}, residency, device)
+        model.encoder.block = OffloadedBlocks(layers, t5.BLOCKS, source, device)
+    if embedding:
+        rows = keep_on_disk({t5.EMBEDDING: weights[t5.EMBEDDING]})[t5.EMBEDDING].read_rows
+        model.add_module("shared", DiskEmbedding(rows, dtype, device))
+    t5.tie_embedding(model, where)
     return model
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     """The VAE of a checkpoint, in fp32 as the official code runs it."""
     where = str(checkpoint.vae_files[0])
-    found = _weights(checkpoint.vae)
-    vae = _bare_vae(checkpoint)
+    weights = _read_weights(checkpoint.vae)
+    vae = _build_vae(checkpoint)
     load_into(
         vae,
-        found.items(),
+        weights.items(),
         rename=str,
         dtype=torch.float32,
         device=device,
@@ -257,7 +277,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     return vae.eval()
 
 
-def _bare_vae(checkpoint: Checkpoint) -> VAE:
-    sizes = vae_sizes(checkpoint)
+def _build_vae(checkpoint: Checkpoint) -> VAE:
+    sizes = vae_config(checkpoint)
     with torch.device("meta"):
         return WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)

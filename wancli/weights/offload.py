@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from wancli.models.dit_layers import Blocks
 from wancli.resources.memory_model import Residency
-from wancli.weights.disk_reader import on_disk, unpack_across
+from wancli.weights.disk_reader import keep_on_disk, unpack_to_device
 from wancli.weights.formats.packed import Packed
 
 
@@ -35,24 +35,26 @@ class Weight(Protocol):
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor: ...
 
 
-Source = Mapping[str, Weight]  # canonical name of a parameter -> its weight
+WeightSource = Mapping[str, Weight]  # canonical name of a parameter -> its weight
 AfterUnpack = Callable[[str, Tensor], None]  # changes the unpacked weight of that name in place
 
 
-def placed(source: Mapping[str, Packed], residency: Residency, device: torch.device | str) -> Source:
+def place_weights(
+    source: Mapping[str, Packed], residency: Residency, device: torch.device | str
+) -> WeightSource:
     """A source whose weights, mapped from their files, are where the residency keeps them.
 
     For a GPU packed weights are copied to pinned memory; for a CPU they stay mapped, and the kernel keeps
     their pages as long as it can.
     """
     if residency == "streamed":
-        return on_disk(source, device)
+        return keep_on_disk(source, device)
     if torch.device(device).type == "cpu":
         return source
-    return {name: Pinned(weight) for name, weight in source.items()}
+    return {name: PinnedWeight(weight) for name, weight in source.items()}
 
 
-class Pinned:
+class PinnedWeight:
     """A packed weight in memory that a GPU copies from while the program goes on."""
 
     def __init__(self, weight: Packed) -> None:
@@ -60,10 +62,10 @@ class Pinned:
         self._weight = replace(weight, data=weight.data.pin_memory())
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
-        return unpack_across(self._weight, dtype, out=out)
+        return unpack_to_device(self._weight, dtype, out=out)
 
 
-def matrices(block: nn.Module) -> dict[str, nn.Linear]:
+def find_matrices(block: nn.Module) -> dict[str, nn.Linear]:
     """The Linear layers of a block by the names of their weights, which are 98 % of its bytes."""
     layers = ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
     return {f"{name}.weight": layer for name, layer in layers}
@@ -71,10 +73,10 @@ def matrices(block: nn.Module) -> dict[str, nn.Linear]:
 
 def matrix_names(blocks: nn.ModuleList, prefix: str) -> list[str]:
     """What a source for these blocks must hold: the canonical names of all their matrices."""
-    return [f"{prefix}.{i}.{name}" for i in range(len(blocks)) for name in matrices(blocks[i])]
+    return [f"{prefix}.{i}.{name}" for i in range(len(blocks)) for name in find_matrices(blocks[i])]
 
 
-class Streamed(Blocks):
+class OffloadedBlocks(Blocks):
     """Blocks of one shape whose matrices are bound only while the loop is at them.
 
     The blocks come with their matrices on the meta device, in the dtype that each computes in, and there
@@ -88,7 +90,7 @@ class Streamed(Blocks):
         self,
         blocks: nn.ModuleList,
         prefix: str,
-        source: Source,
+        source: WeightSource,
         device: torch.device | str,
         after_unpack: AfterUnpack | None = None,
     ) -> None:
@@ -98,19 +100,19 @@ class Streamed(Blocks):
             if tuple(source[name].shape) != tuple(expected):
                 raise ValueError(f"{name} is {list(source[name].shape)}, expected {list(expected)}")
         self._prefix, self._source, self._after_unpack = prefix, source, after_unpack
-        self._layers = [matrices(block) for block in blocks]
+        self._layers = [find_matrices(block) for block in blocks]
         self._running = False
         device = torch.device(device)
         side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         like = {part: layer.weight for part, layer in self._layers[0].items()}
-        self._stages = [_Stage(like, device, side) for _ in range(2)]
+        self._stages = [_BlockBuffers(like, device, side) for _ in range(2)]
 
     __repr__ = nn.Module.__repr__  # a list's own would run the loop
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return self.since(0)
+        return self.iterate_from(0)
 
-    def since(self, first: int) -> Iterator[nn.Module]:
+    def iterate_from(self, first: int) -> Iterator[nn.Module]:
         if torch.is_grad_enabled():
             raise RuntimeError("streamed blocks run without gradients only")
         if self._running:
@@ -120,18 +122,18 @@ class Streamed(Blocks):
             # One thread beside those that compute: unpacking is bound by memory, and threads that wait for
             # each other on busy cores take a third longer than one alone.
             with ThreadPoolExecutor(1, "weights", torch.set_num_threads, (1,)) as reader:
-                coming = reader.submit(self._fetch, first)
+                pending = reader.submit(self._fetch, first)
                 for i, block in islice(enumerate(super().__iter__()), first, None):
-                    stage = coming.result()
+                    stage = pending.result()
                     if i + 1 < len(self):
-                        coming = reader.submit(self._fetch, i + 1)
-                    with stage.reading(), _bound(self._layers[i], stage.weights):
+                        pending = reader.submit(self._fetch, i + 1)
+                    with stage.reading(), _bind_weights(self._layers[i], stage.weights):
                         yield block
         finally:
             self._running = False
 
     @torch.inference_mode()  # a thread does not start in the mode of the one that started it
-    def _fetch(self, index: int) -> _Stage:
+    def _fetch(self, index: int) -> _BlockBuffers:
         stage = self._stages[index % 2]
         with stage.writing():
             for part, buffer in stage.buffers.items():
@@ -146,7 +148,7 @@ class Streamed(Blocks):
         return stage
 
 
-class _Stage:
+class _BlockBuffers:
     """Memory for the matrices of one block.
 
     On a CPU the loop itself keeps writer and reader apart. CUDA runs behind the program, so there the writer
@@ -196,18 +198,18 @@ class _Stage:
 
 
 @contextmanager
-def _bound(layers: Mapping[str, nn.Linear], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    absent = {name: layer.weight for name, layer in layers.items()}
+def _bind_weights(layers: Mapping[str, nn.Linear], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    originals = {name: layer.weight for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.weight = weights[name]
         yield
     finally:
         for name, layer in layers.items():
-            layer.weight = absent[name]
+            layer.weight = originals[name]
 
 
-class Lookup(nn.Module):
+class DiskEmbedding(nn.Module):
     """An embedding whose table is not in memory: the rows asked for are read each time."""
 
     def __init__(
@@ -222,10 +224,10 @@ class Lookup(nn.Module):
         return part.unpack(self._dtype, out=rows).to(self._device).view(*ids_BN.shape, -1)
 
 
-Take = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their names in it; asked for once
+LoadBlock = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their names in it; asked for once
 
 
-class Arriving(Blocks):
+class LazyBlocks(Blocks):
     """Blocks on the meta device that get their tensors when a loop comes to them, or an index names them.
 
     From then on they are as if they had been loaded at once, in the mode, inference or not, of that loop. Who
@@ -233,16 +235,16 @@ class Arriving(Blocks):
     for yet are still on the meta device.
     """
 
-    def __init__(self, blocks: nn.ModuleList, take: Take) -> None:
+    def __init__(self, blocks: nn.ModuleList, take: LoadBlock) -> None:
         super().__init__(list(blocks))
         self._missing, self._take = set(range(len(blocks))), take
 
     __repr__ = nn.Module.__repr__  # a list's own would load them all
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return self.since(0)
+        return self.iterate_from(0)
 
-    def since(self, first: int) -> Iterator[nn.Module]:
+    def iterate_from(self, first: int) -> Iterator[nn.Module]:
         for i in range(first, len(self)):
             yield self[i]
 

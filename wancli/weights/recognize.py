@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wancli.errors import CheckpointError
-from wancli.models.config import Expert, T5Config, VAE22Config
+from wancli.models.config import TIED_EMBEDDING, Expert, T5Config, VAE22Config
 from wancli.models.variants import (
     BY_CHANNELS,
     MINI,
     MINI_DIM,
+    NAMES_BY_WIDTH,
     RELEASED,
     T2V,
     T2V_14B,
@@ -25,24 +26,33 @@ from wancli.models.variants import (
     TWO_EXPERTS,
     Variant,
 )
-from wancli.weights.component import Kind, Naming, Part, expert_of, gaps_of, group_of, groups, rename
-from wancli.weights.formats.infer_config import (
-    RENDERED,
-    USUAL_HEAD_DIM,
-    any_vae_config,
-    misfits,
-    other_transformer,
-    parameter_shapes,
-    read_transformer,
-    t5_config,
-    t5_shapes,
-    transformer_config,
+from wancli.weights.component import (
+    Component,
+    Kind,
+    Naming,
+    classify_tensor,
+    expert_from_name,
+    find_missing,
+    get_renaming,
+    tensor_groups,
 )
-from wancli.weights.formats.key_mapping import vae_renaming
-from wancli.weights.formats.quant_schemes import is_helper, precision_of, scheme_of
+from wancli.weights.formats.infer_config import (
+    SUPPORTED_HINT,
+    USUAL_HEAD_DIM,
+    find_mismatches,
+    infer_t5_config,
+    infer_transformer_config,
+    infer_transformer_sizes,
+    infer_vae_config,
+    name_unsupported_transformer,
+    t5_shapes,
+    transformer_shapes,
+)
+from wancli.weights.formats.key_mapping import choose_vae_renaming
+from wancli.weights.formats.quant_schemes import count_precision, detect_scheme, is_helper
 from wancli.weights.formats.safetensors_header import TensorInfo
-from wancli.weights.formats.tensor_index import FOREIGN, Contents
-from wancli.weights.lora.describe import is_lora, lora_of
+from wancli.weights.formats.tensor_index import OTHER_NETWORKS, TensorIndex
+from wancli.weights.lora.describe import describe_lora, is_lora
 
 # Beginnings of two names that one network has, after the same prefix.
 SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
@@ -55,7 +65,7 @@ SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
     ("vae", "diffusers", "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in."),
 )
 # Other things that lie beside Wan checkpoints: a name in them, and what they are.
-OTHERS = {
+OTHER_FILES = {
     r"vace_patch_embedding\.weight": "VACE module, an addition to a T2V transformer",
     r"audio_proj\.proj1\.weight": "audio module (MultiTalk, InfiniteTalk)",
     r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder, which only image-to-video reads",
@@ -64,31 +74,32 @@ OTHERS = {
 LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide where the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
-TIED = "encoder.embed_tokens.weight"  # some files hold `shared.weight` a second time under this name
-LORAS = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
+LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
 Tensors = dict[str, TensorInfo]
 
 
-def recognise(contents: Contents, said: Mapping[str, object] | None = None) -> tuple[Part, ...]:
+def recognize(
+    contents: TensorIndex, config_json: Mapping[str, object] | None = None
+) -> tuple[Component, ...]:
     """The networks in a file or in its shards; several in a whole checkpoint, none in a stranger's.
 
     `said` is the transformer's config.json in official names. Raises CheckpointError where sizes
     cannot be read off the tensors or config.json disagrees with them.
     """
     if is_lora(contents.tensors):
-        return (_lora(contents),)
+        return (_recognize_lora(contents),)
     found = tuple(
-        _part(contents, kind, naming, prefix, said or {})
+        _recognize_network(contents, kind, naming, prefix, config_json or {})
         for kind, naming, first, second in SIGNATURES
         for prefix in _prefixes(contents.tensors, first, second)
     )
     if found:
         return found
-    for pattern, what in OTHERS.items():
+    for pattern, what in OTHER_FILES.items():
         if any(re.fullmatch(pattern, name) for name in contents.tensors):
-            return (_other(contents, what),)
+            return (_unsupported_component(contents, what),)
     if architecture := contents.metadata.get("general.architecture"):
-        return (_other(contents, f"GGUF file of the architecture {architecture!r}, not wan"),)
+        return (_unsupported_component(contents, f"GGUF file of the architecture {architecture!r}, not wan"),)
     return ()
 
 
@@ -102,28 +113,30 @@ def _prefixes(tensors: Mapping[str, object], first: str, second: str) -> list[st
     return sorted(p for p in starts if any(name.startswith(p + second) for name in tensors))
 
 
-def _part(contents: Contents, kind: Kind, naming: Naming, prefix: str, said: Mapping[str, object]) -> Part:
+def _recognize_network(
+    contents: TensorIndex, kind: Kind, naming: Naming, prefix: str, config_json: Mapping[str, object]
+) -> Component:
     tensors = {
         name.removeprefix(prefix): info
         for name, info in contents.tensors.items()
-        if name.startswith(prefix) and (prefix or not name.startswith(FOREIGN))
+        if name.startswith(prefix) and (prefix or not name.startswith(OTHER_NETWORKS))
     }
-    own_name = vae_renaming(tensors) if kind == "vae" else rename(kind, naming)
+    own_name = choose_vae_renaming(tensors) if kind == "vae" else get_renaming(kind, naming)
     own = {name: own_name(name) for name in tensors}
     weights = {own[name]: info for name, info in tensors.items() if not is_helper(name)}
-    classes = {name: group_of(kind, own[name]) for name in tensors}
-    part = Part(
+    classes = {name: classify_tensor(kind, own[name]) for name in tensors}
+    part = Component(
         kind,
         name=kind,
         files=contents.files,
         container=contents.container,
         naming=naming,
         prefix=prefix,
-        scheme=scheme_of(tensors, contents, prefix),
-        precision=precision_of(tensors, classes, groups(kind)),
-        parameters=sum(math.prod(info.shape) for name, info in weights.items() if name != TIED),
+        scheme=detect_scheme(tensors, contents, prefix),
+        precision=count_precision(tensors, classes, tensor_groups(kind)),
+        parameters=sum(math.prod(info.shape) for name, info in weights.items() if name != TIED_EMBEDDING),
         tensors=len(tensors),
-        gaps=gaps_of(weights),
+        missing=find_missing(weights),
         tokenizer="spiece_model" in tensors or "tokenizer.ggml.tokens" in contents.metadata,
     )
     if part.scheme.refusal:
@@ -133,47 +146,49 @@ def _part(contents: Contents, kind: Kind, naming: Naming, prefix: str, said: Map
             hint="use the fp16, bf16, fp8 or GGUF version of this file",
         )
     if kind == "transformer":
-        return _transformer(part, weights, said)
+        return _recognize_transformer(part, weights, config_json)
     shapes = {name: info.shape for name, info in weights.items()}
-    return _text_encoder(part, shapes) if kind == "text encoder" else _vae(part, shapes)
+    return _recognize_text_encoder(part, shapes) if kind == "text encoder" else _recognize_vae(part, shapes)
 
 
-def _transformer(part: Part, weights: Tensors, said: Mapping[str, object]) -> Part:
+def _recognize_transformer(part: Component, weights: Tensors, config_json: Mapping[str, object]) -> Component:
     where = str(part.files[0])
-    shapes = _unmerged({name: info.shape for name, info in weights.items()})
+    shapes = _split_patch_axes({name: info.shape for name, info in weights.items()})
     try:
-        read = read_transformer(shapes, where)
+        read = infer_transformer_sizes(shapes, where)
     except CheckpointError:
         if part.refusal:  # the shapes of packed weights are not those of the network
             return replace(part, name="Wan transformer")
         raise
-    if what := other_transformer(weights, read["in_dim"], read["out_dim"]):
+    if what := name_unsupported_transformer(weights, read["in_dim"], read["out_dim"]):
         part = replace(
-            part, refusal=f"this is a {what} checkpoint; wancli renders text-to-video", hint=RENDERED
+            part, refusal=f"this is a {what} checkpoint; wancli renders text-to-video", hint=SUPPORTED_HINT
         )
-    expert = expert_of(part.files[0])
-    variant = None if what else variant_of(read, expert)
+    expert = expert_from_name(part.files[0])
+    variant = None if what else choose_variant(read, expert)
     name = variant.name if variant else what.rstrip(",")
     part = replace(part, name=name, variant=variant, expert=expert, sizes=tuple(read.items()))
     if part.refusal:
         return part
-    if "num_heads" not in said and read["dim"] % USUAL_HEAD_DIM:
+    if "num_heads" not in config_json and read["dim"] % USUAL_HEAD_DIM:
         message = (
-            f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}"
+            f"the number of heads is unknown: the width {read['dim']} is not a multiple of {USUAL_HEAD_DIM}"
         )
         hint = "name the folder if its config.json says num_heads, or say `heads` in the job's `model`"
         return replace(part, refusal=message, hint=hint)
-    config = transformer_config(read, said, where)
+    config = infer_transformer_config(read, config_json, where)
     sizes = (*read.items(), ("num_heads", config.num_heads))
-    return replace(part, config=config, sizes=sizes, misfits=misfits(parameter_shapes(config), shapes))
+    return replace(
+        part, config=config, sizes=sizes, mismatches=find_mismatches(transformer_shapes(config), shapes)
+    )
 
 
-def variant_of(read: Mapping[str, int], expert: Expert | None) -> Variant:
+def choose_variant(sizes: Mapping[str, int], expert: Expert | None) -> Variant:
     """The row of a T2V or TI2V transformer. A name that speaks of an expert makes it one of two."""
-    if read["dim"] == MINI_DIM:
+    if sizes["dim"] == MINI_DIM:
         return MINI
-    key = (read["dim"], read["ffn_dim"], read["num_layers"], read["in_dim"])
-    variant = RELEASED.get(key, BY_CHANNELS[read["in_dim"]])
+    key = (sizes["dim"], sizes["ffn_dim"], sizes["num_layers"], sizes["in_dim"])
+    variant = RELEASED.get(key, BY_CHANNELS[sizes["in_dim"]])
     if expert is None:
         return variant
     if variant is T2V_14B:
@@ -181,7 +196,7 @@ def variant_of(read: Mapping[str, int], expert: Expert | None) -> Variant:
     return TWO_EXPERTS if variant is T2V else variant
 
 
-def _unmerged(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _split_patch_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Undoes stable-diffusion.cpp's merging of the first two of the patch embedding's five axes."""
     patch, bias = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", ())
     if len(patch) == 4 and len(bias) == 1 and bias[0] and patch[0] % bias[0] == 0:
@@ -189,7 +204,7 @@ def _unmerged(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _text_encoder(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
+def _recognize_text_encoder(part: Component, shapes: dict[str, tuple[int, ...]]) -> Component:
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
     if shapes.get("shared.weight", ())[:1] == (PLAIN_T5_VOCAB,) or (
         bias not in shapes and any(name.startswith("encoder.block.1.") for name in shapes)
@@ -202,17 +217,19 @@ def _text_encoder(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
         )
     if part.refusal:
         return replace(part, name="UMT5")
-    config = t5_config(shapes, str(part.files[0]))
+    config = infer_t5_config(shapes, str(part.files[0]))
     name = "UMT5-XXL" if config == XXL else "UMT5"
     sizes = ("num_layers", config.num_layers), ("d_model", config.d_model), ("vocab_size", config.vocab_size)
-    own = {name: shape for name, shape in shapes.items() if name != TIED}
-    return replace(part, name=name, config=config, sizes=sizes, misfits=misfits(t5_shapes(config), own))
+    own = {name: shape for name, shape in shapes.items() if name != TIED_EMBEDDING}
+    return replace(
+        part, name=name, config=config, sizes=sizes, mismatches=find_mismatches(t5_shapes(config), own)
+    )
 
 
-def _vae(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
+def _recognize_vae(part: Component, shapes: dict[str, tuple[int, ...]]) -> Component:
     if part.refusal:
         return replace(part, name="Wan VAE")
-    config = any_vae_config(shapes, str(part.files[0]))
+    config = infer_vae_config(shapes, str(part.files[0]))
     if isinstance(config, VAE22Config):
         sizes = ("dim", config.dim), ("dec_dim", config.dec_dim), ("z_dim", config.z_dim)
         return replace(part, name="Wan 2.2 VAE", config=config, sizes=sizes)
@@ -227,23 +244,23 @@ def _vae(part: Part, shapes: dict[str, tuple[int, ...]]) -> Part:
     return replace(part, name="Wan 2.1 VAE", config=config)
 
 
-def _lora(contents: Contents) -> Part:
-    lora = lora_of(contents)
+def _recognize_lora(contents: TensorIndex) -> Component:
+    lora = describe_lora(contents)
     path = contents.files[0]
-    made_for = {1536: "Wan2.1 1.3B", 5120: "Wan 14B", 3072: "Wan2.2 5B"}.get(lora.width or 0, "")
-    part = Part(
+    made_for = NAMES_BY_WIDTH.get(lora.width or 0, "")
+    part = Component(
         "lora",
         name=f"LoRA for {made_for}" if made_for else "LoRA",
         files=contents.files,
         container=contents.container,
-        expert=expert_of(path),
-        precision=precision_of(contents.tensors, dict.fromkeys(contents.tensors, "tensors")),
+        expert=expert_from_name(path),
+        precision=count_precision(contents.tensors, dict.fromkeys(contents.tensors, "tensors")),
         parameters=sum(math.prod(info.shape) for info in contents.tensors.values()),
         tensors=len(contents.tensors),
         lora=lora,
     )
     if lora.targets:
-        return replace(part, refusal=lora.refusal, hint=LORAS if lora.refusal else "")
+        return replace(part, refusal=lora.refusal, hint=LORA_HINT if lora.refusal else "")
     return replace(
         part,
         name="LoRA for another model",
@@ -252,21 +269,21 @@ def _lora(contents: Contents) -> Part:
     )
 
 
-def _other(contents: Contents, what: str) -> Part:
-    return Part(
+def _unsupported_component(contents: TensorIndex, what: str) -> Component:
+    return Component(
         "other",
         name=what.partition(",")[0],
         files=contents.files,
         container=contents.container,
-        precision=precision_of(contents.tensors, dict.fromkeys(contents.tensors, "tensors")),
+        precision=count_precision(contents.tensors, dict.fromkeys(contents.tensors, "tensors")),
         parameters=sum(math.prod(info.shape) for info in contents.tensors.values()),
         tensors=len(contents.tensors),
         refusal=f"this is a {what}",
-        hint=RENDERED,
+        hint=SUPPORTED_HINT,
     )
 
 
-def read_config(document: Mapping[str, object]) -> dict[str, object]:
+def normalize_config(document: Mapping[str, object]) -> dict[str, object]:
     """A transformer's config.json under the official names of its keys."""
     keys = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
     return {keys.get(key, key): value for key, value in document.items()}

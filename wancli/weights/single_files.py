@@ -15,14 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import CheckpointError
-from wancli.weights.component import Kind, Part
-from wancli.weights.folder_layouts import load_json, spiece_in, tree_of, weights_in, weights_of
-from wancli.weights.formats.tensor_index import contents
-from wancli.weights.recognize import read_config, recognise
+from wancli.weights.component import Component, Kind
+from wancli.weights.folder_layouts import (
+    find_tokenizer,
+    list_weight_files,
+    load_json,
+    models_root,
+    network_files,
+)
+from wancli.weights.formats.tensor_index import read_index
+from wancli.weights.recognize import normalize_config, recognize
 
-HINT = "name the files in the job: model: {transformer: FILE, text_encoder: FILE, vae: FILE, ...}"
+NAME_FILES_HINT = "name the files in the job: model: {transformer: FILE, text_encoder: FILE, vae: FILE, ...}"
 # What every kind of network has, for the message when a file has none.
-_SIGN = {
+_MARKER_TENSOR = {
     "transformer": "'patch_embedding.weight'",
     "text encoder": "'token_embedding.weight'",
     "vae": "'decoder.middle.0.residual.0.gamma'",
@@ -30,11 +36,11 @@ _SIGN = {
 
 
 @dataclass(frozen=True)
-class Files:
+class SingleFiles:
     """A checkpoint named file by file: `transformer`, or `high_noise` and `low_noise`; all absolute.
 
     A whole checkpoint in one file needs only `transformer`; a text encoder that holds its
-    SentencePiece model needs no `tokenizer`. `heads` is needed where the width is no multiple of 128.
+    SentencePiece model needs no `tokenizer`. `heads` is needed where the width is not a multiple of 128.
     """
 
     transformer: Path | None = None
@@ -51,63 +57,71 @@ class Files:
         return self.transformer or self.high_noise or self.low_noise
 
 
-def parts_of(path: Path, said: Mapping[str, object] | None = None) -> tuple[Part, ...]:
+def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) -> tuple[Component, ...]:
     """All networks in a file, in its set of shards, or in a folder that holds one network.
 
     A folder's config.json adds to `said`. Raises CheckpointError.
     """
     config = path / "config.json"
-    in_folder = read_config(load_json(config)) if config.is_file() else {}
-    return recognise(contents(weights_of(path)), in_folder | dict(said or {}))
+    in_folder = normalize_config(load_json(config)) if config.is_file() else {}
+    return recognize(read_index(network_files(path)), in_folder | dict(config_json or {}))
 
 
-def part_in(paths: Sequence[Path], kind: Kind, said: Mapping[str, object] | None = None) -> Part:
+def find_component(
+    paths: Sequence[Path], kind: Kind, config_json: Mapping[str, object] | None = None
+) -> Component:
     """The network of this kind in these files. Raises CheckpointError where there is none."""
-    return pick(recognise(contents(paths), said), kind, paths[0])
+    return select(recognize(read_index(paths), config_json), kind, paths[0])
 
 
-def pick(parts: Sequence[Part], kind: Kind, path: Path) -> Part:
+def select(components: Sequence[Component], kind: Kind, path: Path) -> Component:
     """The one part of this kind. Raises CheckpointError naming what is there instead."""
-    found = [part for part in parts if part.kind == kind]
+    found = [part for part in components if part.kind == kind]
     if len(found) == 1:
         return found[0]
     name = "VAE" if kind == "vae" else kind
     if found:
-        raise CheckpointError(f"holds {len(found)} of {name}", where=str(path), hint=HINT)
-    if parts:
-        raise CheckpointError(f"no {name}: this is a {parts[0].name}", where=str(path), hint=HINT)
-    raise CheckpointError(f"no Wan {name}: {_SIGN.get(kind, 'its network')} is missing", where=str(path))
+        raise CheckpointError(f"holds {len(found)} of {name}", where=str(path), hint=NAME_FILES_HINT)
+    if components:
+        raise CheckpointError(
+            f"no {name}: this is a {components[0].name}", where=str(path), hint=NAME_FILES_HINT
+        )
+    raise CheckpointError(
+        f"no Wan {name}: {_MARKER_TENSOR.get(kind, 'its network')} is missing", where=str(path)
+    )
 
 
-def beside(path: Path) -> Files:
+def find_siblings(path: Path) -> SingleFiles:
     """A single file and what the folders around it hold: the other expert, text encoder, tokenizer, VAE.
 
     Raises CheckpointError for a file that holds no transformer.
     """
-    return _completed(path, parts_of(path), _known_in(tree_of(path), apart_from=path))
+    return _complete(path, recognize_file(path), _recognize_folder(models_root(path), exclude=path))
 
 
-def _completed(path: Path, parts: Sequence[Part], others: Sequence[tuple[Path, Part]]) -> Files:
-    transformer = pick(parts, "transformer", path)
-    root = tree_of(path)
+def _complete(
+    path: Path, parts: Sequence[Component], others: Sequence[tuple[Path, Component]]
+) -> SingleFiles:
+    transformer = select(parts, "transformer", path)
+    root = models_root(path)
     high, low = (path, None) if transformer.expert == "high" else (None, path)
     if transformer.expert is not None:
-        partner = next((p for p, part in others if _are_experts(transformer, part)), None)
+        partner = next((p for p, part in others if _are_expert_pair(transformer, part)), None)
         high, low = high or partner, low or partner
     kinds = {part.kind for part in parts}
-    return Files(
+    return SingleFiles(
         transformer=path if transformer.expert is None else None,
         high_noise=high if transformer.expert else None,
         low_noise=low if transformer.expert else None,
-        text_encoder=path if "text encoder" in kinds else _only(others, "text encoder", transformer),
-        tokenizer=spiece_in(root) or spiece_in(path.parent),
-        vae=path if "vae" in kinds else _only(others, "vae", transformer),
+        text_encoder=path if "text encoder" in kinds else _find_matching(others, "text encoder", transformer),
+        tokenizer=find_tokenizer(root) or find_tokenizer(path.parent),
+        vae=path if "vae" in kinds else _find_matching(others, "vae", transformer),
     )
 
 
-def only_in(root: Path) -> Files:
+def find_in_folder(root: Path) -> SingleFiles:
     """The one checkpoint that a folder of single files holds. Raises CheckpointError for none and several."""
-    known = _known_in(root)
+    known = _recognize_folder(root)
     found = [(path, part) for path, part in known if part.kind == "transformer"]
     usable = [(path, part) for path, part in found if not part.refusal]
     if not usable:
@@ -119,55 +133,61 @@ def only_in(root: Path) -> Files:
             hint="give an official or a diffusers folder, or the transformer's file",
         )
     first, part = usable[0]
-    if len(usable) > 1 and not (len(usable) == 2 and _are_experts(part, usable[1][1])):
+    if len(usable) > 1 and not (len(usable) == 2 and _are_expert_pair(part, usable[1][1])):
         raise CheckpointError(
-            f"several transformers: {_named([path for path, _ in usable])}",
+            f"several transformers: {_format_names([path for path, _ in usable])}",
             where=str(root),
-            hint="give the file instead of the folder, or " + HINT,
+            hint="give the file instead of the folder, or " + NAME_FILES_HINT,
         )
     own = [part for path, part in known if path == first]
-    return _completed(first, own, [(path, part) for path, part in known if path != first])
+    return _complete(first, own, [(path, part) for path, part in known if path != first])
 
 
-def _known_in(root: Path, apart_from: Path | None = None) -> list[tuple[Path, Part]]:
+def _recognize_folder(root: Path, exclude: Path | None = None) -> list[tuple[Path, Component]]:
     """Every network in a folder of single files. What cannot be read is nobody's part."""
     found = []
-    for path in weights_in(root):
-        if path == apart_from:
+    for path in list_weight_files(root):
+        if path == exclude:
             continue
         try:
-            found += [(path, part) for part in parts_of(path)]
+            found += [(path, part) for part in recognize_file(path)]
         except CheckpointError:
             continue
     return found
 
 
-def _only(others: Sequence[tuple[Path, Part]], kind: Kind, transformer: Part) -> Path | None:
+def _find_matching(
+    others: Sequence[tuple[Path, Component]], kind: Kind, transformer: Component
+) -> Path | None:
     """The file of this kind that fits the transformer, if there is one. Raises CheckpointError for more."""
-    fitting = [
-        path for path, part in others if part.kind == kind and not part.refusal and fits(part, transformer)
+    matching = [
+        path
+        for path, part in others
+        if part.kind == kind and not part.refusal and is_compatible(part, transformer)
     ]
-    if len(fitting) > 1:
+    if len(matching) > 1:
         name = "VAEs" if kind == "vae" else f"{kind}s"
         raise CheckpointError(
-            f"several {name} lie beside it: {_named(fitting)}", where=str(transformer.files[0]), hint=HINT
+            f"several {name} lie beside it: {_format_names(matching)}",
+            where=str(transformer.files[0]),
+            hint=NAME_FILES_HINT,
         )
-    return fitting[0] if fitting else None
+    return matching[0] if matching else None
 
 
-def fits(part: Part, transformer: Part) -> bool:
+def is_compatible(part: Component, transformer: Component) -> bool:
     """Whether a text encoder writes rows of the width, or a VAE the channels, that the transformer reads."""
-    wanted, own = dict(transformer.sizes), dict(part.sizes)
+    transformer_sizes, sizes = dict(transformer.sizes), dict(part.sizes)
     if part.kind == "vae":
-        return own.get("z_dim") == wanted.get("out_dim")
-    return own.get("d_model") == wanted.get("text_dim")
+        return sizes.get("z_dim") == transformer_sizes.get("out_dim")
+    return sizes.get("d_model") == transformer_sizes.get("text_dim")
 
 
-def _are_experts(a: Part, b: Part) -> bool:
+def _are_expert_pair(a: Component, b: Component) -> bool:
     """Whether two transformers are the two experts of one model: their names differ in that word only."""
     names = [re.sub(r"(?i)high|low", "?", part.files[0].name) for part in (a, b)]
     return {a.expert, b.expert} == {"high", "low"} and names[0] == names[1]
 
 
-def _named(paths: Sequence[Path]) -> str:
+def _format_names(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths)

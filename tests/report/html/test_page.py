@@ -17,12 +17,13 @@ from jobs import command, written
 
 from wancli.cli import run
 from wancli.job.loader import load
+from wancli.models import parameter_count
 from wancli.models.config import WanConfig
 from wancli.plan.planner import build_plan
 from wancli.report import batch_report, shots_table
 from wancli.report.html import model_facts, page, page_data, rerun_job
 from wancli.report.html.collect import ReportInputs
-from wancli.resources import flops, memory_model
+from wancli.resources import flops
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
 from wancli.storage.manifest_schema import FileRecord
@@ -137,7 +138,7 @@ def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
 def test_the_parts_of_a_model_add_up_to_its_parameters_and_its_arithmetic(wan: WanConfig) -> None:
     parts, ends = model_facts.block_parts(wan), model_facts.input_output_parts(wan)
     assert wan.num_layers * sum(p["weights"] for p in parts) + sum(p["weights"] for p in ends) == (
-        memory_model.wan_parameters(wan)
+        parameter_count.wan_parameters(wan)
     )
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
     assert sum(part["matrices"] for part in parts) == matrices
@@ -414,9 +415,10 @@ def test_models_are_explored_without_weights(tmp_path: Path, shallow: Path) -> N
     assert names == ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-TI2V-5B", "Wan2.2-T2V-A14B", "wan-mini"]
     assert shown["shots"][shown["chosen"]]["id"] == "Wan2.1-T2V-14B"
     assert [shot["tokens"] for shot in shown["shots"][:3]] == [32_760, 75_600, 27_280]
-    constants = shown["models"][1]["calculator"]
-    assert constants["wan"]["parameters"] == 14_288_491_584
-    assert (constants["t5"]["parameters"], constants["vae"]["parameters"]) == (5_680_910_336, 126_892_531)
+    coefficients = shown["models"][1]["calculator"]["devices"]["cuda"]
+    assert coefficients["sample"]["fp32"]["resident"]["model"] == 4 * 14_288_491_584
+    assert coefficients["encode"]["fp32"]["resident"]["model"] == 4 * 5_680_910_336
+    assert coefficients["decode"]["model"] == 4 * 126_892_531
     assert [attrs["id"] for tag, attrs in found.elements if tag == "section"] == [
         "pipeline",
         "blocks",

@@ -22,8 +22,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.embedded_tokenizer import tokenizer
-from wancli.weights.formats.gguf import SIZES, header, umt5_to_transformers
+from wancli.weights.formats.embedded_tokenizer import read_tokenizer
+from wancli.weights.formats.gguf import BLOCK_SIZES, read_header, umt5_to_transformers
 
 TINY = Path(__file__).parents[2] / "fixtures" / "wan21-tiny"
 SPIECE = TINY / "google" / "umt5-xxl" / "spiece.model"
@@ -66,7 +66,7 @@ def a_bit_of_all(writer: GGUFWriter) -> None:
     writer.add_array("words", ["▁a", "", "b"])
     writer.add_array("bytes", b"\x00\xff")
     rng = np.random.default_rng(0)
-    for name, (elements, size) in SIZES.items():
+    for name, (elements, size) in BLOCK_SIZES.items():
         if elements > 1:
             data = rng.integers(0, 256, (3, 2 * size), dtype=np.uint8)
             writer.add_tensor(f"blocks.0.{name}.weight", data, raw_dtype=Type[name])
@@ -96,7 +96,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_types_shapes_and_places_are_those_of_the_package(sample: Path):
-    ours = header(sample).tensors
+    ours = read_header(sample).tensors
     theirs = GGUFReader(sample).tensors
     assert [*ours] == [tensor.name for tensor in theirs]
     content = sample.read_bytes()
@@ -109,7 +109,7 @@ def test_names_types_shapes_and_places_are_those_of_the_package(sample: Path):
 
 
 def test_values_are_those_that_were_written(sample: Path):
-    values = header(sample).values
+    values = read_header(sample).values
     assert values["general.architecture"] == "wan"
     scalars = {key: values[key] for key in ("u8", "i8", "u16", "i64", "u64", "f32", "f64", "yes", "text")}
     assert [*scalars.values()] == [200, -3, 60000, -(2**40), 2**63, 0.5, 1e300, True, "猫 cat"]
@@ -126,7 +126,7 @@ def test_the_alignment_of_the_file_is_kept(tmp_path: Path):
         writer.add_tensor("b", np.ones(3, np.float32))
 
     path = written(tmp_path / "wide.gguf", fill)
-    assert [info.start for info in header(path).tensors.values()] == [
+    assert [info.start for info in read_header(path).tensors.values()] == [
         tensor.data_offset for tensor in GGUFReader(path).tensors
     ]
 
@@ -136,7 +136,7 @@ def test_a_shape_that_ggml_could_not_hold_is_given_back(tmp_path: Path):
         writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", [8, 4, 1, 2, 2])
         writer.add_tensor("patch_embedding.weight", np.zeros((8, 16), np.float32))
 
-    assert header(written(tmp_path / "x.gguf", fill)).tensors["patch_embedding.weight"].shape == (
+    assert read_header(written(tmp_path / "x.gguf", fill)).tensors["patch_embedding.weight"].shape == (
         8,
         4,
         1,
@@ -152,7 +152,7 @@ def test_an_orig_shape_that_does_not_fit_is_refused(tmp_path: Path, shape: list[
         writer.add_tensor("w", np.zeros((8, 16), np.float32))
 
     with pytest.raises(CheckpointError, match=r"orig_shape.w does not fit"):
-        header(written(tmp_path / "x.gguf", fill))
+        read_header(written(tmp_path / "x.gguf", fill))
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,13 @@ def test_types_that_wancli_does_not_read_are_refused_by_name(tmp_path: Path, oth
     with pytest.raises(
         CheckpointError, match=rf"other.gguf: blocks.3.ffn.0.weight is stored as {other.name};"
     ):
-        header(path)
+        read_header(path)
 
 
 def test_every_type_of_ggml_has_its_name(tmp_path: Path):
-    from wancli.weights.formats.gguf import TYPES
+    from wancli.weights.formats.gguf import TYPE_NAMES
 
-    assert {TYPES[kind.value] for kind in Type} == {kind.name for kind in Type}
+    assert {TYPE_NAMES[kind.value] for kind in Type} == {kind.name for kind in Type}
 
 
 def raw(
@@ -202,7 +202,7 @@ def text(value: str) -> bytes:
         ([("a", [2**63, 2**63], 0, 0)], "is not in its place"),
         ([("a", [8], 0, 4)], "is not in its place"),
         ([("a", [16], 0, 0), ("b", [8], 0, 32)], "b .* is not in its place"),
-        ([("a", [8], 0, 0), ("a", [8], 0, 32)], "a is there twice"),
+        ([("a", [8], 0, 0), ("a", [8], 0, 32)], "a appears twice"),
         ([("a", [33], 8, 0)], "rows of 33, Q8_0 has blocks of 32"),
         ([("a", [], 0, 0)], "a has 0 dimensions"),
         ([("a", [1] * 6, 0, 0)], "a has 6 dimensions"),
@@ -213,7 +213,7 @@ def test_a_tensor_that_cannot_be_where_it_says_is_refused(
     tmp_path: Path, infos: list[tuple[str, list[int], int, int]], what: str
 ):
     with pytest.raises(CheckpointError, match=rf"lying.gguf: .*{what}"):
-        header(raw(tmp_path / "lying.gguf", *infos))
+        read_header(raw(tmp_path / "lying.gguf", *infos))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_tensor_that_cannot_be_where_it_says_is_refused(
 )
 def test_a_key_value_that_cannot_be_is_refused(tmp_path: Path, kv: bytes):
     with pytest.raises(CheckpointError, match=r"lying.gguf: truncated or damaged"):
-        header(raw(tmp_path / "lying.gguf", ("a", [8], 0, 0), kv=kv))
+        read_header(raw(tmp_path / "lying.gguf", ("a", [8], 0, 0), kv=kv))
 
 
 @pytest.mark.parametrize("start", [b"", b"GGUF", b"GGUF\x01\x00\x00\x00", b"PK\x03\x04" + bytes(64)])
@@ -240,7 +240,7 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path, start: bytes):
     path = tmp_path / "not.gguf"
     path.write_bytes(start)
     with pytest.raises(CheckpointError, match=r"not.gguf"):
-        header(path)
+        read_header(path)
 
 
 @pytest.mark.parametrize("version", [1, 4, 3 << 24])
@@ -248,28 +248,28 @@ def test_other_versions_and_byte_orders_are_refused(tmp_path: Path, version: int
     path = tmp_path / "old.gguf"
     path.write_bytes(struct.pack("<4sIQQ", b"GGUF", version, 0, 0))
     with pytest.raises(CheckpointError, match=r"old.gguf: not a GGUF file of version 2 or 3"):
-        header(path)
+        read_header(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"gone.gguf: no such file"):
-        header(tmp_path / "gone.gguf")
+        read_header(tmp_path / "gone.gguf")
 
 
 def test_every_truncation_is_refused(small: Path, tmp_path: Path):
     content = small.read_bytes()
-    last = max(info.start + info.nbytes for info in header(small).tensors.values())
+    last = max(info.start + info.nbytes for info in read_header(small).tensors.values())
     for size in range(last):
         path = tmp_path / "cut.gguf"
         path.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match=r"cut.gguf"):
-            header(path)
+            read_header(path)
 
 
 def test_corrupt_counts_neither_fill_the_memory_nor_escape(small: Path, tmp_path: Path):
     """Every 8 bytes of the header in turn become a huge number."""
     content = small.read_bytes()
-    end = min(info.start for info in header(small).tensors.values())
+    end = min(info.start for info in read_header(small).tensors.values())
     path = tmp_path / "bad.gguf"
     refused = 0
     tracemalloc.start()
@@ -277,7 +277,7 @@ def test_corrupt_counts_neither_fill_the_memory_nor_escape(small: Path, tmp_path
         number = 2**40 if at % 2 else 2**64 - 1
         path.write_bytes(content[:at] + struct.pack("<Q", number) + content[at + 8 :])
         try:
-            header(path)
+            read_header(path)
         except CheckpointError:
             refused += 1
     _, peak = tracemalloc.get_traced_memory()
@@ -292,14 +292,14 @@ def test_random_damage_is_read_or_refused(
     small: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ):
     content = bytearray(small.read_bytes())
-    end = min(info.start for info in header(small).tensors.values())
+    end = min(info.start for info in read_header(small).tensors.values())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, end - 1))
         content[at] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "random.gguf"
     path.write_bytes(content)
     try:
-        found = header(path)
+        found = read_header(path)
     except CheckpointError:
         pass
     else:
@@ -309,7 +309,7 @@ def test_random_damage_is_read_or_refused(
 def test_a_header_is_read_without_torch(sample: Path):
     code = (
         "import sys; from pathlib import Path; from wancli.weights.formats import embedded_tokenizer, gguf; "
-        f"gguf.header(Path({str(sample)!r})); sys.exit('torch' in sys.modules)"
+        f"gguf.read_header(Path({str(sample)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -329,7 +329,7 @@ def test_umt5_names_are_those_of_llama_cpp():
 
 def test_the_tokenizer_of_a_gguf_gives_the_same_ids(tmp_path: Path):
     path = written(tmp_path / "umt5.gguf", as_llama_cpp_does, "t5encoder")
-    proto = tokenizer(path)
+    proto = read_tokenizer(path)
     assert proto is not None
     ours, theirs = SentencePieceProcessor(model_proto=proto), SentencePieceProcessor(model_file=str(SPIECE))
     for text in TEXTS:
@@ -338,7 +338,7 @@ def test_the_tokenizer_of_a_gguf_gives_the_same_ids(tmp_path: Path):
 
 
 def test_a_gguf_without_a_tokenizer_has_none(sample: Path):
-    assert tokenizer(sample) is None
+    assert read_tokenizer(sample) is None
 
 
 @pytest.mark.parametrize(
@@ -357,4 +357,4 @@ def test_another_tokenizer_is_refused(tmp_path: Path, change: Fill):
         change(writer)
 
     with pytest.raises(CheckpointError, match=r"umt5.gguf: its tokenizer.ggml.\* is not"):
-        tokenizer(written(tmp_path / "umt5.gguf", fill, "t5encoder"))
+        read_tokenizer(written(tmp_path / "umt5.gguf", fill, "t5encoder"))

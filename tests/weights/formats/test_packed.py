@@ -16,10 +16,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats import packed as module
-from wancli.weights.formats.gguf import SIZES
-from wancli.weights.formats.packed import Packed, keeps, pack_fp8
+from wancli.weights.formats.gguf import BLOCK_SIZES
+from wancli.weights.formats.packed import Packed, is_high_precision, pack_fp8
 
-BLOCKS = [name for name, (elements, _) in SIZES.items() if elements > 1]
+BLOCKS = [name for name, (elements, _) in BLOCK_SIZES.items() if elements > 1]
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,8 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=[2**19, 100], ids=["one strip", "many strips"])
 def strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last strip of many is shorter than the others."""
-    monkeypatch.setattr(module, "STRIP", request.param)
-    monkeypatch.setattr(module, "STRIP_PER_THREAD", 1)
+    monkeypatch.setattr(module, "SLICE_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "SLICE_PER_THREAD", 1)
 
 
 def codes(dtype: torch.dtype, rows: int = 7) -> Tensor:
@@ -46,7 +46,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def random_blocks(name: str, count: int) -> np.ndarray:
     """Blocks [count, bytes] of random fields and integer scales, with sane half-precision scales."""
     rng = np.random.default_rng(5)
-    blocks = rng.integers(0, 256, (count, SIZES[name][1]), dtype=np.uint8)
+    blocks = rng.integers(0, 256, (count, BLOCK_SIZES[name][1]), dtype=np.uint8)
     halves = {"Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}
     for at in halves.get(name, [0, 2]):
         blocks[:, at : at + 2] = rng.normal(0, 0.01, (count, 1)).astype(np.float16).view(np.uint8)
@@ -81,7 +81,7 @@ def test_an_fp8_vector_needs_no_rows():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gguf_blocks_are_the_numbers_of_the_reference(name: str, dtype: torch.dtype, strips: None):
-    elements, size = SIZES[name]
+    elements, size = BLOCK_SIZES[name]
     blocks = random_blocks(name, 3 * 5)
     expected = torch.from_numpy(gguf.dequantize(blocks, Type[name])).view(3, 5 * elements)
     assert expected.isfinite().all()
@@ -106,7 +106,7 @@ def test_gguf_blocks_that_the_reference_quantized_are_a_step_from_the_weight_at_
 
 
 def test_sizes_of_blocks_are_those_of_ggml():
-    assert all(gguf.GGML_QUANT_SIZES[Type[name]] == size for name, size in SIZES.items())
+    assert all(gguf.GGML_QUANT_SIZES[Type[name]] == size for name, size in BLOCK_SIZES.items())
 
 
 @pytest.mark.parametrize("stored", DTYPES)
@@ -145,18 +145,20 @@ def test_a_part_of_an_fp8_weight_is_unpacked_to_the_same_rows(scale: tuple[int, 
     torch.manual_seed(0)
     scales = None if scale is None else torch.rand(scale) + 0.5
     weight = Packed("fp8", codes(torch.float8_e4m3fn), (7, 256), scales)
-    whole, part = weight.unpack(torch.float32), weight.part(slice(2, 5))
+    whole, part = weight.unpack(torch.float32), weight.select_rows(slice(2, 5))
     assert part.shape == (3, 256)
     assert same(part.unpack(torch.float32), whole[2:5])
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_part_of_gguf_blocks_is_unpacked_to_the_same_rows(name: str):
-    elements, size = SIZES[name]
+    elements, size = BLOCK_SIZES[name]
     data = torch.from_numpy(random_blocks(name, 3 * 5)).view(-1)
     for stored in (data, data.view(3, 5 * size)):
         weight = Packed(name, stored, (3, 5 * elements))
-        assert torch.equal(weight.part(slice(1, 3)).unpack(torch.float32), weight.unpack(torch.float32)[1:])
+        assert torch.equal(
+            weight.select_rows(slice(1, 3)).unpack(torch.float32), weight.unpack(torch.float32)[1:]
+        )
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
@@ -188,12 +190,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["fp8", *BLOCKS])
 def test_unpacking_needs_strips_and_not_a_second_weight(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "STRIP", 2048)
-    monkeypatch.setattr(module, "STRIP_PER_THREAD", 1)
+    monkeypatch.setattr(module, "SLICE_ELEMENTS", 2048)
+    monkeypatch.setattr(module, "SLICE_PER_THREAD", 1)
     if name == "fp8":
         weight = pack_fp8(torch.ones(64, 1024))
     else:
-        count = 64 * 1024 // SIZES[name][0]
+        count = 64 * 1024 // BLOCK_SIZES[name][0]
         weight = Packed(name, torch.from_numpy(random_blocks(name, count)), (64, 1024))
     out = torch.empty(64, 1024, dtype=torch.bfloat16)
     weight.unpack(torch.bfloat16, out)  # makes the table of Q5_0 and Q5_1, once for all
@@ -241,15 +243,17 @@ def test_all_but_the_matrices_of_the_blocks_are_kept(tiny: Path):
     state = load_file(tiny / "diffusion_pytorch_model.safetensors")
     matrices = {name for name, t in state.items() if name.startswith("blocks.") and t.dim() == 2}
     assert len(matrices) == 40 * 10
-    assert {name for name in state if not keeps(name)} == matrices
-    assert all(keeps(name) for name in ("img_emb.proj.1.weight", "blocks.0.cross_attn.norm_k_img.weight"))
+    assert {name for name in state if not is_high_precision(name)} == matrices
+    assert all(
+        is_high_precision(name) for name in ("img_emb.proj.1.weight", "blocks.0.cross_attn.norm_k_img.weight")
+    )
 
 
 def test_the_embeddings_and_norms_of_the_text_encoder_are_kept():
     config = UMT5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     with torch.device("meta"):
         state = UMT5EncoderModel(config).state_dict()
-    packed = {name for name in state if not keeps(name) and "embed_tokens" not in name}
+    packed = {name for name in state if not is_high_precision(name) and "embed_tokens" not in name}
     ends = ("q.weight", "k.weight", "v.weight", "o.weight", "wi_0.weight", "wi_1.weight", "wo.weight")
     assert len(packed) == 2 * 7
     assert all(name.endswith(ends) for name in packed)

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.weights.formats.embedded_tokenizer import tokenizer
+from wancli.weights.formats.embedded_tokenizer import read_tokenizer
 from wancli.weights.formats.gguf import umt5_to_transformers as from_gguf
 from wancli.weights.formats.key_mapping import transformer_from_diffusers, umt5_to_transformers
-from wancli.weights.formats.mapped_file import mapped
+from wancli.weights.formats.mapped_file import map_file
 from wancli.weights.formats.packed import Packed
-from wancli.weights.formats.read import TEXT_ENCODER_PREFIXES, packed
+from wancli.weights.formats.read import TEXT_ENCODER_PREFIXES, read_packed
 
 State = dict[str, Tensor]
 LAYER = "blocks.3.ffn.2"
@@ -102,7 +102,7 @@ def test_comfyui_scaled_fp8(original: State, tmp_path: Path, dtype: torch.dtype,
     state["scaled_fp8"] = torch.empty(0, dtype=dtype)
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
     state |= {"vae.decoder.conv1.weight": torch.ones(2), "text_encoders.umt5xxl.logit_scale": torch.ones(1)}
-    assert is_as_good_as(packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
 
 
 def test_comfyui_quant_tensors(original: State, tmp_path: Path):
@@ -112,7 +112,7 @@ def test_comfyui_quant_tensors(original: State, tmp_path: Path):
         layer = name.removesuffix(".weight")
         state |= {f"{layer}.comfy_quant": torch.tensor([*said], dtype=torch.uint8)}
         state |= {f"{layer}.input_scale": torch.tensor(0.3)}
-    assert is_as_good_as(packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -124,20 +124,20 @@ def test_comfyui_quantization_metadata(original: State, tmp_path: Path, prefix: 
     metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
     path = saved(tmp_path / "m.safetensors", state, metadata)
-    assert is_as_good_as(packed([path]), original, data, scales)
+    assert is_as_good_as(read_packed([path]), original, data, scales)
 
 
 @pytest.mark.parametrize("name", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_kijai_scaled_fp8_without_a_marker(original: State, tmp_path: Path, name: str, dtype: torch.dtype):
     state, data, scales = layout(original, name, Tensor.flatten, dtype=dtype)
-    assert is_as_good_as(packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
 
 
 @pytest.mark.parametrize("shape", [lambda s: s, Tensor.flatten])
 def test_lightx2v_scales_per_row(original: State, tmp_path: Path, shape: Any):
     state, data, scales = layout(original, "weight_scale", shape, lambda w: w)
-    assert is_as_good_as(packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
 
 
 def test_scales_per_block_of_a_row(original: State, tmp_path: Path):
@@ -146,13 +146,13 @@ def test_scales_per_block_of_a_row(original: State, tmp_path: Path):
     state = original | data
     for name, scale in scales.items():
         state[name.removesuffix("weight") + "weight_scale"] = scale.view(len(original[name]), -1, 1)
-    assert is_as_good_as(packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_that_was_simply_cast(original: State, tmp_path: Path, dtype: torch.dtype):
     state = {name: t.to(dtype) if name in matrices(original) else t.half() for name, t in original.items()}
-    found = packed([saved(tmp_path / "m.safetensors", state)])
+    found = read_packed([saved(tmp_path / "m.safetensors", state)])
     assert {name: weight.scheme for name, weight in found.items()} == {
         name: "fp8" if name in matrices(original) else "plain" for name in original
     }
@@ -162,7 +162,7 @@ def test_fp8_that_was_simply_cast(original: State, tmp_path: Path, dtype: torch.
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
 def test_prefixes_are_taken_off(original: State, tmp_path: Path, prefix: str):
     path = saved(tmp_path / "m.safetensors", {prefix + name: tensor for name, tensor in original.items()})
-    assert packed([path]).keys() == original.keys()
+    assert read_packed([path]).keys() == original.keys()
 
 
 def test_shards_are_one_model_and_diffusers_names_are_renamed(original: State, tmp_path: Path):
@@ -181,7 +181,7 @@ def test_shards_are_one_model_and_diffusers_names_are_renamed(original: State, t
         saved(tmp_path / "1.safetensors", {name: blocks[name] for name in half}),
         saved(tmp_path / "2.safetensors", {name: blocks[name] for name in blocks.keys() - half}),
     ]
-    found = packed(paths, rename=transformer_from_diffusers)
+    found = read_packed(paths, rename=transformer_from_diffusers)
     assert is_as_good_as(found, {name: original[name] for name in found}, data, scales)
     assert data.keys() <= found.keys()
 
@@ -189,21 +189,21 @@ def test_shards_are_one_model_and_diffusers_names_are_renamed(original: State, t
 def test_a_tensor_in_two_files_is_refused(original: State, tmp_path: Path):
     paths = [saved(tmp_path / f"{i}.safetensors", original) for i in range(2)]
     with pytest.raises(CheckpointError, match=r"1.safetensors: .* is in another file too"):
-        packed(paths)
+        read_packed(paths)
 
 
 def test_a_tensor_under_two_names_is_refused(original: State, tmp_path: Path):
     state = original | {"model.diffusion_model.head.modulation": original["head.modulation"].clone()}
-    with pytest.raises(CheckpointError, match=r"m.safetensors: head.modulation is there under two names"):
-        packed([saved(tmp_path / "m.safetensors", state)])
+    with pytest.raises(CheckpointError, match=r"m.safetensors: head.modulation has two names"):
+        read_packed([saved(tmp_path / "m.safetensors", state)])
     state = original | {"scale_shift_table": original["head.modulation"].clone()}
-    with pytest.raises(CheckpointError, match=r"head.modulation is there under two names"):
-        packed([saved(tmp_path / "m.safetensors", state)], rename=transformer_from_diffusers)
+    with pytest.raises(CheckpointError, match=r"head.modulation has two names"):
+        read_packed([saved(tmp_path / "m.safetensors", state)], rename=transformer_from_diffusers)
 
 
 def test_weights_are_mapped_and_not_read(original: State, tmp_path: Path):
     path = saved(tmp_path / "m.safetensors", scaled(original, {}))
-    weight = packed([path])[f"{LAYER}.weight"].data
+    weight = read_packed([path])[f"{LAYER}.weight"].data
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
     ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in mapped]
     assert any(start <= weight.data_ptr() < stop for start, stop in ranges)
@@ -212,7 +212,7 @@ def test_weights_are_mapped_and_not_read(original: State, tmp_path: Path):
 def test_what_is_written_to_a_mapped_weight_never_reaches_the_file(original: State, tmp_path: Path):
     path = saved(tmp_path / "m.safetensors", original)
     before = path.read_bytes()
-    packed([path])["head.modulation"].data.zero_()
+    read_packed([path])["head.modulation"].data.zero_()
     assert path.read_bytes() == before
 
 
@@ -220,7 +220,7 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path):
     path = tmp_path / "large.safetensors"
     with path.open("wb") as file:
         file.truncate(2**42)  # sparse: 4 TB that take no space
-    assert len(mapped(path)) == 2**42
+    assert len(map_file(path)) == 2**42
 
 
 def letters(text: str) -> Tensor:
@@ -235,7 +235,7 @@ def test_a_pth_larger_than_the_memory_does_not_fit(
 
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(DoesNotFit, match=r"bf16.pth: .* larger than memory"):
-        packed([tiny / "models_t5_umt5-xxl-enc-bf16.pth"])
+        read_packed([tiny / "models_t5_umt5-xxl-enc-bf16.pth"])
 
 
 GOOD = torch.tensor([0.5])
@@ -253,7 +253,7 @@ GOOD = torch.tensor([0.5])
         ({"scale_weight": torch.ones(96)}, r"scale_weight is \[96\]"),
         ({"scale_weight": torch.ones(48, 5, 1)}, r"scale_weight is \[48, 5, 1\]"),
         ({"scale_weight": torch.ones(0)}, r"scale_weight is \[0\]"),
-        ({"weight_scale": GOOD}, "is there twice"),
+        ({"weight_scale": GOOD}, "appears twice"),
         ({"weight": None}, f"belongs to {LAYER}.weight, which is missing"),
         ({"weight": torch.ones(48, 96)}, f"{LAYER}.weight has a scale, but is stored as float32"),
         ({"weight": torch.ones(48, 96).to(torch.int8)}, f"{LAYER}.weight is stored as int8"),
@@ -266,10 +266,10 @@ GOOD = torch.tensor([0.5])
         ({"qweight": torch.ones(2).int()}, "stored as AWQ"),
         ({"weight.absmax": GOOD}, "stored as bitsandbytes"),
         ({"ids": torch.ones(2).long()}, f"{LAYER}.ids is stored as int64"),
-        ({"comfy_quant": letters("{}")}, "comfy_quant is no JSON with a format"),
-        ({"comfy_quant": letters("[1]")}, "comfy_quant is no JSON with a format"),
-        ({"comfy_quant": torch.tensor([255]).byte()}, "comfy_quant is no JSON with a format"),
-        ({"comfy_quant": GOOD}, "comfy_quant is no JSON with a format"),
+        ({"comfy_quant": letters("{}")}, "comfy_quant is not JSON with a format"),
+        ({"comfy_quant": letters("[1]")}, "comfy_quant is not JSON with a format"),
+        ({"comfy_quant": torch.tensor([255]).byte()}, "comfy_quant is not JSON with a format"),
+        ({"comfy_quant": GOOD}, "comfy_quant is not JSON with a format"),
         ({"comfy_quant": letters('{"format": "mxfp8"}')}, f"{LAYER}.weight is stored as mxfp8"),
         ({"comfy_quant": letters('{"format": "int8_tensorwise"}')}, "stored as int8_tensorwise"),
         ({"comfy_quant": letters('{"format": "nvfp4"}')}, f"{LAYER}.weight is stored as nvfp4"),
@@ -282,7 +282,7 @@ def test_what_cannot_be_read_is_refused_by_file_and_tensor(
 ):
     path = saved(tmp_path / "broken.safetensors", scaled(original, changes))
     with pytest.raises(CheckpointError, match=rf"broken.safetensors: .*{what}") as caught:
-        packed([path])
+        read_packed([path])
     assert caught.value.hint
 
 
@@ -293,13 +293,13 @@ def test_what_cannot_be_read_is_refused_by_file_and_tensor(
 def test_metadata_that_makes_no_sense_is_refused(original: State, tmp_path: Path, said: str):
     path = saved(tmp_path / "broken.safetensors", original, {"_quantization_metadata": said})
     with pytest.raises(CheckpointError, match=r"broken.safetensors"):
-        packed([path])
+        read_packed([path])
 
 
 def test_metadata_about_other_networks_is_passed_over(original: State, tmp_path: Path):
     layers = {"layers": {"text_encoders.umt5xxl.transformer.x": {"format": "nvfp4"}}}
     path = saved(tmp_path / "m.safetensors", original, {"_quantization_metadata": json.dumps(layers)})
-    assert packed([path]).keys() == original.keys()
+    assert read_packed([path]).keys() == original.keys()
 
 
 def test_metadata_promises_a_scale(original: State, tmp_path: Path):
@@ -307,12 +307,14 @@ def test_metadata_promises_a_scale(original: State, tmp_path: Path):
     layers = {"layers": {LAYER: {"format": "float8_e4m3fn"}}}
     path = saved(tmp_path / "m.safetensors", state, {"_quantization_metadata": json.dumps(layers)})
     with pytest.raises(CheckpointError, match=rf"{LAYER}.weight is scaled fp8, but its scale is missing"):
-        packed([path])
+        read_packed([path])
 
 
 def test_a_scale_of_one_beside_a_float_weight_changes_nothing(original: State, tmp_path: Path):
     path = saved(tmp_path / "m.safetensors", original | {f"{LAYER}.scale_weight": torch.ones(1)})
-    assert torch.equal(packed([path])[f"{LAYER}.weight"].unpack(torch.float32), original[f"{LAYER}.weight"])
+    assert torch.equal(
+        read_packed([path])[f"{LAYER}.weight"].unpack(torch.float32), original[f"{LAYER}.weight"]
+    )
 
 
 def gguf_file(path: Path, state: State, kinds: Callable[[str, Tensor], Type], arch: str = "wan") -> Path:
@@ -342,7 +344,7 @@ def as_city96(name: str, tensor: Tensor) -> Type:
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_gguf(original: State, tmp_path: Path, prefix: str):
     path = gguf_file(tmp_path / "m.gguf", {prefix + n: t for n, t in original.items()}, as_city96)
-    found = packed([path])
+    found = read_packed([path])
     assert found.keys() == original.keys()
     for name, tensor in original.items():
         kind = as_city96(name, tensor)
@@ -356,7 +358,7 @@ def test_the_merged_patch_embedding_of_stable_diffusion_cpp(original: State, tmp
     weight = state["patch_embedding.weight"]
     state["patch_embedding.weight"] = weight.flatten(0, 1)
     path = gguf_file(tmp_path / "m.gguf", state, lambda name, tensor: Type.F32)
-    assert torch.equal(packed([path])["patch_embedding.weight"].unpack(torch.float32), weight)
+    assert torch.equal(read_packed([path])["patch_embedding.weight"].unpack(torch.float32), weight)
 
 
 def test_lightx2v_fp8_text_encoder_in_a_pth(tiny: Path, tmp_path: Path):
@@ -368,7 +370,7 @@ def test_lightx2v_fp8_text_encoder_in_a_pth(tiny: Path, tmp_path: Path):
         state[name] = (official[name].float() / scale).to(torch.float8_e4m3fn)
         state[name.removesuffix("weight") + "weight_scale"] = scale
     torch.save(state, tmp_path / "models_t5_umt5-xxl-enc-fp8.pth")
-    found = packed([tmp_path / "models_t5_umt5-xxl-enc-fp8.pth"], rename=umt5_to_transformers)
+    found = read_packed([tmp_path / "models_t5_umt5-xxl-enc-fp8.pth"], rename=umt5_to_transformers)
     assert found.keys() == {umt5_to_transformers(name) for name in official}
     for name, tensor in official.items():
         unpacked = found[umt5_to_transformers(name)].unpack(torch.float32)
@@ -394,15 +396,15 @@ def test_comfyui_text_encoder_with_its_tokenizer(umt5: State, tmp_path: Path, pr
     state["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
     state["spiece_model"] = torch.frombuffer(bytearray(SPIECE.read_bytes()), dtype=torch.uint8)
     path = saved(tmp_path / "t5.safetensors", {prefix + key: tensor for key, tensor in state.items()})
-    found = packed([path], prefixes=TEXT_ENCODER_PREFIXES)
+    found = read_packed([path], prefixes=TEXT_ENCODER_PREFIXES)
     assert found.keys() == umt5.keys()
     assert torch.equal(found[name].unpack(torch.float32), fp8.float() * 2)
-    assert tokenizer(path) == SPIECE.read_bytes()
+    assert read_tokenizer(path) == SPIECE.read_bytes()
 
 
 def test_a_file_without_a_tokenizer_has_none(tiny: Path):
-    assert tokenizer(tiny / "diffusion_pytorch_model.safetensors") is None
-    assert tokenizer(tiny / "models_t5_umt5-xxl-enc-bf16.pth") is None
+    assert read_tokenizer(tiny / "diffusion_pytorch_model.safetensors") is None
+    assert read_tokenizer(tiny / "models_t5_umt5-xxl-enc-bf16.pth") is None
 
 
 def test_gguf_text_encoder(umt5: State, tmp_path: Path):
@@ -414,7 +416,7 @@ def test_gguf_text_encoder(umt5: State, tmp_path: Path):
         lambda name, tensor: Type.F32 if tensor.dim() == 1 or "attn_rel_b" in name else Type.Q8_0,
         "t5encoder",
     )
-    found = packed([path], rename=from_gguf)
+    found = read_packed([path], rename=from_gguf)
     assert found.keys() == umt5.keys()
     for name, tensor in umt5.items():
         unpacked = found[name].unpack(torch.float32)
@@ -427,4 +429,4 @@ def test_a_truncated_gguf_is_refused(original: State, tmp_path: Path):
     shutil.copy(path, tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(CheckpointError, match=r"cut.gguf: truncated or damaged"):
-        packed([tmp_path / "cut.gguf"])
+        read_packed([tmp_path / "cut.gguf"])

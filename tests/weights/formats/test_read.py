@@ -25,7 +25,7 @@ from wancli.weights.formats.key_mapping import (
     umt5_to_transformers,
     vae_from_diffusers,
 )
-from wancli.weights.formats.read import tensors
+from wancli.weights.formats.read import iterate_tensors
 from wancli.weights.loader import load_into, load_transformer, load_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,7 +71,7 @@ def state_of(folder: Path) -> dict[str, Tensor]:
 
 
 def load(folder: Path) -> nn.Module:
-    return load_transformer(identify(folder), torch.float32, "cpu")
+    return load_transformer(identify(folder))
 
 
 def test_diffusers_names_become_the_official_ones(tiny: Path):
@@ -81,13 +81,13 @@ def test_diffusers_names_become_the_official_ones(tiny: Path):
     official = load_file(tiny / WEIGHTS)
     renamed = {transformer_from_diffusers(name): value.shape for name, value in theirs.state_dict().items()}
     assert renamed == {name: value.shape for name, value in official.items()}
-    vae = dict(tensors([tiny / VAE]))
+    vae = dict(iterate_tensors([tiny / VAE]))
     renamed = {vae_from_diffusers(k): v.shape for k, v in AutoencoderKLWan(base_dim=4).state_dict().items()}
     assert renamed == {name: value.shape for name, value in vae.items()}
 
 
 def test_official_umt5_names_become_those_of_transformers(tiny: Path):
-    official = dict(tensors([tiny / "models_t5_umt5-xxl-enc-bf16.pth"]))
+    official = dict(iterate_tensors([tiny / "models_t5_umt5-xxl-enc-bf16.pth"]))
     config = UMT5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4)
     theirs = {name: value.shape for name, value in UMT5EncoderModel(config).state_dict().items()}
     theirs.pop("encoder.embed_tokens.weight")  # tied to shared.weight
@@ -105,7 +105,7 @@ def test_a_model_saved_by_diffusers_gives_the_same_velocity(diffusers_folder: Pa
     assert (checkpoint.experts[0].naming, checkpoint.vae.naming) == ("diffusers", "diffusers")
     assert checkpoint.text_encoder.naming == "transformers"
     assert len(checkpoint.transformer_files) > 1
-    ours = load_transformer(checkpoint, torch.float32, "cpu")
+    ours = load_transformer(checkpoint)
     theirs = WanTransformer3DModel.from_pretrained(diffusers_folder / "transformer")
     x, text, t = torch.randn(1, 16, 2, 4, 6), torch.randn(5, 32), torch.tensor([321.0])
     with torch.inference_mode():
@@ -157,7 +157,7 @@ def test_a_diffusers_config_that_disagrees_is_refused(diffusers_folder: Path, tm
 def test_weights_are_mapped_not_copied(tiny: Path):
     model = load(tiny)
     weight = model.get_parameter("blocks.0.ffn.0.weight")
-    again = dict(tensors([tiny / WEIGHTS]))["blocks.0.ffn.0.weight"]
+    again = dict(iterate_tensors([tiny / WEIGHTS]))["blocks.0.ffn.0.weight"]
     assert torch.equal(weight, again)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if WEIGHTS in line]
     ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in mapped]
@@ -214,7 +214,7 @@ def test_a_pickle_that_wants_code_is_refused_and_runs_none(tmp_path: Path):
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
     torch.save({"weight": torch.zeros(2), "code": Code(marker)}, path)
     with pytest.raises(CheckpointError, match=r"evil.pth: its pickle asks to run code") as caught:
-        list(tensors([path]))
+        list(iterate_tensors([path]))
     assert not marker.exists()
     assert ".safetensors" in caught.value.hint
 
@@ -233,7 +233,7 @@ def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path: Path):
         archive.writestr("archive/data/0", bytes(50_000_000))
     assert path.stat().st_size < 100_000
     with pytest.raises(CheckpointError, match=r"bomb.pth: archive/data.pkl is compressed, as in a zip bomb"):
-        list(tensors([path]))
+        list(iterate_tensors([path]))
 
 
 def test_a_zip_that_claims_more_than_it_holds_is_refused(tiny: Path, tmp_path: Path):
@@ -243,7 +243,7 @@ def test_a_zip_that_claims_more_than_it_holds_is_refused(tiny: Path, tmp_path: P
     path = tmp_path / "lying.pth"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"lying.pth"):
-        list(tensors([path]))
+        list(iterate_tensors([path]))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 5000, -1])
@@ -251,7 +251,7 @@ def test_a_truncated_pth_is_refused(tiny: Path, tmp_path: Path, keep: int):
     path = tmp_path / "cut.pth"
     path.write_bytes((tiny / VAE).read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"cut.pth: truncated"):
-        list(tensors([path]))
+        list(iterate_tensors([path]))
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"state_dict": {"weight": torch.zeros(1)}}, 7])
@@ -259,7 +259,7 @@ def test_a_pth_of_anything_but_named_tensors_is_refused(tmp_path: Path, content:
     path = tmp_path / "odd.pth"
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"odd.pth: not a plain table"):
-        list(tensors([path]))
+        list(iterate_tensors([path]))
 
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path):
@@ -273,18 +273,19 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path):
                 data = data.replace(b"K\x4d\x85", b"J\xff\xff\xff\x7f\x85")
             target.writestr(member.filename, data)
     with pytest.raises(CheckpointError, match=r"other.pth"):
-        list(tensors([other]))
+        list(iterate_tensors([other]))
 
 
 def test_a_missing_pth_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"gone.pth: no such file"):
-        list(tensors([tmp_path / "gone.pth"]))
+        list(iterate_tensors([tmp_path / "gone.pth"]))
 
 
 def test_the_vae_may_be_a_pth_or_a_safetensors_file(folder: Path, tiny: Path):
     from_pth = load_vae(identify(folder), "cpu").state_dict()
     save_file(
-        {name: tensor.clone() for name, tensor in tensors([tiny / VAE])}, folder / "Wan2.1_VAE.safetensors"
+        {name: tensor.clone() for name, tensor in iterate_tensors([tiny / VAE])},
+        folder / "Wan2.1_VAE.safetensors",
     )
     checkpoint = identify(folder)
     assert checkpoint.vae_files == (folder / "Wan2.1_VAE.safetensors",)
@@ -305,6 +306,6 @@ def test_sizes_are_read_off_the_tensors_where_config_json_is_missing(tmp_path: P
     root = shutil.copytree(tiny, tmp_path / "model")
     (root / "config.json").unlink()
     saved(root, {transformer_from_diffusers(k): v.contiguous() for k, v in theirs.state_dict().items()})
-    config = identify(root).transformer
+    config = identify(root).transformer_config
     assert (config.dim, config.num_heads, config.num_layers, config.ffn_dim) == (128, 1, 1, 96)
     assert math.isclose(config.eps, 1e-6)

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from sparse import Entries, write
 
-from wancli.weights.component import Part
-from wancli.weights.lora.describe import LoRA
-from wancli.weights.single_files import parts_of
+from wancli.weights.component import Component
+from wancli.weights.lora.describe import LoraInfo
+from wancli.weights.single_files import recognize_file
 
 D = 5120
 
 
-def only(path: Path) -> Part:
-    (part,) = parts_of(path)
+def only(path: Path) -> Component:
+    (part,) = recognize_file(path)
     return part
 
 
-def lora(path: Path) -> LoRA:
+def lora(path: Path) -> LoraInfo:
     found = only(path).lora
     assert found is not None
     return found

@@ -15,12 +15,12 @@ from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.weights.checkpoint import identify
-from wancli.weights.formats.infer_config import parameter_shapes
-from wancli.weights.formats.safetensors_header import header
-from wancli.weights.lora.file import recognise
-from wancli.weights.lora.key_mapping import official
-from wancli.weights.lora.match import matched
-from wancli.weights.lora.patch import load
+from wancli.weights.formats.infer_config import transformer_shapes
+from wancli.weights.formats.safetensors_header import read_tensors
+from wancli.weights.lora.file import read_lora_file
+from wancli.weights.lora.key_mapping import official_module
+from wancli.weights.lora.match import select_changes
+from wancli.weights.lora.patch import load_lora
 
 # ---- names ----
 
@@ -38,9 +38,9 @@ def test_every_module_of_the_model_is_found_under_both_its_names() -> None:
         )
     wanted = {name.removesuffix(".weight").removesuffix(".bias") for name in ours.state_dict()}
     for name in wanted:
-        assert official(name) == official(flat(name)) == name
+        assert official_module(name) == official_module(flat(name)) == name
     written = {name.removesuffix(".weight").removesuffix(".bias") for name in theirs.state_dict()}
-    found = {name: official(flat(name)) for name in written}
+    found = {name: official_module(flat(name)) for name in written}
     assert len(set(found.values())) == len(written)
     image = {name for name in written if "image_embedder" in name or "add_" in name or "added" in name}
     assert {found[name] for name in written - image} == wanted
@@ -61,31 +61,31 @@ def test_no_other_name_is_taken_for_a_module() -> None:
         "heads",
         "",
     ):
-        assert official(name) is None
+        assert official_module(name) is None
 
 
 def test_the_sizes_of_a_model_tell_every_parameter_and_its_shape(tiny: Path) -> None:
-    tensors = header(tiny / "diffusion_pytorch_model.safetensors")
+    tensors = read_tensors(tiny / "diffusion_pytorch_model.safetensors")
     expected = {name: info.shape for name, info in tensors.items()}
-    assert parameter_shapes(identify(tiny).transformer) == expected
+    assert transformer_shapes(identify(tiny).transformer_config) == expected
 
 
 # ---- what fits a model ----
 
 
 def shapes(width: int, depth: int, in_dim: int = 16) -> dict[str, tuple[int, ...]]:
-    return parameter_shapes(WanConfig(width, 4 * width, width // 128, depth, in_dim=in_dim))
+    return transformer_shapes(WanConfig(width, 4 * width, width // 128, depth, in_dim=in_dim))
 
 
 def test_a_lora_of_another_model_is_refused_with_both_shapes_and_both_models(tmp_path: Path) -> None:
     path = saved(tmp_path / "big.safetensors", pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120))
     with pytest.raises(CheckpointError) as caught:
-        matched(recognise(path), shapes(1536, 1))
+        select_changes(read_lora_file(path), shapes(1536, 1))
     assert str(caught.value) == (
         f"{path}: diffusion_model.blocks.0.self_attn.q.lora_B.weight makes a change of [5120, 5120] to "
         "blocks.0.self_attn.q.weight, which is [1536, 1536] in this model"
     )
-    assert caught.value.hint == "This LoRA was made for Wan 14B, and this is Wan 1.3B."
+    assert caught.value.hint == "This LoRA was made for Wan 14B, and this is Wan2.1 1.3B."
 
 
 def test_a_block_past_the_last_is_of_another_model(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_block_past_the_last_is_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"blocks.30.ffn.0.weight, which is not in this model, whose last block is 2"
     ):
-        matched(recognise(path), SHAPES)
+        select_changes(read_lora_file(path), SHAPES)
 
 
 def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> N
     before = weights()
     path = saved(tmp_path / "a.safetensors", found)
     assert changed(merged(path, before), before) == {"blocks.0.cross_attn.k.weight"}
-    coverage = load(path, SHAPES).coverage
+    coverage = load_lora(path, SHAPES).coverage
     assert (coverage.targets, coverage.skipped, coverage.unused) == (1, 6, 0)
     matrices = {key: tensor for key, tensor in found.items() if ".cross_attn." in key and ".lora_" in key}
     written = {
@@ -119,7 +119,7 @@ def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> N
         for key, tensor in matrices.items()
     }
     underscores = saved(tmp_path / "b.safetensors", written)
-    coverage = load(underscores, SHAPES).coverage
+    coverage = load_lora(underscores, SHAPES).coverage
     assert (coverage.style, coverage.targets, coverage.skipped) == ("Wan-Fun", 1, 2)
 
 
@@ -129,7 +129,7 @@ def test_a_lora_for_other_inputs_is_refused(shape: tuple[int, ...], tmp_path: Pa
     path = saved(tmp_path / "a.safetensors", found)
     message = f"{list(shape)} to patch_embedding.weight, which is [48, 16, 1, 2, 2]"
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        matched(recognise(path), SHAPES)
+        select_changes(read_lora_file(path), SHAPES)
 
 
 def test_keys_that_name_nothing_are_counted_and_nothing_at_all_is_an_error(tmp_path: Path) -> None:
@@ -144,12 +144,12 @@ def test_keys_that_name_nothing_are_counted_and_nothing_at_all_is_an_error(tmp_p
         "diffusion_model.blocks.0.ffn.0.lora_A.weight": down,
         "diffusion_model.blocks.0.ffn.0.lora_B.weight": up,
     }
-    coverage = load(saved(tmp_path / "a.safetensors", foreign | own), SHAPES).coverage
+    coverage = load_lora(saved(tmp_path / "a.safetensors", foreign | own), SHAPES).coverage
     assert (coverage.targets, coverage.unused, len(coverage.examples)) == (1, 5, 3)
     with pytest.raises(CheckpointError, match="changes nothing in this model; none of its 5 keys"):
-        load(saved(tmp_path / "b.safetensors", foreign), SHAPES)
+        load_lora(saved(tmp_path / "b.safetensors", foreign), SHAPES)
     with pytest.raises(CheckpointError, match="none of its 0 keys"):
-        load(saved(tmp_path / "c.safetensors", {}), SHAPES)
+        load_lora(saved(tmp_path / "c.safetensors", {}), SHAPES)
 
 
 # ---- damage ----
@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     ),
     "vector": (
         {f"{Q}.lora_A.weight": torch.zeros(DIM), f"{Q}.lora_B.weight": torch.zeros(DIM, 1)},
-        "is no matrix",
+        "is not a matrix",
     ),
     "loha": (
         {
@@ -185,7 +185,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
             f"{Q}.lokr_w1_a": torch.zeros(4, 2),
             f"{Q}.lokr_w2": torch.zeros(2, 2),
         },
-        "lokr_w1 is there whole and as a product",
+        "lokr_w1 appears both whole and as a product",
     ),
     "two ways": (
         pair(Q, DIM, DIM) | {f"{Q}.diff": torch.zeros(DIM, DIM)},
@@ -220,7 +220,7 @@ def test_what_cannot_be_applied_is_refused_with_file_and_key(what: str, tmp_path
     tensors, message = WRONG[what]
     path = saved(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
-        recognise(path)
+        read_lora_file(path)
     assert caught.value.where == str(path)
     assert "blocks.0.self_attn.q" in caught.value.message or "attn1.to_q" in caught.value.message
 
@@ -232,7 +232,7 @@ def test_nan_and_inf_are_refused_with_their_key(end: str, value: float, tmp_path
     tensors = pair(Q, DIM, DIM) | {f"{Q}.alpha": torch.tensor(1.0)}
     tensors[key].view(-1)[0] = value
     with pytest.raises(CheckpointError) as caught:
-        load(saved(tmp_path / "bad.safetensors", tensors), SHAPES)
+        load_lora(saved(tmp_path / "bad.safetensors", tensors), SHAPES)
     assert caught.value.message == f"{key} holds NaN or Inf"
 
 
@@ -240,4 +240,4 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", pair(Q, DIM, DIM))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        recognise(path)
+        read_lora_file(path)

@@ -40,10 +40,9 @@ from wancli.models.config import WanConfig
 from wancli.models.dit import WanModel
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
-from wancli.weights.loader import load_into, transformer_tensors
-from wancli.weights.lora.file import recognise
-from wancli.weights.lora.patch import Lora, Loras, Patches, add, load, merge
-from wancli.weights.lora.use import constant, strengths_at
+from wancli.weights.loader import iterate_transformer_tensors, load_into
+from wancli.weights.lora.file import read_lora_file
+from wancli.weights.lora.patch import Lora, Loras, Patches, add_deltas, load_lora
 
 ALPHA = 6.0
 
@@ -127,7 +126,7 @@ def test_every_style_of_file_changes_the_same_weights(style: str, tmp_path: Path
     assert changed(after, before) == expected.keys()
     for name, weight in expected.items():
         assert_close(after[name], weight)
-    lora = load(path, SHAPES)
+    lora = load_lora(path, SHAPES)
     assert lora.coverage.style == style.partition(",")[0]
     assert (lora.coverage.targets, lora.coverage.unused, lora.coverage.skipped) == (30, 0, 0)
     assert (lora.coverage.ranks, lora.coverage.blocks) == ((RANK,), (0, 1, 2))
@@ -208,8 +207,8 @@ def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
             elif end == "B.bias":
                 reference.get_parameter(f"{module}.bias").add_(down)
         expected = reference(x, t, F.pad(text, (0, 0, 0, 507))[None]).sample
-        lora = load(path, SHAPES)
-        merge(dict(model.named_parameters()), Loras([use(lora)], [lora]))
+        lora = load_lora(path, SHAPES)
+        Patches(dict(model.named_parameters()), lambda _: []).apply_step(Loras([use(lora)], [lora]), 0)
         velocity = model(x, t, [((model.project(text), 1.0),)] * DEPTH)
     assert torch.linalg.vector_norm(expected - plain) > 0.05 * torch.linalg.vector_norm(plain)
     assert torch.linalg.vector_norm(velocity - expected) < 1e-5 * torch.linalg.vector_norm(expected)
@@ -310,7 +309,7 @@ def test_lokr_is_a_kronecker_product(parts: dict[str, tuple[int, int]], scale: f
     path = saved(tmp_path / "a.safetensors", found | {f"{name}.alpha": torch.tensor(6.0)})
     after = merged(path, before)
     assert_close(after["blocks.1.ffn.0.weight"], exact(before["blocks.1.ffn.0.weight"]) + scale * kron)
-    assert load(path, SHAPES).coverage.unused == 0
+    assert load_lora(path, SHAPES).coverage.unused == 0
 
 
 # ---- scales ----
@@ -339,23 +338,23 @@ def test_peft_says_the_scale_beside_the_file_and_diffusers_in_it(
     config: dict[str, Any], scales: list[float], tmp_path: Path
 ) -> None:
     path = peft_file(tmp_path)
-    assert load(path, SHAPES).scales == (1.0,)
-    assert not recognise(path).scaled
+    assert load_lora(path, SHAPES).scales == (1.0,)
+    assert not read_lora_file(path).scaled
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | config))
-    lora = load(path, SHAPES)
+    lora = load_lora(path, SHAPES)
     assert [lora.deltas[f"blocks.{n}.ffn.0.weight"].scale for n in (0, 1)] == scales
-    assert recognise(path).config == tmp_path / "adapter_config.json"
+    assert read_lora_file(path).config == tmp_path / "adapter_config.json"
     inside = {f"transformer.{key}": value for key, value in config.items()}
     (tmp_path / "in").mkdir()
     path = peft_file(tmp_path / "in", "transformer.", {"lora_adapter_metadata": json.dumps(inside)})
-    lora = load(path, SHAPES)
+    lora = load_lora(path, SHAPES)
     assert [lora.deltas[f"blocks.{n}.ffn.0.weight"].scale for n in (0, 1)] == scales
-    assert recognise(path).config is None
+    assert read_lora_file(path).config is None
 
 
 def test_the_config_of_peft_is_not_asked_about_other_files(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-    assert load(peft_file(tmp_path, "diffusion_model."), SHAPES).scales == (1.0,)
+    assert load_lora(peft_file(tmp_path, "diffusion_model."), SHAPES).scales == (1.0,)
 
 
 def test_the_bias_of_peft_is_scaled_as_its_matrices_are(tmp_path: Path) -> None:
@@ -384,7 +383,7 @@ def test_a_config_without_a_usable_alpha_is_an_error(text: str, tmp_path: Path) 
     path = peft_file(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"adapter_config.json: says no usable lora_alpha and r"):
-        recognise(path)
+        read_lora_file(path)
 
 
 # ---- arithmetic ----
@@ -402,11 +401,11 @@ def test_two_loras_are_added_in_fp32_and_rounded_once(
     for strength in (0.3, -0.11):
         down, up = (tensor.to(stored) for tensor in factors(name))
         keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
-        lora = load(saved(tmp_path / f"{strength}.safetensors", dict(zip(keys, (down, up)))), SHAPES)
+        lora = load_lora(saved(tmp_path / f"{strength}.safetensors", dict(zip(keys, (down, up)))), SHAPES)
         terms.append((lora.deltas[f"{name}.weight"], strength))
         total += strength * (exact(up.float()) @ exact(down.float()))
     weight = start.clone()
-    add(weight, terms)
+    add_deltas(weight, terms)
     assert weight.dtype == dtype
     expected = torch.from_numpy(total).float().to(dtype).float()
     # fp32 rounds otherwise than fp64 now and then: by one step of the dtype at most, and rarely.
@@ -428,20 +427,20 @@ def test_a_dense_difference_is_what_is_added(tmp_path: Path) -> None:
         "patch_embedding.hada_w2_b": torch.randn(3, 64),
         "blocks.2.diff_m": torch.randn(1, 6, DIM),
     }
-    lora = load(saved(tmp_path / "a.safetensors", found), SHAPES)
+    lora = load_lora(saved(tmp_path / "a.safetensors", found), SHAPES)
     assert len(lora.deltas) == 5
     for name, delta in lora.deltas.items():
         weight = torch.zeros(SHAPES[name])
-        delta.add_to(weight, -2.0)
+        add_deltas(weight, [(delta, -2.0)])
         assert torch.allclose(delta.dense(), weight / -2, rtol=1e-5, atol=1e-5)
         assert delta.dense(torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_difference_is_not_added_to_another_shape(tmp_path: Path) -> None:
-    lora = load(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
+    lora = load_lora(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
     weight = torch.zeros(DIM * DIM)
     with pytest.raises(ValueError, match=r"a difference of \[48, 48\] to a weight of \[2304\]"):
-        lora.deltas["blocks.0.self_attn.q.weight"].add_to(weight, 1.0)
+        add_deltas(weight, [(lora.deltas["blocks.0.self_attn.q.weight"], 1.0)])
     assert not weight.any()
 
 
@@ -449,19 +448,18 @@ def test_a_difference_is_not_added_to_another_shape(tmp_path: Path) -> None:
 
 
 def test_strengths_follow_steps_blocks_and_experts(tmp_path: Path) -> None:
-    lora = load(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
+    lora = load_lora(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
     uses = [
         use(lora, 0.5),
         use(lora, 0.6, blocks=(0, 2)),
         use(lora, 0.7, steps=(1, 2)),
         use(lora, 0.8, expert="high"),
     ]
-    assert strengths_at(uses, 0, 0) == (0.5, 0.6, 0, 0)
-    assert strengths_at(uses, 1, 1, "high") == (0.5, 0, 0.7, 0.8)
-    assert strengths_at(uses, 3, None, "low") == (0.5, 0, 0, 0)
-    assert constant(uses[:2] + uses[3:])
-    assert not constant(uses)
-    assert constant([use(lora, 0.0, steps=(1,))])
+    strengths = [
+        tuple(use.strength_at(step, block, expert) for use in uses)
+        for step, block, expert in ((0, 0, "only"), (1, 1, "high"), (3, None, "low"))
+    ]
+    assert strengths == [(0.5, 0.6, 0, 0), (0.5, 0, 0.7, 0.8), (0.5, 0, 0, 0)]
 
 
 def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
@@ -470,10 +468,10 @@ def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
         **pair("blocks.1.ffn.0", FFN, DIM),
         "head.head.diff_b": torch.ones(64),
     }
-    lora = load(saved(tmp_path / "a.safetensors", found), SHAPES)
+    lora = load_lora(saved(tmp_path / "a.safetensors", found), SHAPES)
     loras = Loras([use(lora, 0.5, blocks=(1,)), use(lora, 0.25, steps=(2,))], [lora, lora])
     at = {
-        (name, step): [strength for _, strength in loras.delta_for(name, step)]
+        (name, step): [strength for _, strength in loras.terms_for(name, step)]
         for name in (
             "blocks.0.ffn.0.weight",
             "blocks.1.ffn.0.weight",
@@ -483,23 +481,7 @@ def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
         for step in (1, 2)
     }
     assert list(at.values()) == [[], [0.25], [0.5], [0.5, 0.25], [], [], [], [0.25]]
-    assert loras.delta_for("blocks.1.ffn.0.weight", 1)[0][0] is lora.deltas["blocks.1.ffn.0.weight"]
-
-
-def test_merging_checks_everything_before_it_changes_anything(tmp_path: Path) -> None:
-    found = {**pair("blocks.0.ffn.0", FFN, DIM), **pair("blocks.1.ffn.0", FFN, DIM)}
-    lora = load(saved(tmp_path / "a.safetensors", found), SHAPES)
-    state = {
-        "blocks.0.ffn.0.weight": torch.zeros(FFN, DIM),
-        "blocks.1.ffn.0.weight": torch.zeros(FFN, DIM + 1),
-    }
-    for uses, message in (
-        ([use(lora)], "blocks.1.ffn.0.weight of .* is not in the model"),
-        ([use(lora, steps=(0,))], "cannot be merged once"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            merge(state, Loras(uses, [lora]))
-        assert not any(tensor.any() for tensor in state.values())
+    assert loras.terms_for("blocks.1.ffn.0.weight", 1)[0][0] is lora.deltas["blocks.1.ffn.0.weight"]
 
 
 # ---- into a model and out again ----
@@ -518,7 +500,7 @@ def shelf(tmp_path: Path) -> tuple[Tensors, Path, Lora, Lora]:
         tmp_path / "2.safetensors",
         {**pair("blocks.0.ffn.0", FFN, DIM), "head.diff_m": torch.ones(1, 2, DIM)},
     )
-    return base, file, load(first, SHAPES), load(second, SHAPES)
+    return base, file, load_lora(first, SHAPES), load_lora(second, SHAPES)
 
 
 def patched(base: Tensors, *terms: tuple[Lora, float]) -> Tensors:
@@ -545,15 +527,15 @@ def test_weights_follow_the_set_of_loras_and_come_back_exactly(
     base, file, one, two = shelf
     state = load_file(file)
     patches = Patches(state, lambda names: ((n, t) for n, t in load_file(file).items() if n in names))
-    assert not patches.at(Loras(), 0)
-    assert patches.at(Loras([use(one)], [one]), 0)
+    assert not patches.apply_step(Loras(), 0)
+    assert patches.apply_step(Loras([use(one)], [one]), 0)
     assert_same(state, patched(base, (one, 1.0)))
-    assert not patches.at(Loras([use(one)], [one]), 1)
-    assert patches.at(Loras([use(two, 0.5), use(one, -1.0)], [two, one]), 0)
+    assert not patches.apply_step(Loras([use(one)], [one]), 1)
+    assert patches.apply_step(Loras([use(two, 0.5), use(one, -1.0)], [two, one]), 0)
     assert_same(state, patched(base, (two, 0.5), (one, -1.0)))
-    assert patches.at(Loras([use(two)], [two]), 0)
+    assert patches.apply_step(Loras([use(two)], [two]), 0)
     assert_same(state, patched(base, (two, 1.0)))
-    assert patches.at(Loras([use(two, 0.0)], [two]), 0)
+    assert patches.apply_step(Loras([use(two, 0.0)], [two]), 0)
     assert_same(state, base, exactly=True)
 
 
@@ -568,11 +550,11 @@ def test_weights_follow_the_steps(shelf: tuple[Tensors, Path, Lora, Lora]) -> No
 
     patches = Patches(state, again)
     loras = Loras([use(one, steps=(0, 1)), use(two, blocks=(0,), steps=(1,))], [one, two])
-    moved = [patches.at(loras, step) for step in range(4)]
+    moved = [patches.apply_step(loras, step) for step in range(4)]
     assert moved == [True, True, True, False]
     assert read == [{"blocks.0.ffn.0.weight"}, {"blocks.0.ffn.0.weight", "blocks.2.self_attn.q.weight"}]
     assert_same(state, base, exactly=True)
-    patches.at(loras, 1)
+    patches.apply_step(loras, 1)
     expected = patched(base, (one, 1.0), (two, 1.0))
     assert_same(state, expected | {"head.modulation": base["head.modulation"]})
 
@@ -589,12 +571,12 @@ def test_weights_left_half_way_are_read_again(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("wancli.weights.lora.patch.LowRank._add", break_off)
+        patch.setattr("wancli.weights.lora.patch.LowRank._add_fp32", break_off)
         with pytest.raises(MemoryError):
-            patches.at(Loras([use(one)], [one]), 0)
-    assert patches.at(Loras(), 0)
+            patches.apply_step(Loras([use(one)], [one]), 0)
+    assert patches.apply_step(Loras(), 0)
     assert_same(state, base, exactly=True)
-    patches.at(Loras([use(two)], [two]), 0)
+    patches.apply_step(Loras([use(two)], [two]), 0)
     assert_same(state, patched(base, (two, 1.0)))
 
 
@@ -603,16 +585,16 @@ def test_a_checkpoint_that_lost_a_tensor_meanwhile_is_an_error(
 ) -> None:
     _, file, one, _ = shelf
     patches = Patches(load_file(file), lambda names: iter(()))
-    patches.at(Loras([use(one)], [one]), 0)
+    patches.apply_step(Loras([use(one)], [one]), 0)
     with pytest.raises(
         CheckpointError, match=r"blocks.0.ffn.0.weight was in the checkpoint and is there no more"
     ):
-        patches.at(Loras(), 0)
+        patches.apply_step(Loras(), 0)
 
 
 def test_some_tensors_of_a_checkpoint_can_be_read_again(tiny: Path) -> None:
     wanted = {"blocks.7.ffn.0.weight", "head.modulation", "unknown"}
-    found = dict(transformer_tensors(identify(tiny), wanted))
+    found = dict(iterate_transformer_tensors(identify(tiny), wanted))
     whole = load_file(tiny / "diffusion_pytorch_model.safetensors")
     assert found.keys() == wanted - {"unknown"}
     assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())

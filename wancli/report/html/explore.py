@@ -12,7 +12,7 @@ from wancli.models import variants
 from wancli.plan import model_registry
 from wancli.report.html import model_facts, page_data
 from wancli.resources import machine
-from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_sizes, vae_sizes
+from wancli.weights.checkpoint import Checkpoint, identify, text_encoder_config, vae_config
 
 LOCATION = "MODEL"
 
@@ -55,7 +55,7 @@ def _checkpoint_document(requested: str, names: dict[str, str]) -> dict[str, Any
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return model_facts.describe_model(
-        checkpoint, text_encoder_sizes(checkpoint), vae_sizes(checkpoint), *_device_and_dtype()
+        checkpoint, text_encoder_config(checkpoint), vae_config(checkpoint), *_device_and_dtype()
     )
 
 

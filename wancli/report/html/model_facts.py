@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from wancli.models import variants
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models import parameter_count, variants
+from wancli.models.config import Dtype, T5Config, VAE22Config, VAEConfig, WanConfig, compute_dtype
 from wancli.models.variants import Variant
 from wancli.plan import memory_estimate
 from wancli.resources import memory_model
-from wancli.resources.memory_model import wan_parameters
 from wancli.weights.checkpoint import Checkpoint
-from wancli.weights.component import Kind, Part
+from wancli.weights.component import Component, Kind
 from wancli.weights.formats.quant_schemes import Precision
 from wancli.weights.recognize import XXL
 
+DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "fp16", "fp8")
+RESIDENCIES = get_args(memory_model.Residency)
 RELEASED = {
     variant.name: (variant, WanConfig(dim, ffn, dim // 128, layers, in_dim=channels, out_dim=channels))
     for (dim, ffn, layers, channels), variant in variants.RELEASED.items()
@@ -75,31 +77,52 @@ def input_output_parts(wan: WanConfig) -> list[dict[str, Any]]:
     ]
 
 
-def calculator_constants(sizes: dict[str, Any], networks: dict[str, Any], device: str) -> dict[str, Any]:
-    """The constants of the memory formulas for one model: what its sizes and files say, whatever is asked
-    of it. `sizes` and `networks` as a manifest has them."""
+def calculator_coefficients(
+    sizes: Mapping[str, Any], networks: Mapping[str, Any], device: str
+) -> dict[str, Any]:
+    """Return what the page's memory calculator needs of a model: the coefficients of each phase.
+
+    There is an entry for each device, each dtype and each residency. `sizes` and `networks` are those of a
+    manifest. Weights in fp8 are always packed.
+    """
     wan = WanConfig(**sizes)
-    t5 = T5Config(**networks["text_encoder"])
-    vae = _vae(networks["vae"])
-    patches = isinstance(vae, VAE22Config)
-    widths = vae.dim_mult[1] + 2 * vae.dim_mult[0] if patches else 2 * vae.dim_mult[0]
     return {
         "device": device,
-        "process": memory_model.PROCESS,
         "stride": variants.BY_CHANNELS[wan.in_dim].stride,
-        "channels": wan.in_dim,
-        "wan": {**asdict(wan), "head_dim": wan.head_dim, "parameters": wan_parameters(wan)},
-        "t5": {**asdict(t5), "parameters": memory_model.t5_parameters(t5)},
-        "vae": {
-            "widest": widths * vae.dec_dim,
-            "colours": 12 if patches else 3,
-            "parameters": memory_model.vae_parameters(vae),
-            "decoder": memory_model.decoder_parameters(vae),
-            "history": memory_model.history_channels(vae),
-            "in_fp32": networks["vae_in_fp32"],
-        },
-        "stored": networks["stored"],
+        "devices": {name: _device_coefficients(wan, networks, name) for name in ("cpu", "cuda")},
     }
+
+
+def _device_coefficients(wan: WanConfig, networks: Mapping[str, Any], device: str) -> dict[str, Any]:
+    t5, vae = T5Config(**networks["text_encoder"]), _vae(networks["vae"])
+    transformer, text = (_stored(networks["stored"][name]) for name in ("transformer", "text_encoder"))
+    compute = {dtype: compute_dtype(dtype, device) for dtype in DTYPES}
+    encode, sample = memory_estimate.encode_coefficients, memory_estimate.sample_coefficients
+    decode = memory_estimate.decode_coefficients(vae, device=device, stored_in_fp32=networks["vae_in_fp32"])
+    return {
+        "process": memory_model.PROCESS if device == "cpu" else 0,
+        "compute_dtype": compute,
+        "encode": {
+            dtype: {
+                residency: asdict(encode(t5, text, device=device, dtype=compute[dtype], residency=residency))
+                for residency in RESIDENCIES
+            }
+            for dtype in DTYPES
+        },
+        "sample": {
+            dtype: {
+                residency: asdict(sample(wan, transformer, device=device, dtype=dtype, residency=residency))
+                for residency in (RESIDENCIES if dtype != "fp8" else ("packed",))
+            }
+            for dtype in DTYPES
+        },
+        "decode": asdict(decode),
+    }
+
+
+def _stored(record: Mapping[str, Any]) -> memory_estimate.StoredMatrices:
+    names = ("plain", "matrices", "largest", "scales")
+    return memory_estimate.StoredMatrices(**{name: record[name] for name in names})
 
 
 def _vae(sizes: dict[str, Any]) -> VAEConfig | VAE22Config:
@@ -121,17 +144,19 @@ def released_checkpoint(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VA
         "transformer", "F32", 4, matrices * wan.num_layers, wan.dim * wan.ffn_dim
     )
     text = _published_component("text encoder", "BF16", 2, of_text * XXL.num_layers, XXL.d_model * XXL.d_ff)
-    convolutions = _published_component("vae", "F32", 4, memory_model.vae_parameters(vae), 0)
+    convolutions = _published_component("vae", "F32", 4, parameter_count.vae_parameters(vae), 0)
     return _checkpoint(variant, wan, transformer, text, convolutions), XXL, vae
 
 
-def _published_component(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Part:
+def _published_component(kind: Kind, dtype: str, element: int, count: int, largest: int) -> Component:
     group = "convolutions" if kind == "vae" else "block matrices"
     precision = Precision(group, ((dtype, 1),), count * element, largest * element)
-    return Part(kind, kind, (), "safetensors", precision=(precision,))
+    return Component(kind, kind, (), "safetensors", precision=(precision,))
 
 
-def _checkpoint(variant: Variant, wan: WanConfig, transformer: Part, text: Part, vae: Part) -> Checkpoint:
+def _checkpoint(
+    variant: Variant, wan: WanConfig, transformer: Component, text: Component, vae: Component
+) -> Checkpoint:
     root = Path(variant.name)
     return Checkpoint(root, variant, (replace(transformer, config=wan),), text, root, vae, root)
 
@@ -143,7 +168,7 @@ def describe_model(
     return {
         "root": str(checkpoint.root),
         "variant": checkpoint.variant.name,
-        "sizes": asdict(checkpoint.transformer),
+        "sizes": asdict(checkpoint.transformer_config),
         "networks": memory_estimate.checkpoint_sizes(checkpoint, text, vae),
         "dtype": dtype,
         "residency": "resident",

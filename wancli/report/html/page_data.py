@@ -135,7 +135,7 @@ def _model_entry(model: Mapping[str, Any]) -> dict[str, Any]:
     networks = model.get("networks")
     return kept | {
         "sizes": model["sizes"],
-        "calculator": model_facts.calculator_constants(model["sizes"], networks, model["device"])
+        "calculator": model_facts.calculator_coefficients(model["sizes"], networks, model["device"])
         if networks
         else None,
         "parts": model_facts.block_parts(wan),

@@ -26,9 +26,9 @@ from wancli.weights.formats.quant_schemes import MARKER, WEIGHT_SCALES
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 SCALES = tuple(f".{key}" for key in WEIGHT_SCALES)
-DROPPED = (".scale_input", ".input_scale")
+IGNORED_ENDINGS = (".scale_input", ".input_scale")
 CONFIG = ".comfy_quant"
-NOT_WEIGHTS = {MARKER, "spiece_model"}
+IGNORED = {MARKER, "spiece_model"}
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Endings that only one way of quantizing has.
@@ -49,11 +49,11 @@ REFUSED_DTYPES = {
     torch.float8_e8m0fnu: "mxfp8",
 }
 MAX_CONFIG = 4096  # bytes; what is longer is no .comfy_quant
-ANOTHER = "use the bf16, fp16, fp8 or GGUF version of this checkpoint"
+USE_OTHER_PRECISION = "use the bf16, fp16, fp8 or GGUF version of this checkpoint"
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class RawEntry:
     """One entry of a file: a tensor, or a weight that the file (GGUF) holds packed already."""
 
     file: Path
@@ -67,7 +67,7 @@ class Stored:
         return self.value
 
 
-def fold(stored: Mapping[str, Stored], formats: Mapping[str, str]) -> dict[str, Packed]:
+def attach_scales(entries: Mapping[str, RawEntry], formats: Mapping[str, str]) -> dict[str, Packed]:
     """One Packed for each weight, under the name of the weight. Reads scales, no weights.
 
     `formats` are those said in the files' metadata, by layer (the name without `.weight`), layers of
@@ -75,33 +75,37 @@ def fold(stored: Mapping[str, Stored], formats: Mapping[str, str]) -> dict[str, 
     does not read and for a scale that is missing where it was promised, of a wrong size, or not a
     positive number.
     """
-    for name, entry in stored.items():
+    for name, entry in entries.items():
         _refuse_by_name(name, entry)
-        _refuse_stray(name, entry, stored)
-    formats = {layer: said for layer, said in formats.items() if f"{layer}.weight" in stored}
-    formats |= _said(stored)
-    for layer, said in formats.items():
-        _refuse_format(layer, said, stored[f"{layer}.weight"])
+        _refuse_stray(name, entry, entries)
+    formats = {layer: format_name for layer, format_name in formats.items() if f"{layer}.weight" in entries}
+    formats |= _read_formats(entries)
+    for layer, format_name in formats.items():
+        _refuse_format(layer, format_name, entries[f"{layer}.weight"])
     return {
-        name: entry.value if isinstance(entry.value, Packed) else _packed(name, entry, stored, formats)
-        for name, entry in stored.items()
-        if name not in NOT_WEIGHTS and not name.endswith((*SCALES, *DROPPED, CONFIG))
+        name: entry.value if isinstance(entry.value, Packed) else _pack_entry(name, entry, entries, formats)
+        for name, entry in entries.items()
+        if name not in IGNORED and not name.endswith((*SCALES, *IGNORED_ENDINGS, CONFIG))
     }
 
 
-def _packed(name: str, entry: Stored, stored: Mapping[str, Stored], formats: Mapping[str, str]) -> Packed:
+def _pack_entry(
+    name: str, entry: RawEntry, entries: Mapping[str, RawEntry], formats: Mapping[str, str]
+) -> Packed:
     data, layer = entry.tensor(name), name.removesuffix(".weight")
-    scale = _scale(layer, stored, tuple(data.shape)) if layer != name else None
+    scale = _read_scale(layer, entries, tuple(data.shape)) if layer != name else None
     shape = tuple(data.shape)
     if data.dtype in FP8:
-        promised = layer in formats or (MARKER in stored and data.dim() == 2)
+        promised = layer in formats or (MARKER in entries and data.dim() == 2)
         if promised and scale is None:
             raise CheckpointError(
                 f"{name} is scaled fp8, but its scale is missing", where=str(entry.file), hint=DOWNLOAD_AGAIN
             )
         return Packed("fp8", data, shape, scale)
     if data.dtype not in FLOATS:
-        raise _refused(name, REFUSED_DTYPES.get(data.dtype, f"{data.dtype}".removeprefix("torch.")), entry)
+        raise _unsupported_error(
+            name, REFUSED_DTYPES.get(data.dtype, f"{data.dtype}".removeprefix("torch.")), entry
+        )
     if scale is not None and not (scale == 1).all():
         raise CheckpointError(
             f"{name} has a scale, but is stored as {data.dtype}, not fp8".replace("torch.", ""),
@@ -111,16 +115,16 @@ def _packed(name: str, entry: Stored, stored: Mapping[str, Stored], formats: Map
     return Packed("plain", data, shape)
 
 
-def _scale(layer: str, stored: Mapping[str, Stored], shape: tuple[int, ...]) -> Tensor | None:
+def _read_scale(layer: str, entries: Mapping[str, RawEntry], shape: tuple[int, ...]) -> Tensor | None:
     """The scale of a layer's weight in fp32, or None."""
-    name = next((layer + ending for ending in SCALES if layer + ending in stored), None)
+    name = next((layer + ending for ending in SCALES if layer + ending in entries), None)
     if name is None:
         return None
-    entry = stored[name]
+    entry = entries[name]
     scale = entry.tensor(name)
     if scale.dtype not in FLOATS:
         known = "mxfp8" if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) else "nvfp4"
-        raise _refused(f"{layer}.weight", known, entry)
+        raise _unsupported_error(f"{layer}.weight", known, entry)
     if not scale_fits(tuple(scale.shape), shape):
         raise CheckpointError(
             f"{name} is {list(scale.shape)}, which fits no weight of {list(shape)}",
@@ -138,53 +142,55 @@ def _scale(layer: str, stored: Mapping[str, Stored], shape: tuple[int, ...]) -> 
     return scale
 
 
-def _refuse_by_name(name: str, entry: Stored) -> None:
+def _refuse_by_name(name: str, entry: RawEntry) -> None:
     known = next((what for ending, what in REFUSED_NAMES.items() if name.endswith(ending)), None)
     if known is not None:
-        raise _refused(name, known, entry)
+        raise _unsupported_error(name, known, entry)
 
 
-def _refuse_stray(name: str, entry: Stored, stored: Mapping[str, Stored]) -> None:
+def _refuse_stray(name: str, entry: RawEntry, entries: Mapping[str, RawEntry]) -> None:
     """A scale or a format whose weight is not there; two scales of one weight."""
     ending = next((ending for ending in (*SCALES, CONFIG) if name.endswith(ending)), None)
     if ending is None:
         return
     layer = name.removesuffix(ending)
-    both = all(layer + ending in stored for ending in SCALES)
-    if both or f"{layer}.weight" not in stored:
-        what = "is there twice" if both else f"belongs to {layer}.weight, which is missing"
+    both = all(layer + ending in entries for ending in SCALES)
+    if both or f"{layer}.weight" not in entries:
+        what = "appears twice" if both else f"belongs to {layer}.weight, which is missing"
         raise CheckpointError(f"{name} {what}", where=str(entry.file), hint=DOWNLOAD_AGAIN)
 
 
-def _said(stored: Mapping[str, Stored]) -> dict[str, str]:
+def _read_formats(entries: Mapping[str, RawEntry]) -> dict[str, str]:
     """The format of every layer that has a .comfy_quant."""
     found = {}
-    for name, entry in stored.items():
+    for name, entry in entries.items():
         if name.endswith(CONFIG):
             letters = entry.tensor(name).flatten()[:MAX_CONFIG]
             try:
                 found[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise CheckpointError(
-                    f"{name} is no JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
+                    f"{name} is not JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
                 ) from None
     return found
 
 
-def _refuse_format(layer: str, said: str, entry: Stored) -> None:
+def _refuse_format(layer: str, format_name: str, entry: RawEntry) -> None:
     """A format that wancli does not read, or that the weight does not have."""
-    if said not in FORMATS:
-        raise _refused(f"{layer}.weight", said, entry)
+    if format_name not in FORMATS:
+        raise _unsupported_error(f"{layer}.weight", format_name, entry)
     dtype = entry.tensor(layer).dtype
-    if dtype != FORMATS[said]:
+    if dtype != FORMATS[format_name]:
         raise CheckpointError(
-            f"{layer}.weight is marked as {said}, but stored as {dtype}".replace("torch.", ""),
+            f"{layer}.weight is marked as {format_name}, but stored as {dtype}".replace("torch.", ""),
             where=str(entry.file),
             hint=DOWNLOAD_AGAIN,
         )
 
 
-def _refused(name: str, what: str, entry: Stored) -> CheckpointError:
+def _unsupported_error(name: str, what: str, entry: RawEntry) -> CheckpointError:
     return CheckpointError(
-        f"{name} is stored as {what}; wancli reads floats, fp8 and GGUF", where=str(entry.file), hint=ANOTHER
+        f"{name} is stored as {what}; wancli reads floats, fp8 and GGUF",
+        where=str(entry.file),
+        hint=USE_OTHER_PRECISION,
     )

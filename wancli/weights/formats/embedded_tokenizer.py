@@ -17,29 +17,29 @@ from wancli.errors import CheckpointError
 from wancli.weights.formats import gguf, safetensors_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
-SPIECE = "spiece_model"
+TENSOR_NAME = "spiece_model"
 UNIGRAM = 1
 PIECE_TYPES = set(range(1, 7))  # GGUF numbers them as SentencePiece does
 BYTE = 6  # a piece that stands for one byte
 
 
-def tokenizer(path: Path) -> bytes | None:
+def read_tokenizer(path: Path) -> bytes | None:
     """The SentencePiece model inside a .gguf or .safetensors file, or None if it has none.
 
     Raises CheckpointError as the headers' readers do, and for key-values that make no UMT5 tokenizer.
     """
     if path.suffix == ".gguf":
-        values = gguf.header(path).values
-        return _assembled(values, path) if "tokenizer.ggml.tokens" in values else None
+        values = gguf.read_header(path).values
+        return _assemble(values, path) if "tokenizer.ggml.tokens" in values else None
     if path.suffix == ".safetensors":
-        header = safetensors_header.read(path)
-        name = next((name for name in header.tensors if name.split(".")[-1] == SPIECE), None)
+        header = safetensors_header.read_header(path)
+        name = next((name for name in header.tensors if name.split(".")[-1] == TENSOR_NAME), None)
         if name is not None and header.tensors[name].dtype == "U8":
-            return header.data(name)
+            return header.read_bytes(name)
     return None
 
 
-def _assembled(values: Mapping[str, gguf.Value], path: Path) -> bytes:
+def _assemble(values: Mapping[str, gguf.Value], path: Path) -> bytes:
     """A ModelProto from tokenizer.ggml.*"""
     tokens, scores, types = (values.get(f"tokenizer.ggml.{x}") for x in ("tokens", "scores", "token_type"))
     if (

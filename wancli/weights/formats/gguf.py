@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.mapped_file import mapped
+from wancli.weights.formats.mapped_file import map_file
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo
 
 # Weights and bytes of one block.
-SIZES = {
+BLOCK_SIZES = {
     "F32": (1, 4),
     "F16": (1, 2),
     "BF16": (1, 2),
@@ -39,7 +39,7 @@ SIZES = {
     "Q6_K": (256, 210),
 }
 # ggml's numbers of all its types, so that those wancli does not read are refused by name.
-TYPES = {
+TYPE_NAMES = {
     **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1"))),
     **dict(enumerate(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS"), start=10)),
     **dict(enumerate(("IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16"), start=18)),
@@ -53,10 +53,10 @@ TYPES = {
     39: "MXFP4",
     40: "NVFP4",
 }
-OTHER_VERSION = "download a version that is F16, BF16, Q8_0 or a Q*_K"
+OTHER_PRECISION = "download a version that is F16, BF16, Q8_0 or a Q*_K"
 MAX_DIMS = 5  # ggml knows 4; city96's converter writes Wan's patch embedding with 5
 ORIG_SHAPE = "comfy.gguf.orig_shape."
-_MOST = 2**48  # numbers of a tensor, each empty side counted as one: more are no sizes to torch
+_MAX_ELEMENTS = 2**48  # numbers of a tensor, each empty side counted as one: more are no sizes to torch
 
 UMT5 = {
     "token_embd.weight": "shared.weight",
@@ -94,16 +94,16 @@ class GGUFHeader:
     tensors: dict[str, GGUFTensor]
 
 
-def header(path: Path) -> GGUFHeader:
+def read_header(path: Path) -> GGUFHeader:
     """The key-values and tensors of a GGUF file, version 2 or 3.
 
     Raises CheckpointError if the file is missing, truncated, not GGUF, says things that its size
     cannot hold, or has a tensor of a type that is not in SIZES.
     """
-    pages = mapped(path)
+    pages = map_file(path)
     reader = _Reader(pages, path)
     try:
-        magic, version, tensor_count, value_count = reader.numbers("<4sIQQ")
+        magic, version, tensor_count, value_count = reader.unpack("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise CheckpointError(
                 f"not a GGUF file of version 2 or 3 (it begins with {magic!r}, {version})",
@@ -111,15 +111,15 @@ def header(path: Path) -> GGUFHeader:
                 hint=DOWNLOAD_AGAIN,
             )
         values: dict[str, Value] = {}
-        for _ in range(reader.possible(value_count, 8 + 4 + 1)):
-            key = reader.string()
+        for _ in range(reader.checked_count(value_count, 8 + 4 + 1)):
+            key = reader.read_string()
             if key in values:
-                raise reader.damaged(f"the key {key} is there twice")
-            values[key] = reader.value()
-        infos = [reader.info() for _ in range(reader.possible(tensor_count, 8 + 4 + 8 + 4 + 8))]
+                raise reader.damaged_error(f"the key {key} appears twice")
+            values[key] = reader.read_value()
+        infos = [reader.read_info() for _ in range(reader.checked_count(tensor_count, 8 + 4 + 8 + 4 + 8))]
     except (UnicodeDecodeError, struct.error) as error:
-        raise reader.damaged(f"its header cannot be read ({error})") from None
-    return GGUFHeader(values, _placed(reader, values, infos))
+        raise reader.damaged_error(f"its header cannot be read ({error})") from None
+    return GGUFHeader(values, _locate_tensors(reader, values, infos))
 
 
 @dataclass(frozen=True)
@@ -134,106 +134,110 @@ class _Reader:
     """A cursor that never leaves the file."""
 
     def __init__(self, pages: mmap.mmap, path: Path) -> None:
-        self.pages, self.path, self.at = pages, path, 0
+        self.pages, self.path, self.position = pages, path, 0
 
-    def damaged(self, what: str) -> CheckpointError:
+    def damaged_error(self, what: str) -> CheckpointError:
         return CheckpointError(f"truncated or damaged: {what}", where=str(self.path), hint=DOWNLOAD_AGAIN)
 
-    def take(self, count: int) -> bytes:
-        if count > len(self.pages) - self.at:
-            raise self.damaged(f"it claims {count:,} bytes at {self.at:,} of {len(self.pages):,}")
-        self.at += count
-        return self.pages[self.at - count : self.at]
+    def read(self, count: int) -> bytes:
+        if count > len(self.pages) - self.position:
+            raise self.damaged_error(f"it claims {count:,} bytes at {self.position:,} of {len(self.pages):,}")
+        self.position += count
+        return self.pages[self.position - count : self.position]
 
-    def possible(self, count: int, least: int) -> int:
+    def checked_count(self, count: int, least: int) -> int:
         """`count`, if that many things of at least `least` bytes can still follow."""
-        if count * least > len(self.pages) - self.at:
-            raise self.damaged(f"it claims {count:,} entries at {self.at:,} of {len(self.pages):,} bytes")
+        if count * least > len(self.pages) - self.position:
+            raise self.damaged_error(
+                f"it claims {count:,} entries at {self.position:,} of {len(self.pages):,} bytes"
+            )
         return count
 
-    def numbers(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.read(struct.calcsize(layout)))
 
-    def string(self) -> str:
-        return self.take(int.from_bytes(self.take(8), "little")).decode("utf-8")
+    def read_string(self) -> str:
+        return self.read(int.from_bytes(self.read(8), "little")).decode("utf-8")
 
-    def value(self) -> Value:
-        (kind,) = self.numbers("<I")
+    def read_value(self) -> Value:
+        (kind,) = self.unpack("<I")
         if kind == _STRING:
-            return self.string()
+            return self.read_string()
         if kind == _ARRAY:
-            return self.array()
+            return self.read_array()
         if kind not in _SCALARS:
-            raise self.damaged(f"a value has the unknown type {kind}")
-        (number,) = self.numbers(f"<{_SCALARS[kind]}")
+            raise self.damaged_error(f"a value has the unknown type {kind}")
+        (number,) = self.unpack(f"<{_SCALARS[kind]}")
         return bool(number) if kind == _BOOL else number
 
-    def array(self) -> Value:
-        kind, count = self.numbers("<IQ")
+    def read_array(self) -> Value:
+        kind, count = self.unpack("<IQ")
         if kind == _STRING:
-            return [self.string() for _ in range(self.possible(count, 8))]
+            return [self.read_string() for _ in range(self.checked_count(count, 8))]
         if kind not in _SCALARS:
-            raise self.damaged(f"an array has elements of the type {kind}")
+            raise self.damaged_error(f"an array has elements of the type {kind}")
         values = array(_SCALARS[kind])
-        values.frombytes(self.take(count * values.itemsize))
+        values.frombytes(self.read(count * values.itemsize))
         return values
 
-    def info(self) -> _Info:
-        name = self.string()
-        (count,) = self.numbers("<I")
+    def read_info(self) -> _Info:
+        name = self.read_string()
+        (count,) = self.unpack("<I")
         if not 1 <= count <= MAX_DIMS:
-            raise self.damaged(f"{name} has {count} dimensions")
-        dims = self.numbers(f"<{count}Q")
-        kind, offset = self.numbers("<IQ")
+            raise self.damaged_error(f"{name} has {count} dimensions")
+        dims = self.unpack(f"<{count}Q")
+        kind, offset = self.unpack("<IQ")
         return _Info(name, kind, dims, offset)
 
 
-def _placed(reader: _Reader, values: dict[str, Value], infos: list[_Info]) -> dict[str, GGUFTensor]:
+def _locate_tensors(reader: _Reader, values: dict[str, Value], infos: list[_Info]) -> dict[str, GGUFTensor]:
     """The tensors where they lie: aligned, inside the file, none over another."""
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
-        raise reader.damaged(f"general.alignment is {alignment}")
-    data = -(-reader.at // alignment) * alignment
+        raise reader.damaged_error(f"general.alignment is {alignment}")
+    data = -(-reader.position // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     end = data
     for info in sorted(infos, key=lambda info: info.offset):
-        dtype = _dtype(info, reader.path)
-        elements, size = SIZES[dtype]
+        dtype = _stored_type(info, reader.path)
+        elements, size = BLOCK_SIZES[dtype]
         nbytes = prod(info.dims) // elements * size
         start = data + info.offset
         if info.name in tensors:
-            raise reader.damaged(f"{info.name} is there twice")
+            raise reader.damaged_error(f"{info.name} appears twice")
         if info.dims[0] % elements:
-            raise reader.damaged(f"{info.name} has rows of {info.dims[0]}, {dtype} has blocks of {elements}")
+            raise reader.damaged_error(
+                f"{info.name} has rows of {info.dims[0]}, {dtype} has blocks of {elements}"
+            )
         if start < end or info.offset % alignment or start + nbytes > len(reader.pages):
-            raise reader.damaged(f"{info.name} ({nbytes:,} bytes at {start:,}) is not in its place")
+            raise reader.damaged_error(f"{info.name} ({nbytes:,} bytes at {start:,}) is not in its place")
         end = start + nbytes
-        shape = _shape(info, values, reader)
-        if prod(max(1, size) for size in shape) > _MOST:
-            raise reader.damaged(f"{info.name} is empty, and has the sizes {list(shape)}")
+        shape = _torch_shape(info, values, reader)
+        if prod(max(1, size) for size in shape) > _MAX_ELEMENTS:
+            raise reader.damaged_error(f"{info.name} is empty, and has the sizes {list(shape)}")
         tensors[info.name] = GGUFTensor(dtype, shape, start, nbytes)
     return {info.name: tensors[info.name] for info in infos}
 
 
-def _dtype(info: _Info, path: Path) -> str:
-    dtype = TYPES.get(info.type, f"type {info.type}, which wancli does not know")
-    if dtype not in SIZES:
+def _stored_type(info: _Info, path: Path) -> str:
+    dtype = TYPE_NAMES.get(info.type, f"type {info.type}, which wancli does not know")
+    if dtype not in BLOCK_SIZES:
         raise CheckpointError(
-            f"{info.name} is stored as {dtype}; wancli reads {', '.join(SIZES)}",
+            f"{info.name} is stored as {dtype}; wancli reads {', '.join(BLOCK_SIZES)}",
             where=str(path),
-            hint=OTHER_VERSION,
+            hint=OTHER_PRECISION,
         )
     return dtype
 
 
-def _shape(info: _Info, values: dict[str, Value], reader: _Reader) -> tuple[int, ...]:
+def _torch_shape(info: _Info, values: dict[str, Value], reader: _Reader) -> tuple[int, ...]:
     """In the order of torch; ComfyUI's converter keeps the true shape where it had to store another."""
-    said = values.get(ORIG_SHAPE + info.name)
-    if said is None:
+    original = values.get(ORIG_SHAPE + info.name)
+    if original is None:
         return info.dims[::-1]
-    sizes = list(said) if isinstance(said, array) and said.typecode not in "fd" else [-1]
+    sizes = list(original) if isinstance(original, array) and original.typecode not in "fd" else [-1]
     if min(sizes, default=1) < 0 or prod(sizes) != prod(info.dims):
-        raise reader.damaged(f"{ORIG_SHAPE}{info.name} does not fit {list(info.dims)}")
+        raise reader.damaged_error(f"{ORIG_SHAPE}{info.name} does not fit {list(info.dims)}")
     return tuple(sizes)
 
 

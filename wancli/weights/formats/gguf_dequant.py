@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 
-def _fields(bytes_BXW: Tensor, bits: int) -> Tensor:
+def _unpack_fields(bytes_BXW: Tensor, bits: int) -> Tensor:
     """[B, X, 8 / bits, W]: every byte's fields, lowest first, each spread over a row of its own."""
     bytes_BXW = bytes_BXW.contiguous()
     count, mask = 8 // bits, 2**bits - 1
@@ -31,25 +31,25 @@ def _fields(bytes_BXW: Tensor, bits: int) -> Tensor:
     return fields
 
 
-def _half(blocks_BT: Tensor, at: int) -> Tensor:
+def _read_half(blocks_BT: Tensor, at: int) -> Tensor:
     """[B, 1] fp32: the half-precision number at an even byte."""
     return blocks_BT.view(torch.float16)[:, at // 2, None].float()
 
 
 def _q8_0(blocks_BT: Tensor, out_BE: Tensor) -> None:
     out_BE.copy_(blocks_BT.view(torch.int8)[:, 2:])
-    out_BE.mul_(_half(blocks_BT, 0))
+    out_BE.mul_(_read_half(blocks_BT, 0))
 
 
 def _q4_0(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    q_BE = _fields(blocks_BT[:, None, 2:], 4).flatten(1)
+    q_BE = _unpack_fields(blocks_BT[:, None, 2:], 4).flatten(1)
     out_BE.copy_(q_BE.view(torch.int8).sub_(8))
-    out_BE.mul_(_half(blocks_BT, 0))
+    out_BE.mul_(_read_half(blocks_BT, 0))
 
 
 def _q4_1(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    out_BE.copy_(_fields(blocks_BT[:, None, 4:], 4).flatten(1))
-    out_BE.mul_(_half(blocks_BT, 0)).add_(_half(blocks_BT, 2))
+    out_BE.copy_(_unpack_fields(blocks_BT[:, None, 4:], 4).flatten(1))
+    out_BE.mul_(_read_half(blocks_BT, 0)).add_(_read_half(blocks_BT, 2))
 
 
 def _fifth_bits(bytes_B4: Tensor) -> Tensor:
@@ -67,17 +67,17 @@ def _spread(device: torch.device) -> Tensor:
 
 
 def _q5_0(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    q_BE = _fields(blocks_BT[:, None, 6:], 4).flatten(1) | _fifth_bits(blocks_BT[:, 2:6])
+    q_BE = _unpack_fields(blocks_BT[:, None, 6:], 4).flatten(1) | _fifth_bits(blocks_BT[:, 2:6])
     out_BE.copy_(q_BE.view(torch.int8).sub_(16))
-    out_BE.mul_(_half(blocks_BT, 0))
+    out_BE.mul_(_read_half(blocks_BT, 0))
 
 
 def _q5_1(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    out_BE.copy_(_fields(blocks_BT[:, None, 8:], 4).flatten(1) | _fifth_bits(blocks_BT[:, 4:8]))
-    out_BE.mul_(_half(blocks_BT, 0)).add_(_half(blocks_BT, 2))
+    out_BE.copy_(_unpack_fields(blocks_BT[:, None, 8:], 4).flatten(1) | _fifth_bits(blocks_BT[:, 4:8]))
+    out_BE.mul_(_read_half(blocks_BT, 0)).add_(_read_half(blocks_BT, 2))
 
 
-def _scaled(q_BE: Tensor, scale_BS: Tensor, out_BE: Tensor, minus_BS: Tensor | None = None) -> None:
+def _apply_scales(q_BE: Tensor, scale_BS: Tensor, out_BE: Tensor, minus_BS: Tensor | None = None) -> None:
     """out = scale * q - minus, with S scales per block."""
     out_BE.copy_(q_BE)
     out_BSX = out_BE.view(*scale_BS.shape, -1)
@@ -87,14 +87,14 @@ def _scaled(q_BE: Tensor, scale_BS: Tensor, out_BE: Tensor, minus_BS: Tensor | N
 
 
 def _q6_k(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    low = _fields(blocks_BT[:, :128].view(-1, 2, 64), 4).flatten(1)
-    high = _fields(blocks_BT[:, 128:192].view(-1, 2, 32), 2).flatten(1)
+    low = _unpack_fields(blocks_BT[:, :128].view(-1, 2, 64), 4).flatten(1)
+    high = _unpack_fields(blocks_BT[:, 128:192].view(-1, 2, 32), 2).flatten(1)
     q_BE = low.bitwise_or_(high.bitwise_left_shift_(4)).view(torch.int8).sub_(32)
-    scale_BS = _half(blocks_BT, 208) * blocks_BT[:, 192:208].view(torch.int8)
-    _scaled(q_BE, scale_BS, out_BE)
+    scale_BS = _read_half(blocks_BT, 208) * blocks_BT[:, 192:208].view(torch.int8)
+    _apply_scales(q_BE, scale_BS, out_BE)
 
 
-def _six_bits(bytes_B12: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack_six_bits(bytes_B12: Tensor) -> tuple[Tensor, Tensor]:
     """The 8 scales and 8 minima of Q4_K and Q5_K, 6 bits each.
 
     Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3, in their low 6 bits; the high 2 bits there are
@@ -106,36 +106,36 @@ def _six_bits(bytes_B12: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q4_k(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    scale_BS, minus_BS = _six_bits(blocks_BT[:, 4:16])
-    q_BE = _fields(blocks_BT[:, 16:].view(-1, 4, 32), 4).flatten(1)
-    _scaled(q_BE, _half(blocks_BT, 0) * scale_BS, out_BE, _half(blocks_BT, 2) * minus_BS)
+    scale_BS, minus_BS = _unpack_six_bits(blocks_BT[:, 4:16])
+    q_BE = _unpack_fields(blocks_BT[:, 16:].view(-1, 4, 32), 4).flatten(1)
+    _apply_scales(q_BE, _read_half(blocks_BT, 0) * scale_BS, out_BE, _read_half(blocks_BT, 2) * minus_BS)
 
 
 def _q5_k(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    scale_BS, minus_BS = _six_bits(blocks_BT[:, 4:16])
-    q_BE = _fields(blocks_BT[:, 48:].view(-1, 4, 32), 4).flatten(1)
-    q_BE.bitwise_or_(_fields(blocks_BT[:, None, 16:48], 1).flatten(1).bitwise_left_shift_(4))
-    _scaled(q_BE, _half(blocks_BT, 0) * scale_BS, out_BE, _half(blocks_BT, 2) * minus_BS)
+    scale_BS, minus_BS = _unpack_six_bits(blocks_BT[:, 4:16])
+    q_BE = _unpack_fields(blocks_BT[:, 48:].view(-1, 4, 32), 4).flatten(1)
+    q_BE.bitwise_or_(_unpack_fields(blocks_BT[:, None, 16:48], 1).flatten(1).bitwise_left_shift_(4))
+    _apply_scales(q_BE, _read_half(blocks_BT, 0) * scale_BS, out_BE, _read_half(blocks_BT, 2) * minus_BS)
 
 
 def _q3_k(blocks_BT: Tensor, out_BE: Tensor) -> None:
-    q_BE = _fields(blocks_BT[:, 32:96].view(-1, 2, 32), 2).flatten(1)
-    q_BE.bitwise_or_(_fields(blocks_BT[:, None, :32], 1).flatten(1).bitwise_left_shift_(2))
-    low = _fields(blocks_BT[:, None, 96:104], 4).flatten(1)  # 16 scales: low 4 bits here,
-    high = _fields(blocks_BT[:, None, 104:108], 2).flatten(1)  # high 2 bits here
+    q_BE = _unpack_fields(blocks_BT[:, 32:96].view(-1, 2, 32), 2).flatten(1)
+    q_BE.bitwise_or_(_unpack_fields(blocks_BT[:, None, :32], 1).flatten(1).bitwise_left_shift_(2))
+    low = _unpack_fields(blocks_BT[:, None, 96:104], 4).flatten(1)  # 16 scales: low 4 bits here,
+    high = _unpack_fields(blocks_BT[:, None, 104:108], 2).flatten(1)  # high 2 bits here
     scale_BS = (low | high << 4).view(torch.int8) - 32
-    _scaled(q_BE.view(torch.int8).sub_(4), _half(blocks_BT, 108) * scale_BS, out_BE)
+    _apply_scales(q_BE.view(torch.int8).sub_(4), _read_half(blocks_BT, 108) * scale_BS, out_BE)
 
 
 def _q2_k(blocks_BT: Tensor, out_BE: Tensor) -> None:
     scales = blocks_BT[:, :16]  # the low half of each byte scales 16 weights, the high half shifts them
-    q_BE = _fields(blocks_BT[:, 16:80].view(-1, 2, 32), 2).flatten(1)
-    scale_BS, minus_BS = _half(blocks_BT, 80) * (scales & 15), _half(blocks_BT, 82) * (scales >> 4)
-    _scaled(q_BE, scale_BS, out_BE, minus_BS)
+    q_BE = _unpack_fields(blocks_BT[:, 16:80].view(-1, 2, 32), 2).flatten(1)
+    scale_BS, minus_BS = _read_half(blocks_BT, 80) * (scales & 15), _read_half(blocks_BT, 82) * (scales >> 4)
+    _apply_scales(q_BE, scale_BS, out_BE, minus_BS)
 
 
 # Each takes contiguous blocks [B, T] uint8 and fills [B, E] fp32.
-DECODE: Mapping[str, Callable[[Tensor, Tensor], None]] = {
+DECODERS: Mapping[str, Callable[[Tensor, Tensor], None]] = {
     "Q8_0": _q8_0,
     "Q6_K": _q6_k,
     "Q5_K": _q5_k,

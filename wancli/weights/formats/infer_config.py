@@ -15,8 +15,8 @@ from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 USUAL_HEAD_DIM = 128
-LISTED = 10  # tensors named in one message; the rest are counted
-RENDERED = "use a text-to-video checkpoint: Wan2.1-T2V-1.3B or 14B, Wan2.2-T2V-A14B, or Wan2.2-TI2V-5B"
+MAX_LISTED = 10  # tensors named in one message; the rest are counted
+SUPPORTED_HINT = "use a text-to-video checkpoint: Wan2.1-T2V-1.3B or 14B, Wan2.2-T2V-A14B, or Wan2.2-TI2V-5B"
 
 # Part of a tensor name -> the model that has it; the first hit names the checkpoint.
 OTHER_MODELS = {
@@ -38,14 +38,14 @@ OTHER_MODELS = {
 IMAGE_PARTS = ("img_emb.", "image_embedder.", "cross_attn.k_img", "attn2.add_k_proj")
 
 
-def other_model(what: str, where: str) -> CheckpointError:
+def wrong_model_error(what: str, where: str) -> CheckpointError:
     """The refusal of a checkpoint that is sound but of another kind."""
     return CheckpointError(
-        f"this is a {what} checkpoint; wancli renders text-to-video", where=where, hint=RENDERED
+        f"this is a {what} checkpoint; wancli renders text-to-video", where=where, hint=SUPPORTED_HINT
     )
 
 
-def other_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
+def name_unsupported_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
     """What a Wan transformer is that is not made for text-to-video; empty if it is."""
     all_names = " ".join(names)
     found = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
@@ -59,7 +59,7 @@ def other_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
     return "Wan 2.2 image-to-video" if in_dim == 36 else f"Wan variant with {in_dim} input channels,"
 
 
-def read_transformer(shapes: Shapes, where: str) -> dict[str, int]:
+def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
     """The sizes that the tensors of a Wan transformer tell, under their names in config.json.
 
     Raises CheckpointError naming the tensor that is missing or has an odd shape.
@@ -79,27 +79,29 @@ def read_transformer(shapes: Shapes, where: str) -> dict[str, int]:
             "freq_dim": shapes["time_embedding.0.weight"][1],
         }
     except (KeyError, IndexError, ValueError) as error:
-        raise _absent("Wan transformer", error, where) from error
+        raise _wrong_network_error("Wan transformer", error, where) from error
 
 
-def transformer_config(read: Mapping[str, int], said: Mapping[str, object], where: str) -> WanConfig:
+def infer_transformer_config(
+    sizes: Mapping[str, int], config_json: Mapping[str, object], where: str
+) -> WanConfig:
     """The sizes of a T2V transformer; `said` is its config.json in official names, or empty.
 
     Raises CheckpointError for a config.json that disagrees with the tensors, and for a head count
     that is neither said nor the usual d/128.
     """
-    for key, value in read.items():
-        if said.get(key, value) != value:
+    for key, value in sizes.items():
+        if config_json.get(key, value) != value:
             raise CheckpointError(
-                f"config.json says {key} = {said[key]}, the tensors say {value}",
+                f"config.json says {key} = {config_json[key]}, the tensors say {value}",
                 where=where,
                 hint="config.json and the weights are from different models; download both again",
             )
-    heads = said.get("num_heads", read["dim"] / USUAL_HEAD_DIM)
-    eps, text_len = said.get("eps", WanConfig.eps), said.get("text_len", WanConfig.text_len)
+    heads = config_json.get("num_heads", sizes["dim"] / USUAL_HEAD_DIM)
+    eps, text_len = config_json.get("eps", WanConfig.eps), config_json.get("text_len", WanConfig.text_len)
     if not isinstance(heads, int | float) or heads != int(heads) or heads < 1:
         raise CheckpointError(
-            f"the number of heads is unknown: the width {read['dim']} is no multiple of {USUAL_HEAD_DIM}",
+            f"the number of heads is unknown: the width {sizes['dim']} is not a multiple of {USUAL_HEAD_DIM}",
             where=where,
             hint="put num_heads into the folder's config.json, or say `heads` in the job's `model`",
         )
@@ -109,34 +111,34 @@ def transformer_config(read: Mapping[str, int], said: Mapping[str, object], wher
             where=where,
         )
     try:
-        return WanConfig(**read, num_heads=int(heads), eps=eps)
+        return WanConfig(**sizes, num_heads=int(heads), eps=eps)
     except ValueError as error:
         raise CheckpointError(str(error), where=where) from error
 
 
-def misfits(wanted: Shapes, found: Shapes) -> tuple[str, ...]:
+def find_mismatches(expected: Shapes, actual: Shapes) -> tuple[str, ...]:
     """What a network lacks, does not know, or has in another shape; none if the tensors are its own."""
-    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    problems = [f"missing {name}" for name in expected.keys() - actual.keys()]
+    problems += [f"unexpected {name}" for name in actual.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(found[name])}, expected {list(wanted[name])}"
-        for name in found.keys() & wanted.keys()
-        if tuple(found[name]) != tuple(wanted[name])
+        f"{name} is {list(actual[name])}, expected {list(expected[name])}"
+        for name in actual.keys() & expected.keys()
+        if tuple(actual[name]) != tuple(expected[name])
     ]
     return tuple(sorted(problems))
 
 
-def unfit(problems: Sequence[str], where: str) -> CheckpointError:
+def mismatch_error(problems: Sequence[str], where: str) -> CheckpointError:
     """The refusal of tensors that are not those of their network."""
-    more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
     return CheckpointError(
-        "the tensors do not fit the model: " + "; ".join([*problems[:LISTED], *more]),
+        "the tensors do not fit the model: " + "; ".join([*problems[:MAX_LISTED], *more]),
         where=where,
         hint="the file belongs to another model or is damaged; compare it with config.json",
     )
 
 
-def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+def transformer_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of a T2V transformer and its shape, however a file may store it."""
     dim, ffn = config.dim, config.ffn_dim
     linears = {
@@ -163,29 +165,29 @@ def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
 def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     """Every parameter of a UMT5 encoder and its shape, under the names of transformers."""
     d, inner = config.d_model, config.num_heads * config.d_kv
-    found: dict[str, tuple[int, ...]] = {
+    result: dict[str, tuple[int, ...]] = {
         "shared.weight": (config.vocab_size, d),
         "encoder.final_layer_norm.weight": (d,),
     }
     for layer in (f"encoder.block.{index}.layer" for index in range(config.num_layers)):
         attention, feed_forward = f"{layer}.0.SelfAttention", f"{layer}.1.DenseReluDense"
-        found |= {f"{attention}.{p}.weight": (inner, d) for p in "qkv"}
-        found[f"{attention}.o.weight"] = (d, inner)
-        found[f"{attention}.relative_attention_bias.weight"] = (config.num_buckets, config.num_heads)
-        found |= {f"{feed_forward}.wi_{p}.weight": (config.d_ff, d) for p in "01"}
-        found[f"{feed_forward}.wo.weight"] = (d, config.d_ff)
-        found |= {f"{layer}.{n}.layer_norm.weight": (d,) for n in "01"}
-    return found
+        result |= {f"{attention}.{p}.weight": (inner, d) for p in "qkv"}
+        result[f"{attention}.o.weight"] = (d, inner)
+        result[f"{attention}.relative_attention_bias.weight"] = (config.num_buckets, config.num_heads)
+        result |= {f"{feed_forward}.wi_{p}.weight": (config.d_ff, d) for p in "01"}
+        result[f"{feed_forward}.wo.weight"] = (d, config.d_ff)
+        result |= {f"{layer}.{n}.layer_norm.weight": (d,) for n in "01"}
+    return result
 
 
-def any_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:
+def infer_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:
     """The sizes of a VAE; that of Wan 2.2 has its layers in stages. Raises CheckpointError."""
     if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes:
-        return vae22_config(shapes, where)
-    return vae_config(shapes, where)
+        return infer_vae22_config(shapes, where)
+    return infer_vae21_config(shapes, where)
 
 
-def vae_config(shapes: Shapes, where: str) -> VAEConfig:
+def infer_vae21_config(shapes: Shapes, where: str) -> VAEConfig:
     """The sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
     try:
         if len(shapes["decoder.head.0.gamma"]) != 4 or shapes["decoder.head.2.weight"][0] != 3:
@@ -202,10 +204,10 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
             temporal_downsample=tuple(name in shapes for name in halves_time),
         )
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise _absent("Wan 2.1 VAE", error, where) from error
+        raise _wrong_network_error("Wan 2.1 VAE", error, where) from error
 
 
-def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
+def infer_vae22_config(shapes: Shapes, where: str) -> VAE22Config:
     """The sizes of a Wan 2.2 VAE, that of TI2V-5B. Raises CheckpointError for another VAE."""
     try:
         dim, channels = shapes["encoder.conv1.weight"][:2]
@@ -217,7 +219,7 @@ def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
         widths = [shapes[f"{stage}.0.residual.2.weight"][0] for stage in stages]
         dec_dim, z_dim = shapes["decoder.head.0.gamma"][0], shapes["conv2.weight"][0]
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise _absent("Wan 2.2 VAE", error, where) from error
+        raise _wrong_network_error("Wan 2.2 VAE", error, where) from error
     halves_time = tuple(f"{stage}.2.time_conv.weight" in shapes for stage in stages[:-1])
     try:
         return VAE22Config(
@@ -227,7 +229,7 @@ def vae22_config(shapes: Shapes, where: str) -> VAE22Config:
         raise CheckpointError(str(error), where=where) from error
 
 
-def t5_config(shapes: Shapes, where: str) -> T5Config:
+def infer_t5_config(shapes: Shapes, where: str) -> T5Config:
     """The sizes of a UMT5 encoder; shapes under their names in transformers.
 
     Raises CheckpointError when a tensor that tells a size is missing.
@@ -253,5 +255,5 @@ def t5_config(shapes: Shapes, where: str) -> T5Config:
     )
 
 
-def _absent(network: str, error: Exception, where: str) -> CheckpointError:
+def _wrong_network_error(network: str, error: Exception, where: str) -> CheckpointError:
     return CheckpointError(f"no {network}: {error} is missing or has an odd shape", where=where)

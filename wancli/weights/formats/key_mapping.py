@@ -86,40 +86,40 @@ _LAYERS_PER_STAGE = {"down": 3, "up": 4}  # two or three residual blocks and wha
 def transformer_from_diffusers(name: str) -> str:
     """WanTransformer3DModel -> official, e.g. `blocks.3.attn2.to_q.bias` -> `blocks.3.cross_attn.q.bias`."""
     if block := _BLOCK.fullmatch(name):
-        return f"{block[1]}.{_swap_head(block[2], BLOCK_FROM_DIFFUSERS)}"
-    return _swap_head(name, TRANSFORMER_FROM_DIFFUSERS)
+        return f"{block[1]}.{_replace_prefix(block[2], BLOCK_FROM_DIFFUSERS)}"
+    return _replace_prefix(name, TRANSFORMER_FROM_DIFFUSERS)
 
 
 def vae_from_diffusers(name: str) -> str:
     """AutoencoderKLWan (2.1) -> official. Its encoder is flat already, its decoder nests stages."""
     stage = _VAE_STAGE.fullmatch(name)
     if stage is None:
-        return _swap_head(name, VAE_FROM_DIFFUSERS)
+        return _replace_prefix(name, VAE_FROM_DIFFUSERS)
     if stage["mid"] is not None:
-        place = f"middle.{2 * int(stage['mid'])}"
+        layer = f"middle.{2 * int(stage['mid'])}"
     elif stage["down"] is not None:
-        place = f"downsamples.{stage['down']}"
+        layer = f"downsamples.{stage['down']}"
     else:
         within = int(stage["resnet"] or _LAYERS_PER_STAGE["up"] - 1)
-        place = f"upsamples.{_LAYERS_PER_STAGE['up'] * int(stage['up']) + within}"
-    return f"{stage['half']}.{place}.{_swap_head(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
+        layer = f"upsamples.{_LAYERS_PER_STAGE['up'] * int(stage['up']) + within}"
+    return f"{stage['half']}.{layer}.{_replace_prefix(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
 
 
 def vae22_from_diffusers(name: str) -> str:
     """AutoencoderKLWan (2.2) -> official. Both halves nest stages."""
     stage = _VAE22_STAGE.fullmatch(name)
     if stage is None:
-        return _swap_head(name, VAE_FROM_DIFFUSERS)
+        return _replace_prefix(name, VAE_FROM_DIFFUSERS)
     if stage["mid"] is not None:
-        place = f"middle.{2 * int(stage['mid'])}"
+        layer = f"middle.{2 * int(stage['mid'])}"
     else:
         layers = f"{stage['way']}samples"
         within = stage["resnet"] or _LAYERS_PER_STAGE[stage["way"]] - 1
-        place = f"{layers}.{stage['stage']}.{layers}.{within}"
-    return f"{stage['half']}.{place}.{_swap_head(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
+        layer = f"{layers}.{stage['stage']}.{layers}.{within}"
+    return f"{stage['half']}.{layer}.{_replace_prefix(stage['rest'], VAE_RESNET_FROM_DIFFUSERS)}"
 
 
-def vae_renaming(names: Collection[str]) -> Callable[[str], str]:
+def choose_vae_renaming(names: Collection[str]) -> Callable[[str], str]:
     """What gives the tensors of a VAE their official names: of 2.1 or 2.2, official or diffusers."""
     if "decoder.conv_in.weight" not in names:
         return str
@@ -131,11 +131,11 @@ def umt5_to_transformers(name: str) -> str:
     """Official UMT5 encoder -> transformers' UMT5EncoderModel (whose embed_tokens is tied to `shared`)."""
     if block := _BLOCK.fullmatch(name):
         number = block[1].removeprefix("blocks.")
-        return f"encoder.block.{number}.{_swap_head(block[2], UMT5_BLOCK_TO_TRANSFORMERS)}"
-    return _swap_head(name, UMT5_TO_TRANSFORMERS)
+        return f"encoder.block.{number}.{_replace_prefix(block[2], UMT5_BLOCK_TO_TRANSFORMERS)}"
+    return _replace_prefix(name, UMT5_TO_TRANSFORMERS)
 
 
-def _swap_head(name: str, table: Mapping[str, str]) -> str:
+def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
     """Replaces the leading dotted components that the table names, whole ones only."""
     for old, new in table.items():
         if name == old or name.startswith(f"{old}."):

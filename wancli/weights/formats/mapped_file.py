@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
-def mapped(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
     """The bytes of a file; writing to them changes this process's copy only.
 
     Raises CheckpointError if the file is missing, empty or cannot be read.
@@ -43,7 +43,7 @@ def mapped(path: Path) -> mmap.mmap:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def tensor_at(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def view_tensor(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor over mapped bytes, which it keeps mapped for as long as it lives."""
     import torch
 

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.gguf import SIZES
-from wancli.weights.formats.gguf_dequant import DECODE
+from wancli.weights.formats.gguf import BLOCK_SIZES
+from wancli.weights.formats.gguf_dequant import DECODERS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = 448.0  # the largest e4m3fn
 TINIEST_SCALE = 1e-8  # of a row of zeros
-STRIP = 2**19  # elements: 2 MB in fp32, which stay in the second or third cache of a CPU
-STRIP_PER_THREAD = 2**17
-CUDA_STRIP = 2**22
+SLICE_ELEMENTS = 2**19  # elements: 2 MB in fp32, which stay in the second or third cache of a CPU
+SLICE_PER_THREAD = 2**17
+CUDA_SLICE = 2**22
 # What loses most by fewer bits and is small beside the matrices of the blocks.
-KEPT = {
+HIGH_PRECISION = {
     *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head"),
     *("modulation", "bias", "token_embedding", "pos_embedding", "shared", "relative_attention_bias"),
 }
@@ -58,7 +58,7 @@ class Packed:
         """Memory of the packed weight and its scales, in bytes."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-    def part(self, rows: slice) -> Packed:
+    def select_rows(self, rows: slice) -> Packed:
         """The weight of these rows alone, not copied."""
         count = self.shape[0]
         data = self.data.view(count, -1)[rows]
@@ -90,7 +90,7 @@ class Packed:
         if self.scheme == "fp8":
             _unpack_fp8(self, out)
         else:
-            _unpack_blocks(self, out)
+            _unpack_gguf(self, out)
         return out
 
 
@@ -104,20 +104,20 @@ def pack_fp8(weight: Tensor, where: str = "") -> Packed:
         raise CheckpointError("the weight holds NaN or infinities", where=where)
     scale_G1 = (largest_G1 / FP8_MAX).clamp_(min=TINIEST_SCALE)
     data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-    for rows in _strips(weight):
+    for rows in _row_slices(weight):
         strip = weight[rows].float() / scale_G1[rows]
         data[rows] = strip.clamp_(-FP8_MAX, FP8_MAX)
     return Packed("fp8", data, tuple(weight.shape), scale_G1)
 
 
-def keeps(name: str) -> bool:
+def is_high_precision(name: str) -> bool:
     """Whether a parameter is kept in high precision: all but the large matrices of the blocks.
 
     `name` as wancli knows it: official for the transformer, transformers' for UMT5. The list is what
     musubi-tuner, LightX2V, ComfyUI, diffusers and city96's GGUF converter have in common.
     """
     parts = name.split(".")
-    return not KEPT.isdisjoint(parts) or any("norm" in part for part in parts)
+    return not HIGH_PRECISION.isdisjoint(parts) or any("norm" in part for part in parts)
 
 
 def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -128,16 +128,16 @@ def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return bool(blocks) and shape[1] % scale[1] == 0
 
 
-def _strips(x_GE: Tensor) -> list[slice]:
+def _row_slices(x_GE: Tensor) -> list[slice]:
     """Slices of a few rows, which cover all of them."""
-    size = CUDA_STRIP if x_GE.is_cuda else max(STRIP, STRIP_PER_THREAD * torch.get_num_threads())
+    size = CUDA_SLICE if x_GE.is_cuda else max(SLICE_ELEMENTS, SLICE_PER_THREAD * torch.get_num_threads())
     rows = max(1, size // max(1, x_GE.shape[1]))
     return [slice(i, min(i + rows, len(x_GE))) for i in range(0, len(x_GE), rows)]
 
 
-def _fill(out_GE: Tensor, write: Callable[[slice, Tensor], None]) -> None:
+def _fill_by_slices(out_GE: Tensor, write: Callable[[slice, Tensor], None]) -> None:
     """`write(rows, strip)` fills an fp32 strip of these rows; here it is rounded to the dtype of `out`."""
-    strips = _strips(out_GE)
+    strips = _row_slices(out_GE)
     strip_GE = out_GE
     if strips and out_GE.dtype != torch.float32:
         strip_GE = torch.empty(strips[0].stop, out_GE.shape[1], device=out_GE.device)
@@ -158,20 +158,20 @@ def _unpack_fp8(packed: Packed, out: Tensor) -> None:
     e4m3fn, as_half = data_GE.dtype == torch.float8_e4m3fn, not out.is_cuda
     scale_G1 = (scale * (256.0 if e4m3fn and as_half else 1.0)).view(-1, 1).expand(groups, 1)
     holds_nan = e4m3fn and as_half and _holds_e4m3fn_nan(data_GE)
-    strips = _strips(data_GE) if as_half else []
+    strips = _row_slices(data_GE) if as_half else []
     bits_GE = torch.empty(strips[0].stop if strips else 0, data_GE.shape[1], dtype=torch.int16)
 
     def write(rows: slice, strip: Tensor) -> None:
         code_GE = data_GE[rows]
-        strip.copy_(_halves(code_GE, bits_GE[: len(code_GE)]) if as_half else code_GE)
+        strip.copy_(_decode_as_half(code_GE, bits_GE[: len(code_GE)]) if as_half else code_GE)
         strip.mul_(scale_G1[rows])
         if holds_nan:
             strip[code_GE.view(torch.uint8) & 0x7F == 0x7F] = torch.nan
 
-    _fill(out.view(groups, -1), write)
+    _fill_by_slices(out.view(groups, -1), write)
 
 
-def _halves(code_GE: Tensor, bits_GE: Tensor) -> Tensor:
+def _decode_as_half(code_GE: Tensor, bits_GE: Tensor) -> Tensor:
     """The values, of e4m3fn times 2^-8 and but for NaN, made in `bits`. An int8 code is widened with its
     sign, which for e4m3fn lands in bits 15 and 14."""
     bits_GE.copy_(code_GE.view(torch.int8))
@@ -189,8 +189,8 @@ def _holds_e4m3fn_nan(code_GE: Tensor) -> bool:
     )
 
 
-def _unpack_blocks(packed: Packed, out: Tensor) -> None:
-    elements, size = SIZES[packed.scheme]
+def _unpack_gguf(packed: Packed, out: Tensor) -> None:
+    elements, size = BLOCK_SIZES[packed.scheme]
     blocks_BT = packed.data.contiguous().view(-1, size)
-    decode = DECODE[packed.scheme]
-    _fill(out.view(-1, elements), lambda blocks, strip: decode(blocks_BT[blocks], strip))
+    decode = DECODERS[packed.scheme]
+    _fill_by_slices(out.view(-1, elements), lambda blocks, strip: decode(blocks_BT[blocks], strip))

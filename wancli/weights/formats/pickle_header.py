@@ -34,14 +34,14 @@ _DTYPES = {
 }
 _MAX_PICKLE = 16 * 2**20
 # What a damaged or foreign pickle makes the unpickler raise.
-_UNREADABLE = (
+_PICKLE_ERRORS = (
     *(OSError, EOFError, StopIteration, zipfile.BadZipFile, pickle.UnpicklingError, RecursionError),
     *(ValueError, TypeError, KeyError, IndexError, AttributeError),
 )
-UNREADABLE = "save it again as a plain state dict, or as safetensors"
+RESAVE_HINT = "save it again as a plain state dict, or as safetensors"
 
 
-def pickle_header(path: Path) -> dict[str, TensorInfo]:
+def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a .pth: dtype and shape. Raises CheckpointError if it is anything but a state dict."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -49,17 +49,17 @@ def pickle_header(path: Path) -> dict[str, TensorInfo]:
             entry = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
             if entry.file_size > _MAX_PICKLE:
                 raise CheckpointError(
-                    "its pickle is too large for a state dict", where=str(path), hint=UNREADABLE
+                    "its pickle is too large for a state dict", where=str(path), hint=RESAVE_HINT
                 )
             text = archive.read(entry)
         _check_memo(text)
         found = _Headers(io.BytesIO(text)).load()
         if not isinstance(found, dict) or not all(isinstance(info, TensorInfo) for info in found.values()):
-            raise CheckpointError("does not hold a plain state dict", where=str(path), hint=UNREADABLE)
+            raise CheckpointError("does not hold a plain state dict", where=str(path), hint=RESAVE_HINT)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
-    except _UNREADABLE as error:
-        raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=UNREADABLE) from None
+    except _PICKLE_ERRORS as error:
+        raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=RESAVE_HINT) from None
     return found
 
 
@@ -89,11 +89,11 @@ class _Headers(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
-            return _untyped_tensor
+            return _rebuild_untyped_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _parameter
+            return _rebuild_parameter
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return name
         if module == "torch" and name in _DTYPES:
@@ -104,12 +104,12 @@ class _Headers(pickle.Unpickler):
         return str(pid[1])
 
 
-def _tensor(dtype: str, _offset: int, shape: tuple[int, ...], *_: object) -> TensorInfo:
+def _rebuild_tensor(dtype: str, _offset: int, shape: tuple[int, ...], *_: object) -> TensorInfo:
     """In place of torch._utils._rebuild_tensor_v2."""
     return TensorInfo(dtype, tuple(shape))
 
 
-def _untyped_tensor(
+def _rebuild_untyped_tensor(
     _storage: str,
     _offset: int,
     shape: tuple[int, ...],
@@ -122,6 +122,6 @@ def _untyped_tensor(
     return TensorInfo(dtype, tuple(shape))
 
 
-def _parameter(tensor: TensorInfo, *_: object) -> TensorInfo:
+def _rebuild_parameter(tensor: TensorInfo, *_: object) -> TensorInfo:
     """In place of torch._utils._rebuild_parameter."""
     return tensor

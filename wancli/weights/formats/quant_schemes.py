@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from wancli.weights.formats.safetensors_header import BITS, TensorInfo
-from wancli.weights.formats.tensor_index import Contents
+from wancli.weights.formats.tensor_index import TensorIndex
 
 SchemeName: TypeAlias = Literal[
     "plain", "fp8", "fp8_scaled", "kijai", "comfy_quant", "lightx2v", "block", "gguf", "unsupported"
@@ -79,11 +79,11 @@ def is_helper(name: str) -> bool:
     return last in HELPERS or "quant_state" in name
 
 
-def scheme_of(tensors: Tensors, contents: Contents, prefix: str) -> Scheme:
+def detect_scheme(tensors: Tensors, contents: TensorIndex, prefix: str) -> Scheme:
     """The scheme of one network; `tensors` without `prefix`, which its names carry in `contents`."""
-    if foreign := _foreign(tensors):
-        return Scheme("unsupported", refusal=foreign)
-    formats, full = _comfy_formats(tensors, contents, prefix)
+    if unsupported := _find_unsupported(tensors):
+        return Scheme("unsupported", refusal=unsupported)
+    formats, full = _read_comfy_formats(tensors, contents, prefix)
     if unknown := sorted(formats - COMFY_FORMATS):
         return Scheme("unsupported", refusal=f"ComfyUI's {unknown[0]}")
     weights = {name: info for name, info in tensors.items() if not is_helper(name)}
@@ -91,24 +91,24 @@ def scheme_of(tensors: Tensors, contents: Contents, prefix: str) -> Scheme:
         quantized = [info.dtype for info in weights.values() if info.dtype not in FLOATS]
         if other := sorted(set(quantized) - GGUF_TYPES):
             return Scheme("unsupported", refusal=f"GGUF {other[0]}")
-        return Scheme("gguf", _sorted(quantized), layers=len(quantized)) if quantized else PLAIN
+        return Scheme("gguf", _by_frequency(quantized), layers=len(quantized)) if quantized else PLAIN
     fp8 = {name: info for name, info in weights.items() if info.dtype in FP8}
     if other := sorted({info.dtype for info in weights.values()} - FLOATS - FP8):
         return Scheme("unsupported", refusal=f"{other[0]} weights")
     if not fp8:
         return PLAIN
-    scales = {_scales(tensors, name, info.shape) for name, info in fp8.items()} - {""}
+    scales = {_scale_granularity(tensors, name, info.shape) for name, info in fp8.items()} - {""}
     marker = tensors.get(MARKER)
     asks_full = full or (marker is not None and math.prod(marker.shape) == 2)
     coarse: Literal["", "tensor", "row", "block"] = (
         "block" if "block" in scales else "row" if "row" in scales else "tensor" if scales else ""
     )
-    name = _name(coarse, bool(formats), marker is not None and _legacy(tensors))
-    dtypes = _sorted(info.dtype for info in fp8.values())
+    name = _scheme_name(coarse, bool(formats), marker is not None and _is_legacy(tensors))
+    dtypes = _by_frequency(info.dtype for info in fp8.values())
     return Scheme(name, dtypes, coarse, len(fp8), asks_full)
 
 
-def precision_of(
+def count_precision(
     tensors: Tensors, group: Mapping[str, str], order: Sequence[str] = ()
 ) -> tuple[Precision, ...]:
     """Counts per class and dtype; `group` tells the class of a tensor, `order` which class comes first."""
@@ -119,18 +119,18 @@ def precision_of(
     found = []
     for where in ordered:
         dtypes = Counter(info.dtype for info in classes[where])
-        sizes = [_nbytes(info) for info in classes[where]]
+        sizes = [_stored_bytes(info) for info in classes[where]]
         found.append(Precision(where, tuple(sorted(dtypes.items())), sum(sizes), max(sizes)))
     return tuple(found)
 
 
-def _nbytes(info: TensorInfo) -> int:
+def _stored_bytes(info: TensorInfo) -> int:
     """Bytes of a tensor in its file. The headers of GGUF tell them; its module would load torch here."""
-    told: int | None = getattr(info, "nbytes", None)
-    return math.prod(info.shape) * BITS.get(info.dtype, 8) // 8 if told is None else told
+    recorded: int | None = getattr(info, "nbytes", None)
+    return math.prod(info.shape) * BITS.get(info.dtype, 8) // 8 if recorded is None else recorded
 
 
-def _foreign(tensors: Tensors) -> str:
+def _find_unsupported(tensors: Tensors) -> str:
     """The name of a scheme that stores its matrices under names of its own."""
     tails = {name.rpartition(".")[2] for name in tensors}
     if "_data" in tails and "_scale" in tails:
@@ -151,21 +151,23 @@ def _foreign(tensors: Tensors) -> str:
     return ""
 
 
-def _comfy_formats(tensors: Tensors, contents: Contents, prefix: str) -> tuple[set[str], bool]:
+def _read_comfy_formats(tensors: Tensors, contents: TensorIndex, prefix: str) -> tuple[set[str], bool]:
     """The formats that ComfyUI's new layout names, and whether it asks for full precision anywhere."""
-    said: list[object] = []
-    layers = _object(contents.metadata.get("_quantization_metadata", "")).get("layers")
+    declared: list[object] = []
+    layers = _parse_object(contents.metadata.get("_quantization_metadata", "")).get("layers")
     if isinstance(layers, dict):
-        said += [layer for name, layer in layers.items() if f"{name.removeprefix(prefix)}.weight" in tensors]
+        declared += [
+            layer for name, layer in layers.items() if f"{name.removeprefix(prefix)}.weight" in tensors
+        ]
     for name, info in tensors.items():
         if name.endswith(".comfy_quant") and math.prod(info.shape) <= LARGEST_TEXT:
-            said.append(_object(contents.data(prefix + name)))
-    found = [entry for entry in said if isinstance(entry, dict)]
-    formats = {str(entry.get("format", "an unnamed format")) for entry in found}
-    return formats, any(entry.get("full_precision_matrix_mult") is True for entry in found)
+            declared.append(_parse_object(contents.read_bytes(prefix + name)))
+    entries = [entry for entry in declared if isinstance(entry, dict)]
+    formats = {str(entry.get("format", "an unnamed format")) for entry in entries}
+    return formats, any(entry.get("full_precision_matrix_mult") is True for entry in entries)
 
 
-def _object(text: str | bytes) -> dict[str, object]:
+def _parse_object(text: str | bytes) -> dict[str, object]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
@@ -173,7 +175,9 @@ def _object(text: str | bytes) -> dict[str, object]:
     return document if isinstance(document, dict) else {}
 
 
-def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Literal["", "tensor", "row", "block"]:
+def _scale_granularity(
+    tensors: Tensors, name: str, shape: tuple[int, ...]
+) -> Literal["", "tensor", "row", "block"]:
     layer = name.removesuffix("weight")
     scale = next((tensors[layer + key] for key in WEIGHT_SCALES if layer + key in tensors), None)
     if scale is None:
@@ -184,7 +188,7 @@ def _scales(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Literal["", 
     return "row" if per_row else "block"
 
 
-def _name(scales: str, comfy: bool, legacy: bool) -> SchemeName:
+def _scheme_name(scales: str, comfy: bool, legacy: bool) -> SchemeName:
     if comfy:
         return "comfy_quant"
     if not scales:
@@ -194,10 +198,10 @@ def _name(scales: str, comfy: bool, legacy: bool) -> SchemeName:
     return "lightx2v" if scales == "row" else "block"
 
 
-def _legacy(tensors: Tensors) -> bool:
+def _is_legacy(tensors: Tensors) -> bool:
     return any(name.endswith(".scale_weight") for name in tensors)
 
 
-def _sorted(dtypes: Iterable[str]) -> tuple[str, ...]:
+def _by_frequency(dtypes: Iterable[str]) -> tuple[str, ...]:
     """Every dtype once, the most frequent first."""
     return tuple(dtype for dtype, _ in Counter(dtypes).most_common())

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.weights.formats import gguf, safetensors_header, tensor_index
-from wancli.weights.formats.attach_scales import ANOTHER, Stored, fold
-from wancli.weights.formats.mapped_file import mapped, tensor_at
+from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, attach_scales
+from wancli.weights.formats.mapped_file import map_file, view_tensor
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.pickle_header import check_zip
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 Entry = TypeVar("Entry")
 
-PATCHES = "patch_embedding"
+PATCH_EMBEDDING = "patch_embedding"
 # Whole-model files put each network behind a prefix; the first that any name has is taken off.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
-FOREIGN = (*tensor_index.FOREIGN, *PREFIXES[:2])
+FOREIGN = (*tensor_index.OTHER_NETWORKS, *PREFIXES[:2])
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -48,16 +48,16 @@ DTYPES = {
 }
 
 
-def tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the files, by name, mapped from disk: pages are read when touched.
 
     Raises CheckpointError for a damaged file and for a pickle that wants to run code.
     """
     for path in files:
-        yield from _from_safetensors(path) if path.suffix == ".safetensors" else _from_pickle(path)
+        yield from _iterate_safetensors(path) if path.suffix == ".safetensors" else _iterate_pickle(path)
 
 
-def packed(
+def read_packed(
     files: Sequence[Path],
     *,
     rename: Callable[[str], str] = str,
@@ -70,49 +70,53 @@ def packed(
     are left out. `rename` maps what remains of a name to wancli's own.
 
     Raises CheckpointError, naming file and tensor, for damaged files, for ways of quantizing that
-    wancli does not read, for a tensor that is there twice, also under two names, and as `fold` does
+    wancli does not read, for a tensor that appears twice, also under two names, and as `fold` does
     for scales; DoesNotFit for a .pth larger than memory and swap.
     """
-    stored: dict[str, Stored] = {}
+    entries: dict[str, RawEntry] = {}
     formats: dict[str, str] = {}
     for path in files:
-        for name, value in _entries(path):
-            if name in stored:
+        for name, value in _iterate_entries(path):
+            if name in entries:
                 raise CheckpointError(f"{name} is in another file too", where=str(path), hint=DOWNLOAD_AGAIN)
-            stored[name] = Stored(path, value)
+            entries[name] = RawEntry(path, value)
         if path.suffix == ".safetensors":
-            formats |= _formats(path)
+            formats |= _read_formats(path)
     where = str(files[0]) if files else ""
-    prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), "")
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in entries)), "")
     own = {
         name: entry
-        for name, entry in stored.items()
+        for name, entry in entries.items()
         if (prefix and name.startswith(prefix)) or not name.startswith(FOREIGN)
     }
-    bare = _renamed(own, lambda name: name.removeprefix(prefix), where)
-    folded = fold(bare, {layer.removeprefix(prefix): said for layer, said in formats.items()})
-    return _renamed(_split_patches(folded), rename, where)
+    unprefixed = _rename_keys(own, lambda name: name.removeprefix(prefix), where)
+    weights = attach_scales(
+        unprefixed, {layer.removeprefix(prefix): format_name for layer, format_name in formats.items()}
+    )
+    return _rename_keys(_split_patches(weights), rename, where)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
-    return _from_gguf(path) if path.suffix == ".gguf" else tensors([path])
+def _iterate_entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
+    return _iterate_gguf(path) if path.suffix == ".gguf" else iterate_tensors([path])
 
 
-def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    header, pages = safetensors_header.read(path), mapped(path)
+def _iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    header, pages = safetensors_header.read_header(path), map_file(path)
     for name, info in header.tensors.items():
         if info.dtype not in DTYPES:
-            raise CheckpointError(f"{name} is stored as {info.dtype}", where=str(path), hint=ANOTHER)
-        yield name, tensor_at(pages, header.ranges[name][0], DTYPES[info.dtype], info.shape)
+            raise CheckpointError(
+                f"{name} is stored as {info.dtype}", where=str(path), hint=USE_OTHER_PRECISION
+            )
+        yield name, view_tensor(pages, header.ranges[name][0], DTYPES[info.dtype], info.shape)
 
 
-def _formats(path: Path) -> dict[str, str]:
+def _read_formats(path: Path) -> dict[str, str]:
     """ComfyUI's _quantization_metadata: the format of each quantized layer."""
-    said = safetensors_header.metadata(path).get("_quantization_metadata")
-    if said is None:
+    text = safetensors_header.read_metadata(path).get("_quantization_metadata")
+    if text is None:
         return {}
     try:
-        layers = json.loads(said)["layers"]
+        layers = json.loads(text)["layers"]
         return {layer: str(x["format"] if isinstance(x, dict) else x) for layer, x in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -120,36 +124,36 @@ def _formats(path: Path) -> dict[str, str]:
         ) from error
 
 
-def _from_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
-    pages = mapped(path)
-    for name, info in gguf.header(path).tensors.items():
+def _iterate_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
+    pages = map_file(path)
+    for name, info in gguf.read_header(path).tensors.items():
         plain = info.dtype in DTYPES
         dtype, shape = (DTYPES[info.dtype], info.shape) if plain else (torch.uint8, (info.nbytes,))
-        data = tensor_at(pages, info.start, dtype, shape)
+        data = view_tensor(pages, info.start, dtype, shape)
         yield name, Packed("plain" if plain else info.dtype, data, info.shape)
 
 
-def _renamed(entries: Mapping[str, Entry], rename: Callable[[str], str], where: str) -> dict[str, Entry]:
+def _rename_keys(entries: Mapping[str, Entry], rename: Callable[[str], str], where: str) -> dict[str, Entry]:
     """Raises CheckpointError if two names become one."""
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
         if (new := rename(name)) in found:
-            raise CheckpointError(f"{new} is there under two names, one of them {name}", where=where)
+            raise CheckpointError(f"{new} has two names, one of them {name}", where=where)
         found[new] = entry
     return found
 
 
 def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:
     """stable-diffusion.cpp stores the patch embedding [d, in, 1, 2, 2] as [d * in, 1, 2, 2]."""
-    weight, bias = weights.get(PATCHES + ".weight"), weights.get(PATCHES + ".bias")
+    weight, bias = weights.get(PATCH_EMBEDDING + ".weight"), weights.get(PATCH_EMBEDDING + ".bias")
     if weight is None or bias is None or len(weight.shape) != 4 or weight.shape[0] % bias.shape[0]:
         return weights
     shape = (bias.shape[0], weight.shape[0] // bias.shape[0], *weight.shape[1:])
     data = weight.data.view(shape) if weight.scheme == "plain" else weight.data
-    return weights | {PATCHES + ".weight": replace(weight, data=data, shape=shape)}
+    return weights | {PATCH_EMBEDDING + ".weight": replace(weight, data=data, shape=shape)}
 
 
-def _from_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     _check_zip(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

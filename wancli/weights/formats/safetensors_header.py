@@ -44,7 +44,7 @@ class Header:
     metadata: dict[str, str]
     ranges: dict[str, tuple[int, int]]
 
-    def data(self, name: str) -> bytes:
+    def read_bytes(self, name: str) -> bytes:
         """The bytes of one tensor, for the few whose content is a scale, a name or a text."""
         start, stop = self.ranges[name]
         with self.path.open("rb") as file:
@@ -52,12 +52,12 @@ class Header:
             return file.read(stop - start)
 
 
-def header(path: Path) -> dict[str, TensorInfo]:
+def read_tensors(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file, in the order of its header. Raises as `read` does."""
-    return read(path).tensors
+    return read_header(path).tensors
 
 
-def read(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     """All that a safetensors file says before its data.
 
     Raises CheckpointError if the file is missing, truncated, or its header does not describe
@@ -68,15 +68,15 @@ def read(path: Path) -> Header:
             size = path.stat().st_size
             count = int.from_bytes(file.read(8), "little")
             if size < 8 or count > size - 8:
-                raise _damaged(path, f"its header claims {count:,} bytes, the file has {size:,}")
+                raise _damaged_error(path, f"its header claims {count:,} bytes, the file has {size:,}")
             if count > MAX_HEADER:
-                raise _damaged(path, f"its header claims {count:,} bytes, more than any model needs")
+                raise _damaged_error(path, f"its header claims {count:,} bytes, more than any model needs")
             text = file.read(count)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    entries, metadata = _entries(path, text)
+    entries, metadata = _parse_entries(path, text)
     _check_ranges(path, entries, size - 8 - count)
     return Header(
         path,
@@ -86,25 +86,27 @@ def read(path: Path) -> Header:
     )
 
 
-def metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file carries beside its tensors. Raises CheckpointError like `header`."""
-    return read(path).metadata
+    return read_header(path).metadata
 
 
-def _entries(path: Path, text: bytes) -> tuple[list[tuple[str, TensorInfo, tuple[int, int]]], dict[str, str]]:
+def _parse_entries(
+    path: Path, text: bytes
+) -> tuple[list[tuple[str, TensorInfo, tuple[int, int]]], dict[str, str]]:
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_object)
         metadata = document.pop("__metadata__", None) or {}
-        entries = [_entry(name, fields) for name, fields in document.items()]
+        entries = [_parse_entry(name, fields) for name, fields in document.items()]
         return entries, {key: value for key, value in metadata.items() if isinstance(value, str)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"its header is not a safetensors header: {error}") from None
+        raise _damaged_error(path, f"its header is not a safetensors header: {error}") from None
 
 
-def _entry(name: str, fields: dict[str, Any]) -> tuple[str, TensorInfo, tuple[int, int]]:
+def _parse_entry(name: str, fields: dict[str, Any]) -> tuple[str, TensorInfo, tuple[int, int]]:
     try:
-        start, stop = map(_natural, fields["data_offsets"])
-        return name, TensorInfo(fields["dtype"], tuple(map(_natural, fields["shape"]))), (start, stop)
+        start, stop = map(_require_natural, fields["data_offsets"])
+        return name, TensorInfo(fields["dtype"], tuple(map(_require_natural, fields["shape"]))), (start, stop)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{name} says no usable dtype, shape and data_offsets ({error})") from None
 
@@ -114,33 +116,33 @@ def _check_ranges(path: Path, entries: list[tuple[str, TensorInfo, tuple[int, in
     end = 0
     for name, info, (start, stop) in sorted(entries, key=lambda entry: entry[2]):
         if info.dtype not in BITS:
-            raise _damaged(path, f"{name} has the unknown dtype {info.dtype}")
+            raise _damaged_error(path, f"{name} has the unknown dtype {info.dtype}")
         needed = math.prod(info.shape) * BITS[info.dtype]
         if (stop - start) * 8 != needed:
             what = f"{name}, {info.dtype} {list(info.shape)}, needs {needed // 8:,} bytes"
-            raise _damaged(path, f"{what} and has {stop - start:,}")
+            raise _damaged_error(path, f"{what} and has {stop - start:,}")
         if start != end:
             what = "overlap those before them" if start < end else "leave a gap before them"
-            raise _damaged(path, f"the bytes of {name}, {start:,} to {stop:,}, {what}")
+            raise _damaged_error(path, f"the bytes of {name}, {start:,} to {stop:,}, {what}")
         end = stop
     if end != size:
-        raise _damaged(path, f"its tensors fill {end:,} bytes, the file has {size:,} for them")
+        raise _damaged_error(path, f"its tensors fill {end:,} bytes, the file has {size:,} for them")
 
 
-def _natural(value: object) -> int:
+def _require_natural(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not a natural number")
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"{key} appears twice")
         found[key] = value
     return found
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def _damaged_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"truncated or damaged: {what}", where=str(path), hint=DOWNLOAD_AGAIN)

@@ -14,17 +14,17 @@ from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats import safetensors_header
-from wancli.weights.formats.pickle_header import pickle_header
+from wancli.weights.formats.pickle_header import read_pickle_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, TensorInfo
 
 Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
 
 # What stands before the other networks of a whole checkpoint.
-FOREIGN = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
+OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # First bytes -> what a file is that was taken for weights.
-IMPOSTORS = {
+NOT_WEIGHT_FILES = {
     b"version https://git-lfs": ("a Git LFS pointer, not the weights", "run `git lfs pull` in its folder"),
     b"<!DOCTYPE": ("a web page, not the weights", DOWNLOAD_AGAIN),
     b"<html": ("a web page, not the weights", DOWNLOAD_AGAIN),
@@ -36,7 +36,7 @@ IMPOSTORS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Contents:
+class TensorIndex:
     """The tensors of one file or of all shards together, in the order of their headers."""
 
     files: tuple[Path, ...]
@@ -45,13 +45,13 @@ class Contents:
     metadata: dict[str, str]  # of a safetensors header; of GGUF the texts, and the keys of all else
     sources: dict[str, Header]  # the header that holds a tensor; safetensors only
 
-    def data(self, name: str) -> bytes:
+    def read_bytes(self, name: str) -> bytes:
         """The bytes of a tensor, or none where the container does not give them away."""
         source = self.sources.get(name)
-        return source.data(name) if source else b""
+        return source.read_bytes(name) if source else b""
 
 
-def contents(paths: Sequence[Path]) -> Contents:
+def read_index(paths: Sequence[Path]) -> TensorIndex:
     """Opens the headers of one file, or of all shards of one network.
 
     Raises CheckpointError for what is no file of weights, is damaged, or holds a name twice.
@@ -61,27 +61,27 @@ def contents(paths: Sequence[Path]) -> Contents:
     sources: dict[str, Header] = {}
     kind: Container = "safetensors"
     for path in paths:
-        kind = container(path)
+        kind = detect_container(path)
         tensors: dict[str, TensorInfo]
         if kind == "safetensors":
-            header = safetensors_header.read(path)
+            header = safetensors_header.read_header(path)
             tensors, metadata = header.tensors, metadata | header.metadata
             sources |= dict.fromkeys(tensors, header)
         elif kind == "pth":
-            tensors = pickle_header(path)
+            tensors = read_pickle_header(path)
         else:
             from wancli.weights.formats import gguf  # type: ignore[attr-defined,unused-ignore]
 
-            found_there = gguf.header(path)
-            tensors = dict(found_there.tensors)
-            metadata |= {key: v if isinstance(v, str) else "" for key, v in found_there.values.items()}
+            gguf_header = gguf.read_header(path)
+            tensors = dict(gguf_header.tensors)
+            metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf_header.values.items()}
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
         found |= tensors
-    return Contents(tuple(paths), kind, found, metadata, sources)
+    return TensorIndex(tuple(paths), kind, found, metadata, sources)
 
 
-def container(path: Path) -> Container:
+def detect_container(path: Path) -> Container:
     """What kind of file this is, by its first bytes. Raises CheckpointError for one that holds no weights."""
     try:
         with path.open("rb") as file:
@@ -90,7 +90,7 @@ def container(path: Path) -> Container:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    for magic, (what, hint) in IMPOSTORS.items():
+    for magic, (what, hint) in NOT_WEIGHT_FILES.items():
         if first.startswith(magic):
             raise CheckpointError(f"this is {what}", where=str(path), hint=hint)
     if first.startswith(b"GGUF"):
@@ -114,7 +114,7 @@ def looks_like_weights(path: Path) -> bool:
     return first.startswith((b"GGUF", b"PK\x03\x04")) or first[8:] == b"{"
 
 
-def shards(path: Path) -> tuple[Path, ...]:
+def expand_shards(path: Path) -> tuple[Path, ...]:
     """The file, or all shards of the set that it is one of; whether each is there shows when it is opened.
 
     GGUF and safetensors sets are named NAME-00001-of-00006.

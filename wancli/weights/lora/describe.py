@@ -13,20 +13,27 @@ from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats.safetensors_header import TensorInfo
-from wancli.weights.formats.tensor_index import Contents
-from wancli.weights.lora.file import METADATA, recognise
-from wancli.weights.lora.key_mapping import REFUSED, Place, adds, block_of, of_images, place, style_of
+from wancli.weights.formats.tensor_index import TensorIndex
+from wancli.weights.lora.file import MAX_EXAMPLES, METADATA_KEY, read_lora_file
+from wancli.weights.lora.key_mapping import (
+    REFUSED,
+    LoraTarget,
+    block_index,
+    detect_style,
+    is_change_key,
+    is_image_only,
+    parse_key,
+)
 
 METHODS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w2": "LoKr", "lokr_w2_a": "LoKr"}
 METHODS |= dict.fromkeys(("diff", "diff_b", "diff_m"), "full differences")
 METHODS |= {what: what for what in REFUSED}
 RANKED = {"down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"}  # parts of shape [rank, ...]
-LISTED = 3  # keys quoted
 _SCALARS = {"F16": "<e", "F32": "<f", "F64": "<d"}
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoraInfo:
     """One LoRA file. `layers` counts the targets of each kind of layer; no `alphas` and no `config` means
     scale 1."""
 
@@ -47,73 +54,73 @@ class LoRA:
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether the tensors are additions to layers rather than layers."""
-    return any(map(adds, names))
+    return any(map(is_change_key, names))
 
 
-def lora_of(contents: Contents) -> LoRA:
+def describe_lora(contents: TensorIndex) -> LoraInfo:
     """What a LoRA file says of itself. One whose `targets` is 0 belongs to another family of models."""
     tensors = contents.tensors
-    places = {name: found for name in tensors if (found := place(name))}
-    modules = {found.module for found in places.values()}
-    unknown = [name for name in tensors if name not in places]
-    methods = {METHODS[found.part]: None for found in places.values() if found.part in METHODS}
-    config, refusal = _applied(contents)
-    return LoRA(
-        style=style_of(places),
+    targets = {name: found for name in tensors if (found := parse_key(name))}
+    modules = {found.module for found in targets.values()}
+    unknown = [name for name in tensors if name not in targets]
+    methods = {METHODS[found.part]: None for found in targets.values() if found.part in METHODS}
+    config, refusal = _check_applicable(contents)
+    return LoraInfo(
+        style=detect_style(targets),
         methods=tuple(methods),
         targets=len(modules),
-        layers=tuple(sorted(Counter(map(_kind, modules)).items())),
-        blocks=len({block_of(module) for module in modules} - {None}),
-        ranks=tuple(sorted({tensors[n].shape[0] for n, p in places.items() if p.part in RANKED})),
-        alphas=tuple(sorted(set(_alphas(contents, places)))),
+        layers=tuple(sorted(Counter(map(_layer_kind, modules)).items())),
+        blocks=len({block_index(module) for module in modules} - {None}),
+        ranks=tuple(sorted({tensors[n].shape[0] for n, p in targets.items() if p.part in RANKED})),
+        alphas=tuple(sorted(set(_read_alphas(contents, targets)))),
         config=config,
-        width=_width(tensors, places),
-        image_layers=sum(map(of_images, modules)),
+        width=_infer_width(tensors, targets),
+        image_layers=sum(map(is_image_only, modules)),
         unknown=len(unknown),
-        examples=tuple(unknown[:LISTED]),
+        examples=tuple(unknown[:MAX_EXAMPLES]),
         refusal=refusal,
     )
 
 
-def _applied(contents: Contents) -> tuple[str, str]:
+def _check_applicable(contents: TensorIndex) -> tuple[str, str]:
     """The file that gives the scale, if one beside it does, and why wancli cannot apply the LoRA, if so."""
     if contents.container != "safetensors":
         return "", f"a LoRA in a .{contents.container} file; wancli reads .safetensors"
     try:
-        found = recognise(contents.files[0])
+        found = read_lora_file(contents.files[0])
     except CheckpointError as error:
         return "", error.message
     return found.config.name if found.config else "", ""
 
 
-def _kind(module: str) -> str:
+def _layer_kind(module: str) -> str:
     return module.split(".", 2)[2] if module.startswith("blocks.") else module
 
 
-def _width(tensors: Mapping[str, TensorInfo], places: Mapping[str, Place]) -> int | None:
+def _infer_width(tensors: Mapping[str, TensorInfo], targets: Mapping[str, LoraTarget]) -> int | None:
     """The input width of a self-attention layer, which is the transformer's."""
-    for name, found in places.items():
+    for name, found in targets.items():
         shape = tensors[name].shape
         if found.part in ("down", "hada_w1_b") and ".self_attn." in found.module and len(shape) == 2:
             return shape[1]
     return None
 
 
-def _alphas(contents: Contents, places: Mapping[str, Place]) -> Iterator[float]:
+def _read_alphas(contents: TensorIndex, targets: Mapping[str, LoraTarget]) -> Iterator[float]:
     """The alphas in the file: scalars, or what PEFT wrote into the metadata."""
-    for name, found in places.items():
-        if found.part == "alpha" and (data := contents.data(name)):
-            yield _scalar(data, contents.tensors[name].dtype)
+    for name, found in targets.items():
+        if found.part == "alpha" and (data := contents.read_bytes(name)):
+            yield _decode_scalar(data, contents.tensors[name].dtype)
     try:
-        said = json.loads(contents.metadata.get(METADATA, "{}"))
+        settings = json.loads(contents.metadata.get(METADATA_KEY, "{}"))
     except ValueError:
         return
-    for key, value in said.items() if isinstance(said, dict) else ():
+    for key, value in settings.items() if isinstance(settings, dict) else ():
         if key.rpartition(".")[2] == "lora_alpha" and isinstance(value, int | float):
             yield float(value)
 
 
-def _scalar(data: bytes, dtype: str) -> float:
+def _decode_scalar(data: bytes, dtype: str) -> float:
     if dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data[:2])[0])
     form = _SCALARS.get(dtype)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.safetensors_header import TensorInfo, header, metadata
-from wancli.weights.lora.key_mapping import REFUSED, Place, parameter, place, style_of
+from wancli.weights.formats.safetensors_header import TensorInfo, read_metadata, read_tensors
+from wancli.weights.lora.key_mapping import REFUSED, LoraTarget, detect_style, parameter_name, parse_key
 
 Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
 Shape: TypeAlias = tuple[int, ...]
@@ -32,8 +32,9 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
 }
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
-CONFIG = "adapter_config.json"  # PEFT's, beside the file
-METADATA = "lora_adapter_metadata"  # diffusers', in the file
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside the file
+MAX_EXAMPLES = 3  # unknown keys named as examples
+METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the file
 
 
 @dataclass(frozen=True)
@@ -68,40 +69,45 @@ class LoraFile:
     scaled: bool  # whether the file or its config says how strong it is
 
 
-def recognise(path: Path) -> LoraFile:
+def read_lora_file(path: Path) -> LoraFile:
     """Every change that a file holds, in any style of `lora_names`.
 
     Raises CheckpointError for a damaged file, half a change, one made twice, and for what wancli
     does not apply: DoRA, Tucker decompositions, OFT, GLoRA.
     """
-    tensors = header(path)
+    tensors = read_tensors(path)
     modules: dict[str, dict[str, str]] = {}
     written: dict[str, str] = {}
-    places: dict[str, Place] = {}
+    targets: dict[str, LoraTarget] = {}
     unknown = []
     for key, info in tensors.items():
-        found = place(key)
+        found = parse_key(key)
         if found is None:
             unknown.append(key)
             continue
         _check(path, key, info, found.part)
         parts = modules.setdefault(found.module, {})
         if found.part in parts:
-            raise _wrong(path, f"{parts[found.part]} and {key} are the same under two names")
+            raise _invalid_error(path, f"{parts[found.part]} and {key} are the same under two names")
         parts[found.part] = key
-        places[key] = found
+        targets[key] = found
         written[found.module] = found.written
-    declared, config = _declared(path, peft=any(found.style == "PEFT" for found in places.values()))
+    declared, config = _read_scaling(path, peft=any(found.style == "PEFT" for found in targets.values()))
     changes = []
     for module, parts in modules.items():
-        scale = partial(declared, written[module]) if declared else _as_it_is
-        made = [*_of_weight(path, module, parts, tensors, scale), *_of_bias(module, parts, tensors, scale)]
-        used = {key for change in made for key in change.keys.values()}
-        unknown += [key for part, key in parts.items() if key not in used and not (made and part == "alpha")]
-        changes += made
+        scale = partial(declared, written[module]) if declared else _unit_scale
+        module_changes = [
+            *_weight_changes(path, module, parts, tensors, scale),
+            *_bias_changes(module, parts, tensors, scale),
+        ]
+        used = {key for change in module_changes for key in change.keys.values()}
+        unknown += [
+            key for part, key in parts.items() if key not in used and not (module_changes and part == "alpha")
+        ]
+        changes += module_changes
     return LoraFile(
         path,
-        style=style_of(places),
+        style=detect_style(targets),
         changes=tuple(changes),
         unknown=tuple(unknown),
         config=config,
@@ -117,12 +123,12 @@ def _check(path: Path, key: str, info: TensorInfo, part: str) -> None:
             hint="It applies LoRA, LoHa, LoKr and plain differences; convert this file to one of them.",
         )
     if part == "alpha" and math.prod(info.shape) != 1:
-        raise _wrong(path, f"{key} is not one number but {list(info.shape)}")
+        raise _invalid_error(path, f"{key} is not one number but {list(info.shape)}")
     if part != "alpha" and info.dtype not in FLOATS:
-        raise _wrong(path, f"{key} is stored as {info.dtype}, which no weight is")
+        raise _invalid_error(path, f"{key} is stored as {info.dtype}, which no weight is")
 
 
-def _of_weight(
+def _weight_changes(
     path: Path,
     module: str,
     parts: Mapping[str, str],
@@ -134,25 +140,27 @@ def _of_weight(
         return []
     keys = {part: parts[part] for part in KINDS[kinds[0]] if part in parts}
     if len(kinds) > 1:
-        raise _wrong(path, f"{module} is changed in two ways, by {' and '.join(kinds)}")
+        raise _invalid_error(path, f"{module} is changed in two ways, by {' and '.join(kinds)}")
     try:
-        shape, rank = _size(kinds[0], {part: tensors[key].shape for part, key in keys.items()})
+        shape, rank = _infer_size(kinds[0], {part: tensors[key].shape for part, key in keys.items()})
     except KeyError as error:
-        raise _wrong(path, f"{next(iter(keys.values()))} has no {error.args[0]} to go with it") from None
+        raise _invalid_error(
+            path, f"{next(iter(keys.values()))} has no {error.args[0]} to go with it"
+        ) from None
     except ValueError as error:
-        raise _wrong(path, f"{' and '.join(keys.values())} do not multiply: {error}") from None
+        raise _invalid_error(path, f"{' and '.join(keys.values())} do not multiply: {error}") from None
     if rank and "alpha" in parts:
         keys["alpha"] = parts["alpha"]
     factor = 1.0 if kinds[0] == "full" else scale(rank)
-    return [Change(parameter(module, bias=False), kinds[0], keys, shape, rank, factor)]
+    return [Change(parameter_name(module, bias=False), kinds[0], keys, shape, rank, factor)]
 
 
-def _of_bias(
+def _bias_changes(
     module: str, parts: Mapping[str, str], tensors: Mapping[str, TensorInfo], scale: Callable[[int], float]
 ) -> list[Change]:
     """A plain difference, or PEFT's bias of `up`, which is scaled as `up @ down` is."""
     changes = []
-    name = parameter(module, bias=True)
+    name = parameter_name(module, bias=True)
     if key := parts.get("diff_b"):
         changes.append(Change(name, "full", {"diff_b": key}, tensors[key].shape))
     if (key := parts.get("up_bias")) and "down" in parts:
@@ -162,93 +170,95 @@ def _of_bias(
     return changes
 
 
-def _size(kind: Kind, shapes: Mapping[str, Shape]) -> tuple[Shape, int]:
+def _infer_size(kind: Kind, shapes: Mapping[str, Shape]) -> tuple[Shape, int]:
     """Shape and rank of what the factors make. Raises KeyError for a missing one, ValueError for misfits."""
     match kind:
         case "full":
             return shapes["diff"], 0
         case "low-rank":
-            return _product(shapes["up"], shapes["down"])
+            return _infer_product(shapes["up"], shapes["down"])
         case "loha":
-            one, rank = _product(shapes["hada_w1_a"], shapes["hada_w1_b"])
-            two, _ = _product(shapes["hada_w2_a"], shapes["hada_w2_b"])
+            one, rank = _infer_product(shapes["hada_w1_a"], shapes["hada_w1_b"])
+            two, _ = _infer_product(shapes["hada_w2_a"], shapes["hada_w2_b"])
             if one != two:
                 raise ValueError(f"{list(one)} element by element {list(two)}")
             return one, rank
         case "lokr":
-            (rows1, columns1), rank1 = _factor(shapes, "lokr_w1")
-            (rows2, columns2), rank2 = _factor(shapes, "lokr_w2")
+            (rows1, columns1), rank1 = _infer_factor(shapes, "lokr_w1")
+            (rows2, columns2), rank2 = _infer_factor(shapes, "lokr_w2")
             return (rows1 * rows2, columns1 * columns2), rank2 or rank1
 
 
-def _factor(shapes: Mapping[str, Shape], name: str) -> tuple[Shape, int]:
+def _infer_factor(shapes: Mapping[str, Shape], name: str) -> tuple[Shape, int]:
     """One of LoKr's factors, whole (rank 0) or a product."""
     if name in shapes:
         if shapes.keys() & {f"{name}_a", f"{name}_b"}:
-            raise ValueError(f"{name} is there whole and as a product")
-        return _matrix(shapes[name]), 0
-    return _product(shapes[f"{name}_a"], shapes[f"{name}_b"])
+            raise ValueError(f"{name} appears both whole and as a product")
+        return _matrix_shape(shapes[name]), 0
+    return _infer_product(shapes[f"{name}_a"], shapes[f"{name}_b"])
 
 
-def _product(a: Shape, b: Shape) -> tuple[Shape, int]:
-    (rows, inner), (rank, columns) = _matrix(a), _matrix(b)
+def _infer_product(a: Shape, b: Shape) -> tuple[Shape, int]:
+    (rows, inner), (rank, columns) = _matrix_shape(a), _matrix_shape(b)
     if inner != rank or rank == 0:
         raise ValueError(f"{list(a)} @ {list(b)}")
     return (rows, columns), rank
 
 
-def _matrix(shape: Shape) -> Shape:
+def _matrix_shape(shape: Shape) -> Shape:
     if len(shape) < 2:
-        raise ValueError(f"{list(shape)} is no matrix")
+        raise ValueError(f"{list(shape)} is not a matrix")
     return shape[0], math.prod(shape[1:])
 
 
-def _as_it_is(_: int) -> float:
+def _unit_scale(_: int) -> float:
     return 1.0
 
 
-def _declared(path: Path, *, peft: bool) -> tuple[Scale | None, Path | None]:
+def _read_scaling(path: Path, *, peft: bool) -> tuple[Scale | None, Path | None]:
     """How PEFT was told to scale, and the file that says so if it is not this one.
 
     diffusers puts the configuration into the file, its keys after `transformer.`; PEFT into a file
     beside it, which is read for PEFT's own names only.
     """
-    config = path.with_name(CONFIG)
+    config = path.with_name(ADAPTER_CONFIG)
     try:
-        if text := metadata(path).get(METADATA):
-            return _scaling(json.loads(text)), None
+        if text := read_metadata(path).get(METADATA_KEY):
+            return _parse_scaling(json.loads(text)), None
         if peft and config.is_file():
-            return _scaling(json.loads(config.read_bytes())), config
+            return _parse_scaling(json.loads(config.read_bytes())), config
     except (ValueError, TypeError, AttributeError, KeyError, OSError, RecursionError) as error:
-        where = str(config) if peft and config.is_file() else f"{path}: {METADATA}"
+        where = str(config) if peft and config.is_file() else f"{path}: {METADATA_KEY}"
         raise CheckpointError(f"says no usable lora_alpha and r: {error!r}", where=where) from None
     return None, None
 
 
-def _scaling(document: Mapping[str, object]) -> Scale:
-    said = {key.removeprefix("transformer."): value for key, value in document.items()}
-    usual = _number(said["lora_alpha"] if "lora_alpha" in said else said["alpha"])  # LoHa and LoKr say alpha
-    r = _number(said["r"])
-    exceptions = said.get("alpha_pattern") or {}
-    if not isinstance(exceptions, dict):
+def _parse_scaling(document: Mapping[str, object]) -> Scale:
+    settings = {key.removeprefix("transformer."): value for key, value in document.items()}
+    default_alpha = _require_positive(
+        settings["lora_alpha"] if "lora_alpha" in settings else settings["alpha"]
+    )  # LoHa and LoKr say alpha
+    r = _require_positive(settings["r"])
+    pattern = settings.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
         raise TypeError("alpha_pattern")
-    alphas = {name: _number(alpha) for name, alpha in exceptions.items()}
-    stabilised = said.get("use_rslora") is True
+    alphas = {name: _require_positive(alpha) for name, alpha in pattern.items()}
+    stabilised = settings.get("use_rslora") is True
 
     def scale(module: str, rank: int) -> float:
         own = (alpha for name, alpha in alphas.items() if f".{module}".endswith(f".{name}"))
-        return next(own, usual) / (math.sqrt(rank or r) if stabilised else rank or r)
+        return next(own, default_alpha) / (math.sqrt(rank or r) if stabilised else rank or r)
 
     return scale
 
 
-def _number(value: object) -> float:
+def _require_positive(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is no positive number")
+        raise ValueError(f"{value!r} is not a positive number")
     return float(value)
 
 
-def _wrong(path: Path, what: str) -> CheckpointError:
+def _invalid_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         what, where=str(path), hint="Download the file again, or save it with another tool."
     )

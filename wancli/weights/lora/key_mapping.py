@@ -82,7 +82,7 @@ _BLOCK = re.compile(r"blocks_(\d{1,4})_(.+)")
 
 
 @dataclass(frozen=True)
-class Place:
+class LoraTarget:
     """Where a key belongs: its module under the official name, and which part of a change it holds."""
 
     style: str
@@ -91,58 +91,58 @@ class Place:
     written: str  # the module as the file names it, without the prefix
 
 
-def place(key: str) -> Place | None:
+def parse_key(key: str) -> LoraTarget | None:
     """What a key stands for; None when it names nothing of a Wan transformer."""
-    module, part = _split(key)
-    return _placed(module, part) if part else None
+    module, part = _split_key(key)
+    return _resolve_target(module, part) if part else None
 
 
-def adds(key: str) -> bool:
+def is_change_key(key: str) -> bool:
     """Whether a tensor of this name is added to a layer of some model rather than being one."""
-    return _split(key)[1] not in ("", "alpha")
+    return _split_key(key)[1] not in ("", "alpha")
 
 
-def style_of(places: Mapping[str, Place]) -> str:
+def detect_style(targets: Mapping[str, LoraTarget]) -> str:
     """Whose naming the keys of a file have: that of most of them."""
-    styles = [found.style for found in places.values()]
+    styles = [found.style for found in targets.values()]
     style = max(dict.fromkeys(styles), key=styles.count, default="unknown")
-    parts = {found.part for found in places.values()}
+    parts = {found.part for found in targets.values()}
     if style == COMFY and parts & {"diff", "diff_b"} and "down" in parts:
         return "LightX2V, extracted"
-    return "LightX2V" if style == COMFY and any(".lora_down." in key for key in places) else style
+    return "LightX2V" if style == COMFY and any(".lora_down." in key for key in targets) else style
 
 
-def official(module: str) -> str | None:
+def official_module(module: str) -> str | None:
     """The official name of a module in either naming, with dots or underscores; None if there is none.
 
     `blocks.3` and `head` alone, which hold a modulation, are not modules here.
     """
-    flat = _flat(module)
+    flat = _flatten(module)
     if block := _BLOCK.fullmatch(flat):
         name = _BLOCK_MODULES.get(block[2])
         return name and f"blocks.{int(block[1])}.{name}"
     return _MODULES.get(flat)
 
 
-def parameter(module: str, *, bias: bool) -> str:
+def parameter_name(module: str, *, bias: bool) -> str:
     """The parameter that a change of a module's weight, or of its bias, is made to."""
     if module.endswith(("modulation", "emb_pos")):
         return module
     return f"{module}.bias" if bias else f"{module}.weight"
 
 
-def block_of(parameter: str) -> int | None:
+def block_index(parameter: str) -> int | None:
     """The block that an official parameter is in; None outside the blocks."""
     return int(parameter.split(".")[1]) if parameter.startswith("blocks.") else None
 
 
-def of_images(parameter: str) -> bool:
+def is_image_only(parameter: str) -> bool:
     """Whether only image-to-video models have this parameter."""
     modules = (*IMAGE_BLOCK_FROM_DIFFUSERS.values(), *IMAGE_FROM_DIFFUSERS.values())
     return any(f".{module}." in f".{parameter}." for module in modules)
 
 
-def _split(key: str) -> tuple[str, str]:
+def _split_key(key: str) -> tuple[str, str]:
     """The module of a key as it is written, and the part; both empty for what is no part of a change."""
     for what, pattern in _REFUSED.items():
         if found := pattern.fullmatch(key):
@@ -151,26 +151,28 @@ def _split(key: str) -> tuple[str, str]:
     return (found["module"], next(part for part in PARTS if found[part])) if found else ("", "")
 
 
-def _placed(written: str, part: str) -> Place | None:
+def _resolve_target(written: str, part: str) -> LoraTarget | None:
     style = None
     while prefix := next((prefix for prefix in PREFIXES if written.startswith(prefix)), None):
         style = style or PREFIXES[prefix]
         written = written.removeprefix(prefix)
-    module = official(f"{written}.modulation" if part == "diff_m" else written)
+    module = official_module(f"{written}.modulation" if part == "diff_m" else written)
     if module is None:
         return None
-    return Place(style or BARE, module, "diff" if part == "diff_m" else part, written)
+    return LoraTarget(style or BARE, module, "diff" if part == "diff_m" else part, written)
 
 
-def _flat(name: str) -> str:
+def _flatten(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _both(*tables: dict[str, str]) -> dict[str, str]:
+def _both_namings(*tables: dict[str, str]) -> dict[str, str]:
     """Flattened names of both sides -> the official one."""
     pairs = [pair for table in tables for pair in table.items()]
-    return {_flat(name): ours for theirs, ours in pairs for name in (theirs, ours)}
+    return {_flatten(name): ours for theirs, ours in pairs for name in (theirs, ours)}
 
 
-_BLOCK_MODULES = _both(BLOCK_FROM_DIFFUSERS, IMAGE_BLOCK_FROM_DIFFUSERS)
-_MODULES = _both(TRANSFORMER_FROM_DIFFUSERS, IMAGE_FROM_DIFFUSERS, {"patch_embedding": "patch_embedding"})
+_BLOCK_MODULES = _both_namings(BLOCK_FROM_DIFFUSERS, IMAGE_BLOCK_FROM_DIFFUSERS)
+_MODULES = _both_namings(
+    TRANSFORMER_FROM_DIFFUSERS, IMAGE_FROM_DIFFUSERS, {"patch_embedding": "patch_embedding"}
+)

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
+from wancli.models.variants import NAMES_BY_WIDTH
 from wancli.weights.formats.infer_config import Shapes
-from wancli.weights.lora.file import Change, LoraFile
-from wancli.weights.lora.key_mapping import block_of, of_images
+from wancli.weights.lora.file import MAX_EXAMPLES, Change, LoraFile
+from wancli.weights.lora.key_mapping import block_index, is_image_only
 
-WIDTHS = {1536: "Wan 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 14B"}
 IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image
-OF_TEXT_ENCODERS = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys
-LISTED = 3  # keys quoted
+TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys
 
 
 @dataclass(frozen=True)
@@ -34,29 +33,29 @@ class Coverage:
     examples: tuple[str, ...]  # some of the unused keys
 
 
-def matched(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
+def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
     """The changes that apply to a model with these parameters.
 
     Changes of what only image-to-video models have are skipped. Raises CheckpointError when a
     parameter has another shape or is in a block past the last, and when nothing applies.
     """
-    depth = 1 + max((n for n in map(block_of, shapes) if n is not None), default=-1)
+    depth = 1 + max((n for n in map(block_index, shapes) if n is not None), default=-1)
     used: list[Change] = []
     skipped = 0
     unused = list(file.unknown)
     for change in file.changes:
-        block, shape = block_of(change.name), shapes.get(change.name)
-        if shape and _fits(change, shape):
+        block, shape = block_index(change.name), shapes.get(change.name)
+        if shape and _shape_matches(change, shape):
             used.append(change)
-        elif _for_images(change, shapes):
+        elif _is_image_only_change(change, shapes):
             skipped += 1
         elif shape or (block is not None and block >= depth):
-            raise _other_model(file, change, shapes, depth)
+            raise _wrong_model_error(file, change, shapes, depth)
         else:
             unused += change.keys.values()
     if not used:
-        raise _changes_nothing(file, skipped, unused)
-    blocks = [block_of(change.name) for change in used]
+        raise _no_effect_error(file, skipped, unused)
+    blocks = [block_index(change.name) for change in used]
     coverage = Coverage(
         style=file.style,
         targets=len(used),
@@ -67,21 +66,21 @@ def matched(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverag
         scaled=file.scaled,
         skipped=skipped,
         unused=len(unused),
-        examples=tuple(unused[:LISTED]),
+        examples=tuple(unused[:MAX_EXAMPLES]),
     )
     return tuple(used), coverage
 
 
-def _fits(change: Change, shape: tuple[int, ...]) -> bool:
+def _shape_matches(change: Change, shape: tuple[int, ...]) -> bool:
     if change.kind == "full":
         return change.shape == shape
     return len(shape) > 1 and change.shape == (shape[0], math.prod(shape[1:]))
 
 
-def _for_images(change: Change, shapes: Shapes) -> bool:
+def _is_image_only_change(change: Change, shapes: Shapes) -> bool:
     """Whether a text-to-video model has no use for a change that an image-to-video LoRA comes with."""
     if change.name not in shapes:
-        return of_images(change.name)
+        return is_image_only(change.name)
     if change.name != "patch_embedding.weight":
         return False
     width, _, *patch = shapes[change.name]
@@ -89,7 +88,7 @@ def _for_images(change: Change, shapes: Shapes) -> bool:
     return change.shape[0] == width and math.prod(change.shape[1:]) == columns
 
 
-def _changes_nothing(file: LoraFile, skipped: int, unused: Sequence[str]) -> CheckpointError:
+def _no_effect_error(file: LoraFile, skipped: int, unused: Sequence[str]) -> CheckpointError:
     what = f"none of its {len(unused)} keys names a part of it" + "".join(f", {key!r}" for key in unused[:1])
     hint = (
         "Is it a LoRA for a Wan text-to-video model? Known are the namings of ComfyUI, diffusers, "
@@ -98,20 +97,20 @@ def _changes_nothing(file: LoraFile, skipped: int, unused: Sequence[str]) -> Che
     if skipped:
         what = f"all {skipped} changes are of layers that only image-to-video models have"
         hint = "Take the text-to-video version of this LoRA."
-    elif unused and all(key.startswith(OF_TEXT_ENCODERS) for key in unused):
+    elif unused and all(key.startswith(TEXT_ENCODER_PREFIXES) for key in unused):
         hint = "Its keys are those of a text encoder; wancli applies LoRAs to the transformer."
     return CheckpointError(f"changes nothing in this model; {what}", where=str(file.path), hint=hint)
 
 
-def _other_model(file: LoraFile, change: Change, shapes: Shapes, depth: int) -> CheckpointError:
+def _wrong_model_error(file: LoraFile, change: Change, shapes: Shapes, depth: int) -> CheckpointError:
     """The refusal, with a guess which models they are."""
     if change.name in shapes:
         there = f"{list(shapes[change.name])} in this model"
     else:
         there = f"not in this model, whose last block is {depth - 1}"
-    theirs = next((c.shape[-1] for c in file.changes if _tells_width(c.name) and c.kind != "full"), 0)
-    ours = next((shape[-1] for name, shape in shapes.items() if _tells_width(name)), 0)
-    models = [WIDTHS.get(width, f"a model of width {width}") for width in (theirs, ours)]
+    theirs = next((c.shape[-1] for c in file.changes if _has_model_width(c.name) and c.kind != "full"), 0)
+    ours = next((shape[-1] for name, shape in shapes.items() if _has_model_width(name)), 0)
+    models = [NAMES_BY_WIDTH.get(width, f"a model of width {width}") for width in (theirs, ours)]
     return CheckpointError(
         f"{change.key} makes a change of {list(change.shape)} to {change.name}, which is {there}",
         where=str(file.path),
@@ -121,5 +120,5 @@ def _other_model(file: LoraFile, change: Change, shapes: Shapes, depth: int) -> 
     )
 
 
-def _tells_width(name: str) -> bool:
+def _has_model_width(name: str) -> bool:
     return name.endswith(("attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight", "ffn.0.weight"))

@@ -19,11 +19,11 @@ from torch import Tensor
 from wancli.errors import CheckpointError
 from wancli.models.config import Expert
 from wancli.weights.formats.infer_config import Shapes
-from wancli.weights.formats.read import tensors
-from wancli.weights.lora.file import Change, recognise
-from wancli.weights.lora.key_mapping import block_of
-from wancli.weights.lora.match import Coverage, matched
-from wancli.weights.lora.use import LoraUse, constant
+from wancli.weights.formats.read import iterate_tensors
+from wancli.weights.lora.file import Change, read_lora_file
+from wancli.weights.lora.key_mapping import block_index
+from wancli.weights.lora.match import Coverage, select_changes
+from wancli.weights.lora.use import LoraUse
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +37,8 @@ class Delta(ABC):
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The whole difference, in the shape of the parameter."""
 
-    def add_to(self, weight: Tensor, strength: float) -> None:
-        """weight += strength * difference, in place; see `add`."""
-        add(weight, [(self, strength)])
-
-    def _add(self, weight: Tensor, strength: float) -> None:
-        """The same to an fp32 weight."""
+    def _add_fp32(self, weight: Tensor, strength: float) -> None:
+        """weight += strength * difference, in place, for an fp32 weight."""
         weight.add_(self.dense(device=weight.device), alpha=strength)
 
 
@@ -51,7 +47,7 @@ class Full(Delta):
     diff: Tensor
 
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        return (_fp32(self.diff, device) * self.scale).to(dtype)
+        return (_to_fp32(self.diff, device) * self.scale).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +58,12 @@ class LowRank(Delta):
     down_RI: Tensor
 
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        up_OR, down_RI = _fp32(self.up_OR, device), _fp32(self.down_RI, device)
+        up_OR, down_RI = _to_fp32(self.up_OR, device), _to_fp32(self.down_RI, device)
         return (self.scale * (up_OR @ down_RI)).view(self.shape).to(dtype)
 
-    def _add(self, weight: Tensor, strength: float) -> None:
+    def _add_fp32(self, weight: Tensor, strength: float) -> None:
         # Without the product in memory: it is as large as the weight.
-        up_OR, down_RI = _fp32(self.up_OR, weight.device), _fp32(self.down_RI, weight.device)
+        up_OR, down_RI = _to_fp32(self.up_OR, weight.device), _to_fp32(self.down_RI, weight.device)
         weight.view(len(weight), -1).addmm_(up_OR, down_RI, alpha=strength * self.scale)
 
 
@@ -81,8 +77,8 @@ class LoHa(Delta):
     w2_b_RI: Tensor
 
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        one_OI = _fp32(self.w1_a_OR, device) @ _fp32(self.w1_b_RI, device)
-        two_OI = _fp32(self.w2_a_OR, device) @ _fp32(self.w2_b_RI, device)
+        one_OI = _to_fp32(self.w1_a_OR, device) @ _to_fp32(self.w1_b_RI, device)
+        two_OI = _to_fp32(self.w2_a_OR, device) @ _to_fp32(self.w2_b_RI, device)
         return one_OI.mul_(two_OI).mul_(self.scale).view(self.shape).to(dtype)
 
 
@@ -94,7 +90,9 @@ class LoKr(Delta):
     w2: tuple[Tensor, ...]
 
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        w1, w2 = (_product([_fp32(factor, device) for factor in factors]) for factors in (self.w1, self.w2))
+        w1, w2 = (
+            _multiply([_to_fp32(factor, device) for factor in factors]) for factors in (self.w1, self.w2)
+        )
         return torch.kron(w1, w2).mul_(self.scale).view(self.shape).to(dtype)
 
 
@@ -108,25 +106,25 @@ class Lora:
     scales: tuple[float, ...]  # the distinct ones: alpha / rank
 
 
-def load(path: Path, shapes: Shapes) -> Lora:
+def load_lora(path: Path, shapes: Shapes) -> Lora:
     """Reads the changes of a LoRA file that apply to a model with these parameters.
 
     The tensors are mapped from the file. Raises CheckpointError as `recognise` and `matched` do,
     and for NaN or Inf, naming the key.
     """
-    changes, coverage = matched(recognise(path), shapes)
+    changes, coverage = select_changes(read_lora_file(path), shapes)
     wanted = {key for change in changes for key in change.keys.values()}
-    found = {name: tensor for name, tensor in tensors([path]) if name in wanted}
+    found = {name: tensor for name, tensor in iterate_tensors([path]) if name in wanted}
     for key, tensor in found.items():
         if not tensor.float().isfinite().all():
             raise CheckpointError(
                 f"{key} holds NaN or Inf", where=str(path), hint="The training of this LoRA went wrong."
             )
-    deltas = {change.name: _delta(change, found, shapes[change.name]) for change in changes}
+    deltas = {change.name: _build_delta(change, found, shapes[change.name]) for change in changes}
     return Lora(path, deltas, coverage, tuple(sorted({delta.scale for delta in deltas.values()})))
 
 
-def _delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
+def _build_delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
     factor = {part: found[key] for part, key in change.keys.items()}
     alpha = factor.pop("alpha", None)
     scale = change.scale if alpha is None else alpha.item() / change.rank
@@ -134,11 +132,11 @@ def _delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, ...]) 
         case "full":
             return Full(shape, scale, *factor.values())
         case "low-rank":
-            return LowRank(shape, scale, _matrix(factor["up"]), _matrix(factor["down"]))
+            return LowRank(shape, scale, _as_matrix(factor["up"]), _as_matrix(factor["down"]))
         case "loha":
-            return LoHa(shape, scale, *(_matrix(tensor) for tensor in factor.values()))
+            return LoHa(shape, scale, *(_as_matrix(tensor) for tensor in factor.values()))
         case "lokr":
-            whole = {part: _matrix(tensor) for part, tensor in factor.items()}
+            whole = {part: _as_matrix(tensor) for part, tensor in factor.items()}
             w1, w2 = (
                 tuple(tensor for part, tensor in whole.items() if part.startswith(f"lokr_{w}"))
                 for w in ("w1", "w2")
@@ -158,18 +156,18 @@ class Loras:
         """Every parameter that is changed anywhere."""
         return {name for lora in self.loras for name in lora.deltas}
 
-    def delta_for(self, name: str, step: int, expert: Expert = "only") -> list[tuple[Delta, float]]:
+    def terms_for(self, name: str, step: int, expert: Expert = "only") -> list[tuple[Delta, float]]:
         """What a parameter gets at a step, with strengths, in the order of the job; for `add`."""
         found = []
         for use, lora in zip(self.uses, self.loras, strict=True):
-            strength = use.at(step, block_of(name), expert)
+            strength = use.strength_at(step, block_index(name), expert)
             if strength and name in lora.deltas:
                 found.append((lora.deltas[name], strength))
         return found
 
 
 @torch.no_grad()
-def add(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
+def add_deltas(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
     """weight += the sum of strength * difference, in fp32 and rounded once, in place.
 
     The weight may have any float dtype and be anywhere, if it is contiguous. Raises ValueError for
@@ -181,26 +179,9 @@ def add(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
             raise ValueError(f"a difference of {list(delta.shape)} to a weight of {list(weight.shape)}")
     total = weight.float()  # the weight itself if it is fp32
     for delta, strength in terms:
-        delta._add(total, strength)
+        delta._add_fp32(total, strength)
     if weight.dtype != torch.float32:
         weight.copy_(total)
-
-
-def merge(state: Mapping[str, Tensor], loras: Loras, expert: Expert = "only") -> None:
-    """Adds LoRAs for good to the named weights of a model, tensor by tensor, in place.
-
-    Raises ValueError, before anything is changed, when a strength depends on the step, a parameter
-    is missing or has another shape.
-    """
-    if not constant(loras.uses):
-        raise ValueError("a LoRA whose strength changes from step to step cannot be merged once")
-    changes = {name: loras.delta_for(name, 0, expert) for name in sorted(loras.names)}
-    for name, terms in changes.items():
-        for delta, _ in terms:
-            if name not in state or tuple(state[name].shape) != delta.shape:
-                raise ValueError(f"{name} of {list(delta.shape)} is not in the model")
-    for name, terms in changes.items():
-        add(state[name], terms)
 
 
 class Patches:
@@ -217,51 +198,53 @@ class Patches:
         base: Callable[[AbstractSet[str]], Iterable[tuple[str, Tensor]]],
     ) -> None:
         self._state = state
-        self._base = base
-        self._now: dict[str, list[tuple[Delta, float]]] = {}
+        self._read_base = base
+        self._applied: dict[str, list[tuple[Delta, float]]] = {}
 
-    def at(self, loras: Loras, step: int, expert: Expert = "only") -> bool:
+    def apply_step(self, loras: Loras, step: int, expert: Expert = "only") -> bool:
         """Brings the weights to a step; whether any of them changed."""
-        wanted = {name: terms for name in loras.names if (terms := loras.delta_for(name, step, expert))}
+        wanted = {name: terms for name in loras.names if (terms := loras.terms_for(name, step, expert))}
         changed = {
-            name for name in wanted.keys() | self._now.keys() if wanted.get(name) != self._now.get(name)
+            name
+            for name in wanted.keys() | self._applied.keys()
+            if wanted.get(name) != self._applied.get(name)
         }
         fetched = {name for name in changed if self._state[name].is_meta}
         for name in fetched:
-            self._now.pop(name, None)
+            self._applied.pop(name, None)
             if name in wanted:
-                self._now[name] = wanted[name]
-        self._restore((changed - fetched) & self._now.keys())
+                self._applied[name] = wanted[name]
+        self._restore((changed - fetched) & self._applied.keys())
         for name in sorted((changed - fetched) & wanted.keys()):
-            self._now[name] = []  # neither the file's nor what is wanted, should this stop half way
-            add(self._state[name], wanted[name])
-            self._now[name] = wanted[name]
+            self._applied[name] = []  # neither the file's nor what is wanted, should this stop half way
+            add_deltas(self._state[name], wanted[name])
+            self._applied[name] = wanted[name]
         return bool(changed)
 
-    def into(self, name: str, weight: Tensor) -> None:
+    def patch(self, name: str, weight: Tensor) -> None:
         """Adds what the step wants to a weight that was just fetched; for `Streamed`."""
-        if terms := self._now.get(name):
-            add(weight, terms)
+        if terms := self._applied.get(name):
+            add_deltas(weight, terms)
 
     @torch.no_grad()
     def _restore(self, names: AbstractSet[str]) -> None:
         if not names:
             return
-        for name, tensor in self._base(names):
+        for name, tensor in self._read_base(names):
             self._state[name].copy_(tensor)
-            del self._now[name]
-        if lost := sorted(names & self._now.keys()):
+            del self._applied[name]
+        if lost := sorted(names & self._applied.keys()):
             raise CheckpointError(f"{lost[0]} was in the checkpoint and is there no more")
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(1)
 
 
-def _fp32(tensor: Tensor, device: torch.device | str) -> Tensor:
+def _to_fp32(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device=device, dtype=torch.float32)
 
 
-def _product(factors: Sequence[Tensor]) -> Tensor:
+def _multiply(factors: Sequence[Tensor]) -> Tensor:
     first, *rest = factors
     return first @ rest[0] if rest else first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class LoraUse:
     expert: Expert | None  # None is both, or the only one
     coverage: Coverage
 
-    def at(self, step: int, block: int | None, expert: Expert = "only") -> float:
+    def strength_at(self, step: int, block: int | None, expert: Expert = "only") -> float:
         """The strength for a block (None: outside the blocks) at a step; 0 where it does not apply."""
         applies = (
             (self.steps is None or step in self.steps)
@@ -32,7 +31,7 @@ class LoraUse:
         return self.strength if applies else 0.0
 
     @property
-    def decided(self) -> dict[str, object]:
+    def pixel_settings(self) -> dict[str, object]:
         """All that pixels depend on."""
         return {
             "sha256": self.sha256,
@@ -41,15 +40,3 @@ class LoraUse:
             "steps": self.steps,
             "expert": self.expert,
         }
-
-
-def strengths_at(
-    uses: Sequence[LoraUse], step: int, block: int | None, expert: Expert = "only"
-) -> tuple[float, ...]:
-    """The strength of each use in a block (None: outside the blocks) at a step."""
-    return tuple(use.at(step, block, expert) for use in uses)
-
-
-def constant(uses: Iterable[LoraUse]) -> bool:
-    """Whether each use has the same strengths at every step, so that merging once is enough."""
-    return all(use.steps is None or use.strength == 0 for use in uses)

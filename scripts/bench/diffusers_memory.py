@@ -1,7 +1,6 @@
-"""Whether diffusers can hold a transformer in so much memory: builds it in bf16 under a limit, says how that
-ended.
+"""Try to build a transformer of diffusers in bf16 under a memory limit, and print the result.
 
-    python -m scripts.bench.hold CONFIG.json BYTES
+python -m scripts.bench.diffusers_memory CONFIG.json BYTES
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from diffusers import WanTransformer3DModel
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints {"needs": bytes of the weights in bf16, "error": text or null}."""
+    """Print {"needs": bytes of the weights in bf16, "error": text or null}."""
     config, limit = json.loads(Path(argv[0]).read_text()), int(argv[1])
     with torch.device("meta"):
         needs = sum(2 * parameter.numel() for parameter in _build(config).parameters())

@@ -1,10 +1,10 @@
-"""A process that loads a transformer and runs its blocks once, and says when it got there; for first_block.
+"""Load a transformer, run its blocks once and print the times; the process measured by first_block.
 
-    python -m scripts.bench.starts make FOLDER MODEL DTYPE          # one checkpoint for both
-    python -m scripts.bench.starts ours FOLDER DTYPE LAUNCHED
-    python -m scripts.bench.starts theirs FOLDER DTYPE LAUNCHED
+    python -m scripts.bench.first_block_process make FOLDER MODEL DTYPE          # one checkpoint for both
+    python -m scripts.bench.first_block_process ours FOLDER DTYPE LAUNCHED
+    python -m scripts.bench.first_block_process theirs FOLDER DTYPE LAUNCHED
 
-LAUNCHED is the time of day at which the process was started; imports count.
+LAUNCHED is the time of day when the process was started; imports count.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 
 LATENT = (1, 16, 1, 32, 32)
 PROMPT = 60  # tokens
-SMALL, LARGE = "small", "transformer"  # everything but the transformer; that, under diffusers' names
+SMALL, LARGE = "small", "transformer"  # all other components; the transformer under diffusers' names
 
 
 class Moments:
-    """Seconds from launch to the first block's begin and end, and to the end of the last, where all ends."""
+    """Times from launch to begin and end of the first block, and to the end of the last."""
 
     def __init__(self, launched: float) -> None:
         self._launched = launched
         self._seconds: list[float] = []
 
     def watch(self, model: Any) -> None:
-        """Once."""
+        """Record the times of one forward."""
         first, *_, last = model.blocks.children()  # a loop over them may load them
         first.register_forward_pre_hook(self._now)
         first.register_forward_hook(self._now)
@@ -46,24 +46,24 @@ class Moments:
 
 
 def ours(folder: Path, dtype: str, launched: float) -> None:
-    """`wancli render`, whose prompts were encoded before."""
+    """Run `wancli render`, whose prompts are in the cache."""
     from wancli.__main__ import main
     from wancli.engine.networks import Networks
 
     moments, load = Moments(launched), Networks.transformer
 
-    def watched(self: Networks, expert: Any) -> Any:
+    def load_and_watch(self: Networks, expert: Any) -> Any:
         if self._loaded is None:
             moments.watch(load(self, expert))
         return load(self, expert)
 
-    Networks.transformer = watched  # type: ignore[method-assign]
+    Networks.transformer = load_and_watch  # type: ignore[method-assign]
     sys.argv = ["wancli", "render", str(folder / f"{dtype}.yaml"), "-q", "--force"]
     main()
 
 
 def theirs(folder: Path, dtype: str, launched: float) -> None:
-    """What a script with diffusers does, its prompt encoded before."""
+    """Run diffusers as a script would, with an encoded prompt."""
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -77,16 +77,21 @@ def theirs(folder: Path, dtype: str, launched: float) -> None:
 
 
 def make(folder: Path, model: str, dtype: str) -> None:
-    """The transformer in a folder of diffusers, and a small checkpoint whose other files go with it."""
+    """Write the transformer as a diffusers folder, and a small checkpoint for the other components."""
     from dataclasses import replace
 
     import torch
     from diffusers import WanTransformer3DModel
 
-    from scripts.make_random_checkpoint import sizes, transformer_entries, write_checkpoint, write_sharded
+    from scripts.make_random_checkpoint import (
+        parse_model,
+        transformer_entries,
+        write_checkpoint,
+        write_sharded,
+    )
     from wancli.weights.formats.key_mapping import transformer_from_diffusers
 
-    config = sizes(model)
+    config = parse_model(model)
     one = replace(config, num_layers=1)
     write_checkpoint(folder / SMALL, one, dtype="bf16", text_encoder="tiny", vae="tiny")
     with torch.device("meta"):

@@ -1,0 +1,96 @@
+"""The measured block maps of a user, and the blocks that `inject.blocks: auto:top8` takes from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wancli.errors import JobError
+from wancli.injection import block_map
+from wancli.injection.block_map import METHODS, BlockMap, format_blocks, rank
+from wancli.units import quote
+
+AUTO = re.compile(r"auto:(top|bottom)(\d{1,4})")
+
+
+@dataclass(frozen=True)
+class AutoBlocks:
+    """The blocks that replace `auto:top8` in a rule, and the map that chose them."""
+
+    rule: int
+    spec: str
+    blocks: str
+    map_name: str
+    other_prompts: str = ""  # of the map, if they are not those of the rule
+
+
+@dataclass(frozen=True)
+class BlockMapStore:
+    """The block maps in the cache, in a folder for each transformer.
+
+    With `allow_missing`, `auto` stands for every block and no map is read: for a run that will measure one.
+    """
+
+    root: Path
+    allow_missing: bool = False
+    _cached: dict[str, list[BlockMap]] = field(default_factory=dict, repr=False, compare=False)
+
+    def put(self, measured: BlockMap) -> Path:
+        """Store a map, in place of one with the same key. Raises MachineError or NoSpace."""
+        self._cached.clear()
+        path = self._folder(measured.model.sha256) / f"{measured.key}.json"
+        block_map.write(path, measured)
+        return path
+
+    def select_blocks(
+        self, spec: str, rule: int, transformer: str, depth: int, ids: Sequence[str]
+    ) -> tuple[list[int], AutoBlocks | None]:
+        """Select the blocks of `auto:top8` or `auto:bottom8`, in rising order.
+
+        A map of the same two prompts (`ids`) is preferred to one of other prompts. Then the method decides:
+        `inject` before `gradient`, `skip` and `render`. Then the newest map wins.
+
+        Raises ValueError if `spec` is not such a set, and JobError if there is no map of the model.
+        """
+        match = AUTO.fullmatch(spec)
+        if not match:
+            raise ValueError(f"{spec!r} is not a block set; write auto:top8 or auto:bottom8")
+        count = int(match[2])
+        if not 1 <= count <= depth:
+            raise ValueError(f"{spec!r} is not within 1 and the model's {depth} blocks")
+        if self.allow_missing:
+            return list(range(depth)), None
+        candidates = sorted(self._candidates(transformer, depth), key=lambda m: m.created, reverse=True)
+        candidates.sort(key=lambda m: (not m.matches_prompts(ids), METHODS.index(m.method)))
+        if not candidates:
+            raise JobError(
+                f"{spec} needs a map, and none was measured with this model",
+                hint="`wancli probe JOB` measures one; --method gradient is the quickest.",
+            )
+        best = candidates[0]
+        values = best.block_totals
+        assert values is not None
+        ranking = rank(values)
+        blocks = sorted(ranking[:count] if match[1] == "top" else ranking[-count:])
+        others = "" if best.matches_prompts(ids) else " against ".join(quote(text, 40) for text in best.texts)
+        return blocks, AutoBlocks(rule, spec, format_blocks(blocks), best.describe(), others)
+
+    def _folder(self, transformer: str) -> Path:
+        return self.root / transformer[:16]
+
+    def _candidates(self, transformer: str, depth: int) -> list[BlockMap]:
+        """Return the maps of single blocks of a transformer. They are read once for all shots of a sweep."""
+        if transformer not in self._cached:
+            self._cached[transformer] = [*self._read(transformer, depth)]
+        return self._cached[transformer]
+
+    def _read(self, transformer: str, depth: int) -> Iterator[BlockMap]:
+        with suppress(OSError):
+            for path in sorted(self._folder(transformer).glob("*.json")):
+                measured = block_map.read(path)
+                model = measured and (measured.model.sha256, measured.model.blocks)
+                if measured and measured.block_totals and model == (transformer, depth):
+                    yield measured

@@ -50,7 +50,7 @@ def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> No
     known = [rate_of(shot, phase, 1e6) for phase in throughput.PHASES]
     does = throughput.shot_workloads(shot)
     missing = frozenset(text.id for text in shot.prompts)
-    one, two = (throughput.predict_phases([shot] * n, missing, known) for n in (1, 2))
+    one, two = (throughput.predict_phases([shot] * n, missing, known, {}) for n in (1, 2))
     assert one == {name: pytest.approx(does[name].amount / 1e6) for name in throughput.PHASES}
     assert (two["encode"], two["load"]) == (one["encode"], one["load"])
     assert two["sample"] == pytest.approx(2 * one["sample"])

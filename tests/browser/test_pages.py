@@ -281,7 +281,7 @@ def grid(shot: Shot) -> list[Shot]:
             text = {"fp8": "fp32" if model.device == "cpu" else "bf16"}.get(dtype, dtype)
             housed = replace(model, dtype=dtype, residency=residency, kernels=ComputeOptions(chunk=chunk))
             housed = replace(housed, encoder=replace(model.encoder, dtype=text, residency=residency))
-            found.append(replace(shot, model=housed, width=width, height=height, frames=frames, shared=None))
+            found.append(replace(shot, model=housed, width=width, height=height, frames=frames))
     return found
 
 

@@ -77,14 +77,14 @@ PIECES = [
 ]
 
 
-def tried(data: bytes, folder: Path) -> None:
+def try_job(data: bytes, folder: Path) -> None:
     """Reads a job and plans it, where it has few shots: thousands take their time with good reason."""
     jobs = parse(data, "fuzz", "fuzz.yaml", folder, NO_OVERRIDES)
     if len(jobs.items) <= 8:
         build_plan(jobs, folder / "memo.json")
 
 
-def mutated(draw: random.Random) -> bytes:
+def mutate(draw: random.Random) -> bytes:
     """A job file with a few pieces cut, doubled, put elsewhere, or put in."""
     data = draw.choice(SEEDS)
     for _ in range(draw.choice((1, 1, 2, 4, 16))):
@@ -105,12 +105,12 @@ def mutated(draw: random.Random) -> bytes:
     return data
 
 
-def test_no_change_to_the_text_of_a_job_escapes_as_anything_but_a_refusal(tmp_path: Path) -> None:
+def test_any_change_to_the_text_of_a_job_is_accepted_or_refused(tmp_path: Path) -> None:
     draw, budget = random.Random(5), Budget(12)
     while not budget.over:
-        data = mutated(draw)
+        data = mutate(draw)
         with budget.attempt(data):
-            tried(data, tmp_path)
+            try_job(data, tmp_path)
     budget.check()
 
 
@@ -156,7 +156,7 @@ ODDER = st.recursive(
 )
 
 
-def near(schema: dict[str, Any], root: dict[str, Any]) -> st.SearchStrategy[Any]:
+def values_near(schema: dict[str, Any], root: dict[str, Any]) -> st.SearchStrategy[Any]:
     """Values that the schema of a job allows, and here and there one it does not."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
@@ -164,13 +164,13 @@ def near(schema: dict[str, Any], root: dict[str, Any]) -> st.SearchStrategy[Any]
     if "enum" in schema:
         choices += [st.sampled_from(schema["enum"])] * 6
     for key in ("anyOf", "oneOf"):
-        choices += [near(one, root) for one in schema.get(key, [])]
+        choices += [values_near(one, root) for one in schema.get(key, [])]
     match schema.get("type"):
         case "object":
-            known = {name: near(one, root) for name, one in schema.get("properties", {}).items()}
+            known = {name: values_near(one, root) for name, one in schema.get("properties", {}).items()}
             choices += [st.fixed_dictionaries({}, optional=known)] * 6
         case "array":
-            choices += [st.lists(near(schema.get("items", {}), root), max_size=3)] * 6
+            choices += [st.lists(values_near(schema.get("items", {}), root), max_size=3)] * 6
         case "integer":
             choices += [st.integers(low := schema.get("minimum", 0), low + 50)] * 6
         case "number":
@@ -182,7 +182,9 @@ def near(schema: dict[str, Any], root: dict[str, Any]) -> st.SearchStrategy[Any]
 
 SCHEMA = Job.model_json_schema()
 KEYS = {
-    name: near(one, SCHEMA) for name, one in SCHEMA["properties"].items() if name not in ("model", "prompt")
+    name: values_near(one, SCHEMA)
+    for name, one in SCHEMA["properties"].items()
+    if name not in ("model", "prompt")
 }
 SHAPES = {
     "items": st.lists(st.fixed_dictionaries({}, optional=KEYS), max_size=3) | ODDER,
@@ -194,24 +196,24 @@ SHAPES = {
 }
 
 
-def test_no_structure_of_a_job_escapes_as_anything_but_a_refusal(tmp_path: Path) -> None:
+def test_any_structure_of_a_job_is_accepted_or_refused(tmp_path: Path) -> None:
     budget = Budget(13)
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(st.fixed_dictionaries({"prompt": st.just(CAT) | ODD}, optional=KEYS | SHAPES))
-    def each(said: dict[str, Any]) -> None:
-        data = yaml_of(tiny_job(TINY) | said)
+    def each(keys: dict[str, Any]) -> None:
+        data = to_yaml(tiny_job(TINY) | keys)
         with budget.attempt(data):
-            tried(data, tmp_path)
+            try_job(data, tmp_path)
 
     while not budget.over:
         each()
     budget.check()
 
 
-def yaml_of(said: dict[str, Any]) -> bytes:
+def to_yaml(keys: dict[str, Any]) -> bytes:
     """JSON, which is YAML, with the numbers that only YAML has."""
-    text = json.dumps(said)
+    text = json.dumps(keys)
     for ours, theirs in (("NaN", ".nan"), ("-Infinity", "-.inf"), ("Infinity", ".inf")):
         text = text.replace(ours, theirs)
     return text.encode()

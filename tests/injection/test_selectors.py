@@ -33,7 +33,7 @@ from wancli.sampling.solvers import build_schedule
         (["late", 3, "0-1", 3], 6, [4, 5, 3, 0, 1]),
     ],
 )
-def test_block_sets_mean_what_they_say(spec: object, depth: int, expected: object) -> None:
+def test_block_sets_select_their_blocks(spec: object, depth: int, expected: object) -> None:
     assert parse_blocks(spec, depth) == tuple(expected)  # type: ignore[arg-type, call-overload]
 
 
@@ -55,7 +55,7 @@ def test_thirds_tile_any_depth(depth: int) -> None:
         (["early", "41"], "41 is past"),
     ],
 )
-def test_a_block_set_that_means_nothing_is_refused(spec: object, message: str) -> None:
+def test_an_invalid_block_set_is_refused(spec: object, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         parse_blocks(spec, 40)  # type: ignore[arg-type]
 
@@ -74,23 +74,23 @@ def test_a_block_set_that_means_nothing_is_refused(spec: object, message: str) -
         ("91-99%", []),
     ],
 )
-def test_step_ranges_mean_what_they_say(spec: object, expected: object) -> None:
+def test_step_ranges_select_their_steps(spec: object, expected: object) -> None:
     assert parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
 
 
-def test_a_sigma_range_picks_the_steps_whose_noise_is_in_it() -> None:
+def test_a_sigma_range_selects_the_steps_whose_noise_is_in_it() -> None:
     sigmas = build_schedule("euler", 10, 1.0).sigmas
     assert parse_steps((0.5, 1.0), sigmas) == (0, 1, 2, 3, 4, 5)
     assert parse_steps((0.0, 0.2), sigmas) == (8, 9)
 
 
 @pytest.mark.parametrize("spec", ["4-2", "10", "40-20%", "0-140%", "first", "1-2-3"])
-def test_a_step_range_that_means_nothing_is_refused(spec: str) -> None:
+def test_an_invalid_step_range_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match=r"step|empty|range of the steps"):
         parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas)
 
 
-def test_a_list_of_strengths_goes_to_the_blocks_in_the_order_they_were_named() -> None:
+def test_a_list_of_strengths_is_in_the_order_of_the_blocks() -> None:
     assert pair_strengths([0.1, 0.2], parse_blocks(["late", 0], 3)) == ((2, 0.1), (0, 0.2))
     with pytest.raises(ValueError, match="2 strengths for 3 positions"):
         pair_strengths([0.1, 0.2], [1, 2, 3])

@@ -66,7 +66,7 @@ def test_a_strength_of_zero_leaves_the_cell_alone_and_counts_no_hit() -> None:
     assert table.changed_cells == ([],)
 
 
-def test_the_strip_shows_how_much_was_injected() -> None:
+def test_the_injected_share_of_a_block_is_between_0_and_1() -> None:
     table = Table([rule([1], 0.5), rule([2], 1.0), rule([3], 0.25, blend="output-mix")], BASE, 4, 1)
     assert injected_share_by_block(table.row(0, "cond"), MAIN) == (0.0, 0.5, 1.0, 0.25)
     assert injected_share(Concat(MAIN, OTHER, 1.0), MAIN) == 0.5

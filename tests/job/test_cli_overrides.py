@@ -45,7 +45,7 @@ def test_a_value_is_read_as_yaml(text: str, read: Any) -> None:
     assert read(item.job)
 
 
-def test_the_last_of_two_flags_that_set_a_key_wins_and_starts_its_paths_here() -> None:
+def test_the_last_set_of_a_key_wins_and_its_paths_start_from_the_current_folder() -> None:
     (item,) = items(sets=("model=a", "model=./b"))
     assert item.job.model == "./b"
     assert (item.base_dir("model"), item.base_dir("prompt")) == (Path.cwd(), Path("/jobs"))
@@ -95,12 +95,12 @@ def test_the_last_of_two_flags_that_set_a_key_wins_and_starts_its_paths_here() -
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_a_mistake_names_the_flag(flags: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_option(flags: dict[str, Any], message: str) -> None:
     assert refusal(**flags).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("ranges", "chosen"),
+    ("ranges", "expected"),
     [
         ("0", [0]),
         ("0-3,9", [0, 1, 2, 3, 9]),
@@ -110,22 +110,22 @@ def test_a_mistake_names_the_flag(flags: dict[str, Any], message: str) -> None:
         ("5, 3 ,3-4", [3, 4, 5]),
     ],
 )
-def test_items_are_ranges_as_openjd_writes_them(ranges: str, chosen: list[int]) -> None:
-    assert list(CliOverrides(items=ranges).select_shots(10)) == chosen
+def test_items_are_ranges_as_openjd_writes_them(ranges: str, expected: list[int]) -> None:
+    assert list(CliOverrides(items=ranges).select_shots(10)) == expected
 
 
 @pytest.mark.parametrize("ranges", ["3-1", "1-3:-1"])
-def test_a_range_that_runs_the_wrong_way_is_refused(ranges: str) -> None:
+def test_a_range_with_a_step_of_the_wrong_sign_is_refused(ranges: str) -> None:
     with pytest.raises(JobError, match="is empty"):
         CliOverrides(items=ranges).select_shots(10)
 
 
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (8, 8), (1000, 7), (3, 2)])
-def test_the_parts_of_a_job_are_neighbours_and_miss_nothing(count: int, parts: int) -> None:
-    found = [CliOverrides(shard=f"{part}/{parts}").select_shots(count) for part in range(parts)]
-    assert [index for part in found for index in part] == list(range(count))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
+def test_the_shards_of_a_job_are_contiguous_and_complete(count: int, parts: int) -> None:
+    shards = [CliOverrides(shard=f"{part}/{parts}").select_shots(count) for part in range(parts)]
+    assert [index for part in shards for index in part] == list(range(count))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_a_shard_is_taken_of_the_chosen_items() -> None:
+def test_a_shard_is_taken_from_the_selected_items() -> None:
     assert CliOverrides(items="0-9:2", shard="1/2").select_shots(10) == (4, 6, 8)

@@ -10,7 +10,7 @@ from wancli.errors import JobError
 from wancli.job.loader import JobFile, load, parse
 
 
-def written(folder: Path, **files: str) -> Path:
+def write_jobs(folder: Path, **files: str) -> Path:
     """Writes NAME.yaml for each, `sub__x` into sub/x.yaml; the job is job.yaml."""
     for name, text in files.items():
         path = folder / f"{name.replace('__', '/')}.yaml"
@@ -19,14 +19,14 @@ def written(folder: Path, **files: str) -> Path:
     return folder / "job.yaml"
 
 
-def problems(path: Path) -> list[str]:
+def load_problems(path: Path) -> list[str]:
     with pytest.raises(JobError) as caught:
         load(path)
     return str(caught.value).replace(f"{path.parent}/", "").splitlines()
 
 
-def test_the_job_lies_over_the_last_file_over_the_first(tmp_path: Path) -> None:
-    job = written(
+def test_the_job_overrides_the_last_file_and_that_the_first(tmp_path: Path) -> None:
+    job = write_jobs(
         tmp_path,
         one="prompt: one\nseed: 1\nsampler: {steps: 1, shift: 1}\n"
         "labels: {from: one}\ninject: [{prompt: x}]\n",
@@ -44,7 +44,7 @@ def test_the_job_lies_over_the_last_file_over_the_first(tmp_path: Path) -> None:
 
 
 def test_an_extended_file_may_extend_and_one_file_may_be_extended_twice(tmp_path: Path) -> None:
-    job = written(
+    job = write_jobs(
         tmp_path,
         base="prompt: base\nseed: 1\n",
         left="extends: base.yaml\nframes: 5\n",
@@ -55,8 +55,8 @@ def test_an_extended_file_may_extend_and_one_file_may_be_extended_twice(tmp_path
     assert (item.job.prompt, item.job.seed, item.job.frames, item.job.size) == ("base", 1, 5, "16x16")
 
 
-def test_a_matrix_grows_axis_by_axis_and_items_are_replaced(tmp_path: Path) -> None:
-    job = written(
+def test_the_axes_of_a_matrix_are_merged_and_items_are_replaced(tmp_path: Path) -> None:
+    job = write_jobs(
         tmp_path,
         base="prompt: p\nmatrix: {seed: [1, 2]}\nitems: [{id: old}]\n",
         job="extends: base.yaml\nmatrix: {noise: [cpu]}\nitems: [{id: new}]\n",
@@ -64,8 +64,8 @@ def test_a_matrix_grows_axis_by_axis_and_items_are_replaced(tmp_path: Path) -> N
     assert [item.job.id for item in load(job).items] == ["new-seed1-cpu", "new-seed2-cpu"]
 
 
-def test_a_path_starts_in_the_folder_of_the_file_that_says_it(tmp_path: Path) -> None:
-    job = written(
+def test_a_relative_path_starts_from_the_folder_of_the_file_that_sets_it(tmp_path: Path) -> None:
+    job = write_jobs(
         tmp_path,
         sub__base="model: {transformer: a, vae: b}\nloras: [{path: x}]\nprompts_from: p.txt\n",
         job="extends: sub/base.yaml\nmodel: {vae: c}\nnegative: {embedding: n}\n",
@@ -81,13 +81,13 @@ def test_a_path_starts_in_the_folder_of_the_file_that_says_it(tmp_path: Path) ->
     )
 
 
-def test_a_mistake_has_the_file_and_line_of_who_made_it(tmp_path: Path) -> None:
-    job = written(
+def test_an_error_names_the_file_and_line_that_set_the_key(tmp_path: Path) -> None:
+    job = write_jobs(
         tmp_path,
         sub__base="# shared\nprompt: p\nseed: x\nsampler:\n  step: 3\nmatrix:\n  frames: [0]\n",
         job="extends: sub/base.yaml\nsize: 5\n",
     )
-    assert problems(job) == [
+    assert load_problems(job) == [
         "job.yaml:2: size: expected text, got 5; put it in quotes",
         "sub/base.yaml:7: matrix.frames.0: should be greater than or equal to 1, got 0",
         "sub/base.yaml:3: seed: expected a whole number, got 'x'",
@@ -95,9 +95,9 @@ def test_a_mistake_has_the_file_and_line_of_who_made_it(tmp_path: Path) -> None:
     ]
 
 
-def test_what_nobody_said_could_be_said_in_the_job(tmp_path: Path) -> None:
-    job = written(tmp_path, base="seed: 1\n", job="extends: base.yaml\nframes: 5\n")
-    assert problems(job) == ["job.yaml: prompt: is missing"]
+def test_a_missing_key_is_missing_in_the_job(tmp_path: Path) -> None:
+    job = write_jobs(tmp_path, base="seed: 1\n", job="extends: base.yaml\nframes: 5\n")
+    assert load_problems(job) == ["job.yaml: prompt: is missing"]
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,14 @@ def test_what_nobody_said_could_be_said_in_the_job(tmp_path: Path) -> None:
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_what_cannot_be_extended_is_one_line(tmp_path: Path, files: dict[str, str], problem: str) -> None:
-    (line,) = problems(written(tmp_path, **files))
+def test_a_file_that_cannot_be_extended_is_one_error(
+    tmp_path: Path, files: dict[str, str], problem: str
+) -> None:
+    (line,) = load_problems(write_jobs(tmp_path, **files))
     assert line.startswith(problem)
 
 
 def test_a_job_on_stdin_extends_from_the_current_folder(tmp_path: Path) -> None:
-    written(tmp_path, base="prompt: p\n")
+    write_jobs(tmp_path, base="prompt: p\n")
     job: JobFile = parse(b"extends: base.yaml\n", "stdin", "stdin", tmp_path)
     assert job.items[0].location("prompt") == "base.yaml:1: prompt"

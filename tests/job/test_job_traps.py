@@ -43,6 +43,6 @@ def test_a_trap_is_refused_with_the_line_the_key_and_what_was_expected(trap: dic
         ("id: off", "id", "off"),
     ],
 )
-def test_where_text_is_wanted_it_stays_the_text_that_was_written(line: str, key: str, text: str) -> None:
+def test_a_text_stays_as_it_was_written(line: str, key: str, text: str) -> None:
     job = parse(f"model: m\nprompt: p\n{line}\n".encode(), "job.yaml", "job", Path("/nowhere")).items[0].job
     assert getattr(job, key) == text

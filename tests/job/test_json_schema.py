@@ -57,12 +57,12 @@ def fits(value: Any, rule: dict[str, Any], definitions: dict[str, Any]) -> bool:
     return True
 
 
-def accepted(document: Any) -> bool:
+def accepts(document: Any) -> bool:
     found = json_schema.job_schema()
     return fits(document, found, found["$defs"])
 
 
-def test_every_word_of_the_schema_is_one_that_the_validator_here_knows() -> None:
+def test_the_validator_here_knows_every_keyword_of_the_schema() -> None:
     words: set[str] = set()
 
     def collect(rule: Any) -> None:
@@ -101,7 +101,7 @@ def test_it_has_the_keys_of_a_job_file_and_an_item_those_of_a_job() -> None:
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "models.yaml"}), ids=str)
 def test_it_accepts_the_example_jobs(path: Path) -> None:
-    assert accepted(yaml.safe_load(path.read_text()))
+    assert accepts(yaml.safe_load(path.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_it_accepts_the_example_jobs(path: Path) -> None:
     ],
     ids=str,
 )
-def test_it_takes_and_refuses(document: Any, expected: bool) -> None:
-    assert accepted(document) is expected
+def test_it_accepts_or_refuses(document: Any, expected: bool) -> None:
+    assert accepts(document) is expected

@@ -23,35 +23,35 @@ inject:
 """
 
 
-def loaded(text: str, **flags: Any) -> JobFile:
+def load(text: str, **flags: Any) -> JobFile:
     return parse((BASE + text).encode(), "job.yaml", "job", Path("/jobs"), CliOverrides(**flags))
 
 
-def jobs(text: str, **flags: Any) -> list[Job]:
-    return [item.job for item in loaded(text, **flags).items]
+def load_jobs(text: str, **flags: Any) -> list[Job]:
+    return [item.job for item in load(text, **flags).items]
 
 
-def ids(text: str) -> list[str | None]:
-    return [job.id for job in jobs(text)]
+def load_ids(text: str) -> list[str | None]:
+    return [job.id for job in load_jobs(text)]
 
 
-def problems(text: str, **flags: Any) -> list[str]:
+def load_problems(text: str, **flags: Any) -> list[str]:
     with pytest.raises(JobError) as caught:
-        loaded(text, **flags)
+        load(text, **flags)
     return str(caught.value).splitlines()
 
 
 # ---- which shots ----
 
 
-def test_a_matrix_is_the_product_in_the_order_written_the_last_key_fastest() -> None:
+def test_a_matrix_is_the_product_in_the_order_written_with_the_last_key_fastest() -> None:
     text = "matrix:\n  seed: [1, 2]\n  inject.0.blocks: [late, 3, all]\n  sampler.steps: [4, 5]\n"
-    found = [(job.seed, job.inject[0].blocks, job.sampler.steps) for job in jobs(text)]
-    assert found == list(itertools.product([1, 2], ["late", 3, "all"], [4, 5]))
+    result = [(job.seed, job.inject[0].blocks, job.sampler.steps) for job in load_jobs(text)]
+    assert result == list(itertools.product([1, 2], ["late", 3, "all"], [4, 5]))
 
 
-def test_an_axis_keeps_what_else_was_said_of_the_entry_that_it_reaches_into() -> None:
-    (first, second) = jobs("matrix: {inject.0.strength: [0.2, 0.4]}\n")
+def test_an_axis_keeps_the_other_keys_of_the_entry_that_it_changes() -> None:
+    (first, second) = load_jobs("matrix: {inject.0.strength: [0.2, 0.4]}\n")
     assert (first.inject[0].prompt, first.inject[0].blocks, first.inject[0].strength) == (
         "fish",
         "early",
@@ -60,17 +60,17 @@ def test_an_axis_keeps_what_else_was_said_of_the_entry_that_it_reaches_into() ->
     assert second.inject[0].strength == 0.4
 
 
-def test_a_value_that_is_a_mapping_is_merged_and_a_list_replaces() -> None:
+def test_a_mapping_is_merged_and_a_list_replaces() -> None:
     text = "sampler: {shift: 3, steps: 9}\nmatrix: {sampler: [{steps: 4}, {shift: 2}], inject: [[]]}\n"
-    found = [(job.sampler.steps, job.sampler.shift, job.inject) for job in jobs(text)]
-    assert found == [(4, 3, []), (9, 2, [])]
+    result = [(job.sampler.steps, job.sampler.shift, job.inject) for job in load_jobs(text)]
+    assert result == [(4, 3, []), (9, 2, [])]
 
 
-def test_zip_walks_its_keys_together_inside_the_matrix() -> None:
+def test_zip_varies_its_keys_together_inside_the_matrix() -> None:
     text = "matrix: {noise: [cpu, cuda]}\nzip: {seed: [1, 2, 3], size: [16x16, 32x32, 48x48]}\n"
-    found = [(job.noise, job.seed, job.size) for job in jobs(text)]
+    result = [(job.noise, job.seed, job.size) for job in load_jobs(text)]
     together = [(1, "16x16"), (2, "32x32"), (3, "48x48")]
-    assert found == [(noise, *pair) for noise in ("cpu", "cuda") for pair in together]
+    assert result == [(noise, *pair) for noise in ("cpu", "cuda") for pair in together]
 
 
 def test_exclude_leaves_out_the_combinations_that_have_all_of_its_values() -> None:
@@ -78,18 +78,18 @@ def test_exclude_leaves_out_the_combinations_that_have_all_of_its_values() -> No
         "matrix: {seed: [1, 2], inject.0.blocks: [late, all]}\n"
         "exclude:\n  - {seed: 1, inject.0.blocks: all}\n  - {seed: 2, inject.0.blocks: late}\n"
     )
-    assert [(job.seed, job.inject[0].blocks) for job in jobs(text)] == [(1, "late"), (2, "all")]
+    assert [(job.seed, job.inject[0].blocks) for job in load_jobs(text)] == [(1, "late"), (2, "all")]
 
 
 def test_exclude_may_name_an_item() -> None:
     text = "items: [{id: a}, {id: b}]\nmatrix: {seed: [1, 2]}\nexclude: [{id: b, seed: 1}]\n"
-    assert ids(text) == ["a-seed1", "a-seed2", "b-seed2"]
+    assert load_ids(text) == ["a-seed1", "a-seed2", "b-seed2"]
 
 
-def test_every_item_meets_every_combination() -> None:
+def test_every_item_is_combined_with_every_combination() -> None:
     text = "items:\n  - {id: x, size: 16x16}\n  - {id: y, labels: {kind: big}}\nmatrix: {seed: [5, 6]}\n"
-    found = [(job.id, job.size, job.seed, job.labels) for job in jobs(text)]
-    assert found == [
+    result = [(job.id, job.size, job.seed, job.labels) for job in load_jobs(text)]
+    assert result == [
         ("x-seed5", "16x16", 5, {"seed": 5}),
         ("x-seed6", "16x16", 6, {"seed": 6}),
         ("y-seed5", None, 5, {"seed": 5, "kind": "big"}),
@@ -100,20 +100,24 @@ def test_every_item_meets_every_combination() -> None:
 # ---- ids and labels ----
 
 
-def test_labels_are_the_last_parts_of_the_keys_where_those_differ() -> None:
-    (job,) = jobs("matrix: {inject.0.blocks: [late], sampler.steps: [4], size: [16x16], measure: [true]}\n")
+def test_labels_are_the_last_parts_of_the_keys_if_these_differ() -> None:
+    (job,) = load_jobs(
+        "matrix: {inject.0.blocks: [late], sampler.steps: [4], size: [16x16], measure: [true]}\n"
+    )
     assert job.labels == {"blocks": "late", "steps": 4, "size": "16x16", "measure": True}
-    (job,) = jobs("matrix: {inject.0.prompt: [b], prompt: [a], inject.0.steps: [all], sampler.steps: [3]}\n")
+    (job,) = load_jobs(
+        "matrix: {inject.0.prompt: [b], prompt: [a], inject.0.steps: [all], sampler.steps: [3]}\n"
+    )
     assert job.labels == {"inject.0.prompt": "b", "prompt": "a", "inject.0.steps": "all", "sampler.steps": 3}
 
 
 def test_the_users_own_label_stays() -> None:
-    (job,) = jobs("labels: {seed: first}\nmatrix: {seed: [1]}\n")
+    (job,) = load_jobs("labels: {seed: first}\nmatrix: {seed: [1]}\n")
     assert job.labels == {"seed": "first"}
 
 
 def test_the_label_of_a_structure_is_its_json() -> None:
-    first, second = jobs("matrix:\n  inject.0.strength: [{curve: linear}, 0.5]\n")
+    first, second = load_jobs("matrix:\n  inject.0.strength: [{curve: linear}, 0.5]\n")
     assert first.labels == {"strength": '{"curve": "linear"}'}
     assert (first.id, second.id) == ("strength0", "strength1")
 
@@ -138,7 +142,7 @@ def test_the_label_of_a_structure_is_its_json() -> None:
     ],
 )
 def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expected: list[str]) -> None:
-    assert ids(text + "\n") == expected
+    assert load_ids(text + "\n") == expected
 
 
 # ---- mistakes ----
@@ -218,24 +222,24 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_a_mistake_in_a_sweep_has_the_line_of_its_key_or_value(text: str, lines: list[str]) -> None:
-    assert problems(text + "\n") == lines
+def test_an_error_in_a_sweep_has_the_line_of_its_key_or_value(text: str, lines: list[str]) -> None:
+    assert load_problems(text + "\n") == lines
 
 
-def test_a_sweep_larger_than_a_batch_can_be_is_refused_before_it_is_made() -> None:
+def test_a_sweep_beyond_the_limit_is_refused_before_it_is_expanded() -> None:
     many = ", ".join(map(str, range(1000)))
     text = f"matrix: {{seed: [{many}], sampler.steps: [{many}], frames: [{many}]}}\n"
-    assert problems(text) == [
+    assert load_problems(text) == [
         f"job.yaml:6: matrix: makes 1,000,000,000 shots of one file; the limit is {MAX_SHOTS:,}"
     ]
 
 
-def test_a_shot_knows_which_axis_said_a_key() -> None:
+def test_a_shot_knows_which_axis_set_a_key() -> None:
     text = (
         "items:\n  - seed: 3\nmatrix:\n  sampler.steps: [4,\n                  5]\n"
         "  inject.0.strength:\n    - {curve: sine}\n"
     )
-    second = loaded(text).items[1]
+    second = load(text).items[1]
     assert second.location("seed") == "job.yaml:7: items.0.seed"
     assert second.location("sampler", "steps") == "job.yaml:10: matrix.sampler.steps.1"
     assert second.location("inject", 0, "strength") == "job.yaml:12: matrix.inject.0.strength.0"
@@ -249,22 +253,22 @@ def test_a_shot_knows_which_axis_said_a_key() -> None:
 # ---- from the command line ----
 
 
-def test_a_flag_adds_an_axis_or_takes_the_place_of_one() -> None:
+def test_a_sweep_option_adds_or_replaces_an_axis() -> None:
     text = "matrix: {seed: [1, 2], noise: [cpu, cuda]}\nexclude: [{seed: 2}]\n"
-    assert [(job.seed, job.noise) for job in jobs(text, sweeps=("seed=8,9",))] == [
+    assert [(job.seed, job.noise) for job in load_jobs(text, sweeps=("seed=8,9",))] == [
         (8, "cpu"),
         (8, "cuda"),
         (9, "cpu"),
         (9, "cuda"),
     ]
-    assert [job.sampler.steps for job in jobs("", sweeps=("sampler.steps=3,4",))] == [3, 4]
-    (line,) = problems("zip: {seed: [1], noise: [cpu]}\n", sweeps=("seed=2",))
+    assert [job.sampler.steps for job in load_jobs("", sweeps=("sampler.steps=3,4",))] == [3, 4]
+    (line,) = load_problems("zip: {seed: [1], noise: [cpu]}\n", sweeps=("seed=2",))
     assert line == "job.yaml:6: zip.seed: varies together with other keys in zip"
 
 
-def test_set_beats_everything_a_file_says_but_not_what_a_sweep_varies() -> None:
+def test_set_overrides_every_file_but_no_key_of_a_sweep() -> None:
     text = "seed: 1\nitems: [{seed: 2, id: a}, {id: b}]\n"
-    assert [job.seed for job in jobs(text, sets=("seed=3",))] == [3, 3]
-    assert problems("matrix: {seed: [1, 2]}\n", sets=("seed=3",)) == [
+    assert [job.seed for job in load_jobs(text, sets=("seed=3",))] == [3, 3]
+    assert load_problems("matrix: {seed: [1, 2]}\n", sets=("seed=3",)) == [
         "--set seed: has one value in each shot of a sweep"
     ]

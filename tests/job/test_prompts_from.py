@@ -11,7 +11,7 @@ from wancli.job.loader import Item, load
 from wancli.job.matrix import MAX_SHOTS
 
 
-def items(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> tuple[Item, ...]:
+def load_items(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> tuple[Item, ...]:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
@@ -19,26 +19,26 @@ def items(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") 
     return load(folder / "job.yaml").items
 
 
-def problems(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> list[str]:
+def load_problems(folder: Path, data: bytes, name: str = "lists/p.txt", more: str = "") -> list[str]:
     with pytest.raises(JobError) as caught:
-        items(folder, data, name, more)
+        load_items(folder, data, name, more)
     return str(caught.value).replace(f"{folder}/", "").splitlines()
 
 
-def test_a_text_is_a_prompt_a_line_without_comments_and_empty_lines(tmp_path: Path) -> None:
-    found = items(tmp_path, "\ufeff# cats\n a cat \r\n\n\t# no\na dog: #2, \U0001f415\nno".encode())
-    assert [item.job.prompt for item in found] == ["a cat", "a dog: #2, \U0001f415", "no"]
-    assert found[1].location("prompt") == f"{tmp_path}/lists/p.txt:5: prompt"
-    assert found[1].location("model") == f"{tmp_path}/job.yaml:1: model"
-    assert found[1].location("seed") == f"{tmp_path}/job.yaml: seed"
+def test_a_text_file_has_a_prompt_per_line_except_comments_and_empty_lines(tmp_path: Path) -> None:
+    items = load_items(tmp_path, "\ufeff# cats\n a cat \r\n\n\t# no\na dog: #2, \U0001f415\nno".encode())
+    assert [item.job.prompt for item in items] == ["a cat", "a dog: #2, \U0001f415", "no"]
+    assert items[1].location("prompt") == f"{tmp_path}/lists/p.txt:5: prompt"
+    assert items[1].location("model") == f"{tmp_path}/job.yaml:1: model"
+    assert items[1].location("seed") == f"{tmp_path}/job.yaml: seed"
 
 
-def test_json_lines_may_say_any_key_of_a_job(tmp_path: Path) -> None:
+def test_json_lines_may_set_any_key_of_a_job(tmp_path: Path) -> None:
     data = (
         b'{"prompt": "a", "id": "x", "labels": {"k": 1}, "loras": [{"path": "l"}]}\n\n# note\n'
         b'{"prompt": "\\ud83d\\ude00", "sampler": {"steps": 3}}\n'
     )
-    first, second = items(tmp_path, data, "lists/p.jsonl", "sampler: {shift: 2}\nid: base\n")
+    first, second = load_items(tmp_path, data, "lists/p.jsonl", "sampler: {shift: 2}\nid: base\n")
     assert (first.job.prompt, first.job.id, first.job.labels) == ("a", "x", {"k": 1})
     assert (second.job.prompt, second.job.id) == ("\U0001f600", "base")
     assert (second.job.sampler.steps, second.job.sampler.shift) == (3, 2)
@@ -47,10 +47,10 @@ def test_json_lines_may_say_any_key_of_a_job(tmp_path: Path) -> None:
     assert second.location("sampler", "shift") == f"{tmp_path}/job.yaml:3: sampler.shift"
 
 
-def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
-    found = items(tmp_path, b"a\nb\n", more="matrix: {seed: [1, 2]}\n")
-    assert [(item.job.prompt, item.job.seed) for item in found] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
-    assert [item.job.id for item in found] == ["0000-seed1", "0000-seed2", "0001-seed1", "0001-seed2"]
+def test_prompts_are_combined_with_a_matrix(tmp_path: Path) -> None:
+    items = load_items(tmp_path, b"a\nb\n", more="matrix: {seed: [1, 2]}\n")
+    assert [(item.job.prompt, item.job.seed) for item in items] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert [item.job.id for item in items] == ["0000-seed1", "0000-seed2", "0001-seed1", "0001-seed2"]
 
 
 @pytest.mark.parametrize(
@@ -102,18 +102,16 @@ def test_prompts_meet_a_matrix(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_a_mistake_has_the_file_and_the_line(
-    tmp_path: Path, data: bytes, name: str, lines: list[str]
-) -> None:
-    assert problems(tmp_path, data, name) == lines
+def test_an_error_has_the_file_and_the_line(tmp_path: Path, data: bytes, name: str, lines: list[str]) -> None:
+    assert load_problems(tmp_path, data, name) == lines
 
 
 def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
-    (line,) = problems(tmp_path, b'{"a": ' + b"[" * 100_000 + b"\n", "p.jsonl")
+    (line,) = load_problems(tmp_path, b'{"a": ' + b"[" * 100_000 + b"\n", "p.jsonl")
     assert line.startswith("p.jsonl:1: is not JSON: ")
 
 
-def test_a_list_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_of_the_job(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("prompts_from: no.txt\n")
     with pytest.raises(JobError) as caught:
         load(tmp_path / "job.yaml")
@@ -130,5 +128,5 @@ def test_a_list_that_is_not_there_is_a_mistake_of_the_job(tmp_path: Path) -> Non
         ("seed: x\n", "job.yaml:3: seed: expected a whole number, got 'x'"),
     ],
 )
-def test_the_job_keeps_its_own_mistakes(tmp_path: Path, more: str, problem: str) -> None:
-    assert problems(tmp_path, b"a\nb\n", more=more) == [problem]
+def test_an_error_of_the_job_is_reported_in_the_job(tmp_path: Path, more: str, problem: str) -> None:
+    assert load_problems(tmp_path, b"a\nb\n", more=more) == [problem]

@@ -20,25 +20,25 @@ MINIMAL = "model: m\nprompt: a cat\n"
 TOP = ", ".join(known_keys(()))
 
 
-def loaded(text: str) -> JobFile:
+def load_text(text: str) -> JobFile:
     return parse(text.encode(), "job.yaml", "job", Path("/jobs"))
 
 
-def problems(text: str) -> list[str]:
+def load_problems(text: str) -> list[str]:
     with pytest.raises(JobError) as caught:
-        loaded(text)
+        load_text(text)
     return str(caught.value).splitlines()
 
 
-def test_the_defaults_leave_to_the_plan_what_depends_on_the_model() -> None:
-    job = loaded(MINIMAL).items[0].job
+def test_defaults_that_depend_on_the_model_are_left_to_the_plan() -> None:
+    job = load_text(MINIMAL).items[0].job
     assert (job.negative, job.output) == ("default", "out/{job}/{item:04d}-{slug}.mp4")
     assert (job.size, job.frames, job.sampler.steps, job.sampler.shift, job.video.fps) == (None,) * 5
     assert (job.seed, job.noise, job.measure, job.inject) == (0, "cpu", False, [])
     assert (job.sampler.solver, job.text.max_tokens, job.text.truncate) == ("unipc", 256, False)
 
 
-def test_a_job_is_named_after_its_file_and_starts_paths_where_it_lies(tmp_path: Path) -> None:
+def test_a_job_is_named_after_its_file_and_its_paths_start_from_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "night shift.yaml"
     path.write_text(MINIMAL)
     job = load(path)
@@ -46,12 +46,12 @@ def test_a_job_is_named_after_its_file_and_starts_paths_where_it_lies(tmp_path: 
 
 
 def test_json_is_a_job_too() -> None:
-    assert loaded('{"model": "m", "prompt": "a \\ud83d\\udc31"}').items[0].job.prompt == "a 🐱"
+    assert load_text('{"model": "m", "prompt": "a \\ud83d\\udc31"}').items[0].job.prompt == "a 🐱"
 
 
-def test_an_embedding_file_stands_where_a_prompt_does() -> None:
+def test_an_embedding_file_may_replace_a_prompt() -> None:
     job = (
-        loaded(
+        load_text(
             "model: m\nprompt: {embedding: a.safetensors}\nnegative: {embedding: a.safetensors, index: 1}\n"
         )
         .items[0]
@@ -203,27 +203,27 @@ def test_an_embedding_file_stands_where_a_prompt_does() -> None:
     ],
     ids=lambda text: text[:40],
 )
-def test_a_mistake_is_one_line_with_file_line_key_and_a_way_out(line: str, problem: str) -> None:
-    assert problems(f"{MINIMAL}{line}\n") == [f"job.yaml:3: {problem}"]
+def test_an_error_is_one_line_with_file_line_key_and_a_way_out(line: str, problem: str) -> None:
+    assert load_problems(f"{MINIMAL}{line}\n") == [f"job.yaml:3: {problem}"]
 
 
 def test_a_long_value_is_shown_in_part() -> None:
-    (problem,) = problems(MINIMAL + "seed: " + "9" * 5000 + "\n")
+    (problem,) = load_problems(MINIMAL + "seed: " + "9" * 5000 + "\n")
     assert problem.startswith("job.yaml:3: seed: expected a whole number, got '999")
     assert len(problem) < 120
 
 
 def test_a_misspelt_key_is_not_also_reported_as_missing() -> None:
-    assert problems("model: m\npromt: x\n") == ["job.yaml:2: promt: unknown key; did you mean 'prompt'?"]
+    assert load_problems("model: m\npromt: x\n") == ["job.yaml:2: promt: unknown key; did you mean 'prompt'?"]
 
 
 def test_a_missing_key_names_the_file() -> None:
-    assert problems("seed: 1\n") == ["job.yaml: prompt: is missing"]
+    assert load_problems("seed: 1\n") == ["job.yaml: prompt: is missing"]
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_schema() -> None:
     text = "model: 5\nprompt: [1]\nfrages: 3\nframes: 0\nsampler:\n  steps: x\n  solver: ddim\n"
-    assert problems(text) == [
+    assert load_problems(text) == [
         "job.yaml:1: model: expected text, got 5; put it in quotes",
         "job.yaml:2: prompt: expected text, got a list",
         "job.yaml:4: frames: should be greater than or equal to 1, got 0",
@@ -235,13 +235,13 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_schema() -> None:
 
 @pytest.mark.parametrize("text", ["- a\n", "hello\n", "null\n", "5\n"])
 def test_a_job_is_a_mapping(text: str) -> None:
-    assert problems(text) == ["job.yaml: a job is a mapping of keys to values"]
+    assert load_problems(text) == ["job.yaml: a job is a mapping of keys to values"]
 
 
 @pytest.mark.parametrize("items", ["", "[]", "{}", "x", "[x]", "[{seed: 1}, 2]"])
 def test_items_are_a_list_of_mappings(items: str) -> None:
     line = "job.yaml:3: items: must be a list of mappings, one per shot"
-    assert problems(f"{MINIMAL}items: {items}\n") == [line]
+    assert load_problems(f"{MINIMAL}items: {items}\n") == [line]
 
 
 # ---- items ----
@@ -268,7 +268,7 @@ items:
 
 
 def test_items_are_merged_mapping_by_mapping_and_lists_are_replaced() -> None:
-    plain, second, third = (item.job for item in loaded(ITEMS).items)
+    plain, second, third = (item.job for item in load_text(ITEMS).items)
     assert (plain.id, plain.sampler.steps, plain.labels) == ("plain", 20, {"series": "a", "take": 1})
     assert [r.prompt for r in plain.inject] == ["fish", "birds"]
     assert (second.sampler.steps, second.sampler.shift, second.sampler.guidance) == (20, 3, 2)
@@ -295,20 +295,20 @@ def test_items_are_merged_mapping_by_mapping_and_lists_are_replaced() -> None:
     ],
     ids=str,
 )
-def test_a_key_of_an_item_is_found_where_it_was_written(path: tuple[Any, ...], place: str) -> None:
-    assert loaded(ITEMS).items[1].location(*path) == place
+def test_a_key_of_an_item_has_the_line_that_set_it(path: tuple[Any, ...], place: str) -> None:
+    assert load_text(ITEMS).items[1].location(*path) == place
 
 
-def test_a_mistake_in_what_items_share_is_reported_once() -> None:
+def test_an_error_that_items_share_is_reported_once() -> None:
     text = "model: m\nprompt: a\nsampler: {steps: 0}\nitems:\n  - sampler: {guidance: 2}\n  - seed: 1\n"
-    assert problems(text) == ["job.yaml:3: sampler.steps: should be greater than or equal to 1, got 0"]
+    assert load_problems(text) == ["job.yaml:3: sampler.steps: should be greater than or equal to 1, got 0"]
 
 
-def test_mistakes_of_items_have_their_own_lines() -> None:
+def test_errors_of_items_have_their_own_lines() -> None:
     text = MINIMAL + (
         "items:\n  - seed: x\n  - sampler:\n      steps: 0\n  - inject:\n      - blocks: 3\n  - sed: 1\n"
     )
-    assert problems(text) == [
+    assert load_problems(text) == [
         "job.yaml:4: items.0.seed: expected a whole number, got 'x'",
         "job.yaml:6: items.1.sampler.steps: should be greater than or equal to 1, got 0",
         "job.yaml:8: items.2.inject.0.prompt: is missing",
@@ -316,22 +316,22 @@ def test_mistakes_of_items_have_their_own_lines() -> None:
     ]
 
 
-def test_what_some_items_say_is_missing_at_the_line_of_the_others() -> None:
+def test_a_key_that_only_some_items_set_is_missing_in_the_others() -> None:
     text = "seed: 3\nitems:\n  - prompt: a\n  - seed: 1\n  - {}\n"
-    assert problems(text) == [
+    assert load_problems(text) == [
         "job.yaml:4: items.1.prompt: is missing",
         "job.yaml:5: items.2.prompt: is missing",
     ]
-    assert problems("seed: 3\nitems:\n  - seed: 1\n  - seed: 2\n") == ["job.yaml: prompt: is missing"]
+    assert load_problems("seed: 3\nitems:\n  - seed: 1\n  - seed: 2\n") == ["job.yaml: prompt: is missing"]
 
 
 def test_items_have_no_items_of_their_own() -> None:
-    (problem,) = problems(MINIMAL + "items:\n  - items: [{seed: 1}]\n")
+    (problem,) = load_problems(MINIMAL + "items:\n  - items: [{seed: 1}]\n")
     assert problem.startswith("job.yaml:4: items.0.items: unknown key; known: ")
 
 
-def test_an_item_may_bring_the_required_keys() -> None:
-    job = loaded("items:\n  - {model: m, prompt: a}\n  - {model: n, prompt: b}\n")
+def test_an_item_may_set_the_required_keys() -> None:
+    job = load_text("items:\n  - {model: m, prompt: a}\n  - {model: n, prompt: b}\n")
     assert [item.job.model for item in job.items] == ["m", "n"]
 
 
@@ -373,11 +373,11 @@ _ANY = st.recursive(
 
 @given(st.dictionaries(_KEYS, _ANY, max_size=5))
 @settings(max_examples=150, deadline=None)
-def test_no_structure_comes_back_as_anything_but_a_job_or_a_job_error(changes: dict[str, Any]) -> None:
+def test_any_structure_gives_a_job_or_a_job_error(changes: dict[str, Any]) -> None:
     for job in (changes, tiny_job() | changes):
         text = yaml.safe_dump(job, allow_unicode=False, sort_keys=False)
         try:
-            refused = "" if loaded(text).items else "no items"
+            refused = "" if load_text(text).items else "no items"
         except JobError as error:
             refused = str(error)
         assert all(line.startswith("job.yaml") for line in refused.split("\n") if refused)

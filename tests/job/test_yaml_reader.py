@@ -85,7 +85,7 @@ def refusal(text: str | bytes) -> tuple[str, str]:
         (">-\n  one\n  two", "one two"),
     ],
 )
-def test_a_scalar_is_what_the_core_schema_of_yaml_1_2_says(scalar: str, value: Any) -> None:
+def test_a_scalar_is_read_by_the_core_schema_of_yaml_1_2(scalar: str, value: Any) -> None:
     found = value_of(scalar)
     assert found == value
     assert type(found) is type(value)
@@ -211,7 +211,7 @@ def test_a_refusal_is_one_line_with_the_place_and_a_way_out(
     assert refusal(text) == (message, hint)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key() -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_key() -> None:
     assert read_yaml(b"\xef\xbb\xbfa: 1\n", "job.yaml")[0] == {"a": 1}
 
 
@@ -264,7 +264,7 @@ def answer(data: bytes) -> tuple[Any, str]:
 
 @given(st.text(st.sampled_from("ab1.:-,?&*!|>%@`'\"[]{}#~\\ \t\n\r\0\ufeff\x85\u2028e0_<"), max_size=40))
 @settings(max_examples=300, deadline=None)
-def test_no_text_gets_past_the_loader_in_another_way_than_as_a_job_error(text: str) -> None:
+def test_a_text_that_is_refused_is_a_job_error(text: str) -> None:
     value, refused = answer(text.encode())
     json.dumps(value)
     assert refused.startswith("job.yaml") == (refused != "")
@@ -273,5 +273,5 @@ def test_no_text_gets_past_the_loader_in_another_way_than_as_a_job_error(text: s
 
 @given(st.binary(max_size=40))
 @settings(max_examples=100, deadline=None)
-def test_no_bytes_either(data: bytes) -> None:
+def test_bytes_that_are_refused_are_a_job_error(data: bytes) -> None:
     assert "\n" not in answer(data)[1]

@@ -23,7 +23,7 @@ def planned(folder: Path, **memory: Any) -> Shot:
     return build_plan(load(written(folder, job)), folder / "memo").shots[0]
 
 
-def test_a_job_says_what_computes(tmp_path: Path):
+def test_a_job_chooses_the_backends(tmp_path: Path):
     assert planned(tmp_path).model.kernels == ComputeOptions()
     assert planned(tmp_path, attention="math", chunk=256).model.kernels == ComputeOptions("math", 256)
     shot = planned(tmp_path, fp8_matmul=True)
@@ -34,7 +34,7 @@ def test_a_job_says_what_computes(tmp_path: Path):
     )
 
 
-def test_another_rounding_is_another_latent_and_smaller_pieces_are_not(tmp_path: Path):
+def test_the_key_of_a_latent_depends_on_rounding_but_not_on_the_chunk(tmp_path: Path):
     plain = planned(tmp_path).latents_key
     assert planned(tmp_path, chunk=256).latents_key == plain
     others = {
@@ -44,7 +44,7 @@ def test_another_rounding_is_another_latent_and_smaller_pieces_are_not(tmp_path:
     assert len(others | {plain}) == 5
 
 
-def test_products_in_fp8_need_no_second_copy_of_the_weights(tmp_path: Path):
+def test_fp8_matmuls_need_no_second_copy_of_the_weights(tmp_path: Path):
     packed, product = planned(tmp_path, dtype="fp8"), planned(tmp_path, fp8_matmul=True)
     assert predict_phases(product)[1].model < predict_phases(packed)[1].model
 
@@ -62,12 +62,12 @@ def test_products_in_fp8_need_no_second_copy_of_the_weights(tmp_path: Path):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path: Path, memory: dict[str, Any], message: str):
+def test_contradicting_options_are_refused(tmp_path: Path, memory: dict[str, Any], message: str):
     with pytest.raises(JobError, match=message):
         planned(tmp_path, **memory)
 
 
-def test_loras_and_products_in_fp8_do_not_go_together(tmp_path: Path):
+def test_loras_cannot_be_combined_with_fp8_matmuls(tmp_path: Path):
     job = tiny_job(memory={"fp8_matmul": True}, loras=[{"path": "style.safetensors"}])
     with pytest.raises(JobError, match="loras: LoRAs cannot be added to weights that multiply in fp8"):
         build_plan(load(written(tmp_path, job)), tmp_path / "memo")
@@ -78,13 +78,16 @@ def test_loras_and_products_in_fp8_do_not_go_together(tmp_path: Path):
     [
         (
             {"attention": "sage"},
-            "memory.attention: sage attention cannot run: sageattention is not installed",
+            "memory.attention: attention backend 'sage' is not available: sageattention is not installed",
         ),
-        ({"attention": "cudnn"}, "memory.attention: cudnn attention cannot run: torch has it not for fp32"),
+        (
+            {"attention": "cudnn"},
+            "memory.attention: attention backend 'cudnn' is not available: torch does not support it",
+        ),
         ({"fp8_matmul": True}, "memory.fp8_matmul: only CUDA devices multiply in fp8"),
     ],
 )
-def test_what_the_machine_lacks_is_said_before_anything_is_loaded(
+def test_a_missing_backend_is_reported_before_anything_is_loaded(
     render: Callable[..., Said], memory: dict[str, Any], message: str
 ):
     said = render(memory={"device": "cpu"} | memory)
@@ -92,7 +95,7 @@ def test_what_the_machine_lacks_is_said_before_anything_is_loaded(
     assert message in said.err
 
 
-def test_the_manifest_and_the_report_name_what_computed(render: Callable[..., Said], tmp_path: Path, capsys):
+def test_the_manifest_and_the_report_name_the_backends(render: Callable[..., Said], tmp_path: Path, capsys):
     memory = {"device": "cpu", "attention": "math", "chunk": 256}
     job = {"size": "256x128", "frames": 9, "memory": memory, "video": {"keep_latents": True}}
     assert render(**job).code == 0
@@ -101,9 +104,7 @@ def test_the_manifest_and_the_report_name_what_computed(render: Callable[..., Sa
     assert body["attention"] == {"asked": "math", "self": "math", "cross": "flash_attention"}
 
 
-def test_a_shot_in_pieces_is_the_same_and_so_are_its_measured_effects(
-    render: Callable[..., Said], tmp_path: Path
-):
+def test_a_chunked_shot_and_its_measured_effects_are_the_same(render: Callable[..., Said], tmp_path: Path):
     found = []
     for chunk in (256, "auto"):
         job = {"size": "256x128", "frames": 9, "video": {"keep_latents": True}, "memory": {"chunk": chunk}}
@@ -120,7 +121,7 @@ def test_a_shot_in_pieces_is_the_same_and_so_are_its_measured_effects(
         assert a["changed_percent"] == pytest.approx(b["changed_percent"], abs=0.01)
 
 
-def test_the_plan_and_the_summary_say_what_computes(
+def test_the_plan_and_the_summary_name_the_backends(
     tmp_path: Path, shallow: Path, warm: Path, capsys, monkeypatch
 ):
     monkeypatch.setenv("WANCLI_CACHE", str(warm))

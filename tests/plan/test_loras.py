@@ -105,14 +105,16 @@ def test_a_lora_renders_what_a_checkpoint_with_it_merged_renders(
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_at_strength_0_it_is_the_plain_model(render: Callable[..., Said], tmp_path: Path, lora: Path) -> None:
+def test_a_lora_at_strength_0_gives_the_plain_model(
+    render: Callable[..., Said], tmp_path: Path, lora: Path
+) -> None:
     assert render(video=KEPT, loras=[{"path": "style.safetensors", "strength": 0}]).code == 0
     assert render(folder=tmp_path / "plain", video=KEPT).code == 0
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("steps", ["0", "1"])
-def test_a_lora_for_one_step_is_there_in_that_step_alone(
+def test_a_lora_for_one_step_applies_in_that_step_only(
     render: Callable[..., Said],
     tmp_path: Path,
     shallow: Path,
@@ -139,7 +141,7 @@ def test_a_lora_for_one_step_is_there_in_that_step_alone(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_shots_with_other_loras_do_not_touch_each_other(
+def test_shots_with_different_loras_do_not_affect_each_other(
     render: Callable[..., Said], tmp_path: Path, shallow: Path, lora: Path, factors: Factors, dtype: str
 ) -> None:
     other = saved(
@@ -165,7 +167,7 @@ def test_shots_with_other_loras_do_not_touch_each_other(
 @pytest.mark.parametrize(
     "housed", [{"residency": "packed"}, {"residency": "streamed"}, {"residency": "streamed", "dtype": "bf16"}]
 )
-def test_loras_on_fetched_weights_give_what_they_give_on_resident_ones(
+def test_loras_give_the_same_on_streamed_and_resident_weights(
     render: Callable[..., Said], tmp_path: Path, lora: Path, housed: dict[str, Any]
 ) -> None:
     items: list[dict[str, Any]] = [
@@ -183,7 +185,7 @@ def test_loras_on_fetched_weights_give_what_they_give_on_resident_ones(
     assert len({latents_of(tmp_path / "fetched", name).sum().item() for name in "abc"}) == 3
 
 
-def test_the_manifest_says_which_lora_and_what_of_it(
+def test_the_manifest_records_each_lora_and_its_coverage(
     render: Callable[..., Said], tmp_path: Path, lora: Path
 ) -> None:
     entry = {"path": "style.safetensors", "strength": 0.5, "steps": "1", "blocks": "0-2"}
@@ -235,7 +237,7 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
     return decided
 
 
-def test_a_lora_applies_everywhere_unless_said_otherwise(decide: Callable[..., Shot], lora: Path) -> None:
+def test_a_lora_applies_everywhere_by_default(decide: Callable[..., Shot], lora: Path) -> None:
     (use,) = decide({"path": "style.safetensors"}).loras
     assert (use.path, use.strength, use.blocks, use.steps, use.expert) == (lora, 1.0, None, None, None)
     (use,) = decide({"path": "style.safetensors", "blocks": ["2-3", 0], "steps": {"sigma": [0, 0.9]}}).loras
@@ -244,7 +246,7 @@ def test_a_lora_applies_everywhere_unless_said_otherwise(decide: Callable[..., S
     assert (use.blocks, use.steps) == ((0, 1, 2, 3), None)
 
 
-def test_keys_change_with_all_that_a_lora_does(
+def test_the_key_changes_with_every_option_of_a_lora(
     decide: Callable[..., Shot], lora: Path, tmp_path: Path
 ) -> None:
     entry = {"path": "style.safetensors"}
@@ -266,7 +268,7 @@ def test_keys_change_with_all_that_a_lora_does(
     assert decide(loras=[]).key == shots[0].key
 
 
-def test_a_key_changes_with_the_config_that_gives_the_scale(
+def test_the_key_changes_with_the_config_that_sets_the_scale(
     decide: Callable[..., Shot], tmp_path: Path, factors: Factors
 ) -> None:
     found = {
@@ -291,13 +293,13 @@ def test_a_key_changes_with_the_config_that_gives_the_scale(
         ({"blocks": 3}, ":11: loras.0.blocks: style.safetensors changes none of these blocks"),
         ({"steps": 2}, ":11: loras.0.steps: 2 is past the last step (1)"),
         ({"steps": {"sigma": [0.1, 0.2]}}, ":11: loras.0.steps: no step is in this range"),
-        ({"expert": "high"}, ":11: loras.0.expert: this model has one transformer"),
+        ({"expert": "high"}, ":11: loras.0.expert: the model has one network for all steps, not two experts"),
         ({"strength": 11}, ":11: loras.0.strength: should be less than or equal to 10, got 11"),
         ({"strenght": 1}, ":11: loras.0.strenght: unknown key; did you mean 'strength'?"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
-def test_what_a_lora_may_not_say_is_an_error_with_its_line(
+def test_an_invalid_option_of_a_lora_is_an_error_with_its_line(
     decide: Callable[..., Shot], tmp_path: Path, factors: Factors, entry: dict[str, Any], line: str
 ) -> None:
     saved(tmp_path / "style.safetensors", in_blocks(factors, (0, 1)))
@@ -306,7 +308,7 @@ def test_what_a_lora_may_not_say_is_an_error_with_its_line(
     assert str(caught.value) == f"{tmp_path / 'job.yaml'}{line}"
 
 
-def test_a_file_that_is_no_lora_of_this_model_is_an_error_of_integrity(
+def test_a_file_that_is_not_a_lora_of_this_model_is_an_integrity_error(
     decide: Callable[..., Shot], tmp_path: Path
 ) -> None:
     save_file({"lora_unet_down_blocks_0_conv.alpha": torch.ones(())}, tmp_path / "sd.safetensors")

@@ -76,9 +76,7 @@ def test_a_name_of_models_yaml_is_a_model(
     assert shot_of(tmp_path, model="folder").key == shot_of(tmp_path, model="files").key == key
 
 
-def test_the_users_config_folder_is_where_models_yaml_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_yaml_is_in_the_users_config_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     (tmp_path / "config/wancli").mkdir(parents=True)
     (tmp_path / "config/wancli/models.yaml").write_text(f"mine: {TINY}\n")
@@ -111,7 +109,7 @@ def test_without_a_models_yaml_the_hint_says_where_one_would_be(
     assert problem(tmp_path, "x").hint.endswith(f"{tmp_path}/config/wancli/models.yaml names no models.")
 
 
-def test_a_models_yaml_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_file_that_wancli_models_names_must_exist(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("WANCLI_MODELS", str(tmp_path / "no.yaml"))
     assert str(problem(tmp_path, "x")).startswith("$WANCLI_MODELS: ")
 
@@ -131,7 +129,7 @@ def test_a_models_yaml_that_was_asked_for_must_be_there(tmp_path: Path, monkeypa
         ("a: [", "models.yaml:1:5: is not YAML"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_in_models_yaml_is_named(
+def test_an_error_in_models_yaml_names_its_key(
     tmp_path: Path, name_models: Any, text: str, message: str
 ) -> None:
     name_models(text)
@@ -155,7 +153,7 @@ def test_a_mapping_of_files_is_strict(flat: Path, changes: dict[str, Any], messa
     assert "job.yaml:" in error
 
 
-def test_files_one_by_one_render_the_same_video_and_decode_from_the_record(
+def test_single_files_render_the_same_video_and_decode_from_the_manifest(
     flat: Path,
     shallow: Path,
     tmp_path: Path,
@@ -177,7 +175,7 @@ def test_files_one_by_one_render_the_same_video_and_decode_from_the_record(
     assert (said.code, said.err) == (0, "")
 
 
-def test_one_file_finds_the_others_beside_it(flat: Path, tmp_path: Path) -> None:
+def test_the_other_files_are_found_beside_the_transformer(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="48 is not a multiple of 128"):
         shot_of(flat, model=TRANSFORMER)
     from safetensors.torch import save_file

@@ -58,29 +58,29 @@ def cache(folder: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def probe(folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> Probe:
     """Probes the tiny job with an injection on 4 blocks."""
 
-    def probed(*options: str, **changes: Any) -> Said:
-        said = tiny_job(shallow, **{"inject": [rule(blocks="1-2")]} | changes)
-        return command(capsys, "probe", written(folder, said), "-q", *options)
+    def run_probe(*options: str, **changes: Any) -> Said:
+        result = tiny_job(shallow, **{"inject": [rule(blocks="1-2")]} | changes)
+        return command(capsys, "probe", written(folder, result), "-q", *options)
 
-    return probed
+    return run_probe
 
 
-def document(said: Said) -> dict[str, Any]:
-    assert said.code == 0, said.err
-    return dict(json.loads(said.out))
+def document(result: Said) -> dict[str, Any]:
+    assert result.code == 0, result.err
+    return dict(json.loads(result.out))
 
 
 # ---- the map ----
 
 
-def test_the_map_is_written_shown_and_kept(probe: Probe, folder: Path, cache: Path) -> None:
-    said = probe("--levels", "2")
-    assert (said.code, said.err) == (0, "")
+def test_the_map_is_written_printed_and_stored(probe: Probe, folder: Path, cache: Path) -> None:
+    result = probe("--levels", "2")
+    assert (result.code, result.err) == (0, "")
     path = folder / "out" / "job.map.inject.json"
-    assert said.out.splitlines()[-1] == f"map: {path}"
-    assert "inject map of shot 0000: 4 blocks at 2 noise levels" in said.out
-    assert "suggestion: blocks: " in said.out
-    assert max(map(len, said.out.splitlines()[:-1])) <= 80
+    assert result.out.splitlines()[-1] == f"map: {path}"
+    assert "inject map of shot 0000: 4 blocks at 2 noise levels" in result.out
+    assert "suggestion: blocks: " in result.out
+    assert max(map(len, result.out.splitlines()[:-1])) <= 80
     found = block_map.read(path)
     assert found is not None
     assert [block_map.read(kept) for kept in (cache / "maps").glob("*/*.json")] == [found]
@@ -122,7 +122,7 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
     return tuple(((v - plain).norm() / plain.norm()).item() / of for v, of in ((whole, 1), (part, s)))  # type: ignore[return-value]
 
 
-def test_injecting_changes_the_velocity_as_whole_forwards_say(
+def test_injecting_changes_the_velocity_as_whole_forwards_do(
     probe: Probe, folder: Path, cache: Path, shallow: Path
 ) -> None:
     written(folder, tiny_job(shallow), "plain.yaml")
@@ -144,7 +144,7 @@ def test_streamed_and_resident_weights_have_the_same_map(probe: Probe) -> None:
     assert of[0] == of[1]
 
 
-def test_the_gradient_is_near_the_change_by_small_strengths(
+def test_the_gradient_is_close_to_the_change_by_a_small_strength(
     probe: Probe, folder: Path, cache: Path, shallow: Path
 ) -> None:
     written(folder, tiny_job(shallow), "plain.yaml")
@@ -196,7 +196,7 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
         ),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
+def test_a_probe_that_cannot_run_is_refused_before_anything_is_loaded(
     options: list[str],
     changes: dict[str, Any],
     message: str,
@@ -204,38 +204,40 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     poison(monkeypatch)
-    said = probe(*options, **changes)
-    assert (said.code, said.out) == (2, "")
-    assert said.err.splitlines()[0] == f"wancli: {message}"
+    result = probe(*options, **changes)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[0] == f"wancli: {message}"
 
 
-def test_what_does_not_fit_is_refused_with_a_way_out(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_does_not_fit_is_refused_with_a_way_out(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch)
-    said = probe(memory={"budget": "431MiB", "residency": "resident"}, size="512x512", frames=81)
-    assert said.code == 5
-    assert "probing needs" in said.err
-    assert "Fewer frames" in said.err
+    result = probe(memory={"budget": "431MiB", "residency": "resident"}, size="512x512", frames=81)
+    assert result.code == 5
+    assert "probing needs" in result.err
+    assert "Fewer frames" in result.err
 
 
-def asked_of(folder: Path, method: block_map.Method, **changes: Any) -> request.ProbeRequest:
+def plan_tiny_probe(folder: Path, method: block_map.Method, **changes: Any) -> request.ProbeRequest:
     job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
     return request.plan_probe(
         build_plan(load(written(folder, job)), folder / "memo"), method, None, None, None
     )
 
 
-def test_prompts_that_are_to_be_encoded_need_room_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = asked_of(tmp_path, "inject", memory={"budget": "8GiB"})
+def test_encoding_the_prompts_needs_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe_request = plan_tiny_probe(tmp_path, "inject", memory={"budget": "8GiB"})
     monkeypatch.setattr(memory_estimate, "predict_encoding", lambda *_: Phase("encode", 9 * 2**30, 0, 0))
-    assert request.max_forwards_per_pass(asked, encoded=True) == 1
+    assert request.max_forwards_per_pass(probe_request, encoded=True) == 1
     with pytest.raises(DoesNotFit, match="probing needs 9"):
-        request.max_forwards_per_pass(asked, encoded=False)
+        request.max_forwards_per_pass(probe_request, encoded=False)
 
 
 def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> None:
-    gradient, inject = (asked_of(tmp_path, method, size="256x256") for method in ("gradient", "inject"))
+    gradient, inject = (
+        plan_tiny_probe(tmp_path, method, size="256x256") for method in ("gradient", "inject")
+    )
     wan = gradient.shot.model.checkpoint.transformer_config
     streams = wan.num_layers * gradient.shot.tokens * wan.dim * 4
     assert (
@@ -250,16 +252,14 @@ def test_a_gradient_keeps_a_residual_stream_for_each_block(tmp_path: Path) -> No
         (ComputeOptions(attention="sage"), "SageAttention"),
     ],
 )
-def test_what_no_gradient_goes_back_over_is_named(
-    tmp_path: Path, kernels: ComputeOptions, lacking: str
-) -> None:
-    asked = asked_of(tmp_path, "gradient")
-    shot = replace(asked.shot, model=replace(asked.shot.model, kernels=kernels))
+def test_an_option_without_gradients_is_named(tmp_path: Path, kernels: ComputeOptions, lacking: str) -> None:
+    probe_request = plan_tiny_probe(tmp_path, "gradient")
+    shot = replace(probe_request.shot, model=replace(probe_request.shot.model, kernels=kernels))
     with pytest.raises(JobError, match=f"--method: gradient is not available with {lacking}"):
-        request.max_forwards_per_pass(replace(asked, shot=shot), encoded=True)
+        request.max_forwards_per_pass(replace(probe_request, shot=shot), encoded=True)
 
 
-def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:
+def test_the_requested_shot_is_probed(probe: Probe) -> None:
     items = [{"id": "plain", "inject": []}, {"id": "a"}, {"id": "b", "seed": 5}]
     for options, shot, seed in (((), "a", 0), (("--shot", "b"), "b", 5)):
         found = document(probe("--json", "--levels", "1", *options, items=items, output="out/{id}.mp4"))
@@ -267,7 +267,7 @@ def test_the_shot_that_is_asked_for_is_probed(probe: Probe) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_probe_that_is_stopped_says_so_and_leaves_no_map(
+def test_a_stopped_probe_leaves_no_map(
     number: signal.Signals, code: int, probe: Probe, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = WanModel.read_velocity, []
@@ -279,20 +279,20 @@ def test_a_probe_that_is_stopped_says_so_and_leaves_no_map(
         return real(self, stream)
 
     monkeypatch.setattr(WanModel, "read_velocity", velocity)
-    said = probe("--levels", "2")
-    assert said.code == code
-    assert said.err.splitlines()[0] == f"wancli: stopped by {number.name}; no map was written"
+    result = probe("--levels", "2")
+    assert result.code == code
+    assert result.err.splitlines()[0] == f"wancli: stopped by {number.name}; no map was written"
     assert not list(folder.rglob("*.map.*")) + list(folder.rglob("maps"))
 
 
 # ---- auto:top8 ----
 
 
-def planned(
+def plan_auto(
     folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], *options: str, **changes: Any
 ) -> Said:
-    said = tiny_job(shallow, **{"inject": [rule(blocks="auto:top2")]} | changes)
-    return command(capsys, "plan", written(folder, said, "auto.yaml"), *options)
+    result = tiny_job(shallow, **{"inject": [rule(blocks="auto:top2")]} | changes)
+    return command(capsys, "plan", written(folder, result, "auto.yaml"), *options)
 
 
 def test_a_job_takes_its_blocks_from_the_map(
@@ -301,42 +301,42 @@ def test_a_job_takes_its_blocks_from_the_map(
     ranking = block_map.rank(document(probe("--json", "--levels", "1"))["total"])
     (top, bottom) = (sorted(ranking[:2]), sorted(ranking[2:]))
     both = ["auto:top2", *bottom], [*top, *bottom]
-    for said, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
-        auto = planned(folder, shallow, capsys, "--json", inject=[rule(blocks=said)])
+    for result, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
+        auto = plan_auto(folder, shallow, capsys, "--json", inject=[rule(blocks=result)])
         written(folder, tiny_job(shallow, inject=[rule(blocks=blocks)]), "numbers.yaml")
         numbers = command(capsys, "plan", folder / "numbers.yaml", "--json")
         keys = [json.loads(one.out)["shots"][0]["key"] for one in (auto, numbers)]
         assert keys[0] == keys[1]
-    verbose = planned(folder, shallow, capsys, "-v")
+    verbose = plan_auto(folder, shallow, capsys, "-v")
     assert verbose.err == ""
     became = f"auto:top2  is {block_map.format_blocks(top)}, by the inject map of shot 0000 of job, 20"
     assert became in verbose.out
 
 
-def test_a_map_of_other_prompts_is_taken_with_a_warning_that_names_it(
+def test_a_map_of_other_prompts_is_used_with_a_warning_that_names_it(
     probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document(probe("--json", "--levels", "1"))
-    said = planned(folder, shallow, capsys, prompt="A lighthouse on a cliff.")
-    assert said.code == 0
-    assert "auto:top2 uses the inject map of shot 0000 of job, 20" in said.err
-    assert "which was measured with 'A gray tabby cat walks through" in said.err
+    result = plan_auto(folder, shallow, capsys, prompt="A lighthouse on a cliff.")
+    assert result.code == 0
+    assert "auto:top2 uses the inject map of shot 0000 of job, 20" in result.err
+    assert "which was measured with 'A gray tabby cat walks through" in result.err
 
 
 def test_without_a_map_the_error_names_the_command_and_that_command_needs_none(
     probe: Probe, folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
-    said = planned(folder, shallow, capsys)
-    assert said.code == 2
-    assert "inject.0.blocks: auto:top2 needs a map, and none was measured with this model" in said.err
-    assert "`wancli probe JOB` measures one" in said.err
+    result = plan_auto(folder, shallow, capsys)
+    assert result.code == 2
+    assert "inject.0.blocks: auto:top2 needs a map, and none was measured with this model" in result.err
+    assert "`wancli probe JOB` measures one" in result.err
     assert probe("--levels", "1", inject=[rule(blocks="auto:top2")]).code == 0
-    assert planned(folder, shallow, capsys).code == 0
+    assert plan_auto(folder, shallow, capsys).code == 0
 
 
-def test_a_set_that_is_none_is_an_error_of_its_line(
+def test_an_invalid_set_is_an_error_with_its_line(
     folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = planned(folder, shallow, capsys, inject=[rule(blocks="auto:top99")])
-    assert said.code == 2
-    assert "inject.0.blocks: 'auto:top99' is not within 1 and the model's 4 blocks" in said.err
+    result = plan_auto(folder, shallow, capsys, inject=[rule(blocks="auto:top99")])
+    assert result.code == 2
+    assert "inject.0.blocks: 'auto:top99' is not within 1 and the model's 4 blocks" in result.err

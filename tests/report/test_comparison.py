@@ -143,7 +143,7 @@ def test_files_of_one_name_in_two_folders_have_their_paths_as_ids(tmp_path: Path
     [
         (["a.mp4", "--baseline", "z"], 2, "--baseline: 'z' is none of the videos\n  0 to 0, or a"),
         (["a.mp4", "--baseline", "1"], 2, "--baseline: '1' is none of the videos"),
-        (["a.mp4", "a.mp4"], 2, "a.mp4: named twice"),
+        (["a.mp4", "a.mp4"], 2, "a.mp4: given twice"),
         (["a.mp4", "no.mp4"], 2, "no.mp4: no such file"),
         (["a.mp4", "."], 2, ".: no such file"),
         (["a.mp4", "cut.mp4"], 3, "cut.mp4: ffmpeg failed"),

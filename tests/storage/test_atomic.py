@@ -355,7 +355,7 @@ def test_a_file_system_without_links_and_exclusive_rename_fails_the_preflight(
     monkeypatch.setattr(atomic, "_rename_noreplace", refuse)
     with pytest.raises(MachineError) as caught:
         atomic.require_writable(tmp_path)
-    assert "another place" in caught.value.hint
+    assert "another folder" in caught.value.hint
 
 
 def test_the_digest_is_sha256(tmp_path):

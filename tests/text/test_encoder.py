@@ -46,18 +46,18 @@ def tokens(text: str, max_tokens: int = 256) -> Tokens:
     return TOKENIZER.tokenize(text, max_tokens)
 
 
-def a_prompt_of(count: int) -> str:
+def prompt_of_length(count: int) -> str:
     """`▁a` is one piece, so that many tokens with `</s>`."""
     return " ".join(["a"] * (count - 1))
 
 
-def an_embedding(text: str = "a fog", width: int = 8) -> Embedding:
+def make_embedding(text: str = "a fog", width: int = 8) -> Embedding:
     found = tokens(text)
     rows_NE = torch.randn(len(found.ids), width, generator=torch.Generator().manual_seed(1))
     return Embedding.from_tokens(found, rows_NE, "weights")
 
 
-def same(a: Embedding, b: Embedding) -> bool:
+def are_equal(a: Embedding, b: Embedding) -> bool:
     return pack([a]) == pack([b])
 
 
@@ -109,35 +109,35 @@ def test_an_empty_prompt_is_one_token():
 
 
 @pytest.mark.parametrize("count", [255, 256])
-def test_a_prompt_up_to_the_limit_is_taken_whole(count: int):
-    found = tokens(a_prompt_of(count))
+def test_a_prompt_up_to_the_limit_is_not_cut(count: int):
+    found = tokens(prompt_of_length(count))
     assert len(found.ids) == count
     assert not found.truncated
 
 
 def test_one_token_too_many_is_refused_with_count_limit_and_both_ways_out():
     with pytest.raises(PromptTooLong, match=r"257 tokens, text\.max_tokens is 256") as caught:
-        tokens(a_prompt_of(257))
+        tokens(prompt_of_length(257))
     assert "text.max_tokens: 512" in caught.value.hint
     assert "text.truncate: true" in caught.value.hint
 
 
 def test_the_longer_limit_is_not_offered_to_a_prompt_that_exceeds_it():
     with pytest.raises(PromptTooLong) as caught:
-        tokens(a_prompt_of(513), 512)
+        tokens(prompt_of_length(513), 512)
     assert "512" not in caught.value.hint
 
 
 def test_truncation_keeps_the_last_token_as_end_of_text():
-    cut = TOKENIZER.tokenize(a_prompt_of(300), 256, truncate=True)
+    cut = TOKENIZER.tokenize(prompt_of_length(300), 256, truncate=True)
     assert len(cut.ids) == 256
     assert cut.ids[-1] == EOS
-    assert cut.ids[:-1] == tokens(a_prompt_of(256)).ids[:-1]
+    assert cut.ids[:-1] == tokens(prompt_of_length(256)).ids[:-1]
     assert cut.truncated
     assert cut.full_length == 300
 
 
-def test_a_tokenizer_file_that_is_none_is_named(tmp_path: Path):
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path: Path):
     broken = tmp_path / "spiece.model"
     broken.write_bytes(SPIECE.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"spiece\.model"):
@@ -154,12 +154,12 @@ def test_any_text_is_either_refused_or_survives_a_round_trip(text: str):
         return
     assert ENCODER.key(found)
     embedding = Embedding.from_tokens(found, torch.zeros(len(found.ids), 2), "weights")
-    assert same(unpack(pack([embedding]))[0], embedding)
+    assert are_equal(unpack(pack([embedding]))[0], embedding)
 
 
-def test_a_plan_can_clean_count_name_and_list_without_torch(tmp_path: Path):
+def test_a_plan_tokenizes_and_computes_keys_without_torch(tmp_path: Path):
     entry = tmp_path / "entry"
-    entry.write_bytes(pack([an_embedding()]))
+    entry.write_bytes(pack([make_embedding()]))
     program = f"""
 import sys
 from pathlib import Path
@@ -178,7 +178,7 @@ print(*{{"torch", "transformers", "numpy"}} & set(sys.modules))
 # ---- keys ----
 
 
-def test_whatever_changes_an_embedding_changes_its_key(monkeypatch: pytest.MonkeyPatch):
+def test_the_key_changes_with_everything_that_changes_an_embedding(monkeypatch: pytest.MonkeyPatch):
     same_parts: dict[str, Any] = {
         "encoder": "weights",
         "tokenizer_sha": "tokenizer",
@@ -203,7 +203,7 @@ def test_whatever_changes_an_embedding_changes_its_key(monkeypatch: pytest.Monke
     assert all(len(key) == 64 for key in keys)
 
 
-def test_texts_that_clean_to_the_same_share_a_key():
+def test_texts_that_are_equal_after_cleaning_share_a_key():
     assert ENCODER.key(tokens("a  cat &amp; fog")) == ENCODER.key(tokens("a cat & fog "))
 
 
@@ -240,7 +240,7 @@ def test_a_streamed_encoder_gives_the_same_entries_in_one_pass_over_its_weights(
     streamed = list(encode(replace(ENCODER, residency="streamed"), wanted, store))
     assert len(fetched) == len(set(fetched)) == 3 * 7
     assert [done.key for done in streamed] == [done.key for done in resident]
-    assert all(same(a.embedding, b.embedding) for a, b in zip(streamed, resident, strict=True))
+    assert all(are_equal(a.embedding, b.embedding) for a, b in zip(streamed, resident, strict=True))
     assert len(store.entries()) == 3
 
 
@@ -251,7 +251,7 @@ def test_a_second_encode_never_loads_the_encoder(store: Store):
     second = {done.key: done for done in encode(gone, wanted, store)}
     assert [done.hit for done in first.values()] == [False, False]
     assert [done.hit for done in second.values()] == [True, True]
-    assert all(same(first[key].embedding, second[key].embedding) for key in first)
+    assert all(are_equal(first[key].embedding, second[key].embedding) for key in first)
 
 
 def test_equal_prompts_are_encoded_once():
@@ -274,18 +274,18 @@ def test_a_damaged_entry_is_computed_again(store: Store):
     (second,) = encode(ENCODER, [tokens("a cat")], store)
     (third,) = encode(ENCODER, [tokens("a cat")], store)
     assert [second.hit, third.hit] == [False, True]
-    assert same(first.embedding, third.embedding)
+    assert are_equal(first.embedding, third.embedding)
 
 
 @pytest.mark.parametrize("payload", [b"", b"from another tool"])
-def test_an_entry_that_holds_something_else_is_a_miss(payload: bytes, store: Store):
+def test_an_entry_with_other_content_is_a_miss(payload: bytes, store: Store):
     store.put(ENCODER.key(tokens("a cat")), payload)
     (done,) = encode(ENCODER, [tokens("a cat")], store)
     assert not done.hit
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_name_the_prompt_and_nothing_is_kept(
+def test_weights_that_are_not_finite_name_the_prompt_and_nothing_is_cached(
     value: float, store: Store, tmp_path: Path
 ):
     weights = torch.load(OFFICIAL, weights_only=True)
@@ -329,34 +329,36 @@ while True:
 # ---- files ----
 
 
-def test_saved_embeddings_come_back_by_index(tmp_path: Path):
+def test_saved_embeddings_are_loaded_by_index(tmp_path: Path):
     path = tmp_path / "prompts.safetensors"
-    both = [an_embedding("a cat"), an_embedding("a fog")]
+    both = [make_embedding("a cat"), make_embedding("a fog")]
     save_embeddings(path, both)
-    assert all(same(load_embedding(path, i), embedding) for i, embedding in enumerate(both))
+    assert all(are_equal(load_embedding(path, i), embedding) for i, embedding in enumerate(both))
     assert load_file(path)["embedding.1"].shape == (len(both[1].ids), 8)
     assert [found.text for found in read_tokens(path.read_bytes())] == ["a cat", "a fog"]
 
 
-def test_bf16_rows_come_back_as_they_were():
-    half = replace(an_embedding(), rows_NE=an_embedding().rows_NE.bfloat16())
-    assert same(unpack(pack([half]))[0], half)
+def test_bf16_rows_are_loaded_unchanged():
+    half = replace(make_embedding(), rows_NE=make_embedding().rows_NE.bfloat16())
+    assert are_equal(unpack(pack([half]))[0], half)
 
 
 def test_equal_embeddings_give_equal_bytes():
-    assert pack([an_embedding(), an_embedding("a cat")]) == pack([an_embedding(), an_embedding("a cat")])
+    assert pack([make_embedding(), make_embedding("a cat")]) == pack(
+        [make_embedding(), make_embedding("a cat")]
+    )
 
 
 def test_a_saved_file_is_not_overwritten_by_another(tmp_path: Path):
     path = tmp_path / "prompts.safetensors"
-    save_embeddings(path, [an_embedding()])
-    save_embeddings(path, [an_embedding()])
+    save_embeddings(path, [make_embedding()])
+    save_embeddings(path, [make_embedding()])
     with pytest.raises(OutputExists):
-        save_embeddings(path, [an_embedding("a cat")])
+        save_embeddings(path, [make_embedding("a cat")])
 
 
-def test_every_flipped_byte_and_every_cut_of_an_embedding_file_is_noticed():
-    whole = an_embedding("a", width=2)
+def test_every_flipped_byte_and_every_cut_of_an_embedding_file_is_detected():
+    whole = make_embedding("a", width=2)
     payload = pack([whole])
     for place in range(len(payload)):
         flipped = bytearray(payload)
@@ -366,18 +368,18 @@ def test_every_flipped_byte_and_every_cut_of_an_embedding_file_is_noticed():
                 (found,) = unpack(damaged)
             except EntryError:
                 continue
-            assert same(found, whole)
+            assert are_equal(found, whole)
 
 
 def test_a_file_of_a_later_format_is_refused_not_misread():
-    payload = pack([an_embedding()]).replace(b'\\"format\\":1', b'\\"format\\":9')
+    payload = pack([make_embedding()]).replace(b'\\"format\\":1', b'\\"format\\":9')
     with pytest.raises(EntryError, match="format 9"):
         unpack(payload)
 
 
-def test_an_embedding_that_is_not_there_is_a_job_error(tmp_path: Path):
+def test_a_missing_embedding_is_a_job_error(tmp_path: Path):
     with pytest.raises(JobError, match="cannot be read"):
         load_embedding(tmp_path / "none.safetensors")
-    save_embeddings(tmp_path / "one.safetensors", [an_embedding()])
-    with pytest.raises(JobError, match="no embedding 1: the file holds 1"):
+    save_embeddings(tmp_path / "one.safetensors", [make_embedding()])
+    with pytest.raises(JobError, match="no embedding 1: the file contains 1"):
         load_embedding(tmp_path / "one.safetensors", 1)

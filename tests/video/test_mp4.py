@@ -175,7 +175,7 @@ def test_a_rerun_with_the_same_frames_finds_its_own_video(tmp_path):
 
 @pytest.mark.parametrize("asked", [4, 6])
 def test_another_number_of_frames_than_asked_for_is_not_published(tmp_path, asked):
-    with pytest.raises(FfmpegError, match=f"{asked} frames were asked for, 5 made"):
+    with pytest.raises(FfmpegError, match=f"{asked} frames were requested, 5 made"):
         render(tmp_path / "a.mp4", moving(5), frame_count=asked)
     assert_nothing_left(tmp_path)
 
@@ -207,7 +207,7 @@ BIG = [bytes(FRAME)] * 50  # more than a pipe holds
         ("exec <&-; exit 0", r"stopped reading \(exit code 0\)"),
         ("cat >/dev/null; kill -9 $$", "killed by SIGKILL"),
         ("cat >/dev/null; exit 0", "decode|moov|Invalid|failed"),
-        ('head -c 40000 | $REAL "$@" 2>/dev/null', "stopped reading|50 frames were asked for"),
+        ('head -c 40000 | $REAL "$@" 2>/dev/null', "stopped reading|50 frames were requested"),
     ],
     ids=["dies", "closes stdin", "closes stdin well", "is killed", "writes nothing", "drops frames"],
 )

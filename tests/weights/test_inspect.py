@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sparse
 import torch
+import weight_files
 from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, change_tensors, checkpoint, command
 from safetensors.torch import load_file, save_file
-from sparse import cast, dit, pth, scalar, stored, umt5_official, write
+from weight_files import cast, dit, pth, scalar, stored, umt5_official, write
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_folder_says_its_variant_and_what_it_was_made_for(look: Any, tmp_path:
     root = tmp_path / "Wan2.2-T2V-A14B"
     for expert in ("high_noise_model", "low_noise_model"):
         (root / expert).mkdir(parents=True)
-        sparse.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
+        weight_files.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
     pth(root / T5, stored(umt5_official(), "BF16"))
     pth(root / VAE, stored(load_shapes(), "F32"))
     (root / "google/umt5-xxl").mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_a_folder_says_its_variant_and_what_it_was_made_for(look: Any, tmp_path:
     assert "file 6 shards in high_noise_model" in text
 
 
-def load_shapes() -> sparse.Shapes:
+def load_shapes() -> weight_files.Shapes:
     from wancli.models.config import VAEConfig
     from wancli.models.vae import WanVAE
 
@@ -115,7 +115,7 @@ def test_what_a_folder_lacks_is_said_and_the_rest_described(look: Any, tmp_path:
 
 def test_a_folder_of_single_files_is_listed_file_by_file(look: Any, tmp_path: Path) -> None:
     write(tmp_path / "loras/a.safetensors", {"blocks.0.ffn.0.lora_A.weight": ("F16", (8, 5120))})
-    write(tmp_path / "vae/wan2.2_vae.safetensors", stored(sparse.vae22(), "F16"))
+    write(tmp_path / "vae/wan2.2_vae.safetensors", stored(weight_files.vae22(), "F16"))
     write(tmp_path / "sdxl.safetensors", {"conv_in.weight": ("F16", (2,))})
     found = document(look, tmp_path)
     names = [(part["kind"], part["name"]) for part in found["parts"]]
@@ -125,7 +125,7 @@ def test_a_folder_of_single_files_is_listed_file_by_file(look: Any, tmp_path: Pa
 
 
 def test_a_lora_says_style_targets_and_rank(look: Any, tmp_path: Path) -> None:
-    entries: sparse.Entries = {}
+    entries: weight_files.Entries = {}
     for block in range(40):
         for layer in ("self_attn.q", "ffn.2"):
             at = f"diffusion_model.blocks.{block}.{layer}"

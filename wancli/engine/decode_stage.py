@@ -47,7 +47,7 @@ def decode_file(
     output = output or path.with_name(record.shot.output)
     if output.exists() and not context.force:
         raise OutputExists(
-            "exists", where=str(output), hint="--force moves it aside; or give -o another name."
+            "already exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )
     mp4.check_ffmpeg(record.shot.codec)
     if folder:

@@ -23,6 +23,7 @@ from wancli.engine.preflight import effects_missing, needs_effects, output_exist
 from wancli.engine.shot_state import ShotState, Status
 from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
+from wancli.plan import batching
 from wancli.plan.schedule import Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
@@ -81,7 +82,9 @@ def render_model(
     for shot in shots:
         if shot.index in have_latent:
             yield from _render_round(((shot,),), model_context)
-    for round_ in schedule.only([shot for shot in fresh if shot.index not in unencodable]).rounds:
+    schedule = batching.reschedule(schedule, [shot for shot in fresh if shot.index not in unencodable])
+    model_context = replace(model_context, schedule=schedule)
+    for round_ in schedule.rounds:
         if not context.stop.requested:
             yield from _render_round(round_, model_context)
 

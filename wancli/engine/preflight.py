@@ -45,7 +45,7 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
     todo, refused = check_outputs(plan, context)
     _check_machine(todo, context)
     fitting = []
-    schedule = schedule_shots(plan, todo)
+    schedule = batching.reschedule(plan.schedule, todo)
     for shot in schedule.shots:
         try:
             encoded = all(text.file or is_cached(text, context) for text in shot.prompts)
@@ -55,14 +55,9 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
             refused[shot.index] = error
     if todo and not fitting:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    schedule = schedule.only(fitting)
+    schedule = batching.reschedule(schedule, fitting)
     disk_estimate.require(schedule, context.store)
     return PreflightResult(schedule, refused)
-
-
-def schedule_shots(plan: Plan, todo: Sequence[Shot]) -> Schedule:
-    """Return the schedule of the plan if it has exactly these shots, else a schedule of these."""
-    return plan.schedule if plan.schedule.covers(todo) else batching.build_schedule(todo)
 
 
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
@@ -94,10 +89,8 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
-    hint = "--force moves it aside; or change `output`."
-    return OutputExists(
-        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
-    )
+    hint = "This job did not make it: --force moves it aside; or change `output`."
+    return OutputExists(f"already exists: {why}", where=str(shot.output), hint=hint)
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:

@@ -11,7 +11,7 @@ from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
 from wancli.injection.table import Branch, Concat, Expr, Lerp, Rule, Text
 from wancli.job.loader import Item
-from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Strength
+from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Steps, Strength
 from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
 
@@ -33,7 +33,7 @@ def compile_rules(
     rules: list[Rule] = []
     auto_blocks: list[AutoBlocks] = []
     for i, (inject, text) in enumerate(zip(item.job.inject, injected, strict=True)):
-        with _locate_errors(item, "inject", i, "blocks"):
+        with locate_errors(item, "inject", i, "blocks"):
             blocks, auto = _select_auto_blocks(inject.blocks, i, maps, model.transformer, depth, (main, text))
         auto_blocks += auto
         rules.append(_compile_rule(item, i, inject, blocks, text, depth, sigmas, stages))
@@ -67,19 +67,18 @@ def _compile_rule(
     stages: Sequence[Stage],
 ) -> Rule:
     key = ("inject", index)
-    with _locate_errors(item, *key, "blocks"):
+    with locate_errors(item, *key, "blocks"):
         blocks = parse_blocks(block_spec, depth)
-    with _locate_errors(item, *key, "steps"):
-        spec = inject.steps
-        steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
+    with locate_errors(item, *key, "steps"):
+        steps = select_steps(inject.steps, sigmas)
     if inject.expert != "both":
         if stages[0].expert == "only":
             raise no_experts_error(item, *key, "expert")
         expert_steps = {step for stage in stages if stage.expert == inject.expert for step in stage.steps}
         steps = tuple(step for step in steps if step in expert_steps)
-    with _locate_errors(item, *key, "strength"):
+    with locate_errors(item, *key, "strength"):
         by_block = pair_strengths(_to_curve(inject.strength), blocks)
-    with _locate_errors(item, *key, "step_strength"):
+    with locate_errors(item, *key, "step_strength"):
         by_step = pair_strengths(_to_curve(inject.step_strength), steps)
     products = {s * f for s in {s for _, s in by_block} for f in {f for _, f in by_step}}
     if inject.blend == "replace" and products - {0.0, 1.0}:
@@ -92,6 +91,11 @@ def _compile_rule(
         raise JobError("concat needs strengths above 0", where=item.location(*key, "strength"))
     branches: tuple[Branch, ...] = ("cond", "uncond") if inject.branch == "both" else (inject.branch,)
     return Rule(text, by_block, by_step, branches, inject.blend, inject.gain)
+
+
+def select_steps(spec: Steps, sigmas: Sequence[float]) -> tuple[int, ...]:
+    """Select the steps of a rule or a LoRA. Raises ValueError."""
+    return parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
 
 
 def _to_curve(strength: Strength) -> Any:
@@ -148,7 +152,7 @@ def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:
 
 
 @contextmanager
-def _locate_errors(item: Item, *path: str | int) -> Iterator[None]:
+def locate_errors(item: Item, *path: str | int) -> Iterator[None]:
     """Add the file, line and key to the errors of a parser."""
     try:
         yield

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import JobError
-from wancli.injection.selectors import parse_blocks, parse_steps
+from wancli.injection.selectors import parse_blocks
 from wancli.job.loader import Item
-from wancli.job.schema import LoraEntry, SigmaRange
+from wancli.job.schema import LoraEntry
 from wancli.models.config import WanConfig
+from wancli.plan.injections import locate_errors, no_experts_error, select_steps
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
 from wancli.weights.formats.infer_config import transformer_shapes
@@ -71,17 +72,12 @@ def _decide_use(
         raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
         raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
-    try:
+    with locate_errors(item, "loras", index, "blocks"):
         blocks = parse_blocks(entry.blocks, depth)
-    except ValueError as error:
-        raise job_error("blocks", str(error)) from None
-    try:
-        spec = entry.steps
-        steps = parse_steps((spec.sigma[0], spec.sigma[1]) if isinstance(spec, SigmaRange) else spec, sigmas)
-    except ValueError as error:
-        raise job_error("steps", str(error)) from None
+    with locate_errors(item, "loras", index, "steps"):
+        steps = select_steps(entry.steps, sigmas)
     if entry.expert != "both" and stages[0].expert == "only":
-        raise job_error("expert", "this model has one transformer", "Only Wan 2.2 A14B has experts.")
+        raise no_experts_error(item, "loras", index, "expert")
     expert_steps = {
         step for stage in stages if entry.expert in ("both", stage.expert) for step in stage.steps
     }

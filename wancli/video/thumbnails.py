@@ -1,4 +1,4 @@
-"""A picture of each video for a page: a small JPEG, made once and kept by the video's digest."""
+"""Create a small JPEG of each video for a page, once, and keep it under the video's digest."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from wancli.video import mp4
 
 
 def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bool) -> str | None:
-    """The middle frame of a shot's video as a data URI, from the folder `kept`, or made now if `make`.
+    """Return the middle frame of a shot's video as a data URI, from `cache_dir` or, with `create`, made now.
 
-    None where there is none: a page does without.
+    Returns None if there is none: a page does without.
     """
     digest = next((file.sha256 for file in record.files if file.path.endswith(".mp4")), "")
     if not re.fullmatch("[0-9a-f]{64}", digest):

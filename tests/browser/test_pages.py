@@ -448,7 +448,9 @@ def test_texts_of_a_job_stay_texts(browser: Any, out: Path, tmp_path: Path) -> N
     for entry in (pages.entries(out), pages.hostile(pages.entries(out))):
         path = tmp_path / "page.html"
         path.write_bytes(
-            page.render_html(page_data.page_document(ReportInputs("job", [("job", entry)]), path, {}))
+            page.render_html(
+                page_data.page_document(ReportInputs("job", [("job", pages.typed(entry))]), path, {})
+            )
         )
         driver = browser.open(path)
         assert driver.title == "job · wancli"

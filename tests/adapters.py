@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wancli.models.config import WanConfig
@@ -34,11 +33,6 @@ def factors(ours: str, rank: int = RANK) -> tuple[Tensor, Tensor]:
 def pair(name: str, rows: int, columns: int) -> Tensors:
     """One low-rank change, as PEFT ends its keys."""
     return {f"{name}.lora_A.weight": torch.randn(2, columns), f"{name}.lora_B.weight": torch.randn(rows, 2)}
-
-
-def saved(path: Path, found: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, path, metadata)
-    return path
 
 
 def weights(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Tensors:

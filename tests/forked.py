@@ -1,8 +1,8 @@
-"""Real processes that begin with everything imported: forks of one that has no thread.
+"""Real processes that start with everything imported: forks of a process without threads.
 
-A program that renders spends seconds on its imports and milliseconds on its work. What a test says of
-beginnings, of imports and of the shell wants `subprocess`; all else that wants a process of its own, which
-is killed, suspended or told to stop, has it from here.
+A program that renders spends seconds on its imports and milliseconds on its work. Tests of the start of a
+process, of imports and of the shell use `subprocess`. All other tests that need a process of their own, to
+kill, suspend or stop it, use this module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WANCLI = "from wancli.__main__ import main; main()"
 
 
 class Forked:
-    """As `subprocess.Popen` with pipes for text: a process that runs `program` with `arguments`."""
+    """A process that runs `program` with `arguments`, with the interface of `subprocess.Popen`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Forked:
         return said[0], said[1]
 
     def until_suspended(self) -> None:
-        """Waits until it is stopped, as by SIGSTOP."""
+        """Wait until the process is suspended, as by SIGSTOP."""
         while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
             assert self.poll() is None
             time.sleep(0.005)
@@ -128,7 +128,7 @@ def _fileno(stream: int | IO[Any]) -> int:
 
 
 def _pipe_ends(stream: int | IO[Any]) -> tuple[IO[str] | None, int]:
-    """Our end, if there is one, and that of the process."""
+    """Return our end of a stream, if there is one, and the end of the process."""
     match _fileno(stream):
         case subprocess.DEVNULL:
             return None, os.open(os.devnull, os.O_RDWR)
@@ -141,7 +141,7 @@ def _pipe_ends(stream: int | IO[Any]) -> tuple[IO[str] | None, int]:
 
 @cache
 def _fork_server() -> socket.socket:
-    """Asks the process that is forked, which begins with the first question and ends with this process."""
+    """Start the process that is forked; it ends with this process. Returns the socket for requests."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -156,12 +156,12 @@ def _fork_server() -> socket.socket:
 
 
 def start(*arguments: object, program: str = WANCLI, **options: Any) -> Forked:
-    """`wancli` with these arguments, or another program."""
+    """Start `wancli` with these arguments, or another program."""
     return Forked(_fork_server(), program, arguments, **options)
 
 
 def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`start`, and what came of it."""
+    """Run a program to its end, as `subprocess.run`."""
     with start(*arguments, **options) as process:
         out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
@@ -171,7 +171,7 @@ def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.
 
 
 def _import_all() -> None:
-    """All that a render may import: a fork must have no thread to lose."""
+    """Import all that a render may import. A fork must have no thread to lose."""
     import pkgutil
     from importlib import import_module
 
@@ -190,7 +190,7 @@ def _import_all() -> None:
 
 
 def _serve_forks(source: socket.socket) -> dict[str, Any] | None:
-    """Forks for each that is asked for. Returns what to do in such a fork, and None when all is over."""
+    """Fork for each request. Returns the request in such a fork, and None after the last one."""
     while True:
         message, fds, *_ = socket.recv_fds(source, 2**20, 4)
         if not message:
@@ -220,7 +220,7 @@ def _serve_forks(source: socket.socket) -> dict[str, Any] | None:
 
 
 def _run_and_exit(program: str) -> NoReturn:
-    """Runs a program and ends as Python would after it, but for freeing all that was imported."""
+    """Run a program and exit as Python would, except that the imported modules are not freed."""
     code: Any = 0
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

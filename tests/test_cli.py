@@ -1,4 +1,4 @@
-"""The command line: what it offers, what it prints where, and with which code it ends."""
+"""The command line: its commands and options, its output on both streams, and its exit codes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODEL = ("--model", TINY, "-q")
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs one command line in an empty folder, `stdin` given as bytes."""
+    """Return a function that runs one command line in an empty folder, with `stdin` as bytes."""
     monkeypatch.chdir(tmp_path)
 
     def said(*arguments: object, stdin: bytes = b"") -> Said:
@@ -109,7 +109,7 @@ def test_every_option_has_help() -> None:
     assert [(name, p.name) for name, p in options(typer.main.get_command(cli.app)) if not p.help] == []
 
 
-def test_without_a_command_there_is_help(say: Any) -> None:
+def test_without_a_command_the_help_is_printed(say: Any) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         said = say(*arguments)
         assert (said.code, said.err) == (0, "")
@@ -138,9 +138,7 @@ def test_the_version_is_all_that_version_prints(say: Any) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_command_line_is_one_line_and_where_to_look(
-    say: Any, arguments: list[str], message: str
-) -> None:
+def test_a_wrong_command_line_is_one_line_and_a_hint(say: Any, arguments: list[str], message: str) -> None:
     said = say(*arguments)
     first, *rest = said.err.splitlines()
     assert (said.code, said.out) == (2, "")
@@ -193,7 +191,7 @@ def test_bash_completes_commands_options_and_values(tmp_path: Path, typed: str, 
         if isinstance(kind, type) and issubclass(kind, errors.WancliError) and kind is not errors.WancliError
     ],
 )
-def test_every_error_ends_with_the_code_of_its_class_and_says_where_what_and_what_next(
+def test_every_error_exits_with_the_code_of_its_class_and_has_place_message_and_hint(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[errors.WancliError]
 ) -> None:
     def fails(*_: object) -> None:
@@ -264,12 +262,12 @@ def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_pat
 
 
 def wancli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     program = [sys.executable, "-c", "from wancli.__main__ import main; main()", *map(str, arguments)]
     return subprocess.run(program, stderr=subprocess.PIPE, check=False, **options)
 
 
-def test_a_reader_that_went_away_is_no_bug_and_no_success(tmp_path: Path) -> None:
+def test_a_reader_that_closed_stdout_is_neither_a_bug_nor_a_success(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = wancli("plan", written(tmp_path, tiny_job()), stdout=write)
@@ -297,7 +295,7 @@ def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Pa
             {"device": "cuda"},
             "memory.device is cuda, and no CUDA device is found here: `render` would refuse",
         ),
-        ({"device": "cpu", "attention": "sage"}, "sage attention cannot run: "),
+        ({"device": "cpu", "attention": "sage"}, "attention backend 'sage' is not available: "),
         ({"device": "cpu", "fp8_matmul": True}, "only CUDA devices multiply in fp8: `render` would refuse"),
     ],
 )
@@ -348,7 +346,7 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
     assert say("render", job, "-q").out.count("\n") == 3
 
 
-def test_choosing_nothing_or_a_shot_that_is_not_there_is_a_usage_error(say: Any, tmp_path: Path) -> None:
+def test_choosing_no_shot_or_an_unknown_shot_is_a_usage_error(say: Any, tmp_path: Path) -> None:
     job = written(tmp_path, tiny_job())
     for flags, message in (
         (("--shard", "0/2"), "--shard: 0/2 contains no shot"),
@@ -502,7 +500,9 @@ def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_encode_says_what_it_misses(say: Any, tmp_path: Path, arguments: list[object], message: str) -> None:
+def test_encode_names_the_missing_argument(
+    say: Any, tmp_path: Path, arguments: list[object], message: str
+) -> None:
     said = say("encode", *arguments, "-q")
     assert said.code in (2, 4)
     assert said.err.splitlines()[0] == f"wancli: {message.format(tmp=tmp_path)}"
@@ -550,7 +550,7 @@ def test_what_does_not_go_together_is_one_line(
     assert said.err.splitlines()[0] == f"wancli: {message}"
 
 
-def test_encode_cuts_only_when_asked_to(say: Any) -> None:
+def test_encode_cuts_prompts_only_with_truncate(say: Any) -> None:
     (row,) = json.loads(say("encode", *MODEL, "--truncate", "--json", "a " * 300).out)
     assert (row["tokens"], row["truncated"]) == (256, True)
 
@@ -610,7 +610,9 @@ def test_diff_reads_a_job_a_text_and_an_embedding_file(say: Any, tmp_path: Path)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_diff_says_what_it_needs(say: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_diff_names_the_missing_argument(
+    say: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "one.txt").write_text("a cat\n")
     written(tmp_path, tiny_job(), "plain.yaml")
     said = say("diff", *arguments, *MODEL)
@@ -650,7 +652,7 @@ def test_ls_lists_the_newest_first_and_leaves_every_entry_as_old_as_it_is(say: A
     assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*.entry")}
 
 
-def test_a_damaged_entry_is_found_and_encoded_anew(say: Any, cache: Path) -> None:
+def test_a_damaged_entry_is_found_and_encoded_again(say: Any, cache: Path) -> None:
     there = ("--cache-dir", cache)
     assert say("cache", "verify", *there).out == "3 of 3 entries verify\n"
     path = next(p for p in cache.rglob("*.entry"))

@@ -1,4 +1,4 @@
-"""The registry of errors: what is listed is raised, what is raised is listed."""
+"""The registry of errors: every listed error is raised somewhere, every raised error is listed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def nodes() -> Iterator[ast.AST]:
 
 
 def name_of(node: ast.expr | None) -> str:
-    """Of a call the name of what is called."""
+    """Return the name of the called function or class."""
     node = node.func if isinstance(node, ast.Call) else node
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def made() -> set[str]:
-    """The kinds that are made anywhere; `kind = Interrupted if ... else Stopped` makes both."""
+def created_classes() -> set[str]:
+    """Collect the error classes that any module creates; of `kind = A if ... else B` it creates both."""
     calls = {name_of(node) for node in nodes() if isinstance(node, ast.Call)}
     chosen = {name_of(n) for node in nodes() if isinstance(node, ast.IfExp) for n in (node.body, node.orelse)}
     return (calls | chosen) & KINDS.keys()
 
 
 def test_every_kind_that_is_listed_is_made_somewhere_or_is_the_branch_of_one_that_is() -> None:
-    found = made()
+    found = created_classes()
     for name, kind in KINDS.items():
         assert any(issubclass(KINDS[other], kind) for other in found), name
 

@@ -1,4 +1,4 @@
-"""The truth table of exit codes, through the real command line: every pair of things that can happen."""
+"""The truth table of exit codes, through the real command line: every pair of events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
 from jobs import Said, command, tiny_job, written
 
@@ -50,7 +51,7 @@ def worst(*codes: int) -> int:
 def batch(
     tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Said]:
-    """Renders shots to which these things happen, one after the other, without sampling them."""
+    """Return a function that renders shots with these events, one after the other, without sampling."""
 
     def rendered(*happen: str, flags: tuple[str, ...] = ()) -> Said:
         items = [{"id": f"{n}", "seed": n} for n in range(len(happen))]
@@ -78,15 +79,7 @@ def batch(
     return rendered
 
 
-PHASE = {"name": "decode", "seconds": 0.0, "rss": 0, "rss_start": 0, "cuda": None}
-BODY: dict[str, Any] = {
-    "phases": [PHASE],
-    "prompts": [],
-    "predicted": [],
-    "first_step_after": 0.0,
-    "encoder_loaded": False,
-    "model": {"root": ""},
-}
+BODY = manifests.record(phases=[manifests.phase("decode", seconds=0.0)])
 
 
 @pytest.mark.parametrize("two", list(itertools.product(SHOTS, repeat=2)), ids=" then ".join)
@@ -123,7 +116,7 @@ def test_a_retry_that_goes_well_leaves_no_trace_in_the_code(batch: Callable[...,
     assert said.code == (0 if retries else 3)
 
 
-def test_a_shot_that_was_to_be_tried_again_has_failed_where_an_end_is_asked_for(
+def test_a_shot_that_waits_for_a_retry_fails_after_a_stop_request(
     batch: Callable[..., Said], tmp_path: Path
 ) -> None:
     said = batch("ffmpeg died", "TERM", flags=("--retries", "1"))
@@ -198,7 +191,7 @@ def test_the_table_names_every_code() -> None:
 @pytest.mark.parametrize(
     "arguments", [["plan", "job.yaml"], ["render", "job.yaml"], ["render", "job.yaml", "--json-stream"]]
 )
-def test_a_working_folder_that_was_deleted_is_no_bug(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_deleted_working_folder_is_not_a_bug(tmp_path: Path, arguments: list[str]) -> None:
     (gone := tmp_path / "gone").mkdir()
     program = (
         "import os, sys\nfrom wancli.__main__ import main\n"

@@ -93,14 +93,14 @@ def test_a_quick_phase_is_two_lines(clock):
         ("probe", 2740, "2,740 block runs"),
     ],
 )
-def test_a_phase_says_what_it_counts(name: str, total: int, counted: str) -> None:
+def test_a_phase_names_its_unit(name: str, total: int, counted: str) -> None:
     stream = io.StringIO()
     with create_progress(stream).phase(name, ["a"], total) as bar:
         bar.advance(total)
     assert stream.getvalue().startswith(f"{name} a: started, {counted}\n")
 
 
-def test_a_long_phase_tells_every_tenth_with_the_time_that_is_left(clock):
+def test_a_long_phase_reports_every_tenth_with_the_time_left(clock):
     stream = io.StringIO()
     run(create_progress(stream), clock, 100, 3, note="3.00 s/step")
     lines = stream.getvalue().splitlines()
@@ -206,7 +206,7 @@ def test_a_phase_is_named_after_its_shots(name: str, shots: list[str], title: st
     assert stream.getvalue().startswith(f"{title}: started, 4 ")
 
 
-def test_a_phase_that_ends_before_its_last_step_says_so() -> None:
+def test_a_phase_that_stops_early_reports_how_many_steps_it_took() -> None:
     out = io.StringIO()
     with create_progress(out, "plain").phase("sample", ["a"], 20) as phase:
         phase.advance(3)

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first signal is a request, the second an end."""
+"""Stop requests: the first signal is a request, the second ends the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_first_signal_is_a_request_that_names_it(name: str, status: int) -> 
     assert (str(error), error.status) == (f"stopped by {name}; all is saved", status)
 
 
-def test_nobody_has_asked_a_new_flag() -> None:
+def test_a_new_flag_is_not_set() -> None:
     assert not Stop().requested
 
 
@@ -96,7 +96,7 @@ def test_a_signal_while_the_report_is_written_lets_it_be_finished(
 
 
 def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProcess[str]:
-    """The command, with a signal that comes when the module `at` is imported, or, `exit`, at the end."""
+    """Run the command, and send a signal when the module `at` is imported, or at the end (`exit`)."""
     program = (
         "import atexit, signal, sys\nfrom wancli.__main__ import main\n"
         "class Finder:\n    def find_spec(self, name, *_):\n"
@@ -127,7 +127,7 @@ def test_a_signal_after_the_end_of_a_render_leaves_its_exit_code(tmp_path: Path)
 
 
 def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:
-    """Bash goes on after a command that ended with 130 by itself, and stops after one that died of it."""
+    """Bash continues after a command that exits with 130, and stops after one that dies of SIGINT."""
     (tmp_path / "job.yaml").write_text(
         "output: out/clip.mp4\nprompt: A red circle.\nseed: 1\nsampler: {steps: 200}\n"
     )

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or read by nobody, and names that are no text."""
+"""Standard streams that are closed, full or without a reader, and file names that are not text."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_results_that_cannot_be_written_are_no_bug_and_no_success(tmp_path: Path
     assert (done.returncode, done.stderr) == (3, said)
 
 
-def test_a_wrong_job_is_told_by_its_code_where_nobody_reads(tmp_path: Path) -> None:
+def test_a_wrong_job_has_its_exit_code_even_without_a_reader(tmp_path: Path) -> None:
     written(tmp_path, tiny_job(frames=4))
     assert shell("wancli render job.yaml 2>/dev/full", tmp_path).returncode == 2
     assert shell("wancli render job.yaml 2>&-", tmp_path).returncode == 2
@@ -75,7 +75,7 @@ def test_a_path_on_stdout_has_the_bytes_of_its_name(tmp_path: Path, known: Path)
 
 @contextmanager
 def stdout_is(fd: int) -> Iterator[None]:
-    """Within a test, not as a fixture: pytest gives the descriptor back to its capture between the two."""
+    """Replace stdout within a test, not as a fixture: pytest restores the descriptor between the two."""
     kept = os.dup(1)
     os.dup2(fd, 1)
     try:
@@ -99,7 +99,7 @@ def test_a_failure_is_raised_once_and_remembered(write_through: bool) -> None:
     assert stdio.write_failure(io.StringIO()) is None
 
 
-def test_what_is_no_name_of_a_file_is_escaped() -> None:
+def test_characters_that_are_not_of_a_file_name_are_escaped() -> None:
     read, write = os.pipe()
     out = stdio.open_writer(1, encoding="utf-8", write_through=False)
     with stdout_is(write):

@@ -22,12 +22,12 @@ def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["12", "GiB", "-1GiB", "1e3MiB", ""])
-def test_what_is_no_size_is_refused_with_one_that_is(text: str) -> None:
+def test_a_text_that_is_not_a_size_is_rejected_with_an_example(text: str) -> None:
     with pytest.raises(JobError, match=r"here: .* is not a size; write 500MiB or 2GiB"):
         parse_size(text, "here")
 
 
-def test_bytes_and_seconds_are_told_in_the_unit_that_fits() -> None:
+def test_bytes_and_seconds_are_formatted_in_the_unit_that_fits() -> None:
     assert [format_bytes(n) for n in (0, 1023, 2048, 3 * 2**20, 2**31)] == [
         "0 B",
         "1023 B",
@@ -44,5 +44,5 @@ def test_one_is_not_several() -> None:
     assert [pluralize(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]
 
 
-def test_numbers_are_told_as_ranges() -> None:
+def test_numbers_are_formatted_as_ranges() -> None:
     assert format_ranges([10, 0, 2, 1, 7, 11]) == "0-2,7,10-11"

@@ -1,4 +1,4 @@
-"""wan-mini, the model inside the package: where it is, and what it knows."""
+"""Locate wan-mini, the model inside the package, and describe which prompts it knows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ NAME = "wan-mini"
 FOLDER = Path(__file__).parent / "assets" / NAME
 SUBJECTS_HINT = (
     "wan-mini knows a red, green, blue or yellow circle, square or triangle that moves left, right, up "
-    "or down on a white, black, grey or striped background. Other prompts want another `model`."
+    "or down on a white, black, grey or striped background. Other prompts need another `model`."
 )
 DIFFERENCES_HINT = (
-    "This is how wan-mini reads them, whose encoder knows its own small world. How a real Wan does, its "
-    "own UMT5 tells: --model DIR."
+    "This is the distance for wan-mini, whose encoder knows only its own small world. For the distance in a "
+    "full Wan model, use its own UMT5: --model DIR."
 )
 
 
 def find_unknown_words(pieces: Sequence[str]) -> list[str]:
-    """The words of a prompt that wan-mini has never read: its tokenizer has a piece for each word it
-    knows, and spells all others."""
+    """Return the words of a prompt that wan-mini was not trained on.
+
+    Its tokenizer has one piece for each word it knows, and spells all others.
+    """
     words: list[list[str]] = []
     for piece in pieces[:-1]:  # the last is </s>
         if piece.startswith("▁") or not words:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import Said, latents_of, manifest_of
+from oracles import relative_error
 from torch import Tensor
 
 from wancli.errors import MachineError
@@ -33,10 +34,6 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 WIDE = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=3, text_dim=64)  # 1.3B, three blocks of it
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return (torch.linalg.vector_norm(a.cpu() - b.cpu()) / torch.linalg.vector_norm(b.cpu())).item()
 
 
 def velocity(model: WanModel, latent: tuple[int, ...] = (16, 3, 8, 12)) -> Tensor:
@@ -66,7 +63,7 @@ def test_the_transformer_gives_the_velocity_of_the_cpu(tiny: Path):
     there, here = (
         load_transformer(identify(tiny), LoadOptions(torch.float32, device)) for device in (DEVICE, "cpu")
     )
-    assert distance(velocity(there), velocity(here)) < 1e-4
+    assert relative_error(velocity(there), velocity(here)) < 1e-4
 
 
 @pytest.mark.parametrize("residency", ["packed", "streamed"])
@@ -89,7 +86,7 @@ def test_the_text_encoder_gives_the_rows_of_the_cpu(tiny: Path):
             (rows_NE,) = t5.encode(model, [ids])
         found.append(rows_NE)
     here, resident, streamed = found
-    assert distance(resident, here) < 1e-4
+    assert relative_error(resident, here) < 1e-4
     assert torch.equal(streamed, resident)
 
 
@@ -133,7 +130,9 @@ def test_every_available_backend_agrees_with_the_plain_one(asked: AttentionBacke
     except MachineError:
         pytest.skip(f"torch has no {asked} attention here")
     q, k, v = torch.randn(3, 1, 4, 500, 128, device=DEVICE, dtype=torch.bfloat16)
-    assert distance(attend(q, k, v, asked).float(), attend(q.float(), k.float(), v.float(), "math")) < 1e-2
+    assert (
+        relative_error(attend(q, k, v, asked).float(), attend(q.float(), k.float(), v.float(), "math")) < 1e-2
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 256])
@@ -147,7 +146,7 @@ def test_products_in_fp8_are_near_those_in_bf16(chunk: int | None):
         weight = found.get_parameter(name).data
         source[name] = Packed("plain", weight, tuple(weight.shape))
     replace_with_fp8(found.blocks, "blocks", source, DEVICE)
-    assert 1e-4 < distance(velocity(found), velocity(exact)) < 0.06
+    assert 1e-4 < relative_error(velocity(found), velocity(exact)) < 0.06
 
 
 def test_a_job_renders_on_the_gpu(render: Callable[..., Said], tmp_path: Path):
@@ -158,4 +157,4 @@ def test_a_job_renders_on_the_gpu(render: Callable[..., Said], tmp_path: Path):
     assert all(phase["cuda"] for phase in body["phases"] if phase["name"] == "sample")
     there = latents_of(tmp_path)
     assert render("--force", **job, memory={"device": "cpu", "dtype": "fp32"}).code == 0
-    assert distance(there, latents_of(tmp_path)) < 1e-3
+    assert relative_error(there, latents_of(tmp_path)) < 1e-3

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from jobs import CAT, FISH, SPIECE, command, latents_of, manifest_of, rule, tiny_job, words, written
+from oracles import relative_error
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
@@ -108,10 +109,6 @@ def job(saved: Saved, **changes: Any) -> dict[str, Any]:
     return tiny_job(saved.folder, negative=NEGATIVE, seed=SEED, sampler=sampler, video=kept, **changes)
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
-
-
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(
     ("prompt", "guidance", "frames"),
@@ -127,8 +124,8 @@ def test_a_pipeline_saved_by_diffusers_renders_to_the_latents_of_diffusers(
     )
     assert said.code == 0, said.err
     ours, theirs = latents_of(tmp_path), saved.latents(prompt, guidance, frames)
-    assert distance(ours, theirs) <= 1e-4
-    assert distance(saved.latents(FISH, guidance, frames), theirs) > 1e-2  # the text has a say in them
+    assert relative_error(ours, theirs) <= 1e-4
+    assert relative_error(saved.latents(FISH, guidance, frames), theirs) > 1e-2  # the text has a say in them
 
     decoded = saved.frames(theirs)
     again = torch.cat(list(load_vae(identify(saved.folder), "cpu").decode(ours)), dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from oracles import relative_error
 from safetensors.torch import load_file
 
 from wancli.cli import run
@@ -15,10 +16,6 @@ from wancli.storage.manifest import read
 from wancli.video import mp4
 
 CASES = ("unipc_cfg6", "dpmpp_cfg5", "unipc_cfg1", "inject_cond_27_39", "inject_cond_steps")
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 
 
 def job_of(case: dict[str, Any], prompts: dict[str, str], model: Path) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def test_a_job_gives_the_official_latents_and_video(
     assert run(["render", str(job), "-q"]) == 0
 
     z_CTYX = load_file(tmp_path / "out/clip.latents.safetensors")["latents"]
-    assert relative(z_CTYX, numbers[f"{name}.latents"][-1]) < 1e-4
+    assert relative_error(z_CTYX, numbers[f"{name}.latents"][-1]) < 1e-4
     body = read(tmp_path / "out/clip.manifest.json")
     assert body is not None
     assert body["shot"]["timesteps"] == numbers[f"{name}.timesteps"].tolist()
@@ -103,7 +100,7 @@ def test_encode_writes_the_official_contexts(
     assert run(["encode", "--model", str(tiny), "--out", str(out), "-q", *texts]) == 0
     rows = load_file(out)
     for index, name in enumerate(("main", "injection", "negative")):
-        assert relative(rows[f"embedding.{index}"], numbers[f"context.{name}"]) < 1e-5
+        assert relative_error(rows[f"embedding.{index}"], numbers[f"context.{name}"]) < 1e-5
 
 
 def test_a_job_that_names_embedding_files_renders_the_same_latents(
@@ -120,7 +117,7 @@ def test_a_job_that_names_embedding_files_renders_the_same_latents(
     path.write_text(yaml.safe_dump(job))
     assert run(["render", str(path), "-q"]) == 0
     z_CTYX = load_file(tmp_path / "out/clip.latents.safetensors")["latents"]
-    assert relative(z_CTYX, numbers["inject_cond_27_39.latents"][-1]) < 1e-4
+    assert relative_error(z_CTYX, numbers["inject_cond_27_39.latents"][-1]) < 1e-4
     body = read(tmp_path / "out/clip.manifest.json")
     assert body is not None
     assert body["encoder_loaded"] is False

@@ -107,9 +107,9 @@ def test_a_file_that_already_exists_is_never_touched(
     said = render(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}])
     assert said.code == 2
     assert said.err.splitlines() == [
-        f"wancli: {tmp_path}/out/a.mp4: already exists and was not made by this job: no manifest",
-        f"wancli: {tmp_path}/out/b.mp4: already exists and was not made by this job: no manifest",
-        "  --force moves it aside; or change `output`.",
+        f"wancli: {tmp_path}/out/a.mp4: already exists: no manifest",
+        f"wancli: {tmp_path}/out/b.mp4: already exists: no manifest",
+        "  This job did not make it: --force moves it aside; or change `output`.",
     ]
     assert said.out == ""
     assert files_in(tmp_path) == ["a.mp4", "b.mp4"]
@@ -123,7 +123,7 @@ def test_a_video_of_another_seed_blocks_the_shot_and_force_moves_it_aside(
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
     said = render(seed=1)
     assert said.code == 2
-    assert "out/clip.mp4: already exists and was not made by this job: made with seed 0, not 1" in said.err
+    assert "out/clip.mp4: already exists: made with seed 0, not 1" in said.err
     assert render("--force", seed=1).code == 0
     second = (tmp_path / "out" / "clip.mp4").read_bytes()
     assert render("--force", seed=1).code == 0

@@ -29,7 +29,13 @@ from jobs import (
 )
 from torch import Tensor
 
+from wancli.engine.denoise_stage import next_segment
+from wancli.engine.shot_state import ShotState, Status, link_dependents, propagate_state
+from wancli.errors import ErrorCapture, NotFinite
+from wancli.job.loader import load
 from wancli.models.dit import WanModel
+from wancli.plan.planner import build_plan
+from wancli.sampling.solvers import State
 from wancli.text import encoder
 from wancli.text.embedding import Embedding
 from wancli.video import mp4
@@ -251,6 +257,54 @@ def test_states_are_saved_as_often_as_save_every_says(
     monkeypatch.setattr(denoise_stage, "save_state", save)
     assert render(save_every=often, sampler={"steps": 5}).code == 0
     assert len(seen) == saves
+
+
+def three_states(tmp_path: Path, shallow: Path, warm: Path) -> list[ShotState]:
+    """A shot of four steps, one that forks from it after two, and one that forks from that after three."""
+    late, later = {"blocks": 0, "steps": "2-3"}, {"blocks": 1, "steps": "3-3"}
+    items = [{}, {"inject": [rule(**late)]}, {"inject": [rule(**late), rule(**later)]}]
+    job = tiny_job(shallow, output="{item}.mp4", items=items, sampler={"steps": 4})
+    plan = build_plan(load(written(tmp_path, job)), warm / "memo.json")
+    states = [ShotState(shot) for shot in plan.shots]
+    link_dependents(states)
+    return states
+
+
+def test_a_shot_waits_for_its_fork_and_resumes_from_there(tmp_path: Path, shallow: Path, warm: Path) -> None:
+    first, second, third = three_states(tmp_path, shallow, warm)
+    assert [state.status for state in (first, second, third)] == [
+        Status.RUNNING,
+        Status.WAITING,
+        Status.WAITING,
+    ]
+    segment = next_segment((first, second, third), "only")
+    assert segment is not None
+    assert (segment.states, segment.steps) == ((first,), range(2))
+    first.step, first.solver_state = 2, State(torch.zeros(1))
+    propagate_state(first)
+    assert (second.status, second.step, second.solver_state) == (Status.RUNNING, 2, first.solver_state)
+    assert third.status is Status.WAITING
+    segment = next_segment((first, second, third), "only")
+    assert segment is not None
+    assert (segment.states, segment.steps) == ((first, second), range(2, 3))
+
+
+def test_a_failure_takes_along_all_shots_that_wait_and_no_others(
+    tmp_path: Path, shallow: Path, warm: Path
+) -> None:
+    first, second, third = three_states(tmp_path, shallow, warm)
+    failure = ErrorCapture()
+    failure.record(NotFinite("NaN"))
+    second.fail(failure)
+    assert [state.status for state in (first, second, third)] == [
+        Status.RUNNING,
+        Status.FAILED,
+        Status.FAILED,
+    ]
+    assert third.failure is failure
+    segment = next_segment((first, second, third), "only")
+    assert segment is not None
+    assert segment.states == (first,)
 
 
 @pytest.mark.parametrize("often", [0, "soon", "3 days", 1.5, True])

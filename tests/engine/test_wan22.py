@@ -33,6 +33,7 @@ from jobs import (
     tiny_job,
     written,
 )
+from oracles import relative_error
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
@@ -190,10 +191,6 @@ def decide(tmp_path: Path, warm: Path) -> Callable[..., Shot]:
     return decided
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
-
-
 # ---- which steps are whose ----
 
 
@@ -301,13 +298,13 @@ def test_two_experts_give_the_latents_of_diffusers(
     said = render(a14b, sampler=SAMPLER | {"guidance": {"high": 4.0, "low": low}})
     assert said.code == 0, said.err
     expected = a14b.latents((16, 2, 8, 8), guidance_scale=4.0, guidance_scale_2=low)
-    assert distance(latents_of(tmp_path), expected) < 1e-4
+    assert relative_error(latents_of(tmp_path), expected) < 1e-4
     assert len(calls) == 4 * 2 + 2 * (1 if low == 1 else 2)
     for other in (
         {"guidance_scale": low + 1, "guidance_scale_2": 4.0},
         {"guidance_scale": 4.0, "later": FISH},
     ):
-        assert distance(a14b.latents((16, 2, 8, 8), **other), expected) > 1e-2
+        assert relative_error(a14b.latents((16, 2, 8, 8), **other), expected) > 1e-2
     assert manifest_of(tmp_path)["shot"]["stages"] == [
         {"expert": "high", "steps": [0, 3], "guidance": 4.0},
         {"expert": "low", "steps": [4, 5], "guidance": low},
@@ -330,7 +327,7 @@ def test_a_rule_for_one_expert_is_another_prompt_in_its_steps(
     assert render(a14b, inject=[replaced]).code == 0
     first, later = prompts
     expected = a14b.latents((16, 2, 8, 8), first, later, guidance_scale=4.0, guidance_scale_2=3.0)
-    assert distance(latents_of(tmp_path), expected) < 1e-4
+    assert relative_error(latents_of(tmp_path), expected) < 1e-4
     steps = {"high": range(4), "low": range(4, 6), "both": range(6)}[expert]
     assert manifest_of(tmp_path)["injection"][0]["hits_by_step"] == {str(step): 3 for step in steps}
 
@@ -343,8 +340,8 @@ def test_ti2v_gives_the_latents_and_frames_of_diffusers(
     said = render(ti2v)
     assert said.code == 0, said.err
     ours, expected = latents_of(tmp_path), ti2v.latents((48, 2, 4, 4), guidance_scale=5.0)
-    assert distance(ours, expected) < 1e-4
-    assert distance(ti2v.latents((48, 2, 4, 4), FISH, FISH, guidance_scale=5.0), expected) > 1e-2
+    assert relative_error(ours, expected) < 1e-4
+    assert relative_error(ti2v.latents((48, 2, 4, 4), FISH, FISH, guidance_scale=5.0), expected) > 1e-2
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
     frames = ti2v.pipe.vae.decode((expected * std + mean)[None]).sample[0]
     again = torch.cat(list(load_vae(identify(ti2v.folder), "cpu").decode(ours)), dim=1)

@@ -1,4 +1,4 @@
-"""What is written for schedulers is run: the Slurm script as Slurm would, OpenJD by its own runner."""
+"""Exported jobs are run: the Slurm script as Slurm would run it, OpenJD by its own runner."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ OPENJD = Path(sys.executable).with_name("openjd")
 SWEEP = {"output": "out/{item}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
 
 
-def exported(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def export(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     said = command(capsys, "export", *arguments)
     assert (said.code, said.err) == (0, "")
     return said.out
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, warm: Path) -> dict[str, Any]:
-    """To run something in another folder, with this checkout's wancli."""
+def other_folder(tmp_path: Path, warm: Path) -> dict[str, Any]:
+    """Return options that run a process in another folder, with the wancli of this checkout."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "WANCLI_CACHE": str(warm)}
     (tmp_path / "elsewhere").mkdir()
@@ -40,12 +40,12 @@ def elsewhere(tmp_path: Path, warm: Path) -> dict[str, Any]:
 # ---- Slurm ----
 
 
-def test_the_script_asks_for_what_was_asked(
+def test_the_script_requests_the_given_resources(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
 ) -> None:
     job = written(tmp_path, tiny_job(shallow, **SWEEP))
     options = ["--shards", 2, "--gpus", 0, "--time", "1:00:00", "--cpus", 4, "--mem", "32G", "--margin", 60]
-    text = exported(capsys, "slurm", job, *options)
+    text = export(capsys, "slurm", job, *options)
     asked = dict(line.split(" --")[1].partition("=")[::2] for line in text.splitlines() if "SBATCH" in line)
     assert asked == {
         "job-name": "wancli-job",
@@ -58,18 +58,18 @@ def test_the_script_asks_for_what_was_asked(
         "output": "wancli-job-%A_%a.log",
         "requeue": "",
     }
-    assert "#SBATCH --gres=gpu:1\n" in exported(capsys, "slurm", job)
+    assert "#SBATCH --gres=gpu:1\n" in export(capsys, "slurm", job)
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "openjd"])
-def test_a_job_that_computes_on_cpus_asks_for_no_gpu_unless_told_to(
+def test_a_job_that_computes_on_cpus_requests_no_gpu_by_default(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
 ) -> None:
     items = [{"id": "a", "memory": {"device": "cpu"}}, {"id": "b"}]
     job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
 
     def asks(*options: object) -> bool:
-        return "gpu" in exported(capsys, scheduler, job, *options)
+        return "gpu" in export(capsys, scheduler, job, *options)
 
     assert asks()
     assert not asks("--items", "0")
@@ -78,11 +78,11 @@ def test_a_job_that_computes_on_cpus_asks_for_no_gpu_unless_told_to(
 
 
 def test_odd_names_reach_the_render_whole(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
     name = 'it\'s $(touch oops) `x` "q" 猫.yaml'
     job = written(tmp_path, tiny_job(shallow, **SWEEP), name)
-    text = exported(capsys, "slurm", job, "--set", "prompt=$HOME; 'a' \"b\"")
+    text = export(capsys, "slurm", job, "--set", "prompt=$HOME; 'a' \"b\"")
     assert "\n#SBATCH --job-name=wancli-it-s-touch-oops-x-q-\n" in text
     echo = tmp_path / "echo"
     echo.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\"\n")
@@ -91,8 +91,8 @@ def test_odd_names_reach_the_render_whole(
     script = tmp_path / "job.sbatch"
     script.write_text(text.replace(shlex.quote(wancli), shlex.quote(str(echo))))
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    elsewhere["env"]["SLURM_ARRAY_TASK_ID"] = "0"
-    done = subprocess.run(["bash", script], capture_output=True, **elsewhere)
+    other_folder["env"]["SLURM_ARRAY_TASK_ID"] = "0"
+    done = subprocess.run(["bash", script], capture_output=True, **other_folder)
     words = done.stdout.split("\0")
     assert words[:2] == ["render", str(job)]
     assert words[4:] == ["--set", "prompt=$HOME; 'a' \"b\"", "--shard", "0/1", ""]
@@ -100,19 +100,19 @@ def test_odd_names_reach_the_render_whole(
 
 
 def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
     changes = {**SWEEP, "sampler": {"steps": 40}, "save_every": 1}
     job = written(tmp_path, tiny_job(shallow, **changes))
     script = tmp_path / "job.sbatch"
-    script.write_text(exported(capsys, "slurm", job, "--shards", 2, "--gpus", 0))
+    script.write_text(export(capsys, "slurm", job, "--shards", 2, "--gpus", 0))
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     scontrol.chmod(0o755)
     slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
-    elsewhere["env"] |= slurm | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    with subprocess.Popen(["bash", script], stdout=subprocess.PIPE, **elsewhere) as task:
+    other_folder["env"] |= slurm | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", script], stdout=subprocess.PIPE, **other_folder) as task:
         until = time.monotonic() + 60
         while not list(tmp_path.glob("out/*.state.safetensors")):
             assert time.monotonic() < until
@@ -121,7 +121,7 @@ def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
         assert task.wait(60) == 75
     assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
     assert [name for name in files_in(tmp_path) if name.endswith(".state.safetensors")]
-    done = subprocess.run(["bash", script], stdout=subprocess.PIPE, **elsewhere)
+    done = subprocess.run(["bash", script], stdout=subprocess.PIPE, **other_folder)
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"{tmp_path}/out/{item}.mp4" for item in (2, 3)]
     assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
@@ -129,8 +129,8 @@ def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_task_that_somebody_ended_does_not_queue_again(
-    tmp_path: Path, elsewhere: dict[str, Any], number: signal.Signals
+def test_a_cancelled_task_does_not_queue_again(
+    tmp_path: Path, other_folder: dict[str, Any], number: signal.Signals
 ) -> None:
     stub = "trap 'exit 75' TERM USR1; pwd; touch ready; for n in {1..1000}; do sleep 0.02; done"
     batch = tmp_path / "job.sbatch"
@@ -139,8 +139,8 @@ def test_a_task_that_somebody_ended_does_not_queue_again(
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "scontrol").chmod(0o755)
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
-    elsewhere["env"] |= ids | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with subprocess.Popen(["bash", batch], stdout=subprocess.PIPE, **elsewhere) as task:
+    other_folder["env"] |= ids | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", batch], stdout=subprocess.PIPE, **other_folder) as task:
         until = time.monotonic() + 15
         while not (tmp_path / "work here" / "ready").exists():
             assert time.monotonic() < until
@@ -198,7 +198,7 @@ def test_the_template_is_sound_and_its_defaults_are_all_shots(
 ) -> None:
     job = written(tmp_path, tiny_job(shallow, **SWEEP))
     path = tmp_path / "template.yaml"
-    path.write_text(exported(capsys, "openjd", job, "--gpus", 2, "--at-once", 3, "--save-every", "5"))
+    path.write_text(export(capsys, "openjd", job, "--gpus", 2, "--at-once", 3, "--save-every", "5"))
     done = subprocess.run([OPENJD, "check", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     template = yaml.safe_load(path.read_text())
@@ -209,16 +209,16 @@ def test_the_template_is_sound_and_its_defaults_are_all_shots(
 
 
 def test_the_server_of_a_session_has_the_options_of_its_renders(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
     job = written(tmp_path, tiny_job("there/is/none", **SWEEP))  # without its options nothing can be loaded
     path, cache = tmp_path / "template.yaml", tmp_path / "another cache"
     options = ["--set", f"model={shallow}", "--set=prompt=it's $HOME", "--cache-dir", cache, "--retries", 1]
-    path.write_text(exported(capsys, "openjd", job, "--gpus", 0, *options))
-    elsewhere["env"].pop("WANCLI_SOCKET", None)
-    elsewhere["env"]["WANCLI_CACHE"] = str(tmp_path / "unused")
+    path.write_text(export(capsys, "openjd", job, "--gpus", 0, *options))
+    other_folder["env"].pop("WANCLI_SOCKET", None)
+    other_folder["env"]["WANCLI_CACHE"] = str(tmp_path / "unused")
     run = [OPENJD, "run", path, "--step", "Render", "-p", "Items=0"]
-    done = subprocess.run(run, capture_output=True, timeout=300, **elsewhere)
+    done = subprocess.run(run, capture_output=True, timeout=300, **other_folder)
     assert done.returncode == 0, done.stdout
     phases = manifest_of(tmp_path, "0")["phases"]
     assert [phase["seconds"] for phase in phases if phase["name"] == "load"] == [0.0]
@@ -227,14 +227,14 @@ def test_the_server_of_a_session_has_the_options_of_its_renders(
 
 
 def test_openjd_renders_the_shots_with_one_load_of_the_model(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, elsewhere: dict[str, Any]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
     job = written(tmp_path, tiny_job(shallow, **SWEEP), "it's a job.yaml")
     path = tmp_path / "template.yaml"
-    path.write_text(exported(capsys, "openjd", job, "--gpus", 0, "--at-once", 2))
-    elsewhere["env"].pop("WANCLI_SOCKET", None)
+    path.write_text(export(capsys, "openjd", job, "--gpus", 0, "--at-once", 2))
+    other_folder["env"].pop("WANCLI_SOCKET", None)
     run = [OPENJD, "run", path, "--step", "Render", "-p", "Items=0-2,3"]
-    done = subprocess.run(run, capture_output=True, timeout=300, **elsewhere)
+    done = subprocess.run(run, capture_output=True, timeout=300, **other_folder)
     assert done.returncode == 0, done.stdout
     assert [name for name in files_in(tmp_path) if name.endswith(".mp4")] == [f"{i}.mp4" for i in range(4)]
     for item in range(4):

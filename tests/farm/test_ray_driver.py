@@ -43,8 +43,8 @@ JOB: dict[str, Any] = {
 
 
 @pytest.fixture
-def started(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command with two workers, in a process of its own: Ray warns, and keeps what is global."""
+def start_driver(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start the command with two workers, in a process of its own: Ray warns, and keeps global state."""
     job = written(tmp_path, tiny_job(shallow, **JOB))
     short = tempfile.mkdtemp(prefix="r", dir="/tmp")
     program = "import os; os.cpu_count = lambda: 2; from wancli.__main__ import main; main()"
@@ -61,8 +61,8 @@ def started(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[subprocess.Po
     shutil.rmtree(short, ignore_errors=True)
 
 
-def at_work(folder: Path, driver: subprocess.Popen[str]) -> int:
-    """The process of a worker that has saved a step and is not done."""
+def find_busy_worker(folder: Path, driver: subprocess.Popen[str]) -> int:
+    """Return the process of a worker that has saved a step and is not done."""
     while driver.poll() is None:
         for claim in (folder / "out/.wancli/claims").glob("*.json"):
             try:
@@ -76,14 +76,14 @@ def at_work(folder: Path, driver: subprocess.Popen[str]) -> int:
 
 
 def test_a_worker_that_is_killed_is_started_again_and_no_shot_is_rendered_twice(
-    started: subprocess.Popen[str], tmp_path: Path, render: Render
+    start_driver: subprocess.Popen[str], tmp_path: Path, render: Render
 ) -> None:
-    victim = at_work(tmp_path, started)
-    assert victim != started.pid
+    victim = find_busy_worker(tmp_path, start_driver)
+    assert victim != start_driver.pid
     os.kill(victim, signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.manifest.json")}
-    out, err = started.communicate()
-    assert started.returncode == 0, err
+    out, err = start_driver.communicate()
+    assert start_driver.returncode == 0, err
     assert sorted(out.split()) == [f"{tmp_path}/out/{id}.mp4" for id in IDS]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     made = {f"{id}{end}" for id in IDS for end in (".mp4", ".manifest.json", ".latents.safetensors")}
@@ -96,13 +96,13 @@ def test_a_worker_that_is_killed_is_started_again_and_no_shot_is_rendered_twice(
         assert torch.equal(latents_of(tmp_path, id), latents_of(tmp_path / "alone", id))
 
 
-def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
-    started: subprocess.Popen[str], tmp_path: Path, render: Render
+def test_a_stopped_driver_lets_its_workers_save_and_prints_how_to_resume(
+    start_driver: subprocess.Popen[str], tmp_path: Path, render: Render
 ) -> None:
-    at_work(tmp_path, started)
-    started.terminate()
-    out, err = started.communicate()
-    assert started.returncode == 75, err
+    find_busy_worker(tmp_path, start_driver)
+    start_driver.terminate()
+    out, err = start_driver.communicate()
+    assert start_driver.returncode == 75, err
     assert "  resume: wancli render " in err
     done = {Path(line).stem for line in out.split()}
     assert len(done) < len(IDS)
@@ -114,7 +114,7 @@ def test_a_driver_that_is_stopped_lets_its_workers_save_and_says_how_to_go_on(
     assert len(list((tmp_path / "out").glob("*.mp4"))) == len(IDS)
 
 
-def test_without_ray_the_message_says_what_to_install(
+def test_without_ray_the_message_names_what_to_install(
     render: Render, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -131,7 +131,7 @@ def test_options_of_the_engine_and_jobs_that_no_worker_can_read_are_usage_errors
     assert render("--engine", "ray", "--socket", "auto").code == 2
 
 
-def test_a_cluster_that_is_not_there_or_has_no_room_is_told(
+def test_a_cluster_that_is_not_found_or_too_small_is_reported(
     render: Render, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Nobody(types.ModuleType):
@@ -154,11 +154,11 @@ def test_a_cluster_that_is_not_there_or_has_no_room_is_told(
     assert said.err.startswith("wancli: --engine ray: the cluster has no machine with 8 cores")
 
 
-def test_a_worker_that_would_render_something_else_or_sees_no_folder_says_so(
+def test_a_worker_that_would_render_other_pixels_or_finds_no_folder_reports_it(
     tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job, whole = planned(tmp_path, shallow)
+    job, whole = write_plan(tmp_path, shallow)
     task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, None, 0, True)
     said = Worker(task).render({shot.index: "another key" for shot in whole.shots})
     assert said["outcomes"] == []
@@ -196,15 +196,15 @@ def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None
     assert (type(other), str(other), other.hint) == (kind, "a place: a message", "a way out")
 
 
-def planned(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
+def write_plan(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
     job = written(
         folder, tiny_job(model, **JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}} | changes)
     )
     return job, build_plan(load(job), folder / "memo")
 
 
-def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path: Path, shallow: Path) -> None:
-    shots = planned(tmp_path, shallow)[1].shots
+def test_an_output_that_this_host_does_not_see_has_failed(tmp_path: Path, shallow: Path) -> None:
+    shots = write_plan(tmp_path, shallow)[1].shots
     told = [{"index": shot.index, "status": "rendered", "error": None, "stack": ""} for shot in shots]
     for outcome in _read_outcomes(shots, told):
         assert (outcome.status, outcome.record) == ("failed", None)
@@ -213,11 +213,11 @@ def test_what_a_worker_made_where_this_host_does_not_see_it_has_failed(tmp_path:
         assert f"must share one folder {tmp_path}/out" in outcome.error.hint
 
 
-def test_a_worker_that_is_asked_again_renders_nothing_anew_that_was_forced_already(
+def test_a_repeated_call_renders_no_forced_shot_a_second_time(
     tmp_path: Path, shallow: Path, warm: Path, render: Render, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job, whole = planned(tmp_path, shallow, video={})
+    job, whole = write_plan(tmp_path, shallow, video={})
     assert render(**JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}, "video": {}}).code == 0
     keys = {shot.index: shot.key for shot in whole.shots}
     task = Task(str(job), str(tmp_path), NO_OVERRIDES, str(warm), False, Force.snapshot(whole.shots), 0, True)

@@ -1,4 +1,4 @@
-"""A resident worker: what it renders for others has the bytes, the codes and the words of a render alone."""
+"""A server: its renders have the bytes, exit codes and messages of a render without a server."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from wancli.farm.local_socket import listen
 from wancli.farm.server import Server
 from wancli.storage.manifest import read
 
-LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped on its way
+LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped in progress
 Done = subprocess.CompletedProcess[str]
 
 
-def on_its_way(folder: Path) -> None:
-    """Waits until a step of the shot there is on disk."""
+def wait_for_state(folder: Path) -> None:
+    """Wait until a step of the shot in the folder is on disk."""
     until = time.monotonic() + 60
     while "clip.state.safetensors" not in files_in(folder):
         assert time.monotonic() < until
@@ -43,7 +43,7 @@ def on_its_way(folder: Path) -> None:
 
 @contextlib.contextmanager
 def busy(path: Path) -> Iterator[None]:
-    """The server there does not answer while the block runs."""
+    """Suspend the server at the path while the block runs."""
     pid = _pid(path)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -59,13 +59,13 @@ def _pid(path: Path) -> int:
         return local_socket.peer_credentials(connection)[0]
 
 
-def ended(process: Forked) -> Done:
+def finish(process: Forked) -> Done:
     out, err = process.communicate(timeout=60)
     return Done(process.args, as_shells_say(process.returncode), out, err)
 
 
 @contextlib.contextmanager
-def serving(path: Path, *options: object) -> Iterator[Forked]:
+def start_server(path: Path, *options: object) -> Iterator[Forked]:
     with start("serve", "--socket", path, *options) as server:
         assert server.stderr
         assert re.match(f"wancli serve: at {path}, process {server.pid}\n", server.stderr.readline())
@@ -76,18 +76,18 @@ def serving(path: Path, *options: object) -> Iterator[Forked]:
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Iterator[Path]:
-    """A server for all tests that leave it alive, after a render, so that the cache knows the prompts."""
-    folder = tmp_path_factory.mktemp("there")
+def server_path(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Iterator[Path]:
+    """Start a server for all tests that leave it alive, and fill the cache with the prompts by a render."""
+    folder = tmp_path_factory.mktemp("server")
     job, environment = written(folder, tiny_job(shallow)), os.environ | {"WANCLI_CACHE": str(warm)}
-    with serving(folder / "s"):
+    with start_server(folder / "s"):
         assert wancli("render", job, "--socket", folder / "s", env=environment).returncode == 0
         yield folder / "s"
 
 
 @pytest.fixture
 def job(tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes the tiny job with some changes, for a cache that knows its prompts."""
+    """Return a function that writes the tiny job with changes, for a cache that has its prompts."""
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
     monkeypatch.delenv("WANCLI_SOCKET", raising=False)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -105,8 +105,8 @@ def video(folder: Path) -> bytes:
 # ---- the same ----
 
 
-def words(text: str, folder: Path) -> str:
-    """What was said, without what two runs of one command may say differently."""
+def comparable_output(text: str, folder: Path) -> str:
+    """Return the output without the parts that differ between two runs of one command."""
     text = text.replace(str(folder), "FOLDER")
     text = re.sub(r" +", " ", re.sub(r"\d+(\.\d+)? ?(s|[KMG]iB)\b|\d+:\d\d", "N", text))
     return re.sub(r"N +|(?<=: )N|\? ", "", re.sub(r'"(rss|seconds|created|process|peak)[^,}]*', "", text))
@@ -128,17 +128,26 @@ def words(text: str, folder: Path) -> str:
         (5, {"memory": {"budget": "1MiB"}}, ["job.yaml"]),
     ],
 )
-def test_results_words_and_exit_codes_are_those_of_a_render_alone(
-    there: Path, job: Callable[..., Path], tmp_path: Path, code: int, changes: dict[str, Any], arguments: Any
+def test_results_messages_and_exit_codes_are_those_of_a_render_without_a_server(
+    server_path: Path,
+    job: Callable[..., Path],
+    tmp_path: Path,
+    code: int,
+    changes: dict[str, Any],
+    arguments: Any,
 ) -> None:
     said = {}
-    for name, options in {"alone": [], "served": ["--socket", there]}.items():
+    for name, options in {"alone": [], "served": ["--socket", server_path]}.items():
         folder = tmp_path / name / "here"
         path = job(f"{name}/here", **changes)
         (folder / "out").mkdir()
         with path.open() as stdin:
             done = wancli("render", *arguments, "--progress", "none", *options, cwd=folder, stdin=stdin)
-        said[name] = (done.returncode, done.stdout.replace(str(folder), ""), words(done.stderr, folder))
+        said[name] = (
+            done.returncode,
+            done.stdout.replace(str(folder), ""),
+            comparable_output(done.stderr, folder),
+        )
         said[name] += tuple(files_in(folder))
     assert said["served"] == said["alone"]
     assert said["alone"][0] == code, said
@@ -147,7 +156,7 @@ def test_results_words_and_exit_codes_are_those_of_a_render_alone(
 
 
 def test_a_shot_that_fails_fails_there_too_and_the_next_one_is_sound(
-    there: Path, job: Callable[..., Path], tmp_path: Path, shallow: Path
+    server_path: Path, job: Callable[..., Path], tmp_path: Path, shallow: Path
 ) -> None:
     broken = shutil.copytree(shallow, tmp_path / "broken")
 
@@ -155,19 +164,19 @@ def test_a_shot_that_fails_fails_there_too_and_the_next_one_is_sound(
         tensors["blocks.1.ffn.2.bias"][0] = float("nan")
 
     change_tensors(broken / TRANSFORMER, poisoned)
-    done = wancli("render", job("bad", model=str(broken)), "-q", "--socket", there)
+    done = wancli("render", job("bad", model=str(broken)), "-q", "--socket", server_path)
     assert done.returncode == 1
     assert "block 1" in done.stderr
-    assert wancli("render", job("good"), "-q", "--socket", there).returncode == 0
+    assert wancli("render", job("good"), "-q", "--socket", server_path).returncode == 0
     assert wancli("render", job("alone"), "-q").returncode == 0
     assert video(tmp_path / "good") == video(tmp_path / "alone")
 
 
 def test_the_second_render_loads_nothing_and_its_json_is_one_document_on_stdout(
-    there: Path, job: Callable[..., Path], tmp_path: Path
+    server_path: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
     for name in ("1", "2"):
-        done = wancli("render", job(name), "-q", "--json", "--socket", there)
+        done = wancli("render", job(name), "-q", "--json", "--socket", server_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("{\n")
     phases = manifest_of(tmp_path / "2")["phases"]
@@ -176,33 +185,33 @@ def test_the_second_render_loads_nothing_and_its_json_is_one_document_on_stdout(
 
 
 def test_the_environment_names_the_server_and_a_request_leaves_nothing_behind(
-    there: Path, job: Callable[..., Path], tmp_path: Path
+    server_path: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    elsewhere = os.environ | {"WANCLI_SOCKET": str(there), "WANCLI_CACHE": str(tmp_path / "cache")}
+    elsewhere = os.environ | {"WANCLI_SOCKET": str(server_path), "WANCLI_CACHE": str(tmp_path / "cache")}
     done = wancli("render", job("1"), "-q", env=elsewhere, umask=0o077)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cache" / "embeddings").exists()
     assert (tmp_path / "1/out/clip.mp4").stat().st_mode & 0o777 == 0o600
     known = set((tmp_path / "cache").rglob("*"))
-    done = wancli("render", job("2"), "-q", "--socket", there, umask=0o022)
+    done = wancli("render", job("2"), "-q", "--socket", server_path, umask=0o022)
     assert (tmp_path / "2/out/clip.mp4").stat().st_mode & 0o777 == 0o644
     assert set((tmp_path / "cache").rglob("*")) == known
 
 
-def test_a_client_imports_nothing_slow(there: Path, job: Callable[..., Path]) -> None:
+def test_a_client_imports_nothing_slow(server_path: Path, job: Callable[..., Path]) -> None:
     program = (
         "import sys\nfrom wancli.__main__ import main\ntry:\n    main()\nexcept SystemExit as ended:\n"
         "    heavy = {'torch', 'numpy', 'typer', 'pydantic', 'yaml', 'psutil', 'rich'} & sys.modules.keys()\n"
         "    sys.exit(f'imported {heavy}' if heavy else ended.code)\n"
     )
-    arguments = ["render", str(job()), "-q", f"--socket={there}"]
+    arguments = ["render", str(job()), "-q", f"--socket={server_path}"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(("options", "unbuffered"), [([], "1"), (["--json"], "1"), (["--json"], "")])
-def test_a_reader_that_went_away_ends_as_it_does_alone(
-    there: Path,
+def test_a_reader_that_closed_stdout_has_the_effect_it_has_without_a_server(
+    server_path: Path,
     job: Callable[..., Path],
     options: list[str],
     unbuffered: str,
@@ -210,7 +219,7 @@ def test_a_reader_that_went_away_ends_as_it_does_alone(
 ) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     codes = []
-    for name, more in {"alone": [], "served": ["--socket", there]}.items():
+    for name, more in {"alone": [], "served": ["--socket", server_path]}.items():
         read, write = os.pipe()
         os.close(read)
         program = [sys.executable, "-m", "wancli", "render", job(name), "-q", *options, *more]
@@ -218,35 +227,37 @@ def test_a_reader_that_went_away_ends_as_it_does_alone(
         os.close(write)
         codes.append(done.returncode)
     assert codes == [0, 0]  # what was made is on disk
-    assert wancli("render", job("next"), "-q", "--socket", there).returncode == 0
+    assert wancli("render", job("next"), "-q", "--socket", server_path).returncode == 0
 
 
 # ---- one after the other ----
 
 
-def test_who_comes_second_waits_and_is_told(there: Path, job: Callable[..., Path], tmp_path: Path) -> None:
-    with busy(there), start("render", job(), "--progress", "none", "--socket", there) as client:
+def test_a_second_client_waits_and_learns_that_it_does(
+    server_path: Path, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    with busy(server_path), start("render", job(), "--progress", "none", "--socket", server_path) as client:
         assert client.stderr
         assert (
             client.stderr.readline()
-            == f"wancli: waiting until the server at {there} has finished another render\n"
+            == f"wancli: waiting until the server at {server_path} has finished another render\n"
         )
         assert files_in(tmp_path) == []
-        os.kill(_pid(there), signal.SIGCONT)
-        assert ended(client).returncode == 0
+        os.kill(_pid(server_path), signal.SIGCONT)
+        assert finish(client).returncode == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_who_waits_can_leave_and_nothing_was_begun(
-    there: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
+def test_a_waiting_client_can_leave_and_nothing_is_started(
+    server_path: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
 ) -> None:
-    with busy(there), start("render", job("1"), "--socket", there) as client:
+    with busy(server_path), start("render", job("1"), "--socket", server_path) as client:
         assert client.stderr
         assert "waiting" in client.stderr.readline()
         client.send_signal(number)
-        left = ended(client)
+        left = finish(client)
     assert (left.returncode, "nothing was started" in left.stderr) == (code, True)
-    assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0
+    assert wancli("render", job("2"), "-q", "--socket", server_path).returncode == 0
     assert files_in(tmp_path / "1") == []
 
 
@@ -256,80 +267,80 @@ def test_who_waits_can_leave_and_nothing_was_begun(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
-def test_a_signal_to_the_client_saves_and_the_same_command_goes_on(
-    there: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
+def test_a_signal_to_the_client_saves_and_the_same_command_resumes(
+    server_path: Path, job: Callable[..., Path], tmp_path: Path, number: int, code: int
 ) -> None:
     path = job("1", **LONG)
-    with start("render", path, "-q", "--socket", there) as client:
-        on_its_way(tmp_path / "1")
+    with start("render", path, "-q", "--socket", server_path) as client:
+        wait_for_state(tmp_path / "1")
         client.send_signal(number)
-        stopped = ended(client)
+        stopped = finish(client)
     assert stopped.returncode == code
     assert f"resume: wancli render {path}" in stopped.stderr
     assert "clip.state.safetensors" in files_in(tmp_path / "1")
-    assert wancli("render", path, "-q", "--socket", there).returncode == 0
+    assert wancli("render", path, "-q", "--socket", server_path).returncode == 0
     assert wancli("render", job("2", **LONG), "-q").returncode == 0
     assert video(tmp_path / "1") == video(tmp_path / "2")
 
 
 def test_a_client_that_is_killed_has_its_render_saved(
-    there: Path, job: Callable[..., Path], tmp_path: Path
+    server_path: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with start("render", job("1", **LONG), "-q", "--socket", there) as client:
-        on_its_way(tmp_path / "1")
+    with start("render", job("1", **LONG), "-q", "--socket", server_path) as client:
+        wait_for_state(tmp_path / "1")
         client.kill()
-    assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0  # when the other is over
+    assert wancli("render", job("2"), "-q", "--socket", server_path).returncode == 0  # when the other is over
     assert "clip.state.safetensors" in files_in(tmp_path / "1")
     assert "clip.mp4" not in files_in(tmp_path / "1")
 
 
-def test_a_client_that_is_told_and_then_killed_has_its_render_saved(
-    there: Path, job: Callable[..., Path], tmp_path: Path
+def test_a_client_that_gets_a_signal_and_is_then_killed_has_its_render_saved(
+    server_path: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with start("render", job("1", **LONG), "-q", "--socket", there) as client:
-        on_its_way(tmp_path / "1")
-        with busy(there):  # so that both reach it before a step is over
+    with start("render", job("1", **LONG), "-q", "--socket", server_path) as client:
+        wait_for_state(tmp_path / "1")
+        with busy(server_path):  # so that both reach it before a step is over
             client.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             client.kill()
             client.wait()
-    assert wancli("render", job("2"), "-q", "--socket", there).returncode == 0
+    assert wancli("render", job("2"), "-q", "--socket", server_path).returncode == 0
     assert "clip.state.safetensors" in files_in(tmp_path / "1")
     assert "clip.mp4" not in files_in(tmp_path / "1")
 
 
-def test_a_second_signal_ends_at_once_and_says_that_the_server_is_gone(
+def test_a_second_signal_ends_at_once_and_reports_that_the_server_has_ended(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "private" / "s"
-    with serving(path) as server:
+    with start_server(path) as server:
         with start("render", job(**LONG), "-q", "--socket", path) as client:
-            on_its_way(tmp_path)
+            wait_for_state(tmp_path)
             server.send_signal(signal.SIGSTOP)  # so that both come before a step is over
             client.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             client.send_signal(signal.SIGINT)
             time.sleep(0.3)
             server.send_signal(signal.SIGCONT)
-            done = ended(client)
+            done = finish(client)
         codes = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # which of two pending ones is second is free
         assert done.returncode == 130
         assert server.wait(30) in codes
         assert "a second signal, SIGINT" in done.stderr
 
 
-def test_a_server_that_dies_is_told_with_75_and_the_same_command_goes_on(
+def test_after_a_server_died_the_client_exits_with_75_and_the_same_command_resumes(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     path, work = tmp_path / "private" / "s", job("1", **LONG)
-    with serving(path) as server, start("render", work, "-q", "--socket", path) as client:
-        on_its_way(tmp_path / "1")
+    with start_server(path) as server, start("render", work, "-q", "--socket", path) as client:
+        wait_for_state(tmp_path / "1")
         server.kill()
-        done = ended(client)
+        done = finish(client)
     assert done.returncode == 75
     assert f"the server at {path} has died; what was saved is on disk" in done.stderr
     assert "resume: wancli render" in done.stderr
-    with serving(path):  # what the dead one left is no hindrance
+    with start_server(path):  # what the dead one left is no hindrance
         assert wancli("render", work, "-q", "--socket", path).returncode == 0
     assert wancli("render", job("2", **LONG), "-q").returncode == 0
     assert video(tmp_path / "1") == video(tmp_path / "2")
@@ -339,12 +350,12 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "private" / "s"
-    with serving(path) as server:
+    with start_server(path) as server:
         with start("render", job(**LONG), "-q", "--socket", path) as client:
-            on_its_way(tmp_path)
+            wait_for_state(tmp_path)
             assert wancli("serve", "--stop", "--socket", path).returncode == 0
             assert not path.exists()
-            done = ended(client)
+            done = finish(client)
         assert server.wait(30) == 0
     assert done.returncode == 75
     assert "stopped by SIGTERM; 1 shot is saved on the way" in done.stderr
@@ -360,16 +371,16 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
 # ---- which signals are the server's ----
 
 
-def code_of(server: Server, run: Callable[[socket.socket], int]) -> int:
-    """Its exit code where the server runs `run`, which gets the client's end."""
+def run_on_server(server: Server, run: Callable[[socket.socket], int]) -> int:
+    """Return the exit code if the server runs `run`, which gets the client's end of the connection."""
     here, client = socket.socketpair()
     with here, client:
         server._run = lambda *_: run(client)
         return server._run_command(here, {"arguments": [], "began": 0.0})
 
 
-def heard(number: signal.Signals, send: Callable[[], None], *, code: int) -> int:
-    """What a render does that listens itself: it hears the signal, and ends as it ends."""
+def handle_signal(number: signal.Signals, send: Callable[[], None], *, code: int) -> int:
+    """Do what a render does that handles signals itself: get the signal, and exit with a code."""
     with signals.stop_on_signal() as stop:
         send()
         until = time.monotonic() + 30
@@ -387,7 +398,9 @@ def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
 ) -> None:
     server = Server(lambda *_: 0, ModelCache(), idle=None)
     with server.handle_signals():
-        got = code_of(server, lambda _: heard(number, lambda: os.kill(os.getpid(), number), code=code))
+        got = run_on_server(
+            server, lambda _: handle_signal(number, lambda: os.kill(os.getpid(), number), code=code)
+        )
         assert (got, server._stop_requested()) == (code, True)
 
 
@@ -397,17 +410,19 @@ def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, co
     server = Server(lambda *_: 0, ModelCache(), idle=None)
 
     def run(client: socket.socket) -> int:
-        return heard(number, lambda: local_socket.send_message(client, {"signal": number.name}), code=code)
+        return handle_signal(
+            number, lambda: local_socket.send_message(client, {"signal": number.name}), code=code
+        )
 
     with server.handle_signals():
         for _ in range(3):
-            assert (code_of(server, run), server._stop_requested()) == (code, False)
+            assert (run_on_server(server, run), server._stop_requested()) == (code, False)
 
 
 def test_a_render_that_ends_with_75_by_itself_does_not_end_the_server() -> None:
     server = Server(lambda *_: 0, ModelCache(), idle=None)
     with server.handle_signals():
-        assert (code_of(server, lambda _: 75), server._stop_requested()) == (75, False)
+        assert (run_on_server(server, lambda _: 75), server._stop_requested()) == (75, False)
 
 
 # ---- who may talk ----
@@ -426,26 +441,26 @@ def test_without_a_server_auto_renders_quietly_and_a_name_is_an_error(
 
 
 def test_a_server_that_cannot_render_the_same_refuses(
-    there: Path, job: Callable[..., Path], tmp_path: Path
+    server_path: Path, job: Callable[..., Path], tmp_path: Path
 ) -> None:
     other = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = wancli("render", job(), "-q", "--socket", there, env=other)
+    done = wancli("render", job(), "-q", "--socket", server_path, env=other)
     assert done.returncode == 3
     assert "refuses: OMP_NUM_THREADS is 1 at the server, 2 at the client" in done.stderr
     assert files_in(tmp_path) == []
 
 
-def test_a_client_whose_folder_was_deleted_says_so(there: Path, tmp_path: Path) -> None:
+def test_a_client_reports_that_its_folder_was_deleted(server_path: Path, tmp_path: Path) -> None:
     program = (
         "import os, sys\nfrom wancli.__main__ import main\n"
-        f"sys.argv[1:] = ['render', 'job.yaml', '--socket', {str(there)!r}]\n"
+        f"sys.argv[1:] = ['render', 'job.yaml', '--socket', {str(server_path)!r}]\n"
         f"os.chdir({str(tmp_path)!r})\nos.rmdir({str(tmp_path)!r})\nmain()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, "working folder is gone" in done.stderr) == (3, True)
 
 
-def test_auto_says_that_it_renders_without_a_server_that_refuses(
+def test_auto_reports_that_it_renders_without_a_server_that_refuses(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     runtime = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
@@ -474,12 +489,12 @@ def test_both_ends_must_be_the_same(name: str) -> None:
 
 
 def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = socket.socketpair()
-    assert local_socket.peer_credentials(there) == (os.getpid(), os.geteuid())
+    ours, theirs = socket.socketpair()
+    assert local_socket.peer_credentials(theirs) == (os.getpid(), os.geteuid())
     monkeypatch.setattr(local_socket, "peer_credentials", lambda _: (1, os.geteuid() + 1))
-    with here, there:
-        Server(lambda *_: 1 // 0, ModelCache(), idle=None)._handle(here)
-        message = local_socket.MessageReader(there).read()
+    with ours, theirs:
+        Server(lambda *_: 1 // 0, ModelCache(), idle=None)._handle(ours)
+        message = local_socket.MessageReader(theirs).read()
     assert message is not None
     assert message["refused"].startswith(f"you are user {os.geteuid() + 1}")
 
@@ -488,7 +503,7 @@ def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o755)
-    assert local_socket.connect(tmp_path / "s") is None  # nobody's is there, whatever the folder
+    assert local_socket.connect(tmp_path / "s") is None  # no server, whatever the folder
     (tmp_path / "s").touch()
     said = rf"{tmp_path}: not a private folder \(owner {os.geteuid()}, mode 0755\)"
     with pytest.raises(MachineError, match=said):
@@ -507,7 +522,7 @@ def test_a_server_of_another_user_is_not_talked_to(tmp_path: Path, monkeypatch: 
         local_socket.connect(tmp_path / "p/s")
 
 
-def test_a_server_that_ends_while_others_wait_tells_them_so(tmp_path: Path) -> None:
+def test_waiting_clients_learn_that_the_server_ended(tmp_path: Path) -> None:
     local_socket.make_private_folder(tmp_path / "p")
     with listen(tmp_path / "p/s") as listener:
         leaving = threading.Thread(target=lambda: listener.accept()[0].close())
@@ -543,20 +558,20 @@ def test_auto_is_the_users_runtime_folder_or_the_cache(
 # ---- its life ----
 
 
-def test_a_server_ends_when_nobody_asks(tmp_path: Path) -> None:
-    with serving(tmp_path / "private" / "s", "--idle", "0.2s") as server:
+def test_a_server_without_requests_ends(tmp_path: Path) -> None:
+    with start_server(tmp_path / "private" / "s", "--idle", "0.2s") as server:
         assert server.wait(30) == 0
     assert [path.name for path in (tmp_path / "private").iterdir()] == ["s.lock"]
 
 
-def test_there_is_one_server_at_a_place(there: Path) -> None:
-    done = wancli("serve", "--socket", there)
+def test_a_socket_has_one_server(server_path: Path) -> None:
+    done = wancli("serve", "--socket", server_path)
     assert done.returncode == 3
-    assert done.stderr.startswith(f"wancli: {there}: another server uses it\n")
+    assert done.stderr.startswith(f"wancli: {server_path}: another server uses it\n")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_is_not_a_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "private" / "notes"
     path.parent.mkdir(mode=0o700)
     if kind == "file":
@@ -594,7 +609,7 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
     assert re.fullmatch(r"wancli serve: process \d+ in '.*': exit code 0 after \d+\.\d s", log[1])
 
 
-def test_a_background_that_does_not_come_to_be_says_why(job: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_background_process_that_cannot_start_reports_why(job: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "private" / "s"
     done = wancli("serve", job(frames=6), "--socket", path, "--daemonize", "--wait-ready")
     assert done.returncode == 2

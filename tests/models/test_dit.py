@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,10 +33,6 @@ def official() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def model() -> WanModel:
     return load_transformer(identify(FIXTURE))
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
 
 
 def random_model(config: WanConfig = CONFIG) -> WanModel:
@@ -106,10 +103,10 @@ def test_velocities_are_those_of_the_official_code(name: str, model: WanModel, o
         first, last = inject["blocks"]
         contexts[first : last + 1] = [((blend, 1.0),)] * (last - first + 1)
     x, t = official[f"{name}.noise"][None], official[f"{name}.timesteps"][0]
-    assert distance(model(x, t, contexts)[0], official[f"{name}.v_cond_step0"]) < 1e-5
+    assert relative_error(model(x, t, contexts)[0], official[f"{name}.v_cond_step0"]) < 1e-5
     if (expected := official.get(f"{name}.v_uncond_step0")) is not None:
         uncond = everywhere(model, model.project(official["context.negative"]))
-        assert distance(model(x, t, uncond)[0], expected) < 1e-5
+        assert relative_error(model(x, t, uncond)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,7 @@ def test_velocities_are_those_of_diffusers_for_any_size(heads: int, head_dim: in
     x, text = torch.randn(1, 16, 3, 6, 10), torch.randn(7, 32)
     with torch.inference_mode():
         expected = theirs(x, torch.tensor([633.0]), F.pad(text, (0, 0, 0, 505))[None]).sample
-        assert distance(ours(x, 633.0, everywhere(ours, ours.project(text))), expected) < 1e-5
+        assert relative_error(ours(x, 633.0, everywhere(ours, ours.project(text))), expected) < 1e-5
 
 
 @pytest.mark.parametrize("count", [1, 2, 300, 511, 512])
@@ -133,7 +130,7 @@ def test_one_pad_row_stands_for_all_the_padding(count: int):
     padded_ND = model.text_embedding(F.pad(text, (0, 0, 0, 512 - count)))
     x_LD = torch.randn(9, 48)
     expected = plain_out(model, plain_attention(model, x_LD, padded_ND, torch.ones(512)))
-    assert distance(model.blocks[0].cross_attn(x_LD[None], ((context, 1.0),))[0], expected) < 1e-5
+    assert relative_error(model.blocks[0].cross_attn(x_LD[None], ((context, 1.0),))[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -181,7 +178,7 @@ def test_concat_shares_one_softmax_and_weighs_the_second_prompt():
     rows_ND = torch.cat([all_rows(x) for x in (a, b, c)])
     weights_N = torch.cat([torch.full((512,), w) for w in (1.0, 0.3, 2.0)])
     expected = plain_out(model, plain_attention(model, x_LD, rows_ND, weights_N))
-    assert distance(model.blocks[0].cross_attn(x_LD[None], ((joined, 1.0),))[0], expected) < 1e-5
+    assert relative_error(model.blocks[0].cross_attn(x_LD[None], ((joined, 1.0),))[0], expected) < 1e-5
 
 
 @torch.inference_mode()
@@ -191,7 +188,7 @@ def test_a_lerp_may_join_another_prompt():
     joined = concat(a, lerp(a, b, 0.4), 1.0)
     rows_ND = torch.cat([all_rows(a), 0.6 * all_rows(a) + 0.4 * all_rows(b)])
     expected = plain_out(model, plain_attention(model, x_LD, rows_ND, torch.ones(1024)))
-    assert distance(model.blocks[0].cross_attn(x_LD[None], ((joined, 1.0),))[0], expected) < 1e-5
+    assert relative_error(model.blocks[0].cross_attn(x_LD[None], ((joined, 1.0),))[0], expected) < 1e-5
 
 
 def test_joined_contexts_cannot_be_interpolated():
@@ -216,7 +213,7 @@ def test_a_mix_is_the_weighted_sum_of_whole_cross_attentions(weights: tuple[floa
     cross_attn = model.blocks[0].cross_attn
     a, b = model.project(torch.randn(5, 32)), model.project(torch.randn(9, 32))
     expected = weights[0] * cross_attn(x_BLD, ((a, 1.0),)) + weights[1] * cross_attn(x_BLD, ((b, 1.0),))
-    assert distance(cross_attn(x_BLD, ((a, weights[0]), (b, weights[1]))), expected) < 1e-5
+    assert relative_error(cross_attn(x_BLD, ((a, weights[0]), (b, weights[1]))), expected) < 1e-5
 
 
 @torch.inference_mode()
@@ -247,7 +244,7 @@ def test_a_batch_is_its_entries_each_at_its_own_time():
     model, x, t = random_model(), torch.randn(2, 16, 2, 4, 6), torch.tensor([900.0, 31.5])
     contexts = everywhere(model, model.project(torch.randn(5, 32)))
     one_by_one = [model(x[i : i + 1], t[i], contexts) for i in range(2)]
-    assert distance(model(x, t, contexts), torch.cat(one_by_one)) < 1e-5
+    assert relative_error(model(x, t, contexts), torch.cat(one_by_one)) < 1e-5
 
 
 def test_neither_the_latent_nor_the_text_is_written_over():
@@ -265,12 +262,12 @@ def test_training_gives_the_same_velocity_and_the_gradients_of_diffusers():
     with torch.inference_mode():
         expected = ours(x, t, everywhere(ours, ours.project(text)))
     velocity = ours(x, t, everywhere(ours, ours.project(text)))
-    assert distance(velocity.detach(), expected) < 1e-5
+    assert relative_error(velocity.detach(), expected) < 1e-5
     velocity.square().mean().backward()
     theirs(x, t, F.pad(text, (0, 0, 0, 507)).expand(2, -1, -1)).sample.square().mean().backward()
     for name, parameter in theirs.named_parameters():
         name = transformer_from_diffusers(name)
-        assert distance(ours.get_parameter(name).grad, parameter.grad) < 1e-3, name
+        assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-3, name
 
 
 def saved_for_backward(model: WanModel, checkpointed: bool) -> tuple[dict[str, Tensor], int]:
@@ -341,7 +338,7 @@ def test_a_few_tokens_at_a_time_give_the_velocity_of_all_at_once(chunk: int, dty
     x, t, text = torch.randn(2, 16, 2, 8, 6), torch.tensor([900.0, 31.5]), torch.randn(5, 32)
     expected = whole(x, t, everywhere(whole, whole.project(text)))
     found = pieces(x, t, everywhere(pieces, pieces.project(text)))
-    assert distance(found, expected) < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 def test_gradients_flow_through_all_tokens_at_once():
@@ -367,7 +364,7 @@ def test_half_precision_keeps_the_stream_in_fp32(official: dict[str, Tensor]):
     contexts = everywhere(half, half.project(official["context.main"]))
     velocity = half(x, t, contexts)
     assert velocity.dtype == torch.float32
-    assert distance(velocity[0], official["unipc_cfg6.v_cond_step0"]) < 2e-2
+    assert relative_error(velocity[0], official["unipc_cfg6.v_cond_step0"]) < 2e-2
     assert {y.dtype for y in half.iterate_residuals(x, t, contexts)} == {torch.float32}
 
 

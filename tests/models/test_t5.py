@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import UMT5EncoderModel
@@ -40,10 +41,6 @@ def official_tensors() -> dict[str, Tensor]:
     return torch.load(OFFICIAL, weights_only=True)
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.fixture(scope="module")
 def model() -> UMT5EncoderModel:
     return load_encoder(encoder())
@@ -61,7 +58,7 @@ def test_official_weights_give_the_official_contexts(model: UMT5EncoderModel, pr
     expected_NE = load_file(ROOT / "reference.safetensors")[f"context.{prompt}"]
     rows_NE = t5.encode(model, IDS[prompt])
     assert rows_NE.shape == expected_NE.shape
-    assert relative(rows_NE, expected_NE) < 1e-5
+    assert relative_error(rows_NE, expected_NE) < 1e-5
 
 
 def test_shards_saved_by_transformers_give_the_same_rows(
@@ -82,7 +79,7 @@ def test_unpadded_tokens_give_the_rows_of_the_padded_and_masked_512(
     ids_1M[0, :count] = torch.tensor(IDS["injection"])
     with torch.no_grad():
         padded_ME = theirs(input_ids=ids_1M, attention_mask=ids_1M != 0).last_hidden_state[0]
-    assert relative(t5.encode(model, IDS["injection"]), padded_ME[:count]) < 1e-5
+    assert relative_error(t5.encode(model, IDS["injection"]), padded_ME[:count]) < 1e-5
 
 
 def test_a_prompt_of_512_tokens_and_an_empty_one_are_encoded(model: UMT5EncoderModel):
@@ -102,7 +99,7 @@ def test_prompts_in_one_pass_get_the_bits_that_transformers_gives_each(model: UM
 def test_streamed_weights_give_the_official_contexts(prompt: str):
     streamed = load_encoder(encoder(residency="streamed"))
     expected_NE = load_file(ROOT / "reference.safetensors")[f"context.{prompt}"]
-    assert relative(t5.encode(streamed, IDS[prompt]), expected_NE) < 1e-5
+    assert relative_error(t5.encode(streamed, IDS[prompt]), expected_NE) < 1e-5
 
 
 @pytest.mark.parametrize("residency", ["packed", "streamed"])
@@ -168,7 +165,7 @@ def test_bf16_stays_near_fp32(model: UMT5EncoderModel):
     half = load_encoder(encoder(dtype="bf16"))
     rows_NE = t5.encode(half, IDS["main"])
     assert rows_NE.dtype is torch.bfloat16
-    assert relative(rows_NE.float(), t5.encode(model, IDS["main"])) < 0.03
+    assert relative_error(rows_NE.float(), t5.encode(model, IDS["main"])) < 0.03
 
 
 def test_fp16_keeps_the_layers_that_overflow_in_fp32():

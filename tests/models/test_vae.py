@@ -178,7 +178,7 @@ def test_the_chunk_size_does_not_change_the_encoded_latent(
     assert (pair[0].encode(frames, chunk) - pair[0].encode(frames)).abs().max() < 1e-5
 
 
-def test_the_strips_that_a_frame_is_worked_off_in_do_not_show(
+def test_row_slices_do_not_change_the_result(
     pair: tuple[WanVAE, AutoencoderKLWan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, frames = latent(3, 5, 6), video(9, 40, 48)

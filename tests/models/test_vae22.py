@@ -150,9 +150,7 @@ def test_a_clip_comes_as_one_frame_and_then_four_for_each_latent_frame_of_the_ch
     assert max(piece.abs().max() for piece in pieces) == 1  # clamped
 
 
-def test_the_strips_that_a_frame_is_worked_off_in_do_not_show(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_slices_do_not_change_the_result(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     z, frames = latent(3, 3, 2), video(9, 32, 48)
     whole = clip(pair[0], z), pair[0].encode(frames)
     monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)

@@ -81,9 +81,12 @@ def test_loras_cannot_be_combined_with_fp8_matmuls(tmp_path: Path):
     [
         (
             {"attention": "sage"},
-            "memory.attention: sage attention cannot run: sageattention is not installed",
+            "memory.attention: attention backend 'sage' is not available: sageattention is not installed",
         ),
-        ({"attention": "cudnn"}, "memory.attention: cudnn attention cannot run: torch has it not for fp32"),
+        (
+            {"attention": "cudnn"},
+            "memory.attention: attention backend 'cudnn' is not available: torch does not support it",
+        ),
         ({"fp8_matmul": True}, "memory.fp8_matmul: only CUDA devices multiply in fp8"),
     ],
 )

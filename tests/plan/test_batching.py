@@ -26,13 +26,17 @@ from jobs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wancli.engine.context import RenderContext
 from wancli.engine.networks import Networks
+from wancli.engine.preflight import preflight
 from wancli.job.loader import load
 from wancli.models.dit import Request, WanModel
 from wancli.plan import batching, memory_estimate, memory_policy
 from wancli.plan import planner as planning
 from wancli.plan.shot import Shot
+from wancli.progress import Progress
 from wancli.resources import memory_model
+from wancli.storage.cache import Store
 from wancli.video import mp4
 
 STREAMED = {"residency": "streamed"}
@@ -225,6 +229,26 @@ def test_shots_with_a_latent_are_published_first_and_the_rest_share_passes(
 def batch_sizes(shots: Sequence[Shot]) -> list[int]:
     schedule = batching.build_schedule(shots)
     return [schedule.placement(shot).batch_size for shot in shots]
+
+
+def test_the_memory_limit_is_read_once_and_a_render_executes_the_schedule_of_the_plan(
+    tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    free = memory_policy.read_free_memory("cpu")
+    monkeypatch.setattr(memory_policy, "read_free_memory", lambda device: [reads.append(device), free][1])
+    items = [{"seed": seed} for seed in range(3)] + [{"size": "96x64"}]
+    job = tiny_job(shallow, output=f"{tmp_path}/{{item}}.mp4", memory=STREAMED, items=items)
+    plan = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
+    context = RenderContext(Store(warm / "embeddings"), Progress())
+    assert preflight(plan, context).schedule is plan.schedule
+    assert reads == ["cpu"]
+    assert {shot.model.memory_limit for shot in plan.shots} == {free}
+    plan.shots[1].output.write_bytes(b"of another program")
+    schedule = preflight(plan, context).schedule
+    assert [shot.index for shot in schedule.shots] == [0, 2, 3]
+    assert [schedule.placement(shot).batch_size for shot in schedule.shots] == [3] * 3
+    assert reads == ["cpu"]
 
 
 def test_shots_with_the_same_steps_weights_and_batch_share_passes(decide: Callable[..., list[Shot]]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import saved
 from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, command, rule, tiny_job, written
+from weight_files import save_tensors
 
 EXPERTS = {
     "high_noise": str(TINY / TRANSFORMER),
@@ -39,7 +39,7 @@ def lora_file(folder: Path) -> Path:
     down = torch.arange(4 * 48, dtype=torch.float32).reshape(4, 48) / 192
     up = torch.arange(48 * 4, dtype=torch.float32).reshape(48, 4) / 192
     pair = {"blocks.0.self_attn.q.lora_A.weight": down, "blocks.0.self_attn.q.lora_B.weight": up}
-    return saved(folder / "style.safetensors", pair)
+    return save_tensors(folder / "style.safetensors", pair)
 
 
 def changes(name: str, folder: Path) -> dict[str, Any]:

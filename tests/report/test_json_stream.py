@@ -30,7 +30,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def events(text: str) -> list[dict[str, Any]]:
-    """The lines, each held against the schema and without unknown keys; one envelope, the last."""
+    """Parse the lines, and check each against the schema; the last is the only envelope."""
     found = [json.loads(line) for line in text.splitlines()]
     known = {one["properties"]["type"]["const"]: one["required"] for one in SCHEMA["oneOf"]}
     for event in found:
@@ -50,7 +50,7 @@ def of(kind: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def say(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Said]:
-    """Runs one command line in an empty folder."""
+    """Return a function that runs one command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: command(capsys, *arguments)
 
@@ -58,7 +58,7 @@ def say(
 ITEMS = [{"id": "one", "labels": {"take": 1}}, {"id": "two", "seed": 2}]
 
 
-def test_a_batch_is_told_event_by_event(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_batch_is_reported_event_by_event(render: Callable[..., Said], tmp_path: Path) -> None:
     said = render("--json-stream", items=ITEMS, output="out/{id}.mp4", inject=[rule(blocks="2-3")])
     found = events(said.out)
     assert (said.code, said.err) == (0, "")
@@ -91,7 +91,7 @@ def test_a_batch_is_told_event_by_event(render: Callable[..., Said], tmp_path: P
     assert FISH not in said.out
 
 
-def test_what_was_done_already_is_said_to_be_so(render: Callable[..., Said]) -> None:
+def test_a_finished_shot_is_reported_as_already_done(render: Callable[..., Said]) -> None:
     first = of("shot-finished", events(render("--json-stream").out))
     again = events(render("--json-stream").out)
     (finished,) = of("shot-finished", again)
@@ -101,7 +101,7 @@ def test_what_was_done_already_is_said_to_be_so(render: Callable[..., Said]) -> 
     assert again[-1]["data"]["counts"]["already_done"] == 1
 
 
-def test_comparing_is_told_and_begins_no_shot_that_is_over(
+def test_comparing_is_reported_and_starts_no_finished_shot(
     render: Callable[..., Said], tmp_path: Path
 ) -> None:
     for state in ("rendered", "already done"):
@@ -114,13 +114,13 @@ def test_comparing_is_told_and_begins_no_shot_that_is_over(
         (tmp_path / "out/job.compare.json").unlink()
 
 
-def test_steps_that_shots_share_are_told_with_the_plan(render: Callable[..., Said]) -> None:
+def test_the_plan_reports_shared_steps(render: Callable[..., Said]) -> None:
     items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="1-1")]}]
     found = events(render("--json-stream", items=items, output="out/{id}.mp4").out)
     assert (found[0]["steps"], found[0]["shared_steps"]) == (4, 1)
 
 
-def test_a_note_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_is_not_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with json_stream.JsonStream(sys.stdout) as display:
         display.note("shot a: to worker 1 of 2")
         display.warn("worker 1 died for good")
@@ -147,7 +147,7 @@ def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
     assert "shot-finished" not in [event["type"] for event in found]
 
 
-def test_a_job_that_is_wrong_leaves_the_envelope_alone(say: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_wrong_job_leaves_only_the_envelope(say: Callable[..., Said], tmp_path: Path) -> None:
     said = say("render", written(tmp_path, tiny_job(frames=4)), "--json-stream")
     (envelope,) = events(said.out)
     assert (said.code, envelope["exit_code"], envelope["ok"]) == (2, 2, False)
@@ -199,7 +199,7 @@ def test_so_is_a_bug(say: Callable[..., Said], tmp_path: Path, monkeypatch: pyte
     assert envelope["error"]["message"] == "ZeroDivisionError: division by zero"
 
 
-def test_and_so_is_ctrl_c_before_there_is_work(
+def test_ctrl_c_before_the_work_starts_is_in_the_envelope(
     say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
@@ -287,7 +287,7 @@ def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, kn
 # ---- what the parts do ----
 
 
-def test_at_most_ten_steps_a_second_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_ten_steps_a_second_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(json_stream.time, "monotonic", lambda: now[0])
     out = io.StringIO()

@@ -1,4 +1,4 @@
-"""`--progress openjd`: what the filter of Open Job Description's own sessions makes of our stdout."""
+"""`--progress openjd`: stdout as the filter of Open Job Description's own sessions reads it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from openjd.sessions._action_filter import ActionMessageKind, ActionMonitoringFi
 from wancli.report import openjd_progress
 
 
-def heard(out: str) -> list[tuple[str, Any]]:
-    """What a session would be told by these lines; the filter says so where it does not understand one."""
+def read_messages(out: str) -> list[tuple[str, Any]]:
+    """Return the messages that a session reads from these lines; the filter reports lines it cannot parse."""
     found: list[tuple[str, Any]] = []
     listening = ActionMonitoringFilter(
         session_id="s", callback=lambda kind, value, cancel: found.append((kind.value, value, cancel))
@@ -42,7 +42,7 @@ def test_a_session_sees_the_batch_grow_to_a_hundred(
 ) -> None:
     monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     said = render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4")
-    told = heard(said.out)
+    told = read_messages(said.out)
     # 3 units for each of the short ones, 7 for the long one: the steps, and one for the rest
     assert progress(told) == [round(100 * n / 13, 1) for n in range(1, 14)]
     status = [value for kind, value in told if kind == "status"]
@@ -58,7 +58,7 @@ def test_steps_that_shots_share_count_once(
     monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="50-100%")]}]
     said = render("--progress", "openjd", items=items, output="out/{id}.mp4", sampler={"steps": 4})
-    found = progress(heard(said.out))
+    found = progress(read_messages(said.out))
     assert found == sorted(found)
     assert found[0] == round(100 / 8, 1)
     assert found[-1] == 100
@@ -66,20 +66,23 @@ def test_steps_that_shots_share_count_once(
 
 def test_what_is_done_already_counts(render: Callable[..., Said]) -> None:
     render(items=ITEMS, output="out/{id}.mp4")
-    assert progress(heard(render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4").out))[-1] == 100
+    assert (
+        progress(read_messages(render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4").out))[-1]
+        == 100
+    )
 
 
-def test_a_failure_is_told_with_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_failure_is_reported_with_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said = command(capsys, "render", written(tmp_path, tiny_job(frames=4)), "--progress", "openjd")
-    ((kind, reason),) = heard(said.out)
+    ((kind, reason),) = read_messages(said.out)
     assert (said.code, kind) == (2, "fail")
     assert "4 is not 4n+1" in reason
 
 
-def test_being_stopped_is_no_failure(render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_being_stopped_is_not_a_failure(render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     forwards(monkeypatch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
     said = render("--progress", "openjd", sampler={"steps": 4})
-    told = heard(said.out)
+    told = read_messages(said.out)
     assert said.code == 75
     assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved in progress, 0 not started")
     assert "fail" not in [kind for kind, _ in told]
@@ -89,6 +92,6 @@ def test_no_text_of_a_job_becomes_a_message_of_its_own() -> None:
     out = io.StringIO()
     display = openjd_progress.OpenJdProgress(out)
     display.warn("so\nopenjd_env: PATH=/evil\r\nopenjd_fail: no\x1b[2J")
-    ((kind, text),) = heard(out.getvalue())
+    ((kind, text),) = read_messages(out.getvalue())
     assert kind == "status"
     assert text.startswith("warning: so openjd_env: PATH=/evil")

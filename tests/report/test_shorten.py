@@ -1,4 +1,4 @@
-"""In 80 columns two shots are told apart by their names."""
+"""In 80 columns two shots have different names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_names_keep_to_their_room(ids: list[str], limit: int) -> None:
     assert all(cell_len(name) <= limit for name in shown)
 
 
-def test_a_plan_in_80_columns_says_once_what_all_shots_share_and_cuts_no_name(
+def test_a_plan_in_80_columns_shows_shared_values_once_and_cuts_no_name(
     tmp_path: Path, shallow: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")

@@ -185,7 +185,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"
     assert shown[2].startswith("time left: about 2.0 h")
     assert all(cell_len(line) <= 80 for line in shown[1:]), max(shown[1:], key=cell_len)
-    assert "claimed     by node-17:12345 since 09:00:00" in shown[3]
+    assert "claimed        by node-17:12345 since 09:00:00" in shown[3]
     assert shown[-2] == "      and 52 more; --json lists all"
     assert re.match(r"to do: 6,13,20", shown[-1])
 

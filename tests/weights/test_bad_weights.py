@@ -35,6 +35,7 @@ from jobs import (
     written,
 )
 from safetensors.torch import load_file, save_file
+from weight_files import write_gguf
 
 Q = "blocks.0.self_attn.q.weight"
 E4M3 = torch.float8_e4m3fn
@@ -213,7 +214,7 @@ CASES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_damage_is_told_before_anything_is_sampled(case: str, meet: Callable[..., Said]) -> None:
+def test_damage_is_reported_before_anything_is_sampled(case: str, meet: Callable[..., Said]) -> None:
     damage, message = CASES[case]
     said = meet(damage)
     first, *hint = said.err.splitlines()
@@ -327,19 +328,17 @@ def test_no_lie_about_sizes_makes_wancli_allocate(
 # ---- GGUF ----
 
 
-def gguf_file(architecture: str, change: Callable[[bytearray], object] = lambda _: None) -> Damage:
+def damaged_gguf(architecture: str, change: Callable[[bytearray], object] = lambda _: None) -> Damage:
     """The transformer as a GGUF of plain numbers, changed byte by byte."""
 
     def damage(model: Path) -> dict[str, Any]:
-        path = model / "wan.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
         names = {"wan": str, "llama": lambda name: f"blk.{len(name)}.{name}"}[architecture]
-        for name, tensor in load_file(model / TRANSFORMER).items():
-            writer.add_tensor(names(name), tensor.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+
+        def fill(writer: gguf.GGUFWriter) -> None:
+            for name, tensor in load_file(model / TRANSFORMER).items():
+                writer.add_tensor(names(name), tensor.numpy())
+
+        path = write_gguf(model / "wan.gguf", fill, architecture)
         data = bytearray(path.read_bytes())
         change(data)
         path.write_bytes(data)
@@ -355,10 +354,13 @@ def more_tensors(data: bytearray) -> None:
 
 
 GGUFS: dict[str, tuple[Damage, str]] = {
-    "of a language model": (gguf_file("llama"), "this is a GGUF file of the architecture 'llama'"),
-    "cut short": (gguf_file("wan", lambda data: data.__delitem__(slice(-4096, None))), "is not in its place"),
+    "of a language model": (damaged_gguf("llama"), "this is a GGUF file of the architecture 'llama'"),
+    "cut short": (
+        damaged_gguf("wan", lambda data: data.__delitem__(slice(-4096, None))),
+        "is not in its place",
+    ),
     "with a lying count": (
-        gguf_file("wan", more_tensors),
+        damaged_gguf("wan", more_tensors),
         r"it claims 1,099,511,627,776 entries at [\d,]+ of [\d,]+ bytes",
     ),
 }
@@ -366,7 +368,7 @@ GGUFS: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("verb", ["render", "plan"])
 @pytest.mark.parametrize("case", GGUFS)
-def test_a_bad_gguf_is_refused_with_what_is_wrong(case: str, verb: str, meet: Callable[..., Said]) -> None:
+def test_a_bad_gguf_is_refused_with_the_reason(case: str, verb: str, meet: Callable[..., Said]) -> None:
     damage, message = GGUFS[case]
     said = meet(damage, verb)
     assert re.search(rf"wan.gguf: .*{message}", said.err), said.err

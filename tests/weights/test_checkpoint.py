@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sparse
 import torch
+import weight_files
 from jobs import SPIECE
 from safetensors.torch import load_file, save_file
-from sparse import Entries, cast, dit, dit_diffusers, pth, scalar, stored, umt5, umt5_official, write
+from weight_files import Entries, cast, dit, dit_diffusers, pth, scalar, stored, umt5, umt5_official, write
 
 from wancli.cli import run
 from wancli.errors import CheckpointError
@@ -275,7 +275,7 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path):
     assert fingerprint([path], memo) == hashlib.sha256(b"after!").hexdigest() != before
 
 
-def test_hashing_a_large_file_is_told_once_and_to_nobody_who_asked_for_quiet(
+def test_hashing_a_large_file_is_logged_once_and_not_when_quiet(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(identify_module, "LOGGED_SIZE", 10_000)
@@ -290,7 +290,7 @@ def test_hashing_a_large_file_is_told_once_and_to_nobody_who_asked_for_quiet(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"x": 7}'])
-def test_a_damaged_memo_is_made_anew(tmp_path: Path, damage: bytes):
+def test_a_damaged_memo_is_written_again(tmp_path: Path, damage: bytes):
     path, memo = tmp_path / "a", tmp_path / "memo.json"
     path.write_bytes(b"content")
     memo.write_bytes(damage)
@@ -328,14 +328,14 @@ def vae21() -> Entries:
 def official(root: Path, vae: str = VAE21) -> Path:
     """The parts of an official folder that are not the transformer."""
     pth(root / T5_FILE, stored(umt5_official(), "BF16"))
-    pth(root / vae, vae21() if vae == VAE21 else stored(sparse.vae22(), "F32"))
+    pth(root / vae, vae21() if vae == VAE21 else stored(weight_files.vae22(), "F32"))
     (root / "google/umt5-xxl").mkdir(parents=True)
     shutil.copy(SPIECE, root / "google/umt5-xxl")
     return root
 
 
 def config_json(folder: Path, size: str) -> None:
-    config = sparse.SIZES[size]
+    config = weight_files.SIZES[size]
     keys = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "eps", "text_len")
     said = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(config, key) for key in keys}
     (folder / "config.json").write_text(json.dumps(said))
@@ -347,17 +347,17 @@ def a14b(root: Path) -> Path:
     (root / "configuration.json").write_text("{}")
     for expert in ("high_noise_model", "low_noise_model"):
         (root / expert).mkdir()
-        sparse.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
+        weight_files.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
         config_json(root / expert, "14B")
     return root
 
 
 def test_the_official_14b_folder_is_one_model_in_shards(tmp_path: Path) -> None:
     root = official(tmp_path)
-    sparse.shards(root, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
+    weight_files.shards(root, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
     config_json(root, "14B")
     found = identify(root)
-    assert (found.variant, found.transformer) == (T2V_14B, sparse.SIZES["14B"])
+    assert (found.variant, found.transformer) == (T2V_14B, weight_files.SIZES["14B"])
     assert len(found.transformer_files) == 6
     assert text_encoder_config(found) == T5Config(256384, 4096, 64, 10240, 24, 64)
     assert vae_config(found) == VAEConfig()
@@ -371,7 +371,7 @@ def test_the_official_a14b_folder_has_two_experts(tmp_path: Path) -> None:
     assert [len(part.files) for part in found.experts] == [6, 6]
     assert {path.parent.name for path in found.transformer_files} == {"low_noise_model"}
     assert {path.parent.name for path in found.high_noise_files} == {"high_noise_model"}
-    assert found.transformer == sparse.SIZES["14B"]
+    assert found.transformer == weight_files.SIZES["14B"]
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_missing_shard_of_an_expert_is_named(tmp_path: Path) -> None:
 
 def test_the_official_5b_folder_has_a_vae_of_48_channels(tmp_path: Path) -> None:
     root = official(tmp_path, VAE22)
-    sparse.shards(root, "diffusion_pytorch_model", stored(dit("5B"), "F32"), 3)
+    weight_files.shards(root, "diffusion_pytorch_model", stored(dit("5B"), "F32"), 3)
     config_json(root, "5B")
     found = identify(root)
     assert found.variant == TI2V_5B
@@ -407,7 +407,7 @@ def test_the_vae_of_another_model_is_refused(tmp_path: Path) -> None:
 def diffusers(root: Path, *transformers: str, size: str = "14B", **index: object) -> Path:
     for name in transformers:
         write(root / name / WEIGHTS, stored(dit_diffusers(size), "BF16"))
-        config = sparse.SIZES[size]
+        config = weight_files.SIZES[size]
         said = {"_class_name": "WanTransformer3DModel", "num_attention_heads": config.num_heads}
         said |= {
             "in_channels": config.in_dim,
@@ -416,7 +416,7 @@ def diffusers(root: Path, *transformers: str, size: str = "14B", **index: object
         }
         (root / name / "config.json").write_text(json.dumps(said))
     write(root / "text_encoder" / "model.safetensors", stored(umt5(), "BF16"))
-    vae = sparse.vae22_diffusers() if size == "5B" else sparse.vae21_diffusers()
+    vae = weight_files.vae22_diffusers() if size == "5B" else weight_files.vae21_diffusers()
     write(root / "vae" / WEIGHTS, stored(vae, "F32"))
     (root / "tokenizer").mkdir()
     shutil.copy(SPIECE, root / "tokenizer")
@@ -474,7 +474,7 @@ def split_files(root: Path, *transformers: str) -> Path:
     for name in transformers:
         entries = scaled if "scaled" in name else stored(dit("14B"), "F16")
         write(root / "diffusion_models" / name, entries)
-    text = cast(stored(umt5(), "F16"), matrix=sparse.T5_MATRIX, scale_weight=scalar)
+    text = cast(stored(umt5(), "F16"), matrix=weight_files.T5_MATRIX, scale_weight=scalar)
     text |= {"scaled_fp8": ("F8_E4M3", (0,))}
     spiece = SPIECE.read_bytes()
     write(
@@ -483,7 +483,7 @@ def split_files(root: Path, *transformers: str) -> Path:
         data={"spiece_model": spiece},
     )
     write(root / "vae" / "wan_2.1_vae.safetensors", vae21())
-    write(root / "vae" / "wan2.2_vae.safetensors", stored(sparse.vae22(), "F16"))
+    write(root / "vae" / "wan2.2_vae.safetensors", stored(weight_files.vae22(), "F16"))
     write(root / "loras" / "x.safetensors", {"blocks.0.ffn.0.lora_A.weight": ("F16", (8, 5120))})
     return root
 
@@ -535,7 +535,7 @@ def test_a_tree_with_several_transformers_lists_them(tmp_path: Path) -> None:
 def test_two_text_encoders_that_would_do_are_not_chosen_from(tmp_path: Path) -> None:
     root = split_files(tmp_path, SINGLE)
     write(root / "text_encoders" / "umt5_xxl_fp16.safetensors", stored(umt5(), "F16"))
-    with pytest.raises(CheckpointError, match=f"several text encoders lie beside it: umt5_xxl_fp16.*{UMT5}"):
+    with pytest.raises(CheckpointError, match=f"several text encoders beside it: umt5_xxl_fp16.*{UMT5}"):
         identify(root)
 
 
@@ -593,7 +593,7 @@ def test_one_expert_cannot_stand_for_both(tmp_path: Path) -> None:
         identify(named(tmp_path / "b", low_noise=tmp_path / "b/tree/diffusion_models" / LOW))
 
 
-def test_files_without_the_word_are_experts_where_they_are_said_to_be(tmp_path: Path) -> None:
+def test_named_experts_need_no_word_in_their_file_names(tmp_path: Path) -> None:
     a, b = (write(tmp_path / f"{x}.safetensors", stored(dit("14B"), "F16")) for x in "ab")
     found = identify(named(tmp_path, high_noise=a, low_noise=b))
     assert [(p.expert, p.variant) for p in found.experts] == [("high", T2V_A14B), ("low", T2V_A14B)]
@@ -605,7 +605,7 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path: Path) -> None:
         identify(named(tmp_path, transformer=vae))
 
 
-def test_the_heads_of_an_odd_width_can_be_said(tiny: Path) -> None:
+def test_the_heads_of_an_odd_width_can_be_given(tiny: Path) -> None:
     files = SingleFiles(
         transformer=tiny / WEIGHTS,
         text_encoder=tiny / T5_FILE,
@@ -621,7 +621,7 @@ def test_a_whole_checkpoint_in_one_file_needs_only_a_tokenizer(tmp_path: Path) -
     entries = (
         stored(dit("14B"), "F16", "model.diffusion_model.")
         | stored(umt5(), "F16", "text_encoders.umt5xxl.transformer.")
-        | stored(sparse.vae21_diffusers(), "F16", "vae.")
+        | stored(weight_files.vae21_diffusers(), "F16", "vae.")
     )
     path = write(tmp_path / "whole.safetensors", entries)
     found = identify(SingleFiles(transformer=path, tokenizer=SPIECE))

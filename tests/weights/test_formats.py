@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf_tokenizer import as_llama_cpp_does
 from jobs import KEPT, SPIECE, T5, TRANSFORMER, VAE, Said, latents_of, manifest_of, rule
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from weight_files import add_t5_tokenizer, finish_gguf
 
 from wancli.job.loader import load
 from wancli.models.config import WanConfig
@@ -182,13 +182,6 @@ def blocks_of(kind: Type, shape: tuple[int, ...], rng: np.random.Generator) -> n
     return data.reshape(shape[0], -1)
 
 
-def close(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("residency", ["resident", "packed", "streamed"])
 def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
     residency: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
@@ -210,7 +203,7 @@ def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
             numbers = (0.05 * rng.normal(size=shape) + ("norm" in name)).astype(dtype)
             writer.add_tensor(name, numbers)
             plain[name] = torch.from_numpy(numbers.astype(np.float32))
-    close(writer)
+    finish_gguf(writer)
     save_file(plain, tmp_path / "plain.safetensors")
     for case, file, where in (("meant", "plain.safetensors", "resident"), ("gguf", "wan.gguf", residency)):
         model = around(shallow, transformer=tmp_path / file)
@@ -263,7 +256,7 @@ def a_vae_of(model: Path, kind: str, path: Path) -> State:
         writer = gguf.GGUFWriter(path, "pig")
         for name, w in state.items():
             writer.add_tensor(name, w.numpy().astype(dtype))
-        close(writer)
+        finish_gguf(writer)
         return {name: torch.from_numpy(w.numpy().astype(dtype)).float() for name, w in state.items()}
     stored, plain = {}, dict(state)
     for name, w in state.items():
@@ -331,7 +324,7 @@ def test_a_text_encoder_in_gguf_that_carries_its_tokenizer_renders(
 ) -> None:
     """As city96's umt5-xxl-encoder-Q8_0 is."""
     writer = gguf.GGUFWriter(tmp_path / "text.gguf", "t5encoder")
-    as_llama_cpp_does(writer)
+    add_t5_tokenizer(writer)
     plain: State = {}
     for name, w in torch.load(shallow / T5, weights_only=True).items():
         layer = name.removesuffix(".weight")
@@ -345,7 +338,7 @@ def test_a_text_encoder_in_gguf_that_carries_its_tokenizer_renders(
             blocks = gguf.quants.quantize(numbers, Type.Q8_0)
             writer.add_tensor(f"{written}.weight", blocks, raw_dtype=Type.Q8_0)
             plain[name] = torch.from_numpy(gguf.quants.dequantize(blocks, Type.Q8_0).copy())
-    close(writer)
+    finish_gguf(writer)
     save_file(plain, tmp_path / "plain.safetensors")
     meant = around(shallow, text_encoder=tmp_path / "plain.safetensors")
     found = around(shallow, text_encoder=tmp_path / "text.gguf", tokenizer=None)
@@ -374,7 +367,7 @@ def test_injections_are_read_and_measured_on_streamed_blocks_as_on_resident_ones
     assert bodies[0]["key"] == bodies[1]["key"]
 
 
-def test_auto_is_resident_where_all_shots_fit_and_streamed_where_one_does_not(
+def test_auto_is_resident_if_all_shots_fit_and_streamed_if_one_does_not(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "job.yaml"

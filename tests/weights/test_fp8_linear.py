@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import relative_error
 from torch import Tensor
 
 from wancli.errors import CheckpointError, MachineError
@@ -20,10 +21,6 @@ from wancli.weights.loader import LoadOptions, load_transformer
 from wancli.weights.offload import matrix_names
 
 BF16 = 2**-8  # the rounding of the result
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return (torch.linalg.vector_norm(a.float() - b) / torch.linalg.vector_norm(b)).item()
 
 
 def in_fp8(x_RI: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ def test_a_product_is_that_of_the_dequantized_factors(scale: tuple[int, ...] | N
     found = layer(x)
     assert found.shape == (2, 9, 48)
     assert found.dtype == layer.dtype == torch.bfloat16
-    assert distance(found, expected) < BF16
+    assert relative_error(found, expected) < BF16
 
 
 @torch.no_grad()
@@ -96,7 +93,7 @@ def test_what_is_not_stored_as_e4m3_by_rows_is_made_so():
     for name, weight in source.items():
         made = blocks.get_submodule(name.removeprefix("blocks.").removesuffix(".weight"))
         values = made.weight.float() * made.scale_1O.T
-        assert distance(values, weight.unpack(torch.float32)) < 0.04, name
+        assert relative_error(values, weight.unpack(torch.float32)) < 0.04, name
 
 
 def test_a_nan_in_a_weight_is_refused_by_its_name():
@@ -120,7 +117,7 @@ def test_a_whole_transformer_multiplies_in_fp8_and_stays_near_its_velocity(tiny:
     torch.manual_seed(0)
     x, rows_NE = torch.randn(1, 16, 2, 8, 8), torch.randn(7, exact.config.text_dim)
     velocities = [m(x, 500.0, [((m.project(rows_NE), 1.0),)] * 40) for m in (found, exact)]
-    assert 1e-3 < distance(*velocities) < 0.1
+    assert 1e-3 < relative_error(*velocities) < 0.1
 
 
 def test_streamed_weights_do_not_multiply_in_fp8(tiny: Path):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sparse
 import torch
+import weight_files
 from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, change_tensors, checkpoint, command
 from safetensors.torch import load_file, save_file
-from sparse import cast, dit, pth, scalar, stored, umt5_official, write
+from weight_files import cast, dit, pth, scalar, stored, umt5_official, write
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_folder_says_its_variant_and_what_it_was_made_for(look: Any, tmp_path:
     root = tmp_path / "Wan2.2-T2V-A14B"
     for expert in ("high_noise_model", "low_noise_model"):
         (root / expert).mkdir(parents=True)
-        sparse.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
+        weight_files.shards(root / expert, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
     pth(root / T5, stored(umt5_official(), "BF16"))
     pth(root / VAE, stored(load_shapes(), "F32"))
     (root / "google/umt5-xxl").mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_a_folder_says_its_variant_and_what_it_was_made_for(look: Any, tmp_path:
     assert "file 6 shards in high_noise_model" in text
 
 
-def load_shapes() -> sparse.Shapes:
+def load_shapes() -> weight_files.Shapes:
     from wancli.models.config import VAEConfig
     from wancli.models.vae import WanVAE
 
@@ -103,7 +103,9 @@ def load_shapes() -> sparse.Shapes:
 
 
 @pytest.mark.parametrize("part", [T5, VAE, "google/umt5-xxl/spiece.model", TRANSFORMER])
-def test_what_a_folder_lacks_is_said_and_the_rest_described(look: Any, tmp_path: Path, part: str) -> None:
+def test_missing_files_of_a_folder_are_named_and_the_rest_described(
+    look: Any, tmp_path: Path, part: str
+) -> None:
     root = checkpoint(tmp_path)
     (root / part).unlink()
     found = document(look, root)
@@ -115,7 +117,7 @@ def test_what_a_folder_lacks_is_said_and_the_rest_described(look: Any, tmp_path:
 
 def test_a_folder_of_single_files_is_listed_file_by_file(look: Any, tmp_path: Path) -> None:
     write(tmp_path / "loras/a.safetensors", {"blocks.0.ffn.0.lora_A.weight": ("F16", (8, 5120))})
-    write(tmp_path / "vae/wan2.2_vae.safetensors", stored(sparse.vae22(), "F16"))
+    write(tmp_path / "vae/wan2.2_vae.safetensors", stored(weight_files.vae22(), "F16"))
     write(tmp_path / "sdxl.safetensors", {"conv_in.weight": ("F16", (2,))})
     found = document(look, tmp_path)
     names = [(part["kind"], part["name"]) for part in found["parts"]]
@@ -125,7 +127,7 @@ def test_a_folder_of_single_files_is_listed_file_by_file(look: Any, tmp_path: Pa
 
 
 def test_a_lora_says_style_targets_and_rank(look: Any, tmp_path: Path) -> None:
-    entries: sparse.Entries = {}
+    entries: weight_files.Entries = {}
     for block in range(40):
         for layer in ("self_attn.q", "ffn.2"):
             at = f"diffusion_model.blocks.{block}.{layer}"
@@ -160,7 +162,7 @@ def test_what_wancli_cannot_use_is_described_and_refused_by_name(look: Any, tmp_
     assert "not supported this is a Wan 2.1 image-to-video checkpoint; wancli renders text-to-video" in text
 
 
-def test_a_network_with_holes_says_which(look: Any, tmp_path: Path) -> None:
+def test_missing_tensors_of_a_network_are_named(look: Any, tmp_path: Path) -> None:
     entries = {k: v for k, v in stored(dit("1.3B"), "F16").items() if not k.startswith("blocks.29.ffn")}
     text = " ".join(look(write(tmp_path / "a.safetensors", entries)).out.split())
     assert "missing blocks.29.ffn.0.bias, blocks.29.ffn.0.weight, blocks.29.ffn.2.bias" in text
@@ -170,7 +172,7 @@ def test_a_network_with_holes_says_which(look: Any, tmp_path: Path) -> None:
 # ---- exit codes ----
 
 
-def test_what_is_no_weights_is_a_usage_error(look: Any, tmp_path: Path) -> None:
+def test_a_path_without_weights_is_a_usage_error(look: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("weights, notes on them")
     (tmp_path / "empty").mkdir()
     stranger = write(tmp_path / "sdxl.safetensors", {"conv_in.weight": ("F16", (2,))})

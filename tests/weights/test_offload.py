@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,10 +40,6 @@ CONFIG = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=5, text_dim=32, f
 @pytest.fixture(scope="module")
 def official() -> dict[str, Tensor]:
     return load_file(FIXTURE / "reference.safetensors")
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
 
 
 def everywhere(model: WanModel, context: Context) -> list[tuple[tuple[Context, float], ...]]:
@@ -152,7 +149,7 @@ def test_fetched_weights_give_the_velocities_of_the_official_code(
     branches = [model.project(official[f"context.{text}"]) for text in ("main", "negative")]
     requests = [Request(x, t, everywhere(model, context)) for context in branches]
     for v_BCTYX, branch in zip(model.predict_velocities(requests), ("cond", "uncond")):
-        assert distance(v_BCTYX[0], official[f"{name}.v_{branch}_step0"]) < 1e-5
+        assert relative_error(v_BCTYX[0], official[f"{name}.v_{branch}_step0"]) < 1e-5
 
 
 @pytest.mark.parametrize("residency", ["packed", "streamed"])
@@ -184,7 +181,7 @@ class Scaled:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def part(self, rows: slice) -> Scaled:
+    def select_rows(self, rows: slice) -> Scaled:
         return replace(self, data=self.data[rows], shape=self.data[rows].shape)
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
@@ -220,8 +217,8 @@ def test_a_weight_may_be_changed_after_it_is_unpacked():
     model, _ = watched(weights, add)
     merged = resident(weights | {name: weights[name] + up @ down})
     for _ in range(2):  # the second pass must not add it to what the first left
-        assert distance(velocity(model, X_BCTYX), velocity(merged, X_BCTYX)) < 1e-6
-    assert distance(velocity(model, X_BCTYX), velocity(resident(weights), X_BCTYX)) > 1e-3
+        assert relative_error(velocity(model, X_BCTYX), velocity(merged, X_BCTYX)) < 1e-6
+    assert relative_error(velocity(model, X_BCTYX), velocity(resident(weights), X_BCTYX)) > 1e-3
 
 
 # ---- bounded memory ----
@@ -294,7 +291,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {str(ROOT)!r})
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
-from wancli.resources.measure import Peak
+from wancli.resources.measure import PeakMemory
 from wancli.models.config import WanConfig
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import LoadOptions, load_transformer
@@ -312,7 +309,7 @@ small = identify(Path({str(FIXTURE)!r}))
 large = replace(small, experts=(replace(small.experts[0], config=config, files=(path,)),))
 run(small, "streamed")
 for residency in ("streamed", "resident"):
-    with Peak() as peak:
+    with PeakMemory() as peak:
         run(large, residency)
     print(peak.rss_peak - peak.rss_start)
 """
@@ -453,7 +450,7 @@ def test_a_file_that_was_cut_is_an_error_that_names_it_and_the_weight(tmp_path: 
         found["b"].unpack(torch.float32, out=torch.empty(4000))
 
 
-def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
+def test_a_replaced_file_is_still_read(tmp_path: Path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(9)}, path)
     found = keep_on_disk(
@@ -465,7 +462,7 @@ def test_a_file_that_is_replaced_goes_on_being_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("data", [torch.ones(3, 4), None], ids=["memory", "transposed"])
-def test_data_that_lies_in_no_file_is_refused(data: Tensor | None):
+def test_data_that_is_not_mapped_from_a_file_is_refused(data: Tensor | None):
     if data is None:
         data = dict(iterate_tensors([WEIGHTS]))["blocks.0.ffn.0.weight"].T
     with pytest.raises(ValueError, match="x is not mapped from a file"):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sparse
 import torch
-from sparse import cast, dit, dit_diffusers, per_row, pth, scalar, stored, umt5, umt5_official, write
+import weight_files
+from weight_files import cast, dit, dit_diffusers, per_row, pth, scalar, stored, umt5, umt5_official, write
 
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig
@@ -55,7 +55,7 @@ def test_the_released_transformers_are_known_by_their_sizes(
         part = only(path)
         assert (part.kind, part.name, part.naming, part.prefix) == ("transformer", name, naming, "")
         assert (part.tensors, part.parameters) == (count, parameters)
-        assert part.config == sparse.SIZES[size]
+        assert part.config == weight_files.SIZES[size]
         assert part.variant is not None
         assert (part.variant.name, part.scheme.name, part.refusal, part.missing) == (name, "plain", "", ())
 
@@ -107,7 +107,7 @@ def test_any_prefix_is_found_and_comes_off_the_names(tmp_path: Path, prefix: str
         ("slow-low.safetensors", None),
     ],
 )
-def test_an_expert_is_told_by_the_words_that_repackers_use(name: str, expert: str | None) -> None:
+def test_an_expert_is_recognized_by_the_words_that_repackers_use(name: str, expert: str | None) -> None:
     assert expert_from_name(Path("/models") / name) == expert
 
 
@@ -123,7 +123,7 @@ def test_a_14b_transformer_is_an_expert_only_if_its_name_says_so(tmp_path: Path)
     assert small.name == "Wan2.2-TI2V-5B"
 
 
-def test_a_lone_width_that_is_no_multiple_of_128_asks_for_its_heads(tiny: Path) -> None:
+def test_a_width_that_is_not_a_multiple_of_128_needs_the_number_of_heads(tiny: Path) -> None:
     path = tiny / "diffusion_pytorch_model.safetensors"
     part = only(path)
     assert "48 is not a multiple of 128" in part.refusal
@@ -132,11 +132,11 @@ def test_a_lone_width_that_is_no_multiple_of_128_asks_for_its_heads(tiny: Path) 
     assert (said.refusal, dict(said.sizes)["num_heads"]) == ("", 2)
 
 
-def with_keys(*names: str) -> Callable[[sparse.Entries], sparse.Entries]:
+def with_keys(*names: str) -> Callable[[weight_files.Entries], weight_files.Entries]:
     return lambda entries: entries | dict.fromkeys(names, ("F16", (1,)))
 
 
-def channels(count: int, *names: str) -> Callable[[sparse.Entries], sparse.Entries]:
+def channels(count: int, *names: str) -> Callable[[weight_files.Entries], weight_files.Entries]:
     patch = {"patch_embedding.weight": ("F16", (1536, count, 1, 2, 2))}
     return lambda entries: entries | patch | dict.fromkeys(names, ("F16", (1,)))
 
@@ -161,7 +161,7 @@ def channels(count: int, *names: str) -> Callable[[sparse.Entries], sparse.Entri
     ],
 )
 def test_other_models_are_refused_by_name_with_a_hint(
-    tmp_path: Path, change: Callable[[sparse.Entries], sparse.Entries], what: str
+    tmp_path: Path, change: Callable[[weight_files.Entries], weight_files.Entries], what: str
 ) -> None:
     part = only(write(tmp_path / "a.safetensors", change(stored(dit("1.3B"), "F16"))))
     assert part.kind == "transformer"
@@ -218,7 +218,9 @@ def test_lightx2v_scales_every_row_and_musubi_blocks_of_one(tmp_path: Path) -> N
     assert (scheme.name, scheme.scales) == ("block", "block")
 
 
-def quantized(formats: str, extra: dict[str, Any] | None = None) -> tuple[sparse.Entries, dict[str, bytes]]:
+def quantized(
+    formats: str, extra: dict[str, Any] | None = None
+) -> tuple[weight_files.Entries, dict[str, bytes]]:
     """ComfyUI's new layout: a JSON text beside every matrix."""
     text = json.dumps({"format": formats} | (extra or {})).encode()
     entries = cast(
@@ -262,11 +264,11 @@ def test_a_format_of_comfy_that_wancli_does_not_load_is_refused_by_name(tmp_path
     assert "GGUF" in part.hint
 
 
-def replaced(**tails: tuple[str, Callable[[tuple[int, ...]], tuple[int, ...]]]) -> sparse.Entries:
+def replaced(**tails: tuple[str, Callable[[tuple[int, ...]], tuple[int, ...]]]) -> weight_files.Entries:
     """The matrices stored under other last words."""
-    found: sparse.Entries = {}
+    found: weight_files.Entries = {}
     for name, (dtype, shape) in stored(dit("1.3B"), "BF16").items():
-        if not sparse.MATRIX.fullmatch(name):
+        if not weight_files.MATRIX.fullmatch(name):
             found[name] = (dtype, shape)
             continue
         for tail, (kind, form) in tails.items():
@@ -303,7 +305,7 @@ def row(shape: tuple[int, ...]) -> tuple[int, ...]:
     ],
 )
 def test_other_quantizations_are_refused_by_name(
-    tmp_path: Path, entries: Callable[[], sparse.Entries], what: str
+    tmp_path: Path, entries: Callable[[], weight_files.Entries], what: str
 ) -> None:
     part = only(write(tmp_path / "a.safetensors", entries()))
     assert part.kind == "transformer"
@@ -318,7 +320,7 @@ XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 
 def test_the_text_encoder_of_every_repacker_is_umt5_xxl(tmp_path: Path) -> None:
     spiece = {"spiece_model": ("U8", (4_548_313,))}
-    linear = {"matrix": sparse.T5_MATRIX}
+    linear = {"matrix": weight_files.T5_MATRIX}
     scaled = cast(stored(umt5(), "F16"), scale_weight=scalar, **linear)
     cases = {
         "models_t5_umt5-xxl-enc-bf16.pth": (stored(umt5_official(), "BF16"), "official", "plain"),
@@ -385,7 +387,7 @@ def test_the_vae_of_wan_21_is_known_in_every_layout(
 
     with torch.device("meta"):
         official = {key: tuple(tensor.shape) for key, tensor in WanVAE(VAEConfig()).state_dict().items()}
-    entries = stored(official if shapes == "official" else sparse.vae21_diffusers(), "F32", prefix)
+    entries = stored(official if shapes == "official" else weight_files.vae21_diffusers(), "F32", prefix)
     part = only((pth if name.endswith(".pth") else write)(tmp_path / name, entries))
     assert (part.kind, part.name, part.naming, part.prefix) == ("vae", "Wan 2.1 VAE", naming, prefix)
     assert (part.config, part.parameters, part.tensors) == (VAEConfig(), 126_892_531, 194)
@@ -394,9 +396,9 @@ def test_the_vae_of_wan_21_is_known_in_every_layout(
 def test_the_vae_of_wan_22_has_48_channels_and_two_widths(tmp_path: Path) -> None:
     sizes = VAE22Config(dim=160, dec_dim=256, z_dim=48)
     for part in (
-        only(pth(tmp_path / "Wan2.2_VAE.pth", stored(sparse.vae22(), "F32"))),
-        only(write(tmp_path / "wan2.2_vae.safetensors", stored(sparse.vae22(), "F16"))),
-        only(write(tmp_path / "diffusers.safetensors", stored(sparse.vae22_diffusers(), "F32"))),
+        only(pth(tmp_path / "Wan2.2_VAE.pth", stored(weight_files.vae22(), "F32"))),
+        only(write(tmp_path / "wan2.2_vae.safetensors", stored(weight_files.vae22(), "F16"))),
+        only(write(tmp_path / "diffusers.safetensors", stored(weight_files.vae22_diffusers(), "F32"))),
     ):
         assert (part.kind, part.name, part.config) == ("vae", "Wan 2.2 VAE", sizes)
         assert (part.parameters, part.tensors) == (704_688_668, 196)
@@ -409,7 +411,7 @@ def test_stand_ins_for_the_vae_are_refused_by_name(tmp_path: Path) -> None:
         light = {k: tuple(v.shape) for k, v in WanVAE(VAEConfig(dim=24)).state_dict().items()}
     part = only(write(tmp_path / "lightvaew2_1.safetensors", stored(light, "BF16")))
     assert (part.name, "a quarter" in part.refusal) == ("LightVAE", True)
-    tae: sparse.Shapes = {"encoder.0.weight": (64, 3, 3, 3), "decoder.1.weight": (256, 16, 3, 3)}
+    tae: weight_files.Shapes = {"encoder.0.weight": (64, 3, 3, 3), "decoder.1.weight": (256, 16, 3, 3)}
     part = only(write(tmp_path / "taew2_1.safetensors", stored(tae, "F16")))
     assert (part.kind, part.name, "tiny autoencoder" in part.refusal) == ("other", "TAE", True)
 
@@ -418,17 +420,17 @@ def test_stand_ins_for_the_vae_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_additions_and_image_encoders_are_named(tmp_path: Path) -> None:
-    module: sparse.Shapes = {
+    module: weight_files.Shapes = {
         "vace_patch_embedding.weight": (5120, 96, 1, 2, 2),
         "vace_blocks.0.ffn.0.bias": (1,),
     }
     assert only(write(tmp_path / "a.safetensors", stored(module, "F16"))).name == "VACE module"
-    clip: sparse.Shapes = {"visual.cls_embedding": (1, 1, 1280)}
+    clip: weight_files.Shapes = {"visual.cls_embedding": (1, 1, 1280)}
     part = only(write(tmp_path / "b.safetensors", stored(clip, "F16")))
     assert "image-to-video" in part.refusal
 
 
-def test_a_stranger_is_no_part_at_all(tmp_path: Path) -> None:
+def test_an_unknown_file_has_no_components(tmp_path: Path) -> None:
     assert recognize_file(write(tmp_path / "a.safetensors", {"conv.weight": ("F32", (2,))})) == ()
 
 
@@ -437,7 +439,7 @@ def test_a_whole_checkpoint_is_three_networks_in_one_file(tmp_path: Path) -> Non
     entries = (
         stored(dit("1.3B"), "F16", COMFY)
         | stored(umt5(), "F16", text)
-        | stored(sparse.vae21_diffusers(), "F16", "vae.")
+        | stored(weight_files.vae21_diffusers(), "F16", "vae.")
     )
     parts = {part.kind: part for part in recognize_file(write(tmp_path / "whole.safetensors", entries))}
     assert {kind: part.prefix for kind, part in parts.items()} == {
@@ -460,7 +462,7 @@ def test_a_block_that_lacks_what_the_others_have_is_named(tmp_path: Path) -> Non
 
 def test_a_shard_stands_for_its_whole_set_and_an_absent_one_is_named(tmp_path: Path) -> None:
     entries = stored(dit("14B"), "F32")
-    files = sparse.shards(tmp_path, "diffusion_pytorch_model", entries, 6, index=False)
+    files = weight_files.shards(tmp_path, "diffusion_pytorch_model", entries, 6, index=False)
     part = only(files[3])
     assert (part.files, part.parameters, part.tensors) == (tuple(files), 14_288_491_584, 1095)
     files[1].unlink()
@@ -476,7 +478,9 @@ def test_a_shard_stands_for_its_whole_set_and_an_absent_one_is_named(tmp_path: P
         (b"\x80\x02}q\x00.", "bare pickle"),
     ],
 )
-def test_what_only_looks_like_weights_is_told_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+def test_a_file_that_only_looks_like_weights_is_named_for_what_it_is(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     path = tmp_path / "wan.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=what) as caught:
@@ -484,7 +488,7 @@ def test_what_only_looks_like_weights_is_told_what_it_is(tmp_path: Path, content
     assert caught.value.hint
 
 
-def test_the_container_is_told_by_content_and_not_by_name(tmp_path: Path) -> None:
+def test_the_container_is_detected_by_content_and_not_by_name(tmp_path: Path) -> None:
     state = {name: torch.zeros(1).expand(shape) for name, shape in dit("1.3B").items()}
     torch.save(state, tmp_path / "wan.safetensors")
     assert only(tmp_path / "wan.safetensors").container == "pth"
@@ -504,9 +508,9 @@ def test_a_header_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
 # ---- GGUF ----
 
 
-def gguf_file(
+def write_sparse_gguf(
     path: Path,
-    shapes: sparse.Shapes,
+    shapes: weight_files.Shapes,
     quant: Callable[[str], str],
     arch: str = "wan",
     words: tuple[str, ...] = (),
@@ -538,14 +542,14 @@ def gguf_file(
 
 def mixed(name: str) -> str:
     """City96's Q4_K_M: values and the second feed-forward matrix one step finer."""
-    if not sparse.MATRIX.fullmatch(name):
+    if not weight_files.MATRIX.fullmatch(name):
         return "F32"
     return "Q6_K" if ".v." in name or ".ffn.2." in name else "Q4_K"
 
 
 def test_a_gguf_transformer_is_known_by_its_tensors_and_types(tmp_path: Path) -> None:
     pytest.importorskip("wancli.weights.formats.gguf")
-    part = only(gguf_file(tmp_path / "wan2.1-t2v-14b-Q4_K_M.gguf", dit("14B"), mixed))
+    part = only(write_sparse_gguf(tmp_path / "wan2.1-t2v-14b-Q4_K_M.gguf", dit("14B"), mixed))
     assert (part.name, part.container, part.naming) == ("Wan2.1-T2V-14B", "gguf", "official")
     assert (part.scheme.name, part.scheme.dtypes, part.scheme.layers) == ("gguf", ("Q4_K", "Q6_K"), 400)
     assert precision(part)["block matrices"] == {"Q4_K": 280, "Q6_K": 120}
@@ -555,7 +559,7 @@ def test_a_gguf_transformer_is_known_by_its_tensors_and_types(tmp_path: Path) ->
 def test_a_gguf_whose_patch_embedding_was_merged_has_the_same_sizes(tmp_path: Path) -> None:
     pytest.importorskip("wancli.weights.formats.gguf")
     shapes = dit("5B") | {"patch_embedding.weight": (147_456, 1, 2, 2)}
-    part = only(gguf_file(tmp_path / "ti2v.gguf", shapes, mixed, "pig"))
+    part = only(write_sparse_gguf(tmp_path / "ti2v.gguf", shapes, mixed, "pig"))
     assert (part.name, dict(part.sizes)["in_dim"]) == ("Wan2.2-TI2V-5B", 48)
 
 
@@ -573,13 +577,15 @@ def test_a_gguf_text_encoder_is_umt5_xxl(tmp_path: Path) -> None:
         "layer.1.DenseReluDense.wi_1.": "ffn_up.",
         "layer.1.DenseReluDense.wo.": "ffn_down.",
     }
-    shapes = {sparse.renamed(name, words): shape for name, shape in umt5().items()}
+    shapes = {weight_files.renamed(name, words): shape for name, shape in umt5().items()}
 
     def quant(name: str) -> str:
         return "F32" if "norm" in name else "Q8_0"
 
     for tokens in ((), ("<pad>", "</s>")):
-        path = gguf_file(tmp_path / f"umt5-Q8_0-{len(tokens)}.gguf", shapes, quant, "t5encoder", tokens)
+        path = write_sparse_gguf(
+            tmp_path / f"umt5-Q8_0-{len(tokens)}.gguf", shapes, quant, "t5encoder", tokens
+        )
         part = only(path)
         assert (part.kind, part.name, part.naming) == ("text encoder", "UMT5-XXL", "gguf")
         assert (part.config, part.tokenizer) == (XXL, bool(tokens))

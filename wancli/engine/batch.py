@@ -69,12 +69,10 @@ def _render_all(plan: Plan, result: PreflightResult, context: RenderContext) -> 
     elsewhere: dict[int, Shot] = {}
     schedule = result.schedule
     while schedule.rounds or elsewhere:
-        todo = schedule.shots
-        for model in dict.fromkeys(shot.model for shot in todo):
+        for model in dict.fromkeys(shot.model for shot in schedule.shots):
             if context.stop.requested:
                 break
-            of_model = schedule.only([shot for shot in todo if shot.model == model])
-            for outcome in _render_with_retries(model, of_model, context):
+            for outcome in _render_with_retries(model, schedule.of_model(model), context):
                 if outcome.status == "elsewhere":
                     elsewhere[outcome.shot.index] = outcome.shot
                 else:

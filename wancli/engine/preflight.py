@@ -7,22 +7,21 @@ that do not fit their networks.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.engine import output_diff
+from wancli.engine import manifest_body, output_diff
 from wancli.engine.context import RenderContext
-from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
-from wancli.storage import atomic, manifest, tensor_file
+from wancli.storage import atomic, manifest
+from wancli.storage.manifest_schema import ShotRecord
 from wancli.video import mp4
 
 OutputStatus = Literal["done", "to do", "damaged", "in the way"]
@@ -46,7 +45,7 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
     todo, refused = check_outputs(plan, context)
     _check_machine(todo, context)
     fitting = []
-    schedule = schedule_shots(plan, todo)
+    schedule = batching.reschedule(plan.schedule, todo)
     for shot in schedule.shots:
         try:
             encoded = all(text.file or is_cached(text, context) for text in shot.prompts)
@@ -56,14 +55,9 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
             refused[shot.index] = error
     if todo and not fitting:
         raise next(error for error in refused.values() if isinstance(error, DoesNotFit))
-    schedule = schedule.only(fitting)
+    schedule = batching.reschedule(schedule, fitting)
     disk_estimate.require(schedule, context.store)
     return PreflightResult(schedule, refused)
-
-
-def schedule_shots(plan: Plan, todo: Sequence[Shot]) -> Schedule:
-    """Return the schedule of the plan if it has exactly these shots, else a schedule of these."""
-    return plan.schedule if plan.schedule.covers(todo) else batching.build_schedule(todo)
 
 
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
@@ -95,10 +89,8 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
-    hint = "--force moves it aside; or change `output`."
-    return OutputExists(
-        f"already exists and was not made by this job: {why}", where=str(shot.output), hint=hint
-    )
+    hint = "This job did not make it: --force moves it aside; or change `output`."
+    return OutputExists(f"already exists: {why}", where=str(shot.output), hint=hint)
 
 
 def output_status(shot: Shot) -> tuple[OutputStatus, str]:
@@ -112,7 +104,7 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
     wrong = manifest.find_problems(shot.output, shot.key)
     if not wrong:
         return "done", ""
-    why = wrong[0].rpartition(": ")[2]
+    why = wrong[0].text
     if not os.path.lexists(shot.output) or _lacks_only_manifest(shot):
         return "to do", why
     if not manifest.find_problems(shot.output, shot.key):  # another worker has finished it just now
@@ -128,10 +120,8 @@ def is_finished(shot: Shot) -> bool:
 
 def _manifest_names_shot(shot: Shot) -> bool:
     """Return whether the manifest, sealed or not, says that the output is this very shot."""
-    try:
-        return bool(json.loads(shot.manifest.read_bytes())["key"] == shot.key)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    peeked = manifest.peek(shot.manifest)
+    return peeked is not None and peeked.key == shot.key
 
 
 def _lacks_only_manifest(shot: Shot) -> bool:
@@ -142,7 +132,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
     if shot.manifest.exists():
         return False
     try:
-        return bool(tensor_file.load_latent(shot.latents)[1]["key"] == shot.key)
+        return manifest_body.load_latent(shot.latents)[1].key == shot.key
     except EntryError:
         return False
 
@@ -152,12 +142,12 @@ def needs_effects(shot: Shot) -> bool:
 
     Its pixels stay the same when it is rendered again.
     """
-    body = manifest.read(shot.manifest) if shot.measure else None
-    return body is not None and effects_missing(shot, body)
+    record = manifest.read(shot.manifest) if shot.measure else None
+    return record is not None and effects_missing(shot, record)
 
 
-def effects_missing(shot: Shot, facts: Record) -> bool:
-    return shot.measure and shot.injects and not facts["effects"]
+def effects_missing(shot: Shot, record: ShotRecord) -> bool:
+    return shot.measure and shot.injects and not record.effects
 
 
 def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcomes
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome
-from wancli.engine.preflight import PreflightResult, check_outputs, schedule_shots
+from wancli.engine.preflight import PreflightResult, check_outputs
 from wancli.errors import MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
+from wancli.plan import batching
 from wancli.storage import manifest
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def render(plan: Plan, context: RenderContext, task: Task, cluster: Cluster) -> 
     Raises MachineError if Ray is not installed, the cluster is unreachable, or all workers died for good.
     """
     todo, refused = check_outputs(plan, context)
-    preflight = PreflightResult(schedule_shots(plan, todo), refused)
+    preflight = PreflightResult(batching.reschedule(plan.schedule, todo), refused)
     return track_outcomes(_render_rounds(plan, preflight, context, task, cluster), todo, context)
 
 

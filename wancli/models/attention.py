@@ -1,9 +1,9 @@
-"""Scaled dot-product attention, and which of its implementations runs.
+"""Scaled dot-product attention, and the choice of its backend.
 
 Letters: B batch, H heads, L queries, N keys, K head width.
 
-All give softmax(q k' / sqrt(K)) v up to rounding; SageAttention rounds q and k to 8 bits on the way.
-flash-attn and SageAttention are used when asked for, and are no dependencies.
+Every backend computes softmax(q k' / sqrt(K)) v up to rounding; SageAttention also rounds q and k to 8 bits.
+flash-attn and SageAttention are used only if the user requests them, and are not dependencies.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TORCH_BACKENDS = {
 
 @dataclass(frozen=True)
 class Package:
-    """Where an implementation comes from, and what it takes: half precision on CUDA, up to a head width."""
+    """A package that implements attention in half precision on CUDA, with its requirements."""
 
     module: str
     install: str
@@ -59,9 +59,9 @@ def attend(
     backend: AttentionBackend = "auto",
     bias_N: Tensor | None = None,
 ) -> Tensor:
-    """Attention by the backend, whatever it is named; `bias_N` is added to the scores of each key.
+    """Compute attention with the given backend. `bias_N` is added to the scores of each key.
 
-    Only torch's own choice takes a bias everywhere: with one, `backend` must be auto.
+    Only `auto` accepts a bias: no single backend of torch takes one on every device.
     """
     if backend == "auto":
         mask_111N = None if bias_N is None else bias_N[None, None, None]
@@ -88,11 +88,11 @@ def choose_backend(
     bias: bool = False,
     requested: AttentionBackend = "auto",
 ) -> str:
-    """Which implementation runs: flash_attention, efficient_attention, cudnn_attention or math of torch,
+    """Return the backend that runs: flash_attention, efficient_attention, cudnn_attention or math of torch,
     or flash-attn-2, flash-attn-3 or sage.
 
-    `bias` as in cross-attention, whose pad rows have one; it is torch's choice whatever is asked. Asks torch
-    with a few tokens, and runs nothing. Raises MachineError for what this machine cannot run.
+    `bias` stands for cross-attention, where pad rows have a bias and torch always chooses. Asks torch with a
+    few tokens and runs nothing. Raises MachineError if this machine cannot run the requested backend.
     """
     if requested in PACKAGES and not bias:
         _check_package(requested, PACKAGES[requested], torch.device(device), dtype, head_dim)
@@ -102,13 +102,14 @@ def choose_backend(
     restriction = nullcontext() if requested == "auto" or bias else sdpa_kernel(TORCH_BACKENDS[requested])
     try:
         with restriction, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says there why it passes the others over
+            warnings.simplefilter("ignore")  # torch warns about each backend that it rejects
             choice = SDPBackend(torch._fused_sdp_choice(q_BHLK, q_BHLK, q_BHLK, attn_mask=bias_111N))
     except RuntimeError:
         choice = SDPBackend.ERROR
     if choice == SDPBackend.ERROR:
         raise _unavailable_error(
-            requested, f"torch has it not for {DTYPE_NAMES[dtype]} on {device}, heads {head_dim} wide"
+            requested,
+            f"torch does not support it for {DTYPE_NAMES[dtype]} on {device}, head_dim {head_dim}",
         )
     return choice.name.lower()
 
@@ -126,7 +127,7 @@ def _check_package(
         raise _unavailable_error(requested, f"it computes in bf16 or fp16, not in {DTYPE_NAMES[dtype]}")
     if head_dim > package.head_dim or head_dim % 8:
         widths = f"up to {package.head_dim} in steps of 8"
-        raise _unavailable_error(requested, f"its heads are {widths} wide, the model's {head_dim}")
+        raise _unavailable_error(requested, f"it supports head_dim {widths}, the model has {head_dim}")
     if (capability := torch.cuda.get_device_capability(device)) < package.capability:
         need, have = (".".join(map(str, pair)) for pair in (package.capability, capability))
         card = torch.cuda.get_device_name(device)
@@ -134,6 +135,7 @@ def _check_package(
 
 
 def _unavailable_error(
-    backend: str, why: str, hint: str = "Leave memory.attention out, and torch chooses."
+    backend: str, why: str, hint: str = "Leave out memory.attention to let torch choose."
 ) -> MachineError:
-    return MachineError(f"{backend} attention cannot run: {why}", where="memory.attention", hint=hint)
+    what = f"attention backend {backend!r} is not available: {why}"
+    return MachineError(what, where="memory.attention", hint=hint)

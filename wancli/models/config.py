@@ -1,4 +1,4 @@
-"""Sizes of the networks, as rows of numbers; any width, depth and head count."""
+"""Sizes of the networks as plain numbers: any width, depth and number of heads. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ AttentionBackend = Literal[
 Expert = Literal["only", "high", "low"]
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Dtype = ComputeDtype | Literal["fp8"]
-EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, as their steps follow one another
+EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, the order of their steps
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """The diffusion transformer. Names are those of the official config.json."""
+    """Sizes of the diffusion transformer. The field names are those of the official config.json."""
 
     dim: int
     ffn_dim: int
@@ -41,7 +41,7 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The Wan 2.1 causal VAE: stride (4, 8, 8), z channels of latent."""
+    """Sizes of the Wan 2.1 causal VAE: stride (4, 8, 8), `z_dim` latent channels."""
 
     dim: int = 96
     z_dim: int = 16
@@ -56,7 +56,9 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class VAE22Config:
-    """The Wan 2.2 causal VAE: stride (4, 16, 16), of which patches of 2 x 2 pixels are one half."""
+    """Sizes of the Wan 2.2 causal VAE: stride (4, 16, 16). Patches of 2 x 2 pixels make up half of the
+    spatial stride.
+    """
 
     dim: int = 160  # of the encoder
     dec_dim: int = 256
@@ -73,7 +75,7 @@ class VAE22Config:
 
 @dataclass(frozen=True)
 class T5Config:
-    """The UMT5 encoder. `d_model` is the text width that the transformer reads."""
+    """Sizes of the UMT5 encoder. `d_model` is the width of the rows that the transformer reads."""
 
     vocab_size: int
     d_model: int
@@ -90,10 +92,11 @@ TIED_EMBEDDING = "encoder.embed_tokens.weight"  # some files hold UMT5's `shared
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How a transformer computes; changes no more than rounding.
+    """How a transformer computes. Changes nothing but rounding.
 
-    `attention` is who computes self-attention. Forwards without gradients take `chunk` tokens at a time,
-    or all. `fp8_matmul` multiplies the blocks' matrices, which are then e4m3 in memory, in fp8.
+    `attention` is the backend of self-attention. `chunk` is how many tokens a forward without gradients takes
+    at a time; None is all of them. `fp8_matmul` keeps the matrices of the blocks as e4m3 and multiplies in
+    fp8.
     """
 
     attention: AttentionBackend = "auto"

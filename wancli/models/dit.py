@@ -1,7 +1,7 @@
 """The Wan 2.1 text-to-video transformer: video latents, a timestep and one text per block -> velocity.
 
-Letters: B batch, C latent channels, T Y X latent frames, rows and columns, L video tokens (one per
-1x2x2 patch, t-major), N context rows, D model width, E text encoder width, F = 4C features of a patch.
+Letters: B batch, C latent channels, T Y X latent frames, rows and columns, L video tokens (one per 1x2x2
+patch, t-major), N context rows, D model width, E text encoder width, F = 4C features of a patch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Context", "Mix", "Request", "WanModel", "concat", "lerp"]
 
 @dataclass(frozen=True)
 class Request:
-    """One forward: the velocity of latents at timestep t, block i attending to `contexts[i]`."""
+    """The inputs of one forward: latents at timestep t, with block i attending to `contexts[i]`."""
 
     x_BCTYX: Tensor
     t: float | Tensor
@@ -74,26 +74,28 @@ class Block(nn.Module):
         mix: Mix,
         keys_values: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The tokens after the block. Those of a piece attend to the keys and values of all; owns x."""
+        """Run tokens through the block. A chunk of the tokens attends to the `keys_values` of all tokens. May
+        overwrite x in place.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y_BLD = self.self_attn(modulate(x_BLD, shift1, scale1, self.eps), rope_L1P, keys_values)
         x_BLD = add_gated(x_BLD, y_BLD, gate1)
-        del y_BLD  # or it stays beside the feed-forward
+        del y_BLD  # or it stays in memory during the feed-forward
         x_BLD = add(x_BLD, self.cross_attn(self.norm3(x_BLD), mix))
         return add_gated(x_BLD, self.ffn(modulate(x_BLD, shift2, scale2, self.eps)), gate2)
 
     def keys_values(
         self, x_BLD: Tensor, modulation: Sequence[Tensor], pieces: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Of self-attention, for all tokens, made piece by piece."""
+        """Compute the self-attention keys and values of all tokens, chunk by chunk."""
         shift1, scale1, *_ = modulation
         buffers = [torch.empty_like(x_BLD, dtype=self.self_attn.o.dtype) for _ in range(2)]
         k_BHLK, v_BHLK = map(self.self_attn.split_heads, buffers)
         start = 0
         for piece_BLD, piece_L1P in pieces:
-            found = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
+            kv = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
             end = start + piece_BLD.shape[1]
-            k_BHLK[:, :, start:end], v_BHLK[:, :, start:end] = found
+            k_BHLK[:, :, start:end], v_BHLK[:, :, start:end] = kv
             start = end
         return k_BHLK, v_BHLK
 
@@ -113,7 +115,7 @@ class Head(nn.Module):
 
 @dataclass
 class BlockState:
-    """A request on its way through the blocks."""
+    """The state of a request between two blocks: its residual stream and what every block reads."""
 
     x_BLD: Tensor
     time_BD: Tensor
@@ -122,7 +124,7 @@ class BlockState:
     shape_BCTYX: torch.Size
 
     def fork(self) -> BlockState:
-        """Another one at the same place, which goes its own way from here."""
+        """Return a copy that can take another path through the remaining blocks."""
         return replace(self, x_BLD=self.x_BLD.clone())
 
     def apply(self, block: nn.Module, mix: Mix, checkpointed: bool) -> None:
@@ -136,8 +138,8 @@ class BlockState:
 class WanModel(nn.Module):
     """Predicts the velocity (noise - video) of noisy latents. Parameter names are the official ones.
 
-    Block i attends to `contexts[i]`: plain prompting passes the same mix for every block. Runs in
-    the dtype of its weights; residual stream, modulation, time and head are fp32 throughout.
+    Block i attends to `contexts[i]`; plain prompting passes the same mix to every block. Computes in the
+    dtype of its weights; residual stream, modulation, time and head are fp32 throughout.
     """
 
     def __init__(self, config: WanConfig, kernels: ComputeOptions = ComputeOptions()) -> None:
@@ -152,9 +154,10 @@ class WanModel(nn.Module):
         self.head = Head(config)
 
     def project(self, text_NE: Tensor) -> Context:
-        """Encoder rows [n <= 512, text_dim] -> what the blocks attend to; padding is folded into one row.
+        """Project encoder rows [n <= 512, text_dim] to the context that the blocks attend to. Padding becomes
+        one row.
 
-        Raises ValueError for more rows than the model has places.
+        Raises ValueError if there are more rows than the model reads.
         """
         count, length = len(text_NE), self.config.text_len
         if count > length:
@@ -165,9 +168,11 @@ class WanModel(nn.Module):
     def forward(
         self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix], *, checkpointed: bool = False
     ) -> Tensor:
-        """Velocity, fp32, of latents at timestep t in [0, 1000]: one for all, or one per batch entry [B].
+        """Predict the velocity, fp32, of latents at timestep t in [0, 1000]: one t for all, or one per batch
+        entry [B].
 
-        `checkpointed` spares a backward pass the activations inside of blocks: it computes them again.
+        With `checkpointed`, a backward pass recomputes the activations inside the blocks instead of keeping
+        them.
         """
         (velocity_BCTYX,) = self._forward_group([Request(x_BCTYX, t, contexts)], checkpointed)
         return velocity_BCTYX
@@ -175,11 +180,10 @@ class WanModel(nn.Module):
     def predict_velocities(
         self, requests: Sequence[Request], forwards_per_pass: int | None = None
     ) -> list[Tensor]:
-        """The velocity of each request, bit for bit that of `forward`; `riders` of them, or all, share each
-        pass over the blocks.
+        """Predict the velocity of each request, bit for bit equal to that of `forward`.
 
-        That pays where a pass is dear because weights are fetched for it; every further rider keeps a
-        residual stream of its own.
+        `forwards_per_pass` requests, or all of them, share each pass over the blocks. Sharing pays if the
+        weights of a block are fetched for each pass. Every request needs memory for its own residual stream.
         """
         forwards_per_pass = forwards_per_pass or max(1, len(requests))
         passes = [requests[i : i + forwards_per_pass] for i in range(0, len(requests), forwards_per_pass)]
@@ -188,15 +192,16 @@ class WanModel(nn.Module):
     def iterate_residuals(
         self, x_BCTYX: Tensor, t: float | Tensor, contexts: Sequence[Mix], *, checkpointed: bool = False
     ) -> Iterator[Tensor]:
-        """The residual stream [B, L, D] after each block, fp32; without gradients each is overwritten by
-        the next."""
+        """Yield the residual stream [B, L, D], fp32, after each block. Without gradients each block
+        overwrites the tensor yielded before.
+        """
         state = self.embed(x_BCTYX, t)
         for block, mix in zip(self.blocks, contexts, strict=True):
             state.apply(block, mix, checkpointed)
             yield state.x_BLD
 
     def _forward_group(self, requests: Sequence[Request], checkpointed: bool = False) -> list[Tensor]:
-        """One walk over the blocks with all requests, so that a block's weights are needed once."""
+        """Pass all requests through each block in turn, so that a block's weights are needed once."""
         states = [self.embed(request.x_BCTYX, request.t) for request in requests]
         for block, *mixes in zip(self.blocks, *(r.contexts for r in requests), strict=True):
             for state, mix in zip(states, mixes):
@@ -204,14 +209,15 @@ class WanModel(nn.Module):
         return [self.read_velocity(state) for state in states]
 
     def embed(self, x_BCTYX: Tensor, t: float | Tensor) -> BlockState:
-        """The stream before the first block. Whoever wants more of a walk than velocities takes it through
-        `blocks` itself, and ends with `velocity`."""
+        """Return the state before the first block. To see more than velocities, a caller loops over `blocks`
+        itself and ends with `read_velocity`.
+        """
         time_BD, time_B6D = self._embed_time(t, x_BCTYX.device)
         x_BLD, rope_L1P = self._embed_video(x_BCTYX)
         return BlockState(x_BLD, time_BD, time_B6D, rope_L1P, x_BCTYX.shape)
 
     def read_velocity(self, state: BlockState) -> Tensor:
-        """What a stream is after the last block, fp32."""
+        """Return the velocity, fp32, of a state after the last block."""
         return _unpatchify(self.head(state.x_BLD, state.time_BD), state.shape_BCTYX)
 
     def _embed_time(self, t: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -220,7 +226,7 @@ class WanModel(nn.Module):
         return time_BD, self.time_projection(time_BD).float().view(-1, 6, self.config.dim)
 
     def _embed_video(self, x_BCTYX: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens [B, L, D], fp32, and their rotary table."""
+        """Return the tokens [B, L, D], fp32, and their rotary table."""
         patches_BLF = _patchify(x_BCTYX)
         conv = self.patch_embedding
         assert conv.bias is not None
@@ -231,14 +237,14 @@ class WanModel(nn.Module):
 
 
 def _patchify(x_BCTYX: Tensor) -> Tensor:
-    """Latents to the features of their 1x2x2 patches, ordered (c, y, x): [B, L, 4C]."""
+    """Turn latents into the features of their 1x2x2 patches, ordered (c, y, x): [B, L, 4C]."""
     batch, channels, frames, rows, columns = x_BCTYX.shape
     x = x_BCTYX.reshape(batch, channels, frames, rows // 2, 2, columns // 2, 2)
     return x.permute(0, 2, 3, 5, 1, 4, 6).reshape(batch, -1, 4 * channels)
 
 
 def _unpatchify(y_BLF: Tensor, shape_BCTYX: torch.Size) -> Tensor:
-    """Features of each patch, ordered (y, x, c), back to [B, C, T, Y, X]."""
+    """Turn the features of each patch, ordered (y, x, c), back into [B, C, T, Y, X]."""
     batch, _, frames, rows, columns = shape_BCTYX
     y = y_BLF.view(batch, frames, rows // 2, columns // 2, 2, 2, -1)
     return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, rows, columns)

@@ -1,10 +1,10 @@
-"""Layers of the Wan transformer. wan/modules/model.py of Wan 2.1 is the source of the maths.
+"""Layers of the Wan transformer. The maths is that of wan/modules/model.py of Wan 2.1.
 
 Letters: B batch, L video tokens, N context rows, D model width, H heads, K head width, P = K/2 pairs.
 
-The residual stream, norms and modulation are fp32; a Linear computes in the dtype of its weight.
-Without autograd, layers write over temporaries they own: on a CPU a fresh 48 MB tensor costs ten
-times the arithmetic done on it.
+Residual stream, norms and modulation are fp32; a Linear computes in the dtype of its weight. Without
+autograd, layers overwrite temporaries: on a CPU, a fresh 48 MB tensor costs ten times the arithmetic done on
+it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from wancli.models.attention import attend
 from wancli.models.text_context import Context
 
 # Contexts whose attention outputs are mixed, and weights: one for all tokens, or one for each [L]. An empty
-# mix is no text: nothing is added.
+# mix adds nothing.
 Mix: TypeAlias = Sequence[tuple[Context, float | Tensor]]
 
 
 class Blocks(nn.ModuleList):
-    """Layers that are walked over in order, by a plain loop or from some layer on."""
+    """The blocks of a network, which run in order, from the first or from a given one."""
 
     def iterate_from(self, first: int) -> Iterator[nn.Module]:
         return islice(self, first, None)
@@ -36,15 +36,15 @@ class Blocks(nn.ModuleList):
 class Linear(nn.Linear):
     """nn.Linear in the dtype of its weight, optionally followed by GELU(tanh).
 
-    oneDNN multiplies fp32 a third faster than the MKL behind F.linear (200 to 145 GFLOP/s on two
-    cores of an AMD EPYC), but has no gradient.
+    oneDNN multiplies fp32 a third faster than the MKL behind F.linear (200 to 145 GFLOP/s on two cores of an
+    AMD EPYC), but has no gradient.
     """
 
     gelu = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in, and what comes out."""
+        """The dtype that the layer computes in and returns."""
         return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,9 @@ class LinearGELU(Linear):
 
 
 def mlp(dim_in: int, dim_hidden: int, dim_out: int) -> nn.Sequential:
-    """Linear, GELU, Linear. The GELU, number 1 in the official names, happens in the first Linear."""
+    """Linear, GELU, Linear. The GELU has number 1 in the official names; here the first Linear computes
+    it.
+    """
     return nn.Sequential(LinearGELU(dim_in, dim_hidden), nn.Identity(), Linear(dim_hidden, dim_out))
 
 
@@ -74,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Te
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight in fp32, over the whole width, all heads together. Owns x."""
+    """x / rms(x) * weight in fp32, over the whole width, all heads together. May overwrite x in place."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -90,10 +92,11 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, Linear, for pieces of the tokens: the wide activations of all never exist. Owns x.
+    """Linear, GELU, Linear, on chunks of the tokens, so that the wide activations of all tokens never exist.
+    May overwrite x in place.
 
-    On a CPU pieces stay in the cache and in memory already mapped, which gains 8 % on 7,800 tokens;
-    a GPU wants larger ones to be busy.
+    On a CPU the chunks fit the cache and memory that is already mapped, which gains 8 % at 7,800 tokens; a
+    GPU needs larger chunks to be busy.
     """
 
     def __init__(self, dim: int, dim_hidden: int) -> None:
@@ -110,7 +113,7 @@ class FeedForward(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Projections of one attention, under their official names."""
+    """The projections of one attention layer, under their official names."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -123,7 +126,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def split_heads(self, x_BLD: Tensor) -> Tensor:
-        """[B, L, D] -> [B, H, L, K] in the dtype of the matmuls, without a copy."""
+        """View [B, L, D] as [B, H, L, K] in the dtype of the matmuls, without a copy."""
         x_BLHK = x_BLD.to(self.o.dtype).view(*x_BLD.shape[:2], self.num_heads, -1)
         return x_BLHK.transpose(1, 2)
 
@@ -140,19 +143,19 @@ class SelfAttention(Attention):
     def forward(
         self, x_BLD: Tensor, rope_L1P: Tensor, keys_values: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Attention of these tokens to themselves, or to others whose keys and values are given."""
+        """Let tokens attend to each other, or to the given keys and values."""
         q_BHLK = self.split_heads(rotate(self.norm_q(self.q(x_BLD)), rope_L1P))
         k_BHNK, v_BHNK = keys_values or self.keys_values(x_BLD, rope_L1P)
         return self.merge_heads(attend(q_BHLK, k_BHNK, v_BHNK, self.backend))
 
     def keys_values(self, x_BLD: Tensor, rope_L1P: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, L, K] each."""
+        """Return the keys and values, [B, H, L, K] each."""
         return self.split_heads(rotate(self.norm_k(self.k(x_BLD)), rope_L1P)), self.split_heads(self.v(x_BLD))
 
 
 class CrossAttention(Attention):
     def forward(self, x_BLD: Tensor, mix: Mix) -> Tensor:
-        """The sum of weight * attention to each context of the mix."""
+        """Return the sum of weight * attention over the contexts of the mix."""
         if not mix:
             return torch.zeros_like(x_BLD)
         q_BHLK = self.split_heads(self.norm_q(self.q(x_BLD)))
@@ -170,7 +173,9 @@ class CrossAttention(Attention):
         return attend(q_BHLK, k_BHNK, v_BHNK, bias_N=bias_N)
 
     def keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Keys and values of a context, computed once; anew in training, where weights change."""
+        """Return the keys and values of a context. They are computed once, except in training, where weights
+        change.
+        """
         if (cached := context.kv.get(self)) is not None and not torch.is_grad_enabled():
             return cached
         rows_1ND = context.in_dtype(self.k.dtype)[0][None]
@@ -181,7 +186,7 @@ class CrossAttention(Attention):
 
 
 def sum_weighted(parts: Sequence[tuple[Tensor, float | Tensor]]) -> Tensor:
-    """The parts [B, H, L, K], each times its weight: a number, or one per token [L]."""
+    """Sum parts [B, H, L, K], each times its weight: a number, or one per token [L]."""
     (first_BHLK, weight), *others = parts
     if isinstance(weight, Tensor):
         total_BHLK = first_BHLK * weight[:, None]
@@ -196,19 +201,19 @@ def sum_weighted(parts: Sequence[tuple[Tensor, float | Tensor]]) -> Tensor:
 
 
 def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x)*(1+scale)+shift; in one pass where the batch shares its modulation."""
+    """LayerNorm(x)*(1+scale)+shift; in one pass if the whole batch shares its modulation."""
     if len(shift_B1D) == 1:
         return F.layer_norm(x_BLD, x_BLD.shape[-1:], 1 + scale_B1D[0, 0], shift_B1D[0, 0], eps)
     return torch.addcmul(shift_B1D, F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps), 1 + scale_B1D)
 
 
 def add(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-    """x + y in fp32. Owns x."""
+    """x + y in fp32. May overwrite x in place."""
     return x_BLD + y_BLD if torch.is_grad_enabled() else x_BLD.add_(y_BLD)
 
 
 def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_B1D: Tensor) -> Tensor:
-    """x + y*gate in fp32. Owns x."""
+    """x + y*gate in fp32. May overwrite x in place."""
     if torch.is_grad_enabled():
         return torch.addcmul(x_BLD, y_BLD.float(), gate_B1D)
     return x_BLD.addcmul_(y_BLD.float(), gate_B1D)
@@ -217,8 +222,8 @@ def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_B1D: Tensor) -> Tensor:
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
     """exp(i * position * frequency) for the tokens of a (t, y, x) grid, complex64 [L, 1, P].
 
-    A head's width is shared out as t: K - 4*(K//6), y and x: 2*(K//6); frequency j of an axis of
-    width A is 10000^(-2j/A). Angles in fp64.
+    The head width is split into t: K - 4*(K//6), y and x: 2*(K//6); frequency j of an axis of width A is
+    10000^(-2j/A). Angles are fp64.
     """
     spatial_width = 2 * (head_dim // 6)
     axes = []
@@ -235,10 +240,10 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
 
 
 def rotate(x_BLD: Tensor, rope_L1P: Tensor) -> Tensor:
-    """Turns each pair (x[2j], x[2j+1]) of every head by its token's angle. Owns x.
+    """Rotate each pair (x[2j], x[2j+1]) of every head by the angle of its token. May overwrite x in place.
 
-    One complex product over a view: ten times faster on a CPU than the same in real arithmetic,
-    which must gather and scatter the even and odd elements.
+    One complex product over a view is ten times faster on a CPU than real arithmetic, which must gather and
+    scatter the even and odd elements.
     """
     x_BLHP = torch.view_as_complex(x_BLD.view(*x_BLD.shape[:2], -1, rope_L1P.shape[-1], 2))
     return torch.view_as_real(x_BLHP.mul_(rope_L1P)).flatten(2)

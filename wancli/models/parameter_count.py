@@ -1,4 +1,4 @@
-"""The exact number of parameters of each network, from its sizes alone."""
+"""Count the parameters of each network, exactly, from its sizes alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 
 
 def wan_parameters(wan: WanConfig) -> int:
-    """Parameters of the transformer."""
+    """Count the parameters of the transformer."""
     d, f = wan.dim, wan.ffn_dim
     attention = 4 * (d * d + d) + 2 * d  # q, k, v, o and the norms of q and k
     block = 2 * attention + 2 * d + (d * f + f) + (f * d + d) + 6 * d  # norm3, ffn, modulation
@@ -20,7 +20,7 @@ def wan_parameters(wan: WanConfig) -> int:
 
 
 def t5_parameters(t5: T5Config) -> int:
-    """Parameters of the text encoder, its embedding counted once."""
+    """Count the parameters of the text encoder, its embedding once."""
     inner = t5.d_kv * t5.num_heads
     layer = 4 * t5.d_model * inner + t5.num_buckets * t5.num_heads + 3 * t5.d_model * t5.d_ff + 2 * t5.d_model
     return t5.vocab_size * t5.d_model + t5.num_layers * layer + t5.d_model
@@ -28,7 +28,7 @@ def t5_parameters(t5: T5Config) -> int:
 
 @cache
 def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
-    """Parameters of the VAE, encoder and decoder."""
+    """Count the parameters of the VAE, encoder and decoder."""
     picture_channels = 12 if isinstance(vae, VAE22Config) else 3
     widths = [vae.dim * m for m in vae.dim_mult]
     top, z, blocks = widths[-1], vae.z_dim, vae.num_res_blocks
@@ -48,7 +48,7 @@ def vae_parameters(vae: VAEConfig | VAE22Config) -> int:
 
 
 def decoder_parameters(vae: VAEConfig | VAE22Config) -> int:
-    """Those that decoding reads."""
+    """Count the parameters of the VAE that decoding reads."""
     picture_channels = 12 if isinstance(vae, VAE22Config) else 3
     z, blocks = vae.z_dim, vae.num_res_blocks
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
@@ -69,7 +69,7 @@ def decoder_parameters(vae: VAEConfig | VAE22Config) -> int:
 
 
 def upsampled_channels(vae: VAEConfig | VAE22Config, channels: int) -> int:
-    """Channels that an upsampler of the decoder leaves."""
+    """Return the output channels of an upsampler of the decoder."""
     return channels if isinstance(vae, VAE22Config) else channels // 2
 
 

@@ -1,9 +1,9 @@
-"""The text encoder: UMT5 as transformers writes it, sized from the tensors of a checkpoint.
+"""The text encoder: UMT5 as transformers implements it, with the sizes of a checkpoint.
 
 Letters: N tokens of one prompt (its `</s>` included), E text width, V vocabulary.
 
-The network runs on the N real tokens only. Official Wan pads to 512 and masks the padding, which
-gives the same N rows: UMT5 knows positions only by their distance, and a masked key has no weight.
+The network runs on the N real tokens only. Official Wan pads to 512 and masks the padding, which gives the
+same N rows: UMT5 encodes positions only by their distance, and a masked key has no weight.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OVERFLOWS = ".wo."  # in fp16, so these stay fp32 as in transformers' _keep_in_f
 
 
 def build_encoder(config: T5Config) -> UMT5EncoderModel:
-    """The network on the meta device, in eval mode, without its second name for the embedding.
+    """Build the network on the meta device, in eval mode, without the second name of its embedding.
 
-    Load the weights, then `tie()`. Dropped in between so that the loader, which is strict, asks a
-    file for `shared.weight` alone: checkpoints hold only that one.
+    Load the weights, then call `tie_embedding`. The second name is dropped in between because the loader is
+    strict and most checkpoints hold `shared.weight` only.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -54,8 +54,8 @@ def build_encoder(config: T5Config) -> UMT5EncoderModel:
 def tie_embedding(model: UMT5EncoderModel, where: str = "") -> None:
     """Make the encoder look tokens up in the loaded embedding.
 
-    transformers from 5.0 on may leave the encoder's own table zero or unset, which encodes every
-    prompt to noise without a word (transformers issue 43992), hence by hand and checked.
+    transformers from 5.0 on may leave the encoder's own table zero or unset, which silently encodes every
+    prompt to noise (transformers issue 43992). So the table is tied by hand and checked.
     """
     model.encoder.embed_tokens = model.shared
     assert model.encoder.embed_tokens is model.shared
@@ -66,13 +66,15 @@ def tie_embedding(model: UMT5EncoderModel, where: str = "") -> None:
 
 
 def encode(model: UMT5EncoderModel, ids: Sequence[int]) -> Tensor:
-    """Encode one prompt: its token ids to [N, E], in the dtype of the weights, on the model's device."""
+    """Encode one prompt: token ids to rows [N, E], in the dtype of the weights, on the model's device."""
     return encode_batch(model, [ids])[0]
 
 
 @torch.no_grad()
 def encode_batch(model: UMT5EncoderModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Encode prompts in one pass over the layers; each gets the rows it has alone, bit for bit."""
+    """Encode prompts in one pass over the layers. Each prompt gets the rows that it would get alone, bit for
+    bit.
+    """
     encoder = model.encoder
     hidden_states = [encoder.embed_tokens(torch.tensor([ids], device=_device(model))) for ids in prompts]
     for layer in encoder.block:
@@ -81,7 +83,7 @@ def encode_batch(model: UMT5EncoderModel, prompts: Sequence[Sequence[int]]) -> l
 
 
 def _hidden_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """What a layer makes of the rows; older releases of transformers put more beside it."""
+    """Return the rows of a layer's output, which older releases of transformers put into a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 

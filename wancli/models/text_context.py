@@ -1,8 +1,8 @@
-"""A prompt as the transformer's blocks attend to it, and the two ways of making one out of two.
+"""A prompt as the blocks of the transformer attend to it, and two ways to combine two prompts.
 
-The model always sees 512 rows: n encoder rows, projected, and 512-n copies of one padding row.
-Copies of a key take softmax mass in proportion to their number, so one pad row whose logit is
-raised by ln(512-n) stands for all of them, exactly.
+The model always sees 512 rows: n encoder rows, projected, and 512-n copies of one padding row. Copies of a
+key take softmax mass in proportion to their number, so one pad row whose logit is raised by ln(512-n) stands
+for all of them, exactly.
 
 Letters: N rows of a context, D model width.
 """
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Rows that keys and values are made of, each with a logit added to its scores.
+    """Rows from which blocks make keys and values, each with a logit that is added to its scores.
 
-    Blocks keep their keys and values in `kv` (weakly by module), for the text does not change from
-    step to step; `kv.clear()` frees them, and is due when a block's weights change.
+    Blocks cache their keys and values in `kv` (weakly, by module), because the text is the same at every
+    step. Call `kv.clear()` to free them, and whenever the weights of a block change.
     """
 
     rows_ND: Tensor  # fp32; real rows, then the pad row if there is padding
@@ -32,10 +32,10 @@ class Context:
     _in: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rows and biases for attention in `dtype`.
+        """Return rows and biases for attention in `dtype`.
 
-        ln(451) is 6.11, and bf16 knows 6.125: 1.6 % too many pad rows. So a bias is rounded down, and
-        a second copy of the row makes up for the rest.
+        bf16 rounds ln(451) = 6.11 to 6.125: 1.6 % too many pad rows. So a bias is rounded down, and a second
+        copy of the row makes up for the rest.
         """
         if dtype == torch.float32:
             return self.rows_ND, self.bias_N
@@ -50,7 +50,9 @@ class Context:
 
 
 def from_padded_rows(rows_ND: Tensor, length: int) -> Context:
-    """The context of `length` rows whose last given row stands for itself and all that follow."""
+    """Make the context of `length` rows from rows of which the last one also stands for all that follow
+    it.
+    """
     count = len(rows_ND)
     bias_N = torch.zeros(count, device=rows_ND.device)
     bias_N[-1] = math.log(length - count + 1)
@@ -58,10 +60,10 @@ def from_padded_rows(rows_ND: Tensor, length: int) -> Context:
 
 
 def lerp(a: Context, b: Context, weight: float) -> Context:
-    """(1-w)*a + w*b on the 512 rows; w > 1 extrapolates beyond b.
+    """Return (1-w)*a + w*b on the 512 rows; w > 1 extrapolates beyond b.
 
-    The shorter prompt goes on with its pad row where the longer one has words. Raises ValueError
-    for a result of `concat`, whose rows have no counterparts.
+    The shorter prompt has its pad row wherever the longer one has words. Raises ValueError for a result of
+    `concat`, whose rows have no counterparts.
     """
     if a.prompts != 1 or b.prompts != 1:
         raise ValueError("rows of joined contexts have no counterparts to interpolate with")
@@ -71,7 +73,7 @@ def lerp(a: Context, b: Context, weight: float) -> Context:
 
 
 def concat(a: Context, b: Context, weight: float) -> Context:
-    """The rows of both in one softmax, those of b with ln(weight) added: `weight` copies of each.
+    """Return the rows of both in one softmax, those of b with ln(weight) added: `weight` copies of each.
 
     Raises ValueError unless the weight is positive.
     """
@@ -85,6 +87,6 @@ def concat(a: Context, b: Context, weight: float) -> Context:
 
 
 def _first_rows(context: Context, count: int) -> Tensor:
-    """The first `count` of the 512 rows that a context stands for."""
+    """Return the first `count` of the 512 rows of a context."""
     rows_ND = context.rows_ND
     return torch.cat((rows_ND, rows_ND[-1:].expand(count - len(rows_ND), -1)))

@@ -1,8 +1,8 @@
-"""The Wan 2.1 causal VAE, decoding and encoding a clip piece by piece in flat memory.
+"""The Wan 2.1 causal VAE: decodes and encodes a clip chunk by chunk, in memory that does not grow with it.
 
-Letters: T frames, Y rows, X columns, C channels. Latents and videos are [C, T, Y, X] outside,
-activations [T, Y, X, C] inside. Stride (4, 8, 8): 4n+1 frames of 8h x 8w pixels are n+1 latent
-frames of h x w. Source: the official wan/modules/vae.py; parameter names are its names.
+Letters: T frames, Y rows, X columns, C channels. Latents and videos are [C, T, Y, X] outside, activations [T,
+Y, X, C] inside. Stride (4, 8, 8): 4n+1 frames of 8h x 8w pixels are n+1 latent frames of h x w. Source: the
+official wan/modules/vae.py; parameter names are its names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LATENT_STD = (
 
 
 class Head(nn.ModuleList):
-    """SiLU(norm(x)) and the last convolution."""
+    """The last convolution, of SiLU(norm(x))."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         norm, conv = RMSNorm(c_in, 3), nn.Conv3d(c_in, c_out, 3)
@@ -58,7 +58,7 @@ def middle_layers(channels: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """4n+1 frames to n+1 frames of (mu, log variance), before the last pointwise map."""
+    """Encodes 4n+1 frames to n+1 frames of (mu, log variance), before the last pointwise map."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent frames to frames: the stream's first to one, every later one to four."""
+    """Decodes latent frames: the first of a clip to one frame, every later one to four."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Videos in [-1, 1] to normalised latents and back. Can be built on the meta device.
 
-    `decode` and `encode` are for inference and stream; `frames_of` and `moments` are the same
-    maths on one piece, differentiable. In the shapes below s is the stride in space. A subclass
-    makes the networks, and knows `mean` and `std` of each latent channel.
+    `decode` and `encode` are for inference and work chunk by chunk; `decode_chunk` and `encode_chunk` are the
+    same maths on one chunk, differentiable. In the shapes below s is the spatial stride. A subclass builds
+    the networks and defines `mean` and `std` of each latent channel.
     """
 
     mean: tuple[float, ...]
@@ -125,11 +125,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z_CTYX: Tensor, chunk: int = 1) -> Iterator[Tensor]:
-        """Frames [3, n, sY, sX], fp32 in [-1, 1], of a normalised latent [z, T, Y, X].
+        """Yield the frames [3, n, sY, sX], fp32 in [-1, 1], of a normalised latent [z, T, Y, X].
 
-        First one frame, then 4·`chunk` at a time (fewer at the end). The chunk changes speed and
-        memory, not the result; memory does not grow with T. In memory a yielded piece is
-        [n, sY, sX, 3].
+        First one frame, then 4*`chunk` at a time (fewer at the end). The chunk changes speed and memory, not
+        the result; memory does not grow with T. A yielded tensor is [n, sY, sX, 3] in memory.
         """
         to_channels_last(self.decoder)
         cache = CausalCache()
@@ -138,9 +137,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames_CTYX: Tensor, chunk: int = 4) -> Tensor:
-        """Normalised latent [z, n+1, Y/s, X/s], fp32, the mean of the posterior.
+        """Return the normalised latent [z, n+1, Y/s, X/s], fp32: the mean of the posterior.
 
-        Frames are [3, 4n+1, Y, X] in [-1, 1], `chunk` of them taken at a time, a multiple of 4.
+        Frames are [3, 4n+1, Y, X] in [-1, 1]; `chunk` of them, a multiple of 4, are encoded at a time.
         """
         to_channels_last(self.encoder)
         cache = CausalCache()
@@ -149,14 +148,16 @@ class VAE(nn.Module):
         return (mean_CTYX - _per_channel(self.mean, mean_CTYX)) / _per_channel(self.std, mean_CTYX)
 
     def decode_chunk(self, z_CTYX: Tensor, cache: CausalCache) -> Tensor:
-        """The next frames [3, n, sY, sX], fp32, not clamped, of the stream's next normalised latents."""
+        """Decode the next latents of a clip to frames [3, n, sY, sX], fp32, not clamped."""
         z_CTYX = z_CTYX.float() * _per_channel(self.std, z_CTYX) + _per_channel(self.mean, z_CTYX)
         z_TYXC = z_CTYX.permute(1, 2, 3, 0).to(self.conv2.weight.dtype)
         x_TYXC: Tensor = self.decoder(pointwise(self.conv2, z_TYXC), cache)
         return x_TYXC.permute(3, 0, 1, 2).float()
 
     def encode_chunk(self, frames_CTYX: Tensor, cache: CausalCache) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [z, n, Y/s, X/s], fp32, not normalised, of the stream's next frames."""
+        """Encode the next frames of a clip to mean and log variance [z, n, Y/s, X/s], fp32, not
+        normalised.
+        """
         x_TYXC = frames_CTYX.permute(1, 2, 3, 0).to(self.conv1.weight.dtype)
         y_CTYX = pointwise(self.conv1, self.encoder(x_TYXC, cache)).permute(3, 0, 1, 2).float()
         mean_CTYX, log_variance_CTYX = y_CTYX.chunk(2)
@@ -177,9 +178,9 @@ class WanVAE(VAE):
 
 
 def to_channels_last(network: nn.Module) -> None:
-    """Puts the 3-D kernels channels-last in memory, one after the other; nothing the second time.
+    """Lay out all 3-D kernels channels-last in memory. A second call changes nothing.
 
-    Values and names stay, but safetensors wants `.contiguous()` before such a tensor is saved.
+    Values and names stay, but safetensors needs `.contiguous()` before it saves such a tensor.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
@@ -191,7 +192,7 @@ def _per_channel(values: tuple[float, ...], like_CTYX: Tensor) -> Tensor:
 
 
 def _chunk_spans(length: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """The first alone, then `chunk` at a time."""
+    """Yield the first index alone, then `chunk` indices at a time."""
     yield 0, 1
     for start in range(1, length, chunk):
         yield start, min(start + chunk, length)

@@ -1,8 +1,8 @@
-"""The Wan 2.2 causal VAE of TI2V-5B: the layers of the 2.1 VAE in stages with shortcuts around them.
+"""The Wan 2.2 causal VAE of TI2V-5B: the layers of the 2.1 VAE, in stages with shortcuts around them.
 
-Letters: T frames, Y rows, X columns, C channels in, O channels out, F places that one pixel becomes,
-G values in a mean. Stride (4, 16, 16): pixels are taken in 2x2 patches, the stages do the rest.
-Source: the official wan/modules/vae2_2.py; parameter names are its names.
+Letters: T frames, Y rows, X columns, C channels in, O channels out. Stride (4, 16, 16): pixels are taken in
+2x2 patches, the stages do the rest. Source: the official wan/modules/vae2_2.py; parameter names are its
+names.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ PATCH_CHANNELS = 12  # three colours of 2x2 pixels
 
 
 class DownStage(nn.Module):
-    """Residual blocks and a downsampler; added to them, means over the pixels that became one.
+    """Residual blocks and a downsampler, plus a shortcut: means over the pixels that become one.
 
-    `in_time` says whether frames are halved as well as rows and columns; None for a stage that
-    halves nothing.
+    `in_time` says whether frames are halved as well as rows and columns; None is a stage that halves nothing.
     """
 
     def __init__(self, c_in: int, c_out: int, blocks: int, in_time: bool | None) -> None:
@@ -55,14 +54,14 @@ class DownStage(nn.Module):
     def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
         shortcut_TYXO = downsample_shortcut(
             x_TYXC, self.channels, self.in_time
-        )  # first, for the blocks own x
+        )  # first, because the blocks overwrite x
         for layer in self.downsamples:
             x_TYXC = layer(x_TYXC, cache)
         return x_TYXC + shortcut_TYXO
 
 
 class UpStage(nn.Module):
-    """Residual blocks and an upsampler; added to them, the pixels repeated. `in_time` as in DownStage."""
+    """Residual blocks and an upsampler, plus a shortcut: the pixels repeated. `in_time` as in DownStage."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, in_time: bool | None) -> None:
         super().__init__()
@@ -80,8 +79,11 @@ class UpStage(nn.Module):
 
 
 def downsample_shortcut(x_TYXC: Tensor, channels: int, in_time: bool | None) -> Tensor:
-    """[T, Y, X, C] -> [T/2, Y/2, X/2, O]: the pixels that become one are channels first (c, t, y, x),
-    then O means of neighbours among them. An odd T gets a frame of zeros in front."""
+    """Average [T, Y, X, C] to [T/2, Y/2, X/2, O].
+
+    The pixels that become one are ordered as channels (c, t, y, x); each output is the mean of neighbours
+    among them. An odd T gets a frame of zeros in front.
+    """
     if in_time is None:
         return x_TYXC.clone()
     t = 2 if in_time else 1
@@ -93,10 +95,10 @@ def downsample_shortcut(x_TYXC: Tensor, channels: int, in_time: bool | None) -> 
 
 
 def add_upsample_shortcut(y_TYXO: Tensor, x_TYXC: Tensor, in_time: bool) -> Tensor:
-    """y, with every pixel of x added at the two rows, columns and, `in_time`, frames that it became.
+    """Add every pixel of x to the two rows, two columns and, `in_time`, two frames of y that it became.
 
-    Counting the places (c, t, y, x) of all channels, each has an equal run of them; of a clip's
-    first frame the first of the two is left out, as y is one frame short. Writes over y.
+    All values that one pixel becomes, ordered (c, t, y, x), are shared out evenly among its channels. y has
+    one frame less for the first frame of a clip, so the first of its two values is left out. Overwrites y.
     """
     t_places = 2 if in_time else 1
     step = x_TYXC.shape[-1] // y_TYXO.shape[-1]  # channels of x to one of y
@@ -110,21 +112,21 @@ def add_upsample_shortcut(y_TYXO: Tensor, x_TYXC: Tensor, in_time: bool) -> Tens
 
 
 def patchify(x_TYXC: Tensor) -> Tensor:
-    """[T, 2Y, 2X, 3] -> [T, Y, X, 12], the channels ordered (colour, column, row)."""
+    """Turn [T, 2Y, 2X, 3] into [T, Y, X, 12], the channels ordered (colour, column, row)."""
     T, Y, X, C = x_TYXC.shape
     x = x_TYXC.reshape(T, Y // 2, 2, X // 2, 2, C).permute(0, 1, 3, 5, 4, 2)
     return x.reshape(T, Y // 2, X // 2, 4 * C)
 
 
 def unpatchify(x_TYXC: Tensor) -> Tensor:
-    """[T, Y, X, 12] -> [T, 2Y, 2X, 3]."""
+    """Turn [T, Y, X, 12] back into [T, 2Y, 2X, 3]."""
     T, Y, X, C = x_TYXC.shape
     x = x_TYXC.view(T, Y, X, C // 4, 2, 2).permute(0, 1, 5, 2, 4, 3)
     return x.reshape(T, 2 * Y, 2 * X, C // 4)
 
 
 class Encoder(nn.Module):
-    """4n+1 frames to n+1 frames of (mu, log variance), before the last pointwise map."""
+    """Encodes 4n+1 frames to n+1 frames of (mu, log variance), before the last pointwise map."""
 
     def __init__(self, config: VAE22Config) -> None:
         super().__init__()
@@ -146,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent frames to frames: the stream's first to one, every later one to four."""
+    """Decodes latent frames: the first of a clip to one frame, every later one to four."""
 
     def __init__(self, config: VAE22Config) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Layers of the Wan causal VAE, able to work on a clip piece by piece.
+"""Layers of the Wan causal VAE, which can process a clip chunk by chunk.
 
-Letters: T frames, Y rows, X columns, C channels in, O channels out, N pixels of a frame.
-Activations are [T, Y, X, C]: channels last, which is how the convolutions run fastest.
+Letters: T frames, Y rows, X columns, C channels in, O channels out, N pixels of a frame. Activations are [T,
+Y, X, C]: channels last, which is how the convolutions run fastest.
 
-Every layer that looks back in time keeps its last two input frames in a `Stream`. A clip in one
-piece and the same clip in several pieces on one stream give the same result.
+Every layer that looks back in time keeps its last two input frames in a `CausalCache`. A clip in one chunk
+and the same clip in several chunks on one cache give the same result.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from wancli.models.winograd import conv_frame, conv_over_time, group_sizes, transform_kernels
 
-SLICE_VALUES = 2**19  # a frame is worked off in strips of about this many numbers, to stay in the cache
-MIN_SLICE_ROWS = 16  # but of no fewer rows, for each strip also reads one row above and one below
+SLICE_VALUES = 2**19  # values of a row slice: a frame is processed in slices that stay in the cache
+MIN_SLICE_ROWS = 16  # of a slice, because each slice also reads one row above and one below
 QUERY_ROWS = 4096  # attention rows at a time: the N x N matrix of a large frame never exists
 
 
 @dataclass
 class CausalCache:
-    """What the layers remember of one clip: past frames by layer and first row of the strip."""
+    """The past frames of one clip that layers still need, by layer and first row of the slice."""
 
     frames: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
     started: bool = False  # the first frame, which alone is not doubled in time, has passed
@@ -51,9 +51,9 @@ def causal_conv(
     norm: RMSNorm | None = None,
     residual_TYXO: Tensor | None = None,
 ) -> Tensor:
-    """`conv` (3 taps in time, looking back only) of x, or of SiLU(norm(x)).
+    """Convolve x, or SiLU(norm(x)), with 3 taps in time that look back only.
 
-    With `onto` the result is added to it, in place where no gradient is wanted.
+    With `residual_TYXO` the result is added to it, in place if no gradient is needed.
     """
     if x_TYXC.device.type == "cpu" and x_TYXC.dtype == torch.float32 and not torch.is_grad_enabled():
         return _causal_conv_sliced(conv, x_TYXC, cache, norm, residual_TYXO)
@@ -73,13 +73,13 @@ def causal_conv(
 def _causal_conv_sliced(
     conv: nn.Conv3d, x_TYXC: Tensor, cache: CausalCache, norm: RMSNorm | None, residual_TYXO: Tensor | None
 ) -> Tensor:
-    """The same for fp32 on a CPU: no full-size temporary, half the multiplications."""
+    """Compute `causal_conv` for fp32 on a CPU: no full-size temporary, half the multiplications."""
     T, Y, X, _ = x_TYXC.shape
     assert conv.bias is not None
     out_TYXO = x_TYXC.new_empty(T, Y, X, conv.out_channels) if residual_TYXO is None else residual_TYXO
     is_first_frame = (
         T == 1 and (conv, 0) not in cache.frames
-    )  # before it only zeros, so only the last tap counts
+    )  # only zeros precede it, so only the last tap counts
     kernels = {} if is_first_frame else transform_kernels(conv.weight, set(group_sizes(T)))
     halo = conv.kernel_size[1] // 2
     for top, bottom in row_slices(Y, X, x_TYXC.shape[-1]):
@@ -103,14 +103,14 @@ def _causal_conv_sliced(
 
 
 def row_slices(height: int, width: int, channels: int) -> Iterator[tuple[int, int]]:
-    """First and last-plus-one row of each strip, from the top."""
+    """Yield the first row and the row after the last of each slice, from the top."""
     step = max(MIN_SLICE_ROWS, SLICE_VALUES // (width * channels))
     for top in range(0, height, step):
         yield top, min(top + step, height)
 
 
 def padded_rows(x_TYXC: Tensor, top: int, bottom: int, norm: RMSNorm | None = None) -> Tensor:
-    """Rows top..bottom-1 of x, or of SiLU(norm(x)), those outside the frame being zero."""
+    """Return rows top..bottom-1 of x, or of SiLU(norm(x)). Rows outside the frame are zero."""
     T, Y, X, C = x_TYXC.shape
     above, below = max(-top, 0), max(bottom - Y, 0)
     inside = x_TYXC[:, top + above : bottom - below]
@@ -124,14 +124,14 @@ def padded_rows(x_TYXC: Tensor, top: int, bottom: int, norm: RMSNorm | None = No
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x_TYXC: Tensor) -> Tensor:
-    """A convolution whose kernel is a single point: a linear map of the channels."""
+    """Apply a convolution whose kernel is a single point: a linear map of the channels."""
     return F.linear(x_TYXC, conv.weight.flatten(1), conv.bias)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a pointwise shortcut where the width changes.
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a pointwise shortcut if the width changes.
 
-    Owns x: without a shortcut and without autograd the sum is written over it.
+    May overwrite x in place: it does without a shortcut and without autograd.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -166,7 +166,7 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns; with `in_time` twice the frames, but for the first."""
+    """Doubles rows and columns; with `in_time` also the frames, except the first."""
 
     def __init__(self, c_in: int, c_out: int, in_time: bool) -> None:
         super().__init__()
@@ -184,7 +184,9 @@ class Upsample(nn.Module):
         return self._upsample_space(torch.cat(parts))
 
     def _upsample_space(self, x_TYXC: Tensor) -> Tensor:
-        """Nearest ×2, then the 3x3 kernel: on each of the four output phases that is a 2x2 kernel on x."""
+        """Compute nearest x2 and a 3x3 kernel: on each of the four output phases that is a 2x2 kernel on
+        x.
+        """
         T, Y, X, C = x_TYXC.shape
         weight_OCKK, bias_O = self.resample[1].parameters()
         kernel = phase_kernels(weight_OCKK).contiguous(memory_format=torch.channels_last)
@@ -201,7 +203,7 @@ class Upsample(nn.Module):
 
 
 def phase_kernels(weight_OCKK: Tensor) -> Tensor:
-    """[4·O, C, 2, 2], phase-major: what a 3x3 kernel does to an image whose pixels are all doubled.
+    """Return [4*O, C, 2, 2], phase-major: the effect of a 3x3 kernel on an image with doubled pixels.
 
     An even row sees its pixel's row twice and the row above once; an odd row, the row below once.
     """
@@ -215,7 +217,7 @@ def phase_kernels(weight_OCKK: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns; with `in_time` half the frames, but for the first."""
+    """Halves rows and columns; with `in_time` also the frames, except the first."""
 
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()

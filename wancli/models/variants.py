@@ -1,7 +1,7 @@
-"""What each Wan variant was made for: the official sampling defaults, one row each.
+"""The official sampling defaults of each Wan variant, one row each.
 
-Source: generate.py and wan/configs of the official Wan2.1 and Wan2.2 repositories. These rows win
-over a diffusers scheduler_config.json, whose flow_shift is 3 for all of them.
+Source: generate.py and wan/configs of the official Wan2.1 and Wan2.2 repositories. These rows take precedence
+over the scheduler_config.json of diffusers, whose flow_shift is 3 for all variants.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of defaults, used where a job says nothing. Sizes in pixels.
+    """Defaults of one variant, for all that a job leaves out. Sizes are in pixels.
 
-    `stride` is what width and height must be multiples of: the VAE's stride times the patch. A
-    latent has `latent_channels`, each step in it is 4 frames and `vae_stride` pixels.
+    Width and height must be multiples of `stride`: the stride of the VAE times the patch size. A latent has
+    `latent_channels`; one step in it is 4 frames and `vae_stride` pixels.
     """
 
     name: str

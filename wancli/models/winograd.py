@@ -22,21 +22,21 @@ KernelsBySize = Mapping[int, Sequence[Tensor]]  # group size -> one 2-D kernel p
 
 
 def group_sizes(frames: int) -> list[int]:
-    """How many frames to compute together, in order: fours, then a two, then a one."""
+    """Split a number of frames into groups to compute together, in order: fours, then a two, then a one."""
     return [4] * (frames // 4) + [2] * (frames % 4 // 2) + [1] * (frames % 2)
 
 
 def transform_kernels(weight_OCTKK: Tensor, sizes: set[int]) -> KernelsBySize:
-    """The 2-D kernels of every group size in `sizes`, made from one 3-tap kernel.
+    """Transform one 3-tap kernel into the 2-D kernels of every group size in `sizes`.
 
-    Quick when the weight is channels-last in memory: the kernels then are too, without a copy.
+    Fast if the weight is channels-last in memory: then the kernels are channels-last too, without a copy.
     """
     make = {1: _plain_kernels, 2: _f2_3_kernels, 4: _f4_3_kernels}
     return {size: make[size](*weight_OCTKK.unbind(2)) for size in sizes}
 
 
 def conv_over_time(window: Sequence[Tensor], kernels: KernelsBySize, bias_O: Tensor) -> list[Tensor]:
-    """Causal convolution: two earlier frames and n new ones [Y, X, C] give n frames [Y-K+1, X, O]."""
+    """Convolve causally: two earlier frames and n new ones [Y, X, C] give n frames [Y-K+1, X, O]."""
     compute = {1: _plain, 2: _f2_3, 4: _f4_3}
     results: list[Tensor] = []
     for size in group_sizes(len(window) - 2):
@@ -46,7 +46,7 @@ def conv_over_time(window: Sequence[Tensor], kernels: KernelsBySize, bias_O: Ten
 
 
 def conv_frame(x_YXC: Tensor, kernel_OCKK: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """2-D convolution of one frame whose rows are already padded: [Y, X, C] -> [Y-K+1, X, O]."""
+    """Convolve one frame in 2-D, its rows already padded: [Y, X, C] -> [Y-K+1, X, O]."""
     # The batch axis comes first: added after the permute, torch would not see channels-last strides.
     x_BCYX = x_YXC[None].permute(0, 3, 1, 2)
     y_BOYX = F.conv2d(x_BCYX, kernel_OCKK, bias_O, padding=(0, kernel_OCKK.shape[-1] // 2))

@@ -44,6 +44,11 @@ def build_schedule(shots: Sequence[Shot]) -> Schedule:
     return Schedule(tuple(builder.round for builder in rounds), placements)
 
 
+def reschedule(schedule: Schedule, shots: Sequence[Shot]) -> Schedule:
+    """Return the schedule if it has exactly these shots, else a new one; the memory limit is the same."""
+    return schedule if schedule.covers(shots) else build_schedule(shots)
+
+
 def predict_batch(batch: Sequence[Shot]) -> Phase:
     """Predict the memory of sampling a batch: the weights once, every distinct text once, and the residual
     stream of every forward of a pass beside the working set of the largest."""
@@ -133,11 +138,11 @@ class _RoundBuilder:
         if self._closed or sum(map(len, self._batches)) + len(batch) > max(MAX_CLAIMED, len(batch)):
             self._closed = True
             return False
-        found = {shot.index: self._prefixes.add(shot) for shot in batch}
+        new_forks = {shot.index: self._prefixes.add(shot) for shot in batch}
         waiting, forks = self._waiting, dict(self._forks)
         points = set(forks.values())
         for shot in batch:
-            fork = found[shot.index]
+            fork = new_forks[shot.index]
             if _changes_experts(shot) or (fork and fork not in points):
                 waiting += _state_bytes(shot)
             if fork:

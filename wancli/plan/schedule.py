@@ -6,15 +6,15 @@ engine executes it. A schedule changes no pixel.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wancli.plan import memory_estimate
 from wancli.plan.prefix_sharing import Fork
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Shot
+    from wancli.plan.shot import ModelSpec, Shot
     from wancli.resources.memory_model import Phase
 
 Batch = tuple["Shot", ...]  # shots whose forwards share each pass over the weights
@@ -71,19 +71,9 @@ class Schedule:
         """Return whether exactly these shots are scheduled."""
         return self.placements.keys() == {shot.index for shot in shots}
 
-    def only(self, shots: Collection[Shot]) -> Schedule:
-        """Return the schedule without all other shots. The batches that remain take no more memory."""
-        kept = {shot.index for shot in shots}
-        if kept == self.placements.keys():
-            return self
-        rounds = (
-            tuple(tuple(shot for shot in batch if shot.index in kept) for batch in round_)
-            for round_ in self.rounds
-        )
-        filled = (tuple(filter(None, round_)) for round_ in rounds)
-        placements = {
-            index: place if place.fork is None or place.fork.parent in kept else replace(place, fork=None)
-            for index, place in self.placements.items()
-            if index in kept
-        }
-        return Schedule(tuple(filter(None, filled)), placements)
+    def of_model(self, model: ModelSpec) -> Schedule:
+        """Return the rounds of one model; no round mixes models."""
+        rounds = tuple(round_ for round_ in self.rounds if round_[0][0].model == model)
+        indices = {shot.index for round_ in rounds for batch in round_ for shot in batch}
+        placements = {index: place for index, place in self.placements.items() if index in indices}
+        return Schedule(rounds, placements)

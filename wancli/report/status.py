@@ -19,6 +19,7 @@ from wancli.plan import throughput
 from wancli.progress import make_printable
 from wancli.report import batch_report
 from wancli.report.shorten import shorten_unique
+from wancli.report.terminal import state_text
 from wancli.storage import claims, tensor_file
 from wancli.units import format_ranges, format_seconds, pluralize
 
@@ -119,7 +120,7 @@ def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     """For people, at 80 columns: counts, time, and the shots that are not done, the first of many."""
     from rich.cells import cell_len, set_cell_size
 
-    counts = [f"{n:,} {state}" for state, n in status["counts"].items() if n]
+    counts = [f"{n:,} {state_text(state)}" for state, n in status["counts"].items() if n]
     yield f"{status['job']}, {pluralize(len(status['shots']), 'shot')}: {', '.join(counts)}"
     if status["counts"]["done"]:
         yield "done by manifest and size alone; `wancli check` reads the videos"
@@ -135,7 +136,7 @@ def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     names = shorten_unique([shot["id"] for shot in shown[:_LINES]], 20 if any(descriptions) else 60)
     width = max([20, *map(cell_len, names)])
     for shot, name, about in zip(shown, names, descriptions):
-        line = f"{shot['index']:>5} {set_cell_size(name, width)} {shot['state']:<11} {about}"
+        line = f"{shot['index']:>5} {set_cell_size(name, width)} {state_text(shot['state']):<14} {about}"
         yield _cut(line.rstrip(), 80)
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"

@@ -1,7 +1,7 @@
-"""Arithmetic of each phase in FLOPs, from sizes alone: two for every multiplication of a matrix product.
+"""Count the FLOPs of each phase from sizes alone: two for every multiplication of a matrix product.
 
-Norms, softmax and what else is linear in the activations is left out, as torch's own counter does.
-Convolutions count as the plain network's, though the decoder here multiplies less.
+Norms, softmax and other work linear in the activations are left out, as in torch's own counter.
+Convolutions count as those of the plain network, although the decoder here multiplies less.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from wancli.models.parameter_count import upsampled_channels
 
 
 def encode_flops(t5: T5Config, tokens: int) -> int:
-    """UMT5 on one prompt."""
+    """Count UMT5 on one prompt."""
     inner = t5.d_kv * t5.num_heads
     layer = 2 * tokens * (4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff) + 4 * tokens**2 * inner
     return t5.num_layers * layer
 
 
 def forward_flops(wan: WanConfig, tokens: int, text_rows: int) -> int:
-    """The transformer on one latent; `text_rows` are those that blocks attend to, summed over the blocks."""
+    """Count the transformer on one latent; `text_rows` is the sum over blocks of the rows they attend to."""
     d = wan.dim
     block = 2 * tokens * (6 * d * d + 2 * d * wan.ffn_dim) + 4 * tokens**2 * d
     ends = 2 * tokens * 4 * (wan.in_dim + wan.out_dim) * d
@@ -27,12 +27,12 @@ def forward_flops(wan: WanConfig, tokens: int, text_rows: int) -> int:
 
 
 def context_flops(wan: WanConfig, rows: int) -> int:
-    """The projection of a text, and its keys and values in all blocks."""
+    """Count the projection of a text, and its keys and values in all blocks."""
     return 2 * rows * wan.dim * (wan.text_dim + wan.dim + 2 * wan.num_layers * wan.dim)
 
 
 def decode_flops(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]) -> int:
-    """The decoder on a latent [z, T, Y, X]."""
+    """Count the decoder on a latent [z, T, Y, X]."""
     z, frames, height, width = latent
     pixels = height * width
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]

@@ -1,4 +1,4 @@
-"""What this machine has, told without torch."""
+"""Find out the memory and devices of this machine without torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: what the machine has free, or a control group less.
+    """Return the bytes that this process may still take: free memory, or less if a control group limits it.
 
-    Pages of files that the kernel can drop are free: else a checkpoint that was read would fill a group.
+    Pages of files that the kernel can drop count as free: else a checkpoint that was read would fill a group.
     """
     import psutil
 
@@ -32,7 +32,7 @@ def available_memory() -> int:
 
 
 def process_memory() -> int:
-    """Bytes of memory that this process has already, but for pages of files, which `available` counts."""
+    """Return the bytes of this process, except pages of files, which `available_memory` counts as free."""
     import psutil
 
     memory = psutil.Process().memory_info()
@@ -40,7 +40,7 @@ def process_memory() -> int:
 
 
 def cuda_free_memory() -> int | None:
-    """Bytes that are free on the CUDA device, told without torch; None without nvidia-ml-py."""
+    """Return the free bytes of the CUDA device, without torch; None without nvidia-ml-py."""
     if find_spec("pynvml") is None:
         return None
     pynvml = import_module("pynvml")
@@ -58,13 +58,13 @@ def cuda_free_memory() -> int | None:
 
 
 def cuda_reserved_memory() -> int:
-    """Bytes of the CUDA device that this process has already for tensors, and may use again."""
-    torch = sys.modules.get("torch")  # who has not imported it has none
+    """Return the bytes of the CUDA device that this process has reserved for tensors and may reuse."""
+    torch = sys.modules.get("torch")  # without it nothing is reserved
     return int(torch.cuda.memory_reserved()) if torch and torch.cuda.is_initialized() else 0
 
 
 def device_name(device: str) -> str:
-    """What computes, as rates are remembered for: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
+    """Name the processor that measured rates belong to: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
     if device == "cuda":
         information = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
         names = re.findall(r"Model:\s*(.+)", "\n".join(information))
@@ -76,7 +76,7 @@ def device_name(device: str) -> str:
 
 
 def has_cuda() -> bool:
-    """Whether `device: auto` means CUDA, told without torch: a visible device, a CUDA build."""
+    """Return, without torch, whether `device: auto` means CUDA: a visible device and a CUDA build."""
     # A container shows the driver of its host in /proc, but only the devices that it may use.
     devices = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
     return devices and not metadata.version("torch").endswith("+cpu")

@@ -1,9 +1,10 @@
-"""What a phase takes of the memory, measured, and what running out of it looks like."""
+"""Measure the peak memory of a phase, and turn out-of-memory errors of any allocator into OutOfMemory."""
 
 from __future__ import annotations
 
 import gc
 import re
+import secrets
 import sys
 import threading
 import time
@@ -19,8 +20,7 @@ from wancli.units import format_bytes
 
 @contextmanager
 def oom_as_error(phase: str, where: str) -> Iterator[None]:
-    """Running out of memory while a phase is at work, whatever the allocator calls it, is OutOfMemory, with
-    the peak up to then."""
+    """Convert any allocator's out-of-memory error of the block into OutOfMemory, with the peak so far."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -30,19 +30,19 @@ def oom_as_error(phase: str, where: str) -> Iterator[None]:
         raise OutOfMemory(
             f"out of memory: {phase}, at a peak of {format_bytes(_peak_bytes(error))}",
             where=where,
-            hint="Fewer frames, a smaller size, or memory.budget with less. What is on disk is kept.",
+            hint="Use fewer frames, a smaller size, or a lower memory.budget. Files on disk are kept.",
         ) from error
 
 
 def release_memory() -> None:
-    """Gives back what a phase that ran out of memory left; for outside of the `except` that caught it."""
+    """Release the memory of a phase that ran out of memory; call it outside the `except` that caught it."""
     gc.collect()
     if torch := _torch_on_cuda():
         torch.cuda.empty_cache()
 
 
 def _peak_bytes(error: Exception) -> int:
-    """Bytes since the last `Peak` began: of the device, if the error is of CUDA."""
+    """Return the peak since the last `PeakMemory` began: of the device, if the error is of CUDA."""
     torch = _torch_on_cuda()
     if torch and "CUDA" in str(error):
         return int(torch.cuda.max_memory_allocated())
@@ -50,19 +50,21 @@ def _peak_bytes(error: Exception) -> int:
 
 
 class PeakMemory:
-    """Measures the memory of a `with` block. Blocks must not be nested: the kernel has one mark.
+    """The peak memory of a `with` block. Blocks must not be nested: the kernel has one mark.
 
-    `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included; `cuda_peak`
-    bytes that torch allocated on the current device, None without CUDA; `seconds` by a clock that
-    never jumps.
+    `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included. `cuda_peak` is in
+    bytes that torch allocated on the current device, None without CUDA. `seconds` is measured by a clock
+    that never jumps. `id` tells one measurement from another.
     """
 
+    id: str
     rss_start: int
     rss_peak: int
     cuda_peak: int | None = None
     seconds: float
 
     def __enter__(self) -> Self:
+        self.id = secrets.token_hex(8)
         self._sampler = None if _reset_high_water() else _Sampler()
         if torch := _torch_on_cuda():
             torch.cuda.reset_peak_memory_stats()
@@ -76,7 +78,7 @@ class PeakMemory:
             self._sampler.stop()
 
     def update(self) -> None:
-        """Measures up to now, while the block still runs."""
+        """Measure up to now, while the block still runs."""
         self.seconds = time.monotonic() - self._started
         peak = self._sampler.peak if self._sampler else _read_status_bytes("VmHWM")
         self.rss_peak = max(peak, self.rss_start, _resident_bytes())
@@ -85,7 +87,7 @@ class PeakMemory:
 
 
 class _Sampler(threading.Thread):
-    """Watches the resident size where the kernel keeps no resettable peak."""
+    """A thread that samples the resident size, for kernels without a resettable peak."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -122,5 +124,5 @@ def _resident_bytes() -> int:
 
 
 def _torch_on_cuda() -> ModuleType | None:
-    torch = sys.modules.get("torch")  # whether to import it is for others to decide
+    torch = sys.modules.get("torch")  # importing it is the decision of other modules
     return torch if torch and torch.cuda.is_initialized() else None

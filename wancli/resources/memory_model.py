@@ -186,19 +186,23 @@ def decode_coefficients(vae: VAEConfig | VAE22Config, *, mapped: bool = False) -
 
 
 def derivative_bytes(wan: WanConfig, tokens: int, *, element_bytes: int) -> int:
-    """The working set of a derivative by each block's text: the residual before every block, and one block's
-    activations there and back. Autograd keeps 6.1 rows of fp32 and 7.4 rows and a hidden one in the dtype of
-    the matmuls, which a test measures; gradients on their way are about half as much again."""
+    """Predict the working set of a derivative by each block's text.
+
+    It is the residual before every block, and the activations of one block forward and backward. Autograd
+    keeps 6.1 rows of fp32 and 7.4 rows and a hidden one in the dtype of the matmuls, which a test measures;
+    the gradients of the backward pass are about half as much again.
+    """
     row = wan.dim * (10 * FP32 + 8 * element_bytes) + 3 * wan.ffn_dim * element_bytes
     return tokens * (wan.num_layers * wan.dim * FP32 + row)
 
 
 def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | None = None) -> int:
-    """Bytes of a transformer as `load_transformer` keeps it, with the matrices of `blocks` blocks in memory:
-    all where it is resident, 2 where it is packed or streamed.
+    """Predict the bytes of a transformer as `load_transformer` keeps it.
 
-    Matrices and biases of blocks in `element` bytes each, all else in fp32. Beside a packed model are its
-    packed weights; beside one streamed to a GPU in another dtype than its file's, the largest of them.
+    `blocks_in_memory` counts the blocks whose matrices are in memory: None is all of them, if it is resident;
+    2 if it is packed or streamed. Matrices and biases of blocks have `element_bytes` each, all else is fp32.
+    A packed model also keeps its packed weights; a model streamed to a GPU in another dtype than its file's
+    also keeps the largest of them.
     """
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
     biases = wan.num_layers * (9 * wan.dim + wan.ffn_dim)
@@ -208,14 +212,17 @@ def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | Non
 
 
 def fp8_bytes(wan: WanConfig) -> int:
-    """Bytes of the matrices of all blocks in fp8, with an fp32 scale for each of their rows."""
+    """Predict the bytes of the matrices of all blocks in fp8, with an fp32 scale for each row."""
     rows = 9 * wan.dim + wan.ffn_dim
     return wan.num_layers * (8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim + FP32 * rows)
 
 
 def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int:
-    """Bytes of UMT5. Streamed, they are its norms, position biases and the matrices of two layers; the
-    embedding stays on disk. Beside that is the largest weight, if it is stored in another dtype."""
+    """Predict the bytes of UMT5.
+
+    If it is streamed, these are its norms, position biases and the matrices of two layers; the embedding
+    stays on disk. The largest weight is not included; it comes on top if it is stored in another dtype.
+    """
     parameters = t5_parameters(t5)
     if streamed:
         matrices = 4 * t5.d_model * t5.d_kv * t5.num_heads + 3 * t5.d_model * t5.d_ff
@@ -224,7 +231,7 @@ def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int
 
 
 def history_channels(vae: VAEConfig | VAE22Config) -> int:
-    """Input channels of the decoder's causal convolutions, summed, per pixel of the latent."""
+    """Sum the input channels of the decoder's causal convolutions, per pixel of the latent."""
     widths = [vae.dec_dim * m for m in reversed(vae.dim_mult)]
     total = vae.z_dim + 4 * widths[0]
     c_in, pixels = widths[0], 1

@@ -1,4 +1,4 @@
-"""Stage 2: noise to latent, one yield per step.
+"""Denoise a latent step by step: noise to latent, one yield per step.
 
 Letters of shapes: C latent channels, T latent frames, Y X the latent grid, N E a prompt's rows.
 """
@@ -21,14 +21,14 @@ from wancli.sampling.stages import Stage
 
 
 def draw_noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor:
-    """The starting latent, fp32. Drawn on the CPU a seed means the same on every machine."""
+    """Draw the starting latent in fp32. On the CPU a seed gives the same latent on every machine."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape_CTYX, generator=generator, device=device, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step left: the solver's state before step `step`, and the cells the model read."""
+    """The result of a step: the solver's state before step `step`, and the cells that the model read."""
 
     step: int
     state: State
@@ -37,10 +37,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class DenoiseRun:
-    """The steps of one stage of a shot: where it starts, and what its blocks read at each step.
+    """The inputs of denoising one stage of one shot: its state, its steps, and what its blocks read.
 
     v = v_uncond + guidance·(v_cond - v_uncond), cond first; a step without an uncond branch takes
-    v_cond as it is. `effects` asks for injections to be measured, and receives what is found.
+    v_cond as it is. If `effects` is a list, injections are measured and their effects appended to it.
     """
 
     state: State
@@ -53,10 +53,10 @@ class DenoiseRun:
 
 
 def denoise(model: WanModel, run: DenoiseRun, forwards_per_pass: int = 1) -> Iterator[StepResult]:
-    """Walks the steps of one stage; yields after every step. After the last step of the schedule the
-    state holds the finished latent.
+    """Denoise one stage and yield after every step.
 
-    Raises NotFinite naming step, branch and block. `riders` as in `denoise_together`.
+    After the last step of the schedule the state holds the finished latent. `forwards_per_pass` is that of
+    `denoise_batch`. Raises NotFinite, which names step, branch and block.
     """
     for (result,) in denoise_batch(model, [run], forwards_per_pass):
         if isinstance(result, NotFinite):
@@ -67,29 +67,24 @@ def denoise(model: WanModel, run: DenoiseRun, forwards_per_pass: int = 1) -> Ite
 def denoise_batch(
     model: WanModel, runs: Sequence[DenoiseRun], forwards_per_pass: int
 ) -> Iterator[list[StepResult | NotFinite]]:
-    """Several walks of the same steps in lock-step, each as if alone; yields after every step how each is.
+    """Denoise a batch of runs with the same steps, each as if alone; yield all results after every step.
 
-    `riders` forwards share a pass over the blocks: 1 where the weights are at hand, for sharing gains
-    nothing then, and each rider keeps a residual stream; as many as fit where a pass fetches weights.
-    A walk that met NaN or Inf is at NotFinite from then on. Raises ValueError for walks of other steps.
+    `forwards_per_pass` forwards share a pass over the blocks. Use 1 if weights are in memory: sharing gains
+    nothing then, and each forward keeps a residual stream. Use as many as fit if a pass fetches weights.
+    A run that met NaN or Inf yields NotFinite from then on. Raises ValueError if the steps of runs differ.
     """
     steps = runs[0].stage.steps
-    if any(walk.stage.steps != steps for walk in runs):
-        step_counts = sorted({len(walk.stage.steps) for walk in runs})
+    if any(run.stage.steps != steps for run in runs):
+        step_counts = sorted({len(run.stage.steps) for run in runs})
         raise ValueError(f"runs of {step_counts} steps cannot be batched")
-    results: list[StepResult | NotFinite] = [
-        StepResult(steps.start, walk.state, frozenset()) for walk in runs
-    ]
+    results: list[StepResult | NotFinite] = [StepResult(steps.start, run.state, frozenset()) for run in runs]
     for i in steps:
-        forwards_per_run = [_build_forwards(walk, at, i) for walk, at in zip(runs, results)]
-        velocities_in_order = iter(
-            predict_velocities(
-                model, [forward for forwards in forwards_per_run for forward in forwards], forwards_per_pass
-            )
-        )
+        forwards_per_run = [_build_forwards(run, result, i) for run, result in zip(runs, results)]
+        batch = [forward for forwards in forwards_per_run for forward in forwards]
+        velocities = iter(predict_velocities(model, batch, forwards_per_pass))
         results = [
-            _take_step(model, walk, at, i, [(forward, next(velocities_in_order)) for forward in forwards])
-            for walk, at, forwards in zip(runs, results, forwards_per_run)
+            _take_step(model, run, result, i, [(forward, next(velocities)) for forward in forwards])
+            for run, result, forwards in zip(runs, results, forwards_per_run)
         ]
         yield results
 
@@ -109,7 +104,7 @@ def _take_step(
     i: int,
     outputs: Sequence[tuple[Forward, Tensor]],
 ) -> StepResult | NotFinite:
-    """Where the walk is after step i."""
+    """Return the result of a run after step i."""
     if isinstance(result, NotFinite):
         return result
     try:
@@ -119,9 +114,9 @@ def _take_step(
 
 
 def _solve_step(
-    model: WanModel, run: DenoiseRun, result: StepResult, i: int, answers: Sequence[tuple[Forward, Tensor]]
+    model: WanModel, run: DenoiseRun, result: StepResult, i: int, outputs: Sequence[tuple[Forward, Tensor]]
 ) -> StepResult:
-    by_branch = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in answers}
+    by_branch = {forward.contexts.branch: v_1CTYX[0] for forward, v_1CTYX in outputs}
     v_CTYX = by_branch["cond"]
     if "uncond" in by_branch:
         v_CTYX = by_branch["uncond"] + run.stage.guidance * (v_CTYX - by_branch["uncond"])
@@ -129,12 +124,12 @@ def _solve_step(
     if not torch.isfinite(state.x).all():
         hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
         raise NotFinite(_locate_nonfinite(model, run, result.state.x, i), hint=hint)
-    cells = frozenset(cell for forward, _ in answers for cell in forward.contexts.cells_read)
+    cells = frozenset(cell for forward, _ in outputs for cell in forward.contexts.cells_read)
     return StepResult(i + 1, state, cells)
 
 
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:
-    """Runs the bad step again, block by block, to say where the first NaN or Inf comes from."""
+    """Run the failed step again, block by block, and describe where the first NaN or Inf appears."""
     for forward in _build_forwards(run, StepResult(step, State(x_CTYX), frozenset()), step):
         residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts)
         for block, x_BLD in enumerate(residuals):
@@ -144,7 +139,7 @@ def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: in
 
 
 def check_hits(table: Table, cells_read: frozenset[tuple[int, Branch, int]]) -> None:
-    """Raises InjectionMissed when a cell that a rule changed was never read by its block."""
+    """Raise InjectionMissed if a cell that a rule changed was never read by its block."""
     for index, planned in enumerate(table.changed_cells):
         missed = [cell for cell in planned if cell not in cells_read]
         if missed:

@@ -51,7 +51,7 @@ Step = Callable[[Sequence[float], int, State, "Tensor"], State]
 
 @dataclass(frozen=True)
 class Solver:
-    """One row of the table below: where σ starts, how t is told, and what it is made for."""
+    """One row of the table below: the first σ, the format of t, and the settings it is made for."""
 
     step: Step
     sigma_max: float
@@ -62,13 +62,13 @@ class Solver:
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
-    """Moves noise levels towards 1: S·σ / (1 + (S-1)·σ)."""
+    """Move noise levels towards 1: S·σ / (1 + (S-1)·σ)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 @cache
 def build_schedule(solver: str, steps: int, shift: float) -> SigmaSchedule:
-    """The official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
+    """Build the official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
     solver_spec = SOLVERS[solver]
     sigmas = [shift_sigma(solver_spec.sigma_max * (1 - i / steps), shift) for i in range(steps)]
     times = (
@@ -99,9 +99,9 @@ def dpmpp(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:
 
 
 def unipc(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:
-    """Corrects the latent at σ_i with the model's new answer, then predicts σ_{i+1}.
+    """Correct the latent at σ_i with the model's new velocity, then predict the latent at σ_{i+1}.
 
-    v was evaluated on the uncorrected latent; x0 is taken from that one, too (as official).
+    v was evaluated on the uncorrected latent; x0 is computed from that latent, too (as official).
     """
     m = state.x - sigmas[i] * v
     x = _correct(sigmas, i, state, m) if i else state.x
@@ -110,7 +110,7 @@ def unipc(sigmas: Sequence[float], i: int, state: State, v: Tensor) -> State:
 
 
 def _order(sigmas: Sequence[float], i: int) -> int:
-    """Warms up with order 1 and ends with order 1."""
+    """Return the order of step i: the first and the last are of order 1."""
     return min(2, i + 1, len(sigmas) - 1 - i)
 
 
@@ -140,7 +140,7 @@ def _correct(sigmas: Sequence[float], i: int, state: State, m: Tensor) -> Tensor
 
 
 def _solve_constant_x0(s: float, t: float, x: Tensor, m0: Tensor) -> Tensor:
-    """The exact solution from σ=s to σ=t where x0 does not change."""
+    """Return the exact solution from σ=s to σ=t if x0 does not change."""
     return t / s * x - (1 - t) * math.expm1(-_h(s, t)) * m0
 
 

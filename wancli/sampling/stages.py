@@ -1,4 +1,4 @@
-"""Which network takes which steps, with which guidance: Wan 2.2 A14B has one for high noise, one for low."""
+"""Split the steps among the experts: Wan 2.2 A14B has one network for high noise and one for low."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from wancli.models.config import Expert
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that follow one another, taken by one network with one guidance."""
+    """Consecutive steps that one network takes with one guidance."""
 
     expert: Expert
     steps: range
     guidance: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the steps as the first and the last."""
+        """Return the stage for JSON, with the first and the last step."""
         return {"expert": self.expert, "steps": [self.steps[0], self.steps[-1]], "guidance": self.guidance}
 
 
 def split_stages(
     timesteps: Sequence[float], boundary: float | None, guidance: float, guidance_low: float | None
 ) -> tuple[Stage, ...]:
-    """All steps in one stage; or with a boundary those at t >= 1000·boundary in a first one.
+    """Return one stage with all steps or, with a boundary, a first one for the steps at t >= 1000·boundary.
 
-    Timesteps must fall. A stage without steps is left out. `guidance` is that of the only network
+    Timesteps must decrease. A stage without steps is left out. `guidance` is that of the only network
     or of the high-noise expert. Source: official wan/text2video.py of Wan 2.2.
     """
     if boundary is None or guidance_low is None:

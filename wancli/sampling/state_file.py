@@ -1,4 +1,4 @@
-"""A solver's state on disk: all it knows between two steps, so that sampling resumes bit for bit."""
+"""Save and load a solver's state between two steps, so that sampling resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from wancli.storage import tensor_file
 
 
 def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
-    """As `save`, what a solver knows between two steps."""
+    """Save a state and its record, durably and atomically. Raises NoSpace or MachineError."""
     history = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
     last = {} if state.last is None else {"last": state.last}
     tensor_file.save_tensors(path, {"x": state.x, **history, **last}, record)
 
 
 def load_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """The state and its record. Raises EntryError as `load` does."""
+    """Load a state and its record. Raises EntryError if the file is damaged or not a state."""
     tensors, record = tensor_file.load_tensors(path)
     if "x" not in tensors:
         raise EntryError("not the state of a shot", where=str(path))

@@ -1,13 +1,13 @@
-"""Every byte that reaches the disk goes through here.
+"""Write files atomically and durably; every byte that reaches the disk goes through this module.
 
-After `publish()` or `replace()` returns, the file is whole under its final name and survives
-power loss. If either fails, or the process dies anywhere, the old state stands: a final name
-never holds a torn file, and `publish()` never replaces a file that is already there, not even
-when two processes race. What a dead process leaves is a file named `.wancli-*.tmp`, which
-`sweep()` removes a day later.
+After `publish()` or `replace()` returns, the file is complete under its final name and survives
+power loss. If either fails, or the process dies anywhere, the old file remains: a final name
+never holds a torn file, and `publish()` never replaces an existing file, not even when two
+processes race. A dead process may leave a file named `.wancli-*.tmp`, which
+`remove_stale_temp_files()` removes a day later.
 
-Caveats: a file system must know hard links or renameat2(RENAME_NOREPLACE); `writable()` finds
-out before any work is done. Nothing relies on locks.
+Caveats: the file system must support hard links or renameat2(RENAME_NOREPLACE);
+`require_writable()` checks that before any work is done. Nothing relies on locks.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REASONS = {
     errno.EACCES: "check who may write there",
     errno.EPERM: "check who may write there",
-    errno.EROFS: "that file system is read-only; choose another place",
+    errno.EROFS: "that file system is read-only; choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a part of the path is a file, not a folder",
-    errno.EINVAL: "that file system can neither link nor rename without overwriting; choose another place",
+    errno.EINVAL: "that file system can neither link nor rename without overwriting; choose another folder",
     errno.ENAMETOOLONG: "shorten the output template, for example with {slug}",
 }
 
@@ -48,10 +48,10 @@ _REASONS = {
 
 @contextmanager
 def temp_file(final: Path) -> Iterator[Path]:
-    """A new empty file in the folder of `final` (made if missing), gone again when the block ends.
+    """Create an empty file in the folder of `final`, and remove it when the block ends.
 
-    The block fills it, or lets another program do so, and hands it to `publish()`.
-    Raises MachineError or NoSpace if it cannot be made.
+    The folder is created if it is missing. The block fills the file, or lets another program do so, and
+    passes it to `publish()`. Raises MachineError or NoSpace if the file cannot be created.
     """
     path = final.parent / f"{_PREFIX}{_host_name()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
     with writing(final):
@@ -60,14 +60,14 @@ def temp_file(final: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        with suppress(OSError):  # gone if published; if it cannot go, sweep() comes later
+        with suppress(OSError):  # not found if published; if it stays, remove_stale_temp_files() removes it
             path.unlink()
 
 
 def publish(tmp: Path, final: Path) -> None:
-    """Give `tmp` (of the same folder) its final name, durably, unless that name is taken.
+    """Give `tmp` its final name in the same folder, durably, unless that name is taken.
 
-    A file with the same bytes under that name is success; anything else raises OutputExists.
+    If the existing file has the same bytes, this succeeds; otherwise it raises OutputExists.
     """
     with writing(final):
         data = tmp.read_bytes()  # while the kernel still has what it could not write
@@ -82,13 +82,13 @@ def publish(tmp: Path, final: Path) -> None:
 
 
 def publish_bytes(final: Path, data: bytes) -> None:
-    """`publish()` for bytes in memory. Raises OutputExists, NoSpace or MachineError."""
+    """Publish bytes in memory, as `publish()` does a file. Raises OutputExists, NoSpace or MachineError."""
     with _synced_temp_file(final, data) as tmp, writing(final):
         _move_into_place(tmp, final)
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Set the content of `path`, durably and atomically; readers see the old bytes or the new.
+    """Set the content of `path`, durably and atomically: readers see the old bytes or the new.
 
     A symbolic link at `path` is replaced, not followed. Raises NoSpace or MachineError.
     """
@@ -98,7 +98,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def move_aside(path: Path, label: str = "old") -> Path | None:
-    """Move an existing file to NAME.old-1.EXT, or the next free number. None if there was none."""
+    """Move an existing file to NAME.old-1.EXT, or the next free number; return None if there is no file."""
     if not os.path.lexists(path):
         return None
     if path.is_dir():
@@ -113,23 +113,23 @@ def move_aside(path: Path, label: str = "old") -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, if it is there. Raises MachineError."""
+    """Remove a file if it exists. Raises MachineError."""
     with writing(path):
         path.unlink(missing_ok=True)
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """`os.write` until nothing is left: a disk that is nearly full takes a part. Raises OSError."""
+    """Call `os.write` until all data is written: a nearly full disk takes a part. Raises OSError."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
 def remove_stale_temp_files(folder: Path, now: float | None = None) -> list[Path]:
-    """Remove what dead processes left in `folder`: own temporary files untouched for a day.
+    """Remove temporary files of dead processes from `folder` that are untouched for a day; return them.
 
-    One of this host goes only if its process does not live, whatever the clocks say. `now` is the time by
-    the clock that dates the files there, if it is known.
+    A file of this host is removed only if its process is dead, whatever the clocks say. `now` is the time by
+    the clock that dates the files of the folder, if it is known.
     """
     now = time.time() if now is None else now
     removed = []
@@ -144,9 +144,10 @@ def remove_stale_temp_files(folder: Path, now: float | None = None) -> list[Path
 
 
 def require_writable(folder: Path) -> None:
-    """Prove that `folder` (made if missing) takes new files, by publishing and removing one.
+    """Prove that `folder` (created if missing) takes new files, by publishing and removing one.
 
-    Also sweeps it. Raises MachineError with the cause. The preflight before any model is loaded.
+    Also removes stale temporary files. Preflight calls it before any model is loaded. Raises MachineError
+    with the cause.
     """
     with temp_file(folder / "x") as tmp:
         remove_stale_temp_files(folder, tmp.stat().st_mtime)
@@ -159,7 +160,7 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def _synced_temp_file(final: Path, data: bytes) -> Iterator[Path]:
-    """A temporary file that durably holds `data`."""
+    """Create a temporary file that durably holds `data`."""
     with ExitStack() as stack, writing(final):
         tmp = stack.enter_context(temp_file(final))
         try:
@@ -168,7 +169,7 @@ def _synced_temp_file(final: Path, data: bytes) -> Iterator[Path]:
             if error.errno not in (errno.EIO, errno.ENOENT):
                 raise
             # EIO: the kernel dropped the pages that it could not write, and another fsync would lie.
-            # ENOENT: a host whose clock is days off took the file for debris.
+            # ENOENT: a host whose clock is days off removed the file as stale.
             tmp = stack.enter_context(temp_file(final))
             _write_and_sync(tmp, data)
         yield tmp
@@ -189,13 +190,13 @@ def _move_into_place(tmp: Path, final: Path) -> None:
     except FileExistsError:
         if not _have_same_bytes(tmp, final):
             hint = "use --force to move it aside, or choose another output"
-            raise OutputExists("a different file is already there", where=str(final), hint=hint) from None
+            raise OutputExists("a different file already exists", where=str(final), hint=hint) from None
         tmp.unlink()
     _sync(final.parent)
 
 
 def _rename_without_overwriting(source: Path, target: Path) -> None:
-    """Rename within a folder that fails with FileExistsError rather than replace."""
+    """Rename within a folder; raise FileExistsError rather than replace a file."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
@@ -225,7 +226,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        # some network file systems cannot sync a folder; they have no volatile one either
+        # some network file systems cannot sync a folder; theirs are not volatile either
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -233,7 +234,7 @@ def _sync(path: Path) -> None:
 
 
 def _host_name() -> str:
-    """This machine's name, as a part of a file name without dashes."""
+    """Return this machine's name as a part of a file name, without dashes."""
     return "".join(char for char in platform.node() if char.isalnum() or char == ".")[:40]
 
 
@@ -248,20 +249,20 @@ def _make_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_space(path: Path) -> int:
-    """Bytes free for this user where `path` is, or would be."""
+    """Return the bytes free for this user on the disk of `path`, which need not exist."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free
 
 
 def translate(error: OSError, path: Path) -> WancliError:
-    """What an OSError met while writing `path` means to the user."""
+    """Return the error for the user that an OSError while writing `path` means."""
     if error.errno in _FULL:
         free = free_space(path) / 1e6
         message = f"{os.strerror(error.errno)}; {free:,.1f} MB are free there"
@@ -270,13 +271,15 @@ def translate(error: OSError, path: Path) -> WancliError:
         )
     reason = error.strerror or str(error)
     if error.errno == errno.EIO:
-        return DiskError(f"cannot write: {reason}", where=str(path), hint="dmesg may say more of the disk.")
+        return DiskError(
+            f"cannot write: {reason}", where=str(path), hint="dmesg may say more about the disk."
+        )
     return MachineError(f"cannot write: {reason}", where=str(path), hint=_REASONS.get(error.errno or 0, ""))
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the WancliError of `translate()`."""
+    """Raise an OSError of the block as the WancliError that `translate()` returns."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,11 @@
-"""A cache folder of sealed entries, one file each, found by a key that hashes what shaped them.
+"""A cache folder of sealed entries, one file each, under a key that hashes all inputs of the entry.
 
 `get()` returns exactly the bytes that were `put()` under that key, or None: an entry that is
 damaged, cut short, foreign, of another format version or filed under the wrong key is a miss, and
-is kept as NAME.bad for whoever wants to know why. A seal proves integrity, not origin, so a
-folder that others may write to is refused. The cache is optional: a `put()` that fails costs the
-work again next time, nothing else.
+is kept as NAME.bad for inspection. A seal proves integrity, not origin, so a folder that others may
+write to is refused. The cache is optional: if a `put()` fails, the work is done again next time.
 
-An entry: magic, version, payload length, SHA-256, payload. The digest covers all of it and the key.
+An entry is magic, version, payload length, SHA-256, payload. The digest covers all of these and the key.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def seal(payload: bytes, key: str = "") -> bytes:
 
 
 def unseal(data: bytes, key: str = "") -> bytes:
-    """The payload of a sealed entry. Raises EntryError unless every byte is as `seal()` made it."""
+    """Return the payload of a sealed entry. Raises EntryError unless every byte is as `seal()` wrote it."""
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise EntryError("not a sealed entry")
     _, version, length, digest = _HEADER.unpack_from(data)
@@ -47,7 +46,7 @@ def unseal(data: bytes, key: str = "") -> bytes:
         raise EntryError(f"entry of format version {version}; this wancli reads {_VERSION}")
     payload = data[_HEADER.size :]
     if len(payload) != length:
-        raise EntryError(f"entry of {len(payload)} bytes where {length} were sealed")
+        raise EntryError(f"entry of {len(payload)} bytes, but {length} were sealed")
     if _digest(data[: _HEADER.size - len(digest)], payload, key) != digest:
         raise EntryError("the seal does not match the content")
     return payload
@@ -62,7 +61,7 @@ def _digest(start: bytes, payload: bytes, key: str) -> bytes:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a store: `bytes` on disk, `mtime` when it was last written or read."""
+    """One file of a store: `bytes` is its size on disk, `mtime` when it was last written or read."""
 
     key: str
     bytes: int
@@ -71,9 +70,9 @@ class Entry:
 
 
 class Store:
-    """The sealed entries under `root`, which is made on the first `put()`, for this user alone.
+    """The sealed entries under `root`, which the first `put()` creates for this user alone.
 
-    Raises MachineError if `root` is another user's, or others may write to it, or put another in its place.
+    Raises MachineError if `root` belongs to another user, or if others may write to it or replace it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -93,20 +92,20 @@ class Store:
             raise MachineError("anybody may replace the cache folder", where=str(root), hint=hint)
 
     def path(self, key: str) -> Path:
-        """Where the entry of a key is, or would be. Keys are hex digits."""
+        """Return the path of the entry of a key, whether it exists or not. Keys are hex digits."""
         if not re.fullmatch(r"[0-9a-f]{8,}", key):
             raise ValueError(f"not a key: {key!r}")
         return self.root / key[:2] / f"{key}.entry"
 
     def get(self, key: str) -> bytes | None:
-        """The payload that was put under `key`, or None. Reading marks the entry as used."""
+        """Return the payload that was put under `key`, or None. Reading marks the entry as used."""
         path = self.path(key)
         try:
             if path.parent.is_symlink():
                 return None
             payload = unseal(_read(path), key)
         except OSError:
-            return None  # absent, pruned under us, stale handle, a link: all the same to the caller
+            return None  # not found, pruned meanwhile, stale handle, a link: all the same to the caller
         except EntryError as error:
             log.warning("%s: %s; kept as .bad, computed again", path, error)
             with suppress(OSError):
@@ -117,7 +116,7 @@ class Store:
         return payload
 
     def put(self, key: str, payload: bytes) -> bool:
-        """Keep a payload. False, with one warning per store, where the disk does not take it."""
+        """Keep a payload; return False, with one warning per store, if the disk does not take it."""
         path = self.path(key)
         try:
             with atomic.writing(self.root):
@@ -133,7 +132,7 @@ class Store:
         return True
 
     def entries(self) -> list[Entry]:
-        """All entries by key. Nothing is read or verified."""
+        """Return all entries, sorted by key, without reading or verifying them."""
         entries = []
         for path in sorted(self.root.glob("??/*.entry")):
             with suppress(OSError):
@@ -142,14 +141,13 @@ class Store:
         return entries
 
     def verify(self) -> list[Entry]:
-        """The entries that `get()` would not serve. Changes nothing."""
+        """Return the entries that `get()` would not return. Changes nothing."""
         return [entry for entry in self.entries() if not _is_intact(entry)]
 
     def prune(self, max_bytes: int | None = None, older_than_days: float | None = None) -> list[Entry]:
-        """Remove damaged entries, those unused for so long, and the longest unused beyond `max_bytes`.
+        """Remove damaged entries, entries unused for so many days, and the longest unused beyond `max_bytes`.
 
-        Also removes what was set aside as .bad and what dead processes left. Returns the entries
-        that are gone.
+        Also removes .bad files and the temporary files of dead processes. Returns the removed entries.
         """
         for shard in self.root.glob("??"):
             atomic.remove_stale_temp_files(shard)

@@ -1,4 +1,4 @@
-"""The file of a claim, as it is written and read, and the process that is named in it."""
+"""Write and read the file of a claim, and find out whether the process that it names is alive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Holder:
-    """Who renders a shot: a process, and when it began with it by the clock of its host."""
+    """The process that renders a shot, and when it began, by the clock of its host."""
 
     host: str
     pid: int
@@ -26,8 +26,10 @@ class Holder:
 
 @dataclass(frozen=True)
 class Process:
-    """A process as no other ever is: containers share a boot, but no space of process ids; ids come again,
-    but not with the same start."""
+    """The unique identity of a process.
+
+    Containers share a boot id but not a namespace of process ids; ids are reused, but not with the same start
+    time."""
 
     host: str
     boot: str
@@ -36,7 +38,7 @@ class Process:
     start_time: str  # ticks after boot
 
     def as_dict(self) -> dict[str, str | int]:
-        """The process as a claim file names it."""
+        """Return the identity under the keys of a claim file."""
         return {
             "host": self.host,
             "boot": self.boot,
@@ -48,10 +50,9 @@ class Process:
 
 @dataclass(frozen=True)
 class ClaimSnapshot:
-    """A claim as it was seen once. `body` is {} where the content is nothing of ours, None where it cannot be
-    read."""
+    """A claim file as it was read once. `body` is {} if it is not a claim, None if it cannot be read."""
 
-    mtime_ns: int  # mtime, only ever compared with itself
+    mtime_ns: int  # only ever compared with itself
     body: dict[str, Any] | None
 
     @property
@@ -68,7 +69,7 @@ class ClaimSnapshot:
 
 
 def read_claim(path: Path) -> ClaimSnapshot | None:
-    """None where there is no claim, or none that can be seen."""
+    """Read a claim; return None if there is no file, or not even its status can be read."""
     try:
         with path.open("rb") as file:  # opening is what makes NFS ask its server
             mtime_ns, data = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
@@ -86,7 +87,10 @@ def read_claim(path: Path) -> ClaimSnapshot | None:
 
 
 def create_new(path: Path) -> int:
-    """A file that was not there. Its folder may go at any time: with the last claim of another worker."""
+    """Create a new file and return its descriptor. Raises FileExistsError.
+
+    Its folder may vanish at any time: another worker removes it with its last claim.
+    """
     for _ in range(100):
         with suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ def create_new(path: Path) -> int:
 
 
 def is_dead(claim: ClaimSnapshot) -> bool:
-    """Whether the process of a claim is of this host and no more."""
+    """Return whether the process of a claim ran on this host and has ended."""
     me, body = current_process().as_dict(), claim.body or {}
     if any(body.get(name) != me[name] for name in ("host", "boot", "space")):
         return False
@@ -112,8 +116,7 @@ def current_process() -> Process:
 
 
 def _read_start_time(pid: object) -> str | None:
-    """When a process of this host began, "" where that is secret; None where there is none, or one that is
-    dead but for the question how it ended."""
+    """Return when a process of this host began: "" if that is secret, None if it is dead or a zombie."""
     if not isinstance(pid, int) or pid <= 0:
         return ""
     try:

@@ -1,15 +1,16 @@
-"""Which worker renders which shot, where several of them share an output folder, on one host or on many.
+"""Divide shots among workers that share an output folder, on one host or on many.
 
-A claim is the file .wancli/claims/NAME.json beside the output NAME.mp4. Who creates it (O_EXCL) renders the
-shot, touches the file every beat, and removes it at the end. A claim is stale, and anybody's to take, at
-once when its process is known to be gone: one of this host, since its start; else when nothing has touched
-it for so many looks, a beat apart each, as we count them. No clocks of two hosts are compared, and a file
-system that hangs makes nobody stale: looks wait as long as touches do.
+A claim is the file .wancli/claims/NAME.json beside the output NAME.mp4. The worker that creates it (O_EXCL)
+renders the shot, touches the file at every heartbeat, and removes it at the end. A claim is stale, and any
+worker may take it, as soon as its process is known to be dead, which a worker of the same host can see.
+Otherwise it is stale when a worker has looked at it a number of times, one heartbeat apart, without seeing a
+touch. No clocks of two hosts are compared, and a file system that hangs makes no claim stale: looks wait as
+long as touches do.
 
-A claim saves work, it protects no file: what is written is safe by `wancli.storage.atomic` whoever writes it.
-So claims need neither fsync nor locks, and a network file system that shows one late costs a wait. Whoever
-was suspended for so long that its claim went to another finds that out by `intact()` or `holds()`, and leaves
-the shot to it.
+A claim saves work, it protects no file: `wancli.storage.atomic` makes every write safe, whoever writes. So
+claims need neither fsync nor locks, and a network file system that shows one late costs a wait. A worker that
+was suspended for so long that another took its claim learns that from `holds_all()` or `holds()`, and leaves
+the shot to the other.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from wancli.signals import Stop
 
 HEARTBEAT_SECONDS = 5.0
-STALE_LOOKS = 12  # looks without a touch: a minute
+STALE_LOOKS = 12  # without a touch: a minute
 
 
 @dataclass
 class _WatchedClaim:
-    """What was seen when it last changed, and how often it was the same since."""
+    """A claim of another worker when it last changed, and how many looks saw no change since."""
 
     claim: ClaimSnapshot
     last_counted: float  # monotonic seconds
@@ -47,25 +48,26 @@ class _WatchedClaim:
 
 
 def find_holder(shot: Shot) -> Holder | None:
-    """Who holds a shot, as far as one look tells; None where nobody does, or where it died on this host."""
+    """Return the holder of a shot by one look; None if nobody holds it, or its process died on this host."""
     claim = read_claim(claim_path(shot))
     return None if claim is None or is_dead(claim) else claim.holder
 
 
 def claim_path(shot: Shot) -> Path:
-    """By the name of the output, which is what two workers would both write, its state and its latent too."""
+    """Return the path of a shot's claim, which the output names: two workers would write that, its state and
+    its latent."""
     return shot.output.parent / ".wancli" / "claims" / f"{shot.output.stem}.json"
 
 
 class Claims:
-    """The claims of one worker. A thread beats from the first `take()` until the block ends:
+    """The claims of one worker. A thread touches them from the first `take()` until the block ends:
 
         with Claims() as claims:
             mine = claims.take(shots)
             ...
             claims.release(mine)
 
-    What is still held at the end is released.
+    The end of the block releases the claims that are still held.
     """
 
     def __init__(
@@ -75,10 +77,10 @@ class Claims:
         waits_for_others: bool = True,
     ) -> None:
         self._heartbeat, self._stale_looks = heartbeat, stale_looks
-        self.waits_for_others = waits_for_others  # for shots of others, when nothing else is left
+        self.waits_for_others = waits_for_others  # for shots claimed by other workers, when no others remain
         self._process = current_process()
         self._held: dict[Path, str] = {}  # path to the token in the file
-        self._own_tokens: set[str] = set()  # every token of ours
+        self._own_tokens: set[str] = set()  # of all claims that this worker ever made
         self._watched: dict[Path, _WatchedClaim] = {}  # claims of others
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -94,10 +96,10 @@ class Claims:
         self._remove(list(self._held))
 
     def take(self, shots: Sequence[Shot]) -> list[Shot]:
-        """Claims the shots that are free or stale; returns those, in their order. The caller looks again what
-        is left to do of them: another worker may have ended one just now.
+        """Claim the shots that are free or stale; return them in their order.
 
-        Raises MachineError or NoSpace where no claim can be written.
+        The caller then checks their outputs again: another worker may have finished one just now.
+        Raises MachineError or NoSpace if a claim cannot be written.
         """
         if self._thread is None and shots:
             self._thread = threading.Thread(target=self._run_heartbeat, name="wancli-claims", daemon=True)
@@ -105,26 +107,26 @@ class Claims:
         return [shot for shot in shots if self._take_one(claim_path(shot))]
 
     def require_claimable(self, folder: Path) -> None:
-        """Raises MachineError or NoSpace where no claim on an output of this folder can be written."""
+        """Raise MachineError or NoSpace if no claim can be written for outputs of this folder."""
         path = folder / ".wancli" / "claims" / f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp"
         self._create(path)
         self._remove([path])
 
     def release(self, shots: Iterable[Shot]) -> None:
-        """Gives up those of the shots that are held."""
+        """Release those of the shots that are held."""
         self._remove([path for path in map(claim_path, shots) if path in self._held])
 
     def holds(self, shot: Shot) -> bool:
-        """Whether the shot is still ours, by what the disk says now."""
+        """Return whether this worker still holds the shot, by what the disk says now."""
         path = claim_path(shot)
         return path in self._held and self._is_ours(path)
 
     def holds_all(self) -> bool:
-        """Whether nothing that was taken and not released has gone to another worker."""
+        """Return whether no other worker has taken a shot that this one holds."""
         return all(map(self._is_ours, list(self._held)))
 
     def held_by_others(self, shots: Sequence[Shot]) -> dict[int, Holder]:
-        """The shots that other workers hold, by index. Free and stale ones are not among them."""
+        """Return who holds each shot, by index, except free and stale shots and those of this worker."""
         holders = {}
         for shot in shots:
             path = claim_path(shot)
@@ -133,12 +135,11 @@ class Claims:
         return holders
 
     def name_holders(self, shots: Sequence[Shot]) -> str:
-        """The workers that hold some of the shots, for people; empty where nobody does any more."""
+        """Name the workers that hold some of the shots, for people; empty if nobody holds one any more."""
         return ", ".join(dict.fromkeys(map(str, self.held_by_others(shots).values())))
 
     def wait_for_release(self, shots: Sequence[Shot], stop: Stop) -> list[Shot]:
-        """Waits until other workers give up some of the shots, and returns these; none where somebody asked
-        for an end."""
+        """Wait until other workers release some of the shots, and return these; none after a stop request."""
         while not stop.requested:
             time.sleep(self._heartbeat / 5)
             held = self.held_by_others(shots)
@@ -147,9 +148,9 @@ class Claims:
         return []
 
     def touch_and_watch(self) -> None:
-        """Touches what is held, and counts how long others have not touched what they hold."""
+        """Touch the claims that are held, and count how long others have not touched theirs."""
         for path in list(self._held):
-            if self._is_ours(path):  # else it would be the thief's that stays alive
+            if self._is_ours(path):  # else this would keep the claim of another worker alive
                 with suppress(OSError):
                     os.utime(path)
         for path in list(self._watched):
@@ -160,7 +161,7 @@ class Claims:
     def _take_one(self, path: Path) -> bool:
         if path in self._held:
             return True
-        for _ in range(3):  # each time another may be faster
+        for _ in range(3):  # another worker may be faster each time
             if self._create(path):
                 with self._lock:
                     self._watched.pop(path, None)
@@ -171,7 +172,7 @@ class Claims:
         return False
 
     def _create(self, path: Path) -> bool:
-        """False where there is a claim."""
+        """Create a claim; return False if there is one."""
         token = secrets.token_hex(8)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         body = self._process.as_dict() | {"started": started, "token": token}
@@ -196,8 +197,10 @@ class Claims:
         return claim is not None and (claim.body is None or claim.token == self._held.get(path))
 
     def _find_other_holder(self, path: Path) -> Holder | None:
-        """Who holds a claim that is not ours; None where it is free or stale. Counts a look where the last
-        one that counted is a beat ago."""
+        """Return the holder of another worker's claim, None if it is free or stale.
+
+        Counts a look if the last counted one is a heartbeat ago.
+        """
         with self._lock:
             claim = read_claim(path)
             if claim is None or self._is_free_at_once(claim):
@@ -212,20 +215,22 @@ class Claims:
             return None if watched.looks >= self._stale_looks else claim.holder
 
     def _is_free_at_once(self, claim: ClaimSnapshot) -> bool:
-        """Whether a claim may be taken at once; also one of ours that could not be removed."""
+        """Return whether its process is dead, or it is an own claim that could not be removed."""
         return is_dead(claim) or (
             claim.token in self._own_tokens and claim.token not in list(self._held.values())
         )
 
     def _evict(self, path: Path) -> None:
-        """Moves a stale claim away. Of several workers that do so at once one creates the next claim; one
-        that finds it has moved away what another just created puts it back."""
+        """Move a stale claim away.
+
+        Of several workers that do so at once, one creates the next claim. A worker that has moved away the
+        claim that another just created puts it back.
+        """
         with self._lock:
             watched = self._watched.pop(path, None)
         atomic.remove_stale_temp_files(path.parent)
-        tombstone = path.with_name(
-            f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp"
-        )  # `sweep` knows the name
+        # a name that `remove_stale_temp_files` knows
+        tombstone = path.with_name(f".wancli-{os.getpid()}-{secrets.token_hex(6)}.tmp")
         try:
             path.rename(tombstone)
         except FileNotFoundError:
@@ -243,7 +248,7 @@ class Claims:
         for path in paths:
             is_ours = self._is_ours(path)
             del self._held[path]
-            with suppress(OSError):  # who cannot remove it now is gone later
+            with suppress(OSError):  # a claim that cannot be removed now becomes stale
                 if is_ours:
                     path.unlink()
                 path.parent.rmdir()  # the last worker leaves the folder as it was

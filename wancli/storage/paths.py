@@ -1,7 +1,7 @@
-"""Names of outputs: what a template means, and which names are safe on every file system.
+"""Expand output templates to paths that are safe on every file system.
 
-A name that comes out of here stays inside the folder that the user wrote, fits with those of its companions,
-and is no device, option or hidden file anywhere. Nothing is created.
+A returned path stays inside the folder that the user wrote, leaves room for the longer names of its sidecars,
+and is not a device, an option or a hidden file anywhere. Nothing is created.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from pathlib import Path
 
 from wancli.errors import JobError, MachineError
 
-_NAME_BYTES = 255 - len(".latents.safetensors")  # companions of NAME.mp4 have longer names
+_NAME_BYTES = 255 - len(".latents.safetensors")  # sidecars of NAME.mp4 have longer names
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
 
 
 def require_cwd() -> Path:
-    """The working folder, where relative names start. Raises MachineError where it was deleted."""
+    """Return the working folder, where relative names start. Raises MachineError if it was deleted."""
     try:
         return Path.cwd()
     except OSError as error:
         raise MachineError(
-            f"the working folder is gone ({error.strerror})", hint="cd to one that is there."
+            f"the working folder is gone ({error.strerror})", hint="cd to one that exists."
         ) from None
 
 
-@lru_cache(1024)  # the shots of a sweep say the same
+@lru_cache(1024)  # the shots of a sweep have the same prompts
 def slugify(text: str, limit: int = 48) -> str:
-    """A readable file name of at most `limit` UTF-8 bytes: lower-case letters and digits of any
-    script in NFC, dashes between words. Never empty, never the name of a device."""
+    """Make a readable file name of at most `limit` UTF-8 bytes from a text.
+
+    It has lower-case letters and digits of any script in NFC, with dashes between words. It is never empty
+    and never the name of a device.
+    """
     name = ""
     for char in unicodedata.normalize("NFC", text.lower()):
         is_mark = unicodedata.category(char).startswith("M")
@@ -46,11 +49,11 @@ def slugify(text: str, limit: int = 48) -> str:
 
 
 def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> Path:
-    """The path that an output template means, relative to `root`.
+    """Return the path that an output template means, relative to `root`.
 
-    The folders before the first {field} are the user's own: absolute, `~` and `..` are fine
-    there. What comes after must stay inside of them. Raises JobError, also for a character that
-    cannot be shown, anywhere: results are paths, one a line.
+    The folders before the first {field} are the user's own: they may be absolute and contain `~` and `..`.
+    The rest must stay inside of them. Raises JobError, also for any character that cannot be shown: commands
+    print paths, one a line.
     """
     if unprintable := next((char for char in template if not char.isprintable()), ""):
         hint = "a name may not hold control characters, line ends or invisible spaces"
@@ -65,7 +68,7 @@ def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> P
 
 
 def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
-    """Put fields into `{name}` and `{name:04d}`, the only two forms there are.
+    """Put fields into `{name}` and `{name:04d}`, the only two forms.
 
     Raises JobError for an unknown field, another form, or a value that would add a folder.
     """
@@ -93,7 +96,7 @@ def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
-    """`root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
+    """Return `root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
     path = Path(relative)
     if path.is_absolute() or not path.parts:
         raise JobError("not a name inside the output folder", where=relative or "output")

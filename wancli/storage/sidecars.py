@@ -1,4 +1,4 @@
-"""Files about outputs, beside them: pages, sheets, maps, tables. Those of ours are replaced, others kept."""
+"""Files beside outputs that describe them: pages, sheets, maps, tables. Files of other programs are kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from wancli.storage import atomic
 
 
 def write_sidecar(path: Path, data: bytes, marker: bytes, search_bytes: int) -> None:
-    """Writes a file, over an earlier one of its kind; another file of that name is moved aside.
+    """Write a file over an earlier one of its kind; move another file of that name aside.
 
-    The kind is told by a mark in the first bytes. Raises OutputExists where the name is that of a folder,
-    NoSpace or MachineError.
+    A file is of this kind if `marker` is in its first `search_bytes` bytes. Raises OutputExists if a folder
+    has the name, NoSpace or MachineError.
     """
     if not has_marker(path, marker, search_bytes):
         atomic.move_aside(path)
@@ -21,7 +21,7 @@ def write_sidecar(path: Path, data: bytes, marker: bytes, search_bytes: int) -> 
 
 
 def has_marker(path: Path, marker: bytes, search_bytes: int) -> bool:
-    """Whether a file that can be read has this mark in its first bytes."""
+    """Return whether a file can be read and has this marker in its first bytes."""
     try:
         with path.open("rb") as file:
             return marker in file.read(search_bytes)
@@ -30,7 +30,7 @@ def has_marker(path: Path, marker: bytes, search_bytes: int) -> bool:
 
 
 def read_document(path: Path, schema: str) -> dict[str, Any] | None:
-    """The JSON object in a file that says it is of this schema; None for anything else."""
+    """Return the JSON object of a file if its "schema" is this one, None for anything else."""
     try:
         document = json.loads(path.read_bytes())
         return document if document["schema"] == schema else None

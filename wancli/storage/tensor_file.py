@@ -1,11 +1,11 @@
-"""Latents on disk, verified when read: the finished one, and the state of a shot on its way.
+"""Save and load tensors with a record, verified on reading: finished latents and states of shots.
 
 Both are safetensors files with a record as metadata and a SHA-256 over everything.
-NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised: durable before decoding
-starts, enough to finish a shot alone; its record is what the manifest will continue.
-NAME.state.safetensors holds all that a solver knows between two steps (`x`, `history.0`, `history.1`, `last`,
-those that there are), so that sampling goes on bit for bit; its record says for which shot, and after
-how many steps.
+NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised. It is durable before
+decoding starts and is enough to finish a shot; the manifest will continue its record.
+NAME.state.safetensors holds all that a solver remembers between two steps (of `x`, `history.0`, `history.1`
+and `last` those that exist), so that sampling resumes bit for bit; its record names the shot and the number
+of steps.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _HEADER_BYTES = 100 * 2**20  # what safetensors allows
 
 
 def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
-    """Replaces the file atomically; after it returns the latent survives power loss. Raises NoSpace."""
+    """Save a finished latent; after it returns the latent survives power loss. Raises NoSpace."""
     save_tensors(path, {"latents": z_CTYX}, record)
 
 
 def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The latent and its record. Raises EntryError when either is damaged, or is another program's."""
+    """Load a latent and its record. Raises EntryError if either is damaged, or is another program's."""
     tensors, record = load_tensors(path)
     if tensors.keys() != {"latents"}:
         raise EntryError("not a finished latent", where=str(path))
@@ -41,8 +41,7 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a latent or a state, of which nothing else is read or verified; None if there is none.
-    Needs no torch."""
+    """Return the record of a latent or a state, unverified; None if there is none. Needs no torch."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -54,6 +53,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+    """Save tensors and their record, durably and atomically. Raises NoSpace or MachineError."""
     from safetensors.torch import save
 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -62,6 +62,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, An
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load tensors and their record. Raises EntryError if the file is damaged or another program's."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

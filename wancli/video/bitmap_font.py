@@ -1,4 +1,4 @@
-"""The 5 x 7 letters of character displays, for labels in pictures: ASCII, seven rows, five columns."""
+"""Render labels in pictures with the 5 x 7 ASCII letters of character displays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLUMNS = bytes.fromhex(
 
 
 def render_text(string: str) -> NDArray[np.bool_]:
-    """[HEIGHT, WIDTH * letters], true where there is ink; what is not ASCII becomes `?`."""
+    """Return [HEIGHT, WIDTH * letters], true for ink; characters beyond ASCII become `?`."""
     import numpy as np
 
     ink = np.zeros((HEIGHT, WIDTH * len(string)), dtype=bool)
@@ -38,12 +38,12 @@ def render_text(string: str) -> NDArray[np.bool_]:
 
 
 def truncate(text: str, max_letters: int) -> str:
-    """At most so many letters of it: the end gives way."""
+    """Shorten a text to `max_letters` by cutting its end."""
     return text if len(text) <= max_letters else text[: max(0, max_letters - 3)] + "..."[:max_letters]
 
 
 def truncate_middle(text: str, max_letters: int) -> str:
-    """At most so many letters of it: the middle gives way, for the ids of a sweep differ at the end."""
+    """Shorten a text to `max_letters` by cutting its middle: the ids of a sweep differ at the end."""
     if len(text) <= max_letters:
         return text
     remaining = max(0, max_letters - 3)

@@ -1,4 +1,4 @@
-"""A video that is compared, and what the manifest beside it says it is."""
+"""Read videos to compare, with the manifests beside them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli.errors import JobError
 from wancli.storage import atomic, manifest, sidecars
+from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Clip:
 
     path: Path
     id: str
-    manifest_body: dict[str, Any] | None
+    manifest_body: Manifest | None
     info: mp4.VideoInfo
 
     @property
@@ -34,11 +35,11 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """Return columns and rows."""
         return self.info.width, self.info.height
 
     def read_pictures(self) -> Generator[Picture, None, None]:
-        """Its frames, uint8 [Y, X, 3], one by one. Raises FfmpegError."""
+        """Decode its frames, uint8 [Y, X, 3], one by one. Raises FfmpegError."""
         import numpy as np
 
         for frame in mp4.read_frames(self.path):
@@ -46,10 +47,10 @@ class Clip:
 
 
 def read_clips(paths: Sequence[Path]) -> list[Clip]:
-    """The videos, each decoded once, under ids that differ.
+    """Decode each video once and return them under unique ids.
 
-    Raises JobError for files that are not there, are no MP4 or hold no frame, FfmpegError for one that does
-    not decode, EntryError for a damaged manifest.
+    Raises JobError if a file does not exist, is not an MP4 or has no frame, FfmpegError if it does not
+    decode, EntryError if its manifest is damaged.
     """
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise JobError("no such file", where=", ".join(missing))
@@ -57,18 +58,20 @@ def read_clips(paths: Sequence[Path]) -> list[Clip]:
     id_counts = Counter(clip.id for clip in clips)
     unique_clips = [clip if id_counts[clip.id] == 1 else replace(clip, id=str(clip.path)) for clip in clips]
     if duplicates := [id for id, count in Counter(clip.id for clip in unique_clips).items() if count > 1]:
-        raise JobError("named twice", where=duplicates[0])
+        raise JobError("given twice", where=duplicates[0])
     return unique_clips
 
 
 def _read_clip(path: Path) -> Clip:
     if not sidecars.has_marker(path, b"ftyp", 8):
-        hint = "It takes MP4 files. `wancli decode` makes one of a latent, `wancli inspect` tells of weights."
+        hint = (
+            "It takes MP4 files. `wancli decode` makes one from a latent, `wancli inspect` describes weights."
+        )
         raise JobError("is not an MP4", where=str(path), hint=hint)
     body = manifest.read(manifest.manifest_path(path))
-    if body and atomic.sha256(path) not in [record["sha256"] for record in body["files"]]:
+    if body and atomic.sha256(path) not in [file.sha256 for file in body.files]:
         body = None  # another video under that name
     info = mp4.read_info(path)
     if not info.frame_count:
         raise JobError("has no frames", where=str(path))
-    return Clip(path, body["shot"]["id"] if body else path.stem, body, info)
+    return Clip(path, body.shot.id if body else path.stem, body, info)

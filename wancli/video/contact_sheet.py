@@ -1,4 +1,4 @@
-"""The contact sheet: one strip per video, from its first frame to its last, under its name. A PNG.
+"""Draw a contact sheet as a PNG: for each video a row of frames, from first to last, under its name.
 
 Letters: Y rows, X columns, 3 colours; pictures are uint8 [Y, X, 3].
 """
@@ -10,9 +10,10 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import sidecars
+from wancli.storage.manifest_schema import RuleRecord
 from wancli.units import format_ranges
 from wancli.video import bitmap_font
 from wancli.video.clip import Clip
@@ -32,8 +33,10 @@ PAPER, INK = 250, 40
 
 
 def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
-    """The PNG, with a line of figures for each video, in as many columns as make it about square. Raises
-    FfmpegError for a video that does not decode."""
+    """Draw the PNG, with a line of notes for each video, in as many columns as make it about square.
+
+    Raises FfmpegError if a video does not decode.
+    """
     frame_rows = [_draw_frame_row(clip) for clip in clips]
     width = max(strip.shape[1] for strip in frame_rows)
     entries = [
@@ -53,12 +56,12 @@ def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Puts a sheet there. An earlier sheet is replaced; another file of that name is moved aside."""
+    """Write a sheet over an earlier sheet; move another file of that name aside."""
     sidecars.write_sidecar(path, data, MARKER, 128)
 
 
 def encode_png(picture_YX3: Picture) -> bytes:
-    """The file of a picture. https://www.w3.org/TR/png/"""
+    """Encode a picture as PNG. https://www.w3.org/TR/png/"""
     height, width, _ = picture_YX3.shape
     scanlines = b"".join(b"\0" + row.tobytes() for row in picture_YX3)  # 0: no filter
 
@@ -71,12 +74,12 @@ def encode_png(picture_YX3: Picture) -> bytes:
 
 
 def upscale(picture_YX3: Picture, factor: int) -> Picture:
-    """Each pixel as a square of `times` x `times`."""
+    """Repeat each pixel as a square of `factor` x `factor`."""
     return picture_YX3.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def downscale(picture_YX3: Picture, factor: int) -> Picture:
-    """A pixel for each square of `step` x `step`; what is left over at the ends is cut off."""
+    """Average each square of `factor` x `factor` to a pixel; cut off the rest at the ends."""
     import numpy as np
 
     rows, columns = (max(1, length // factor) for length in picture_YX3.shape[:2])
@@ -87,7 +90,7 @@ def downscale(picture_YX3: Picture, factor: int) -> Picture:
 
 
 def _draw_frame_row(clip: Clip) -> Picture:
-    """Frames from first to last, side by side."""
+    """Draw frames from first to last, side by side."""
     import numpy as np
 
     last = clip.info.frame_count - 1
@@ -98,7 +101,7 @@ def _draw_frame_row(clip: Clip) -> Picture:
 
 
 def _fit_to_cell(picture_YX3: Picture) -> Picture:
-    """At most CELL columns."""
+    """Scale a picture to at most MAX_CELL_WIDTH columns."""
     width = picture_YX3.shape[1]
     if width <= MAX_CELL_WIDTH:
         return upscale(picture_YX3, MAX_CELL_WIDTH // width)
@@ -106,26 +109,22 @@ def _fit_to_cell(picture_YX3: Picture) -> Picture:
 
 
 def _caption_lines(clip: Clip, note: str) -> Iterator[str]:
-    """What the manifest of a video says of it, else its name; then the figures."""
+    """Yield the lines above a video: its id, prompt and injections if it has a manifest, then the note."""
     if clip.manifest_body is None:
         yield clip.id
     else:
-        yield f"{clip.id}: {clip.manifest_body['prompts'][0]['text']}"
-        texts = {prompt["id"]: prompt["text"] for prompt in clip.manifest_body["prompts"]}
-        yield from (
-            _describe_rule(rule, texts)
-            for rule in clip.manifest_body["injection"]
-            if any(rule["blocks"].values())
-        )
+        yield f"{clip.id}: {clip.manifest_body.prompt.text}"
+        rules = zip(clip.manifest_body.injection, clip.manifest_body.injected)
+        yield from (_describe_rule(rule, prompt.text) for rule, prompt in rules if any(rule.blocks.values()))
     if note:
         yield f"  {note}"
 
 
-def _describe_rule(rule: dict[str, Any], texts: dict[str, str]) -> str:
-    blocks = format_ranges([int(block) for block in rule["blocks"]])
-    strengths = sorted({f"{strength:g}" for strength in rule["blocks"].values()}, key=float)
+def _describe_rule(rule: RuleRecord, text: str) -> str:
+    blocks = format_ranges([*rule.blocks])
+    strengths = sorted({f"{strength:g}" for strength in rule.blocks.values()}, key=float)
     strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
-    return f"  blocks {blocks} at {strength} read: {texts[rule['text']]}"
+    return f"  blocks {blocks} at {strength} read: {text}"
 
 
 def _draw_label(text: str, width: int) -> Picture:
@@ -146,7 +145,7 @@ def _pad_to_width(picture_YX3: Picture, width: int) -> Picture:
 
 
 def _stack_vertically(pictures: Iterable[Picture]) -> Picture:
-    """Pictures of one width, a gap below each."""
+    """Stack pictures of one width, with a gap below each."""
     import numpy as np
 
     with_gaps = [np.pad(part, ((0, GAP), (0, 0), (0, 0)), constant_values=PAPER) for part in pictures]
@@ -154,7 +153,7 @@ def _stack_vertically(pictures: Iterable[Picture]) -> Picture:
 
 
 def _place_side_by_side(columns: Sequence[Picture]) -> Picture:
-    """Stacks of one width on the page, with gaps around."""
+    """Place columns of one width on the page, with gaps around them."""
     import numpy as np
 
     height, width = max(len(stack) for stack in columns), columns[0].shape[1]

@@ -1,7 +1,7 @@
-"""A running ffmpeg. The only place that starts a process.
+"""Run ffmpeg. No other module starts a process.
 
-It runs in its own process group, so that Ctrl-C reaches only us, and dies with its parent. No shell, no
-option or protocol hidden in a name: a path is absolute behind `file:`.
+ffmpeg runs in its own process group, so that Ctrl-C does not reach it, and dies with its parent. There is no
+shell, and no option or protocol hides in a name: a path is absolute behind `file:`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PDEATHSIG_WRAPPER = (
 
 
 class Ffmpeg:
-    """A running ffmpeg that is fed, or else listened to. Leaving the block kills what is left of it."""
+    """A running ffmpeg that reads from us if `has_input`, else writes to us. Leaving the block kills it."""
 
     def __init__(
         self, arguments: list[str], subject: Path, *, has_input: bool, stall_timeout: float = STALL_TIMEOUT
@@ -81,7 +81,7 @@ class Ffmpeg:
             self._stderr_tail = (self._stderr_tail + chunk)[-_TAIL:]
 
     def send(self, data: memoryview) -> None:
-        """Write all of it to ffmpeg."""
+        """Write all data to ffmpeg."""
         try:
             while data:
                 self._wait_until_ready(select.POLLOUT)
@@ -91,7 +91,7 @@ class Ffmpeg:
             raise self._exit_error("stopped reading") from None
 
     def receive(self) -> Iterator[bytes]:
-        """What ffmpeg writes, as it comes."""
+        """Yield the bytes that ffmpeg writes, as they come."""
         while True:
             self._wait_until_ready(select.POLLIN)
             chunk = self._data.read(_CHUNK)
@@ -100,7 +100,7 @@ class Ffmpeg:
             yield chunk
 
     def finish(self, *, no_stderr: bool) -> None:
-        """Wait for a good end; with `silent`, a word on stderr is a bad one."""
+        """Wait until ffmpeg ends; raise FfmpegError if it failed or, with `no_stderr`, wrote to stderr."""
         self._wait_for_exit()
         if self._process.returncode or (no_stderr and self._stderr_tail.strip()):
             raise self._exit_error("failed")
@@ -134,7 +134,7 @@ class Ffmpeg:
 
 
 def read_output(arguments: list[str], subject: Path) -> bytes:
-    """All that ffmpeg writes to stdout. Raises FfmpegError, which is about `subject`."""
+    """Return all that ffmpeg writes to stdout. Raises FfmpegError, whose message names `subject`."""
     with Ffmpeg(arguments, subject, has_input=False) as ffmpeg:
         data = b"".join(ffmpeg.receive())
         ffmpeg.finish(no_stderr="-version" not in arguments)
@@ -142,23 +142,23 @@ def read_output(arguments: list[str], subject: Path) -> bytes:
 
 
 def read_version() -> str:
-    """The version that ffmpeg calls itself."""
+    """Return the version of ffmpeg."""
     return read_output(["-version"], find_executable()).split(b" ", 3)[2].decode()
 
 
 def list_encoders() -> frozenset[bytes]:
-    """What it can encode with. Raises FfmpegError where it is not there or does not run."""
+    """Return the names of its encoders. Raises FfmpegError if ffmpeg is not found or does not run."""
     path = find_executable()
     return _list_encoders(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(4)  # a process that renders for others asks again and again
+@lru_cache(4)  # a server asks for every job
 def _list_encoders(path: Path, _mtime_ns: int) -> frozenset[bytes]:
     return frozenset(read_output(["-encoders"], path).split())
 
 
 def find_executable() -> Path:
-    """Where ffmpeg is. Raises FfmpegError."""
+    """Return the path of ffmpeg. Raises FfmpegError."""
     import imageio_ffmpeg
 
     try:

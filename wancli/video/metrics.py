@@ -1,4 +1,4 @@
-"""How alike two videos are, in numbers: PSNR, SSIM, motion, where they differ; how far apart two latents are.
+"""Measure how two videos differ (PSNR, SSIM, motion, a heat-map), and the distance of two latents.
 
 Frames come one by one, so that the length of a video costs no memory. Letters: Y rows, X columns, 3 colours.
 A picture is uint8 [Y, X, 3]; its luma is 0.2126 R + 0.7152 G + 0.0722 B (BT.709), 0..255, in fp32.
@@ -23,15 +23,16 @@ PEAK = 255.0
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 HEATMAP_WIDTH = 32
-SKETCH_SIZE = (
-    251  # numbers that stand for a latent; a prime, so that neighbours in space are spread over them
-)
+SKETCH_SIZE = 251  # sums per latent; a prime, so that neighbours in space fall into different sums
 
 
 @dataclass(frozen=True)
 class FrameMetrics:
-    """What a video is beside another: the frames that were compared, PSNR in dB (None where all are the
-    same), mean SSIM (None for pictures smaller than its window), and where they differ, 0..1, row by row."""
+    """How a video differs from another.
+
+    `frames` is the number of compared frames, `psnr` in dB (None if all are identical), `ssim` the mean (None
+    for pictures smaller than its window), and the heat-map holds differences in 0..1.
+    """
 
     frames: int
     identical: bool
@@ -41,10 +42,10 @@ class FrameMetrics:
 
 
 def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
-    """Of the frames of two videos of one size, pair by pair; at least one pair.
+    """Compare the frames of two videos of one size, pair by pair; at least one pair.
 
-    PSNR is that of the mean squared error of luma over all frames, as ffmpeg's `average`; SSIM that of
-    luma (Wang et al. 2004) over all pixels, the mean of the frames; the heat-map is the mean over time and
+    PSNR is that of the mean squared error of luma over all frames, as ffmpeg's `average`. SSIM is that of
+    luma (Wang et al. 2004) over all pixels, averaged over the frames. The heat-map is the mean over time and
     colours of |difference| / 255, averaged to at most 32 columns.
     """
     import numpy as np
@@ -72,7 +73,7 @@ def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
 
 
 def measure_motion(frames: Iterable[Picture]) -> float | None:
-    """The mean |change of luma| from a frame to the next, 0..1; None for a single frame."""
+    """Return the mean |change of luma| from a frame to the next, 0..1; None for a single frame."""
     import numpy as np
 
     last_YX: Floats | None = None
@@ -86,15 +87,17 @@ def measure_motion(frames: Iterable[Picture]) -> float | None:
 
 
 def to_luma(picture_YX3: Picture) -> Floats:
-    """0..255."""
+    """Return the luma of a picture, 0..255."""
     import numpy as np
 
     return (picture_YX3 @ np.array([0.2126, 0.7152, 0.0722], np.float32)).astype(np.float32, copy=False)
 
 
 def ssim(a_YX: Floats, b_YX: Floats) -> float:
-    """Mean structural similarity of two pictures, https://doi.org/10.1109/TIP.2003.819861: a Gaussian window
-    of 11 x 11 with sigma 1.5, only where it lies within the picture."""
+    """Return the mean structural similarity of two pictures, https://doi.org/10.1109/TIP.2003.819861.
+
+    The Gaussian window is 11 x 11 with sigma 1.5; it counts only if it lies within the picture.
+    """
     import numpy as np
 
     # about 128, where fp32 loses less of the squares
@@ -110,7 +113,7 @@ def ssim(a_YX: Floats, b_YX: Floats) -> float:
 
 
 def _blur(x_YX: Floats) -> Floats:
-    """By the Gaussian, first the columns, then the rows; what the window does not fill is left out."""
+    """Blur by the Gaussian, first the columns, then the rows; leave out pixels whose window is not full."""
     import numpy as np
 
     middle = WINDOW // 2
@@ -126,7 +129,7 @@ def _blur(x_YX: Floats) -> Floats:
 
 
 def average_cells(map_YX: Floats, width: int) -> Floats:
-    """The means of squares, which are as large as it takes to be `width` at most; at the ends of parts."""
+    """Average squares so that at most `width` columns remain; squares at the ends may be cut."""
     import numpy as np
 
     step = -(-map_YX.shape[1] // width)
@@ -138,8 +141,11 @@ def average_cells(map_YX: Floats, width: int) -> Floats:
 
 
 def sketch_latent(z: Floats) -> dict[str, Any]:
-    """What a manifest keeps of a latent, so that its distance to others is known when it is gone: shape,
-    norm, and 251 sums of its elements with random signs (Johnson and Lindenstrauss)."""
+    """Summarise a latent for its manifest, so that distances can be estimated after the latent is deleted.
+
+    The sketch is its shape, its norm, and 251 sums of its elements with random signs (Johnson and
+    Lindenstrauss).
+    """
     import numpy as np
 
     norm = float(np.linalg.norm(z.astype(np.float64)))
@@ -152,7 +158,7 @@ def sketch_latent(z: Floats) -> dict[str, Any]:
 
 
 def relative_distance(z: Floats, baseline: Floats) -> float | None:
-    """|z - baseline| / |baseline|; None where the baseline is zero."""
+    """Return |z - baseline| / |baseline|; None if the baseline is zero."""
     import numpy as np
 
     norm = float(np.linalg.norm(baseline.astype(np.float64)))
@@ -160,7 +166,7 @@ def relative_distance(z: Floats, baseline: Floats) -> float | None:
 
 
 def sketched_relative_distance(latent: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
-    """The same from two sketches of one shape: right to 4.5 % of itself (one standard deviation)."""
+    """Estimate that distance from two sketches of one shape, to 4.5 % of itself (one standard deviation)."""
     import numpy as np
 
     a, b = (

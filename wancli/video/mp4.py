@@ -1,9 +1,9 @@
-"""Frames to an mp4 that has been read back before anybody sees it.
+"""Encode frames to an mp4 that is read back before it is published; decode, count and measure an mp4.
 
-`write_mp4()` publishes a file only if ffmpeg ended well *and* the file decodes without complaint to
+`write_mp4()` publishes a file only if ffmpeg succeeded *and* the file decodes without complaint to
 exactly the frames that were sent; an exit code alone proves nothing. Same frames and options give
-the same bytes, whatever the number of cores. Metadata is one short comment; prompts live in the
-manifest. How ffmpeg is started and watched is `wancli.video.ffmpeg`.
+the same bytes, whatever the number of cores. Metadata is one short comment; prompts are in the
+manifest. `wancli.video.ffmpeg` starts and watches ffmpeg.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Frame(NamedTuple):
 
 
 class VideoInfo(NamedTuple):
-    """What a video is."""
+    """Frame count, frame rate and size of a video."""
 
     frame_count: int
     fps: float
@@ -51,12 +51,12 @@ class VideoInfo(NamedTuple):
 
 
 class Mp4Encoder:
-    """Frames in, an mp4 at `path` out; any file there is overwritten. A context manager.
+    """An encoder from frames to an mp4 at `path`, which it overwrites. A context manager.
 
-    `fps` frames of `width` x `height` a second, quality `crf` (0 best, 51 worst), `codec` h264 or
-    h265, `comment` the only metadata. Leaving the block closes the file; an exception in it kills
-    ffmpeg. Raises FfmpegError with the last words of ffmpeg, NoSpace if the disk is full; they call
-    the file `named`.
+    `fps` is in frames of `width` x `height` a second, `crf` the quality (0 best, 51 worst), `codec` h264 or
+    h265, `comment` the only metadata. Leaving the block closes the file; an exception in the block kills
+    ffmpeg. Raises FfmpegError with the last lines of ffmpeg, NoSpace if the disk is full; messages name
+    `reported_path`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Mp4Encoder:
                 self._ffmpeg.finish(no_stderr=False)
 
     def write(self, frames: Rgb24) -> int:
-        """Send whole rgb24 frames, C-contiguous; returns how many."""
+        """Send whole rgb24 frames, C-contiguous; return how many."""
         data = memoryview(frames).cast("B")
         count, rest = divmod(len(data), self._frame_bytes)
         if rest:
@@ -117,27 +117,27 @@ def write_mp4(
 ) -> Path:
     """Encode chunks of rgb24 frames, read the result back, and publish it as `final`.
 
-    Raises FfmpegError unless it decodes to exactly `frame_count` frames, OutputExists if another
-    file is there, NoSpace or MachineError. Whatever happens, no unfinished file stays behind.
+    Raises FfmpegError unless the file decodes to exactly `frame_count` frames, OutputExists if another
+    file exists, NoSpace or MachineError. Whatever happens, no unfinished file stays behind.
     """
     with atomic.temp_file(final) as tmp:
         with Mp4Encoder(tmp, width, height, fps, crf, codec, comment, reported_path=final) as encoder:
             sent = sum(encoder.write(chunk) for chunk in frames)
         decoded = count_frames(tmp, reported_path=final)
         if not sent == decoded == frame_count:
-            message = f"{frame_count} frames were asked for, {sent} made, {decoded} are in the file"
+            message = f"{frame_count} frames were requested, {sent} made, {decoded} are in the file"
             raise FfmpegError(message, where=str(final))
         atomic.publish(tmp, final)
     return final
 
 
 def count_frames(path: Path, *, reported_path: Path | None = None) -> int:
-    """Decode a whole mp4 and count. Raises FfmpegError if anything in it is damaged."""
+    """Decode a whole mp4 and count its frames. Raises FfmpegError if anything in it is damaged."""
     return sum(1 for line in _read_checksums(path, reported_path or path) if not line.startswith(b"#"))
 
 
 def read_info(path: Path) -> VideoInfo:
-    """Decode a whole mp4, count, and measure. Raises FfmpegError if anything in it is damaged."""
+    """Decode a whole mp4 and return its frame count, rate and size. Raises FfmpegError if it is damaged."""
     lines = _read_checksums(path, path)
     # "#tb 0: 1/16", a sixteenth of a second, "#dimensions 0: 832x480", then a line for each frame
     header = dict(line[1:].split(b" 0: ", 1) for line in lines if line.startswith(b"#") and b" 0: " in line)
@@ -166,7 +166,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
 
 
 def extract_thumbnail(path: Path, seconds: float) -> bytes:
-    """A JPEG of the frame at that time, at most 192 pixels wide. Raises FfmpegError."""
+    """Return a JPEG of the frame at that time, at most 192 pixels wide. Raises FfmpegError."""
     source = ["-loglevel", "error", "-ss", f"{seconds:.4f}", "-f", "mp4", "-i", f"file:{path.absolute()}"]
     picture = ["-frames:v", "1", "-vf", "scale='min(192,iw)':-2", "-q:v", "6", "-f", "mjpeg", "pipe:1"]
     data = ffmpeg.read_output([*source, *picture], path)
@@ -176,13 +176,13 @@ def extract_thumbnail(path: Path, seconds: float) -> bytes:
 
 
 def to_rgb24(frames_CTYX: Tensor) -> memoryview:
-    """Frames in [-1, 1] as bytes [T, Y, X, 3], trunc((x + 1) / 2 * 255) as in the official code."""
+    """Convert frames in [-1, 1] to bytes [T, Y, X, 3], trunc((x + 1) / 2 * 255) as in the official code."""
     unit_CTYX = frames_CTYX.float().clamp(-1, 1).add_(1).div_(2).mul_(255)
     return unit_CTYX.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy().data
 
 
 def check_ffmpeg(codec: str = "h264") -> None:
-    """The preflight: ffmpeg is there, runs, and can encode. Raises FfmpegError."""
+    """Check that ffmpeg is found, runs, and has the encoder of a codec. Raises FfmpegError."""
     name = _CODECS[codec][1]
     if name.encode() not in ffmpeg.list_encoders():
         where = str(ffmpeg.find_executable())
@@ -196,7 +196,7 @@ def _input_arguments(path: Path) -> list[str]:
 
 
 def _read_checksums(path: Path, reported_path: Path) -> list[bytes]:
-    """What ffmpeg tells of a video that it decodes from end to end: facts, and a line for each frame."""
+    """Decode a video from end to end; return what ffmpeg reports: a header, and a line for each frame."""
     lines = ffmpeg.read_output(
         [*_input_arguments(path), "-f", "framecrc", "pipe:1"], reported_path
     ).splitlines()

@@ -1,8 +1,7 @@
-"""Videos side by side in one MP4: a grid of cells, each under its name. Nobody's brightness is touched.
+"""Write videos side by side to one MP4: a grid of cells, each under its name, brightness unchanged.
 
-Cells are of one size, that of the largest video; a smaller one stands in the middle of its cell. All are
-shown at one scale: pixels repeated where they are tiny, squares of them averaged where the grid would be too
-large.
+Cells have one size, that of the largest video; a smaller video is centred in its cell. All videos have one
+scale: pixels are repeated if videos are tiny, squares of pixels are averaged if the grid would be too large.
 Letters: Y rows, X columns, 3 colours; pictures are uint8 [Y, X, 3].
 """
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
 MAX_VIDEOS = 16  # videos in one
 MAX_SIZE = (3840, 2160)  # columns and rows of the grid
-MIN_CELL_WIDTH = 320  # columns of a cell, where whole multiples of a pixel allow it
-ASPECT_RATIO = 16 / 9  # that the grid comes close to
+MIN_CELL_WIDTH = 320  # columns of a cell, if whole multiples of a pixel allow it
+ASPECT_RATIO = 16 / 9  # of the grid, approximately
 GAP = 8
 BAR_COLOUR = 0
 COMMENT = "side by side by wancli"
@@ -38,14 +37,14 @@ _MARKER = b"\0\0\0\0" + COMMENT.encode()  # the comment of an MP4 begins after f
 
 @dataclass(frozen=True)
 class Layout:
-    """How many cells, their pixels without the label, the scale, and the lines and size of letters."""
+    """Number of cells, their pixels without the label, the scale, and the lines and size of letters."""
 
     columns: int
     rows: int
     cell_width: int
     cell_height: int
-    upscale_factor: int  # each pixel is repeated so often
-    downscale_factor: int  # or a square of so many is averaged
+    upscale_factor: int  # repetitions of each pixel
+    downscale_factor: int  # or side of the square of pixels that is averaged
     label_lines: int
     letter_scale: int
 
@@ -55,16 +54,17 @@ class Layout:
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Of the whole, columns and rows; even, as the chroma of a video wants it."""
+        """Return columns and rows of the whole grid; even, because chroma has half the resolution."""
         width = self.columns * (self.cell_width + GAP) + GAP
         height = self.rows * (self.cell_height + self.label_height + GAP) + GAP
         return width + width % 2, height + height % 2
 
 
 def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
-    """Puts the MP4 there, with the first line of `notes` under each name. An earlier one of this kind is
-    replaced, another file of that name moves aside. It runs as fast as the fastest video and as long as the
-    longest; the others hold their last frame.
+    """Write the MP4, with the first line of `notes` under each name.
+
+    An earlier file of this kind is replaced, another file of that name is moved aside. The grid runs as fast
+    as the fastest video and as long as the longest; the others hold their last frame.
 
     Raises FfmpegError, NoSpace, MachineError.
     """
@@ -80,7 +80,7 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
                 if picture_YX3 is not None:
                     _paste(page_YX3, layout, place, picture_YX3)
             yield page_YX3.tobytes()
-        if sidecars.has_marker(path, _MARKER, 1 << 22):  # not before there is something to put in its place
+        if sidecars.has_marker(path, _MARKER, 1 << 22):  # only when its replacement is complete
             atomic.remove(path)
         atomic.move_aside(path)
 
@@ -98,7 +98,7 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
 
 
 def choose_layout(clips: Sequence[Clip], label_lines: int) -> Layout:
-    """The grid that comes closest to 16:9, at the largest scale that fits."""
+    """Choose the grid that comes closest to 16:9, at the largest scale that fits."""
     width, height = max(clip.info.width for clip in clips), max(clip.info.height for clip in clips)
 
     def grid(columns: int, times: int, step: int) -> Layout:
@@ -130,7 +130,7 @@ def choose_layout(clips: Sequence[Clip], label_lines: int) -> Layout:
 
 
 def _synchronize(clips: Sequence[Clip], fps: float, count: int) -> Iterator[list[Picture | None]]:
-    """At each of `count` times the picture that a video then begins to show; None where it keeps its last."""
+    """Yield at each of `count` times the new picture of each video, None if it keeps its last one."""
     with ExitStack() as stack:
         streams = [stack.enter_context(closing(clip.read_pictures())) for clip in clips]
         shown = [-1] * len(clips)
@@ -147,7 +147,7 @@ def _synchronize(clips: Sequence[Clip], fps: float, count: int) -> Iterator[list
 
 
 def _cell_origin(layout: Layout, index: int) -> tuple[int, int]:
-    """Row and column where a cell begins, with its label."""
+    """Return the row and column at which a cell begins, with its label."""
     row, column = divmod(index, layout.columns)
     return GAP + row * (layout.cell_height + layout.label_height + GAP), GAP + column * (
         layout.cell_width + GAP
@@ -155,7 +155,7 @@ def _cell_origin(layout: Layout, index: int) -> tuple[int, int]:
 
 
 def _paste(page_YX3: Picture, layout: Layout, index: int, picture_YX3: Picture) -> None:
-    """A picture into the middle of its cell."""
+    """Paste a picture into the middle of its cell."""
     scaled = (
         upscale(picture_YX3, layout.upscale_factor)
         if layout.downscale_factor == 1
@@ -168,7 +168,7 @@ def _paste(page_YX3: Picture, layout: Layout, index: int, picture_YX3: Picture) 
 
 
 def _draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
-    """The grid without pictures."""
+    """Draw the grid with its labels and without pictures."""
     import numpy as np
 
     width, height = layout.grid_size

@@ -1,7 +1,7 @@
-"""What a checkpoint is: a folder, one file, or files named one by one, as one frozen Checkpoint.
+"""A checkpoint as one frozen value: a folder, a single file, or files named one by one.
 
-From names, config.json and headers alone: no torch, no data. `folders` finds the files, `zoo` says
-what each is, here they must fit together.
+Found from names, config.json and headers alone: no torch, no data. `folder_layouts` finds the files,
+`recognize` says what each holds; this module checks that they fit together.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ from wancli.weights.single_files import (
 Location: TypeAlias = Path | SingleFiles
 
 LOGGED_SIZE = 2**30  # bytes; hashing more takes long enough to say so
-LOG = logging.getLogger("wancli")  # to stderr, where the command line does not turn it off
+LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it off
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Wan text-to-video model on disk: every part is there, its headers are sound, and they fit together.
+    """A Wan text-to-video model on disk. All its components exist, their headers are sound, and they fit
+    together.
 
-    `experts` is the transformer, or the high-noise and the low-noise one, of the same sizes.
+    `experts` is the one transformer, or the high-noise and the low-noise transformer, of the same sizes.
     """
 
     root: Path
@@ -58,7 +59,7 @@ class Checkpoint:
     source: Location
 
     def __hash__(self) -> int:
-        """Of equal ones the same; every header in it would be slow to hash for each shot of a sweep."""
+        """Hash the root only: the headers would be slow to hash for each shot of a sweep."""
         return hash(self.root)
 
     @property
@@ -69,16 +70,16 @@ class Checkpoint:
 
     @property
     def transformer_files(self) -> tuple[Path, ...]:
-        """Of two experts those of the low-noise one."""
+        """The files of the transformer; of two experts those of the low-noise one."""
         return self.experts[-1].files
 
     @property
     def high_noise_files(self) -> tuple[Path, ...]:
-        """Of the high-noise expert, where there are two."""
+        """The files of the high-noise expert, if there are two."""
         return self.experts[0].files if len(self.experts) > 1 else ()
 
     def expert(self, expert: Expert) -> Component:
-        """The transformer, or the `high`-noise or `low`-noise one of two."""
+        """Return the only transformer, or the `high`-noise or `low`-noise one of two."""
         return self.experts[0 if expert == "high" else -1]
 
     @property
@@ -91,11 +92,11 @@ class Checkpoint:
 
 
 def identify(source: Location) -> Checkpoint:
-    """The checkpoint in a folder, around a single file, or made of named files.
+    """Identify the checkpoint in a folder, around a single file, or of named files.
 
-    Reads names and headers only. Raises CheckpointError, naming the file, if a part or a shard is
-    missing or damaged, if config.json and tensors disagree, if parts do not fit together, or if it
-    is another kind of model.
+    Reads names and headers only. Raises CheckpointError, naming the file, if a component or a shard is
+    missing or damaged, if config.json and tensors disagree, if components do not fit together, or if it is
+    another kind of model.
     """
     if isinstance(source, SingleFiles):
         return _from_files(source, source)
@@ -108,23 +109,23 @@ def identify(source: Location) -> Checkpoint:
 
 
 def text_encoder_config(checkpoint: Checkpoint) -> T5Config:
-    """The sizes of UMT5, from its headers alone."""
+    """Return the sizes of UMT5, read from its headers."""
     assert isinstance(checkpoint.text_encoder.config, T5Config)
     return checkpoint.text_encoder.config
 
 
 def vae_config(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
-    """The sizes of the VAE, from its headers alone."""
+    """Return the sizes of the VAE, read from its headers."""
     assert isinstance(checkpoint.vae.config, VAEConfig | VAE22Config)
     return checkpoint.vae.config
 
 
 def fingerprint(paths: Sequence[Path], memo: Path) -> str:
-    """SHA-256 of the files' whole content, as hex: of one file its plain digest, of several the digest
-    of their digests in this order.
+    """Return the SHA-256, as hex, of the whole content of the files: of one file its plain digest, of several
+    the digest of their digests in this order.
 
-    Digests are remembered in the JSON file `memo` as long as a file keeps its path, size, inode and
-    times; a memo that is damaged or missing is made anew. Before a file beyond 1 GiB is read, it is logged.
+    The JSON file `memo` remembers digests for as long as a file keeps its path, size, inode and times. A
+    damaged or missing memo is written again. A warning is logged before a file above 1 GiB is read.
     """
     remembered = _read_memo(memo)
     identities = {_file_identity(path): path for path in paths}
@@ -132,7 +133,7 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     # A file that changed while it was read gets a new identity, and its digest no entry.
     fresh = {key: digest for key, digest in digests.items() if key == _file_identity(identities[key])}
     if not fresh.items() <= remembered.items():
-        with suppress(MachineError):  # the memo saves time, and is not worth failing for
+        with suppress(MachineError):  # the memo only saves time
             atomic.replace(memo, json.dumps(remembered | fresh, indent=1).encode())
     if len(paths) == 1:
         return next(iter(digests.values()))
@@ -198,7 +199,9 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
 
 
 def _component_for(path: Path | None, kind: Kind, first_file: Sequence[Component]) -> Component | None:
-    """The network in the file that was named for it, else the one in the whole checkpoint."""
+    """Return the component in the file named for it, else the one in a file that holds the whole
+    checkpoint.
+    """
     if path:
         return select(recognize_file(path), kind, path)
     return next((part for part in first_file if part.kind == kind), None)
@@ -212,7 +215,9 @@ def _assemble(
     vae: Component,
     source: Location | None = None,
 ) -> Checkpoint:
-    """The checkpoint, if its parts can be used and belong together. Raises CheckpointError."""
+    """Return the checkpoint. Raises CheckpointError if a component cannot be used or does not fit the
+    others.
+    """
     for part in (*(part for _, part in roles), text_encoder, vae):
         _require_usable(part)
     experts, variant = _resolve_experts(roles)
@@ -242,7 +247,9 @@ def _require_usable(part: Component) -> None:
 
 
 def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Component, ...], Variant]:
-    """The transformers with their final variant and expert. Two must be of one size, in their places."""
+    """Return the transformers with their final variant and expert. Two must have the same sizes and be in the
+    right roles.
+    """
     first = roles[0][1]
     if len(roles) == 1:
         if roles[0][0] == "transformer" and first.expert and first.variant in (T2V_A14B, TWO_EXPERTS):
@@ -253,7 +260,7 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
             )
         assert first.variant is not None
         return (first,), first.variant
-    found = []
+    experts = []
     of_14b = first.variant is T2V_A14B or first.variant is T2V_14B
     variant = T2V_A14B if of_14b else TWO_EXPERTS
     for role, part in roles:
@@ -270,8 +277,8 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
                 where=str(part.files[0]),
                 hint="the two experts of Wan 2.2 A14B have the same sizes",
             )
-        found.append(replace(part, name=variant.name, variant=variant, expert=expert))
-    return tuple(found), variant
+        experts.append(replace(part, name=variant.name, variant=variant, expert=expert))
+    return tuple(experts), variant
 
 
 def _read_memo(path: Path) -> dict[str, str]:
@@ -285,7 +292,7 @@ def _read_memo(path: Path) -> dict[str, str]:
 
 
 def _file_identity(path: Path) -> str:
-    """Changes whenever the file behind the path may have changed."""
+    """Return a text that changes whenever the file behind the path may have changed."""
     real = path.resolve()
     stat = real.stat()
     return f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"

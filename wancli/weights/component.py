@@ -1,7 +1,7 @@
-"""A Part: one network in one file, or in all its shards, as headers tell; and what its tensors are called.
+"""A Component: one network in one file, or in all its shards, as its headers describe it.
 
-A Part is data, found by `wancli.weights.recognize`. Loading asks it for names: `own_name` takes the name
-in the file to that of the network (official; for the text encoder that of transformers).
+A Component is data, made by `wancli.weights.recognize`. When it is loaded, `map_key` turns a name in the file
+into the network's own (official; for the text encoder that of transformers).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RENAME: dict[tuple[Kind, Naming], Callable[[str], str]] = {
     ("text encoder", "official"): umt5_to_transformers,
     ("text encoder", "gguf"): umt5_from_gguf,
 }
-# Parts of a name -> the class of tensor that its precision is told for; the first that is in it.
+# Pattern of a name -> the class of tensor whose precision is reported; the first match counts.
 _GROUPS: dict[Kind, dict[str, str]] = {
     "transformer": {
         r"blocks\.\d+\.(self_attn|cross_attn)\.(q|k|v|o|k_img|v_img)\.weight|blocks\.\d+\.ffn\.\d\.weight": (
@@ -57,11 +57,12 @@ _A14B_WORD = re.compile(r"(?i)(?<![a-z])(high|low)(?![a-z])")
 
 @dataclass(frozen=True)
 class Component:
-    """One network. `refusal` says why wancli cannot use it, `hint` what to use instead; else both are empty.
+    """One network. If wancli cannot use it, `refusal` says why and `hint` what to use instead; else both are
+    empty.
 
-    `config` is None where sizes are not enough to build the network. `gaps` are tensors that some
-    block lacks and the others have, `misfits` all that is not as a network of these sizes has it (of a VAE,
-    that shows when it is built).
+    `config` is None if the sizes are not enough to build the network. `missing` are tensors that some block
+    lacks and other blocks have. `mismatches` are all differences from a network of these sizes; for a VAE
+    they show when it is built.
     """
 
     kind: Kind
@@ -86,11 +87,13 @@ class Component:
     hint: str = ""
 
     def precision_of(self, group: str) -> Precision:
-        """How a class of tensors is stored; a class that the part does not have is empty."""
-        return next((found for found in self.precision if found.group == group), Precision(group, ()))
+        """Return how a class of tensors is stored; an empty Precision if the component has no such class."""
+        return next((entry for entry in self.precision if entry.group == group), Precision(group, ()))
 
     def map_key(self, name: str) -> str | None:
-        """The network's name for a tensor of the file; None for what belongs to another network there."""
+        """Return the network's name for a tensor of the file, or None if it belongs to another network
+        there.
+        """
         if not name.startswith(self.prefix) or name.endswith("spiece_model"):
             return None
         if not self.prefix and name.startswith(OTHER_NETWORKS):
@@ -98,24 +101,24 @@ class Component:
         return self.rename_key(name.removeprefix(self.prefix))
 
     def rename_key(self, name: str) -> str:
-        """The network's name for a tensor, its prefix taken off."""
+        """Return the network's name for a tensor whose prefix is taken off."""
         if self.naming == "diffusers" and isinstance(self.config, VAE22Config):
             return vae22_from_diffusers(name)
         return get_renaming(self.kind, self.naming)(name)
 
 
 def get_renaming(kind: Kind, naming: Naming) -> Callable[[str], str]:
-    """From the names of a layout to the network's own."""
+    """Return the function from the names of a layout to the network's own."""
     return _RENAME.get((kind, naming), str)
 
 
 def tensor_groups(kind: Kind) -> tuple[str, ...]:
-    """The classes of tensors of a kind of network, in the order to show them."""
+    """Return the classes of tensors of a kind of network, in the order in which to show them."""
     return tuple(_GROUPS.get(kind, {}).values())
 
 
 def classify_tensor(kind: Kind, name: str) -> str:
-    """The class of a tensor, by its own name, that `Part.precision` counts it in."""
+    """Return the class in which `Component.precision` counts a tensor, given its own name."""
     if is_helper(name):
         return "scales, markers"
     patterns = _GROUPS.get(kind, {r".*": "tensors"})
@@ -123,33 +126,35 @@ def classify_tensor(kind: Kind, name: str) -> str:
 
 
 def expert_from_name(path: Path) -> Expert | None:
-    """Which expert of Wan 2.2 A14B a file says it is, by its name, else by its folder's.
+    """Return which expert of Wan 2.2 A14B the name of a file, or else of its folder, says that it is.
 
-    The words are those of ComfyUI (high_noise), kijai (HIGH) and QuantStack (HighNoise); a plain
-    `high` counts in a name with A14B.
+    The words are those of ComfyUI (high_noise), kijai (HIGH) and QuantStack (HighNoise); a plain `high`
+    counts only in a name with A14B.
     """
     for name in (path.name, path.parent.name):
-        found = _TWO_FILES.search(name) or _ONE_WORD.search(name)
-        if not found and "a14b" in name.lower():
-            found = _A14B_WORD.search(name)
-        if found:
-            return "high" if found[1].lower() == "high" else "low"
+        match = _TWO_FILES.search(name) or _ONE_WORD.search(name)
+        if not match and "a14b" in name.lower():
+            match = _A14B_WORD.search(name)
+        if match:
+            return "high" if match[1].lower() == "high" else "low"
     return None
 
 
 def find_missing(names: Mapping[str, object]) -> tuple[str, ...]:
-    """Names that a block lacks though another block has them, and whole blocks that are absent."""
+    """Return the names that a block lacks though another block has them, and whole blocks that are
+    missing.
+    """
     pattern = re.compile(r"(?P<head>(?:encoder\.)?blocks?\.)(?P<number>\d+)\.(?P<rest>.+)")
     blocks: dict[tuple[str, int], set[str]] = {}
     for name in names:
         if match := pattern.fullmatch(name):
             blocks.setdefault((match["head"], int(match["number"])), set()).add(match["rest"])
-    found = []
+    missing = []
     for head in sorted({head for head, _ in blocks}):
         numbers = [number for h, number in blocks if h == head]
         every = set().union(*(rests for (h, _), rests in blocks.items() if h == head))
         for number in range(max(numbers) + 1):
             present = blocks.get((head, number), set())
-            found += [f"{head}{number}.*"] if not present else []
-            found += [f"{head}{number}.{rest}" for rest in sorted(every - present)] if present else []
-    return tuple(found)
+            missing += [f"{head}{number}.*"] if not present else []
+            missing += [f"{head}{number}.{rest}" for rest in sorted(every - present)] if present else []
+    return tuple(missing)

@@ -1,10 +1,10 @@
 """Weights that stay in their files and are read each time they are needed.
 
-Reading is `pread`, not a mapping, though a mapping is twice as fast where the pages are cached (10 GB/s to 5;
-from disk both give what it gives, 1 to 2 GB/s; measured on two cores of an AMD EPYC): a file that fails
-under a mapping kills the process with SIGBUS, where pread raises, and mapped pages count as this process's
-memory. For a CPU it is done in pieces, which stay in the processor's cache until they are unpacked. What was
-read stays in the kernel's cache while there is room, so a checkpoint that fits beside the rest is read from
+Reading is `pread`, not a mapping, although a mapping is twice as fast if the pages are cached (10 GB/s to 5;
+from disk both reach the 1 to 2 GB/s of the disk; measured on two cores of an AMD EPYC). A file that fails
+under a mapping kills the process with SIGBUS, whereas pread raises, and mapped pages count as memory of this
+process. For a CPU a weight is read in chunks, which stay in the processor's cache until they are unpacked.
+The kernel keeps what was read while there is room, so a checkpoint that fits into free memory is read from
 disk once.
 """
 
@@ -26,17 +26,17 @@ from wancli.errors import CheckpointError
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
-READ_CHUNK = 2**20  # bytes read at a time for a CPU, in whose cache they stay until they are unpacked
+READ_CHUNK = 2**20  # bytes read at a time for a CPU
 
 
 def unpack_to_device(weight: Packed, dtype: torch.dtype, *, out: Tensor) -> Tensor:
-    """Unpacks on the device of `out`. Nothing waits for the copy there if `data` is pinned."""
+    """Unpack on the device of `out`. If `data` is pinned, the program does not wait for the copy."""
     data = weight.data.to(out.device, non_blocking=True)
     return replace(weight, data=data).unpack(dtype, out=out)
 
 
 class FileOffset(NamedTuple):
-    """Where a tensor's bytes lie."""
+    """The position of a tensor's bytes in a file."""
 
     path: str
     start: int
@@ -51,7 +51,7 @@ class OnDisk:
         self._file, self._start, self._scratch = file, start, scratch
 
     def unpack(self, dtype: torch.dtype, *, out: Tensor) -> Tensor:
-        """Reads the weight into `out`. Not for two threads at a time: all weights share one scratch."""
+        """Read the weight into `out`. Not for two threads at a time: all weights share one buffer."""
         meta = self._meta.data
         if meta.dtype == dtype and out.device.type == "cpu":
             self._read(out, self._start)
@@ -69,7 +69,7 @@ class OnDisk:
         return out
 
     def read_rows(self, ids: Sequence[int]) -> Packed:
-        """The weight of these rows alone, the only ones that are read."""
+        """Read only the given rows of the weight."""
         meta = self._meta.data
         size = meta.nbytes // self.shape[0]
         data = torch.empty(len(ids), size, dtype=torch.uint8)
@@ -95,25 +95,25 @@ class OnDisk:
 
 
 def keep_on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> dict[str, OnDisk]:
-    """The same weights, left in the files that their data is mapped from; no mapping is kept.
+    """Return the same weights, left in the files that their data is mapped from. No mapping is kept.
 
-    They will be unpacked to `device`. Raises ValueError for data that is mapped from no file.
+    They will be unpacked to `device`. Raises ValueError for data that is not mapped from a file.
     """
     ranges, files = Mappings.read_current(), dict[str, _File]()
     scratch = _Scratch(pinned=torch.device(device).type == "cuda")
-    found = {}
+    weights = {}
     for name, weight in source.items():
         offset = ranges.locate(weight.data)
         if offset is None:
             raise ValueError(f"{name} is not mapped from a file in one piece")
         if offset.path not in files:
             files[offset.path] = _File(offset.path)
-        found[name] = OnDisk(name, weight, files[offset.path], offset.start, scratch)
-    return found
+        weights[name] = OnDisk(name, weight, files[offset.path], offset.start, scratch)
+    return weights
 
 
 class _Scratch:
-    """Memory for the bytes of one weight, as large as the largest that was ever read into it."""
+    """A buffer for the bytes of one weight, as large as the largest weight read so far."""
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
@@ -126,7 +126,7 @@ class _Scratch:
 
 
 class _File:
-    """An open file, closed with the last weight in it."""
+    """An open file, closed together with the last weight in it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -138,8 +138,9 @@ class _File:
 
 
 class Mappings:
-    """The files mapped into this process. The kernel knows the place of every mapped tensor, so that no
-    reader of a format has to."""
+    """The files that are mapped into this process. The kernel knows the file offset of every mapped tensor,
+    so no reader of a format has to.
+    """
 
     def __init__(self, ranges: Sequence[tuple[int, int, FileOffset]]) -> None:
         self._ranges = ranges
@@ -164,9 +165,9 @@ class Mappings:
         return None
 
     def release_pages(self, tensor: Tensor) -> None:
-        """Gives back the memory that a mapped tensor takes; its pages are read anew when they are touched.
+        """Give back the memory of a mapped tensor. Its pages are read again when they are touched.
 
-        Nothing is done for a tensor that is mapped from no file.
+        Does nothing for a tensor that is not mapped from a file.
         """
         if self.locate(tensor):
             start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE

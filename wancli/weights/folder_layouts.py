@@ -1,4 +1,4 @@
-"""Which file of a folder is which part of a checkpoint; names and small JSON files only.
+"""Finds which file of a folder is which component of a checkpoint, from names and small JSON files only.
 
 Official                                        diffusers
   diffusion_pytorch_model*.safetensors            model_index.json
@@ -51,7 +51,9 @@ TRANSFORMERS, ENCODERS, VAES = (
 
 @dataclass
 class Layout:
-    """What was found where. `missing` names the file that was not, from `root`."""
+    """The files found in a folder, by role. `missing` names the files that were not found, relative to
+    `root`.
+    """
 
     name: Literal["official", "diffusers", "single files"]
     root: Path
@@ -60,16 +62,18 @@ class Layout:
     missing: dict[Role, str] = field(default_factory=dict)
     pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
 
-    def add(self, role: Role, found: tuple[Path, ...] | None, name: str) -> None:
-        """The files of a part, or the name of what is not there."""
-        if found is None:
+    def add(self, role: Role, files: tuple[Path, ...] | None, name: str) -> None:
+        """Add the files of a component, or the name of the missing file."""
+        if files is None:
             self.missing[role] = name
         else:
-            self.files[role] = found
+            self.files[role] = files
 
 
 def detect_layout(root: Path) -> Layout:
-    """The layout of a folder. Raises CheckpointError if it is no folder, or an index in it is damaged."""
+    """Return the layout of a folder. Raises CheckpointError if it is not a folder, or an index in it is
+    damaged.
+    """
     if not root.is_dir():
         raise CheckpointError(
             "no such folder", where=str(root), hint="give the folder that holds the weights"
@@ -82,22 +86,25 @@ def detect_layout(root: Path) -> Layout:
 
 
 def list_weight_files(root: Path) -> tuple[Path, ...]:
-    """The files of weights in a folder and in the folders that ComfyUI keeps below it, one of each set
-    of shards."""
+    """List the weight files in a folder and in the folders that ComfyUI keeps below it; one file of each set
+    of shards.
+    """
     below = (*TRANSFORMERS, *ENCODERS, *VAES, "loras")
     folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
-    found = [
+    paths = [
         path
         for folder in folders
         if folder.is_dir()
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
-    return tuple(path for path in found if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
+    return tuple(path for path in paths if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
 
 
 def models_root(path: Path) -> Path:
-    """The folder that holds the other parts of a single file: above diffusion_models/, else its own."""
+    """Return the folder that holds the other components of a single file: above diffusion_models/, else its
+    own.
+    """
     for folder in list(path.parents)[:3]:
         if folder.name in TRANSFORMERS:
             return folder.parent
@@ -105,24 +112,28 @@ def models_root(path: Path) -> Path:
 
 
 def find_tokenizer(root: Path) -> Path | None:
-    """UMT5's SentencePiece model beside single files."""
+    """Return UMT5's SentencePiece model beside single files, if there is one."""
     names = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def network_files(path: Path) -> tuple[Path, ...]:
-    """The one file of a folder that holds one network, or its shards; of a file, itself or its set."""
+    """Return the files of one network: the file or shards of a folder that holds one network; for a file,
+    itself or its set of shards.
+    """
     if not path.is_dir():
         return expand_shards(path)
     for stem in (DIT, "model"):
-        if found := find_safetensors(path, stem):
-            return found
+        if files := find_safetensors(path, stem):
+            return files
     raise CheckpointError(f"{DIT}.safetensors is missing", where=str(path), hint=DOWNLOAD_AGAIN)
 
 
 def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
-    """One file, or the shards that its index lists, each holding the tensors the index puts there; None
-    if there is neither. Raises CheckpointError for a damaged index or shard."""
+    """Return one file, or the shards that its index lists; None if there is neither.
+
+    Raises CheckpointError for a damaged index or shard, and for a shard that lacks a tensor of the index.
+    """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return (single,)
@@ -142,7 +153,7 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
 
 
 def load_json(path: Path) -> dict[str, object]:
-    """A JSON object. Raises CheckpointError."""
+    """Load a JSON object. Raises CheckpointError."""
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""Matrices that multiply in fp8, twice as fast as bf16 on GPUs that can.
+"""Matrices that multiply in fp8, twice as fast as bf16 on GPUs that support it.
 
 Letters: R rows of an input (batch and tokens), I inputs, O outputs.
 
-Both factors are e4m3 with a scale per row, the weight's made once and the input's as it comes. Products are
-summed in fp32 or, on Hopper, in its shorter sums, and rounded once to bf16.
+Both factors are e4m3 with a scale per row. The scale of the weight is computed once, that of the input on
+each forward. Products are summed in fp32 or, on Hopper, in its shorter sums, and rounded once to bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SLICE_ELEMENTS = 2**25  # elements of an input that are in fp32 at a time
 
 
 class Fp8Linear(nn.Module):
-    """A Linear whose weight is e4m3 in memory and in the product. Takes any float, gives bf16."""
+    """A Linear whose weight is e4m3 in memory and in the product. Takes any float, returns bf16."""
 
     dtype = torch.bfloat16
 
@@ -55,7 +55,7 @@ class Fp8Linear(nn.Module):
 
 
 def quantize_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 and the fp32 scale of each row [R, 1], its largest |x| / 448."""
+    """Return e4m3 and the fp32 scale of each row [R, 1]: its largest |x| / 448."""
     scale_R1 = torch.linalg.vector_norm(x_RI, float("inf"), dim=1, keepdim=True).float()
     scale_R1 = (scale_R1 / FP8_MAX).clamp_(min=TINIEST_SCALE)
     x8_RI = torch.empty_like(x_RI, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
@@ -69,10 +69,10 @@ def quantize_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
 def replace_with_fp8(
     blocks: nn.ModuleList, prefix: str, source: Mapping[str, Packed], device: torch.device | str
 ) -> None:
-    """Puts an Fp8Linear in the place of each matrix of the blocks, which are on the meta device.
+    """Replace each matrix of the blocks, which are on the meta device, with an Fp8Linear.
 
-    Weights stored as e4m3 with one scale, or one per row, are taken as they are, all others made so. Raises
-    CheckpointError for NaN and infinities.
+    Weights stored as e4m3 with one scale, or one per row, are used as they are; all others are converted.
+    Raises CheckpointError for NaN and infinities.
     """
     for i in range(len(blocks)):
         for part, layer in find_matrices(blocks[i]).items():
@@ -92,13 +92,13 @@ def _has_row_scales(weight: Packed) -> bool:
 
 
 def check_fp8_matmul(device: str, widths: tuple[int, ...]) -> None:
-    """Raises MachineError where matrices of these widths do not multiply in fp8."""
+    """Raise MachineError if matrices of these widths cannot multiply in fp8 on the device."""
     where, hint = "memory.fp8_matmul", "Leave it out; memory.dtype: fp8 alone saves the same memory."
     if device != "cuda":
         raise MachineError("only CUDA devices multiply in fp8", where=where, hint=hint)
-    found, needed = torch.cuda.get_device_capability(), CAPABILITY
-    if found < needed:
-        card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
+    capability, needed = torch.cuda.get_device_capability(), CAPABILITY
+    if capability < needed:
+        card = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
         raise MachineError(f"{card}, fp8 products need {needed[0]}.{needed[1]}", where=where, hint=hint)
     if unaligned := [width for width in widths if width % WIDTH_MULTIPLE]:
         message = f"the model is {unaligned[0]} wide, fp8 products take multiples of {WIDTH_MULTIPLE}"

@@ -1,6 +1,6 @@
-"""What a file or folder of weights is: `wancli inspect`, as plain data, from headers alone.
+"""Describes a file or folder of weights as plain data, from headers alone: `wancli inspect`.
 
-Nothing is hashed and no data is read unless `deep` asks for it; only then is torch loaded.
+Only `deep` hashes files and reads data; only then is torch loaded.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SLICE = 2**24  # values looked at in one go: 64 MiB of fp32
 
 
 def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
-    """What is at `path`. Raises JobError for what is no weights, CheckpointError for what is damaged.
+    """Describe the weights at `path`. Raises JobError if there are none, CheckpointError if they are damaged.
 
-    `problem` is why a render could not use it as it is, `missing` what a folder lacks. With `deep`,
-    `sha256` and `not_finite` per file.
+    `problem` says why a render could not use them as they are, `missing` names the files that a folder lacks.
+    With `deep`, each file gets its `sha256` and `not_finite`.
     """
     path = path.expanduser()
     if not path.exists():
@@ -61,7 +61,7 @@ def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
 
 
 def is_damaged(document: dict[str, Any]) -> bool:
-    """Whether a deep look found values that no weight can have."""
+    """Return whether a deep inspection found values that no weight can have."""
     return any(file["not_finite"] for file in document.get("deep", ()))
 
 
@@ -95,21 +95,21 @@ UNKNOWN = "unknown"
 def _unknown_component(file: Path) -> Component:
     from wancli.weights.formats.tensor_index import read_index
 
-    found = read_index(network_files(file))
-    names = ", ".join(list(found.tensors)[:3]) or "nothing"
+    index = read_index(network_files(file))
+    names = ", ".join(list(index.tensors)[:3]) or "nothing"
     return Component(
         "other",
         UNKNOWN,
-        found.files,
-        found.container,
-        tensors=len(found.tensors),
+        index.files,
+        index.container,
+        tensors=len(index.tensors),
         refusal="no network of Wan that wancli knows",
         hint=f"It begins with {names}.",
     )
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
-    """The variant and its defaults, or why there is no checkpoint to render with."""
+    """Describe the variant and its defaults, or say why no checkpoint can be rendered with."""
     try:
         checkpoint = identify(path.resolve())
     except CheckpointError as error:
@@ -119,7 +119,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _describe_component(part: Component) -> dict[str, Any]:
-    """A part as JSON data, with its bytes on disk and how its parameters compare with the network's."""
+    """Describe a component, with its bytes on disk and the number of parameters of its network."""
     document = asdict(part)
     for key in ("variant", "config"):
         del document[key]
@@ -136,7 +136,7 @@ def _describe_component(part: Component) -> dict[str, Any]:
 
 
 def _count_parameters(part: Component) -> int | None:
-    """How many parameters a network of these sizes has, where there is a formula."""
+    """Count the parameters of a network of these sizes, if there is a formula."""
     if isinstance(part.config, WanConfig):
         return parameter_count.wan_parameters(part.config)
     if isinstance(part.config, T5Config):
@@ -145,8 +145,9 @@ def _count_parameters(part: Component) -> int | None:
 
 
 def _scan_file(path: Path) -> dict[str, Any]:
-    """The SHA-256 of a file, and the tensors in it that hold NaN or Inf; None for GGUF, whose blocks are
-    only hashed."""
+    """Hash a file and list the tensors in it that hold NaN or Inf. GGUF blocks are only hashed: the list is
+    None.
+    """
     from wancli.storage import atomic
 
     bad = None if detect_container(path) == "gguf" else list(_list_nonfinite([path]))[:NOT_FINITE_LISTED]

@@ -1,8 +1,8 @@
-"""Named tensors -> networks, ready to run.
+"""Loads named tensors into networks, ready to run.
 
-A network is built on the meta device, where tensors have a shape and no storage, and then takes
-over the tensors read: mapped from the file where the dtype fits, converted one at a time where not,
-and then the pages of the file are given back. So weights are never in memory twice.
+A network is built on the meta device, where tensors have a shape and no storage, and then takes over the
+tensors of its files: mapped if the dtype fits, else converted one at a time, after which the pages of the
+file are released. So weights are never in memory twice.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ def load_into(
     where: str,
     keep_on_meta: Collection[str] = (),
 ) -> None:
-    """Gives a module built on the meta device its tensors, in `dtype` but for those kept in fp32.
+    """Give a module built on the meta device its tensors: fp32 where `keep_fp32`, called with the module's
+    own name, says so, else `dtype`.
 
-    Those to `leave` are asked for like all others, and stay on the meta device in the dtype they would get.
+    Tensors named in `keep_on_meta` must exist like all others, but stay on the meta device in the dtype that
+    they would get. `rename` maps a name in the file to the module's own.
 
-    Strict: a missing, unexpected or mis-shaped tensor raises CheckpointError, with the list, before
-    any tensor is converted or assigned. `rename` maps a name in the file to the module's own,
-    `keep_fp32` is asked with the latter.
+    Strict: raises CheckpointError with the list of missing, unexpected and mis-shaped tensors before any
+    tensor is converted or assigned.
     """
     expected = module.state_dict()
     entries = {rename(name): tensor for name, tensor in tensors}
@@ -89,10 +90,10 @@ def _shapes(tensors: Mapping[str, Tensor | Packed]) -> dict[str, tuple[int, ...]
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for what loading the transformers and the VAE would: scales that are missing
-    or no positive numbers, and tensors of the VAE that are not its own. Reads headers and scales only.
+    """Raise CheckpointError for what would fail when the transformers and the VAE are loaded: scales that are
+    missing or not positive, and tensors that do not fit the VAE. Reads headers and scales only.
 
-    Names and shapes of the transformers are those that `identify` has checked.
+    `identify` has already checked names and shapes of the transformers.
     """
     for part in checkpoint.experts:
         _read_weights(part)
@@ -175,8 +176,9 @@ def _load_block(
     dtype: torch.dtype,
     index: int,
 ) -> dict[str, Tensor]:
-    """The tensors of one block: as they are mapped where the dtype fits, else read and converted, so that
-    the pages of a mapping do not count beside them."""
+    """Return the tensors of one block: mapped if the dtype fits, else read and converted, so that the pages
+    of a mapping do not take memory as well.
+    """
     tensors = {}
     for part, meta in blocks[index].state_dict().items():
         name, target = f"blocks.{index}.{part}", torch.float32 if _stays_fp32(part) else dtype
@@ -189,7 +191,7 @@ def _load_block(
 
 
 def _to_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[str, Packed]:
-    """Raises CheckpointError for NaN and Inf."""
+    """Convert plain matrices to e4m3 on the device. Raises CheckpointError for NaN and Inf."""
     converted, mappings = {}, Mappings.read_current()
     for name, weight in matrices.items():
         quantized = pack_fp8(weight.unpack(torch.float32), name) if weight.scheme == "plain" else weight
@@ -200,7 +202,7 @@ def _to_fp8(matrices: Mapping[str, Packed], device: torch.device | str) -> dict[
 
 
 def read_transformer_weights(checkpoint: Checkpoint, expert: Expert = "only") -> dict[str, Packed]:
-    """A checkpoint's transformer as its files hold it, by official name."""
+    """Return the weights of a transformer as its files store them, by official name."""
     return _read_weights(checkpoint.expert(expert))
 
 
@@ -211,7 +213,7 @@ def _read_weights(part: Component) -> dict[str, Packed]:
 def iterate_transformer_tensors(
     checkpoint: Checkpoint, wanted: Collection[str], expert: Expert = "only"
 ) -> Iterator[tuple[str, Tensor]]:
-    """Some tensors of a checkpoint's transformer by official name, unpacked where they are not plain."""
+    """Yield some tensors of a transformer by official name. Quantized ones are unpacked."""
     for name, weight in read_transformer_weights(checkpoint, expert).items():
         if name in wanted:
             yield (
@@ -228,10 +230,10 @@ def load_umt5(
     residency: Residency = "resident",
     prefix: str = "",
 ) -> UMT5EncoderModel:
-    """The text encoder, ready for `t5.rows`; `rename` maps the files' names, `prefix` taken off, to those
-    of transformers.
+    """Load the text encoder, ready for `t5.encode`.
 
-    Streamed, the rows of its embedding are read from disk too, those of a prompt's tokens.
+    `rename` maps the names in the files, without `prefix`, to those of transformers. With residency
+    `streamed`, the rows of the embedding that a prompt needs are read from disk as well.
     """
     where = str(files[0])
     weights = read_packed(files, rename=rename, prefixes=(prefix,) if prefix else ())
@@ -261,7 +263,7 @@ def load_umt5(
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
-    """The VAE of a checkpoint, in fp32 as the official code runs it."""
+    """Load the VAE of a checkpoint, in fp32 as the official code runs it."""
     where = str(checkpoint.vae_files[0])
     weights = _read_weights(checkpoint.vae)
     vae = _build_vae(checkpoint)

@@ -1,12 +1,12 @@
-"""Where the weights of a network's blocks live, which the network does not know.
+"""Offloading: where the weights of the blocks live. The network does not know.
 
-    resident   every weight on the device, as it computes
+    resident   every weight on the device, in the dtype that it computes in
     packed     packed weights in memory (`Packed`), unpacked block by block
     streamed   packed weights on disk (`OnDisk`), read and unpacked block by block
 
-A network that loops over a `Streamed` list finds every block whole while it is that block's turn. Memory
-is needed for the matrices of two blocks, whatever the depth: one runs, the next is fetched. What is
-small stays where it is: norms, modulation, biases, and everything outside the blocks.
+A network that loops over `OffloadedBlocks` finds the matrices of each block bound while that block runs. Only
+the matrices of two blocks are in memory, whatever the depth: one block runs while the next is fetched. Small
+tensors stay on the device: norms, modulation, biases, and everything outside the blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wancli.weights.formats.packed import Packed
 
 
 class Weight(Protocol):
-    """What a block needs of a weight; `Packed`, `Pinned` and `OnDisk` are such."""
+    """The interface that a block needs of a weight: `Packed`, `PinnedWeight` and `OnDisk` have it."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -42,9 +42,9 @@ AfterUnpack = Callable[[str, Tensor], None]  # changes the unpacked weight of th
 def place_weights(
     source: Mapping[str, Packed], residency: Residency, device: torch.device | str
 ) -> WeightSource:
-    """A source whose weights, mapped from their files, are where the residency keeps them.
+    """Return a source whose weights, mapped from their files, are where the residency keeps them.
 
-    For a GPU packed weights are copied to pinned memory; for a CPU they stay mapped, and the kernel keeps
+    For a GPU, packed weights are copied to pinned memory. For a CPU they stay mapped, and the kernel keeps
     their pages as long as it can.
     """
     if residency == "streamed":
@@ -55,7 +55,7 @@ def place_weights(
 
 
 class PinnedWeight:
-    """A packed weight in memory that a GPU copies from while the program goes on."""
+    """A packed weight in memory that a GPU copies while the program runs on."""
 
     def __init__(self, weight: Packed) -> None:
         self.shape = weight.shape
@@ -66,24 +66,26 @@ class PinnedWeight:
 
 
 def find_matrices(block: nn.Module) -> dict[str, nn.Linear]:
-    """The Linear layers of a block by the names of their weights, which are 98 % of its bytes."""
+    """Return the Linear layers of a block by the names of their weights, which are 98 % of its bytes."""
     layers = ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
     return {f"{name}.weight": layer for name, layer in layers}
 
 
 def matrix_names(blocks: nn.ModuleList, prefix: str) -> list[str]:
-    """What a source for these blocks must hold: the canonical names of all their matrices."""
+    """Return the names that a source for these blocks must hold: those of all their matrices."""
     return [f"{prefix}.{i}.{name}" for i in range(len(blocks)) for name in find_matrices(blocks[i])]
 
 
 class OffloadedBlocks(Blocks):
     """Blocks of one shape whose matrices are bound only while the loop is at them.
 
-    The blocks come with their matrices on the meta device, in the dtype that each computes in, and there
-    they are again after their turn. A thread fetches the next block while one runs; it ends with the loop,
-    however that ends. One loop at a time and no gradients, whose backward pass would find other weights
-    in the buffers: both raise RuntimeError. What the source raises comes out of the loop, with a note that
-    names the weight. Raises ValueError for a source whose shapes are not those of the blocks.
+    The matrices of the given blocks are on the meta device, in the dtype that each computes in, and return
+    there after their turn. A thread fetches the next block while one runs; it ends with the loop, however the
+    loop ends.
+
+    Raises RuntimeError for a second loop at the same time, and for a loop with gradients, whose backward pass
+    would find other weights in the buffers. An error of the source is raised by the loop, with a note that
+    names the weight. Raises ValueError if the shapes of the source are not those of the blocks.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class OffloadedBlocks(Blocks):
         like = {part: layer.weight for part, layer in self._layers[0].items()}
         self._stages = [_BlockBuffers(like, device, side) for _ in range(2)]
 
-    __repr__ = nn.Module.__repr__  # a list's own would run the loop
+    __repr__ = nn.Module.__repr__  # the repr of a list would run the loop
 
     def __iter__(self) -> Iterator[nn.Module]:
         return self.iterate_from(0)
@@ -151,9 +153,9 @@ class OffloadedBlocks(Blocks):
 class _BlockBuffers:
     """Memory for the matrices of one block.
 
-    On a CPU the loop itself keeps writer and reader apart. CUDA runs behind the program, so there the writer
-    has a stream of its own: it waits until the kernels that read the last block have ended, and the
-    kernels of this block wait until it is written.
+    On a CPU the loop keeps writer and reader apart. CUDA runs asynchronously, so there the writer has a
+    stream of its own: it waits until the kernels that read the last block have ended, and the kernels of this
+    block wait until the writer is done.
     """
 
     def __init__(
@@ -210,7 +212,7 @@ def _bind_weights(layers: Mapping[str, nn.Linear], weights: Mapping[str, nn.Para
 
 
 class DiskEmbedding(nn.Module):
-    """An embedding whose table is not in memory: the rows asked for are read each time."""
+    """An embedding whose table is not in memory: the rows of each call are read from disk."""
 
     def __init__(
         self, rows: Callable[[Sequence[int]], Packed], dtype: torch.dtype, device: torch.device | str
@@ -228,18 +230,18 @@ LoadBlock = Callable[[int], Mapping[str, Tensor]]  # a block's tensors, by their
 
 
 class LazyBlocks(Blocks):
-    """Blocks on the meta device that get their tensors when a loop comes to them, or an index names them.
+    """Blocks on the meta device that load their tensors when a loop reaches them, or an index selects them.
 
-    From then on they are as if they had been loaded at once, in the mode, inference or not, of that loop. Who
-    walks over the parameters of a network must have walked over its blocks before: those that nothing asked
-    for yet are still on the meta device.
+    From then on they are as if loaded at once, in the inference mode, or not, of that loop. Loop over the
+    blocks before you iterate over the parameters of the network: blocks that have not run are still on the
+    meta device.
     """
 
     def __init__(self, blocks: nn.ModuleList, take: LoadBlock) -> None:
         super().__init__(list(blocks))
         self._missing, self._take = set(range(len(blocks))), take
 
-    __repr__ = nn.Module.__repr__  # a list's own would load them all
+    __repr__ = nn.Module.__repr__  # the repr of a list would load all blocks
 
     def __iter__(self) -> Iterator[nn.Module]:
         return self.iterate_from(0)

@@ -1,8 +1,8 @@
-"""Recognises what a file of weights is: kind, family, variant, naming, prefix, precision, scheme.
+"""Recognizes what a weight file holds: kind, family, variant, naming, prefix, precision, scheme.
 
-By its tensors alone: a kind is told by two names that only it has, after any prefix. Only which
-expert of Wan 2.2 A14B a transformer is must be told by the file's name, for their shapes are the
-same. What is known and cannot be rendered comes back as a Part with a refusal, by name.
+Uses the tensors alone: a kind is identified by two names that only it has, after any prefix. Only the expert
+of Wan 2.2 A14B is taken from the file name, because the shapes of both experts are the same. A network that
+wancli knows and cannot render becomes a Component with a refusal.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ OTHER_FILES = {
     r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder, which only image-to-video reads",
     r"decoder\.1\.weight": "TAE, a tiny autoencoder for previews",
 }
-LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide where the Wan 2.1 VAE has 384
+LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide; the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
 LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
@@ -81,20 +81,20 @@ Tensors = dict[str, TensorInfo]
 def recognize(
     contents: TensorIndex, config_json: Mapping[str, object] | None = None
 ) -> tuple[Component, ...]:
-    """The networks in a file or in its shards; several in a whole checkpoint, none in a stranger's.
+    """Return the networks in a file or in its shards: several in a whole checkpoint, none in an unknown file.
 
-    `said` is the transformer's config.json in official names. Raises CheckpointError where sizes
-    cannot be read off the tensors or config.json disagrees with them.
+    `config_json` is that of the transformer, in official names. Raises CheckpointError if the tensors do not
+    tell the sizes or config.json disagrees with them.
     """
     if is_lora(contents.tensors):
         return (_recognize_lora(contents),)
-    found = tuple(
+    networks = tuple(
         _recognize_network(contents, kind, naming, prefix, config_json or {})
         for kind, naming, first, second in SIGNATURES
         for prefix in _prefixes(contents.tensors, first, second)
     )
-    if found:
-        return found
+    if networks:
+        return networks
     for pattern, what in OTHER_FILES.items():
         if any(re.fullmatch(pattern, name) for name in contents.tensors):
             return (_unsupported_component(contents, what),)
@@ -104,7 +104,7 @@ def recognize(
 
 
 def _prefixes(tensors: Mapping[str, object], first: str, second: str) -> list[str]:
-    """What comes before both names: nothing, or whole components."""
+    """Return the prefixes before both names: nothing, or whole components."""
     starts = {
         name[: name.index(first)]
         for name in tensors
@@ -184,7 +184,9 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
 
 
 def choose_variant(sizes: Mapping[str, int], expert: Expert | None) -> Variant:
-    """The row of a T2V or TI2V transformer. A name that speaks of an expert makes it one of two."""
+    """Return the variant of a T2V or TI2V transformer. If its name says which expert it is, it is one of
+    two.
+    """
     if sizes["dim"] == MINI_DIM:
         return MINI
     key = (sizes["dim"], sizes["ffn_dim"], sizes["num_layers"], sizes["in_dim"])
@@ -197,7 +199,7 @@ def choose_variant(sizes: Mapping[str, int], expert: Expert | None) -> Variant:
 
 
 def _split_patch_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Undoes stable-diffusion.cpp's merging of the first two of the patch embedding's five axes."""
+    """Split the first of four axes of stable-diffusion.cpp's patch embedding into the two that it merged."""
     patch, bias = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", ())
     if len(patch) == 4 and len(bias) == 1 and bias[0] and patch[0] % bias[0] == 0:
         shapes["patch_embedding.weight"] = (bias[0], patch[0] // bias[0], *patch[1:])
@@ -284,6 +286,6 @@ def _unsupported_component(contents: TensorIndex, what: str) -> Component:
 
 
 def normalize_config(document: Mapping[str, object]) -> dict[str, object]:
-    """A transformer's config.json under the official names of its keys."""
+    """Return a transformer's config.json with the official names of its keys."""
     keys = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
     return {keys.get(key, key): value for key, value in document.items()}

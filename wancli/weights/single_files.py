@@ -1,10 +1,10 @@
-"""Single files that make up a checkpoint: named one by one, or found in the folders ComfyUI keeps.
+"""Single files that make up a checkpoint: named one by one, or found in the folders of ComfyUI.
 
     diffusion_models/  one transformer, or a high-noise and a low-noise one
     text_encoders/     UMT5
     vae/               its VAE
 
-or all of them in one folder. Nothing is guessed: where two files would do, both are named.
+or all of them in one folder. Nothing is guessed: if two files would do, the error names both.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _MARKER_TENSOR = {
 
 @dataclass(frozen=True)
 class SingleFiles:
-    """A checkpoint named file by file: `transformer`, or `high_noise` and `low_noise`; all absolute.
+    """A checkpoint named file by file: `transformer`, or `high_noise` and `low_noise`. All paths are
+    absolute.
 
-    A whole checkpoint in one file needs only `transformer`; a text encoder that holds its
-    SentencePiece model needs no `tokenizer`. `heads` is needed where the width is not a multiple of 128.
+    A whole checkpoint in one file needs only `transformer`; a text encoder that holds its SentencePiece model
+    needs no `tokenizer`. `heads` is needed if the width is not a multiple of 128.
     """
 
     transformer: Path | None = None
@@ -58,9 +59,9 @@ class SingleFiles:
 
 
 def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) -> tuple[Component, ...]:
-    """All networks in a file, in its set of shards, or in a folder that holds one network.
+    """Return all networks in a file, in its set of shards, or in a folder that holds one network.
 
-    A folder's config.json adds to `said`. Raises CheckpointError.
+    Values of `config_json` take precedence over those of the folder's config.json. Raises CheckpointError.
     """
     config = path / "config.json"
     in_folder = normalize_config(load_json(config)) if config.is_file() else {}
@@ -70,18 +71,18 @@ def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) 
 def find_component(
     paths: Sequence[Path], kind: Kind, config_json: Mapping[str, object] | None = None
 ) -> Component:
-    """The network of this kind in these files. Raises CheckpointError where there is none."""
+    """Return the network of this kind in these files. Raises CheckpointError if there is none."""
     return select(recognize(read_index(paths), config_json), kind, paths[0])
 
 
 def select(components: Sequence[Component], kind: Kind, path: Path) -> Component:
-    """The one part of this kind. Raises CheckpointError naming what is there instead."""
-    found = [part for part in components if part.kind == kind]
-    if len(found) == 1:
-        return found[0]
+    """Return the one component of this kind. Raises CheckpointError, naming what was found instead."""
+    matching = [part for part in components if part.kind == kind]
+    if len(matching) == 1:
+        return matching[0]
     name = "VAE" if kind == "vae" else kind
-    if found:
-        raise CheckpointError(f"holds {len(found)} of {name}", where=str(path), hint=NAME_FILES_HINT)
+    if matching:
+        raise CheckpointError(f"holds {len(matching)} of {name}", where=str(path), hint=NAME_FILES_HINT)
     if components:
         raise CheckpointError(
             f"no {name}: this is a {components[0].name}", where=str(path), hint=NAME_FILES_HINT
@@ -92,9 +93,9 @@ def select(components: Sequence[Component], kind: Kind, path: Path) -> Component
 
 
 def find_siblings(path: Path) -> SingleFiles:
-    """A single file and what the folders around it hold: the other expert, text encoder, tokenizer, VAE.
+    """Return a single file and the files around it: the other expert, text encoder, tokenizer, VAE.
 
-    Raises CheckpointError for a file that holds no transformer.
+    Raises CheckpointError if the file holds no transformer.
     """
     return _complete(path, recognize_file(path), _recognize_folder(models_root(path), exclude=path))
 
@@ -120,13 +121,17 @@ def _complete(
 
 
 def find_in_folder(root: Path) -> SingleFiles:
-    """The one checkpoint that a folder of single files holds. Raises CheckpointError for none and several."""
+    """Return the one checkpoint in a folder of single files. Raises CheckpointError for none and for
+    several.
+    """
     known = _recognize_folder(root)
-    found = [(path, part) for path, part in known if part.kind == "transformer"]
-    usable = [(path, part) for path, part in found if not part.refusal]
+    transformers = [(path, part) for path, part in known if part.kind == "transformer"]
+    usable = [(path, part) for path, part in transformers if not part.refusal]
     if not usable:
-        if found:
-            raise CheckpointError(found[0][1].refusal, where=str(found[0][0]), hint=found[0][1].hint)
+        if transformers:
+            raise CheckpointError(
+                transformers[0][1].refusal, where=str(transformers[0][0]), hint=transformers[0][1].hint
+            )
         raise CheckpointError(
             "no Wan transformer in this folder",
             where=str(root),
@@ -144,22 +149,24 @@ def find_in_folder(root: Path) -> SingleFiles:
 
 
 def _recognize_folder(root: Path, exclude: Path | None = None) -> list[tuple[Path, Component]]:
-    """Every network in a folder of single files. What cannot be read is nobody's part."""
-    found = []
+    """Return every network in a folder of single files. Files that cannot be read are skipped."""
+    networks = []
     for path in list_weight_files(root):
         if path == exclude:
             continue
         try:
-            found += [(path, part) for part in recognize_file(path)]
+            networks += [(path, part) for part in recognize_file(path)]
         except CheckpointError:
             continue
-    return found
+    return networks
 
 
 def _find_matching(
     others: Sequence[tuple[Path, Component]], kind: Kind, transformer: Component
 ) -> Path | None:
-    """The file of this kind that fits the transformer, if there is one. Raises CheckpointError for more."""
+    """Return the file of this kind that fits the transformer, if there is one. Raises CheckpointError for
+    several.
+    """
     matching = [
         path
         for path, part in others
@@ -168,7 +175,7 @@ def _find_matching(
     if len(matching) > 1:
         name = "VAEs" if kind == "vae" else f"{kind}s"
         raise CheckpointError(
-            f"several {name} lie beside it: {_format_names(matching)}",
+            f"several {name} beside it: {_format_names(matching)}",
             where=str(transformer.files[0]),
             hint=NAME_FILES_HINT,
         )
@@ -176,7 +183,7 @@ def _find_matching(
 
 
 def is_compatible(part: Component, transformer: Component) -> bool:
-    """Whether a text encoder writes rows of the width, or a VAE the channels, that the transformer reads."""
+    """Return whether the width of a text encoder, or the channels of a VAE, are those of the transformer."""
     transformer_sizes, sizes = dict(transformer.sizes), dict(part.sizes)
     if part.kind == "vae":
         return sizes.get("z_dim") == transformer_sizes.get("out_dim")
@@ -184,7 +191,9 @@ def is_compatible(part: Component, transformer: Component) -> bool:
 
 
 def _are_expert_pair(a: Component, b: Component) -> bool:
-    """Whether two transformers are the two experts of one model: their names differ in that word only."""
+    """Return whether two transformers are the two experts of one model: their names differ in that word
+    only.
+    """
     names = [re.sub(r"(?i)high|low", "?", part.files[0].name) for part in (a, b)]
     return {a.expert, b.expert} == {"high", "low"} and names[0] == names[1]
 

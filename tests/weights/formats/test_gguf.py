@@ -15,11 +15,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
-from gguf_tokenizer import as_llama_cpp_does
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import UMT5Config, UMT5EncoderModel
+from weight_files import add_t5_tokenizer, write_gguf
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats.embedded_tokenizer import read_tokenizer
@@ -37,17 +37,6 @@ TEXTS = [
     "",
 ]
 Fill = Callable[[GGUFWriter], None]
-
-
-def written(path: Path, fill: Fill, arch: str = "wan") -> Path:
-    """A GGUF file as gguf's own writer makes it."""
-    writer = GGUFWriter(path, arch)
-    fill(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def a_bit_of_all(writer: GGUFWriter) -> None:
@@ -77,7 +66,7 @@ def a_bit_of_all(writer: GGUFWriter) -> None:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("gguf") / "sample.gguf", a_bit_of_all)
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "sample.gguf", a_bit_of_all)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tensor("w", np.zeros((2, 34), np.uint8), raw_dtype=Type.Q8_0)
         writer.add_tensor("bias", np.zeros(3, np.float32))
 
-    return written(tmp_path_factory.mktemp("gguf") / "small.gguf", fill)
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf", fill)
 
 
 def test_names_types_shapes_and_places_are_those_of_the_package(sample: Path):
@@ -125,7 +114,7 @@ def test_the_alignment_of_the_file_is_kept(tmp_path: Path):
         writer.add_tensor("a", np.ones(3, np.float32))
         writer.add_tensor("b", np.ones(3, np.float32))
 
-    path = written(tmp_path / "wide.gguf", fill)
+    path = write_gguf(tmp_path / "wide.gguf", fill)
     assert [info.start for info in read_header(path).tensors.values()] == [
         tensor.data_offset for tensor in GGUFReader(path).tensors
     ]
@@ -136,7 +125,7 @@ def test_a_shape_that_ggml_could_not_hold_is_given_back(tmp_path: Path):
         writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", [8, 4, 1, 2, 2])
         writer.add_tensor("patch_embedding.weight", np.zeros((8, 16), np.float32))
 
-    assert read_header(written(tmp_path / "x.gguf", fill)).tensors["patch_embedding.weight"].shape == (
+    assert read_header(write_gguf(tmp_path / "x.gguf", fill)).tensors["patch_embedding.weight"].shape == (
         8,
         4,
         1,
@@ -152,7 +141,7 @@ def test_an_orig_shape_that_does_not_fit_is_refused(tmp_path: Path, shape: list[
         writer.add_tensor("w", np.zeros((8, 16), np.float32))
 
     with pytest.raises(CheckpointError, match=r"orig_shape.w does not fit"):
-        read_header(written(tmp_path / "x.gguf", fill))
+        read_header(write_gguf(tmp_path / "x.gguf", fill))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +153,7 @@ def test_types_that_wancli_does_not_read_are_refused_by_name(tmp_path: Path, oth
     def fill(writer: GGUFWriter) -> None:
         writer.add_tensor("blocks.3.ffn.0.weight", np.zeros((2, size), np.uint8), raw_dtype=other)
 
-    path = written(tmp_path / "other.gguf", fill)
+    path = write_gguf(tmp_path / "other.gguf", fill)
     with pytest.raises(
         CheckpointError, match=rf"other.gguf: blocks.3.ffn.0.weight is stored as {other.name};"
     ):
@@ -209,7 +198,7 @@ def text(value: str) -> bytes:
         ([("a", [8], 99, 0)], "a is stored as type 99"),
     ],
 )
-def test_a_tensor_that_cannot_be_where_it_says_is_refused(
+def test_a_tensor_at_an_impossible_offset_is_refused(
     tmp_path: Path, infos: list[tuple[str, list[int], int, int]], what: str
 ):
     with pytest.raises(CheckpointError, match=rf"lying.gguf: .*{what}"):
@@ -236,7 +225,7 @@ def test_a_key_value_that_cannot_be_is_refused(tmp_path: Path, kv: bytes):
 
 
 @pytest.mark.parametrize("start", [b"", b"GGUF", b"GGUF\x01\x00\x00\x00", b"PK\x03\x04" + bytes(64)])
-def test_what_is_no_gguf_is_refused(tmp_path: Path, start: bytes):
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path, start: bytes):
     path = tmp_path / "not.gguf"
     path.write_bytes(start)
     with pytest.raises(CheckpointError, match=r"not.gguf"):
@@ -328,7 +317,7 @@ def test_umt5_names_are_those_of_llama_cpp():
 
 
 def test_the_tokenizer_of_a_gguf_gives_the_same_ids(tmp_path: Path):
-    path = written(tmp_path / "umt5.gguf", as_llama_cpp_does, "t5encoder")
+    path = write_gguf(tmp_path / "umt5.gguf", add_t5_tokenizer, "t5encoder")
     proto = read_tokenizer(path)
     assert proto is not None
     ours, theirs = SentencePieceProcessor(model_proto=proto), SentencePieceProcessor(model_file=str(SPIECE))
@@ -353,8 +342,8 @@ def test_a_gguf_without_a_tokenizer_has_none(sample: Path):
 )
 def test_another_tokenizer_is_refused(tmp_path: Path, change: Fill):
     def fill(writer: GGUFWriter) -> None:
-        as_llama_cpp_does(writer)
+        add_t5_tokenizer(writer)
         change(writer)
 
     with pytest.raises(CheckpointError, match=r"umt5.gguf: its tokenizer.ggml.\* is not"):
-        read_tokenizer(written(tmp_path / "umt5.gguf", fill, "t5encoder"))
+        read_tokenizer(write_gguf(tmp_path / "umt5.gguf", fill, "t5encoder"))

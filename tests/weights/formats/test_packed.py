@@ -189,7 +189,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["fp8", *BLOCKS])
-def test_unpacking_needs_strips_and_not_a_second_weight(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_unpacking_needs_slices_and_not_a_second_weight(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "SLICE_ELEMENTS", 2048)
     monkeypatch.setattr(module, "SLICE_PER_THREAD", 1)
     if name == "fp8":
@@ -238,7 +238,7 @@ def test_packing_refuses_what_is_not_finite(bad: float):
         pack_fp8(weight, "w.safetensors")
 
 
-def test_all_but_the_matrices_of_the_blocks_are_kept(tiny: Path):
+def test_all_but_the_matrices_of_the_blocks_are_high_precision(tiny: Path):
     """The rule of LightX2V's converter: the Linears of self_attn, cross_attn and ffn, nothing else."""
     state = load_file(tiny / "diffusion_pytorch_model.safetensors")
     matrices = {name for name, t in state.items() if name.startswith("blocks.") and t.dim() == 2}
@@ -249,7 +249,7 @@ def test_all_but_the_matrices_of_the_blocks_are_kept(tiny: Path):
     )
 
 
-def test_the_embeddings_and_norms_of_the_text_encoder_are_kept():
+def test_the_embeddings_and_norms_of_the_text_encoder_are_high_precision():
     config = UMT5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     with torch.device("meta"):
         state = UMT5EncoderModel(config).state_dict()

@@ -13,9 +13,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
+from weight_files import save_tensors, write_gguf
 
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.weights.formats.embedded_tokenizer import read_tokenizer
@@ -50,11 +51,6 @@ def quantized(state: State, groups: Callable[[Tensor], Tensor], dtype: torch.dty
         scales[name] = weight.abs().amax(1, keepdim=True) / top
         data[name] = (weight / scales[name]).to(dtype).view(state[name].shape)
     return data, scales
-
-
-def saved(path: Path, state: State, metadata: dict[str, str] | None = None) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
-    return path
 
 
 def is_as_good_as(found: dict[str, Packed], original: State, data: State, scales: State) -> bool:
@@ -102,7 +98,9 @@ def test_comfyui_scaled_fp8(original: State, tmp_path: Path, dtype: torch.dtype,
     state["scaled_fp8"] = torch.empty(0, dtype=dtype)
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
     state |= {"vae.decoder.conv1.weight": torch.ones(2), "text_encoders.umt5xxl.logit_scale": torch.ones(1)}
-    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)]), original, data, scales
+    )
 
 
 def test_comfyui_quant_tensors(original: State, tmp_path: Path):
@@ -112,7 +110,9 @@ def test_comfyui_quant_tensors(original: State, tmp_path: Path):
         layer = name.removesuffix(".weight")
         state |= {f"{layer}.comfy_quant": torch.tensor([*said], dtype=torch.uint8)}
         state |= {f"{layer}.input_scale": torch.tensor(0.3)}
-    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)]), original, data, scales
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -123,7 +123,7 @@ def test_comfyui_quantization_metadata(original: State, tmp_path: Path, prefix: 
     layers = {prefix + name.removesuffix(".weight"): said for name in data}
     metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
-    path = saved(tmp_path / "m.safetensors", state, metadata)
+    path = save_tensors(tmp_path / "m.safetensors", state, metadata)
     assert is_as_good_as(read_packed([path]), original, data, scales)
 
 
@@ -131,13 +131,17 @@ def test_comfyui_quantization_metadata(original: State, tmp_path: Path, prefix: 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_kijai_scaled_fp8_without_a_marker(original: State, tmp_path: Path, name: str, dtype: torch.dtype):
     state, data, scales = layout(original, name, Tensor.flatten, dtype=dtype)
-    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)]), original, data, scales
+    )
 
 
 @pytest.mark.parametrize("shape", [lambda s: s, Tensor.flatten])
 def test_lightx2v_scales_per_row(original: State, tmp_path: Path, shape: Any):
     state, data, scales = layout(original, "weight_scale", shape, lambda w: w)
-    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)]), original, data, scales
+    )
 
 
 def test_scales_per_block_of_a_row(original: State, tmp_path: Path):
@@ -146,13 +150,15 @@ def test_scales_per_block_of_a_row(original: State, tmp_path: Path):
     state = original | data
     for name, scale in scales.items():
         state[name.removesuffix("weight") + "weight_scale"] = scale.view(len(original[name]), -1, 1)
-    assert is_as_good_as(read_packed([saved(tmp_path / "m.safetensors", state)]), original, data, scales)
+    assert is_as_good_as(
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)]), original, data, scales
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_that_was_simply_cast(original: State, tmp_path: Path, dtype: torch.dtype):
     state = {name: t.to(dtype) if name in matrices(original) else t.half() for name, t in original.items()}
-    found = read_packed([saved(tmp_path / "m.safetensors", state)])
+    found = read_packed([save_tensors(tmp_path / "m.safetensors", state)])
     assert {name: weight.scheme for name, weight in found.items()} == {
         name: "fp8" if name in matrices(original) else "plain" for name in original
     }
@@ -161,7 +167,9 @@ def test_fp8_that_was_simply_cast(original: State, tmp_path: Path, dtype: torch.
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
 def test_prefixes_are_taken_off(original: State, tmp_path: Path, prefix: str):
-    path = saved(tmp_path / "m.safetensors", {prefix + name: tensor for name, tensor in original.items()})
+    path = save_tensors(
+        tmp_path / "m.safetensors", {prefix + name: tensor for name, tensor in original.items()}
+    )
     assert read_packed([path]).keys() == original.keys()
 
 
@@ -178,8 +186,8 @@ def test_shards_are_one_model_and_diffusers_names_are_renamed(original: State, t
             blocks[name] = tensor
     half = {name for name in blocks if name.endswith("weight_scale")}
     paths = [
-        saved(tmp_path / "1.safetensors", {name: blocks[name] for name in half}),
-        saved(tmp_path / "2.safetensors", {name: blocks[name] for name in blocks.keys() - half}),
+        save_tensors(tmp_path / "1.safetensors", {name: blocks[name] for name in half}),
+        save_tensors(tmp_path / "2.safetensors", {name: blocks[name] for name in blocks.keys() - half}),
     ]
     found = read_packed(paths, rename=transformer_from_diffusers)
     assert is_as_good_as(found, {name: original[name] for name in found}, data, scales)
@@ -187,7 +195,7 @@ def test_shards_are_one_model_and_diffusers_names_are_renamed(original: State, t
 
 
 def test_a_tensor_in_two_files_is_refused(original: State, tmp_path: Path):
-    paths = [saved(tmp_path / f"{i}.safetensors", original) for i in range(2)]
+    paths = [save_tensors(tmp_path / f"{i}.safetensors", original) for i in range(2)]
     with pytest.raises(CheckpointError, match=r"1.safetensors: .* is in another file too"):
         read_packed(paths)
 
@@ -195,14 +203,14 @@ def test_a_tensor_in_two_files_is_refused(original: State, tmp_path: Path):
 def test_a_tensor_under_two_names_is_refused(original: State, tmp_path: Path):
     state = original | {"model.diffusion_model.head.modulation": original["head.modulation"].clone()}
     with pytest.raises(CheckpointError, match=r"m.safetensors: head.modulation has two names"):
-        read_packed([saved(tmp_path / "m.safetensors", state)])
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)])
     state = original | {"scale_shift_table": original["head.modulation"].clone()}
     with pytest.raises(CheckpointError, match=r"head.modulation has two names"):
-        read_packed([saved(tmp_path / "m.safetensors", state)], rename=transformer_from_diffusers)
+        read_packed([save_tensors(tmp_path / "m.safetensors", state)], rename=transformer_from_diffusers)
 
 
 def test_weights_are_mapped_and_not_read(original: State, tmp_path: Path):
-    path = saved(tmp_path / "m.safetensors", scaled(original, {}))
+    path = save_tensors(tmp_path / "m.safetensors", scaled(original, {}))
     weight = read_packed([path])[f"{LAYER}.weight"].data
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
     ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in mapped]
@@ -210,7 +218,7 @@ def test_weights_are_mapped_and_not_read(original: State, tmp_path: Path):
 
 
 def test_what_is_written_to_a_mapped_weight_never_reaches_the_file(original: State, tmp_path: Path):
-    path = saved(tmp_path / "m.safetensors", original)
+    path = save_tensors(tmp_path / "m.safetensors", original)
     before = path.read_bytes()
     read_packed([path])["head.modulation"].data.zero_()
     assert path.read_bytes() == before
@@ -280,7 +288,7 @@ GOOD = torch.tensor([0.5])
 def test_what_cannot_be_read_is_refused_by_file_and_tensor(
     original: State, tmp_path: Path, changes: dict[str, Tensor | None], what: str
 ):
-    path = saved(tmp_path / "broken.safetensors", scaled(original, changes))
+    path = save_tensors(tmp_path / "broken.safetensors", scaled(original, changes))
     with pytest.raises(CheckpointError, match=rf"broken.safetensors: .*{what}") as caught:
         read_packed([path])
     assert caught.value.hint
@@ -291,44 +299,43 @@ def test_what_cannot_be_read_is_refused_by_file_and_tensor(
     ["{", "[]", '{"layers": 3}', '{"layers": {"a": {}}}', '{"layers": {"blocks.0.ffn.0": {"format": [3]}}}'],
 )
 def test_metadata_that_makes_no_sense_is_refused(original: State, tmp_path: Path, said: str):
-    path = saved(tmp_path / "broken.safetensors", original, {"_quantization_metadata": said})
+    path = save_tensors(tmp_path / "broken.safetensors", original, {"_quantization_metadata": said})
     with pytest.raises(CheckpointError, match=r"broken.safetensors"):
         read_packed([path])
 
 
 def test_metadata_about_other_networks_is_passed_over(original: State, tmp_path: Path):
     layers = {"layers": {"text_encoders.umt5xxl.transformer.x": {"format": "nvfp4"}}}
-    path = saved(tmp_path / "m.safetensors", original, {"_quantization_metadata": json.dumps(layers)})
+    path = save_tensors(tmp_path / "m.safetensors", original, {"_quantization_metadata": json.dumps(layers)})
     assert read_packed([path]).keys() == original.keys()
 
 
 def test_metadata_promises_a_scale(original: State, tmp_path: Path):
     state = original | {f"{LAYER}.weight": original[f"{LAYER}.weight"].to(torch.float8_e4m3fn)}
     layers = {"layers": {LAYER: {"format": "float8_e4m3fn"}}}
-    path = saved(tmp_path / "m.safetensors", state, {"_quantization_metadata": json.dumps(layers)})
+    path = save_tensors(tmp_path / "m.safetensors", state, {"_quantization_metadata": json.dumps(layers)})
     with pytest.raises(CheckpointError, match=rf"{LAYER}.weight is scaled fp8, but its scale is missing"):
         read_packed([path])
 
 
 def test_a_scale_of_one_beside_a_float_weight_changes_nothing(original: State, tmp_path: Path):
-    path = saved(tmp_path / "m.safetensors", original | {f"{LAYER}.scale_weight": torch.ones(1)})
+    path = save_tensors(tmp_path / "m.safetensors", original | {f"{LAYER}.scale_weight": torch.ones(1)})
     assert torch.equal(
         read_packed([path])[f"{LAYER}.weight"].unpack(torch.float32), original[f"{LAYER}.weight"]
     )
 
 
-def gguf_file(path: Path, state: State, kinds: Callable[[str, Tensor], Type], arch: str = "wan") -> Path:
+def write_quantized_gguf(
+    path: Path, state: State, kinds: Callable[[str, Tensor], Type], arch: str = "wan"
+) -> Path:
     """A GGUF file as city96's converter writes it: matrices in blocks, the rest in 16 or 32 bits."""
-    writer = GGUFWriter(path, arch)
-    for name, tensor in state.items():
-        kind = kinds(name, tensor)
-        data = gguf.quantize(tensor.float().numpy(), kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+    def fill(writer: GGUFWriter) -> None:
+        for name, tensor in state.items():
+            kind = kinds(name, tensor)
+            writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+
+    return write_gguf(path, fill, arch)
 
 
 def as_city96(name: str, tensor: Tensor) -> Type:
@@ -343,7 +350,7 @@ def as_city96(name: str, tensor: Tensor) -> Type:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_gguf(original: State, tmp_path: Path, prefix: str):
-    path = gguf_file(tmp_path / "m.gguf", {prefix + n: t for n, t in original.items()}, as_city96)
+    path = write_quantized_gguf(tmp_path / "m.gguf", {prefix + n: t for n, t in original.items()}, as_city96)
     found = read_packed([path])
     assert found.keys() == original.keys()
     for name, tensor in original.items():
@@ -357,7 +364,7 @@ def test_the_merged_patch_embedding_of_stable_diffusion_cpp(original: State, tmp
     state = dict(original)
     weight = state["patch_embedding.weight"]
     state["patch_embedding.weight"] = weight.flatten(0, 1)
-    path = gguf_file(tmp_path / "m.gguf", state, lambda name, tensor: Type.F32)
+    path = write_quantized_gguf(tmp_path / "m.gguf", state, lambda name, tensor: Type.F32)
     assert torch.equal(read_packed([path])["patch_embedding.weight"].unpack(torch.float32), weight)
 
 
@@ -395,7 +402,7 @@ def test_comfyui_text_encoder_with_its_tokenizer(umt5: State, tmp_path: Path, pr
     state = umt5 | {name: fp8, name.replace("weight", "scale_weight"): torch.tensor(2.0)}
     state["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
     state["spiece_model"] = torch.frombuffer(bytearray(SPIECE.read_bytes()), dtype=torch.uint8)
-    path = saved(tmp_path / "t5.safetensors", {prefix + key: tensor for key, tensor in state.items()})
+    path = save_tensors(tmp_path / "t5.safetensors", {prefix + key: tensor for key, tensor in state.items()})
     found = read_packed([path], prefixes=TEXT_ENCODER_PREFIXES)
     assert found.keys() == umt5.keys()
     assert torch.equal(found[name].unpack(torch.float32), fp8.float() * 2)
@@ -410,7 +417,7 @@ def test_a_file_without_a_tokenizer_has_none(tiny: Path):
 def test_gguf_text_encoder(umt5: State, tmp_path: Path):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 2)
     theirs = {names.get_name(name, try_suffixes=(".weight",)): tensor for name, tensor in umt5.items()}
-    path = gguf_file(
+    path = write_quantized_gguf(
         tmp_path / "umt5-xxl-encoder-Q8_0.gguf",
         theirs,
         lambda name, tensor: Type.F32 if tensor.dim() == 1 or "attn_rel_b" in name else Type.Q8_0,
@@ -425,7 +432,7 @@ def test_gguf_text_encoder(umt5: State, tmp_path: Path):
 
 
 def test_a_truncated_gguf_is_refused(original: State, tmp_path: Path):
-    path = gguf_file(tmp_path / "m.gguf", original, as_city96)
+    path = write_quantized_gguf(tmp_path / "m.gguf", original, as_city96)
     shutil.copy(path, tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(CheckpointError, match=r"cut.gguf: truncated or damaged"):

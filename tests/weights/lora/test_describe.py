@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from sparse import Entries, write
+from weight_files import Entries, write
 
 from wancli.weights.component import Component
 from wancli.weights.lora.describe import LoraInfo

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import DIM, FFN, SHAPES, Tensors, changed, factors, flat, merged, pair, saved, weights
+from adapters import DIM, FFN, SHAPES, Tensors, changed, factors, flat, merged, pair, weights
 from diffusers import WanTransformer3DModel
+from weight_files import save_tensors
 
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
@@ -78,7 +79,9 @@ def shapes(width: int, depth: int, in_dim: int = 16) -> dict[str, tuple[int, ...
 
 
 def test_a_lora_of_another_model_is_refused_with_both_shapes_and_both_models(tmp_path: Path) -> None:
-    path = saved(tmp_path / "big.safetensors", pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120))
+    path = save_tensors(
+        tmp_path / "big.safetensors", pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120)
+    )
     with pytest.raises(CheckpointError) as caught:
         select_changes(read_lora_file(path), shapes(1536, 1))
     assert str(caught.value) == (
@@ -89,7 +92,7 @@ def test_a_lora_of_another_model_is_refused_with_both_shapes_and_both_models(tmp
 
 
 def test_a_block_past_the_last_is_of_another_model(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.safetensors", pair("blocks.30.ffn.0", FFN, DIM))
+    path = save_tensors(tmp_path / "a.safetensors", pair("blocks.30.ffn.0", FFN, DIM))
     with pytest.raises(
         CheckpointError, match=r"blocks.30.ffn.0.weight, which is not in this model, whose last block is 2"
     ):
@@ -107,7 +110,7 @@ def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> N
         "diffusion_model.patch_embedding.diff": torch.zeros(DIM, 36, 1, 2, 2),
     }
     before = weights()
-    path = saved(tmp_path / "a.safetensors", found)
+    path = save_tensors(tmp_path / "a.safetensors", found)
     assert changed(merged(path, before), before) == {"blocks.0.cross_attn.k.weight"}
     coverage = load_lora(path, SHAPES).coverage
     assert (coverage.targets, coverage.skipped, coverage.unused) == (1, 6, 0)
@@ -118,7 +121,7 @@ def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> N
         .replace("blocks_", "lora_unet__blocks_"): tensor
         for key, tensor in matrices.items()
     }
-    underscores = saved(tmp_path / "b.safetensors", written)
+    underscores = save_tensors(tmp_path / "b.safetensors", written)
     coverage = load_lora(underscores, SHAPES).coverage
     assert (coverage.style, coverage.targets, coverage.skipped) == ("Wan-Fun", 1, 2)
 
@@ -126,7 +129,7 @@ def test_what_only_image_models_have_is_skipped_and_counted(tmp_path: Path) -> N
 @pytest.mark.parametrize("shape", [(DIM, 48, 1, 2, 2), (2 * DIM, 36, 1, 2, 2)])
 def test_a_lora_for_other_inputs_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     found = {"patch_embedding.diff": torch.zeros(shape), **pair("blocks.0.ffn.0", FFN, DIM)}
-    path = saved(tmp_path / "a.safetensors", found)
+    path = save_tensors(tmp_path / "a.safetensors", found)
     message = f"{list(shape)} to patch_embedding.weight, which is [48, 16, 1, 2, 2]"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         select_changes(read_lora_file(path), SHAPES)
@@ -144,12 +147,12 @@ def test_keys_that_name_nothing_are_counted_and_nothing_at_all_is_an_error(tmp_p
         "diffusion_model.blocks.0.ffn.0.lora_A.weight": down,
         "diffusion_model.blocks.0.ffn.0.lora_B.weight": up,
     }
-    coverage = load_lora(saved(tmp_path / "a.safetensors", foreign | own), SHAPES).coverage
+    coverage = load_lora(save_tensors(tmp_path / "a.safetensors", foreign | own), SHAPES).coverage
     assert (coverage.targets, coverage.unused, len(coverage.examples)) == (1, 5, 3)
     with pytest.raises(CheckpointError, match="changes nothing in this model; none of its 5 keys"):
-        load_lora(saved(tmp_path / "b.safetensors", foreign), SHAPES)
+        load_lora(save_tensors(tmp_path / "b.safetensors", foreign), SHAPES)
     with pytest.raises(CheckpointError, match="none of its 0 keys"):
-        load_lora(saved(tmp_path / "c.safetensors", {}), SHAPES)
+        load_lora(save_tensors(tmp_path / "c.safetensors", {}), SHAPES)
 
 
 # ---- damage ----
@@ -218,7 +221,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_cannot_be_applied_is_refused_with_file_and_key(what: str, tmp_path: Path) -> None:
     tensors, message = WRONG[what]
-    path = saved(tmp_path / "bad.safetensors", tensors)
+    path = save_tensors(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_lora_file(path)
     assert caught.value.where == str(path)
@@ -232,12 +235,12 @@ def test_nan_and_inf_are_refused_with_their_key(end: str, value: float, tmp_path
     tensors = pair(Q, DIM, DIM) | {f"{Q}.alpha": torch.tensor(1.0)}
     tensors[key].view(-1)[0] = value
     with pytest.raises(CheckpointError) as caught:
-        load_lora(saved(tmp_path / "bad.safetensors", tensors), SHAPES)
+        load_lora(save_tensors(tmp_path / "bad.safetensors", tensors), SHAPES)
     assert caught.value.message == f"{key} holds NaN or Inf"
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.safetensors", pair(Q, DIM, DIM))
+    path = save_tensors(tmp_path / "a.safetensors", pair(Q, DIM, DIM))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         read_lora_file(path)

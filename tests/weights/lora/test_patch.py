@@ -23,7 +23,6 @@ from adapters import (
     flat,
     merged,
     pair,
-    saved,
     use,
     weights,
 )
@@ -34,6 +33,7 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from safetensors.torch import load_file
 from torch import Tensor
+from weight_files import save_tensors
 
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
@@ -121,7 +121,7 @@ def test_every_style_of_file_changes_the_same_weights(style: str, tmp_path: Path
             found[f"{write(ours, theirs)}.alpha"] = torch.tensor(ALPHA)
         scale = 0.7 * (ALPHA / RANK if has_alpha else 1)
         expected[f"{ours}.weight"] = exact(before[f"{ours}.weight"]) + scale * (exact(up) @ exact(down))
-    path = saved(tmp_path / "a.safetensors", found)
+    path = save_tensors(tmp_path / "a.safetensors", found)
     after = merged(path, before, 0.7)
     assert changed(after, before) == expected.keys()
     for name, weight in expected.items():
@@ -192,7 +192,7 @@ def test_a_lora_gives_the_velocity_that_diffusers_converters_give(
         if style == "kohya / musubi"
         else _convert_non_diffusers_wan_lora_to_diffusers
     )
-    path = saved(tmp_path / "a.safetensors", found)
+    path = save_tensors(tmp_path / "a.safetensors", found)
     model, reference = twins
     x, t, text = torch.randn(1, 16, 2, 4, 6), torch.tensor([321.0]), torch.randn(5, 32)
     with torch.inference_mode():
@@ -232,13 +232,13 @@ def test_plain_differences_reach_weights_biases_norms_and_modulations(tmp_path: 
     }
     before = weights()
     found = {f"diffusion_model.{key}": torch.randn(SHAPES[name]) for key, name in targets.items()}
-    after = merged(saved(tmp_path / "a.safetensors", found), before, -0.5)
+    after = merged(save_tensors(tmp_path / "a.safetensors", found), before, -0.5)
     assert changed(after, before) == set(targets.values())
     for key, name in targets.items():
         assert_close(after[name], exact(before[name]) - 0.5 * exact(found[f"diffusion_model.{key}"]))
 
 
-def test_lycoris_norms_and_diffusers_names_of_what_lies_outside_the_blocks(tmp_path: Path) -> None:
+def test_lycoris_norms_and_diffusers_names_of_layers_outside_the_blocks(tmp_path: Path) -> None:
     targets = {
         "lycoris_blocks_0_norm2.w_norm": "blocks.0.norm3.weight",
         "lycoris_blocks_0_norm2.b_norm": "blocks.0.norm3.bias",
@@ -248,7 +248,7 @@ def test_lycoris_norms_and_diffusers_names_of_what_lies_outside_the_blocks(tmp_p
     }
     before = weights()
     found = {key: torch.randn(SHAPES[name]) for key, name in targets.items()}
-    after = merged(saved(tmp_path / "a.safetensors", found), before)
+    after = merged(save_tensors(tmp_path / "a.safetensors", found), before)
     assert changed(after, before) == set(targets.values())
     for key, name in targets.items():
         assert_close(after[name], exact(before[name]) + exact(found[key]))
@@ -261,7 +261,7 @@ def test_a_convolution_is_changed_as_the_matrix_it_is(tmp_path: Path) -> None:
         "diffusion_model.patch_embedding.lora_up.weight",
     )
     before = weights()
-    after = merged(saved(tmp_path / "a.safetensors", dict(zip(keys, (down, up)))), before)
+    after = merged(save_tensors(tmp_path / "a.safetensors", dict(zip(keys, (down, up)))), before)
     expected = exact(before["patch_embedding.weight"]) + np.einsum(
         "or,rcxyz->ocxyz", exact(up)[:, :, 0, 0, 0], exact(down)
     )
@@ -279,7 +279,7 @@ def test_loha_is_the_product_of_two_products_element_by_element(alpha: float | N
     if alpha:
         found[f"{name}.alpha"] = torch.tensor(alpha)
     before = weights()
-    after = merged(saved(tmp_path / "a.safetensors", found), before, 0.5)
+    after = merged(save_tensors(tmp_path / "a.safetensors", found), before, 0.5)
     change = np.einsum("or,ri,os,si->oi", exact(a1), exact(b1), exact(a2), exact(b2))
     scale = 0.5 * (alpha / 3 if alpha else 1)
     assert changed(after, before) == {"blocks.1.ffn.0.weight"}
@@ -306,7 +306,7 @@ def test_lokr_is_a_kronecker_product(parts: dict[str, tuple[int, int]], scale: f
     )
     kron = np.einsum("ab,cd->acbd", one, two).reshape(FFN, DIM)
     before = weights()
-    path = saved(tmp_path / "a.safetensors", found | {f"{name}.alpha": torch.tensor(6.0)})
+    path = save_tensors(tmp_path / "a.safetensors", found | {f"{name}.alpha": torch.tensor(6.0)})
     after = merged(path, before)
     assert_close(after["blocks.1.ffn.0.weight"], exact(before["blocks.1.ffn.0.weight"]) + scale * kron)
     assert load_lora(path, SHAPES).coverage.unused == 0
@@ -322,7 +322,7 @@ def peft_file(
     for ours in ("blocks.0.ffn.0", "blocks.1.ffn.0"):
         down, up = factors(ours)
         found |= {f"{prefix}{ours}.lora_A.weight": down, f"{prefix}{ours}.lora_B.weight": up}
-    return saved(folder / "adapter_model.safetensors", found, metadata)
+    return save_tensors(folder / "adapter_model.safetensors", found, metadata)
 
 
 CONFIGS: list[tuple[dict[str, Any], list[float]]] = [
@@ -364,7 +364,7 @@ def test_the_bias_of_peft_is_scaled_as_its_matrices_are(tmp_path: Path) -> None:
     found = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.lora_B.bias": bias}
     before = weights()
     for extra, scale in (({}, 1.0), ({f"{key}.alpha": torch.tensor(ALPHA)}, ALPHA / RANK)):
-        after = merged(saved(tmp_path / "a.safetensors", found | extra), before)
+        after = merged(save_tensors(tmp_path / "a.safetensors", found | extra), before)
         assert_close(after[f"{ours}.bias"], exact(before[f"{ours}.bias"]) + scale * exact(bias))
 
 
@@ -401,7 +401,9 @@ def test_two_loras_are_added_in_fp32_and_rounded_once(
     for strength in (0.3, -0.11):
         down, up = (tensor.to(stored) for tensor in factors(name))
         keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
-        lora = load_lora(saved(tmp_path / f"{strength}.safetensors", dict(zip(keys, (down, up)))), SHAPES)
+        lora = load_lora(
+            save_tensors(tmp_path / f"{strength}.safetensors", dict(zip(keys, (down, up)))), SHAPES
+        )
         terms.append((lora.deltas[f"{name}.weight"], strength))
         total += strength * (exact(up.float()) @ exact(down.float()))
     weight = start.clone()
@@ -414,7 +416,7 @@ def test_two_loras_are_added_in_fp32_and_rounded_once(
     assert (weight.float() != expected).float().mean() < 0.01 or dtype == torch.float32
 
 
-def test_a_dense_difference_is_what_is_added(tmp_path: Path) -> None:
+def test_a_dense_difference_equals_the_added_one(tmp_path: Path) -> None:
     found: Tensors = {
         "blocks.0.ffn.0.lora_A.weight": torch.randn(2, DIM),
         "blocks.0.ffn.0.lora_B.weight": torch.randn(FFN, 2),
@@ -427,7 +429,7 @@ def test_a_dense_difference_is_what_is_added(tmp_path: Path) -> None:
         "patch_embedding.hada_w2_b": torch.randn(3, 64),
         "blocks.2.diff_m": torch.randn(1, 6, DIM),
     }
-    lora = load_lora(saved(tmp_path / "a.safetensors", found), SHAPES)
+    lora = load_lora(save_tensors(tmp_path / "a.safetensors", found), SHAPES)
     assert len(lora.deltas) == 5
     for name, delta in lora.deltas.items():
         weight = torch.zeros(SHAPES[name])
@@ -437,7 +439,7 @@ def test_a_dense_difference_is_what_is_added(tmp_path: Path) -> None:
 
 
 def test_a_difference_is_not_added_to_another_shape(tmp_path: Path) -> None:
-    lora = load_lora(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
+    lora = load_lora(save_tensors(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
     weight = torch.zeros(DIM * DIM)
     with pytest.raises(ValueError, match=r"a difference of \[48, 48\] to a weight of \[2304\]"):
         add_deltas(weight, [(lora.deltas["blocks.0.self_attn.q.weight"], 1.0)])
@@ -448,7 +450,7 @@ def test_a_difference_is_not_added_to_another_shape(tmp_path: Path) -> None:
 
 
 def test_strengths_follow_steps_blocks_and_experts(tmp_path: Path) -> None:
-    lora = load_lora(saved(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
+    lora = load_lora(save_tensors(tmp_path / "a.safetensors", pair("blocks.0.self_attn.q", DIM, DIM)), SHAPES)
     uses = [
         use(lora, 0.5),
         use(lora, 0.6, blocks=(0, 2)),
@@ -468,7 +470,7 @@ def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
         **pair("blocks.1.ffn.0", FFN, DIM),
         "head.head.diff_b": torch.ones(64),
     }
-    lora = load_lora(saved(tmp_path / "a.safetensors", found), SHAPES)
+    lora = load_lora(save_tensors(tmp_path / "a.safetensors", found), SHAPES)
     loras = Loras([use(lora, 0.5, blocks=(1,)), use(lora, 0.25, steps=(2,))], [lora, lora])
     at = {
         (name, step): [strength for _, strength in loras.terms_for(name, step)]
@@ -491,12 +493,12 @@ def test_a_parameter_gets_what_its_block_and_step_get(tmp_path: Path) -> None:
 def shelf(tmp_path: Path) -> tuple[Tensors, Path, Lora, Lora]:
     """A checkpoint file's weights, the file, and two LoRAs that share a target."""
     base = weights()
-    file = saved(tmp_path / "model.safetensors", base)
-    first = saved(
+    file = save_tensors(tmp_path / "model.safetensors", base)
+    first = save_tensors(
         tmp_path / "1.safetensors",
         {**pair("blocks.0.ffn.0", FFN, DIM), **pair("blocks.2.self_attn.q", DIM, DIM)},
     )
-    second = saved(
+    second = save_tensors(
         tmp_path / "2.safetensors",
         {**pair("blocks.0.ffn.0", FFN, DIM), "head.diff_m": torch.ones(1, 2, DIM)},
     )
@@ -587,7 +589,7 @@ def test_a_checkpoint_that_lost_a_tensor_meanwhile_is_an_error(
     patches = Patches(load_file(file), lambda names: iter(()))
     patches.apply_step(Loras([use(one)], [one]), 0)
     with pytest.raises(
-        CheckpointError, match=r"blocks.0.ffn.0.weight was in the checkpoint and is there no more"
+        CheckpointError, match=r"blocks.0.ffn.0.weight was in the checkpoint and is now missing"
     ):
         patches.apply_step(Loras(), 0)
 

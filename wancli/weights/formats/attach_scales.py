@@ -48,13 +48,13 @@ REFUSED_DTYPES = {
     torch.uint8: "4-bit integers or nvfp4",
     torch.float8_e8m0fnu: "mxfp8",
 }
-MAX_CONFIG = 4096  # bytes; what is longer is no .comfy_quant
+MAX_CONFIG = 4096  # bytes of a .comfy_quant
 USE_OTHER_PRECISION = "use the bf16, fp16, fp8 or GGUF version of this checkpoint"
 
 
 @dataclass(frozen=True, eq=False)
 class RawEntry:
-    """One entry of a file: a tensor, or a weight that the file (GGUF) holds packed already."""
+    """One entry of a file: a tensor, or a weight that the file (GGUF) already stores packed."""
 
     file: Path
     value: Tensor | Packed
@@ -68,12 +68,11 @@ class RawEntry:
 
 
 def attach_scales(entries: Mapping[str, RawEntry], formats: Mapping[str, str]) -> dict[str, Packed]:
-    """One Packed for each weight, under the name of the weight. Reads scales, no weights.
+    """Return one Packed for each weight, under the name of the weight. Reads scales, no weights.
 
-    `formats` are those said in the files' metadata, by layer (the name without `.weight`), layers of
-    other networks included. Raises CheckpointError, with the file and the tensor, for formats wancli
-    does not read and for a scale that is missing where it was promised, of a wrong size, or not a
-    positive number.
+    `formats` are those in the metadata of the files, by layer (the name without `.weight`); layers of other
+    networks are ignored. Raises CheckpointError, with file and tensor, for a format that wancli does not
+    read, and for a scale that is promised and missing, has a wrong size, or is not a positive number.
     """
     for name, entry in entries.items():
         _refuse_by_name(name, entry)
@@ -116,7 +115,7 @@ def _pack_entry(
 
 
 def _read_scale(layer: str, entries: Mapping[str, RawEntry], shape: tuple[int, ...]) -> Tensor | None:
-    """The scale of a layer's weight in fp32, or None."""
+    """Return the scale of a layer in fp32, or None if it has none."""
     name = next((layer + ending for ending in SCALES if layer + ending in entries), None)
     if name is None:
         return None
@@ -149,7 +148,7 @@ def _refuse_by_name(name: str, entry: RawEntry) -> None:
 
 
 def _refuse_stray(name: str, entry: RawEntry, entries: Mapping[str, RawEntry]) -> None:
-    """A scale or a format whose weight is not there; two scales of one weight."""
+    """Raise CheckpointError for a scale or a format without its weight, and for two scales of one weight."""
     ending = next((ending for ending in (*SCALES, CONFIG) if name.endswith(ending)), None)
     if ending is None:
         return
@@ -161,22 +160,22 @@ def _refuse_stray(name: str, entry: RawEntry, entries: Mapping[str, RawEntry]) -
 
 
 def _read_formats(entries: Mapping[str, RawEntry]) -> dict[str, str]:
-    """The format of every layer that has a .comfy_quant."""
-    found = {}
+    """Return the format of every layer that has a .comfy_quant."""
+    formats = {}
     for name, entry in entries.items():
         if name.endswith(CONFIG):
             letters = entry.tensor(name).flatten()[:MAX_CONFIG]
             try:
-                found[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
+                formats[name.removesuffix(CONFIG)] = str(json.loads(bytes(letters.tolist()))["format"])
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise CheckpointError(
                     f"{name} is not JSON with a format", where=str(entry.file), hint=DOWNLOAD_AGAIN
                 ) from None
-    return found
+    return formats
 
 
 def _refuse_format(layer: str, format_name: str, entry: RawEntry) -> None:
-    """A format that wancli does not read, or that the weight does not have."""
+    """Raise CheckpointError for a format that wancli does not read, or that the weight does not have."""
     if format_name not in FORMATS:
         raise _unsupported_error(f"{layer}.weight", format_name, entry)
     dtype = entry.tensor(layer).dtype

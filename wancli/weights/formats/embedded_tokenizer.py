@@ -1,8 +1,8 @@
-"""The tokenizer that some text-encoder files carry, as a SentencePiece model; no torch.
+"""The SentencePiece tokenizer that some text-encoder files contain; no torch.
 
-ComfyUI's UMT5 files hold it as the uint8 tensor `spiece_model`. llama.cpp's converter takes it
-apart into key-values of a GGUF file, `tokenizer.ggml.*`, from which it is put together again: a
-protocol buffer of pieces, the normaliser and the names of what is not text.
+ComfyUI's UMT5 files hold it as the uint8 tensor `spiece_model`. llama.cpp's converter splits it into
+key-values of a GGUF file, `tokenizer.ggml.*`, from which it is assembled again: a protocol buffer of pieces,
+the normaliser and the names of the special tokens.
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -24,9 +24,9 @@ BYTE = 6  # a piece that stands for one byte
 
 
 def read_tokenizer(path: Path) -> bytes | None:
-    """The SentencePiece model inside a .gguf or .safetensors file, or None if it has none.
+    """Read the SentencePiece model inside a .gguf or .safetensors file; None if it has none.
 
-    Raises CheckpointError as the headers' readers do, and for key-values that make no UMT5 tokenizer.
+    Raises CheckpointError like the readers of headers, and for key-values that are not a UMT5 tokenizer.
     """
     if path.suffix == ".gguf":
         values = gguf.read_header(path).values
@@ -40,7 +40,7 @@ def read_tokenizer(path: Path) -> bytes | None:
 
 
 def _assemble(values: Mapping[str, gguf.Value], path: Path) -> bytes:
-    """A ModelProto from tokenizer.ggml.*"""
+    """Assemble a ModelProto from tokenizer.ggml.*"""
     tokens, scores, types = (values.get(f"tokenizer.ggml.{x}") for x in ("tokens", "scores", "token_type"))
     if (
         values.get("tokenizer.ggml.model") != "t5"
@@ -82,7 +82,7 @@ def _float(field: int, value: float) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first, the top bit where more follow."""
+    """Encode seven bits a byte, lowest first, with the top bit set if more follow."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

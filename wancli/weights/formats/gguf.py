@@ -1,10 +1,10 @@
-"""Reading a GGUF header, strictly and without torch: key-values, and where each tensor lies; no data.
+"""Reads a GGUF header, strictly and without torch: key-values and the position of each tensor; no data.
 
-The format: magic, version, two counts, the key-values, the tensors' infos, padding to `alignment`,
-the data. Numbers are little-endian, a string is a length and UTF-8, sizes come fastest axis first.
+The format: magic, version, two counts, the key-values, the infos of the tensors, padding to `alignment`, the
+data. Numbers are little-endian, a string is a length and UTF-8, sizes come fastest axis first.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-The reader of the PyPI package `gguf` believes every count and length it reads, so it is not used.
+The reader of the PyPI package `gguf` trusts every count and length in the file, so it is not used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BLOCK_SIZES = {
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
 }
-# ggml's numbers of all its types, so that those wancli does not read are refused by name.
+# ggml's numbers of all its types, so that an unsupported type is refused by name.
 TYPE_NAMES = {
     **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1"))),
     **dict(enumerate(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS"), start=10)),
@@ -56,7 +56,7 @@ TYPE_NAMES = {
 OTHER_PRECISION = "download a version that is F16, BF16, Q8_0 or a Q*_K"
 MAX_DIMS = 5  # ggml knows 4; city96's converter writes Wan's patch embedding with 5
 ORIG_SHAPE = "comfy.gguf.orig_shape."
-_MAX_ELEMENTS = 2**48  # numbers of a tensor, each empty side counted as one: more are no sizes to torch
+_MAX_ELEMENTS = 2**48  # numbers of a tensor, an empty side counted as one; torch refuses more
 
 UMT5 = {
     "token_embd.weight": "shared.weight",
@@ -82,7 +82,9 @@ Value: TypeAlias = "int | float | bool | str | array[Any] | list[str]"
 
 @dataclass(frozen=True)
 class GGUFTensor(TensorInfo):
-    """`dtype` is a name of SIZES, `shape` in torch's order; the data are file[start : start + nbytes]."""
+    """A tensor of the file. `dtype` is in BLOCK_SIZES, `shape` in torch's order; its data are file[start :
+    start + nbytes].
+    """
 
     start: int
     nbytes: int
@@ -95,10 +97,10 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """The key-values and tensors of a GGUF file, version 2 or 3.
+    """Read the key-values and tensors of a GGUF file, version 2 or 3.
 
-    Raises CheckpointError if the file is missing, truncated, not GGUF, says things that its size
-    cannot hold, or has a tensor of a type that is not in SIZES.
+    Raises CheckpointError if the file is missing, truncated, not GGUF, claims more than its size can hold, or
+    has a tensor whose type is not in BLOCK_SIZES.
     """
     pages = map_file(path)
     reader = _Reader(pages, path)
@@ -146,7 +148,7 @@ class _Reader:
         return self.pages[self.position - count : self.position]
 
     def checked_count(self, count: int, least: int) -> int:
-        """`count`, if that many things of at least `least` bytes can still follow."""
+        """Return `count` if that many entries of at least `least` bytes can still follow."""
         if count * least > len(self.pages) - self.position:
             raise self.damaged_error(
                 f"it claims {count:,} entries at {self.position:,} of {len(self.pages):,} bytes"
@@ -191,7 +193,7 @@ class _Reader:
 
 
 def _locate_tensors(reader: _Reader, values: dict[str, Value], infos: list[_Info]) -> dict[str, GGUFTensor]:
-    """The tensors where they lie: aligned, inside the file, none over another."""
+    """Return the tensors with their positions, which must be aligned, inside the file and not overlap."""
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
         raise reader.damaged_error(f"general.alignment is {alignment}")
@@ -231,7 +233,7 @@ def _stored_type(info: _Info, path: Path) -> str:
 
 
 def _torch_shape(info: _Info, values: dict[str, Value], reader: _Reader) -> tuple[int, ...]:
-    """In the order of torch; ComfyUI's converter keeps the true shape where it had to store another."""
+    """Return the shape in torch's order: the one that ComfyUI's converter recorded, if there is one."""
     original = values.get(ORIG_SHAPE + info.name)
     if original is None:
         return info.dims[::-1]
@@ -242,7 +244,7 @@ def _torch_shape(info: _Info, values: dict[str, Value], reader: _Reader) -> tupl
 
 
 def umt5_to_transformers(name: str) -> str:
-    """UMT5 as llama.cpp's converter names it -> transformers' UMT5EncoderModel."""
+    """Rename a tensor of llama.cpp's UMT5 to its name in transformers' UMT5EncoderModel."""
     if block := _BLOCK.fullmatch(name):
         part = UMT5_BLOCK.get(block[2])
         return f"encoder.block.{block[1]}.{part}.weight" if part else name

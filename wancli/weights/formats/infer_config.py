@@ -1,7 +1,7 @@
-"""Sizes of a network, read off its tensors' shapes, and the names of the models wancli cannot render.
+"""Infers the sizes of a network from the shapes of its tensors, and names models that wancli cannot render.
 
-Shapes are given under their official names unless said otherwise. What config.json says must agree
-with the tensors.
+Shapes are given under their official names unless a function says otherwise. config.json must agree with the
+tensors.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ IMAGE_PARTS = ("img_emb.", "image_embedder.", "cross_attn.k_img", "attn2.add_k_p
 
 
 def wrong_model_error(what: str, where: str) -> CheckpointError:
-    """The refusal of a checkpoint that is sound but of another kind."""
+    """Return the error for a checkpoint that is sound but of another kind."""
     return CheckpointError(
         f"this is a {what} checkpoint; wancli renders text-to-video", where=where, hint=SUPPORTED_HINT
     )
 
 
 def name_unsupported_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
-    """What a Wan transformer is that is not made for text-to-video; empty if it is."""
+    """Name the kind of a Wan transformer that is not made for text-to-video; empty if it is."""
     all_names = " ".join(names)
-    found = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
-    if found or (in_dim, out_dim) in ((16, 16), (48, 48)):
+    known = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
+    if known or (in_dim, out_dim) in ((16, 16), (48, 48)):
         image = "Wan 2.1 image-to-video" if any(part in all_names for part in IMAGE_PARTS) else ""
-        return found or image
+        return known or image
     if in_dim == 48:
         return "Fun-Control"
     if any(part in all_names for part in IMAGE_PARTS):
@@ -60,7 +60,7 @@ def name_unsupported_transformer(names: Iterable[str], in_dim: int, out_dim: int
 
 
 def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
-    """The sizes that the tensors of a Wan transformer tell, under their names in config.json.
+    """Infer the sizes of a Wan transformer, under their names in config.json.
 
     Raises CheckpointError naming the tensor that is missing or has an odd shape.
     """
@@ -85,10 +85,10 @@ def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
 def infer_transformer_config(
     sizes: Mapping[str, int], config_json: Mapping[str, object], where: str
 ) -> WanConfig:
-    """The sizes of a T2V transformer; `said` is its config.json in official names, or empty.
+    """Return the sizes of a T2V transformer. `config_json` has official names, or is empty.
 
-    Raises CheckpointError for a config.json that disagrees with the tensors, and for a head count
-    that is neither said nor the usual d/128.
+    Raises CheckpointError if config.json disagrees with the tensors, and if it has no head count and the
+    width is not a multiple of 128.
     """
     for key, value in sizes.items():
         if config_json.get(key, value) != value:
@@ -117,7 +117,7 @@ def infer_transformer_config(
 
 
 def find_mismatches(expected: Shapes, actual: Shapes) -> tuple[str, ...]:
-    """What a network lacks, does not know, or has in another shape; none if the tensors are its own."""
+    """List tensors that are missing, unexpected or of another shape; empty if all fit the network."""
     problems = [f"missing {name}" for name in expected.keys() - actual.keys()]
     problems += [f"unexpected {name}" for name in actual.keys() - expected.keys()]
     problems += [
@@ -129,7 +129,7 @@ def find_mismatches(expected: Shapes, actual: Shapes) -> tuple[str, ...]:
 
 
 def mismatch_error(problems: Sequence[str], where: str) -> CheckpointError:
-    """The refusal of tensors that are not those of their network."""
+    """Return the error for tensors that do not fit their network."""
     more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
     return CheckpointError(
         "the tensors do not fit the model: " + "; ".join([*problems[:MAX_LISTED], *more]),
@@ -139,7 +139,7 @@ def mismatch_error(problems: Sequence[str], where: str) -> CheckpointError:
 
 
 def transformer_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a T2V transformer and its shape, however a file may store it."""
+    """Return every parameter of a T2V transformer and its shape, however a file stores it."""
     dim, ffn = config.dim, config.ffn_dim
     linears = {
         "text_embedding.0": (dim, config.text_dim),
@@ -163,7 +163,7 @@ def transformer_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
 
 
 def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a UMT5 encoder and its shape, under the names of transformers."""
+    """Return every parameter of a UMT5 encoder and its shape, under the names of transformers."""
     d, inner = config.d_model, config.num_heads * config.d_kv
     result: dict[str, tuple[int, ...]] = {
         "shared.weight": (config.vocab_size, d),
@@ -181,14 +181,14 @@ def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def infer_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:
-    """The sizes of a VAE; that of Wan 2.2 has its layers in stages. Raises CheckpointError."""
+    """Infer the sizes of a VAE; that of Wan 2.2 has its layers in stages. Raises CheckpointError."""
     if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes:
         return infer_vae22_config(shapes, where)
     return infer_vae21_config(shapes, where)
 
 
 def infer_vae21_config(shapes: Shapes, where: str) -> VAEConfig:
-    """The sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
+    """Infer the sizes of a Wan 2.1 VAE. Raises CheckpointError for another VAE."""
     try:
         if len(shapes["decoder.head.0.gamma"]) != 4 or shapes["decoder.head.2.weight"][0] != 3:
             raise ValueError("decoder.head")
@@ -208,7 +208,7 @@ def infer_vae21_config(shapes: Shapes, where: str) -> VAEConfig:
 
 
 def infer_vae22_config(shapes: Shapes, where: str) -> VAE22Config:
-    """The sizes of a Wan 2.2 VAE, that of TI2V-5B. Raises CheckpointError for another VAE."""
+    """Infer the sizes of a Wan 2.2 VAE, that of TI2V-5B. Raises CheckpointError for another VAE."""
     try:
         dim, channels = shapes["encoder.conv1.weight"][:2]
         if channels != 12 or shapes["decoder.head.2.weight"][0] != 12:
@@ -230,9 +230,9 @@ def infer_vae22_config(shapes: Shapes, where: str) -> VAE22Config:
 
 
 def infer_t5_config(shapes: Shapes, where: str) -> T5Config:
-    """The sizes of a UMT5 encoder; shapes under their names in transformers.
+    """Infer the sizes of a UMT5 encoder. Shapes are under their names in transformers.
 
-    Raises CheckpointError when a tensor that tells a size is missing.
+    Raises CheckpointError if a tensor that determines a size is missing.
     """
     first = "encoder.block.0.layer.0.SelfAttention."
     try:

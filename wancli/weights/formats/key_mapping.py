@@ -1,8 +1,7 @@
-"""Tensor names: the tables between the official naming and those of diffusers and transformers.
+"""Maps tensor names of diffusers to the official ones, and those of UMT5 to transformers.
 
-wancli keeps the official names. Each function renames one tensor; a name it does not know comes
-back unchanged, so that loading reports it as unexpected. Checked against diffusers and
-transformers in the tests.
+wancli keeps the official names. Each function renames one tensor. It returns an unknown name unchanged, so
+that loading reports it as unexpected. Checked against diffusers and transformers in the tests.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def vae22_from_diffusers(name: str) -> str:
 
 
 def choose_vae_renaming(names: Collection[str]) -> Callable[[str], str]:
-    """What gives the tensors of a VAE their official names: of 2.1 or 2.2, official or diffusers."""
+    """Return the function that gives the tensors of a VAE, of either version, their official names."""
     if "decoder.conv_in.weight" not in names:
         return str
     in_stages = "encoder.down_blocks.0.resnets.0.conv1.weight" in names
@@ -136,7 +135,7 @@ def umt5_to_transformers(name: str) -> str:
 
 
 def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
-    """Replaces the leading dotted components that the table names, whole ones only."""
+    """Replace the leading dotted components that the table names, whole ones only."""
     for old, new in table.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)

@@ -1,8 +1,8 @@
-"""Files mapped into memory: a page is read when it is first touched, and given up under pressure.
+"""Maps files into memory: a page is read when it is first touched, and given up under memory pressure.
 
-safetensors and torch.load map a file as private memory that may be written to, all of which Linux
-books at once: a file larger than memory and swap is refused, although nothing of it is read yet.
-MAP_NORESERVE books a page when it is written to.
+safetensors and torch.load map a file as private writable memory, all of which Linux reserves at once: a file
+larger than memory and swap is refused before anything of it is read. MAP_NORESERVE reserves a page only when
+it is written to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file; writing to them changes this process's copy only.
+    """Map the bytes of a file. Writing to them changes only the copy of this process.
 
     Raises CheckpointError if the file is missing, empty or cannot be read.
     """
@@ -44,7 +44,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def view_tensor(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor over mapped bytes, which it keeps mapped for as long as it lives."""
+    """View mapped bytes as a tensor, which keeps them mapped as long as it lives."""
     import torch
 
     if not prod(shape):

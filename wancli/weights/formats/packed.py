@@ -2,13 +2,13 @@
 
 Letters: G groups of weights that share a scale, E elements of a group.
 
-Unpacking goes through strips of a few rows: beside the packed weight and the result it needs the
-memory of a strip or three. All of it is plain torch on the device of the weight.
+Unpacking works on slices of a few rows: besides the packed weight and the result it needs memory for one to
+three slices. All of it is plain torch on the device of the weight.
 
-torch 2.13 converts fp8 to fp32 on a CPU one element at a time. Here the code is moved into the bits
-of a half instead, which CPUs convert in bulk: an e5m2 code is the upper byte of a half, and an
-e4m3fn code s eeee mmm, as the half s 0eeee mmm0000000, is its value times 2^-8, subnormals
-included. Exact but for NaN (all ones after the sign), which is put in afterwards.
+torch 2.13 converts fp8 to fp32 on a CPU one element at a time. Here the code is moved into the bits of a half
+instead, which CPUs convert in bulk: an e5m2 code is the upper byte of a half, and an e4m3fn code s eeee mmm,
+as the half s 0eeee mmm0000000, is its value times 2^-8, subnormals included. Exact except for NaN (all ones
+after the sign), which is written afterwards.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from wancli.weights.formats.gguf_dequant import DECODERS
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = 448.0  # the largest e4m3fn
 TINIEST_SCALE = 1e-8  # of a row of zeros
-SLICE_ELEMENTS = 2**19  # elements: 2 MB in fp32, which stay in the second or third cache of a CPU
+SLICE_ELEMENTS = 2**19  # elements: 2 MB in fp32, which stay in a CPU's second or third level cache
 SLICE_PER_THREAD = 2**17
 CUDA_SLICE = 2**22
-# What loses most by fewer bits and is small beside the matrices of the blocks.
+# Parameters that lose most by fewer bits, and are small compared with the matrices of the blocks.
 HIGH_PRECISION = {
     *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head"),
     *("modulation", "bias", "token_embedding", "pos_embedding", "shared", "relative_attention_bias"),
@@ -59,7 +59,7 @@ class Packed:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def select_rows(self, rows: slice) -> Packed:
-        """The weight of these rows alone, not copied."""
+        """Return the weight of these rows alone, not copied."""
         count = self.shape[0]
         data = self.data.view(count, -1)[rows]
         shape = (len(data), *self.shape[1:])
@@ -72,11 +72,11 @@ class Packed:
 
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight of `shape` in fp32, bf16 or fp16, on the device of `data`.
+        """Return the weight of `shape` in fp32, bf16 or fp16, on the device of `data`.
 
-        `out`, contiguous and of that shape, dtype and device, is filled and returned when given. A
-        plain weight that has the dtype already comes back as it is, not copied, when not.
-        Products with scales are made in fp32 and rounded once.
+        If `out` is given, it is filled and returned; it must be contiguous and of that shape, dtype and
+        device. Without it, a plain weight that already has the dtype is returned as it is, not copied.
+        Products with scales are computed in fp32 and rounded once.
         """
         if out is None:
             if self.scheme == "plain":
@@ -95,7 +95,7 @@ class Packed:
 
 
 def pack_fp8(weight: Tensor, where: str = "") -> Packed:
-    """A floating-point matrix [out, in] as e4m3fn with one fp32 scale per row, its largest |w| / 448.
+    """Pack a floating-point matrix [out, in] as e4m3fn with one fp32 scale per row: its largest |w| / 448.
 
     Raises CheckpointError, at `where`, for NaN and infinities.
     """
@@ -111,9 +111,9 @@ def pack_fp8(weight: Tensor, where: str = "") -> Packed:
 
 
 def is_high_precision(name: str) -> bool:
-    """Whether a parameter is kept in high precision: all but the large matrices of the blocks.
+    """Return whether a parameter is kept in high precision: all but the large matrices of the blocks.
 
-    `name` as wancli knows it: official for the transformer, transformers' for UMT5. The list is what
+    `name` is the network's own: official for the transformer, that of transformers for UMT5. The list is what
     musubi-tuner, LightX2V, ComfyUI, diffusers and city96's GGUF converter have in common.
     """
     parts = name.split(".")
@@ -121,7 +121,7 @@ def is_high_precision(name: str) -> bool:
 
 
 def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a scale of one shape can belong to an fp8 weight of the other."""
+    """Return whether a scale of one shape can belong to an fp8 weight of the other."""
     if math.prod(scale) == 1 or (len(shape) > 1 and scale in ((shape[0],), (shape[0], 1))):
         return True
     blocks = len(scale) == 3 and len(shape) == 2 and scale[1] and (scale[0], scale[2]) == (shape[0], 1)
@@ -129,14 +129,14 @@ def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _row_slices(x_GE: Tensor) -> list[slice]:
-    """Slices of a few rows, which cover all of them."""
+    """Return slices of a few rows that cover all rows."""
     size = CUDA_SLICE if x_GE.is_cuda else max(SLICE_ELEMENTS, SLICE_PER_THREAD * torch.get_num_threads())
     rows = max(1, size // max(1, x_GE.shape[1]))
     return [slice(i, min(i + rows, len(x_GE))) for i in range(0, len(x_GE), rows)]
 
 
 def _fill_by_slices(out_GE: Tensor, write: Callable[[slice, Tensor], None]) -> None:
-    """`write(rows, strip)` fills an fp32 strip of these rows; here it is rounded to the dtype of `out`."""
+    """Call `write(rows, slice)` to fill fp32 slices of rows; round each to the dtype of `out`."""
     strips = _row_slices(out_GE)
     strip_GE = out_GE
     if strips and out_GE.dtype != torch.float32:
@@ -172,8 +172,9 @@ def _unpack_fp8(packed: Packed, out: Tensor) -> None:
 
 
 def _decode_as_half(code_GE: Tensor, bits_GE: Tensor) -> Tensor:
-    """The values, of e4m3fn times 2^-8 and but for NaN, made in `bits`. An int8 code is widened with its
-    sign, which for e4m3fn lands in bits 15 and 14."""
+    """Return the values as halves in `bits`, for e4m3 times 2^-8 and except NaN. Widening an int8 code
+    extends its sign, which for e4m3fn lands in bits 15 and 14.
+    """
     bits_GE.copy_(code_GE.view(torch.int8))
     if code_GE.dtype == torch.float8_e5m2:
         bits_GE.mul_(256)
@@ -183,7 +184,7 @@ def _decode_as_half(code_GE: Tensor, bits_GE: Tensor) -> Tensor:
 
 
 def _holds_e4m3fn_nan(code_GE: Tensor) -> bool:
-    """NaN with a sign is the largest uint8, without one the largest int8: two maxima find it."""
+    """Find NaN by two maxima: with a sign it is the largest uint8, without one the largest int8."""
     return code_GE.numel() > 0 and (
         int(code_GE.view(torch.uint8).max()) == 0xFF or int(code_GE.view(torch.int8).max()) == 0x7F
     )

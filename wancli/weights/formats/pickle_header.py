@@ -1,7 +1,7 @@
-"""What a .pth holds, read from its pickle without torch and without running anything in it.
+"""Reads names, dtypes and shapes of a .pth from its pickle, without torch and without running it.
 
-A .pth that torch.save wrote is an uncompressed zip: `data.pkl` builds a dict of tensors out of
-named storages, which lie beside it. Here the pickle may name dicts, tensors and storages only.
+A .pth that torch.save wrote is an uncompressed zip: `data.pkl` builds a dict of tensors out of named
+storages, which are other members. Here the pickle may name dicts, tensors and storages only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESAVE_HINT = "save it again as a plain state dict, or as safetensors"
 
 
 def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a .pth: dtype and shape. Raises CheckpointError if it is anything but a state dict."""
+    """Read dtype and shape of every tensor of a .pth. Raises CheckpointError if it is not a state dict."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_zip(archive, path)
@@ -53,18 +53,20 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
                 )
             text = archive.read(entry)
         _check_memo(text)
-        found = _Headers(io.BytesIO(text)).load()
-        if not isinstance(found, dict) or not all(isinstance(info, TensorInfo) for info in found.values()):
+        tensors = _Headers(io.BytesIO(text)).load()
+        if not isinstance(tensors, dict) or not all(
+            isinstance(info, TensorInfo) for info in tensors.values()
+        ):
             raise CheckpointError("does not hold a plain state dict", where=str(path), hint=RESAVE_HINT)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except _PICKLE_ERRORS as error:
         raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=RESAVE_HINT) from None
-    return found
+    return tensors
 
 
 def check_zip(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raises CheckpointError for a zip that unpacks to more than the file holds: a .pth is not compressed."""
+    """Raise CheckpointError if a zip unpacks to more than the file holds: a .pth is not compressed."""
     members, size = archive.infolist(), path.stat().st_size
     claimed = sum(member.file_size for member in members)
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
@@ -78,7 +80,7 @@ def check_zip(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _check_memo(text: bytes) -> None:
-    """Refuses places in the unpickler's memo that no pickle of this length has: it allocates up to them."""
+    """Refuse memo indices that no pickle of this length has: the unpickler allocates memory up to them."""
     for opcode, argument, _ in pickletools.genops(text):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(text):
             raise pickle.UnpicklingError(f"it numbers {argument:,} objects in {len(text):,} bytes")

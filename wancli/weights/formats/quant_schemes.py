@@ -1,7 +1,7 @@
 """How the weights of a network are stored: precision per class of tensor, and the quantization scheme.
 
-Decided tensor by tensor from dtypes and sibling keys, never from a file's name. W is a matrix
-[out, in] and `X` the name of its layer:
+Detected tensor by tensor from dtypes and sibling keys, never from the name of the file. W is a matrix [out,
+in] and `X` the name of its layer:
 
   plain         floats of 16 bits or more
   fp8           X.weight in fp8, no scale: W = fp8
@@ -39,7 +39,7 @@ GGUF_TYPES = {
 COMFY_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
 WEIGHT_SCALES = ("scale_weight", "weight_scale")
 MARKER = "scaled_fp8"
-# Last component of a name -> it belongs to a quantized layer and is no parameter of the network.
+# Last component of a name -> it belongs to a quantized layer and is not a parameter of the network.
 HELPERS = {
     *WEIGHT_SCALES,
     *("scale_input", "input_scale", "weight_scale_2", "comfy_quant", MARKER, "spiece_model"),
@@ -50,7 +50,7 @@ LARGEST_TEXT = 4096  # bytes of a comfy_quant tensor
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a network's matrices are quantized. `refusal` names a scheme that wancli does not load."""
+    """How the matrices of a network are quantized. `refusal` names a scheme that wancli does not load."""
 
     name: SchemeName = "plain"
     dtypes: tuple[str, ...] = ()  # of the quantized matrices
@@ -65,7 +65,7 @@ PLAIN = Scheme()
 
 @dataclass(frozen=True)
 class Precision:
-    """The tensors of one class: how many of each dtype, their bytes in the file, those of the largest."""
+    """The tensors of one class: how many of each dtype, their bytes in the file, the bytes of the largest."""
 
     group: str
     dtypes: tuple[tuple[str, int], ...]
@@ -74,13 +74,15 @@ class Precision:
 
 
 def is_helper(name: str) -> bool:
-    """Whether a tensor is a scale, a marker or a text beside the network's own parameters."""
+    """Return whether a tensor is a scale, a marker or a text, not a parameter."""
     last = name.rpartition(".")[2]
     return last in HELPERS or "quant_state" in name
 
 
 def detect_scheme(tensors: Tensors, contents: TensorIndex, prefix: str) -> Scheme:
-    """The scheme of one network; `tensors` without `prefix`, which its names carry in `contents`."""
+    """Detect the scheme of one network. Names in `tensors` are without `prefix`, names in `contents` with
+    it.
+    """
     if unsupported := _find_unsupported(tensors):
         return Scheme("unsupported", refusal=unsupported)
     formats, full = _read_comfy_formats(tensors, contents, prefix)
@@ -111,27 +113,29 @@ def detect_scheme(tensors: Tensors, contents: TensorIndex, prefix: str) -> Schem
 def count_precision(
     tensors: Tensors, group: Mapping[str, str], order: Sequence[str] = ()
 ) -> tuple[Precision, ...]:
-    """Counts per class and dtype; `group` tells the class of a tensor, `order` which class comes first."""
+    """Count tensors per class and dtype. `group` maps a tensor to its class, `order` sorts the classes."""
     classes: dict[str, list[TensorInfo]] = {}
     for name, where in group.items():
         classes.setdefault(where, []).append(tensors[name])
     ordered = sorted(classes, key=lambda where: order.index(where) if where in order else len(order))
-    found = []
+    counts = []
     for where in ordered:
         dtypes = Counter(info.dtype for info in classes[where])
         sizes = [_stored_bytes(info) for info in classes[where]]
-        found.append(Precision(where, tuple(sorted(dtypes.items())), sum(sizes), max(sizes)))
-    return tuple(found)
+        counts.append(Precision(where, tuple(sorted(dtypes.items())), sum(sizes), max(sizes)))
+    return tuple(counts)
 
 
 def _stored_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor in its file. The headers of GGUF tell them; its module would load torch here."""
+    """Return the bytes of a tensor in its file. GGUF headers record them; the module gguf would load
+    torch.
+    """
     recorded: int | None = getattr(info, "nbytes", None)
     return math.prod(info.shape) * BITS.get(info.dtype, 8) // 8 if recorded is None else recorded
 
 
 def _find_unsupported(tensors: Tensors) -> str:
-    """The name of a scheme that stores its matrices under names of its own."""
+    """Name the scheme if it stores its matrices under names of its own."""
     tails = {name.rpartition(".")[2] for name in tensors}
     if "_data" in tails and "_scale" in tails:
         return "quanto"
@@ -152,7 +156,7 @@ def _find_unsupported(tensors: Tensors) -> str:
 
 
 def _read_comfy_formats(tensors: Tensors, contents: TensorIndex, prefix: str) -> tuple[set[str], bool]:
-    """The formats that ComfyUI's new layout names, and whether it asks for full precision anywhere."""
+    """Return the formats that ComfyUI's new layout names, and whether it requests full precision anywhere."""
     declared: list[object] = []
     layers = _parse_object(contents.metadata.get("_quantization_metadata", "")).get("layers")
     if isinstance(layers, dict):
@@ -203,5 +207,5 @@ def _is_legacy(tensors: Tensors) -> bool:
 
 
 def _by_frequency(dtypes: Iterable[str]) -> tuple[str, ...]:
-    """Every dtype once, the most frequent first."""
+    """Return every dtype once, the most frequent first."""
     return tuple(dtype for dtype, _ in Counter(dtypes).most_common())

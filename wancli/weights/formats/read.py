@@ -1,4 +1,4 @@
-"""Files -> named tensors, mapped from disk as they are stored. The only place that opens weights."""
+"""Reads files as named tensors, mapped from disk as stored. The only module that opens weight data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 Entry = TypeVar("Entry")
 
 PATCH_EMBEDDING = "patch_embedding"
-# Whole-model files put each network behind a prefix; the first that any name has is taken off.
+# Whole-model files put a prefix before each network; the first that any name has is taken off.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 TEXT_ENCODER_PREFIXES = ("text_encoders.umt5xxl.transformer.",)
 FOREIGN = (*tensor_index.OTHER_NETWORKS, *PREFIXES[:2])
@@ -49,7 +49,7 @@ DTYPES = {
 
 
 def iterate_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, by name, mapped from disk: pages are read when touched.
+    """Yield every tensor of the files with its name, mapped from disk: pages are read when touched.
 
     Raises CheckpointError for a damaged file and for a pickle that wants to run code.
     """
@@ -63,15 +63,15 @@ def read_packed(
     rename: Callable[[str], str] = str,
     prefixes: Sequence[str] = PREFIXES,
 ) -> dict[str, Packed]:
-    """Every parameter in .safetensors, .gguf and .pth files as it is stored, mapped from disk.
+    """Return every parameter in .safetensors, .gguf and .pth files as it is stored, mapped from disk.
 
-    Weights are read when touched; their scales, which are folded into them, at once. `prefixes` are
-    tried in turn and the first that occurs is taken off; the other networks of a whole-model file
-    are left out. `rename` maps what remains of a name to wancli's own.
+    Weights are read when touched; their scales, which are attached to them, at once. The first of `prefixes`
+    that occurs is taken off; the other networks of a whole checkpoint are left out. `rename` maps the rest of
+    a name to the network's own.
 
-    Raises CheckpointError, naming file and tensor, for damaged files, for ways of quantizing that
-    wancli does not read, for a tensor that appears twice, also under two names, and as `fold` does
-    for scales; DoesNotFit for a .pth larger than memory and swap.
+    Raises CheckpointError, naming file and tensor, for damaged files, for quantization schemes that wancli
+    does not read, for a tensor that occurs twice, also under two names, and like `attach_scales`; DoesNotFit
+    for a .pth larger than memory and swap.
     """
     entries: dict[str, RawEntry] = {}
     formats: dict[str, str] = {}
@@ -111,7 +111,7 @@ def _iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_formats(path: Path) -> dict[str, str]:
-    """ComfyUI's _quantization_metadata: the format of each quantized layer."""
+    """Read ComfyUI's _quantization_metadata: the format of each quantized layer."""
     text = safetensors_header.read_metadata(path).get("_quantization_metadata")
     if text is None:
         return {}
@@ -134,17 +134,17 @@ def _iterate_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
 
 
 def _rename_keys(entries: Mapping[str, Entry], rename: Callable[[str], str], where: str) -> dict[str, Entry]:
-    """Raises CheckpointError if two names become one."""
-    found: dict[str, Entry] = {}
+    """Rename all entries. Raises CheckpointError if two names become one."""
+    renamed: dict[str, Entry] = {}
     for name, entry in entries.items():
-        if (new := rename(name)) in found:
+        if (new := rename(name)) in renamed:
             raise CheckpointError(f"{new} has two names, one of them {name}", where=where)
-        found[new] = entry
-    return found
+        renamed[new] = entry
+    return renamed
 
 
 def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:
-    """stable-diffusion.cpp stores the patch embedding [d, in, 1, 2, 2] as [d * in, 1, 2, 2]."""
+    """Split the patch embedding [d * in, 1, 2, 2] of stable-diffusion.cpp into [d, in, 1, 2, 2]."""
     weight, bias = weights.get(PATCH_EMBEDDING + ".weight"), weights.get(PATCH_EMBEDDING + ".bias")
     if weight is None or bias is None or len(weight.shape) != 4 or weight.shape[0] % bias.shape[0]:
         return weights

@@ -1,7 +1,7 @@
-"""Reading a safetensors header, strictly and without torch: names, dtypes and shapes, no data.
+"""Reads a safetensors header, strictly and without torch: names, dtypes and shapes, no data.
 
-The format: 8 bytes little-endian N, N bytes of JSON, then the data; every tensor names the half
-open byte range it fills, and the ranges tile the data without overlap or hole.
+The format: 8 bytes little-endian N, N bytes of JSON, then the data; every tensor names the half open byte
+range that it fills, and the ranges tile the data without overlap or hole.
 https://github.com/huggingface/safetensors#format
 """
 
@@ -29,7 +29,7 @@ BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `dtype` in the words of the format (F32, BF16, F8_E4M3 ...)."""
+    """Dtype and shape of one tensor; `dtype` as the format writes it (F32, BF16, F8_E4M3 ...)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A whole header: tensors in the order of the file, free texts, and where in the file the bytes lie."""
+    """A whole header: tensors in the order of the file, texts, and the position of the bytes in the file."""
 
     path: Path
     tensors: dict[str, TensorInfo]
@@ -45,7 +45,7 @@ class Header:
     ranges: dict[str, tuple[int, int]]
 
     def read_bytes(self, name: str) -> bytes:
-        """The bytes of one tensor, for the few whose content is a scale, a name or a text."""
+        """Read the bytes of one tensor that holds a scale, a name or a text."""
         start, stop = self.ranges[name]
         with self.path.open("rb") as file:
             file.seek(start)
@@ -53,15 +53,15 @@ class Header:
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file, in the order of its header. Raises as `read` does."""
+    """Read dtype and shape of every tensor, in the order of the header. Raises like `read_header`."""
     return read_header(path).tensors
 
 
 def read_header(path: Path) -> Header:
-    """All that a safetensors file says before its data.
+    """Read the header of a safetensors file.
 
-    Raises CheckpointError if the file is missing, truncated, or its header does not describe
-    exactly the bytes that follow it.
+    Raises CheckpointError if the file is missing, truncated, or its header does not describe exactly the
+    bytes that follow it.
     """
     try:
         with path.open("rb") as file:
@@ -87,7 +87,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file carries beside its tensors. Raises CheckpointError like `header`."""
+    """Read the texts of a safetensors header. Raises like `read_header`."""
     return read_header(path).metadata
 
 
@@ -112,7 +112,7 @@ def _parse_entry(name: str, fields: dict[str, Any]) -> tuple[str, TensorInfo, tu
 
 
 def _check_ranges(path: Path, entries: list[tuple[str, TensorInfo, tuple[int, int]]], size: int) -> None:
-    """The ranges must tile [0, size) and each must be as long as its dtype and shape say."""
+    """Check that the ranges tile [0, size) and that each is as long as its dtype and shape require."""
     end = 0
     for name, info, (start, stop) in sorted(entries, key=lambda entry: entry[2]):
         if info.dtype not in BITS:
@@ -136,12 +136,12 @@ def _require_natural(value: object) -> int:
 
 
 def _unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
+    unique: dict[str, object] = {}
     for key, value in pairs:
-        if key in found:
+        if key in unique:
             raise ValueError(f"{key} appears twice")
-        found[key] = value
-    return found
+        unique[key] = value
+    return unique
 
 
 def _damaged_error(path: Path, what: str) -> CheckpointError:

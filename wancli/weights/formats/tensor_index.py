@@ -1,7 +1,7 @@
-"""What a file of weights holds, whatever its container: names, dtypes and shapes, no data, no torch.
+"""Lists the tensors of a weight file in any container: names, dtypes and shapes, no data, no torch.
 
-The container is told by the first bytes: safetensors, a .pth that torch.save wrote, or GGUF. The
-shards of one network are one Contents.
+The first bytes identify the container: safetensors, a .pth that torch.save wrote, or GGUF. The shards of one
+network make one TensorIndex.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, Te
 
 Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
 
-# What stands before the other networks of a whole checkpoint.
+# Prefixes of the other networks in a whole checkpoint.
 OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-# First bytes -> what a file is that was taken for weights.
+# First bytes -> a description of a file that is not weights, and a hint.
 NOT_WEIGHT_FILES = {
     b"version https://git-lfs": ("a Git LFS pointer, not the weights", "run `git lfs pull` in its folder"),
     b"<!DOCTYPE": ("a web page, not the weights", DOWNLOAD_AGAIN),
@@ -37,7 +37,7 @@ NOT_WEIGHT_FILES = {
 
 @dataclass(frozen=True, eq=False)
 class TensorIndex:
-    """The tensors of one file or of all shards together, in the order of their headers."""
+    """The tensors of one file or of all its shards, in the order of their headers."""
 
     files: tuple[Path, ...]
     container: Container
@@ -46,17 +46,17 @@ class TensorIndex:
     sources: dict[str, Header]  # the header that holds a tensor; safetensors only
 
     def read_bytes(self, name: str) -> bytes:
-        """The bytes of a tensor, or none where the container does not give them away."""
+        """Read the bytes of a tensor; empty for containers other than safetensors."""
         source = self.sources.get(name)
         return source.read_bytes(name) if source else b""
 
 
 def read_index(paths: Sequence[Path]) -> TensorIndex:
-    """Opens the headers of one file, or of all shards of one network.
+    """Read the headers of one file, or of all shards of one network.
 
-    Raises CheckpointError for what is no file of weights, is damaged, or holds a name twice.
+    Raises CheckpointError if a file does not hold weights, is damaged, or repeats a name.
     """
-    found: dict[str, TensorInfo] = {}
+    all_tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     sources: dict[str, Header] = {}
     kind: Container = "safetensors"
@@ -75,14 +75,16 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
             gguf_header = gguf.read_header(path)
             tensors = dict(gguf_header.tensors)
             metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf_header.values.items()}
-        if twice := sorted(found.keys() & tensors.keys()):
+        if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
-        found |= tensors
-    return TensorIndex(tuple(paths), kind, found, metadata, sources)
+        all_tensors |= tensors
+    return TensorIndex(tuple(paths), kind, all_tensors, metadata, sources)
 
 
 def detect_container(path: Path) -> Container:
-    """What kind of file this is, by its first bytes. Raises CheckpointError for one that holds no weights."""
+    """Detect the container of a file by its first bytes. Raises CheckpointError if it does not hold
+    weights.
+    """
     try:
         with path.open("rb") as file:
             first = file.read(32)
@@ -97,13 +99,13 @@ def detect_container(path: Path) -> Container:
         return "gguf"
     if first.startswith(b"PK\x03\x04"):
         return "pth"
-    # A damaged file is still told by its suffix, so that the reader of that format says what is wrong.
+    # A damaged file is identified by its suffix, so that the reader of that format reports the damage.
     by_suffix: dict[str, Container] = {".gguf": "gguf", ".pth": "pth", ".pt": "pth"}
     return by_suffix.get(path.suffix.lower(), "safetensors")
 
 
 def looks_like_weights(path: Path) -> bool:
-    """Whether a file is one to open at all, by its suffix or its first bytes."""
+    """Return whether a file looks like weights, by its suffix or its first bytes."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
@@ -115,7 +117,7 @@ def looks_like_weights(path: Path) -> bool:
 
 
 def expand_shards(path: Path) -> tuple[Path, ...]:
-    """The file, or all shards of the set that it is one of; whether each is there shows when it is opened.
+    """Return the file, or all shards of its set. A missing shard shows only when it is opened.
 
     GGUF and safetensors sets are named NAME-00001-of-00006.
     """

@@ -1,6 +1,6 @@
-"""What `inspect` tells of a LoRA file, from its header: style, targets, ranks and alphas. No torch.
+"""Describes a LoRA file for `inspect`, from its header: style, targets, ranks and alphas. No torch.
 
-Also of one that wancli does not apply; then `refusal` is why. What it applies, `lora_header` says.
+Describes also a LoRA that wancli does not apply; then `refusal` says why. `lora.file` knows what it applies.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _SCALARS = {"F16": "<e", "F32": "<f", "F64": "<d"}
 
 @dataclass(frozen=True)
 class LoraInfo:
-    """One LoRA file. `layers` counts the targets of each kind of layer; no `alphas` and no `config` means
-    scale 1."""
+    """One LoRA file. `layers` counts the targets of each kind of layer. Without `alphas` and `config` the
+    scale is 1.
+    """
 
     style: str
     methods: tuple[str, ...]
@@ -53,17 +54,17 @@ class LoraInfo:
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether the tensors are additions to layers rather than layers."""
+    """Return whether the tensors are changes of layers and not layers."""
     return any(map(is_change_key, names))
 
 
 def describe_lora(contents: TensorIndex) -> LoraInfo:
-    """What a LoRA file says of itself. One whose `targets` is 0 belongs to another family of models."""
+    """Describe a LoRA file. If `targets` is 0, it belongs to another family of models."""
     tensors = contents.tensors
-    targets = {name: found for name in tensors if (found := parse_key(name))}
-    modules = {found.module for found in targets.values()}
+    targets = {name: target for name in tensors if (target := parse_key(name))}
+    modules = {target.module for target in targets.values()}
     unknown = [name for name in tensors if name not in targets]
-    methods = {METHODS[found.part]: None for found in targets.values() if found.part in METHODS}
+    methods = {METHODS[target.part]: None for target in targets.values() if target.part in METHODS}
     config, refusal = _check_applicable(contents)
     return LoraInfo(
         style=detect_style(targets),
@@ -83,14 +84,16 @@ def describe_lora(contents: TensorIndex) -> LoraInfo:
 
 
 def _check_applicable(contents: TensorIndex) -> tuple[str, str]:
-    """The file that gives the scale, if one beside it does, and why wancli cannot apply the LoRA, if so."""
+    """Return the name of the file that sets the scale, if there is one, and the reason why wancli cannot
+    apply the LoRA, if so.
+    """
     if contents.container != "safetensors":
         return "", f"a LoRA in a .{contents.container} file; wancli reads .safetensors"
     try:
-        found = read_lora_file(contents.files[0])
+        lora_file = read_lora_file(contents.files[0])
     except CheckpointError as error:
         return "", error.message
-    return found.config.name if found.config else "", ""
+    return lora_file.config.name if lora_file.config else "", ""
 
 
 def _layer_kind(module: str) -> str:
@@ -98,18 +101,18 @@ def _layer_kind(module: str) -> str:
 
 
 def _infer_width(tensors: Mapping[str, TensorInfo], targets: Mapping[str, LoraTarget]) -> int | None:
-    """The input width of a self-attention layer, which is the transformer's."""
-    for name, found in targets.items():
+    """Return the input width of a self-attention layer, which is the width of the transformer."""
+    for name, target in targets.items():
         shape = tensors[name].shape
-        if found.part in ("down", "hada_w1_b") and ".self_attn." in found.module and len(shape) == 2:
+        if target.part in ("down", "hada_w1_b") and ".self_attn." in target.module and len(shape) == 2:
             return shape[1]
     return None
 
 
 def _read_alphas(contents: TensorIndex, targets: Mapping[str, LoraTarget]) -> Iterator[float]:
-    """The alphas in the file: scalars, or what PEFT wrote into the metadata."""
-    for name, found in targets.items():
-        if found.part == "alpha" and (data := contents.read_bytes(name)):
+    """Yield the alphas in the file: scalars, or those in the metadata that PEFT wrote."""
+    for name, target in targets.items():
+        if target.part == "alpha" and (data := contents.read_bytes(name)):
             yield _decode_scalar(data, contents.tensors[name].dtype)
     try:
         settings = json.loads(contents.metadata.get(METADATA_KEY, "{}"))

@@ -1,4 +1,4 @@
-"""What a LoRA file changes, from its header alone: no torch, no data.
+"""Reads which changes a LoRA file makes, from its header alone: no torch, no data.
 
 low-rank   W += scale * up @ down                       LoRA (arXiv 2106.09685); scale = alpha / rank,
                                                         alpha / sqrt(rank) if rank-stabilised (2312.03732)
@@ -39,9 +39,9 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the file
 
 @dataclass(frozen=True)
 class Change:
-    """What one parameter is to get. The matrix of a convolution is [out, everything else].
+    """The change of one parameter. The matrix of a convolution is [out, everything else].
 
-    `scale` holds unless `keys` names an alpha: then it is that number / rank.
+    `scale` applies unless `keys` names an alpha: then the scale is that number / rank.
     """
 
     name: str  # official
@@ -53,13 +53,13 @@ class Change:
 
     @property
     def key(self) -> str:
-        """A key to name it by."""
+        """One key of the file, to name the change by."""
         return next(iter(self.keys.values()))
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file as its header tells it."""
+    """A LoRA file as its header describes it."""
 
     path: Path
     style: str  # whose naming it is
@@ -70,10 +70,10 @@ class LoraFile:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """Every change that a file holds, in any style of `lora_names`.
+    """Read every change of a file, in any style of `key_mapping`.
 
-    Raises CheckpointError for a damaged file, half a change, one made twice, and for what wancli
-    does not apply: DoRA, Tucker decompositions, OFT, GLoRA.
+    Raises CheckpointError for a damaged file, an incomplete change, one made twice, and for changes that
+    wancli does not apply: DoRA, Tucker decompositions, OFT, GLoRA.
     """
     tensors = read_tensors(path)
     modules: dict[str, dict[str, str]] = {}
@@ -81,18 +81,18 @@ def read_lora_file(path: Path) -> LoraFile:
     targets: dict[str, LoraTarget] = {}
     unknown = []
     for key, info in tensors.items():
-        found = parse_key(key)
-        if found is None:
+        target = parse_key(key)
+        if target is None:
             unknown.append(key)
             continue
-        _check(path, key, info, found.part)
-        parts = modules.setdefault(found.module, {})
-        if found.part in parts:
-            raise _invalid_error(path, f"{parts[found.part]} and {key} are the same under two names")
-        parts[found.part] = key
-        targets[key] = found
-        written[found.module] = found.written
-    declared, config = _read_scaling(path, peft=any(found.style == "PEFT" for found in targets.values()))
+        _check(path, key, info, target.part)
+        parts = modules.setdefault(target.module, {})
+        if target.part in parts:
+            raise _invalid_error(path, f"{parts[target.part]} and {key} are the same under two names")
+        parts[target.part] = key
+        targets[key] = target
+        written[target.module] = target.written
+    declared, config = _read_scaling(path, peft=any(target.style == "PEFT" for target in targets.values()))
     changes = []
     for module, parts in modules.items():
         scale = partial(declared, written[module]) if declared else _unit_scale
@@ -158,7 +158,7 @@ def _weight_changes(
 def _bias_changes(
     module: str, parts: Mapping[str, str], tensors: Mapping[str, TensorInfo], scale: Callable[[int], float]
 ) -> list[Change]:
-    """A plain difference, or PEFT's bias of `up`, which is scaled as `up @ down` is."""
+    """Return a plain difference, or the bias of `up` in PEFT, which is scaled like `up @ down`."""
     changes = []
     name = parameter_name(module, bias=True)
     if key := parts.get("diff_b"):
@@ -171,7 +171,9 @@ def _bias_changes(
 
 
 def _infer_size(kind: Kind, shapes: Mapping[str, Shape]) -> tuple[Shape, int]:
-    """Shape and rank of what the factors make. Raises KeyError for a missing one, ValueError for misfits."""
+    """Return shape and rank of the product. Raises KeyError for a missing factor, ValueError for factors that
+    do not fit.
+    """
     match kind:
         case "full":
             return shapes["diff"], 0
@@ -190,7 +192,7 @@ def _infer_size(kind: Kind, shapes: Mapping[str, Shape]) -> tuple[Shape, int]:
 
 
 def _infer_factor(shapes: Mapping[str, Shape], name: str) -> tuple[Shape, int]:
-    """One of LoKr's factors, whole (rank 0) or a product."""
+    """Return shape and rank of one of LoKr's factors, which is whole (rank 0) or a product."""
     if name in shapes:
         if shapes.keys() & {f"{name}_a", f"{name}_b"}:
             raise ValueError(f"{name} appears both whole and as a product")
@@ -216,10 +218,10 @@ def _unit_scale(_: int) -> float:
 
 
 def _read_scaling(path: Path, *, peft: bool) -> tuple[Scale | None, Path | None]:
-    """How PEFT was told to scale, and the file that says so if it is not this one.
+    """Return how PEFT was configured to scale, and the file that says so if it is not this one.
 
-    diffusers puts the configuration into the file, its keys after `transformer.`; PEFT into a file
-    beside it, which is read for PEFT's own names only.
+    diffusers writes the configuration into the file, with keys that begin with `transformer.`. PEFT writes it
+    into a file beside it, which is read only if the keys are named as PEFT names them.
     """
     config = path.with_name(ADAPTER_CONFIG)
     try:

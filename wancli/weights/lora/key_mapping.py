@@ -38,7 +38,7 @@ PREFIXES = {
 }
 BARE = "bare"
 
-# What image-to-video models have besides: their LoRAs are used with text-to-video models, too.
+# Layers that only image-to-video models have: their LoRAs are used with text-to-video models, too.
 IMAGE_BLOCK_FROM_DIFFUSERS = {
     "attn2.add_k_proj": "cross_attn.k_img",
     "attn2.add_v_proj": "cross_attn.v_img",
@@ -83,7 +83,9 @@ _BLOCK = re.compile(r"blocks_(\d{1,4})_(.+)")
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """Where a key belongs: its module under the official name, and which part of a change it holds."""
+    """The target of a key: its module under the official name, and the part of a change that the key
+    holds.
+    """
 
     style: str
     module: str
@@ -92,28 +94,28 @@ class LoraTarget:
 
 
 def parse_key(key: str) -> LoraTarget | None:
-    """What a key stands for; None when it names nothing of a Wan transformer."""
+    """Return the target of a key; None if it names nothing of a Wan transformer."""
     module, part = _split_key(key)
     return _resolve_target(module, part) if part else None
 
 
 def is_change_key(key: str) -> bool:
-    """Whether a tensor of this name is added to a layer of some model rather than being one."""
+    """Return whether a tensor of this name is added to a layer of some model and is not a layer itself."""
     return _split_key(key)[1] not in ("", "alpha")
 
 
 def detect_style(targets: Mapping[str, LoraTarget]) -> str:
-    """Whose naming the keys of a file have: that of most of them."""
-    styles = [found.style for found in targets.values()]
+    """Return the naming that most keys of a file have."""
+    styles = [target.style for target in targets.values()]
     style = max(dict.fromkeys(styles), key=styles.count, default="unknown")
-    parts = {found.part for found in targets.values()}
+    parts = {target.part for target in targets.values()}
     if style == COMFY and parts & {"diff", "diff_b"} and "down" in parts:
         return "LightX2V, extracted"
     return "LightX2V" if style == COMFY and any(".lora_down." in key for key in targets) else style
 
 
 def official_module(module: str) -> str | None:
-    """The official name of a module in either naming, with dots or underscores; None if there is none.
+    """Return the official name of a module in either naming, with dots or underscores; None if there is none.
 
     `blocks.3` and `head` alone, which hold a modulation, are not modules here.
     """
@@ -125,30 +127,32 @@ def official_module(module: str) -> str | None:
 
 
 def parameter_name(module: str, *, bias: bool) -> str:
-    """The parameter that a change of a module's weight, or of its bias, is made to."""
+    """Return the parameter that a change of a module's weight, or of its bias, applies to."""
     if module.endswith(("modulation", "emb_pos")):
         return module
     return f"{module}.bias" if bias else f"{module}.weight"
 
 
 def block_index(parameter: str) -> int | None:
-    """The block that an official parameter is in; None outside the blocks."""
+    """Return the block of an official parameter; None outside the blocks."""
     return int(parameter.split(".")[1]) if parameter.startswith("blocks.") else None
 
 
 def is_image_only(parameter: str) -> bool:
-    """Whether only image-to-video models have this parameter."""
+    """Return whether only image-to-video models have this parameter."""
     modules = (*IMAGE_BLOCK_FROM_DIFFUSERS.values(), *IMAGE_FROM_DIFFUSERS.values())
     return any(f".{module}." in f".{parameter}." for module in modules)
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """The module of a key as it is written, and the part; both empty for what is no part of a change."""
+    """Split a key into the module as it is written, and the part; both are empty if it is not part of a
+    change.
+    """
     for what, pattern in _REFUSED.items():
-        if found := pattern.fullmatch(key):
-            return found["module"], what
-    found = _KEY.fullmatch(key)
-    return (found["module"], next(part for part in PARTS if found[part])) if found else ("", "")
+        if match := pattern.fullmatch(key):
+            return match["module"], what
+    match = _KEY.fullmatch(key)
+    return (match["module"], next(part for part in PARTS if match[part])) if match else ("", "")
 
 
 def _resolve_target(written: str, part: str) -> LoraTarget | None:
@@ -167,7 +171,7 @@ def _flatten(name: str) -> str:
 
 
 def _both_namings(*tables: dict[str, str]) -> dict[str, str]:
-    """Flattened names of both sides -> the official one."""
+    """Map the flattened names of both namings to the official name."""
     pairs = [pair for table in tables for pair in table.items()]
     return {_flatten(name): ours for theirs, ours in pairs for name in (theirs, ours)}
 

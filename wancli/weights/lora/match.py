@@ -1,4 +1,6 @@
-"""A LoRA file against a model: what of it applies, and refusal of one made for another model. No torch."""
+"""Selects the changes of a LoRA file that apply to a model; refuses a file made for another model. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "te_", "cond_stage_model")  
 
 @dataclass(frozen=True)
 class Coverage:
-    """What of a LoRA file a model takes, as plain data."""
+    """How much of a LoRA file applies to a model, as plain data."""
 
     style: str
     targets: int  # parameters changed
@@ -34,10 +36,10 @@ class Coverage:
 
 
 def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
-    """The changes that apply to a model with these parameters.
+    """Return the changes that apply to a model with these parameters, and their coverage.
 
-    Changes of what only image-to-video models have are skipped. Raises CheckpointError when a
-    parameter has another shape or is in a block past the last, and when nothing applies.
+    Changes of layers that only image-to-video models have are skipped. Raises CheckpointError if a parameter
+    has another shape or is in a block past the last, and if nothing applies.
     """
     depth = 1 + max((n for n in map(block_index, shapes) if n is not None), default=-1)
     used: list[Change] = []
@@ -78,7 +80,7 @@ def _shape_matches(change: Change, shape: tuple[int, ...]) -> bool:
 
 
 def _is_image_only_change(change: Change, shapes: Shapes) -> bool:
-    """Whether a text-to-video model has no use for a change that an image-to-video LoRA comes with."""
+    """Return whether only an image-to-video model has a use for this change."""
     if change.name not in shapes:
         return is_image_only(change.name)
     if change.name != "patch_embedding.weight":
@@ -103,7 +105,7 @@ def _no_effect_error(file: LoraFile, skipped: int, unused: Sequence[str]) -> Che
 
 
 def _wrong_model_error(file: LoraFile, change: Change, shapes: Shapes, depth: int) -> CheckpointError:
-    """The refusal, with a guess which models they are."""
+    """Return the error for a LoRA of another model, with a guess at both models."""
     if change.name in shapes:
         there = f"{list(shapes[change.name])} in this model"
     else:

@@ -1,4 +1,4 @@
-"""LoRAs as tensors: what they add to a parameter, and adding it.
+"""LoRAs as tensors: the difference that they add to a parameter, and adding it.
 
 All arithmetic is fp32, and a sum of several LoRAs is rounded once to the dtype of the weight.
 
@@ -28,14 +28,14 @@ from wancli.weights.lora.use import LoraUse
 
 @dataclass(frozen=True, eq=False)
 class Delta(ABC):
-    """What a LoRA adds to one parameter at strength 1."""
+    """The difference that a LoRA adds to one parameter at strength 1."""
 
     shape: tuple[int, ...]  # of the parameter
     scale: float
 
     @abstractmethod
     def dense(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """The whole difference, in the shape of the parameter."""
+        """Return the whole difference, in the shape of the parameter."""
 
     def _add_fp32(self, weight: Tensor, strength: float) -> None:
         """weight += strength * difference, in place, for an fp32 weight."""
@@ -84,7 +84,7 @@ class LoHa(Delta):
 
 @dataclass(frozen=True, eq=False)
 class LoKr(Delta):
-    """scale * kron(w1, w2); each is the product of its factors, of one if it is whole."""
+    """scale * kron(w1, w2); each of the two is one whole matrix or a product of factors."""
 
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
@@ -98,7 +98,7 @@ class LoKr(Delta):
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA that fits a model: official parameter name -> what it adds."""
+    """A LoRA that fits a model: official parameter name -> its difference."""
 
     path: Path
     deltas: Mapping[str, Delta]
@@ -107,36 +107,36 @@ class Lora:
 
 
 def load_lora(path: Path, shapes: Shapes) -> Lora:
-    """Reads the changes of a LoRA file that apply to a model with these parameters.
+    """Load the changes of a LoRA file that apply to a model with these parameters.
 
-    The tensors are mapped from the file. Raises CheckpointError as `recognise` and `matched` do,
+    The tensors are mapped from the file. Raises CheckpointError like `read_lora_file` and `select_changes`,
     and for NaN or Inf, naming the key.
     """
     changes, coverage = select_changes(read_lora_file(path), shapes)
     wanted = {key for change in changes for key in change.keys.values()}
-    found = {name: tensor for name, tensor in iterate_tensors([path]) if name in wanted}
-    for key, tensor in found.items():
+    factors = {name: tensor for name, tensor in iterate_tensors([path]) if name in wanted}
+    for key, tensor in factors.items():
         if not tensor.float().isfinite().all():
             raise CheckpointError(
                 f"{key} holds NaN or Inf", where=str(path), hint="The training of this LoRA went wrong."
             )
-    deltas = {change.name: _build_delta(change, found, shapes[change.name]) for change in changes}
+    deltas = {change.name: _build_delta(change, factors, shapes[change.name]) for change in changes}
     return Lora(path, deltas, coverage, tuple(sorted({delta.scale for delta in deltas.values()})))
 
 
-def _build_delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
-    factor = {part: found[key] for part, key in change.keys.items()}
-    alpha = factor.pop("alpha", None)
+def _build_delta(change: Change, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
+    parts = {part: factors[key] for part, key in change.keys.items()}
+    alpha = parts.pop("alpha", None)
     scale = change.scale if alpha is None else alpha.item() / change.rank
     match change.kind:
         case "full":
-            return Full(shape, scale, *factor.values())
+            return Full(shape, scale, *parts.values())
         case "low-rank":
-            return LowRank(shape, scale, _as_matrix(factor["up"]), _as_matrix(factor["down"]))
+            return LowRank(shape, scale, _as_matrix(parts["up"]), _as_matrix(parts["down"]))
         case "loha":
-            return LoHa(shape, scale, *(_as_matrix(tensor) for tensor in factor.values()))
+            return LoHa(shape, scale, *(_as_matrix(tensor) for tensor in parts.values()))
         case "lokr":
-            whole = {part: _as_matrix(tensor) for part, tensor in factor.items()}
+            whole = {part: _as_matrix(tensor) for part, tensor in parts.items()}
             w1, w2 = (
                 tuple(tensor for part, tensor in whole.items() if part.startswith(f"lokr_{w}"))
                 for w in ("w1", "w2")
@@ -146,32 +146,32 @@ def _build_delta(change: Change, found: Mapping[str, Tensor], shape: tuple[int, 
 
 @dataclass(frozen=True, eq=False)
 class Loras:
-    """The LoRAs of a shot with where and when each applies."""
+    """The LoRAs of a shot, with the blocks and steps at which each applies."""
 
     uses: Sequence[LoraUse] = ()
     loras: Sequence[Lora] = ()
 
     @property
     def names(self) -> set[str]:
-        """Every parameter that is changed anywhere."""
+        """Every parameter that some LoRA changes."""
         return {name for lora in self.loras for name in lora.deltas}
 
     def terms_for(self, name: str, step: int, expert: Expert = "only") -> list[tuple[Delta, float]]:
-        """What a parameter gets at a step, with strengths, in the order of the job; for `add`."""
-        found = []
+        """Return the differences of a parameter at a step, with strengths, in the order of the job."""
+        terms = []
         for use, lora in zip(self.uses, self.loras, strict=True):
             strength = use.strength_at(step, block_index(name), expert)
             if strength and name in lora.deltas:
-                found.append((lora.deltas[name], strength))
-        return found
+                terms.append((lora.deltas[name], strength))
+        return terms
 
 
 @torch.no_grad()
 def add_deltas(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
     """weight += the sum of strength * difference, in fp32 and rounded once, in place.
 
-    The weight may have any float dtype and be anywhere, if it is contiguous. Raises ValueError for
-    another shape, before anything is changed.
+    The weight may have any float dtype and device, if it is contiguous. Raises ValueError for another shape,
+    before anything is changed.
     """
     terms = list(terms)
     for delta, _ in terms:
@@ -185,11 +185,11 @@ def add_deltas(weight: Tensor, terms: Iterable[tuple[Delta, float]]) -> None:
 
 
 class Patches:
-    """Keeps a model's weights at those of the file plus the LoRAs of a step, and nothing else.
+    """Keeps the weights of a model equal to those of its files plus the LoRAs of a step.
 
-    `base` reads named parameters anew, so a change is undone exactly and costs no memory: weights
-    are read from the file where another set of LoRAs, or another step, needs them back. Weights on
-    the meta device are fetched each time they are needed, and `into` changes them each time.
+    A change is undone exactly, and without a copy in memory: if other LoRAs or another step need the original
+    weights, `read_base` reads them from the files. Weights on the meta device are fetched each time they are
+    needed, and `patch` changes them each time.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Patches:
         self._applied: dict[str, list[tuple[Delta, float]]] = {}
 
     def apply_step(self, loras: Loras, step: int, expert: Expert = "only") -> bool:
-        """Brings the weights to a step; whether any of them changed."""
+        """Bring the weights to a step. Returns whether any of them changed."""
         wanted = {name: terms for name in loras.names if (terms := loras.terms_for(name, step, expert))}
         changed = {
             name
@@ -216,13 +216,13 @@ class Patches:
                 self._applied[name] = wanted[name]
         self._restore((changed - fetched) & self._applied.keys())
         for name in sorted((changed - fetched) & wanted.keys()):
-            self._applied[name] = []  # neither the file's nor what is wanted, should this stop half way
+            self._applied[name] = []  # neither the original nor the wanted weight, should this stop half way
             add_deltas(self._state[name], wanted[name])
             self._applied[name] = wanted[name]
         return bool(changed)
 
     def patch(self, name: str, weight: Tensor) -> None:
-        """Adds what the step wants to a weight that was just fetched; for `Streamed`."""
+        """Add the LoRAs of the step to a weight that was just fetched; called by OffloadedBlocks."""
         if terms := self._applied.get(name):
             add_deltas(weight, terms)
 
@@ -234,7 +234,7 @@ class Patches:
             self._state[name].copy_(tensor)
             del self._applied[name]
         if lost := sorted(names & self._applied.keys()):
-            raise CheckpointError(f"{lost[0]} was in the checkpoint and is there no more")
+            raise CheckpointError(f"{lost[0]} was in the checkpoint and is now missing")
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

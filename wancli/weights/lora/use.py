@@ -1,4 +1,4 @@
-"""Which LoRA is applied where and when, as plain data: no torch."""
+"""Which LoRA is applied at which blocks and steps, as plain data: no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LoraUse:
     coverage: Coverage
 
     def strength_at(self, step: int, block: int | None, expert: Expert = "only") -> float:
-        """The strength for a block (None: outside the blocks) at a step; 0 where it does not apply."""
+        """Return the strength for a block (None: outside the blocks) at a step; 0 if it does not apply."""
         applies = (
             (self.steps is None or step in self.steps)
             and (self.blocks is None or block in self.blocks)
@@ -32,7 +32,7 @@ class LoraUse:
 
     @property
     def pixel_settings(self) -> dict[str, object]:
-        """All that pixels depend on."""
+        """All settings that pixels depend on."""
         return {
             "sha256": self.sha256,
             "strength": self.strength,

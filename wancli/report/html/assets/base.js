@@ -1,4 +1,4 @@
-// The document, elements made from it, and numbers as people write them. Text of jobs only ever becomes text nodes.
+// The document, helpers that create elements, and formats of numbers. Text of jobs only ever becomes text nodes.
 const data = JSON.parse(document.getElementById('data').textContent);
 const SVG = 'http://www.w3.org/2000/svg';
 
@@ -37,11 +37,11 @@ const facts = (pairs) => h('dl', { class: 'facts' },
 const muted = (...children) => h('p', { class: 'muted' }, ...children);
 
 const count = (n) => Number(n).toLocaleString('en-US', { maximumFractionDigits: 0 });
-const counted = (n, what) => `${count(n)} ${what}${n === 1 ? '' : 's'}`;
+const pluralize = (n, what) => `${count(n)} ${what}${n === 1 ? '' : 's'}`;
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 const figure = (x) => (x === 0 ? '0' : Math.abs(x) >= 1000 ? count(x) : String(Number(x.toPrecision(3))));
 
-// As wancli/units.py, but for times below a second.
+// As in wancli/units.py, except for times below a second.
 function size(bytes) {
   for (const unit of ['B', 'KiB', 'MiB']) {
     if (bytes < 1024) return `${bytes.toFixed(0)} ${unit}`;
@@ -89,9 +89,9 @@ function choice(label, options, value, change, props = {}) {
 const modelOf = (shot) => data.models[shot.model];
 const depthOf = (shot) => modelOf(shot).sizes.num_layers;
 const rulesOf = (shot) => (shot.injection ?? []).map((use) => ({ ...use, ...data.rules[use.rule] }));
-const known = (shot) => shot.model !== undefined;
-// The block maps of a shot's network, and the place in one that a block has: alone, or as part of a range.
+const hasManifest = (shot) => shot.model !== undefined;
+// The block maps of a shot's network, and the index of a block in a map: alone, or as part of a range.
 const mapsOf = (shot) => data.maps.filter((map) => map.model.sha256 === modelOf(shot).sha256?.transformer);
 const mapName = (map) => (data.maps.length > 1 ? `${map.job}, ${map.shot}: ${map.method}` : map.method);
-const placeIn = (map, block) => (map.ranges ? map.ranges.findIndex((range) => range.includes(block)) : block);
-const nothing = (shot) => muted(`This shot has no manifest to tell: ${shot.status}.`, shot.error ? ` ${shot.error.message}` : '');
+const indexIn = (map, block) => (map.ranges ? map.ranges.findIndex((range) => range.includes(block)) : block);
+const noManifest = (shot) => muted(`This shot has no manifest: ${shot.status}.`, shot.error ? ` ${shot.error.message}` : '');

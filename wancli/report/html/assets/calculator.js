@@ -4,7 +4,7 @@ const UNKNOWN_PROMPT_TOKENS = 100; // of a prompt that is not written yet
 
 function settingsOf(shot) {
   const model = modelOf(shot);
-  const tokens = shot.prompts ? shot.prompts.map((place) => data.prompts[place].tokens) : [UNKNOWN_PROMPT_TOKENS, UNKNOWN_PROMPT_TOKENS];
+  const tokens = shot.prompts ? shot.prompts.map((index) => data.prompts[index].tokens) : [UNKNOWN_PROMPT_TOKENS, UNKNOWN_PROMPT_TOKENS];
   const measured = shot.effects ? 2 : 1;
   return {
     device: model.device, dtype: model.dtype, residency: model.residency, encoder: model.text_encoder, chunk: model.chunk,
@@ -18,7 +18,7 @@ function settingsOf(shot) {
 function drawMemory(shot) {
   const root = body('memory');
   root.replaceChildren();
-  if (!known(shot)) return root.append(nothing(shot));
+  if (!hasManifest(shot)) return root.append(noManifest(shot));
   const columns = h('div', { class: 'cols' });
   root.append(columns);
   if (shot.predicted !== undefined) columns.append(measuredMemory(shot));
@@ -37,7 +37,7 @@ function measuredMemory(shot) {
     measured: measured(phase.name),
   }));
   return h('div', {}, h('h3', { style: { 'margin-top': '0' } }, `Predicted and measured, ${shot.id}`),
-    stacked({ rows, title: 'Predicted memory per phase; a line marks the measured peak' }), partsLegend(true),
+    stackedBars({ rows, title: 'Predicted memory per phase; a line marks the measured peak' }), partsLegend(true),
     table(['phase', 'model', 'activation', 'buffer', 'predicted', 'measured', 'off by'], rows.map((row) => [
       row.label, ...['model', 'activation', 'buffer'].map((part) => size(row.parts[part])), size(row.peak),
       row.measured ? size(row.measured) : '–', row.measured ? `${(100 * (row.measured / row.peak - 1)).toFixed(1)} %` : '–'])),
@@ -96,7 +96,7 @@ function drawResult(calculator, settings, limit, update) {
   const rows = phases.map((phase) => ({ label: phase.name, parts: { process, model: phase.model, activation: phase.activation, buffer: phase.buffer } }));
   return [
     h('p', {}, 'Peak ', h('strong', { id: 'peak', 'data-bytes': peak }, size(peak)), fits, `; ${count(tokensOf(calculator, settings))} tokens, computed in ${computeDtype(calculator, settings)} on ${settings.device === 'cpu' ? 'a CPU' : 'a GPU, of whose memory this is'}`),
-    stacked({ rows, title: 'Memory of each phase with these settings' }), partsLegend(false),
+    stackedBars({ rows, title: 'Memory of each phase with these settings' }), partsLegend(false),
     table(['phase', 'process', 'model', 'activation', 'buffer', 'total'], phases.map((phase) => [
       h('span', { 'data-phase': phase.name, 'data-model': phase.model, 'data-activation': phase.activation, 'data-buffer': phase.buffer }, phase.name),
       size(process), size(phase.model), size(phase.activation), size(phase.buffer), size(process + phase.total)]), { id: 'computed' }),

@@ -1,9 +1,9 @@
-// The blocks of the model: a cell each, and what is known of the one that is picked.
+// The blocks of the model, one cell each, and the details of the selected block.
 
 const COLUMNS = 10;
-const explorer = { block: null, colour: null }; // null until somebody chooses
+const explorer = { block: null, colour: null }; // null until chosen
 
-// What cells can be coloured by: {label, values, unit, ink}
+// The values that can colour the cells: {label, values, unit, ink}
 function colourings(shot) {
   const depth = depthOf(shot);
   const rules = rulesOf(shot);
@@ -22,7 +22,7 @@ function colourings(shot) {
     found.difference = { label: 'K/V difference', values: data.differences[rules[0].difference].blocks, unit: (v) => percent(v), top: 1, ink: '--accent' };
   }
   mapsOf(shot).forEach((map, i) => {
-    found[`map-${i}`] = { label: `map: ${mapName(map)}`, values: per((b) => map.total[placeIn(map, b)] ?? 0), unit: figure, ink: '--heat' };
+    found[`map-${i}`] = { label: `map: ${mapName(map)}`, values: per((b) => map.total[indexIn(map, b)] ?? 0), unit: figure, ink: '--heat' };
   });
   return found;
 }
@@ -30,14 +30,14 @@ function colourings(shot) {
 function drawBlocks(shot) {
   const root = body('blocks');
   root.replaceChildren();
-  if (!known(shot)) return root.append(nothing(shot));
+  if (!hasManifest(shot)) return root.append(noManifest(shot));
   const depth = depthOf(shot);
   const colours = colourings(shot);
   const colour = () => (explorer.colour in colours ? explorer.colour : Object.keys(colours)[0]);
   let current = Math.min(explorer.block ?? Math.max(0, colours.injected?.values.findIndex(Boolean) ?? 0), depth - 1);
   const grid = h('div', { class: 'grid', role: 'grid', 'aria-label': `${depth} blocks; arrow keys move` });
   const detail = h('div', { id: 'block', 'aria-live': 'polite' });
-  const said = h('div', { id: 'claims' });
+  const claims = h('div', { id: 'claims' });
   const key = h('div', {});
   const paint = () => paintCells(grid, key, colours[colour()]);
   const pick = (block, focus) => {
@@ -49,7 +49,7 @@ function drawBlocks(shot) {
       if (chosen && focus) cell.focus();
     }
     detail.replaceChildren(...blockDetail(shot, block));
-    said.replaceChildren(...claimsOf(shot, block));
+    claims.replaceChildren(...claimsOf(shot, block));
   };
   const choose = (block, focus) => { explorer.block = block; pick(block, focus); };
   for (let start = 0; start < depth; start += COLUMNS) {
@@ -69,7 +69,7 @@ function drawBlocks(shot) {
   root.append(h('div', { class: 'cols' },
     h('div', {},
       options.length > 0 && h('div', { class: 'controls' }, choice('Colour by', options, colour(), (value) => { explorer.colour = value; paint(); }, { id: 'colour' })),
-      grid, key, wholeModel(shot), said),
+      grid, key, wholeModel(shot), claims),
     detail));
   paint();
   pick(current, false);
@@ -90,7 +90,7 @@ function paintCells(grid, key, colour) {
 
 const partFlops = (part, tokens, rows) => tokens * (part.flops.token + tokens * part.flops.token2 + rows * part.flops.token_text);
 
-// Bytes of a part's weights: matrices in the dtype of the model, all else in fp32 (biases of blocks in it, too).
+// Bytes of a part's weights: in the dtype of the model; beside fp8 matrices all else has two bytes.
 function partBytes(part, dtype) {
   const element = { fp32: 4, bf16: 2, fp16: 2, fp8: 1 }[dtype];
   return part.matrices * element + (part.weights - part.matrices) * (dtype === 'fp8' ? 2 : element);
@@ -115,22 +115,22 @@ function blockDetail(shot, block) {
     table(['part', 'weights', `in ${model.dtype}`, 'FLOP per forward', 'share', 'working set'],
       [...parts.map((part) => [part.name, count(part.weights), size(part.bytes), flop(part.flops), percent(part.flops / all), size(part.held)]),
         ['the block', count(sum('weights')), size(sum('bytes')), flop(all), '100 %', { num: true, value: `${size(Math.max(...parts.map((part) => part.held)))} at once` }]], { id: 'parts' }),
-    muted(`For ${count(shot.tokens)} video tokens and ${rows} text rows. Keys and values of the text are made once per prompt: ${flop(rows * model.parts.reduce((total, part) => total + part.flops.text, 0))}, ${size(2 * rows * model.sizes.dim * element)} kept in each block.`),
+    muted(`For ${count(shot.tokens)} video tokens and ${rows} text rows. Keys and values of the text are computed once per prompt: ${flop(rows * model.parts.reduce((total, part) => total + part.flops.text, 0))}, ${size(2 * rows * model.sizes.dim * element)} kept in each block.`),
     injectionOverSteps(shot, block),
   ].filter(Boolean);
 }
 
 function blockFacts(shot, block) {
   const rules = rulesOf(shot);
-  const place = shot.effects ? shot.effects.blocks.indexOf(block) : -1;
+  const index = shot.effects ? shot.effects.blocks.indexOf(block) : -1;
   const differences = rules.map((rule) => data.differences[rule.difference].blocks[block]).filter((value) => value !== undefined);
   return [
     ['hits', rules.length ? rules.map((rule, i) => `${rules.length > 1 ? `rule ${i}: ` : ''}${count(rule.hits_by_block[block] ?? 0)}`).join('; ') : null],
-    ['measured effect', place >= 0 ? `${percent(shot.effects.mean[place])} of its cross-attention output, mean over steps (|change| > 0.01 in ${shot.effects.legacy[place]} % of the elements)`
-      : rules.length ? (shot.effects ? 'none here: no rule reaches this block' : 'not measured; render with measure: true, or --log-level verbose') : null],
+    ['measured effect', index >= 0 ? `${percent(shot.effects.mean[index])} of its cross-attention output, mean over steps (|change| > 0.01 in ${shot.effects.legacy[index]} % of the elements)`
+      : rules.length ? (shot.effects ? 'none here: no rule changes this block' : 'not measured; render with measure: true, or --log-level verbose') : null],
     ['K/V difference', differences.length ? differences.map((value) => percent(value)).join('; ') : null],
-    ...mapsOf(shot).map((map) => [map, placeIn(map, block)]).filter(([, place]) => place >= 0)
-      .map(([map, place]) => [`map: ${mapName(map)}`, `${figure(map.total[place])} ${map.unit}, ${rankOf(map.total, place)}${map.ranges ? `, as one of blocks ${ranges(map.ranges[place])}` : ''}`]),
+    ...mapsOf(shot).map((map) => [map, indexIn(map, block)]).filter(([, i]) => i >= 0)
+      .map(([map, i]) => [`map: ${mapName(map)}`, `${figure(map.total[i])} ${map.unit}, ${rankOf(map.total, i)}${map.ranges ? `, as one of blocks ${ranges(map.ranges[i])}` : ''}`]),
   ];
 }
 
@@ -146,13 +146,13 @@ function injectionOverSteps(shot, block) {
   const branches = [...new Set(rows.map((row) => row.branch))].filter((branch) => branch === 'cond' || rows.some((row) => row.branch === branch && row.blocks.some(Boolean)));
   const share = (branch, step) => rows.find((row) => row.branch === branch && row.steps.includes(step))?.blocks[block];
   const effects = shot.effects?.values ? shot.effects : null;
-  const place = effects ? effects.blocks.indexOf(block) : -1;
+  const index = effects ? effects.blocks.indexOf(block) : -1;
   const effect = (branch, step) => {
     const at = effects.steps.findIndex((s, i) => s === step && effects.branches[i] === branch);
-    return at < 0 ? null : effects.values[at][place];
+    return at < 0 ? null : effects.values[at][index];
   };
   const cell = (value, top, ink, text) => h('td', value ? { style: { background: tint(value / top, ink) } } : {}, text);
-  const most = place >= 0 ? Math.max(...effects.values.map((row) => row[place] ?? 0)) || 1 : 1;
+  const most = index >= 0 ? Math.max(...effects.values.map((row) => row[index] ?? 0)) || 1 : 1;
   return h('div', {},
     h('h3', {}, 'Injection over the steps'),
     h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': `Injection into block ${block} over the steps` }, h('table', { class: 'steps', id: 'over-steps' },
@@ -163,7 +163,7 @@ function injectionOverSteps(shot, block) {
           const value = share(branch, step);
           return cell(value, 1, '--accent', value === undefined ? '–' : value === 0 ? '·' : figure(value));
         }))),
-        place >= 0 && branches.filter((branch) => effects.branches.includes(branch)).map((branch) => h('tr', {}, h('th', { scope: 'row' }, `${branch}, effect %`), steps.map((step) => {
+        index >= 0 && branches.filter((branch) => effects.branches.includes(branch)).map((branch) => h('tr', {}, h('th', { scope: 'row' }, `${branch}, effect %`), steps.map((step) => {
           const value = effect(branch, step);
           return cell(value, most, '--heat', value === null ? '–' : figure(Math.round(100 * value)));
         })))))));
@@ -176,9 +176,9 @@ function claimsOf(shot, block) {
     .filter(([range]) => { const [first, last] = range.split('-').map(Number); return first <= scaled && scaled < last + 1; })
     .map(([range, says]) => [says, range, `${claim.source}: ${claim.where}`]));
   return [
-    h('h3', {}, 'What others say of this range'),
-    muted('Presets are plain ranges. These claims contradict each other (texture early or structure early, meaning late or detail late), and but for wan-mini none comes with a measurement.',
-      depthOf(shot) === 40 ? '' : ` They speak of 40 blocks; block ${block} of ${depthOf(shot)} is taken for ${Math.floor(scaled)}.`,
+    h('h3', {}, 'What others say about this range'),
+    muted('Presets are plain ranges. These claims contradict each other (texture early or structure early, meaning late or detail late), and only those for wan-mini come with a measurement.',
+      depthOf(shot) === 40 ? '' : ` They are about 40 blocks; block ${block} of ${depthOf(shot)} corresponds to ${Math.floor(scaled)}.`,
       ' To measure this model with your prompts: wancli probe JOB.'),
     table(['said to make', 'of 40', 'source'], rows, { class: 'small' }),
   ];

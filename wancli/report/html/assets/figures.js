@@ -1,22 +1,22 @@
-// Drawings: ramps of heat, curves, strips of bars, stacked bars. SVG, coloured by the style sheet.
+// Charts as SVG, coloured by the style sheet: heat-maps, curves, bars, stacked bars.
 
-// Drawings keep the size of their letters, so they are made for the room there is.
+// Charts keep the size of their letters, so they are drawn for the available width.
 // A page that opens in a background tab has no width yet.
-const broad = (most) => Math.min(most, Math.max(240, document.documentElement.clientWidth - 64));
+const fitWidth = (most) => Math.min(most, Math.max(240, document.documentElement.clientWidth - 64));
 
 const shade = (share, ink = '--heat') => `color-mix(in oklab, var(${ink}) ${Math.round(100 * Math.min(1, Math.max(0, share)))}%, var(--paper))`;
 
 const legend = (low, high, ink = '--heat', most = 1) => h('div', { class: 'legend' }, low,
   h('span', { class: 'ramp', style: { background: `linear-gradient(to right, ${shade(0, ink)}, ${shade(most, ink)})` } }), high);
 
-// Behind letters: half as strong at most, so that they can be read.
+// For cells behind text: at most half as strong, so that the text can be read.
 const tint = (share, ink) => shade(Math.min(1, share) / 2, ink);
 
-// values[row][column], null where there is none
+// values[row][column], null for no value
 function heatmap({ values, rows, columns, top, title, unit, ink = '--heat', name }) {
   const width = values[0].length;
   const widest = Math.max(18, ...columns.map((text) => 7 * String(text).length)); // named columns are as wide as their names
-  const cell = Math.max(widest > 18 ? widest : 6, Math.min(18, Math.floor((broad(580) - 46) / width)));
+  const cell = Math.max(widest > 18 ? widest : 6, Math.min(18, Math.floor((fitWidth(580) - 46) / width)));
   const tall = Math.max(6, Math.min(18, Math.floor(420 / values.length)));
   const left = 46;
   const high = top ?? (Math.max(...values.flat().filter((v) => v !== null)) || 1);
@@ -35,7 +35,7 @@ function heatmap({ values, rows, columns, top, title, unit, ink = '--heat', name
 }
 
 // lines: [{points: [[x, y]], class, label}]; y from 0 to top
-function curves({ lines, top, xLabel, yLabel, title, half, width = broad(520), height = 200 }) {
+function curves({ lines, top, xLabel, yLabel, title, half, width = fitWidth(520), height = 200 }) {
   const [left, right, up, down] = [44, 10, 10, 30];
   const last = Math.max(1, ...lines.flatMap((line) => line.points.map(([x]) => x)));
   const x = (value) => left + (value / last) * (width - left - right);
@@ -55,8 +55,8 @@ function curves({ lines, top, xLabel, yLabel, title, half, width = broad(520), h
 }
 
 // One bar per block; `half` draws the 50 % line
-function strip({ values, top, title, unit, half, ink = '--accent' }) {
-  const cell = Math.max(6, Math.min(16, Math.floor((broad(570) - 42) / values.length)));
+function bars({ values, top, title, unit, half, ink = '--accent' }) {
+  const cell = Math.max(6, Math.min(16, Math.floor((fitWidth(570) - 42) / values.length)));
   const [left, height] = [42, 90];
   const y = (value) => 6 + height - (Math.min(value, top) / top) * height;
   return h('div', { class: 'scroll' }, svg('svg', { viewBox: `0 0 ${left + values.length * cell} ${height + 26}`, width: left + values.length * cell, role: 'img', 'aria-label': title },
@@ -68,7 +68,7 @@ function strip({ values, top, title, unit, half, ink = '--accent' }) {
 }
 
 // rows: [{label, parts: {model, activation, buffer, process}, measured}]
-function stacked({ rows, title, width = broad(560) }) {
+function stackedBars({ rows, title, width = fitWidth(560) }) {
   const [left, tall, gap, right] = [64, 20, 12, 78];
   const total = (row) => Object.values(row.parts).reduce((a, b) => a + b, 0);
   const most = Math.max(1, ...rows.map((row) => Math.max(total(row), row.measured ?? 0)));
@@ -77,12 +77,12 @@ function stacked({ rows, title, width = broad(560) }) {
     rows.map((row, r) => {
       let at = left;
       const top = r * (tall + gap) + gap / 2;
-      const bars = Object.entries(row.parts).map(([name, bytes]) => {
+      const segments = Object.entries(row.parts).map(([name, bytes]) => {
         const bar = svg('rect', { class: name, x: at, y: top, width: x(bytes), height: tall }, svg('title', {}, `${row.label}, ${name}: ${size(bytes)}`));
         at += x(bytes);
         return bar;
       });
-      return [svg('text', { x: left - 6, y: top + 14, 'text-anchor': 'end' }, row.label), bars,
+      return [svg('text', { x: left - 6, y: top + 14, 'text-anchor': 'end' }, row.label), segments,
         row.measured ? svg('line', { class: 'measured', x1: left + x(row.measured), x2: left + x(row.measured), y1: top - 3, y2: top + tall + 3 }, svg('title', {}, `${row.label}, measured: ${size(row.measured)}`)) : null,
         svg('text', { x: Math.max(at, left + x(row.measured ?? 0)) + 6, y: top + 14 }, size(total(row)))];
     }));

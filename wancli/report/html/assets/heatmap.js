@@ -1,20 +1,20 @@
-// Block × step of one shot, as planned and as measured, and the block maps that were found beside the outputs.
+// Block × step of one shot, as planned and as measured, and the block maps beside the outputs.
 
 const mapping = { kind: null, map: 0 };
 
 function drawMaps(shot) {
   const root = body('maps');
   root.replaceChildren();
-  const views = known(shot) ? viewsOf(shot) : {};
-  const maps = known(shot) ? mapsOf(shot) : [];
+  const views = hasManifest(shot) ? viewsOf(shot) : {};
+  const maps = hasManifest(shot) ? mapsOf(shot) : [];
   if (!Object.keys(views).length && !maps.length) {
-    return root.append(muted('No rule of this shot injects anything, and no block map lies beside the outputs. wancli probe JOB measures one: which block does what for these prompts.'));
+    return root.append(muted('No rule of this shot injects anything, and there is no block map beside the outputs. wancli probe JOB measures one: which block does what for these prompts.'));
   }
   const columns = h('div', { class: 'cols' });
   root.append(columns);
   if (Object.keys(views).length) columns.append(viewOf(shot, views));
   if (maps.length) columns.append(mapOf(maps));
-  else columns.append(h('div', {}, h('h3', { style: { 'margin-top': '0' } }, 'Block map'), muted('No block map lies beside the outputs. wancli probe JOB measures one.')));
+  else columns.append(h('div', {}, h('h3', { style: { 'margin-top': '0' } }, 'Block map'), muted('There is no block map beside the outputs. wancli probe JOB measures one.')));
   return root;
 }
 
@@ -43,10 +43,10 @@ function viewsOf(shot) {
 function viewOf(shot, views) {
   const names = Object.keys(views);
   if (!names.includes(mapping.kind)) mapping.kind = names.find((name) => name.endsWith('effect')) ?? names[0];
-  const place = h('div', {});
+  const slot = h('div', {});
   const draw = () => {
     const view = views[mapping.kind];
-    place.replaceChildren(heatmap({
+    slot.replaceChildren(heatmap({
       ...view,
       rows: view.values.map((_, step) => step),
       columns: view.values[0].map((_, block) => block),
@@ -57,12 +57,12 @@ function viewOf(shot, views) {
   draw();
   return h('div', {}, h('h3', { style: { 'margin-top': '0' } }, `Steps × blocks of ${shot.id}`),
     h('div', { class: 'controls' }, choice('Show', names, mapping.kind, (value) => { mapping.kind = value; draw(); })),
-    place,
-    muted('Effect: ‖CA(injected) − CA(plain)‖ / ‖CA(plain)‖ of each block’s cross-attention.', shot.effects && !shot.effects.values ? ' This page has too many shots to hold it per step.' : ''));
+    slot,
+    muted('Effect: ‖CA(injected) − CA(plain)‖ / ‖CA(plain)‖ of each block’s cross-attention.', shot.effects && !shot.effects.values ? ' This page has too many shots to include it per step.' : ''));
 }
 
 function mapOf(maps) {
-  const place = h('div', {});
+  const slot = h('div', {});
   mapping.map = Math.min(mapping.map, maps.length - 1);
   const draw = () => {
     const map = maps[mapping.map];
@@ -70,7 +70,7 @@ function mapOf(maps) {
     const levels = map.levels.map((level) => `σ ${level.sigma.toFixed(2)}`);
     const total = levels.length === 0 ? ['video'] : levels.length > 1 ? ['mean'] : [];
     const rows = [...levels, ...total];
-    place.replaceChildren(
+    slot.replaceChildren(
       heatmap({
         values: total.length ? [...map.values, map.total] : map.values,
         rows,
@@ -83,12 +83,12 @@ function mapOf(maps) {
         ['suggestion', h('code', {}, `blocks: ${map.suggestion}`)],
         ['unit', map.unit],
         ['prompts', map.prompts.map((pair) => `${pair.main} ⇐ ${pair.injected}`).join(' · ')],
-        ['measured', `${map.size}, ${counted(map.frames, 'frame')}, seed ${map.seed}, ${figure(map.forwards)} forwards, ${duration(map.seconds)}`],
+        ['measured', `${map.size}, ${pluralize(map.frames, 'frame')}, seed ${map.seed}, ${figure(map.forwards)} forwards, ${duration(map.seconds)}`],
         ['model', map.model.root],
       ]));
   };
   draw();
   const names = maps.map((map, i) => [i, mapName(map)]);
   return h('div', { id: 'map' }, h('h3', { style: { 'margin-top': '0' } }, 'Block map'),
-    h('div', { class: 'controls' }, choice('Map', names, mapping.map, (value) => { mapping.map = Number(value); draw(); })), place);
+    h('div', { class: 'controls' }, choice('Map', names, mapping.map, (value) => { mapping.map = Number(value); draw(); })), slot);
 }

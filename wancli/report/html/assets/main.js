@@ -29,7 +29,7 @@ function summary() {
     const peaks = data.jobs.map((job) => job.peak?.measured ?? 0);
     if (Math.max(0, ...peaks)) parts.push(`peak ${size(Math.max(...peaks))}`);
     const warnings = data.jobs.flatMap((job) => job.warnings ?? []);
-    if (warnings.length) parts.push(`${counted(warnings.length, 'warning')}: ${warnings.join(' · ')}`);
+    if (warnings.length) parts.push(`${pluralize(warnings.length, 'warning')}: ${warnings.join(' · ')}`);
   } else parts.push('no render: shapes, blocks and memory of models');
   $('summary').textContent = parts.join(' · ');
 }

@@ -3,8 +3,8 @@
 function drawPrompts(shot) {
   const root = body('text');
   root.replaceChildren();
-  if (!known(shot)) return root.append(nothing(shot));
-  const texts = shot.prompts.map((place) => data.prompts[place]);
+  if (!hasManifest(shot)) return root.append(noManifest(shot));
+  const texts = shot.prompts.map((index) => data.prompts[index]);
   const rules = rulesOf(shot);
   const names = ['prompt', ...(shot.negative ? ['negative'] : []), ...rules.map((_, i) => `inject ${i}`)];
   const width = modelOf(shot).sizes.text_dim;
@@ -12,7 +12,7 @@ function drawPrompts(shot) {
     table(['text', 'role', 'tokens', 'characters', 'embedding', 'in the cache', 'padded'], texts.map((text, i) => [
       h('span', { class: 'prompt' }, text.text || '(empty)'), names[i] ?? '', String(text.tokens) + (text.truncated ? ', cut' : ''), String([...text.text].length),
       `[${text.max_tokens ?? 256}, ${count(width)}]`, shot.cached[i] ? 'yes' : 'encoded now', size(4 * (text.max_tokens ?? 256) * width)])),
-    muted('Kept without its zero rows. Every block reads 512 rows: the tokens, and one for all padding, which is not masked and takes part in the softmax.'));
+    muted('Stored without zero rows. Every block reads 512 rows: the tokens, and one row for all padding, which is not masked and takes part in the softmax.'));
   if (!rules.length) root.append(muted('This shot injects nothing. wancli diff A B compares two prompts without a render.'));
   rules.forEach((rule, i) => root.append(...differenceOf(shot, rule, rules.length > 1 ? `Rule ${i}` : 'How different')));
   return root;
@@ -20,25 +20,25 @@ function drawPrompts(shot) {
 
 function differenceOf(shot, rule, title) {
   const found = data.differences[rule.difference];
-  const pieces = [shot.prompts.map((place) => data.prompts[place])[0], data.prompts.find((text) => text.id === rule.text)].map((text) => text?.pieces ?? null);
+  const pieces = [shot.prompts.map((index) => data.prompts[index])[0], data.prompts.find((text) => text.id === rule.text)].map((text) => text?.pieces ?? null);
   const shared = new Set(pieces[0] && pieces[1] ? pieces[0].filter((piece) => pieces[1].includes(piece)) : []);
-  const side = (name, told, own) => h('div', {}, h('h3', {}, `${name}: ${told.tokens} tokens, ${told.characters} characters`),
+  const side = (name, prompt, own) => h('div', {}, h('h3', {}, `${name}: ${prompt.tokens} tokens, ${prompt.characters} characters`),
     own ? h('div', { class: 'tokens' }, own.map((piece) => h('span', { class: `token${shared.has(piece) ? ' shared' : ''}` }, piece.replaceAll('▁', '␣'))))
-      : [h('p', { class: 'prompt' }, told.text), muted('This manifest is of an earlier wancli and has no tokens; rendering again records them.')]);
+      : [h('p', { class: 'prompt' }, prompt.text), muted('This manifest is of an earlier wancli and has no tokens; rendering again records them.')]);
   const verdict = found.verdict;
   const band = { different: 'good', 'too similar': 'bad' }[verdict.band] ?? '';
-  const rows = [['relative L2', 'relative_l2', figure, '√2 for unrelated rows; shifts with every inserted word'], ['pooled cosine', 'pooled_cosine', figure, 'between the mean rows'], ['token-set distance', 'token_set_distance', (v) => percent(v), '0 the same tokens, 100 % none alike; word order is free']];
+  const rows = [['relative L2', 'relative_l2', figure, '√2 for unrelated rows; shifts with every inserted word'], ['pooled cosine', 'pooled_cosine', figure, 'between the mean rows'], ['token-set distance', 'token_set_distance', (v) => percent(v), '0 for the same tokens, 100 % for none alike; word order does not count']];
   return [
     h('div', { class: 'cols' }, side('A, main', found.a, pieces[0]), side('B, injected', found.b, pieces[1])),
     h('h3', {}, title),
-    h('p', {}, h('strong', { class: band, 'data-percent': verdict.percent }, `${verdict.percent.toFixed(0)} %, ${verdict.band}`), ` by the ${verdict.figure}. Aim for more than 50 %: the dashed line. Dashed tokens stand in both prompts.`),
+    h('p', {}, h('strong', { class: band, 'data-percent': verdict.percent }, `${verdict.percent.toFixed(0)} %, ${verdict.band}`), ` by the ${verdict.figure}. Aim for more than 50 %: the dashed line. Dashed tokens are in both prompts.`),
     h('div', { class: 'cols' },
       table(['figure', 'raw', 'projected', 'meaning'], [
         ...rows.map(([label, key, unit, meaning]) => [label, unit(found.raw[key]), found.projected ? unit(found.projected[key]) : '–', meaning]),
         ['legacy changed-percent', `${found.legacy_trimmed_percent.toFixed(1)} %`, `${found.legacy_padded_percent.toFixed(1)} %`, 'left trimmed, right padded to 512; |a − b| > 0.01, depends on scale and padding'],
       ], { class: 'figures' }),
       found.blocks.length ? h('div', {}, h('h3', { style: { 'margin-top': '0' } }, 'K/V distance per block'),
-        strip({ values: found.blocks, top: 1, half: 0.5, title: 'Token-set distance of keys and values in each block', unit: (v) => percent(v, 0) }))
+        bars({ values: found.blocks, top: 1, half: 0.5, title: 'Token-set distance of keys and values in each block', unit: (v) => percent(v, 0) }))
         : muted('Per-block figures need the transformer: wancli diff A B --model DIR.')),
     found.hints.length ? h('ul', { class: 'muted small' }, found.hints.map((hint) => h('li', {}, hint))) : null,
   ].filter(Boolean);

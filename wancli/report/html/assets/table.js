@@ -1,4 +1,4 @@
-// The table of shots that the page came with: sorted by a column, narrowed by words, one row chosen.
+// The table of shots in the page: sort by a column, filter by words, select a row.
 
 function prepareTable() {
   const whole = $('experiments');
@@ -22,7 +22,7 @@ function prepareTable() {
       const down = head.getAttribute('aria-sort') === 'ascending';
       for (const other of whole.tHead.rows[0].cells) other.removeAttribute('aria-sort');
       head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
-      const sorted = [...lines].sort((a, b) => compared(valueOf(a, key), valueOf(b, key)) * (down ? -1 : 1));
+      const sorted = [...lines].sort((a, b) => compare(valueOf(a, key), valueOf(b, key)) * (down ? -1 : 1));
       whole.tBodies[0].append(...sorted);
     });
   }
@@ -35,8 +35,8 @@ function prepareTable() {
   filter();
 }
 
-// Numbers by value, texts by letters, what is missing last.
-function compared(a, b) {
+// Numbers by value, texts by letters, missing values last.
+function compare(a, b) {
   if (a === undefined || b === undefined) return (a === undefined) - (b === undefined);
   return typeof a === 'number' && typeof b === 'number' ? a - b : String(a).localeCompare(String(b), 'en', { numeric: true });
 }

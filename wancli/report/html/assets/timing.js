@@ -1,9 +1,9 @@
-// Where the time went, the noise levels, and what an injection did to the velocity.
+// The time of each phase, the noise levels, and the change of the velocity by an injection.
 
 function drawTime(shot) {
   const root = body('time');
   root.replaceChildren();
-  if (!known(shot)) return root.append(nothing(shot));
+  if (!hasManifest(shot)) return root.append(noManifest(shot));
   const phases = data.phases[shot.phases];
   const own = phases.reduce((sum, phase) => sum + phase.seconds, 0);
   const sampled = phases.filter((phase) => phase.name === 'sample');
@@ -42,7 +42,7 @@ function batchTime() {
 function drawAgain(shot) {
   const root = body('again');
   root.replaceChildren();
-  if (!known(shot)) return root.append(nothing(shot));
+  if (!hasManifest(shot)) return root.append(noManifest(shot));
   const model = modelOf(shot);
   const copy = h('button', { type: 'button', class: 'noprint', on: { click: async () => {
     await navigator.clipboard.writeText(shot.again);

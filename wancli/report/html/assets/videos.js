@@ -1,8 +1,8 @@
-// The videos by the axes of a sweep, played together, with the difference from the baseline on top.
+// The videos arranged by the axes of a sweep, played together, with the difference from the baseline on top.
 
 const wall = { rows: null, columns: null, heat: false, moving: false };
 
-// Everything that tells shots apart: {name: shot -> value}
+// The values that differ between shots: {name: shot -> value}
 function axesOf(shots) {
   const names = [...new Set(shots.flatMap((shot) => Object.keys(shot.labels)))];
   const found = Object.fromEntries(names.map((name) => [name, (shot) => shot.labels[name]]));
@@ -13,20 +13,20 @@ function axesOf(shots) {
   return Object.fromEntries(Object.entries(found).filter(([, of]) => different(of) > 1));
 }
 
-// The largest difference of all, 0 to 1, which is drawn in full colour.
+// The largest difference, 0 to 1, which is drawn in full colour.
 const strongest = Math.max(0, ...data.shots.flatMap((shot) => shot.score?.heatmap?.values ?? []));
 
 function drawVideos() {
   const root = body('videos');
   const shots = data.shots.filter((shot) => shot.video);
-  if (!shots.length) return root.append(muted('No video is there.'));
+  if (!shots.length) return root.append(muted('No videos found.'));
   const axes = axesOf(shots);
   const names = Object.keys(axes);
   const swept = names.filter((name) => shots.some((shot) => name in shot.labels));
   [wall.columns, wall.rows] = [swept.at(-1) ?? null, swept.at(-2) ?? null];
   const grid = h('div', {});
   const bar = h('div', { class: 'controls noprint' });
-  const redraw = () => grid.replaceChildren(arranged(shots, axes));
+  const redraw = () => grid.replaceChildren(arrange(shots, axes));
   bar.append(...playback(grid));
   if (names.length) {
     bar.append(
@@ -43,7 +43,7 @@ function drawVideos() {
   return root;
 }
 
-function arranged(shots, axes) {
+function arrange(shots, axes) {
   const value = (axis, shot) => (axis ? String(axes[axis](shot) ?? '–') : '');
   const order = (axis) => [...new Set(shots.map((shot) => value(axis, shot)))].sort((a, b) => (Number.isFinite(Number(a) - Number(b)) ? a - b : 0));
   if (!wall.columns && !wall.rows) return h('div', { class: 'wall' }, h('div', { class: 'where' }, shots.map(card)));
@@ -65,7 +65,7 @@ function card(shot) {
   const { score } = shot;
   const video = h('video', { src: shot.video, poster: shot.poster, preload: shot.poster || seen ? 'none' : 'metadata', loop: true, playsinline: true, 'aria-label': `Video of ${shot.id}`, tabindex: -1 });
   video.muted = true;
-  video.addEventListener('error', () => video.replaceWith(h('div', { class: 'none' }, 'the video is not there')));
+  video.addEventListener('error', () => video.replaceWith(h('div', { class: 'none' }, 'video not found')));
   if (seen && !shot.poster) seen.observe(video);
   const small = (shot.width ?? 999) < 160;
   return h('article', { class: 'card', 'data-shot': index },
@@ -90,7 +90,7 @@ function heatOver({ width, height, values }) {
   return canvas;
 }
 
-// One clock for all: what the first video shows is what all show.
+// One clock for all videos: they follow the first.
 function playback(grid) {
   const videos = () => [...grid.querySelectorAll('video')];
   const lead = () => videos().find((video) => video.duration > 0);

@@ -1,6 +1,7 @@
-"""Checkpoints of real layouts and real sizes that take no room: true headers before holes in a file.
+"""Writers of weight files.
 
-Shapes come from our networks, from diffusers and from transformers, built without storage.
+Small files hold tensors. Sparse files have the layout and size of real checkpoints and take no room: a true
+header before a hole. Their shapes come from our networks, diffusers and transformers, built without storage.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from gguf import GGUFWriter
+from jobs import SPIECE
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.models.config import WanConfig
@@ -223,3 +229,71 @@ def shards(folder: Path, stem: str, entries: Entries, count: int, *, index: bool
         text = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / f"{stem}.safetensors.index.json").write_text(text)
     return files
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Save tensors, whatever their layout in memory, as safetensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def write_gguf(path: Path, fill: Callable[[GGUFWriter], object], architecture: str = "wan") -> Path:
+    """Write a GGUF file with gguf's own writer."""
+    writer = GGUFWriter(path, architecture)
+    fill(writer)
+    finish_gguf(writer)
+    return path
+
+
+def finish_gguf(writer: GGUFWriter) -> None:
+    """Write the header and the tensors, and close the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _read_fields(message: bytes) -> list[tuple[int, bytes]]:
+    """The length-delimited fields of a protocol buffer; others are skipped."""
+    found, at = [], 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 2:
+            length = varint()
+            found.append((key >> 3, message[at : at + length]))
+            at += length
+        elif key & 7 == 5:
+            at += 4
+        else:
+            varint()
+    return found
+
+
+def add_t5_tokenizer(writer: GGUFWriter) -> None:
+    """Add the T5 tokenizer as convert_hf_to_gguf does, with the padding entries at its end."""
+    model = SentencePieceProcessor(model_file=str(SPIECE))
+    count = model.vocab_size()
+    types = [
+        2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+        for i in range(count)
+    ]
+    normalizer = dict(_read_fields(SPIECE.read_bytes()))[3]
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([*(model.id_to_piece(i) for i in range(count)), "[PAD374]", "[PAD375]"])
+    writer.add_token_scores([*(model.get_score(i) for i in range(count)), -10000.0, -10000.0])
+    writer.add_token_types([*types, 5, 5])
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+    writer.add_precompiled_charsmap(dict(_read_fields(normalizer))[2])

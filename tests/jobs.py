@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from wancli.cli import run
 from wancli.models.dit import Request, WanModel
-from wancli.storage.manifest import read
+from wancli.storage.manifest import read_json
 from wancli.text import encoder
 from wancli.text.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:
 
 
 def manifest_of(folder: Path, name: str = "clip") -> dict[str, Any]:
-    body = read(folder / "out" / f"{name}.manifest.json")
+    body = read_json(folder / "out" / f"{name}.manifest.json")
     assert body is not None
     return body
 

@@ -12,6 +12,7 @@ from jobs import tiny_job, written
 
 from wancli.cli import run
 from wancli.report.html.collect import ReportInputs
+from wancli.report.shot_entry import ShotEntry
 from wancli.storage import manifest
 
 HOSTILE = (
@@ -44,7 +45,7 @@ def injection() -> dict[str, Any]:
 
 def entries(out: Path, name: str = "fish") -> dict[str, Any]:
     """The entry of one shot, to be changed."""
-    body = manifest.read(out / f"{name}.manifest.json")
+    body = manifest.read_json(out / f"{name}.manifest.json")
     assert body is not None
     return {
         **body,
@@ -53,6 +54,11 @@ def entries(out: Path, name: str = "fish") -> dict[str, Any]:
         "output": str(out / f"{name}.mp4"),
         "status": "rendered",
     }
+
+
+def typed(entry: dict[str, Any]) -> ShotEntry:
+    """The entry as a report or a manifest gives it."""
+    return ShotEntry.parse(entry, Path("job.report.json"))
 
 
 def hostile(entry: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def many(entry: dict[str, Any], count: int) -> ReportInputs:
             }
             for step in range(50)
         ]
-        found.entries.append(("sweep", one))
+        found.entries.append(("sweep", typed(one)))
     return found
 
 

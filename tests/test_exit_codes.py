@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
 from jobs import Said, command, tiny_job, written
 
@@ -78,15 +79,7 @@ def batch(
     return rendered
 
 
-PHASE = {"name": "decode", "seconds": 0.0, "rss": 0, "rss_start": 0, "cuda": None}
-BODY: dict[str, Any] = {
-    "phases": [PHASE],
-    "prompts": [],
-    "predicted": [],
-    "first_step_after": 0.0,
-    "encoder_loaded": False,
-    "model": {"root": ""},
-}
+BODY = manifests.record(phases=[manifests.phase("decode", seconds=0.0)])
 
 
 @pytest.mark.parametrize("two", list(itertools.product(SHOTS, repeat=2)), ids=" then ".join)

@@ -114,7 +114,7 @@ def test_a_job_without_a_model_takes_the_embedded_one_with_its_defaults(
     assert (shot["width"], shot["height"], shot["frames"]) == (MINI.width, MINI.height, MINI.frames)
 
 
-def test_words_from_outside_its_world_are_named_with_a_hint_and_rendered(
+def test_unknown_words_are_named_with_a_hint_and_rendered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = {"output": "out/clip.mp4", "prompt": "A $tabby cat walks to the left.", "sampler": {"steps": 2}}

@@ -50,14 +50,14 @@ def ours(folder: Path, dtype: str, launched: float) -> None:
     from wancli.__main__ import main
     from wancli.engine.networks import Networks
 
-    moments, load = Moments(launched), Networks.transformer
+    moments, load = Moments(launched), Networks.load
 
     def load_and_watch(self: Networks, expert: Any) -> Any:
         if self._loaded is None:
-            moments.watch(load(self, expert))
+            moments.watch(load(self, expert)[0])
         return load(self, expert)
 
-    Networks.transformer = load_and_watch  # type: ignore[method-assign]
+    Networks.load = load_and_watch  # type: ignore[method-assign]
     sys.argv = ["wancli", "render", str(folder / f"{dtype}.yaml"), "-q", "--force"]
     main()
 

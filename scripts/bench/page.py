@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
@@ -15,6 +13,7 @@ from selenium.webdriver.chrome.service import Service
 
 from wancli.cli import run
 from wancli.report.html import collect, page
+from wancli.report.shot_entry import ShotEntry
 
 SHOTS = 100
 RUNS = 5
@@ -39,14 +38,14 @@ def hundred_shots(folder: Path) -> collect.ReportInputs:
     job.write_text(JOB.format(folder=folder))
     assert run(["render", str(job), "-q"]) == 0
     (entry,) = collect.collect_folder(folder).entries
-    one = entry[1]
+    one = entry[1].as_dict()
     one["shot"] |= {"steps": 50, "sigmas": [1 - step / 50 for step in range(51)]}
     one["effects"] = [effect | {"step": step} for step, effect in enumerate((one["effects"] * 50)[:50])]
     found = collect.ReportInputs("sweep")
     for index in range(SHOTS):
-        copied: dict[str, Any] = copy.deepcopy(one)
         labels = {"seed": index % 10, "take": index // 10}
-        found.entries.append(("sweep", copied | {"id": f"shot-{index}", "labels": labels}))
+        copied = one | {"id": f"shot-{index}", "labels": labels}
+        found.entries.append(("sweep", ShotEntry.parse(copied, job)))
     return found
 
 

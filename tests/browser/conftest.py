@@ -1,4 +1,4 @@
-"""A headless Chromium with a page in it, and what it complained about or asked for.
+"""A headless Chromium with a page in it, its console messages and its requests.
 
 Without Chromium and chromedriver on the PATH the tests here are skipped, unless WANCLI_BROWSER=required, as
 `make browser` says.
@@ -36,56 +36,56 @@ FLAGS = (
 
 
 class Browser:
-    """One window. `opened` loads a file, and `said` and `asked` tell what came of it."""
+    """One window. `open` loads a file; `console_messages` and `requests` return what came of it."""
 
     def __init__(self, driver: WebDriver) -> None:
         self.driver = driver
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
-    def opened(self, path: Path, *, width: int = 1280, dark: bool = False) -> WebDriver:
-        """The page of a file, once its scripts are done."""
+    def open(self, path: Path, *, width: int = 1280, dark: bool = False) -> WebDriver:
+        """Open a file and return when its scripts are done."""
         self.driver.get("about:blank")
-        self.said()
+        self.console_messages()
         self.requests()
-        self.asked = []
-        self.sized(width)
-        self.themed(dark=dark)
+        self.requested = []
+        self.resize(width)
+        self.set_theme(dark=dark)
         self.driver.get(path.resolve().as_uri())
         return self.driver
 
-    def sized(self, width: int, height: int = 900) -> None:
+    def resize(self, width: int, height: int = 900) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)  # type: ignore[attr-defined]
 
-    def themed(self, *, dark: bool) -> None:
+    def set_theme(self, *, dark: bool) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme, still]})  # type: ignore[attr-defined]
 
-    def picture(self, path: Path) -> None:
-        """The whole page, however long, as wide as it is."""
+    def screenshot(self, path: Path) -> None:
+        """Save a picture of the whole page in its current width."""
         width, height = self.driver.execute_script(
             "return [document.documentElement.clientWidth, document.documentElement.scrollHeight]"
         )
-        self.sized(width, height)
+        self.resize(width, height)
         time.sleep(0.3)  # pictures and videos are painted a little later
         found = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})  # type: ignore[attr-defined]
         path.write_bytes(base64.b64decode(found["data"]))
 
-    def said(self) -> list[str]:
-        """What is in the console since the last call: errors, and what the policy of the page refused."""
+    def console_messages(self) -> list[str]:
+        """Return the console messages since the last call: errors and refusals by the policy of the page."""
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[attr-defined]
 
     def requests(self) -> list[str]:
-        """Every address that was asked for since `opened`."""
+        """Return every address requested since `open`."""
         for entry in self.driver.get_log("performance"):  # type: ignore[attr-defined]
             message: dict[str, Any] = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
-                self.asked.append(message["params"]["request"]["url"])
-        return list(self.asked)
+                self.requested.append(message["params"]["request"]["url"])
+        return list(self.requested)
 
-    def until(self, condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-        """What the condition gives as soon as that is true; the test fails if it never is."""
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+        """Return the result of the condition as soon as it is true; fail the test if it never is."""
         end = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < end, "it never became true"

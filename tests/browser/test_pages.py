@@ -82,7 +82,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
 
 @pytest.fixture
 def opened(browser: Any, out: Path) -> WebDriver:
-    driver: WebDriver = browser.opened(out / "job.report.html")
+    driver: WebDriver = browser.open(out / "job.report.html")
     return driver
 
 
@@ -90,7 +90,7 @@ def opened(browser: Any, out: Path) -> WebDriver:
 def _silence(browser: Any) -> Any:
     """Whatever a test does, the console stays empty and nothing but local files is asked for."""
     yield
-    assert browser.said() == []
+    assert browser.console_messages() == []
     outside = [url for url in browser.requests() if not url.startswith(("file:", "data:", "about:"))]
     assert outside == []
 
@@ -179,7 +179,7 @@ def test_the_prompt_difference_is_that_of_the_manifest(opened: WebDriver, out: P
     assert len(every(opened, "#text svg rect")) == 4
 
 
-def test_heat_maps_of_steps_and_of_a_block_map_are_there(opened: WebDriver) -> None:
+def test_heat_maps_of_steps_and_of_a_block_map_are_shown(opened: WebDriver) -> None:
     pick(opened, "fish")
     choice = Select(one(opened, "#map select"))
     assert [option.text for option in choice.options] == ["job, fish: inject", "job, fish: render"]
@@ -219,7 +219,7 @@ def test_the_memory_of_the_page_is_that_of_the_plan(
     assert int(one(opened, "#peak").get_attribute("data-bytes")) == max(row["peak"] for row in memory)
 
 
-def test_the_limit_says_what_fits_and_a_way_is_taken_by_a_click(opened: WebDriver) -> None:
+def test_the_limit_shows_what_fits_and_a_click_chooses_an_alternative(opened: WebDriver) -> None:
     put(opened, "#set-limit", 0.001)
     assert "does not fit" in one(opened, "#calculator").text
     put(opened, "#set-limit", 64)
@@ -285,7 +285,9 @@ def grid(shot: Shot) -> list[Shot]:
     return found
 
 
-def test_the_formulas_of_the_page_are_those_of_python(opened: WebDriver, out: Path, tmp_path: Path) -> None:
+def test_the_memory_of_the_page_is_that_of_python_for_hundreds_of_settings(
+    opened: WebDriver, out: Path, tmp_path: Path
+) -> None:
     style = tmp_path / "style.safetensors"
     style.write_bytes(bytes(1_234_567))
     lora = LoraUse(style, "", 1.0, None, None, None, Coverage("kohya", 1, {}, (0,), 0, (4,), True, 0, 0, ()))
@@ -336,7 +338,7 @@ def test_the_table_is_sorted_filtered_and_picks_a_shot(opened: WebDriver) -> Non
     assert one(opened, "#pipeline strong").text == "fish"
 
 
-def test_videos_stand_by_their_axes_and_move_together(opened: WebDriver, browser: Any) -> None:
+def test_videos_are_arranged_by_their_axes_and_play_together(opened: WebDriver, browser: Any) -> None:
     heads = [head.text for head in every(opened, "#videos th")]
     assert heads == ["row: a", "row: b", "column: 1", "column: 2"]
     videos = "[...document.querySelectorAll('#videos video')]"
@@ -344,12 +346,14 @@ def test_videos_stand_by_their_axes_and_move_together(opened: WebDriver, browser
     opened.execute_script(
         "const at = document.getElementById('scrub'); at.value = 500; at.dispatchEvent(new Event('input'))"
     )
-    found = browser.until(lambda: [t for t in [opened.execute_script(times)] if all(x > 0 for x in t)])[0]
+    found = browser.wait_until(lambda: [t for t in [opened.execute_script(times)] if all(x > 0 for x in t)])[
+        0
+    ]
     assert len(found) == 3
     assert found == pytest.approx([found[0]] * 3)
     assert found[0] == pytest.approx(5 / 16 / 2, abs=0.01)
     one(opened, "#play").click()
-    browser.until(lambda: opened.execute_script(times)[0] != found[0])
+    browser.wait_until(lambda: opened.execute_script(times)[0] != found[0])
     assert one(opened, "#play").text == "Pause all"
     one(opened, "#play").click()
     Select(one(opened, "#rows")).select_by_value("")
@@ -372,7 +376,7 @@ def test_a_comparison_is_written_under_a_video_and_drawn_over_it(opened: WebDriv
 
 @pytest.mark.parametrize("width", [360, 768, 1280, 1920])
 def test_nothing_is_wider_than_the_window(browser: Any, out: Path, width: int) -> None:
-    driver = browser.opened(out / "job.report.html", width=width)
+    driver = browser.open(out / "job.report.html", width=width)
     pick(driver, "fish")
     wide, room = driver.execute_script(
         "const e = document.documentElement;"
@@ -385,7 +389,7 @@ def test_nothing_is_wider_than_the_window(browser: Any, out: Path, width: int) -
 def test_the_theme_follows_the_system_until_the_button_is_pressed(
     browser: Any, out: Path, dark: bool
 ) -> None:
-    driver = browser.opened(out / "job.report.html", dark=dark)
+    driver = browser.open(out / "job.report.html", dark=dark)
     paper = "return getComputedStyle(document.body).backgroundColor"
     before = driver.execute_script(paper)
     assert before == ("rgb(18, 21, 24)" if dark else "rgb(247, 247, 245)")
@@ -425,7 +429,7 @@ return found;
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_can_be_read_against_what_is_behind_it(browser: Any, out: Path, dark: bool) -> None:
-    driver = browser.opened(out / "job.report.html", dark=dark)
+    driver = browser.open(out / "job.report.html", dark=dark)
     pick(driver, "fish")
     assert driver.execute_script(CONTRAST) == []
 
@@ -444,9 +448,11 @@ def test_texts_of_a_job_stay_texts(browser: Any, out: Path, tmp_path: Path) -> N
     for entry in (pages.entries(out), pages.hostile(pages.entries(out))):
         path = tmp_path / "page.html"
         path.write_bytes(
-            page.render_html(page_data.page_document(ReportInputs("job", [("job", entry)]), path, {}))
+            page.render_html(
+                page_data.page_document(ReportInputs("job", [("job", pages.typed(entry))]), path, {})
+            )
         )
-        driver = browser.opened(path)
+        driver = browser.open(path)
         assert driver.title == "job · wancli"
         trees.append(
             driver.execute_script("return [...document.querySelectorAll('*')].map((e) => e.tagName)")
@@ -461,10 +467,10 @@ def test_a_video_plays_from_a_folder_of_any_name(browser: Any, out: Path, tmp_pa
     folder = tmp_path / "a # b ? 100 % é"
     shutil.copytree(out, folder)
     assert cli.run(["report", str(folder)]) == 0
-    driver = browser.opened(folder / "report.html")
+    driver = browser.open(folder / "report.html")
     driver.execute_script("for (const v of document.querySelectorAll('video')) v.preload = 'auto'")
     ready = "return [...document.querySelectorAll('video')].map((v) => v.readyState)"
-    browser.until(lambda: all(state > 1 for state in driver.execute_script(ready)))
+    browser.wait_until(lambda: all(state > 1 for state in driver.execute_script(ready)))
     asked = {urllib.parse.unquote(url) for url in browser.requests() if url.endswith("mp4")}
     assert asked == {f"file://{folder}/{name}.mp4" for name in ("plain", "fish", "late")}
 
@@ -472,7 +478,7 @@ def test_a_video_plays_from_a_folder_of_any_name(browser: Any, out: Path, tmp_pa
 def test_an_explored_model_follows_its_controls(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "explore.html"
     assert cli.run(["explore", "-o", str(path)]) == 0
-    driver = browser.opened(path)
+    driver = browser.open(path)
     assert [o.text for o in Select(one(driver, "#shot")).options] == [*model_facts.RELEASED, "wan-mini"]
     pick(driver, "Wan2.1-T2V-14B")
     assert one(driver, "#tokens").text == "75,600"

@@ -227,7 +227,7 @@ class Rig:
         """Whether the manifest of a shot verifies: in this folder, or in a copy of it."""
         output = (home or self.home) / "out" / f"{name}.mp4"
         try:
-            body = manifest.read(manifest.manifest_path(output))
+            body = manifest.read_json(manifest.manifest_path(output))
         except EntryError:
             return False
         return body is not None and manifest.is_done(output, body["key"])

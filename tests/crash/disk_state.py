@@ -56,7 +56,7 @@ def _report(report: Mapping[str, Any]) -> object:
 
 
 def _manifest(path: Path) -> object:
-    body = manifest.read(path)
+    body = manifest.read_json(path)
     if body is None:
         raise ValueError("not a manifest that verifies")
     return [body["key"], body["video"], sorted(body)]

@@ -75,7 +75,7 @@ def undetected(folder: Path, name: str) -> bool:
     key = hashlib.sha256(b"any").hexdigest()
     output = folder / "a.mp4"
     try:
-        key = str((manifest.read(manifest.manifest_path(output)) or {}).get("key"))
+        key = str((manifest.read_json(manifest.manifest_path(output)) or {}).get("key"))
     except EntryError:
         return False
     return manifest.is_done(output, key)

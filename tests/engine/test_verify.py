@@ -15,6 +15,7 @@ from jobs import Said, command, forwards, tiny_job, written
 
 from wancli.engine import verify
 from wancli.storage import claim_file
+from wancli.storage.manifest import Problem
 from wancli.video import mp4
 
 COUNT = 12
@@ -107,7 +108,7 @@ def test_every_damage_is_found_by_name_and_nothing_is_modified(
         damage(path, other, dice)
         before = snapshot(copy)
         found = verify.check_folder(copy / "out")
-        assert path in [place for place, _ in found.problems], (damage.__name__, path)
+        assert path in [problem.path for problem in found.problems], (damage.__name__, path)
         assert snapshot(copy) == before
         for one, data in whole.items():
             one.write_bytes(data)
@@ -130,13 +131,13 @@ def test_a_deep_look_finds_a_video_with_too_few_frames_behind_a_manifest_that_ve
     from wancli.storage import manifest
 
     path = copy / "out/s3.manifest.json"
-    body = manifest.read(path)
+    body = manifest.read_json(path)
     assert body
     body["shot"]["frames"] = 5
     manifest.write(path, body)
     assert verify.check_folder(copy / "out").problems == []
-    ((place, problem),) = verify.check_folder(copy / "out", deep=True).problems
-    assert (place.name, problem) == ("s3.mp4", "1 frames where the manifest has 5")
+    (problem,) = verify.check_folder(copy / "out", deep=True).problems
+    assert (problem.path.name, problem.text) == ("s3.mp4", "1 frames where the manifest has 5")
 
 
 def test_orphans_debris_and_what_was_moved_aside_are_listed_and_no_problem(copy: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_report_that_is_cut_is_a_problem_and_that_of_another_program_is_not(co
     report = copy / "out/job.report.json"
     report.write_bytes(report.read_bytes()[:-30])
     (copy / "out/report.json").write_text('{"schema": "mine"}')
-    assert verify.check_folder(copy / "out").problems == [(report, "is not whole")]
+    assert verify.check_folder(copy / "out").problems == [Problem(report, "is not whole")]
 
 
 def test_what_is_neither_folder_nor_job_is_a_job_error(
@@ -207,4 +208,4 @@ def test_a_report_that_lacks_what_it_should_hold_is_a_problem(
     if instead is not None:
         holder[lacking] = instead
     path.write_text(json.dumps(report))
-    assert verify.check_folder(copy / "out").problems == [(path, "is not whole")]
+    assert verify.check_folder(copy / "out").problems == [Problem(path, "is not whole")]

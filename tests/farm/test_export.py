@@ -156,7 +156,7 @@ def test_a_cancelled_task_does_not_queue_again(
     ("arguments", "message"),
     [
         (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots (4)"),
-        (["slurm", "JOB", "--shard", "1/2"], "--shard: is set by the export job"),
+        (["slurm", "JOB", "--shard", "1/2"], "--shard: is set by the exported job"),
         (
             ["slurm", "JOB", "--force"],
             "--force: would start again from the first step in every task that queues again",
@@ -165,7 +165,7 @@ def test_a_cancelled_task_does_not_queue_again(
             ["openjd", "JOB", "--force"],
             "--force: would start again from the first step in every task that queues again",
         ),
-        (["slurm", "JOB", "--socket=x"], "--socket: is set by the export job"),
+        (["slurm", "JOB", "--socket=x"], "--socket: is set by the exported job"),
         (["slurm", "JOB", "--bogus"], "No such option: --bogus"),
         (["slurm", "JOB", "--mem", "64G\nrm"], "--mem: '64G\\nrm' is not a value that Slurm reads"),
         (["slurm", "JOB", "--set", "framez=5"], "framez"),

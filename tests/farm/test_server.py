@@ -200,9 +200,9 @@ def test_the_environment_names_the_server_and_a_request_leaves_nothing_behind(
 
 def test_a_client_imports_nothing_slow(server_path: Path, job: Callable[..., Path]) -> None:
     program = (
-        "import sys\nfrom wancli.__main__ import main\ntry:\n    main()\nexcept SystemExit as finish:\n"
+        "import sys\nfrom wancli.__main__ import main\ntry:\n    main()\nexcept SystemExit as ended:\n"
         "    heavy = {'torch', 'numpy', 'typer', 'pydantic', 'yaml', 'psutil', 'rich'} & sys.modules.keys()\n"
-        "    sys.exit(f'imported {heavy}' if heavy else finish.code)\n"
+        "    sys.exit(f'imported {heavy}' if heavy else ended.code)\n"
     )
     arguments = ["render", str(job()), "-q", f"--socket={server_path}"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, timeout=60)
@@ -364,7 +364,7 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
     assert (nobody.returncode, nobody.stderr) == (
         3,
         f"wancli: {path}: no server found\n"
-        "  It has finish; or it uses another socket, which --socket PATH names.\n",
+        "  It has ended; or it uses another socket, which --socket PATH names.\n",
     )
 
 
@@ -503,7 +503,7 @@ def test_a_socket_in_a_folder_that_others_may_enter_is_not_trusted(
     job: Callable[..., Path], tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o755)
-    assert local_socket.connect(tmp_path / "s") is None  # nobody's is server_path, whatever the folder
+    assert local_socket.connect(tmp_path / "s") is None  # no server, whatever the folder
     (tmp_path / "s").touch()
     said = rf"{tmp_path}: not a private folder \(owner {os.geteuid()}, mode 0755\)"
     with pytest.raises(MachineError, match=said):
@@ -527,7 +527,7 @@ def test_waiting_clients_learn_that_the_server_ended(tmp_path: Path) -> None:
     with listen(tmp_path / "p/s") as listener:
         leaving = threading.Thread(target=lambda: listener.accept()[0].close())
         leaving.start()
-        with pytest.raises(MachineError, match="the server finish before it was our turn"):
+        with pytest.raises(MachineError, match="the server ended before it was our turn"):
             client.render(["render"], str(tmp_path / "p/s"), tmp_path, quiet=True)
         leaving.join()
 

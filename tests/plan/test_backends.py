@@ -55,10 +55,13 @@ def test_fp8_matmuls_need_no_second_copy_of_the_weights(tmp_path: Path):
         ({"chunk": 255}, r"job\.yaml:\d+: memory\.chunk: should be greater than or equal to 256, got 255"),
         ({"chunk": "some"}, r"memory\.chunk: 'some' is neither a number nor 'auto'"),
         ({"attention": "fast"}, r"memory\.attention: 'fast' is not one of 'auto', .*'sage'"),
-        ({"fp8_matmul": True, "dtype": "bf16"}, r"memory\.dtype: weights in bf16 do not multiply in fp8"),
+        (
+            {"fp8_matmul": True, "dtype": "bf16"},
+            r"memory\.dtype: weights in bf16 cannot be multiplied in fp8",
+        ),
         (
             {"fp8_matmul": True, "residency": "streamed"},
-            r"memory\.residency: streamed weights do not multiply",
+            r"memory\.residency: streamed weights cannot be multiplied",
         ),
     ],
 )
@@ -69,7 +72,7 @@ def test_contradicting_options_are_refused(tmp_path: Path, memory: dict[str, Any
 
 def test_loras_cannot_be_combined_with_fp8_matmuls(tmp_path: Path):
     job = tiny_job(memory={"fp8_matmul": True}, loras=[{"path": "style.safetensors"}])
-    with pytest.raises(JobError, match="loras: LoRAs cannot be added to weights that multiply in fp8"):
+    with pytest.raises(JobError, match="loras: LoRAs cannot be added to weights that are multiplied in fp8"):
         build_plan(load(written(tmp_path, job)), tmp_path / "memo")
 
 

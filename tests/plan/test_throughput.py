@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import manifests
 import pytest
 from jobs import Said, command, tiny_job, written
 
@@ -49,7 +50,7 @@ def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> No
     known = [rate_of(shot, phase, 1e6) for phase in throughput.PHASES]
     does = throughput.shot_workloads(shot)
     missing = frozenset(text.id for text in shot.prompts)
-    one, two = (throughput.predict_phases([shot] * n, missing, known) for n in (1, 2))
+    one, two = (throughput.predict_phases([shot] * n, missing, known, {}) for n in (1, 2))
     assert one == {name: pytest.approx(does[name].amount / 1e6) for name in throughput.PHASES}
     assert (two["encode"], two["load"]) == (one["encode"], one["load"])
     assert two["sample"] == pytest.approx(2 * one["sample"])
@@ -104,15 +105,15 @@ def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) ->
     """Two shots with a prompt each: 6 s of encoding, and 4 s of sampling on shared passes."""
     both = [replace(shot, prompt=replace(shot.prompt, id=id), negative=None) for id in ("one", "two")]
     phases = [
-        {"name": name, "seconds": seconds, "rss_start": 1, "shots": shots}
+        manifests.phase(name, id=name, seconds=seconds, shots=shots)
         for name, seconds, shots in (("encode", 6, 1), ("load", 2, 1), ("sample", 4, 2), ("decode", 1, 1))
     ]
     count = len(shot.prompt.tokens.ids)
-    bodies = [
-        {"phases": phases, "prompts": [{"id": one.prompt.id, "tokens": count, "cached": False}]}
+    records = [
+        manifests.record(phases=phases, prompts=[manifests.prompt(one.prompt.id, "", tokens=count)])
         for one in both
     ]
-    known = throughput.measured_rates(list(zip(both, bodies, strict=True)))
+    known = throughput.measured_rates(list(zip(both, records, strict=True)))
     again = throughput.predict_phases(both, frozenset({"one", "two"}), known, {})
     assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2})
 

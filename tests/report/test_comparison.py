@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
+import manifests
 import numpy as np
 import pytest
 from jobs import CAT, KEPT, Said, command, files_in, latents_of, manifest_of, poison, rule, tiny_job, written
@@ -61,7 +62,7 @@ def test_it_prints_what_it_made_and_figures_as_one_document(
     sheet, side = tmp_path / "sheet.png", tmp_path / "side.mp4"
     said = command(capsys, "compare", a, b, "-o", sheet, "--video", side, "-q")
     assert (said.code, said.out.split(), said.err) == (0, [str(sheet), str(side)], "")
-    assert mp4.read_info(side).frames == 6
+    assert mp4.read_info(side).frame_count == 6
     said = command(capsys, "compare", a, b, "-o", sheet, "--json", "-q")
     found = json.loads(said.out)
     assert {k: found[k] for k in ("schema", "job", "baseline", "sheet", "video")} == {
@@ -186,7 +187,7 @@ def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said]
     output = tmp_path / "out" / "clip.mp4"
     (known,) = clip.read_clips([output])
     assert known.manifest_body
-    assert known.manifest_body["prompts"][0]["text"] == CAT
+    assert known.manifest_body.prompt.text == CAT
     output.unlink()
     plain(output, [(9, 9, 9)])
     assert clip.read_clips([output])[0].manifest_body is None
@@ -213,9 +214,9 @@ def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> 
 
 
 def test_a_sheet_says_what_blocks_read_and_not_what_has_strength_0() -> None:
-    rules = [{"blocks": {"3": strength, "4": strength}, "text": "fish"} for strength in (0.0, 0.5)]
-    prompts = [{"id": "cat", "text": "a cat"}, {"id": "fish", "text": "a fish"}]
-    record = {"prompts": prompts, "injection": rules}
+    rules = [manifests.rule("fish", blocks={"3": strength, "4": strength}) for strength in (0.0, 0.5)]
+    prompts = [manifests.prompt("cat", "a cat"), manifests.prompt("fish", "a fish")]
+    record = manifests.record(prompts=prompts, injection=rules)
     one = clip.Clip(Path("x.mp4"), "x", record, mp4.VideoInfo(1, 8, 64, 64))
     assert [*contact_sheet._caption_lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
 
@@ -251,7 +252,7 @@ def test_a_job_compares_its_shots_beside_the_outputs(
         estimate = metrics.sketched_relative_distance(*kept)
         assert estimate == pytest.approx(shot["latent_distance"], rel=0.2)
     # and what is there and was made of the same videos stays
-    poison(monkeypatch, (comparison_metrics, "measure"), (comparison, "draw"))
+    poison(monkeypatch, (comparison_metrics, "measure_clips"), (comparison, "write_outputs"))
     before = (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns
     assert render(**BATCH, compare=True, video=KEPT).code == 0
     assert (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns == before

@@ -141,7 +141,7 @@ def most_live_bytes(run: Callable[[], object]) -> int:
 
 
 @torch.no_grad()
-def test_every_further_rider_costs_its_residual_stream():
+def test_every_further_forward_of_a_pass_costs_its_residual_stream():
     config, shape = WanConfig(dim=192, ffn_dim=384, num_heads=16, num_layers=2, text_dim=8), (16, 5, 8, 8)
     model = WanModel(config)
     context = model.project(torch.randn(9, 8))
@@ -160,7 +160,7 @@ def test_every_further_rider_costs_its_residual_stream():
 
 
 @torch.no_grad()
-def test_tokens_in_pieces_take_the_memory_that_is_predicted():
+def test_tokens_in_chunks_take_the_predicted_memory():
     config, context_rows = WanConfig(dim=192, ffn_dim=1152, num_heads=8, num_layers=2, text_dim=8), 10
 
     def peak(rows: int, chunk: int | None) -> tuple[int, int]:
@@ -235,7 +235,7 @@ def test_memory_of_decoding_does_not_depend_on_the_length_of_the_clip():
     )
 
 
-def test_a_chunk_spares_all_tokens_but_the_residual_the_keys_and_the_values():
+def test_chunks_save_all_memory_per_token_except_residual_keys_and_values():
     latent = (16, 21, 60, 104)
     whole, some, few = (
         memory_model.sample_coefficients(T2V_14B, element_bytes=2)
@@ -282,7 +282,7 @@ def test_some_memory_is_available():
     assert machine.available_memory() > 0
 
 
-def test_a_control_group_leaves_what_it_has_not_used_but_for_the_files_it_read(
+def test_a_control_group_leaves_its_unused_memory_and_the_pages_of_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     free = machine.available_memory()
@@ -326,7 +326,7 @@ def test_a_peak_before_the_block_does_not_count():
     assert taken.rss_peak - taken.rss_start < SMALL
 
 
-def test_without_the_mark_of_the_kernel_the_peak_is_sampled(monkeypatch):
+def test_the_peak_is_sampled_if_the_kernel_has_no_mark(monkeypatch):
     monkeypatch.setattr(measure, "_reset_high_water", lambda: False)
     with PeakMemory() as taken:
         block = fresh_pages(SMALL)

@@ -69,13 +69,13 @@ def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
 ) -> None:
     real = WanModel.predict_velocities
 
-    def deaf(self: WanModel, requests: Any, riders: Any = None) -> list[torch.Tensor]:
+    def deaf(self: WanModel, requests: Any, forwards: Any = None) -> list[torch.Tensor]:
         """Block 30 always reads the main prompt."""
 
         def heard(contexts: Any) -> list[Mix]:
             return [contexts.base if i == 30 else contexts[i] for i in range(len(contexts))]
 
-        return real(self, [Request(r.x_BCTYX, r.t, heard(r.contexts)) for r in requests], riders)
+        return real(self, [Request(r.x_BCTYX, r.t, heard(r.contexts)) for r in requests], forwards)
 
     monkeypatch.setattr(WanModel, "predict_velocities", deaf)
     items = [
@@ -147,7 +147,7 @@ def test_nan_in_the_weights_is_named_and_nothing_is_written(
     assert files_in(tmp_path) == ["job.report.json"]
 
 
-def test_nan_from_the_text_encoder_is_told_and_never_cached(
+def test_nan_from_the_text_encoder_is_reported_and_never_cached(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = checkpoint(tmp_path)
@@ -188,7 +188,7 @@ def test_a_decoder_that_gives_nan_fails_the_shot_and_keeps_the_latent(
     assert list(tmp_path.glob("out/*.latents.safetensors"))
 
 
-def test_measuring_what_is_switched_off_renders_nothing_again(
+def test_measuring_a_disabled_injection_renders_nothing_again(
     render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off = {"inject": [rule(strength=0)]}
@@ -198,14 +198,14 @@ def test_measuring_what_is_switched_off_renders_nothing_again(
     assert calls == []
 
 
-# ---- several walks in lock-step ----
+# ---- several runs in a batch ----
 
 
-def a_model(folder: Path, residency: Residency = "resident") -> WanModel:
+def build_model(folder: Path, residency: Residency = "resident") -> WanModel:
     return load_transformer(identify(folder), LoadOptions(residency=residency))
 
 
-def official_walk(
+def official_run(
     name: str, case: dict[str, Any], contexts: ContextCache, noise_CTYX: torch.Tensor
 ) -> DenoiseRun:
     """A case of the official code, its prompts under their names in the reference."""
@@ -222,33 +222,33 @@ def official_walk(
 
 
 @torch.inference_mode()
-def test_official_cases_in_lock_step_over_streamed_weights_give_the_official_latents(
+def test_a_batch_of_official_cases_over_streamed_weights_gives_the_official_latents(
     reference: Any, numbers: Any
 ) -> None:
-    model = a_model(TINY, "streamed")
+    model = build_model(TINY, "streamed")
     rows = {name: numbers[f"context.{name}"] for name in ("main", "negative", "injection")}
     contexts = ContextCache(model, rows)
     names = ("unipc_cfg6", "inject_cond_27_39", "inject_cond_steps")
-    walks = [
-        official_walk(name, reference["cases"][name], contexts, numbers[f"{name}.noise"]) for name in names
+    runs = [
+        official_run(name, reference["cases"][name], contexts, numbers[f"{name}.noise"]) for name in names
     ]
     calls: list[int] = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    read: list[set[Any]] = [set() for _ in walks]
-    for now in denoise_batch(model, walks, forwards_per_pass=6):
+    read: list[set[Any]] = [set() for _ in runs]
+    for now in denoise_batch(model, runs, forwards_per_pass=6):
         for cells, at in zip(read, now):
             assert isinstance(at, StepResult)
-            cells |= at.read
-    for name, walk, at, cells in zip(names, walks, now, read):
+            cells |= at.cells_read
+    for name, run, at, cells in zip(names, runs, now, read):
         expected = numbers[f"{name}.latents"][-1]
         assert torch.linalg.vector_norm(at.state.x - expected) < 1e-4 * torch.linalg.vector_norm(expected)
-        check_hits(walk.table, frozenset(cells))
+        check_hits(run.table, frozenset(cells))
         assert len(cells) == 6 * 2 * 40
     assert len(calls) == 6 * 6
 
 
-def random_walks(model: WanModel, effects: list[list[Effect] | None]) -> list[DenoiseRun]:
-    """Three unlike walks of four steps: with and without guidance, sizes, solvers and injections."""
+def random_runs(model: WanModel, effects: list[list[Effect] | None]) -> list[DenoiseRun]:
+    """Three different runs of four steps: with and without guidance, sizes, solvers and injections."""
     torch.manual_seed(4)
     contexts = ContextCache(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
     mixed = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("cond", "uncond"), "output-mix", 1.0)
@@ -272,32 +272,32 @@ def random_walks(model: WanModel, effects: list[list[Effect] | None]) -> list[De
     ]
 
 
-@pytest.mark.parametrize("riders", [1, 2, 9])
+@pytest.mark.parametrize("forwards", [1, 2, 9])
 @torch.inference_mode()
-def test_walks_in_lock_step_give_the_bits_hits_and_effects_of_each_alone(riders: int, shallow: Path) -> None:
+def test_a_batch_gives_the_bits_hits_and_effects_of_each_run_alone(forwards: int, shallow: Path) -> None:
     alone: list[list[Effect] | None] = [[], [], None]
     together: list[list[Effect] | None] = [[], [], None]
-    model = a_model(shallow)
-    separately = [list(denoise(model, walk)) for walk in random_walks(model, alone)]
-    model = a_model(shallow, "streamed")
-    in_step = list(denoise_batch(model, random_walks(model, together), riders))
-    for walk, expected in enumerate(separately):
+    model = build_model(shallow)
+    separately = [list(denoise(model, run)) for run in random_runs(model, alone)]
+    model = build_model(shallow, "streamed")
+    in_step = list(denoise_batch(model, random_runs(model, together), forwards))
+    for run, expected in enumerate(separately):
         for step, before in enumerate(expected):
-            at = in_step[step][walk]
+            at = in_step[step][run]
             assert isinstance(at, StepResult)
-            assert (at.step, at.read) == (before.step, before.read)
+            assert (at.step, at.cells_read) == (before.step, before.cells_read)
             assert torch.equal(at.state.x, before.state.x)
     assert [len(effects or ()) for effects in alone] == [4, 1, 0]
     assert together == alone
 
 
 @torch.inference_mode()
-def test_a_walk_that_meets_nan_ends_and_the_others_go_on(shallow: Path) -> None:
-    model = a_model(shallow)
-    walks = random_walks(model, [None, None, None])
-    expected = list(denoise(model, walks[0]))
-    walks[1] = replace(walks[1], state=State(walks[1].state.x * torch.inf))
-    for step, (first, second, third) in enumerate(denoise_batch(model, walks, 2)):
+def test_a_run_that_meets_nan_ends_and_the_others_continue(shallow: Path) -> None:
+    model = build_model(shallow)
+    runs = random_runs(model, [None, None, None])
+    expected = list(denoise(model, runs[0]))
+    runs[1] = replace(runs[1], state=State(runs[1].state.x * torch.inf))
+    for step, (first, second, third) in enumerate(denoise_batch(model, runs, 2)):
         assert isinstance(first, StepResult)
         assert torch.equal(first.state.x, expected[step].state.x)
         assert isinstance(second, NotFinite)
@@ -306,9 +306,9 @@ def test_a_walk_that_meets_nan_ends_and_the_others_go_on(shallow: Path) -> None:
     assert step == 3
 
 
-def test_walks_of_unlike_length_are_refused(shallow: Path) -> None:
-    model = a_model(shallow)
-    walks = random_walks(model, [None, None, None])
-    walks[2] = replace(walks[2], schedule=build_schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0))
+def test_runs_of_different_lengths_are_refused(shallow: Path) -> None:
+    model = build_model(shallow)
+    runs = random_runs(model, [None, None, None])
+    runs[2] = replace(runs[2], schedule=build_schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0))
     with pytest.raises(ValueError, match=r"\[4, 5\] steps"):
-        next(denoise_batch(model, walks, 1))
+        next(denoise_batch(model, runs, 1))

@@ -110,7 +110,7 @@ def test_steps_agree_with_diffusers_on_the_same_sigmas(solver: str, steps: int) 
 
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
-def test_a_state_taken_midway_goes_on_to_the_same_bytes(solver: str) -> None:
+def test_a_state_saved_midway_leads_to_the_same_bytes(solver: str) -> None:
     plan = build_schedule(solver, 4, 5.0)
     step = SOLVERS[solver].step
     velocities = torch.randn(4, 3)

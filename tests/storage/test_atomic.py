@@ -35,7 +35,7 @@ def test_a_published_file_has_its_bytes_and_leaves_nothing_else(tmp_path):
     assert names(tmp_path / "new" / "folder") == ["a.bin"]
 
 
-def test_a_published_file_has_the_rights_that_the_umask_gives(tmp_path):
+def test_a_published_file_has_the_permissions_of_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         atomic.publish_bytes(tmp_path / "a", b"")
@@ -75,7 +75,7 @@ def test_publishing_never_writes_through_a_symbolic_link(tmp_path):
     assert names(tmp_path) == ["a", "dangling", "target"]
 
 
-def test_a_temporary_file_is_gone_when_its_block_fails(tmp_path):
+def test_a_temporary_file_is_removed_when_its_block_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic.temp_file(tmp_path / "a.mp4") as tmp:
         tmp.write_bytes(b"%d" % (1 // 0))
     assert names(tmp_path) == []
@@ -103,7 +103,7 @@ def test_of_processes_that_publish_one_name_exactly_one_wins(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-# ---- replace, set aside, sweep ----
+# ---- replace, move aside, remove stale files ----
 
 
 def test_replacing_a_link_leaves_its_target_alone(tmp_path):
@@ -115,7 +115,7 @@ def test_replacing_a_link_leaves_its_target_alone(tmp_path):
     assert not (tmp_path / "a").is_symlink()
 
 
-def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
+def test_moving_aside_never_overwrites_a_file_moved_aside_before(tmp_path):
     path = tmp_path / "a.b.mp4"
     assert atomic.move_aside(path) is None
     for number in (1, 2, 3):
@@ -125,13 +125,13 @@ def test_setting_aside_never_overwrites_what_was_set_aside_before(tmp_path):
     assert not path.exists()
 
 
-def test_a_folder_in_the_place_of_an_output_is_not_set_aside(tmp_path):
+def test_a_folder_with_the_name_of_an_output_is_not_moved_aside(tmp_path):
     (tmp_path / "a.mp4").mkdir()
     with pytest.raises(OutputExists, match="folder"):
         atomic.move_aside(tmp_path / "a.mp4")
 
 
-def test_a_sweep_takes_only_own_debris_of_dead_processes_older_than_a_day(tmp_path):
+def test_only_own_temporary_files_of_dead_processes_older_than_a_day_are_removed(tmp_path):
     dead = 2**22 + 1  # above the largest process id
     cases = {
         f".wancli-{dead}-old.tmp": -90_000,
@@ -172,7 +172,7 @@ class Disk:
 
 @pytest.mark.parametrize("write", [atomic.publish_bytes, atomic.replace])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
-def test_whatever_call_fails_the_file_is_whole_or_absent(tmp_path, write, number):
+def test_the_file_is_complete_or_absent_whichever_call_fails(tmp_path, write, number):
     with pytest.MonkeyPatch.context() as patch:
         calls = Disk(patch).calls
         write(tmp_path / "count" / "a", b"content")
@@ -213,14 +213,14 @@ def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_pat
     assert "fsync" in disk.calls[link:]
 
 
-def test_a_full_disk_is_told_with_the_space_that_is_left():
+def test_the_error_of_a_full_disk_has_the_free_space():
     error = atomic.translate(OSError(errno.ENOSPC, "No space left on device"), Path("/no/such/folder/a.mp4"))
     assert isinstance(error, NoSpace)
     assert "MB are free" in str(error)
     assert str(error).startswith("/no/such/folder/a.mp4: ")
 
 
-def test_a_file_size_limit_is_told_as_no_space_and_leaves_nothing(tmp_path):
+def test_a_file_size_limit_is_reported_as_no_space_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
@@ -264,7 +264,7 @@ def test_a_published_file_that_cannot_be_synced_is_written_once_more(tmp_path, m
     assert names(tmp_path) == ["a"]
 
 
-def test_a_disk_that_never_takes_the_bytes_is_told_and_nothing_stays(tmp_path, monkeypatch):
+def test_a_disk_that_never_takes_the_bytes_is_reported_and_nothing_stays(tmp_path, monkeypatch):
     def fails(fd):
         raise OSError(errno.EIO, "I/O error")
 
@@ -276,7 +276,7 @@ def test_a_disk_that_never_takes_the_bytes_is_told_and_nothing_stays(tmp_path, m
     assert names(tmp_path) == []
 
 
-def test_a_temporary_file_that_another_host_took_for_debris_is_written_again(tmp_path, monkeypatch):
+def test_a_temporary_file_that_another_host_removed_as_stale_is_written_again(tmp_path, monkeypatch):
     real, robbed = os.open, []
 
     def robbing(path, flags, *arguments, **options):
@@ -293,7 +293,7 @@ def test_a_temporary_file_that_another_host_took_for_debris_is_written_again(tmp
 
 
 @pytest.mark.parametrize("years", [-1, 1])
-def test_a_clock_that_jumps_robs_no_live_writer(tmp_path, monkeypatch, years):
+def test_a_jumping_clock_removes_no_file_of_a_live_writer(tmp_path, monkeypatch, years):
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + years * 366 * 86400)
     with atomic.temp_file(tmp_path / "a") as tmp:
@@ -304,7 +304,7 @@ def test_a_clock_that_jumps_robs_no_live_writer(tmp_path, monkeypatch, years):
     assert names(tmp_path) == ["a"]
 
 
-def test_the_preflight_sweeps_debris_by_the_clock_of_the_folder(tmp_path, monkeypatch):
+def test_the_preflight_removes_stale_files_by_the_clock_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 0.0)  # what this host believes does not count
     (tmp_path / "now").touch()
     now = (tmp_path / "now").stat().st_mtime
@@ -320,7 +320,7 @@ def test_a_folder_that_takes_files_passes_the_preflight_and_stays_empty(tmp_path
     assert names(tmp_path / "new") == []
 
 
-def test_a_file_in_the_place_of_a_folder_fails_the_preflight(tmp_path):
+def test_a_file_with_the_name_of_a_folder_fails_the_preflight(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="file/out") as caught:
         atomic.require_writable(tmp_path / "file" / "out")

@@ -25,7 +25,7 @@ def store(tmp_path):
     return Store(tmp_path / "cache")
 
 
-def test_what_was_put_is_what_one_gets(store):
+def test_get_returns_the_bytes_that_were_put(store):
     assert store.get(key("a")) is None
     assert store.put(key("a"), b"payload")
     assert store.get(key("a")) == b"payload"
@@ -70,7 +70,7 @@ def test_every_bit_and_every_length_of_an_entry_is_guarded():
     ],
     ids=["truncated", "empty", "foreign", "future version", "flipped"],
 )
-def test_a_bad_entry_is_a_miss_and_is_kept_as_evidence(store, damage, caplog):
+def test_a_bad_entry_is_a_miss_and_is_kept_for_inspection(store, damage, caplog):
     store.put(key("a"), b"payload")
     path = store.path(key("a"))
     bad = damage(path.read_bytes())
@@ -114,7 +114,7 @@ def test_a_folder_of_the_cache_that_is_a_link_is_not_followed(store, tmp_path, c
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o777, True), (0o757, True), (0o1777, False), (0o775, False)])
-def test_a_cache_folder_that_anybody_may_replace_is_refused(tmp_path, mode, refused):
+def test_a_cache_folder_that_others_may_replace_is_refused(tmp_path, mode, refused):
     above = tmp_path / "above"
     above.mkdir()
     above.chmod(mode)
@@ -128,7 +128,7 @@ def test_a_cache_folder_that_anybody_may_replace_is_refused(tmp_path, mode, refu
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "mkdir", "replace"])
-def test_any_fault_of_the_disk_costs_only_the_entry(store, monkeypatch, call, number):
+def test_a_disk_fault_loses_only_the_entry(store, monkeypatch, call, number):
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -151,7 +151,7 @@ def test_no_hit_depends_on_the_clock(store, monkeypatch, years):
         assert store.prune(older_than_days=1) == []
 
 
-def test_a_full_disk_costs_the_entry_and_one_warning_but_not_the_work(store, monkeypatch, caplog):
+def test_a_full_disk_loses_the_entry_with_one_warning_but_not_the_work(store, monkeypatch, caplog):
     def full(fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -163,7 +163,7 @@ def test_a_full_disk_costs_the_entry_and_one_warning_but_not_the_work(store, mon
     assert not list(store.root.glob("*/*"))
 
 
-def test_a_file_in_the_place_of_the_cache_folder_costs_only_the_cache(tmp_path):
+def test_a_file_with_the_name_of_the_cache_folder_disables_only_the_cache(tmp_path):
     (tmp_path / "cache").touch()
     store = Store(tmp_path / "cache")
     assert not store.put(key("a"), b"payload")
@@ -229,7 +229,7 @@ def test_pruning_by_size_keeps_what_was_used_last(store):
     assert {entry.key for entry in store.entries()} == {key("a"), key("d")}
 
 
-def test_pruning_by_age_keeps_the_young_and_those_from_the_future(store):
+def test_pruning_by_age_keeps_new_entries_and_entries_from_the_future(store):
     for name, days in {"old": 31, "young": 29, "future": -365}.items():
         store.put(key(name), b"x")
         age(store, name, days)
@@ -237,7 +237,7 @@ def test_pruning_by_age_keeps_the_young_and_those_from_the_future(store):
     assert len(store.entries()) == 2
 
 
-def test_pruning_without_limits_removes_only_evidence_and_old_debris(store):
+def test_pruning_without_limits_removes_only_bad_entries_and_stale_files(store):
     store.put(key("a"), b"x")
     shard = store.path(key("a")).parent
     (shard / "b.bad").touch()

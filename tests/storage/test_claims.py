@@ -80,7 +80,7 @@ def dead_pid() -> int:
 # ---- claims alone ----
 
 
-def test_of_two_workers_one_gets_a_shot_and_the_other_learns_who_has_it(shot: Any) -> None:
+def test_one_of_two_workers_gets_a_shot_and_the_other_learns_who_holds_it(shot: Any) -> None:
     with Claims() as one, Claims() as other:
         assert one.take([shot]) == [shot]
         assert one.take([shot]) == [shot]  # it has it already
@@ -96,7 +96,7 @@ def test_of_two_workers_one_gets_a_shot_and_the_other_learns_who_has_it(shot: An
     assert list(shot.output.parent.iterdir()) == []  # the folder is as it was
 
 
-def test_of_many_threads_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
+def test_one_of_many_threads_that_find_a_dead_claim_gets_it(tmp_path: Path) -> None:
     shots: list[Any] = [Some(tmp_path / f"{n}.mp4", n) for n in range(40)]
     for one in shots:
         put(one, body(pid=dead_pid() if one.index == 0 else 2**22 + 1))
@@ -128,7 +128,7 @@ def test_a_claim_of_a_dead_process_of_this_host_is_free_at_once(shot: Any, gone:
         assert claims.take([shot]) == [shot]
 
 
-def test_a_process_that_is_dead_and_not_yet_buried_holds_nothing(shot: Any) -> None:
+def test_a_zombie_process_holds_nothing(shot: Any) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     put(shot, body(pid=child.pid))
@@ -141,7 +141,7 @@ def test_a_process_that_is_dead_and_not_yet_buried_holds_nothing(shot: Any) -> N
     ["", "{", "[1]", '{"pid": "x"}', "\0" * 100, body(host="other"), body(boot="b"), body(space="pid:[1]")],
     ids=["empty", "cut", "list", "nonsense", "zeros", "host", "boot", "container"],
 )
-def test_a_claim_that_tells_nothing_of_this_host_is_stale_after_some_looks_without_a_touch(
+def test_a_claim_of_another_host_is_stale_after_some_looks_without_a_touch(
     shot: Any, content: str | dict[str, Any]
 ) -> None:
     path = put(shot, content if isinstance(content, str) else content | {"pid": 2**22 + 1})
@@ -166,7 +166,7 @@ def test_looks_in_quick_succession_count_once(shot: Any) -> None:
         assert claims.held_by_others([shot])
 
 
-def test_a_heartbeat_touches_what_is_held_and_nothing_that_was_taken_away(shot: Any) -> None:
+def test_a_heartbeat_touches_held_claims_and_no_claim_that_another_took(shot: Any) -> None:
     with Claims(heartbeat=3600) as claims:
         claims.take([shot])
         path = claim_path(shot)
@@ -183,7 +183,7 @@ def test_a_heartbeat_touches_what_is_held_and_nothing_that_was_taken_away(shot: 
     assert path.exists()  # it is another's
 
 
-def test_the_thread_beats_without_being_asked(shot: Any) -> None:
+def test_the_thread_touches_claims_by_itself(shot: Any) -> None:
     with Claims(**QUICK) as claims:
         claims.take([shot])
         os.utime(claim_path(shot), ns=(0, 0))
@@ -203,7 +203,9 @@ def test_a_claim_of_ours_that_could_not_be_removed_does_not_lock_us_out(
         assert claims.take([shot]) == [shot]
 
 
-def test_whoever_moved_a_fresh_claim_away_puts_it_back(shot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_moved_a_fresh_claim_away_puts_it_back(
+    shot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two judge a claim stale; one is faster, and the other moves what that one has just made."""
     put(shot, body(pid=2**22 + 1))
     with Claims() as fast, Claims() as slow:
@@ -225,7 +227,7 @@ def test_a_folder_that_takes_no_claim_is_a_machine_error(shot: Any) -> None:
         claims.take([shot])
 
 
-def test_where_no_claim_can_be_nothing_is_encoded(
+def test_nothing_is_encoded_if_no_claim_can_be_written(
     render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
@@ -235,7 +237,9 @@ def test_where_no_claim_can_be_nothing_is_encoded(
     assert (said.code, files_in(tmp_path)) == (3, [".wancli"]), said.err
 
 
-def test_a_claim_that_cannot_be_read_is_somebody_elses(shot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_cannot_be_read_belongs_to_another_worker(
+    shot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = put(shot, body(pid=2**22 + 1))  # which nobody can see now
     real = Path.open
 
@@ -252,7 +256,7 @@ def test_a_claim_that_cannot_be_read_is_somebody_elses(shot: Any, monkeypatch: p
         assert claims.take([shot]) == [shot]
 
 
-def test_a_claim_that_finds_no_room_leaves_no_claim(shot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_claim(shot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -265,7 +269,7 @@ def test_a_claim_that_finds_no_room_leaves_no_claim(shot: Any, monkeypatch: pyte
         assert claims.take([shot]) == [shot]
 
 
-def test_who_takes_over_clears_away_what_others_who_did_so_left(shot: Any) -> None:
+def test_a_worker_that_takes_over_removes_stale_files_of_earlier_takeovers(shot: Any) -> None:
     path = put(shot, body(pid=2**22 + 1))
     grave = path.with_name(f".wancli-{2**22 + 1}-abc.tmp")
     grave.touch()
@@ -276,7 +280,7 @@ def test_who_takes_over_clears_away_what_others_who_did_so_left(shot: Any) -> No
     assert not (shot.output.parent / ".wancli").exists()
 
 
-def test_a_folder_of_claims_that_another_worker_removes_just_now_is_made_again(
+def test_a_folder_of_claims_that_another_worker_just_removed_is_created_again(
     shot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, left = os.open, [2]
@@ -403,7 +407,7 @@ def test_eight_workers_that_start_together_take_every_step_of_every_shot_once(
     assert set(files_in(tmp_path)) == companions | {"job.report.json"}
 
 
-def test_what_a_killed_worker_had_saved_another_goes_on_from_while_it_runs(
+def test_a_running_worker_resumes_from_the_saved_state_of_a_killed_one(
     folder: Callable[..., Folder], tmp_path: Path, render: Render
 ) -> None:
     job = folder("ab")
@@ -446,7 +450,7 @@ def test_a_worker_that_was_suspended_until_another_did_its_work_publishes_nothin
     assert [shot["status"] for shot in report_of(tmp_path)] == ["already done"]
 
 
-# ---- shots of others ----
+# ---- shots of other workers ----
 
 
 class Notes(Progress):
@@ -490,7 +494,9 @@ def test_a_shot_that_another_worker_gives_up_is_rendered_once_the_others_are_don
     assert notes.notes == ["waiting for shot a, rendered by other:7"]
 
 
-def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Callable[..., Folder]) -> None:
+def test_no_network_is_loaded_for_a_shot_that_another_worker_has_finished(
+    folder: Callable[..., Folder],
+) -> None:
     job = folder("a")
     (shot,) = planned(job).shots
     with Claims() as claims:
@@ -511,7 +517,7 @@ def test_what_another_worker_has_finished_is_not_prepared_for_again(folder: Call
     assert (outcome.status, len(notes.notes), phases) == ("already done", 1, ["encode"])
 
 
-def test_who_waits_for_several_waits_for_the_last_of_them(folder: Callable[..., Folder]) -> None:
+def test_a_worker_waits_for_the_last_of_several_shots(folder: Callable[..., Folder]) -> None:
     job = folder("ab")
     with Claims() as claims:
         assert len([*render_plan(planned(job), tools(job, claims))]) == 2
@@ -531,7 +537,7 @@ def test_who_waits_for_several_waits_for_the_last_of_them(folder: Callable[..., 
     assert [(one.shot.id, one.status) for one in outcomes] == [("b", "already done"), ("a", "already done")]
 
 
-def test_who_waits_can_be_stopped(folder: Callable[..., Folder], render: Render) -> None:
+def test_a_waiting_worker_can_be_stopped(folder: Callable[..., Folder], render: Render) -> None:
     job = folder("a")
     shots = planned(job)
     put(shots.shots[0], body(host="other"))
@@ -562,7 +568,7 @@ def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
     assert sorted((one.shot.id, one.status) for one in outcomes) == [("a", "rendered"), ("b", "rendered")]
 
 
-def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Callable[..., Folder]) -> None:
+def test_a_batch_with_an_unaccounted_shot_never_succeeds(folder: Callable[..., Folder]) -> None:
     job = folder("ab")
     a, b = planned(job).shots
     with Claims() as claims:
@@ -571,7 +577,7 @@ def test_a_batch_never_ends_well_with_shots_that_nothing_became_of(folder: Calla
                 list(track_outcomes(iter([Outcome(a, "rendered"), *left]), [a, b], tools(job, claims)))
 
 
-def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
+def test_own_failures_decide_the_exit_code_before_shots_claimed_elsewhere(
     folder: Callable[..., Folder],
 ) -> None:
     job = folder("ab")
@@ -584,7 +590,7 @@ def test_own_shots_that_failed_decide_and_not_those_that_are_elsewhere(
             list(track_outcomes(iter(both[1:]), [b], tools(job, claims)))
 
 
-def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(
+def test_no_wait_exits_with_75_and_names_the_holders_of_the_rest(
     render: Render, tmp_path: Path, folder: Callable[..., Folder]
 ) -> None:
     put(planned(folder("ab")).shots[0], body(host="other", pid=7))
@@ -600,7 +606,7 @@ def test_no_wait_leaves_with_75_and_says_who_is_at_the_rest(
     assert (said.code, "again from the first step" in said.err) == (75, False)  # nothing was on its way
 
 
-def test_workers_that_are_all_told_to_render_again_do_it_once(
+def test_workers_that_all_have_force_render_each_shot_once(
     folder: Callable[..., Folder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = folder("a")

@@ -5,9 +5,11 @@ import random
 
 import pytest
 from jobs import spoiled
+from manifests import body, phase, prompt, rule
 
 from wancli.errors import EntryError
 from wancli.storage import manifest
+from wancli.storage.manifest_schema import Manifest
 
 KEY = "0123456789abcdef"
 
@@ -19,8 +21,8 @@ def output(tmp_path):
     path.write_bytes(b"video")
     (tmp_path / "a.b.latents.safetensors").write_bytes(b"latents")
     kept = [path, tmp_path / "a.b.latents.safetensors"]
-    body = {"key": KEY, "files": [manifest.file_record(file, tmp_path) for file in kept], "prompt": "猫"}
-    manifest.write(manifest.manifest_path(path), body)
+    files = [manifest.file_record(file, tmp_path) for file in kept]
+    manifest.write(manifest.manifest_path(path), body(key=KEY, files=files, prompts=[prompt("p", "猫")]))
     return path
 
 
@@ -28,19 +30,82 @@ def test_the_manifest_stands_beside_the_output(tmp_path):
     assert manifest.manifest_path(tmp_path / "a.b.mp4") == tmp_path / "a.b.manifest.json"
 
 
-def test_what_was_written_is_what_one_reads(tmp_path):
+def test_the_json_that_was_written_is_the_json_that_is_read(tmp_path):
     path = tmp_path / "x.manifest.json"
-    body = {"z": [1, 2.5, None, True], "a": {"nested": "ünïcode"}, "tiny": 1e-7}
-    manifest.write(path, body)
-    assert manifest.read(path) == body
+    data = {"z": [1, 2.5, None, True], "a": {"nested": "ünïcode"}, "tiny": 1e-7}
+    manifest.write(path, data)
+    assert manifest.read_json(path) == data
     manifest.write(path, {"other": 1})
-    assert manifest.read(path) == {"other": 1}
+    assert manifest.read_json(path) == {"other": 1}
 
 
 def test_numbers_as_keys_and_tuples_are_written_as_json_has_them(tmp_path):
     path = tmp_path / "x.manifest.json"
     manifest.write(path, {"hits": {2: 1, 10: 1}, "size": (832, 480)})
-    assert manifest.read(path) == {"hits": {"2": 1, "10": 1}, "size": [832, 480]}
+    assert manifest.read_json(path) == {"hits": {"2": 1, "10": 1}, "size": [832, 480]}
+
+
+def test_a_manifest_is_read_as_typed_data_and_written_back_as_it_was(tmp_path):
+    path = tmp_path / "x.manifest.json"
+    later = body(later=[1]) | {"prompts": [prompt("p", "a red fox", later={"2": 0.5})]}
+    manifest.write(path, later)
+    record = manifest.read(path)
+    assert isinstance(record, Manifest)
+    assert record.prompt.text == "a red fox"
+    assert record.as_dict() == later
+
+
+def test_a_manifest_of_an_earlier_version_has_defaults_for_the_keys_that_came_later(tmp_path):
+    path = tmp_path / "x.manifest.json"
+    manifest.write(path, body())
+    record = manifest.read(path)
+    assert (record.loras, record.decoded, record.latent) == ([], None, None)
+    assert record.model.kernels.attention == "auto"
+    assert record.prompt.max_tokens == 256
+    assert record.as_dict() == body()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"key": None}, {"files": "x"}, {"shot": {}}, {"prompts": []}, {"phases": [{"name": "encode"}]}],
+    ids=str,
+)
+def test_a_sealed_manifest_of_another_shape_is_one_error_with_the_name_of_its_file(tmp_path, changes):
+    output = tmp_path / "x.mp4"
+    path = manifest.manifest_path(output)
+    manifest.write(path, body(**changes))
+    with pytest.raises(EntryError, match=r"x\.manifest\.json: .*damaged, or of another version"):
+        manifest.read(path)
+    (problem,) = manifest.find_problems(output, KEY)
+    assert problem.path == path
+
+
+def test_a_rule_whose_prompt_is_missing_is_damage(tmp_path):
+    path = tmp_path / "x.manifest.json"
+    manifest.write(path, body(injection=[rule("q")]))
+    with pytest.raises(EntryError, match="damaged"):
+        manifest.read(path)
+    manifest.write(path, body(injection=[rule("q")], prompts=[prompt("p", "a"), prompt("q", "b")]))
+    record = manifest.read(path)
+    assert ([prompt.text for prompt in record.injected], record.negative) == (["b"], None)
+
+
+def test_a_phase_is_recognised_by_its_id_and_without_one_by_what_was_measured():
+    shared = {"seconds": 2.0, "rss_start": 3, "rss": 4}
+    data = [phase("load", id="a"), phase("load", id="b"), phase("load", **shared), phase("load", **shared)]
+    first, second, third, fourth = Manifest.model_validate(body(phases=data)).phases
+    assert first.identity != second.identity
+    assert third.identity == fourth.identity
+
+
+def test_a_glance_at_a_manifest_reads_its_key_and_files_without_the_seal(output):
+    path = manifest.manifest_path(output)
+    path.write_text(path.read_text().replace('"seal": "', '"seal": "0'))
+    assert manifest.peek(path).key == KEY
+    assert manifest.peek(path).files[0].path == output.name
+    path.write_text("[]")
+    assert manifest.peek(path) is None
+    assert manifest.peek(output.with_name("none")) is None
 
 
 def test_a_manifest_is_readable_json_with_its_schema(output):
@@ -84,7 +149,7 @@ def test_a_shot_is_done_when_its_manifest_and_all_its_files_verify(output):
 
 def test_a_shot_of_another_job_is_not_done(output):
     assert not manifest.is_done(output, KEY[::-1])
-    assert "another job" in manifest.find_problems(output, KEY[::-1])[0]
+    assert "another job" in manifest.find_problems(output, KEY[::-1])[0].text
 
 
 def test_a_shot_without_a_manifest_is_not_done(output):
@@ -102,16 +167,16 @@ def test_any_damage_to_any_file_of_a_shot_is_named(output, name):
         flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         path.write_bytes(rng.choice([bytes(flipped), whole[: rng.randrange(len(whole))], whole + b"x"]))
         (problem,) = manifest.find_problems(output, KEY)
-        assert name in problem
+        assert problem.path == path
         assert not manifest.is_done(output, KEY)
     path.unlink()
-    assert name in manifest.find_problems(output, KEY)[0]
+    assert manifest.find_problems(output, KEY)[0].path == path
 
 
 def test_a_manifest_that_does_not_list_its_output_proves_nothing(tmp_path):
     output = tmp_path / "a.mp4"
     output.write_bytes(b"video")
-    manifest.write(manifest.manifest_path(output), {"key": KEY, "files": []})
+    manifest.write(manifest.manifest_path(output), body(key=KEY, files=[]))
     assert not manifest.is_done(output, KEY)
     manifest.write(manifest.manifest_path(output), {"key": KEY})
     assert not manifest.is_done(output, KEY)

@@ -98,7 +98,7 @@ def test_an_unsafe_name_inside_the_output_folder_is_refused(tmp_path, relative):
         paths.resolve_inside(tmp_path, relative)
 
 
-def test_the_companions_of_the_longest_allowed_name_can_be_written(tmp_path):
+def test_the_sidecars_of_the_longest_allowed_name_can_be_written(tmp_path):
     name = "x" * paths._NAME_BYTES
     path = paths.resolve_inside(tmp_path, name)
     path.with_suffix(".latents.safetensors").touch()
@@ -115,7 +115,7 @@ def test_a_link_that_leads_out_of_the_output_folder_is_refused(tmp_path):
     assert paths.resolve_inside(tmp_path / "out", "near/a.mp4")
 
 
-def test_the_folders_that_the_user_wrote_himself_may_be_anywhere(tmp_path, monkeypatch):
+def test_folders_that_the_user_wrote_may_be_anywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     root = Path("/jobs")
     assert paths.output_path(root, "out/{job}/{item:02d}.mp4", FIELDS) == Path("/jobs/out/cats/07.mp4")
@@ -126,7 +126,7 @@ def test_the_folders_that_the_user_wrote_himself_may_be_anywhere(tmp_path, monke
 
 
 @pytest.mark.parametrize("value", ["..", "-", ".git", "con", ""])
-def test_what_a_field_puts_into_a_path_stays_inside(value):
+def test_the_value_of_a_field_stays_inside_the_folder(value):
     with pytest.raises(JobError):
         paths.output_path(Path("/jobs"), "out/{id}", {"id": value})
 

@@ -24,7 +24,7 @@ def walked(solver: str, steps: range, state: State) -> State:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("done", range(5))
-def test_sampling_goes_on_from_the_file_bit_for_bit(solver: str, done: int, tmp_path: Path) -> None:
+def test_sampling_resumes_from_the_file_bit_for_bit(solver: str, done: int, tmp_path: Path) -> None:
     start = State(torch.randn(16, 1, 4, 6, generator=torch.Generator().manual_seed(1)))
     expected = walked(solver, range(4), start)
     state_file.save_state(tmp_path / "s", walked(solver, range(done), start), RECORD)
@@ -45,7 +45,7 @@ def test_a_damaged_state_is_refused(place: int | str, tmp_path: Path) -> None:
         state_file.load_state(path)
 
 
-def test_a_state_is_no_latent_and_a_latent_no_state(tmp_path: Path) -> None:
+def test_a_state_is_not_loaded_as_a_latent_nor_a_latent_as_a_state(tmp_path: Path) -> None:
     state_file.save_state(tmp_path / "state", State(torch.ones(2, 1, 4, 6)), RECORD)
     tensor_file.save_latent(tmp_path / "latent", torch.ones(2, 1, 4, 6), RECORD)
     with pytest.raises(EntryError, match="not a finished latent"):

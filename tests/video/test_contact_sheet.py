@@ -14,7 +14,7 @@ from wancli.video import bitmap_font, contact_sheet
 from wancli.video import clip as clips
 
 
-def test_a_strip_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> None:
+def test_a_row_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> None:
     colours = [(20 * i, 60, 200 - 20 * i) for i in range(9)]
     made = [clip(tmp_path / "one.mp4", colours), clip(tmp_path / "two.mp4", colours)]
     data = contact_sheet.draw_contact_sheet(clips.read_clips(made), ["", ""])
@@ -46,7 +46,7 @@ def test_large_frames_are_averaged_down(tmp_path: Path) -> None:
     assert picture.width <= contact_sheet.MAX_CELL_WIDTH + 2 * contact_sheet.GAP
 
 
-def test_many_videos_stand_in_columns_so_that_the_sheet_is_about_square(tmp_path: Path) -> None:
+def test_many_videos_form_columns_so_that_the_sheet_is_about_square(tmp_path: Path) -> None:
     one = clips.read_clips([clip(tmp_path / "one.mp4", [(0, 0, 0)] * 5)])
     notes = ["", *["figures"] * 59]  # the columns are not of one height
     picture = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet(one * 60, notes)))
@@ -63,7 +63,7 @@ def test_odd_sizes_are_shown(size: tuple[int, int]) -> None:
     assert 1 <= contact_sheet._fit_to_cell(picture).shape[1] <= contact_sheet.MAX_CELL_WIDTH
 
 
-def test_figures_stand_under_the_name_and_a_long_name_is_cut(tmp_path: Path) -> None:
+def test_metrics_are_under_the_name_and_a_long_name_is_cut(tmp_path: Path) -> None:
     (one,) = clips.read_clips([clip(tmp_path / f"{'n' * 200}.mp4", [(0, 0, 0)])])
     bare = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet([one], [""])))
     noted = Image.open(io.BytesIO(contact_sheet.draw_contact_sheet([one], ["SSIM 0.5"])))
@@ -80,7 +80,7 @@ def test_figures_stand_under_the_name_and_a_long_name_is_cut(tmp_path: Path) -> 
     ]
 
 
-def test_an_earlier_sheet_is_replaced_and_another_picture_moves_aside(
+def test_an_earlier_sheet_is_replaced_and_another_picture_is_moved_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = clip(tmp_path / "one.mp4", [(0, 0, 0)])
@@ -93,7 +93,7 @@ def test_an_earlier_sheet_is_replaced_and_another_picture_moves_aside(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "sheet.old-1.png", "sheet.png"]
 
 
-def test_what_is_no_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
     said = command(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
     assert said.code == 2
@@ -101,6 +101,6 @@ def test_what_is_no_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_a_video_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = command(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
     assert (said.code, said.err) == (2, f"wancli: {tmp_path}/nope.mp4: no such file\n")

@@ -94,7 +94,7 @@ def test_a_picture_smaller_than_the_window_has_no_ssim() -> None:
     assert like.psnr is not None
 
 
-def test_no_frames_are_refused() -> None:
+def test_a_comparison_without_frames_is_refused() -> None:
     with pytest.raises(ValueError, match="no frames"):
         metrics.compare_frames([])
 
@@ -216,7 +216,7 @@ def test_the_distance_of_latents_is_relative_to_the_baseline() -> None:
     assert metrics.relative_distance(z, 0 * z) is None
 
 
-def test_sketches_tell_the_distance_to_a_few_percent() -> None:
+def test_sketches_estimate_the_distance_to_a_few_percent() -> None:
     z = latent(0)
     errors = []
     for seed in range(1, 41):
@@ -240,7 +240,7 @@ def test_a_change_that_is_the_same_everywhere_is_seen_too() -> None:
         assert found == pytest.approx(exact, rel=0.2)
 
 
-def test_a_sketch_never_changes_for_manifests_keep_it() -> None:
+def test_a_sketch_never_changes_because_manifests_keep_it() -> None:
     found = metrics.sketch_latent(np.arange(6, dtype=np.float32).reshape(2, 3))
     values = np.frombuffer(base64.b64decode(found["sketch"]), "<f4")
     assert (found["shape"], found["norm"]) == ([2, 3], pytest.approx(math.sqrt(55)))

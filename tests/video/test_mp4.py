@@ -122,7 +122,7 @@ def test_the_samples_in_the_file_are_bt709_in_limited_range(tmp_path):
 
 
 @pytest.mark.parametrize(("codec", "name"), [("h264", "h264 (High) (avc1"), ("h265", "hevc (Main) (hvc1")])
-def test_players_are_told_codec_colours_and_speed(tmp_path, codec, name):
+def test_the_file_has_the_tags_of_codec_colours_and_speed(tmp_path, codec, name):
     said = described(render(tmp_path / "a.mp4", moving(5), codec=codec))
     assert name in said
     assert re.search(r"yuv420p\(tv, bt709(/bt709/bt709)?, progressive\)", said)
@@ -130,7 +130,7 @@ def test_players_are_told_codec_colours_and_speed(tmp_path, codec, name):
     assert re.search(r"comment +: shot 1 0123abcd\n", said)
 
 
-def test_a_video_can_start_to_play_before_it_is_whole(tmp_path):
+def test_a_video_can_start_to_play_before_it_is_complete(tmp_path):
     data = render(tmp_path / "a.mp4", moving(5)).read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
 
@@ -174,7 +174,7 @@ def test_a_rerun_with_the_same_frames_finds_its_own_video(tmp_path):
 
 
 @pytest.mark.parametrize("asked", [4, 6])
-def test_another_number_of_frames_than_asked_for_is_not_published(tmp_path, asked):
+def test_a_wrong_number_of_frames_is_not_published(tmp_path, asked):
     with pytest.raises(FfmpegError, match=f"{asked} frames were requested, 5 made"):
         render(tmp_path / "a.mp4", moving(5), frame_count=asked)
     assert_nothing_left(tmp_path)
@@ -249,7 +249,7 @@ def test_an_ffmpeg_that_hangs_is_stopped_with_its_children(tmp_path, fake_ffmpeg
     assert not alive((tmp_path / "pid").read_text().strip())
 
 
-def test_a_full_disk_is_told_as_such(tmp_path):
+def test_a_full_disk_is_reported_as_such(tmp_path):
     encoder = mp4.Mp4Encoder(Path("/dev/full"), WIDTH, HEIGHT, 16, 10, "h264", "")
     with pytest.raises(NoSpace, match="are free"), encoder:
         encoder.write(b"".join(moving(5)))
@@ -269,13 +269,13 @@ def test_an_ffmpeg_without_the_encoder_is_found_out_in_the_preflight(fake_ffmpeg
         mp4.check_ffmpeg("h265")
 
 
-def test_the_bundled_ffmpeg_passes_the_preflight_and_tells_its_version():
+def test_the_bundled_ffmpeg_passes_the_preflight_and_has_a_version():
     mp4.check_ffmpeg("h264")
     mp4.check_ffmpeg("h265")
     assert ffmpeg.read_version() == imageio_ffmpeg.get_ffmpeg_version()
 
 
-def test_a_video_that_is_cut_anywhere_is_never_taken_for_whole(tmp_path):
+def test_a_truncated_video_is_never_taken_for_complete(tmp_path):
     whole = render(tmp_path / "a.mp4", moving(30)).read_bytes()
     for cut in range(0, len(whole), len(whole) // 12):
         (tmp_path / "cut.mp4").write_bytes(whole[:cut])

@@ -86,7 +86,7 @@ def test_videos_of_other_speeds_run_in_time(tmp_path: Path) -> None:
     assert [near(shown(frame, plan, 1), GREEN) for frame in frames] == [False, False, True, False]
 
 
-def test_names_and_figures_are_drawn_above_the_cells(tmp_path: Path) -> None:
+def test_names_and_metrics_are_drawn_above_the_cells(tmp_path: Path) -> None:
     one = plain(tmp_path / "one.mp4", [GREY])
     clips = clip.read_clips([one])
     plan = side_by_side.choose_layout(clips, label_lines=2)
@@ -139,7 +139,7 @@ def test_many_large_videos_are_averaged_down(tmp_path: Path) -> None:
     assert near(shown(picture, plan, 4), (100, 100, 100))
 
 
-def test_an_earlier_one_is_replaced_and_another_video_moves_aside(tmp_path: Path) -> None:
+def test_an_earlier_grid_is_replaced_and_another_video_is_moved_aside(tmp_path: Path) -> None:
     one = plain(tmp_path / "one.mp4", [RED])
     target = tmp_path / "side.mp4"
     before = plain(target, [GREEN]).read_bytes()

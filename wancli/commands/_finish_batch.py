@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli.commands._common import rates_path, thumbnails_dir
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Plan
+    from wancli.report.batch_report import Report
 
 
-def finish_batch(
-    plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None
-) -> tuple[dict[str, Any], Path]:
+def finish_batch(plan: Plan, outcomes: Sequence[Outcome], cache_dir: Path | None) -> tuple[Report, Path]:
     """Write the report and its page, and remember the rates of the new renders. Returns the report and its
     path."""
     from wancli.plan import throughput

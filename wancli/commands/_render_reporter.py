@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Plan
     from wancli.progress import Progress
+    from wancli.report.batch_report import Report
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,17 @@ class RenderReporter:
         elif outcome.record and self.options.prints_paths:
             print_result(str(outcome.shot.output))
 
-    def on_end(
-        self, plan: Plan, outcomes: Sequence[Outcome], report: dict[str, Any], path: Path
-    ) -> ExitStatus:
+    def on_end(self, plan: Plan, outcomes: Sequence[Outcome], report: Report, path: Path) -> ExitStatus:
         """Print the report, and return the exit code of the outcomes."""
         if self.options.as_json:
-            print_result(json.dumps(report, indent=2))
+            print_result(json.dumps(report.as_dict(), indent=2))
         if not self.options.quiet:
             self._summarize(report, path, plan, outcomes)
         status = exit_status(outcome.error for outcome in outcomes if outcome.error)
         self.display.on_end(status, path)
         return status
 
-    def _summarize(self, report: dict[str, Any], path: Path, plan: Plan, outcomes: Sequence[Outcome]) -> None:
+    def _summarize(self, report: Report, path: Path, plan: Plan, outcomes: Sequence[Outcome]) -> None:
         """Print the summary for people, and the commands that try the failed shots again."""
         from wancli.report import render_summary, terminal
 

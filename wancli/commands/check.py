@@ -51,7 +51,7 @@ def check_command(
 
 def _format_verdict(verdict: Verdict) -> Iterator[str]:
     """Format the problems, the other files, and the number of files that verify."""
-    yield from (f"{path}: {problem}" for path, problem in verdict.problems)
+    yield from map(str, verdict.problems)
     yield from (f"orphan, no manifest: {path}" for path in verdict.orphans)
     yield from (f"left by a dead process: {path}" for path in verdict.debris)
     kinds = {"video": verdict.videos, "latent": verdict.latents, "state": verdict.states}

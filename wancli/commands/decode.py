@@ -38,7 +38,7 @@ def decode_command(
     context = RenderContext(None, display, Force.snapshot(()) if force else None)
     path = decode_stage.decode_file(latents, output, model, hashes_path(None), context)
     if as_json:
-        body = manifest.read(manifest.manifest_path(path)) or {}
+        body = manifest.read_json(manifest.manifest_path(path)) or {}
         print_json({"schema": "wancli/decode/1", "output": str(path), "manifest": body})
     else:
         print(path)

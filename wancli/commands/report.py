@@ -47,8 +47,6 @@ def report_command(
     print(path)
     if table:
         rows = [shots_table.shot_row(entry, job) for job, entry in found.entries]
-        shots_table.write_csv(
-            table, shots_table.to_csv(rows, [entry["labels"] for _, entry in found.entries])
-        )
+        shots_table.write_csv(table, shots_table.to_csv(rows, [entry.labels for _, entry in found.entries]))
         print(table)
     return ExitStatus.OK

@@ -24,6 +24,7 @@ from wancli.resources.measure import PeakMemory
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, tensor_file
+from wancli.storage.manifest_schema import ShotRecord
 from wancli.text.encoder import Encoded
 from wancli.video import metrics
 
@@ -191,8 +192,8 @@ def finish_latent(
     encoded: Mapping[str, Encoded],
     loras: Loras,
     stage1: Record,
-) -> tuple[Tensor, Record]:
-    """Put the finished latent durably on disk; return it and what the manifest will say of its making.
+) -> tuple[Tensor, ShotRecord]:
+    """Put the finished latent durably on disk; return it and its record.
 
     Raises InjectionMissed if a rule did not reach the blocks it was planned for.
     """
@@ -201,19 +202,21 @@ def finish_latent(
     shot = state.shot
     assert state.solver_state is not None
     check_hits(shot.table, frozenset(state.reads))
-    facts = manifest_body.shot_record(shot, placement) | {
-        "prompts": [manifest_body.prompt_record(prompt, encoded[prompt.id].hit) for prompt in shot.prompts],
-        "encoder_loaded": any(not e.hit for e in encoded.values()),
-        "injection": manifest_body.injection_records(shot, state.reads, state.differences),
-        "loras": manifest_body.lora_records(shot, loras),
-        "effects": state.effects,
-        "first_step_after": state.first_step_after,
-        "phases": [stage1, *state.phases],
-    }
     z_CTYX = state.solver_state.x
-    facts = manifest_body.to_plain_json(facts | {"latent": metrics.sketch_latent(z_CTYX.numpy())})
+    record = manifest_body.build_record(
+        shot,
+        placement,
+        cached={id: result.hit for id, result in encoded.items()},
+        reads=state.reads,
+        differences=state.differences,
+        effects=state.effects,
+        loras=loras,
+        phases=[stage1, *state.phases],
+        first_step_after=state.first_step_after,
+        latent=metrics.sketch_latent(z_CTYX.numpy()),
+    )
     atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
-    tensor_file.save_latent(shot.latents, z_CTYX, facts)
+    tensor_file.save_latent(shot.latents, z_CTYX, record.as_dict())
     atomic.remove(shot.state)
     state.status, state.solver_state = Status.FINISHED, None
-    return z_CTYX, facts
+    return z_CTYX, record

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -19,12 +19,16 @@ from wancli.plan import backends, memory_estimate
 from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import PeakMemory
+from wancli.storage import manifest, tensor_file
 from wancli.storage.manifest import canonical_json
+from wancli.storage.manifest_schema import Manifest, ModelRecord, ShotRecord
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import SingleFiles
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from wancli.weights.lora.patch import Loras
 
 Record = dict[str, Any]
@@ -32,8 +36,68 @@ Record = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "safetensors", "sentencepiece", "ftfy")
 
 
-def shot_record(shot: Shot, placement: Placement) -> Record:
-    """All that was decided, and on what. `key` is the hash that makes it this very shot."""
+def build_record(
+    shot: Shot,
+    placement: Placement,
+    *,
+    cached: Mapping[str, bool],
+    reads: Iterable[tuple[int, str, int]],
+    differences: Sequence[Record],
+    effects: Sequence[Record],
+    loras: Loras,
+    phases: Sequence[Record],
+    first_step_after: float,
+    latent: Record,
+) -> ShotRecord:
+    """Build the record of a sampled shot from its plan and from what happened.
+
+    `cached` tells, by id, which prompts' embeddings had been computed before. `reads` are the cells (step,
+    branch, block) that blocks read, `differences` those between the shot's prompt and each injected one,
+    `latent` is its sketch.
+    """
+    return ShotRecord(
+        **_planned(shot, placement),
+        prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.prompts],
+        encoder_loaded=not all(cached.values()),
+        injection=_rule_records(shot, reads, differences),
+        loras=_lora_records(shot, loras),
+        effects=list(effects),
+        first_step_after=first_step_after,
+        phases=list(phases),
+        latent=latent,
+    )
+
+
+def continue_record(record: ShotRecord, shot: Shot, placement: Placement) -> ShotRecord:
+    """Return the record of a latent that an earlier run left, with the settings that its video has now."""
+    now = ShotRecord(**record.as_dict() | to_plain_json(_planned(shot, placement)))
+    ran = now.model.model_copy(update={"attention": record.model.attention})  # what ran then
+    earlier = [phase.model_copy(update={"earlier": True}) for phase in record.phases]
+    return now.model_copy(update={"model": ran, "phases": earlier})
+
+
+def complete_record(
+    record: ShotRecord, output: Path, peak: PeakMemory, *, device: str, chunk: int, fallback: bool
+) -> Manifest:
+    """Complete the record of a latent with how it was decoded into `output`."""
+    return Manifest(
+        **record.as_dict()
+        | {
+            "phases": [*(phase.as_dict() for phase in record.phases), phase_record("decode", peak)],
+            "decoded": {"device": device, "chunk": chunk, "fallback": fallback},
+            "files": [manifest.file_record(output, output.parent)],
+        }
+    )
+
+
+def load_latent(path: Path) -> tuple[Tensor, ShotRecord]:
+    """Read a finished latent and its record. Raises EntryError if either is damaged or of another version."""
+    z_CTYX, record = tensor_file.load_latent(path)
+    return z_CTYX, ShotRecord.parse(record, path)
+
+
+def _planned(shot: Shot, placement: Placement) -> Record:
+    """Return the part of a record that the plan decides. `key` is the hash of the shot."""
     model = shot.model
     return {
         "key": shot.key,
@@ -97,16 +161,16 @@ def _checkpoint_files(source: Location) -> Record | None:
     return {key: str(v) if isinstance(v, Path) else v for key, v in asdict(source).items() if v is not None}
 
 
-def checkpoint_location(model: Record) -> Location:
-    """Where the checkpoint of a recorded shot is."""
-    files = model.get("files")
-    if not files:
-        return Path(model["root"])
-    paths = {key: Path(path) for key, path in files.items() if key != "heads"}
-    return SingleFiles(**paths, heads=files.get("heads"))
+def checkpoint_location(model: ModelRecord) -> Location:
+    """Return where the checkpoint of a recorded shot is."""
+    if not model.files:
+        return Path(model.root)
+    named = model.files.as_dict().items()
+    paths = {key: Path(path) for key, path in named if isinstance(path, str)}
+    return SingleFiles(**paths, heads=model.files.heads)
 
 
-def prompt_record(prompt: Prompt, hit: bool) -> Record:
+def _prompt_record(prompt: Prompt, hit: bool) -> Record:
     """A text as the encoder read it, and whether its embedding was already there."""
     tokens = prompt.tokens
     return {
@@ -122,11 +186,11 @@ def prompt_record(prompt: Prompt, hit: bool) -> Record:
     }
 
 
-def injection_records(
-    shot: Shot, read: Iterable[tuple[int, str, int]], differences: Sequence[Record]
+def _rule_records(
+    shot: Shot, reads: Iterable[tuple[int, str, int]], differences: Sequence[Record]
 ) -> list[Record]:
     """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
-    cells = set(read)
+    cells = set(reads)
     records = []
     for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
         hits = [cell for cell in planned if cell in cells]
@@ -149,7 +213,7 @@ def injection_records(
     return records
 
 
-def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
+def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
     """Per LoRA: the file, where and when it was applied, and what of it the model took."""
     return [
         {
@@ -164,8 +228,11 @@ def lora_records(shot: Shot, loaded: Loras) -> list[Record]:
 
 
 def phase_record(name: str, peak: PeakMemory) -> Record:
-    """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak."""
+    """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak.
+
+    The id is that of the measurement: records of shots that shared the phase have the same one."""
     return {
+        "id": peak.id,
         "name": name,
         "seconds": round(peak.seconds, 4),
         "rss_start": peak.rss_start,
@@ -177,6 +244,12 @@ def phase_record(name: str, peak: PeakMemory) -> Record:
 def mark_earlier(phases: Iterable[Record]) -> list[Record]:
     """The phases of a run before this one, marked so that nobody takes them for this one's."""
     return [phase | {"earlier": True} for phase in phases]
+
+
+def new_phases(phases: Iterable[Record], known: Sequence[Record]) -> list[Record]:
+    """Return the phases that are not among the `known` ones."""
+    ids = {phase.get("id") for phase in known}
+    return [phase for phase in phases if phase["id"] not in ids]
 
 
 def seconds_since(began: float | None) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.engine.manifest_body import Record
 from wancli.errors import (
     ErrorCapture,
     ExitStatus,
@@ -19,6 +18,7 @@ from wancli.errors import (
     WancliError,
 )
 from wancli.plan.shot import Shot
+from wancli.storage.manifest_schema import Manifest
 
 _WORST_FIRST = (ExitStatus.INTEGRITY, ExitStatus.MACHINE, ExitStatus.MEMORY)
 
@@ -66,7 +66,7 @@ class Outcome:
 
     shot: Shot
     status: Literal["rendered", "already done", "failed", "stopped", "elsewhere"]
-    record: Record | None = None
+    record: Manifest | None = None
     error: WancliError | None = None  # without its frames, which are described in `stack`
     stack: str = ""
     shared_steps: int = 0  # first steps that another shot took for this one

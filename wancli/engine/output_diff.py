@@ -1,16 +1,17 @@
-"""What differs between the video at an output and the shot that would have its name, by keys of a job."""
+"""What differs between the video at an output and the shot that would get its name, by keys of a job."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator
 
 from wancli.errors import EntryError
 from wancli.plan.shot import Shot
 from wancli.storage import manifest
+from wancli.storage.manifest_schema import ShotRecord
 
-_SHOT_FIELDS = {  # a key of a job, and what manifests and shots call it
+Difference = tuple[str, str, str]  # a key, the recorded and the new value; both empty if too long for a line
+
+_SHOT_FIELDS = {  # a key of a job, and its name in records and shots
     "frames": "frames",
     "seed": "seed",
     "noise": "noise",
@@ -22,89 +23,92 @@ _SHOT_FIELDS = {  # a key of a job, and what manifests and shots call it
     "video.codec": "codec",
     "memory.decode_chunk": "decode_chunk",
 }
-_MAX_NAMED = 3  # keys that are named
+_MAX_NAMED = 3  # keys
 
 
 def describe_differences(shot: Shot) -> str:
-    """`made with seed 1, not 5; another inject.0.blocks`; empty where the manifest does not tell."""
+    """Describe how the video differs: `made with seed 1, not 5; another inject.0.blocks`.
+
+    Returns an empty text if there is no manifest, or if it is damaged or of another version.
+    """
     try:
-        body = manifest.read(shot.manifest)
-        differences = list(dict.fromkeys(_diff(body, shot))) if body else []
-    except (EntryError, KeyError, IndexError, TypeError, AttributeError):  # of another version, or program
+        record = manifest.read(shot.manifest)
+    except EntryError:
         return ""
-    named = [f"{key} {there}, not {here}" for key, there, here in differences if there]
-    named += [f"another {key}" for key, there, _ in differences if not there]
+    differences = list(dict.fromkeys(_diff(record, shot))) if record else []
+    named = [f"{key} {recorded}, not {new}" for key, recorded, new in differences if recorded]
+    named += [f"another {key}" for key, recorded, _ in differences if not recorded]
     rest = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
     return f"made with {'; '.join([*named[:_MAX_NAMED], *rest])}" if named else ""
 
 
-def _diff(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]]:
-    """Each key, and what it is there and here; nothing where that is too long for a line."""
-    recorded, model = body["shot"], body["model"]
-    if model["sha256"]["transformer"] != shot.model.transformer:
+def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    recorded, model = record.shot, record.model
+    if model.sha256.transformer != shot.model.transformer:
         yield "model", "", ""
-    if model["sha256"]["vae"] != shot.model.vae:
+    if model.sha256.vae != shot.model.vae:
         yield "model.vae", "", ""
-    yield from _diff_prompts(body, shot)
-    size = f"{recorded['width']}x{recorded['height']}", f"{shot.width}x{shot.height}"
-    guidance = [f"{stage['guidance']:g}" for stage in recorded["stages"]]
-    kernels = asdict(shot.model.kernels)
-    values = {
-        "size": size,
-        **{key: (recorded[name], getattr(shot, name)) for key, name in _SHOT_FIELDS.items()},
-        "sampler.guidance": ("/".join(guidance), "/".join(f"{stage.guidance:g}" for stage in shot.stages)),
-        "memory.dtype": (model["dtype"], shot.model.dtype),
-        **{f"memory.{name}": (model["kernels"][name], kernels[name]) for name in ("attention", "fp8_matmul")},
+    yield from _diff_prompts(record, shot)
+    old_guidance = "/".join(f"{stage.guidance:g}" for stage in recorded.stages)
+    new_guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
+    kernels = shot.model.kernels
+    values: dict[str, tuple[object, object]] = {
+        "size": (f"{recorded.width}x{recorded.height}", f"{shot.width}x{shot.height}"),
+        **{key: (getattr(recorded, name), getattr(shot, name)) for key, name in _SHOT_FIELDS.items()},
+        "sampler.guidance": (old_guidance, new_guidance),
+        "memory.dtype": (model.dtype, shot.model.dtype),
+        "memory.attention": (model.kernels.attention, kernels.attention),
+        "memory.fp8_matmul": (model.kernels.fp8_matmul, kernels.fp8_matmul),
     }
-    for key, (theirs, ours) in values.items():
-        if theirs != ours:
-            yield key, str(theirs), str(ours)
-    yield from _diff_rules(body["injection"], shot)
-    yield from _diff_loras(body["loras"], shot)
+    for key, (old, new) in values.items():
+        if old != new:
+            yield key, str(old), str(new)
+    yield from _diff_rules(record, shot)
+    yield from _diff_loras(record, shot)
 
 
-def _diff_prompts(body: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str, str]]:
-    prompts, rules = body["prompts"], body["injection"]
-    by_id = {prompt["id"]: prompt for prompt in prompts}
-    theirs = {"prompt": prompts[0]} | {f"inject.{i}.prompt": by_id[r["text"]] for i, r in enumerate(rules)}
-    ours = {"prompt": shot.prompt} | {f"inject.{i}.prompt": text for i, text in enumerate(shot.injected)}
-    if len(prompts) > 1 + len(rules):
-        theirs["negative"] = prompts[1]
-    if shot.negative:
-        ours["negative"] = shot.negative
-    for key in (key for key in theirs if key in ours and theirs[key]["id"] != ours[key].id):
-        recorded = theirs[key]
-        if recorded["text"] != ours[key].tokens.text:
+def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    pairs = {"prompt": (record.prompt, shot.prompt)}
+    pairs |= {f"inject.{i}.prompt": pair for i, pair in enumerate(zip(record.injected, shot.injected))}
+    if record.negative and shot.negative:
+        pairs["negative"] = (record.negative, shot.negative)
+    for key, (old, new) in pairs.items():
+        if old.id == new.id:
+            continue
+        if old.text != new.tokens.text:
             yield key, "", ""
-        elif recorded["max_tokens"] != ours[key].tokens.max_tokens:
-            yield "text.max_tokens", str(recorded["max_tokens"]), str(ours[key].tokens.max_tokens)
+        elif old.max_tokens != new.tokens.max_tokens:
+            yield "text.max_tokens", str(old.max_tokens), str(new.tokens.max_tokens)
         else:
             yield f"encoder of {key}", "", ""
 
 
-def _diff_rules(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[str, str, str]]:
-    if len(theirs) != len(shot.rules):
+def _diff_rules(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    if len(record.injection) != len(shot.rules):
         yield "inject", "", ""
         return
-    for i, (recorded, rule) in enumerate(zip(theirs, shot.rules)):
-        for key, strengths in (("blocks", rule.blocks), ("steps", rule.steps)):
-            here = {str(place): strength for place, strength in strengths}
-            if recorded[key].keys() != here.keys():
+    for i, (old, new) in enumerate(zip(record.injection, shot.rules)):
+        for key, strength_key, recorded, strengths in (
+            ("blocks", "strength", old.blocks, dict(new.blocks)),
+            ("steps", "step_strength", old.steps, dict(new.steps)),
+        ):
+            if recorded.keys() != strengths.keys():
                 yield f"inject.{i}.{key}", "", ""
-            elif recorded[key] != here:
-                yield f"inject.{i}.{'strength' if key == 'blocks' else 'step_strength'}", "", ""
-        if recorded["branches"] != list(rule.branches):
-            yield f"inject.{i}.branch", "+".join(recorded["branches"]), "+".join(rule.branches)
-        for key, ours in (("blend", rule.blend), ("gain", rule.gain)):
-            if recorded[key] != ours:
-                yield f"inject.{i}.{key}", str(recorded[key]), str(ours)
+            elif recorded != strengths:
+                yield f"inject.{i}.{strength_key}", "", ""
+        if old.branches != list(new.branches):
+            yield f"inject.{i}.branch", "+".join(old.branches), "+".join(new.branches)
+        if old.blend != new.blend:
+            yield f"inject.{i}.blend", old.blend, new.blend
+        if old.gain != new.gain:
+            yield f"inject.{i}.gain", str(old.gain), str(new.gain)
 
 
-def _diff_loras(theirs: list[Mapping[str, Any]], shot: Shot) -> Iterator[tuple[str, str, str]]:
-    if len(theirs) != len(shot.loras):
+def _diff_loras(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    if len(record.loras) != len(shot.loras):
         yield "loras", "", ""
         return
-    for i, (recorded, use) in enumerate(zip(theirs, shot.loras)):
-        for key, ours in use.pixel_settings.items():
-            if recorded[key] != (list(ours) if isinstance(ours, tuple) else ours):
+    for i, (old, new) in enumerate(zip(record.loras, shot.loras)):
+        for key, value in new.pixel_settings.items():
+            if getattr(old, key) != value:
                 yield f"loras.{i}.{'path' if key == 'sha256' else key}", "", ""

@@ -27,7 +27,8 @@ from wancli.plan import batching
 from wancli.plan.schedule import Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
-from wancli.storage import atomic, manifest, tensor_file
+from wancli.storage import atomic, manifest
+from wancli.storage.manifest_schema import ShotRecord
 from wancli.text.encoder import Encoded
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _render_stage(
                 state.fail(attempt)
         yield from _report_failures(batch, context)
     yield from _report_failures(batch, context)
-    latents: list[tuple[Shot, tuple[Tensor, Record]]] = []
+    latents: list[tuple[Shot, tuple[Tensor, ShotRecord]]] = []
     for state in batch:
         if state.status is not Status.RUNNING or not _holds_claim(state.shot, context):
             continue
@@ -226,13 +227,15 @@ def _report_failures(batch: Sequence[ShotState], context: RenderContext) -> Iter
             yield failed_outcome(state.shot, state.failure)
 
 
-def _finish_latent(state: ShotState, model_context: ModelContext) -> tuple[Tensor, Record]:
+def _finish_latent(state: ShotState, model_context: ModelContext) -> tuple[Tensor, ShotRecord]:
     placement = model_context.schedule.placement(state.shot)
     loras = model_context.networks.loras(state.shot.loras)
     return denoise_stage.finish_latent(state, placement, model_context.encoded, loras, model_context.stage1)
 
 
-def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_context: ModelContext) -> Outcome:
+def _publish_video(
+    shot: Shot, latent: tuple[Tensor, ShotRecord] | None, model_context: ModelContext
+) -> Outcome:
     """Decode a latent and publish its video; None is a latent that an earlier run left and that is gone."""
     networks, context = model_context.networks, model_context.context
     body = None
@@ -262,20 +265,18 @@ def _publish_video(shot: Shot, latent: tuple[Tensor, Record] | None, model_conte
     return Outcome(shot, "rendered", body, shared_steps=shared_steps)
 
 
-def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor, Record] | None:
+def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor, ShotRecord] | None:
     """Load the latent that an earlier run left for this shot, whose video settings may have changed since."""
     force = model_context.context.force
     if force and force.is_outdated(shot, "latents"):
         return None
     try:
-        z_CTYX, facts = tensor_file.load_latent(shot.latents)
+        z_CTYX, record = manifest_body.load_latent(shot.latents)
     except EntryError:
         return None
-    if facts["latents_key"] != shot.latents_key or effects_missing(shot, facts):
+    if record.latents_key != shot.latents_key or effects_missing(shot, record):
         return None
-    now = manifest_body.to_plain_json(manifest_body.shot_record(shot, model_context.schedule.placement(shot)))
-    now["model"]["attention"] = facts["model"]["attention"]  # what ran then
-    return z_CTYX, facts | now | {"phases": manifest_body.mark_earlier(facts["phases"])}
+    return z_CTYX, manifest_body.continue_record(record, shot, model_context.schedule.placement(shot))
 
 
 def _save_unsaved(state: ShotState, context: RenderContext) -> None:

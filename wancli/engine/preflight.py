@@ -7,22 +7,21 @@ that do not fit their networks.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.engine import output_diff
+from wancli.engine import manifest_body, output_diff
 from wancli.engine.context import RenderContext
-from wancli.engine.manifest_body import Record
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
-from wancli.storage import atomic, manifest, tensor_file
+from wancli.storage import atomic, manifest
+from wancli.storage.manifest_schema import ShotRecord
 from wancli.video import mp4
 
 OutputStatus = Literal["done", "to do", "damaged", "in the way"]
@@ -105,7 +104,7 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
     wrong = manifest.find_problems(shot.output, shot.key)
     if not wrong:
         return "done", ""
-    why = wrong[0].rpartition(": ")[2]
+    why = wrong[0].text
     if not os.path.lexists(shot.output) or _lacks_only_manifest(shot):
         return "to do", why
     if not manifest.find_problems(shot.output, shot.key):  # another worker has finished it just now
@@ -121,10 +120,8 @@ def is_finished(shot: Shot) -> bool:
 
 def _manifest_names_shot(shot: Shot) -> bool:
     """Return whether the manifest, sealed or not, says that the output is this very shot."""
-    try:
-        return bool(json.loads(shot.manifest.read_bytes())["key"] == shot.key)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    peeked = manifest.peek(shot.manifest)
+    return peeked is not None and peeked.key == shot.key
 
 
 def _lacks_only_manifest(shot: Shot) -> bool:
@@ -135,7 +132,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
     if shot.manifest.exists():
         return False
     try:
-        return bool(tensor_file.load_latent(shot.latents)[1]["key"] == shot.key)
+        return manifest_body.load_latent(shot.latents)[1].key == shot.key
     except EntryError:
         return False
 
@@ -145,12 +142,12 @@ def needs_effects(shot: Shot) -> bool:
 
     Its pixels stay the same when it is rendered again.
     """
-    body = manifest.read(shot.manifest) if shot.measure else None
-    return body is not None and effects_missing(shot, body)
+    record = manifest.read(shot.manifest) if shot.measure else None
+    return record is not None and effects_missing(shot, record)
 
 
-def effects_missing(shot: Shot, facts: Record) -> bool:
-    return shot.measure and shot.injects and not facts["effects"]
+def effects_missing(shot: Shot, record: ShotRecord) -> bool:
+    return shot.measure and shot.injects and not record.effects
 
 
 def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:

@@ -69,7 +69,7 @@ class ShotState:
 
     def add_phases(self, phases: Iterable[Record]) -> None:
         """Add records that it does not have; a network that several segments use was loaded once."""
-        self.phases += _new_records(phases, self.phases)
+        self.phases += manifest_body.new_phases(phases, self.phases)
 
     def all_dependents(self) -> Iterator[ShotState]:
         """Yield the shots that wait for this one, and those that wait for them."""
@@ -144,15 +144,10 @@ def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
         "read": sorted(state.reads),
         "effects": state.effects,
         "differences": state.differences,
-        "phases": [*state.phases, *_new_records(phases, state.phases)],
+        "phases": [*state.phases, *manifest_body.new_phases(phases, state.phases)],
     }
     state_file.save_state(state.shot.state, state.solver_state, manifest_body.to_plain_json(facts))
     state.saved_step, state.unsaved_since = state.step, time.monotonic()
-
-
-def _new_records(phases: Iterable[Record], known: Sequence[Record]) -> list[Record]:
-    """Those of which not this very record is known; another may say the same."""
-    return [phase for phase in phases if not any(phase is one for one in known)]
 
 
 def is_save_due(state: ShotState) -> bool:

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wancli.engine import manifest_body
 from wancli.errors import EntryError, FfmpegError
 from wancli.sampling import state_file
-from wancli.storage import claim_file, manifest, tensor_file
+from wancli.storage import claim_file, manifest
 from wancli.storage.claims import claim_path
+from wancli.storage.manifest import Problem
+from wancli.storage.manifest_schema import StateRecord
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -35,29 +38,29 @@ InScope = Callable[[Path], bool]  # whether an output is one to be looked at
 
 @dataclass
 class Verdict:
-    """What was found: how much verifies, what does not and why, and what is there besides."""
+    """How many files verify, what is wrong with the others, and which further files there are."""
 
     videos: int = 0
     latents: int = 0
     states: int = 0
-    problems: list[tuple[Path, str]] = field(default_factory=list)
-    missing: list[Path] = field(default_factory=list)  # of a job: what was not rendered yet
+    problems: list[Problem] = field(default_factory=list)
+    missing: list[Path] = field(default_factory=list)  # outputs of a job that were not rendered yet
     orphans: list[Path] = field(default_factory=list)  # videos without a manifest
-    aside: list[Path] = field(default_factory=list)  # what --force, or damage, moved aside
-    debris: list[Path] = field(default_factory=list)  # what dead processes left, claims among it
+    aside: list[Path] = field(default_factory=list)  # files that --force, or damage, moved aside
+    debris: list[Path] = field(default_factory=list)  # files that dead processes left, claims among them
 
     def as_dict(self) -> dict[str, Any]:
         """`wancli check --json`."""
         return {
             "schema": "wancli/check/1",
             "verified": {"videos": self.videos, "latents": self.latents, "states": self.states},
-            "problems": [{"path": str(path), "problem": problem} for path, problem in self.problems],
+            "problems": [{"path": str(problem.path), "problem": problem.text} for problem in self.problems],
             **{name: [*map(str, getattr(self, name))] for name in ("missing", "orphans", "aside", "debris")},
         }
 
 
 def check_folder(root: Path, *, deep: bool = False) -> Verdict:
-    """Everything below a folder. `deep` also decodes every video, and counts its frames."""
+    """Check everything below a folder. `deep` also decodes every video and counts its frames."""
     root = root.resolve()
     verdict = _check_paths(list(_list_files(root)), {}, lambda path: path.is_relative_to(root), deep)
     verdict.debris += _stale_claims(sorted(root.rglob(".wancli/claims/*.json")))
@@ -65,14 +68,14 @@ def check_folder(root: Path, *, deep: bool = False) -> Verdict:
 
 
 def check_shots(shots: Iterable[Shot], *, deep: bool = False) -> Verdict:
-    """The outputs of a job, which also must be those of the job as it is now; and what else is in their
-    folders."""
+    """Check the outputs of a job, which must also be those of the job as it is now, and list the other files
+    in their folders."""
     expected = {shot.output: shot for shot in shots}
     folders = sorted({output.parent for output in expected})
     # The report is in the folder that all of them share.
-    folders_to_list = {Path(os.path.commonpath(folders)), *folders}
+    to_list = {Path(os.path.commonpath(folders)), *folders}
     paths = sorted(
-        {path for one in folders_to_list if one.is_dir() for path in one.iterdir() if path.is_file()}
+        {path for folder in to_list if folder.is_dir() for path in folder.iterdir() if path.is_file()}
     )
     verdict = _check_paths(paths, expected, lambda path: path in expected, deep)
     verdict.debris += _stale_claims(map(claim_path, expected.values()))
@@ -80,14 +83,14 @@ def check_shots(shots: Iterable[Shot], *, deep: bool = False) -> Verdict:
 
 
 def _stale_claims(claims: Iterable[Path]) -> list[Path]:
-    """Those whose workers are known to be gone: of this host."""
-    return [path for path in claims if (seen := claim_file.read_claim(path)) and claim_file.is_dead(seen)]
+    """Return the claims of workers on this host that are known to be dead."""
+    return [path for path in claims if (claim := claim_file.read_claim(path)) and claim_file.is_dead(claim)]
 
 
 def _list_files(root: Path) -> Iterator[Path]:
-    for place, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(root):
         inner[:] = sorted(name for name in inner if name != ".wancli")
-        yield from (Path(place, name) for name in sorted(names))
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def _check_paths(paths: list[Path], expected: Mapping[Path, Shot], in_scope: InScope, deep: bool) -> Verdict:
@@ -110,7 +113,7 @@ def _check_paths(paths: list[Path], expected: Mapping[Path, Shot], in_scope: InS
                 outputs.add(output)
             else:
                 _check_tensors(path, kind, output, expected.get(output), verdict)
-    broken = {path for path, _ in verdict.problems}
+    broken = {problem.path for problem in verdict.problems}
     for output in sorted(outputs):
         _check_video(output, expected.get(output), broken, deep, verdict)
     verdict.missing += [output for output in expected if output not in outputs | broken]
@@ -128,12 +131,16 @@ def _check_video(output: Path, shot: Shot | None, broken: set[Path], deep: bool,
 
 
 def _check_tensors(path: Path, kind: str, output: Path, shot: Shot | None, verdict: Verdict) -> None:
-    if (
-        problem := _latent_problem(path, output, shot)
-        if kind == _LATENT
-        else _state_problem(path, output, shot)
-    ):
-        verdict.problems.append((path, problem))
+    try:
+        name, latents_key = _read_latent(path) if kind == _LATENT else _read_state(path)
+    except EntryError as error:
+        verdict.problems.append(Problem(path, error.message))
+        return
+    word = "latent" if kind == _LATENT else "state"
+    if name not in (None, output.name):
+        verdict.problems.append(Problem(path, f"the {word} of {name}"))
+    elif shot is not None and latents_key != shot.latents_key:
+        verdict.problems.append(Problem(path, f"the {word} of another job, version or model"))
     elif kind == _LATENT:
         verdict.latents += 1
     else:
@@ -144,75 +151,58 @@ def _has_manifest(output: Path) -> bool:
     return os.path.lexists(manifest.manifest_path(output))
 
 
-def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[tuple[Path, str]]:
+def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem]:
     path = manifest.manifest_path(output)
     try:
-        body = manifest.read(path) or {}
-        wrong = manifest.find_problems(output, shot.key if shot else body["key"])
-        frames = body["shot"]["frames"]
+        record = manifest.read(path)
     except EntryError as error:
-        return [(path, error.message)]
-    except (KeyError, TypeError):
-        return [(path, "the manifest lacks what every manifest has")]
-    if deep and not wrong:
+        return [Problem(path, error.message)]
+    if record is None:
+        return [Problem(path, "no manifest")]
+    problems = manifest.check_record(output, record, shot.key if shot else record.key)
+    if deep and not problems:
         try:
-            if (count := mp4.count_frames(output)) != frames:
-                wrong = [f"{output}: {count} frames where the manifest has {frames}"]
+            if (count := mp4.count_frames(output)) != record.shot.frames:
+                text = f"{count} frames where the manifest has {record.shot.frames}"
+                problems = [Problem(output, text)]
         except FfmpegError as error:
-            wrong = [f"{output}: cannot be decoded: {error.message}"]
-    return [_split(line, output, path) for line in wrong]
+            problems = [Problem(output, f"cannot be decoded: {error.message}")]
+    return problems
 
 
-def _split(line: str, *paths: Path) -> tuple[Path, str]:
-    """Which of the files a problem is of, and what it is."""
-    path = next((path for path in paths if line.startswith(f"{path}: ")), paths[0])
-    return path, line.removeprefix(f"{path}: ")
+def _read_latent(path: Path) -> tuple[str | None, str]:
+    """Verify a latent; return the name of its output and its key."""
+    record = manifest_body.load_latent(path)[1]
+    return record.shot.output, record.latents_key
 
 
-def _latent_problem(path: Path, output: Path, shot: Shot | None) -> str:
-    try:
-        record = tensor_file.load_latent(path)[1]
-    except EntryError as error:
-        return error.message
-    if record["shot"]["output"] != output.name:
-        return f"the latent of {record['shot']['output']}"
-    return "the latent of another job, version or model" if _is_of_another_job(record, shot) else ""
+def _read_state(path: Path) -> tuple[str | None, str]:
+    """Verify a state; return the name of its output, if it is recorded, and its key."""
+    record = StateRecord.parse(state_file.load_state(path)[1], path)
+    return record.output, record.latents_key
 
 
-def _state_problem(path: Path, output: Path, shot: Shot | None) -> str:
-    try:
-        record = state_file.load_state(path)[1]
-    except EntryError as error:
-        return error.message
-    if record.get("output") not in (None, output.name):
-        return f"the state of {record['output']}"
-    return "the state of another job, version or model" if _is_of_another_job(record, shot) else ""
-
-
-def _is_of_another_job(record: Mapping[str, Any], shot: Shot | None) -> bool:
-    return shot is not None and record.get("latents_key") != shot.latents_key
-
-
-def _report_problems(path: Path, in_scope: InScope) -> Iterator[tuple[Path, str]]:
-    """What a report has as finished and is not there. Of another program's report nothing is known."""
+def _report_problems(path: Path, in_scope: InScope) -> Iterator[Problem]:
+    """Yield what a report has as finished and is gone. Reports of other programs are not judged."""
     try:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        yield path, "is not whole"
+        yield Problem(path, "is not whole")
         return
     if not isinstance(report, dict) or not str(report.get("schema", "")).startswith("wancli/report/"):
         return
     shots = report.get("shots")
     if not isinstance(shots, list) or not all(map(_is_entry, shots)):
-        yield path, "is not whole"
+        yield Problem(path, "is not whole")
         return
     for entry in shots:
         output = Path(entry["output"])
         if entry["status"] in ("rendered", "already done") and in_scope(output):
             if not output.exists():
-                yield output, f"is gone; {path.name} has it as {entry['status']}"
+                yield Problem(output, f"is gone; {path.name} has it as {entry['status']}")
             if not _has_manifest(output):
-                yield manifest.manifest_path(output), f"is gone; {path.name} has it as {entry['status']}"
+                text = f"is gone; {path.name} has it as {entry['status']}"
+                yield Problem(manifest.manifest_path(output), text)
 
 
 def _is_entry(entry: Any) -> bool:

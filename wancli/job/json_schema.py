@@ -19,7 +19,7 @@ _EXPANSION_PROPERTIES: dict[str, Any] = {
         "$ref": "#/$defs/Axes",
     },
     "zip": {
-        "description": "Keys with lists of one length, walked together.",
+        "description": "Keys with lists of one length, which vary together.",
         "$ref": "#/$defs/Axes",
     },
     "exclude": {
@@ -44,7 +44,7 @@ def job_schema() -> dict[str, Any]:
     definitions = schema.pop("$defs")
     # An item, an axis or an extended file may set a required key.
     schema.pop("required")
-    item = schema | {"description": "What one shot says over the rest of the file."}
+    item = schema | {"description": "The keys of one shot, over those of the rest of the file."}
     axes = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

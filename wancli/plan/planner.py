@@ -22,13 +22,14 @@ from wancli.models.variants import Variant
 from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
 from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
 from wancli.plan.prompts import PromptResolver
-from wancli.plan.sampler import resolve_sampler
+from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
 from wancli.resources import machine
 from wancli.storage.paths import output_path, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
+from wancli.weights.lora.use import LoraUse
 
 
 def build_plan(
@@ -143,21 +144,12 @@ def _build_shot(
     job = item.job
     model = _resolve_item_model(item, source, model_for)
     variant = model.checkpoint.variant
-    way = resolve_sampler(item, variant)
+    sampler = resolve_sampler(item, variant)
     width, height = _parse_size(item, variant)
-    prompt, negative, injected = _resolve_prompts(
-        item, model, guided=any(part.guidance != 1 for part in way.stages)
-    )
-    transformer, sigmas = model.checkpoint.transformer_config, way.schedule.sigmas
-    rules, choices = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, way.stages)
-    lora_paths = [
-        model_registry.resolve_path(
-            item.base_dir("loras", i, "path"), entry.path, item.location("loras", i, "path")
-        )
-        for i, entry in enumerate(job.loras)
-    ]
-    fit = partial(lora_for, transformer=transformer)
-    decided = loras.decide_loras(item, lora_paths, fit, transformer.num_layers, sigmas, way.stages)
+    guided = any(stage.guidance != 1 for stage in sampler.stages)
+    prompt, negative, injected = _resolve_prompts(item, model, guided=guided)
+    sigmas, stages = sampler.schedule.sigmas, sampler.stages
+    rules, auto_blocks = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, stages)
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -167,17 +159,17 @@ def _build_shot(
         negative=negative,
         injected=injected,
         rules=rules,
-        loras=decided,
+        loras=_decide_loras(item, model, sampler, lora_for),
         width=width,
         height=height,
         frames=_check_frames(item, variant),
         seed=job.seed,
         noise=job.noise,
         solver=job.sampler.solver,
-        steps=way.steps,
-        shift=way.shift,
-        guidance=way.guidance,
-        guidance_low=way.guidance_low,
+        steps=sampler.steps,
+        shift=sampler.shift,
+        guidance=sampler.guidance,
+        guidance_low=sampler.guidance_low,
         fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
@@ -187,11 +179,26 @@ def _build_shot(
         batch=None if job.batch == "auto" else job.batch,
         save_every=_parse_save_interval(item),
         output=Path(),
-        auto_blocks=choices,
+        auto_blocks=auto_blocks,
     )
     refuse_rules_without_effect(shot, item)
     refuse_lerp_after_concat(shot, item)
     return _with_output(shot, jobs, item)
+
+
+def _decide_loras(
+    item: Item, model: ModelSpec, sampler: SamplerSettings, lora_for: Callable[..., loras.MatchedLora]
+) -> tuple[LoraUse, ...]:
+    """Resolve the paths of the LoRAs and decide where and when each applies."""
+    transformer = model.checkpoint.transformer_config
+    paths = []
+    for i, entry in enumerate(item.job.loras):
+        key = ("loras", i, "path")
+        paths.append(model_registry.resolve_path(item.base_dir(*key), entry.path, item.location(*key)))
+    match = partial(lora_for, transformer=transformer)
+    return loras.decide_loras(
+        item, paths, match, transformer.num_layers, sampler.schedule.sigmas, sampler.stages
+    )
 
 
 def _resolve_item_model(

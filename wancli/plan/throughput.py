@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli.errors import MachineError
 from wancli.injection.table import Concat, Lerp
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
     from wancli.models.config import WanConfig
     from wancli.plan.shot import ModelSpec, Shot
+    from wancli.storage.manifest_schema import ShotRecord
 
 PHASES = ("encode", "load", "sample", "decode")
 MAX_RATES = 400  # records, the newest
@@ -132,39 +133,37 @@ def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:
     return None if rate is None else wanted.amount / rate.per_second
 
 
-def measured_rates(
-    shots: Sequence[tuple[Shot, Mapping[str, Any]]], forked: Collection[int] = ()
-) -> list[Rate]:
-    """The rates of rendered shots, from what their manifests say of their phases. `forked` are the indices
-    of shots whose first steps another shot took: their sampling tells no rate."""
+def measured_rates(shots: Sequence[tuple[Shot, ShotRecord]], forked: Collection[int] = ()) -> list[Rate]:
+    """Compute the rates of rendered shots from the phases that their manifests record. `forked` are the
+    indices of shots whose first steps another shot took: their sampling tells no rate."""
     return [*_encoding_rates(shots), *_network_rates(shots, forked)]
 
 
-def _encoding_rates(shots: Iterable[tuple[Shot, Mapping[str, Any]]]) -> Iterator[Rate]:
-    """The prompts of a batch are encoded together, and each of its manifests has the seconds of all."""
-    passes: dict[tuple[Any, ...], dict[str, int]] = {}
-    for shot, body in shots:
-        phase = next((p for p in body["phases"] if p["name"] == "encode" and not p.get("earlier")), None)
-        if phase is None:
-            continue
-        texts = {prompt["id"]: prompt["tokens"] for prompt in body["prompts"] if not prompt["cached"]}
-        passes.setdefault((shot.model, phase["seconds"], phase["rss_start"]), {}).update(texts)
-    for (model, seconds, _), texts in passes.items():
-        yield from _workload_rate(encoding_workload(model, list(texts.values())), seconds)
+def _encoding_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
+    """Yield one rate for the prompts of a batch. They are encoded together, in one phase that each of the
+    manifests has."""
+    phases: dict[str, tuple[ModelSpec, float]] = {}
+    texts: dict[str, dict[str, int]] = {}
+    for shot, record in shots:
+        phase = next((p for p in record.phases if p.name == "encode" and not p.earlier), None)
+        if phase:
+            phases[phase.identity] = shot.model, phase.seconds
+            encoded = {prompt.id: prompt.tokens for prompt in record.prompts if not prompt.cached}
+            texts.setdefault(phase.identity, {}).update(encoded)
+    for identity, (model, seconds) in phases.items():
+        yield from _workload_rate(encoding_workload(model, list(texts[identity].values())), seconds)
 
 
-def _network_rates(
-    shots: Iterable[tuple[Shot, Mapping[str, Any]]], forked: Collection[int]
-) -> Iterator[Rate]:
-    for shot, body in shots:
+def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[int]) -> Iterator[Rate]:
+    for shot, record in shots:
         took = dict.fromkeys(PHASES, 0.0)
-        for phase in body["phases"]:
-            took[phase["name"]] += phase["seconds"] / phase.get("shots", 1)
-        took["load"] /= max(1, sum(phase["name"] == "load" for phase in body["phases"]))
-        for name, one in shot_workloads(shot).items():
+        for phase in record.phases:
+            took[phase.name] += phase.seconds / phase.shots
+        took["load"] /= max(1, sum(phase.name == "load" for phase in record.phases))
+        for name, workload in shot_workloads(shot).items():
             if name == "encode" or (name == "sample" and shot.index in forked):
                 continue
-            yield from _workload_rate(one, took[name])
+            yield from _workload_rate(workload, took[name])
 
 
 def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from wancli.engine import preflight
 from wancli.engine.manifest_body import versions
 from wancli.errors import EntryError
 from wancli.plan import alternatives, memory_estimate, throughput
+from wancli.report.shot_entry import ShotEntry
 from wancli.storage import atomic, manifest, sidecars
 from wancli.storage.cache import unseal
 from wancli.text.embedding import read_tokens
@@ -23,96 +24,116 @@ if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Plan, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Store
+    from wancli.storage.manifest_schema import Manifest, PhaseRecord
 
 SCHEMA = "wancli/report/1"
 
 
-def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] = ()) -> dict[str, Any]:
-    """All shots of a batch, and its totals. A shot that was never reached is `not started`. `known` are the
-    rates that what was rendered is expected to take, those from before it began."""
+@dataclass(frozen=True)
+class Report:
+    """What a batch did. `totals` are the keys of the JSON that no single shot has."""
+
+    job: str
+    shots: list[ShotEntry]
+    totals: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return `{job}.report.json`."""
+        own = ("created", "warnings")  # before the shots, as they always were
+        head = {key: value for key, value in self.totals.items() if key in own}
+        shots = [entry.as_dict() for entry in self.shots]
+        return {"schema": SCHEMA, "job": self.job, **head, "shots": shots} | self.totals
+
+
+def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] = ()) -> Report:
+    """Build the report of all shots of a batch, and its totals. A shot that was never reached is
+    `not started`. The expected times rest on `rates`, those from before the render."""
     by_index = {outcome.shot.index: outcome for outcome in outcomes}
     shots = [_shot_entry(shot, by_index.get(shot.index)) for shot in plan.shots]
-    fresh = [shot for shot in shots if shot["status"] == "rendered"]
-    sampled = [shot for shot in fresh if not _resumed_from_latent(shot)]
-    prompts = {prompt["id"]: prompt for shot in sampled for prompt in shot["prompts"]}
-    missing = frozenset(id for id, prompt in prompts.items() if not prompt["cached"])
+    fresh = [entry.record for entry in shots if entry.status == "rendered" and entry.record]
+    sampled = [record for record in fresh if not _resumed_from_latent(record)]
+    prompts = {prompt.id: prompt for record in sampled for prompt in record.prompts}
+    missing = frozenset(id for id, prompt in prompts.items() if not prompt.cached)
     rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
+    started = [record.first_step_after for record in sampled if record.first_step_after]
     shared = {outcome.shot.index: outcome.shared_steps for outcome in outcomes}
     expected = throughput.predict_phases(rendered, missing, rates, shared)
-    return {
-        "schema": SCHEMA,
-        "job": plan.name,
+    totals = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),
-        "shots": shots,
         "memory": _memory_by_phase(fresh, expected),
-        "first_step_after": min(filter(None, (shot["first_step_after"] for shot in sampled)), default=None),
-        "process": max((_phases_of_this_run(shot)[0]["rss_start"] for shot in fresh), default=0),
+        "first_step_after": min(started, default=None),
+        "process": max((_phases_of_this_run(record)[0].rss_start for record in fresh), default=0),
         "peak": _peak_memory(fresh),
         "cache": {
-            "hits": sum(prompt["cached"] for prompt in prompts.values()),
-            "misses": sum(not prompt["cached"] for prompt in prompts.values()),
-            "encoder_loaded": any(shot["encoder_loaded"] for shot in sampled),
+            "hits": sum(prompt.cached for prompt in prompts.values()),
+            "misses": sum(not prompt.cached for prompt in prompts.values()),
+            "encoder_loaded": any(record.encoder_loaded for record in sampled),
         },
         "versions": versions(),
     }
+    return Report(plan.name, shots, totals)
 
 
-def _phases_of_this_run(shot: dict[str, Any]) -> list[dict[str, Any]]:
-    """What this run did for a shot; what an earlier one did is marked."""
-    return [phase for phase in shot["phases"] if not phase.get("earlier")]
+def _phases_of_this_run(record: Manifest) -> list[PhaseRecord]:
+    return [phase for phase in record.phases if not phase.earlier]
 
 
-def _resumed_from_latent(shot: dict[str, Any]) -> bool:
-    """Whether an earlier run left the latent, so that this one read no prompt and took no step."""
-    return not any(phase["name"] == "encode" for phase in _phases_of_this_run(shot))
+def _resumed_from_latent(record: Manifest) -> bool:
+    """Return whether an earlier run left the latent, so that this one read no prompt and took no step."""
+    return not any(phase.name == "encode" for phase in _phases_of_this_run(record))
 
 
-def write_report(plan: Plan, report: dict[str, Any]) -> Path:
-    """Puts `{job}.report.json` into the folder that the outputs of the job share, or that of the first.
+def write_report(plan: Plan, report: Report) -> Path:
+    """Write `{job}.report.json` into the folder that the outputs of the job share, or that of the first.
 
-    An earlier report is replaced, but for the entries of shots that were not asked for; another
-    program's file of that name is moved aside.
+    An earlier report is replaced, except for the entries of shots that were not selected. Another program's
+    file of that name is moved aside.
     """
-    shots = plan.all_shots
     path = report_path(plan)
     earlier = read_report(path)
     if path.exists() and earlier is None:
         atomic.move_aside(path)
     if plan.unselected:
-        selected = {entry["output"]: entry for entry in report["shots"]}
-        known = {entry["output"]: entry for entry in (earlier or {}).get("shots", [])}
-        kept = [
-            selected.get(str(shot.output)) or _unselected_entry(shot, known.get(str(shot.output)))
-            for shot in shots
-        ]
-        report = report | {"shots": kept}
+        selected = {entry.output: entry for entry in report.shots}
+        known = {entry.output: entry for entry in (earlier.shots if earlier else [])}
+        outputs = [(shot, str(shot.output)) for shot in plan.all_shots]
+        shots = [selected.get(name) or _unselected_entry(shot, known.get(name)) for shot, name in outputs]
+        report = replace(report, shots=shots)
     # Names of files that are not UTF-8 arrive as lone surrogates.
-    text = json.dumps(report, ensure_ascii=False, indent=2) + "\n"
+    text = json.dumps(report.as_dict(), ensure_ascii=False, indent=2) + "\n"
     atomic.replace(path, text.encode(errors="backslashreplace"))
     return path
 
 
-def _unselected_entry(shot: Shot, entry: dict[str, Any] | None) -> dict[str, Any]:
-    """What is known of a shot that was not asked for: what a report said of it as it is now, or its manifest;
-    its video is not hashed."""
-    if entry and entry.get("key") == shot.key:
+def _unselected_entry(shot: Shot, entry: ShotEntry | None) -> ShotEntry:
+    """Return the entry of a shot that was not selected: that of an earlier report if it is of the shot as it
+    is now, else one from its manifest. Its video is not hashed."""
+    if entry and entry.record and entry.record.key == shot.key:
         return entry
     with suppress(EntryError):
-        body = manifest.read(shot.manifest)
-        if body and body.get("key") == shot.key and shot.output.exists():
-            return _shot_entry(shot, None) | {"status": "already done"} | body
+        record = manifest.read(shot.manifest)
+        if record and record.key == shot.key and shot.output.exists():
+            return replace(_shot_entry(shot, None), status="already done", record=record)
     return entry or _shot_entry(shot, None)
 
 
 def report_path(plan: Plan) -> Path:
-    """Where the report of a job is."""
+    """Return the path of a job's report."""
     return plan.sidecar_path("report.json")
 
 
-def read_report(path: Path) -> dict[str, Any] | None:
-    """The report that is there, None if there is none."""
-    return sidecars.read_document(path, SCHEMA)
+def read_report(path: Path) -> Report | None:
+    """Read a report. Returns None if there is none, or none that can be used."""
+    document = sidecars.read_document(path, SCHEMA)
+    if document is None:
+        return None
+    try:
+        shots = [ShotEntry.parse(entry, path) for entry in document["shots"]]
+        totals = {key: value for key, value in document.items() if key not in ("schema", "job", "shots")}
+        return Report(document["job"], shots, totals)
+    except (EntryError, KeyError, TypeError):
+        return None
 
 
 def plan_document(
@@ -280,49 +301,40 @@ def estimate_time(
     }
 
 
-def _shot_entry(shot: Shot, outcome: Outcome | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "id": shot.id,
-        "labels": shot.labels,
-        "output": str(shot.output),
-        "status": outcome.status if outcome else "not started",
-    }
-    if outcome and outcome.error:
-        entry["error"] = {
-            "code": outcome.error.code,
-            "message": str(outcome.error),
-            "hint": outcome.error.hint,
-        }
-    return entry | (outcome.record or {} if outcome else {})
+def _shot_entry(shot: Shot, outcome: Outcome | None) -> ShotEntry:
+    error = outcome.error if outcome else None
+    return ShotEntry(
+        id=shot.id,
+        labels=shot.labels,
+        output=str(shot.output),
+        status=outcome.status if outcome else "not started",
+        error={"code": error.code, "message": str(error), "hint": error.hint} if error else None,
+        record=outcome.record if outcome else None,
+    )
 
 
-def _peak_memory(shots: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Predicted and measured bytes of the whole process, on CUDA those of the device."""
-    measured = [phase["cuda"] or phase["rss"] for shot in shots for phase in _phases_of_this_run(shot)]
-    predicted = [phase["peak"] for shot in shots for phase in shot["predicted"]]
+def _peak_memory(records: Sequence[Manifest]) -> dict[str, int]:
+    """Return the predicted and measured bytes of the whole process, on CUDA of the device."""
+    measured = [phase.peak for record in records for phase in _phases_of_this_run(record)]
+    predicted = [phase.peak for record in records for phase in record.predicted]
     return {"predicted": max(predicted, default=0), "measured": max(measured, default=0)}
 
 
 def _memory_by_phase(
-    shots: Sequence[dict[str, Any]], expected: Mapping[str, float | None]
+    records: Sequence[Manifest], expected: Mapping[str, float | None]
 ) -> list[dict[str, Any]]:
     """Per phase: predicted parts and peak, measured peak of the process, seconds expected and taken."""
     rows: dict[str, dict[str, Any]] = {}
-    for shot in shots:
-        for phase in shot["predicted"]:
-            best = rows.setdefault(phase["name"], phase | {"measured": 0, "seconds": 0.0})
-            if phase["total"] > best["total"]:
-                best |= phase
-    counted: set[tuple[Any, ...]] = set()
-    for shot in shots:
-        for phase in _phases_of_this_run(shot):
-            entry = rows.setdefault(phase["name"], {"name": phase["name"], "measured": 0, "seconds": 0.0})
-            entry["expected"] = expected.get(phase["name"])
-            entry["measured"] = max(entry["measured"], phase["cuda"] or phase["rss"])
-            # What served several shots stands in the manifests of all of them, word for word.
-            once = (*phase.values(), shot["model"]["root"])
-            serves = phase["name"] in ("encode", "load") or phase.get("shots", 1) > 1
-            if once not in counted or not serves:
-                entry["seconds"] += phase["seconds"]
-            counted.add(once)
+    for predicted in (phase for record in records for phase in record.predicted):
+        best = rows.setdefault(predicted.name, predicted.as_dict() | {"measured": 0, "seconds": 0.0})
+        if predicted.total > best["total"]:
+            best |= predicted.as_dict()
+    counted: set[str] = set()  # a phase that served several shots is in the records of all of them
+    for phase in (phase for record in records for phase in _phases_of_this_run(record)):
+        row = rows.setdefault(phase.name, {"name": phase.name, "measured": 0, "seconds": 0.0})
+        row["expected"] = expected.get(phase.name)
+        row["measured"] = max(row["measured"], phase.peak)
+        if phase.identity not in counted:
+            row["seconds"] += phase.seconds
+        counted.add(phase.identity)
     return list(rows.values())

@@ -226,8 +226,9 @@ def _write_document(path: Path, document: JsonObject) -> None:
 
 def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash of all that a comparison of finished shots depends on."""
-    bodies = [manifest.read(shot.manifest) or {} for shot in shots]
-    made_of = [[shot.id, body["files"], shot.latents.exists()] for shot, body in zip(shots, bodies)]
+    records = [manifest.read(shot.manifest) for shot in shots]
+    files = [[file.as_dict() for file in record.files] if record else [] for record in records]
+    made_of = [[shot.id, listed, shot.latents.exists()] for shot, listed in zip(shots, files)]
     wish = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 

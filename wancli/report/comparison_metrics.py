@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from wancli.engine.manifest_body import load_latent
 from wancli.errors import EntryError
-from wancli.storage import sidecars, tensor_file
+from wancli.storage import sidecars
 from wancli.video import metrics
 from wancli.video.clip import Clip
 
@@ -141,20 +142,18 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
 
 def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
-    records = [
-        clip.manifest_body["latent"]
-        for clip in (one, baseline)
-        if clip.manifest_body and "latent" in clip.manifest_body
-    ]
-    if len(records) < 2:
+    bodies = [clip.manifest_body for clip in (one, baseline)]
+    sketches = [body.latent for body in bodies if body and body.latent]
+    if len(sketches) < 2:
         return None, "a video without a manifest that knows its latent"
-    if records[0]["shape"] != records[1]["shape"]:
-        return None, f"latents of {records[0]['shape']} and {records[1]['shape']}"
+    if sketches[0].shape != sketches[1].shape:
+        return None, f"latents of {sketches[0].shape} and {sketches[1].shape}"
     stored = [_load_latent(clip) for clip in (one, baseline)]
     if stored[0] is not None and stored[1] is not None:
         distance, source = metrics.relative_distance(stored[0], stored[1]), "latents"
     else:
-        distance, source = metrics.sketched_relative_distance(records[0], records[1]), "sketch"
+        distance = metrics.sketched_relative_distance(*(sketch.as_dict() for sketch in sketches))
+        source = "sketch"
     return distance, source if distance is not None else "the latent of the baseline is zero"
 
 
@@ -163,10 +162,10 @@ def _load_latent(clip: Clip) -> Any:
     if clip.manifest_body is None or not clip.latents_path.exists():
         return None
     try:
-        z_CTYX, facts = tensor_file.load_latent(clip.latents_path)
+        z_CTYX, record = load_latent(clip.latents_path)
     except EntryError:
         return None
-    return z_CTYX.numpy() if facts["latents_key"] == clip.manifest_body["latents_key"] else None
+    return z_CTYX.numpy() if record.latents_key == clip.manifest_body.latents_key else None
 
 
 def _round(value: float | None) -> float | None:

@@ -69,9 +69,9 @@ class JsonStream(Progress):
         if outcome.error:
             self._event("shot-failed", **facts, error=outcome.error.as_dict())
         elif outcome.record:
-            files = {file["path"]: file for file in outcome.record["files"]}
-            video = files[shot.output.name]
-            self._event("shot-finished", **facts, sha256=video["sha256"], bytes=video["bytes"])
+            video = outcome.record.file(shot.output.name)
+            assert video
+            self._event("shot-finished", **facts, sha256=video.sha256, bytes=video.bytes)
         else:
             self._event("shot-left", **facts)
 

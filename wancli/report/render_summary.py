@@ -13,33 +13,36 @@ from wancli.units import format_bytes, format_ranges, format_seconds
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from wancli.report.batch_report import Report
+    from wancli.storage.manifest_schema import Manifest
+
 
 def format_summary(
-    report: Mapping[str, Any], path: Path | None, *, injections: bool, effects: bool
+    report: Report, path: Path | None, *, injections: bool, effects: bool
 ) -> Iterator[RenderableType]:
     """Format the results of a batch: injections and the distance of their prompts, memory, time, counts."""
-    fresh = [shot for shot in report["shots"] if shot["status"] == "rendered"]
-    if injections and any(shot["injection"] for shot in fresh):
+    rendered = [entry for entry in report.shots if entry.status == "rendered"]
+    fresh = [(entry.id, entry.record) for entry in rendered if entry.record]
+    if injections and any(record.injection for _, record in fresh):
         yield from _format_injections(fresh)
     if effects:
-        for shot in fresh:
-            yield from _format_effects(shot)
+        for shot_id, record in fresh:
+            yield from _format_effects(shot_id, record)
+    totals = report.totals
     if fresh:
-        yield build_memory_table(report["memory"])
-        predicted, measured = (format_bytes(report["peak"][name]) for name in ("predicted", "measured"))
-        begun = report["first_step_after"]
+        yield build_memory_table(totals["memory"])
+        predicted, measured = (format_bytes(totals["peak"][name]) for name in ("predicted", "measured"))
+        begun = totals["first_step_after"]
         start = "" if begun is None else f"; first step after {format_seconds(begun)}"
         yield f"peak {measured}, predicted {predicted}{start}"
-        yield from dict.fromkeys(
-            "attention: {self} among video tokens, {cross} to the text".format_map(shot["model"]["attention"])
-            for shot in fresh
-        )
-        cache = report["cache"]
+        attention = "attention: {self} among video tokens, {cross} to the text"
+        yield from dict.fromkeys(attention.format_map(record.model.attention) for _, record in fresh)
+        cache = totals["cache"]
         loaded = "encoder loaded" if cache["encoder_loaded"] else "encoder not loaded"
         yield f"prompts: {cache['hits']} from the cache, {cache['misses']} encoded ({loaded})"
     counts = dict.fromkeys(("rendered", "already done", "failed", "stopped", "elsewhere", "not started"), 0)
-    for shot in report["shots"]:
-        counts[shot["status"]] += 1
+    for entry in report.shots:
+        counts[entry.status] += 1
     yield ", ".join(f"{count} {state_text(status)}" for status, count in counts.items() if count)
     if path:
         yield f"report: {path}"
@@ -71,40 +74,39 @@ def build_memory_table(
     return table
 
 
-def format_failures(report: Mapping[str, Any], hints: Iterable[str]) -> Iterator[RenderableType]:
+def format_failures(report: Report, hints: Iterable[str]) -> Iterator[RenderableType]:
     """Format each failed shot on one line, cut to the terminal, and the hints. The report has all of it."""
     from rich.console import Console
 
     table = create_table("failed shot", "code", "message")
-    failed = [shot for shot in report["shots"] if "error" in shot]
-    names = shorten_unique([shot["id"] for shot in failed], 24)
-    codes = [shot["error"]["code"] for shot in failed]
-    left = [max(11, *map(len, names)), max(map(len, codes))]
+    failed = [(entry, entry.error) for entry in report.shots if entry.error]
+    names = shorten_unique([entry.id for entry, _ in failed], 24)
+    left = [max(11, *map(len, names)), max(len(error["code"]) for _, error in failed)]
     width = max(20, Console(stderr=True).width - sum(left) - 2 * len(left) - 2)
-    for name, code, shot in zip(names, codes, failed):
-        message = shot["error"]["message"].removeprefix(f"{shot['output']}: ")
-        table.add_row(name, code, truncate(message.replace("\n", " / "), width))
+    for name, (entry, error) in zip(names, failed):
+        message = error["message"].removeprefix(f"{entry.output}: ")
+        table.add_row(name, error["code"], truncate(message.replace("\n", " / "), width))
     yield table
     yield from hints
 
 
-def _format_injections(shots: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _format_injections(shots: Sequence[tuple[str, Manifest]]) -> Iterator[RenderableType]:
     from rich.console import Console
 
     heads: Sequence[str] = ("shot", ">rule", "blocks", "steps", "branch", "blend", ">hits", "difference")
     rows = []
-    for shot in shots:
-        for index, rule in enumerate(shot["injection"]):
-            verdict = rule["difference"]["verdict"]
+    for shot_id, record in shots:
+        for index, rule in enumerate(record.injection):
+            verdict = rule.difference.verdict
             row = [
-                shot["id"],
+                shot_id,
                 str(index),
-                format_ranges([int(block) for block in rule["blocks"]]),
-                format_ranges([int(step) for step in rule["steps"]]),
-                "+".join(rule["branches"]),
-                rule["blend"],
-                f"{rule['hits']:,}/{rule['planned']:,}",
-                f"{verdict['percent']:.0f} %, {verdict['band']}",
+                format_ranges([*rule.blocks]),
+                format_ranges([*rule.steps]),
+                "+".join(rule.branches),
+                rule.blend,
+                f"{rule.hits:,}/{rule.planned:,}",
+                f"{verdict.percent:.0f} %, {verdict.band}",
             ]
             rows.append(row)
     line, heads, rows = fit_columns(heads, rows, Console(stderr=True).width)
@@ -116,26 +118,25 @@ def _format_injections(shots: Sequence[Mapping[str, Any]]) -> Iterator[Renderabl
     yield table
 
 
-def _format_effects(shot: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _format_effects(shot_id: str, record: Manifest) -> Iterator[RenderableType]:
     """Format how much each measured velocity changed, and the cross-attention output of every block."""
-    if not shot["effects"]:
+    if not record.effects:
         return
-    depth = shot["model"]["sizes"]["num_layers"]
-    blocks: dict[str, list[float]] = {}
-    legacy: dict[str, list[float]] = {}
-    for effect in shot["effects"]:
-        for block, value in effect["blocks"].items():
+    depth = record.model.sizes.num_layers
+    blocks: dict[int, list[float]] = {}
+    legacy: dict[int, list[float]] = {}
+    for effect in record.effects:
+        for block, value in effect.blocks.items():
             blocks.setdefault(block, []).append(100 * value)
-            legacy.setdefault(block, []).append(effect["changed_percent"][block])
+            legacy.setdefault(block, []).append(effect.changed_percent[block])
     top = max(value for values in blocks.values() for value in values) or 1.0
-    yield f"\nshot {shot['id']}: changes by the injection, relative L2; a full bar is {top:.1f} %"
+    yield f"\nshot {shot_id}: changes by the injection, relative L2; a full bar is {top:.1f} %"
     yield f"{'step':>6} {'branch':<7} velocity  {draw_ruler(depth)}"
-    for effect in shot["effects"]:
-        percent = 100 * effect["velocity"]
-        shares = [100 * effect["blocks"].get(str(block), 0.0) / top for block in range(depth)]
-        yield f"{effect['step']:>6} {effect['branch']:<7} {percent:6.2f} %  {draw_bar(shares)}"
+    for effect in record.effects:
+        shares = [100 * effect.blocks.get(block, 0.0) / top for block in range(depth)]
+        yield f"{effect.step:>6} {effect.branch:<7} {100 * effect.velocity:6.2f} %  {draw_bar(shares)}"
     yield "cross-attention output, mean over steps, % (in brackets the legacy share of |change| > 0.01)"
-    cells = [f"{b:>2}: {_mean(blocks[b]):5.1f} ({_mean(legacy[b]):3.0f})" for b in sorted(blocks, key=int)]
+    cells = [f"{b:>2}: {_mean(blocks[b]):5.1f} ({_mean(legacy[b]):3.0f})" for b in sorted(blocks)]
     for start in range(0, len(cells), 4):
         yield "  " + "  ".join(cells[start : start + 4])
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wancli.report.shot_entry import ShotEntry
 from wancli.storage import sidecars
+from wancli.storage.manifest_schema import RuleRecord
 from wancli.units import format_ranges
 
 Row = dict[str, str | int | float | None]
@@ -39,42 +41,44 @@ CSV_ONLY_COLUMNS = ("negative", "shift", "hits", "planned", "output", "key", "cr
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
 
 
-def shot_row(entry: Mapping[str, Any], job: str) -> Row:
-    """A shot of a report or a manifest; what it does not say is None. `effect` is the mean relative change of
-    the velocity over the forwards that were measured, `seconds` the phases that the shot took part in."""
+def shot_row(entry: ShotEntry, job: str) -> Row:
+    """Build the row of a shot; a value that is not recorded is None.
+
+    `effect` is the mean relative change of the velocity over the measured forwards, `seconds` the sum of the
+    phases that the shot took part in.
+    """
     values: Row = dict.fromkeys((*COLUMNS, *CSV_ONLY_COLUMNS))
-    values |= {"job": job, "shot": entry["id"], "status": entry["status"], "output": entry["output"]}
-    if "shot" not in entry:
+    values |= {"job": job, "shot": entry.id, "status": entry.status, "output": entry.output}
+    if entry.record is None:
         return values
-    shot, rules, effects = entry["shot"], entry["injection"], entry["effects"]
-    texts = {prompt["id"]: prompt["text"] for prompt in entry["prompts"]}
-    velocities = [100 * effect["velocity"] for effect in effects]
-    guidance = "/".join(f"{stage['guidance']:g}" for stage in shot["stages"])
+    record, shot, rules = entry.record, entry.record.shot, entry.record.injection
+    velocities = [100 * effect.velocity for effect in record.effects]
+    guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
     return values | {
-        "prompt": entry["prompts"][0]["text"],
-        "negative": entry["prompts"][1]["text"] if len(entry["prompts"]) > 1 + len(rules) else None,
-        "injected": _join(texts[rule["text"]] for rule in rules),
-        "difference": _smallest([rule["difference"]["verdict"]["percent"] for rule in rules], 1),
-        "blocks": _join(format_ranges([int(block) for block in rule["blocks"]]) for rule in rules),
+        "prompt": record.prompt.text,
+        "negative": record.negative.text if record.negative else None,
+        "injected": _join(prompt.text for prompt in record.injected),
+        "difference": _smallest([rule.difference.verdict.percent for rule in rules], 1),
+        "blocks": _join(format_ranges([*rule.blocks]) for rule in rules),
         "strength": _join(_strength_range(rule) for rule in rules),
-        "steps": _join(format_ranges([int(step) for step in rule["steps"]]) for rule in rules),
-        "branch": _join("+".join(rule["branches"]) for rule in rules),
-        "blend": _join(rule["blend"] for rule in rules),
+        "steps": _join(format_ranges([*rule.steps]) for rule in rules),
+        "branch": _join("+".join(rule.branches) for rule in rules),
+        "blend": _join(rule.blend for rule in rules),
         "effect": _smallest([sum(velocities) / len(velocities)] if velocities else [], 2),
-        "seed": shot["seed"],
-        "size": f"{shot['width']}x{shot['height']}",
-        "frames": shot["frames"],
-        "solver": shot["solver"],
-        "sampler_steps": shot["steps"],
-        "shift": shot["shift"],
+        "seed": shot.seed,
+        "size": f"{shot.width}x{shot.height}",
+        "frames": shot.frames,
+        "solver": shot.solver,
+        "sampler_steps": shot.steps,
+        "shift": shot.shift,
         "guidance": float(guidance) if "/" not in guidance else guidance,
-        "seconds": round(sum(phase["seconds"] for phase in entry["phases"]), 2),
-        "peak_mib": round(max(phase["cuda"] or phase["rss"] for phase in entry["phases"]) / 2**20),
-        "model": entry["model"]["variant"],
-        "hits": sum(rule["hits"] for rule in rules),
-        "planned": sum(rule["planned"] for rule in rules),
-        "key": entry["key"],
-        "created_by": f"wancli {entry['versions']['wancli']}",
+        "seconds": round(sum(phase.seconds for phase in record.phases), 2),
+        "peak_mib": round(max(phase.peak for phase in record.phases) / 2**20),
+        "model": record.model.variant,
+        "hits": sum(rule.hits for rule in rules),
+        "planned": sum(rule.planned for rule in rules),
+        "key": record.key,
+        "created_by": f"wancli {record.versions['wancli']}",
     }
 
 
@@ -111,7 +115,7 @@ def _smallest(values: Sequence[float], digits: int) -> float | None:
     return round(min(values), digits) if values else None
 
 
-def _strength_range(rule: Mapping[str, Any]) -> str:
-    values = [s * f for s in rule["blocks"].values() for f in rule["steps"].values()]
+def _strength_range(rule: RuleRecord) -> str:
+    values = [strength * factor for strength in rule.blocks.values() for factor in rule.steps.values()]
     low, high = (f"{value:.4g}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"

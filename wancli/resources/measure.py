@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import secrets
 import sys
 import threading
 import time
@@ -53,15 +54,17 @@ class PeakMemory:
 
     `rss_start` and `rss_peak` are bytes of this process in RAM, mapped weights included. `cuda_peak` is in
     bytes that torch allocated on the current device, None without CUDA. `seconds` is measured by a clock
-    that never jumps.
+    that never jumps. `id` tells one measurement from another.
     """
 
+    id: str
     rss_start: int
     rss_peak: int
     cuda_peak: int | None = None
     seconds: float
 
     def __enter__(self) -> Self:
+        self.id = secrets.token_hex(8)
         self._sampler = None if _reset_high_water() else _Sampler()
         if torch := _torch_on_cuda():
             torch.cuda.reset_peak_memory_stats()

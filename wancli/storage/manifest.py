@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wancli.errors import EntryError
 from wancli.storage import atomic
+from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestPeek, damaged
 
 SCHEMA = "wancli/manifest/1"
 
@@ -47,8 +49,20 @@ def write(path: Path, body: Mapping[str, Any]) -> None:
     atomic.replace(path, _serialize(json.loads(json.dumps(dict(body)))))
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The body of a manifest, None if there is no such file. Raises EntryError if it is damaged."""
+def read(path: Path) -> Manifest | None:
+    """Read and validate a manifest. Returns None if the file does not exist.
+
+    Raises EntryError if the manifest is damaged or of another version.
+    """
+    body = read_json(path)
+    return None if body is None else Manifest.parse(body, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read the body of a manifest as it is in the file, and verify the seal, not the keys.
+
+    Returns None if the file does not exist. Raises EntryError if it is damaged.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -62,45 +76,66 @@ def read(path: Path) -> dict[str, Any] | None:
     except (ValueError, AttributeError, RecursionError):
         intact = False
     if not intact:
-        hint = "delete it, or render again with --force"
-        raise EntryError("the manifest is damaged, or of another version", where=str(path), hint=hint)
+        raise damaged(path, Manifest.NAME)
     return body
 
 
-def find_problems(output: Path, key: str) -> list[str]:
-    """Why `output` is not the finished work of the shot with this key; empty if it is."""
+def peek(path: Path) -> ManifestPeek | None:
+    """Read the key and the files that a manifest names, without verifying it. Returns None if it cannot."""
+    try:
+        return ManifestPeek.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):  # a ValidationError is a ValueError
+        return None
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """What is wrong with a file."""
+
+    path: Path
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
+
+
+def find_problems(output: Path, key: str) -> list[Problem]:
+    """Find why `output` is not the finished work of the shot with this key. Empty if it is."""
     path = manifest_path(output)
     try:
-        body = read(path)
+        record = read(path)
     except EntryError as error:
-        return [str(error)]
-    if body is None:
-        return [f"{path}: no manifest"]
-    if body.get("key") != key:
-        return [f"{path}: made by another job, version or model"]
-    records = body.get("files", [])
-    found = [_check_file(output.parent, record) for record in records]
-    if output.name not in [record["path"] for record in records]:
-        found.append(f"{path}: does not list {output.name}")
-    return [problem for problem in found if problem]
+        return [Problem(path, error.message)]
+    if record is None:
+        return [Problem(path, "no manifest")]
+    return check_record(output, record, key)
+
+
+def check_record(output: Path, record: Manifest, key: str) -> list[Problem]:
+    """As `find_problems`, with the manifest already read. Hashes every file that it lists."""
+    if record.key != key:
+        return [Problem(manifest_path(output), "made by another job, version or model")]
+    problems = [problem for file in record.files for problem in _check_file(output.parent, file)]
+    if record.file(output.name) is None:
+        problems.append(Problem(manifest_path(output), f"does not list {output.name}"))
+    return problems
 
 
 def is_done(output: Path, key: str) -> bool:
-    """True if the manifest of `output` verifies against the shot's key and all listed files."""
+    """Return whether the manifest of `output` verifies against the shot's key and all listed files."""
     return not find_problems(output, key)
 
 
-def _check_file(folder: Path, record: Mapping[str, Any]) -> str:
-    path = folder / PurePosixPath(record["path"])
+def _check_file(folder: Path, record: FileRecord) -> Iterator[Problem]:
+    path = folder / PurePosixPath(record.path)
     try:
         size = path.stat().st_size
-        if size != record["bytes"]:
-            return f"{path}: {size} bytes where the manifest has {record['bytes']}"
-        if atomic.sha256(path) != record["sha256"]:
-            return f"{path}: content does not match the manifest"
+        if size != record.bytes:
+            yield Problem(path, f"{size} bytes where the manifest has {record.bytes}")
+        elif atomic.sha256(path) != record.sha256:
+            yield Problem(path, "content does not match the manifest")
     except OSError as error:
-        return f"{path}: {error.strerror}"
-    return ""
+        yield Problem(path, str(error.strerror))
 
 
 def _serialize(body: Mapping[str, Any]) -> bytes:

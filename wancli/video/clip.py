@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wancli.errors import JobError
 from wancli.storage import atomic, manifest, sidecars
+from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Clip:
 
     path: Path
     id: str
-    manifest_body: dict[str, Any] | None
+    manifest_body: Manifest | None
     info: mp4.VideoInfo
 
     @property
@@ -68,9 +69,9 @@ def _read_clip(path: Path) -> Clip:
         )
         raise JobError("is not an MP4", where=str(path), hint=hint)
     body = manifest.read(manifest.manifest_path(path))
-    if body and atomic.sha256(path) not in [record["sha256"] for record in body["files"]]:
+    if body and atomic.sha256(path) not in [file.sha256 for file in body.files]:
         body = None  # another video under that name
     info = mp4.read_info(path)
     if not info.frame_count:
         raise JobError("has no frames", where=str(path))
-    return Clip(path, body["shot"]["id"] if body else path.stem, body, info)
+    return Clip(path, body.shot.id if body else path.stem, body, info)

@@ -10,9 +10,10 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import sidecars
+from wancli.storage.manifest_schema import RuleRecord
 from wancli.units import format_ranges
 from wancli.video import bitmap_font
 from wancli.video.clip import Clip
@@ -112,22 +113,18 @@ def _caption_lines(clip: Clip, note: str) -> Iterator[str]:
     if clip.manifest_body is None:
         yield clip.id
     else:
-        yield f"{clip.id}: {clip.manifest_body['prompts'][0]['text']}"
-        texts = {prompt["id"]: prompt["text"] for prompt in clip.manifest_body["prompts"]}
-        yield from (
-            _describe_rule(rule, texts)
-            for rule in clip.manifest_body["injection"]
-            if any(rule["blocks"].values())
-        )
+        yield f"{clip.id}: {clip.manifest_body.prompt.text}"
+        rules = zip(clip.manifest_body.injection, clip.manifest_body.injected)
+        yield from (_describe_rule(rule, prompt.text) for rule, prompt in rules if any(rule.blocks.values()))
     if note:
         yield f"  {note}"
 
 
-def _describe_rule(rule: dict[str, Any], texts: dict[str, str]) -> str:
-    blocks = format_ranges([int(block) for block in rule["blocks"]])
-    strengths = sorted({f"{strength:g}" for strength in rule["blocks"].values()}, key=float)
+def _describe_rule(rule: RuleRecord, text: str) -> str:
+    blocks = format_ranges([*rule.blocks])
+    strengths = sorted({f"{strength:g}" for strength in rule.blocks.values()}, key=float)
     strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
-    return f"  blocks {blocks} at {strength} read: {texts[rule['text']]}"
+    return f"  blocks {blocks} at {strength} read: {text}"
 
 
 def _draw_label(text: str, width: int) -> Picture:

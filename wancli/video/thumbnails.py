@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from wancli.errors import WancliError
 from wancli.storage import atomic
+from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
 
-def thumbnail_uri(entry: Mapping[str, Any], cache_dir: Path, *, create: bool) -> str | None:
+def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bool) -> str | None:
     """Return the middle frame of a shot's video as a data URI, from `cache_dir` or, with `create`, made now.
 
     Returns None if there is none: a page does without.
     """
-    digest = next((file["sha256"] for file in entry.get("files", []) if file["path"].endswith(".mp4")), "")
+    digest = next((file.sha256 for file in record.files if file.path.endswith(".mp4")), "")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return None
     path = cache_dir / f"{digest[:32]}.jpg"
@@ -28,9 +27,8 @@ def thumbnail_uri(entry: Mapping[str, Any], cache_dir: Path, *, create: bool) ->
     except OSError:
         if not create:
             return None
-    shot = entry["shot"]
     with suppress(WancliError):
-        picture = mp4.extract_thumbnail(Path(entry["output"]), shot["frames"] // 2 / shot["fps"])
+        picture = mp4.extract_thumbnail(output, record.shot.frames // 2 / record.shot.fps)
         with suppress(WancliError):  # a folder that cannot be written costs the work again
             atomic.replace(path, picture)
         return _data_uri(picture)

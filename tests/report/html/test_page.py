@@ -26,6 +26,7 @@ from wancli.report.html.collect import ReportInputs
 from wancli.resources import flops
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
+from wancli.storage.manifest_schema import FileRecord
 from wancli.video import mp4, thumbnails
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -40,7 +41,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, shallow: Path) -> Path:
 
 def made(out: Path, entry: dict[str, Any]) -> bytes:
     return page.render_html(
-        page_data.page_document(ReportInputs("job", [("job", entry)]), out / "report.html", {})
+        page_data.page_document(ReportInputs("job", [("job", pages.typed(entry))]), out / "report.html", {})
     )
 
 
@@ -116,7 +117,9 @@ def test_a_page_of_a_hundred_measured_shots_is_under_two_megabytes(out: Path) ->
 
 
 def test_the_share_of_injection_is_that_of_the_plan(out: Path) -> None:
-    found = page_data.injected_shares(pages.entries(out))
+    record = pages.typed(pages.entries(out)).record
+    assert record
+    found = page_data.injected_shares(record)
     cells = {(row["branch"], step): row["blocks"] for row in found for step in row["steps"]}
     assert cells == {
         ("cond", 0): [0, 0.25, 0.75, 0],
@@ -173,13 +176,14 @@ def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path)
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
     (shot,) = build_plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
-    assert shot.key == body["key"]
+    assert shot.key == body.key
 
 
 def test_the_command_has_the_loras_and_the_guidance_of_both_experts(out: Path) -> None:
     body = pages.entries(out)
     lora = {
         "path": "/loras/style.safetensors",
+        "sha256": "",
         "strength": 0.5,
         "expert": "low",
         "blocks": None,
@@ -189,7 +193,9 @@ def test_the_command_has_the_loras_and_the_guidance_of_both_experts(out: Path) -
         {"expert": "high", "steps": [0, 0], "guidance": 4.0},
         {"expert": "low", "steps": [1, 1], "guidance": 3.0},
     ]
-    found = rerun_job.build_job(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}}, "x.mp4")
+    entry = pages.typed(body | {"loras": [lora], "shot": body["shot"] | {"stages": stages}})
+    assert entry.record
+    found = rerun_job.build_job(entry.record, "x.mp4")
     assert found["sampler"]["guidance"] == {"high": 4.0, "low": 3.0}
     (said,) = found["loras"]
     assert (said["path"], said["strength"], said["expert"]) == ("/loras/style.safetensors", 0.5, "low")
@@ -203,7 +209,7 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     assert body is not None
     for job in ("one", "two"):
         (folder / job).mkdir(parents=True)
-        manifest.write(folder / job / "fish.manifest.json", body)
+        manifest.write(folder / job / "fish.manifest.json", body.as_dict())
     (folder / "one" / "fish.mp4").write_bytes((out / "fish.mp4").read_bytes())
     (folder / "two" / "bad.manifest.json").write_text('{"schema": "wancli/manifest/1"}')
     (folder / "two" / "x.map.inject.json").write_text("{}")
@@ -296,7 +302,7 @@ def test_another_file_of_that_name_moves_aside_and_an_earlier_page_does_not(tmp_
 
 
 def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ReportInputs("job", [("job", pages.entries(out))])
+    found = ReportInputs("job", [("job", pages.typed(pages.entries(out)))])
     first = page.render_page(found, out / "x.html", tmp_path, make=True)
     monkeypatch.setattr(mp4, "extract_thumbnail", lambda *_: pytest.fail("made again"))
     for make in (True, False):
@@ -309,17 +315,17 @@ def test_a_poster_is_made_once(out: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_poster_that_cannot_be_kept_or_made_costs_no_page(out: Path, tmp_path: Path) -> None:
-    entry = pages.entries(out)
-    (tmp_path / "kept").write_text("in the way")
-    picture = thumbnails.thumbnail_uri(entry, tmp_path / "kept", create=True)
+    video = out / "fish.mp4"
+    record = manifest.read(manifest_path(video))
+    assert record
+    (tmp_path / "kept").write_text("a file")
+    picture = thumbnails.thumbnail_uri(video, record, tmp_path / "kept", create=True)
     assert picture
     assert picture.startswith("data:image/jpeg;base64,/9j/")
-    odd = entry | {"files": [{"path": "fish.mp4", "sha256": "../../etc/passwd"}]}
-    assert thumbnails.thumbnail_uri(odd, tmp_path, create=True) is None
-    assert (
-        thumbnails.thumbnail_uri(entry | {"output": str(tmp_path / "gone.mp4")}, tmp_path, create=True)
-        is None
-    )
+    odd = FileRecord(path="fish.mp4", sha256="../../etc/passwd", bytes=1)
+    odd_record = record.model_copy(update={"files": [odd]})
+    assert thumbnails.thumbnail_uri(video, odd_record, tmp_path, create=True) is None
+    assert thumbnails.thumbnail_uri(tmp_path / "gone.mp4", record, tmp_path, create=True) is None
 
 
 def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out: Path) -> None:
@@ -334,7 +340,7 @@ def test_a_video_that_is_gone_has_no_link_and_a_name_of_any_letters_has_one(out:
 
 
 def test_a_line_of_the_lab_book_says_what_went_in_and_what_came_out(out: Path) -> None:
-    row = shots_table.shot_row(pages.entries(out), "job")
+    row = shots_table.shot_row(pages.typed(pages.entries(out)), "job")
     body = pages.entries(out)
     assert (row["shot"], row["status"], row["seed"], row["size"]) == ("fish", "rendered", 0, "64x64")
     assert (row["blocks"], row["strength"], row["steps"], row["branch"]) == (
@@ -355,8 +361,8 @@ def test_a_line_of_the_lab_book_says_what_went_in_and_what_came_out(out: Path) -
 def test_of_several_rules_the_difference_is_that_of_the_prompt_that_differs_least(out: Path) -> None:
     entry = pages.entries(out)
     (rule,) = entry["injection"]
-    near = rule | {"difference": rule["difference"] | {"verdict": {"percent": 1.25}}}
-    row = shots_table.shot_row(entry | {"injection": [rule, near]}, "job")
+    near = rule | {"difference": rule["difference"] | {"verdict": {"percent": 1.25, "band": "near"}}}
+    row = shots_table.shot_row(pages.typed(entry | {"injection": [rule, near]}), "job")
     assert (row["difference"], row["blocks"]) == (1.2, "1-2 | 1-2")
 
 
@@ -374,7 +380,7 @@ def test_csv_is_read_back_whole_and_holds_no_formulas(out: Path, tmp_path: Path)
     rows, labels = [], []
     for text in texts:
         one = entry | {"prompts": [entry["prompts"][0] | {"text": text}, *entry["prompts"][1:]]}
-        rows.append(shots_table.shot_row(one, "job"))
+        rows.append(shots_table.shot_row(pages.typed(one), "job"))
         labels.append({"take": -2.5, "=x": text})
     data = shots_table.to_csv(rows, labels)
     assert data.count(b"\r\n") == len(texts) + 1

@@ -29,19 +29,22 @@ MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 
 
 def write_page(report: Path, poster_folder: Path) -> Path:
-    """The page beside a report that a render wrote, with the posters that the folder `kept` has already."""
+    """Write the page beside a report, with the posters that `poster_folder` has already."""
     path = report.with_suffix(".html")
     publish_page(path, render_page(collect.collect_report(report), path, poster_folder, make=False))
     return path
 
 
 def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: bool) -> bytes:
-    """The page at `path` of what was gathered; with `make`, posters are made that are not in `kept`."""
-    shown = {
-        i: thumbnails.thumbnail_uri(entry, poster_folder, create=make)
-        for i, (_, entry) in enumerate(inputs.entries)
-    }
-    return render_html(page_data.page_document(inputs, path, {i: uri for i, uri in shown.items() if uri}))
+    """Render the page at `path`. With `make`, posters that are not in `poster_folder` are made."""
+    posters = {}
+    for index, (_, entry) in enumerate(inputs.entries):
+        if entry.record:
+            posters[index] = thumbnails.thumbnail_uri(
+                Path(entry.output), entry.record, poster_folder, create=make
+            )
+    shown = {index: uri for index, uri in posters.items() if uri}
+    return render_html(page_data.page_document(inputs, path, shown))
 
 
 def publish_page(path: Path, page: bytes) -> None:

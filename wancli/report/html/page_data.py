@@ -12,9 +12,12 @@ from urllib.parse import quote
 
 from wancli.injection.table import Rule, Table, injected_share_by_block
 from wancli.models.config import WanConfig
+from wancli.report.batch_report import Report
 from wancli.report.html import model_facts, rerun_job
-from wancli.report.html.collect import Entry, ReportInputs, absolute_path
+from wancli.report.html.collect import ReportInputs, absolute_path
+from wancli.report.shot_entry import ShotEntry
 from wancli.report.shots_table import shot_row
+from wancli.storage.manifest_schema import EffectRecord, RuleRecord, ShotRecord
 
 SCHEMA = "wancli/page/1"
 MAX_CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
@@ -53,15 +56,13 @@ POOLS = (
 
 
 def page_document(inputs: ReportInputs, page: Path, posters: Mapping[int, str]) -> dict[str, Any]:
-    """The document of a page at `page`; `posters` are data URIs by the number of an entry."""
+    """Build the document of a page at `page`; `posters` are data URIs by the number of an entry."""
     pools = {name: _Pool() for name in POOLS}
-    cells = sum(len(effect["blocks"]) for _, entry in inputs.entries for effect in entry.get("effects", []))
+    records = [entry.record for _, entry in inputs.entries if entry.record]
+    cells = sum(len(effect.blocks) for record in records for effect in record.effects)
     shots = [
         _shot_entry(entry, job, pools, page, whole=cells <= MAX_CELLS)
-        | {
-            "poster": posters.get(index),
-            "score": _round_numbers(inputs.comparisons.get(absolute_path(Path(entry["output"])))),
-        }
+        | {"poster": posters.get(index), "score": _comparison(inputs, entry)}
         for index, (job, entry) in enumerate(inputs.entries)
     ]
     models = [_model_entry(model) for model in pools.pop("models").values]
@@ -73,7 +74,7 @@ def page_document(inputs: ReportInputs, page: Path, posters: Mapping[int, str]) 
         "shots": shots,
         "models": models,
         **{name: pool.values for name, pool in pools.items()},
-        "maps": [_round_numbers(one.as_dict()) for one in inputs.maps],
+        "maps": [_round_numbers(block_map.as_dict()) for block_map in inputs.maps],
         "jobs": [_job_entry(report) for report in inputs.reports],
         "problems": inputs.problems,
         "claims": _read_claims(),
@@ -114,8 +115,13 @@ def models_document(
     }
 
 
-def _injects(entry: Entry) -> bool:
-    return any(strength for rule in entry.get("injection", []) for strength in rule["blocks"].values())
+def _injects(entry: ShotEntry) -> bool:
+    rules = entry.record.injection if entry.record else []
+    return any(strength for rule in rules for strength in rule.blocks.values())
+
+
+def _comparison(inputs: ReportInputs, entry: ShotEntry) -> Any:
+    return _round_numbers(inputs.comparisons.get(absolute_path(Path(entry.output))))
 
 
 def _read_claims() -> list[dict[str, Any]]:
@@ -137,86 +143,85 @@ def _model_entry(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _job_entry(report: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("job", "created", "warnings", "memory", "first_step_after", "process", "peak", "cache")
-    return {key: report[key] for key in kept if key in report}
+def _job_entry(report: Report) -> dict[str, Any]:
+    kept = ("created", "warnings", "memory", "first_step_after", "process", "peak", "cache")
+    return {"job": report.job} | {key: report.totals[key] for key in kept if key in report.totals}
 
 
 def _shot_entry(
-    entry: Entry, job: str, pools: Mapping[str, _Pool], page: Path, *, whole: bool
+    entry: ShotEntry, job: str, pools: Mapping[str, _Pool], page: Path, *, whole: bool
 ) -> dict[str, Any]:
-    output = Path(entry["output"])
+    output, record = Path(entry.output), entry.record
     page_entry: dict[str, Any] = {
-        "id": entry["id"],
+        "id": entry.id,
         "job": job,
-        "status": entry["status"],
-        "labels": entry["labels"],
-        "error": entry.get("error"),
+        "status": entry.status,
+        "labels": entry.labels,
+        "error": entry.error,
         "output": str(output),
         "row": {key: value for key, value in shot_row(entry, job).items() if value is not None},
     }
-    if "shot" not in entry:
+    if record is None:
         return page_entry
-    if entry["status"] != "video gone":
+    if entry.status != "video gone":
         page_entry["video"] = quote(os.path.relpath(output, page.parent), safe="/", errors="surrogateescape")
-    shot = entry["shot"]
-    page_entry |= {key: shot[key] for key in _SHOT_KEYS}
-    page_entry["schedule"] = pools["schedules"].put(
-        {"sigmas": shot["sigmas"], "timesteps": shot["timesteps"]}
-    )
-    page_entry["model"] = pools["models"].put(entry["model"])
-    page_entry["prompts"] = [pools["prompts"].put(_omit(prompt, "cached")) for prompt in entry["prompts"]]
-    page_entry["cached"] = [prompt["cached"] for prompt in entry["prompts"]]
-    page_entry["negative"] = len(entry["prompts"]) > 1 + len(entry["injection"])
-    page_entry["injection"] = [_injection_entry(rule, pools) for rule in entry["injection"]]
-    page_entry["shares"] = pools["shares"].put(injected_shares(entry)) if entry["injection"] else None
-    page_entry["effects"] = _effects_entry(entry["effects"], whole=whole)
-    page_entry["predicted"] = pools["predictions"].put(entry["predicted"])
-    page_entry["versions"] = pools["versions"].put(entry["versions"])
-    page_entry["phases"] = pools["phases"].put(entry["phases"])
-    page_entry["encoder_loaded"], page_entry["first_step_after"] = (
-        entry["encoder_loaded"],
-        entry["first_step_after"],
-    )
-    page_entry["loras"], page_entry["files"] = entry["loras"], entry["files"]
-    page_entry["key"] = entry["key"]
-    page_entry["again"] = rerun_job.rerun_command(rerun_job.build_job(entry, str(output)))
-    return page_entry
-
-
-def _injection_entry(rule: Mapping[str, Any], pools: Mapping[str, _Pool]) -> dict[str, Any]:
-    own = ("text", "hits", "planned", "hits_by_branch")
-    shared = ("blocks", "steps", "branches", "blend", "gain", "hits_by_block", "hits_by_step")
-    return {key: rule[key] for key in own} | {
-        "rule": pools["rules"].put({key: rule[key] for key in shared}),
-        "difference": pools["differences"].put(_round_numbers(rule["difference"], 5)),
+    shot = record.shot.as_dict()
+    prompts = [prompt.as_dict() for prompt in record.prompts]
+    return page_entry | {
+        **{key: shot[key] for key in _SHOT_KEYS if key in shot},
+        "schedule": pools["schedules"].put({key: shot[key] for key in ("sigmas", "timesteps")}),
+        "model": pools["models"].put(record.model.as_dict()),
+        "prompts": [pools["prompts"].put(_omit(prompt, "cached")) for prompt in prompts],
+        "cached": [prompt.cached for prompt in record.prompts],
+        "negative": record.negative is not None,
+        "injection": [_injection_entry(rule, pools) for rule in record.injection],
+        "shares": pools["shares"].put(injected_shares(record)) if record.injection else None,
+        "effects": _effects_entry(record.effects, whole=whole),
+        "predicted": pools["predictions"].put([phase.as_dict() for phase in record.predicted]),
+        "versions": pools["versions"].put(record.versions),
+        "phases": pools["phases"].put([phase.as_dict() for phase in record.phases]),
+        "encoder_loaded": record.encoder_loaded,
+        "first_step_after": record.first_step_after,
+        "loras": [lora.as_dict() for lora in record.loras],
+        "files": [file.as_dict() for file in record.files],
+        "key": record.key,
+        "again": rerun_job.rerun_command(rerun_job.build_job(record, str(output))),
     }
 
 
-def injected_shares(entry: Entry) -> list[dict[str, Any]]:
-    """How much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for each
-    branch the steps that have the same, and the share of each block."""
-    shot, prompts = entry["shot"], entry["prompts"]
+def _injection_entry(rule: RuleRecord, pools: Mapping[str, _Pool]) -> dict[str, Any]:
+    data = rule.as_dict()
+    own = ("text", "hits", "planned", "hits_by_branch")
+    shared = ("blocks", "steps", "branches", "blend", "gain", "hits_by_block", "hits_by_step")
+    return {key: data[key] for key in own} | {
+        "rule": pools["rules"].put({key: data[key] for key in shared}),
+        "difference": pools["differences"].put(_round_numbers(data["difference"], 5)),
+    }
+
+
+def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
+    """Compute how much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for
+    each branch the steps that have the same shares, and the share of each block."""
     rules = [
         Rule(
-            rule["text"],
-            tuple((int(block), strength) for block, strength in rule["blocks"].items()),
-            tuple((int(step), factor) for step, factor in rule["steps"].items()),
-            tuple(rule["branches"]),
-            rule["blend"],
-            rule["gain"],
+            rule.text,
+            tuple(rule.blocks.items()),
+            tuple(rule.steps.items()),
+            tuple(rule.branches),  # type: ignore[arg-type]
+            rule.blend,  # type: ignore[arg-type]
+            rule.gain,
         )
-        for rule in entry["injection"]
+        for rule in record.injection
     ]
-    negative = len(prompts) > 1 + len(rules)
-    base = {"cond": prompts[0]["id"]} | ({"uncond": prompts[1]["id"]} if negative else {})
+    base = {"cond": record.prompt.id} | ({"uncond": record.negative.id} if record.negative else {})
     unguided = [
         step
-        for stage in shot["stages"]
-        if stage["guidance"] == 1
-        for step in range(stage["steps"][0], stage["steps"][1] + 1)
+        for stage in record.shot.stages
+        if stage.guidance == 1
+        for step in range(stage.steps[0], stage.steps[1] + 1)
     ]
-    table = Table(rules, base, entry["model"]["sizes"]["num_layers"], shot["steps"], unguided)  # type: ignore[arg-type]
+    depth = record.model.sizes.num_layers
+    table = Table(rules, base, depth, record.shot.steps, unguided)  # type: ignore[arg-type]
     return [
         {
             "branch": branch,
@@ -228,27 +233,24 @@ def injected_shares(entry: Entry) -> list[dict[str, Any]]:
     ]
 
 
-def _effects_entry(effects: Sequence[Mapping[str, Any]], *, whole: bool) -> dict[str, Any] | None:
-    """Measured changes: of the velocity per forward, of each block per forward (or, where that would be too
-    much, not) and in the mean."""
+def _effects_entry(effects: Sequence[EffectRecord], *, whole: bool) -> dict[str, Any] | None:
+    """Return the measured changes: of the velocity per forward, and of each block in the mean; if `whole`,
+    also of each block per forward."""
     if not effects:
         return None
-    blocks = sorted({int(block) for effect in effects for block in effect["blocks"]})
+    blocks = sorted({block for effect in effects for block in effect.blocks})
+    legacy = [[e.changed_percent[b] for e in effects if b in e.changed_percent] for b in blocks]
     series: dict[str, Any] = {
-        "steps": [effect["step"] for effect in effects],
-        "branches": [effect["branch"] for effect in effects],
-        "velocity": [_round_significant(effect["velocity"]) for effect in effects],
+        "steps": [effect.step for effect in effects],
+        "branches": [effect.branch for effect in effects],
+        "velocity": [_round_significant(effect.velocity) for effect in effects],
         "blocks": blocks,
-        "mean": [_mean([e["blocks"][str(b)] for e in effects if str(b) in e["blocks"]]) for b in blocks],
-        "legacy": [
-            _mean([e["changed_percent"][str(b)] for e in effects if str(b) in e["changed_percent"]])
-            for b in blocks
-        ],
+        "mean": [_mean([e.blocks[b] for e in effects if b in e.blocks]) for b in blocks],
+        "legacy": [_mean(values) for values in legacy],
     }
     if whole:
         series["values"] = [
-            [_round_significant(e["blocks"][str(b)]) if str(b) in e["blocks"] else None for b in blocks]
-            for e in effects
+            [_round_significant(e.blocks[b]) if b in e.blocks else None for b in blocks] for e in effects
         ]
     return series
 

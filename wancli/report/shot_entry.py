@@ -1,0 +1,34 @@
+"""One shot of a report: its outcome, and the record that its manifest has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wancli.storage.manifest_schema import Manifest
+
+
+@dataclass(frozen=True)
+class ShotEntry:
+    """A shot of a report. `record` is None if the shot has no manifest; `error` says why it failed."""
+
+    id: str
+    labels: dict[str, Any]
+    output: str
+    status: str
+    error: dict[str, Any] | None = None
+    record: Manifest | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON of the entry: its own keys, then those of the record."""
+        own = {"id": self.id, "labels": self.labels, "output": self.output, "status": self.status}
+        error = {"error": self.error} if self.error else {}
+        return own | error | (self.record.as_dict() if self.record else {})
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], path: Path) -> ShotEntry:
+        """Validate an entry of the report at `path`. Raises EntryError if its record cannot be used."""
+        own = {key: data[key] for key in ("id", "labels", "output", "status")}
+        rest = {key: value for key, value in data.items() if key not in (*own, "error")}
+        return cls(**own, error=data.get("error"), record=Manifest.parse(rest, path) if rest else None)

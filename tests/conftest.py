@@ -15,7 +15,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
-    from jobs import Said
+    from jobs import CommandResult
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and threads that wait for each other are not
@@ -89,13 +89,13 @@ def known(shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def render(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+def render(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
     """Renders the tiny job with some changes on 4 blocks, with a cache that knows its prompts."""
-    from jobs import command, tiny_job, written
+    from jobs import run_wancli, tiny_job, write_job
 
-    def rendered(*options: str, folder: Path = tmp_path, **changes: Any) -> Said:
+    def rendered(*options: str, folder: Path = tmp_path, **changes: Any) -> CommandResult:
         job = tiny_job(**{"model": known} | changes)
-        return command(capsys, "render", written(folder, job), "-q", *options)
+        return run_wancli(capsys, "render", write_job(folder, job), "-q", *options)
 
     return rendered
 

@@ -29,7 +29,7 @@ CAT = "A gray tabby cat walks through a sunlit garden, its movement slow and gra
 FISH = "Schools of tropical fish swim between vibrant coral formations, as the camera pans gently left."
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     code: int
     out: str
     err: str
@@ -53,18 +53,18 @@ def rule(**changes: Any) -> dict[str, Any]:
     return {"prompt": FISH, "blocks": "27-39", "strength": 0.6} | changes
 
 
-def written(folder: Path, job: dict[str, Any] | str, name: str = "job.yaml") -> Path:
+def write_job(folder: Path, job: dict[str, Any] | str, name: str = "job.yaml") -> Path:
     path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(job if isinstance(job, str) else yaml.safe_dump(job, sort_keys=False))
     return path
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:
+def run_wancli(capsys: pytest.CaptureFixture[str], *arguments: object) -> CommandResult:
     """One command line, and what it said."""
     capsys.readouterr()
     code = run([str(argument) for argument in arguments])
-    return Said(code, *capsys.readouterr())
+    return CommandResult(code, *capsys.readouterr())
 
 
 def manifest_of(folder: Path, name: str = "clip") -> dict[str, Any]:
@@ -106,7 +106,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "out").glob("*") if path.suffix != ".html")
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> None:
+def forbid_calls(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> None:
     """Whoever calls one of these fails the test."""
 
     def called(*_: object, **__: object) -> None:
@@ -116,7 +116,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> Non
         monkeypatch.setattr(owner, name, called)
 
 
-def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None) -> list[int]:
+def count_forwards(
+    monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda _: None
+) -> list[int]:
     """Counts the forwards of the transformer; `before(n)` runs at the start of the n-th."""
     real = WanModel.predict_velocities
     calls: list[int] = []
@@ -131,7 +133,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = la
     return calls
 
 
-def make_sick(monkeypatch: pytest.MonkeyPatch) -> None:
+def break_videos_of_5_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer gives NaN for videos of 5 frames, and only for those."""
     real = WanModel.predict_velocities
 
@@ -142,7 +144,7 @@ def make_sick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanModel, "predict_velocities", sick)
 
 
-def spoiled(whole: bytes) -> Iterator[bytes]:
+def damaged_copies(whole: bytes) -> Iterator[bytes]:
     """These bytes cut at every length, and with each bit flipped."""
     yield from (whole[:length] for length in range(len(whole)))
     for bit in range(8 * len(whole)):
@@ -151,6 +153,6 @@ def spoiled(whole: bytes) -> Iterator[bytes]:
         yield bytes(flipped)
 
 
-def as_shells_say(returncode: int) -> int:
+def shell_exit_code(returncode: int) -> int:
     """The exit code that a shell shows: of a process that died of a signal 128 and its number."""
     return 128 - returncode if returncode < 0 else returncode

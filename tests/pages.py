@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from jobs import tiny_job, written
+from jobs import tiny_job, write_job
 
 from wancli.cli import run
 from wancli.report.html.collect import ReportInputs
@@ -28,7 +28,7 @@ def render(folder: Path, model: Path, **changes: Any) -> Path:
         {"id": "fish", "labels": {"take": 1}, "inject": [injection()]},
     ]
     job = tiny_job(model, output="out/{id}.mp4", items=items, measure=True) | changes
-    assert run(["render", str(written(folder, job)), "-q"]) == 0
+    assert run(["render", str(write_job(folder, job)), "-q"]) == 0
     return folder / "out"
 
 

@@ -20,14 +20,14 @@ from jobs import (
     FISH,
     TINY,
     TRANSFORMER,
-    Said,
+    CommandResult,
+    break_videos_of_5_frames,
     change_tensors,
     checkpoint,
-    command,
-    make_sick,
     rule,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 from safetensors.torch import load_file
 
@@ -46,9 +46,9 @@ def say(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     """Return a function that runs one command line in an empty folder, with `stdin` as bytes."""
     monkeypatch.chdir(tmp_path)
 
-    def said(*arguments: object, stdin: bytes = b"") -> Said:
+    def said(*arguments: object, stdin: bytes = b"") -> CommandResult:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        return command(capsys, *arguments)
+        return run_wancli(capsys, *arguments)
 
     return said
 
@@ -198,7 +198,7 @@ def test_every_error_exits_with_the_code_of_its_class_and_has_place_message_and_
         raise error("went wrong\nin two ways", where="here", hint="Try there.")
 
     monkeypatch.setattr(batch, "render", fails)
-    said = say("render", written(tmp_path, tiny_job()))
+    said = say("render", write_job(tmp_path, tiny_job()))
     message = "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n"
     if issubclass(error, errors.Stopped):  # after the summary, and with the command that goes on
         message += f"  resume: wancli render {tmp_path}/job.yaml\n"
@@ -233,7 +233,7 @@ def test_a_bug_is_one_line_and_a_log_with_the_traceback(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(batch, "render", fails)
-    said = say("render", written(tmp_path, tiny_job()))
+    said = say("render", write_job(tmp_path, tiny_job()))
     assert (said.code, said.out) == (70, "")
     (log,) = tmp_path.glob("wancli-*.log")
     assert said.err == f"wancli: a bug in wancli {__version__}; please report it with {log}\n"
@@ -243,7 +243,7 @@ def test_a_bug_is_one_line_and_a_log_with_the_traceback(
 def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))
-    said = say("render", written(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
+    said = say("render", write_job(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
     assert said.code == 1
     assert "denoise.py" in said.err
     assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
@@ -251,13 +251,13 @@ def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_
 
 
 def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(labels={"x": "\x1b[2J"}, output="out/{x}.mp4"))
+    job = write_job(tmp_path, tiny_job(labels={"x": "\x1b[2J"}, output="out/{x}.mp4"))
     said = say("plan", job)
     assert said.code == 2
     assert "\x1b" not in said.err
-    said = say("plan", written(tmp_path, tiny_job(**{"\x1b[2J": 1})))
+    said = say("plan", write_job(tmp_path, tiny_job(**{"\x1b[2J": 1})))
     assert (said.code, "\x1b" in said.err) == (2, False)
-    said = say("plan", written(tmp_path, tiny_job(id="\x1b[2J\u202e")), "-v")
+    said = say("plan", write_job(tmp_path, tiny_job(id="\x1b[2J\u202e")), "-v")
     assert (said.code, "\x1b" in said.out) == (0, False)
 
 
@@ -270,7 +270,7 @@ def wancli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[by
 def test_a_reader_that_closed_stdout_is_neither_a_bug_nor_a_success(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = wancli("plan", written(tmp_path, tiny_job()), stdout=write)
+    done = wancli("plan", write_job(tmp_path, tiny_job()), stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -279,7 +279,7 @@ def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Pa
     items = [{"id": "a"}, {"id": "b", "seed": 1}]
     read, write = os.pipe()
     os.close(read)
-    job = written(tmp_path, tiny_job(known, output="{id}.mp4", items=items))
+    job = write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=items))
     done = wancli("render", job, "-q", stdout=write)
     os.close(write)
     said = b"wancli: stdout has no reader any more; the work continues\n"
@@ -303,12 +303,12 @@ def test_a_plan_warns_of_what_this_machine_lacks(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, Any], warned: str
 ) -> None:
     monkeypatch.setattr(machine, "has_cuda", lambda: False)
-    said = say("plan", written(tmp_path, tiny_job(memory=memory)))
+    said = say("plan", write_job(tmp_path, tiny_job(memory=memory)))
     assert (said.code, warned in said.err) == (0, True), said.err
 
 
 def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(id="猫", prompt=f"{CAT} 猫"))
+    job = write_job(tmp_path, tiny_job(id="猫", prompt=f"{CAT} 猫"))
     latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
     done = wancli("plan", job, "-v", env=latin, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
@@ -319,7 +319,7 @@ def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) 
 
 
 def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}]))
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}]))
     said = say("render", job, "--progress", "plain")
     assert said.code == 0
     assert said.out == f"{tmp_path}/out/a.mp4\n{tmp_path}/out/b.mp4\n"
@@ -332,7 +332,7 @@ def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path) -> N
 def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_others(
     say: Any, tmp_path: Path
 ) -> None:
-    job = written(tmp_path, tiny_job(output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
+    job = write_job(tmp_path, tiny_job(output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
     said = say("render", job, "-q", "--items", "2,0")
     assert said == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
     path = tmp_path / "out" / "job.report.json"
@@ -347,7 +347,7 @@ def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_oth
 
 
 def test_choosing_no_shot_or_an_unknown_shot_is_a_usage_error(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job())
+    job = write_job(tmp_path, tiny_job())
     for flags, message in (
         (("--shard", "0/2"), "--shard: 0/2 contains no shot"),
         (("--items", "1"), "--items: 1 is past the last shot (0)"),
@@ -358,7 +358,7 @@ def test_choosing_no_shot_or_an_unknown_shot_is_a_usage_error(say: Any, tmp_path
 
 
 def test_flags_change_a_job_a_prompt_and_what_is_encoded(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(output="out/{id}.mp4"))
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4"))
     flags = ("--set", "sampler.steps=3", "--sweep", "prompt=a cat,a dog", "--sweep", "seed=1,2")
     shots = json.loads(say("plan", job, *flags, "--json").out)["shots"]
     assert [(s["index"], s["id"], s["labels"], len(s["timesteps"])) for s in shots] == [
@@ -381,7 +381,9 @@ def test_flags_change_a_job_a_prompt_and_what_is_encoded(say: Any, tmp_path: Pat
 
 def test_a_plan_of_many_shots_shows_the_first_and_the_last(say: Any, tmp_path: Path) -> None:
     many = list(range(40))
-    job = written(tmp_path, tiny_job(output="out/{id}.mp4", matrix={"seed": many}, inject=[rule(strength=0)]))
+    job = write_job(
+        tmp_path, tiny_job(output="out/{id}.mp4", matrix={"seed": many}, inject=[rule(strength=0)])
+    )
     said = say("plan", job)
     lines = [line.split()[0] for line in said.out.splitlines() if line.startswith(("seed", "…"))]
     assert lines == [*(f"seed{n}" for n in range(8)), "…", *(f"seed{n}" for n in range(36, 40))]
@@ -406,9 +408,9 @@ def test_a_job_on_stdin_starts_its_paths_in_the_current_folder(say: Any, tmp_pat
 def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_sick(monkeypatch)
+    break_videos_of_5_frames(monkeypatch)
     items = [{"id": "a", "frames": 5}, {"id": "b"}]
-    said = say("render", written(tmp_path, tiny_job(output="{id}.mp4", items=items)), "--json")
+    said = say("render", write_job(tmp_path, tiny_job(output="{id}.mp4", items=items)), "--json")
     report = json.loads(said.out)
     assert said.code == 1
     assert [shot["status"] for shot in report["shots"]] == ["failed", "rendered"]
@@ -416,14 +418,14 @@ def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
 
 
 def test_a_job_error_leaves_stdout_empty_also_with_json(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(size="1x1"))
+    job = write_job(tmp_path, tiny_job(size="1x1"))
     for name in ("render", "plan", "encode"):
         said = say(name, job, "--json")
         assert (said.code, said.out) == (2, "")
 
 
 def test_warnings_go_to_stderr(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(inject=[rule(strength=0)]))
+    job = write_job(tmp_path, tiny_job(inject=[rule(strength=0)]))
     for said in (say("plan", job), say("render", job)):
         assert said.code == 0
         assert "warning: shot 0000: an injection has strength 0 and changes nothing" in said.err
@@ -449,7 +451,7 @@ def test_encode_prints_a_key_per_prompt_in_the_order_given(say: Any) -> None:
 
 
 def test_encode_keeps_the_order_of_prompts_and_jobs(say: Any, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job())
+    job = write_job(tmp_path, tiny_job())
     rows = json.loads(say("encode", *MODEL, "--json", "first", job, "last").out)
     assert [row["text"] for row in rows] == ["first", CAT, "fog", "last"]
 
@@ -468,7 +470,7 @@ def test_encode_takes_prompts_or_a_job_on_stdin(say: Any, tmp_path: Path) -> Non
 def test_encode_fills_the_cache_for_a_render(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = written(tmp_path, tiny_job(inject=[rule()]))
+    job = write_job(tmp_path, tiny_job(inject=[rule()]))
     assert say("encode", "--cache", job, "-q", "--cache-dir", tmp_path / "c").code == 0
     monkeypatch.setattr(encoder, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     assert say("render", job, "-q", "--cache-dir", tmp_path / "c").code == 0
@@ -542,7 +544,7 @@ def test_what_does_not_go_together_is_one_line(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    written(tmp_path, tiny_job())
+    write_job(tmp_path, tiny_job())
     (tmp_path / "odd.mp4").write_bytes(b"\0\0\0\x18ftypisom")
     monkeypatch.setattr(mp4, "read_info", lambda _: mp4.VideoInfo(0, 8, 64, 64))
     said = say(*arguments)
@@ -585,7 +587,7 @@ def test_diff_without_the_transformer_does_not_load_it(say: Any, monkeypatch: py
 def test_diff_reads_a_job_a_text_and_an_embedding_file(say: Any, tmp_path: Path) -> None:
     options = ("--no-dit", "--json", "-q")
     items = [{"inject": [rule(), rule(prompt="rain")]}, {"seed": 2}, {"inject": [rule()]}]
-    job = written(tmp_path, tiny_job(output="{item}.mp4", items=items))
+    job = write_job(tmp_path, tiny_job(output="{item}.mp4", items=items))
     pairs = json.loads(say("diff", "--file", job, *options).out)
     assert [(pair["a"]["text"], pair["b"]["text"]) for pair in pairs] == [(CAT, FISH), (CAT, "rain")]
     for end in ("\n", "\r\n"):
@@ -614,7 +616,7 @@ def test_diff_names_the_missing_argument(
     say: Any, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "one.txt").write_text("a cat\n")
-    written(tmp_path, tiny_job(), "plain.yaml")
+    write_job(tmp_path, tiny_job(), "plain.yaml")
     said = say("diff", *arguments, *MODEL)
     assert (said.code, said.out) == (2, "")
     assert said.err.splitlines()[0] == f"wancli: {message}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import command
+from jobs import run_wancli
 
 from wancli import errors
 
@@ -69,7 +69,7 @@ def test_every_kind_has_its_own_code_under_that_of_its_branch_and_a_meaning_of_o
 
 
 def test_errors_lists_them_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = json.loads(command(capsys, "errors", "--json").out)
+    listed = json.loads(run_wancli(capsys, "errors", "--json").out)
     assert {entry["code"]: entry["exit_code"] for entry in listed} == {
         kind.code: kind.status for kind in KINDS.values()
     }
@@ -81,7 +81,7 @@ def test_errors_lists_them_for_people_and_for_programs(capsys: pytest.CaptureFix
         "stopped.elsewhere",
         "stopped.interrupted",
     ]
-    lines = command(capsys, "errors").out.splitlines()
+    lines = run_wancli(capsys, "errors").out.splitlines()
     assert lines[0].split() == ["code", "exit", "retry", "meaning"]
     assert len(lines) == len(listed) + 1
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import manifests
 import pytest
-from jobs import Said, command, tiny_job, written
+from jobs import CommandResult, run_wancli, tiny_job, write_job
 
 from wancli import errors
 from wancli.engine import pipeline
@@ -50,12 +50,12 @@ def worst(*codes: int) -> int:
 @pytest.fixture
 def batch(
     tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Said]:
+) -> Callable[..., CommandResult]:
     """Return a function that renders shots with these events, one after the other, without sampling."""
 
-    def rendered(*happen: str, flags: tuple[str, ...] = ()) -> Said:
+    def rendered(*happen: str, flags: tuple[str, ...] = ()) -> CommandResult:
         items = [{"id": f"{n}", "seed": n} for n in range(len(happen))]
-        job = written(tmp_path, tiny_job(known, output="out/{id}.mp4", items=items))
+        job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=items))
         coming: Iterator[str] = itertools.chain(happen, itertools.repeat("done"))
 
         def finish(*_: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def batch(
             return BODY
 
         monkeypatch.setattr(pipeline, "decode_latent", finish)
-        return command(capsys, "render", job, "-q", *flags)
+        return run_wancli(capsys, "render", job, "-q", *flags)
 
     return rendered
 
@@ -84,7 +84,7 @@ BODY = manifests.record(phases=[manifests.phase("decode", seconds=0.0)])
 
 @pytest.mark.parametrize("two", list(itertools.product(SHOTS, repeat=2)), ids=" then ".join)
 def test_a_batch_ends_with_the_worst_that_happened_to_its_shots(
-    batch: Callable[..., Said], two: tuple[str, str]
+    batch: Callable[..., CommandResult], two: tuple[str, str]
 ) -> None:
     first, second = two
     reached = [first] if first == "checkpoint" else [first, second]  # which both shots need
@@ -94,7 +94,7 @@ def test_a_batch_ends_with_the_worst_that_happened_to_its_shots(
 @pytest.mark.parametrize("first", SHOTS)
 @pytest.mark.parametrize("end", ENDS)
 def test_what_ends_the_batch_outranks_what_happened_to_shots(
-    batch: Callable[..., Said], first: str, end: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    batch: Callable[..., CommandResult], first: str, end: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     said = batch(first, end, "done")
@@ -102,22 +102,24 @@ def test_what_ends_the_batch_outranks_what_happened_to_shots(
 
 
 @pytest.mark.parametrize("first", [name for name in SHOTS if name not in ("done", "checkpoint")])
-def test_fail_fast_ends_with_the_code_of_the_failure(batch: Callable[..., Said], first: str) -> None:
+def test_fail_fast_ends_with_the_code_of_the_failure(batch: Callable[..., CommandResult], first: str) -> None:
     assert batch(first, "bug", flags=("--fail-fast",)).code == CODES[first]
 
 
-def test_a_stop_that_came_when_all_was_done_is_none(batch: Callable[..., Said]) -> None:
+def test_a_stop_that_came_when_all_was_done_is_none(batch: Callable[..., CommandResult]) -> None:
     assert batch("done", "done").code == 0
 
 
 @pytest.mark.parametrize("retries", [0, 1])
-def test_a_retry_that_goes_well_leaves_no_trace_in_the_code(batch: Callable[..., Said], retries: int) -> None:
+def test_a_retry_that_goes_well_leaves_no_trace_in_the_code(
+    batch: Callable[..., CommandResult], retries: int
+) -> None:
     said = batch("ffmpeg died", "done", "done", flags=("--retries", str(retries)))
     assert said.code == (0 if retries else 3)
 
 
 def test_a_shot_that_waits_for_a_retry_fails_after_a_stop_request(
-    batch: Callable[..., Said], tmp_path: Path
+    batch: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     said = batch("ffmpeg died", "TERM", flags=("--retries", "1"))
     assert (said.code, "shot 0: died" in said.err) == (75, True)
@@ -141,7 +143,7 @@ def test_a_shot_that_waits_for_a_retry_fails_after_a_stop_request(
     ],
 )
 def test_what_is_found_before_the_start(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -156,7 +158,7 @@ def test_what_is_found_before_the_start(
         case "usage":
             flags = ("--farce",)
         case "no such file":
-            assert command(capsys, "render", tmp_path / "no.yaml").code == code
+            assert run_wancli(capsys, "render", tmp_path / "no.yaml").code == code
             return
         case "all in the way" | "some in the way":
             out.mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Said, tiny_job, written
+from jobs import CommandResult, tiny_job, write_job
 
 import wancli
 from wancli.errors import ExitStatus
@@ -69,7 +69,10 @@ ASKING = [signal.SIGTERM, signal.SIGUSR1]
 @pytest.mark.parametrize("number", ASKING)
 @pytest.mark.parametrize("display", [["--progress", "plain"], ["--json"], ["--progress", "openjd"], ["-q"]])
 def test_a_signal_while_planning_ends_with_75(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, display: list[str]
+    render: Callable[..., CommandResult],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    display: list[str],
 ) -> None:
     before = signal.getsignal(number)
     monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
@@ -81,7 +84,10 @@ def test_a_signal_while_planning_ends_with_75(
 
 @pytest.mark.parametrize("number", [*ASKING, signal.SIGINT])
 def test_a_signal_while_the_report_is_written_lets_it_be_finished(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+    render: Callable[..., CommandResult],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     write = batch_report.write_report
 
@@ -112,7 +118,7 @@ def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("number", ASKING)
 def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
-    job = str(written(tmp_path, tiny_job()))
+    job = str(write_job(tmp_path, tiny_job()))
     said = process("render", job, at="typer", number=number)
     assert (said.returncode, said.stderr) == (75, f"wancli: stopped by {number.name}; nothing was started\n")
     said = process("render", job, at="wancli.engine.batch", number=number)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import tiny_job, written
+from jobs import tiny_job, write_job
 
 from wancli import stdio
 from wancli.errors import MachineError
@@ -44,7 +44,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
 def test_no_stream_that_is_lost_keeps_a_shot_from_being_rendered(
     tmp_path: Path, known: Path, line: str, code: int, err: bytes
 ) -> None:
-    written(tmp_path, tiny_job(known, output="{id}.mp4", items=[{"id": "a"}, {"id": "b", "seed": 1}]))
+    write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=[{"id": "a"}, {"id": "b", "seed": 1}]))
     done = shell(line, tmp_path)
     assert (done.returncode, done.stderr) == (code, err)
     assert (tmp_path / "a.mp4").exists()
@@ -53,21 +53,21 @@ def test_no_stream_that_is_lost_keeps_a_shot_from_being_rendered(
 
 @pytest.mark.parametrize("command", ["plan job.yaml", "schema", "errors --json", "plan job.yaml --json"])
 def test_results_that_cannot_be_written_are_no_bug_and_no_success(tmp_path: Path, command: str) -> None:
-    written(tmp_path, tiny_job())
+    write_job(tmp_path, tiny_job())
     done = shell(f"wancli {command} >/dev/full", tmp_path)
     said = b"wancli: stdout: cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (3, said)
 
 
 def test_a_wrong_job_has_its_exit_code_even_without_a_reader(tmp_path: Path) -> None:
-    written(tmp_path, tiny_job(frames=4))
+    write_job(tmp_path, tiny_job(frames=4))
     assert shell("wancli render job.yaml 2>/dev/full", tmp_path).returncode == 2
     assert shell("wancli render job.yaml 2>&-", tmp_path).returncode == 2
 
 
 def test_a_path_on_stdout_has_the_bytes_of_its_name(tmp_path: Path, known: Path) -> None:
     folder = tmp_path / os.fsdecode(b"u\xff")
-    written(folder, tiny_job(known, output="a.mp4"))
+    write_job(folder, tiny_job(known, output="a.mp4"))
     done = shell("wancli render job.yaml | xargs -n 1 stat -c %n", folder)
     assert (done.returncode, done.stdout) == (0, os.fsencode(folder) + b"/a.mp4\n"), done.stderr
     assert b"u\\udcff/job.report.json" in done.stderr

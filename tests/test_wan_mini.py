@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from jobs import command, manifest_of, written
+from jobs import manifest_of, run_wancli, write_job
 
 from wancli import wan_mini
 from wancli.injection import block_map
@@ -45,7 +45,7 @@ def test_a_prompt_is_rendered_in_its_colours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = command(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
+    said = run_wancli(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
     assert said.code == 0
     assert said.out.strip() == str(tmp_path / "out.mp4")
     found = shares(tmp_path / "out.mp4")
@@ -54,9 +54,9 @@ def test_a_prompt_is_rendered_in_its_colours(
     assert found["white"] < 0.05
     assert len(list(mp4.read_frames(tmp_path / "out.mp4"))) == MINI.frames
     # A name is made of the prompt where none is given, and what is done is not rendered again.
-    assert command(capsys, "render", "--prompt", RED, "--cache-dir", tmp_path / "cache").code == 0
+    assert run_wancli(capsys, "render", "--prompt", RED, "--cache-dir", tmp_path / "cache").code == 0
     assert list(tmp_path.glob("a-red-circle-drifts-to-the-left*.mp4"))
-    again = command(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
+    again = run_wancli(capsys, "render", "--prompt", RED, "-o", "out.mp4", "--cache-dir", tmp_path / "cache")
     assert "1 already done" in again.err
 
 
@@ -68,7 +68,7 @@ def test_the_injected_prompt_wins_where_all_blocks_read_it(
         "prompt": RED,
         "items": [{"id": "main"}, {"id": "all", "inject": [{"prompt": BLUE}]}],
     }
-    assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    assert run_wancli(capsys, "render", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
     main, injected = shares(tmp_path / "out/main.mp4"), shares(tmp_path / "out/all.mp4")
     assert main["red"] > 0.04
     assert main["blue"] == 0
@@ -82,8 +82,8 @@ def test_one_seed_gives_one_file_and_another_seed_another(
 ) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         job = {"output": "out/clip.mp4", "prompt": RED, "seed": seed, "sampler": {"steps": 6}}
-        path = written(tmp_path / name, job)
-        assert command(capsys, "render", path, "--cache-dir", tmp_path / "cache").code == 0
+        path = write_job(tmp_path / name, job)
+        assert run_wancli(capsys, "render", path, "--cache-dir", tmp_path / "cache").code == 0
     a, b, c = ((tmp_path / name / "out/clip.mp4").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -94,7 +94,7 @@ def test_lengths_and_sizes_keep_the_colour(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], frames: int, size: str
 ) -> None:
     job = {"output": "out/clip.mp4", "prompt": BLUE, "frames": frames, "size": size}
-    assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    assert run_wancli(capsys, "render", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
     pictures = list(mp4.read_frames(tmp_path / "out/clip.mp4"))
     assert len(pictures) == frames
     assert f"{pictures[0].width}x{pictures[0].height}" == size
@@ -107,7 +107,7 @@ def test_a_job_without_a_model_takes_the_embedded_one_with_its_defaults(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = {"output": "out/clip.mp4", "prompt": RED, "sampler": {"steps": 2}}
-    assert command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
+    assert run_wancli(capsys, "render", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache").code == 0
     body = manifest_of(tmp_path)
     assert body["model"]["root"] == str(wan_mini.FOLDER)
     shot = body["shot"]
@@ -118,29 +118,29 @@ def test_unknown_words_are_named_with_a_hint_and_rendered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = {"output": "out/clip.mp4", "prompt": "A $tabby cat walks to the left.", "sampler": {"steps": 2}}
-    said = command(capsys, "render", written(tmp_path, job), "--cache-dir", tmp_path / "cache")
+    said = run_wancli(capsys, "render", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache")
     assert said.code == 0
     assert "tabby, cat, walks? wan-mini knows a red, green, blue or yellow circle" in said.err
-    assert "tabby" not in command(capsys, "plan", written(tmp_path, job | {"prompt": RED})).err
+    assert "tabby" not in run_wancli(capsys, "plan", write_job(tmp_path, job | {"prompt": RED})).err
 
 
 def test_prompts_that_mean_the_same_differ_less_than_prompts_that_do_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def percent(a: str, b: str) -> float:
-        said = command(capsys, "diff", a, b, "--json", "--cache-dir", tmp_path / "cache")
+        said = run_wancli(capsys, "diff", a, b, "--json", "--cache-dir", tmp_path / "cache")
         assert said.code == 0
         return float(json.loads(said.out)["verdict"]["percent"])
 
     same = percent("A red circle moves to the left.", "A crimson disc drifts leftwards.")
     assert same < 50 < percent("A red circle moves to the left.", BLUE)
-    shown = command(capsys, "diff", RED, BLUE, "--cache-dir", tmp_path / "cache")
+    shown = run_wancli(capsys, "diff", RED, BLUE, "--cache-dir", tmp_path / "cache")
     assert "How a real Wan does, its own UMT5 tells: --model DIR" in shown.out
 
 
 def test_a_job_and_a_prompt_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["job.yaml", "--prompt", RED], ["job.yaml", "-o", "x.mp4"], ["-o", "x.mp4"]):
-        said = command(capsys, "render", *arguments)
+        said = run_wancli(capsys, "render", *arguments)
         assert said.code == 2
         assert "give a job file, or --prompt" in said.err
 
@@ -154,7 +154,7 @@ def test_a_block_map_is_stable_its_gradient_agrees_and_its_top_moves_more_than_i
 
     def probed(seed: int, method: str) -> list[float]:
         options = ("--method", method, "--levels", "1", "--set", f"seed={seed}", "--json", "-q")
-        said = command(capsys, "probe", written(tmp_path, job), *options, *cache)
+        said = run_wancli(capsys, "probe", write_job(tmp_path, job), *options, *cache)
         assert said.code == 0
         return list(json.loads(said.out)["total"])
 
@@ -166,7 +166,7 @@ def test_a_block_map_is_stable_its_gradient_agrees_and_its_top_moves_more_than_i
         {"id": "plain", "inject": []},
         *({"id": end, "inject": [{"prompt": BLUE, "blocks": f"auto:{end}10"}]} for end in ("top", "bottom")),
     ]
-    path = written(tmp_path, job | {"seed": 2, "items": items}, "quarters.yaml")
-    assert command(capsys, "render", path, *cache).code == 0
+    path = write_job(tmp_path, job | {"seed": 2, "items": items}, "quarters.yaml")
+    assert run_wancli(capsys, "render", path, *cache).code == 0
     plain, top, bottom = (tmp_path / "out" / f"{name}.mp4" for name in ("plain", "top", "bottom"))
     assert mean_difference(top, plain) > mean_difference(bottom, plain)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pages
 import pytest
-from jobs import command
+from jobs import run_wancli
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -212,7 +212,7 @@ def test_the_memory_of_the_page_is_that_of_the_plan(
     shown = {row.text: [int(row.get_attribute(f"data-{name}")) for name in names] for row in rows}
     changes = ["size=128x96", "frames=17", "memory.dtype=bf16", "memory.residency=streamed", "batch=1"]
     sets = [word for change in changes for word in ("--set", change)]
-    said = command(capsys, "plan", out.parent / "job.yaml", "--json", "--items", "0", *sets)
+    said = run_wancli(capsys, "plan", out.parent / "job.yaml", "--json", "--items", "0", *sets)
     assert said.code == 0
     memory = json.loads(said.out)["memory"]
     assert shown == {row["name"]: [row[name] for name in names] for row in memory}

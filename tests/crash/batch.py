@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import imageio_ffmpeg
 import torch
 from disk_state import disk_state
-from jobs import tiny_job, written
+from jobs import tiny_job, write_job
 from shim import Fault
 
 from wancli.errors import EntryError
@@ -49,7 +49,7 @@ def in_memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-class Ran(NamedTuple):
+class RunResult(NamedTuple):
     code: int  # negative: the signal that ended it
     out: str
     err: str
@@ -77,7 +77,7 @@ class Rig:
     ) -> None:
         self.folder, self.home = talk or folder, folder / "home"
         self.out, self.cache = self.home / "out", self.home / "cache"
-        self.job = written(self.home, job(model, **changes))
+        self.job = write_job(self.home, job(model, **changes))
         self.arguments = ["render", str(self.job), "-q"]
         self.environment = os.environ | {
             "IMAGEIO_FFMPEG_EXE": str(_quick_ffmpeg(self.folder))
@@ -125,7 +125,7 @@ class Rig:
         options: Sequence[str] = (),
         watched: bool = True,
         beat: float | None = None,
-    ) -> Ran:
+    ) -> RunResult:
         """The batch, on a disk that fails so; on the real one if it is not watched.
 
         `beat`: seconds between two touches of a claim, of which a torn one wants twelve without any."""
@@ -173,13 +173,13 @@ class Rig:
         """Whether it has not ended."""
         return Path(f"/proc/{child}").exists()
 
-    def ended(self) -> Ran:
+    def ended(self) -> RunResult:
         """What the run that was started came to."""
         code = self._answer()
         out, err, log = (
             (self.folder / name).read_text() for name in ("said.txt", "complained.txt", "log.txt")
         )
-        return Ran(code, out, err, [json.loads(line) for line in log.splitlines()])
+        return RunResult(code, out, err, [json.loads(line) for line in log.splitlines()])
 
     # ---- what must hold ----
 
@@ -206,7 +206,7 @@ class Rig:
             self.recoveries[state] = self.resumes()
         return self.recoveries[state]
 
-    def promises(self, ran: Ran) -> list[str]:
+    def promises(self, ran: RunResult) -> list[str]:
         """Exit code and messages against what is on disk."""
         wrong = []
         if ran.code not in (0, 1, 3, -signal.SIGKILL):

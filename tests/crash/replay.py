@@ -68,6 +68,6 @@ class Disk:
             copy.write_bytes((blobs / self.blobs[inode]).read_bytes() if inode in self.blobs else b"")
 
 
-def told(log: Sequence[dict[str, Any]], until: int) -> list[str]:
+def reported_paths(log: Sequence[dict[str, Any]], until: int) -> list[str]:
     """The shots that a user was told were done in the first `until` lines."""
     return [Path(line["told"]).stem for line in log[:until] if "told" in line]

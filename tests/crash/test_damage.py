@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from batch import LONG, Rig
-from jobs import spoiled
+from jobs import damaged_copies
 
 from wancli.errors import EntryError
 from wancli.sampling import state_file
@@ -114,7 +114,7 @@ def test_every_bit_and_every_length_of_an_entry_on_disk_is_a_miss_or_the_payload
     store.put(key, payload)
     path = store.path(key)
     whole = path.read_bytes()
-    damaged = list(spoiled(whole))
+    damaged = list(damaged_copies(whole))
     for data in damaged:
         path.write_bytes(data)
         assert store.get(key) is None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from batch import LONG, SHOTS, Rig
-from replay import Disk, told
+from replay import Disk, reported_paths
 
 EVERY = 1 if LONG else 16  # which of the cuts are also gone on from
 
@@ -37,7 +37,7 @@ def homes(
     for number, disk in cuts(rig, recorded, syncs=syncs):
         shutil.rmtree(home, ignore_errors=True)
         disk.laid_out(getattr(disk, names)(), recorded[1], home)
-        yield number, told(recorded[0].log, number)
+        yield number, reported_paths(recorded[0].log, number)
 
 
 def cuts(rig: Rig, recorded, *, syncs: bool = True) -> Iterator[tuple[int, Disk]]:  # type: ignore[no-untyped-def]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from batch import HERE, job
-from jobs import written
+from jobs import write_job
 
 RENDERS, WARM = int(os.environ.get("WANCLI_SOAK", "60")), 20
 SLACK = 0.05
@@ -44,7 +44,7 @@ def soak(path: Path) -> list[int]:
 def test_the_memory_after_many_renders_is_that_after_the_first_twenty(
     one_block: Path, tmp_path: Path
 ) -> None:
-    path = written(tmp_path, job(one_block))
+    path = write_job(tmp_path, job(one_block))
     paths = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
     ended = subprocess.run(
         [sys.executable, __file__, str(path)],

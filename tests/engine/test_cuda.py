@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import Said, latents_of, manifest_of
+from jobs import CommandResult, latents_of, manifest_of
 from oracles import relative_error
 from torch import Tensor
 
@@ -149,7 +149,7 @@ def test_products_in_fp8_are_near_those_in_bf16(chunk: int | None):
     assert 1e-4 < relative_error(velocity(found), velocity(exact)) < 0.06
 
 
-def test_a_job_renders_on_the_gpu(render: Callable[..., Said], tmp_path: Path):
+def test_a_job_renders_on_the_gpu(render: Callable[..., CommandResult], tmp_path: Path):
     job = {"size": "64x64", "frames": 5, "video": {"keep_latents": True}}
     assert render(**job, memory={"device": DEVICE, "dtype": "fp32"}).code == 0
     body = manifest_of(tmp_path)

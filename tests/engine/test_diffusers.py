@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from jobs import CAT, FISH, SPIECE, command, latents_of, manifest_of, rule, tiny_job, words, written
+from jobs import CAT, FISH, SPIECE, latents_of, manifest_of, rule, run_wancli, tiny_job, words, write_job
 from oracles import relative_error
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
@@ -119,8 +119,11 @@ def job(saved: Saved, **changes: Any) -> dict[str, Any]:
 def test_a_pipeline_saved_by_diffusers_renders_to_the_latents_of_diffusers(
     saved: Saved, tmp_path: Path, capsys: Any, prompt: str, guidance: float, frames: int
 ) -> None:
-    said = command(
-        capsys, "render", "-q", written(tmp_path, job(saved, prompt=prompt, guidance=guidance, frames=frames))
+    said = run_wancli(
+        capsys,
+        "render",
+        "-q",
+        write_job(tmp_path, job(saved, prompt=prompt, guidance=guidance, frames=frames)),
     )
     assert said.code == 0, said.err
     ours, theirs = latents_of(tmp_path), saved.latents(prompt, guidance, frames)
@@ -145,8 +148,8 @@ def test_a_pipeline_saved_in_shards_is_the_same_pipeline(saved: Saved, tmp_path:
     sharded = Saved(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((sharded.folder / "transformer").glob("*.safetensors"))) > 1
     for name, model in (("whole", saved), ("shards", sharded)):
-        path = written(tmp_path / name, job(model, inject=[rule(blocks="late")]))
-        assert command(capsys, "render", "-q", path).code == 0
+        path = write_job(tmp_path / name, job(model, inject=[rule(blocks="late")]))
+        assert run_wancli(capsys, "render", "-q", path).code == 0
     assert torch.equal(latents_of(tmp_path / "whole"), latents_of(tmp_path / "shards"))
     body = manifest_of(tmp_path / "shards")
     assert (body["model"]["sizes"]["num_heads"], body["model"]["sizes"]["num_layers"]) == (2, 3)

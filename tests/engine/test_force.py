@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from jobs import KEPT, Said, forwards
+from jobs import KEPT, CommandResult, count_forwards
 
 from wancli import errors
 from wancli.engine.context import Force
@@ -32,10 +32,10 @@ def test_a_file_is_outdated_until_it_is_written_even_with_the_same_bytes(tmp_pat
 
 
 def test_a_retry_does_not_mistake_the_latent_of_an_earlier_run_for_its_own(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert render(video=KEPT).code == 0
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     counted, full = WanModel.predict_velocities, [errors.OutOfMemory("full")]
 
     def velocities(self: WanModel, *arguments: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import CAT, TRANSFORMER, files_in, manifest_of, poison, rule, tiny_job, written
+from jobs import CAT, TRANSFORMER, files_in, forbid_calls, manifest_of, rule, tiny_job, write_job
 from safetensors.torch import load_file, save_file
 
 from wancli.engine import batch
@@ -37,7 +37,7 @@ def rendered(tmp_path: Path, shallow: Path, warm: Path) -> Render:
     """Render the tiny job in a folder of its own, with or without cached networks."""
 
     def render(name: str, kept: ModelCache | None, **changes: Any) -> list[str]:
-        job = written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
+        job = write_job(tmp_path / name, tiny_job(**{"model": shallow} | changes))
         planned = planner.build_plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
         tools = RenderContext(Store(warm / "embeddings"), Progress(), model_cache=kept)
         return [outcome.status for outcome in batch.render(planned, tools)]
@@ -67,7 +67,7 @@ def test_a_second_render_loads_nothing_and_makes_the_same_bytes(
     changes = {"seed": 3, "inject": [rule(blocks="late")]}
     assert rendered("alone", None, **changes) == ["rendered"]
     assert rendered("first", kept) == ["rendered"]
-    poison(monkeypatch, (loader, "load_transformer"), (loader, "load_vae"), (encoder, "load_encoder"))
+    forbid_calls(monkeypatch, (loader, "load_transformer"), (loader, "load_vae"), (encoder, "load_encoder"))
     assert rendered("second", kept, **changes) == ["rendered"]
     assert video(tmp_path, "second") == video(tmp_path, "alone") != video(tmp_path, "first")
     loads = [
@@ -146,7 +146,7 @@ def test_memory_of_cached_networks_does_not_count_as_taken_by_others(
 def test_time_to_the_first_step_counts_from_the_command_and_not_from_the_process(
     tmp_path: Path, shallow: Path, warm: Path
 ) -> None:
-    job = written(tmp_path, tiny_job(model=shallow))
+    job = write_job(tmp_path, tiny_job(model=shallow))
     planned = planner.build_plan(jobfile.load(job, NO_OVERRIDES), warm / "hashes.json")
     began = time.time() + 1000
     list(batch.render(planned, RenderContext(Store(warm / "embeddings"), Progress(), started_at=began)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Said, rule, tiny_job, written
+from jobs import CommandResult, rule, tiny_job, write_job
 
 from wancli.engine import output_diff
 from wancli.job.loader import load
@@ -41,12 +41,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.fixture
-def shot(render: Callable[..., Said], tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
+def shot(
+    render: Callable[..., CommandResult], tmp_path: Path, shallow: Path, warm: Path
+) -> Callable[..., Shot]:
     """The only shot of a job beside a video that the tiny job with a rule has made."""
     assert render(inject=[rule(blocks="all")]).code == 0
 
     def planned(**changes: Any) -> Shot:
-        job = written(tmp_path, tiny_job(**{"model": shallow, "inject": [rule(blocks="all")]} | changes))
+        job = write_job(tmp_path, tiny_job(**{"model": shallow, "inject": [rule(blocks="all")]} | changes))
         return planning.build_plan(load(job), warm / "hashes.json").shots[0]
 
     return planned

@@ -17,16 +17,16 @@ from jobs import (
     KEPT,
     TINY,
     VAE,
-    Said,
+    CommandResult,
     change_tensors,
     checkpoint,
-    command,
+    count_forwards,
     files_in,
-    forwards,
+    forbid_calls,
     latents_of,
     manifest_of,
-    poison,
     rule,
+    run_wancli,
 )
 from safetensors.torch import save_file
 
@@ -40,11 +40,13 @@ from wancli.weights import loader
 
 
 def test_a_finished_job_is_not_rendered_again(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = render()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    poison(monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (loader, "load_vae"))
+    forbid_calls(
+        monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (loader, "load_vae")
+    )
     second = render("--json")
     assert (first.code, second.code) == (0, 0)
     assert first.out == f"{tmp_path}/out/clip.mp4\n"
@@ -55,11 +57,11 @@ def test_a_finished_job_is_not_rendered_again(
 
 
 def test_only_unfinished_shots_are_rendered(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
     assert render(output="out/{id}.mp4", items=items[::2]).code == 0
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     said = render("--json", output="out/{id}.mp4", items=items)
     assert said.code == 0
     assert [shot["status"] for shot in json.loads(said.out)["shots"]] == [
@@ -71,11 +73,11 @@ def test_only_unfinished_shots_are_rendered(
 
 
 def test_a_prompt_is_encoded_once_ever_and_the_manifest_proves_it(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = f"{CAT} Nobody has asked for this one before."
     assert render(prompt=prompt, folder=tmp_path / "1").code == 0
-    poison(monkeypatch, (encoder, "load_encoder"))
+    forbid_calls(monkeypatch, (encoder, "load_encoder"))
     assert render(prompt=prompt, folder=tmp_path / "2").code == 0
     first, second = manifest_of(tmp_path / "1"), manifest_of(tmp_path / "2")
     assert (first["encoder_loaded"], second["encoder_loaded"]) == (True, False)
@@ -83,7 +85,7 @@ def test_a_prompt_is_encoded_once_ever_and_the_manifest_proves_it(
     assert first["files"] == second["files"]
 
 
-def test_the_same_job_gives_the_same_bytes(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_same_job_gives_the_same_bytes(render: Callable[..., CommandResult], tmp_path: Path) -> None:
     for name in "12":
         assert render(folder=tmp_path / name, frames=5, inject=[rule(blocks="late")], video=KEPT).code == 0
     for file in ("clip.mp4", "clip.latents.safetensors"):
@@ -98,9 +100,9 @@ def test_the_same_job_gives_the_same_bytes(render: Callable[..., Said], tmp_path
 
 
 def test_a_file_that_already_exists_is_never_touched(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     (tmp_path / "out").mkdir()
     for name in "ab":
         (tmp_path / "out" / f"{name}.mp4").write_bytes(b"holiday")
@@ -117,7 +119,7 @@ def test_a_file_that_already_exists_is_never_touched(
 
 
 def test_a_video_of_another_seed_blocks_the_shot_and_force_moves_it_aside(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert render().code == 0
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
@@ -134,7 +136,7 @@ def test_a_video_of_another_seed_blocks_the_shot_and_force_moves_it_aside(
 
 
 def test_a_file_that_blocks_one_shot_fails_that_shot_alone(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.mp4").write_bytes(b"holiday")
@@ -151,7 +153,11 @@ def test_a_file_that_blocks_one_shot_fails_that_shot_alone(
 @pytest.mark.parametrize("kept", [True, False], ids=["with its latent", "without"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "seal"])
 def test_an_output_of_this_very_job_that_no_longer_verifies_is_moved_aside_and_rendered_again(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, kept: bool
+    render: Callable[..., CommandResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+    kept: bool,
 ) -> None:
     said = {"video": {"keep_latents": kept}}
     assert render(**said).code == 0
@@ -165,7 +171,7 @@ def test_an_output_of_this_very_job_that_no_longer_verifies_is_moved_aside_and_r
         case "seal":
             manifest.write_text(manifest.read_text().replace('"seal": "', '"seal": "0'))
     damaged, record = path.read_bytes(), manifest.read_bytes()
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render(**said).code == 0
     assert len(calls) == (0 if kept else 4)
     assert path.read_bytes() == whole
@@ -176,7 +182,7 @@ def test_an_output_of_this_very_job_that_no_longer_verifies_is_moved_aside_and_r
 
 @pytest.mark.parametrize("kind", ["folder", "link", "dangling link", "another manifest", "garbage for one"])
 def test_a_file_not_proven_to_be_of_this_job_stays_where_it_is(
-    render: Callable[..., Said], tmp_path: Path, kind: str
+    render: Callable[..., CommandResult], tmp_path: Path, kind: str
 ) -> None:
     assert render().code == 0
     path = tmp_path / "out" / "clip.mp4"
@@ -210,7 +216,7 @@ def test_a_file_not_proven_to_be_of_this_job_stays_where_it_is(
     ids=["dies", "writes nothing"],
 )
 def test_when_ffmpeg_fails_the_latent_is_saved_and_the_next_run_only_decodes(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     fake_ffmpeg: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -225,7 +231,7 @@ def test_when_ffmpeg_fails_the_latent_is_saved_and_the_next_run_only_decodes(
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
 
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(
+    forbid_calls(
         monkeypatch, (WanModel, "predict_velocities"), (loader, "load_transformer"), (encoder, "load_encoder")
     )
     assert render(inject=[rule(blocks="late")]).code == 0
@@ -234,7 +240,7 @@ def test_when_ffmpeg_fails_the_latent_is_saved_and_the_next_run_only_decodes(
 
 
 def test_decode_finishes_a_latent_that_a_render_left(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     fake_ffmpeg: Callable[[str], None],
@@ -244,9 +250,9 @@ def test_decode_finishes_a_latent_that_a_render_left(
     fake_ffmpeg("exit 1")
     assert render().code == 3
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     latent = tmp_path / "out" / "clip.latents.safetensors"
-    said = command(capsys, "decode", latent, "-q")
+    said = run_wancli(capsys, "decode", latent, "-q")
     assert (said.code, said.out) == (0, f"{tmp_path}/out/clip.mp4\n")
     assert (tmp_path / "out/clip.mp4").read_bytes() == (tmp_path / "whole/out/clip.mp4").read_bytes()
     body, whole = manifest_of(tmp_path), manifest_of(tmp_path / "whole")
@@ -258,28 +264,30 @@ def test_decode_finishes_a_latent_that_a_render_left(
     # to the job it is done
     assert render().code == 0
     # what is there stays, and another name is as good
-    assert command(capsys, "decode", latent, "-q").code == 2
-    other = command(capsys, "decode", latent, "-q", "-o", tmp_path / "new" / "b.mp4")
+    assert run_wancli(capsys, "decode", latent, "-q").code == 2
+    other = run_wancli(capsys, "decode", latent, "-q", "-o", tmp_path / "new" / "b.mp4")
     assert (other.code, other.out) == (0, f"{tmp_path}/new/b.mp4\n")
     assert is_done(tmp_path / "new" / "b.mp4", body["key"])
-    assert command(capsys, "decode", latent, "-q", "--force").code == 0
+    assert run_wancli(capsys, "decode", latent, "-q", "--force").code == 0
     assert (tmp_path / "out" / "clip.old-1.mp4").exists()
 
 
-def test_latents_are_kept_only_if_the_job_says_so(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_latents_are_kept_only_if_the_job_says_so(
+    render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     assert render(output="out/{id}.mp4", items=[{"id": "kept", "video": KEPT}, {"id": "plain"}]).code == 0
     assert [name for name in files_in(tmp_path) if "latents" in name] == ["kept.latents.safetensors"]
 
 
 def test_a_kept_latent_is_decoded_again_when_only_the_video_changes(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert render(video=KEPT).code == 0
     small = KEPT | {"crf": 51}
     assert render(video=small).code == 2  # the other video already exists
     before = (tmp_path / "out" / "clip.mp4").stat().st_size
     (tmp_path / "out" / "clip.mp4").unlink()
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     assert render(video=small).code == 0
     assert (tmp_path / "out" / "clip.mp4").stat().st_size < before
     assert manifest_of(tmp_path)["shot"]["crf"] == 51
@@ -287,7 +295,7 @@ def test_a_kept_latent_is_decoded_again_when_only_the_video_changes(
 
 
 def test_outputs_that_share_only_the_root_have_their_report_beside_the_first(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as elsewhere:
         items = [{"output": "out/a.mp4"}, {"output": f"{elsewhere}/b.mp4"}]
@@ -298,7 +306,7 @@ def test_outputs_that_share_only_the_root_have_their_report_beside_the_first(
 
 @pytest.mark.parametrize("place", [0, 8, 60, -300, -1, "cut", "empty", "foreign", "missing"])
 def test_a_damaged_latent_is_refused(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     warm: Path,
@@ -320,14 +328,14 @@ def test_a_damaged_latent_is_refused(
         save_file({"latents": torch.zeros(16, 1, 8, 8)}, path, {"wancli": "{}"})
     if place == "missing":
         path.unlink()
-    said = command(capsys, "decode", path, "-q")
+    said = run_wancli(capsys, "decode", path, "-q")
     assert said.code == (2 if place == "missing" else 4)
     assert said.err.startswith(f"wancli: {path}: ")
     assert [p.name for p in tmp_path.iterdir()] == ([] if place == "missing" else ["x.latents.safetensors"])
 
 
 def test_a_shot_with_a_damaged_latent_is_sampled_again(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     fake_ffmpeg: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -337,29 +345,29 @@ def test_a_shot_with_a_damaged_latent_is_sampled_again(
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     latent = tmp_path / "out" / "clip.latents.safetensors"
     latent.write_bytes(latent.read_bytes()[:-1])
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render().code == 0
     assert len(calls) == 4
 
 
 def test_a_latent_is_not_decoded_with_another_vae(
-    render: Callable[..., Said], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    render: Callable[..., CommandResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = checkpoint(tmp_path)
     assert render(model=str(model), video=KEPT).code == 0
     change_tensors(model / VAE, lambda tensors: tensors["conv2.bias"].add_(1))
     latent = tmp_path / "out" / "clip.latents.safetensors"
-    said = command(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4")
+    said = run_wancli(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4")
     assert said.code == 4
     assert said.err.startswith(f"wancli: {model / VAE}: not the VAE that this latent was planned with")
-    assert command(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4", "--model", TINY).code == 0
+    assert run_wancli(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4", "--model", TINY).code == 0
 
 
 # ---- the machine ----
 
 
 def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every run may sync one file more than the last before the disk is full; the next resumes."""
     assert render(folder=tmp_path / "whole").code == 0
@@ -389,9 +397,9 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
 
 
 def test_an_unwritable_folder_is_reported_before_anything_is_loaded(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     (tmp_path / "out").write_text("a file")
     said = render()
     assert said.code == 3
@@ -399,9 +407,9 @@ def test_an_unwritable_folder_is_reported_before_anything_is_loaded(
 
 
 def test_a_missing_ffmpeg_is_reported_before_anything_is_loaded(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
     said = render()
     assert said.code == 3
@@ -409,9 +417,9 @@ def test_a_missing_ffmpeg_is_reported_before_anything_is_loaded(
 
 
 def test_too_little_memory_is_reported_before_anything_is_loaded(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     monkeypatch.setattr(machine, "process_memory", lambda: 0)
     said = render()
@@ -422,9 +430,9 @@ def test_too_little_memory_is_reported_before_anything_is_loaded(
 
 @pytest.mark.parametrize("change", [{"memory": {"device": "cuda"}}, {"noise": "cuda"}])
 def test_cuda_without_a_device_is_a_machine_error(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = render(**change)
     assert said.code == 3
@@ -432,13 +440,13 @@ def test_cuda_without_a_device_is_a_machine_error(
 
 
 def test_ctrl_c_keeps_finished_shots_and_leaves_no_debris(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(call: int) -> None:
         if call == 6:
             raise KeyboardInterrupt
 
-    calls = forwards(monkeypatch, interrupt)
+    calls = count_forwards(monkeypatch, interrupt)
     items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
     said = render(output="out/{id}.mp4", items=items)
     assert said.code == 130

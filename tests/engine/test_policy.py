@@ -15,16 +15,16 @@ from jobs import (
     FISH,
     KEPT,
     SPIECE,
-    Said,
-    command,
+    CommandResult,
+    break_videos_of_5_frames,
+    count_forwards,
     files_in,
-    forwards,
     latents_of,
-    make_sick,
     manifest_of,
     rule,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 
 from wancli import errors
@@ -39,7 +39,7 @@ from wancli.text.tokenizer import Tokenizer
 from wancli.video import mp4
 from wancli.weights import loader
 
-Render = Callable[..., Said]
+Render = Callable[..., CommandResult]
 ABC: dict[str, Any] = {
     "output": "out/{id}.mp4",
     "items": [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}],
@@ -216,15 +216,15 @@ def test_a_decode_that_runs_out_of_memory_continues_in_smaller_chunks_and_the_ma
         return real(self, z_CTYX, stream)
 
     monkeypatch.setattr(VAE, "decode_chunk", hungry)
-    job = written(tmp_path, tiny_job(frames=9, memory={"decode_chunk": chunk}))
-    said = command(capsys, "render", job, "--progress", "plain")
+    job = write_job(tmp_path, tiny_job(frames=9, memory={"decode_chunk": chunk}))
+    said = run_wancli(capsys, "render", job, "--progress", "plain")
     assert said.code == 0
     assert "warning: shot 0000: out of memory: decode, at a peak of " in said.err
     assert "; decoding on cpu with decode_chunk 1 instead, which may round pixels otherwise\n" in said.err
     body = manifest_of(tmp_path)
     assert body["decoded"] == {"device": "cpu", "chunk": 1, "fallback": True}
     assert (body["shot"]["decode_chunk"], mp4.count_frames(tmp_path / "out" / "clip.mp4")) == (chunk, 9)
-    assert command(capsys, "render", job, "-q").code == 0
+    assert run_wancli(capsys, "render", job, "-q").code == 0
 
 
 def test_each_decode_fallback_takes_less_memory_than_the_one_before() -> None:
@@ -265,13 +265,13 @@ def test_a_prompt_that_encodes_to_nan_fails_only_the_shots_that_use_it(
 def test_a_shot_that_fails_in_a_batch_is_reported_before_the_others_are_sampled(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_sick(monkeypatch)
+    break_videos_of_5_frames(monkeypatch)
     items = [{"id": "a", "frames": 5}, {"id": "b"}]
     said = {"output": "out/{id}.mp4", "items": items, "memory": {"residency": "streamed"}}
     assert render("--fail-fast", sampler={"steps": 5}, **said).code == 1
     assert statuses(tmp_path) == ["failed", "stopped"]
     assert files_in(tmp_path) == ["b.state.safetensors", "job.report.json"]
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render(sampler={"steps": 5}, **said).code == 1
     assert statuses(tmp_path) == ["failed", "rendered"]
     assert len(calls) == 2 + 2 * 4
@@ -303,7 +303,7 @@ def test_a_retry_decodes_the_latent_that_is_on_disk_also_with_force(
 ) -> None:
     assert render().code == 0
     failing(monkeypatch, mp4, "write_mp4", {0: errors.FfmpegError("died"), 1: errors.DiskError("EIO")})
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render("--force", "--retries", "2").code == 0
     assert len(calls) == 4
     assert files_in(tmp_path) == [
@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_the_states_of_shots_in_progress(
         failing(patched, mp4, "write_mp4", {0: errors.NoSpace("No space left on device")})
         assert render(**said).code == 3
     assert {"a.latents.safetensors", "b.state.safetensors"} <= set(files_in(tmp_path))
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render(**said).code == 0
     assert len(calls) == 2 * 2
 
@@ -395,11 +395,11 @@ def test_the_report_counts_no_time_and_hits_of_a_latent_of_an_earlier_run(
 def test_the_summary_of_a_render_that_only_decoded_says_nothing_of_a_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = written(tmp_path, tiny_job())
+    job = write_job(tmp_path, tiny_job())
     with pytest.MonkeyPatch.context() as patched:
         failing(patched, mp4, "write_mp4", {0: errors.FfmpegError("died")})
-        assert command(capsys, "render", job, "-q").code == 3
-    said = command(capsys, "render", job)
+        assert run_wancli(capsys, "render", job, "-q").code == 3
+    said = run_wancli(capsys, "render", job)
     assert (said.code, "first step" in said.err) == (0, False)
 
 
@@ -408,11 +408,11 @@ def test_failures_end_in_a_table_and_the_command_that_retries_them(
 ) -> None:
     folder = tmp_path / "my jobs"
     many = [{"id": f"{n}", "seed": n} for n in range(6)]
-    job = written(folder, tiny_job(output="out/{id}.mp4", items=many))
+    job = write_job(folder, tiny_job(output="out/{id}.mp4", items=many))
     died = errors.FfmpegError("it went wrong " * 20 + "at last")
     failing(monkeypatch, mp4, "write_mp4", {1: died, 2: died, 4: died})
     flags = ("--set", "negative=a b", "--progress", "plain", "--save-every", "5", "--items", "0-4")
-    said = command(capsys, "render", job, *flags)
+    said = run_wancli(capsys, "render", job, *flags)
     assert said.code == 3
     *_, first, second, third, again = map(str.rstrip, said.err.splitlines())
     assert [line.split()[:2] for line in (first, second, third)] == [[n, "machine.ffmpeg"] for n in "124"]
@@ -424,15 +424,15 @@ def test_failures_end_in_a_table_and_the_command_that_retries_them(
     report = json.loads((folder / "out" / "job.report.json").read_text())
     assert report["shots"][1]["error"]["message"].endswith("at last")
     words = ["render", str(job), *flags[:-1], "1-2,4"]
-    assert command(capsys, *words).code == 0
+    assert run_wancli(capsys, *words).code == 0
 
 
 def test_a_force_that_ended_early_comes_with_the_command_for_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
     failing(monkeypatch, mp4, "write_mp4", {1: errors.FfmpegError("died")})
-    said = command(capsys, "render", job, "--force", "--fail-fast")
+    said = run_wancli(capsys, "render", job, "--force", "--fail-fast")
     assert said.code == 3
     assert said.err.splitlines()[-1] == f"try again: wancli render {job} --fail-fast --force --items 1-2"
 
@@ -443,17 +443,17 @@ def test_an_output_that_already_exists_is_not_retried_but_comes_with_a_hint(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0.mp4").write_bytes(b"holiday")
     many = [{"id": f"{n}", "seed": n} for n in range(3)]
-    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=many))
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=many))
     failing(monkeypatch, mp4, "write_mp4", {0: errors.FfmpegError("died")})
-    said = command(capsys, "render", job, "--progress", "plain")
+    said = run_wancli(capsys, "render", job, "--progress", "plain")
     assert said.code == 3
     *_, again, taken = said.err.splitlines()
     assert again == f"try again: wancli render {job} --progress plain --items 1"
     assert taken.startswith("already exists: choose another `output`, or move the existing files aside: ")
     way_out = taken.rpartition(": wancli ")[2].split()
     assert way_out == ["render", str(job), "--progress", "plain", "--items", "0", "--force"]
-    assert command(capsys, *way_out).code == 0
-    said = command(capsys, "render", job, "--set", "seed=9")
+    assert run_wancli(capsys, *way_out).code == 0
+    said = run_wancli(capsys, "render", job, "--set", "seed=9")
     assert (said.code, "again:" in said.err) == (1, False)
 
 
@@ -461,8 +461,8 @@ def test_two_jobs_in_one_folder_have_a_report_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], shallow: Path
 ) -> None:
     for name in ("one", "two", "n" * 230):
-        job = written(tmp_path, tiny_job(shallow, output=f"out/{name[:9]}.mp4"), f"{name}.yaml")
-        assert command(capsys, "render", job, "-q").code == 0
+        job = write_job(tmp_path, tiny_job(shallow, output=f"out/{name[:9]}.mp4"), f"{name}.yaml")
+        assert run_wancli(capsys, "render", job, "-q").code == 0
     short, one, two = [name for name in files_in(tmp_path) if name.endswith(".report.json")]
     assert (one, two) == ("one.report.json", "two.report.json")
     assert short.startswith("nnnn")

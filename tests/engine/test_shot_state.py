@@ -16,16 +16,16 @@ from forked import start
 from jobs import (
     FISH,
     KEPT,
-    Said,
-    as_shells_say,
+    CommandResult,
+    count_forwards,
     files_in,
-    forwards,
+    forbid_calls,
     latents_of,
     manifest_of,
-    poison,
     rule,
+    shell_exit_code,
     tiny_job,
-    written,
+    write_job,
 )
 from torch import Tensor
 
@@ -40,7 +40,7 @@ from wancli.text import encoder
 from wancli.text.embedding import Embedding
 from wancli.video import mp4
 
-Render = Callable[..., Said]
+Render = Callable[..., CommandResult]
 STREAMED = {"residency": "streamed"}
 
 
@@ -54,12 +54,14 @@ def signalled(number: signal.Signals, forward: int) -> Callable[[int], None]:
     return send
 
 
-def stopped(render: Render, forward: int, number: signal.Signals = signal.SIGTERM) -> Callable[..., Said]:
+def stopped(
+    render: Render, forward: int, number: signal.Signals = signal.SIGTERM
+) -> Callable[..., CommandResult]:
     """Renders until a signal comes in the n-th forward."""
 
-    def rendered(*options: str, **changes: Any) -> Said:
+    def rendered(*options: str, **changes: Any) -> CommandResult:
         with pytest.MonkeyPatch.context() as patched:
-            forwards(patched, signalled(number, forward))
+            count_forwards(patched, signalled(number, forward))
             return render(*options, **changes)
 
     return rendered
@@ -83,7 +85,7 @@ def test_a_run_stopped_in_every_step_ends_with_the_latent_of_an_unstopped_run(
     assert ended.code == 75  # sampled, and not decoded
     assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     with pytest.MonkeyPatch.context() as patched:
-        poison(patched)
+        forbid_calls(patched)
         assert render(**said).code == 0
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
     found, whole = (manifest_of(folder) for folder in (tmp_path, tmp_path / "whole"))
@@ -112,7 +114,7 @@ def test_a_stopped_batch_says_what_is_saved_and_how_to_resume(
     report = json.loads((tmp_path / "out/job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == expected
     with pytest.MonkeyPatch.context() as patched:
-        calls = forwards(patched)
+        calls = count_forwards(patched)
         assert rendered().code == 0
         assert len(calls) == 2 + 4
     assert rendered(folder=tmp_path / "whole").code == 0
@@ -129,7 +131,7 @@ def test_a_stopped_batch_is_saved_whole_and_shots_that_are_behind_catch_up(
     ended = stopped(rendered, 3 * 2 * 2)(items=items[:3])
     assert ended.code == 75
     assert files_in(tmp_path) == [*(f"{name}.state.safetensors" for name in "abc"), "job.report.json"]
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert rendered(items=items).code == 0
     assert len(calls) == 2 * (3 * 2 + 5)
     assert rendered(items=items, folder=tmp_path / "whole").code == 0
@@ -167,7 +169,7 @@ def test_a_stop_while_decoding_leaves_the_latent_and_no_partial_video(
     assert said.code == 75
     assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     assert not list(tmp_path.rglob(".wancli-*"))
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     assert render(frames=9).code == 0
 
 
@@ -187,7 +189,7 @@ def test_a_stop_while_encoding_keeps_the_encoded_prompts(
     items = [{"id": f"{n}", "prompt": prompt} for n, prompt in enumerate(prompts)]
     rendered = partial(render, output="out/{id}.mp4", items=items)
     with pytest.MonkeyPatch.context() as patched:
-        poison(patched, (WanModel, "predict_velocities"))
+        forbid_calls(patched, (WanModel, "predict_velocities"))
         said = rendered()
     assert said.code == 75
     assert said.err.startswith("wancli: stopped by SIGTERM; 0 shots are saved in progress, 3 not started\n")
@@ -210,10 +212,10 @@ def test_a_killed_run_repeats_at_most_the_steps_since_its_last_save(
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        forwards(patched, killed)
+        count_forwards(patched, killed)
         assert render("--save-every", "3", **said).code == 130
     assert files_in(tmp_path) == ["clip.state.safetensors"]
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render(**said).code == 0
     assert len(calls) == 3 * (10 - 6)
     assert torch.equal(latents_of(tmp_path), latents_of(tmp_path / "whole"))
@@ -264,7 +266,7 @@ def three_states(tmp_path: Path, shallow: Path, warm: Path) -> list[ShotState]:
     late, later = {"blocks": 0, "steps": "2-3"}, {"blocks": 1, "steps": "3-3"}
     items = [{}, {"inject": [rule(**late)]}, {"inject": [rule(**late), rule(**later)]}]
     job = tiny_job(shallow, output="{item}.mp4", items=items, sampler={"steps": 4})
-    plan = build_plan(load(written(tmp_path, job)), warm / "memo.json")
+    plan = build_plan(load(write_job(tmp_path, job)), warm / "memo.json")
     states = [ShotState(shot) for shot in plan.shots]
     link_dependents(states)
     return states
@@ -322,7 +324,7 @@ def test_only_shots_that_an_edit_changed_are_sampled_from_the_start(
     rendered = partial(render, output="out/{id}.mp4", memory=STREAMED, sampler=sampler)
     assert stopped(rendered, 3 * 2 * 2)(items=items).code == 75
     items[1]["prompt"] = FISH
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     said = rendered(items=items)
     assert said.code == 0
     assert len(calls) == 2 * (1 + 4 + 1)
@@ -332,14 +334,14 @@ def test_only_shots_that_an_edit_changed_are_sampled_from_the_start(
 def test_a_damaged_state_is_moved_aside_with_a_warning(
     tmp_path: Path, render: Render, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs import command
+    from jobs import run_wancli
 
     assert stopped(render, 2)(sampler={"steps": 3}).code == 75
     state = tmp_path / "out/clip.state.safetensors"
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(data)
-    said = command(capsys, "render", tmp_path / "job.yaml", "--progress", "plain", "--cache-dir", warm)
+    said = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain", "--cache-dir", warm)
     assert said.code == 0
     assert f"warning: {state}: the latent is damaged: its checksum differs; moved aside" in said.err
     assert "clip.state.old-1.safetensors" in files_in(tmp_path)
@@ -353,7 +355,7 @@ def test_a_stopped_process_exits_cleanly_and_another_resumes(
     render: Render, tmp_path: Path, shallow: Path, warm: Path, number: signal.Signals, code: int
 ) -> None:
     said = {"sampler": {"steps": 60}, "video": KEPT, "frames": 9}
-    path = written(tmp_path, tiny_job(shallow, **said))
+    path = write_job(tmp_path, tiny_job(shallow, **said))
     with start("render", path, "-q", "--cache-dir", warm, "--save-every", "1") as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out/clip.state.safetensors").exists():
@@ -361,7 +363,7 @@ def test_a_stopped_process_exits_cleanly_and_another_resumes(
             time.sleep(0.01)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert as_shells_say(process.returncode) == code, err
+    assert shell_exit_code(process.returncode) == code, err
     assert f"stopped by {number.name}" in err
     assert render(**said).code == 0
     assert render(folder=tmp_path / "whole", **said).code == 0
@@ -369,7 +371,7 @@ def test_a_stopped_process_exits_cleanly_and_another_resumes(
 
 
 def test_a_stopped_force_continues_with_the_shots_it_has_not_rendered(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {
         "output": "out/{id}.mp4",
@@ -377,7 +379,7 @@ def test_a_stopped_force_continues_with_the_shots_it_has_not_rendered(
     }
     assert render(**changes).code == 0
     with monkeypatch.context() as patch:
-        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 5 else None)
+        count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 5 else None)
         said = render("--force", **changes)
     assert said.code == 75
     command = f"wancli render {tmp_path}/job.yaml --force --quiet --items 1-2"

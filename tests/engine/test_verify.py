@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Said, command, forwards, tiny_job, written
+from jobs import CommandResult, count_forwards, run_wancli, tiny_job, write_job
 
 from wancli.engine import verify
 from wancli.storage import claim_file
@@ -28,13 +28,13 @@ def batch(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -
     from wancli.cli import run
 
     folder = tmp_path_factory.mktemp("batch")
-    job = written(folder, tiny_job(shallow, **SWEEP))
+    job = write_job(folder, tiny_job(shallow, **SWEEP))
     assert run(["render", str(job), "-q", "--cache-dir", str(warm)]) == 0
     with pytest.MonkeyPatch.context() as patch:
         for name in ("half", "other"):
             stopped = tiny_job(shallow, output=f"out/{name}.mp4", seed=len(name) * 100, sampler={"steps": 4})
-            forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
-            assert run(["render", str(written(folder, stopped, f"{name}.yaml")), "-q"]) == 75
+            count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+            assert run(["render", str(write_job(folder, stopped, f"{name}.yaml")), "-q"]) == 75
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_whole_batch_verifies_and_deep_decodes_every_video(
     real = mp4.count_frames
     monkeypatch.setattr(mp4, "count_frames", lambda path: [counted.append(path), real(path)][1])
     for options in ((), ("--deep",)):
-        said = command(capsys, "check", copy / "out", "--json", *options)
+        said = run_wancli(capsys, "check", copy / "out", "--json", *options)
         found = json.loads(said.out)
         assert (said.code, found["problems"], found["orphans"]) == (0, [], [])
         assert found["verified"] == {"videos": COUNT, "latents": COUNT, "states": 2}
@@ -118,7 +118,7 @@ def test_every_damage_is_found_by_name_and_nothing_is_modified(
 def test_it_exits_with_4_and_says_which_file_and_why(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "out/s3.mp4"
     path.write_bytes(path.read_bytes() + b"x")
-    said = command(capsys, "check", copy / "out")
+    said = run_wancli(capsys, "check", copy / "out")
     assert said.code == 4
     size = path.stat().st_size
     assert said.out.splitlines()[0] == f"{path}: {size} bytes where the manifest has {size - 1}"
@@ -166,7 +166,7 @@ def test_claims_of_dead_workers_are_listed_and_those_of_the_living_are_not(copy:
 
 def test_a_job_is_checked_against_what_it_says_now(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def check(*options: str) -> tuple[int, dict[str, Any]]:
-        said = command(capsys, "check", copy / "job.yaml", "--json", *options)
+        said = run_wancli(capsys, "check", copy / "job.yaml", "--json", *options)
         return said.code, json.loads(said.out)
 
     code, found = check()
@@ -191,7 +191,7 @@ def test_a_report_that_is_cut_is_a_problem_and_that_of_another_program_is_not(co
 def test_what_is_neither_folder_nor_job_is_a_job_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: Said = command(capsys, "check", tmp_path / "no")
+    said: CommandResult = run_wancli(capsys, "check", tmp_path / "no")
     assert said.code == 2
     assert "cannot be read: No such file" in said.err
 

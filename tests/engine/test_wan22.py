@@ -21,17 +21,17 @@ from jobs import (
     SPIECE,
     TINY,
     TRANSFORMER,
-    Said,
+    CommandResult,
     change_tensors,
     checkpoint,
-    command,
+    count_forwards,
     files_in,
-    forwards,
     latents_of,
     manifest_of,
     rule,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 from oracles import relative_error
 from sentencepiece import SentencePieceProcessor
@@ -171,12 +171,12 @@ def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 @pytest.fixture
 def render(
     tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Said]:
+) -> Callable[..., CommandResult]:
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
 
-    def rendered(saved: Saved, *options: str, folder: Path = tmp_path, **changes: Any) -> Said:
+    def rendered(saved: Saved, *options: str, folder: Path = tmp_path, **changes: Any) -> CommandResult:
         said = {"negative": NEGATIVE, "seed": SEED, "frames": 5, "sampler": SAMPLER, "video": KEPT} | changes
-        return command(capsys, "render", "-q", *options, written(folder, tiny_job(saved.folder, **said)))
+        return run_wancli(capsys, "render", "-q", *options, write_job(folder, tiny_job(saved.folder, **said)))
 
     return rendered
 
@@ -185,7 +185,7 @@ def render(
 def decide(tmp_path: Path, warm: Path) -> Callable[..., Shot]:
     def decided(folder: Path, **said: Any) -> Shot:
         job = {"model": str(folder), "prompt": CAT, **said}
-        (shot,) = planning.build_plan(load(written(tmp_path, job)), warm / "hashes.json").shots
+        (shot,) = planning.build_plan(load(write_job(tmp_path, job)), warm / "hashes.json").shots
         return shot
 
     return decided
@@ -292,9 +292,13 @@ def test_settings_of_experts_are_refused_if_there_is_one_network(
 @pytest.mark.parametrize("low", [3.0, 1.0])
 @torch.inference_mode()
 def test_two_experts_give_the_latents_of_diffusers(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: float
+    a14b: Saved,
+    render: Callable[..., CommandResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    low: float,
 ) -> None:
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     said = render(a14b, sampler=SAMPLER | {"guidance": {"high": 4.0, "low": low}})
     assert said.code == 0, said.err
     expected = a14b.latents((16, 2, 8, 8), guidance_scale=4.0, guidance_scale_2=low)
@@ -321,7 +325,7 @@ def test_two_experts_give_the_latents_of_diffusers(
 )
 @torch.inference_mode()
 def test_a_rule_for_one_expert_is_another_prompt_in_its_steps(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, expert: str, prompts: tuple[str, str]
+    a14b: Saved, render: Callable[..., CommandResult], tmp_path: Path, expert: str, prompts: tuple[str, str]
 ) -> None:
     replaced = rule(blocks="all", strength=1, blend="replace", expert=expert)
     assert render(a14b, inject=[replaced]).code == 0
@@ -335,7 +339,7 @@ def test_a_rule_for_one_expert_is_another_prompt_in_its_steps(
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @torch.inference_mode()
 def test_ti2v_gives_the_latents_and_frames_of_diffusers(
-    ti2v: Saved, render: Callable[..., Said], tmp_path: Path
+    ti2v: Saved, render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     said = render(ti2v)
     assert said.code == 0, said.err
@@ -386,7 +390,7 @@ def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
     folder = tmp_path_factory.mktemp("alone")
     for item in ITEMS:
         said = {"negative": NEGATIVE, "seed": SEED, "frames": 5, "sampler": SAMPLER, "video": KEPT} | item
-        path = written(folder, tiny_job(a14b.folder, output="out/{id}.mp4", **said))
+        path = write_job(folder, tiny_job(a14b.folder, output="out/{id}.mp4", **said))
         assert run(["render", "-q", str(path)]) == 0
     return {item["id"]: latents_of(folder, item["id"]) for item in ITEMS}
 
@@ -397,7 +401,7 @@ def alone(a14b: Saved, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
 )
 def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
     a14b: Saved,
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     alone: dict[str, Tensor],
@@ -414,7 +418,7 @@ def test_a_batch_takes_its_high_noise_steps_before_the_expert_is_changed(
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_shots_that_differ_for_the_low_noise_expert_share_all_steps_of_the_other(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, residency: str
+    a14b: Saved, render: Callable[..., CommandResult], tmp_path: Path, residency: str
 ) -> None:
     items = [
         {"id": "a"},
@@ -424,7 +428,7 @@ def test_shots_that_differ_for_the_low_noise_expert_share_all_steps_of_the_other
     ]
     rendered = partial(render, a14b, output="out/{id}.mp4", memory={"residency": residency})
     with pytest.MonkeyPatch.context() as patched:
-        calls = forwards(patched)
+        calls = count_forwards(patched)
         assert rendered(items=items).code == 0
     assert len(calls) == 2 * 4 + 2 * 2 + 2 * 2 + 2 + 2
     for item in items:
@@ -440,8 +444,8 @@ def test_a_block_map_has_levels_of_both_experts(
 ) -> None:
     loaded = watch_loading(monkeypatch)
     said = {"negative": NEGATIVE, "frames": 5, "sampler": SAMPLER, "inject": [rule(blocks="all")]}
-    path = written(tmp_path, tiny_job(a14b.folder, **said))
-    probed = command(capsys, "probe", path, "--levels", "3", "--json", "-q")
+    path = write_job(tmp_path, tiny_job(a14b.folder, **said))
+    probed = run_wancli(capsys, "probe", path, "--levels", "3", "--json", "-q")
     assert probed.code == 0, probed.err
     assert loaded == ["high", "low"]
     assert len(json.loads(probed.out)["values"]) == 3
@@ -449,7 +453,7 @@ def test_a_block_map_has_levels_of_both_experts(
 
 def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
     a14b: Saved,
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     alone: dict[str, Tensor],
@@ -476,7 +480,7 @@ def test_a_shot_that_fails_in_its_high_noise_steps_stops_no_other(
 
 
 def test_a_shot_whose_latent_exists_is_only_decoded(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    a14b: Saved, render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered = partial(render, a14b, output="out/{id}.mp4")
     assert rendered(items=ITEMS[:1]).code == 0
@@ -486,7 +490,7 @@ def test_a_shot_whose_latent_exists_is_only_decoded(
     assert loaded == ["high", "low"]
     for name in ("a.mp4", "a.manifest.json"):
         (tmp_path / "out" / name).unlink()
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert rendered(items=ITEMS, **again).code == 0
     assert len(calls) == 2 * 2 * STEPS
     assert loaded == ["high", "low"] * 2
@@ -507,7 +511,11 @@ def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatc
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_a_batch_killed_between_its_experts_resumes_with_the_second(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, alone: dict[str, Tensor], residency: str
+    a14b: Saved,
+    render: Callable[..., CommandResult],
+    tmp_path: Path,
+    alone: dict[str, Tensor],
+    residency: str,
 ) -> None:
     items = [item | {"measure": item["id"] == "b"} for item in ITEMS]
     rendered = partial(render, a14b, output="out/{id}.mp4", items=items, memory={"residency": residency})
@@ -516,7 +524,7 @@ def test_a_batch_killed_between_its_experts_resumes_with_the_second(
         assert rendered().code == 130
     assert files_in(tmp_path) == [f"{name}.state.safetensors" for name in "abc"]
     with pytest.MonkeyPatch.context() as patched:
-        loaded, calls = watch_loading(patched), forwards(patched)
+        loaded, calls = watch_loading(patched), count_forwards(patched)
         said = rendered()
     assert said.code == 0, said.err
     assert loaded == ["low"]
@@ -534,7 +542,7 @@ def test_a_batch_killed_between_its_experts_resumes_with_the_second(
 
 
 def test_the_state_of_another_job_or_a_damaged_one_is_moved_aside(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    a14b: Saved, render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered = partial(render, a14b, output="out/{id}.mp4", items=ITEMS[:2])
     with pytest.MonkeyPatch.context() as patched:
@@ -542,7 +550,7 @@ def test_the_state_of_another_job_or_a_damaged_one_is_moved_aside(
         assert rendered().code == 130
     state = tmp_path / "out" / "a.state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert rendered(prompt=FISH).code == 0
     assert len(calls) == 2 * 2 * STEPS
     assert [name for name in files_in(tmp_path) if "state" in name] == [
@@ -552,7 +560,7 @@ def test_the_state_of_another_job_or_a_damaged_one_is_moved_aside(
 
 
 def test_streamed_experts_are_read_once_a_step_for_a_whole_batch(
-    a14b: Saved, render: Callable[..., Said], tmp_path: Path, alone: dict[str, Tensor]
+    a14b: Saved, render: Callable[..., CommandResult], tmp_path: Path, alone: dict[str, Tensor]
 ) -> None:
     passes: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
@@ -577,9 +585,9 @@ def test_states_that_wait_for_the_other_expert_count_in_the_prediction(
 ) -> None:
     items = [{"id": "a"}, {"id": "b"}, {"id": "c", "frames": 1}]
     job = tiny_job(a14b.folder, output="{id}.mp4", items=items, frames=5)
-    together = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
+    together = planning.build_plan(load(write_job(tmp_path, job)), warm / "memo.json")
     job["items"] = items[:1]
-    single = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
+    single = planning.build_plan(load(write_job(tmp_path, job)), warm / "memo.json")
     state = 4 * 4 * 16 * 8 * 8  # x, two x0 and the last x, per latent frame
     alone = single.schedule.phases(single.shots[0])[1]
     first, _, last = (together.schedule.phases(shot)[1] for shot in together.shots)

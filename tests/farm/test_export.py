@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from jobs import Said, command, files_in, manifest_of, tiny_job, written
+from jobs import CommandResult, files_in, manifest_of, run_wancli, tiny_job, write_job
 
 from wancli.farm.slurm_export import SlurmOptions, build_script
 
@@ -23,7 +23,7 @@ SWEEP = {"output": "out/{item}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
 
 
 def export(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    said = command(capsys, "export", *arguments)
+    said = run_wancli(capsys, "export", *arguments)
     assert (said.code, said.err) == (0, "")
     return said.out
 
@@ -43,7 +43,7 @@ def other_folder(tmp_path: Path, warm: Path) -> dict[str, Any]:
 def test_the_script_requests_the_given_resources(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
 ) -> None:
-    job = written(tmp_path, tiny_job(shallow, **SWEEP))
+    job = write_job(tmp_path, tiny_job(shallow, **SWEEP))
     options = ["--shards", 2, "--gpus", 0, "--time", "1:00:00", "--cpus", 4, "--mem", "32G", "--margin", 60]
     text = export(capsys, "slurm", job, *options)
     asked = dict(line.split(" --")[1].partition("=")[::2] for line in text.splitlines() if "SBATCH" in line)
@@ -66,7 +66,7 @@ def test_a_job_that_computes_on_cpus_requests_no_gpu_by_default(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
 ) -> None:
     items = [{"id": "a", "memory": {"device": "cpu"}}, {"id": "b"}]
-    job = written(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
 
     def asks(*options: object) -> bool:
         return "gpu" in export(capsys, scheduler, job, *options)
@@ -81,7 +81,7 @@ def test_odd_names_reach_the_render_whole(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
     name = 'it\'s $(touch oops) `x` "q" 猫.yaml'
-    job = written(tmp_path, tiny_job(shallow, **SWEEP), name)
+    job = write_job(tmp_path, tiny_job(shallow, **SWEEP), name)
     text = export(capsys, "slurm", job, "--set", "prompt=$HOME; 'a' \"b\"")
     assert "\n#SBATCH --job-name=wancli-it-s-touch-oops-x-q-\n" in text
     echo = tmp_path / "echo"
@@ -103,7 +103,7 @@ def test_a_task_that_is_out_of_time_saves_queues_again_and_finishes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
     changes = {**SWEEP, "sampler": {"steps": 40}, "save_every": 1}
-    job = written(tmp_path, tiny_job(shallow, **changes))
+    job = write_job(tmp_path, tiny_job(shallow, **changes))
     script = tmp_path / "job.sbatch"
     script.write_text(export(capsys, "slurm", job, "--shards", 2, "--gpus", 0))
     scontrol = tmp_path / "bin" / "scontrol"
@@ -177,8 +177,10 @@ def test_a_cancelled_task_does_not_queue_again(
 def test_what_would_fail_on_the_farm_fails_here(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    job = str(written(tmp_path, tiny_job(**SWEEP)))
-    said: Said = command(capsys, "export", *[job if word == "JOB" else word for word in arguments])
+    job = str(write_job(tmp_path, tiny_job(**SWEEP)))
+    said: CommandResult = run_wancli(
+        capsys, "export", *[job if word == "JOB" else word for word in arguments]
+    )
     assert (said.code, said.out) == (2, "")
     assert message in said.err
 
@@ -187,8 +189,8 @@ def test_what_would_fail_on_the_farm_fails_here(
 
 
 def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    job = written(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
-    said = command(capsys, "export", "openjd", job)
+    job = write_job(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
+    said = run_wancli(capsys, "export", "openjd", job)
     assert (said.code, said.out) == (2, "")
     assert "is not UTF-8" in said.err
 
@@ -196,7 +198,7 @@ def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[s
 def test_the_template_is_sound_and_its_defaults_are_all_shots(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path
 ) -> None:
-    job = written(tmp_path, tiny_job(shallow, **SWEEP))
+    job = write_job(tmp_path, tiny_job(shallow, **SWEEP))
     path = tmp_path / "template.yaml"
     path.write_text(export(capsys, "openjd", job, "--gpus", 2, "--at-once", 3, "--save-every", "5"))
     done = subprocess.run([OPENJD, "check", path], capture_output=True, text=True)
@@ -211,7 +213,7 @@ def test_the_template_is_sound_and_its_defaults_are_all_shots(
 def test_the_server_of_a_session_has_the_options_of_its_renders(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
-    job = written(tmp_path, tiny_job("there/is/none", **SWEEP))  # without its options nothing can be loaded
+    job = write_job(tmp_path, tiny_job("there/is/none", **SWEEP))  # without its options nothing can be loaded
     path, cache = tmp_path / "template.yaml", tmp_path / "another cache"
     options = ["--set", f"model={shallow}", "--set=prompt=it's $HOME", "--cache-dir", cache, "--retries", 1]
     path.write_text(export(capsys, "openjd", job, "--gpus", 0, *options))
@@ -229,7 +231,7 @@ def test_the_server_of_a_session_has_the_options_of_its_renders(
 def test_openjd_renders_the_shots_with_one_load_of_the_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, other_folder: dict[str, Any]
 ) -> None:
-    job = written(tmp_path, tiny_job(shallow, **SWEEP), "it's a job.yaml")
+    job = write_job(tmp_path, tiny_job(shallow, **SWEEP), "it's a job.yaml")
     path = tmp_path / "template.yaml"
     path.write_text(export(capsys, "openjd", job, "--gpus", 0, "--at-once", 2))
     other_folder["env"].pop("WANCLI_SOCKET", None)

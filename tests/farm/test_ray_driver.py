@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import KEPT, Said, files_in, latents_of, tiny_job, written
+from jobs import KEPT, CommandResult, files_in, latents_of, tiny_job, write_job
 
 from wancli.engine.context import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
@@ -31,7 +31,7 @@ from wancli.job.loader import load
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
 
-Render = Callable[..., Said]
+Render = Callable[..., CommandResult]
 IDS = "abcdefgh"
 JOB: dict[str, Any] = {
     "output": "out/{id}.mp4",
@@ -45,7 +45,7 @@ JOB: dict[str, Any] = {
 @pytest.fixture
 def start_driver(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[subprocess.Popen[str]]:
     """Start the command with two workers, in a process of its own: Ray warns, and keeps global state."""
-    job = written(tmp_path, tiny_job(shallow, **JOB))
+    job = write_job(tmp_path, tiny_job(shallow, **JOB))
     short = tempfile.mkdtemp(prefix="r", dir="/tmp")
     program = "import os; os.cpu_count = lambda: 2; from wancli.__main__ import main; main()"
     arguments = ["render", job, "--engine", "ray", "--cpus-per-worker", "1", "--cache-dir", warm]
@@ -197,7 +197,7 @@ def test_errors_come_over_the_wire_as_they_were(kind: type[WancliError]) -> None
 
 
 def write_plan(folder: Path, model: Path, **changes: Any) -> tuple[Path, Plan]:
-    job = written(
+    job = write_job(
         folder, tiny_job(model, **JOB | {"items": JOB["items"][:2], "sampler": {"steps": 2}} | changes)
     )
     return job, build_plan(load(job), folder / "memo")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from forked import Forked, start
 from forked import run as wancli
-from jobs import TRANSFORMER, as_shells_say, change_tensors, files_in, manifest_of, tiny_job, written
+from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, shell_exit_code, tiny_job, write_job
 
 from wancli import signals
 from wancli.engine.networks import ModelCache
@@ -61,7 +61,7 @@ def _pid(path: Path) -> int:
 
 def finish(process: Forked) -> Done:
     out, err = process.communicate(timeout=60)
-    return Done(process.args, as_shells_say(process.returncode), out, err)
+    return Done(process.args, shell_exit_code(process.returncode), out, err)
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def start_server(path: Path, *options: object) -> Iterator[Forked]:
 def server_path(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Iterator[Path]:
     """Start a server for all tests that leave it alive, and fill the cache with the prompts by a render."""
     folder = tmp_path_factory.mktemp("server")
-    job, environment = written(folder, tiny_job(shallow)), os.environ | {"WANCLI_CACHE": str(warm)}
+    job, environment = write_job(folder, tiny_job(shallow)), os.environ | {"WANCLI_CACHE": str(warm)}
     with start_server(folder / "s"):
         assert wancli("render", job, "--socket", folder / "s", env=environment).returncode == 0
         yield folder / "s"
@@ -93,7 +93,7 @@ def job(tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
 
     def write(name: str = ".", **changes: Any) -> Path:
-        return written(tmp_path / name, tiny_job(**{"model": shallow} | changes))
+        return write_job(tmp_path / name, tiny_job(**{"model": shallow} | changes))
 
     return write
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from jobs import command
+from jobs import run_wancli
 
 from wancli.job import json_schema
 from wancli.job.schema import Job
@@ -84,7 +84,7 @@ def test_the_validator_here_knows_every_keyword_of_the_schema() -> None:
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
-    said = command(capsys, "schema")
+    said = run_wancli(capsys, "schema")
     assert (said.code, said.err) == (0, "")
     assert json.loads(said.out) == json_schema.job_schema()
 

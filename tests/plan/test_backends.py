@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Said, command, latents_of, manifest_of, rule, tiny_job, written
+from jobs import CommandResult, latents_of, manifest_of, rule, run_wancli, tiny_job, write_job
 
 from wancli.errors import JobError
 from wancli.job.loader import load
@@ -20,7 +20,7 @@ from wancli.storage.manifest import read
 
 def planned(folder: Path, **memory: Any) -> Shot:
     job = tiny_job(memory={"device": "cpu"} | memory)
-    return build_plan(load(written(folder, job)), folder / "memo").shots[0]
+    return build_plan(load(write_job(folder, job)), folder / "memo").shots[0]
 
 
 def test_a_job_chooses_the_backends(tmp_path: Path):
@@ -73,7 +73,7 @@ def test_contradicting_options_are_refused(tmp_path: Path, memory: dict[str, Any
 def test_loras_cannot_be_combined_with_fp8_matmuls(tmp_path: Path):
     job = tiny_job(memory={"fp8_matmul": True}, loras=[{"path": "style.safetensors"}])
     with pytest.raises(JobError, match="loras: LoRAs cannot be added to weights that are multiplied in fp8"):
-        build_plan(load(written(tmp_path, job)), tmp_path / "memo")
+        build_plan(load(write_job(tmp_path, job)), tmp_path / "memo")
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,16 @@ def test_loras_cannot_be_combined_with_fp8_matmuls(tmp_path: Path):
     ],
 )
 def test_a_missing_backend_is_reported_before_anything_is_loaded(
-    render: Callable[..., Said], memory: dict[str, Any], message: str
+    render: Callable[..., CommandResult], memory: dict[str, Any], message: str
 ):
     said = render(memory={"device": "cpu"} | memory)
     assert said.code == 3
     assert message in said.err
 
 
-def test_the_manifest_and_the_report_name_the_backends(render: Callable[..., Said], tmp_path: Path, capsys):
+def test_the_manifest_and_the_report_name_the_backends(
+    render: Callable[..., CommandResult], tmp_path: Path, capsys
+):
     memory = {"device": "cpu", "attention": "math", "chunk": 256}
     job = {"size": "256x128", "frames": 9, "memory": memory, "video": {"keep_latents": True}}
     assert render(**job).code == 0
@@ -107,7 +109,9 @@ def test_the_manifest_and_the_report_name_the_backends(render: Callable[..., Sai
     assert body["attention"] == {"asked": "math", "self": "math", "cross": "flash_attention"}
 
 
-def test_a_chunked_shot_and_its_measured_effects_are_the_same(render: Callable[..., Said], tmp_path: Path):
+def test_a_chunked_shot_and_its_measured_effects_are_the_same(
+    render: Callable[..., CommandResult], tmp_path: Path
+):
     found = []
     for chunk in (256, "auto"):
         job = {"size": "256x128", "frames": 9, "video": {"keep_latents": True}, "memory": {"chunk": chunk}}
@@ -129,7 +133,7 @@ def test_the_plan_and_the_summary_name_the_backends(
 ):
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
     memory = {"device": "cpu", "attention": "math", "chunk": 512}
-    job = written(tmp_path, tiny_job(shallow, memory=memory))
-    assert "resident, 512 tokens at a time, math attention" in command(capsys, "plan", job).out
-    said = command(capsys, "render", job)
+    job = write_job(tmp_path, tiny_job(shallow, memory=memory))
+    assert "resident, 512 tokens at a time, math attention" in run_wancli(capsys, "plan", job).out
+    said = run_wancli(capsys, "render", job)
     assert "attention: math among video tokens, flash_attention to the text" in said.err

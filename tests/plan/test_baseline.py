@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import rule, tiny_job, written
+from jobs import rule, tiny_job, write_job
 from safetensors.torch import save_file
 
 from wancli.errors import JobError
@@ -21,7 +21,7 @@ ITEMS = [{"id": "a", "inject": [rule()]}, {"id": "b"}, {"id": "c", "inject": [ru
 
 def decided(folder: Path, **changes: Any) -> Comparison | None:
     job = tiny_job(**{"output": "out/{id}.mp4", "items": ITEMS} | changes)
-    return build_plan(load(written(folder, job)), folder / "memo.json").comparison
+    return build_plan(load(write_job(folder, job)), folder / "memo.json").comparison
 
 
 def test_nothing_is_compared_unless_asked(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_shot_is_beside_the_one_that_differs_in_the_injection_alone(tmp_path: 
     found = decided(tmp_path, compare=True, **swept)
     assert found
     assert found.default_baseline == "seed7-strength0"
-    job = load(written(tmp_path, tiny_job(compare=True, **swept)))
+    job = load(write_job(tmp_path, tiny_job(compare=True, **swept)))
     assert build_plan(job, tmp_path / "memo.json").warnings == ()  # its injections of strength 0 are meant
     assert {id: found.baselines[id] for id in found.baselines} == {
         f"seed{seed}-strength{strength}": f"seed{seed}-strength0"
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_said_with_its_line(tmp_path: Path, changes: Any, mess
 
 def test_comparing_changes_no_key_of_a_shot(tmp_path: Path) -> None:
     keys = [
-        [shot.key for shot in build_plan(load(written(tmp_path, job)), tmp_path / "memo.json").shots]
+        [shot.key for shot in build_plan(load(write_job(tmp_path, job)), tmp_path / "memo.json").shots]
         for job in (tiny_job(), tiny_job(compare=True))
     ]
     assert keys[0] == keys[1]

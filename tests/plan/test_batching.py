@@ -13,15 +13,15 @@ import torch
 from jobs import (
     FISH,
     KEPT,
-    Said,
-    command,
+    CommandResult,
+    count_forwards,
     files_in,
-    forwards,
     latents_of,
     manifest_of,
     rule,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -49,10 +49,10 @@ UNLIKE: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def batch(render: Callable[..., Said]) -> Callable[..., Said]:
+def batch(render: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
     """Render items that keep their latents, with streamed blocks."""
 
-    def rendered(*options: str, **changes: Any) -> Said:
+    def rendered(*options: str, **changes: Any) -> CommandResult:
         said = {"output": "out/{id}.mp4", "memory": STREAMED, "sampler": {"steps": STEPS}, "video": KEPT}
         return render(*options, **said | changes)
 
@@ -63,7 +63,7 @@ def batch(render: Callable[..., Said]) -> Callable[..., Said]:
 def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., list[Shot]]:
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "memory": STREAMED, "items": list(items)} | said
-        path = written(tmp_path, tiny_job(shallow, **job))
+        path = write_job(tmp_path, tiny_job(shallow, **job))
         return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
@@ -91,7 +91,7 @@ def differ(folder: Path, other: Path, names: str = "abc") -> list[str]:
 
 
 def test_unlike_shots_on_one_pass_have_the_latents_of_shots_alone(
-    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = passes(monkeypatch)
     said = batch("--json", folder=tmp_path / "together", items=UNLIKE)
@@ -117,7 +117,7 @@ def test_unlike_shots_on_one_pass_have_the_latents_of_shots_alone(
 
 
 def test_a_shot_that_meets_nan_fails_alone(
-    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert batch(folder=tmp_path / "alone", items=UNLIKE, batch=1).code == 0
     real, seen = WanModel.predict_velocities, [0]
@@ -143,7 +143,7 @@ def test_a_shot_that_meets_nan_fails_alone(
 
 
 def test_measured_shots_join_a_batch_and_have_the_same_effects(
-    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [item | {"measure": True} for item in UNLIKE[:2]] + [UNLIKE[2] | {"measure": True}]
     read = passes(monkeypatch)
@@ -157,7 +157,7 @@ def test_measured_shots_join_a_batch_and_have_the_same_effects(
 
 
 def test_shots_with_the_same_loras_share_a_pass_and_other_shots_do_not(
-    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     down, up = 0.3 * torch.randn(2, 48), 0.3 * torch.randn(48, 2)
     key = "diffusion_model.blocks.{}.self_attn.q.lora_{}.weight"
@@ -185,11 +185,11 @@ def test_a_batch_has_one_bar_that_names_its_shots(
 ) -> None:
     items = [{"id": name, "seed": ord(name)} for name in "abc"]
     job = tiny_job(shallow, output="out/{id}.mp4", memory=STREAMED, items=items)
-    path = written(tmp_path, job)
-    said = command(capsys, "plan", path, "-v", "--cache-dir", warm)
+    path = write_job(tmp_path, job)
+    said = run_wancli(capsys, "plan", path, "-v", "--cache-dir", warm)
     assert "up to 3 shots share each pass over the weights" in said.out
     assert "one of 3 shots on each pass over the weights" in said.out
-    said = command(capsys, "render", path, "--progress", "plain", "--cache-dir", warm)
+    said = run_wancli(capsys, "render", path, "--progress", "plain", "--cache-dir", warm)
     sampling = [line for line in said.err.splitlines() if line.startswith("sample ")]
     assert sampling[0] == "sample 3 shots, a to c: started, 2 steps"
     assert len(sampling) == 2 + 1  # and the row of the table
@@ -199,7 +199,7 @@ def test_a_batch_has_one_bar_that_names_its_shots(
 
 
 def test_all_latents_of_a_batch_are_on_disk_before_one_is_decoded(
-    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = mp4.write_mp4
 
@@ -212,11 +212,11 @@ def test_all_latents_of_a_batch_are_on_disk_before_one_is_decoded(
 
 
 def test_shots_with_a_latent_are_published_first_and_the_rest_share_passes(
-    batch: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert batch(items=UNLIKE[1:2]).code == 0
     (tmp_path / "out/b.mp4").unlink()
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     said = batch(items=UNLIKE)
     assert [Path(line).stem for line in said.out.splitlines()] == ["b", "a", "c"]
     assert len(calls) == 2 * 2 * STEPS
@@ -239,7 +239,7 @@ def test_the_memory_limit_is_read_once_and_a_render_executes_the_schedule_of_the
     monkeypatch.setattr(memory_policy, "read_free_memory", lambda device: [reads.append(device), free][1])
     items = [{"seed": seed} for seed in range(3)] + [{"size": "96x64"}]
     job = tiny_job(shallow, output=f"{tmp_path}/{{item}}.mp4", memory=STREAMED, items=items)
-    plan = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json")
+    plan = planning.build_plan(load(write_job(tmp_path, job)), warm / "memo.json")
     context = RenderContext(Store(warm / "embeddings"), Progress())
     assert preflight(plan, context).schedule is plan.schedule
     assert reads == ["cpu"]
@@ -317,7 +317,7 @@ def test_the_memory_of_a_batch_is_the_weights_once_and_every_forward(
 
 
 def test_as_many_shots_share_a_pass_as_fit_into_memory(
-    decide: Callable[..., list[Shot]], render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    decide: Callable[..., list[Shot]], render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [{"seed": seed, "id": f"{seed}", "frames": 4001} for seed in range(5)]
     three = batching.predict_batch(decide(*items)[:3]).total
@@ -332,7 +332,7 @@ def test_as_many_shots_share_a_pass_as_fit_into_memory(
 @pytest.mark.parametrize(
     ("said", "problem"), [(0, "0"), ("many", "'many'"), (True, "True"), (1.5, "1.5")], ids=str
 )
-def test_a_batch_is_a_number_or_auto(render: Callable[..., Said], said: Any, problem: str) -> None:
+def test_a_batch_is_a_number_or_auto(render: Callable[..., CommandResult], said: Any, problem: str) -> None:
     found = render(batch=said)
     assert found.code == 2
     assert "batch" in found.err

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forked import WANCLI, run
-from jobs import Said, files_in, latents_of, poison, tiny_job, written
+from jobs import CommandResult, files_in, forbid_calls, latents_of, tiny_job, write_job
 
 from wancli.job.loader import load
 from wancli.plan import disk_estimate
@@ -21,13 +21,13 @@ from wancli.storage import atomic
 from wancli.storage.cache import Store
 from wancli.video import mp4
 
-Render = Callable[..., Said]
+Render = Callable[..., CommandResult]
 
 
 @pytest.fixture
 def shots(tmp_path: Path) -> Callable[..., tuple[Shot, ...]]:
     def planned(**changes: Any) -> tuple[Shot, ...]:
-        return build_plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+        return build_plan(load(write_job(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
 
     return planned
 
@@ -103,7 +103,7 @@ def test_missing_embeddings_count_if_the_cache_is_on_the_same_disk(shots: Any, t
 def test_too_little_space_is_reported_with_figures_before_anything_is_loaded(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     monkeypatch.setattr(atomic, "free_space", lambda _: 700 * 1024)
     said = render()
     assert said.code == 3
@@ -147,11 +147,11 @@ def test_a_disk_that_fills_up_ends_the_batch_and_keeps_finished_shots(
 def test_a_full_cache_costs_a_warning_and_nothing_else(
     small: Path, tmp_path: Path, shallow: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
-    from jobs import command
+    from jobs import run_wancli
 
     (small / "ballast").write_bytes(b"x" * 2**21)
-    job = written(tmp_path, tiny_job(shallow, prompt="one that no cache knows"))
-    assert command(capsys, "render", job, "--cache-dir", small / "cache").code == 0
+    job = write_job(tmp_path, tiny_job(shallow, prompt="one that no cache knows"))
+    assert run_wancli(capsys, "render", job, "--cache-dir", small / "cache").code == 0
     assert "continuing without the cache: " in caplog.text
     assert list(small.rglob("*.entry")) == []
 
@@ -159,7 +159,7 @@ def test_a_full_cache_costs_a_warning_and_nothing_else(
 def test_a_limit_on_file_size_counts_as_a_full_disk_and_the_next_run_resumes(
     render: Render, tmp_path: Path, shallow: Path, warm: Path
 ) -> None:
-    job = written(tmp_path, tiny_job(shallow, frames=17, video={"keep_latents": True}))
+    job = write_job(tmp_path, tiny_job(shallow, frames=17, video={"keep_latents": True}))
 
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     ended = run("render", job, "-q", "--cache-dir", warm, program=limit + WANCLI)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, command, rule, tiny_job, written
+from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, rule, run_wancli, tiny_job, write_job
 from weight_files import save_tensors
 
 EXPERTS = {
@@ -59,7 +59,7 @@ def changes(name: str, folder: Path) -> dict[str, Any]:
 def test_a_job_that_was_finished_by_an_earlier_version_is_still_done(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = written(tmp_path, tiny_job(**changes(name, tmp_path)))
-    said = command(capsys, "plan", job, "--json")
+    job = write_job(tmp_path, tiny_job(**changes(name, tmp_path)))
+    said = run_wancli(capsys, "plan", job, "--json")
     assert said.code == 0, said.err
     assert json.loads(said.out)["shots"][0]["key"] == KEYS[name]

@@ -16,15 +16,15 @@ from jobs import (
     CAT,
     KEPT,
     TRANSFORMER,
-    Said,
+    CommandResult,
     change_tensors,
     checkpoint,
-    command,
+    forbid_calls,
     latents_of,
     manifest_of,
-    poison,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 from safetensors.torch import load_file, save_file
 
@@ -92,7 +92,12 @@ def in_blocks(factors: Factors, blocks: Iterable[int]) -> Factors:
 
 @pytest.mark.parametrize("blocks", ["all", "1-2", "late"])
 def test_a_lora_renders_what_a_checkpoint_with_it_merged_renders(
-    render: Callable[..., Said], tmp_path: Path, shallow: Path, lora: Path, factors: Factors, blocks: str
+    render: Callable[..., CommandResult],
+    tmp_path: Path,
+    shallow: Path,
+    lora: Path,
+    factors: Factors,
+    blocks: str,
 ) -> None:
     merged = {"all": factors, "1-2": in_blocks(factors, (1, 2)), "late": in_blocks(factors, (3,))}[blocks]
     model = with_merged(tmp_path / "merged", shallow, merged, 0.8)
@@ -106,7 +111,7 @@ def test_a_lora_renders_what_a_checkpoint_with_it_merged_renders(
 
 
 def test_a_lora_at_strength_0_gives_the_plain_model(
-    render: Callable[..., Said], tmp_path: Path, lora: Path
+    render: Callable[..., CommandResult], tmp_path: Path, lora: Path
 ) -> None:
     assert render(video=KEPT, loras=[{"path": "style.safetensors", "strength": 0}]).code == 0
     assert render(folder=tmp_path / "plain", video=KEPT).code == 0
@@ -115,7 +120,7 @@ def test_a_lora_at_strength_0_gives_the_plain_model(
 
 @pytest.mark.parametrize("steps", ["0", "1"])
 def test_a_lora_for_one_step_applies_in_that_step_only(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     shallow: Path,
     lora: Path,
@@ -126,7 +131,7 @@ def test_a_lora_for_one_step_applies_in_that_step_only(
     entry = {"path": "style.safetensors", "steps": steps}
     assert render(loras=[entry], video=KEPT, sampler=ONE_STEP, seed=3).code == 0
     out = tmp_path / "cat.safetensors"
-    assert command(capsys, "encode", "-q", "--model", shallow, "--out", out, CAT).code == 0
+    assert run_wancli(capsys, "encode", "-q", "--model", shallow, "--out", out, CAT).code == 0
     rows_NE = load_embedding(out, 0).rows_NE
     changed = with_merged(tmp_path / "merged", shallow, factors, 1.0)
     plain, with_lora = (load_transformer(identify(root)) for root in (shallow, changed))
@@ -142,7 +147,12 @@ def test_a_lora_for_one_step_applies_in_that_step_only(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_shots_with_different_loras_do_not_affect_each_other(
-    render: Callable[..., Said], tmp_path: Path, shallow: Path, lora: Path, factors: Factors, dtype: str
+    render: Callable[..., CommandResult],
+    tmp_path: Path,
+    shallow: Path,
+    lora: Path,
+    factors: Factors,
+    dtype: str,
 ) -> None:
     other = saved(
         tmp_path / "other.safetensors",
@@ -168,7 +178,7 @@ def test_shots_with_different_loras_do_not_affect_each_other(
     "housed", [{"residency": "packed"}, {"residency": "streamed"}, {"residency": "streamed", "dtype": "bf16"}]
 )
 def test_loras_give_the_same_on_streamed_and_resident_weights(
-    render: Callable[..., Said], tmp_path: Path, lora: Path, housed: dict[str, Any]
+    render: Callable[..., CommandResult], tmp_path: Path, lora: Path, housed: dict[str, Any]
 ) -> None:
     items: list[dict[str, Any]] = [
         {"id": "a", "loras": [{"path": str(lora)}]},
@@ -186,7 +196,7 @@ def test_loras_give_the_same_on_streamed_and_resident_weights(
 
 
 def test_the_manifest_records_each_lora_and_its_coverage(
-    render: Callable[..., Said], tmp_path: Path, lora: Path
+    render: Callable[..., CommandResult], tmp_path: Path, lora: Path
 ) -> None:
     entry = {"path": "style.safetensors", "strength": 0.5, "steps": "1", "blocks": "0-2"}
     assert render(loras=[entry]).code == 0
@@ -199,7 +209,7 @@ def test_the_manifest_records_each_lora_and_its_coverage(
 
 
 def test_a_lora_with_nan_fails_its_shot_and_names_the_key(
-    render: Callable[..., Said], tmp_path: Path, lora: Path
+    render: Callable[..., CommandResult], tmp_path: Path, lora: Path
 ) -> None:
     key = "diffusion_model.blocks.2.ffn.2.lora_B.weight"
     change_tensors(lora, lambda tensors: tensors[key].view(-1)[:1].fill_(float("nan")))
@@ -210,9 +220,9 @@ def test_a_lora_with_nan_fails_its_shot_and_names_the_key(
 
 
 def test_a_lora_of_another_model_ends_with_4_before_anything_is_loaded(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     pair = (torch.zeros(2, 5120), torch.zeros(5120, 2))
     path = saved(tmp_path / "big.safetensors", {"blocks.0.self_attn.q": pair})
     said = render(loras=[{"path": "big.safetensors"}])
@@ -231,7 +241,7 @@ def test_a_lora_of_another_model_ends_with_4_before_anything_is_loaded(
 def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., Shot]:
     def decided(*loras: dict[str, Any], **changes: Any) -> Shot:
         job = tiny_job(**{"model": shallow, "loras": list(loras)} | changes)
-        (shot,) = planning.build_plan(load(written(tmp_path, job)), warm / "memo.json").shots
+        (shot,) = planning.build_plan(load(write_job(tmp_path, job)), warm / "memo.json").shots
         return shot
 
     return decided
@@ -335,7 +345,7 @@ def test_the_plan_shows_every_lora_once_and_warns(
             {"id": "b", "loras": [dict(late), {"path": "peft.safetensors", "strength": 0}]},
         ],
     )
-    said = command(capsys, "plan", written(tmp_path, job))
+    said = run_wancli(capsys, "plan", write_job(tmp_path, job))
     assert said.code == 0
     assert [line for line in said.out.splitlines() if line.startswith("lora")] == [
         "lora: style.safetensors at 0.25, blocks 3, steps 1: 17 targets, rank 2, ComfyUI naming",
@@ -347,14 +357,14 @@ def test_the_plan_shows_every_lora_once_and_warns(
         "shot b: peft.safetensors: 1 keys match nothing in this model: base_model.model.head.lora_C",
     ):
         assert warning in said.err
-    shots = json.loads(command(capsys, "plan", "--json", tmp_path / "job.yaml").out)["shots"]
+    shots = json.loads(run_wancli(capsys, "plan", "--json", tmp_path / "job.yaml").out)["shots"]
     assert [len(shot["loras"]) for shot in shots] == [1, 2]
     assert shots[0]["loras"][0]["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
     assert shots[0]["loras"][0]["coverage"]["targets"] == 17
 
 
 def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora: Path) -> None:
-    path = written(tmp_path, tiny_job(model=shallow, loras=[{"path": "style.safetensors"}]))
+    path = write_job(tmp_path, tiny_job(model=shallow, loras=[{"path": "style.safetensors"}]))
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from wancli.job import loader\nfrom wancli.plan import planner\n"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from jobs import CAT, TINY, Said, command, poison, tiny_job, words, written
+from jobs import CAT, TINY, CommandResult, forbid_calls, run_wancli, tiny_job, words, write_job
 
 from wancli.errors import DoesNotFit
 from wancli.job.loader import load
@@ -30,7 +30,7 @@ T2V = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 @pytest.fixture
 def tiny_shot(tmp_path: Path) -> Shot:
-    return build_plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
+    return build_plan(load(write_job(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
 
 
 @pytest.fixture
@@ -212,8 +212,8 @@ def test_cached_prompts_need_no_memory_for_the_encoder(large: Shot) -> None:
 def test_plan_and_render_refuse_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    poison(monkeypatch)
-    said = command(capsys, verb, written(tmp_path, tiny_job(memory={"budget": "100MiB"})))
+    forbid_calls(monkeypatch)
+    said = run_wancli(capsys, verb, write_job(tmp_path, tiny_job(memory={"budget": "100MiB"})))
     assert said.code == 5
     assert "shot 0000: " in said.err
     assert "the budget is 100 MiB" in said.err
@@ -223,14 +223,14 @@ def test_plan_and_render_refuse_alike(
 def test_a_budget_that_is_not_a_size_is_an_error_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = written(tmp_path, tiny_job(memory={"budget": "lots"}))
-    said = command(capsys, "plan", job)
+    job = write_job(tmp_path, tiny_job(memory={"budget": "lots"}))
+    said = run_wancli(capsys, "plan", job)
     assert said.code == 2
     assert "memory.budget: 'lots' is not a size; write 500MiB or 2GiB" in said.err
-    assert command(capsys, "plan", written(tmp_path, tiny_job()), "--memory", "x").code == 2
+    assert run_wancli(capsys, "plan", write_job(tmp_path, tiny_job()), "--memory", "x").code == 2
 
 
-def test_pixels_do_not_depend_on_the_budget(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_pixels_do_not_depend_on_the_budget(render: Callable[..., CommandResult], tmp_path: Path) -> None:
     assert render(memory={"budget": "8GiB"}).code == 0
     assert "already done" in render("--json", memory={"budget": "4GiB"}).out
 
@@ -274,14 +274,14 @@ def test_plan_shows_the_choice_and_the_alternatives_within_80_columns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    job = written(tmp_path, tiny_job(prompt=words(50), negative=CAT, size="832x480", frames=81))
-    said = command(capsys, "plan", job, "--memory", "4GiB")
+    job = write_job(tmp_path, tiny_job(prompt=words(50), negative=CAT, size="832x480", frames=81))
+    said = run_wancli(capsys, "plan", job, "--memory", "4GiB")
     assert said.code == 0
     assert "transformer: resident needs " in said.out
     assert "; the budget is 4.0 GiB" in said.out
     assert "[" in next(line for line in said.out.splitlines() if line.startswith("fp32     resident  whole"))
     assert max(map(len, said.out.splitlines())) <= 80
-    document = json.loads(command(capsys, "plan", job, "--memory", "4GiB", "--json").out)
+    document = json.loads(run_wancli(capsys, "plan", job, "--memory", "4GiB", "--json").out)
     assert {row["name"] for row in document["memory"]} == {"encode", "sample", "decode"}
     for row in document["memory"]:
         assert row["peak"] == row["process"] + row["model"] + row["activation"] + row["buffer"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import tiny_job, written
+from jobs import tiny_job, write_job
 
 from scripts.make_random_checkpoint import FIXTURE_PIECES, umt5_entries, write_checkpoint, write_safetensors
 from wancli.job.loader import load
@@ -70,7 +70,7 @@ def measured(job: Path) -> int:
 @pytest.mark.parametrize("memory", [{"residency": "resident"}, {"residency": "streamed"}, {"dtype": "fp8"}])
 def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
     changes = {"size": "256x256", "sampler": {"steps": 1}, "memory": memory}
-    job = written(tmp_path, tiny_job(transformer, **changes))
+    job = write_job(tmp_path, tiny_job(transformer, **changes))
     plan = build_plan(load(job), tmp_path / "memo.json")
     (shot,) = plan.shots
     assert max(plan.schedule.phases(shot), key=lambda phase: phase.total).name in ("sample", "decode")
@@ -82,7 +82,7 @@ def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, mem
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_a_text_encoders_peak_is_predicted(encoder: Path, tmp_path: Path, residency: str) -> None:
-    job = written(tmp_path, tiny_job(encoder, sampler={"steps": 1}, memory={"residency": residency}))
+    job = write_job(tmp_path, tiny_job(encoder, sampler={"steps": 1}, memory={"residency": residency}))
     plan = build_plan(load(job), tmp_path / "memo.json")
     (shot,) = plan.shots
     assert max(plan.schedule.phases(shot), key=lambda phase: phase.total).name == "encode"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, command, manifest_of, tiny_job, written
+from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, manifest_of, run_wancli, tiny_job, write_job
 
 from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
@@ -47,13 +47,15 @@ def flat(tmp_path: Path, shallow: Path) -> Path:
 
 
 def shot_of(tmp_path: Path, **changes: Any) -> Shot:
-    (shot,) = planning.build_plan(load(written(tmp_path, tiny_job(**changes))), tmp_path / "memo.json").shots
+    (shot,) = planning.build_plan(
+        load(write_job(tmp_path, tiny_job(**changes))), tmp_path / "memo.json"
+    ).shots
     return shot
 
 
 def problem(tmp_path: Path, model: Any) -> JobError:
     with pytest.raises(JobError) as caught:
-        planning.build_plan(load(written(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
+        planning.build_plan(load(write_job(tmp_path, tiny_job() | {"model": model})), tmp_path / "memo.json")
     return caught.value
 
 
@@ -164,14 +166,14 @@ def test_single_files_render_the_same_video_and_decode_from_the_manifest(
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
     kept = {"keep_latents": True}
     for folder, model in ((tmp_path / "whole", str(shallow)), (flat, WHOLE)):
-        path = written(folder, tiny_job() | {"model": model, "video": kept})
-        assert command(capsys, "render", path, "-q").code == 0
+        path = write_job(folder, tiny_job() | {"model": model, "video": kept})
+        assert run_wancli(capsys, "render", path, "-q").code == 0
     whole, single = manifest_of(tmp_path / "whole"), manifest_of(flat)
     assert whole["key"] == single["key"]
     assert whole["files"][0]["sha256"] == single["files"][0]["sha256"]
     assert (whole["model"]["files"], single["model"]["files"]["vae"]) == (None, str(flat / VAE))
     latents = flat / "out" / "clip.latents.safetensors"
-    said = command(capsys, "decode", latents, "-q", "-o", tmp_path / "again.mp4")
+    said = run_wancli(capsys, "decode", latents, "-q", "-o", tmp_path / "again.mp4")
     assert (said.code, said.err) == (0, "")
 
 
@@ -195,7 +197,7 @@ def test_a_model_on_the_command_line_may_be_a_name(
     tmp_path: Path, name_models: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name_models({"tiny": str(TINY)})
-    said = command(capsys, "encode", "-q", "--model", "tiny", "a fog", "--json")
+    said = run_wancli(capsys, "encode", "-q", "--model", "tiny", "a fog", "--json")
     assert (said.code, len(json.loads(said.out))) == (0, 1)
-    said = command(capsys, "encode", "-q", "--model", "tny", "a fog")
+    said = run_wancli(capsys, "encode", "-q", "--model", "tny", "a fog")
     assert (said.code, "did you mean 'tiny'?" in said.err) == (2, True)

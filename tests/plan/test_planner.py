@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CAT, FISH, SPIECE, TINY, change_tensors, checkpoint, command, rule, tiny_job, words, written
+from jobs import (
+    CAT,
+    FISH,
+    SPIECE,
+    TINY,
+    change_tensors,
+    checkpoint,
+    rule,
+    run_wancli,
+    tiny_job,
+    words,
+    write_job,
+)
 
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.table import Text
@@ -35,7 +47,7 @@ def decide(tmp_path: Path, memo: Path) -> Callable[..., Plan]:
     """A job, as a mapping or as changes to the tiny one, planned."""
 
     def decided(job: dict[str, Any] | None = None, *, measure: bool = False, **changes: Any) -> Plan:
-        path = written(tmp_path, tiny_job(**changes) if job is None else job)
+        path = write_job(tmp_path, tiny_job(**changes) if job is None else job)
         return planning.build_plan(load(path), memo, measure=measure)
 
     return decided
@@ -217,7 +229,7 @@ def test_an_embedding_file_is_identified_by_its_content_and_index(
 ) -> None:
     for name, texts in (("a", ("x", "y")), ("b", ("x", "y")), ("c", ("y", "x"))):
         out = tmp_path / f"{name}.safetensors"
-        assert command(capsys, "encode", "-q", "--model", TINY, "--out", out, *texts).code == 0
+        assert run_wancli(capsys, "encode", "-q", "--model", TINY, "--out", out, *texts).code == 0
     found = [
         keys(decide, prompt={"embedding": f"{name}.safetensors", "index": i})[1]
         for name in "abc"
@@ -231,7 +243,7 @@ def test_an_embedding_file_must_exist_be_whole_and_have_the_index(
     decide: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.safetensors"
-    assert command(capsys, "encode", "-q", "--model", TINY, "--out", out, "x").code == 0
+    assert run_wancli(capsys, "encode", "-q", "--model", TINY, "--out", out, "x").code == 0
     for said, problem in (
         (
             {"embedding": "a.safetensors", "index": 1},
@@ -362,7 +374,7 @@ def test_the_shots_of_a_sweep_share_the_work_of_planning(
 def test_a_path_is_relative_to_the_file_that_says_it(decide: Callable[..., Plan], tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "tiny").symlink_to(TINY)
-    written(tmp_path / "shared", {"model": "tiny", "output": "out/{id}.mp4"}, "base.yaml")
+    write_job(tmp_path / "shared", {"model": "tiny", "output": "out/{id}.mp4"}, "base.yaml")
     shot = only(decide({"extends": "shared/base.yaml", "prompt": CAT, "size": "64x64", "frames": 1}))
     assert shot.model.checkpoint.root == TINY
     assert shot.output == tmp_path / "out" / "0000.mp4"
@@ -372,13 +384,15 @@ def test_unselected_shots_are_known_and_no_two_may_collide(
     decide: Callable[..., Plan], tmp_path: Path, memo: Path
 ) -> None:
     job = tiny_job(output="{item}.mp4", items=[{"seed": n} for n in range(6)])
-    plan = planning.build_plan(load(written(tmp_path, job), CliOverrides(items="1-4", shard="1/2")), memo)
+    plan = planning.build_plan(load(write_job(tmp_path, job), CliOverrides(items="1-4", shard="1/2")), memo)
     assert [shot.index for shot in plan.shots] == [3, 4]
     assert [shot.index for shot in plan.unselected] == [0, 1, 2, 5]
     everything = decide(job)
     assert plan.shots == everything.shots[3:5]
     with pytest.raises(JobError, match="shots 0 and 1 would both write"):
-        planning.build_plan(load(written(tmp_path, job | {"output": "x.mp4"}), CliOverrides(items="5")), memo)
+        planning.build_plan(
+            load(write_job(tmp_path, job | {"output": "x.mp4"}), CliOverrides(items="5")), memo
+        )
 
 
 def test_the_same_output_by_two_paths_is_one_output(decide: Callable[..., Plan], tmp_path: Path) -> None:
@@ -591,8 +605,8 @@ def test_the_table_of_a_shot_is_small_however_many_steps_there_are(decide: Calla
 def test_the_strip_shows_what_each_block_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     early = {"prompt": FISH, "blocks": "early", "strength": 0.5, "steps": "0-1"}
     late = {"prompt": FISH, "blocks": "late", "steps": 3, "branch": "both"}
-    job = written(tmp_path, tiny_job(sampler={"steps": 4, "shift": 3}, inject=[early, late]))
-    said = command(capsys, "plan", job, "-v")
+    job = write_job(tmp_path, tiny_job(sampler={"steps": 4, "shift": 3}, inject=[early, late]))
+    said = run_wancli(capsys, "plan", job, "-v")
     assert said.code == 0
     lines = said.out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("shot 0000: "))
@@ -616,7 +630,7 @@ def test_the_strip_shows_what_each_block_reads(tmp_path: Path, capsys: pytest.Ca
 def test_a_plan_as_json_is_one_document_with_all_decisions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = command(capsys, "plan", written(tmp_path, tiny_job(inject=[rule()])), "--json")
+    said = run_wancli(capsys, "plan", write_job(tmp_path, tiny_job(inject=[rule()])), "--json")
     document = json.loads(said.out)
     (shot,) = document["shots"]
     assert shot["output"] == str(tmp_path / "out" / "clip.mp4")
@@ -629,8 +643,8 @@ def test_a_plan_as_json_is_one_document_with_all_decisions(
 
 
 def test_a_plan_writes_only_the_cache_of_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = written(tmp_path, tiny_job())
-    assert command(capsys, "plan", job, "--cache-dir", tmp_path / "cache").code == 0
+    job = write_job(tmp_path, tiny_job())
+    assert run_wancli(capsys, "plan", job, "--cache-dir", tmp_path / "cache").code == 0
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["cache", "hashes.json", "job.yaml"]
 
 
@@ -641,8 +655,8 @@ def test_a_text_from_a_job_is_shown_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     key, _, value = text.partition(": ")
-    job = written(tmp_path, tiny_job(**{key: value.strip("\"'")}))
-    assert value.strip("\"'") in command(capsys, "plan", job, "-v").out
+    job = write_job(tmp_path, tiny_job(**{key: value.strip("\"'")}))
+    assert value.strip("\"'") in run_wancli(capsys, "plan", job, "-v").out
 
 
 @pytest.mark.parametrize(
@@ -651,8 +665,8 @@ def test_a_text_from_a_job_is_shown_as_it_is(
     ids=" ".join,
 )
 def test_help_plan_and_job_errors_answer_without_torch(tmp_path: Path, arguments: list[str]) -> None:
-    written(tmp_path, tiny_job(inject=[rule()]), "good.yaml")
-    written(tmp_path, tiny_job(size="1x1"), "bad.yaml")
+    write_job(tmp_path, tiny_job(inject=[rule()]), "good.yaml")
+    write_job(tmp_path, tiny_job(size="1x1"), "bad.yaml")
     program = (
         "import sys; from wancli.cli import run; code = run(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'diffusers', 'imageio_ffmpeg'} & set(sys.modules)\n"

@@ -14,15 +14,15 @@ import torch
 from jobs import (
     FISH,
     KEPT,
-    Said,
-    command,
+    CommandResult,
+    count_forwards,
     files_in,
-    forwards,
     latents_of,
     manifest_of,
     rule,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,14 +45,14 @@ HALF = [{"id": "plain"}] + [
 NAMES = [str(item["id"]) for item in HALF]
 
 Decide = Callable[..., list[Shot]]
-Render = Callable[..., Said]
+Render = Callable[..., CommandResult]
 
 
 @pytest.fixture
 def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
     def decided(*items: dict[str, Any], **said: Any) -> list[Shot]:
         job = {"output": "{item}.mp4", "sampler": {"steps": 10}, "items": list(items)} | said
-        path = written(tmp_path, tiny_job(shallow, **job))
+        path = write_job(tmp_path, tiny_job(shallow, **job))
         return list(planning.build_plan(load(path), warm / "memo.json").shots)
 
     return decided
@@ -62,7 +62,7 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Decide:
 def sweep(render: Render) -> Render:
     """Render items that keep their latents."""
 
-    def rendered(*options: str, **changes: Any) -> Said:
+    def rendered(*options: str, **changes: Any) -> CommandResult:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": HALF}
         return render(*options, **said | changes)
 
@@ -75,7 +75,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -
     folder = tmp_path_factory.mktemp("alone")
     for item in HALF:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT}
-        path = written(folder, tiny_job(shallow, **said, **item))
+        path = write_job(folder, tiny_job(shallow, **said, **item))
         assert run(["render", "-q", str(path), "--cache-dir", str(warm)]) == 0
     return folder
 
@@ -187,7 +187,7 @@ def test_a_state_passed_to_a_fork_is_saved_before_the_other_shot_continues(
 ) -> None:
     there: list[bool] = []
     state = tmp_path / "out" / "early-0.3.state.safetensors"
-    forwards(monkeypatch, lambda _: there.append(state.exists()))
+    count_forwards(monkeypatch, lambda _: there.append(state.exists()))
     assert sweep(items=HALF[:2], save_every=1).code == 0
     # 12 forwards of the first, the second forks after 6; and 6 of its own
     assert there == [False] * 6 + [True] * 12
@@ -209,10 +209,10 @@ def test_the_plan_says_how_many_steps_are_shared(
     tmp_path: Path, shallow: Path, warm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = tiny_job(shallow, output="{id}.mp4", items=HALF, sampler={"steps": 20})
-    path = written(tmp_path, job)
-    said = command(capsys, "plan", path, "--cache-dir", warm)
+    path = write_job(tmp_path, job)
+    said = run_wancli(capsys, "plan", path, "--cache-dir", warm)
     assert "sampling 90 of 160 steps; 70 are shared\n" in said.out
-    document = json.loads(command(capsys, "plan", path, "--cache-dir", warm, "--json").out)
+    document = json.loads(run_wancli(capsys, "plan", path, "--cache-dir", warm, "--json").out)
     assert document["steps"] == {"all": 160, "shared": 70}
     assert document["shots"][1]["fork"] == {"of": 0, "step": 10}
 
@@ -228,7 +228,7 @@ def test_eight_variants_that_differ_in_the_second_half_have_the_latents_of_separ
     monkeypatch: pytest.MonkeyPatch,
     said: dict[str, Any],
 ) -> None:
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     rendered = sweep("--json", **said)
     assert rendered.code == 0, rendered.err
     assert len(calls) == 2 * (STEPS + 7 * STEPS // 2)
@@ -248,7 +248,7 @@ def test_measured_variants_have_the_effects_of_separate_renders(
         {"id": "a", "inject": [rule(blocks="0-1")], "measure": True},
         {"id": "b", "inject": [rule(blocks="0-1"), rule(blocks=3, steps="3-5")], "measure": True},
     ]
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert sweep(items=items).code == 0
     assert len(calls) == 3 * (STEPS + 3)
     assert sweep(items=items[1:], folder=tmp_path / "alone").code == 0
@@ -259,7 +259,7 @@ def test_if_no_state_may_wait_every_shot_takes_all_its_steps(
     sweep: Render, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "MAX_WAITING_BYTES", 0)
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert sweep().code == 0
     assert len(calls) == 2 * STEPS * len(HALF)
     assert differ(tmp_path, alone) == []
@@ -299,12 +299,12 @@ def test_stopped_variants_share_the_remaining_steps_and_repeat_nothing(
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patched:
-        forwards(patched, stop)
+        count_forwards(patched, stop)
         assert sweep().code == 75
     saved = [name for name in files_in(tmp_path) if "state" in name]
     assert len(saved) == (1 if forward < 2 * 2 else len(HALF))
     with pytest.MonkeyPatch.context() as patched:
-        calls = forwards(patched)
+        calls = count_forwards(patched)
         assert sweep().code == 0
         assert len(calls) == total - (forward + 2)
     assert differ(tmp_path, alone) == []

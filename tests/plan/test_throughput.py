@@ -10,7 +10,7 @@ from pathlib import Path
 
 import manifests
 import pytest
-from jobs import Said, command, tiny_job, written
+from jobs import CommandResult, run_wancli, tiny_job, write_job
 
 from wancli.job.loader import load
 from wancli.plan import throughput
@@ -21,7 +21,7 @@ from wancli.plan.throughput import Rate
 
 @pytest.fixture
 def shot(tmp_path: Path) -> Shot:
-    return build_plan(load(written(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
+    return build_plan(load(write_job(tmp_path, tiny_job())), tmp_path / "memo.json").shots[0]
 
 
 def rate_of(shot: Shot, phase: str, per_second: float, **changes: int | str) -> Rate:
@@ -74,7 +74,7 @@ def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path
 
 
 def test_the_first_render_measures_what_the_next_plan_says(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     tmp_path: Path,
     warm: Path,
     capsys: pytest.CaptureFixture[str],
@@ -86,15 +86,15 @@ def test_the_first_render_measures_what_the_next_plan_says(
     job = tmp_path / "job.yaml"
     took = {p["name"]: p["seconds"] for p in json.loads(before.out)["memory"]}
     job.write_text(job.read_text() + "seed: 2\n")
-    assert command(capsys, "plan", job).out.splitlines()[-1].startswith("sampling at ")
-    said = json.loads(command(capsys, "plan", job, "--json").out)["time"]
+    assert run_wancli(capsys, "plan", job).out.splitlines()[-1].startswith("sampling at ")
+    said = json.loads(run_wancli(capsys, "plan", job, "--json").out)["time"]
     for name in ("load", "sample", "decode"):
         assert said["phases"][name] == pytest.approx(took[name], rel=0.01, abs=1e-3)
     assert said["seconds"] == pytest.approx(sum(said["phases"].values()))
     assert not said["rough"]
     large = ["--set", "size=256x256", "--set", "frames=33"]
-    assert json.loads(command(capsys, "plan", job, "--json", *large).out)["time"]["rough"]
-    assert "; a rough guess, from shots of another size" in command(capsys, "plan", job, *large).out
+    assert json.loads(run_wancli(capsys, "plan", job, "--json", *large).out)["time"]["rough"]
+    assert "; a rough guess, from shots of another size" in run_wancli(capsys, "plan", job, *large).out
     after = json.loads(render("--json", seed=2, **changes).out)
     assert next(p for p in after["memory"] if p["name"] == "sample")["expected"] == pytest.approx(
         took["sample"], rel=0.01, abs=1e-3
@@ -119,7 +119,7 @@ def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) ->
 
 
 def test_a_report_expects_no_time_of_shots_that_were_done_before(
-    render: Callable[..., Said], warm: Path
+    render: Callable[..., CommandResult], warm: Path
 ) -> None:
     (warm / "rates.json").unlink(missing_ok=True)
     changes = {"output": "out/{id}.mp4", "items": [{"id": "a"}, {"id": "b", "seed": 3}]}
@@ -134,5 +134,5 @@ def test_a_report_expects_no_time_of_shots_that_were_done_before(
 def test_without_any_render_the_plan_says_that_the_first_will_measure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = command(capsys, "plan", written(tmp_path, tiny_job())).out
+    out = run_wancli(capsys, "plan", write_job(tmp_path, tiny_job())).out
     assert "time: measured by the first render here (unknown: encode, load, sample, decode)" in out

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import CAT, FISH, Said, command, poison, rule, tiny_job, written
+from jobs import CAT, FISH, CommandResult, forbid_calls, rule, run_wancli, tiny_job, write_job
 
 from wancli import progress
 from wancli.engine.context import RenderContext
@@ -35,7 +35,7 @@ from wancli.sampling.solvers import State
 from wancli.storage import cache as store
 from wancli.video import mp4
 
-Probe = Callable[..., Said]
+Probe = Callable[..., CommandResult]
 
 
 @pytest.fixture
@@ -58,14 +58,14 @@ def cache(folder: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def probe(folder: Path, shallow: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> Probe:
     """Probes the tiny job with an injection on 4 blocks."""
 
-    def run_probe(*options: str, **changes: Any) -> Said:
+    def run_probe(*options: str, **changes: Any) -> CommandResult:
         result = tiny_job(shallow, **{"inject": [rule(blocks="1-2")]} | changes)
-        return command(capsys, "probe", written(folder, result), "-q", *options)
+        return run_wancli(capsys, "probe", write_job(folder, result), "-q", *options)
 
     return run_probe
 
 
-def document(result: Said) -> dict[str, Any]:
+def document(result: CommandResult) -> dict[str, Any]:
     assert result.code == 0, result.err
     return dict(json.loads(result.out))
 
@@ -125,7 +125,7 @@ def reference(folder: Path, cache: Path, blocks: list[int], s: float = 1.0) -> t
 def test_injecting_changes_the_velocity_as_whole_forwards_do(
     probe: Probe, folder: Path, cache: Path, shallow: Path
 ) -> None:
-    written(folder, tiny_job(shallow), "plain.yaml")
+    write_job(folder, tiny_job(shallow), "plain.yaml")
     single, several = (
         document(probe("--json", "--levels", "2", *options))
         for options in ((), ("--ranges", "0-1,3,alternating"))
@@ -147,7 +147,7 @@ def test_streamed_and_resident_weights_have_the_same_map(probe: Probe) -> None:
 def test_the_gradient_is_close_to_the_change_by_a_small_strength(
     probe: Probe, folder: Path, cache: Path, shallow: Path
 ) -> None:
-    written(folder, tiny_job(shallow), "plain.yaml")
+    write_job(folder, tiny_job(shallow), "plain.yaml")
     values = document(probe("--json", "--levels", "2", "--method", "gradient"))["values"][1]
     for block, value in enumerate(values):  # one projection, and each token for itself: not the same number
         assert 0.3 < value / reference(folder, cache, [block], 0.05)[1] < 3
@@ -172,7 +172,7 @@ def test_full_renders_are_scored_in_pixels_and_not_rendered_twice(
         for path in videos
     )
     assert found["total"] == [pytest.approx(np.abs(other - plain).mean()) for other in others]
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     assert document(probe("--json", "--method", "render", "--ranges", "2"))["total"] == found["total"]
 
 
@@ -203,7 +203,7 @@ def test_a_probe_that_cannot_run_is_refused_before_anything_is_loaded(
     probe: Probe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     result = probe(*options, **changes)
     assert (result.code, result.out) == (2, "")
     assert result.err.splitlines()[0] == f"wancli: {message}"
@@ -212,7 +212,7 @@ def test_a_probe_that_cannot_run_is_refused_before_anything_is_loaded(
 def test_a_probe_that_does_not_fit_is_refused_with_a_way_out(
     probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     result = probe(memory={"budget": "431MiB", "residency": "resident"}, size="512x512", frames=81)
     assert result.code == 5
     assert "probing needs" in result.err
@@ -222,7 +222,7 @@ def test_a_probe_that_does_not_fit_is_refused_with_a_way_out(
 def plan_tiny_probe(folder: Path, method: block_map.Method, **changes: Any) -> request.ProbeRequest:
     job = tiny_job("wan-mini", **{"inject": [rule(blocks="1-2")]} | changes)
     return request.plan_probe(
-        build_plan(load(written(folder, job)), folder / "memo"), method, None, None, None
+        build_plan(load(write_job(folder, job)), folder / "memo"), method, None, None, None
     )
 
 
@@ -290,9 +290,9 @@ def test_a_stopped_probe_leaves_no_map(
 
 def plan_auto(
     folder: Path, shallow: Path, capsys: pytest.CaptureFixture[str], *options: str, **changes: Any
-) -> Said:
+) -> CommandResult:
     result = tiny_job(shallow, **{"inject": [rule(blocks="auto:top2")]} | changes)
-    return command(capsys, "plan", written(folder, result, "auto.yaml"), *options)
+    return run_wancli(capsys, "plan", write_job(folder, result, "auto.yaml"), *options)
 
 
 def test_a_job_takes_its_blocks_from_the_map(
@@ -303,8 +303,8 @@ def test_a_job_takes_its_blocks_from_the_map(
     both = ["auto:top2", *bottom], [*top, *bottom]
     for result, blocks in (("auto:top2", top), (["auto:bottom2"], bottom), both):
         auto = plan_auto(folder, shallow, capsys, "--json", inject=[rule(blocks=result)])
-        written(folder, tiny_job(shallow, inject=[rule(blocks=blocks)]), "numbers.yaml")
-        numbers = command(capsys, "plan", folder / "numbers.yaml", "--json")
+        write_job(folder, tiny_job(shallow, inject=[rule(blocks=blocks)]), "numbers.yaml")
+        numbers = run_wancli(capsys, "plan", folder / "numbers.yaml", "--json")
         keys = [json.loads(one.out)["shots"][0]["key"] for one in (auto, numbers)]
         assert keys[0] == keys[1]
     verbose = plan_auto(folder, shallow, capsys, "-v")

@@ -12,14 +12,14 @@ import pytest
 import torch
 from jobs import (
     CAT,
-    Said,
-    command,
+    CommandResult,
     files_in,
     manifest_of,
     rule,
+    run_wancli,
     tiny_job,
     words,
-    written,
+    write_job,
 )
 
 from wancli.job.loader import load
@@ -30,7 +30,7 @@ from wancli.video import mp4
 
 
 def test_the_manifest_says_what_was_decided_and_what_was_read(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert (
         render(
@@ -61,7 +61,7 @@ def test_the_manifest_says_what_was_decided_and_what_was_read(
 
 
 def test_the_report_holds_every_shot_and_the_memory_of_every_phase(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     items = [{"id": "a", "inject": [rule(blocks="late")]}, {"id": "b"}]
     said = render("--json", output="out/{id}.mp4", items=items)
@@ -85,7 +85,9 @@ def test_the_report_holds_every_shot_and_the_memory_of_every_phase(
     assert first["files"][0]["sha256"]
 
 
-def test_a_report_replaces_a_report_and_nothing_else(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_report_replaces_a_report_and_nothing_else(
+    render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "job.report.json").write_text('{"holiday": true}')
     for _ in range(2):
@@ -96,7 +98,7 @@ def test_a_report_replaces_a_report_and_nothing_else(render: Callable[..., Said]
 
 
 def test_a_folder_whose_name_is_not_utf8_can_be_rendered_into(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     assert render("--json", folder=folder).code == 0
@@ -105,18 +107,20 @@ def test_a_folder_whose_name_is_not_utf8_can_be_rendered_into(
 
 
 def test_the_summary_tells_hits_difference_and_memory(
-    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str], render: Callable[..., Said]
+    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str], render: Callable[..., CommandResult]
 ) -> None:
-    job = written(tmp_path, tiny_job(inject=[rule()]))
-    said = command(capsys, "render", job)
+    job = write_job(tmp_path, tiny_job(inject=[rule()]))
+    said = run_wancli(capsys, "render", job)
     assert said.code == 0
     for part in ("27-39", "26/26", "context-lerp", "sample", "decode", "1 rendered", "report: "):
         assert part in said.err, part
-    silent = command(capsys, "render", job, "-q")
+    silent = run_wancli(capsys, "render", job, "-q")
     assert silent.err == ""
 
 
-def test_every_frame_of_the_plan_is_in_the_video(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_every_frame_of_the_plan_is_in_the_video(
+    render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     items = [{"id": "a", "frames": 9, "size": "80x48"}, {"id": "b", "video": {"codec": "h265", "fps": 24}}]
     assert render(output="out/{id}.mp4", items=items, memory={"decode_chunk": 2}).code == 0
     assert mp4.count_frames(tmp_path / "out" / "a.mp4") == 9
@@ -125,7 +129,7 @@ def test_every_frame_of_the_plan_is_in_the_video(render: Callable[..., Said], tm
 
 
 def test_the_decode_chunk_changes_no_pixel(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
     real = WanVAE.decode
@@ -146,7 +150,7 @@ def test_the_decode_chunk_changes_no_pixel(
 
 
 def test_a_prompt_at_the_edge_of_its_256_tokens_renders_and_one_more_does_not(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert render(prompt=words(256)).code == 0
     assert manifest_of(tmp_path)["prompts"][0]["tokens"] == 256
@@ -159,7 +163,7 @@ def test_a_prompt_at_the_edge_of_its_256_tokens_renders_and_one_more_does_not(
 
 
 def test_shots_that_were_not_asked_for_have_what_their_manifests_say(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {
         "output": "out/{id}.mp4",

@@ -12,7 +12,19 @@ import imageio_ffmpeg
 import manifests
 import numpy as np
 import pytest
-from jobs import CAT, KEPT, Said, command, files_in, latents_of, manifest_of, poison, rule, tiny_job, written
+from jobs import (
+    CAT,
+    KEPT,
+    CommandResult,
+    files_in,
+    forbid_calls,
+    latents_of,
+    manifest_of,
+    rule,
+    run_wancli,
+    tiny_job,
+    write_job,
+)
 from plain_video import plain_video as plain
 
 from wancli.engine import pipeline
@@ -39,11 +51,11 @@ def pattern(path: Path, size: str = "128x96", frames: int = 6, skip: int = 0) ->
 
 
 @pytest.fixture
-def loud(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+def loud(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
     """As `render`, with all that is said on the way."""
 
-    def said(*options: str, **changes: Any) -> Said:
-        return command(capsys, "render", written(tmp_path, tiny_job(known, **changes)), *options)
+    def said(*options: str, **changes: Any) -> CommandResult:
+        return run_wancli(capsys, "render", write_job(tmp_path, tiny_job(known, **changes)), *options)
 
     return said
 
@@ -60,10 +72,10 @@ def test_it_prints_what_it_made_and_figures_as_one_document(
 ) -> None:
     a, b = pattern(tmp_path / "a.mp4"), pattern(tmp_path / "b.mp4", skip=1)
     sheet, side = tmp_path / "sheet.png", tmp_path / "side.mp4"
-    said = command(capsys, "compare", a, b, "-o", sheet, "--video", side, "-q")
+    said = run_wancli(capsys, "compare", a, b, "-o", sheet, "--video", side, "-q")
     assert (said.code, said.out.split(), said.err) == (0, [str(sheet), str(side)], "")
     assert mp4.read_info(side).frame_count == 6
-    said = command(capsys, "compare", a, b, "-o", sheet, "--json", "-q")
+    said = run_wancli(capsys, "compare", a, b, "-o", sheet, "--json", "-q")
     found = json.loads(said.out)
     assert {k: found[k] for k in ("schema", "job", "baseline", "sheet", "video")} == {
         "schema": "wancli/compare/1",
@@ -89,7 +101,7 @@ def test_it_prints_what_it_made_and_figures_as_one_document(
 def test_a_copy_is_identical_and_its_psnr_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = pattern(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").write_bytes(a.read_bytes())
-    said = command(capsys, "compare", a, tmp_path / "b.mp4", "-o", tmp_path / "s.png", "--json", "-q")
+    said = run_wancli(capsys, "compare", a, tmp_path / "b.mp4", "-o", tmp_path / "s.png", "--json", "-q")
     copy = json.loads(said.out)["shots"][1]
     assert (copy["identical"], copy["psnr"], copy["ssim"]) == (True, None, 1.0)
     assert copy["why"]["psnr"] == "no pixel differs"
@@ -101,7 +113,7 @@ def test_the_baseline_is_an_id_or_a_number_from_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], said: str
 ) -> None:
     videos = [plain(tmp_path / f"{name}.mp4", [(9, 9, 9)]) for name in "abc"]
-    out = command(capsys, "compare", *videos, "-o", tmp_path / "s.png", "--baseline", said, "--json", "-q")
+    out = run_wancli(capsys, "compare", *videos, "-o", tmp_path / "s.png", "--baseline", said, "--json", "-q")
     assert json.loads(out.out)["baseline"] == "b"
 
 
@@ -113,7 +125,7 @@ def test_an_id_comes_before_a_number(tmp_path: Path) -> None:
 
 def test_one_video_alone_has_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = plain(tmp_path / "a.mp4", [(9, 9, 9)])
-    said = command(capsys, "compare", a, "-o", tmp_path / "s.png", "--video", tmp_path / "s.mp4", "--json")
+    said = run_wancli(capsys, "compare", a, "-o", tmp_path / "s.png", "--video", tmp_path / "s.mp4", "--json")
     assert said.code == 0
     assert json.loads(said.out)["shots"][0]["why"]["motion"] == "a single frame"
     assert (tmp_path / "s.png").exists()
@@ -125,7 +137,7 @@ def test_other_sizes_and_lengths_are_said_not_guessed(
 ) -> None:
     a = pattern(tmp_path / "a.mp4")
     small, short = pattern(tmp_path / "small.mp4", size="64x48"), pattern(tmp_path / "short.mp4", frames=4)
-    said = command(capsys, "compare", a, small, short, "-o", tmp_path / "s.png", "--json", "-q")
+    said = run_wancli(capsys, "compare", a, small, short, "-o", tmp_path / "s.png", "--json", "-q")
     _, small_found, short_found = json.loads(said.out)["shots"]
     assert (small_found["psnr"], small_found["ssim"], small_found["heatmap"]) == (None, None, None)
     assert small_found["why"]["psnr"] == small_found["why"]["ssim"] == "64x48 beside 128x96"
@@ -174,7 +186,7 @@ def test_what_cannot_be_compared_is_one_message_and_nothing_is_touched(
     sound = ["-f", "lavfi", "-i", "sine=duration=0.2", "sound.mp4"]
     subprocess.run([FFMPEG, "-v", "error", *sound], check=True)
     before = {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
-    said = command(capsys, "compare", *arguments, "-q")
+    said = run_wancli(capsys, "compare", *arguments, "-q")
     assert said.code == code
     assert said.out == ""
     assert said.err.startswith(f"wancli: {message}")
@@ -182,7 +194,9 @@ def test_what_cannot_be_compared_is_one_message_and_nothing_is_touched(
     assert {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
 
 
-def test_a_manifest_does_not_speak_for_another_video(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_manifest_does_not_speak_for_another_video(
+    render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     assert render().code == 0
     output = tmp_path / "out" / "clip.mp4"
     (known,) = clip.read_clips([output])
@@ -233,7 +247,7 @@ def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> No
 
 
 def test_a_job_compares_its_shots_beside_the_outputs(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = render(**BATCH, compare=True, video=KEPT)
     assert (said.code, said.err) == (0, "")
@@ -252,14 +266,14 @@ def test_a_job_compares_its_shots_beside_the_outputs(
         estimate = metrics.sketched_relative_distance(*kept)
         assert estimate == pytest.approx(shot["latent_distance"], rel=0.2)
     # and what is there and was made of the same videos stays
-    poison(monkeypatch, (comparison_metrics, "measure_clips"), (comparison, "write_outputs"))
+    forbid_calls(monkeypatch, (comparison_metrics, "measure_clips"), (comparison, "write_outputs"))
     before = (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns
     assert render(**BATCH, compare=True, video=KEPT).code == 0
     assert (tmp_path / "out" / "job.compare.json").stat().st_mtime_ns == before
 
 
 def test_shots_of_two_seeds_are_each_beside_that_of_their_own(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     items = [
         {"id": f"{name}{seed}", "seed": seed, "inject": inject}
@@ -281,7 +295,7 @@ def test_shots_of_two_seeds_are_each_beside_that_of_their_own(
 
 
 def test_a_shot_that_was_rendered_under_another_id_is_compared(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     items = [{"id": "plain", "output": "out/plain.mp4"}, {**ITEMS[1], "output": "out/early.mp4"}]
     assert render(**BATCH | {"items": items}).code == 0
@@ -292,7 +306,7 @@ def test_a_shot_that_was_rendered_under_another_id_is_compared(
 
 
 def test_without_latents_on_disk_the_manifests_tell_their_distance(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert render(**BATCH, compare={"video": False}).code == 0
     found = compared(tmp_path)
@@ -303,7 +317,7 @@ def test_without_latents_on_disk_the_manifests_tell_their_distance(
 
 
 def test_distances_rest_on_the_latents_that_these_videos_were_made_of(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert render(**BATCH, compare=True, video=KEPT).code == 0
     assert compared(tmp_path)["shots"][1]["latent_from"] == "latents"
@@ -318,18 +332,18 @@ def test_distances_rest_on_the_latents_that_these_videos_were_made_of(
     assert (shot["latent_from"], shot["latent_distance"]) == ("sketch", before)
 
 
-def test_an_item_that_stays_out_is_in_no_figure(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_an_item_that_stays_out_is_in_no_figure(render: Callable[..., CommandResult], tmp_path: Path) -> None:
     items = [ITEMS[0], ITEMS[1] | {"compare": False}, ITEMS[2]]
     assert render(**BATCH | {"items": items}, compare=True).code == 0
     assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "late"]
 
 
 def test_a_finished_job_is_compared_when_asked_later_and_again_when_a_file_is_gone(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert render(**BATCH).code == 0
     assert "job.compare.json" not in files_in(tmp_path)
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     assert render("--set", "compare={baseline: late}", **BATCH).code == 0
     assert compared(tmp_path)["baseline"] == "late"
     (tmp_path / "out" / "job.compare.png").unlink()
@@ -339,7 +353,7 @@ def test_a_finished_job_is_compared_when_asked_later_and_again_when_a_file_is_go
 
 
 def test_parts_of_a_job_are_compared_with_what_is_done_of_the_others(
-    loud: Callable[..., Said], tmp_path: Path
+    loud: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert "the baseline, shot plain, is not done" in loud("--items", "1", **BATCH, compare=True).err
     assert "job.compare.json" not in files_in(tmp_path)
@@ -348,7 +362,9 @@ def test_parts_of_a_job_are_compared_with_what_is_done_of_the_others(
     assert [shot["id"] for shot in compared(tmp_path)["shots"]] == ["plain", "early"]
 
 
-def test_baselines_that_are_not_done_are_one_warning(loud: Callable[..., Said], tmp_path: Path) -> None:
+def test_baselines_that_are_not_done_are_one_warning(
+    loud: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     sweep = {"seed": [7, 8, 9], "inject.0.strength": [0, 1.0]}
     changes = {"inject": [rule(blocks="early")], "matrix": sweep, "output": "out/{seed}-{strength}.mp4"}
     said = loud("--items", "1-5:2", **changes, compare=True)
@@ -361,7 +377,7 @@ def test_baselines_that_are_not_done_are_one_warning(loud: Callable[..., Said], 
 
 
 def test_a_comparison_that_fails_fails_no_shot(
-    loud: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loud: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(path: Path) -> Any:
         raise FfmpegError("went wrong", where=str(path))
@@ -375,7 +391,7 @@ def test_a_comparison_that_fails_fails_no_shot(
 
 
 def test_what_another_program_left_under_these_names_moves_aside(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
     for end in ("json", "png", "mp4"):
@@ -406,7 +422,7 @@ def test_who_asks_for_an_end_gets_it_between_two_videos(
 
 @pytest.mark.parametrize("first", ["0", "0-1"])
 def test_a_shot_of_that_name_is_not_moved_aside(
-    loud: Callable[..., Said], tmp_path: Path, first: str
+    loud: Callable[..., CommandResult], tmp_path: Path, first: str
 ) -> None:
     items = [{"id": "a"}, {"id": "b", "output": "out/job.compare.mp4"}]
     assert (
@@ -421,7 +437,7 @@ def test_a_shot_of_that_name_is_not_moved_aside(
 
 
 def test_figures_of_a_render_are_finite_numbers_and_the_document_is_strict_json(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     assert render(**BATCH, compare=True).code == 0
     text = (tmp_path / "out" / "job.compare.json").read_text()
@@ -431,7 +447,7 @@ def test_figures_of_a_render_are_finite_numbers_and_the_document_is_strict_json(
 
 
 def test_what_is_done_is_compared_also_where_so_many_failed_that_it_was_enough(
-    loud: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loud: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = pipeline.decode_latent
 

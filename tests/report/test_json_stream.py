@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 from forked import start
-from jobs import CAT, FISH, Said, command, forwards, manifest_of, rule, tiny_job, written
+from jobs import CAT, FISH, CommandResult, count_forwards, manifest_of, rule, run_wancli, tiny_job, write_job
 
 from wancli.engine import batch, outcome
 from wancli.errors import FfmpegError, error_types
@@ -49,16 +49,16 @@ def of(kind: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.fixture
 def say(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Said]:
+) -> Callable[..., CommandResult]:
     """Return a function that runs one command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: command(capsys, *arguments)
+    return lambda *arguments: run_wancli(capsys, *arguments)
 
 
 ITEMS = [{"id": "one", "labels": {"take": 1}}, {"id": "two", "seed": 2}]
 
 
-def test_a_batch_is_reported_event_by_event(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_batch_is_reported_event_by_event(render: Callable[..., CommandResult], tmp_path: Path) -> None:
     said = render("--json-stream", items=ITEMS, output="out/{id}.mp4", inject=[rule(blocks="2-3")])
     found = events(said.out)
     assert (said.code, said.err) == (0, "")
@@ -91,7 +91,7 @@ def test_a_batch_is_reported_event_by_event(render: Callable[..., Said], tmp_pat
     assert FISH not in said.out
 
 
-def test_a_finished_shot_is_reported_as_already_done(render: Callable[..., Said]) -> None:
+def test_a_finished_shot_is_reported_as_already_done(render: Callable[..., CommandResult]) -> None:
     first = of("shot-finished", events(render("--json-stream").out))
     again = events(render("--json-stream").out)
     (finished,) = of("shot-finished", again)
@@ -102,7 +102,7 @@ def test_a_finished_shot_is_reported_as_already_done(render: Callable[..., Said]
 
 
 def test_comparing_is_reported_and_starts_no_finished_shot(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     for state in ("rendered", "already done"):
         found = events(render("--json-stream", items=ITEMS, output="out/{id}.mp4", compare=True).out)
@@ -114,7 +114,7 @@ def test_comparing_is_reported_and_starts_no_finished_shot(
         (tmp_path / "out/job.compare.json").unlink()
 
 
-def test_the_plan_reports_shared_steps(render: Callable[..., Said]) -> None:
+def test_the_plan_reports_shared_steps(render: Callable[..., CommandResult]) -> None:
     items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="1-1")]}]
     found = events(render("--json-stream", items=items, output="out/{id}.mp4").out)
     assert (found[0]["steps"], found[0]["shared_steps"]) == (4, 1)
@@ -129,7 +129,7 @@ def test_a_note_is_not_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = WanModel.predict_velocities
 
@@ -147,8 +147,8 @@ def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
     assert "shot-finished" not in [event["type"] for event in found]
 
 
-def test_a_wrong_job_leaves_only_the_envelope(say: Callable[..., Said], tmp_path: Path) -> None:
-    said = say("render", written(tmp_path, tiny_job(frames=4)), "--json-stream")
+def test_a_wrong_job_leaves_only_the_envelope(say: Callable[..., CommandResult], tmp_path: Path) -> None:
+    said = say("render", write_job(tmp_path, tiny_job(frames=4)), "--json-stream")
     (envelope,) = events(said.out)
     assert (said.code, envelope["exit_code"], envelope["ok"]) == (2, 2, False)
     assert envelope["error"]["code"] == "job"
@@ -167,7 +167,9 @@ def test_a_wrong_job_leaves_only_the_envelope(say: Callable[..., Said], tmp_path
     ],
     ids=" ".join,
 )
-def test_so_does_a_command_line_that_is_wrong(say: Callable[..., Said], arguments: list[str]) -> None:
+def test_so_does_a_command_line_that_is_wrong(
+    say: Callable[..., CommandResult], arguments: list[str]
+) -> None:
     said = say(*arguments)
     (envelope,) = events(said.out)
     assert (said.code, envelope["exit_code"], envelope["command"]) == (2, 2, "render")
@@ -176,13 +178,13 @@ def test_so_does_a_command_line_that_is_wrong(say: Callable[..., Said], argument
 
 @pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.code)
 def test_whatever_ends_a_batch_is_in_the_envelope(
-    say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+    say: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     def fails(*_: object) -> None:
         raise kind("went wrong", where="here", hint="Try there.")
 
     monkeypatch.setattr(batch, "render", fails)
-    said = say("render", written(tmp_path, tiny_job()), "--json-stream", "-q")
+    said = say("render", write_job(tmp_path, tiny_job()), "--json-stream", "-q")
     plan, envelope = events(said.out)
     assert (plan["type"], said.code) == ("plan", kind.status)
     assert envelope["exit_code"] == kind.status
@@ -190,9 +192,11 @@ def test_whatever_ends_a_batch_is_in_the_envelope(
     assert envelope["data"]["counts"]["not_started"] == 1
 
 
-def test_so_is_a_bug(say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_is_a_bug(
+    say: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batch, "render", lambda *_: 1 / 0)
-    said = say("render", written(tmp_path, tiny_job()), "--json-stream")
+    said = say("render", write_job(tmp_path, tiny_job()), "--json-stream")
     envelope = events(said.out)[-1]
     assert (said.code, envelope["exit_code"]) == (70, 70)
     assert envelope["error"]["code"] == "bug"
@@ -200,13 +204,13 @@ def test_so_is_a_bug(say: Callable[..., Said], tmp_path: Path, monkeypatch: pyte
 
 
 def test_ctrl_c_before_the_work_starts_is_in_the_envelope(
-    say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    say: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wancli.plan.planner.build_plan", interrupted)
-    said = say("render", written(tmp_path, tiny_job()), "--json-stream")
+    said = say("render", write_job(tmp_path, tiny_job()), "--json-stream")
     (envelope,) = events(said.out)
     assert (said.code, envelope["exit_code"]) == (130, 130)
     assert envelope["error"]["code"] == "stopped.interrupted"
@@ -215,13 +219,13 @@ def test_ctrl_c_before_the_work_starts_is_in_the_envelope(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("when", ["planning", "sampling"])
 def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
 ) -> None:
     before = signal.getsignal(number)
     if when == "planning":
         monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
     else:
-        forwards(monkeypatch, lambda n: signal.raise_signal(number) if n == 2 else None)
+        count_forwards(monkeypatch, lambda n: signal.raise_signal(number) if n == 2 else None)
     said = render("--json-stream", items=ITEMS, output="out/{id}.mp4")
     found = events(said.out)
     assert (said.code, found[-1]["exit_code"], found[-1]["error"]["code"]) == (75, 75, "stopped")
@@ -236,7 +240,7 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
 
 
 def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -> None:
-    job = written(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
+    job = write_job(tmp_path, tiny_job(shallow, sampler={"steps": 200}))
     with start("render", job, "--json-stream", "-q", "--cache-dir", warm) as running:
         assert running.stdout
         lines, asked = [], False
@@ -252,7 +256,7 @@ def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -
 
 
 def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Path) -> None:
-    job = written(tmp_path, tiny_job(known))
+    job = write_job(tmp_path, tiny_job(known))
     program = f"{sys.executable} -c 'from wancli.__main__ import main; main()'"
     said = subprocess.run(
         ["bash", "-c", f"{program} render {job} --json-stream | true; exit ${{PIPESTATUS[0]}}"],
@@ -271,7 +275,7 @@ def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, kn
     program = tmp_path / "wancli"
     program.write_text(f"#!{sys.executable}\nfrom wancli.__main__ import main\nmain()\n")
     program.chmod(0o755)
-    written(tmp_path, tiny_job(known))
+    write_job(tmp_path, tiny_job(known))
     path = f"{tmp_path}:{os.environ['PATH']}"
     said = subprocess.run(
         [sys.executable, "-c", block],

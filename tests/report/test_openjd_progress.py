@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Said, command, forwards, rule, tiny_job, written
+from jobs import CommandResult, count_forwards, rule, run_wancli, tiny_job, write_job
 from openjd.sessions._action_filter import ActionMessageKind, ActionMonitoringFilter
 
 from wancli.report import openjd_progress
@@ -38,7 +38,7 @@ ITEMS = [{"id": "one"}, {"id": "two", "seed": 2}, {"id": "long", "sampler": {"st
 
 
 def test_a_session_sees_the_batch_grow_to_a_hundred(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     said = render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4")
@@ -53,7 +53,7 @@ def test_a_session_sees_the_batch_grow_to_a_hundred(
 
 
 def test_steps_that_shots_share_count_once(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="50-100%")]}]
@@ -64,7 +64,7 @@ def test_steps_that_shots_share_count_once(
     assert found[-1] == 100
 
 
-def test_what_is_done_already_counts(render: Callable[..., Said]) -> None:
+def test_what_is_done_already_counts(render: Callable[..., CommandResult]) -> None:
     render(items=ITEMS, output="out/{id}.mp4")
     assert (
         progress(read_messages(render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4").out))[-1]
@@ -73,14 +73,16 @@ def test_what_is_done_already_counts(render: Callable[..., Said]) -> None:
 
 
 def test_a_failure_is_reported_with_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    said = command(capsys, "render", written(tmp_path, tiny_job(frames=4)), "--progress", "openjd")
+    said = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(frames=4)), "--progress", "openjd")
     ((kind, reason),) = read_messages(said.out)
     assert (said.code, kind) == (2, "fail")
     assert "4 is not 4n+1" in reason
 
 
-def test_being_stopped_is_not_a_failure(render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    forwards(monkeypatch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+def test_being_stopped_is_not_a_failure(
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_forwards(monkeypatch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
     said = render("--progress", "openjd", sampler={"steps": 4})
     told = read_messages(said.out)
     assert said.code == 75

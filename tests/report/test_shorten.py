@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import command, tiny_job, written
+from jobs import run_wancli, tiny_job, write_job
 from rich.cells import cell_len
 
 from wancli.report.shorten import shorten_unique
@@ -51,7 +51,9 @@ def test_a_plan_in_80_columns_shows_shared_values_once_and_cuts_no_name(
         {"id": STORM.format("night"), "seed": 123456789},
         {"id": STORM.format("noon"), "seed": 7},
     ]
-    lines = command(capsys, "plan", written(tmp_path, tiny_job(shallow, output="{id}.mp4", items=items))).out
+    lines = run_wancli(
+        capsys, "plan", write_job(tmp_path, tiny_job(shallow, output="{id}.mp4", items=items))
+    ).out
     alike, heads, *shots = lines.splitlines()[1:5]
     assert alike == "all: size 64x64, frames 1, tokens 16, solver unipc, steps 2, shift 5, guidance 5"
     assert heads.split() == ["shot", "seed", "state"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Said, command, forwards, tiny_job, written
+from jobs import CommandResult, count_forwards, run_wancli, tiny_job, write_job
 from rich.cells import cell_len
 
 from wancli.job.loader import load
@@ -32,7 +32,7 @@ def states(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: Path
 ) -> Callable[..., dict[str, dict[str, Any]]]:
     def asked(*options: str) -> dict[str, dict[str, Any]]:
-        said = command(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm, *options)
+        said = run_wancli(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm, *options)
         assert (said.code, said.err) == (0, "")
         return {shot["id"]: shot for shot in json.loads(said.out)["shots"]}
 
@@ -40,13 +40,17 @@ def states(
 
 
 def test_before_during_and_after(
-    render: Callable[..., Said], states: Any, shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult],
+    states: Any,
+    shallow: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written(tmp_path, tiny_job(shallow, **CHANGES))
+    write_job(tmp_path, tiny_job(shallow, **CHANGES))
     assert [shot["state"] for shot in states().values()] == ["to do"] * 3
     with monkeypatch.context() as patch:
         # 8 forwards a shot; in the second step of the second somebody asks for an end
-        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 10 else None)
+        count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 10 else None)
         assert render(**CHANGES).code == 75
     found = states()
     assert [shot["state"] for shot in found.values()] == ["done", "half done", "to do"]
@@ -58,7 +62,7 @@ def test_before_during_and_after(
 
 
 def test_a_failed_shot_has_its_reason_until_it_is_done(
-    render: Callable[..., Said], states: Any, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], states: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         real = WanModel.predict_velocities
@@ -73,7 +77,7 @@ def test_a_failed_shot_has_its_reason_until_it_is_done(
 
 
 def test_a_latent_alone_and_a_video_in_the_way_are_told_apart(
-    render: Callable[..., Said], states: Any, tmp_path: Path
+    render: Callable[..., CommandResult], states: Any, tmp_path: Path
 ) -> None:
     changes = CHANGES | {"video": {"keep_latents": True}}
     render(**changes)
@@ -87,18 +91,22 @@ def test_a_latent_alone_and_a_video_in_the_way_are_told_apart(
 
 
 def test_the_videos_of_a_job_that_was_edited_since_are_in_the_way_and_take_no_time(
-    render: Callable[..., Said], states: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: Path
+    render: Callable[..., CommandResult],
+    states: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    warm: Path,
 ) -> None:
     assert render(**CHANGES).code == 0
     edited = ("--set", "sampler.shift=4")
     assert [shot["state"] for shot in states(*edited).values()] == ["in the way"] * 3
     for asked in ("status", "plan"):
-        said = command(capsys, asked, tmp_path / "job.yaml", "--json", "--cache-dir", warm, *edited)
+        said = run_wancli(capsys, asked, tmp_path / "job.yaml", "--json", "--cache-dir", warm, *edited)
         assert json.loads(said.out)["time"]["seconds"] == 0
 
 
 def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_for(
-    render: Callable[..., Said], states: Any, tmp_path: Path
+    render: Callable[..., CommandResult], states: Any, tmp_path: Path
 ) -> None:
     changes = CHANGES | {"video": {"keep_latents": True}}
     assert render(**changes).code == 0
@@ -109,7 +117,7 @@ def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_fo
 
 
 def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_path: Path) -> None:
-    job = written(tmp_path, tiny_job(shallow, **CHANGES))
+    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
     shots = build_plan(load(job), tmp_path / "memo").shots
     for shot in shots:
         shot.output.parent.mkdir(exist_ok=True)
@@ -122,12 +130,12 @@ def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_pat
 
 
 def test_the_time_left_counts_what_is_left(
-    render: Callable[..., Said], capsys: pytest.CaptureFixture[str], tmp_path: Path, warm: Path
+    render: Callable[..., CommandResult], capsys: pytest.CaptureFixture[str], tmp_path: Path, warm: Path
 ) -> None:
     render(**CHANGES | {"video": {"keep_latents": True}})
 
     def left() -> float:
-        said = command(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm)
+        said = run_wancli(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm)
         return float(json.loads(said.out)["time"]["seconds"])
 
     assert left() == 0
@@ -139,7 +147,7 @@ def test_the_time_left_counts_what_is_left(
 
 
 def test_steps_that_are_on_disk_need_no_time_any_more(
-    render: Callable[..., Said],
+    render: Callable[..., CommandResult],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     warm: Path,
@@ -149,11 +157,11 @@ def test_steps_that_are_on_disk_need_no_time_any_more(
 
     def left(*options: str) -> float:
         asked = ["status", tmp_path / "job.yaml", "--json", "--cache-dir", warm]
-        return float(json.loads(command(capsys, *asked, *options).out)["time"]["seconds"])
+        return float(json.loads(run_wancli(capsys, *asked, *options).out)["time"]["seconds"])
 
     assert render(**changes | {"seed": 9, "output": "other/{id}.mp4"}).code == 0  # which tells the rates
     with monkeypatch.context() as patch:
-        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+        count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
         assert render(**changes).code == 75
     begun, fresh = left(), left("--set", "seed=3")
     (tmp_path / "out/a.state.safetensors").unlink()
@@ -191,7 +199,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
 
 
 def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
-    job = written(tmp_path, tiny_job(shallow, **CHANGES))
+    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
     program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}])"
     program += "; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -199,10 +207,10 @@ def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
 
 
 def test_a_state_that_goes_while_it_is_looked_at_is_no_error(
-    render: Callable[..., Said], states: Any, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], states: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+        count_forwards(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
         assert render(**CHANGES).code == 75
     real = tensor_file.read_record
 

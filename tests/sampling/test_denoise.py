@@ -18,11 +18,11 @@ from jobs import (
     T5,
     TINY,
     TRANSFORMER,
-    Said,
+    CommandResult,
     change_tensors,
     checkpoint,
+    count_forwards,
     files_in,
-    forwards,
     latents_of,
     manifest_of,
     rule,
@@ -43,12 +43,14 @@ from wancli.weights.loader import LoadOptions, load_transformer
 
 
 @pytest.fixture
-def render(render: Callable[..., Said]) -> Callable[..., Said]:
+def render(render: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
     """All 40 blocks."""
     return partial(render, model=str(TINY))
 
 
-def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_hits_of_a_rule_are_those_of_its_table(
+    render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
     rules = [rule(branch="both", steps="1-2"), rule(blocks=[3, "0-2"], blend="output-mix")]
     assert render(inject=rules, sampler={"steps": 3}).code == 0
     first, second = manifest_of(tmp_path)["injection"]
@@ -65,7 +67,7 @@ def test_the_hits_of_a_rule_are_those_of_its_table(render: Callable[..., Said], 
 
 
 def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = WanModel.predict_velocities
 
@@ -96,9 +98,9 @@ def test_a_rule_that_a_block_ignored_fails_its_shot_and_no_other(
 
 
 def test_at_guidance_1_there_is_one_forward_a_step(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render(sampler={"steps": 3, "guidance": 1}, inject=[rule(branch="both")]).code == 0
     assert len(calls) == 3
     body = manifest_of(tmp_path)
@@ -107,7 +109,7 @@ def test_at_guidance_1_there_is_one_forward_a_step(
 
 
 def test_measuring_records_the_effect_on_injected_blocks_and_leaves_the_latent_alone(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     injected = {"inject": [rule(steps=1)], "video": KEPT}
     assert render(folder=tmp_path / "plain", **injected).code == 0
@@ -137,7 +139,7 @@ def test_measuring_records_the_effect_on_injected_blocks_and_leaves_the_latent_a
     ],
 )
 def test_nan_in_the_weights_is_named_and_nothing_is_written(
-    render: Callable[..., Said], tmp_path: Path, name: str, message: str
+    render: Callable[..., CommandResult], tmp_path: Path, name: str, message: str
 ) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / TRANSFORMER, lambda tensors: tensors[name].view(-1)[:1].fill_(torch.nan))
@@ -148,7 +150,7 @@ def test_nan_in_the_weights_is_named_and_nothing_is_written(
 
 
 def test_nan_from_the_text_encoder_is_reported_and_never_cached(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / T5, lambda tensors: tensors["norm.weight"].fill_(torch.nan))
@@ -161,7 +163,7 @@ def test_nan_from_the_text_encoder_is_reported_and_never_cached(
 
 
 def test_measuring_a_finished_shot_keeps_its_video_and_adds_the_effects(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     injected = {"inject": [rule()]}
     assert render(**injected).code == 0
@@ -175,7 +177,7 @@ def test_measuring_a_finished_shot_keeps_its_video_and_adds_the_effects(
 
 
 def test_a_decoder_that_gives_nan_fails_the_shot_and_keeps_the_latent(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     model = checkpoint(tmp_path)
     change_tensors(
@@ -189,11 +191,11 @@ def test_a_decoder_that_gives_nan_fails_the_shot_and_keeps_the_latent(
 
 
 def test_measuring_a_disabled_injection_renders_nothing_again(
-    render: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off = {"inject": [rule(strength=0)]}
     assert render(**off).code == 0
-    calls = forwards(monkeypatch)
+    calls = count_forwards(monkeypatch)
     assert render("--log-level", "verbose", **off).code == 0
     assert calls == []
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from forked import Forked, start
-from jobs import KEPT, Said, files_in, latents_of, manifest_of, poison, tiny_job, written
+from jobs import KEPT, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job, write_job
 
 from wancli.engine.batch import render as render_plan
 from wancli.engine.batch import track_outcomes
@@ -37,7 +37,7 @@ from wancli.storage.claim_file import current_process
 from wancli.storage.claims import Claims, claim_path, find_holder
 from wancli.text.encoder import encode
 
-Render = Callable[..., Said]
+Render = Callable[..., CommandResult]
 QUICK = {"heartbeat": 0.01, "stale_looks": 3}
 
 
@@ -228,9 +228,9 @@ def test_a_folder_that_takes_no_claim_is_a_machine_error(shot: Any) -> None:
 
 
 def test_nothing_is_encoded_if_no_claim_can_be_written(
-    render: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.wancli").write_text("in the way")
     said = render(prompt="Never asked before.")
@@ -342,7 +342,7 @@ class Folder:
         items = [{"id": id, "seed": ord(id)} for id in ids]
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": items}
         self.path, self.cache, self.log = path, cache, path / "log"
-        self.job = written(path, tiny_job(model, **said | changes))
+        self.job = write_job(path, tiny_job(model, **said | changes))
         self._running: list[Forked] = []
 
     def start(self, *options: str, event: str = "", at: tuple[str, int] = ("", 0)) -> Forked:

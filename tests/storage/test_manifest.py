@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from jobs import spoiled
+from jobs import damaged_copies
 from manifests import body, phase, prompt, rule
 
 from wancli.errors import EntryError
@@ -123,7 +123,7 @@ def test_every_flipped_bit_and_every_cut_of_a_manifest_is_noticed(tmp_path):
     path = tmp_path / "x.manifest.json"
     manifest.write(path, {"key": KEY, "steps": 50, "files": []})
     whole = path.read_bytes()
-    for data in [*spoiled(whole), whole + b"\n"]:
+    for data in [*damaged_copies(whole), whole + b"\n"]:
         path.write_bytes(data)
         with pytest.raises(EntryError, match="damaged"):
             manifest.read(path)

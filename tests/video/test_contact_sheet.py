@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from jobs import command
+from jobs import run_wancli
 from PIL import Image
 from plain_video import plain_video as clip
 
@@ -87,7 +87,7 @@ def test_an_earlier_sheet_is_replaced_and_another_picture_is_moved_aside(
     output = tmp_path / "sheet.png"
     output.write_bytes(b"a picture of mine")
     for _ in range(2):
-        said = command(capsys, "compare", one, "-o", output)
+        said = run_wancli(capsys, "compare", one, "-o", output)
         assert (said.code, said.out.strip()) == (0, str(output))
     assert (tmp_path / "sheet.old-1.png").read_bytes() == b"a picture of mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "sheet.old-1.png", "sheet.png"]
@@ -95,12 +95,12 @@ def test_an_earlier_sheet_is_replaced_and_another_picture_is_moved_aside(
 
 def test_a_file_that_is_not_a_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
-    said = command(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
+    said = run_wancli(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
     assert said.code == 2
     assert said.err.startswith(f"wancli: {tmp_path}/bad.mp4: is not an MP4\n")
     assert not (tmp_path / "sheet.png").exists()
 
 
 def test_a_missing_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = command(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
+    said = run_wancli(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
     assert (said.code, said.err) == (2, f"wancli: {tmp_path}/nope.mp4: no such file\n")

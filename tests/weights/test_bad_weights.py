@@ -26,13 +26,13 @@ from jobs import (
     T5,
     TRANSFORMER,
     VAE,
-    Said,
+    CommandResult,
     change_tensors,
     checkpoint,
-    command,
-    poison,
+    forbid_calls,
+    run_wancli,
     tiny_job,
-    written,
+    write_job,
 )
 from safetensors.torch import load_file, save_file
 from weight_files import write_gguf
@@ -54,16 +54,16 @@ def meet(
     warm: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Said]:
+) -> Callable[..., CommandResult]:
     """What a command says about the checkpoint after it was damaged. Nothing may be encoded or sampled."""
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
-    poison(monkeypatch)
+    forbid_calls(monkeypatch)
 
-    def met(damage: Damage, verb: str = "render") -> Said:
+    def met(damage: Damage, verb: str = "render") -> CommandResult:
         said = damage(model) or {}
         if verb == "inspect":
-            return command(capsys, verb, model)
-        return command(capsys, verb, written(tmp_path, tiny_job(**{"model": model} | said)))
+            return run_wancli(capsys, verb, model)
+        return run_wancli(capsys, verb, write_job(tmp_path, tiny_job(**{"model": model} | said)))
 
     return met
 
@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_damage_is_reported_before_anything_is_sampled(case: str, meet: Callable[..., Said]) -> None:
+def test_damage_is_reported_before_anything_is_sampled(case: str, meet: Callable[..., CommandResult]) -> None:
     damage, message = CASES[case]
     said = meet(damage)
     first, *hint = said.err.splitlines()
@@ -280,7 +280,7 @@ BOMBS: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("verb", ["render", "plan", "inspect"])
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_pth_that_is_an_attack_is_refused_by_every_command(
-    case: str, verb: str, meet: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, verb: str, meet: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     damage, message = BOMBS[case]
@@ -315,7 +315,7 @@ def test_no_lie_about_sizes_makes_wancli_allocate(
     """In a process that may take 128 MiB more once it has planned a sound checkpoint."""
     MEMORY[case](model)
     jobs = [
-        written(tmp_path / name, tiny_job(model=folder))
+        write_job(tmp_path / name, tiny_job(model=folder))
         for name, folder in (("bad", model), ("good", shallow))
     ]
     done = subprocess.run(
@@ -368,7 +368,9 @@ GGUFS: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("verb", ["render", "plan"])
 @pytest.mark.parametrize("case", GGUFS)
-def test_a_bad_gguf_is_refused_with_the_reason(case: str, verb: str, meet: Callable[..., Said]) -> None:
+def test_a_bad_gguf_is_refused_with_the_reason(
+    case: str, verb: str, meet: Callable[..., CommandResult]
+) -> None:
     damage, message = GGUFS[case]
     said = meet(damage, verb)
     assert re.search(rf"wan.gguf: .*{message}", said.err), said.err
@@ -421,7 +423,9 @@ LORAS: dict[str, tuple[Damage, str, str]] = {
 
 @pytest.mark.parametrize("verb", ["render", "plan"])
 @pytest.mark.parametrize("case", LORAS)
-def test_a_lora_for_something_else_is_refused(case: str, verb: str, meet: Callable[..., Said]) -> None:
+def test_a_lora_for_something_else_is_refused(
+    case: str, verb: str, meet: Callable[..., CommandResult]
+) -> None:
     damage, message, hint = LORAS[case]
     said = meet(damage, verb)
     assert re.search(rf"a.safetensors: .*{message}", said.err), said.err
@@ -473,7 +477,7 @@ EXPERTS: dict[str, tuple[Damage, str, str]] = {
 
 @pytest.mark.parametrize("verb", ["render", "plan"])
 @pytest.mark.parametrize("case", EXPERTS)
-def test_experts_out_of_place_are_refused(case: str, verb: str, meet: Callable[..., Said]) -> None:
+def test_experts_out_of_place_are_refused(case: str, verb: str, meet: Callable[..., CommandResult]) -> None:
     damage, message, hint = EXPERTS[case]
     said = meet(damage, verb)
     assert (message in said.err, hint in said.err, said.code) == (True, True, 4), said.err
@@ -483,7 +487,7 @@ def test_experts_out_of_place_are_refused(case: str, verb: str, meet: Callable[.
 
 
 def test_a_nan_in_a_weight_ends_the_shot_with_its_block_and_inspect_finds_the_tensor(
-    render: Callable[..., Said], model: Path, capsys: pytest.CaptureFixture[str]
+    render: Callable[..., CommandResult], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_tensors(model / TRANSFORMER, lambda tensors: tensors[Q].view(-1)[:1].fill_(math.nan))
     said = render(model=model)
@@ -491,5 +495,5 @@ def test_a_nan_in_a_weight_ends_the_shot_with_its_block_and_inspect_finds_the_te
     assert "step 0" in said.err
     assert "block 0" in said.err
     assert "wancli inspect --deep" in said.err
-    found = command(capsys, "inspect", "--deep", model)
+    found = run_wancli(capsys, "inspect", "--deep", model)
     assert (found.code, f"NaN or Inf in {Q}" in found.out) == (4, True)

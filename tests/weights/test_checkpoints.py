@@ -17,7 +17,7 @@ from jobs import (
     TINY,
     TRANSFORMER,
     VAE,
-    Said,
+    CommandResult,
     change_tensors,
     checkpoint,
     files_in,
@@ -35,7 +35,7 @@ from wancli.weights import loader
 
 
 def test_several_models_in_one_job_are_loaded_once_each(
-    render: Callable[..., Said], shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Callable[..., CommandResult], shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = checkpoint(tmp_path, shallow)
     change_tensors(other / TRANSFORMER, lambda tensors: tensors["head.head.bias"].add_(0.1))
@@ -56,7 +56,7 @@ def test_several_models_in_one_job_are_loaded_once_each(
 
 @pytest.mark.parametrize(("layers", "heads", "head_dim"), [(30, 2, 24), (3, 3, 10), (2, 1, 22), (1, 5, 14)])
 def test_a_model_of_any_depth_and_head_width_renders(
-    render: Callable[..., Said], tmp_path: Path, layers: int, heads: int, head_dim: int
+    render: Callable[..., CommandResult], tmp_path: Path, layers: int, heads: int, head_dim: int
 ) -> None:
     model = checkpoint(tmp_path)
     torch.manual_seed(layers)
@@ -71,7 +71,7 @@ def test_a_model_of_any_depth_and_head_width_renders(
 
 
 def test_shards_are_one_model_and_each_must_be_whole(
-    render: Callable[..., Said], shallow: Path, tmp_path: Path
+    render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     model = checkpoint(tmp_path, shallow)
     tensors = load_file(model / TRANSFORMER)
@@ -117,7 +117,7 @@ def broken(tensors: dict[str, torch.Tensor], names: Sequence[str]) -> None:
     ],
 )
 def test_missing_unexpected_and_misshapen_tensors_are_listed(
-    render: Callable[..., Said], tmp_path: Path, file: str, names: tuple[str, str]
+    render: Callable[..., CommandResult], tmp_path: Path, file: str, names: tuple[str, str]
 ) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / file, lambda tensors: broken(tensors, names))
@@ -142,7 +142,7 @@ class Payload:
 @pytest.mark.parametrize("file", [VAE, T5])
 @pytest.mark.parametrize("plain", [True, False], ids=["bare pickle", "zip"])
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
-    render: Callable[..., Said], tmp_path: Path, file: str, plain: bool
+    render: Callable[..., CommandResult], tmp_path: Path, file: str, plain: bool
 ) -> None:
     model, marker = checkpoint(tmp_path), tmp_path / "marker"
     if plain:
@@ -156,7 +156,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
 
 
 def test_an_embedding_of_another_width_is_refused(
-    render: Callable[..., Said], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    render: Callable[..., CommandResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.safetensors"
     tokens = Tokenizer(TINY / "google/umt5-xxl/spiece.model").tokenize("a fog", 256)
@@ -166,7 +166,7 @@ def test_an_embedding_of_another_width_is_refused(
     assert f"wancli: shot 0000: {out}: its rows are 32 wide, the model reads 64\n" in said.err
 
 
-def test_half_precision_renders_nearly_the_same(render: Callable[..., Said], tmp_path: Path) -> None:
+def test_half_precision_renders_nearly_the_same(render: Callable[..., CommandResult], tmp_path: Path) -> None:
     for dtype in ("fp32", "bf16"):
         assert render(folder=tmp_path / dtype, memory={"dtype": dtype}, video=KEPT).code == 0
     full, half = latents_of(tmp_path / "fp32"), latents_of(tmp_path / "bf16")

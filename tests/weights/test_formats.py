@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from jobs import KEPT, SPIECE, T5, TRANSFORMER, VAE, Said, latents_of, manifest_of, rule
+from jobs import KEPT, SPIECE, T5, TRANSFORMER, VAE, CommandResult, latents_of, manifest_of, rule
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_files import add_t5_tokenizer, finish_gguf
@@ -125,7 +125,7 @@ def around(model: Path, **files: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_transformer_in_each_format_renders_what_its_bytes_mean(
-    name: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+    name: str, render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     stored, bound = FORMATS[name]
     state = load_file(shallow / TRANSFORMER)
@@ -152,7 +152,7 @@ def test_a_transformer_in_each_format_renders_what_its_bytes_mean(
 
 
 def test_fp8_made_at_load_is_a_file_of_fp8_with_a_scale_per_row(
-    render: Callable[..., Said], shallow: Path, tmp_path: Path
+    render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     small, _ = FORMATS["LightX2V, a scale per row"][0](load_file(shallow / TRANSFORMER))
     save_file(small, tmp_path / "small.safetensors")
@@ -184,7 +184,7 @@ def blocks_of(kind: Type, shape: tuple[int, ...], rng: np.random.Generator) -> n
 
 @pytest.mark.parametrize("residency", ["resident", "packed", "streamed"])
 def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
-    residency: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+    residency: str, render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64, freq_dim=64)
     torch.manual_seed(1)
@@ -217,7 +217,7 @@ def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_a_text_encoder_in_fp8_that_carries_its_tokenizer_and_a_vae_in_bf16_render(
-    residency: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+    residency: str, render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     """As ComfyUI's umt5_xxl_fp8_e4m3fn_scaled and wan_2.1_vae are."""
     text, video = (torch.load(shallow / name, weights_only=True) for name in (T5, VAE))
@@ -274,7 +274,7 @@ def a_vae_of(model: Path, kind: str, path: Path) -> State:
 
 @pytest.mark.parametrize("kind", ["fp8 e4m3", "fp8 e5m2", "fp8 scaled", "GGUF F16", "GGUF F32"])
 def test_a_vae_in_each_format_decodes_what_its_bytes_mean(
-    kind: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+    kind: str, render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     stored = tmp_path / ("vae.gguf" if kind.startswith("GGUF") else "vae.safetensors")
     plain = a_vae_of(shallow, kind, stored)
@@ -289,7 +289,7 @@ def test_a_vae_in_each_format_decodes_what_its_bytes_mean(
 
 
 def test_an_input_scale_is_for_products_in_fp8_and_changes_nothing(
-    render: Callable[..., Said], shallow: Path, tmp_path: Path
+    render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     small, _ = FORMATS["ComfyUI comfy_quant"][0](load_file(shallow / TRANSFORMER))
     save_file(small, tmp_path / "without.safetensors")
@@ -320,7 +320,7 @@ GGUF_WORDS = {
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_a_text_encoder_in_gguf_that_carries_its_tokenizer_renders(
-    residency: str, render: Callable[..., Said], shallow: Path, tmp_path: Path
+    residency: str, render: Callable[..., CommandResult], shallow: Path, tmp_path: Path
 ) -> None:
     """As city96's umt5-xxl-encoder-Q8_0 is."""
     writer = gguf.GGUFWriter(tmp_path / "text.gguf", "t5encoder")
@@ -352,7 +352,7 @@ def test_a_text_encoder_in_gguf_that_carries_its_tokenizer_renders(
 
 
 def test_injections_are_read_and_measured_on_streamed_blocks_as_on_resident_ones(
-    render: Callable[..., Said], tmp_path: Path
+    render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     rules = [rule(blocks="2-3"), rule(blocks="0-1", branch="both", blend="output-mix")]
     bodies = []

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import weight_files
-from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, change_tensors, checkpoint, command
+from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE, change_tensors, checkpoint, run_wancli
 from safetensors.torch import load_file, save_file
 from weight_files import cast, dit, pth, scalar, stored, umt5_official, write
 
@@ -22,7 +22,7 @@ from weight_files import cast, dit, pth, scalar, stored, umt5_official, write
 def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """`wancli inspect` on a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-    return lambda *arguments: command(capsys, "inspect", *arguments)
+    return lambda *arguments: run_wancli(capsys, "inspect", *arguments)
 
 
 def document(look: Any, *arguments: object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import command, tiny_job, written
+from jobs import run_wancli, tiny_job, write_job
 from safetensors.torch import load_file
 
 from scripts.make_random_checkpoint import main, vae_entries, write_checkpoint
@@ -31,7 +31,7 @@ def made(folder: Path, dtype: str = "bf16", config: WanConfig = CONFIG, most: in
 def test_the_folder_is_identified_and_renders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made(tmp_path / "model")
     assert identify(folder).transformer_config == CONFIG
-    said = command(capsys, "render", written(tmp_path, tiny_job(model=folder)), "-q")
+    said = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(model=folder)), "-q")
     assert (said.code, said.err) == (0, "")
 
 

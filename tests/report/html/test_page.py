@@ -13,7 +13,7 @@ from typing import Any
 
 import pages
 import pytest
-from jobs import command, written
+from jobs import run_wancli, write_job
 
 from wancli.cli import run
 from wancli.job.loader import load
@@ -175,7 +175,7 @@ def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path)
     text = rerun_job.rerun_command(rerun_job.build_job(body, str(tmp_path / "again.mp4")))
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
-    (shot,) = build_plan(load(written(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
+    (shot,) = build_plan(load(write_job(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots
     assert shot.key == body.key
 
 
@@ -222,7 +222,7 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     other = {"id": "fish", "labels": {}, "output": "/farm/two/fish.mp4", "status": "rendered"}
     report = {"schema": batch_report.SCHEMA, "job": "sweep", "shots": [entry, other]}
     (folder / "two" / "report.json").write_text(json.dumps(report))
-    said = command(capsys, "report", folder)
+    said = run_wancli(capsys, "report", folder)
     assert (said.code, said.out) == (0, f"{folder}/report.html\n")
     found = pages.Page((folder / "report.html").read_bytes())
     rows = [(shot["job"], shot["id"], shot["status"]) for shot in found.document["shots"]]
@@ -250,7 +250,7 @@ def test_the_command_of_a_page_works_in_any_folder(
 
 def test_a_job_is_shown_as_it_stands(out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     target = tmp_path / "here" / "page.html"
-    said = command(capsys, "report", out.parent / "job.yaml", "-o", target)
+    said = run_wancli(capsys, "report", out.parent / "job.yaml", "-o", target)
     assert (said.code, said.out) == (0, f"{target}\n")
     document = pages.Page(target.read_bytes()).document
     assert [shot["status"] for shot in document["shots"]] == ["rendered", "rendered"]
@@ -261,10 +261,10 @@ def test_a_job_is_shown_as_it_stands(out: Path, capsys: pytest.CaptureFixture[st
 def test_a_job_that_nobody_rendered_yet_has_its_table_of_shots(
     out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    job = written(tmp_path, (out.parent / "job.yaml").read_text())
+    job = write_job(tmp_path, (out.parent / "job.yaml").read_text())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "fish.manifest.json").write_text("{")
-    assert command(capsys, "report", job, "-o", tmp_path / "page.html").code == 0
+    assert run_wancli(capsys, "report", job, "-o", tmp_path / "page.html").code == 0
     found = pages.Page((tmp_path / "page.html").read_bytes())
     assert [shot["status"] for shot in found.document["shots"]] == ["not started", "damaged"]
     assert "experiments" in [attrs.get("id") for tag, attrs in found.elements if tag == "table"]
@@ -274,20 +274,20 @@ def test_a_page_does_not_take_the_name_of_a_folder(
     out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for options in (["-o", tmp_path], ["-o", tmp_path / "p.html", "--csv", tmp_path]):
-        said = command(capsys, "report", out, *options)
+        said = run_wancli(capsys, "report", out, *options)
         assert (said.code, said.err) == (2, f"wancli: {tmp_path}: a folder has the name of an output\n")
 
 
 def test_what_a_page_cannot_be_made_of_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = command(capsys, "report", tmp_path)
+    said = run_wancli(capsys, "report", tmp_path)
     assert said.code == 2
     assert said.err.startswith(f"wancli: {tmp_path}: no manifest is in or below it")
     (tmp_path / "a.manifest.json").write_text("{")
-    said = command(capsys, "report", tmp_path)
+    said = run_wancli(capsys, "report", tmp_path)
     assert said.code == 4
     assert said.err.startswith(f"wancli: {tmp_path}: no manifest is whole\n  {tmp_path}/a.manifest.json: the")
     assert not (tmp_path / "report.html").exists()
-    said = command(capsys, "explore", "Wan2.1-T2V-41B", "-o", tmp_path / "x.html")
+    said = run_wancli(capsys, "explore", "Wan2.1-T2V-41B", "-o", tmp_path / "x.html")
     assert said.code == 2
     assert "did you mean Wan2.1-T2V-14B?" in said.err
 

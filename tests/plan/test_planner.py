@@ -233,7 +233,10 @@ def test_an_embedding_file_must_exist_be_whole_and_have_the_index(
     out = tmp_path / "a.safetensors"
     assert command(capsys, "encode", "-q", "--model", TINY, "--out", out, "x").code == 0
     for said, problem in (
-        ({"embedding": "a.safetensors", "index": 1}, "'a.safetensors' holds 1 embeddings; 1 is not one"),
+        (
+            {"embedding": "a.safetensors", "index": 1},
+            "'a.safetensors' contains 1 embeddings, from 0; there is no 1",
+        ),
         ({"embedding": "no.safetensors"}, "'no.safetensors' cannot be read: No such file or directory"),
         ({"embedding": "."}, "'.' cannot be read: Is a directory"),
     ):
@@ -336,13 +339,13 @@ def test_the_shots_of_a_sweep_share_the_work_of_planning(
     decide: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    real = Tokenizer.tokens
+    real = Tokenizer.tokenize
 
     def counted(self: Tokenizer, text: str, *rest: Any, **named: Any) -> Any:
         read.append(text)
         return real(self, text, *rest, **named)
 
-    monkeypatch.setattr(Tokenizer, "tokens", counted)
+    monkeypatch.setattr(Tokenizer, "tokenize", counted)
     axes = {"seed": list(range(20)), "inject.0.blocks": ["early", "late"]}
     plan = decide(
         output="{id}.mp4",
@@ -435,8 +438,8 @@ def test_a_bad_number_of_frames_is_answered_with_the_nearest_good_ones(
         ({"steps": "1-0"}, "steps", "'1-0' is empty"),
         ({"steps": "50-20%"}, "steps", "'50-20%' is not a range of the steps"),
         ({"steps": "first"}, "steps", "'first' is not a step range"),
-        ({"strength": [1, 0.5]}, "strength", "2 strengths for 13 places"),
-        ({"step_strength": [1, 1, 1]}, "step_strength", "3 strengths for 2 places"),
+        ({"strength": [1, 0.5]}, "strength", "2 strengths for 13 positions"),
+        ({"step_strength": [1, 1, 1]}, "step_strength", "3 strengths for 2 positions"),
         ({"blend": "replace"}, "strength", "replace needs strength 1"),
         ({"blend": "concat", "strength": -0.5}, "strength", "concat needs strengths above 0"),
     ],

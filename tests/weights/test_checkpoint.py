@@ -71,7 +71,7 @@ def raw(path: Path, document: object, data: bytes = b"") -> Path:
 
 def test_an_official_folder_is_known_by_its_files_and_sizes(tiny: Path):
     found = identify(tiny)
-    assert found.transformer == WanConfig(48, 96, 2, 40, text_dim=64, freq_dim=64)
+    assert found.transformer_config == WanConfig(48, 96, 2, 40, text_dim=64, freq_dim=64)
     assert (found.experts[0].naming, found.text_encoder.naming, found.vae.naming) == ("official",) * 3
     assert found.transformer_files == (tiny / WEIGHTS,)
     assert found.vae_files == (tiny / "Wan2.1_VAE.pth",)
@@ -83,7 +83,7 @@ def test_shards_are_found_through_their_index(folder: Path):
     shards = shard(folder)
     found = identify(folder)
     assert found.transformer_files == tuple(shards)
-    assert found.transformer.num_layers == 40
+    assert found.transformer_config.num_layers == 40
 
 
 def test_a_missing_shard_is_named(folder: Path):
@@ -357,7 +357,7 @@ def test_the_official_14b_folder_is_one_model_in_shards(tmp_path: Path) -> None:
     weight_files.shards(root, "diffusion_pytorch_model", stored(dit("14B"), "F32"), 6)
     config_json(root, "14B")
     found = identify(root)
-    assert (found.variant, found.transformer) == (T2V_14B, weight_files.SIZES["14B"])
+    assert (found.variant, found.transformer_config) == (T2V_14B, weight_files.SIZES["14B"])
     assert len(found.transformer_files) == 6
     assert text_encoder_config(found) == T5Config(256384, 4096, 64, 10240, 24, 64)
     assert vae_config(found) == VAEConfig()
@@ -371,7 +371,7 @@ def test_the_official_a14b_folder_has_two_experts(tmp_path: Path) -> None:
     assert [len(part.files) for part in found.experts] == [6, 6]
     assert {path.parent.name for path in found.transformer_files} == {"low_noise_model"}
     assert {path.parent.name for path in found.high_noise_files} == {"high_noise_model"}
-    assert found.transformer == weight_files.SIZES["14B"]
+    assert found.transformer_config == weight_files.SIZES["14B"]
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:

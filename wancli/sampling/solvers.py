@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SigmaSchedule:
-    """N timesteps as the model is told them, and N+1 noise levels, the last one 0."""
+    """N timesteps as the model receives them, and N+1 noise levels, the last one 0."""
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]

@@ -54,8 +54,8 @@ def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> No
     assert one == {name: pytest.approx(does[name].amount / 1e6) for name in throughput.PHASES}
     assert (two["encode"], two["load"]) == (one["encode"], one["load"])
     assert two["sample"] == pytest.approx(2 * one["sample"])
-    assert throughput.predict_phases([shot], frozenset(), known)["encode"] == 0
-    assert throughput.predict_phases([shot], missing, known[1:])["encode"] is None
+    assert throughput.predict_phases([shot], frozenset(), known, {})["encode"] == 0
+    assert throughput.predict_phases([shot], missing, known[1:], {})["encode"] is None
 
 
 def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_stopped_driver_lets_its_workers_save_and_prints_how_to_resume(
     done = {Path(line).stem for line in out.split()}
     assert len(done) < len(IDS)
     saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done
-    assert re.search(rf"stopped by SIGTERM; {len(saved)} shots? (is|are) saved on the way", err), err
+    assert re.search(rf"stopped by SIGTERM; {len(saved)} shots? (is|are) saved in progress", err), err
     assert not (tmp_path / "out/.wancli").exists()  # claims were given up, not left
     said = render(**JOB)
     assert said.code == 0, said.err

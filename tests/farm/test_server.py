@@ -358,7 +358,7 @@ def test_stop_lets_the_render_be_saved_and_waits_for_the_end(
             done = finish(client)
         assert server.wait(30) == 0
     assert done.returncode == 75
-    assert "stopped by SIGTERM; 1 shot is saved on the way" in done.stderr
+    assert "stopped by SIGTERM; 1 shot is saved in progress" in done.stderr
     assert "clip.state.safetensors" in files_in(tmp_path)
     nobody = wancli("serve", "--stop", "--socket", path)
     assert (nobody.returncode, nobody.stderr) == (

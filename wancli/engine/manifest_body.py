@@ -1,4 +1,4 @@
-"""What a manifest says: plain JSON data about one shot, enough to judge it and to render it again."""
+"""Builds the record of a shot: enough to judge the video and to render it again."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _planned(shot: Shot, placement: Placement) -> Record:
 
 
 def _checkpoint_files(source: Location) -> Record | None:
-    """The files of a checkpoint that was named file by file, so that `wancli decode` finds them."""
+    """Return the files of a checkpoint that was named file by file, so that `wancli decode` finds them."""
     if isinstance(source, Path):
         return None
     return {key: str(v) if isinstance(v, Path) else v for key, v in asdict(source).items() if v is not None}
@@ -171,7 +171,7 @@ def checkpoint_location(model: ModelRecord) -> Location:
 
 
 def _prompt_record(prompt: Prompt, hit: bool) -> Record:
-    """A text as the encoder read it, and whether its embedding was already there."""
+    """Describe a text as the encoder read it, and whether its embedding was cached."""
     tokens = prompt.tokens
     return {
         "id": prompt.id,
@@ -189,7 +189,7 @@ def _prompt_record(prompt: Prompt, hit: bool) -> Record:
 def _rule_records(
     shot: Shot, reads: Iterable[tuple[int, str, int]], differences: Sequence[Record]
 ) -> list[Record]:
-    """Per rule: what was planned, the cells that blocks really read, and how different its prompt is."""
+    """Describe each rule: the planned cells, the cells that blocks read, and the distance of its prompt."""
     cells = set(reads)
     records = []
     for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
@@ -214,7 +214,7 @@ def _rule_records(
 
 
 def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
-    """Per LoRA: the file, where and when it was applied, and what of it the model took."""
+    """Describe each LoRA: the file, where and when it was applied, and its coverage of the model."""
     return [
         {
             "path": str(use.path),
@@ -228,9 +228,9 @@ def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
 
 
 def phase_record(name: str, peak: PeakMemory) -> Record:
-    """What a phase took: seconds, and bytes of host memory at start and peak, of CUDA memory at peak.
+    """Record the seconds of a phase, and the bytes of host memory at start and peak, of CUDA memory at peak.
 
-    The id is that of the measurement: records of shots that shared the phase have the same one."""
+    The id is that of the measurement: all records of a shared phase have the same one."""
     return {
         "id": peak.id,
         "name": name,
@@ -242,7 +242,7 @@ def phase_record(name: str, peak: PeakMemory) -> Record:
 
 
 def mark_earlier(phases: Iterable[Record]) -> list[Record]:
-    """The phases of a run before this one, marked so that nobody takes them for this one's."""
+    """Mark phases as those of a run before this one."""
     return [phase | {"earlier": True} for phase in phases]
 
 
@@ -253,20 +253,20 @@ def new_phases(phases: Iterable[Record], known: Sequence[Record]) -> list[Record
 
 
 def seconds_since(began: float | None) -> float:
-    """Seconds since a moment, in seconds since 1970; None is when this process was started."""
+    """Return the seconds since a time (in seconds since 1970), or since this process started."""
     import psutil
 
     return round(time.time() - (began or float(psutil.Process().create_time())), 3)
 
 
 def to_plain_json(record: Record) -> Record:
-    """The record as a file gives it back: text keys, lists."""
+    """Convert a record to what a file gives back: text keys, lists."""
     return dict(json.loads(canonical_json(record)))
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Everything that may change pixels without a change of the job."""
+    """Return the versions of everything that may change pixels without a change of the job."""
     libraries = {name: metadata.version(name) for name in LIBRARIES}
     return {
         "wancli": __version__,

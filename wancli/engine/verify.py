@@ -1,8 +1,8 @@
-"""What is on disk held against the records beside it: `wancli check`. Reads everything, changes nothing.
+"""Checks files against the records beside them, for `wancli check`. Reads everything, changes nothing.
 
-A video verifies when its manifest does, lists it, and has its bytes; a latent and a state when their own
-checksums do. What the report of a batch has as finished must be there. What wancli did not make, or does not
-need any more, is listed and no problem.
+A video verifies if its manifest does, lists it, and has its bytes; a latent and a state if their own
+checksums do. Shots that a report has as finished must exist. Files that wancli did not make, or does not need
+any more, are listed and are not a problem.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _read_state(path: Path) -> tuple[str | None, str]:
 
 
 def _report_problems(path: Path, in_scope: InScope) -> Iterator[Problem]:
-    """Yield what a report has as finished and is gone. Reports of other programs are not judged."""
+    """Yield the finished shots of a report that are gone. Reports of other programs are not judged."""
     try:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

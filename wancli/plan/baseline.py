@@ -1,4 +1,4 @@
-"""Which shots of a job are compared, and beside which of them each is judged."""
+"""The comparison that a job asks for: the compared shots, and the baseline of each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from wancli.plan.shot import Comparison, Shot
 
 
 def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
-    """All shots that say `compare`; None where none does. The baseline of all is the one that they name.
-    Where they name none it is, for each, the shot that has neither injections nor LoRAs and differs from it
-    in nothing else; for those without such a shot the first that has neither, else the first.
+    """Plan the comparison of all shots with `compare`. Returns None if no shot has it.
+
+    A named baseline is that of all. Otherwise the baseline of a shot is the one with neither injections nor
+    LoRAs that differs in nothing else; else the first shot with neither; else the first.
 
     Raises JobError."""
     compared = [shot for shot in shots if jobs.items[shot.index].job.compare]
@@ -49,7 +50,7 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
 
 
 def _plain_counterparts(compared: Sequence[Shot], plain: Sequence[Shot]) -> dict[str, str]:
-    """The first plain shot of each kind that others are of, too: by what is left of those when stripped."""
+    """Return the first plain shot that differs from others only in injections and LoRAs, by common key."""
     wanted = {_key_without_injections(shot) for shot in compared if not _is_plain(shot)}
     counterparts: dict[str, str] = {}
     for shot in plain:
@@ -63,5 +64,5 @@ def _is_plain(shot: Shot) -> bool:
 
 
 def _key_without_injections(shot: Shot) -> str:
-    """The same for shots that differ in nothing but injections and LoRAs."""
+    """Return a key that is the same for shots that differ only in injections and LoRAs."""
     return replace(shot, rules=(), injected=(), loras=()).key

@@ -1,4 +1,4 @@
-"""How fast this machine was, remembered from finished renders, and how long a job will take at that.
+"""Measured rates of this machine, remembered from finished renders, and the time that a job will take.
 
 A rate is FLOP/s of a phase, for `load` bytes/s. `encode` includes loading the text encoder.
 """
@@ -34,7 +34,7 @@ EXTRAPOLATION_FACTOR = 4  # times the tokens
 
 @dataclass(frozen=True)
 class Rate:
-    """What one phase of a render did per second, of a network of this width with so many tokens."""
+    """The measured throughput of one phase, for a network of this width and so many tokens."""
 
     device: str
     dtype: str
@@ -48,7 +48,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a phase has to do, `amount` in FLOPs or bytes, and all that its speed depends on."""
+    """The work of a phase, `amount` in FLOPs or bytes, and everything that its speed depends on."""
 
     device: str
     dtype: str
@@ -60,7 +60,7 @@ class Workload:
 
 
 def shot_workloads(shot: Shot) -> dict[str, Workload]:
-    """Each phase of a shot by its name. Encoding is that of all its prompts, loading that of one expert."""
+    """Return the workload of each phase of a shot: encoding of all its prompts, loading of one expert."""
     model, wan = shot.model, shot.model.checkpoint.transformer_config
     here = machine.device_name(model.device)
     counts = [len(text.tokens.ids) for text in shot.prompts if not text.file]
@@ -84,7 +84,7 @@ def shot_workloads(shot: Shot) -> dict[str, Workload]:
 
 
 def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
-    """Prompts of so many tokens."""
+    """Return the workload of encoding prompts with these token counts."""
     amount = sum(flops.encode_flops(model.text_encoder, count) for count in counts)
     encoder, width = model.encoder, model.text_encoder.d_model
     here = machine.device_name(model.device)
@@ -92,7 +92,7 @@ def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
 
 
 def read_rates(path: Path) -> tuple[Rate, ...]:
-    """What is remembered; nothing where the file is missing or damaged."""
+    """Read the remembered rates. Returns none if the file is missing or damaged."""
     try:
         rates = [Rate(**entry) for entry in json.loads(path.read_bytes())]
         return tuple(rate for rate in rates if _is_sound(rate))
@@ -107,7 +107,7 @@ def _is_sound(rate: Rate) -> bool:
 
 
 def remember_rates(path: Path, fresh: Iterable[Rate]) -> None:
-    """Adds rates; of two for the same thing the newer one stays. A full disk is no reason to fail."""
+    """Add rates to the file. A newer rate of the same workload replaces the older. A full disk is ignored."""
     known = {tuple(asdict(rate).values())[:6]: rate for rate in (*read_rates(path), *fresh)}
     text = json.dumps([asdict(rate) for rate in list(known.values())[-MAX_RATES:]], indent=1)
     with suppress(MachineError):
@@ -115,7 +115,7 @@ def remember_rates(path: Path, fresh: Iterable[Rate]) -> None:
 
 
 def nearest_rate(rates: Iterable[Rate], wanted: Workload) -> Rate | None:
-    """The rate of the same phase, device, dtype and residency whose width and tokens are nearest."""
+    """Find the rate of the same phase, device, dtype and residency with the nearest width and tokens."""
 
     def distance(rate: Rate) -> float:
         return abs(math.log(rate.width / wanted.width)) + abs(math.log(rate.tokens / wanted.tokens))
@@ -126,7 +126,7 @@ def nearest_rate(rates: Iterable[Rate], wanted: Workload) -> Rate | None:
 
 
 def predict_seconds(wanted: Workload, rates: Iterable[Rate]) -> float | None:
-    """How long it will take; None where nothing like it was ever done here."""
+    """Predict the seconds of a workload. Returns None if no rate is like it."""
     if not wanted.amount:
         return 0.0
     rate = nearest_rate(rates, wanted)
@@ -167,7 +167,7 @@ def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[
 
 
 def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
-    """What was done, per second; nothing of what took no time."""
+    """Yield the rate of a workload that took so many seconds, unless it took none."""
     facts = asdict(done)
     amount = facts.pop("amount")
     if amount and took:
@@ -177,9 +177,10 @@ def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
 def predict_phases(
     shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate], taken: Mapping[int, int]
 ) -> dict[str, float | None]:
-    """Seconds of each phase of a batch, None where unknown: prompts in `missing` are encoded once, a
-    transformer or each of two experts is loaded once. `taken` is by index how many steps of a shot are not
-    to be taken: another shot takes them, or an earlier run has."""
+    """Predict the seconds of each phase of a batch; None if unknown.
+
+    Prompts in `missing` are encoded once; a transformer, or each of two experts, is loaded once. `taken` has,
+    by index, how many steps of a shot are left out: another shot takes them, or an earlier run has."""
     totals: dict[str, float | None] = dict.fromkeys(PHASES, 0.0)
 
     def add(name: str, one: Workload, times: int = 1) -> None:
@@ -200,7 +201,7 @@ def predict_phases(
 
 
 def is_extrapolated(rate: Rate, tokens: int) -> bool:
-    """Whether a rate is of shots so much smaller or larger that it only tells the order of magnitude."""
+    """Return if a rate is of so much smaller or larger shots that it gives only the order of magnitude."""
     return (
         rate.phase == "sample"
         and not 1 / EXTRAPOLATION_FACTOR <= rate.tokens / tokens <= EXTRAPOLATION_FACTOR
@@ -208,14 +209,14 @@ def is_extrapolated(rate: Rate, tokens: int) -> bool:
 
 
 def rates_used(shots: Sequence[Shot], rates: Sequence[Rate]) -> dict[str, Rate]:
-    """Where the rate of each phase of the batch's largest shot is from."""
+    """Return the rate that the prediction of the largest shot uses, by phase."""
     largest = max(shots, key=lambda shot: shot.tokens)
     rates_by_phase = {name: nearest_rate(rates, one) for name, one in shot_workloads(largest).items()}
     return {name: rate for name, rate in rates_by_phase.items() if rate}
 
 
 def sampling_flops(shot: Shot) -> int:
-    """All forwards of a shot, those included that only measure."""
+    """Count the FLOPs of all forwards of a shot, including those that only measure."""
     wan = shot.model.checkpoint.transformer_config
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
     contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
@@ -226,7 +227,7 @@ def sampling_flops(shot: Shot) -> int:
 def _step_flops(
     wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
 ) -> int:
-    """The forwards of all steps, for texts of so many rows."""
+    """Count the FLOPs of the forwards of all steps, for texts of so many rows."""
     rows, total = dict(text_rows), 0
     for branch in table.branches:
         base = table.base[branch]

@@ -1,4 +1,4 @@
-"""The report as data: what a batch did, from the manifests of its shots; what a plan would do."""
+"""Reports as data: the results of a batch, from the manifests of its shots, and the forecast of a plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEMA = "wancli/report/1"
 
 @dataclass(frozen=True)
 class Report:
-    """What a batch did. `totals` are the keys of the JSON that no single shot has."""
+    """The results of a batch. `totals` are the keys of the JSON that concern no single shot."""
 
     job: str
     shots: list[ShotEntry]
@@ -139,7 +139,7 @@ def read_report(path: Path) -> Report | None:
 def plan_document(
     plan: Plan, states: Sequence[str], store: Store, rates: Sequence[Rate] = ()
 ) -> dict[str, Any]:
-    """`wancli plan --json`."""
+    """Build `wancli plan --json`."""
     return {
         "schema": "wancli/plan/1",
         "job": plan.name,
@@ -214,7 +214,7 @@ def count_steps(plan: Plan) -> dict[str, int]:
 
 
 def largest_shots(plan: Plan) -> list[Shot]:
-    """Return of each model the shot that needs most memory."""
+    """Return, for each model, the shot that needs most memory."""
     largest: dict[ModelSpec, tuple[int, Shot]] = {}
     for shot in plan.shots:
         peak = plan.schedule.peak(shot)
@@ -224,18 +224,18 @@ def largest_shots(plan: Plan) -> list[Shot]:
 
 
 def output_states(shots: Iterable[Shot]) -> list[str]:
-    """What a render would find of each: `done`, `to do`, `damaged`, which is made anew, or `in the way`,
-    which takes --force or another output. Reads every video that there is."""
+    """Return the state of each output: `done`, `to do`, `damaged` (rendered again), or `in the way` (needs
+    --force or another output). Reads every existing video."""
     return [preflight.output_status(shot)[0] for shot in shots]
 
 
 def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
-    """Those that a render would make."""
+    """Return the shots that a render would make."""
     return [shot for shot, found in zip(shots, states, strict=True) if found in ("to do", "damaged")]
 
 
 def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
-    """Every distinct prompt of the shots, and whether stage 1 has it already."""
+    """List every distinct prompt of the shots, and whether its embedding is cached."""
     texts = {prompt.id: prompt for shot in shots for prompt in shot.prompts}
     return [
         {
@@ -249,7 +249,7 @@ def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
 
 
 def cache_rows(store: Store) -> list[dict[str, Any]]:
-    """`wancli cache ls`: the entries, last used first."""
+    """Build the rows of `wancli cache ls`, the last used entry first."""
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
         try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
@@ -269,7 +269,7 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
 
 
 def memory_rows(plan: Plan) -> list[dict[str, Any]]:
-    """Per phase the prediction of the shot that needs most: `total` of the phase, `peak` of the process."""
+    """Return, per phase, the prediction of the largest shot: `total` of the phase, `peak` of the process."""
     rows: dict[str, dict[str, Any]] = {}
     for shot in plan.shots:
         process = memory_estimate.process_bytes(shot.model)
@@ -283,9 +283,10 @@ def memory_rows(plan: Plan) -> list[dict[str, Any]]:
 def estimate_time(
     shots: Sequence[Shot], store: Store, rates: Sequence[Rate], taken: Mapping[int, int]
 ) -> dict[str, Any]:
-    """Seconds that each phase of these shots and all together will take, None where nothing like it was ever
-    done here; and the rates they rest on, `rough` where these are of much smaller or larger shots.
-    `taken` is by index how many steps of a shot need not be taken any more."""
+    """Predict the seconds of each phase of these shots, and of all; None if no earlier render is like it.
+
+    Also returns the rates that were used; `rough` if they are of much smaller or larger shots. `taken` has,
+    by index, how many steps of a shot need not be taken any more."""
     texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     missing = frozenset(id for id in texts if not store.path(id).exists())
     phases = throughput.predict_phases(shots, missing, rates, taken)
@@ -323,7 +324,7 @@ def _peak_memory(records: Sequence[Manifest]) -> dict[str, int]:
 def _memory_by_phase(
     records: Sequence[Manifest], expected: Mapping[str, float | None]
 ) -> list[dict[str, Any]]:
-    """Per phase: predicted parts and peak, measured peak of the process, seconds expected and taken."""
+    """Return per phase: predicted parts and peak, measured peak, expected and measured seconds."""
     rows: dict[str, dict[str, Any]] = {}
     for predicted in (phase for record in records for phase in record.predicted):
         best = rows.setdefault(predicted.name, predicted.as_dict() | {"measured": 0, "seconds": 0.0})

@@ -1,4 +1,4 @@
-"""Videos beside a baseline: a contact sheet, an MP4 side by side, and what a job wants of both.
+"""Comparisons of videos with a baseline: a contact sheet, an MP4 side by side, and metrics.
 
 Of a job they go to JOB.compare.json, .png and .mp4 beside the outputs; what is there and was made of the same
 videos stays. Frames are decoded one by one, a few of them are in memory.
@@ -43,7 +43,7 @@ class OutputFiles:
 
 
 def select_baseline(clips: Sequence[Clip], requested: str | None) -> Clip:
-    """The baseline: the first, or the one with this id or number, from 0. Raises JobError."""
+    """Return the baseline: the first clip, or the one with this id or number, from 0. Raises JobError."""
     if requested is None:
         return clips[0]
     for candidate in clips:
@@ -64,8 +64,8 @@ def measure_document(
     tools: RenderContext,
     job: str | None = None,
 ) -> JsonObject:
-    """The figures of all, each beside what `beside` has for its id. `baseline` is that of those that have
-    none of their own. Raises FfmpegError, and Stopped between two videos."""
+    """Measure every clip against its baseline, which `beside` has by the clip's id. `baseline` is the default
+    one. Raises FfmpegError, and Stopped between two videos."""
     shots = []
     with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
         for shot in comparison_metrics.measure_clips(clips, beside):
@@ -94,9 +94,9 @@ def plan_outputs(
     videos: Path | None,
     reserved: Sequence[Path] = (),
 ) -> OutputFiles:
-    """Which sheets and which videos side by side there will be, one of each where not one is too many.
+    """Decide which sheets and videos side by side to write: one of each unless there are too many clips.
 
-    Raises JobError where one would take the place of a video or of a `reserved` name."""
+    Raises JobError if an output would replace a compared video or a `reserved` path."""
     outputs = OutputFiles(
         _split_into_files(sheets, clips, beside, contact_sheet.MAX_VIDEOS) if sheets else [],
         _split_into_files(videos, clips, beside, side_by_side.MAX_VIDEOS) if videos else [],
@@ -111,7 +111,7 @@ def plan_outputs(
 
 
 def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderContext) -> None:
-    """Makes the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
+    """Write the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
     ids = [shot["id"] for shot in document["shots"]]
     captions, short_captions = (
         dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
@@ -132,8 +132,9 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderConte
 def _split_into_files(
     path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: int
 ) -> list[OutputFile]:
-    """Which videos go onto NAME.png, NAME-2.png, and so on: at most so many, and each with its baseline; in
-    the order given where one page is enough, else baselines before what is beside them."""
+    """Divide clips among NAME.png, NAME-2.png and so on: at most `most` in a file, each with its baseline.
+
+    A single file keeps the order of the clips. In several files, each baseline comes before its clips."""
     if len(clips) <= most:
         return [(path, [*clips])]
     parts: list[list[Clip]] = [[]]
@@ -153,9 +154,9 @@ def _split_into_files(
 
 
 def run_comparison(plan: Plan, tools: RenderContext) -> None:
-    """What a job wants compared, of the shots that are done. What goes wrong fails no shot: it is a warning.
+    """Compare the finished shots of a job, if it asks for that. An error is a warning and fails no shot.
 
-    Raises Stopped where somebody asks for an end."""
+    Raises Stopped after a stop request."""
     if plan.comparison is None:
         return
     try:
@@ -207,7 +208,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
 
 
 def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
-    """One warning for all baselines that are not done, and whose shots are."""
+    """Warn once of all baselines that are not done although their shots are."""
     beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
@@ -219,13 +220,13 @@ def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, to
 
 
 def _write_document(path: Path, document: JsonObject) -> None:
-    """Over an earlier one; another file of that name moves aside."""
+    """Write the document over an earlier one. Another file of that name moves aside."""
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
     sidecars.write_sidecar(path, text.encode(errors="backslashreplace"), SCHEMA.encode(), 100)
 
 
 def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
-    """Hash of all that a comparison of finished shots depends on."""
+    """Hash everything that a comparison of finished shots depends on."""
     records = [manifest.read(shot.manifest) for shot in shots]
     files = [[file.as_dict() for file in record.files] if record else [] for record in records]
     made_of = [[shot.id, listed, shot.latents.exists()] for shot, listed in zip(shots, files)]
@@ -234,7 +235,7 @@ def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
 
 
 def _is_current(path: Path, key: str) -> bool:
-    """Whether what this key means is there, whole."""
+    """Return whether the comparison with this key exists and all its files are intact."""
     try:
         found = sidecars.read_document(path, SCHEMA) or {}
         return found["key"] == key and all(

@@ -1,4 +1,4 @@
-"""Every video's figures beside a baseline, as data and as a line: what JOB.compare.json says."""
+"""The metrics of videos against a baseline: the rows of JOB.compare.json, and captions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ SCHEMA = "wancli/compare/1"
 
 
 def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[JsonObject]:
-    """The figures of one after the other beside its baseline, which `beside` has by its id; baselines are
-    among them. A figure that there is not is None, and `why` says why. Raises FfmpegError."""
+    """Yield the row of each clip against its baseline, which `beside` has by the clip's id.
+
+    Baselines have rows too. A metric that cannot be measured is None, and `why` gives the reason. Raises
+    FfmpegError."""
     motions: dict[str, float | None] = {}
     for one in clips:
         baseline = beside[one.id]
@@ -34,7 +36,7 @@ def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator
 
 
 def read_comparison(path: Path) -> list[JsonObject] | None:
-    """The shots of JOB.compare.json; None if it is no such document."""
+    """Read the rows of JOB.compare.json. Returns None if the file is not such a document."""
     found = sidecars.read_document(path, SCHEMA) or {}
     shots = found.get("shots")
     if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
@@ -48,8 +50,8 @@ def _is_whole(shot: Any) -> bool:
 
 
 def format_captions(document: JsonObject, *, beside: bool) -> list[str]:
-    """What stands under the name of each video; nothing where there is but one. With `beside` and where there
-    are several baselines, which."""
+    """Format the caption of each video; it is empty if there is only one. With `beside`, captions name the
+    baseline if there are several."""
     shots = document["shots"]
     if len(shots) == 1:
         return [""]
@@ -141,7 +143,7 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
 
 
 def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
-    """Of the latents and what it rests on: `latents` on disk or the manifests' `sketch`; or None and why."""
+    """Return the distance of two latents and its source, `latents` or `sketch`; or None and the reason."""
     bodies = [clip.manifest_body for clip in (one, baseline)]
     sketches = [body.latent for body in bodies if body and body.latent]
     if len(sketches) < 2:
@@ -158,7 +160,7 @@ def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
 
 
 def _load_latent(clip: Clip) -> Any:
-    """The array on disk that a video was decoded from, None if it is not there."""
+    """Load the latent that a video was decoded from. Returns None if it does not exist any more."""
     if clip.manifest_body is None or not clip.latents_path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Renders as rows of a lab book: one per shot, what went in and what came out. As a table, and as CSV."""
+"""The table of shots: one row each with its settings and results, for pages and as CSV."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def shot_row(entry: ShotEntry, job: str) -> Row:
 
 
 def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
-    """RFC 4180, UTF-8: a header, then a line per shot; the labels of the shots are columns of their own.
+    """Write CSV (RFC 4180, UTF-8): a header, then a line per shot. Each label is a column of its own.
 
     A text that a spreadsheet would take for a formula begins with an apostrophe.
     """
@@ -98,7 +98,7 @@ def to_csv(rows: Sequence[Row], labels: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def write_csv(path: Path, data: bytes) -> None:
-    """Writes the table. Another table is replaced, any other file moved aside."""
+    """Write the table. An older table is replaced; any other file moves aside."""
     header = ",".join((*COLUMNS, *CSV_ONLY_COLUMNS)).encode()
     sidecars.write_sidecar(path, data, header, len(header))
 

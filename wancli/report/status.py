@@ -1,4 +1,4 @@
-"""Where a batch stands: `wancli status`. A glance that loads no model and hashes no video.
+"""The progress of a batch, for `wancli status`. Loads no model and hashes no video.
 
 What `wancli check` proves is only looked at: a shot is `done` when its manifest has its key and its video the
 size that was recorded.
@@ -34,7 +34,7 @@ _LINES = 19  # shots that are shown one by one
 
 
 def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dict[str, Any]:
-    """`wancli status --json`: every shot with what there is of it, and how long the rest will take."""
+    """Build `wancli status --json`: the state of every shot, and the time that the rest will take."""
     failed = _read_failures(batch_report.report_path(plan))
     rows = [_shot_row(shot, failed.get(str(shot.output))) for shot in plan.shots]
     counts = Counter(row["state"] for row in rows)
@@ -89,7 +89,7 @@ def _looks_done(shot: Shot) -> bool:
 
 
 def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The errors that the last report of the job has, by output."""
+    """Read the errors of the last report of the job, by output."""
     try:
         shots = json.loads(path.read_bytes())["shots"]
         return {shot["output"]: shot["error"] for shot in shots if shot["status"] == "failed"}
@@ -100,7 +100,7 @@ def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
 def _estimate_remaining(
     plan: Plan, rows: Sequence[Mapping[str, Any]], store: Store, rates: Sequence[Rate]
 ) -> dict[str, Any]:
-    """Seconds that what is to do will take one worker, None where nothing like it was ever done here."""
+    """Predict the seconds that the remaining work takes one worker; None if no earlier render is like it."""
     todo: list[Shot] = []
     taken = plan.schedule.shared_steps()
     decoding: list[float | None] = []
@@ -117,7 +117,7 @@ def _estimate_remaining(
 
 
 def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
-    """For people, at 80 columns: counts, time, and the shots that are not done, the first of many."""
+    """Format the status in 80 columns: counts, time, and the first of the shots that are not done."""
     from rich.cells import cell_len, set_cell_size
 
     counts = [f"{n:,} {state_text(state)}" for state, n in status["counts"].items() if n]

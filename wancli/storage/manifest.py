@@ -1,4 +1,4 @@
-"""The record beside each output: what made it, and the proof that it is still whole.
+"""Manifests: the record beside each output of what made it, and the proof that it is intact.
 
 NAME.manifest.json beside NAME.mp4 is JSON for people and programs, sealed by the SHA-256 of its
 canonical form, written last: it refers only to files that are already durable. A shot is done if
@@ -23,25 +23,25 @@ SCHEMA = "wancli/manifest/1"
 
 
 def manifest_path(output: Path) -> Path:
-    """NAME.manifest.json for NAME.mp4."""
+    """Return NAME.manifest.json for NAME.mp4."""
     return output.with_suffix(".manifest.json")
 
 
 def file_record(path: Path, folder: Path) -> dict[str, str | int]:
-    """An item of a manifest's "files": path relative to `folder`, the manifest's, size and digest."""
+    """Build an item of "files": path relative to `folder`, the manifest's, digest and size."""
     relative = path.relative_to(folder).as_posix()
     return {"path": relative, "sha256": atomic.sha256(path), "bytes": path.stat().st_size}
 
 
 def canonical_json(body: Mapping[str, Any]) -> bytes:
-    """The one spelling of JSON data that is hashed: sorted, without blanks, UTF-8, finite."""
+    """Encode JSON data in the one spelling that is hashed: sorted, without blanks, UTF-8, finite."""
     separators = (",", ":")
     text = json.dumps(body, sort_keys=True, separators=separators, ensure_ascii=False, allow_nan=False)
     return text.encode()
 
 
 def write(path: Path, body: Mapping[str, Any]) -> None:
-    """Seal and durably write a manifest, over an older one if there is one.
+    """Seal a manifest and write it durably, replacing an older one.
 
     `body` is plain JSON data. Raises NoSpace or MachineError.
     """
@@ -90,7 +90,7 @@ def peek(path: Path) -> ManifestPeek | None:
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """What is wrong with a file."""
+    """Something wrong with a file."""
 
     path: Path
     text: str

@@ -1,4 +1,4 @@
-"""The page of models that nothing was rendered for: those that Wan released, or one on this disk."""
+"""The page of models without renders: the models that Wan released, or one on this disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ LOCATION = "MODEL"
 
 
 def explore_document(requested: str | None) -> dict[str, Any]:
-    """All released models and wan-mini, with the one that was said in front; or, where it is the name or
-    path of a checkpoint, that one alone. Raises JobError for what is neither, CheckpointError."""
+    """Build the document of all released models and wan-mini, with the requested one chosen.
+
+    If the request is the name or path of a checkpoint, the document has that one alone. Raises JobError if
+    it is neither, and CheckpointError."""
     names = {name.lower(): name for name in (*model_facts.RELEASED, wan_mini.NAME)}
     if requested is not None and requested.lower() not in names:
         return _checkpoint_document(requested, names)
@@ -60,5 +62,5 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _device_and_dtype() -> tuple[str, str]:
-    """The device and the dtype that this machine computes with."""
+    """Return the device and the dtype that this machine computes with."""
     return ("cuda", "bf16") if machine.has_cuda() else ("cpu", "fp32")

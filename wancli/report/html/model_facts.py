@@ -1,4 +1,4 @@
-"""Facts about models, without a render: what each part of a block costs, and the models that Wan released."""
+"""Facts about models, without a render: the cost of each part of a block, and the released Wan models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RELEASED[variants.T2V_A14B.name] = (variants.T2V_A14B, RELEASED[variants.T2V_14B
 
 
 def block_parts(wan: WanConfig) -> list[dict[str, Any]]:
-    """The parts of one block: parameters, those among them in matrices, and what they cost per forward.
+    """List the parts of one block: parameters, those among them in matrices, and the cost per forward.
 
     FLOPs of a part on L video tokens and R text rows are L·token + L²·token2 + L·R·token_text; once per text
     and not per step, `text` for each of its rows. `values` are numbers per video token that the part holds at
@@ -66,7 +66,7 @@ def _part(
 
 
 def input_output_parts(wan: WanConfig) -> list[dict[str, Any]]:
-    """What is before and after the blocks, in the same terms."""
+    """List the parts before and after the blocks, in the same terms."""
     d = wan.dim
     into, out = 4 * wan.in_dim, 4 * wan.out_dim
     return [
@@ -133,8 +133,8 @@ def _vae(sizes: dict[str, Any]) -> VAEConfig | VAE22Config:
 
 
 def released_checkpoint(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:
-    """A released model as its authors publish it, without its files: the transformer and the VAE in fp32, the
-    text encoder in bf16."""
+    """Describe a released model as its authors publish it, without its files: the transformer and the VAE in
+    fp32, the text encoder in bf16."""
     variant, wan = RELEASED[name]
     vae = VAE22Config() if wan.in_dim == variants.TI2V_5B.latent_channels else VAEConfig()
     matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
@@ -164,7 +164,7 @@ def _checkpoint(
 def describe_model(
     checkpoint: Checkpoint, text: T5Config, vae: VAEConfig | VAE22Config, device: str, dtype: str
 ) -> dict[str, Any]:
-    """The model of a page that nothing was rendered for, as a manifest says it."""
+    """Describe a model as a manifest does, for a page without renders."""
     return {
         "root": str(checkpoint.root),
         "variant": checkpoint.variant.name,

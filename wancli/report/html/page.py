@@ -48,12 +48,12 @@ def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: 
 
 
 def publish_page(path: Path, page: bytes) -> None:
-    """Puts a page there. An earlier page is replaced; another file of that name is moved aside."""
+    """Write a page. An earlier page is replaced; another file of that name moves aside."""
     sidecars.write_sidecar(path, page, MARK, len(MARK))
 
 
 def render_html(data: Mapping[str, Any]) -> bytes:
-    """The page of a document."""
+    """Render the page of a document."""
     import jinja2
     from markupsafe import Markup
 
@@ -78,13 +78,13 @@ def render_html(data: Mapping[str, Any]) -> bytes:
 
 
 def _table_columns(data: Mapping[str, Any]) -> dict[str, str]:
-    """Those of the table of shots; the job is not told where there is one only."""
+    """Return the columns of the table of shots; the job is left out if there is only one."""
     one = len({shot.get("job") for shot in data["shots"]}) < 2
     return {key: label for key, label in COLUMNS.items() if not (one and key == "job")}
 
 
 def _embeddable_json(data: Mapping[str, Any]) -> str:
-    """JSON that no text in it can end: ASCII, without `<`."""
+    """Write JSON that no text in it can end: ASCII, without `<`."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""Entries to the one JSON document that a page carries. What shots share stands in it once, by its place."""
+"""The JSON document of a page, made from entries. A value that several shots share is stored once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SHOT_KEYS = (
 
 
 class _Pool:
-    """Values in the order in which they first came; the same value has one place."""
+    """A list of distinct values, in the order in which they were first put."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
         self._places: dict[str, int] = {}
 
     def put(self, value: Any) -> int:
-        """Where the value stands."""
+        """Store a value, unless it is there already, and return its index."""
         place = self._places.setdefault(json.dumps(value, sort_keys=True), len(self.values))
         if place == len(self.values):
             self.values.append(value)
@@ -85,7 +85,7 @@ def page_document(inputs: ReportInputs, page: Path, posters: Mapping[int, str]) 
 def models_document(
     models: Sequence[Mapping[str, Any]], variants: Mapping[str, Any], chosen: int
 ) -> dict[str, Any]:
-    """The document of a page without renders: the same sections, of shots that nobody rendered."""
+    """Build the document of a page without renders: the same sections, with one example shot per model."""
     shots = []
     for index, model in enumerate(models):
         variant = variants[model["variant"]]
@@ -264,7 +264,7 @@ def _round_significant(value: float) -> float:
 
 
 def _round_numbers(value: Any, digits: int = 4) -> Any:
-    """The same with numbers to so many significant digits."""
+    """Round every number in JSON data to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):

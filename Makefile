@@ -11,10 +11,10 @@ install: $(BIN)/wancli ## Create .venv with the wancli command in it
 demo: install ## Render configs/demo.yaml and say where the videos are
 	@scripts/demo
 
-test: $(VENV)/dev ## Run the tests
-	$(BIN)/pytest -n 2 --dist worksteal --durations 15
+test: $(VENV)/dev ## Run the tests, all except the rigs
+	$(BIN)/pytest -n 2 --dist worksteal --durations 15 --ignore tests/crash --ignore tests/fuzz
 
-crash: $(VENV)/dev ## Only the rigs: failing disks, kills, power cuts, damages, fuzz (part of `make test`)
+crash: $(VENV)/dev ## Run the rigs: failing disks, kills, power cuts, damage, fuzz, soak
 	$(BIN)/pytest -n 2 --dist worksteal tests/crash tests/fuzz
 
 crash-long: $(VENV)/dev ## The rigs with the counts of a release: 2,000 triple faults, 100 kills, 10x the fuzz

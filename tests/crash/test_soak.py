@@ -41,9 +41,7 @@ def soak(path: Path) -> list[int]:
     return sizes
 
 
-def test_the_memory_after_many_renders_is_that_after_the_first_ten(
-    one_block: Path, tmp_path: Path
-) -> None:
+def test_the_memory_after_many_renders_is_that_after_the_first_ten(one_block: Path, tmp_path: Path) -> None:
     path = write_job(tmp_path, job(one_block))
     paths = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
     ended = subprocess.run(

@@ -16,9 +16,9 @@ app = typer.Typer(help="List, verify or shrink the embedding cache.")
 @app.command("ls")
 def cache_ls(as_json: Json = False, cache_dir: CacheDir = None) -> int:
     """List the embeddings in the cache, last used first."""
-    from wancli.report import batch_report, prompt_text, terminal
+    from wancli.report import plan_document, prompt_text, terminal
 
-    rows = batch_report.cache_rows(open_store(cache_dir))
+    rows = plan_document.cache_rows(open_store(cache_dir))
     if as_json:
         print_json(rows)
     else:

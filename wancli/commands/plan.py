@@ -40,15 +40,15 @@ def plan_command(
     """
     from wancli.engine import preflight
     from wancli.plan import memory_policy, throughput
-    from wancli.report import batch_report, plan_tables, terminal
+    from wancli.report import plan_document, plan_tables, terminal
     from wancli.units import parse_size
 
     budget = None if memory is None else parse_size(memory, "--memory")
     plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir, budget=budget)
     store, known = open_store(cache_dir), throughput.read_rates(rates_path(cache_dir))
-    states = batch_report.output_states(plan.shots)
+    states = plan_document.output_states(plan.shots)
     if as_json:
-        print_json(batch_report.plan_document(plan, states, store, known))
+        print_json(plan_document.plan_document(plan, states, store, known))
     else:
         tables = plan_tables.format_plan(
             plan, states, store, known, verbose=verbose, others=budget is not None
@@ -58,6 +58,6 @@ def plan_command(
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
     for shot, found in zip(plan.shots, states):
         if found != "done":
-            encoded = all(text["cached"] for text in batch_report.prompt_rows([shot], store))
+            encoded = all(text["cached"] for text in plan_document.prompt_rows([shot], store))
             memory_policy.require(shot, plan.schedule.placement(shot), encoded=encoded)
     return ExitStatus.OK

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.plan import alternatives
 from wancli.progress import make_printable
-from wancli.report.batch_report import (
+from wancli.report.plan_document import (
     count_steps,
     estimate_time,
     largest_shots,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wancli.plan import throughput
 from wancli.progress import make_printable
-from wancli.report import batch_report
+from wancli.report import batch_report, plan_document
 from wancli.report.shorten import shorten_unique
 from wancli.report.terminal import state_text
 from wancli.storage import claims, tensor_file
@@ -112,7 +112,7 @@ def _estimate_remaining(
         else:
             taken[shot.index] = max(row["step"], taken.get(shot.index, 0))
             todo.append(shot)
-    parts = [batch_report.estimate_time(todo, store, rates, taken)["seconds"] if todo else 0.0, *decoding]
+    parts = [plan_document.estimate_time(todo, store, rates, taken)["seconds"] if todo else 0.0, *decoding]
     return {"seconds": None if None in parts else sum(part for part in parts if part is not None)}
 
 

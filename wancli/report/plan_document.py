@@ -1,0 +1,185 @@
+"""`wancli plan --json`, and the figures of a plan that its tables show, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from wancli.engine import preflight
+from wancli.errors import EntryError
+from wancli.plan import alternatives, memory_estimate, throughput
+from wancli.storage.cache import unseal
+from wancli.text.embedding import read_tokens
+
+if TYPE_CHECKING:
+    from wancli.plan.shot import ModelSpec, Plan, Shot
+    from wancli.plan.throughput import Rate
+    from wancli.storage.cache import Store
+
+
+def plan_document(
+    plan: Plan, states: Sequence[str], store: Store, rates: Sequence[Rate] = ()
+) -> dict[str, Any]:
+    """Build `wancli plan --json`."""
+    return {
+        "schema": "wancli/plan/1",
+        "job": plan.name,
+        "warnings": list(plan.warnings),
+        "shots": [
+            {
+                "index": shot.index,
+                "id": shot.id,
+                "labels": shot.labels,
+                "output": str(shot.output),
+                "key": shot.key,
+                "state": found,
+                "size": [shot.width, shot.height],
+                "frames": shot.frames,
+                "tokens": shot.tokens,
+                "seed": shot.seed,
+                "solver": shot.solver,
+                "timesteps": shot.sigma_schedule.timesteps,
+                "sigmas": shot.sigma_schedule.sigmas,
+                "shift": shot.shift,
+                "guidance": shot.guidance,
+                "stages": [stage.as_dict() for stage in shot.stages],
+                "sharing": plan.schedule.placement(shot).batch_size,
+                "fork": _fork_row(plan, shot),
+                "inject": [
+                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
+                ],
+                "loras": [
+                    {"path": str(use.path), **use.pixel_settings, "coverage": asdict(use.coverage)}
+                    for use in shot.loras
+                ],
+            }
+            for shot, found in zip(plan.shots, states, strict=True)
+        ],
+        "steps": count_steps(plan),
+        "prompts": prompt_rows(plan.shots, store),
+        "memory": memory_rows(plan),
+        "models": [
+            {
+                "root": str(model.checkpoint.root),
+                "device": model.device,
+                "dtype": model.dtype,
+                "residency": model.residency,
+                "text_encoder": model.encoder.residency,
+                "chunk": model.kernels.chunk,
+                "why": list(model.residency_reasons),
+                "limit": model.memory_limit,
+                "budget": model.budget,
+            }
+            for model in dict.fromkeys(shot.model for shot in plan.shots)
+        ],
+        "alternatives": [
+            asdict(option) | {"shot": shot.id}
+            for shot in largest_shots(plan)
+            for option in alternatives.alternatives(shot)
+        ],
+        "time": estimate_time(
+            shots_to_render(plan.shots, states), store, rates, plan.schedule.shared_steps()
+        ),
+    }
+
+
+def _fork_row(plan: Plan, shot: Shot) -> dict[str, int] | None:
+    fork = plan.schedule.placement(shot).fork
+    return {"of": fork.parent, "step": fork.step} if fork else None
+
+
+def count_steps(plan: Plan) -> dict[str, int]:
+    """Count the steps of all shots, and those that are shared: another shot takes them."""
+    shared = plan.schedule.shared_steps().values()
+    return {"all": sum(shot.steps for shot in plan.shots), "shared": sum(shared)}
+
+
+def largest_shots(plan: Plan) -> list[Shot]:
+    """Return, for each model, the shot that needs most memory."""
+    largest: dict[ModelSpec, tuple[int, Shot]] = {}
+    for shot in plan.shots:
+        peak = plan.schedule.peak(shot)
+        if shot.model not in largest or peak > largest[shot.model][0]:
+            largest[shot.model] = peak, shot
+    return [shot for _, shot in largest.values()]
+
+
+def output_states(shots: Iterable[Shot]) -> list[str]:
+    """Return the state of each output: `done`, `to do`, `damaged` (rendered again), or `in the way` (needs
+    --force or another output). Reads every existing video."""
+    return [preflight.output_status(shot)[0] for shot in shots]
+
+
+def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
+    """Return the shots that a render would make."""
+    return [shot for shot, found in zip(shots, states, strict=True) if found in ("to do", "damaged")]
+
+
+def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
+    """List every distinct prompt of the shots, and whether its embedding is cached."""
+    texts = {prompt.id: prompt for shot in shots for prompt in shot.prompts}
+    return [
+        {
+            "id": id,
+            "text": prompt.tokens.text,
+            "tokens": len(prompt.tokens.ids),
+            "cached": prompt.file is not None or store.path(id).exists(),
+        }
+        for id, prompt in texts.items()
+    ]
+
+
+def cache_rows(store: Store) -> list[dict[str, Any]]:
+    """Build the rows of `wancli cache ls`, the last used entry first."""
+    rows = []
+    for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
+        try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
+            tokens = read_tokens(unseal(entry.path.read_bytes(), entry.key))[0]
+        except (OSError, EntryError):
+            tokens = None
+        rows.append(
+            {
+                "key": entry.key,
+                "bytes": entry.bytes,
+                "used": datetime.fromtimestamp(entry.mtime, UTC).isoformat(timespec="seconds"),
+                "tokens": len(tokens.ids) if tokens else None,
+                "text": tokens.text if tokens else "(damaged; a render computes it again)",
+            }
+        )
+    return rows
+
+
+def memory_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Return, per phase, the prediction of the largest shot: `total` of the phase, `peak` of the process."""
+    rows: dict[str, dict[str, Any]] = {}
+    for shot in plan.shots:
+        process = memory_estimate.process_bytes(shot.model)
+        for phase in plan.schedule.phases(shot):
+            row = asdict(phase) | {"total": phase.total, "process": process, "peak": process + phase.total}
+            if phase.name not in rows or row["peak"] > rows[phase.name]["peak"]:
+                rows[phase.name] = row
+    return list(rows.values())
+
+
+def estimate_time(
+    shots: Sequence[Shot], store: Store, rates: Sequence[Rate], taken: Mapping[int, int]
+) -> dict[str, Any]:
+    """Predict the seconds of each phase of these shots, and of all; None if no earlier render is like it.
+
+    Also returns the rates that were used; `rough` if they are of much smaller or larger shots. `taken` has,
+    by index, how many steps of a shot need not be taken any more."""
+    texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
+    missing = frozenset(id for id in texts if not store.path(id).exists())
+    phases = throughput.predict_phases(shots, missing, rates, taken)
+    parts = list(phases.values())
+    sources = throughput.rates_used(shots, rates) if shots else {}
+    return {
+        "seconds": None if None in parts else sum(part for part in parts if part is not None),
+        "phases": phases,
+        "rough": any(
+            throughput.is_extrapolated(rate, max(shot.tokens for shot in shots)) for rate in sources.values()
+        ),
+        "rates": {name: asdict(rate) for name, rate in sources.items()},
+    }

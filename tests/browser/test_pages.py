@@ -306,7 +306,7 @@ def test_the_memory_of_the_page_is_that_of_python_for_hundreds_of_settings(
         ]
         for way in every_way
     ]
-    source = (page.ASSETS / "memory.js").read_text()
+    source = (page.ASSETS / "memory_formulas.js").read_text()
     run = "JSON.parse(arguments[0]).map(([c, s]) => [processOf(c, s), tokensOf(c, s), phasesOf(c, s)])"
     found = opened.execute_script(f"{source}\nreturn {run}", json.dumps(asked))
     for way, (process, tokens, phases) in zip(every_way, found, strict=True):

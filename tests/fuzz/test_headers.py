@@ -11,7 +11,7 @@ from fuzzing import EXAMPLES, Budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wancli.weights.formats import gguf, safetensors_header
+from wancli.weights.formats import gguf_header, safetensors_header
 from wancli.weights.formats.read import read_packed
 
 LARGE = st.sampled_from([2**16, 2**31 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30])
@@ -28,7 +28,7 @@ def tried(path: Path, budget: Budget) -> None:
     """Reads the header and, where it holds, every tensor in the file."""
     with budget.attempt(path.read_bytes()):
         if path.suffix == ".gguf":
-            gguf.read_header(path)
+            gguf_header.read_header(path)
         else:
             safetensors_header.read_header(path)
         for weight in read_packed((path,)).values():

@@ -548,7 +548,7 @@ def mixed(name: str) -> str:
 
 
 def test_a_gguf_transformer_is_known_by_its_tensors_and_types(tmp_path: Path) -> None:
-    pytest.importorskip("wancli.weights.formats.gguf")
+    pytest.importorskip("wancli.weights.formats.gguf_header")
     part = only(write_sparse_gguf(tmp_path / "wan2.1-t2v-14b-Q4_K_M.gguf", dit("14B"), mixed))
     assert (part.name, part.container, part.naming) == ("Wan2.1-T2V-14B", "gguf", "official")
     assert (part.scheme.name, part.scheme.dtypes, part.scheme.layers) == ("gguf", ("Q4_K", "Q6_K"), 400)
@@ -557,14 +557,14 @@ def test_a_gguf_transformer_is_known_by_its_tensors_and_types(tmp_path: Path) ->
 
 
 def test_a_gguf_whose_patch_embedding_was_merged_has_the_same_sizes(tmp_path: Path) -> None:
-    pytest.importorskip("wancli.weights.formats.gguf")
+    pytest.importorskip("wancli.weights.formats.gguf_header")
     shapes = dit("5B") | {"patch_embedding.weight": (147_456, 1, 2, 2)}
     part = only(write_sparse_gguf(tmp_path / "ti2v.gguf", shapes, mixed, "pig"))
     assert (part.name, dict(part.sizes)["in_dim"]) == ("Wan2.2-TI2V-5B", 48)
 
 
 def test_a_gguf_text_encoder_is_umt5_xxl(tmp_path: Path) -> None:
-    pytest.importorskip("wancli.weights.formats.gguf")
+    pytest.importorskip("wancli.weights.formats.gguf_header")
     words = {
         "shared.": "token_embd.",
         "encoder.final_layer_norm.": "enc.output_norm.",

@@ -1,7 +1,7 @@
 """The services of a render, and the files that `--force` ignores.
 
-With `--force` every shot is rendered again. Files beside an output that existed when the render began do not
-count; files made since then do, by whichever worker. So each shot is rendered again once, and a shot that is
+With `--force` every shot is rendered again. wancli then ignores files beside an output that are older than
+the render, and uses files that any worker has made since. So each shot is rendered again once, and a shot that is
 retried, or taken over from a worker that died, resumes from what is on disk.
 """
 

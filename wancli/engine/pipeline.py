@@ -1,8 +1,9 @@
 """The only file that knows the order of the stages: encode, load, denoise, decode, write, record.
 
-Shots are sampled in the rounds and batches of their schedule. The latents of a batch are on disk before any
-of them is decoded, and its videos before other shots take their last steps. After a stop request the current
-step, prompt or chunk of frames is finished, and all states are saved.
+Shots are sampled in the rounds and batches of their schedule. All latents of a batch are saved before the
+first of them is decoded, and its videos are written before other shots take their last steps. After a stop
+request the current step, prompt or chunk of frames is finished, and every state with a step behind it is
+saved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Batching: which shots are sampled together.
 
 If every pass over the blocks fetches the weights, shots that take the same steps share the pass: they form a
-batch. Batches form a round if two experts share the steps, so that all of them take their high-noise steps
-before the expert is changed; and if shots agree on their first steps, which are taken once, see
-`wancli.plan.prefix_sharing`. What is shared changes no pixel.
+batch. Batches form a round in two cases. If the model has two experts, all shots of the round take their
+high-noise steps before the expert is changed. If shots agree on their first steps, one shot takes these steps
+for all (`wancli.plan.prefix_sharing`). Sharing changes no pixel.
 """
 
 from __future__ import annotations

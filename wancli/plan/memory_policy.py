@@ -1,6 +1,6 @@
-"""Memory policy: where the weights of a model live, and how many tokens it takes at a time.
+"""Memory policy: choose where the weights of a model live, and how many tokens a block takes at a time.
 
-Of the options that the job leaves open, the fastest that fits into the memory limit is chosen: `resident`
+The policy takes the fastest option that the job leaves open and that fits the memory limit: `resident`
 before `packed` before `streamed`, all tokens at once before chunks. Precision and size change the picture, so
 they are never chosen.
 """

@@ -1,5 +1,7 @@
-"""Prefix sharing: shots that read the same up to some step are the same up to there, so that one shot takes
-these steps for all and the others fork from it.
+"""Prefix sharing: one shot takes the first steps of several shots.
+
+If shots read the same up to a step, their latents are equal up to that step. One shot takes these steps, and
+the other shots fork from it.
 
 What a step reads is the decision, not how the rules were written: the row of the table for each branch, the
 guidance, and the LoRAs that are on. Pure, and without torch.

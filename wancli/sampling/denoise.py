@@ -53,7 +53,7 @@ class DenoiseRun:
 
 
 def denoise(model: WanModel, run: DenoiseRun, forwards_per_pass: int = 1) -> Iterator[StepResult]:
-    """Denoise one stage and yield after every step.
+    """Denoise one stage of one run alone, as the probe does, and yield after every step.
 
     After the last step of the schedule the state holds the finished latent. `forwards_per_pass` is that of
     `denoise_batch`. Raises NotFinite, which names step, branch and block.

@@ -1,4 +1,4 @@
-"""Run ffmpeg. No other module starts a process.
+"""Run ffmpeg. No other module starts a program.
 
 ffmpeg runs in its own process group, so that Ctrl-C does not reach it, and dies with its parent. There is no
 shell, and no option or protocol hides in a name: a path is absolute behind `file:`.

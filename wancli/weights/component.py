@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
-from wancli.weights.formats.gguf import umt5_to_transformers as umt5_from_gguf
+from wancli.weights.formats.gguf_header import umt5_to_transformers as umt5_from_gguf
 from wancli.weights.formats.key_mapping import (
     transformer_from_diffusers,
     umt5_to_transformers,

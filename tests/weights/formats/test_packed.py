@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats import packed as module
-from wancli.weights.formats.gguf import BLOCK_SIZES
+from wancli.weights.formats.gguf_header import BLOCK_SIZES
 from wancli.weights.formats.packed import Packed, is_high_precision, pack_fp8
 
 BLOCKS = [name for name, (elements, _) in BLOCK_SIZES.items() if elements > 1]

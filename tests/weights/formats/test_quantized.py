@@ -20,7 +20,7 @@ from weight_files import save_tensors, write_gguf
 
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.weights.formats.embedded_tokenizer import read_tokenizer
-from wancli.weights.formats.gguf import umt5_to_transformers as from_gguf
+from wancli.weights.formats.gguf_header import umt5_to_transformers as from_gguf
 from wancli.weights.formats.key_mapping import transformer_from_diffusers, umt5_to_transformers
 from wancli.weights.formats.mapped_file import map_file
 from wancli.weights.formats.packed import Packed

@@ -22,8 +22,8 @@ from wancli.video import thumbnails
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = (
-    "base", "figures", "memory", "overview", "explorer", "heatmap", "calculator", "prompts", "timing",
-    "videos", "table", "main",
+    "base", "figures", "memory_formulas", "overview", "explorer", "heatmap", "memory_section", "prompts",
+    "timing", "videos", "table", "main",
 )  # fmt: skip
 MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats import gguf, safetensors_header
+from wancli.weights.formats import gguf_header, safetensors_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 TENSOR_NAME = "spiece_model"
@@ -29,7 +29,7 @@ def read_tokenizer(path: Path) -> bytes | None:
     Raises CheckpointError like the readers of headers, and for key-values that are not a UMT5 tokenizer.
     """
     if path.suffix == ".gguf":
-        values = gguf.read_header(path).values
+        values = gguf_header.read_header(path).values
         return _assemble(values, path) if "tokenizer.ggml.tokens" in values else None
     if path.suffix == ".safetensors":
         header = safetensors_header.read_header(path)
@@ -39,7 +39,7 @@ def read_tokenizer(path: Path) -> bytes | None:
     return None
 
 
-def _assemble(values: Mapping[str, gguf.Value], path: Path) -> bytes:
+def _assemble(values: Mapping[str, gguf_header.Value], path: Path) -> bytes:
     """Assemble a ModelProto from tokenizer.ggml.*"""
     tokens, scores, types = (values.get(f"tokenizer.ggml.{x}") for x in ("tokens", "scores", "token_type"))
     if (

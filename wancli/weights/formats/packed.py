@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.gguf import BLOCK_SIZES
 from wancli.weights.formats.gguf_dequant import DECODERS
+from wancli.weights.formats.gguf_header import BLOCK_SIZES
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = 448.0  # the largest e4m3fn
@@ -45,7 +45,8 @@ class Packed:
     scheme "fp8": `data` is e4m3fn or e5m2 of `shape`, [out, in] where scaled. The weight is
     data * scale; `scale` has one element, or is [out] or [out, 1] for a scale per row, or
     [out, n, 1] for n equal blocks along each row; None stands for 1.
-    A quantized type of gguf.SIZES, as Q4_K: `data` is uint8, the GGUF blocks of all rows one after the other.
+    A quantized type of gguf_header.BLOCK_SIZES, as Q4_K: `data` is uint8, the GGUF blocks of all rows in
+    turn.
     """
 
     scheme: str

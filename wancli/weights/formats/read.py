@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.weights.formats import gguf, safetensors_header, tensor_index
+from wancli.weights.formats import gguf_header, safetensors_header, tensor_index
 from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, attach_scales
 from wancli.weights.formats.mapped_file import map_file, view_tensor
 from wancli.weights.formats.packed import Packed
@@ -126,7 +126,7 @@ def _read_formats(path: Path) -> dict[str, str]:
 
 def _iterate_gguf(path: Path) -> Iterator[tuple[str, Packed]]:
     pages = map_file(path)
-    for name, info in gguf.read_header(path).tensors.items():
+    for name, info in gguf_header.read_header(path).tensors.items():
         plain = info.dtype in DTYPES
         dtype, shape = (DTYPES[info.dtype], info.shape) if plain else (torch.uint8, (info.nbytes,))
         data = view_tensor(pages, info.start, dtype, shape)

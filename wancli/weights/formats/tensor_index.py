@@ -70,11 +70,11 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
         elif kind == "pth":
             tensors = read_pickle_header(path)
         else:
-            from wancli.weights.formats import gguf  # type: ignore[attr-defined,unused-ignore]
+            from wancli.weights.formats import gguf_header
 
-            gguf_header = gguf.read_header(path)
-            tensors = dict(gguf_header.tensors)
-            metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf_header.values.items()}
+            header = gguf_header.read_header(path)
+            tensors = dict(header.tensors)
+            metadata |= {key: v if isinstance(v, str) else "" for key, v in header.values.items()}
         if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
         all_tensors |= tensors

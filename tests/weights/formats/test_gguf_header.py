@@ -23,7 +23,7 @@ from weight_files import add_t5_tokenizer, write_gguf
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats.embedded_tokenizer import read_tokenizer
-from wancli.weights.formats.gguf import BLOCK_SIZES, read_header, umt5_to_transformers
+from wancli.weights.formats.gguf_header import BLOCK_SIZES, read_header, umt5_to_transformers
 
 TINY = Path(__file__).parents[2] / "fixtures" / "wan21-tiny"
 SPIECE = TINY / "google" / "umt5-xxl" / "spiece.model"
@@ -161,7 +161,7 @@ def test_types_that_wancli_does_not_read_are_refused_by_name(tmp_path: Path, oth
 
 
 def test_every_type_of_ggml_has_its_name(tmp_path: Path):
-    from wancli.weights.formats.gguf import TYPE_NAMES
+    from wancli.weights.formats.gguf_header import TYPE_NAMES
 
     assert {TYPE_NAMES[kind.value] for kind in Type} == {kind.name for kind in Type}
 

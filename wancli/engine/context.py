@@ -1,8 +1,8 @@
 """The services of a render, and the files that `--force` ignores.
 
 With `--force` every shot is rendered again. wancli then ignores files beside an output that are older than
-the render, and uses files that any worker has made since. So each shot is rendered again once, and a shot that is
-retried, or taken over from a worker that died, resumes from what is on disk.
+the render, and uses files that any worker has made since. So each shot is rendered again once, and a shot
+that is retried, or taken over from a worker that died, resumes from what is on disk.
 """
 
 from __future__ import annotations

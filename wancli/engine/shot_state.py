@@ -1,8 +1,9 @@
 """Shots between noise and latent, as plain states.
 
-A shot that forks from another shot starts with a copy of its state. NAME.state.safetensors beside an output holds all that is known of its shot between two steps, so that another
-run resumes from there bit for bit. It is saved when `save_every` is due, when a shot waits for the other of two
-experts, and after a stop request. It is removed once the latent is on disk.
+A shot that forks from another shot starts with a copy of its state. NAME.state.safetensors beside an output
+holds all that is known of its shot between two steps, so that another run resumes from there bit for bit. It
+is saved when `save_every` is due, when a shot waits for the other of two experts, and after a stop request.
+It is removed once the latent is on disk.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 A claim is the file .wancli/claims/NAME.json beside the output NAME.mp4. The worker that creates it (O_EXCL)
 renders the shot, touches the file at every heartbeat, and removes it at the end. Any worker may take a stale
 claim. On the host of the claim's process, the claim is stale when that process is dead. On other hosts, it is
-stale when a worker has looked at it a number of times, one heartbeat apart, without seeing a touch. No clocks of two hosts are compared, and a file system that hangs makes no claim stale: looks wait as
-long as touches do.
+stale when a worker has looked at it a number of times, one heartbeat apart, without seeing a touch. No clocks
+of two hosts are compared, and a file system that hangs makes no claim stale: looks wait as long as touches
+do.
 
 A claim saves work, it protects no file: `wancli.storage.atomic` makes every write safe, whoever writes. So
 claims need neither fsync nor locks, and a network file system that shows one late costs a wait. A worker that

@@ -72,9 +72,9 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
         else:
             from wancli.weights.formats import gguf_header
 
-            header = gguf_header.read_header(path)
-            tensors = dict(header.tensors)
-            metadata |= {key: v if isinstance(v, str) else "" for key, v in header.values.items()}
+            gguf = gguf_header.read_header(path)
+            tensors = dict(gguf.tensors)
+            metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf.values.items()}
         if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
         all_tensors |= tensors

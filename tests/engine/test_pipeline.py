@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 
 from wancli.models.dit import WanModel
 from wancli.resources import machine
-from wancli.storage.manifest import is_done
+from wancli.storage.manifest import is_done, manifest_path
+from wancli.storage.manifest import write as write_manifest
 from wancli.text import encoder
 from wancli.weights import loader
 
@@ -151,7 +152,7 @@ def test_a_file_that_blocks_one_shot_fails_that_shot_alone(
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with its latent", "without"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "seal"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "seal", "files"])
 def test_an_output_of_this_very_job_that_no_longer_verifies_is_moved_aside_and_rendered_again(
     render: Callable[..., CommandResult],
     tmp_path: Path,
@@ -170,6 +171,8 @@ def test_an_output_of_this_very_job_that_no_longer_verifies_is_moved_aside_and_r
             path.write_bytes(whole[:-1])
         case "seal":
             manifest.write_text(manifest.read_text().replace('"seal": "', '"seal": "0'))
+        case "files":
+            manifest.write_text(manifest.read_text().replace('"bytes"', '"bytos"'))
     damaged, record = path.read_bytes(), manifest.read_bytes()
     calls = count_forwards(monkeypatch)
     assert render(**said).code == 0
@@ -339,6 +342,7 @@ def test_a_shot_with_a_damaged_latent_is_sampled_again(
     tmp_path: Path,
     fake_ffmpeg: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake_ffmpeg("exit 1")
     assert render().code == 3
@@ -346,8 +350,29 @@ def test_a_shot_with_a_damaged_latent_is_sampled_again(
     latent = tmp_path / "out" / "clip.latents.safetensors"
     latent.write_bytes(latent.read_bytes()[:-1])
     calls = count_forwards(monkeypatch)
-    assert render().code == 0
+    result = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
+    assert result.code == 0
     assert len(calls) == 4
+    assert "shot 0000 is sampled again" in result.err
+
+
+def test_a_finished_shot_whose_record_lacks_a_figure_is_done_and_keeps_its_entry_in_the_report(
+    render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert render().code == 0
+    path = manifest_path(tmp_path / "out" / "clip.mp4")
+    write_manifest(
+        path, {name: value for name, value in manifest_of(tmp_path).items() if name != "predicted"}
+    )
+    report = tmp_path / "out" / "job.report.json"
+    document = json.loads(report.read_text())
+    document["shots"][0].pop("predicted", None)
+    report.write_text(json.dumps(document))
+    calls = count_forwards(monkeypatch)
+    assert render().code == 0
+    assert calls == []
+    assert not list((tmp_path / "out").glob("*damaged*"))
+    assert not list((tmp_path / "out").glob("*.old-*"))
 
 
 def test_a_latent_is_not_decoded_with_another_vae(

@@ -76,8 +76,18 @@ def test_a_sealed_manifest_of_another_shape_is_one_error_with_the_name_of_its_fi
     manifest.write(path, body(**changes))
     with pytest.raises(EntryError, match=r"x\.manifest\.json: .*damaged, or of another version"):
         manifest.read(path)
-    (problem,) = manifest.find_problems(output, KEY)
-    assert problem.path == path
+    assert manifest.read_if_usable(path) is None
+    (problem, *_) = manifest.find_problems(output, KEY)
+    assert problem.path in (path, output)  # the video does not exist
+
+
+@pytest.mark.parametrize("lacking", ["shot", "prompts", "phases", "predicted"])
+def test_a_shot_is_done_by_its_key_and_files_whatever_else_its_manifest_lacks(output, lacking):
+    path = manifest.manifest_path(output)
+    whole = manifest.read_json(path)
+    manifest.write(path, {name: value for name, value in whole.items() if name != lacking})
+    assert manifest.is_done(output, KEY)
+    assert manifest.read_if_usable(path) is None
 
 
 def test_a_rule_whose_prompt_is_missing_is_damage(tmp_path):
@@ -98,14 +108,13 @@ def test_a_phase_is_recognised_by_its_id_and_without_one_by_what_was_measured():
     assert third.identity == fourth.identity
 
 
-def test_a_glance_at_a_manifest_reads_its_key_and_files_without_the_seal(output):
+def test_the_key_of_a_manifest_is_read_without_the_seal(output):
     path = manifest.manifest_path(output)
     path.write_text(path.read_text().replace('"seal": "', '"seal": "0'))
-    assert manifest.peek(path).key == KEY
-    assert manifest.peek(path).files[0].path == output.name
+    assert manifest.peek_key(path) == KEY
     path.write_text("[]")
-    assert manifest.peek(path) is None
-    assert manifest.peek(output.with_name("none")) is None
+    assert manifest.peek_key(path) is None
+    assert manifest.peek_key(output.with_name("none")) is None
 
 
 def test_a_manifest_is_readable_json_with_its_schema(output):

@@ -84,7 +84,7 @@ def _render_all(plan: Plan, result: PreflightResult, context: RenderContext) -> 
         for shot in released:
             del elsewhere[shot.index]
             if not context.force and is_finished(shot):
-                yield Outcome(shot, "already done", manifest.read(shot.manifest))
+                yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
             else:
                 left.append(shot)
         schedule = batching.build_schedule(left)
@@ -96,7 +96,7 @@ def iter_resolved(plan: Plan, result: PreflightResult) -> Iterator[Outcome]:
     unresolved = {shot.index for shot in result.schedule.shots} | result.refused.keys()
     for shot in plan.shots:
         if shot.index not in unresolved:
-            yield Outcome(shot, "already done", manifest.read(shot.manifest))
+            yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
     for shot in plan.shots:
         if shot.index in result.refused:
             yield Outcome(shot, "failed", error=result.refused[shot.index])

@@ -28,7 +28,7 @@ from wancli.plan import batching
 from wancli.plan.schedule import Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
-from wancli.storage import atomic, manifest
+from wancli.storage import atomic, manifest, tensor_file
 from wancli.storage.manifest_schema import ShotRecord
 from wancli.text.encoder import Encoded
 
@@ -125,7 +125,7 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
     with ErrorCapture() as attempt:
         status, why = status_for_render(shot, context)
         if status == "done" and not needs_effects(shot):
-            return Outcome(shot, "already done", manifest.read(shot.manifest))
+            return Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
         if status == "in the way":
             raise output_exists_error(shot, why)
         if status == "damaged":
@@ -273,7 +273,9 @@ def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor,
         return None
     try:
         z_CTYX, record = manifest_body.load_latent(shot.latents)
-    except EntryError:
+    except EntryError as error:
+        if (tensor_file.read_record(shot.latents) or {}).get("latents_key") == shot.latents_key:
+            model_context.context.progress.warn(f"{error}; shot {shot.id} is sampled again")
         return None
     if record.latents_key != shot.latents_key or effects_missing(shot, record):
         return None

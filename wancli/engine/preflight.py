@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.engine import manifest_body, output_diff
+from wancli.engine import output_diff
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
@@ -20,7 +20,7 @@ from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
-from wancli.storage import atomic, manifest
+from wancli.storage import atomic, manifest, tensor_file
 from wancli.storage.manifest_schema import ShotRecord
 from wancli.video import mp4
 
@@ -120,8 +120,7 @@ def is_finished(shot: Shot) -> bool:
 
 def _manifest_names_shot(shot: Shot) -> bool:
     """Return whether the manifest, sealed or not, says that the output is this very shot."""
-    peeked = manifest.peek(shot.manifest)
-    return peeked is not None and peeked.key == shot.key
+    return manifest.peek_key(shot.manifest) == shot.key
 
 
 def _lacks_only_manifest(shot: Shot) -> bool:
@@ -132,7 +131,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
     if shot.manifest.exists():
         return False
     try:
-        return manifest_body.load_latent(shot.latents)[1].key == shot.key
+        return bool(tensor_file.load_latent(shot.latents)[1].get("key") == shot.key)
     except EntryError:
         return False
 
@@ -142,7 +141,7 @@ def needs_effects(shot: Shot) -> bool:
 
     Its pixels stay the same when it is rendered again.
     """
-    record = manifest.read(shot.manifest) if shot.measure else None
+    record = manifest.read_if_usable(shot.manifest) if shot.measure else None
     return record is not None and effects_missing(shot, record)
 
 

@@ -21,7 +21,7 @@ from wancli.sampling import state_file
 from wancli.storage import claim_file, manifest
 from wancli.storage.claims import claim_path
 from wancli.storage.manifest import Problem
-from wancli.storage.manifest_schema import StateRecord
+from wancli.storage.manifest_schema import Manifest, StateRecord
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -154,17 +154,20 @@ def _has_manifest(output: Path) -> bool:
 def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem]:
     path = manifest.manifest_path(output)
     try:
-        record = manifest.read(path)
+        proof = manifest.read_proof(path)
     except EntryError as error:
         return [Problem(path, error.message)]
-    if record is None:
+    if proof is None:
         return [Problem(path, "no manifest")]
-    problems = manifest.check_record(output, record, shot.key if shot else record.key)
+    problems = manifest.check_proof(output, proof, shot.key if shot else proof.key)
     if deep and not problems:
         try:
+            record = Manifest.parse(proof.as_dict(), path)
             if (count := mp4.count_frames(output)) != record.shot.frames:
                 text = f"{count} frames where the manifest has {record.shot.frames}"
                 problems = [Problem(output, text)]
+        except EntryError as error:
+            problems = [Problem(path, error.message)]
         except FfmpegError as error:
             problems = [Problem(output, f"cannot be decoded: {error.message}")]
     return problems

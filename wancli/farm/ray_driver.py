@@ -214,4 +214,4 @@ def _verify_output(shot: Shot, status: Literal["rendered", "already done"]) -> O
             hint=f"All machines of the cluster must share one folder {shot.output.parent}.",
         )
         return Outcome(shot, "failed", error=error)
-    return Outcome(shot, status, manifest.read(shot.manifest))
+    return Outcome(shot, status, manifest.read_if_usable(shot.manifest))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wancli.errors import EntryError
 from wancli.storage import atomic
-from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestPeek, damaged
+from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestKey, ManifestProof, damaged
 
 SCHEMA = "wancli/manifest/1"
 
@@ -58,6 +59,22 @@ def read(path: Path) -> Manifest | None:
     return None if body is None else Manifest.parse(body, path)
 
 
+def read_proof(path: Path) -> ManifestProof | None:
+    """Read what a manifest proves. Returns None if the file does not exist.
+
+    Raises EntryError if the seal, the key or the list of files is damaged.
+    """
+    body = read_json(path)
+    return None if body is None else ManifestProof.parse(body, path)
+
+
+def read_if_usable(path: Path) -> Manifest | None:
+    """Read a manifest for its figures. Returns None if it does not exist or has keys of another version."""
+    with suppress(EntryError):
+        return read(path)
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read the body of a manifest as it is in the file, and verify the seal, not the keys.
 
@@ -80,10 +97,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def peek(path: Path) -> ManifestPeek | None:
-    """Read the key and the files that a manifest names, without verifying it. Returns None if it cannot."""
+def peek_key(path: Path) -> str | None:
+    """Read the key in a manifest without verifying it. Returns None if it cannot be read."""
     try:
-        return ManifestPeek.model_validate(json.loads(path.read_bytes()))
+        return ManifestKey.model_validate(json.loads(path.read_bytes())).key
     except (OSError, ValueError, RecursionError):  # a ValidationError is a ValueError
         return None
 
@@ -103,20 +120,20 @@ def find_problems(output: Path, key: str) -> list[Problem]:
     """Find why `output` is not the finished work of the shot with this key. Empty if it is."""
     path = manifest_path(output)
     try:
-        record = read(path)
+        proof = read_proof(path)
     except EntryError as error:
         return [Problem(path, error.message)]
-    if record is None:
+    if proof is None:
         return [Problem(path, "no manifest")]
-    return check_record(output, record, key)
+    return check_proof(output, proof, key)
 
 
-def check_record(output: Path, record: Manifest, key: str) -> list[Problem]:
+def check_proof(output: Path, proof: ManifestProof, key: str) -> list[Problem]:
     """As `find_problems`, with the manifest already read. Hashes every file that it lists."""
-    if record.key != key:
+    if proof.key != key:
         return [Problem(manifest_path(output), "made by another job, version or model")]
-    problems = [problem for file in record.files for problem in _check_file(output.parent, file)]
-    if record.file(output.name) is None:
+    problems = [problem for file in proof.files for problem in _check_file(output.parent, file)]
+    if all(file.path != output.name for file in proof.files):
         problems.append(Problem(manifest_path(output), f"does not list {output.name}"))
     return problems
 

@@ -310,11 +310,17 @@ class StateRecord(Data):
     step: int = 0
 
 
-class ManifestPeek(Data):
-    """The keys of a manifest that tell a finished shot at a glance."""
+class ManifestKey(Data):
+    """The key of a manifest, read without a proof."""
 
     key: str
-    files: list[FileRecord] = Field(default_factory=list)
+
+
+class ManifestProof(ManifestKey):
+    """What proves that a shot is done: its key and its files. No other key of a manifest can undo it."""
+
+    NAME = "the manifest"
+    files: list[FileRecord]
 
 
 def damaged(path: Path, name: str) -> EntryError:

@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wancli.sampling.solvers import build_schedule
+from wancli.sampling.solvers import build_sigma_schedule
 from wancli.video import mp4
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
@@ -77,7 +77,7 @@ class Saved:
 
     def latents(self, prompt: str, guidance: float, frames: int) -> Tensor:
         """Their transformer and solver on our noise and noise levels: [C, T, Y, X]."""
-        plan = build_schedule("unipc", STEPS, SHIFT)
+        plan = build_sigma_schedule("unipc", STEPS, SHIFT)
         self.scheduler.set_timesteps(STEPS)
         self.scheduler.sigmas = torch.tensor(plan.sigmas)
         self.scheduler.timesteps = torch.arange(STEPS, 0, -1)

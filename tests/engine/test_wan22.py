@@ -47,7 +47,7 @@ from wancli.plan import batching
 from wancli.plan import planner as planning
 from wancli.plan.planner import resolve_model
 from wancli.plan.shot import Shot
-from wancli.sampling.solvers import build_schedule
+from wancli.sampling.solvers import build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
 from wancli.video import mp4
 from wancli.weights import loader
@@ -64,7 +64,7 @@ class OurTimes(UniPCMultistepScheduler):
 
     def set_timesteps(self, steps: int, device: Any = None, **_: Any) -> None:
         super().set_timesteps(steps, device)
-        ours = build_schedule("unipc", steps, SHIFT)
+        ours = build_sigma_schedule("unipc", steps, SHIFT)
         self.sigmas, self.timesteps = torch.tensor(ours.sigmas), torch.tensor(ours.timesteps)
 
 
@@ -200,13 +200,13 @@ def decide(tmp_path: Path, warm: Path) -> Callable[..., Shot]:
 def test_the_steps_of_the_official_defaults_are_shared_as_in_the_official_code(
     steps: int, shift: float, boundary: float, high: int
 ) -> None:
-    found = split_stages(build_schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
+    found = split_stages(build_sigma_schedule("unipc", steps, shift).timesteps, boundary, 4.0, 3.0)
     assert found[0] == Stage("high", range(high), 4.0)
     assert found[1:] == ((Stage("low", range(high, steps), 3.0),) if high < steps else ())
 
 
 def test_of_four_distilled_steps_each_expert_takes_two() -> None:
-    found = split_stages(build_schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
+    found = split_stages(build_sigma_schedule("distill4", 4, 5.0).timesteps, 0.875, 1.0, 1.0)
     assert [stage.steps for stage in found] == [range(2), range(2, 4)]
 
 

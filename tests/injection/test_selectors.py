@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wancli.injection.selectors import Curve, pair_strengths, parse_blocks, parse_steps
-from wancli.sampling.solvers import build_schedule
+from wancli.sampling.solvers import build_sigma_schedule
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_an_invalid_block_set_is_refused(spec: object, message: str) -> None:
     ],
 )
 def test_step_ranges_select_their_steps(spec: object, expected: object) -> None:
-    assert parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
+    assert parse_steps(spec, build_sigma_schedule("euler", 10, 1.0).sigmas) == tuple(expected)  # type: ignore[arg-type, call-overload]
 
 
 def test_a_sigma_range_selects_the_steps_whose_noise_is_in_it() -> None:
-    sigmas = build_schedule("euler", 10, 1.0).sigmas
+    sigmas = build_sigma_schedule("euler", 10, 1.0).sigmas
     assert parse_steps((0.5, 1.0), sigmas) == (0, 1, 2, 3, 4, 5)
     assert parse_steps((0.0, 0.2), sigmas) == (8, 9)
 
@@ -87,7 +87,7 @@ def test_a_sigma_range_selects_the_steps_whose_noise_is_in_it() -> None:
 @pytest.mark.parametrize("spec", ["4-2", "10", "40-20%", "0-140%", "first", "1-2-3"])
 def test_an_invalid_step_range_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match=r"step|empty|range of the steps"):
-        parse_steps(spec, build_schedule("euler", 10, 1.0).sigmas)
+        parse_steps(spec, build_sigma_schedule("euler", 10, 1.0).sigmas)
 
 
 def test_a_list_of_strengths_is_in_the_order_of_the_blocks() -> None:

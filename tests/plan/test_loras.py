@@ -33,7 +33,7 @@ from wancli.job.loader import load
 from wancli.plan import planner as planning
 from wancli.plan.shot import Shot
 from wancli.sampling.denoise import draw_noise
-from wancli.sampling.solvers import build_schedule
+from wancli.sampling.solvers import build_sigma_schedule
 from wancli.text.embedding import load_embedding
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_transformer
@@ -135,7 +135,7 @@ def test_a_lora_for_one_step_applies_in_that_step_only(
     rows_NE = load_embedding(out, 0).rows_NE
     changed = with_merged(tmp_path / "merged", shallow, factors, 1.0)
     plain, with_lora = (load_transformer(identify(root)) for root in (shallow, changed))
-    euler = build_schedule("euler", 2, 5.0)
+    euler = build_sigma_schedule("euler", 2, 5.0)
     x = draw_noise((16, 1, 8, 8), 3)[None]
     with torch.inference_mode():
         for step, sigma in enumerate(euler.sigmas[:-1]):

@@ -25,7 +25,7 @@ from jobs import (
 from wancli.job.loader import load
 from wancli.models.vae import WanVAE
 from wancli.plan.planner import build_plan
-from wancli.sampling.solvers import build_schedule
+from wancli.sampling.solvers import build_sigma_schedule
 from wancli.video import mp4
 
 
@@ -43,7 +43,7 @@ def test_the_manifest_says_what_was_decided_and_what_was_read(
         == 0
     )
     body = manifest_of(tmp_path)
-    shot, official = body["shot"], build_schedule("dpm++", 3, 5.0)
+    shot, official = body["shot"], build_sigma_schedule("dpm++", 3, 5.0)
     assert (shot["id"], shot["labels"], shot["output"]) == ("one", {"take": 3}, "clip.mp4")
     assert shot["timesteps"] == list(official.timesteps)
     assert shot["sigmas"] == list(official.sigmas)

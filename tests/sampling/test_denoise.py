@@ -34,7 +34,7 @@ from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
 from wancli.resources.memory_model import Residency
 from wancli.sampling.denoise import DenoiseRun, StepResult, check_hits, denoise, denoise_batch
-from wancli.sampling.solvers import State, build_schedule
+from wancli.sampling.solvers import State, build_sigma_schedule
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import LoadOptions, load_transformer
@@ -218,7 +218,7 @@ def official_run(
         steps = tuple((step, 1.0) for step in range(start, end))
         rules = [Rule("injection", blocks, steps, (inject["branch"],), inject["blend"], 1.0)]
     table = Table(rules, {"cond": "main", "uncond": "negative"}, 40, case["steps"])
-    levels = build_schedule(case["solver"], case["steps"], case["shift"])
+    levels = build_sigma_schedule(case["solver"], case["steps"], case["shift"])
     stage = Stage("only", range(case["steps"]), case["cfg"])
     return DenoiseRun(State(noise_CTYX), levels, case["solver"], table, contexts, stage)
 
@@ -259,7 +259,7 @@ def random_runs(model: WanModel, effects: list[list[Effect] | None]) -> list[Den
     return [
         DenoiseRun(
             State(x),
-            build_schedule(solver, 4, 3.0),
+            build_sigma_schedule(solver, 4, 3.0),
             solver,
             table,
             contexts,
@@ -311,6 +311,8 @@ def test_a_run_that_meets_nan_ends_and_the_others_continue(shallow: Path) -> Non
 def test_runs_of_different_lengths_are_refused(shallow: Path) -> None:
     model = build_model(shallow)
     runs = random_runs(model, [None, None, None])
-    runs[2] = replace(runs[2], schedule=build_schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0))
+    runs[2] = replace(
+        runs[2], schedule=build_sigma_schedule("euler", 5, 3.0), stage=Stage("only", range(5), 3.0)
+    )
     with pytest.raises(ValueError, match=r"\[4, 5\] steps"):
         next(denoise_batch(model, runs, 1))

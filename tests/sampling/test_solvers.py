@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from wancli.sampling.solvers import SOLVERS, State, build_schedule
+from wancli.sampling.solvers import SOLVERS, State, build_sigma_schedule
 
 # wan-official timesteps, from runs of FlowUniPCMultistepScheduler
 UNIPC_20_5 = [
@@ -35,7 +35,7 @@ UNIPC_4_5 = [999, 937, 833, 624]
 
 
 def solve(solver: str, steps: int, shift: float, velocity: Any, x: torch.Tensor) -> torch.Tensor:
-    plan = build_schedule(solver, steps, shift)
+    plan = build_sigma_schedule(solver, steps, shift)
     state = State(x)
     for i in range(steps):
         state = SOLVERS[solver].step(plan.sigmas, i, state, velocity(state.x, plan.sigmas[i]))
@@ -44,18 +44,18 @@ def solve(solver: str, steps: int, shift: float, velocity: Any, x: torch.Tensor)
 
 @pytest.mark.parametrize(("steps", "shift", "expected"), [(20, 5.0, UNIPC_20_5), (4, 5.0, UNIPC_4_5)])
 def test_unipc_walks_the_official_timesteps(steps: int, shift: float, expected: list[int]) -> None:
-    assert list(build_schedule("unipc", steps, shift).timesteps) == expected
+    assert list(build_sigma_schedule("unipc", steps, shift).timesteps) == expected
 
 
 def test_every_case_of_the_official_code_has_our_schedule(reference: Any, numbers: Any) -> None:
     for name, case in reference["cases"].items():
-        ours = build_schedule(case["solver"], case["steps"], case["shift"])
+        ours = build_sigma_schedule(case["solver"], case["steps"], case["shift"])
         assert list(ours.sigmas) == numbers[f"{name}.sigmas"].tolist()
         assert list(ours.timesteps) == numbers[f"{name}.timesteps"].tolist()
 
 
 def test_the_distilled_schedule_has_float_timesteps_and_starts_at_one() -> None:
-    distilled = build_schedule("distill4", 4, 5.0)
+    distilled = build_sigma_schedule("distill4", 4, 5.0)
     assert distilled.timesteps == pytest.approx((1000, 937.5, 833.3333, 625))
     assert distilled.sigmas == pytest.approx((1, 0.9375, 0.8333333, 0.625, 0))
 
@@ -78,7 +78,7 @@ def test_the_second_order_solvers_beat_euler_on_a_curved_path(solver: str) -> No
         return x * (sigma - (1 - sigma) * s**2) / variance
 
     def error(solver: str) -> float:
-        first = build_schedule(solver, 64, 3.0).sigmas[0]
+        first = build_sigma_schedule(solver, 64, 3.0).sigmas[0]
         x = torch.ones(1, dtype=torch.float64)
         exact = s / math.sqrt((1 - first) ** 2 * s**2 + first**2)
         return abs(solve(solver, 64, 3.0, velocity, x).item() / exact - 1)
@@ -95,7 +95,7 @@ def test_steps_agree_with_diffusers_on_the_same_sigmas(solver: str, steps: int) 
     kind = UniPCMultistepScheduler if solver == "unipc" else DPMSolverMultistepScheduler
     theirs = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     theirs.set_timesteps(steps)
-    ours = build_schedule(solver, steps, 5.0)
+    ours = build_sigma_schedule(solver, steps, 5.0)
     theirs.sigmas = torch.tensor(ours.sigmas)
     theirs.timesteps = torch.arange(steps, 0, -1)  # only told apart, never used in the arithmetic
 
@@ -111,7 +111,7 @@ def test_steps_agree_with_diffusers_on_the_same_sigmas(solver: str, steps: int) 
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_a_state_saved_midway_leads_to_the_same_bytes(solver: str) -> None:
-    plan = build_schedule(solver, 4, 5.0)
+    plan = build_sigma_schedule(solver, 4, 5.0)
     step = SOLVERS[solver].step
     velocities = torch.randn(4, 3)
     whole = State(torch.randn(3))

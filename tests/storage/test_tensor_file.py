@@ -9,14 +9,14 @@ import torch
 
 from wancli.errors import EntryError
 from wancli.sampling import state_file
-from wancli.sampling.solvers import SOLVERS, State, build_schedule
+from wancli.sampling.solvers import SOLVERS, State, build_sigma_schedule
 from wancli.storage import tensor_file
 
 RECORD = {"latents_key": "k", "step": 3, "read": [[0, "cond", 1]]}
 
 
 def walked(solver: str, steps: range, state: State) -> State:
-    sigmas = build_schedule(solver, 4, 3.0).sigmas
+    sigmas = build_sigma_schedule(solver, 4, 3.0).sigmas
     for i in steps:
         state = SOLVERS[solver].step(sigmas, i, state, (0.5 + i) * state.x.cos())
     return state

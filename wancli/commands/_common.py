@@ -1,4 +1,4 @@
-"""What the options of several commands mean, and output: results on stdout, everything else on stderr."""
+"""Shared helpers of commands: options to values; results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a render writes once its shots have outcomes: the report, its page, and the measured rates."""
+"""Finish a batch: write the report, its page, and the measured rates."""
 
 from __future__ import annotations
 

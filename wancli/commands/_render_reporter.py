@@ -1,4 +1,4 @@
-"""What `wancli render` reports: results on stdout, everything else on stderr."""
+"""The reporter of `wancli render`: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 

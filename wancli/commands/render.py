@@ -1,4 +1,4 @@
-"""`wancli render`: who renders, and in which order the command works."""
+"""`wancli render`: parse, plan, choose who renders, report."""
 
 from __future__ import annotations
 

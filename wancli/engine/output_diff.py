@@ -1,4 +1,4 @@
-"""What differs between the video at an output and the shot that would get its name, by keys of a job."""
+"""Describe how the video at an output differs from the shot that would replace it, by keys of a job."""
 
 from __future__ import annotations
 

@@ -163,8 +163,7 @@ def _sample_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext
         raise
     stopped = context.stop.requested  # else a claim was lost, if only for one look; `batch` finds out
     for state in states:
-        over = state.status in (Status.FINISHED, Status.REPORTED)
-        if not over and (state.step or not stopped):
+        if not state.is_over and (state.step or not stopped):
             with ErrorCapture() as attempt:
                 _save_unsaved(state, context)
             left = Outcome(state.shot, "stopped" if stopped else "elsewhere")
@@ -284,7 +283,7 @@ def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor,
 
 def _save_unsaved(state: ShotState, context: RenderContext) -> None:
     """Save the state of a shot if the one on disk has fewer steps, and this worker still has the claim."""
-    over = state.status in (Status.FINISHED, Status.REPORTED) or state.solver_state is None
+    over = state.is_over or state.solver_state is None
     if state.step > state.saved_step and not over and _holds_claim(state.shot, context):
         shot_state.save_state(state)
 

@@ -31,7 +31,7 @@ _FORMAT = 1  # of the record of a state
 
 
 class Status(Enum):
-    """What a shot is about to do."""
+    """The stage of a shot's life."""
 
     WAITING = "waiting"  # another shot takes its next steps
     RUNNING = "running"  # it takes its next step, or its latent is to be finished
@@ -46,7 +46,7 @@ class ShotState:
 
     shot: Shot
     step: int = 0  # the number of steps behind it
-    solver_state: State | None = None  # in host memory; None before the first step, and when it is over
+    solver_state: State | None = None  # in host memory; None before the first step and once it is over
     reads: set[tuple[int, Branch, int]] = field(default_factory=set)
     effects: list[Record] = field(default_factory=list)
     differences: list[Record] = field(default_factory=list)
@@ -59,6 +59,11 @@ class ShotState:
     saved_step: int = 0  # the number of steps that the state on disk has
     started_at: float = math.inf  # monotonic seconds: when this process took the first of its steps
     unsaved_since: float = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do for the shot but to report it."""
+        return self.status in (Status.FINISHED, Status.REPORTED)
 
     @property
     def next_stage(self) -> Stage | None:

@@ -50,9 +50,7 @@ class Context:
 
 
 def from_padded_rows(rows_ND: Tensor, length: int) -> Context:
-    """Make the context of `length` rows from rows of which the last one also stands for all that follow
-    it.
-    """
+    """Make the context of `length` rows from fewer rows; the last one stands for all rows after it."""
     count = len(rows_ND)
     bias_N = torch.zeros(count, device=rows_ND.device)
     bias_N[-1] = math.log(length - count + 1)

@@ -31,7 +31,7 @@ class Variant:
     fps: int
     steps: int
     shift: float
-    guidance: float  # of the high-noise expert where there are two
+    guidance: float  # of the high-noise expert if there are two
     guidance_low: float | None = None  # of the low-noise expert
     boundary: float | None = None  # the high-noise expert takes timesteps from 1000 * boundary up
     stride: int = 16

@@ -57,8 +57,8 @@ def encoder_fits_alongside(shot: Shot) -> bool:
 def choose_residency(shots: Sequence[Shot], requests: Sequence[MemoryRequest]) -> list[Shot]:
     """Return the shots with memory limit, residencies and chunk of their models decided.
 
-    They are the same for all shots of a model that ask for the same. What is free is read once. A shot that
-    fits with no option keeps the smallest, for `require` to refuse.
+    They are the same for all shots of a model that ask for the same. Free memory is read once per device. A
+    shot that fits with no option keeps the smallest, for `require` to refuse.
     """
     free = cache(read_free_memory)
     groups: dict[tuple[ModelSpec, MemoryRequest], list[Shot]] = {}

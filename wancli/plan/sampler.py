@@ -9,7 +9,7 @@ from wancli.job.loader import Item
 from wancli.job.schema import ExpertGuidance
 from wancli.models.variants import Variant
 from wancli.plan.injections import no_experts_error
-from wancli.sampling.solvers import SOLVERS, SigmaSchedule, Solver, build_schedule
+from wancli.sampling.solvers import SOLVERS, SigmaSchedule, Solver, build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
 
 
@@ -35,7 +35,7 @@ def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
         )
     shift = _first_given(sampler.shift, solver.shift, variant.shift)
     guidance, low = _resolve_guidance(item, solver, variant)
-    times = build_schedule(sampler.solver, steps, shift)
+    times = build_sigma_schedule(sampler.solver, steps, shift)
     parts = split_stages(times.timesteps, variant.boundary, guidance, low)
     return SamplerSettings(steps, shift, guidance, low, times, parts)
 

@@ -69,7 +69,7 @@ class Schedule:
 
     def covers(self, shots: Sequence[Shot]) -> bool:
         """Return whether exactly these shots are scheduled."""
-        return self.placements.keys() == {shot.index for shot in shots}
+        return self.shots == tuple(sorted(shots, key=lambda shot: shot.index))
 
     def of_model(self, model: ModelSpec) -> Schedule:
         """Return the rounds of one model; no round mixes models."""

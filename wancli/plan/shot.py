@@ -26,7 +26,7 @@ from wancli.models.config import (
 )
 from wancli.plan.schedule import Schedule
 from wancli.resources.memory_model import Residency
-from wancli.sampling.solvers import SigmaSchedule, build_schedule
+from wancli.sampling.solvers import SigmaSchedule, build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
 from wancli.storage.paths import slugify
 from wancli.text.encoder import EncoderSpec
@@ -154,7 +154,7 @@ class Shot:
 
     @cached_property
     def sigma_schedule(self) -> SigmaSchedule:
-        return build_schedule(self.solver, self.steps, self.shift)
+        return build_sigma_schedule(self.solver, self.steps, self.shift)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

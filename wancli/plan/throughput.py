@@ -201,7 +201,7 @@ def predict_phases(
 
 
 def is_extrapolated(rate: Rate, tokens: int) -> bool:
-    """Return if a rate is of so much smaller or larger shots that it gives only the order of magnitude."""
+    """Return whether the rate was measured on shots of a very different size."""
     return (
         rate.phase == "sample"
         and not 1 / EXTRAPOLATION_FACTOR <= rate.tokens / tokens <= EXTRAPOLATION_FACTOR

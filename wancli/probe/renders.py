@@ -21,7 +21,7 @@ from wancli.probe.request import ProbeRequest
 from wancli.video import mp4
 
 
-def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
+def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     """Measure a map. The videos stay in the folder NAME.map beside the output NAME.mp4.
 
     Raises an error that stops a batch, the error of a failed shot, or Stopped; the same call then resumes.
@@ -29,7 +29,7 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     began = time.monotonic()
     shots = plan_renders(probe)
     schedule = batching.build_schedule(shots)
-    for outcome in batch.render(Plan(probe.job, tuple(shots), (), schedule=schedule), tools):
+    for outcome in batch.render(Plan(probe.job, tuple(shots), (), schedule=schedule), context):
         if outcome.error:
             raise outcome.error
     plain, *others = shots

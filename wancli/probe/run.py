@@ -7,12 +7,12 @@ from wancli.injection.block_map import BlockMap
 from wancli.probe.request import ProbeRequest
 
 
-def run_probe(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
+def run_probe(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     """Measure a map. Raises what `trajectory.measure` and `renders.measure` raise."""
     if probe.method == "render":
         from wancli.probe import renders
 
-        return renders.measure(probe, tools)
+        return renders.measure(probe, context)
     from wancli.probe import trajectory
 
-    return trajectory.measure(probe, tools)
+    return trajectory.measure(probe, context)

@@ -36,7 +36,7 @@ from wancli.sampling.stages import Stage
 from wancli.text.encoder import Encoded
 
 
-def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
+def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     """Measure a map. Raises DoesNotFit if that needs more memory than the limit, NotFinite, and Stopped after
     a stop request; the values measured so far are lost then."""
     shot, depth = probe.plain_shot, probe.depth
@@ -44,11 +44,11 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
         check_device(device)
     backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
-    store = tools.store
+    store = context.store
     all_cached = all(text.file or (store and store.path(text.id).exists()) for text in probe.texts)
     forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
     with oom_as_error("encode", f"shot {shot.id}"):
-        encoded, _ = encode_prompts(shot.model, probe.texts, tools)
+        encoded, _ = encode_prompts(shot.model, probe.texts, context)
     rows: list[list[float]] = []
     seconds, passes = 0.0, _blocks_per_level(probe)
     sampling = shot.forwards_per_step * depth
@@ -58,16 +58,16 @@ def measure(probe: ProbeRequest, tools: RenderContext) -> BlockMap:
     with (
         oom_as_error("probe", f"shot {shot.id}"),
         without_gradients,
-        tools.progress.phase("probe", [shot.id], total) as bar,
+        context.progress.phase("probe", [shot.id], total) as bar,
     ):
         for step, point in _trace(probe, encoded, forwards_per_pass):
-            if tools.stop.requested:
-                raise tools.stop.error("no map was written")
+            if context.stop.requested:
+                raise context.stop.error("no map was written")
             if point is None:
                 bar.advance(sampling, f"sampling step {step}")
                 continue
             began = time.monotonic()
-            rows.append(_measure_level(probe, point, step, forwards_per_pass, bar, tools))
+            rows.append(_measure_level(probe, point, step, forwards_per_pass, bar, context))
             seconds += time.monotonic() - began
     mean = [sum(column) / len(rows) for column in zip(*rows)]
     return request.build_map(probe, rows, mean, seconds, len(rows) * passes / depth)
@@ -139,14 +139,14 @@ def _measure_level(
     step: int,
     forwards_per_pass: int,
     bar: Phase,
-    tools: RenderContext,
+    context: RenderContext,
 ) -> list[float]:
     """Measure the value of each range at one level. Raises NotFinite."""
     note = f"at step {step}"
     if probe.method == "gradient":
-        values = _estimate_changes(probe, point, step, bar, note, tools)
+        values = _estimate_changes(probe, point, step, bar, note, context)
     else:
-        values = _measure_changes(probe, point, forwards_per_pass, bar, note, tools)
+        values = _measure_changes(probe, point, forwards_per_pass, bar, note, context)
     if not all(map(math.isfinite, values)):
         raise NotFinite(f"NaN or Inf at step {step}, cond branch", where=f"shot {probe.shot.id}")
     return values
@@ -158,7 +158,7 @@ def _measure_changes(
     forwards_per_pass: int,
     bar: Phase,
     note: str,
-    tools: RenderContext,
+    context: RenderContext,
 ) -> list[float]:
     """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or with no text."""
     other: Sequence[Mix] = point.injected if probe.method == "inject" else [()] * probe.depth
@@ -170,13 +170,13 @@ def _measure_changes(
     for index, v_1CTYX in sensitivity.predict_velocities(point, rows, forwards_per_pass):
         velocities[index] = v_1CTYX
         bar.advance(passes[index], note)
-        if tools.stop.requested:
-            raise tools.stop.error("no map was written")
+        if context.stop.requested:
+            raise context.stop.error("no map was written")
     return [relative_change(velocities[index], velocities[len(rows)]) for index in range(len(rows))]
 
 
 def _estimate_changes(
-    probe: ProbeRequest, point: ProbePoint, step: int, bar: Phase, note: str, tools: RenderContext
+    probe: ProbeRequest, point: ProbePoint, step: int, bar: Phase, note: str, context: RenderContext
 ) -> list[float]:
     """Estimate the first-order change for each range from one random projection; see `estimate_change`."""
     generator = torch.Generator().manual_seed(probe.shot.seed + step)
@@ -185,7 +185,7 @@ def _estimate_changes(
     for block, tensor in sensitivity.compute_derivatives(point, toward_1CTYX):
         derivatives[block] = tensor
         bar.advance(probe.depth if block == probe.depth else 2, note)
-        if tools.stop.requested:
-            raise tools.stop.error("no map was written")
+        if context.stop.requested:
+            raise context.stop.error("no map was written")
     by_range = [torch.stack([derivatives[block] for block in blocks]).sum(0) for blocks in probe.ranges]
     return [sensitivity.estimate_change(by_s_L, derivatives[probe.depth]) for by_s_L in by_range]

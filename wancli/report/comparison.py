@@ -1,7 +1,7 @@
 """Comparisons of videos with a baseline: a contact sheet, an MP4 side by side, and metrics.
 
-Of a job they go to JOB.compare.json, .png and .mp4 beside the outputs; what is there and was made of the same
-videos stays. Frames are decoded one by one, a few of them are in memory.
+A job's comparison is written to JOB.compare.json, .png and .mp4 beside the outputs. Files that were made from
+the same videos are kept. Only a few decoded frames are in memory at a time.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def measure_document(
     clips: Sequence[Clip],
     baseline: Clip,
     beside: Mapping[str, Clip],
-    tools: RenderContext,
+    context: RenderContext,
     job: str | None = None,
 ) -> JsonObject:
     """Measure every clip against its baseline, which `beside` has by the clip's id. `baseline` is the default
     one. Raises FfmpegError, and Stopped between two videos."""
     shots = []
-    with tools.progress.phase("compare", [baseline.id], len(clips)) as bar:
+    with context.progress.phase("compare", [baseline.id], len(clips)) as bar:
         for shot in comparison_metrics.measure_clips(clips, beside):
             shots.append(shot)
             bar.advance()
-            _raise_if_stopped(tools)
+            _raise_if_stopped(context)
     return {
         "schema": SCHEMA,
         "job": job,
@@ -82,9 +82,9 @@ def measure_document(
     }
 
 
-def _raise_if_stopped(tools: RenderContext) -> None:
-    if tools.stop.reason:  # that enough shots failed ends rendering alone
-        raise tools.stop.error("shots are done, comparing them is not")
+def _raise_if_stopped(context: RenderContext) -> None:
+    if context.stop.reason:  # that enough shots failed ends rendering alone
+        raise context.stop.error("shots are done, comparing them is not")
 
 
 def plan_outputs(
@@ -110,21 +110,21 @@ def plan_outputs(
     return outputs
 
 
-def write_outputs(document: JsonObject, outputs: OutputFiles, tools: RenderContext) -> None:
+def write_outputs(document: JsonObject, outputs: OutputFiles, context: RenderContext) -> None:
     """Write the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
     ids = [shot["id"] for shot in document["shots"]]
     captions, short_captions = (
         dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
         for beside in (True, False)
     )
-    with tools.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
+    with context.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
             contact_sheet.write(
                 path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])
             )
             bar.advance()
         for path, part in outputs.videos:
-            _raise_if_stopped(tools)
+            _raise_if_stopped(context)
             side_by_side.write(path, part, [short_captions[one.id] for one in part])
             bar.advance()
 
@@ -153,32 +153,32 @@ def _split_into_files(
     return list(zip(names, parts))
 
 
-def run_comparison(plan: Plan, tools: RenderContext) -> None:
+def run_comparison(plan: Plan, context: RenderContext) -> None:
     """Compare the finished shots of a job, if it asks for that. An error is a warning and fails no shot.
 
     Raises Stopped after a stop request."""
     if plan.comparison is None:
         return
     try:
-        _compare_shots(plan, plan.comparison, tools)
+        _compare_shots(plan, plan.comparison, context)
     except Stopped:
         raise
     except WancliError as error:
-        tools.progress.warn(f"not compared: {error}")
+        context.progress.warn(f"not compared: {error}")
 
 
-def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None:
+def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> None:
     finished = {
         shot.id: shot
         for shot in plan.all_shots
         if shot.id in wanted.baselines and manifest.is_done(shot.output, shot.key)
     }
     done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
-    _warn_missing_baselines(finished, wanted, tools)
+    _warn_missing_baselines(finished, wanted, context)
     if not done:
         return
     if missing := len(wanted.baselines) - len(finished):
-        tools.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
+        context.progress.warn(f"{missing} of {len(wanted.baselines)} shots are not done, and not compared")
     path = plan.sidecar_path("compare.json")
     key = _comparison_key(done, wanted)
     if _is_current(path, key):
@@ -193,8 +193,8 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
     outputs = [shot.output for shot in plan.all_shots]
     files = plan_outputs(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
-    document = measure_document(clips, baseline, beside, tools, plan.name)
-    write_outputs(document, files, tools)
+    document = measure_document(clips, baseline, beside, context, plan.name)
+    write_outputs(document, files, context)
     for shot in document["shots"]:
         shot["output"] = Path(os.path.relpath(shot["output"], path.parent)).as_posix()
     document |= {
@@ -204,19 +204,19 @@ def _compare_shots(plan: Plan, wanted: Comparison, tools: RenderContext) -> None
         "files": [manifest.file_record(one, path.parent) for one in files.paths],
     }
     _write_document(path, document)
-    tools.progress.note(f"compared: {', '.join(str(one) for one in (path, *files.paths))}")
+    context.progress.note(f"compared: {', '.join(str(one) for one in (path, *files.paths))}")
 
 
-def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, tools: RenderContext) -> None:
+def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, context: RenderContext) -> None:
     """Warn once of all baselines that are not done although their shots are."""
     beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
     absent = list(dict.fromkeys(id for id in beside if id not in finished))
     if len(absent) == 1:
-        tools.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
+        context.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
     elif absent:
         count = sum(id in absent for id in beside)
         which = f"{absent[0]} and {len(absent) - 1:,} more"
-        tools.progress.warn(f"{count:,} shots are not compared: their baselines, {which}, are not done")
+        context.progress.warn(f"{count:,} shots are not compared: their baselines, {which}, are not done")
 
 
 def _write_document(path: Path, document: JsonObject) -> None:

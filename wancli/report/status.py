@@ -1,7 +1,7 @@
 """The progress of a batch, for `wancli status`. Loads no model and hashes no video.
 
-What `wancli check` proves is only looked at: a shot is `done` when its manifest has its key and its video the
-size that was recorded.
+Status does not verify as `wancli check` does: a shot is `done` when its manifest has its key and its video
+has the recorded size.
 """
 
 from __future__ import annotations

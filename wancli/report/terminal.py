@@ -1,6 +1,6 @@
-"""What all texts for the terminal are made of: lines, tables, bars.
+"""Building blocks of terminal texts: lines, tables, bars.
 
-Texts are built for 80 columns; colour only where the terminal wants it (rich decides).
+Texts are built for 80 columns; rich adds colour if the terminal wants it.
 """
 
 from __future__ import annotations

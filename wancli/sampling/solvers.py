@@ -67,7 +67,7 @@ def shift_sigma(sigma: float, shift: float) -> float:
 
 
 @cache
-def build_schedule(solver: str, steps: int, shift: float) -> SigmaSchedule:
+def build_sigma_schedule(solver: str, steps: int, shift: float) -> SigmaSchedule:
     """Build the official noise levels: evenly spaced from the solver's first one to 0, then shifted."""
     solver_spec = SOLVERS[solver]
     sigmas = [shift_sigma(solver_spec.sigma_max * (1 - i / steps), shift) for i in range(steps)]

@@ -64,7 +64,7 @@ SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
     ("vae", "official", "decoder.middle.0.residual.0.gamma", "encoder.conv1."),
     ("vae", "diffusers", "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in."),
 )
-# Other things that lie beside Wan checkpoints: a name in them, and what they are.
+# Files that are often beside Wan checkpoints: a tensor name in them, and what they are.
 OTHER_FILES = {
     r"vace_patch_embedding\.weight": "VACE module, an addition to a T2V transformer",
     r"audio_proj\.proj1\.weight": "audio module (MultiTalk, InfiniteTalk)",

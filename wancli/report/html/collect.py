@@ -1,6 +1,6 @@
-"""What pages are made of: the entries of a report, of a job's outputs, or of all manifests below a folder.
+"""Collect the inputs of a page: the entries of a report, of a job's outputs, or of the manifests in a folder.
 
-An entry is what a report says of a shot: id, labels, output, status, and the body of its manifest.
+An entry has the id, labels, output and status of a shot, and the record in its manifest.
 """
 
 from __future__ import annotations

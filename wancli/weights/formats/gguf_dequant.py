@@ -60,7 +60,7 @@ def _fifth_bits(bytes_B4: Tensor) -> Tensor:
 
 @cache
 def _spread(device: torch.device) -> Tensor:
-    """[256] int64: for each byte, eight bytes that are 16 where its bit i is set."""
+    """[256] int64: for each byte, eight bytes; byte i is 16 if bit i is set."""
     codes = torch.arange(256, dtype=torch.int16)
     bits = codes[:, None] >> torch.arange(8, dtype=torch.int16) & 1
     return (bits * 16).to(torch.uint8).view(torch.int64).flatten().to(device)

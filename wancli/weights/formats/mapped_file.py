@@ -1,7 +1,7 @@
 """Maps files into memory: a page is read when it is first touched, and given up under memory pressure.
 
-safetensors and torch.load map a file as private writable memory, all of which Linux reserves at once: a file
-larger than memory and swap is refused before anything of it is read. MAP_NORESERVE reserves a page only when
+safetensors and torch.load map a file as private writable memory, and Linux reserves all of it at once: it
+refuses a file larger than memory and swap before anything is read. MAP_NORESERVE reserves a page only when
 it is written to.
 """
 

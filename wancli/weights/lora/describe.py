@@ -45,7 +45,7 @@ class LoraInfo:
     blocks: int
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    config: str  # PEFT's, beside the file, where the scale comes from it
+    config: str  # PEFT's, beside the file, if it gives the scale
     width: int | None  # of the transformer it was made for
     image_layers: int  # targets that only image-to-video models have
     unknown: int  # keys that name nothing of a Wan transformer, as those of a text encoder

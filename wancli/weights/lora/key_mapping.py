@@ -1,4 +1,4 @@
-"""What a key of a LoRA file stands for: prefix + module + part. No torch.
+"""Map the keys of a LoRA file: prefix + module + part. No torch.
 
 Every tool names the same matrix its own way:
 

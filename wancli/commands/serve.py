@@ -118,6 +118,10 @@ def _serve(
     from wancli.engine.networks import ModelCache
     from wancli.farm.local_socket import listen, lock_socket
     from wancli.farm.server import Server, preload
+    from wancli.report import (  # imported now, so that no render waits for them
+        batch_report,  # noqa: F401
+        render_summary,  # noqa: F401
+    )
 
     kept = ModelCache()
     with ExitStack() as stack:

@@ -61,10 +61,6 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
         backends,
         memory_policy,
     )
-    from wancli.report import (
-        batch_report,  # noqa: F401
-        render_summary,  # noqa: F401
-    )
     from wancli.sampling import denoise  # noqa: F401
     from wancli.weights import loader  # noqa: F401
     from wancli.weights.lora import patch  # noqa: F401

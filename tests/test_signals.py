@@ -41,8 +41,8 @@ def test_a_new_flag_is_not_set() -> None:
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_the_process_at_once(second: signal.Signals) -> None:
     program = (
-        "import signal\nfrom wancli.signals import listening\n"
-        "try:\n    with listening():\n"
+        "import signal\nfrom wancli.signals import stop_on_signal\n"
+        "try:\n    with stop_on_signal():\n"
         f"        signal.raise_signal(signal.SIGTERM)\n        signal.raise_signal({int(second)})\n"
         "finally:\n    print('unwound')\n"
     )

@@ -286,8 +286,8 @@ def test_a_truncated_video_is_never_taken_for_complete(tmp_path):
 CHILD = """
 import os, sys
 from pathlib import Path
-from wancli.video.mp4 import Encoder
-encoder = Encoder(Path(sys.argv[1]), 64, 48, 16, 10, "h264", "")
+from wancli.video.mp4 import Mp4Encoder
+encoder = Mp4Encoder(Path(sys.argv[1]), 64, 48, 16, 10, "h264", "")
 encoder.write(bytes(64 * 48 * 3))
 print(encoder._ffmpeg._process.pid, flush=True)
 sys.stdin.read()
@@ -303,6 +303,7 @@ def test_no_ffmpeg_outlives_a_killed_wancli(tmp_path, fake_ffmpeg):
     with child:
         ffmpeg = child.stdout.readline().decode().strip()
         while not running.exists():
+            assert child.poll() is None, "the child ended before it started ffmpeg"
             time.sleep(0.01)
         assert alive(ffmpeg)
         child.send_signal(signal.SIGKILL)

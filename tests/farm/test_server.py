@@ -27,7 +27,6 @@ from wancli.errors import JobError, MachineError
 from wancli.farm import client, local_socket
 from wancli.farm.local_socket import listen
 from wancli.farm.server import Server
-from wancli.storage.manifest import read
 
 LONG = {"sampler": {"steps": 40}, "save_every": 1}  # long enough to be stopped in progress
 Done = subprocess.CompletedProcess[str]
@@ -599,9 +598,8 @@ def test_in_the_background_it_returns_when_the_model_is_loaded(
     )
     try:
         assert wancli("render", job(), "-q", "--socket", path).returncode == 0
-        body = read(tmp_path / "out" / "clip.manifest.json")
-        assert body is not None
-        assert [phase["seconds"] for phase in body["phases"] if phase["name"] == "load"] == [0.0]
+        phases = manifest_of(tmp_path)["phases"]
+        assert [phase["seconds"] for phase in phases if phase["name"] == "load"] == [0.0]
     finally:
         assert wancli("serve", "--stop", "--socket", path).returncode == 0
     log = path.with_name("s.log").read_text().splitlines()

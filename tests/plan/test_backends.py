@@ -15,7 +15,6 @@ from wancli.models.config import ComputeOptions
 from wancli.plan.memory_estimate import predict_phases
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
-from wancli.storage.manifest import read
 
 
 def planned(folder: Path, **memory: Any) -> Shot:
@@ -117,7 +116,7 @@ def test_a_chunked_shot_and_its_measured_effects_are_the_same(
         job = {"size": "256x128", "frames": 9, "video": {"keep_latents": True}, "memory": {"chunk": chunk}}
         said = render(**job, inject=[rule(blocks="1-2")], measure=True, folder=tmp_path / str(chunk))
         assert said.code == 0
-        effects = read(tmp_path / str(chunk) / "out/clip.manifest.json")["effects"]
+        effects = manifest_of(tmp_path / str(chunk))["effects"]
         found.append((latents_of(tmp_path / str(chunk)), effects))
     (in_pieces, some), (whole, same) = found
     assert (in_pieces - whole).norm() < 1e-5 * whole.norm()

@@ -297,7 +297,8 @@ def test_random_damage_is_read_or_refused(
 
 def test_a_header_is_read_without_torch(sample: Path):
     code = (
-        "import sys; from pathlib import Path; from wancli.weights.formats import embedded_tokenizer, gguf_header; "
+        "import sys; from pathlib import Path; "
+        "from wancli.weights.formats import embedded_tokenizer, gguf_header; "
         f"gguf_header.read_header(Path({str(sample)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,7 +12,7 @@ from oracles import relative_error
 from safetensors.torch import load_file
 
 from wancli.cli import run
-from wancli.storage.manifest import read
+from wancli.storage.manifest import read_json
 from wancli.video import mp4
 
 CASES = ("unipc_cfg6", "dpmpp_cfg5", "unipc_cfg1", "inject_cond_27_39", "inject_cond_steps")
@@ -62,7 +62,7 @@ def test_a_job_gives_the_official_latents_and_video(
 
     z_CTYX = load_file(tmp_path / "out/clip.latents.safetensors")["latents"]
     assert relative_error(z_CTYX, numbers[f"{name}.latents"][-1]) < 1e-4
-    body = read(tmp_path / "out/clip.manifest.json")
+    body = read_json(tmp_path / "out/clip.manifest.json")
     assert body is not None
     assert body["shot"]["timesteps"] == numbers[f"{name}.timesteps"].tolist()
 
@@ -118,6 +118,6 @@ def test_a_job_that_names_embedding_files_renders_the_same_latents(
     assert run(["render", str(path), "-q"]) == 0
     z_CTYX = load_file(tmp_path / "out/clip.latents.safetensors")["latents"]
     assert relative_error(z_CTYX, numbers["inject_cond_27_39.latents"][-1]) < 1e-4
-    body = read(tmp_path / "out/clip.manifest.json")
+    body = read_json(tmp_path / "out/clip.manifest.json")
     assert body is not None
     assert body["encoder_loaded"] is False

@@ -18,6 +18,12 @@ from wancli.errors import EntryError
 Number: TypeAlias = int | float  # as the job gave it
 
 
+def _sort_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sort_keys(value[key]) for key in sorted(value)}
+    return [_sort_keys(item) for item in value] if isinstance(value, list) else value
+
+
 class Data(BaseModel):
     """A part of a record."""
 
@@ -25,8 +31,9 @@ class Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON data that was read, or is to be written."""
-        return self.model_dump(mode="json", exclude_unset=True)
+        """Return the JSON data that was read, or is to be written; keys are sorted, as in all records."""
+        data: dict[str, Any] = _sort_keys(self.model_dump(mode="json", exclude_unset=True))
+        return data
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], path: Path) -> Self:

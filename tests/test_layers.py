@@ -1,4 +1,4 @@
-"""Imports run one way. Reads the source; imports nothing of it.
+"""Imports run one way, and the command line imports little. Reads the source.
 
 `TYPE_CHECKING` imports are left aside: they run nowhere. Imports inside functions count.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -88,6 +90,18 @@ def test_no_package_imports_itself_by_way_of_others() -> None:
     for module, others in GRAPH.items():
         packages[package_of(module)] |= {package_of(other) for other in others} - {package_of(module)}
     TopologicalSorter(packages).prepare()  # raises CycleError
+
+
+def test_the_command_line_is_read_before_jobs_plans_or_models_are_imported() -> None:
+    """`--help`, a mistyped option and a client of a server wait for nothing else."""
+    program = "import sys, wancli.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    slow = {"pydantic", "yaml", "rich", "jinja2", "numpy", "torch"}
+    slow |= {
+        f"wancli.{package}" for package in ("job", "plan", "report", "farm", "weights", "models", "text")
+    }
+    assert loaded & slow == set()
 
 
 def test_few_modules_lie_beside_the_packages() -> None:

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from wancli.errors import (
-    ErrorCapture,
-    ExitStatus,
-    JobError,
-    WancliError,
-)
-from wancli.plan.shot import Shot
-from wancli.storage.manifest_schema import Manifest
+from wancli.errors import ErrorCapture, ExitStatus, JobError, WancliError
+
+if TYPE_CHECKING:  # the command line imports this module before it knows the command
+    from wancli.plan.shot import Shot
+    from wancli.storage.manifest_schema import Manifest
 
 _WORST_FIRST = (ExitStatus.INTEGRITY, ExitStatus.MACHINE, ExitStatus.MEMORY)
 

@@ -8,6 +8,9 @@
     ├─ MachineError        3   space, permission, ffmpeg, device
     │  ├─ NoSpace              the disk or the quota is full; ends the batch
     │  ├─ DiskError            the disk fails (EIO); retryable
+    │  ├─ Unreadable           a file or folder that cannot be looked at: permission, name, links in a circle
+    │  │  ├─ UnreadableNow        for now: EIO, a stale handle, too many open files; retryable
+    │  │  └─ NoSuchFile           a file that is needed does not exist
     │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames; retryable
     ├─ IntegrityError      4   a file does not verify
     │  ├─ CheckpointError      a checkpoint is truncated, or has missing, unknown or mis-shaped tensors
@@ -113,6 +116,24 @@ class DiskError(MachineError):
     """The disk fails to keep what was written."""
 
     code, retryable = "machine.disk", True
+
+
+class Unreadable(MachineError):
+    """A file or folder cannot be looked at: it may exist and be sound."""
+
+    code = "machine.unreadable"
+
+
+class UnreadableNow(Unreadable):
+    """A file cannot be looked at now: a failing disk, too many open files."""
+
+    code, retryable = "machine.unreadable.now", True
+
+
+class NoSuchFile(Unreadable):
+    """A file that is needed does not exist."""
+
+    code = "machine.unreadable.missing"
 
 
 class FfmpegError(MachineError):

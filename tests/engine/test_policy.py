@@ -89,6 +89,7 @@ def test_only_retryable_errors_are_retried_and_not_for_ever() -> None:
         "DiskError",
         "FfmpegError",
         "OutOfMemory",
+        "UnreadableNow",
     }
 
 

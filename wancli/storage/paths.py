@@ -30,6 +30,15 @@ def require_cwd() -> Path:
         ) from None
 
 
+def expand_home(text: str | Path, where: str = "") -> Path:
+    """Return a path with `~` expanded. Raises JobError if nobody has that home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        hint = "Set HOME to an absolute path, or write the path in full."
+        raise JobError(f"the home folder of {str(text)!r} is not known", where=where, hint=hint) from None
+
+
 @lru_cache(1024)  # the shots of a sweep have the same prompts
 def slugify(text: str, limit: int = 48) -> str:
     """Make a readable file name of at most `limit` UTF-8 bytes from a text.
@@ -60,10 +69,7 @@ def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> P
         raise JobError(f"the character U+{ord(unprintable):04X} in the output", where=template, hint=hint)
     parts = template.split("/")
     first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
-    try:
-        base = Path("/".join([*parts[:first], ""])).expanduser()
-    except RuntimeError as error:
-        raise JobError(str(error), where=template) from None
+    base = expand_home("/".join([*parts[:first], ""]), template)
     return resolve_inside(root / base, expand_template("/".join(parts[first:]), fields))
 
 

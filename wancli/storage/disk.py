@@ -1,0 +1,260 @@
+"""Ask the disk: what exists, what a folder lists, what a file holds.
+
+Every question goes through this module, as every byte that is written goes through `wancli.storage.atomic`.
+A question has three answers: yes, no (nothing has that name), or *cannot tell*: a folder that this user may
+not enter, a disk that fails, a server that is away. The third is raised as Unreadable, and never taken for
+the second: a file that cannot be read just now is neither missing nor damaged.
+
+Paths may come from records, so a name that no file can have, with NUL or half a surrogate pair, is one that
+does not exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import TypeVar
+
+from wancli.errors import NoSuchFile, Unreadable, UnreadableNow
+
+Answer = TypeVar("Answer")
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR}
+_PASSING = {
+    errno.EIO: "the disk or its server fails; run again when it answers. dmesg may say more",
+    errno.ESTALE: "the server has another file there by now, or was restarted; run again",
+    errno.EAGAIN: "run again",
+    errno.EBUSY: "run again when no other program holds it",
+    errno.EINTR: "run again",
+    errno.ETIMEDOUT: "the server does not answer; run again when it does",
+    errno.ENOTCONN: "the server of that folder is away; mount it again",
+    errno.EHOSTDOWN: "the server of that folder is away; run again when it answers",
+    errno.EREMOTEIO: "the server of that folder fails; run again when it answers",
+    errno.EMFILE: "this process may open no more files: raise the limit with `ulimit -n 4096`",
+    errno.ENFILE: "this machine may open no more files; end other programs, or raise fs.file-max",
+    errno.ENOMEM: "the system is out of memory; end other programs and run again",
+    errno.EROFS: "the file system became read-only, mostly after an error; dmesg may say more",
+    errno.EDQUOT: "the quota there is used up; free some space and run again",
+    errno.ENOSPC: "the disk is full; free some space and run again",
+}
+_LASTING = {
+    errno.EACCES: "this user may not read it, or not enter a folder above it; see `namei -l PATH`",
+    errno.EPERM: "this user may not read it; see `namei -l PATH`",
+    errno.ENAMETOOLONG: "a name may have 255 bytes, a path 4,095; shorten it, for example with {slug}",
+    errno.ELOOP: "symbolic links lead in a circle there",
+    errno.EISDIR: "a folder has this name; a file is needed",
+    errno.ENXIO: "a pipe, a socket or a device has this name; a file is needed",
+}
+
+
+# ---- questions ----
+
+
+def status(path: Path) -> os.stat_result | None:
+    """Return the status of what a path leads to, links followed; None if nothing is there."""
+    return _ask(os.stat, path)
+
+
+def link_status(path: Path) -> os.stat_result | None:
+    """Return the status of a name itself, links not followed; None if nothing has it."""
+    return _ask(os.lstat, path)
+
+
+def exists(path: Path) -> bool:
+    return status(path) is not None
+
+
+def is_taken(path: Path) -> bool:
+    """Return whether anything has this name, be it a link that leads nowhere."""
+    return link_status(path) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path leads to a plain file."""
+    found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_folder(path: Path) -> bool:
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def is_link(path: Path) -> bool:
+    found = link_status(path)
+    return found is not None and stat.S_ISLNK(found.st_mode)
+
+
+def size(path: Path) -> int:
+    """Return the bytes of a file. Raises NoSuchFile."""
+    found = status(path)
+    if found is None:
+        raise _no_such_file(path)
+    return found.st_size
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted by name; nothing if there is no such folder."""
+    names = _ask(_list_names, folder)
+    return [folder / name for name in names or ()]
+
+
+def walk(folder: Path, *, without: str = "") -> Iterator[Path]:
+    """Yield every file below a folder, sorted within each folder. Links to folders are yielded, not followed.
+
+    Folders named `without` are left out.
+    """
+    inner = []
+    for path in list_folder(folder):
+        found = link_status(path)
+        if found is None:
+            continue  # gone since
+        if not stat.S_ISDIR(found.st_mode):
+            yield path
+        elif path.name != without:
+            inner.append(path)
+    for path in inner:
+        yield from walk(path, without=without)
+
+
+def free_space(path: Path) -> int:
+    """Return the bytes free for this user on the disk of `path`, which need not exist."""
+    return _ask_present(lambda found: shutil.disk_usage(found).free, nearest_folder(path))
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path` if it exists, or the first folder above it that does."""
+    path = path.absolute()
+    while not exists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def resolve(path: Path) -> Path:
+    """Return the absolute path without links; parts that do not exist stay as they are."""
+    try:
+        return path.resolve()
+    except RuntimeError:  # Python 3.11 and 3.12 for links in a circle
+        raise _error(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), path) from None
+    except (OSError, ValueError) as error:
+        raise _error(error, path) from error
+
+
+# ---- contents ----
+
+
+@contextmanager
+def opened(path: Path, *, pipes: bool = False) -> Iterator[BufferedReader]:
+    """Open a plain file for reading, and translate errors of reading in the block. Raises NoSuchFile.
+
+    With `pipes` also a pipe or a device; opening a pipe may wait for its writer.
+    """
+    with reading(path), os.fdopen(_ask_present(_open_any if pipes else _open_plain, path), "rb") as file:
+        yield file
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file. Raises NoSuchFile."""
+    with opened(path) as file:
+        return file.read()
+
+
+def find_bytes(path: Path) -> bytes | None:
+    """Return the content of a file, or None if there is none."""
+    try:
+        return read_bytes(path)
+    except NoSuchFile:
+        return None
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a file in UTF-8. Raises NoSuchFile."""
+    return read_bytes(path).decode()
+
+
+def read_system_text(path: str) -> str | None:
+    """Return what the kernel says in a file below /proc or /sys; None if it does not say it here."""
+    try:
+        return read_bytes(Path(path)).decode(errors="replace")
+    except Unreadable:
+        return None
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file's content. Raises NoSuchFile."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- errors ----
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as the Unreadable that it means."""
+    try:
+        yield
+    except OSError as error:
+        raise _error(error, path) from error
+
+
+def _ask(call: Callable[[Path], Answer], path: Path) -> Answer | None:
+    """Return the answer of the disk, None if nothing is there."""
+    try:
+        return _ask_present(call, path)
+    except NoSuchFile:
+        return None
+
+
+def _ask_present(call: Callable[[Path], Answer], path: Path) -> Answer:
+    try:
+        try:
+            return call(path)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            return call(path)  # a server that has replaced a file finds it when the path is resolved again
+    except (OSError, ValueError) as error:
+        raise _error(error, path) from error
+
+
+def _open_plain(path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO, "not a plain file")
+    return fd
+
+
+def _open_any(path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return fd
+
+
+def _list_names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries)
+
+
+def _no_such_file(path: Path) -> NoSuchFile:
+    return NoSuchFile("no such file", where=str(path))
+
+
+def _error(error: OSError | ValueError, path: Path) -> Unreadable:
+    """Return the error for the user that an error of asking for `path` means."""
+    if not isinstance(error, OSError) or error.errno in _ABSENT:  # ValueError: a name that no file can have
+        return _no_such_file(path)
+    kind = UnreadableNow if error.errno in _PASSING else Unreadable
+    hint = (_PASSING | _LASTING).get(error.errno or 0, "")
+    return kind(f"cannot be read: {error.strerror or error}", where=str(path), hint=hint)

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 
 from wancli.injection.selectors import pair_strengths
-from wancli.injection.table import Concat, Lerp, Rule, Table, Text, injected_share, injected_share_by_block
+from wancli.injection.table import (
+    Concat,
+    Image,
+    Lerp,
+    Rule,
+    Table,
+    Text,
+    injected_share,
+    injected_share_by_block,
+)
 
 MAIN, OTHER, THIRD = Text("main"), Text("other"), Text("third")
 BASE = {"cond": "main", "uncond": "negative"}
@@ -75,3 +84,47 @@ def test_the_injected_share_of_a_block_is_between_0_and_1() -> None:
 def test_a_thousand_steps_share_their_rows() -> None:
     table = Table([rule(list(range(40)), steps=range(500))], BASE, depth=40, steps=1000)
     assert len({id(table.row(s, b)) for s in range(1000) for b in table.branches}) == 3
+
+
+# ---- what blocks read of pictures ----
+
+PICTURE, OTHER_PICTURE = Image("picture"), Image("other")
+
+
+def test_a_picture_is_read_by_all_blocks_in_both_branches() -> None:
+    table = Table([], BASE, depth=2, steps=1, image="picture")
+    assert table.row(0, "cond") == (((MAIN, 1.0), (PICTURE, 1.0)),) * 2
+    assert table.row(0, "uncond") == (((Text("negative"), 1.0), (PICTURE, 1.0)),) * 2
+
+
+@pytest.mark.parametrize(
+    ("blend", "strength", "gain", "expected"),
+    [
+        ("context-lerp", 0.5, 1.0, ((Lerp(PICTURE, OTHER_PICTURE, 0.5), 1.0),)),
+        ("context-lerp", 0.5, 3.0, ((Lerp(PICTURE, Lerp(PICTURE, OTHER_PICTURE, 3.0), 0.5), 1.0),)),
+        ("replace", 1.0, 1.0, ((OTHER_PICTURE, 1.0),)),
+        ("output-mix", 0.25, 1.0, ((PICTURE, 0.75), (OTHER_PICTURE, 0.25))),
+        ("concat", 0.5, 1.0, ((Concat(PICTURE, OTHER_PICTURE, 0.5), 1.0),)),
+    ],
+)
+def test_an_injected_picture_changes_what_blocks_read_of_pictures(
+    blend: str, strength: float, gain: float, expected: object
+) -> None:
+    table = Table([rule([0], strength, blend=blend, gain=gain, image=True)], BASE, 1, 1, image="picture")
+    assert table.row(0, "cond")[0] == ((MAIN, 1.0), *expected)  # type: ignore[misc]
+    assert table.row(0, "uncond")[0] == ((Text("negative"), 1.0), (PICTURE, 1.0))
+    assert table.changed_cells == ([(0, "cond", 0)],)
+
+
+def test_prompts_and_pictures_are_injected_into_one_cell_independently() -> None:
+    rules = [rule([0], 0.5), rule([0, 1], 0.25, image=True)]
+    table = Table(rules, BASE, 2, 1, image="picture")
+    blended = (Lerp(PICTURE, OTHER_PICTURE, 0.25), 1.0)
+    assert table.row(0, "cond") == (((Lerp(MAIN, OTHER, 0.5), 1.0), blended), ((MAIN, 1.0), blended))
+    assert injected_share_by_block(table.row(0, "cond"), MAIN) == (0.5, 0.0)
+    assert injected_share_by_block(table.row(0, "cond"), PICTURE) == (0.25, 0.25)
+
+
+def test_a_picture_is_not_injected_into_a_model_that_reads_none() -> None:
+    with pytest.raises(ValueError, match="attend to none"):
+        Table([rule([0], image=True)], BASE, 1, 1)

@@ -1,17 +1,18 @@
 """Turn the exprs of a table into contexts of a model, and record which blocks read them.
 
-Letters of shapes: N E a prompt's rows.
+Letters of shapes: N E rows of a prompt or of CLIP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import overload
 
 from torch import Tensor
 
-from wancli.injection.table import Branch, Cell, Concat, Expr, Lerp, Table, Text
+from wancli.injection.table import Branch, Cell, Concat, Expr, Image, Lerp, Table, Text
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
 from wancli.models.text_context import Context, concat, lerp
@@ -20,12 +21,19 @@ from wancli.models.text_context import Context, concat, lerp
 class ContextCache:
     """The contexts of one model (of each expert its own), each computed once.
 
-    `rows_NE` holds the encoder's rows of every prompt that a table names.
+    `rows_NE` holds the encoder's rows of every prompt that a table names, and `image_rows_NE` the CLIP rows
+    of every picture.
     """
 
-    def __init__(self, model: WanModel, rows_NE: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: WanModel,
+        rows_NE: Mapping[str, Tensor],
+        image_rows_NE: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._model = model
         self._rows_NE = rows_NE
+        self._image_rows_NE = image_rows_NE
         self._contexts: dict[Expr, Context] = {}
 
     def context(self, expr: Expr) -> Context:
@@ -37,6 +45,8 @@ class ContextCache:
         match expr:
             case Text(id):
                 return self._model.project(self._rows_NE[id])
+            case Image(id):
+                return self._model.project_image(self._image_rows_NE[id])
             case Lerp(a, b, weight):
                 return lerp(self.context(a), self.context(b), weight)
             case Concat(a, b, weight):
@@ -59,7 +69,7 @@ class BlockContexts(Sequence[Mix]):
         self.cells_read: set[tuple[int, Branch, int]] = set()
         self._contexts = contexts
         self._row = table.row(step, branch)
-        self._base: Cell = ((table.base[branch], 1.0),)
+        self._base = table.base_cell(branch)
 
     def __len__(self) -> int:
         return len(self._row)

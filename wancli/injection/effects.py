@@ -33,7 +33,7 @@ def predict_velocities(
         i: {} for i, f in enumerate(forwards) if f.effects is not None and f.contexts.injected_blocks
     }
     plain = [
-        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts))
+        Request(f.x_BCTYX, f.t, [f.contexts.base] * len(f.contexts), f.given)
         for f in (forwards[i] for i in changes_by_forward)
     ]
     with _compare_outputs(model, forwards, changes_by_forward):

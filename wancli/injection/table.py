@@ -1,8 +1,9 @@
 """Injection as data: rules become a table of what each block reads at each step and branch.
 
 A cell of the table is a weighted sum of cross-attention outputs, `((expr, weight), ...)`. An expr
-names a context: that of a prompt, or one made from two (`Lerp`, `Concat`). The table is pure data
-without tensors; `wancli.injection.contexts` turns exprs into contexts.
+names a context: that of a prompt or a picture, or one made from two of a kind (`Lerp`, `Concat`). If the
+blocks of a model attend to pictures, a cell has parts of both kinds. The table is pure data without
+tensors; `wancli.injection.contexts` turns exprs into contexts.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Image:
+    """The context of a picture (in FLF2V of both), by the id of its CLIP rows."""
+
+    id: str
+
+
+@dataclass(frozen=True)
 class Lerp:
-    """(1-weight)·a + weight·b on the projected 512-row contexts; weight > 1 extrapolates."""
+    """(1-weight)·a + weight·b on the projected rows of two prompts or pictures; weight > 1 extrapolates."""
 
     a: Expr
     b: Expr
@@ -40,7 +48,7 @@ class Concat:
     weight: float
 
 
-Expr = Text | Lerp | Concat
+Expr = Text | Image | Lerp | Concat
 Cell = tuple[tuple[Expr, float], ...]
 Row = tuple[Cell, ...]  # one cell per block
 
@@ -50,7 +58,8 @@ class Rule:
     """One injection, resolved against a model's depth and a schedule.
 
     `blocks` maps a block to its strength, and `steps` a step to its factor; the strength of a cell is
-    their product. A strength of 0 leaves the cell as it is.
+    their product. A strength of 0 leaves the cell as it is. `text` is the id of what is injected: a
+    prompt or, if `image`, a picture, which changes only what blocks read of pictures.
     """
 
     text: str
@@ -59,25 +68,32 @@ class Rule:
     branches: tuple[Branch, ...]
     blend: Blend
     gain: float
+    image: bool = False
 
     @property
     def is_active(self) -> bool:
         """Whether any strength is not 0."""
         return any(s * f for _, s in self.blocks for _, f in self.steps)
 
-    def apply(self, cell: Cell, base: Text, strength: float) -> Cell:
-        """Return the cell after this rule. `cell` is the result of the rules before it."""
-        injected: Expr = Text(self.text)
+    def apply(self, cell: Cell, base: Text | Image, strength: float) -> Cell:
+        """Return the cell after this rule. `cell` is the result of the rules before it, and `base` what
+        blocks read without rules, of the kind that this one injects.
+        """
+        own = tuple(part for part in cell if is_image(part[0]) == self.image)
+        others = tuple(part for part in cell if is_image(part[0]) != self.image)
+        injected: Expr = Image(self.text) if self.image else Text(self.text)
         if self.gain != 1:
             injected = Lerp(base, injected, self.gain)
         match self.blend:
             case "context-lerp":
-                return tuple((Lerp(expr, injected, strength), weight) for expr, weight in cell)
+                own = tuple((Lerp(expr, injected, strength), weight) for expr, weight in own)
             case "concat":
-                return tuple((Concat(expr, injected, strength), weight) for expr, weight in cell)
+                own = tuple((Concat(expr, injected, strength), weight) for expr, weight in own)
             case "output-mix" if strength != 1:
-                return (*((expr, weight * (1 - strength)) for expr, weight in cell), (injected, strength))
-        return ((injected, 1.0),)
+                own = (*((expr, weight * (1 - strength)) for expr, weight in own), (injected, strength))
+            case _:
+                own = ((injected, 1.0),)
+        return (*others, *own) if self.image else (*own, *others)
 
 
 class Table:
@@ -85,7 +101,10 @@ class Table:
 
     Steps with equal rows share one row, so a table of many steps is small. `changed_cells` lists, for
     each rule, the (step, branch, block) cells that it changed. `steps_by_branch` lists the steps of each
-    branch: an `unguided` step, at guidance 1, has no uncond forward.
+    branch: an `unguided` step, at guidance 1, has no uncond forward. `image` is the id of the picture that
+    all blocks read in both branches, if the blocks of the model attend to pictures.
+
+    Raises ValueError for a rule that injects a picture into a model whose blocks attend to none.
     """
 
     def __init__(
@@ -95,8 +114,12 @@ class Table:
         depth: int,
         steps: int,
         unguided: Collection[int] = (),
+        image: str | None = None,
     ) -> None:
+        if image is None and any(rule.image for rule in rules):
+            raise ValueError("a picture is injected, and the blocks of this model attend to none")
         self.steps = steps
+        self.image = None if image is None else Image(image)
         self.steps_by_branch: dict[Branch, tuple[int, ...]] = {
             branch: tuple(s for s in range(steps) if branch == "cond" or s not in unguided) for branch in base
         }
@@ -106,13 +129,13 @@ class Table:
         self._rows: dict[tuple[int, Branch], Row] = {}
         made: dict[tuple[Branch, tuple[float, ...]], Row] = {}
         factors = [dict(rule.steps) for rule in rules]
-        for branch, text in self.base.items():
+        for branch in base:
             for step in self.steps_by_branch[branch]:
                 active = tuple(
                     f.get(step, 0.0) if branch in r.branches else 0.0 for r, f in zip(rules, factors)
                 )
                 if (branch, active) not in made:
-                    made[branch, active] = _build_row(rules, active, text, depth)
+                    made[branch, active] = self._build_row(rules, active, branch, depth)
                 self._rows[step, branch] = made[branch, active]
                 for reached, rule, factor in zip(self.changed_cells, rules, active):
                     reached.extend((step, branch, block) for block, s in rule.blocks if s * factor)
@@ -123,6 +146,11 @@ class Table:
     def row(self, step: int, branch: Branch) -> Row:
         return self._rows[step, branch]
 
+    def base_cell(self, branch: Branch) -> Cell:
+        """Return what every block reads in a branch without rules."""
+        text: Cell = ((self.base[branch], 1.0),)
+        return text if self.image is None else (*text, (self.image, 1.0))
+
     def distinct_rows(self, branch: Branch) -> dict[Row, list[int]]:
         """Group the steps of a branch by their row."""
         steps_by_row: dict[Row, list[int]] = {}
@@ -130,25 +158,38 @@ class Table:
             steps_by_row.setdefault(self.row(step, branch), []).append(step)
         return steps_by_row
 
+    def _build_row(self, rules: Sequence[Rule], active: Sequence[float], branch: Branch, depth: int) -> Row:
+        cells = [self.base_cell(branch)] * depth
+        for rule, factor in zip(rules, active):
+            base = self.image if rule.image else self.base[branch]
+            assert base is not None
+            for block, strength in rule.blocks:
+                if strength * factor:
+                    cells[block] = rule.apply(cells[block], base, strength * factor)
+        return tuple(cells)
 
-def _build_row(rules: Sequence[Rule], active: Sequence[float], base: Text, depth: int) -> Row:
-    cells: list[Cell] = [((base, 1.0),)] * depth
-    for rule, factor in zip(rules, active):
-        for block, strength in rule.blocks:
-            if strength * factor:
-                cells[block] = rule.apply(cells[block], base, strength * factor)
-    return tuple(cells)
+
+def is_image(expr: Expr) -> bool:
+    """Return whether a context is that of pictures and not of prompts."""
+    while isinstance(expr, Lerp | Concat):
+        expr = expr.a
+    return isinstance(expr, Image)
 
 
-def injected_share(expr: Expr, base: Text) -> float:
-    """Return how much of a context comes from prompts other than its branch's own, in [0, 1]; for display."""
-    if isinstance(expr, Text):
+def injected_share(expr: Expr, base: Text | Image) -> float:
+    """Return how much of a context comes from others than its branch's own prompt or picture, in [0, 1]; for
+    display.
+    """
+    if isinstance(expr, Text | Image):
         return float(expr != base)
     a, b = injected_share(expr.a, base), injected_share(expr.b, base)
     weight = expr.weight if isinstance(expr, Lerp) else expr.weight / (1 + expr.weight)
     return min(1.0, max(0.0, (1 - weight) * a + weight * b))
 
 
-def injected_share_by_block(row: Row, base: Text) -> tuple[float, ...]:
-    """Return for each block how much of what it reads was injected, in [0, 1]."""
-    return tuple(min(1.0, sum(abs(w) * injected_share(expr, base) for expr, w in cell)) for cell in row)
+def injected_share_by_block(row: Row, base: Text | Image) -> tuple[float, ...]:
+    """Return for each block how much of what it reads was injected, in [0, 1]: of the prompts, or of the
+    pictures if `base` is one.
+    """
+    own = [[part for part in cell if is_image(part[0]) == isinstance(base, Image)] for cell in row]
+    return tuple(min(1.0, sum(abs(w) * injected_share(expr, base) for expr, w in cell)) for cell in own)

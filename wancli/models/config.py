@@ -17,7 +17,11 @@ EXPERTS: tuple[Expert, ...] = get_args(Expert)  # `high` before `low`, the order
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of the diffusion transformer. The field names are those of the official config.json."""
+    """Sizes of the diffusion transformer. The field names are those of the official config.json, up to `eps`.
+
+    A model whose blocks also attend to pictures reads CLIP rows of width `image_dim`. `image_rows` is the
+    number of these rows if each has a learned position, as in FLF2V, which reads two pictures.
+    """
 
     dim: int
     ffn_dim: int
@@ -29,6 +33,8 @@ class WanConfig:
     freq_dim: int = 256
     text_len: int = 512
     eps: float = 1e-6
+    image_dim: int | None = None
+    image_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -71,6 +77,23 @@ class VAE22Config:
         # The parameterless shortcuts turn four pixels into channels or channels into four pixels.
         if any(wide not in (narrow, 2 * narrow, 4 * narrow) for narrow, wide in pairwise(self.dim_mult)):
             raise ValueError(f"widths of {self.dim_mult} must stay, double or quadruple from stage to stage")
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of the CLIP vision tower: `num_layers` blocks, of which Wan runs all but the last."""
+
+    dim: int = 1280
+    num_heads: int = 16
+    num_layers: int = 32
+    mlp_dim: int = 5120
+    patch: int = 14  # pixels of a side
+    image: int = 224  # pixels of a side
+
+    @property
+    def rows(self) -> int:
+        """The rows of a picture: one for each patch, after one for the whole picture."""
+        return (self.image // self.patch) ** 2 + 1
 
 
 @dataclass(frozen=True)

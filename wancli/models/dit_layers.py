@@ -154,6 +154,15 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
+    """Attention to prompts and, if `reads_images`, to pictures, which have keys and values of their own."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, reads_images: bool = False) -> None:
+        super().__init__(dim, num_heads, eps)
+        if reads_images:
+            self.k_img = Linear(dim, dim)
+            self.v_img = Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
     def forward(self, x_BLD: Tensor, mix: Mix) -> Tensor:
         """Return the sum of weight * attention over the contexts of the mix."""
         if not mix:
@@ -161,8 +170,8 @@ class CrossAttention(Attention):
         q_BHLK = self.split_heads(self.norm_q(self.q(x_BLD)))
         y_BHLK = sum_weighted([(self.attend_context(q_BHLK, context), weight) for context, weight in mix])
         y_BLD = self.merge_heads(y_BHLK)
-        total = sum(weight for _, weight in mix)
-        # `o` is shared, but its bias belongs to every context: the sum holds it `total` times.
+        total = sum(weight for context, weight in mix if context.of == "text")
+        # `o` is shared, but its bias belongs to every prompt: the sum holds it `total` times.
         if isinstance(total, Tensor):
             return y_BLD + (total - 1.0)[:, None] * self.o.bias
         return y_BLD if total == 1.0 else y_BLD + (total - 1.0) * self.o.bias
@@ -179,7 +188,10 @@ class CrossAttention(Attention):
         if (cached := context.kv.get(self)) is not None and not torch.is_grad_enabled():
             return cached
         rows_1ND = context.in_dtype(self.k.dtype)[0][None]
-        k_1HNK, v_1HNK = self.split_heads(self.norm_k(self.k(rows_1ND))), self.split_heads(self.v(rows_1ND))
+        k, v, norm_k = self.k, self.v, self.norm_k
+        if context.of == "image":
+            k, v, norm_k = self.k_img, self.v_img, self.norm_k_img
+        k_1HNK, v_1HNK = self.split_heads(norm_k(k(rows_1ND))), self.split_heads(v(rows_1ND))
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK
         return k_1HNK, v_1HNK

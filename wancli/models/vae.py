@@ -7,7 +7,7 @@ official wan/modules/vae.py; parameter names are its names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -20,6 +20,7 @@ from wancli.models.vae_layers import (
     Downsample,
     ResidualBlock,
     RMSNorm,
+    Settled,
     Upsample,
     causal_conv,
     pointwise,
@@ -74,11 +75,37 @@ class Encoder(nn.Module):
         self.head = Head(widths[-1], 2 * config.z_dim)
 
     def forward(self, x_TYXC: Tensor, cache: CausalCache) -> Tensor:
-        x_TYXC = causal_conv(self.conv1, x_TYXC, cache)
-        for layer in (*self.downsamples, *self.middle, self.head):
-            x_TYXC = layer(x_TYXC, cache)
+        """Encode the next chunk. Of a chunk that repeats, the first layers return what they returned before.
+
+        A layer looks back two frames, so that it returns the same for two chunks if its input was the same
+        for one chunk more; at a quarter of the frame rate, where a chunk is one frame, for two more. The
+        result is the same, bit for bit.
+        """
+        layers = (self.conv1, *self.downsamples, *self.middle, self.head)
+        done, lag = 0, 0
+        if cache.settled is not None:
+            done, lag, x_TYXC = cache.settled.layers, cache.settled.lag, cache.settled.x_TYXC.clone()
+        for index, layer in enumerate(layers[done:], done + 1):
+            lag += settling_chunks(layer, len(x_TYXC))
+            x_TYXC = causal_conv(layer, x_TYXC, cache) if layer is self.conv1 else layer(x_TYXC, cache)
+            if isinstance(layer, Downsample) and lag <= cache.repeats:
+                cache.settled = Settled(index, lag, x_TYXC.clone())
         cache.started = True
         return x_TYXC
+
+
+def settling_chunks(layer: nn.Module, frames: int) -> int:
+    """Return for how many chunks of `frames` frames a layer of the encoder still returns something new after
+    its input began to repeat.
+    """
+    match layer:
+        case AttentionBlock():
+            return 0
+        case Downsample():
+            return int(layer.time_conv is not None)
+        case ResidualBlock():
+            return 2 * -(-2 // frames)
+    return -(-2 // frames)
 
 
 class Decoder(nn.Module):
@@ -141,10 +168,25 @@ class VAE(nn.Module):
 
         Frames are [3, 4n+1, Y, X] in [-1, 1]; `chunk` of them, a multiple of 4, are encoded at a time.
         """
+        return self.encode_chunks(frames_CTYX[:, a:b] for a, b in _chunk_spans(frames_CTYX.shape[1], chunk))
+
+    @torch.no_grad()
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
+        """Return the normalised latent of a clip that comes in chunks [3, n, Y, X]: of one frame, then of
+        multiples of 4. Chunks that are equal to the one before take less time.
+        """
         to_channels_last(self.encoder)
         cache = CausalCache()
-        spans = _chunk_spans(frames_CTYX.shape[1], chunk)
-        mean_CTYX = torch.cat([self.encode_chunk(frames_CTYX[:, a:b], cache)[0] for a, b in spans], dim=1)
+        means: list[Tensor] = []
+        before_CTYX = torch.empty(0)
+        for chunk_CTYX in chunks:
+            if chunk_CTYX.shape == before_CTYX.shape and torch.equal(chunk_CTYX, before_CTYX):
+                cache.repeats += 1
+            else:
+                cache.repeats, cache.settled = 0, None
+            means.append(self.encode_chunk(chunk_CTYX, cache)[0])
+            before_CTYX = chunk_CTYX
+        mean_CTYX = torch.cat(means, dim=1)
         return (mean_CTYX - _per_channel(self.mean, mean_CTYX)) / _per_channel(self.std, mean_CTYX)
 
     def decode_chunk(self, z_CTYX: Tensor, cache: CausalCache) -> Tensor:

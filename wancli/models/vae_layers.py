@@ -29,6 +29,17 @@ class CausalCache:
 
     frames: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
     started: bool = False  # the first frame, which alone is not doubled in time, has passed
+    repeats: int = 0  # how many chunks in a row were equal to the chunk before
+    settled: Settled | None = None  # while chunks repeat
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a layer returns as long as chunks repeat, and the layers after it receive."""
+
+    layers: int  # which return the same as for the chunk before
+    lag: int  # after so many repeats
+    x_TYXC: Tensor
 
 
 class RMSNorm(nn.Module):

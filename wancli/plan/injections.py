@@ -9,7 +9,7 @@ from typing import Any
 from wancli.errors import JobError
 from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
-from wancli.injection.table import Branch, Concat, Expr, Lerp, Rule, Text
+from wancli.injection.table import Branch, Concat, Expr, Image, Lerp, Rule, Text
 from wancli.job.loader import Item
 from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Steps, Strength
 from wancli.plan.shot import ModelSpec, Prompt, Shot
@@ -128,7 +128,7 @@ def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
 def _contains_text(expr: Expr, text: str) -> bool:
     return (
         expr.id == text
-        if isinstance(expr, Text)
+        if isinstance(expr, Text | Image)
         else _contains_text(expr.a, text) or _contains_text(expr.b, text)
     )
 

@@ -276,7 +276,8 @@ def _table(
 
 @lru_cache(1024)
 def _as_dict(value: Rule | WanConfig) -> dict[str, Any]:
-    return asdict(value)
+    """Return the fields that count for a key: those added since keys exist only if they are used."""
+    return {name: x for name, x in asdict(value).items() if x is not None and x is not False}
 
 
 def _hash(value: object) -> str:

@@ -238,7 +238,7 @@ def _step_flops(
             if id(cells) not in took:
                 read = sum(_row_count(expr, rows) for cell in cells for expr, _ in cell)
                 took[id(cells)] = flops.forward_flops(wan, tokens, read)
-                if measure and any(cell != ((base, 1.0),) for cell in cells):
+                if measure and any(cell != table.base_cell(branch) for cell in cells):
                     took[id(cells)] += plain
             total += took[id(cells)]
     return total

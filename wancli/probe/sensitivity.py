@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wancli.models.dit import BlockState, WanModel
 from wancli.models.dit_layers import Mix
+from wancli.models.given_frames import NO_FRAMES, GivenFrames
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ProbePoint:
     t: float
     plain: Sequence[Mix]
     injected: Sequence[Mix]
+    given: GivenFrames = NO_FRAMES
 
 
 def predict_velocities(
@@ -47,7 +49,7 @@ def predict_velocities(
     starts = {i: _first_difference(plain, row) for i, row in enumerate(rows)}
     order = sorted(starts, key=lambda i: starts[i])
     groups = [order[i : i + forwards_per_pass] for i in range(0, len(order), forwards_per_pass)] or [[]]
-    trunk, at = model.embed(point.x_1CTYX, point.t), 0
+    trunk, at = model.embed(point.x_1CTYX, point.t, point.given), 0
     # The trunk runs up to the block where the next group forks from it; in the last pass to the end.
     stops = [*(starts[group[0]] for group in groups[1:]), len(plain)]
     for group, stop in zip(groups, stops):
@@ -85,7 +87,7 @@ def compute_derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tup
     model, plain = point.model, point.plain
     inputs: list[Tensor] = []
     with torch.no_grad():
-        stream = model.embed(point.x_1CTYX, point.t)
+        stream = model.embed(point.x_1CTYX, point.t, point.given)
         for layer, mix in zip(model.blocks, plain, strict=True):
             inputs.append(stream.x_BLD.clone())
             stream.apply(layer, mix, checkpointed=False)

@@ -21,7 +21,7 @@ from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
 from wancli.injection.contexts import ContextCache
 from wancli.injection.effects import relative_change
-from wancli.injection.table import Cell, Text
+from wancli.injection.table import Text
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.plan import backends
@@ -125,8 +125,7 @@ def _trace_stage(
 def _probe_point(
     probe: ProbeRequest, model: WanModel, contexts: ContextCache, state: State, step: int
 ) -> ProbePoint:
-    base = Text(probe.shot.prompt.id)
-    cell: Cell = ((base, 1.0),)
+    base, cell = Text(probe.shot.prompt.id), probe.shot.table.base_cell("cond")
     plain, injected = (
         [contexts.mix(one)] * probe.depth for one in (cell, probe.shot.rules[0].apply(cell, base, 1.0))
     )
@@ -161,7 +160,8 @@ def _measure_changes(
     context: RenderContext,
 ) -> list[float]:
     """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or with no text."""
-    other: Sequence[Mix] = point.injected if probe.method == "inject" else [()] * probe.depth
+    pictures = [tuple(part for part in mix if part[0].of == "image") for mix in point.plain]
+    other: Sequence[Mix] = point.injected if probe.method == "inject" else pictures
     rows = [
         [other[b] if b in blocks else point.plain[b] for b in range(probe.depth)] for blocks in probe.ranges
     ]

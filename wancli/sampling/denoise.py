@@ -6,7 +6,7 @@ Letters of shapes: C latent channels, T latent frames, Y X the latent grid, N E 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forwa
 from wancli.injection.effects import predict_velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
+from wancli.models.given_frames import NO_FRAMES, GivenFrames
 from wancli.sampling.solvers import SOLVERS, SigmaSchedule, State
 from wancli.sampling.stages import Stage
 
@@ -40,7 +41,8 @@ class DenoiseRun:
     """The inputs of denoising one stage of one shot: its state, its steps, and what its blocks read.
 
     v = v_uncond + guidance·(v_cond - v_uncond), cond first; a step without an uncond branch takes
-    v_cond as it is. If `effects` is a list, injections are measured and their effects appended to it.
+    v_cond as it is. If `effects` is a list, injections are measured and their effects appended to it. The
+    given frames are on the device of the state, and the same in both branches.
     """
 
     state: State
@@ -50,6 +52,7 @@ class DenoiseRun:
     contexts: ContextCache
     stage: Stage
     effects: list[Effect] | None = None
+    given: GivenFrames = NO_FRAMES
 
 
 def denoise(model: WanModel, run: DenoiseRun, forwards_per_pass: int = 1) -> Iterator[StepResult]:
@@ -77,7 +80,9 @@ def denoise_batch(
     if any(run.stage.steps != steps for run in runs):
         step_counts = sorted({len(run.stage.steps) for run in runs})
         raise ValueError(f"runs of {step_counts} steps cannot be batched")
-    results: list[StepResult | NotFinite] = [StepResult(steps.start, run.state, frozenset()) for run in runs]
+    results: list[StepResult | NotFinite] = [
+        StepResult(steps.start, _put_given(run, run.state), frozenset()) for run in runs
+    ]
     for i in steps:
         forwards_per_run = [_build_forwards(run, result, i) for run, result in zip(runs, results)]
         batch = [forward for forwards in forwards_per_run for forward in forwards]
@@ -94,7 +99,14 @@ def _build_forwards(run: DenoiseRun, result: StepResult | NotFinite, i: int) -> 
         return []
     x_1CTYX, t = result.state.x[None], run.schedule.timesteps[i]
     reads = [BlockContexts(run.contexts, run.table, i, branch) for branch in run.table.branches_at(i)]
-    return [Forward(x_1CTYX, t, contexts, run.effects) for contexts in reads]
+    return [Forward(x_1CTYX, t, contexts, run.given, run.effects) for contexts in reads]
+
+
+def _put_given(run: DenoiseRun, state: State) -> State:
+    """Return the state with the given first frames in its latent. What the history of the solver holds there
+    does not matter: a solver computes each element from itself.
+    """
+    return replace(state, x=run.given.put_into(state.x))
 
 
 def _take_step(
@@ -120,7 +132,7 @@ def _solve_step(
     v_CTYX = by_branch["cond"]
     if "uncond" in by_branch:
         v_CTYX = by_branch["uncond"] + run.stage.guidance * (v_CTYX - by_branch["uncond"])
-    state = SOLVERS[run.solver].step(run.schedule.sigmas, i, result.state, v_CTYX)
+    state = _put_given(run, SOLVERS[run.solver].step(run.schedule.sigmas, i, result.state, v_CTYX))
     if not torch.isfinite(state.x).all():
         hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
         raise NotFinite(_locate_nonfinite(model, run, result.state.x, i), hint=hint)
@@ -131,7 +143,7 @@ def _solve_step(
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:
     """Run the failed step again, block by block, and describe where the first NaN or Inf appears."""
     for forward in _build_forwards(run, StepResult(step, State(x_CTYX), frozenset()), step):
-        residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts)
+        residuals = model.iterate_residuals(forward.x_BCTYX, forward.t, forward.contexts, forward.given)
         for block, x_BLD in enumerate(residuals):
             if not torch.isfinite(x_BLD).all():
                 return f"NaN or Inf at step {step}, {forward.contexts.branch} branch, first in block {block}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wancli.errors import JobError
@@ -14,9 +14,13 @@ from wancli.models.config import WanConfig
 from wancli.plan.injections import locate_errors, no_experts_error, select_steps
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import fingerprint
+from wancli.weights.component import expert_from_name
 from wancli.weights.formats.infer_config import transformer_shapes
-from wancli.weights.lora.file import ADAPTER_CONFIG, read_lora_file
+from wancli.weights.formats.tensor_index import is_safetensors
+from wancli.weights.lora.effect import explain_no_effect
+from wancli.weights.lora.file import read_lora_file
 from wancli.weights.lora.match import Coverage, select_changes
+from wancli.weights.lora.scaling import ADAPTER_CONFIG
 from wancli.weights.lora.use import LoraUse
 
 
@@ -27,14 +31,18 @@ class MatchedLora:
     path: Path
     sha256: str
     coverage: Coverage
+    rescaled: bool  # see LoraUse
 
 
 def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
     """Read a LoRA's header and hash the file. Raises CheckpointError if it does not fit the model."""
     lora_file = read_lora_file(path)
-    _, coverage = select_changes(lora_file, transformer_shapes(transformer))
+    changes, coverage = select_changes(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
-    return MatchedLora(path, fingerprint([path, *config], memo), coverage)
+    digest = fingerprint([path, *config], memo)
+    if reason := explain_no_effect(path, changes):
+        coverage = replace(coverage, notes=(*coverage.notes, reason))
+    return MatchedLora(path, digest, coverage, lora_file.rescaled)
 
 
 def decide_loras(
@@ -68,10 +76,10 @@ def _decide_use(
     def job_error(key: str, what: str, hint: str = "") -> JobError:
         return JobError(what, where=item.location("loras", index, key), hint=hint)
 
-    if path.suffix != ".safetensors":
-        raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     if not path.is_file():
         raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
+    if not is_safetensors(path):
+        raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")
     with locate_errors(item, "loras", index, "blocks"):
         blocks = parse_blocks(entry.blocks, depth)
     with locate_errors(item, "loras", index, "steps"):
@@ -90,6 +98,12 @@ def _decide_use(
     if entry.blocks != "all" and not set(blocks) & set(changed):
         what = f"blocks {changed[0]} to {changed[-1]}" if changed else "nothing in the blocks"
         raise job_error("blocks", f"{path.name} changes none of these blocks", f"It changes {what}.")
+    coverage = matched_lora.coverage
+    named = expert_from_name(path)
+    if named and stages[0].expert != "only" and entry.expert != named:
+        to = "both experts" if entry.expert == "both" else f"the {entry.expert}-noise expert"
+        note = f"its name says the {named}-noise expert, and it is applied to {to}"
+        coverage = replace(coverage, notes=(*coverage.notes, note))
     return LoraUse(
         path,
         matched_lora.sha256,
@@ -97,7 +111,8 @@ def _decide_use(
         blocks=None if entry.blocks == "all" else tuple(sorted(blocks)),
         steps=None if len(steps) == len(sigmas) - 1 else steps,
         expert=None if entry.expert == "both" else entry.expert,
-        coverage=matched_lora.coverage,
+        coverage=coverage,
+        rescaled=matched_lora.rescaled,
     )
 
 
@@ -106,6 +121,7 @@ def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
     for use in uses:
         if use.strength == 0:
             yield f"{use.path.name} has strength 0 and changes nothing"
+        yield from (f"{use.path.name}: {note}" for note in use.coverage.notes)
         if use.coverage.style == "PEFT" and not use.coverage.scaled:
             yield f"{use.path.name} has no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
         if use.coverage.unused:

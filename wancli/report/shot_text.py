@@ -53,10 +53,15 @@ def format_lora(use: LoraUse) -> str:
     steps = "all steps" if use.steps is None else f"steps {format_ranges(use.steps)}"
     coverage = use.coverage
     rank = f", rank {format_ranges(coverage.ranks)}" if coverage.ranks else ""
+    scale = (
+        f", scale {', '.join(f'{scale:g}' for scale in coverage.scales)}"
+        if set(coverage.scales) - {1.0}
+        else ""
+    )
     skipped = f", {coverage.skipped} for images skipped" if coverage.skipped else ""
     return (
         f"lora: {make_printable(use.path.name)} at {use.strength:g}, {blocks}, {steps}: "
-        f"{coverage.targets} targets{rank}, {coverage.style} naming{skipped}"
+        f"{coverage.targets} targets{rank}{scale}, {coverage.style} naming{skipped}"
     )
 
 

@@ -194,6 +194,7 @@ class LoraRecord(Data):
     blocks: tuple[int, ...] | None
     steps: tuple[int, ...] | None
     expert: str | None
+    scales: tuple[Number, ...] = ()
 
 
 class EffectRecord(Data):

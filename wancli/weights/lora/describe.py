@@ -5,16 +5,15 @@ Describes also a LoRA that wancli does not apply; then `refusal` says why. `lora
 
 from __future__ import annotations
 
-import json
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
+from wancli.weights.formats.numbers import decode_numbers
 from wancli.weights.formats.safetensors_header import TensorInfo
 from wancli.weights.formats.tensor_index import TensorIndex
-from wancli.weights.lora.file import MAX_EXAMPLES, METADATA_KEY, read_lora_file
+from wancli.weights.lora.file import MAX_EXAMPLES, LoraFile, read_lora_file
 from wancli.weights.lora.key_mapping import (
     REFUSED,
     LoraTarget,
@@ -22,14 +21,13 @@ from wancli.weights.lora.key_mapping import (
     detect_style,
     is_change_key,
     is_image_only,
-    parse_key,
+    parse_keys,
 )
 
 METHODS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w2": "LoKr", "lokr_w2_a": "LoKr"}
 METHODS |= dict.fromkeys(("diff", "diff_b", "diff_m"), "full differences")
 METHODS |= {what: what for what in REFUSED}
 RANKED = {"down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"}  # parts of shape [rank, ...]
-_SCALARS = {"F16": "<e", "F32": "<f", "F64": "<d"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class LoraInfo:
     unknown: int  # keys that name nothing of a Wan transformer, as those of a text encoder
     examples: tuple[str, ...]  # some of them
     refusal: str
+    notes: tuple[str, ...] = ()  # what a user should know about its scales
 
 
 def is_lora(names: Iterable[str]) -> bool:
@@ -61,11 +60,12 @@ def is_lora(names: Iterable[str]) -> bool:
 def describe_lora(contents: TensorIndex) -> LoraInfo:
     """Describe a LoRA file. If `targets` is 0, it belongs to another family of models."""
     tensors = contents.tensors
-    targets = {name: target for name in tensors if (target := parse_key(name))}
+    targets = parse_keys(tensors)
     modules = {target.module for target in targets.values()}
     unknown = [name for name in tensors if name not in targets]
     methods = {METHODS[target.part]: None for target in targets.values() if target.part in METHODS}
-    config, refusal = _check_applicable(contents)
+    lora_file, refusal = _read_applicable(contents)
+    declared = lora_file.alphas if lora_file and not lora_file.config else ()
     return LoraInfo(
         style=detect_style(targets),
         methods=tuple(methods),
@@ -73,27 +73,25 @@ def describe_lora(contents: TensorIndex) -> LoraInfo:
         layers=tuple(sorted(Counter(map(_layer_kind, modules)).items())),
         blocks=len({block_index(module) for module in modules} - {None}),
         ranks=tuple(sorted({tensors[n].shape[0] for n, p in targets.items() if p.part in RANKED})),
-        alphas=tuple(sorted(set(_read_alphas(contents, targets)))),
-        config=config,
+        alphas=tuple(sorted({*_read_alphas(contents, targets), *declared})),
+        config=lora_file.config.name if lora_file and lora_file.config else "",
         width=_infer_width(tensors, targets),
         image_layers=sum(map(is_image_only, modules)),
         unknown=len(unknown),
         examples=tuple(unknown[:MAX_EXAMPLES]),
         refusal=refusal,
+        notes=lora_file.notes if lora_file else (),
     )
 
 
-def _check_applicable(contents: TensorIndex) -> tuple[str, str]:
-    """Return the name of the file that sets the scale, if there is one, and the reason why wancli cannot
-    apply the LoRA, if so.
-    """
+def _read_applicable(contents: TensorIndex) -> tuple[LoraFile | None, str]:
+    """Return the changes of the file, or the reason why wancli cannot apply it."""
     if contents.container != "safetensors":
-        return "", f"a LoRA in a .{contents.container} file; wancli reads .safetensors"
+        return None, f"a LoRA in a .{contents.container} file; wancli reads .safetensors"
     try:
-        lora_file = read_lora_file(contents.files[0])
+        return read_lora_file(contents.files[0]), ""
     except CheckpointError as error:
-        return "", error.message
-    return lora_file.config.name if lora_file.config else "", ""
+        return None, error.message
 
 
 def _layer_kind(module: str) -> str:
@@ -110,21 +108,8 @@ def _infer_width(tensors: Mapping[str, TensorInfo], targets: Mapping[str, LoraTa
 
 
 def _read_alphas(contents: TensorIndex, targets: Mapping[str, LoraTarget]) -> Iterator[float]:
-    """Yield the alphas in the file: scalars, or those in the metadata that PEFT wrote."""
+    """Yield the numbers that the alpha tensors of the file hold."""
     for name, target in targets.items():
-        if target.part == "alpha" and (data := contents.read_bytes(name)):
-            yield _decode_scalar(data, contents.tensors[name].dtype)
-    try:
-        settings = json.loads(contents.metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
-        return
-    for key, value in settings.items() if isinstance(settings, dict) else ():
-        if key.rpartition(".")[2] == "lora_alpha" and isinstance(value, int | float):
-            yield float(value)
-
-
-def _decode_scalar(data: bytes, dtype: str) -> float:
-    if dtype == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + data[:2])[0])
-    form = _SCALARS.get(dtype)
-    return float(struct.unpack_from(form, data)[0]) if form and len(data) >= struct.calcsize(form) else 0.0
+        data = contents.read_bytes(name) if target.part == "alpha" else b""
+        values = decode_numbers(contents.tensors[name].dtype, data)
+        yield from [] if values is None else values[:1]

@@ -9,21 +9,24 @@ lokr       W += scale * kron(w1, w2)                    LyCORIS (2309.14859); w1
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.safetensors_header import TensorInfo, read_metadata, read_tensors
-from wancli.weights.lora.key_mapping import REFUSED, LoraTarget, detect_style, parameter_name, parse_key
+from wancli.weights.formats.numbers import decode_numbers
+from wancli.weights.formats.quant_schemes import MARKER
+from wancli.weights.formats.safetensors_header import Header, TensorInfo, read_header
+from wancli.weights.formats.tensor_index import check_complete
+from wancli.weights.lora.key_mapping import REFUSED, detect_style, module_name, parameter_name, parse_keys
+from wancli.weights.lora.scaling import Scaling, read_scaling
 
 Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
 Shape: TypeAlias = tuple[int, ...]
-Scale: TypeAlias = Callable[[str, int], float]  # of a module, as the file names it, and a rank
 
 KINDS: dict[Kind, tuple[str, ...]] = {
     "full": ("diff",),
@@ -32,17 +35,15 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
 }
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside the file
+APPLIED_HINT = "wancli applies LoRA, LoHa, LoKr and plain differences; convert this file to one of them."
 MAX_EXAMPLES = 3  # unknown keys named as examples
-METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the file
+# Last components of keys that say how matrices are quantized.
+QUANTIZERS = {MARKER, "comfy_quant", "absmax", "quant_map"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one parameter. The matrix of a convolution is [out, everything else].
-
-    `scale` applies unless `keys` names an alpha: then the scale is that number / rank.
-    """
+    """The change of one parameter. The matrix of a convolution is [out, everything else]."""
 
     name: str  # official
     kind: Kind
@@ -67,6 +68,14 @@ class LoraFile:
     unknown: tuple[str, ...]  # keys that name nothing of a Wan transformer
     config: Path | None  # the file beside it that its scales come from
     scaled: bool  # whether the file or its config says how strong it is
+    alphas: tuple[float, ...] = ()  # those that its metadata or config says
+    notes: tuple[str, ...] = ()  # what a user should know about its scales
+    rescaled: bool = False  # its scales are others than those of the first versions of wancli
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The distinct scales of its changes."""
+        return tuple(sorted({change.scale for change in self.changes}))
 
 
 def read_lora_file(path: Path) -> LoraFile:
@@ -75,43 +84,50 @@ def read_lora_file(path: Path) -> LoraFile:
     Raises CheckpointError for a damaged file, an incomplete change, one made twice, and for changes that
     wancli does not apply: DoRA, Tucker decompositions, OFT, GLoRA.
     """
-    tensors = read_tensors(path)
+    check_complete(path)
+    header = read_header(path)
+    targets = parse_keys(header.tensors)
     modules: dict[str, dict[str, str]] = {}
-    written: dict[str, str] = {}
-    targets: dict[str, LoraTarget] = {}
-    unknown = []
-    for key, info in tensors.items():
-        target = parse_key(key)
-        if target is None:
-            unknown.append(key)
-            continue
-        _check(path, key, info, target.part)
+    for key, target in targets.items():
+        _check(path, key, header.tensors[key], target.part)
         parts = modules.setdefault(target.module, {})
         if target.part in parts:
             raise _invalid_error(path, f"{parts[target.part]} and {key} are the same under two names")
         parts[target.part] = key
-        targets[key] = target
-        written[target.module] = target.written
-    declared, config = _read_scaling(path, peft=any(target.style == "PEFT" for target in targets.values()))
-    changes = []
+    names = {target.module: target.names for target in targets.values()}
+    unknown = [key for key in header.tensors if key not in targets]
+    scaling = read_scaling(
+        path, header.metadata, peft=any(target.style == "PEFT" for target in targets.values())
+    )
+    changes: list[Change] = []
     for module, parts in modules.items():
-        scale = partial(declared, written[module]) if declared else _unit_scale
+        if "alpha" in parts:
+            scale = partial(_divide, _read_alpha(header, parts["alpha"]))
+        else:
+            scale = partial(scaling.scale_of, names[module])
         module_changes = [
-            *_weight_changes(path, module, parts, tensors, scale),
-            *_bias_changes(module, parts, tensors, scale),
+            *_weight_changes(path, module, parts, header.tensors, scale),
+            *_bias_changes(module, parts, header.tensors, scale),
         ]
         used = {key for change in module_changes for key in change.keys.values()}
         unknown += [
             key for part, key in parts.items() if key not in used and not (module_changes and part == "alpha")
         ]
         changes += module_changes
+    changed = {module_name(change.name) for change in changes}
+    _refuse_leftover(path, unknown, {t.stem for t in targets.values() if t.module in changed})
+    ranked = [change for change in changes if change.rank]
+    by_scaling = [change for change in ranked if "alpha" not in change.keys]
     return LoraFile(
         path,
         style=detect_style(targets),
         changes=tuple(changes),
         unknown=tuple(unknown),
-        config=config,
-        scaled=declared is not None or all("alpha" in change.keys for change in changes if change.rank),
+        config=scaling.config,
+        scaled=scaling.alpha is not None or not by_scaling,
+        alphas=() if scaling.alpha is None else (scaling.alpha, *scaling.alphas.values()),
+        notes=(*scaling.notes, *_pattern_notes(scaling, names)) if by_scaling else (),
+        rescaled=bool(by_scaling) and (scaling.in_metadata or scaling.has_expressions),
     )
 
 
@@ -120,7 +136,7 @@ def _check(path: Path, key: str, info: TensorInfo, part: str) -> None:
         raise CheckpointError(
             f"{key} belongs to {part}, which wancli does not apply",
             where=str(path),
-            hint="It applies LoRA, LoHa, LoKr and plain differences; convert this file to one of them.",
+            hint=APPLIED_HINT,
         )
     if part == "alpha" and math.prod(info.shape) != 1:
         raise _invalid_error(path, f"{key} is not one number but {list(info.shape)}")
@@ -213,51 +229,48 @@ def _matrix_shape(shape: Shape) -> Shape:
     return shape[0], math.prod(shape[1:])
 
 
-def _unit_scale(_: int) -> float:
-    return 1.0
+def _refuse_leftover(path: Path, unknown: Sequence[str], stems: AbstractSet[str]) -> None:
+    """Raise CheckpointError for a key beside a layer that the file changes: it says what the change means."""
+    for key in unknown:
+        parts = key.split(".")
+        if parts[-1] == MARKER or any(".".join(parts[:end]) in stems for end in range(1, len(parts))):
+            last = key.removesuffix(".weight").rpartition(".")[2]
+            scaled = last in QUANTIZERS or "scale" in last
+            raise CheckpointError(
+                f"{key} says what the matrices beside it mean, and wancli does not know how",
+                where=str(path),
+                hint="The matrices are quantized, with scales; save this LoRA in bf16 or fp16."
+                if scaled
+                else APPLIED_HINT,
+            )
 
 
-def _read_scaling(path: Path, *, peft: bool) -> tuple[Scale | None, Path | None]:
-    """Return how PEFT was configured to scale, and the file that says so if it is not this one.
-
-    diffusers writes the configuration into the file, with keys that begin with `transformer.`. PEFT writes it
-    into a file beside it, which is read only if the keys are named as PEFT names them.
-    """
-    config = path.with_name(ADAPTER_CONFIG)
-    try:
-        if text := read_metadata(path).get(METADATA_KEY):
-            return _parse_scaling(json.loads(text)), None
-        if peft and config.is_file():
-            return _parse_scaling(json.loads(config.read_bytes())), config
-    except (ValueError, TypeError, AttributeError, KeyError, OSError, RecursionError) as error:
-        where = str(config) if peft and config.is_file() else f"{path}: {METADATA_KEY}"
-        raise CheckpointError(f"says no usable lora_alpha and r: {error!r}", where=where) from None
-    return None, None
+def _pattern_notes(scaling: Scaling, names: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Say which patterns of a configuration match no module of the file."""
+    unmatched = scaling.find_unmatched(names.values())
+    quoted = ", ".join(map(repr, unmatched[:MAX_EXAMPLES]))
+    what = "its pattern" if len(unmatched) == 1 else f"{len(unmatched)} of its patterns,"
+    verb = "matches" if len(unmatched) == 1 else "match"
+    return [f"{what} {quoted} {verb} no module, so the scale is that of the others"] if unmatched else []
 
 
-def _parse_scaling(document: Mapping[str, object]) -> Scale:
-    settings = {key.removeprefix("transformer."): value for key, value in document.items()}
-    default_alpha = _require_positive(
-        settings["lora_alpha"] if "lora_alpha" in settings else settings["alpha"]
-    )  # LoHa and LoKr say alpha
-    r = _require_positive(settings["r"])
-    pattern = settings.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise TypeError("alpha_pattern")
-    alphas = {name: _require_positive(alpha) for name, alpha in pattern.items()}
-    stabilised = settings.get("use_rslora") is True
-
-    def scale(module: str, rank: int) -> float:
-        own = (alpha for name, alpha in alphas.items() if f".{module}".endswith(f".{name}"))
-        return next(own, default_alpha) / (math.sqrt(rank or r) if stabilised else rank or r)
-
-    return scale
+def _divide(alpha: float, rank: int) -> float:
+    """Return alpha / rank; 1 for a LoKr of two whole matrices, where LyCORIS sets alpha to the rank."""
+    return alpha / rank if rank else 1.0
 
 
-def _require_positive(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is not a positive number")
-    return float(value)
+def _read_alpha(header: Header, key: str) -> float:
+    """Return the number that an alpha tensor holds. Raises CheckpointError if it is none."""
+    values = decode_numbers(header.tensors[key].dtype, header.read_bytes(key))
+    if values is None:
+        raise _invalid_error(
+            header.path, f"{key} is stored as {header.tensors[key].dtype}, which no alpha is"
+        )
+    if not math.isfinite(alpha := float(values[0])):
+        raise CheckpointError(
+            f"{key} holds NaN or Inf", where=str(header.path), hint="The training of this LoRA went wrong."
+        )
+    return alpha
 
 
 def _invalid_error(path: Path, what: str) -> CheckpointError:

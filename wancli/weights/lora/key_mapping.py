@@ -10,6 +10,9 @@ Every tool names the same matrix its own way:
     lora_unet__blocks_0_self_attn_q.lora_down.weight           Wan-Fun
     lycoris_blocks_0_attn1_to_q.hada_w1_a                      LyCORIS
 
+The prefix may be any other, too, as in a checkpoint; those that kohya flattens are listed. torch.compile's
+`_orig_mod` is no part of a name.
+
 An underscore separates words and is part of them (`cross_attn_k_img`), so no name is ever split at
 one: a module is looked up, its dots turned into underscores, among all modules of the transformer
 in official and in diffusers naming.
@@ -18,10 +21,12 @@ in official and in diffusers naming.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from wancli.weights.formats.key_mapping import BLOCK_FROM_DIFFUSERS, TRANSFORMER_FROM_DIFFUSERS
+from wancli.weights.formats.quant_schemes import HELPERS
+from wancli.weights.formats.tensor_index import OTHER_NETWORKS
 
 COMFY = "ComfyUI"
 # Stripped one after another, the first that fits each time; the first one names the style.
@@ -35,8 +40,16 @@ PREFIXES = {
     "lora_unet_": "kohya / musubi",
     "lora_transformer_": "kohya / musubi",
     "lycoris_": "LyCORIS / ai-toolkit",
+    # What kohya's and LyCORIS' names have of the prefix of a checkpoint.
+    "model_diffusion_model_": COMFY,
+    "diffusion_model_": COMFY,
+    "pipe_dit_": "DiffSynth",
 }
 BARE = "bare"
+COMPILED = re.compile(r"(?:^|(?<=[._]))_orig_mod[._]")
+# Before the blocks of networks that are no transformer of Wan.
+_FOREIGN = (*OTHER_NETWORKS, "text_encoder", "te_", "lora_te", "controlnet", "vace", "lora_vace")
+_BEHIND_ANY_PREFIX = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?|lora_[a-z0-9]+_)(?P<module>blocks[._]\d.*)")
 
 # Layers that only image-to-video models have: their LoRAs are used with text-to-video models, too.
 IMAGE_BLOCK_FROM_DIFFUSERS = {
@@ -52,12 +65,14 @@ IMAGE_FROM_DIFFUSERS = {
     "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
 }
 
+# PEFT's name of an adapter, which no scale or marker of a quantized matrix is taken for.
+_ADAPTER = rf"(?!(?:weight|bias|{'|'.join(sorted(HELPERS))})$)\w+"
 # Part of a change -> how keys that hold it end.
 PARTS = {
     "down": r"\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight"
-    r"|\.lora_A(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?",
+    rf"|\.lora_A(?:\.{_ADAPTER})?(?:\.weight)?",
     "up": r"\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"
-    r"|\.lora_B(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?",
+    rf"|\.lora_B(?:\.{_ADAPTER})?(?:\.weight)?",
     "up_bias": r"\.lora_B(?:\.(?!bias$)\w+)?\.bias",
     "alpha": r"\.alpha",
     "diff": r"\.diff|\.w_norm",
@@ -69,7 +84,7 @@ PARTS = {
 # What wancli does not apply -> how its keys end. Tools disagree on DoRA: ComfyUI takes the norms of
 # the rows from W, its trainers from W + BA.
 REFUSED = {
-    "DoRA": r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*",
+    "DoRA": r"\.dora_scale|\.(?:lora_|dora_)?magnitude(?:_vector)?(?:\.\w+)*",
     "a Tucker decomposition": r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t[12]",
     "OFT": r"\.oft_\w+(?:\.weight)?",
     "GLoRA": r"\.[ab][12]\.weight",
@@ -91,6 +106,31 @@ class LoraTarget:
     module: str
     part: str  # one of PARTS, or of REFUSED
     written: str  # the module as the file names it, without the prefix
+    stem: str  # the module as the file names it, with the prefix; what keys beside it begin with
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which PEFT's patterns may mean the module."""
+        return self.written, self.stem.removeprefix("base_model.model."), self.module
+
+
+def parse_keys(keys: Iterable[str]) -> dict[str, LoraTarget]:
+    """Return the target of each key that names a part of a Wan transformer.
+
+    Layers outside the blocks may have the prefixes that the blocks of the same file have.
+    """
+    keys = tuple(keys)
+    targets = {key: target for key in keys if (target := parse_key(key))}
+    prefixes = {
+        target.stem.removesuffix(target.written)
+        for target in targets.values()
+        if target.module.startswith("blocks.")
+    }
+    for key in keys:
+        prefix = next((p for p in prefixes if p and key.startswith(p)), None)
+        if key not in targets and prefix and (target := parse_key(key.removeprefix(prefix))):
+            targets[key] = replace(target, stem=prefix + target.stem)
+    return {key: targets[key] for key in keys if key in targets}
 
 
 def parse_key(key: str) -> LoraTarget | None:
@@ -133,6 +173,11 @@ def parameter_name(module: str, *, bias: bool) -> str:
     return f"{module}.bias" if bias else f"{module}.weight"
 
 
+def module_name(parameter: str) -> str:
+    """Return the module of an official parameter; a modulation is its own."""
+    return parameter.removesuffix(".weight").removesuffix(".bias")
+
+
 def block_index(parameter: str) -> int | None:
     """Return the block of an official parameter; None outside the blocks."""
     return int(parameter.split(".")[1]) if parameter.startswith("blocks.") else None
@@ -155,15 +200,22 @@ def _split_key(key: str) -> tuple[str, str]:
     return (match["module"], next(part for part in PARTS if match[part])) if match else ("", "")
 
 
-def _resolve_target(written: str, part: str) -> LoraTarget | None:
+def _resolve_target(stem: str, part: str) -> LoraTarget | None:
     style = None
+    written = COMPILED.sub("", stem)
     while prefix := next((prefix for prefix in PREFIXES if written.startswith(prefix)), None):
         style = style or PREFIXES[prefix]
         written = written.removeprefix(prefix)
     module = official_module(f"{written}.modulation" if part == "diff_m" else written)
+    behind = _BEHIND_ANY_PREFIX.fullmatch(written)
+    if module is None and behind and not behind["prefix"].startswith(_FOREIGN):
+        written = behind["module"]
+        module = official_module(f"{written}.modulation" if part == "diff_m" else written)
     if module is None:
         return None
-    return LoraTarget(style or BARE, module, "diff" if part == "diff_m" else part, written)
+    if part == "diff_m":  # nothing lies beside it but the whole block
+        return LoraTarget(style or BARE, module, "diff", f"{written}.modulation", f"{stem}.modulation")
+    return LoraTarget(style or BARE, module, part, written, stem)
 
 
 def _flatten(name: str) -> str:

@@ -13,7 +13,7 @@ from wancli.errors import CheckpointError
 from wancli.models.variants import NAMES_BY_WIDTH
 from wancli.weights.formats.infer_config import Shapes
 from wancli.weights.lora.file import MAX_EXAMPLES, Change, LoraFile
-from wancli.weights.lora.key_mapping import block_index, is_image_only
+from wancli.weights.lora.key_mapping import block_index, is_image_only, module_name
 
 IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys
@@ -33,6 +33,8 @@ class Coverage:
     skipped: int  # changes of what only image-to-video models have
     unused: int  # keys that name nothing of this model
     examples: tuple[str, ...]  # some of the unused keys
+    scales: tuple[float, ...] = ()  # the distinct ones
+    notes: tuple[str, ...] = ()  # what a user should know about the scales
 
 
 def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], Coverage]:
@@ -43,6 +45,7 @@ def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], 
     """
     depth = 1 + max((n for n in map(block_index, shapes) if n is not None), default=-1)
     used: list[Change] = []
+    strays: list[Change] = []
     skipped = 0
     unused = list(file.unknown)
     for change in file.changes:
@@ -54,7 +57,15 @@ def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], 
         elif shape or (block is not None and block >= depth):
             raise _wrong_model_error(file, change, shapes, depth)
         else:
-            unused += change.keys.values()
+            strays.append(change)
+    unused += [key for change in strays for key in change.keys.values()]
+    changed = {module_name(change.name) for change in used}
+    if beside := next((change for change in strays if module_name(change.name) in changed), None):
+        raise CheckpointError(
+            f"{beside.key} changes {beside.name}, which this model does not have beside what it changes",
+            where=str(file.path),
+            hint="This LoRA was made for another model.",
+        )
     if not used:
         raise _no_effect_error(file, skipped, unused)
     blocks = [block_index(change.name) for change in used]
@@ -69,6 +80,8 @@ def select_changes(file: LoraFile, shapes: Shapes) -> tuple[tuple[Change, ...], 
         skipped=skipped,
         unused=len(unused),
         examples=tuple(unused[:MAX_EXAMPLES]),
+        scales=tuple(sorted({change.scale for change in used})),
+        notes=file.notes,
     )
     return tuple(used), coverage
 

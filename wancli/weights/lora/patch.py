@@ -126,8 +126,8 @@ def load_lora(path: Path, shapes: Shapes) -> Lora:
 
 def _build_delta(change: Change, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
     parts = {part: factors[key] for part, key in change.keys.items()}
-    alpha = parts.pop("alpha", None)
-    scale = change.scale if alpha is None else alpha.item() / change.rank
+    parts.pop("alpha", None)
+    scale = change.scale
     match change.kind:
         case "full":
             return Full(shape, scale, *parts.values())

@@ -20,6 +20,7 @@ class LoraUse:
     steps: tuple[int, ...] | None  # None is every step
     expert: Expert | None  # None is both, or the only one
     coverage: Coverage
+    rescaled: bool = False  # by metadata that the first versions of wancli did not read
 
     def strength_at(self, step: int, block: int | None, expert: Expert = "only") -> float:
         """Return the strength for a block (None: outside the blocks) at a step; 0 if it does not apply."""
@@ -32,8 +33,11 @@ class LoraUse:
 
     @property
     def pixel_settings(self) -> dict[str, object]:
-        """All settings that pixels depend on."""
-        return {
+        """All settings that pixels depend on. The scales are part of them only if the first versions of
+        wancli took other ones, so that the keys of all other shots stay.
+        """
+        scales = {"scales": self.coverage.scales} if self.rescaled else {}
+        return scales | {
             "sha256": self.sha256,
             "strength": self.strength,
             "blocks": self.blocks,

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from weight_files import write_gguf
 
 from wancli.errors import CheckpointError
 from wancli.models.config import WanConfig
@@ -25,7 +27,7 @@ from wancli.weights import disk_reader
 from wancli.weights.checkpoint import identify
 from wancli.weights.disk_reader import keep_on_disk
 from wancli.weights.formats.packed import Packed
-from wancli.weights.formats.read import iterate_tensors
+from wancli.weights.formats.read import iterate_tensors, read_packed
 from wancli.weights.loader import LoadOptions, load_into, load_transformer
 from wancli.weights.offload import OffloadedBlocks, matrix_names, place_weights
 
@@ -500,3 +502,15 @@ def test_fetched_weights_give_the_bits_of_resident_ones_on_a_gpu(residency: str,
         x = official["unipc_cfg6.noise"][None].cuda()
         found.append(torch.stack([model(x, t, contexts) for t in range(990, 0, -90)]))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q8_0"])
+def test_a_quantized_norm_on_disk_is_what_gguf_reads(tmp_path: Path, kind: str):
+    quantized = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.quantize(torch.randn(96).numpy(), quantized)
+    path = write_gguf(
+        tmp_path / "n.gguf", lambda writer: writer.add_tensor("norm", packed, raw_dtype=quantized)
+    )
+    weight = keep_on_disk(read_packed([path]))["norm"]
+    expected = torch.from_numpy(gguf.quants.dequantize(packed, quantized))
+    assert torch.equal(weight.unpack(torch.float32, out=torch.empty(96)), expected)

@@ -19,10 +19,10 @@ from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.loader import JobFile, load, parse
 from wancli.plan import memory_estimate, memory_policy, model_registry
 from wancli.plan.planner import build_plan, resolve_model
+from wancli.plan.prompts import tokenize
 from wancli.plan.shot import ModelSpec, Prompt
 from wancli.text.embedding import read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
-from wancli.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from wancli.text.prompt_distance import PromptDistance
@@ -81,7 +81,7 @@ def read_prompts(
     for are_texts, group in groupby(inputs, key=lambda item: isinstance(item, str)):
         if are_texts:
             model = _resolve_model(folder, memo)
-            prompts = [tokenize_prompt(model, str(text), max_tokens, truncate) for text in group]
+            prompts = [tokenize(model, str(text), max_tokens, truncate) for text in group]
             batches.append(PromptBatch(model, tuple(prompts)))
         else:
             for job in group:
@@ -136,7 +136,7 @@ def read_pairs(
         _reject_flags(flags)
     if file is None:
         model = _resolve_model(folder, memo)
-        a, b = (tokenize_prompt(model, text, 512, False) for text in prompts)
+        a, b = (tokenize(model, text, 512, False) for text in prompts)
         return [PromptPair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
         shots = build_plan(load(file, flags), memo).shots
@@ -160,7 +160,7 @@ def read_pairs(
     texts = [part for part in re.split(r"\r?\n\r?\n", data.decode(errors="surrogateescape")) if part.strip()]
     if len(texts) != 2:
         raise JobError(f"holds {len(texts)} prompts; two are needed, an empty line between", where=str(file))
-    a, b = (tokenize_prompt(model, text, 512, False) for text in texts)
+    a, b = (tokenize(model, text, 512, False) for text in texts)
     return [PromptPair(model, a, b)]
 
 
@@ -181,11 +181,6 @@ def compare_pair(pair: PromptPair, context: RenderContext, *, dit: bool) -> Prom
 def _reject_flags(flags: CliOverrides) -> None:
     if flags != NO_OVERRIDES:
         raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
-
-
-def tokenize_prompt(model: ModelSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
-    tokens = Tokenizer(model.checkpoint.tokenizer).tokenize(text, max_tokens, truncate)
-    return Prompt(model.encoder.key(tokens), tokens)
 
 
 def _collect_job_prompts(job: JobFile, memo: Path) -> list[PromptBatch]:

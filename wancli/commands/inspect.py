@@ -17,7 +17,8 @@ def inspect_command(
         Path, typer.Argument(metavar="FILE-OR-FOLDER", help="Weights: a checkpoint, a part of one, a LoRA.")
     ],
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also look for NaN and Inf in every tensor, and hash the files.")
+        bool,
+        typer.Option("--deep", help="Also look for NaN, Inf and zeros in every tensor, and hash the files."),
     ] = False,
     as_json: Json = False,
 ) -> int:

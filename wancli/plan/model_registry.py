@@ -21,6 +21,7 @@ from wancli.job.overrides import Source
 from wancli.job.schema import ModelEntry, ModelFiles
 from wancli.job.validation import describe_problems
 from wancli.job.yaml_reader import Key, read_yaml
+from wancli.storage import links
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import SingleFiles
 
@@ -85,9 +86,12 @@ def models_file() -> Path:
 
 
 def resolve_path(base_dir: Path, text: str, location: str) -> Path:
-    """Resolve a path of a file from that file's folder. Raises JobError if it cannot be resolved."""
+    """Resolve a path of a file from that file's folder; a link to a file keeps its name.
+
+    Raises JobError if it cannot be resolved.
+    """
     try:
-        return (base_dir / Path(text).expanduser()).resolve()
+        return links.resolve_path(base_dir / Path(text).expanduser())
     except RuntimeError as error:  # no such user, or a symbolic link to itself
         raise JobError(f"{text!r}: {error}", where=location) from None
 

@@ -14,6 +14,7 @@ from wancli.plan.shot import ModelSpec, Prompt
 from wancli.text.embedding import read_tokens
 from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokenizer
+from wancli.weights.checkpoint import text_encoder_config
 
 
 class PromptResolver:
@@ -42,7 +43,7 @@ class PromptResolver:
         return self._from_text(default, 512, True)
 
     def _from_text(self, text: str, max_tokens: int, truncate: bool) -> Prompt:
-        return _tokenize(self._model.checkpoint.tokenizer, self._model.encoder, text, max_tokens, truncate)
+        return tokenize(self._model, text, max_tokens, truncate)
 
     def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
         path = model_registry.resolve_path(base_dir, spec.embedding, location)
@@ -64,12 +65,22 @@ class PromptResolver:
         return Prompt(f"{digest}.{spec.index}", tokens[spec.index], path, spec.index)
 
 
+def tokenize(model: ModelSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
+    """Tokenize a text for a model. Raises CheckpointError for the tokenizer of another text encoder."""
+    words = text_encoder_config(model.checkpoint).vocab_size
+    return _tokenize(model.checkpoint.tokenizer, words, model.encoder, text, max_tokens, truncate)
+
+
 @lru_cache(4096)  # the shots of a sweep have the same prompts
-def _tokenize(spiece: Path, encoder: EncoderSpec, text: str, max_tokens: int, truncate: bool) -> Prompt:
-    tokens = _tokenizer(spiece).tokenize(text, max_tokens, truncate)
+def _tokenize(
+    spiece: Path, words: int, encoder: EncoderSpec, text: str, max_tokens: int, truncate: bool
+) -> Prompt:
+    tokens = _tokenizer(spiece, words).tokenize(text, max_tokens, truncate)
     return Prompt(encoder.key(tokens), tokens)
 
 
 @cache
-def _tokenizer(spiece: Path) -> Tokenizer:
-    return Tokenizer(spiece)
+def _tokenizer(spiece: Path, words: int) -> Tokenizer:
+    tokenizer = Tokenizer(spiece)
+    tokenizer.check_vocabulary(words, str(spiece))
+    return tokenizer

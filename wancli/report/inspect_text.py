@@ -48,6 +48,10 @@ def format_inspection(document: Mapping[str, Any]) -> Iterator[str]:
         bad = file["not_finite"]
         finite = "all finite" if bad == [] else "not checked: they are GGUF blocks"
         yield from _format_row("values", f"NaN or Inf in {', '.join(bad)}" if bad else finite)
+        if file["zero"]:
+            yield from _format_row("", f"only zeros in {', '.join(file['zero'])}")
+        if file["damage"]:
+            yield from _format_row("bytes", file["damage"])
 
 
 def format_defaults(row: Mapping[str, Any]) -> str:
@@ -136,6 +140,8 @@ def _format_lora(lora: Mapping[str, Any]) -> Iterator[str]:
     if lora["config"]:
         alphas = f"in {lora['config']}"
     yield from _format_row("rank", f"{ranks}; alpha {alphas}" if alphas else f"{ranks}; no alpha, so scale 1")
+    for note in lora["notes"]:
+        yield from _format_row("", note)
     if lora["image_layers"]:
         yield from _format_row("", f"{lora['image_layers']} targets are of image-to-video models only")
     if lora["unknown"]:

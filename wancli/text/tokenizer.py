@@ -11,7 +11,9 @@ from pathlib import Path
 from wancli.errors import CheckpointError, JobError, PromptTooLong
 from wancli.models.config import EOS
 from wancli.units import quote
-from wancli.weights.formats.embedded_tokenizer import read_tokenizer
+from wancli.weights.formats.embedded_tokenizer import TOKENIZER_HINT, read_tokenizer
+
+MAX_PADDING = 512  # rows of an embedding that no piece has
 
 
 def clean(text: str, where: str = "") -> str:
@@ -52,12 +54,25 @@ class Tokenizer:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            if spiece.suffix in (".safetensors", ".gguf"):
-                self._model = SentencePieceProcessor(model_proto=read_tokenizer(spiece) or b"")
-            else:
-                self._model = SentencePieceProcessor(model_file=str(spiece))
+            model = read_tokenizer(spiece)
+            if model is None:
+                raise CheckpointError("holds no tokenizer", where=str(spiece), hint=TOKENIZER_HINT)
+            self._model = SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
+
+    def check_vocabulary(self, rows: int, where: str) -> None:
+        """Raise CheckpointError if the embedding of an encoder, of so many rows, has other words.
+
+        An embedding has a few rows more than there are pieces: UMT5-XXL pads it to a multiple of 128.
+        """
+        pieces = self._model.vocab_size()
+        if pieces > rows or rows - pieces > min(MAX_PADDING, rows // 10):
+            raise CheckpointError(
+                f"a tokenizer of {pieces:,} pieces; the text encoder has {rows:,} words",
+                where=where,
+                hint=TOKENIZER_HINT,
+            )
 
     def to_ids(self, cleaned: str) -> list[int]:
         return [*self._model.encode(cleaned, out_type=int), EOS]

@@ -19,9 +19,9 @@ from typing import TypeAlias
 from wancli.errors import CheckpointError, MachineError
 from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
-from wancli.storage import atomic
+from wancli.storage import atomic, links
 from wancli.weights.component import Component, Kind
-from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, detect_layout, load_json
+from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, load_json
 from wancli.weights.formats.infer_config import mismatch_error, wrong_model_error
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 from wancli.weights.recognize import normalize_config
@@ -30,6 +30,7 @@ from wancli.weights.single_files import (
     SingleFiles,
     find_component,
     find_in_folder,
+    find_layout,
     find_siblings,
     is_compatible,
     recognize_file,
@@ -38,6 +39,7 @@ from wancli.weights.single_files import (
 
 Location: TypeAlias = Path | SingleFiles
 
+SPIECE_HINT = "download google/umt5-xxl/spiece.model, which every repository of Wan-AI has"
 LOGGED_SIZE = 2**30  # bytes; hashing more takes long enough to say so
 LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it off
 
@@ -102,7 +104,7 @@ def identify(source: Location) -> Checkpoint:
         return _from_files(source, source)
     if source.is_file():
         return _from_files(find_siblings(source), source)
-    layout = detect_layout(source)
+    layout = find_layout(source)
     return (
         _from_files(find_in_folder(source), source) if layout.name == "single files" else _from_layout(layout)
     )
@@ -126,10 +128,14 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
 
     The JSON file `memo` remembers digests for as long as a file keeps its path, size, inode and times. A
     damaged or missing memo is written again. A warning is logged before a file above 1 GiB is read.
+
+    Raises CheckpointError for a blob of the Hugging Face cache whose digest is not its name.
     """
     remembered = _read_memo(memo)
     identities = {_file_identity(path): path for path in paths}
     digests = {key: remembered.get(key) or _sha256(path) for key, path in identities.items()}
+    for key, path in identities.items():
+        check_blob(path, digests[key])
     # A file that changed while it was read gets a new identity, and its digest no entry.
     fresh = {key: digest for key, digest in digests.items() if key == _file_identity(identities[key])}
     if not fresh.items() <= remembered.items():
@@ -144,9 +150,16 @@ def _from_layout(layout: Layout) -> Checkpoint:
     where = str(layout.root)
     if layout.pipeline:
         raise wrong_model_error(layout.pipeline, str(layout.root / "model_index.json"))
-    if layout.missing:
-        names = " and ".join(layout.missing.values())
-        raise CheckpointError(f"{names} is missing", where=where, hint=DOWNLOAD_AGAIN)
+    text_encoder = None
+    if "text_encoder" in layout.files:
+        text_encoder = find_component(layout.files["text_encoder"], "text encoder")
+    tokenizer = text_encoder.tokenizer_file if text_encoder else None
+    tokenizer = next(iter(layout.files.get("tokenizer", ())), tokenizer)
+    missing = {role: name for role, name in layout.missing.items() if role != "tokenizer" or not tokenizer}
+    if missing or not text_encoder or not tokenizer:
+        names = " and ".join(missing.values())
+        hint = SPIECE_HINT if missing.keys() == {"tokenizer"} else DOWNLOAD_AGAIN
+        raise CheckpointError(f"{names} is missing", where=where, hint=hint)
     experts = []
     for role in EXPERT_ROLES:
         if role in layout.files:
@@ -156,9 +169,10 @@ def _from_layout(layout: Layout) -> Checkpoint:
     return _assemble(
         layout.root,
         experts,
-        find_component(layout.files["text_encoder"], "text encoder"),
-        layout.files["tokenizer"][0],
+        text_encoder,
+        tokenizer,
         find_component(layout.files["vae"], "vae"),
+        boundary=layout.boundary,
     )
 
 
@@ -180,8 +194,8 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
     text_encoder = _component_for(files.text_encoder, "text encoder", first_file)
     vae = _component_for(files.vae, "vae", first_file)
     tokenizer = files.tokenizer
-    if tokenizer is None and text_encoder and text_encoder.tokenizer:
-        tokenizer = text_encoder.files[0]
+    if tokenizer is None and text_encoder:
+        tokenizer = text_encoder.tokenizer_file
     missing = [
         *(["the low-noise expert (low_noise)"] if files.high_noise and not files.low_noise else []),
         *(["the high-noise expert (high_noise)"] if files.low_noise and not files.high_noise else []),
@@ -214,6 +228,7 @@ def _assemble(
     tokenizer: Path,
     vae: Component,
     source: Location | None = None,
+    boundary: float | None = None,
 ) -> Checkpoint:
     """Return the checkpoint. Raises CheckpointError if a component cannot be used or does not fit the
     others.
@@ -221,6 +236,9 @@ def _assemble(
     for part in (*(part for _, part in roles), text_encoder, vae):
         _require_usable(part)
     experts, variant = _resolve_experts(roles)
+    if boundary is not None and boundary != variant.boundary:
+        variant = replace(variant, boundary=boundary)
+        experts = tuple(replace(part, variant=variant) for part in experts)
     transformer = dict(experts[0].sizes)
     if not is_compatible(vae, experts[0]):
         has, makes = dict(vae.sizes)["z_dim"], transformer["out_dim"]
@@ -279,6 +297,18 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
             )
         experts.append(replace(part, name=variant.name, variant=variant, expert=expert))
     return tuple(experts), variant
+
+
+def check_blob(path: Path, digest: str) -> None:
+    """Raise CheckpointError for a blob of the Hugging Face cache, named by a digest that is not its own."""
+    for name in links.list_names(path):
+        if name.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", name.name) and name.name != digest:
+            raise CheckpointError(
+                f"damaged: the SHA-256 of its content is {digest[:12]}..., and its blob is named "
+                f"{name.name[:12]}...",
+                where=str(path),
+                hint=f"delete {name}, and download the file again",
+            )
 
 
 def _read_memo(path: Path) -> dict[str, str]:

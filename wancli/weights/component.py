@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from wancli.errors import CheckpointError
 from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
+from wancli.storage import links
 from wancli.weights.formats.gguf_header import umt5_to_transformers as umt5_from_gguf
 from wancli.weights.formats.key_mapping import (
+    is_tokenizer,
+    plain_name,
     transformer_from_diffusers,
     umt5_to_transformers,
     vae22_from_diffusers,
@@ -81,10 +85,14 @@ class Component:
     tensors: int = 0
     missing: tuple[str, ...] = ()
     mismatches: tuple[str, ...] = ()
-    tokenizer: bool = False  # the SentencePiece model is in the file
+    tokenizer_file: Path | None = None  # the one of `files` that also holds the SentencePiece model
     lora: LoraInfo | None = None
     refusal: str = ""
     hint: str = ""
+
+    @property
+    def tokenizer(self) -> bool:
+        return self.tokenizer_file is not None
 
     def precision_of(self, group: str) -> Precision:
         """Return how a class of tensors is stored; an empty Precision if the component has no such class."""
@@ -94,7 +102,8 @@ class Component:
         """Return the network's name for a tensor of the file, or None if it belongs to another network
         there.
         """
-        if not name.startswith(self.prefix) or name.endswith("spiece_model"):
+        name = plain_name(name)
+        if not name.startswith(self.prefix) or is_tokenizer(name):
             return None
         if not self.prefix and name.startswith(OTHER_NETWORKS):
             return None
@@ -129,15 +138,31 @@ def expert_from_name(path: Path) -> Expert | None:
     """Return which expert of Wan 2.2 A14B the name of a file, or else of its folder, says that it is.
 
     The words are those of ComfyUI (high_noise), kijai (HIGH) and QuantStack (HighNoise); a plain `high`
-    counts only in a name with A14B.
+    counts only in a name with A14B. A link and its target have a name each. Raises CheckpointError if they
+    disagree.
     """
-    for name in (path.name, path.parent.name):
-        match = _TWO_FILES.search(name) or _ONE_WORD.search(name)
-        if not match and "a14b" in name.lower():
-            match = _A14B_WORD.search(name)
-        if match:
-            return "high" if match[1].lower() == "high" else "low"
+    files = links.list_names(path)
+    for names in ([file.name for file in files], [file.parent.name for file in files]):
+        said = {name: expert for name in names if (expert := _expert_in(name))}
+        if len(set(said.values())) > 1:
+            raise CheckpointError(
+                f"its names say both experts: {' and '.join(said)}",
+                where=str(path),
+                hint="rename the link, or name the right file",
+            )
+        if said:
+            return next(iter(said.values()))
     return None
+
+
+def _expert_in(name: str) -> Expert | None:
+    """Return the expert that one name says."""
+    match = _TWO_FILES.search(name) or _ONE_WORD.search(name)
+    if not match and "a14b" in name.lower():
+        match = _A14B_WORD.search(name)
+    if not match:
+        return None
+    return "high" if match[1].lower() == "high" else "low"
 
 
 def find_missing(names: Mapping[str, object]) -> tuple[str, ...]:

@@ -56,6 +56,12 @@ class OnDisk:
         if meta.dtype == dtype and out.device.type == "cpu":
             self._read(out, self._start)
             return out
+        if len(self.shape) < 2:  # one row: GGUF blocks hold several elements of a norm or a bias
+            data = self._scratch.reserve(meta.nbytes).view(meta.dtype).view(meta.shape)
+            self._read(data, self._start)
+            unpack_to_device(replace(self._meta, data=data), dtype, out=out)
+            _await_copy(out)
+            return out
         size = meta.nbytes // self.shape[0]
         count = self.shape[0] if out.is_cuda else max(1, READ_CHUNK // size)
         for first in range(0, self.shape[0], count):
@@ -64,8 +70,7 @@ class OnDisk:
             data = self._scratch.reserve(part.data.nbytes).view(meta.dtype).view(part.data.shape)
             self._read(data, self._start + first * size)
             unpack_to_device(replace(part, data=data), dtype, out=out[rows])
-        if out.is_cuda:  # the copy may still be reading the scratch
-            torch.cuda.current_stream(out.device).synchronize()
+        _await_copy(out)
         return out
 
     def read_rows(self, ids: Sequence[int]) -> Packed:
@@ -110,6 +115,12 @@ def keep_on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu
             files[offset.path] = _File(offset.path)
         weights[name] = OnDisk(name, weight, files[offset.path], offset.start, scratch)
     return weights
+
+
+def _await_copy(out: Tensor) -> None:
+    """Wait for copies to a GPU: they may still be reading the scratch."""
+    if out.is_cuda:
+        torch.cuda.current_stream(out.device).synchronize()
 
 
 class _Scratch:

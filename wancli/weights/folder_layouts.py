@@ -61,6 +61,7 @@ class Layout:
     configs: dict[Role, Path] = field(default_factory=dict)
     missing: dict[Role, str] = field(default_factory=dict)
     pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
+    boundary: float | None = None  # the pipeline's own border between the two experts
 
     def add(self, role: Role, files: tuple[Path, ...] | None, name: str) -> None:
         """Add the files of a component, or the name of the missing file."""
@@ -130,15 +131,29 @@ def network_files(path: Path) -> tuple[Path, ...]:
 
 
 def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
-    """Return one file, or the shards that its index lists; None if there is neither.
+    """Return one file, or the shards that its index lists or that its name counts; None if there is neither.
 
-    Raises CheckpointError for a damaged index or shard, and for a shard that lacks a tensor of the index.
+    Raises CheckpointError for a file beside shards, for several sets of shards, for a damaged index or shard,
+    and for a shard that lacks a tensor of the index.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    shards = sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))
     if single.is_file():
+        if shards:
+            raise CheckpointError(
+                f"holds {single.name} and also {shards[0].name}; which one is meant?",
+                where=str(folder),
+                hint="move one of the two elsewhere, with the index of the shards",
+            )
         return (single,)
     if not index.is_file():
-        return None
+        sets = {expand_shards(shard) for shard in shards}
+        if len(sets) > 1:
+            names = " and ".join(sorted(files[0].name for files in sets))
+            raise CheckpointError(
+                f"holds several sets of shards: {names}", where=str(folder), hint="move one of them elsewhere"
+            )
+        return next(iter(sets), None)
     weight_map = load_json(index).get("weight_map")
     plain = re.compile(r"[\w.-]+\.safetensors")
     if not isinstance(weight_map, dict) or not all(plain.fullmatch(str(s)) for s in weight_map.values()):
@@ -172,7 +187,7 @@ def _find_official(root: Path) -> Layout:
         experts = {"high_noise": root / "high_noise_model", "low_noise": root / "low_noise_model"}
     _add_experts(layout, experts)
     layout.add("text_encoder", _find_first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
-    layout.add("tokenizer", _find_first(root, TOKENIZER_PATH, "spiece.model"), TOKENIZER_PATH)
+    _add_tokenizer(layout, TOKENIZER_PATH, "spiece.model")
     layout.add("vae", _find_first(root, *VAE_NAMES), "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
     return layout
 
@@ -185,11 +200,12 @@ def _find_diffusers(root: Path) -> Layout:
     experts: Mapping[Role, Path] = {"transformer": root / "transformer"}
     if index.get("transformer_2", [None, None]) != [None, None]:
         experts = {"high_noise": root / "transformer", "low_noise": root / "transformer_2"}
+        layout.boundary = _read_boundary(index, root / "model_index.json")
     _add_experts(layout, experts)
     layout.add(
         "text_encoder", find_safetensors(root / "text_encoder", "model"), "text_encoder/model.safetensors"
     )
-    layout.add("tokenizer", _find_first(root, "tokenizer/spiece.model"), "tokenizer/spiece.model")
+    _add_tokenizer(layout, "tokenizer/spiece.model")
     layout.add("vae", find_safetensors(root / "vae", DIT), f"vae/{DIT}.safetensors")
     return layout
 
@@ -205,6 +221,30 @@ def _add_experts(layout: Layout, folders: Mapping[Role, Path]) -> None:
         )
         if (folder / "config.json").is_file():
             layout.configs[role] = folder / "config.json"
+
+
+def _add_tokenizer(layout: Layout, *names: str) -> None:
+    """Add the SentencePiece model. If transformers saved only its own tokenizer.json, say where to get it."""
+    found = _find_first(layout.root, *names)
+    json_name = f"{names[0].rpartition('/')[0]}/tokenizer.json"
+    name = names[0]
+    if (layout.root / json_name).is_file():
+        name += f" (only {json_name} is there, which wancli does not read)"
+    layout.add("tokenizer", found, name)
+
+
+def _read_boundary(index: Mapping[str, object], path: Path) -> float | None:
+    """Return the boundary_ratio of a pipeline of two experts; None if it says none."""
+    ratio = index.get("boundary_ratio")
+    if ratio is None:
+        return None
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        raise CheckpointError(
+            f"boundary_ratio is {ratio!r}, and it is a number between 0 and 1",
+            where=str(path),
+            hint="Wan2.2-T2V-A14B has 0.875",
+        )
+    return float(ratio)
 
 
 def _find_first(root: Path, *choices: str) -> tuple[Path, ...] | None:

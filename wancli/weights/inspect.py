@@ -5,7 +5,7 @@ Only `deep` hashes files and reads data; only then is torch loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from typing import Any
 from wancli.errors import CheckpointError, JobError
 from wancli.models import parameter_count
 from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.weights.checkpoint import identify
+from wancli.storage import links
+from wancli.weights.checkpoint import check_blob, identify
 from wancli.weights.component import Component
 from wancli.weights.folder_layouts import (
     EXPERT_ROLES,
     Layout,
-    detect_layout,
     list_weight_files,
     load_json,
     network_files,
 )
 from wancli.weights.formats.tensor_index import detect_container, looks_like_weights
 from wancli.weights.recognize import normalize_config
-from wancli.weights.single_files import find_component, recognize_file
+from wancli.weights.single_files import find_component, find_layout, recognize_file
 
 SCHEMA = "wancli/inspect/1"
-NOT_FINITE_LISTED = 20
+SUSPECTS_LISTED = 20
 SLICE = 2**24  # values looked at in one go: 64 MiB of fp32
 
 
@@ -36,12 +36,12 @@ def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
     """Describe the weights at `path`. Raises JobError if there are none, CheckpointError if they are damaged.
 
     `problem` says why a render could not use them as they are, `missing` names the files that a folder lacks.
-    With `deep`, each file gets its `sha256` and `not_finite`.
+    With `deep`, each file gets its `sha256`, `not_finite`, `zero` and `damage`.
     """
     path = path.expanduser()
     if not path.exists():
         raise JobError("no such file or folder", where=str(path))
-    layout = detect_layout(path) if path.is_dir() else None
+    layout = find_layout(path) if path.is_dir() else None
     known = layout is not None and layout.name != "single files"
     parts = tuple(_components_in_layout(layout)) if layout and known else _components_in_files(path)
     whole = known or any(part.kind == "transformer" for part in parts)
@@ -61,8 +61,8 @@ def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
 
 
 def is_damaged(document: dict[str, Any]) -> bool:
-    """Return whether a deep inspection found values that no weight can have."""
-    return any(file["not_finite"] for file in document.get("deep", ()))
+    """Return whether a deep inspection found values that no weight can have, or bytes of another digest."""
+    return any(file["not_finite"] or file["damage"] for file in document.get("deep", ()))
 
 
 def _components_in_layout(layout: Layout) -> Iterator[Component]:
@@ -111,7 +111,7 @@ def _unknown_component(file: Path) -> Component:
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     """Describe the variant and its defaults, or say why no checkpoint can be rendered with."""
     try:
-        checkpoint = identify(path.resolve())
+        checkpoint = identify(links.resolve_path(path))
     except CheckpointError as error:
         return {"variant": None, "defaults": None, "problem": str(error), "hint": error.hint}
     row = asdict(checkpoint.variant)
@@ -121,13 +121,14 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 def _describe_component(part: Component) -> dict[str, Any]:
     """Describe a component, with its bytes on disk and the number of parameters of its network."""
     document = asdict(part)
-    for key in ("variant", "config"):
+    for key in ("variant", "config", "tokenizer_file"):
         del document[key]
     document["gaps"], document["misfits"] = document.pop("missing"), document.pop("mismatches")
     return document | {
         "files": [str(path) for path in part.files],
         "bytes": sum(path.stat().st_size for path in part.files),
         "sizes": dict(part.sizes),
+        "tokenizer": part.tokenizer,
         "precision": {entry.group: dict(entry.dtypes) for entry in part.precision},
         "variant": part.variant.name if part.variant else None,
         "parameters_of_network": _count_parameters(part),
@@ -145,23 +146,38 @@ def _count_parameters(part: Component) -> int | None:
 
 
 def _scan_file(path: Path) -> dict[str, Any]:
-    """Hash a file and list the tensors in it that hold NaN or Inf. GGUF blocks are only hashed: the list is
-    None.
+    """Hash a file and list the tensors in it that hold NaN or Inf, and the matrices that hold zeros only.
+
+    GGUF blocks are only hashed: the lists are None. `damage` says if the file is a blob of the Hugging Face
+    cache with another digest.
     """
     from wancli.storage import atomic
 
-    bad = None if detect_container(path) == "gguf" else list(_list_nonfinite([path]))[:NOT_FINITE_LISTED]
-    return {"file": str(path), "sha256": atomic.sha256(path), "not_finite": bad}
+    digest, damage = atomic.sha256(path), ""
+    try:
+        check_blob(path, digest)
+    except CheckpointError as error:
+        damage = error.message
+    bad: list[str] | None = None
+    zero: list[str] | None = None
+    if detect_container(path) != "gguf":
+        bad, zero = _list_suspects(path)
+    return {"file": str(path), "sha256": digest, "not_finite": bad, "zero": zero, "damage": damage}
 
 
-def _list_nonfinite(paths: Sequence[Path]) -> Iterator[str]:
+def _list_suspects(path: Path) -> tuple[list[str], list[str]]:
+    """Return the first tensors with NaN or Inf, and the first matrices of zeros only."""
     from wancli.weights.formats.read import iterate_tensors
 
-    for name, tensor in iterate_tensors(paths):
+    bad: list[str] = []
+    zero: list[str] = []
+    for name, tensor in iterate_tensors([path]):
         if not tensor.dtype.is_floating_point:
             continue
         flat = tensor.flatten()
-        if not all(
-            flat[start : start + SLICE].float().isfinite().all() for start in range(0, flat.numel(), SLICE)
-        ):
-            yield name
+        slices = [flat[start : start + SLICE] for start in range(0, flat.numel(), SLICE)]
+        if not all(part.float().isfinite().all() for part in slices):
+            bad.append(name)
+        elif tensor.dim() > 1 and not any(part.float().any() for part in slices):
+            zero.append(name)
+    return bad[:SUSPECTS_LISTED], zero[:SUSPECTS_LISTED]

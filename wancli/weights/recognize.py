@@ -64,6 +64,20 @@ SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
     ("vae", "official", "decoder.middle.0.residual.0.gamma", "encoder.conv1."),
     ("vae", "diffusers", "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in."),
 )
+# Beginnings of names that only this network has, by which a part of it is known.
+EVIDENCE: dict[tuple[Kind, Naming], tuple[str, ...]] = {
+    ("transformer", "official"): ("time_projection.1.", "blocks.0.cross_attn.norm_k."),
+    ("transformer", "diffusers"): ("condition_embedder.time_proj.", "blocks.0.attn2.norm_k."),
+    ("text encoder", "official"): ("blocks.0.attn.q.",),
+    ("text encoder", "transformers"): ("encoder.block.0.layer.0.SelfAttention.q.",),
+    ("text encoder", "gguf"): ("enc.blk.0.attn_q.",),
+    ("vae", "official"): ("decoder.middle.0.residual.0.gamma", "encoder.middle.0.residual.0.gamma"),
+    ("vae", "diffusers"): (
+        "decoder.mid_block.resnets.0.norm1.gamma",
+        "encoder.mid_block.resnets.0.norm1.gamma",
+    ),
+}
+WHOLE_FILE_HINT = "use the file that holds the whole network, or download it again"
 # Files that are often beside Wan checkpoints: a tensor name in them, and what they are.
 OTHER_FILES = {
     r"vace_patch_embedding\.weight": "VACE module, an addition to a T2V transformer",
@@ -100,17 +114,50 @@ def recognize(
             return (_unsupported_component(contents, what),)
     if architecture := contents.metadata.get("general.architecture"):
         return (_unsupported_component(contents, f"GGUF file of the architecture {architecture!r}, not wan"),)
+    return _recognize_parts(contents)
+
+
+def _recognize_parts(contents: TensorIndex) -> tuple[Component, ...]:
+    """Return the networks of which a file holds a part only, each with what it lacks as its refusal."""
+    tensors = contents.tensors
+    for kind, naming, *signature in SIGNATURES:
+        starts = (_starts(tensors, name) for name in EVIDENCE[kind, naming])
+        prefix = min(set().union(*starts), default=None)
+        if prefix is None:
+            continue
+        absent = next(s for s in signature if not any(name.startswith(prefix + s) for name in tensors))
+        name = {"text encoder": "UMT5 encoder", "vae": "Wan VAE"}.get(kind, "Wan transformer")
+        refusal = f"a part of a {name}: {_find_gap(tensors, prefix, absent)} is missing"
+        part = _unsupported_component(contents, name)
+        return (replace(part, kind=kind, naming=naming, refusal=refusal, hint=WHOLE_FILE_HINT),)
     return ()
+
+
+def _find_gap(tensors: Mapping[str, object], prefix: str, absent: str) -> str:
+    """Return the shortest beginning of a name that no tensor has, as a pattern: `blocks.0.*`."""
+    words = absent.rstrip(".").split(".")
+    for end in range(1, len(words) + 1):
+        if end < len(words) and words[end].isdecimal():
+            continue
+        head = ".".join(words[:end]) + "."
+        if not any(name.startswith(prefix + head) for name in tensors):
+            return f"{head}*" if not absent.endswith(head.rstrip(".")) else absent
+    return absent
 
 
 def _prefixes(tensors: Mapping[str, object], first: str, second: str) -> list[str]:
     """Return the prefixes before both names: nothing, or whole components."""
-    starts = {
-        name[: name.index(first)]
-        for name in tensors
-        if first in name and (name.startswith(first) or name[name.index(first) - 1] == ".")
-    }
+    starts = _starts(tensors, first)
     return sorted(p for p in starts if any(name.startswith(p + second) for name in tensors))
+
+
+def _starts(tensors: Mapping[str, object], part: str) -> set[str]:
+    """Return what stands before a part of a name: nothing, or whole components."""
+    return {
+        name[: name.index(part)]
+        for name in tensors
+        if part in name and (name.startswith(part) or name[name.index(part) - 1] == ".")
+    }
 
 
 def _recognize_network(
@@ -137,7 +184,7 @@ def _recognize_network(
         parameters=sum(math.prod(info.shape) for name, info in weights.items() if name != TIED_EMBEDDING),
         tensors=len(tensors),
         missing=find_missing(weights),
-        tokenizer="spiece_model" in tensors or "tokenizer.ggml.tokens" in contents.metadata,
+        tokenizer_file=contents.find_tokenizer() if kind == "text encoder" else None,
     )
     if part.scheme.refusal:
         part = replace(
@@ -170,7 +217,7 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
     part = replace(part, name=name, variant=variant, expert=expert, sizes=tuple(read.items()))
     if part.refusal:
         return part
-    if "num_heads" not in config_json and read["dim"] % USUAL_HEAD_DIM:
+    if not {"num_heads", "attention_head_dim"} & config_json.keys() and read["dim"] % USUAL_HEAD_DIM:
         message = (
             f"the number of heads is unknown: the width {read['dim']} is not a multiple of {USUAL_HEAD_DIM}"
         )

@@ -13,10 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wancli.errors import CheckpointError
+from wancli.storage import links
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
+    Layout,
+    detect_layout,
     find_tokenizer,
     list_weight_files,
     load_json,
@@ -68,6 +72,18 @@ def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) 
     return recognize(read_index(network_files(path)), in_folder | dict(config_json or {}))
 
 
+def find_layout(root: Path) -> Layout:
+    """Return the layout of a folder. Single files may have a config.json, or official files, beside them.
+
+    Raises CheckpointError like `detect_layout`.
+    """
+    layout = detect_layout(root)
+    is_bare = layout.name == "official" and "transformer" in layout.missing
+    if is_bare and any(part.kind == "transformer" for _, part in _recognize_folder(root)):
+        return Layout("single files", root)
+    return layout
+
+
 def find_component(
     paths: Sequence[Path], kind: Kind, config_json: Mapping[str, object] | None = None
 ) -> Component:
@@ -97,14 +113,21 @@ def find_siblings(path: Path) -> SingleFiles:
 
     Raises CheckpointError if the file holds no transformer.
     """
-    return _complete(path, recognize_file(path), _recognize_folder(models_root(path), exclude=path))
+    parts = recognize_file(path)
+    places = links.list_names(path)  # what is beside a link comes before what is beside its target
+    found = [_complete(path, parts, _recognize_folder(models_root(place), path), place) for place in places]
+    named: dict[str, Any] = {}
+    for files in reversed(found):
+        named |= {role: file for role, file in vars(files).items() if file is not None}
+    return SingleFiles(**named)
 
 
 def _complete(
-    path: Path, parts: Sequence[Component], others: Sequence[tuple[Path, Component]]
+    path: Path, parts: Sequence[Component], others: Sequence[tuple[Path, Component]], place: Path
 ) -> SingleFiles:
+    """Return a file and the others that go with it, found around a place."""
     transformer = select(parts, "transformer", path)
-    root = models_root(path)
+    root = models_root(place)
     high, low = (path, None) if transformer.expert == "high" else (None, path)
     if transformer.expert is not None:
         partner = next((p for p, part in others if _are_expert_pair(transformer, part)), None)
@@ -115,7 +138,7 @@ def _complete(
         high_noise=high if transformer.expert else None,
         low_noise=low if transformer.expert else None,
         text_encoder=path if "text encoder" in kinds else _find_matching(others, "text encoder", transformer),
-        tokenizer=find_tokenizer(root) or find_tokenizer(path.parent),
+        tokenizer=find_tokenizer(root) or find_tokenizer(place.parent),
         vae=path if "vae" in kinds else _find_matching(others, "vae", transformer),
     )
 
@@ -145,15 +168,20 @@ def find_in_folder(root: Path) -> SingleFiles:
             hint="give the file instead of the folder, or " + NAME_FILES_HINT,
         )
     own = [part for path, part in known if path == first]
-    return _complete(first, own, [(path, part) for path, part in known if path != first])
+    return _complete(first, own, [(path, part) for path, part in known if path != first], first)
 
 
 def _recognize_folder(root: Path, exclude: Path | None = None) -> list[tuple[Path, Component]]:
-    """Return every network in a folder of single files. Files that cannot be read are skipped."""
+    """Return every network in a folder of single files, each once, however many links lead to it.
+
+    Files that cannot be read are skipped.
+    """
     networks = []
+    seen = {exclude.resolve()} if exclude else set()
     for path in list_weight_files(root):
-        if path == exclude:
+        if path.resolve() in seen:
             continue
+        seen.add(path.resolve())
         try:
             networks += [(path, part) for part in recognize_file(path)]
         except CheckpointError:

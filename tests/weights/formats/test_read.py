@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 import zipfile
@@ -26,7 +27,7 @@ from wancli.weights.formats.key_mapping import (
     umt5_to_transformers,
     vae_from_diffusers,
 )
-from wancli.weights.formats.read import iterate_tensors
+from wancli.weights.formats.read import iterate_tensors, read_packed
 from wancli.weights.loader import load_into, load_transformer, load_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -271,6 +272,25 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path):
             target.writestr(member.filename, data)
     with pytest.raises(CheckpointError, match=r"other.pth"):
         list(iterate_tensors([other]))
+
+
+@pytest.mark.parametrize("name", ["blob", "wrong.gguf", "wrong.pth"])
+def test_a_container_is_told_by_its_content_whatever_it_is_called(tiny: Path, tmp_path: Path, name: str):
+    shutil.copy(tiny / "diffusion_pytorch_model.safetensors", tmp_path / name)
+    plain = dict(iterate_tensors([tiny / "diffusion_pytorch_model.safetensors"]))
+    found = dict(iterate_tensors([tmp_path / name]))
+    assert found.keys() == plain.keys() == read_packed([tmp_path / name]).keys()
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_a_header_may_be_as_long_as_the_format_allows(tmp_path: Path):
+    path = tmp_path / "long.safetensors"
+    save_file({"a": torch.ones(2)}, path, metadata={"modelspec.thumbnail": "A" * 20_000_000})
+    assert torch.equal(dict(iterate_tensors([path]))["a"], torch.ones(2))
+    path.write_bytes((100_000_001).to_bytes(8, "little") + b"{")
+    os.truncate(path, 100_000_100)
+    with pytest.raises(CheckpointError, match="claims 100,000,001 bytes, and the format allows 100,000,000"):
+        dict(iterate_tensors([path]))
 
 
 def test_a_missing_pth_is_named(tmp_path: Path):

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.packed import FP8, Packed, scale_fits
-from wancli.weights.formats.quant_schemes import MARKER, WEIGHT_SCALES
+from wancli.weights.formats.key_mapping import is_tokenizer
+from wancli.weights.formats.packed import FP8, Packed
+from wancli.weights.formats.quant_schemes import MARKER, WEIGHT_SCALES, scale_fits
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 SCALES = tuple(f".{key}" for key in WEIGHT_SCALES)
 IGNORED_ENDINGS = (".scale_input", ".input_scale")
 CONFIG = ".comfy_quant"
-IGNORED = {MARKER, "spiece_model"}
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Endings that only one way of quantizing has.
@@ -84,7 +84,9 @@ def attach_scales(entries: Mapping[str, RawEntry], formats: Mapping[str, str]) -
     return {
         name: entry.value if isinstance(entry.value, Packed) else _pack_entry(name, entry, entries, formats)
         for name, entry in entries.items()
-        if name not in IGNORED and not name.endswith((*SCALES, *IGNORED_ENDINGS, CONFIG))
+        if name != MARKER
+        and not is_tokenizer(name)
+        and not name.endswith((*SCALES, *IGNORED_ENDINGS, CONFIG))
     }
 
 

@@ -1,8 +1,8 @@
-"""The SentencePiece tokenizer that some text-encoder files contain; no torch.
+"""The SentencePiece tokenizer that some weight files contain; torch only for a .pth.
 
-ComfyUI's UMT5 files hold it as the uint8 tensor `spiece_model`. llama.cpp's converter splits it into
-key-values of a GGUF file, `tokenizer.ggml.*`, from which it is assembled again: a protocol buffer of pieces,
-the normaliser and the names of the special tokens.
+ComfyUI's UMT5 files hold it as the uint8 tensor `spiece_model`; scripts that cast a whole file turn its bytes
+into floats. llama.cpp's converter splits it into key-values of a GGUF file, `tokenizer.ggml.*`, from which it
+is assembled again: a protocol buffer of pieces, the normaliser and the names of the special tokens.
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -10,33 +10,91 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from wancli.errors import CheckpointError
 from wancli.weights.formats import gguf_header, safetensors_header
+from wancli.weights.formats.key_mapping import is_tokenizer
+from wancli.weights.formats.mapped_file import map_file
+from wancli.weights.formats.numbers import decode_numbers
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.formats.tensor_index import MAGICS, Container, begins_safetensors, detect_container
 
-TENSOR_NAME = "spiece_model"
 UNIGRAM = 1
 PIECE_TYPES = set(range(1, 7))  # GGUF numbers them as SentencePiece does
 BYTE = 6  # a piece that stands for one byte
+BYTES = frozenset(map(float, range(256)))
+TOKENS = "tokenizer.ggml.tokens"
+TOKENIZER_HINT = (
+    "name the file spiece.model of a Wan repository (google/umt5-xxl/) as `tokenizer` of the job's `model`"
+)
 
 
 def read_tokenizer(path: Path) -> bytes | None:
-    """Read the SentencePiece model inside a .gguf or .safetensors file; None if it has none.
+    """Read a SentencePiece model: the whole file, or the part of a weight file that holds it. Returns None
+    for a weight file without one.
 
-    Raises CheckpointError like the readers of headers, and for key-values that are not a UMT5 tokenizer.
+    Raises OSError, and CheckpointError like the readers of headers, for a file with several tokenizers and
+    for one that is damaged.
     """
-    if path.suffix == ".gguf":
+    if not _holds_tensors(path):
+        return path.read_bytes()
+    container = detect_container(path)
+    if container == "gguf":
         values = gguf_header.read_header(path).values
-        return _assemble(values, path) if "tokenizer.ggml.tokens" in values else None
-    if path.suffix == ".safetensors":
+        if TOKENS in values:
+            return _assemble(values, path)
+    models = {
+        name: _decode_bytes(name, dtype, data, path) for name, dtype, data in _read_tensors(path, container)
+    }
+    if len(set(models.values())) > 1:
+        raise CheckpointError(
+            f"holds {len(models)} tokenizers: {', '.join(models)}", where=str(path), hint=TOKENIZER_HINT
+        )
+    return next(iter(models.values()), None)
+
+
+def _holds_tensors(path: Path) -> bool:
+    """Return whether the first bytes of a file are those of a container of tensors."""
+    with path.open("rb") as file:
+        first = file.read(9)
+    return first.startswith(MAGICS) or begins_safetensors(first, path.stat().st_size)
+
+
+def _read_tensors(path: Path, container: Container) -> Iterator[tuple[str, str, bytes]]:
+    """Yield name, dtype and bytes of every tensor that holds a tokenizer."""
+    if container == "safetensors":
         header = safetensors_header.read_header(path)
-        name = next((name for name in header.tensors if name.split(".")[-1] == TENSOR_NAME), None)
-        if name is not None and header.tensors[name].dtype == "U8":
-            return header.read_bytes(name)
-    return None
+        for name in filter(is_tokenizer, header.tensors):
+            yield name, header.tensors[name].dtype, header.read_bytes(name)
+    elif container == "gguf":
+        pages, tensors = map_file(path), gguf_header.read_header(path).tensors
+        for name in filter(is_tokenizer, tensors):
+            start, nbytes = tensors[name].start, tensors[name].nbytes
+            yield name, tensors[name].dtype, pages[start : start + nbytes]
+    else:
+        from wancli.weights.formats.read import iterate_tensors
+
+        for name, tensor in iterate_tensors([path]):
+            if is_tokenizer(name):
+                yield name, "F64", tensor.double().numpy().tobytes()
+
+
+def _decode_bytes(name: str, dtype: str, data: bytes, path: Path) -> bytes:
+    """Return the bytes that numbers of any type stand for. Raises CheckpointError if they are no bytes."""
+    if dtype == "U8":
+        return data
+    values = None if dtype.startswith("F8") else decode_numbers(dtype, data)
+    if values is None:
+        raise CheckpointError(
+            f"{name} is stored as {dtype}, which keeps no bytes", where=str(path), hint=TOKENIZER_HINT
+        )
+    if dtype == "I8":
+        values = [value % 256 for value in values]
+    if not all(value in BYTES for value in values):
+        raise CheckpointError(f"{name} holds numbers that are no bytes", where=str(path), hint=TOKENIZER_HINT)
+    return bytes(map(int, values))
 
 
 def _assemble(values: Mapping[str, gguf_header.Value], path: Path) -> bytes:

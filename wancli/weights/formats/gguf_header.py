@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from wancli.errors import CheckpointError
+from wancli.weights.formats.key_mapping import is_tokenizer
 from wancli.weights.formats.mapped_file import map_file
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo
 
@@ -38,6 +39,8 @@ BLOCK_SIZES = {
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
 }
+# Types that no weight has, but a tokenizer that was stored as a tensor may have.
+NUMBER_SIZES = {"I8": (1, 1), "I16": (1, 2), "I32": (1, 4), "I64": (1, 8), "F64": (1, 8)}
 # ggml's numbers of all its types, so that an unsupported type is refused by name.
 TYPE_NAMES = {
     **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1"))),
@@ -82,8 +85,8 @@ Value: TypeAlias = "int | float | bool | str | array[Any] | list[str]"
 
 @dataclass(frozen=True)
 class GGUFTensor(TensorInfo):
-    """A tensor of the file. `dtype` is in BLOCK_SIZES, `shape` in torch's order; its data are file[start :
-    start + nbytes].
+    """A tensor of the file. `dtype` is in BLOCK_SIZES or NUMBER_SIZES, `shape` in torch's order; its data are
+    file[start : start + nbytes].
     """
 
     start: int
@@ -201,8 +204,7 @@ def _locate_tensors(reader: _Reader, values: dict[str, Value], infos: list[_Info
     tensors: dict[str, GGUFTensor] = {}
     end = data
     for info in sorted(infos, key=lambda info: info.offset):
-        dtype = _stored_type(info, reader.path)
-        elements, size = BLOCK_SIZES[dtype]
+        dtype, (elements, size) = _stored_type(info, reader.path)
         nbytes = prod(info.dims) // elements * size
         start = data + info.offset
         if info.name in tensors:
@@ -221,15 +223,17 @@ def _locate_tensors(reader: _Reader, values: dict[str, Value], infos: list[_Info
     return {info.name: tensors[info.name] for info in infos}
 
 
-def _stored_type(info: _Info, path: Path) -> str:
+def _stored_type(info: _Info, path: Path) -> tuple[str, tuple[int, int]]:
+    """Return the type of a tensor, and elements and bytes of its blocks."""
     dtype = TYPE_NAMES.get(info.type, f"type {info.type}, which wancli does not know")
-    if dtype not in BLOCK_SIZES:
+    sizes = BLOCK_SIZES | NUMBER_SIZES if is_tokenizer(info.name) else BLOCK_SIZES
+    if dtype not in sizes:
         raise CheckpointError(
             f"{info.name} is stored as {dtype}; wancli reads {', '.join(BLOCK_SIZES)}",
             where=str(path),
             hint=OTHER_PRECISION,
         )
-    return dtype
+    return dtype, sizes[dtype]
 
 
 def _torch_shape(info: _Info, values: dict[str, Value], reader: _Reader) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.variants import NAMES_BY_WIDTH
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
@@ -97,13 +98,22 @@ def infer_transformer_config(
                 where=where,
                 hint="config.json and the weights are from different models; download both again",
             )
-    heads = config_json.get("num_heads", sizes["dim"] / USUAL_HEAD_DIM)
+    dim, head_dim = sizes["dim"], config_json.get("attention_head_dim", USUAL_HEAD_DIM)
+    usual_heads = dim / head_dim if isinstance(head_dim, int) and head_dim > 0 else dim / USUAL_HEAD_DIM
+    heads = config_json.get("num_heads", usual_heads)
     eps, text_len = config_json.get("eps", WanConfig.eps), config_json.get("text_len", WanConfig.text_len)
     if not isinstance(heads, int | float) or heads != int(heads) or heads < 1:
         raise CheckpointError(
             f"the number of heads is unknown: the width {sizes['dim']} is not a multiple of {USUAL_HEAD_DIM}",
             where=where,
             hint="put num_heads into the folder's config.json, or say `heads` in the job's `model`",
+        )
+    only_head_dim = USUAL_HEAD_DIM if dim in NAMES_BY_WIDTH else config_json.get("attention_head_dim")
+    if only_head_dim is not None and dim / heads != only_head_dim:
+        raise CheckpointError(
+            f"{int(heads)} heads do not make up the width {dim}: each has {only_head_dim} numbers",
+            where=where,
+            hint="correct num_heads in config.json, or `heads` in the job's `model`",
         )
     if not isinstance(eps, float) or text_len != WanConfig.text_len:
         raise CheckpointError(

@@ -82,6 +82,16 @@ _VAE22_STAGE = re.compile(
 _LAYERS_PER_STAGE = {"down": 3, "up": 4}  # two or three residual blocks and what changes the size
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a tensor had before torch.compile wrapped its network, or blocks of it."""
+    return name.replace("_orig_mod.", "")
+
+
+def is_tokenizer(name: str) -> bool:
+    """Return whether a tensor holds a SentencePiece model, whatever network it lies in."""
+    return name.rpartition(".")[2] == "spiece_model"
+
+
 def transformer_from_diffusers(name: str) -> str:
     """WanTransformer3DModel -> official, e.g. `blocks.3.attn2.to_q.bias` -> `blocks.3.cross_attn.q.bias`."""
     if block := _BLOCK.fullmatch(name):

@@ -13,7 +13,6 @@ after the sign), which is written afterwards.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -119,14 +118,6 @@ def is_high_precision(name: str) -> bool:
     """
     parts = name.split(".")
     return not HIGH_PRECISION.isdisjoint(parts) or any("norm" in part for part in parts)
-
-
-def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether a scale of one shape can belong to an fp8 weight of the other."""
-    if math.prod(scale) == 1 or (len(shape) > 1 and scale in ((shape[0],), (shape[0], 1))):
-        return True
-    blocks = len(scale) == 3 and len(shape) == 2 and scale[1] and (scale[0], scale[2]) == (shape[0], 1)
-    return bool(blocks) and shape[1] % scale[1] == 0
 
 
 def _row_slices(x_GE: Tensor) -> list[slice]:

@@ -39,10 +39,12 @@ GGUF_TYPES = {
 COMFY_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
 WEIGHT_SCALES = ("scale_weight", "weight_scale")
 MARKER = "scaled_fp8"
+SQUARE_BLOCKS = "fp8 in square blocks"
 # Last component of a name -> it belongs to a quantized layer and is not a parameter of the network.
 HELPERS = {
     *WEIGHT_SCALES,
-    *("scale_input", "input_scale", "weight_scale_2", "comfy_quant", MARKER, "spiece_model"),
+    *("scale_input", "input_scale", "weight_scale_2", "weight_scale_inv", "comfy_quant", MARKER),
+    "spiece_model",
     *("_scale", "qzeros", "scales", "absmax", "quant_map", "g_idx", "wscales", "smooth_factor"),
 }
 LARGEST_TEXT = 4096  # bytes of a comfy_quant tensor
@@ -95,7 +97,9 @@ def detect_scheme(tensors: Tensors, contents: TensorIndex, prefix: str) -> Schem
             return Scheme("unsupported", refusal=f"GGUF {other[0]}")
         return Scheme("gguf", _by_frequency(quantized), layers=len(quantized)) if quantized else PLAIN
     fp8 = {name: info for name, info in weights.items() if info.dtype in FP8}
-    if other := sorted({info.dtype for info in weights.values()} - FLOATS - FP8):
+    # A counter is no quantized weight: it shows as an unexpected tensor.
+    matrices = (info.dtype for info in weights.values() if math.prod(info.shape) > 1)
+    if other := sorted(set(matrices) - FLOATS - FP8):
         return Scheme("unsupported", refusal=f"{other[0]} weights")
     if not fp8:
         return PLAIN
@@ -108,6 +112,14 @@ def detect_scheme(tensors: Tensors, contents: TensorIndex, prefix: str) -> Schem
     name = _scheme_name(coarse, bool(formats), marker is not None and _is_legacy(tensors))
     dtypes = _by_frequency(info.dtype for info in fp8.values())
     return Scheme(name, dtypes, coarse, len(fp8), asks_full)
+
+
+def scale_fits(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether a scale of one shape can belong to an fp8 weight of the other."""
+    if math.prod(scale) == 1 or (len(shape) > 1 and scale in ((shape[0],), (shape[0], 1))):
+        return True
+    blocks = len(scale) == 3 and len(shape) == 2 and scale[1] and (scale[0], scale[2]) == (shape[0], 1)
+    return bool(blocks) and shape[1] % scale[1] == 0
 
 
 def count_precision(
@@ -147,12 +159,26 @@ def _find_unsupported(tensors: Tensors) -> str:
         return "bitsandbytes"
     if "weight_scale_2" in tails:
         return "NVFP4"
+    if "weight_scale_inv" in tails:
+        return SQUARE_BLOCKS
     scales = {info.dtype for name, info in tensors.items() if name.endswith(WEIGHT_SCALES)}
     if scales & {"U8", "F8_E8M0"}:
         return "MXFP8"
     if any(info.dtype == "I8" and not is_helper(name) for name, info in tensors.items()):
         return "int8"
-    return ""
+    return SQUARE_BLOCKS if any(_has_square_blocks(tensors, name) for name in tensors) else ""
+
+
+def _has_square_blocks(tensors: Tensors, name: str) -> bool:
+    """Return whether the scales of an fp8 weight are a grid over rows and columns."""
+    shape, scale = tensors[name].shape, _find_scale(tensors, name) if tensors[name].dtype in FP8 else None
+    is_grid = scale is not None and len(scale.shape) == len(shape) == 2 and scale.shape[0] < shape[0]
+    return scale is not None and is_grid and not scale_fits(scale.shape, shape)
+
+
+def _find_scale(tensors: Tensors, name: str) -> TensorInfo | None:
+    layer = name.removesuffix("weight")
+    return next((tensors[layer + key] for key in WEIGHT_SCALES if layer + key in tensors), None)
 
 
 def _read_comfy_formats(tensors: Tensors, contents: TensorIndex, prefix: str) -> tuple[set[str], bool]:
@@ -182,8 +208,7 @@ def _parse_object(text: str | bytes) -> dict[str, object]:
 def _scale_granularity(
     tensors: Tensors, name: str, shape: tuple[int, ...]
 ) -> Literal["", "tensor", "row", "block"]:
-    layer = name.removesuffix("weight")
-    scale = next((tensors[layer + key] for key in WEIGHT_SCALES if layer + key in tensors), None)
+    scale = _find_scale(tensors, name)
     if scale is None:
         return ""
     if math.prod(scale.shape) == 1:

@@ -16,9 +16,11 @@ from torch import Tensor
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.weights.formats import gguf_header, safetensors_header, tensor_index
 from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, attach_scales
+from wancli.weights.formats.key_mapping import plain_name
 from wancli.weights.formats.mapped_file import map_file, view_tensor
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.pickle_header import check_zip
+from wancli.weights.formats.quant_schemes import MARKER
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
 Entry = TypeVar("Entry")
@@ -54,7 +56,8 @@ def iterate_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     Raises CheckpointError for a damaged file and for a pickle that wants to run code.
     """
     for path in files:
-        yield from _iterate_safetensors(path) if path.suffix == ".safetensors" else _iterate_pickle(path)
+        is_pickle = tensor_index.detect_container(path) == "pth"
+        yield from _iterate_pickle(path) if is_pickle else _iterate_safetensors(path)
 
 
 def read_packed(
@@ -66,7 +69,8 @@ def read_packed(
     """Return every parameter in .safetensors, .gguf and .pth files as it is stored, mapped from disk.
 
     Weights are read when touched; their scales, which are attached to them, at once. The first of `prefixes`
-    that occurs is taken off; the other networks of a whole checkpoint are left out. `rename` maps the rest of
+    that occurs is taken off; if there is only one, nothing else belongs to the network. The other networks of
+    a whole checkpoint are left out. `rename` maps the rest of
     a name to the network's own.
 
     Raises CheckpointError, naming file and tensor, for damaged files, for quantization schemes that wancli
@@ -76,18 +80,23 @@ def read_packed(
     entries: dict[str, RawEntry] = {}
     formats: dict[str, str] = {}
     for path in files:
-        for name, value in _iterate_entries(path):
+        for stored_name, value in _iterate_entries(path):
+            name = plain_name(stored_name)
             if name in entries:
-                raise CheckpointError(f"{name} is in another file too", where=str(path), hint=DOWNLOAD_AGAIN)
+                what = "is in another file too" if entries[name].file != path else "has two names"
+                raise CheckpointError(f"{name} {what}", where=str(path), hint=DOWNLOAD_AGAIN)
             entries[name] = RawEntry(path, value)
-        if path.suffix == ".safetensors":
+        if tensor_index.detect_container(path) == "safetensors":
             formats |= _read_formats(path)
     where = str(files[0]) if files else ""
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in entries)), "")
+    is_known = bool(prefix) and len(prefixes) == 1
     own = {
         name: entry
         for name, entry in entries.items()
-        if (prefix and name.startswith(prefix)) or not name.startswith(FOREIGN)
+        if (prefix and name.startswith(prefix))
+        or (not is_known and not name.startswith(FOREIGN))
+        or name == MARKER
     }
     unprefixed = _rename_keys(own, lambda name: name.removeprefix(prefix), where)
     weights = attach_scales(
@@ -97,7 +106,7 @@ def read_packed(
 
 
 def _iterate_entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
-    return _iterate_gguf(path) if path.suffix == ".gguf" else iterate_tensors([path])
+    return _iterate_gguf(path) if tensor_index.detect_container(path) == "gguf" else iterate_tensors([path])
 
 
 def _iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:

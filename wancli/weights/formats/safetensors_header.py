@@ -15,7 +15,9 @@ from typing import Any
 
 from wancli.errors import CheckpointError
 
-MAX_HEADER = 2**24  # bytes, a hundred times that of a 14B model; parsed, JSON may take twenty times its size
+MAX_HEADER = (
+    100_000_000  # bytes, the limit of the format; previews and workflows in the metadata take megabytes
+)
 DOWNLOAD_AGAIN = "download this file again"
 BITS = {
     "F4": 4,
@@ -70,7 +72,9 @@ def read_header(path: Path) -> Header:
             if size < 8 or count > size - 8:
                 raise _damaged_error(path, f"its header claims {count:,} bytes, the file has {size:,}")
             if count > MAX_HEADER:
-                raise _damaged_error(path, f"its header claims {count:,} bytes, more than any model needs")
+                raise _damaged_error(
+                    path, f"its header claims {count:,} bytes, and the format allows {MAX_HEADER:,}"
+                )
             text = file.read(count)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None

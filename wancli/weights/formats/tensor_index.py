@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
+from wancli.storage import links
 from wancli.weights.formats import safetensors_header
+from wancli.weights.formats.key_mapping import is_tokenizer, plain_name
 from wancli.weights.formats.pickle_header import read_pickle_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, TensorInfo
 
@@ -22,7 +24,17 @@ Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
 # Prefixes of the other networks in a whole checkpoint.
 OTHER_NETWORKS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".ckpt", ".bin")
+# A damaged file is identified by its suffix, so that the reader of that format reports the damage.
+BY_SUFFIX: dict[str, Container] = {
+    ".gguf": "gguf",
+    ".pth": "pth",
+    ".pt": "pth",
+    ".safetensors": "safetensors",
+}
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+MAGICS = (b"GGUF", b"PK\x03\x04")  # first bytes of a GGUF file, and of a .pth that torch.save wrote
+# What download programs keep beside a file of full size until all of it has arrived.
+CONTROL_FILES = {".aria2": "aria2", ".st": "axel", ".lftp-pget-status": "lftp"}
 # First bytes -> a description of a file that is not weights, and a hint.
 NOT_WEIGHT_FILES = {
     b"version https://git-lfs": ("a Git LFS pointer, not the weights", "run `git lfs pull` in its folder"),
@@ -43,12 +55,20 @@ class TensorIndex:
     container: Container
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]  # of a safetensors header; of GGUF the texts, and the keys of all else
-    sources: dict[str, Header]  # the header that holds a tensor; safetensors only
+    sources: dict[str, tuple[Header, str]]  # of safetensors: the header of a tensor, and its name there
+    owners: dict[str, Path]  # the file that holds a tensor
 
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of a tensor; empty for containers other than safetensors."""
-        source = self.sources.get(name)
-        return source.read_bytes(name) if source else b""
+        header, stored_name = self.sources.get(name, (None, ""))
+        return header.read_bytes(stored_name) if header else b""
+
+    def find_tokenizer(self) -> Path | None:
+        """Return the file that holds a SentencePiece model, wherever in it; None if no file does."""
+        if "tokenizer.ggml.tokens" in self.metadata:
+            return self.files[0]  # where llama.cpp leaves the key-values when it splits a file
+        name = next(filter(is_tokenizer, self.tensors), None)
+        return self.owners[name] if name else None
 
 
 def read_index(paths: Sequence[Path]) -> TensorIndex:
@@ -58,7 +78,8 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
     """
     all_tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    sources: dict[str, Header] = {}
+    sources: dict[str, tuple[Header, str]] = {}
+    owners: dict[str, Path] = {}
     kind: Container = "safetensors"
     for path in paths:
         kind = detect_container(path)
@@ -66,7 +87,7 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
         if kind == "safetensors":
             header = safetensors_header.read_header(path)
             tensors, metadata = header.tensors, metadata | header.metadata
-            sources |= dict.fromkeys(tensors, header)
+            sources |= {plain_name(name): (header, name) for name in tensors}
         elif kind == "pth":
             tensors = read_pickle_header(path)
         else:
@@ -75,19 +96,23 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
             gguf = gguf_header.read_header(path)
             tensors = dict(gguf.tensors)
             metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf.values.items()}
+        tensors = {plain_name(name): info for name, info in tensors.items()}
         if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
         all_tensors |= tensors
-    return TensorIndex(tuple(paths), kind, all_tensors, metadata, sources)
+        owners |= dict.fromkeys(tensors, path)
+    return TensorIndex(tuple(paths), kind, all_tensors, metadata, sources, owners)
 
 
 def detect_container(path: Path) -> Container:
-    """Detect the container of a file by its first bytes. Raises CheckpointError if it does not hold
-    weights.
+    """Detect the container of a file by its first bytes.
+
+    Raises CheckpointError if it does not hold weights, and for a download that has not ended.
     """
+    check_complete(path)
     try:
         with path.open("rb") as file:
-            first = file.read(32)
+            first, size = file.read(32), path.stat().st_size
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except OSError as error:
@@ -99,21 +124,46 @@ def detect_container(path: Path) -> Container:
         return "gguf"
     if first.startswith(b"PK\x03\x04"):
         return "pth"
-    # A damaged file is identified by its suffix, so that the reader of that format reports the damage.
-    by_suffix: dict[str, Container] = {".gguf": "gguf", ".pth": "pth", ".pt": "pth"}
-    return by_suffix.get(path.suffix.lower(), "safetensors")
+    if begins_safetensors(first, size):
+        return "safetensors"
+    suffixes = (name.suffix.lower() for name in links.list_names(path))
+    return next((BY_SUFFIX[suffix] for suffix in suffixes if suffix in BY_SUFFIX), "safetensors")
+
+
+def check_complete(path: Path) -> None:
+    """Raise CheckpointError for a download that has not ended: its size may be right already."""
+    for name in links.list_names(path):
+        for suffix, program in CONTROL_FILES.items():
+            control = name.with_name(name.name + suffix)
+            if control.is_file():
+                raise CheckpointError(
+                    f"{program} has not finished this download: {control.name} is beside it",
+                    where=str(path),
+                    hint=f"let {program} finish it, or delete {control.name} if the file is whole",
+                )
+
+
+def begins_safetensors(first: bytes, size: int) -> bool:
+    """Return whether a file of this size that begins so is a safetensors file."""
+    return first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= size - 8
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is a safetensors file, by its first bytes, or else its names."""
+    names = (name.suffix.lower() for name in links.list_names(path))
+    return detect_container(path) == "safetensors" and (looks_like_weights(path) or ".safetensors" in names)
 
 
 def looks_like_weights(path: Path) -> bool:
-    """Return whether a file looks like weights, by its suffix or its first bytes."""
-    if path.suffix.lower() in SUFFIXES:
+    """Return whether a file looks like weights, by a name of it or its first bytes."""
+    if any(name.suffix.lower() in SUFFIXES for name in links.list_names(path)):
         return True
     try:
         with path.open("rb") as file:
             first = file.read(9)
     except OSError:
         return False
-    return first.startswith((b"GGUF", b"PK\x03\x04")) or first[8:] == b"{"
+    return first.startswith(MAGICS) or first[8:] == b"{"
 
 
 def expand_shards(path: Path) -> tuple[Path, ...]:

@@ -1,0 +1,410 @@
+"""Which file of a folder is which component: links, shards, strays, and parts that contradict each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import weight_files
+from jobs import SPIECE, T5, TINY, TRANSFORMER, VAE
+from safetensors.torch import load_file, save_file
+from weight_files import cast, dit, dit_diffusers, stored, umt5, vae21_diffusers, write
+
+from wancli.errors import CheckpointError
+from wancli.models.variants import T2V_A14B
+from wancli.plan.model_registry import resolve_path
+from wancli.weights.checkpoint import fingerprint, identify
+from wancli.weights.component import expert_from_name
+from wancli.weights.folder_layouts import find_safetensors
+from wancli.weights.inspect import inspect
+from wancli.weights.single_files import SingleFiles, find_siblings
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to be changed."""
+    return shutil.copytree(TINY, tmp_path / "model")
+
+
+def shard(folder: Path, count: int = 2) -> None:
+    """Store the transformer in shards, without an index, beside the file."""
+    tensors = load_file(folder / TRANSFORMER)
+    names = sorted(tensors)
+    for n in range(count):
+        part = {name: tensors[name] for name in names[n::count]}
+        save_file(part, folder / f"{STEM}-{n + 1:05d}-of-{count:05d}.safetensors")
+
+
+def link_into_cache(source: Path, hub: Path) -> Path:
+    """A snapshot as huggingface_hub lays it out: links to blobs that are called by their SHA-256."""
+    snapshot = hub / "snapshots" / "0123abcd"
+    (hub / "blobs").mkdir(parents=True)
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        blob = hub / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        link = snapshot / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+# ---- links ----
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_a_checkpoint(tmp_path: Path) -> None:
+    snapshot = link_into_cache(TINY, tmp_path / "models--org--name")
+    assert identify(snapshot).transformer_config == identify(TINY).transformer_config
+
+
+def test_files_of_a_snapshot_may_be_named_one_by_one(tmp_path: Path) -> None:
+    snapshot = link_into_cache(TINY, tmp_path / "models--org--name")
+    paths = [resolve_path(tmp_path, str(snapshot / name), "") for name in (TRANSFORMER, T5, VAE)]
+    assert [path.name for path in paths] == [TRANSFORMER, T5, VAE]
+    found = identify(SingleFiles(paths[0], None, None, paths[1], SPIECE, paths[2], heads=2))
+    assert found.transformer_config == identify(TINY).transformer_config
+    blobs = [path.resolve() for path in paths]
+    found = identify(SingleFiles(blobs[0], None, None, blobs[1], SPIECE, blobs[2], heads=2))
+    assert found.transformer_config == identify(TINY).transformer_config
+
+
+@pytest.mark.parametrize(
+    "name", ["wan2.2_t2v_high_noise_14B.safetensors", "wan2.2_t2v_low_noise_14B.safetensors"]
+)
+def test_the_name_of_a_link_or_of_its_target_says_the_expert(tmp_path: Path, name: str) -> None:
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.touch()
+    link, far = tmp_path / name, tmp_path / "far.safetensors"
+    link.symlink_to(blob)
+    far.symlink_to(link)
+    expected = "high" if "high" in name else "low"
+    assert expert_from_name(link) == expert_from_name(far) == expected
+    assert expert_from_name(blob) is None
+
+
+def test_a_link_and_a_target_that_say_different_experts_are_refused(tmp_path: Path) -> None:
+    low, high = tmp_path / "low_noise.safetensors", tmp_path / "high_noise.safetensors"
+    low.touch()
+    high.symlink_to(low)
+    with pytest.raises(
+        CheckpointError, match=r"names say both experts: high_noise.safetensors and low_noise"
+    ):
+        expert_from_name(high)
+
+
+def test_what_lies_beside_a_link_and_beside_its_target_is_found(tmp_path: Path) -> None:
+    store, links = tmp_path / "store", tmp_path / "links"
+    links.mkdir()
+    write(store / "dit.safetensors", stored(dit("14B"), "F16"))
+    write(store / "umt5.safetensors", stored(umt5(), "F16"))
+    (links / "dit.safetensors").symlink_to(store / "dit.safetensors")
+    write(links / "vae.safetensors", stored(vae21_diffusers(), "F16"))
+    found = find_siblings(links / "dit.safetensors")
+    assert (found.transformer, found.text_encoder, found.vae) == (
+        links / "dit.safetensors",
+        store / "umt5.safetensors",
+        links / "vae.safetensors",
+    )
+
+
+def test_a_link_beside_its_target_is_one_file(tmp_path: Path) -> None:
+    write(tmp_path / "dit.safetensors", stored(dit("14B"), "F16"))
+    write(tmp_path / "vae.safetensors", stored(vae21_diffusers(), "F16"))
+    (tmp_path / "vae_again.safetensors").symlink_to(tmp_path / "vae.safetensors")
+    assert find_siblings(tmp_path / "dit.safetensors").vae == tmp_path / "vae.safetensors"
+
+
+# ---- damage that the size does not show ----
+
+
+def test_a_blob_that_is_not_called_by_its_digest_is_refused(tmp_path: Path) -> None:
+    snapshot = link_into_cache(TINY, tmp_path / "models--org--name")
+    file = snapshot / TRANSFORMER
+    assert fingerprint([file], tmp_path / "memo") == file.resolve().name
+    data = file.read_bytes()
+    file.resolve().write_bytes(data[:-1000] + bytes(1000))
+    for memo in ("memo", "memo"):  # also if the digest is remembered
+        with pytest.raises(CheckpointError, match="damaged: the SHA-256 of its content is"):
+            fingerprint([file], tmp_path / memo)
+    (deep,) = inspect(file.resolve(), deep=True)["deep"]
+    assert deep["damage"].startswith("damaged: the SHA-256")
+
+
+@pytest.mark.parametrize("suffix", [".aria2", ".st", ".lftp-pget-status"])
+@pytest.mark.parametrize("part", [TRANSFORMER, T5, VAE])
+def test_a_download_that_has_not_ended_is_refused(folder: Path, part: str, suffix: str) -> None:
+    (folder / f"{part}{suffix}").write_bytes(b"\0")
+    with pytest.raises(
+        CheckpointError, match=f"{part}: .* has not finished this download: {part}{suffix} is"
+    ):
+        identify(folder)
+
+
+def test_a_deep_look_names_matrices_of_zeros(tmp_path: Path) -> None:
+    tensors = load_file(TINY / TRANSFORMER)
+    tensors["blocks.1.ffn.0.weight"].zero_()
+    tensors["blocks.1.ffn.0.bias"].zero_()
+    save_file(tensors, tmp_path / "a.safetensors")
+    (deep,) = inspect(tmp_path / "a.safetensors", deep=True)["deep"]
+    assert (deep["zero"], deep["not_finite"], deep["damage"]) == (["blocks.1.ffn.0.weight"], [], "")
+
+
+# ---- one file and shards ----
+
+
+def test_shards_without_an_index_are_one_network(folder: Path) -> None:
+    shard(folder)
+    (folder / TRANSFORMER).unlink()
+    assert len(identify(folder).transformer_files) == 2
+    assert identify(folder).transformer_config == identify(TINY).transformer_config
+    (folder / f"{STEM}-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"{STEM}-00001-of-00002.safetensors: no such file"):
+        identify(folder)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_one_file_beside_shards_is_refused_naming_both(folder: Path, index: bool) -> None:
+    shard(folder)
+    if index:
+        (folder / f"{TRANSFORMER}.index.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=f"holds {TRANSFORMER} and also {STEM}-00001-of-00002"
+    ) as caught:
+        identify(folder)
+    assert "move one of the two elsewhere" in caught.value.hint
+
+
+def test_an_index_whose_shards_are_gone_does_not_hide_the_file(folder: Path) -> None:
+    (folder / f"{TRANSFORMER}.index.json").write_text("{}")
+    assert find_safetensors(folder, STEM) == (folder / TRANSFORMER,)
+
+
+def test_two_sets_of_shards_are_refused(folder: Path) -> None:
+    shard(folder, 2)
+    shard(folder, 3)
+    (folder / TRANSFORMER).unlink()
+    with pytest.raises(CheckpointError, match=r"several sets of shards: .*of-00002.* and .*of-00003"):
+        identify(folder)
+
+
+# ---- strays ----
+
+
+def comfy_tree(root: Path) -> Path:
+    spiece = SPIECE.read_bytes()
+    text = stored(umt5(), "F16") | {"spiece_model": ("U8", (len(spiece),))}
+    write(root / "diffusion_models" / "w.safetensors", stored(dit("14B"), "F16"))
+    write(root / "text_encoders" / "umt5.safetensors", text, data={"spiece_model": spiece})
+    write(root / "vae" / "wan_2.1_vae.safetensors", stored(vae21_diffusers(), "F16"))
+    return root
+
+
+@pytest.mark.parametrize("stray", ["config.json", "google/umt5-xxl/spiece.model"])
+def test_a_stray_file_does_not_make_a_tree_of_single_files_official(tmp_path: Path, stray: str) -> None:
+    root = comfy_tree(tmp_path / "tree")
+    (root / stray).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(SPIECE, root / stray) if stray.endswith(".model") else (root / stray).write_text("{}")
+    assert [path.name for path in identify(root).transformer_files] == ["w.safetensors"]
+    assert inspect(root)["layout"] == "single files"
+
+
+def test_an_official_folder_without_its_transformer_still_says_what_is_missing(folder: Path) -> None:
+    (folder / TRANSFORMER).unlink()
+    with pytest.raises(CheckpointError, match=f"{TRANSFORMER} is missing"):
+        identify(folder)
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_a_folder_with_only_tokenizer_json_says_what_is_needed(folder: Path, official: bool) -> None:
+    root = folder
+    if official:
+        (folder / "google/umt5-xxl/spiece.model").unlink()
+        (folder / "google/umt5-xxl/tokenizer.json").write_text("{}")
+    else:
+        root = folder / "pipeline"
+        write(root / "transformer" / TRANSFORMER, stored(dit_diffusers("14B"), "F16"))
+        write(root / "text_encoder" / "model.safetensors", stored(umt5(), "F16"))
+        write(root / "vae" / TRANSFORMER, stored(vae21_diffusers(), "F16"))
+        (root / "tokenizer").mkdir()
+        (root / "tokenizer/tokenizer.json").write_text("{}")
+        (root / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(
+        CheckpointError, match=r"only .*tokenizer\.json is there, which wancli does not"
+    ) as caught:
+        identify(root)
+    assert "spiece.model" in caught.value.hint
+    assert "Wan-AI" in caught.value.hint
+
+
+# ---- whole checkpoints ----
+
+
+@pytest.mark.parametrize("transformer", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    "place", ["", "text_encoders.umt5xxl.", "text_encoders.umt5xxl.transformer.", "tokenizer."]
+)
+def test_a_whole_checkpoint_may_keep_its_tokenizer_anywhere(
+    tmp_path: Path, transformer: str, place: str
+) -> None:
+    spiece = SPIECE.read_bytes()
+    entries = (
+        stored(dit("14B"), "F16", transformer)
+        | stored(umt5(), "F16", "text_encoders.umt5xxl.transformer.")
+        | stored(vae21_diffusers(), "F16", "vae.")
+        | {f"{place}spiece_model": ("U8", (len(spiece),))}
+    )
+    path = write(tmp_path / "whole.safetensors", entries, data={f"{place}spiece_model": spiece})
+    found = identify(path)
+    assert found.tokenizer == path
+    assert all(not part.mismatches for part in (*found.experts, found.text_encoder, found.vae))
+
+
+def test_a_tokenizer_in_another_shard_of_the_encoder_is_found(tmp_path: Path) -> None:
+    spiece = SPIECE.read_bytes()
+    entries = stored(umt5(), "F16") | {"spiece_model": ("U8", (len(spiece),))}
+    files = weight_files.shards(tmp_path, "model", entries, 2, index=False)
+    holder = next(file for file in files if b'"spiece_model"' in file.read_bytes()[:2_000_000])
+    write(tmp_path / "dit.safetensors", stored(dit("14B"), "F16"))
+    write(tmp_path / "vae.safetensors", stored(vae21_diffusers(), "F16"))
+    found = identify(
+        SingleFiles(
+            transformer=tmp_path / "dit.safetensors",
+            text_encoder=files[0],
+            vae=tmp_path / "vae.safetensors",
+        )
+    )
+    assert found.tokenizer == holder
+
+
+# ---- parts that contradict each other ----
+
+
+def pipeline(root: Path, **index: Any) -> Path:
+    for name in ("transformer", "transformer_2"):
+        write(root / name / TRANSFORMER, stored(dit_diffusers("14B"), "F16"))
+    write(root / "text_encoder" / "model.safetensors", stored(umt5(), "F16"))
+    write(root / "vae" / TRANSFORMER, stored(vae21_diffusers(), "F16"))
+    (root / "tokenizer").mkdir()
+    shutil.copy(SPIECE, root / "tokenizer")
+    two = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (root / "model_index.json").write_text(json.dumps(two | index))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("said", "boundary"), [({}, 0.875), ({"boundary_ratio": None}, 0.875), ({"boundary_ratio": 0.9}, 0.9)]
+)
+def test_the_boundary_of_a_pipeline_is_obeyed(tmp_path: Path, said: dict[str, Any], boundary: float) -> None:
+    found = identify(pipeline(tmp_path / "p", **said))
+    assert (found.variant.name, found.variant.boundary) == (T2V_A14B.name, boundary)
+
+
+@pytest.mark.parametrize("ratio", ["0.9", 1.5, 0, True])
+def test_a_boundary_that_is_none_is_refused(tmp_path: Path, ratio: object) -> None:
+    with pytest.raises(CheckpointError, match="boundary_ratio is"):
+        identify(pipeline(tmp_path / "p", boundary_ratio=ratio))
+
+
+def configured(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in (config | changes).items() if v is not None})
+    )
+    return folder
+
+
+def test_heads_that_do_not_make_up_the_width_are_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="2 heads do not make up the width 48: each has 16 numbers"):
+        identify(configured(folder, attention_head_dim=16))
+    big = comfy_tree(tmp_path / "tree")
+    files = find_siblings(big / "diffusion_models/w.safetensors")
+    with pytest.raises(CheckpointError, match="20 heads do not make up the width 5120: each has 128"):
+        identify(SingleFiles(**(vars(files) | {"heads": 20})))
+
+
+def test_the_width_of_a_head_tells_their_number(folder: Path) -> None:
+    config = identify(configured(folder, num_heads=None, attention_head_dim=24)).transformer_config
+    assert (config.num_heads, config.head_dim) == (2, 24)
+
+
+# ---- messages name what is not there ----
+
+
+def named(folder: Path, **files: Path) -> SingleFiles:
+    parts = {"transformer": folder / TRANSFORMER, "text_encoder": folder / T5, "vae": folder / VAE}
+    return SingleFiles(**(parts | {"tokenizer": SPIECE, "heads": 2} | files))
+
+
+def test_a_transformer_compiled_block_by_block_is_read(folder: Path) -> None:
+    tensors = load_file(folder / TRANSFORMER)
+    compiled = {
+        "_orig_mod." + name.replace("blocks.0.", "blocks.0._orig_mod."): tensor
+        for name, tensor in tensors.items()
+    }
+    path = folder / "compiled.safetensors"
+    save_file(compiled, path)
+    assert identify(named(folder, transformer=path)).transformer_config == identify(TINY).transformer_config
+
+
+@pytest.mark.parametrize(
+    ("keep", "missing"),
+    [
+        (
+            lambda name: not name.startswith("blocks."),
+            r"a part of a Wan transformer: blocks\.0\.\* is missing",
+        ),
+        (
+            lambda name: name.startswith("blocks."),
+            r"a part of a Wan transformer: patch_embedding\.\* is missing",
+        ),
+    ],
+)
+def test_a_part_of_a_transformer_says_what_it_lacks(folder: Path, keep: Any, missing: str) -> None:
+    tensors = load_file(folder / TRANSFORMER)
+    path = folder / "part.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if keep(name)}, path)
+    with pytest.raises(CheckpointError, match=missing):
+        identify(named(folder, transformer=path))
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_a_vae_says_which_half_is_missing(folder: Path, half: str) -> None:
+    other = "decoder" if half == "encoder" else "encoder"
+    tensors = torch.load(folder / VAE, weights_only=True)
+    path = folder / "half.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items() if not name.startswith(f"{other}.")}, path)
+    with pytest.raises(CheckpointError, match=rf"a part of a Wan VAE: {other}\.\* is missing"):
+        identify(named(folder, vae=path))
+
+
+@pytest.mark.parametrize("step", [torch.tensor(5), torch.tensor([5])])
+def test_a_counter_among_the_weights_is_unexpected_and_no_quantization(
+    folder: Path, step: torch.Tensor
+) -> None:
+    path = folder / "step.pt"
+    torch.save({**load_file(folder / TRANSFORMER), "step": step}, path)
+    with pytest.raises(CheckpointError, match="unexpected step"):
+        identify(named(folder, transformer=path))
+
+
+# ---- fp8 in square blocks ----
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "scale_weight"])
+def test_fp8_in_square_blocks_is_refused_by_its_name(tmp_path: Path, end: str) -> None:
+    root = comfy_tree(tmp_path / "tree")
+    grid = {end: lambda shape: ("F32", (shape[0] // 128, shape[1] // 128))}
+    write(root / "diffusion_models/w.safetensors", cast(stored(dit("14B"), "F16"), **grid))
+    message = "quantized as fp8 in square blocks, which wancli does not load"
+    with pytest.raises(CheckpointError, match=message):
+        identify(root / "diffusion_models/w.safetensors")
+    (part,) = inspect(root / "diffusion_models/w.safetensors")["parts"]
+    assert message in part["refusal"]

@@ -85,7 +85,7 @@ def _write_none(path: Path) -> None:
     ("write", "message"),
     [
         (_write_fp8, "spiece_model is stored as F8_E4M3, which keeps no bytes"),
-        (_write_halves, "spiece_model holds numbers that are no bytes"),
+        (_write_halves, "spiece_model holds numbers that do not fit a byte"),
         (_write_two, "holds 2 tokenizers: "),
         (_write_none, "holds no tokenizer"),
     ],

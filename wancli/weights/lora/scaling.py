@@ -106,7 +106,7 @@ def _read_numbers(metadata: Mapping[str, str]) -> Scaling:
             in_metadata=True,
         )
     if said:
-        return Scaling(notes=(f"its metadata says {quoted}, which is no number; its scale is taken as 1",))
+        return Scaling(notes=(f"its metadata says {quoted}, which is not a number; its scale is taken as 1",))
     if BAKED_KEY in metadata:
         baked = f"{BAKED_KEY} = {metadata[BAKED_KEY][:40]!r}"
         return Scaling(
@@ -157,7 +157,7 @@ def _parse_pattern(settings: Mapping[str, object], key: str) -> dict[str, float]
         try:
             re.compile(expression)
         except re.error as error:
-            raise ValueError(f"{key}: {expression!r} is no regular expression: {error}") from None
+            raise ValueError(f"{key}: {expression!r} is not a regular expression: {error}") from None
     return {expression: _require_positive(value) for expression, value in pattern.items()}
 
 

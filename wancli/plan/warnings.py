@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from wancli import wan_mini
 from wancli.plan import loras
 from wancli.plan.shot import Comparison, Shot
+from wancli.weights.checkpoint import Checkpoint
 
 
 def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
@@ -19,6 +20,12 @@ def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> It
     for warning, ids in shots_by_warning.items():
         rest = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
         yield f"shot{'s' if len(ids) > 1 else ''} {', '.join(ids[:3])}{rest}: {warning}"
+
+
+def _checkpoint_warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    for part in (*checkpoint.experts, checkpoint.text_encoder, checkpoint.vae):
+        if part.compiled:
+            yield f"{part.files[0].name} has the names of torch.compile; they are read without _orig_mod"
 
 
 def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
@@ -43,6 +50,7 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
     for choice in shot.auto_blocks:
         if choice.other_prompts:
             yield f"{choice.spec} uses {choice.map_name}, which was measured with {choice.other_prompts}"
+    yield from _checkpoint_warnings(shot.model.checkpoint)
     yield from loras.lora_warnings(shot.loras)
     guidance = max(stage.guidance for stage in shot.stages)
     if shot.solver == "distill4" and guidance != 1:

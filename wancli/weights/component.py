@@ -86,6 +86,7 @@ class Component:
     missing: tuple[str, ...] = ()
     mismatches: tuple[str, ...] = ()
     tokenizer_file: Path | None = None  # the one of `files` that also holds the SentencePiece model
+    compiled: bool = False  # saved while torch.compile wrapped it, or blocks of it
     lora: LoraInfo | None = None
     refusal: str = ""
     hint: str = ""

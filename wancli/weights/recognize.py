@@ -184,6 +184,7 @@ def _recognize_network(
         parameters=sum(math.prod(info.shape) for name, info in weights.items() if name != TIED_EMBEDDING),
         tensors=len(tensors),
         missing=find_missing(weights),
+        compiled=contents.compiled,
         tokenizer_file=contents.find_tokenizer() if kind == "text encoder" else None,
     )
     if part.scheme.refusal:

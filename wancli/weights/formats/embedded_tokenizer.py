@@ -93,7 +93,9 @@ def _decode_bytes(name: str, dtype: str, data: bytes, path: Path) -> bytes:
     if dtype == "I8":
         values = [value % 256 for value in values]
     if not all(value in BYTES for value in values):
-        raise CheckpointError(f"{name} holds numbers that do not fit a byte", where=str(path), hint=TOKENIZER_HINT)
+        raise CheckpointError(
+            f"{name} holds numbers that do not fit a byte", where=str(path), hint=TOKENIZER_HINT
+        )
     return bytes(map(int, values))
 
 

@@ -57,6 +57,7 @@ class TensorIndex:
     metadata: dict[str, str]  # of a safetensors header; of GGUF the texts, and the keys of all else
     sources: dict[str, tuple[Header, str]]  # of safetensors: the header of a tensor, and its name there
     owners: dict[str, Path]  # the file that holds a tensor
+    compiled: bool  # whether torch.compile wrapped the network, or blocks of it, when it was saved
 
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of a tensor; empty for containers other than safetensors."""
@@ -80,6 +81,7 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
     metadata: dict[str, str] = {}
     sources: dict[str, tuple[Header, str]] = {}
     owners: dict[str, Path] = {}
+    compiled = False
     kind: Container = "safetensors"
     for path in paths:
         kind = detect_container(path)
@@ -96,12 +98,13 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
             gguf = gguf_header.read_header(path)
             tensors = dict(gguf.tensors)
             metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf.values.items()}
+        compiled |= any(name != plain_name(name) for name in tensors)
         tensors = {plain_name(name): info for name, info in tensors.items()}
         if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
         all_tensors |= tensors
         owners |= dict.fromkeys(tensors, path)
-    return TensorIndex(tuple(paths), kind, all_tensors, metadata, sources, owners)
+    return TensorIndex(tuple(paths), kind, all_tensors, metadata, sources, owners, compiled)
 
 
 def detect_container(path: Path) -> Container:

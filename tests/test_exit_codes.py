@@ -172,7 +172,7 @@ def test_what_is_found_before_the_start(
         case "no ffmpeg":
             monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
         case "no space":
-            monkeypatch.setattr("wancli.storage.atomic.free_space", lambda _: 1000)
+            monkeypatch.setattr("wancli.storage.disk.free_space", lambda _: 1000)
         case "checkpoint":
             (tmp_path / "model").mkdir()
             changes = {"model": str(tmp_path / "model")}

@@ -103,7 +103,9 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
     except Exception:
-        with tempfile.NamedTemporaryFile("w", prefix="wancli-", suffix=".log", delete=False) as log:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="wancli-", suffix=".log", delete=False
+        ) as log:
             traceback.print_exc(file=log)
         print_error(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
         return Bug.status

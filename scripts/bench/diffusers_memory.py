@@ -18,10 +18,10 @@ from diffusers import WanTransformer3DModel
 
 def main(argv: Sequence[str]) -> None:
     """Print {"needs": bytes of the weights in bf16, "error": text or null}."""
-    config, limit = json.loads(Path(argv[0]).read_text()), int(argv[1])
+    config, limit = json.loads(Path(argv[0]).read_text(encoding="utf-8")), int(argv[1])
     with torch.device("meta"):
         needs = sum(2 * parameter.numel() for parameter in _build(config).parameters())
-    before = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
+    before = 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmSize:")[1].split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (before + limit, before + limit))
     torch.set_default_dtype(torch.bfloat16)
     error = None

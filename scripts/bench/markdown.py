@@ -27,5 +27,9 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in info.read_text(encoding="utf-8").splitlines()
+        if "model name" in line
+    ]
     return names[0] if names else platform.machine()

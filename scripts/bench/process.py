@@ -27,7 +27,10 @@ class ProcessResult:
 def run_python(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ProcessResult:
     """Run this Python in the repository. Raises CalledProcessError after printing stderr."""
     command = [sys.executable, *arguments]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+    ):
         start = time.perf_counter()
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=out, stderr=err

@@ -51,7 +51,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:
         job, socket = str(Path(folder, "job.yaml")), f"{folder}/private/socket"
-        Path(job).write_text(JOB)
+        Path(job).write_text(JOB, encoding="utf-8")
         environment = os.environ | {"WANCLI_CACHE": f"{folder}/cache"}
         measure([job], environment)  # fills the cache
         server = [*WANCLI, "serve", job, "--socket", socket]

@@ -20,7 +20,7 @@ import imageio_ffmpeg
 import torch
 from disk_state import disk_state
 from jobs import tiny_job, write_job
-from shim import Fault
+from shim import Ask, Fault
 
 from wancli.errors import EntryError
 from wancli.sampling import state_file
@@ -75,7 +75,7 @@ class Rig:
     def __init__(
         self, folder: Path, model: Path, *, quick: bool = True, talk: Path | None = None, **changes: Any
     ) -> None:
-        self.folder, self.home = talk or folder, folder / "home"
+        self.folder, self.home, self.model = talk or folder, folder / "home", model
         self.out, self.cache = self.home / "out", self.home / "cache"
         self.job = write_job(self.home, job(model, **changes))
         self.arguments = ["render", str(self.job), "-q"]
@@ -125,11 +125,15 @@ class Rig:
         options: Sequence[str] = (),
         watched: bool = True,
         beat: float | None = None,
+        asks: Sequence[Ask] | None = None,
+        command: Sequence[str] = (),
     ) -> RunResult:
-        """The batch, on a disk that fails so; on the real one if it is not watched.
+        """The batch, or another command, on a disk that fails so; on the real one if it is not watched.
 
         `beat`: seconds between two touches of a claim, of which a torn one wants twelve without any."""
-        self.start(*faults, blobs=blobs, options=options, watched=watched, beat=beat)
+        self.start(
+            *faults, blobs=blobs, options=options, watched=watched, beat=beat, asks=asks, command=command
+        )
         return self.ended()
 
     def start(
@@ -139,13 +143,16 @@ class Rig:
         options: Sequence[str] = (),
         watched: bool = True,
         beat: float | None = None,
+        asks: Sequence[Ask] | None = None,
+        command: Sequence[str] = (),
     ) -> None:
         """`run` without waiting for its end."""
         out, err, log = (self.folder / name for name in ("said.txt", "complained.txt", "log.txt"))
         log.write_bytes(b"")
         trial = {
-            "arguments": [*self.arguments, *options],
-            "watched": [str(self.home)] if watched else [],
+            "arguments": [*(command or self.arguments), *options],
+            "watched": [str(self.home), str(self.model)] if watched else [],
+            "asks": asks,
             "faults": faults,
             "log": str(log),
             "blobs": blobs and str(blobs),

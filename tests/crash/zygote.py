@@ -1,7 +1,8 @@
 """A process with everything imported that forks a child for each command line: a trial costs no start.
 
-Reads a line of JSON for each trial from stdin, {arguments, watched, faults, log, blobs, out, err, beat}, and
-writes a line with the exit code, negative for a signal. It has no thread but its own, so that a fork is safe.
+Reads a line of JSON for each trial from stdin, {arguments, watched, faults, asks, log, blobs, out, err,
+beat}, and writes a line with the exit code, negative for a signal. It has no thread but its own, so that a
+fork is safe.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shim import Fault, install
+from shim import Ask, Fault, install
 
 from wancli.cli import run
 from wancli.storage.claims import Claims
@@ -30,7 +31,8 @@ def child(trial: dict[str, Any]) -> int:
     if trial["watched"]:
         log = os.open(trial["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         blobs = Path(trial["blobs"]) if trial.get("blobs") else None
-        install(trial["watched"], [Fault(*fault) for fault in trial["faults"]], log, blobs)
+        asks = None if trial.get("asks") is None else [Ask(*ask) for ask in trial["asks"]]
+        install(trial["watched"], [Fault(*fault) for fault in trial["faults"]], log, blobs, asks)
     if trial["beat"]:
         _, *others = Claims.__init__.__defaults__
         Claims.__init__.__defaults__ = (trial["beat"], *others)

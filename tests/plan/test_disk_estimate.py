@@ -17,7 +17,7 @@ from wancli.plan import disk_estimate
 from wancli.plan.batching import build_schedule
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Shot
-from wancli.storage import atomic
+from wancli.storage import disk
 from wancli.storage.cache import Store
 from wancli.video import mp4
 
@@ -104,7 +104,7 @@ def test_too_little_space_is_reported_with_figures_before_anything_is_loaded(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_calls(monkeypatch)
-    monkeypatch.setattr(atomic, "free_space", lambda _: 700 * 1024)
+    monkeypatch.setattr(disk, "free_space", lambda _: 700 * 1024)
     said = render()
     assert said.code == 3
     line, hint = said.err.splitlines()

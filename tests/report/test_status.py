@@ -169,6 +169,11 @@ def test_steps_that_are_on_disk_need_no_time_any_more(
 
 
 def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
+    errors = {
+        "failed": {"message": "NaN or Inf\nin block 7 " * 9},
+        "unreadable": {"message": "cannot be read: Input/output error", "where": "/out/a.mp4"},
+    }
+
     def row(index: int) -> dict[str, Any]:
         state = status.STATES[index % len(status.STATES)] if index < 100 else "to do"
         return {
@@ -181,7 +186,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
             "claim": {"host": "node-17.farm.example.org", "pid": 12345, "since": "2026-11-23T09:00:00+00:00"}
             if state == "claimed"
             else None,
-            "error": {"message": "NaN or Inf\nin block 7 " * 9} if state == "failed" else None,
+            "error": errors.get(state),
         }
 
     rows = [row(index) for index in range(1000)]
@@ -189,13 +194,13 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     document = {"job": "sweep", "counts": counts, "shots": rows, "time": {"seconds": 7300}}
     shown = [*status.format_status(document, datetime(2026, 11, 23, 10, 3, tzinfo=UTC))]
     assert len(shown) < 25
-    assert shown[0].startswith("sweep, 1,000 shots: 15 done, 15 claimed, 14 half done")
+    assert shown[0].startswith("sweep, 1,000 shots: 13 done, 13 claimed, 13 half done")
     assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"
     assert shown[2].startswith("time left: about 2.0 h")
     assert all(cell_len(line) <= 80 for line in shown[1:]), max(shown[1:], key=cell_len)
     assert "claimed        by node-17:12345 since 09:00:00" in shown[3]
-    assert shown[-2] == "      and 52 more; --json lists all"
-    assert re.match(r"to do: 6,13,20", shown[-1])
+    assert shown[-2] == "      and 56 more; --json lists all"
+    assert re.match(r"to do: 7,15,23", shown[-1])
 
 
 def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:

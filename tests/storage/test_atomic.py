@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wancli.errors import MachineError, NoSpace, OutputExists
-from wancli.storage import atomic
+from wancli.storage import atomic, disk
 
 
 def names(folder: Path) -> list[str]:
@@ -224,8 +224,9 @@ def test_a_file_size_limit_is_reported_as_no_space_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(NoSpace):
+        with pytest.raises(NoSpace, match="at most 10,000 bytes a file") as caught:
             atomic.publish_bytes(tmp_path / "a", b"x" * 50_000)
+        assert "ulimit -f" in caught.value.hint
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == []
@@ -358,10 +359,41 @@ def test_a_file_system_without_links_and_exclusive_rename_fails_the_preflight(
     assert "another folder" in caught.value.hint
 
 
-def test_the_digest_is_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert atomic.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+# ---- limits are named ----
 
 
-def test_free_space_is_known_for_a_path_that_does_not_exist_yet(tmp_path):
-    assert atomic.free_space(tmp_path / "a" / "b") > 0
+def test_a_full_quota_is_named_as_one(tmp_path):
+    error = atomic.translate(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), tmp_path / "a")
+    assert isinstance(error, NoSpace)
+    assert "quota of this user or group" in str(error)
+
+
+def test_a_disk_without_inodes_is_told_from_one_without_space(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "MB are free there" in str(atomic.translate(full, tmp_path / "a"))
+    monkeypatch.setattr(disk, "free_files", lambda _: 0)
+    assert "no more files (inodes)" in str(atomic.translate(full, tmp_path / "a"))
+
+
+@pytest.mark.parametrize(("mode", "says"), [(0o755, "chmod g+ws"), (0o775, "check who may write there")])
+def test_a_folder_of_another_user_says_whose_it_is_and_how_a_group_shares_it(
+    tmp_path, monkeypatch, mode, says
+):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(mode)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    path = tmp_path / "shared/new/a.mp4"
+    error = atomic.translate(OSError(errno.EACCES, os.strerror(errno.EACCES)), path)
+    assert f"{tmp_path / 'shared'} belongs to user {owner}" in error.hint
+    assert says in error.hint
+
+
+def test_the_longest_name_moves_aside_under_a_shorter_one(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".mp4")
+    path.write_bytes(b"content")
+    aside = atomic.move_aside(path)
+    assert aside is not None
+    assert aside.read_bytes() == b"content"
+    assert aside.name.startswith("ä" * 120)
+    assert aside.name.endswith(".old-1.mp4")

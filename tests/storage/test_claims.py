@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from failing_disk import fail_reading
 from forked import Forked, start
 from jobs import KEPT, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job, write_job
 
@@ -241,16 +242,9 @@ def test_a_claim_that_cannot_be_read_belongs_to_another_worker(
     shot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(shot, body(pid=2**22 + 1))  # which nobody can see now
-    real = Path.open
-
-    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
-        if self == path:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(self, *arguments, **options)
-
     with Claims() as claims:
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "open", opened)
+            fail_reading(patched, lambda asked: asked == path, "EIO")
             assert claims.take([shot]) == []
             assert claims.name_holders([shot]) == "unknown:0"
         assert claims.take([shot]) == [shot]

@@ -67,7 +67,7 @@ def test_a_name_that_nothing_has_is_an_answer_and_no_error(tmp_path, question, n
     (tmp_path / "file").write_bytes(b"")
     path = tmp_path / name
     if question in NEEDS_FILE:
-        with pytest.raises(NoSuchFile, match="no such file"):
+        with pytest.raises(NoSuchFile, match="cannot be read"):
             QUESTIONS[question](path)
     elif question == "nearest_folder":
         assert disk.nearest_folder(path) in (tmp_path, tmp_path / "file")
@@ -118,8 +118,8 @@ def test_contents_are_read_whole(tmp_path):
 
 def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(Unreadable, match="not a plain file"):
+    for path, message in ((tmp_path / "pipe", "not a plain file"), (tmp_path, "Is a directory")):
+        with pytest.raises(Unreadable, match=message):
             disk.read_bytes(path)
     ours, theirs = os.pipe()
     os.write(theirs, b"piped")
@@ -151,3 +151,12 @@ def test_an_error_while_reading_is_translated(tmp_path, monkeypatch):
 def test_what_the_kernel_does_not_say_is_none():
     assert disk.read_system_text("/proc/self/status")
     assert disk.read_system_text("/proc/self/none") is None
+
+
+def test_the_digest_is_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert disk.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_free_space_is_known_for_a_path_that_does_not_exist_yet(tmp_path):
+    assert disk.free_space(tmp_path / "a" / "b") > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import unicodedata
 from pathlib import Path
 
@@ -150,3 +151,43 @@ def test_no_label_leads_out_of_the_output_folder(a, b):
         return
     assert Path(os.path.normpath(path)).is_relative_to("/jobs/out")
     assert len(path.parts) == 5
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a", "https://host/a", "gs://bucket/{id}.mp4", "HF://x/y"])
+def test_a_url_is_no_path(text):
+    with pytest.raises(JobError, match="is a URL"):
+        paths.expand_home(text, "job.yaml:1: output")
+    with pytest.raises(JobError, match="is a URL"):
+        paths.output_path(Path("/"), text, {"id": "a"})
+
+
+@pytest.mark.parametrize("text", ["$SCRATCH/a.mp4", "${SCRATCH}/{id}.mp4", "out/$USER/{id}.mp4"])
+def test_a_variable_in_a_path_is_refused_and_not_expanded(text):
+    with pytest.raises(JobError, match="paths expand no variables") as caught:
+        paths.output_path(Path("/"), text, {"id": "a"})
+    assert "--set" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["a$b/c.mp4", "out/$5.mp4", "cost$/a.mp4"])
+def test_other_dollars_are_part_of_a_name(text):
+    assert paths.output_path(Path("/"), text, {}) == Path("/") / text
+
+
+def test_a_path_beyond_the_limits_of_the_system_is_refused():
+    paths.require_possible(Path("/", *["x" * 255] * 14), "a")
+    for path in (Path("/", "ä" * 128, "a.mp4"), Path("/", *["x" * 255] * 16, "a.mp4")):
+        with pytest.raises(JobError, match=r"bytes; at most [\d,]+ fit, for shot a"):
+            paths.require_possible(path, "a")
+
+
+def test_a_user_without_a_home_has_no_folders(monkeypatch):
+    def nobody(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert paths.user_folder("cache") is None
+    assert paths.user_folder("config") is None
+    with pytest.raises(JobError, match="home folder of '~/a' is not known"):
+        paths.expand_home("~/a")

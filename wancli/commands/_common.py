@@ -8,11 +8,13 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
 from wancli.progress import make_printable
+from wancli.storage.paths import expand_home, user_folder
 
 if TYPE_CHECKING:
     import typer
@@ -118,10 +120,20 @@ def plan_job(
 
 
 def resolve_cache_dir(cache_dir: Path | None) -> Path:
-    from platformdirs import user_cache_path
+    """Return the folder of the cache; one that takes no files, with a warning, if there is no home folder."""
+    if cache_dir:
+        return expand_home(cache_dir, "--cache-dir")
+    if variable := os.environ.get("WANCLI_CACHE"):
+        return expand_home(variable, "$WANCLI_CACHE")
+    return user_folder("cache") or _without_cache()
 
-    variable = os.environ.get("WANCLI_CACHE")
-    return (cache_dir or (Path(variable) if variable else user_cache_path("wancli"))).expanduser()
+
+@cache
+def _without_cache() -> Path:
+    logging.getLogger("wancli").warning(
+        "wancli: this user has no home folder, so nothing is cached; set HOME or WANCLI_CACHE"
+    )
+    return Path(os.devnull, "no-home-folder")
 
 
 def hashes_path(cache_dir: Path | None) -> Path:

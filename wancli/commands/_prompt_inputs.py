@@ -21,6 +21,7 @@ from wancli.plan import memory_estimate, memory_policy, model_registry
 from wancli.plan.planner import build_plan, resolve_model
 from wancli.plan.prompts import tokenize
 from wancli.plan.shot import ModelSpec, Prompt
+from wancli.storage import disk
 from wancli.text.embedding import read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
 
@@ -146,10 +147,8 @@ def read_pairs(
         if not pairs:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
         return list(pairs.values())
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise JobError(f"cannot be read: {error.strerror}", where=str(file)) from None
+    with disk.reading_for_job(str(file)), disk.opened(file, pipes=True) as opened:
+        data = opened.read()
     model = _resolve_model(folder, memo)
     if file.suffix == ".safetensors":
         tokens = read_tokens(data, str(file))

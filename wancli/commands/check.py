@@ -11,6 +11,7 @@ import typer
 from wancli.commands._common import collect_flags, load_job, plan_job, print_json
 from wancli.commands._options import CacheDir, Items, Json, Sets, Shard, Sweeps
 from wancli.errors import ExitStatus
+from wancli.storage import disk
 from wancli.units import pluralize
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ def check_command(
     """Verify rendered files.
 
     Checks videos against their manifests, latents and states against their checksums. Changes
-    nothing; exits with 4 if a file does not verify.
+    nothing; exits with 4 if a file does not verify, with 3 if some cannot be looked at.
     """
     from wancli.engine import verify
     from wancli.report import terminal
 
-    if Path(what).is_dir():
+    if disk.is_folder(Path(what)):
         found = verify.check_folder(Path(what), deep=deep)
     else:
         plan = plan_job(load_job(what, collect_flags(sets, sweeps, items, shard)), cache_dir)
@@ -46,17 +47,22 @@ def check_command(
         print_json(found.as_dict())
     else:
         terminal.show(_format_verdict(found))
-    return ExitStatus.INTEGRITY if found.problems else ExitStatus.OK
+    if found.problems:
+        return ExitStatus.INTEGRITY
+    return ExitStatus.MACHINE if found.unreadable else ExitStatus.OK
 
 
 def _format_verdict(verdict: Verdict) -> Iterator[str]:
     """Format the problems, the other files, and the number of files that verify."""
     yield from map(str, verdict.problems)
+    yield from map(str, verdict.unreadable)
     yield from (f"orphan, no manifest: {path}" for path in verdict.orphans)
     yield from (f"left by a dead process: {path}" for path in verdict.debris)
     kinds = {"video": verdict.videos, "latent": verdict.latents, "state": verdict.states}
     verified = ", ".join(pluralize(count, what) for what, count in kinds.items())
     yield f"verified: {verified}; problems: {len(verdict.problems):,}"
+    if verdict.unreadable:
+        yield f"not verified, because they cannot be looked at: {len(verdict.unreadable):,}"
     if verdict.missing:
         yield f"not rendered yet: {len(verdict.missing):,}"
     if verdict.aside:

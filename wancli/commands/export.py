@@ -13,6 +13,7 @@ import typer
 from wancli.commands._options import Items, JobArgument
 from wancli.commands._render_options import RenderOptions
 from wancli.errors import JobError
+from wancli.storage import disk
 
 if TYPE_CHECKING:
     from wancli.job.cli_overrides import CliOverrides
@@ -57,7 +58,7 @@ def slurm_command(
     from wancli.farm.slurm_export import SlurmOptions, build_script
 
     render = _parse_render_options(job, context.args, "--shard")
-    path = Path(job).resolve()
+    path = disk.resolve(Path(job))
     shots = _load_items(path, render.flags)
     if shards > (count := len(shots)):
         raise JobError(f"{shards} is more than there are shots ({count})", where="--shards")
@@ -86,7 +87,7 @@ def openjd_command(
     from wancli.farm.openjd_export import build_template
 
     render = _parse_render_options(job, context.args, "--shard", "--items")
-    path = Path(job).resolve()
+    path = disk.resolve(Path(job))
     shots = _load_items(path, replace(render.flags, items=items))
     chosen = items or f"0-{len(shots) - 1}"
     gpus = _count_gpus(shots) if gpus is None else gpus
@@ -133,4 +134,4 @@ def _count_gpus(shots: list[Item]) -> int:
 def _find_wancli() -> str:
     """Return the path of the running command, which the tasks also find if they share its folder."""
     path = Path(sys.executable).with_name("wancli")
-    return str(path) if path.exists() else "wancli"
+    return str(path) if disk.exists(path) else "wancli"

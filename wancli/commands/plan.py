@@ -54,7 +54,9 @@ def plan_command(
             plan, states, store, known, verbose=verbose, others=budget is not None
         )
         terminal.show(tables)
-        for warning in (*plan.warnings, *preflight.missing_capabilities(plan.shots)):
+        missing = preflight.missing_capabilities(plan.shots)
+        unreadable = plan_document.unreadable_outputs(plan.shots, states)
+        for warning in (*plan.warnings, *missing, *unreadable):
             print(make_printable(f"wancli: warning: {warning}"), file=sys.stderr)
     for shot, found in zip(plan.shots, states):
         if found != "done":

@@ -20,6 +20,7 @@ from wancli.commands._common import (
 from wancli.commands._options import CacheDir, JobArgument, Json, ProgressMode, ProgressOption, Quiet, Sets
 from wancli.errors import ExitStatus, OutputExists
 from wancli.progress import make_printable
+from wancli.storage import disk
 
 
 class MethodName(StrEnum):
@@ -102,7 +103,7 @@ def _require_writable(path: Path) -> Path:
     """Check before the measurement that a map can be written to the path."""
     from wancli.storage import atomic
 
-    if path.is_dir():
+    if disk.is_folder(path):
         raise OutputExists("a folder has the name of an output", where=str(path))
     atomic.require_writable(path.parent)
     return path

@@ -10,6 +10,7 @@ import typer
 from wancli.commands._common import load_job, plan_job, thumbnails_dir
 from wancli.commands._options import CacheDir
 from wancli.errors import ExitStatus
+from wancli.storage import disk
 
 
 def report_command(
@@ -35,7 +36,7 @@ def report_command(
     from wancli.report import batch_report, shots_table
     from wancli.report.html import collect, page
 
-    if Path(what).is_dir():
+    if disk.is_folder(Path(what)):
         path = Path(what) / "report.html"
         found = collect.collect_folder(Path(what))
     else:

@@ -83,10 +83,13 @@ def _render_all(plan: Plan, result: PreflightResult, context: RenderContext) -> 
         left = []
         for shot in released:
             del elsewhere[shot.index]
-            if not context.force and is_finished(shot):
-                yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
-            else:
-                left.append(shot)
+            with ErrorCapture() as attempt:
+                if context.force or not is_finished(shot):
+                    left.append(shot)
+                else:
+                    yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
+            if attempt.error:
+                yield failed_outcome(shot, attempt)
         schedule = batching.build_schedule(left)
     yield from (Outcome(shot, "elsewhere") for shot in elsewhere.values())
 

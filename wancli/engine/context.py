@@ -8,7 +8,6 @@ that is retried, or taken over from a worker that died, resumes from what is on 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from wancli.engine.outcome import FailurePolicy
 from wancli.progress import Progress
 from wancli.signals import Stop
+from wancli.storage import disk
 from wancli.storage.cache import Store
 from wancli.storage.claims import Claims
 
@@ -50,10 +50,8 @@ class Force:
 
 
 def _file_stamp(path: Path) -> FileStamp | None:
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns
-    return None
+    status = disk.status(path)
+    return (status.st_ino, status.st_mtime_ns) if status else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from wancli.errors import (
 )
 from wancli.plan import model_registry
 from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
-from wancli.storage import atomic, manifest
+from wancli.storage import atomic, disk, manifest
 from wancli.storage.manifest_schema import Manifest, ShotRecord
 from wancli.video import mp4
 
@@ -41,11 +41,11 @@ def decode_file(
     from wancli.weights.checkpoint import fingerprint, identify
     from wancli.weights.loader import load_vae
 
-    if not path.exists():
+    if not disk.exists(path):
         raise JobError("no such file", where=str(path))
     z_CTYX, record = manifest_body.load_latent(path)
     output = output or path.with_name(record.shot.output)
-    if output.exists() and not context.force:
+    if disk.exists(output) and not context.force:
         raise OutputExists(
             "already exists", where=str(output), hint="--force moves it aside; or give -o another name."
         )

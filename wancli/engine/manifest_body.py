@@ -19,7 +19,7 @@ from wancli.plan import backends, memory_estimate
 from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import PeakMemory
-from wancli.storage import manifest, tensor_file
+from wancli.storage import disk, manifest, tensor_file
 from wancli.storage.manifest import canonical_json
 from wancli.storage.manifest_schema import Manifest, ModelRecord, ShotRecord
 from wancli.video import ffmpeg
@@ -218,7 +218,7 @@ def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
     return [
         {
             "path": str(use.path),
-            "bytes": use.path.stat().st_size,
+            "bytes": disk.size(use.path),
             **use.pixel_settings,
             "coverage": asdict(lora.coverage),
             "scales": lora.scales,

@@ -58,8 +58,15 @@ def render_model(
     """
     shots = schedule.shots
     model_context = ModelContext(networks, context, schedule)
-    have_latent = {shot.index for shot in shots if _load_saved_latent(shot, model_context)}
-    fresh = [shot for shot in shots if shot.index not in have_latent]
+    have_latent, unreadable = set(), set()
+    for shot in shots:
+        with ErrorCapture() as look:
+            if _load_saved_latent(shot, model_context):
+                have_latent.add(shot.index)
+        if look.error:
+            unreadable.add(shot.index)
+            yield failed_outcome(shot, look)
+    fresh = [shot for shot in shots if shot.index not in have_latent | unreadable]
     encode_errors: dict[str, ErrorCapture] = {}
     attempt = ErrorCapture()
     try:
@@ -133,9 +140,9 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
             atomic.move_aside(shot.manifest, "damaged")
             moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is rendered again"
             context.progress.warn(f"{shot.output} no longer verifies; {moved}")
+        latent = _load_saved_latent(shot, model_context)
     if attempt.error:
         return failed_outcome(shot, attempt)
-    latent = _load_saved_latent(shot, model_context)
     unencoded = any(id not in model_context.encoded for id in _prompt_ids(shot))
     return _publish_video(shot, latent, model_context) if latent or unencoded else None
 

@@ -7,20 +7,19 @@ that do not fit their networks.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from wancli.engine import output_diff
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import check_device, check_weights
-from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, WancliError
+from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, Unreadable, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
-from wancli.storage import atomic, manifest, tensor_file
+from wancli.storage import atomic, disk, manifest, tensor_file
 from wancli.storage.manifest_schema import ShotRecord
 from wancli.video import mp4
 
@@ -63,19 +62,31 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
     """Return the shots that are not done, and by index why other shots are refused.
 
-    Raises OutputExists if every shot that is not done is refused.
+    A shot is refused, too, if the disk does not tell whether it is done: its files may be sound, and stay as
+    they are. If this holds for a shot and all shots are refused, raises Unreadable. Raises OutputExists if
+    the outputs of all shots that are not done exist otherwise.
     """
     todo: list[Shot] = []
     refused: dict[int, WancliError] = {}
     for shot in plan.shots:
-        status, why = status_for_render(shot, context)
+        try:
+            status, why = status_for_render(shot, context)
+        except Unreadable as error:
+            refused[shot.index] = error
+            continue
         if status == "in the way":
             refused[shot.index] = output_exists_error(shot, why)
         elif status != "done" or needs_effects(shot):
             todo.append(shot)
-    if refused and not todo:
+    if len(refused) == len(plan.shots) and (unreadable := _first_unreadable(refused.values())):
+        raise unreadable
+    if refused and not todo and not _first_unreadable(refused.values()):
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
+
+
+def _first_unreadable(errors: Iterable[WancliError]) -> Unreadable | None:
+    return next((error for error in errors if isinstance(error, Unreadable)), None)
 
 
 def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus, str]:
@@ -97,19 +108,20 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
     """Return the status of the output of a shot, and why it is not the finished shot.
 
     `damaged`: by its manifest it is this very shot, but it no longer verifies; a render moves it aside and
-    renders the shot again. `in the way`: a file that this job did not make.
+    renders the shot again. `in the way`: a file that this job did not make. Raises Unreadable if the
+    disk does not tell.
     """
-    if not os.path.lexists(shot.output) and not shot.manifest.exists():
+    if not disk.is_taken(shot.output) and not disk.exists(shot.manifest):
         return "to do", "no manifest"  # most of a fresh batch, whose keys are slow to compute
     wrong = manifest.find_problems(shot.output, shot.key)
     if not wrong:
         return "done", ""
     why = wrong[0].text
-    if not os.path.lexists(shot.output) or _lacks_only_manifest(shot):
+    if not disk.is_taken(shot.output) or _lacks_only_manifest(shot):
         return "to do", why
     if not manifest.find_problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
-    ours = shot.output.is_file() and not shot.output.is_symlink() and _manifest_names_shot(shot)
+    ours = disk.is_file(shot.output) and not disk.is_link(shot.output) and _manifest_names_shot(shot)
     return ("damaged", why) if ours else ("in the way", output_diff.describe_differences(shot) or why)
 
 
@@ -128,7 +140,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
 
     The latent still exists then. The video is made once more, which overwrites it with the same bytes.
     """
-    if shot.manifest.exists():
+    if disk.exists(shot.manifest):
         return False
     try:
         return bool(tensor_file.load_latent(shot.latents)[1].get("key") == shot.key)
@@ -187,4 +199,4 @@ def missing_capabilities(shots: Sequence[Shot]) -> Iterator[str]:
 
 def is_cached(prompt: Prompt, context: RenderContext) -> bool:
     """Return whether the cache has the embedding of a prompt."""
-    return context.store is not None and context.store.path(prompt.id).exists()
+    return context.store is not None and context.store.has(prompt.id)

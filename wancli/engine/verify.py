@@ -11,14 +11,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.engine import manifest_body
-from wancli.errors import EntryError, FfmpegError
+from wancli.errors import EntryError, FfmpegError, Unreadable
 from wancli.sampling import state_file
-from wancli.storage import claim_file, manifest
+from wancli.storage import claim_file, disk, manifest
 from wancli.storage.claims import claim_path
 from wancli.storage.manifest import Problem
 from wancli.storage.manifest_schema import Manifest, StateRecord
@@ -44,26 +45,40 @@ class Verdict:
     latents: int = 0
     states: int = 0
     problems: list[Problem] = field(default_factory=list)
+    unreadable: list[Problem] = field(default_factory=list)  # files and folders that may be sound
     missing: list[Path] = field(default_factory=list)  # outputs of a job that were not rendered yet
     orphans: list[Path] = field(default_factory=list)  # videos without a manifest
     aside: list[Path] = field(default_factory=list)  # files that --force, or damage, moved aside
     debris: list[Path] = field(default_factory=list)  # files that dead processes left, claims among them
+
+    @contextmanager
+    def note_unreadable(self) -> Iterator[None]:
+        """Note what the block could not look at, and continue after it."""
+        try:
+            yield
+        except Unreadable as error:
+            self.unreadable.append(Problem(Path(error.where), error.message))
 
     def as_dict(self) -> dict[str, Any]:
         """`wancli check --json`."""
         return {
             "schema": "wancli/check/1",
             "verified": {"videos": self.videos, "latents": self.latents, "states": self.states},
-            "problems": [{"path": str(problem.path), "problem": problem.text} for problem in self.problems],
+            "problems": [problem.as_dict() for problem in self.problems],
+            "unreadable": [problem.as_dict() for problem in self.unreadable],
             **{name: [*map(str, getattr(self, name))] for name in ("missing", "orphans", "aside", "debris")},
         }
 
 
 def check_folder(root: Path, *, deep: bool = False) -> Verdict:
     """Check everything below a folder. `deep` also decodes every video and counts its frames."""
-    root = root.resolve()
-    verdict = _check_paths(list(_list_files(root)), {}, lambda path: path.is_relative_to(root), deep)
-    verdict.debris += _stale_claims(sorted(root.rglob(".wancli/claims/*.json")))
+    root = disk.resolve(root)
+    verdict = Verdict()
+    files = list(_walk(root, verdict))
+    claims = [path for path in files if path.suffix == ".json" and path.parts[-3:-1] == (".wancli", "claims")]
+    others = [path for path in files if ".wancli" not in path.relative_to(root).parts[:-1]]
+    _check_paths(others, {}, lambda path: path.is_relative_to(root), deep, verdict)
+    verdict.debris += _stale_claims(claims)
     return verdict
 
 
@@ -74,10 +89,9 @@ def check_shots(shots: Iterable[Shot], *, deep: bool = False) -> Verdict:
     folders = sorted({output.parent for output in expected})
     # The report is in the folder that all of them share.
     to_list = {Path(os.path.commonpath(folders)), *folders}
-    paths = sorted(
-        {path for folder in to_list if folder.is_dir() for path in folder.iterdir() if path.is_file()}
-    )
-    verdict = _check_paths(paths, expected, lambda path: path in expected, deep)
+    verdict = Verdict()
+    paths = sorted({path for folder in to_list for path in _list(folder, verdict)})
+    _check_paths(paths, expected, lambda path: path in expected, deep, verdict)
     verdict.debris += _stale_claims(map(claim_path, expected.values()))
     return verdict
 
@@ -87,38 +101,64 @@ def _stale_claims(claims: Iterable[Path]) -> list[Path]:
     return [path for path in claims if (claim := claim_file.read_claim(path)) and claim_file.is_dead(claim)]
 
 
-def _list_files(root: Path) -> Iterator[Path]:
-    for folder, inner, names in os.walk(root):
-        inner[:] = sorted(name for name in inner if name != ".wancli")
-        yield from (Path(folder, name) for name in sorted(names))
+def _walk(folder: Path, verdict: Verdict) -> Iterator[Path]:
+    """Yield every file below a folder. Folders that cannot be listed are noted."""
+    inner = []
+    for path in _list(folder, verdict):
+        with verdict.note_unreadable():
+            if disk.is_folder(path) and not disk.is_link(path):
+                inner.append(path)
+                continue
+        yield path
+    for path in inner:
+        yield from _walk(path, verdict)
 
 
-def _check_paths(paths: list[Path], expected: Mapping[Path, Shot], in_scope: InScope, deep: bool) -> Verdict:
-    verdict = Verdict()
-    outputs = set()
+def _list(folder: Path, verdict: Verdict) -> list[Path]:
+    with verdict.note_unreadable():
+        return disk.list_folder(folder)
+    return []
+
+
+def _check_paths(
+    paths: list[Path], expected: Mapping[Path, Shot], in_scope: InScope, deep: bool, verdict: Verdict
+) -> None:
+    outputs: set[Path] = set()
     for path in paths:
-        if _COMPARISON.search(path.name):
-            continue
-        if _TEMP_FILE.fullmatch(path.name):
-            verdict.debris.append(path)
-        elif _MOVED_ASIDE.search(path.name):
-            verdict.aside.append(path)
-        elif path.name.endswith("report.json"):
-            verdict.problems += _report_problems(path, in_scope)
-        elif kind := next((suffix for suffix in _KINDS if path.name.endswith(suffix)), ""):
-            output = path.with_name(path.name.removesuffix(kind) + _VIDEO)
-            if expected and output not in expected:
-                verdict.orphans += [path] if kind == _VIDEO and not _has_manifest(path) else []
-            elif kind in (_MANIFEST, _VIDEO):
-                outputs.add(output)
-            else:
-                _check_tensors(path, kind, output, expected.get(output), verdict)
+        with verdict.note_unreadable():
+            _check_path(path, expected, in_scope, outputs, verdict)
     broken = {problem.path for problem in verdict.problems}
     for output in sorted(outputs):
-        _check_video(output, expected.get(output), broken, deep, verdict)
-    verdict.missing += [output for output in expected if output not in outputs | broken]
+        with verdict.note_unreadable():
+            _check_video(output, expected.get(output), broken, deep, verdict)
+    hidden = {problem.path for problem in verdict.unreadable}
+    verdict.missing += [
+        output for output in expected if output not in outputs | broken and output.parent not in hidden
+    ]
     verdict.problems = sorted(dict.fromkeys(verdict.problems))
-    return verdict
+    verdict.unreadable = sorted(dict.fromkeys(verdict.unreadable))
+
+
+def _check_path(
+    path: Path, expected: Mapping[Path, Shot], in_scope: InScope, outputs: set[Path], verdict: Verdict
+) -> None:
+    """Check a file that is not a video, and collect the outputs."""
+    if _COMPARISON.search(path.name):
+        return
+    if _TEMP_FILE.fullmatch(path.name):
+        verdict.debris.append(path)
+    elif _MOVED_ASIDE.search(path.name):
+        verdict.aside.append(path)
+    elif path.name.endswith("report.json"):
+        verdict.problems += _report_problems(path, in_scope)
+    elif kind := next((suffix for suffix in _KINDS if path.name.endswith(suffix)), ""):
+        output = path.with_name(path.name.removesuffix(kind) + _VIDEO)
+        if expected and output not in expected:
+            verdict.orphans += [path] if kind == _VIDEO and not _has_manifest(path) else []
+        elif kind in (_MANIFEST, _VIDEO):
+            outputs.add(output)
+        else:
+            _check_tensors(path, kind, output, expected.get(output), verdict)
 
 
 def _check_video(output: Path, shot: Shot | None, broken: set[Path], deep: bool, verdict: Verdict) -> None:
@@ -148,7 +188,7 @@ def _check_tensors(path: Path, kind: str, output: Path, shot: Shot | None, verdi
 
 
 def _has_manifest(output: Path) -> bool:
-    return os.path.lexists(manifest.manifest_path(output))
+    return disk.is_taken(manifest.manifest_path(output))
 
 
 def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem]:
@@ -188,8 +228,8 @@ def _read_state(path: Path) -> tuple[str | None, str]:
 def _report_problems(path: Path, in_scope: InScope) -> Iterator[Problem]:
     """Yield the finished shots of a report that are gone. Reports of other programs are not judged."""
     try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        report = json.loads(disk.read_bytes(path))
+    except (ValueError, RecursionError):
         yield Problem(path, "is not whole")
         return
     if not isinstance(report, dict) or not str(report.get("schema", "")).startswith("wancli/report/"):
@@ -201,7 +241,7 @@ def _report_problems(path: Path, in_scope: InScope) -> Iterator[Problem]:
     for entry in shots:
         output = Path(entry["output"])
         if entry["status"] in ("rendered", "already done") and in_scope(output):
-            if not output.exists():
+            if not disk.exists(output):
                 yield Problem(output, f"is gone; {path.name} has it as {entry['status']}")
             if not _has_manifest(output):
                 text = f"is gone; {path.name} has it as {entry['status']}"

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.progress import make_printable
+from wancli.storage import disk
 from wancli.storage.paths import require_cwd
 
 _BUSY_AFTER = 0.5  # seconds without an answer after which a server counts as busy
@@ -135,8 +136,11 @@ def _print_message(text: str) -> None:
 @contextmanager
 def _standard_streams() -> Iterator[list[int]]:
     """Yield the descriptors of stdin, stdout and stderr, with /dev/null for those that are closed."""
-    with Path(os.devnull).open("r+b") as null:
-        yield [fd if _is_open(fd) else null.fileno() for fd in range(3)]
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield [fd if _is_open(fd) else null for fd in range(3)]
+    finally:
+        os.close(null)
 
 
 def _stream_settings(stream: TextIO) -> dict[str, Any]:
@@ -161,7 +165,9 @@ def _current_umask() -> int:
 
 def _process_start_time() -> float:
     """Return when this process was started, in seconds since 1970."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = (disk.read_system_text("/proc/self/stat") or "").rpartition(")")[2].split()
+    if not fields:
+        return time.time()
     ticks = int(fields[19])  # since the machine started, proc(5)
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age

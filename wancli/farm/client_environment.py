@@ -45,7 +45,7 @@ def use_client_environment(request: dict[str, Any], streams: Sequence[int]) -> I
 
 
 def _open_stdin() -> TextIO:
-    return open(0, closefd=False)
+    return open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
 
 
 def _set_environment(wanted: dict[str, str]) -> None:

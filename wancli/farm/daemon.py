@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from wancli.errors import ExitStatus, MachineError
+from wancli.storage import atomic
 
 
 class Background:
@@ -74,6 +75,7 @@ def detach(log: Path, *, wait: bool) -> Background | ExitStatus:
 
 def _redirect(path: Path | str, fd: int) -> None:
     """Make a file what a descriptor writes to and reads from."""
-    opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    with atomic.writing(Path(path)):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     os.dup2(opened, fd)
     os.close(opened)

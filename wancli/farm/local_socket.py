@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from wancli import __version__
-from wancli.errors import JobError, MachineError
+from wancli.errors import JobError, MachineError, Unreadable
+from wancli.storage import disk
+from wancli.storage.paths import expand_home
 
 AUTO = "auto"
 _MAX_PATH_BYTES = 107  # of a Unix socket
@@ -47,9 +49,9 @@ def socket_path(socket_name: str, cache: Path) -> Path:
     if socket_name == AUTO:
         # A cache may be shared by hosts, a socket never is.
         runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nowhere")
-        path = runtime / "wancli/serve" if runtime.is_dir() else cache / "run" / os.uname().nodename
+        path = runtime / "wancli/serve" if disk.is_folder(runtime) else cache / "run" / os.uname().nodename
     else:
-        path = Path(socket_name).expanduser()
+        path = expand_home(socket_name, "--socket")
     path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow links and lengthen it
     if len(os.fsencode(path)) > _MAX_PATH_BYTES:
         raise JobError(
@@ -62,7 +64,9 @@ def socket_path(socket_name: str, cache: Path) -> Path:
 
 def require_private(folder: Path) -> None:
     """Raise MachineError unless the folder belongs to this user and is closed to all others."""
-    found = folder.stat()
+    found = disk.status(folder)
+    if found is None:
+        raise MachineError("no such folder", where=str(folder))
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise MachineError(
             f"not a private folder (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):04o}), so a "
@@ -86,7 +90,11 @@ def make_private_folder(folder: Path) -> None:
 def lock_socket(path: Path) -> Iterator[None]:
     """Keep other servers from this socket while the block runs. Raises MachineError if one holds it."""
     make_private_folder(path.parent)
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock_path = path.with_name(path.name + ".lock")
+    try:
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MachineError(f"cannot be made: {error.strerror}", where=str(lock_path)) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -124,9 +132,8 @@ def listen(path: Path) -> Iterator[socket.socket]:
 
 def _remove_stale_socket(path: Path) -> None:
     """Remove the socket of a server that died."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
+    found = disk.link_status(path)
+    if found is None:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise MachineError(
@@ -147,9 +154,10 @@ def connect(path: Path) -> socket.socket | None:
     Raises MachineError if the folder is not private or another user runs the server.
     """
     try:
-        path.lstat()
+        if not disk.is_taken(path):
+            return None
         require_private(path.parent)
-    except OSError:
+    except Unreadable:
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -166,22 +174,14 @@ def connect(path: Path) -> socket.socket | None:
 def process_fingerprint() -> dict[str, str]:
     """Return what must be the same at both ends, so that a render is the same at either."""
     digest = hashlib.sha256()
-    for file in sorted(_list_modules(str(Path(__file__).parent.parent))):
-        found = os.stat(file)  # noqa: PTH116 - some hundred in a few milliseconds
-        digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    for file in sorted(disk.walk(Path(__file__).parent.parent, without="__pycache__")):
+        if file.suffix == ".py" and (found := disk.status(file)):
+            digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return {
         "the version of wancli": __version__,
         "Python's folder": sys.prefix,
         "wancli's code": digest.hexdigest()[:16],
     } | {name: os.environ.get(name, "not set") for name in FIXED_VARIABLES}
-
-
-def _list_modules(folder: str) -> Iterator[str]:
-    for entry in os.scandir(folder):
-        if entry.is_dir():
-            yield from _list_modules(entry.path)
-        elif entry.name.endswith(".py"):
-            yield entry.path
 
 
 def describe_difference(server: Mapping[str, str], client: Mapping[str, str]) -> str | None:

@@ -14,18 +14,18 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcomes
 from wancli.engine.manifest_body import Record
-from wancli.engine.outcome import Outcome
+from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.preflight import PreflightResult, check_outputs
-from wancli.errors import MachineError, WancliError
+from wancli.errors import ErrorCapture, MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.plan import batching
-from wancli.storage import manifest
+from wancli.storage import disk, manifest
 
 if TYPE_CHECKING:
     from wancli.engine.context import RenderContext
@@ -205,9 +205,12 @@ def _read_outcomes(shots: Sequence[Shot], outcomes: Sequence[Record]) -> Iterato
 
 def _verify_output(shot: Shot, status: Literal["rendered", "already done"]) -> Outcome:
     """Check on this host that the output of a shot verifies which a worker reports as done."""
-    with suppress(OSError):
-        list(shot.output.parent.iterdir())  # makes NFS ask its server
-    if wrong := manifest.find_problems(shot.output, shot.key):
+    with ErrorCapture() as look:
+        disk.list_folder(shot.output.parent)  # makes NFS ask its server
+        wrong = manifest.find_problems(shot.output, shot.key)
+    if look.error:
+        return failed_outcome(shot, look)
+    if wrong:
         error = MachineError(
             f"a worker reports it as {status}, but {socket.gethostname()} finds: {wrong[0]}",
             where=str(shot.output),

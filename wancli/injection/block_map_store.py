@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wancli.errors import JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import METHODS, BlockMap, format_blocks, rank
+from wancli.storage import disk
 from wancli.units import quote
 
 AUTO = re.compile(r"auto:(top|bottom)(\d{1,4})")
@@ -88,9 +88,8 @@ class BlockMapStore:
         return self._cached[transformer]
 
     def _read(self, transformer: str, depth: int) -> Iterator[BlockMap]:
-        with suppress(OSError):
-            for path in sorted(self._folder(transformer).glob("*.json")):
-                measured = block_map.read(path)
-                model = measured and (measured.model.sha256, measured.model.blocks)
-                if measured and measured.block_totals and model == (transformer, depth):
-                    yield measured
+        for path in disk.list_folder(self._folder(transformer)):
+            measured = block_map.read(path) if path.suffix == ".json" else None
+            model = measured and (measured.model.sha256, measured.model.blocks)
+            if measured and measured.block_totals and model == (transformer, depth):
+                yield measured

@@ -8,19 +8,19 @@ from pathlib import Path
 from wancli.errors import JobError
 from wancli.job.overrides import Layer, Merged, Source, merge_layers
 from wancli.job.yaml_reader import MAX_BYTES, read_yaml
+from wancli.storage import disk
+from wancli.storage.paths import expand_home
 
 MAX_DEPTH, MAX_FILES = 8, 64
 
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Read a file, at most one byte more than `limit`. Raises JobError."""
-    try:
-        with path.open("rb") as file:
+    with disk.reading_for_job(str(path)):
+        if disk.is_folder(path):
+            raise JobError("is a folder, not a job file", where=str(path))
+        with disk.opened(path, pipes=True) as file:
             return file.read(limit + 1)
-    except IsADirectoryError:
-        raise JobError("is a folder, not a job file", where=str(path)) from None
-    except OSError as error:
-        raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def read_referenced(name: str, source: Source, limit: int = MAX_BYTES) -> tuple[bytes, Path, str]:
@@ -28,17 +28,11 @@ def read_referenced(name: str, source: Source, limit: int = MAX_BYTES) -> tuple[
 
     The name for messages starts from where that of the job starts. Raises JobError if it cannot be read.
     """
-    try:
-        relative = Path(name).expanduser()
-        path = (source.base_dir / relative).resolve()
-        with path.open("rb") as file:
+    relative = expand_home(name, source.location())
+    with disk.reading_for_job(source.location(), name):
+        path = disk.resolve(source.base_dir / relative)
+        with disk.opened(path, pipes=True) as file:
             data = file.read(limit + 1)
-    except OSError as error:
-        hint = f"Looked for {source.base_dir / relative}."
-        message = f"{name!r} cannot be read: {error.strerror}"
-        raise JobError(message, where=source.location(), hint=hint) from None
-    except (RuntimeError, ValueError) as error:  # no such user, or a symbolic link to itself
-        raise JobError(f"{name!r}: {error}", where=source.location()) from None
     return data, path, os.path.normpath(Path(source.file).parent / relative)
 
 
@@ -48,7 +42,9 @@ def load_merged(data: bytes, file: str, path: Path | None, directory: Path) -> M
     Raises JobError if a file is not a mapping, if files extend one another in a circle, and for more than
     8 levels or 64 files.
     """
-    return merge_layers(_read_layers(data, Source(file, directory), (path.resolve(),) if path else (), []))
+    return merge_layers(
+        _read_layers(data, Source(file, directory), (disk.resolve(path),) if path else (), [])
+    )
 
 
 def _read_layers(data: bytes, source: Source, chain: tuple[Path, ...], opened: list[Path]) -> list[Layer]:

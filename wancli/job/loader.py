@@ -19,6 +19,7 @@ from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.schema import Job
 from wancli.job.validation import EXPANSION_KEYS, describe_problems
 from wancli.job.yaml_reader import Key
+from wancli.storage import disk
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class JobFile:
 
 def load(path: Path, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
     """Read a job file. Raises JobError with every problem in it."""
-    directory = path.resolve().parent
+    directory = disk.resolve(path).parent
     file = extends.load_merged(extends.read_file(path), str(path), path, directory)
     return _build_job_file(file, path.stem, directory, overrides)
 

@@ -18,7 +18,7 @@ from wancli.plan.batching import STATE_TENSORS
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Shot
 from wancli.resources.memory_model import FP32
-from wancli.storage import atomic
+from wancli.storage import disk
 from wancli.storage.cache import Store
 from wancli.units import format_bytes, pluralize
 
@@ -64,13 +64,13 @@ def disk_needs(schedule: Schedule, store: Store | None = None) -> list[DiskNeed]
         per_device[device] += max(passing, default=0)
     if store and (device := _device_id(store.root)) in folders:
         per_device[device] += embedding_bytes(schedule.shots, store)
-    return [DiskNeed(folder, per_device[d], atomic.free_space(folder)) for d, folder in folders.items()]
+    return [DiskNeed(folder, per_device[d], disk.free_space(folder)) for d, folder in folders.items()]
 
 
 def embedding_bytes(shots: Iterable[Shot], store: Store) -> int:
     """Return the bytes of the embeddings that the store does not have yet."""
     texts = {text.id: (shot, text) for shot in shots for text in shot.prompts if text.file is None}
-    missing = [pair for id, pair in texts.items() if not store.path(id).exists()]
+    missing = [pair for id, pair in texts.items() if not store.has(id)]
     rows = (
         (len(text.tokens.ids), shot.model.checkpoint.transformer_config.text_dim) for shot, text in missing
     )
@@ -107,11 +107,10 @@ def _permanent_bytes(shot: Shot) -> int:
 def _temporary_bytes(shot: Shot) -> int:
     """Return the bytes of the latent, and twice of the state, less what is on disk already."""
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD_BYTES
-    existing = sum(path.stat().st_size for path in (shot.latents, shot.state) if path.exists())
+    existing = sum(found.st_size for path in (shot.latents, shot.state) if (found := disk.status(path)))
     return max(0, latent + 2 * (STATE_TENSORS * latent) - existing)
 
 
 def _device_id(path: Path) -> int:
-    while not path.exists():
-        path = path.absolute().parent
-    return path.stat().st_dev
+    found = disk.status(disk.nearest_folder(path))
+    return found.st_dev if found else 0

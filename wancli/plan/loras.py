@@ -13,6 +13,7 @@ from wancli.job.schema import LoraEntry
 from wancli.models.config import WanConfig
 from wancli.plan.injections import locate_errors, no_experts_error, select_steps
 from wancli.sampling.stages import Stage
+from wancli.storage import disk
 from wancli.weights.checkpoint import fingerprint
 from wancli.weights.component import expert_from_name
 from wancli.weights.formats.infer_config import transformer_shapes
@@ -76,7 +77,9 @@ def _decide_use(
     def job_error(key: str, what: str, hint: str = "") -> JobError:
         return JobError(what, where=item.location("loras", index, key), hint=hint)
 
-    if not path.is_file():
+    with disk.reading_for_job(item.location("loras", index, "path"), entry.path):
+        is_found = disk.is_file(path)
+    if not is_found:
         raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
     if not is_safetensors(path):
         raise job_error("path", f"{entry.path!r} is not a .safetensors file", "Save the LoRA as one.")

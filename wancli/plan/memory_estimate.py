@@ -14,6 +14,7 @@ from wancli.resources.memory_model import (
     Phase,
     SampleCoefficients,
 )
+from wancli.storage import disk
 from wancli.weights.component import Component
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def predict_sampling(shot: Shot, rows: int, forwards: int) -> Phase:
         text_rows=rows,
         forwards_per_pass=forwards,
         chunk=model.kernels.chunk,
-        lora_bytes=sum(file.stat().st_size for file in {use.path for use in shot.loras}),
+        lora_bytes=sum(disk.size(file) for file in {use.path for use in shot.loras}),
     )
 
 

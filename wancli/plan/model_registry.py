@@ -21,7 +21,8 @@ from wancli.job.overrides import Source
 from wancli.job.schema import ModelEntry, ModelFiles
 from wancli.job.validation import describe_problems
 from wancli.job.yaml_reader import Key, read_yaml
-from wancli.storage import links
+from wancli.storage import disk, links
+from wancli.storage.paths import expand_home, user_folder
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import SingleFiles
 
@@ -44,7 +45,9 @@ def resolve_model(spec: str | ModelFiles, base_dir: BaseDir, locate: Locate) -> 
     if spec in known:
         return known[spec]
     path = resolve_path(base_dir(), spec, locate())
-    if not os.path.lexists(path):
+    with disk.reading_for_job(locate(), spec):
+        is_found = disk.is_taken(path)
+    if not is_found:
         raise JobError(f"{spec!r} not found", where=locate(), hint=_not_found_hint(spec, path))
     return path
 
@@ -68,21 +71,20 @@ class ModelLocations:
 def registered_models() -> dict[str, Location]:
     """Read the models in models.yaml. Raises JobError with every problem in it."""
     path = models_file()
-    try:
-        return _read_models_file(path, path.stat().st_mtime_ns)
-    except FileNotFoundError:
-        if "WANCLI_MODELS" in os.environ:
-            raise JobError("not found", where=f"$WANCLI_MODELS: {path}") from None
-        return {}
-    except OSError as error:
-        raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    with disk.reading_for_job(str(path)):
+        if path is not None and (found := disk.status(path)):
+            return _read_models_file(path, found.st_mtime_ns)
+    if "WANCLI_MODELS" in os.environ:
+        raise JobError("not found", where=f"$WANCLI_MODELS: {path}")
+    return {}
 
 
-def models_file() -> Path:
-    from platformdirs import user_config_path
-
-    custom = os.environ.get("WANCLI_MODELS")
-    return (Path(custom) if custom else user_config_path("wancli") / "models.yaml").expanduser().resolve()
+def models_file() -> Path | None:
+    """Return the path of models.yaml, None if there is neither $WANCLI_MODELS nor a home folder."""
+    if custom := os.environ.get("WANCLI_MODELS"):
+        return disk.resolve(expand_home(custom, "$WANCLI_MODELS"))
+    folder = user_folder("config")
+    return disk.resolve(folder / "models.yaml") if folder else None
 
 
 def resolve_path(base_dir: Path, text: str, location: str) -> Path:
@@ -90,15 +92,13 @@ def resolve_path(base_dir: Path, text: str, location: str) -> Path:
 
     Raises JobError if it cannot be resolved.
     """
-    try:
-        return links.resolve_path(base_dir / Path(text).expanduser())
-    except RuntimeError as error:  # no such user, or a symbolic link to itself
-        raise JobError(f"{text!r}: {error}", where=location) from None
+    with disk.reading_for_job(location, text):
+        return links.resolve_path(base_dir / expand_home(text, location))
 
 
 @cache
 def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
-    raw, lines = read_yaml(path.read_bytes(), str(path))
+    raw, lines = read_yaml(disk.read_bytes(path), str(path))
     source = Source(str(path), path.parent, lines)
     if not isinstance(raw, dict):
         raise JobError("is not a mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")
@@ -135,7 +135,9 @@ def _resolve_files(
     paths: dict[str, Path] = {}
     for key, text in files.model_dump(exclude_none=True, exclude={"heads"}).items():
         paths[key] = resolve_path(base_dir(key), text, locate(key))
-        if must_exist and not os.path.lexists(paths[key]):
+        with disk.reading_for_job(locate(key), text):
+            is_found = not must_exist or disk.is_taken(paths[key])
+        if not is_found:
             raise JobError(f"{text!r} not found", where=locate(key), hint=f"Looked for {paths[key]}.")
     return SingleFiles(**paths, heads=files.heads)
 

@@ -25,7 +25,8 @@ from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
 from wancli.resources import machine
-from wancli.storage.paths import output_path, slugify
+from wancli.storage import disk
+from wancli.storage.paths import output_path, require_possible, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
@@ -246,11 +247,11 @@ def _with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     }
     try:
         output = output_path(jobs.directory, item.job.output, fields)
-        folder = output.parent.resolve()
+        with disk.reading_for_job(item.location("output")):
+            folder = disk.resolve(output.parent)
+        require_possible(folder / output.name, shot.id)
     except JobError as error:
         raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
-    except RuntimeError as error:  # a symbolic link to itself
-        raise JobError(str(error), where=item.location("output")) from None
     if output.suffix != ".mp4":
         raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
     return replace(shot, output=folder / output.name)

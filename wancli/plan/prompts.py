@@ -11,6 +11,7 @@ from wancli.job.loader import Item
 from wancli.job.schema import EmbeddingFile
 from wancli.plan import model_registry
 from wancli.plan.shot import ModelSpec, Prompt
+from wancli.storage import disk
 from wancli.text.embedding import read_tokens
 from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokenizer
@@ -47,10 +48,8 @@ class PromptResolver:
 
     def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
         path = model_registry.resolve_path(base_dir, spec.embedding, location)
-        try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise JobError(f"{spec.embedding!r} cannot be read: {error.strerror}", where=location) from None
+        with disk.reading_for_job(location, spec.embedding):
+            payload = disk.read_bytes(path)
         try:
             tokens = read_tokens(payload)
         except EntryError as error:

@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.errors import MachineError
+from wancli.errors import MachineError, Unreadable
 from wancli.injection.table import Concat, Lerp
 from wancli.plan import memory_estimate
 from wancli.resources import flops, machine
-from wancli.storage import atomic
+from wancli.storage import atomic, disk
 
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
@@ -94,9 +94,9 @@ def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
 def read_rates(path: Path) -> tuple[Rate, ...]:
     """Read the remembered rates. Returns none if the file is missing or damaged."""
     try:
-        rates = [Rate(**entry) for entry in json.loads(path.read_bytes())]
+        rates = [Rate(**entry) for entry in json.loads(disk.read_bytes(path))]
         return tuple(rate for rate in rates if _is_sound(rate))
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (Unreadable, ValueError, TypeError, RecursionError):
         return ()
 
 

@@ -45,7 +45,7 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
     store = context.store
-    all_cached = all(text.file or (store and store.path(text.id).exists()) for text in probe.texts)
+    all_cached = all(text.file or (store and store.has(text.id)) for text in probe.texts)
     forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
     with oom_as_error("encode", f"shot {shot.id}"):
         encoded, _ = encode_prompts(shot.model, probe.texts, context)

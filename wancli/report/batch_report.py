@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli.engine.manifest_body import versions
-from wancli.errors import EntryError
+from wancli.errors import EntryError, Unreadable
 from wancli.plan import throughput
 from wancli.report.shot_entry import ShotEntry
-from wancli.storage import atomic, manifest, sidecars
+from wancli.storage import atomic, disk, manifest, sidecars
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
@@ -88,7 +88,7 @@ def write_report(plan: Plan, report: Report) -> Path:
     """
     path = report_path(plan)
     earlier = read_report(path)
-    if path.exists() and earlier is None:
+    if earlier is None and disk.is_taken(path):
         atomic.move_aside(path)
     if plan.unselected:
         selected = {entry.output: entry for entry in report.shots}
@@ -107,9 +107,9 @@ def _unselected_entry(shot: Shot, entry: ShotEntry | None) -> ShotEntry:
     is now, else one from its manifest. Its video is not hashed."""
     if entry and entry.record and entry.record.key == shot.key:
         return entry
-    with suppress(EntryError):
+    with suppress(EntryError, Unreadable):
         record = manifest.read(shot.manifest)
-        if record and record.key == shot.key and shot.output.exists():
+        if record and record.key == shot.key and disk.exists(shot.output):
             return replace(_shot_entry(shot, None), status="already done", record=record)
     return entry or _shot_entry(shot, None)
 

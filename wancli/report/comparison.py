@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from wancli import __version__
 from wancli.engine.context import RenderContext
-from wancli.errors import JobError, Stopped, WancliError
+from wancli.errors import JobError, Stopped, Unreadable, WancliError
 from wancli.report import comparison_metrics
 from wancli.report.comparison_metrics import SCHEMA, JsonObject
-from wancli.storage import atomic, manifest, sidecars
+from wancli.storage import disk, manifest, sidecars
 from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
 
@@ -101,12 +101,12 @@ def plan_outputs(
         _split_into_files(sheets, clips, beside, contact_sheet.MAX_VIDEOS) if sheets else [],
         _split_into_files(videos, clips, beside, side_by_side.MAX_VIDEOS) if videos else [],
     )
-    taken = {path.resolve() for path in (*reserved, *(one.path for one in clips))}
+    taken = {disk.resolve(path) for path in (*reserved, *(one.path for one in clips))}
     for path in outputs.paths:
-        if path.resolve() in taken:
+        if disk.resolve(path) in taken:
             message = "is a video that is compared, or named twice"
             raise JobError(message, where=str(path), hint="Choose another name.")
-        taken.add(path.resolve())
+        taken.add(disk.resolve(path))
     return outputs
 
 
@@ -229,7 +229,7 @@ def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash everything that a comparison of finished shots depends on."""
     records = [manifest.read(shot.manifest) for shot in shots]
     files = [[file.as_dict() for file in record.files] if record else [] for record in records]
-    made_of = [[shot.id, listed, shot.latents.exists()] for shot, listed in zip(shots, files)]
+    made_of = [[shot.id, listed, disk.exists(shot.latents)] for shot, listed in zip(shots, files)]
     wish = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
     return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
 
@@ -239,7 +239,7 @@ def _is_current(path: Path, key: str) -> bool:
     try:
         found = sidecars.read_document(path, SCHEMA) or {}
         return found["key"] == key and all(
-            atomic.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
+            disk.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
         )
-    except (OSError, KeyError, TypeError):
+    except (Unreadable, KeyError, TypeError):
         return False

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from wancli.engine.manifest_body import load_latent
-from wancli.errors import EntryError
-from wancli.storage import sidecars
+from wancli.errors import EntryError, Unreadable
+from wancli.storage import disk, sidecars
 from wancli.video import metrics
 from wancli.video.clip import Clip
 
@@ -161,11 +161,11 @@ def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
 
 def _load_latent(clip: Clip) -> Any:
     """Load the latent that a video was decoded from. Returns None if it does not exist any more."""
-    if clip.manifest_body is None or not clip.latents_path.exists():
+    if clip.manifest_body is None or not disk.exists(clip.latents_path):
         return None
     try:
         z_CTYX, record = load_latent(clip.latents_path)
-    except EntryError:
+    except (EntryError, Unreadable):
         return None
     return z_CTYX.numpy() if record.latents_key == clip.manifest_body.latents_key else None
 

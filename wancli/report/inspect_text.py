@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wancli.progress import make_printable
+from wancli.storage import disk
 from wancli.units import format_bytes
 
 COLUMNS, LABEL = 80, 16
@@ -36,8 +37,8 @@ def format_inspection(document: Mapping[str, Any]) -> Iterator[str]:
     if document["missing"]:
         yield from _format_row("missing", "; ".join(document["missing"]))
     elif document["problem"] and not refused:  # the paragraph of a refused part has the reason
-        yield from _format_row("to render", document["problem"].removeprefix(f"{root.resolve()}: "))
-    folder = root if root.is_dir() else root.parent
+        yield from _format_row("to render", document["problem"].removeprefix(f"{disk.resolve(root)}: "))
+    folder = root if disk.is_folder(root) else root.parent
     for part in document["parts"]:
         yield ""
         yield from _format_component(part, folder)

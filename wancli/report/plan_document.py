@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from wancli.engine import preflight
-from wancli.errors import EntryError
+from wancli.errors import EntryError, Unreadable
 from wancli.plan import alternatives, memory_estimate, throughput
+from wancli.storage import disk
 from wancli.storage.cache import unseal
 from wancli.text.embedding import read_tokens
 
@@ -107,9 +108,24 @@ def largest_shots(plan: Plan) -> list[Shot]:
 
 
 def output_states(shots: Iterable[Shot]) -> list[str]:
-    """Return the state of each output: `done`, `to do`, `damaged` (rendered again), or `in the way` (needs
-    --force or another output). Reads every existing video."""
-    return [preflight.output_status(shot)[0] for shot in shots]
+    """Return the state of each output: `done`, `to do`, `damaged` (rendered again), `in the way` (needs
+    --force or another output), or `unreadable`. Reads every existing video."""
+    return [_output_state(shot) for shot in shots]
+
+
+def unreadable_outputs(shots: Sequence[Shot], states: Sequence[str]) -> Iterator[str]:
+    """Warn of the outputs that cannot be looked at."""
+    paths = [shot.output for shot, found in zip(shots, states, strict=True) if found == "unreadable"]
+    if paths:
+        others = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+        yield f"{paths[0]}{others} cannot be looked at; `wancli status` says why, and `render` would fail"
+
+
+def _output_state(shot: Shot) -> str:
+    try:
+        return preflight.output_status(shot)[0]
+    except Unreadable:
+        return "unreadable"
 
 
 def shots_to_render(shots: Sequence[Shot], states: Sequence[str]) -> list[Shot]:
@@ -125,7 +141,7 @@ def prompt_rows(shots: Iterable[Shot], store: Store) -> list[dict[str, Any]]:
             "id": id,
             "text": prompt.tokens.text,
             "tokens": len(prompt.tokens.ids),
-            "cached": prompt.file is not None or store.path(id).exists(),
+            "cached": prompt.file is not None or store.has(id),
         }
         for id, prompt in texts.items()
     ]
@@ -136,8 +152,8 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
         try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
-            tokens = read_tokens(unseal(entry.path.read_bytes(), entry.key))[0]
-        except (OSError, EntryError):
+            tokens = read_tokens(unseal(disk.read_bytes(entry.path), entry.key))[0]
+        except (Unreadable, EntryError):
             tokens = None
         rows.append(
             {
@@ -171,7 +187,7 @@ def estimate_time(
     Also returns the rates that were used; `rough` if they are of much smaller or larger shots. `taken` has,
     by index, how many steps of a shot need not be taken any more."""
     texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
-    missing = frozenset(id for id in texts if not store.path(id).exists())
+    missing = frozenset(id for id in texts if not store.has(id))
     phases = throughput.predict_phases(shots, missing, rates, taken)
     parts = list(phases.values())
     sources = throughput.rates_used(shots, rates) if shots else {}

@@ -63,7 +63,7 @@ def format_plan(
     if len(states) > 1:
         counts = ", ".join(
             f"{states.count(s):,} {state_text(s)}"
-            for s in ("done", "to do", "damaged", "in the way")
+            for s in ("done", "to do", "damaged", "in the way", "unreadable")
             if s in states
         )
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"

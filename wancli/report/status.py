@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wancli.errors import NoSuchFile, Unreadable
 from wancli.plan import throughput
 from wancli.progress import make_printable
 from wancli.report import batch_report, plan_document
 from wancli.report.shorten import shorten_unique
 from wancli.report.terminal import state_text
-from wancli.storage import claims, tensor_file
+from wancli.storage import claims, disk, tensor_file
 from wancli.units import format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from wancli.storage.cache import Store
 
 SCHEMA = "wancli/status/1"
-STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "to do")
+STATES = ("done", "claimed", "half done", "latent only", "failed", "in the way", "unreadable", "to do")
 _LINES = 19  # shots that are shown one by one
 
 
 def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dict[str, Any]:
     """Build `wancli status --json`: the state of every shot, and the time that the rest will take."""
     failed = _read_failures(batch_report.report_path(plan))
-    rows = [_shot_row(shot, failed.get(str(shot.output))) for shot in plan.shots]
+    rows = [_look_at_shot(shot, failed.get(str(shot.output))) for shot in plan.shots]
     counts = Counter(row["state"] for row in rows)
     return {
         "schema": SCHEMA,
@@ -45,6 +45,16 @@ def status_document(plan: Plan, store: Store, rates: Sequence[Rate] = ()) -> dic
         "shots": rows,
         "time": _estimate_remaining(plan, rows, store, rates),
     }
+
+
+def _look_at_shot(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the row of a shot; `unreadable` if its files cannot be looked at."""
+    try:
+        return _shot_row(shot, error)
+    except Unreadable as why:
+        about = {"index": shot.index, "id": shot.id, "labels": shot.labels, "path": str(shot.output)}
+        about |= {"key": shot.key, "state": "unreadable", "step": 0, "steps": shot.steps}
+        return about | {"saved": None, "claim": None, "error": why.as_dict()}
 
 
 def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -61,14 +71,12 @@ def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     if has_latent or has_state:
         path = shot.latents if has_latent else shot.state
         progress["step"] = shot.steps if has_latent or saved is None else saved["step"]
-        with suppress(OSError):  # gone since: what it became, the next look tells
-            progress["saved"] = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(
-                timespec="seconds"
-            )
+        if found := disk.status(path):  # else it is gone since: what it became, the next look tells
+            progress["saved"] = datetime.fromtimestamp(found.st_mtime, UTC).isoformat(timespec="seconds")
     progress["error"] = error
     if holder:
         state = "claimed"
-    elif shot.output.exists() and not (has_latent and not shot.manifest.exists()):
+    elif disk.exists(shot.output) and not (has_latent and not disk.exists(shot.manifest)):
         state = "in the way"
     elif error:
         state = "failed"
@@ -81,19 +89,19 @@ def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _looks_done(shot: Shot) -> bool:
     try:
-        body = json.loads(shot.manifest.read_bytes())
+        body = json.loads(disk.find_bytes(shot.manifest) or b"")
         sizes = {file["path"]: file["bytes"] for file in body["files"]}
-        return bool(body["key"] == shot.key and sizes[shot.output.name] == shot.output.stat().st_size)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return bool(body["key"] == shot.key and sizes[shot.output.name] == disk.size(shot.output))
+    except (NoSuchFile, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
     """Read the errors of the last report of the job, by output."""
     try:
-        shots = json.loads(path.read_bytes())["shots"]
+        shots = json.loads(disk.read_bytes(path))["shots"]
         return {shot["output"]: shot["error"] for shot in shots if shot["status"] == "failed"}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (Unreadable, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -105,7 +113,7 @@ def _estimate_remaining(
     taken = plan.schedule.shared_steps()
     decoding: list[float | None] = []
     for shot, row in zip(plan.shots, rows):
-        if row["state"] in ("done", "in the way"):
+        if row["state"] in ("done", "in the way", "unreadable"):
             continue
         if row["step"] == shot.steps:
             decoding.append(throughput.predict_seconds(throughput.shot_workloads(shot)["decode"], rates))
@@ -152,6 +160,9 @@ def _describe_shot(shot: Mapping[str, Any], now: datetime) -> str:
     if shot["saved"]:
         age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
         parts.append(f"step {shot['step']} of {shot['steps']}, saved {format_seconds(max(0.0, age))} ago")
+    if shot["state"] == "unreadable":
+        reason = shot["error"]["message"].removeprefix("cannot be read: ")
+        parts.append(f"{Path(shot['error']['where']).name}: {reason}")
     if shot["state"] == "failed":
         parts.append(shot["error"]["message"].partition("\n")[0])
     return "; ".join(parts)

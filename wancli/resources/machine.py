@@ -10,6 +10,8 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from wancli.storage import disk
+
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 
 
@@ -66,7 +68,8 @@ def cuda_reserved_memory() -> int:
 def device_name(device: str) -> str:
     """Name the processor that measured rates belong to: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
     if device == "cuda":
-        information = [path.read_text() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+        gpus = disk.list_folder(Path("/proc/driver/nvidia/gpus"))
+        information = [disk.read_system_text(gpu / "information") or "" for gpu in gpus]
         names = re.findall(r"Model:\s*(.+)", "\n".join(information))
         return names[0].strip() if names else "CUDA"
     cores = len(os.sched_getaffinity(0))
@@ -78,14 +81,15 @@ def device_name(device: str) -> str:
 def has_cuda() -> bool:
     """Return, without torch, whether `device: auto` means CUDA: a visible device and a CUDA build."""
     # A container shows the driver of its host in /proc, but only the devices that it may use.
-    devices = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
+    names = [path.name for path in disk.list_folder(Path("/dev"))]
+    devices = (
+        any(re.match("nvidia[0-9]", name) for name in names)
+        and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
+    )
     return devices and not metadata.version("torch").endswith("+cpu")
 
 
 @cache
 def _cpu_name() -> str:
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
+    names = re.findall(r"model name\s*:\s*(.+)", disk.read_system_text("/proc/cpuinfo") or "")
     return names[0].strip() if names else "CPU"

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Self
 
 from wancli.errors import OutOfMemory
+from wancli.storage import disk
 from wancli.units import format_bytes
 
 
@@ -106,15 +107,15 @@ class _Sampler(threading.Thread):
 
 def _reset_high_water() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # proc(5): resets VmHWM
     except OSError:
         return False
     return True
 
 
 def _read_status_bytes(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.split(f"{name}:")[1].split()[0])
+    text = disk.read_system_text("/proc/self/status") or ""
+    return 1024 * int(text.split(f"{name}:")[1].split()[0]) if f"{name}:" in text else _resident_bytes()
 
 
 def _resident_bytes() -> int:

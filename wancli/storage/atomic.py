@@ -14,27 +14,27 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import itertools
 import os
 import platform
+import resource
 import secrets
-import shutil
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from wancli.errors import DiskError, MachineError, NoSpace, OutputExists, WancliError
+from wancli.errors import DiskError, MachineError, NoSpace, OutputExists, Unreadable, WancliError
+from wancli.storage import disk
+from wancli.storage.paths import shorten_name
 
 _PREFIX, _SUFFIX = ".wancli-", ".tmp"
 _STALE_AGE = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
 _REASONS = {
-    errno.EACCES: "check who may write there",
-    errno.EPERM: "check who may write there",
     errno.EROFS: "that file system is read-only; choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a part of the path is a file, not a folder",
@@ -70,7 +70,7 @@ def publish(tmp: Path, final: Path) -> None:
     If the existing file has the same bytes, this succeeds; otherwise it raises OutputExists.
     """
     with writing(final):
-        data = tmp.read_bytes()  # while the kernel still has what it could not write
+        data = disk.read_bytes(tmp)  # while the kernel still has what it could not write
         try:
             _sync(tmp)
         except OSError as error:
@@ -99,12 +99,13 @@ def replace(path: Path, data: bytes) -> None:
 
 def move_aside(path: Path, label: str = "old") -> Path | None:
     """Move an existing file to NAME.old-1.EXT, or the next free number; return None if there is no file."""
-    if not os.path.lexists(path):
+    if not disk.is_taken(path):
         return None
-    if path.is_dir():
+    if disk.is_folder(path):
         raise OutputExists("a folder has the name of an output", where=str(path))
     for number in itertools.count(1):
-        aside = path.with_name(f"{path.stem}.{label}-{number}{path.suffix}")
+        end = f".{label}-{number}{path.suffix}"
+        aside = path.with_name(shorten_name(path.stem, 255 - len(end)) + end)
         with writing(aside), suppress(FileExistsError):
             _rename_without_overwriting(path, aside)
             _sync(path.parent)
@@ -132,15 +133,24 @@ def remove_stale_temp_files(folder: Path, now: float | None = None) -> list[Path
     the clock that dates the files of the folder, if it is known.
     """
     now = time.time() if now is None else now
-    removed = []
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    removed: list[Path] = []
+    found: list[Path] = []
+    with suppress(Unreadable):
+        found = [p for p in disk.list_folder(folder) if p.name.startswith(_PREFIX) and p.suffix == _SUFFIX]
+    for path in found:
         host, _, pid = path.name.removeprefix(_PREFIX).rpartition("-")[0].rpartition("-")
-        is_alive = host in ("", _host_name()) and Path("/proc", pid).exists()
-        with suppress(OSError):
-            if not is_alive and now - path.lstat().st_mtime > _STALE_AGE:
+        is_alive = host in ("", _host_name()) and disk.exists(Path("/proc", pid))
+        with suppress(OSError, Unreadable):
+            status = disk.link_status(path)
+            if not is_alive and status and now - status.st_mtime > _STALE_AGE:
                 path.unlink()
                 removed.append(path)
     return removed
+
+
+def _modified(path: Path) -> float | None:
+    found = disk.status(path)
+    return found.st_mtime if found else None
 
 
 def require_writable(folder: Path) -> None:
@@ -150,7 +160,7 @@ def require_writable(folder: Path) -> None:
     with the cause.
     """
     with temp_file(folder / "x") as tmp:
-        remove_stale_temp_files(folder, tmp.stat().st_mtime)
+        remove_stale_temp_files(folder, _modified(tmp))
         proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
         try:
             publish(tmp, proof)
@@ -216,9 +226,9 @@ def _rename_noreplace(source: Path, target: Path) -> None:
 
 
 def _have_same_bytes(a: Path, b: Path) -> bool:
-    if not stat.S_ISREG(b.lstat().st_mode) or a.stat().st_size != b.stat().st_size:
+    if not disk.is_file(b) or disk.is_link(b) or disk.size(a) != disk.size(b):
         return False
-    return sha256(a) == sha256(b)
+    return disk.sha256(a) == disk.sha256(b)
 
 
 def _sync(path: Path) -> None:
@@ -227,7 +237,7 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     except OSError as error:
         # some network file systems cannot sync a folder; theirs are not volatile either
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno != errno.EINVAL or not disk.is_folder(path):
             raise
     finally:
         os.close(fd)
@@ -239,42 +249,64 @@ def _host_name() -> str:
 
 
 def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
+    if not disk.is_folder(folder):
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)
 
 
-# ---- reading and reasons ----
-
-
-def sha256(path: Path) -> str:
-    """Return the hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def free_space(path: Path) -> int:
-    """Return the bytes free for this user on the disk of `path`, which need not exist."""
-    while not path.exists():
-        path = path.absolute().parent
-    return shutil.disk_usage(path).free
+# ---- reasons ----
 
 
 def translate(error: OSError, path: Path) -> WancliError:
     """Return the error for the user that an OSError while writing `path` means."""
     if error.errno in _FULL:
-        free = free_space(path) / 1e6
-        message = f"{os.strerror(error.errno)}; {free:,.1f} MB are free there"
-        return NoSpace(
-            message, where=str(path), hint="free some space and run again; finished shots are kept"
-        )
+        message, hint = _describe_full(error.errno, path)
+        return NoSpace(message, where=str(path), hint=f"{hint} and run again; finished shots are kept")
     reason = error.strerror or str(error)
     if error.errno == errno.EIO:
         return DiskError(
             f"cannot write: {reason}", where=str(path), hint="dmesg may say more about the disk."
         )
-    return MachineError(f"cannot write: {reason}", where=str(path), hint=_REASONS.get(error.errno or 0, ""))
+    hint = _describe_access(path) if error.errno in _FORBIDDEN else _REASONS.get(error.errno or 0, "")
+    return MachineError(f"cannot write: {reason}", where=str(path), hint=hint)
+
+
+def _describe_full(number: int, path: Path) -> tuple[str, str]:
+    """Return which limit a write met, and the way out."""
+    reason = os.strerror(number)
+    if number == errno.EDQUOT:
+        return f"{reason}: the quota of this user or group", "free some of it, or have it raised,"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if number == errno.EFBIG and limit != resource.RLIM_INFINITY:
+        return f"{reason}: this process may write at most {limit:,} bytes a file", "raise `ulimit -f`"
+    if number == errno.EFBIG:
+        return f"{reason} for that file system", "choose another folder"
+    try:
+        free, files = disk.free_space(path), disk.free_files(path)
+    except Unreadable:
+        return reason, "free some space"
+    if files == 0:
+        return f"{reason}: it can hold no more files (inodes); {free / 1e6:,.1f} MB are free there", (
+            "delete some files there"
+        )
+    return f"{reason}; {free / 1e6:,.1f} MB are free there", "free some space"
+
+
+def _describe_access(path: Path) -> str:
+    """Say whose the folder is, and how a group may share it."""
+    try:
+        folder = disk.nearest_folder(path.parent)
+        found = disk.status(folder)
+    except Unreadable:
+        found = None
+    if found is None:
+        return "check who may write there"
+    mode = f"{stat.S_IMODE(found.st_mode):04o}"
+    whose = f"{folder} belongs to user {found.st_uid} and group {found.st_gid}, mode {mode}"
+    if found.st_uid == os.geteuid() or found.st_mode & stat.S_IWGRP:
+        return f"check who may write there: {whose}"
+    return f"{whose}; for a shared folder its owner runs `chmod g+ws`, and everybody `umask 002` first"
 
 
 @contextmanager

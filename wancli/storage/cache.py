@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wancli.errors import EntryError, MachineError
-from wancli.storage import atomic
+from wancli.errors import EntryError, MachineError, Unreadable
+from wancli.storage import atomic, disk
 
 _MAGIC = b"\x89wancli\n"
 _VERSION = 1
@@ -78,9 +78,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._warned = False
-        with atomic.writing(root):
-            status = root.stat() if root.exists() else None
-            above = root.parent.stat() if root.parent.is_dir() else None
+        status, above = disk.status(root), disk.status(root.parent)
         if status:
             hint = f"chmod go-w {root}, or choose another folder with --cache-dir"
             if status.st_uid != os.geteuid():
@@ -97,14 +95,21 @@ class Store:
             raise ValueError(f"not a key: {key!r}")
         return self.root / key[:2] / f"{key}.entry"
 
+    def has(self, key: str) -> bool:
+        """Return whether there is an entry of a key that can be looked at. It is not verified."""
+        try:
+            return disk.exists(self.path(key))
+        except Unreadable:
+            return False
+
     def get(self, key: str) -> bytes | None:
         """Return the payload that was put under `key`, or None. Reading marks the entry as used."""
         path = self.path(key)
         try:
-            if path.parent.is_symlink():
+            if disk.is_link(path.parent):
                 return None
             payload = unseal(_read(path), key)
-        except OSError:
+        except (OSError, Unreadable):
             return None  # not found, pruned meanwhile, stale handle, a link: all the same to the caller
         except EntryError as error:
             log.warning("%s: %s; kept as .bad, computed again", path, error)
@@ -121,7 +126,7 @@ class Store:
         try:
             with atomic.writing(self.root):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.parent.is_symlink():
+            if disk.is_link(path.parent):
                 raise MachineError("a symbolic link leads out of the cache", where=str(path.parent))
             atomic.replace(path, seal(payload, key))
         except MachineError as error:
@@ -133,12 +138,15 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Return all entries, sorted by key, without reading or verifying them."""
-        entries = []
-        for path in sorted(self.root.glob("??/*.entry")):
-            with suppress(OSError):
-                status = path.lstat()
-                entries.append(Entry(path.stem, status.st_size, status.st_mtime, path))
-        return entries
+        paths = [path for shard in self._shards() for path in disk.list_folder(shard)]
+        return [
+            Entry(path.stem, status.st_size, status.st_mtime, path)
+            for path in paths
+            if path.suffix == ".entry" and (status := disk.link_status(path))
+        ]
+
+    def _shards(self) -> list[Path]:
+        return [path for path in disk.list_folder(self.root) if len(path.name) == 2 and disk.is_folder(path)]
 
     def verify(self) -> list[Entry]:
         """Return the entries that `get()` would not return. Changes nothing."""
@@ -149,10 +157,11 @@ class Store:
 
         Also removes .bad files and the temporary files of dead processes. Returns the removed entries.
         """
-        for shard in self.root.glob("??"):
+        for shard in self._shards():
             atomic.remove_stale_temp_files(shard)
-            for bad in shard.glob("*.bad"):
-                bad.unlink(missing_ok=True)
+            for bad in disk.list_folder(shard):
+                if bad.suffix == ".bad":
+                    atomic.remove(bad)
         entries = sorted(self.entries(), key=lambda entry: entry.mtime)
         total = sum(entry.bytes for entry in entries)
         now = time.time()
@@ -168,13 +177,13 @@ class Store:
 
 
 def _read(path: Path) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+    with disk.opened(path, links=False) as file:
         return file.read()
 
 
 def _is_intact(entry: Entry) -> bool:
     try:
         unseal(_read(entry.path), entry.key)
-    except (OSError, EntryError):
+    except (Unreadable, EntryError):
         return False
     return True

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wancli.errors import NoSuchFile, Unreadable
+from wancli.storage import disk
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -71,13 +74,14 @@ class ClaimSnapshot:
 def read_claim(path: Path) -> ClaimSnapshot | None:
     """Read a claim; return None if there is no file, or not even its status can be read."""
     try:
-        with path.open("rb") as file:  # opening is what makes NFS ask its server
+        with disk.opened(path) as file:  # opening is what makes NFS ask its server
             mtime_ns, data = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
-    except FileNotFoundError:
+    except NoSuchFile:
         return None
-    except OSError:
-        with suppress(OSError):
-            return ClaimSnapshot(path.stat().st_mtime_ns, None)
+    except Unreadable:
+        with suppress(Unreadable):
+            found = disk.status(path)
+            return ClaimSnapshot(found.st_mtime_ns, None) if found else None
         return None
     try:
         body = json.loads(data)
@@ -108,8 +112,8 @@ def is_dead(claim: ClaimSnapshot) -> bool:
 
 
 def current_process() -> Process:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    pid_namespace = Path("/proc/self/ns/pid").readlink().name
+    boot = (disk.read_system_text("/proc/sys/kernel/random/boot_id") or "").strip()
+    pid_namespace = disk.read_system_link("/proc/self/ns/pid") or ""
     return Process(
         socket.gethostname(), boot, pid_namespace, os.getpid(), _read_start_time(os.getpid()) or ""
     )
@@ -125,9 +129,8 @@ def _read_start_time(pid: object) -> str | None:
         return None
     except OSError:
         pass  # another user's
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    stat = disk.read_system_text(f"/proc/{pid}/stat")
+    if not stat:
         return ""
     state, *fields = stat.rpartition(")")[2].split()  # a name may hold anything, also brackets
     return None if state in "ZX" else fields[18]

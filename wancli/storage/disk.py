@@ -22,7 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TypeVar
 
-from wancli.errors import NoSuchFile, Unreadable, UnreadableNow
+from wancli.errors import JobError, NoSuchFile, Unreadable, UnreadableNow
 
 Answer = TypeVar("Answer")
 
@@ -92,11 +92,16 @@ def is_link(path: Path) -> bool:
     return found is not None and stat.S_ISLNK(found.st_mode)
 
 
+def link_target(path: Path) -> Path | None:
+    """Return what a symbolic link says; None if nothing has the name, or something else than a link."""
+    return _ask(Path.readlink, path) if is_link(path) else None
+
+
 def size(path: Path) -> int:
     """Return the bytes of a file. Raises NoSuchFile."""
     found = status(path)
     if found is None:
-        raise _no_such_file(path)
+        raise _error(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), path)
     return found.st_size
 
 
@@ -129,6 +134,12 @@ def free_space(path: Path) -> int:
     return _ask_present(lambda found: shutil.disk_usage(found).free, nearest_folder(path))
 
 
+def free_files(path: Path) -> int | None:
+    """Return how many more files the disk of `path` can hold for this user; None if it has no such limit."""
+    found = _ask_present(os.statvfs, nearest_folder(path))
+    return found.f_favail if found.f_files else None
+
+
 def nearest_folder(path: Path) -> Path:
     """Return `path` if it exists, or the first folder above it that does."""
     path = path.absolute()
@@ -151,13 +162,20 @@ def resolve(path: Path) -> Path:
 
 
 @contextmanager
-def opened(path: Path, *, pipes: bool = False) -> Iterator[BufferedReader]:
+def opened(path: Path, *, pipes: bool = False, links: bool = True) -> Iterator[BufferedReader]:
     """Open a plain file for reading, and translate errors of reading in the block. Raises NoSuchFile.
 
-    With `pipes` also a pipe or a device; opening a pipe may wait for its writer.
+    With `pipes` also a pipe or a device; opening a pipe may wait for its writer. Without `links` a symbolic
+    link is refused.
     """
-    with reading(path), os.fdopen(_ask_present(_open_any if pipes else _open_plain, path), "rb") as file:
+    open_it = _open_any if pipes else _open_plain if links else _open_no_link
+    with reading(path), os.fdopen(_ask_present(open_it, path), "rb") as file:
         yield file
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a plain file and return its descriptor, which the caller closes. Raises NoSuchFile."""
+    return _ask_present(_open_plain, path)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -179,11 +197,19 @@ def read_text(path: Path) -> str:
     return read_bytes(path).decode()
 
 
-def read_system_text(path: str) -> str | None:
+def read_system_text(path: str | Path) -> str | None:
     """Return what the kernel says in a file below /proc or /sys; None if it does not say it here."""
     try:
-        return read_bytes(Path(path)).decode(errors="replace")
+        return os.fsdecode(read_bytes(Path(path)))
     except Unreadable:
+        return None
+
+
+def read_system_link(path: str) -> str | None:
+    """Return where a link below /proc leads; None if that is not said here."""
+    try:
+        return str(Path(path).readlink())
+    except OSError:
         return None
 
 
@@ -203,6 +229,24 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _error(error, path) from error
+
+
+@contextmanager
+def reading_for_job(where: str, name: str = "") -> Iterator[None]:
+    """Raise an Unreadable of the block as JobError, unless it may pass.
+
+    `where` is the place in the job that names the file, `name` the file as it is named there.
+    """
+    try:
+        yield
+    except UnreadableNow:
+        raise
+    except Unreadable as error:
+        searched = f"Looked for {error.where}." if name else ""
+        hint = "\n".join(filter(None, (searched, error.hint)))
+        raise JobError(
+            f"{name!r} {error.message}" if name else error.message, where=where, hint=hint
+        ) from None
 
 
 def _ask(call: Callable[[Path], Answer], path: Path) -> Answer | None:
@@ -225,12 +269,19 @@ def _ask_present(call: Callable[[Path], Answer], path: Path) -> Answer:
         raise _error(error, path) from error
 
 
-def _open_plain(path: Path) -> int:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+def _open_no_link(path: Path) -> int:
+    return _open_plain(path, os.O_NOFOLLOW)
+
+
+def _open_plain(path: Path, flags: int = 0) -> int:
+    # O_NONBLOCK: a pipe would wait for its writer
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO, "not a plain file")
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise OSError(errno.ENXIO, "not a plain file")
     return fd
 
 
@@ -247,14 +298,13 @@ def _list_names(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries)
 
 
-def _no_such_file(path: Path) -> NoSuchFile:
-    return NoSuchFile("no such file", where=str(path))
-
-
 def _error(error: OSError | ValueError, path: Path) -> Unreadable:
     """Return the error for the user that an error of asking for `path` means."""
-    if not isinstance(error, OSError) or error.errno in _ABSENT:  # ValueError: a name that no file can have
-        return _no_such_file(path)
-    kind = UnreadableNow if error.errno in _PASSING else Unreadable
-    hint = (_PASSING | _LASTING).get(error.errno or 0, "")
-    return kind(f"cannot be read: {error.strerror or error}", where=str(path), hint=hint)
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
+        message = f"cannot be read: {error.encoding}, the encoding of the locale, has no such name"
+        return Unreadable(message, where=str(path), hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
+    if not isinstance(error, OSError):
+        return NoSuchFile("cannot be read: no file can have this name", where=str(path))
+    number, reason = error.errno or 0, error.strerror or str(error)
+    kind = NoSuchFile if number in _ABSENT else UnreadableNow if number in _PASSING else Unreadable
+    return kind(f"cannot be read: {reason}", where=str(path), hint=(_PASSING | _LASTING).get(number, ""))

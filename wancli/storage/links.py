@@ -8,29 +8,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from wancli.storage import disk
+
 MAX_LINKS = 40  # as many as Linux follows
 
 
 def list_names(path: Path) -> tuple[Path, ...]:
     """Return the path and what it leads to, link by link, to the file itself."""
     names = [path]
-    while len(names) <= MAX_LINKS and _is_link(names[-1]):
-        link = names[-1]
-        names.append(link.parent.resolve() / link.readlink())
+    while len(names) <= MAX_LINKS and (target := disk.link_target(names[-1])):
+        names.append(disk.resolve(names[-1].parent) / target)
     return tuple(names)
-
-
-def _is_link(path: Path) -> bool:
-    try:
-        return path.is_symlink()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def resolve_path(path: Path) -> Path:
     """Return the absolute path, with every link to a folder resolved; a link to a file keeps its own name.
 
-    Raises RuntimeError for links that lead in a circle.
+    Raises Unreadable, also for links that lead in a circle.
     """
-    real = path.resolve()
-    return path.parent.resolve() / path.name if _is_link(path) and real.is_file() else real
+    real = disk.resolve(path)
+    is_named = disk.is_link(path) and disk.is_file(real)
+    return disk.resolve(path.parent) / path.name if is_named else real

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from wancli.errors import EntryError
-from wancli.storage import atomic
+from wancli.errors import EntryError, NoSuchFile, Unreadable
+from wancli.storage import atomic, disk
 from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestKey, ManifestProof, damaged
 
 SCHEMA = "wancli/manifest/1"
@@ -31,14 +31,17 @@ def manifest_path(output: Path) -> Path:
 def file_record(path: Path, folder: Path) -> dict[str, str | int]:
     """Build an item of "files": path relative to `folder`, the manifest's, digest and size."""
     relative = path.relative_to(folder).as_posix()
-    return {"path": relative, "sha256": atomic.sha256(path), "bytes": path.stat().st_size}
+    return {"path": relative, "sha256": disk.sha256(path), "bytes": disk.size(path)}
 
 
 def canonical_json(body: Mapping[str, Any]) -> bytes:
-    """Encode JSON data in the one spelling that is hashed: sorted, without blanks, UTF-8, finite."""
+    """Encode JSON data in the one spelling that is hashed: sorted, without blanks, UTF-8, finite.
+
+    Bytes of a file name that are not UTF-8 are escaped as the halves of surrogate pairs.
+    """
     separators = (",", ":")
     text = json.dumps(body, sort_keys=True, separators=separators, ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    return text.encode(errors="backslashreplace")
 
 
 def write(path: Path, body: Mapping[str, Any]) -> None:
@@ -69,8 +72,8 @@ def read_proof(path: Path) -> ManifestProof | None:
 
 
 def read_if_usable(path: Path) -> Manifest | None:
-    """Read a manifest for its figures. Returns None if it does not exist or has keys of another version."""
-    with suppress(EntryError):
+    """Read a manifest for its figures. Returns None if there is none that can be read and used."""
+    with suppress(EntryError, Unreadable):
         return read(path)
     return None
 
@@ -78,14 +81,12 @@ def read_if_usable(path: Path) -> Manifest | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read the body of a manifest as it is in the file, and verify the seal, not the keys.
 
-    Returns None if the file does not exist. Raises EntryError if it is damaged.
+    Returns None if the file does not exist. Raises EntryError if it is damaged, Unreadable if the disk
+    does not tell.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    data = disk.find_bytes(path)
+    if data is None:
         return None
-    except OSError as error:
-        raise EntryError(f"cannot read the manifest: {error.strerror}", where=str(path)) from error
     try:
         document = json.loads(data)
         body = {name: value for name, value in document.items() if name not in ("schema", "seal")}
@@ -100,8 +101,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def peek_key(path: Path) -> str | None:
     """Read the key in a manifest without verifying it. Returns None if it cannot be read."""
     try:
-        return ManifestKey.model_validate(json.loads(path.read_bytes())).key
-    except (OSError, ValueError, RecursionError):  # a ValidationError is a ValueError
+        return ManifestKey.model_validate(json.loads(disk.find_bytes(path) or b"")).key
+    except (ValueError, RecursionError):  # a ValidationError is a ValueError
         return None
 
 
@@ -115,9 +116,15 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.path}: {self.text}"
 
+    def as_dict(self) -> dict[str, str]:
+        return {"path": str(self.path), "problem": self.text}
+
 
 def find_problems(output: Path, key: str) -> list[Problem]:
-    """Find why `output` is not the finished work of the shot with this key. Empty if it is."""
+    """Find why `output` is not the finished work of the shot with this key. Empty if it is.
+
+    Raises Unreadable if the disk does not tell: then nothing is known to be wrong.
+    """
     path = manifest_path(output)
     try:
         proof = read_proof(path)
@@ -146,16 +153,17 @@ def is_done(output: Path, key: str) -> bool:
 def _check_file(folder: Path, record: FileRecord) -> Iterator[Problem]:
     path = folder / PurePosixPath(record.path)
     try:
-        size = path.stat().st_size
+        size = disk.size(path)
         if size != record.bytes:
             yield Problem(path, f"{size} bytes where the manifest has {record.bytes}")
-        elif atomic.sha256(path) != record.sha256:
+        elif disk.sha256(path) != record.sha256:
             yield Problem(path, "content does not match the manifest")
-    except OSError as error:
-        yield Problem(path, str(error.strerror))
+    except NoSuchFile as error:
+        yield Problem(path, error.message)
 
 
 def _serialize(body: Mapping[str, Any]) -> bytes:
     content = {"schema": SCHEMA, **body}
     content["seal"] = hashlib.sha256(canonical_json(content)).hexdigest()
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")

@@ -12,11 +12,16 @@ import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from wancli.errors import JobError, MachineError
+from wancli.storage import disk
 
-_NAME_BYTES = 255 - len(".latents.safetensors")  # sidecars of NAME.mp4 have longer names
+_MAX_NAME, _MAX_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
+_NAME_BYTES = _MAX_NAME - len(".latents.safetensors")  # sidecars of NAME.mp4 have longer names
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_VARIABLE = re.compile(r"(?:^|/)(\$(?:[a-z_]\w*|\{[a-z_]\w*\}))", re.IGNORECASE)
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
 
 
@@ -31,12 +36,67 @@ def require_cwd() -> Path:
 
 
 def expand_home(text: str | Path, where: str = "") -> Path:
-    """Return a path with `~` expanded. Raises JobError if nobody has that home folder."""
+    """Return a path that a user wrote, with `~` expanded.
+
+    Raises JobError for a home folder that nobody has, and like `require_plain_path`.
+    """
+    require_plain_path(str(text), where)
     try:
         return Path(text).expanduser()
     except RuntimeError:
         hint = "Set HOME to an absolute path, or write the path in full."
         raise JobError(f"the home folder of {str(text)!r} is not known", where=where, hint=hint) from None
+
+
+def require_plain_path(text: str, where: str = "") -> None:
+    """Raise JobError for a URL, and for a variable of the shell: neither is silently another path."""
+    if match := _URL.match(text):
+        hint = "wancli reads and writes files: mount the store as a folder, or copy the file."
+        raise JobError(f"{text!r} is a URL ({match[1]}), not a path", where=where, hint=hint)
+    if match := _VARIABLE.search(text):
+        hint = 'Write the path in full, or let the shell expand it: --set KEY="$NAME/...".'
+        raise JobError(f"{match[1]} in {text!r}: paths expand no variables", where=where, hint=hint)
+
+
+def require_possible(path: Path, shot: str) -> None:
+    """Raise JobError if an output has a name or a path that is too long for any file system.
+
+    Temporary files and claims have longer paths than the output of the shot.
+    """
+    if size := max((len(_encode(part)) for part in path.parts if len(_encode(part)) > _MAX_NAME), default=0):
+        raise _too_long("a name", size, _MAX_NAME, shot, "shorten the folder of the output")
+    if (size := len(_encode(str(path)))) > (limit := _MAX_PATH - _MAX_NAME):
+        raise _too_long("a path", size, limit, shot, "choose a folder nearer to the root")
+
+
+def _too_long(what: str, size: int, limit: int, shot: str, hint: str, where: str = "") -> JobError:
+    whose = f", for shot {shot}" if shot else ""
+    return JobError(f"{what} of {size:,} bytes; at most {limit:,} fit{whose}", where=where, hint=hint)
+
+
+def shorten_name(name: str, limit: int) -> str:
+    """Cut a name to at most `limit` bytes, between two characters."""
+    data = _encode(name)
+    return name if len(data) <= limit else data[:limit].decode(errors="ignore")
+
+
+def _encode(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")
+
+
+def user_folder(kind: Literal["cache", "config"]) -> Path | None:
+    """Return the folder of wancli in the home of this user; None if the user has none.
+
+    A container may run as a number that no name belongs to, without HOME.
+    """
+    import platformdirs
+
+    find = platformdirs.user_cache_path if kind == "cache" else platformdirs.user_config_path
+    try:
+        folder = find("wancli").expanduser()
+    except RuntimeError:
+        return None
+    return folder if folder.is_absolute() else None
 
 
 @lru_cache(1024)  # the shots of a sweep have the same prompts
@@ -67,10 +127,13 @@ def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> P
     if unprintable := next((char for char in template if not char.isprintable()), ""):
         hint = "a name may not hold control characters, line ends or invisible spaces"
         raise JobError(f"the character U+{ord(unprintable):04X} in the output", where=template, hint=hint)
+    require_plain_path(template, template)
     parts = template.split("/")
     first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
     base = expand_home("/".join([*parts[:first], ""]), template)
-    return resolve_inside(root / base, expand_template("/".join(parts[first:]), fields))
+    return resolve_inside(
+        root / base, expand_template("/".join(parts[first:]), fields), str(fields.get("id", ""))
+    )
 
 
 def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
@@ -101,8 +164,11 @@ def expand_template(template: str, fields: Mapping[str, str | int]) -> str:
     return _FIELD.sub(value, template)
 
 
-def resolve_inside(root: Path, relative: str) -> Path:
-    """Return `root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError."""
+def resolve_inside(root: Path, relative: str, shot: str = "") -> Path:
+    """Return `root / relative`, proven to be under `root`, also behind symbolic links. Raises JobError.
+
+    `shot` is the id for messages about long names: the template is that of many shots.
+    """
     path = Path(relative)
     if path.is_absolute() or not path.parts:
         raise JobError("not a name inside the output folder", where=relative or "output")
@@ -111,10 +177,8 @@ def resolve_inside(root: Path, relative: str) -> Path:
         if part[0] in ".-" or "\0" in part or _DEVICES.fullmatch(part):
             raise JobError(f"{part!r} is not a safe file name", where=relative, hint="begin it with a letter")
         if size > _NAME_BYTES:
-            raise JobError(
-                f"a name of {size} bytes; at most {_NAME_BYTES} fit", where=relative, hint="use {slug}"
-            )
-    has_symlink = any(folder.is_symlink() for folder in (root / parent for parent in path.parents[:-1]))
-    if has_symlink and not (root / path).parent.resolve().is_relative_to(root.resolve()):
+            raise _too_long("a name", size, _NAME_BYTES, shot, "use {slug}", relative)
+    has_symlink = any(disk.is_link(root / parent) for parent in path.parents[:-1])
+    if has_symlink and not disk.resolve((root / path).parent).is_relative_to(disk.resolve(root)):
         raise JobError(f"a symbolic link leads out of {root}", where=relative)
     return root / path

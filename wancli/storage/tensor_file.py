@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.errors import EntryError
-from wancli.storage import atomic
+from wancli.errors import EntryError, NoSuchFile, Unreadable
+from wancli.storage import atomic, disk
 from wancli.storage.manifest import canonical_json
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record of a latent or a state, unverified; None if there is none. Needs no torch."""
     try:
-        with path.open("rb") as file:
+        with disk.opened(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length < _HEADER_BYTES else b"")
         record = json.loads(header["__metadata__"][_METADATA])["record"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (Unreadable, ValueError, KeyError, TypeError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -67,12 +67,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load
 
     try:
-        payload = path.read_bytes()
+        payload = disk.read_bytes(path)
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         document = json.loads(header["__metadata__"][_METADATA])
         tensors, record, expected_digest = load(payload), document["record"], document["sha256"]
-    except OSError as error:
-        raise EntryError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except NoSuchFile as error:
+        raise EntryError(error.message, where=str(path)) from None
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise EntryError("not a latent of wancli, or damaged", where=str(path)) from None
     if expected_digest != _digest(tensors, record):

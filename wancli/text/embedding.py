@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import EntryError, JobError
-from wancli.storage import atomic
+from wancli.storage import atomic, disk
 from wancli.text.tokenizer import Tokens
 
 if TYPE_CHECKING:
@@ -119,10 +119,8 @@ def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
 
 def load_embedding(path: Path, index: int = 0) -> Embedding:
     """Load one embedding of a file. Raises JobError if the file lacks it, and EntryError if it is damaged."""
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise JobError(f"the embedding file cannot be read: {error.strerror}", where=str(path)) from error
+    with disk.reading_for_job(str(path)):
+        payload = disk.read_bytes(path)
     embeddings = unpack(payload, str(path))
     if index >= len(embeddings):
         raise JobError(f"no embedding {index}: the file contains {len(embeddings)}, from 0", where=str(path))

@@ -58,7 +58,7 @@ class Tokenizer:
             if model is None:
                 raise CheckpointError("holds no tokenizer", where=str(spiece), hint=TOKENIZER_HINT)
             self._model = SentencePieceProcessor(model_proto=model)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
 
     def check_vocabulary(self, rows: int, where: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.errors import JobError
-from wancli.storage import atomic, manifest, sidecars
+from wancli.storage import disk, manifest, sidecars
 from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
@@ -52,7 +52,7 @@ def read_clips(paths: Sequence[Path]) -> list[Clip]:
     Raises JobError if a file does not exist, is not an MP4 or has no frame, FfmpegError if it does not
     decode, EntryError if its manifest is damaged.
     """
-    if missing := [str(path) for path in paths if not path.is_file()]:
+    if missing := [str(path) for path in paths if not disk.is_file(path)]:
         raise JobError("no such file", where=", ".join(missing))
     clips = [_read_clip(path) for path in paths]
     id_counts = Counter(clip.id for clip in clips)
@@ -69,7 +69,7 @@ def _read_clip(path: Path) -> Clip:
         )
         raise JobError("is not an MP4", where=str(path), hint=hint)
     body = manifest.read(manifest.manifest_path(path))
-    if body and atomic.sha256(path) not in [file.sha256 for file in body.files]:
+    if body and disk.sha256(path) not in [file.sha256 for file in body.files]:
         body = None  # another video under that name
     info = mp4.read_info(path)
     if not info.frame_count:

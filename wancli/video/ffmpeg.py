@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from wancli.errors import FfmpegError, WancliError
-from wancli.storage import atomic
+from wancli.storage import atomic, disk
 
 STALL_TIMEOUT = 300.0  # seconds without a byte read or written after which ffmpeg counts as stuck
 INSTALL_HINT = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
@@ -149,7 +149,8 @@ def read_version() -> str:
 def list_encoders() -> frozenset[bytes]:
     """Return the names of its encoders. Raises FfmpegError if ffmpeg is not found or does not run."""
     path = find_executable()
-    return _list_encoders(path, path.stat().st_mtime_ns)
+    found = disk.status(path)
+    return _list_encoders(path, found.st_mtime_ns if found else 0)
 
 
 @lru_cache(4)  # a server asks for every job

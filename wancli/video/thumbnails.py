@@ -7,8 +7,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from wancli.errors import WancliError
-from wancli.storage import atomic
+from wancli.errors import Unreadable, WancliError
+from wancli.storage import atomic, disk
 from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
@@ -23,8 +23,8 @@ def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bo
         return None
     path = cache_dir / f"{digest[:32]}.jpg"
     try:
-        return _data_uri(path.read_bytes())
-    except OSError:
+        return _data_uri(disk.read_bytes(path))
+    except Unreadable:
         if not create:
             return None
     with suppress(WancliError):

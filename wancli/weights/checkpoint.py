@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from wancli.errors import CheckpointError, MachineError
+from wancli.errors import CheckpointError, MachineError, Unreadable
 from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
-from wancli.storage import atomic, links
+from wancli.storage import atomic, disk, links
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, load_json
 from wancli.weights.formats.infer_config import mismatch_error, wrong_model_error
@@ -102,7 +102,7 @@ def identify(source: Location) -> Checkpoint:
     """
     if isinstance(source, SingleFiles):
         return _from_files(source, source)
-    if source.is_file():
+    if disk.is_file(source):
         return _from_files(find_siblings(source), source)
     layout = find_layout(source)
     return (
@@ -313,8 +313,8 @@ def check_blob(path: Path, digest: str) -> None:
 
 def _read_memo(path: Path) -> dict[str, str]:
     try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        known = json.loads(disk.read_bytes(path))
+    except (Unreadable, ValueError, RecursionError):
         return {}
     if not isinstance(known, dict):
         return {}
@@ -323,15 +323,14 @@ def _read_memo(path: Path) -> dict[str, str]:
 
 def _file_identity(path: Path) -> str:
     """Return a text that changes whenever the file behind the path may have changed."""
-    real = path.resolve()
-    stat = real.stat()
+    real = disk.resolve(path)
+    stat = disk.status(real)
+    if stat is None:
+        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN)
     return f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
 def _sha256(path: Path) -> str:
-    try:
-        if (size := path.stat().st_size) >= LOGGED_SIZE:
-            LOG.warning("wancli: hashing %s, %.1f GB; this is done once", path.name, size / 1e9)
-        return atomic.sha256(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if (size := disk.size(path)) >= LOGGED_SIZE:
+        LOG.warning("wancli: hashing %s, %.1f GB; this is done once", path.name, size / 1e9)
+    return disk.sha256(path)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError
+from wancli.storage import disk
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 
@@ -86,12 +87,8 @@ class OnDisk:
     def _read(self, out: Tensor, start: int) -> None:
         remaining = out.view(-1).view(torch.uint8).numpy().data
         while remaining:
-            try:
+            with disk.reading(Path(self._file.path)):
                 count = os.preadv(self._file.number, [remaining], start)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.name} cannot be read: {error.strerror}", where=self._file.path
-                ) from error
             if not count:
                 raise CheckpointError(
                     f"the file ends before {self.name} does", where=self._file.path, hint=DOWNLOAD_AGAIN
@@ -141,10 +138,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            self.number = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+        self.number = disk.open_descriptor(Path(path))
         weakref.finalize(self, os.close, self.number)
 
 
@@ -159,7 +153,7 @@ class Mappings:
     @classmethod
     def read_current(cls) -> Self:
         ranges = []
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        for line in (disk.read_system_text("/proc/self/maps") or "").splitlines():
             fields = line.split(maxsplit=5)  # proc(5): addresses, permissions, offset, device, inode, path
             if len(fields) == 6 and fields[5].startswith("/"):
                 start, end = (int(address, 16) for address in fields[0].split("-"))

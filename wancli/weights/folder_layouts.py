@@ -14,6 +14,7 @@ Single files, as ComfyUI keeps them: diffusion_models/, text_encoders/, vae/ or 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
+from wancli.storage import disk
 from wancli.weights.formats import safetensors_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 from wancli.weights.formats.tensor_index import SHARD, SUFFIXES, expand_shards
@@ -75,13 +77,16 @@ def detect_layout(root: Path) -> Layout:
     """Return the layout of a folder. Raises CheckpointError if it is not a folder, or an index in it is
     damaged.
     """
-    if not root.is_dir():
+    if not disk.is_folder(root):
         raise CheckpointError(
             "no such folder", where=str(root), hint="give the folder that holds the weights"
         )
-    if (root / "model_index.json").is_file():
+    if disk.is_file(root / "model_index.json"):
         return _find_diffusers(root)
-    if any((root / sign).exists() for sign in OFFICIAL_MARKERS) or any(root.glob(f"{DIT}*.safetensors*")):
+    names = [path.name for path in disk.list_folder(root)]
+    if any(disk.exists(root / sign) for sign in OFFICIAL_MARKERS) or fnmatch.filter(
+        names, f"{DIT}*.safetensors*"
+    ):
         return _find_official(root)
     return Layout("single files", root)
 
@@ -95,9 +100,8 @@ def list_weight_files(root: Path) -> tuple[Path, ...]:
     paths = [
         path
         for folder in folders
-        if folder.is_dir()
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        for path in disk.list_folder(folder)
+        if path.suffix.lower() in SUFFIXES and disk.is_file(path)
     ]
     return tuple(path for path in paths if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
 
@@ -115,14 +119,14 @@ def models_root(path: Path) -> Path:
 def find_tokenizer(root: Path) -> Path | None:
     """Return UMT5's SentencePiece model beside single files, if there is one."""
     names = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
-    return next((root / name for name in names if (root / name).is_file()), None)
+    return next((root / name for name in names if disk.is_file(root / name)), None)
 
 
 def network_files(path: Path) -> tuple[Path, ...]:
     """Return the files of one network: the file or shards of a folder that holds one network; for a file,
     itself or its set of shards.
     """
-    if not path.is_dir():
+    if not disk.is_folder(path):
         return expand_shards(path)
     for stem in (DIT, "model"):
         if files := find_safetensors(path, stem):
@@ -137,8 +141,9 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
     and for a shard that lacks a tensor of the index.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    shards = sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))
-    if single.is_file():
+    pattern = f"{stem}-?????-of-?????.safetensors"
+    shards = [path for path in disk.list_folder(folder) if fnmatch.fnmatchcase(path.name, pattern)]
+    if disk.is_file(single):
         if shards:
             raise CheckpointError(
                 f"holds {single.name} and also {shards[0].name}; which one is meant?",
@@ -146,7 +151,7 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
                 hint="move one of the two elsewhere, with the index of the shards",
             )
         return (single,)
-    if not index.is_file():
+    if not disk.is_file(index):
         sets = {expand_shards(shard) for shard in shards}
         if len(sets) > 1:
             names = " and ".join(sorted(files[0].name for files in sets))
@@ -170,11 +175,9 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
 def load_json(path: Path) -> dict[str, object]:
     """Load a JSON object. Raises CheckpointError."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(disk.read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError("not valid JSON", where=str(path), hint=DOWNLOAD_AGAIN) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
     if not isinstance(document, dict):
         raise CheckpointError("not a JSON object", where=str(path), hint=DOWNLOAD_AGAIN)
     return document
@@ -183,7 +186,7 @@ def load_json(path: Path) -> dict[str, object]:
 def _find_official(root: Path) -> Layout:
     layout = Layout("official", root)
     experts: Mapping[Role, Path] = {"transformer": root}
-    if (root / "high_noise_model").is_dir() or (root / "low_noise_model").is_dir():
+    if disk.is_folder(root / "high_noise_model") or disk.is_folder(root / "low_noise_model"):
         experts = {"high_noise": root / "high_noise_model", "low_noise": root / "low_noise_model"}
     _add_experts(layout, experts)
     layout.add("text_encoder", _find_first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
@@ -219,7 +222,7 @@ def _add_experts(layout: Layout, folders: Mapping[Role, Path]) -> None:
             find_safetensors(folder, DIT),
             f"{name} (the {expert} expert of Wan 2.2 A14B)" if expert else name,
         )
-        if (folder / "config.json").is_file():
+        if disk.is_file(folder / "config.json"):
             layout.configs[role] = folder / "config.json"
 
 
@@ -228,7 +231,7 @@ def _add_tokenizer(layout: Layout, *names: str) -> None:
     found = _find_first(layout.root, *names)
     json_name = f"{names[0].rpartition('/')[0]}/tokenizer.json"
     name = names[0]
-    if (layout.root / json_name).is_file():
+    if disk.is_file(layout.root / json_name):
         name += f" (only {json_name} is there, which wancli does not read)"
     layout.add("tokenizer", found, name)
 
@@ -248,4 +251,4 @@ def _read_boundary(index: Mapping[str, object], path: Path) -> float | None:
 
 
 def _find_first(root: Path, *choices: str) -> tuple[Path, ...] | None:
-    return next(((root / choice,) for choice in choices if (root / choice).is_file()), None)
+    return next(((root / choice,) for choice in choices if disk.is_file(root / choice)), None)

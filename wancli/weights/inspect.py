@@ -13,7 +13,8 @@ from typing import Any
 from wancli.errors import CheckpointError, JobError
 from wancli.models import parameter_count
 from wancli.models.config import T5Config, VAEConfig, WanConfig
-from wancli.storage import links
+from wancli.storage import disk, links
+from wancli.storage.paths import expand_home
 from wancli.weights.checkpoint import check_blob, identify
 from wancli.weights.component import Component
 from wancli.weights.folder_layouts import (
@@ -38,10 +39,10 @@ def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
     `problem` says why a render could not use them as they are, `missing` names the files that a folder lacks.
     With `deep`, each file gets its `sha256`, `not_finite`, `zero` and `damage`.
     """
-    path = path.expanduser()
-    if not path.exists():
+    path = expand_home(path)
+    if not disk.exists(path):
         raise JobError("no such file or folder", where=str(path))
-    layout = find_layout(path) if path.is_dir() else None
+    layout = find_layout(path) if disk.is_folder(path) else None
     known = layout is not None and layout.name != "single files"
     parts = tuple(_components_in_layout(layout)) if layout and known else _components_in_files(path)
     whole = known or any(part.kind == "transformer" for part in parts)
@@ -78,13 +79,13 @@ def _components_in_layout(layout: Layout) -> Iterator[Component]:
 
 
 def _components_in_files(path: Path) -> tuple[Component, ...]:
-    files = list_weight_files(path) if path.is_dir() else (path,)
-    if not files or not (path.is_dir() or looks_like_weights(path)):
+    files = list_weight_files(path) if disk.is_folder(path) else (path,)
+    if not files or not (disk.is_folder(path) or looks_like_weights(path)):
         raise JobError(
             "holds no weights", where=str(path), hint="Give a .safetensors, .pth or .gguf file, or a folder."
         )
     parts = tuple(part for file in files for part in (recognize_file(file) or (_unknown_component(file),)))
-    if not path.is_dir() and parts[0].name == UNKNOWN:
+    if not disk.is_folder(path) and parts[0].name == UNKNOWN:
         raise JobError("holds no network of Wan that wancli knows", where=str(path), hint=parts[0].hint)
     return parts
 
@@ -126,7 +127,7 @@ def _describe_component(part: Component) -> dict[str, Any]:
     document["gaps"], document["misfits"] = document.pop("missing"), document.pop("mismatches")
     return document | {
         "files": [str(path) for path in part.files],
-        "bytes": sum(path.stat().st_size for path in part.files),
+        "bytes": sum(disk.size(path) for path in part.files),
         "sizes": dict(part.sizes),
         "tokenizer": part.tokenizer,
         "precision": {entry.group: dict(entry.dtypes) for entry in part.precision},
@@ -151,9 +152,7 @@ def _scan_file(path: Path) -> dict[str, Any]:
     GGUF blocks are only hashed: the lists are None. `damage` says if the file is a blob of the Hugging Face
     cache with another digest.
     """
-    from wancli.storage import atomic
-
-    digest, damage = atomic.sha256(path), ""
+    digest, damage = disk.sha256(path), ""
     try:
         check_blob(path, digest)
     except CheckpointError as error:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wancli.errors import CheckpointError
-from wancli.storage import links
+from wancli.errors import CheckpointError, Unreadable
+from wancli.storage import disk, links
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
     Layout,
@@ -68,7 +68,7 @@ def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) 
     Values of `config_json` take precedence over those of the folder's config.json. Raises CheckpointError.
     """
     config = path / "config.json"
-    in_folder = normalize_config(load_json(config)) if config.is_file() else {}
+    in_folder = normalize_config(load_json(config)) if disk.is_file(config) else {}
     return recognize(read_index(network_files(path)), in_folder | dict(config_json or {}))
 
 
@@ -177,14 +177,14 @@ def _recognize_folder(root: Path, exclude: Path | None = None) -> list[tuple[Pat
     Files that cannot be read are skipped.
     """
     networks = []
-    seen = {exclude.resolve()} if exclude else set()
+    seen = {disk.resolve(exclude)} if exclude else set()
     for path in list_weight_files(root):
-        if path.resolve() in seen:
+        if disk.resolve(path) in seen:
             continue
-        seen.add(path.resolve())
+        seen.add(disk.resolve(path))
         try:
             networks += [(path, part) for part in recognize_file(path)]
-        except CheckpointError:
+        except (CheckpointError, Unreadable):
             continue
     return networks
 

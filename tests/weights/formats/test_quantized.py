@@ -370,7 +370,7 @@ def test_the_merged_patch_embedding_of_stable_diffusion_cpp(original: State, tmp
 
 def test_lightx2v_fp8_text_encoder_in_a_pth(tiny: Path, tmp_path: Path):
     official = torch.load(tiny / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
-    names = [name for name, tensor in official.items() if ".attn." in name or ".ffn." in name]
+    names = [name for name in official if ".attn." in name or ".ffn." in name]
     state = dict(official)
     for name in names:
         scale = official[name].float().abs().amax(1, keepdim=True) / 448

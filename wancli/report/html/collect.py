@@ -5,19 +5,20 @@ An entry has the id, labels, output and status of a shot, and the record in its 
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.errors import EntryError, JobError
+from wancli.errors import EntryError, JobError, Unreadable
 from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap
 from wancli.report import batch_report, comparison_metrics
 from wancli.report.batch_report import Report
 from wancli.report.shot_entry import ShotEntry
-from wancli.storage import manifest
+from wancli.storage import disk, manifest
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
@@ -55,7 +56,7 @@ def collect_plan(plan: Plan, report: Path) -> ReportInputs:
     for shot in sorted((*plan.shots, *plan.unselected), key=lambda shot: shot.index):
         entry = _read_entry(shot.manifest, inputs)
         if entry is None or entry.record is None or entry.record.key != shot.key:
-            status = "another job's" if entry else "damaged" if shot.manifest.exists() else "not started"
+            status = "another job's" if entry else "damaged" if disk.exists(shot.manifest) else "not started"
             entry = ShotEntry(shot.id, shot.labels, str(shot.output), status)
         inputs.entries.append((plan.name, entry))
     _collect_sidecars(inputs, {shot.output.parent for shot in (*plan.shots, *plan.unselected)})
@@ -69,10 +70,11 @@ def collect_folder(folder: Path) -> ReportInputs:
     Raises JobError if there is no manifest, EntryError if all are damaged.
     """
     folder = folder.absolute()
-    inputs = ReportInputs(folder.resolve().name)
-    manifests = sorted(folder.rglob(f"*{MANIFEST}"))
+    inputs = ReportInputs(disk.resolve(folder).name)
+    files = [*disk.walk(folder)]
+    manifests = [path for path in files if path.name.endswith(MANIFEST)]
     reported: dict[Path, tuple[str, ShotEntry]] = {}
-    for path in sorted(folder.rglob("*report.json")):
+    for path in [path for path in files if path.name.endswith("report.json")]:
         if report := batch_report.read_report(path):
             inputs.reports.append(report)
             located = _locate_outputs(path, report.shots)
@@ -107,30 +109,34 @@ def _read_entry(path: Path, inputs: ReportInputs) -> ShotEntry | None:
     """Read a manifest as an entry. Returns None if there is none or if it is damaged, which is a problem."""
     try:
         record = manifest.read(path)
-    except EntryError as error:
+    except (EntryError, Unreadable) as error:
         inputs.problems.append(str(error))
         return None
     if record is None:
         return None
     output = path.parent / record.shot.output
-    status = "rendered" if output.exists() else "video gone"
+    status = "rendered" if disk.exists(output) else "video gone"
     return ShotEntry(record.shot.id, record.shot.labels, str(output), status, record=record)
 
 
 def _collect_sidecars(inputs: ReportInputs, folders: Iterable[Path]) -> None:
     """Read the block maps and comparisons in these folders."""
     for folder in sorted(folders):
-        for path in sorted(folder.glob("*.map.*.json")):
+        for path in _matching(folder, "*.map.*.json"):
             if measured := block_map.read(path):
                 inputs.maps.append(measured)
             else:
                 inputs.problems.append(f"{path}: not {block_map.SCHEMA}")
-        for path in sorted(folder.glob("*.compare.json")):
+        for path in _matching(folder, "*.compare.json"):
             shots = comparison_metrics.read_comparison(path)
             if shots is None:
                 inputs.problems.append(f"{path}: not {comparison_metrics.SCHEMA}")
             else:
                 inputs.comparisons |= {absolute_path(path.parent / shot["output"]): shot for shot in shots}
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    return [path for path in disk.list_folder(folder) if fnmatch.fnmatchcase(path.name, pattern)]
 
 
 def absolute_path(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from wancli.report.html import collect, page_data
 from wancli.report.html.collect import ReportInputs
 from wancli.report.shots_table import COLUMNS
-from wancli.storage import sidecars
+from wancli.storage import disk, sidecars
 from wancli.video import thumbnails
 
 ASSETS = Path(__file__).parent / "assets"
@@ -57,8 +57,8 @@ def render_html(data: Mapping[str, Any]) -> bytes:
     import jinja2
     from markupsafe import Markup
 
-    styles = (ASSETS / "page.css").read_text()
-    script = "\n".join((ASSETS / f"{name}.js").read_text() for name in SCRIPTS)
+    styles = disk.read_text(ASSETS / "page.css")
+    script = "\n".join(disk.read_text(ASSETS / f"{name}.js") for name in SCRIPTS)
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -66,7 +66,7 @@ def render_html(data: Mapping[str, Any]) -> bytes:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    text = environment.from_string((ASSETS / "page.html.j2").read_text()).render(
+    text = environment.from_string(disk.read_text(ASSETS / "page.html.j2")).render(
         data=data,
         columns=_table_columns(data),
         policy=_security_policy(styles, script),

@@ -17,6 +17,7 @@ from wancli.report.html import model_facts, rerun_job
 from wancli.report.html.collect import ReportInputs, absolute_path
 from wancli.report.shot_entry import ShotEntry
 from wancli.report.shots_table import shot_row
+from wancli.storage import disk
 from wancli.storage.manifest_schema import EffectRecord, RuleRecord, ShotRecord
 
 SCHEMA = "wancli/page/1"
@@ -125,7 +126,9 @@ def _comparison(inputs: ReportInputs, entry: ShotEntry) -> Any:
 
 
 def _read_claims() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((Path(__file__).parent / "assets" / "claims.json").read_bytes())
+    found: list[dict[str, Any]] = json.loads(
+        disk.read_bytes(Path(__file__).parent / "assets" / "claims.json")
+    )
     return found
 
 

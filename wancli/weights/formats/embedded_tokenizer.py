@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from wancli.errors import CheckpointError
+from wancli.storage import disk
 from wancli.weights.formats import gguf_header, safetensors_header
 from wancli.weights.formats.key_mapping import is_tokenizer
 from wancli.weights.formats.mapped_file import map_file
 from wancli.weights.formats.numbers import decode_numbers
-from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, open_weights
 from wancli.weights.formats.tensor_index import MAGICS, Container, begins_safetensors, detect_container
 
 UNIGRAM = 1
@@ -35,11 +36,11 @@ def read_tokenizer(path: Path) -> bytes | None:
     """Read a SentencePiece model: the whole file, or the part of a weight file that holds it. Returns None
     for a weight file without one.
 
-    Raises OSError, and CheckpointError like the readers of headers, for a file with several tokenizers and
+    Raises CheckpointError like the readers of headers, for a file with several tokenizers and
     for one that is damaged.
     """
     if not _holds_tensors(path):
-        return path.read_bytes()
+        return disk.read_bytes(path)
     container = detect_container(path)
     if container == "gguf":
         values = gguf_header.read_header(path).values
@@ -57,9 +58,9 @@ def read_tokenizer(path: Path) -> bytes | None:
 
 def _holds_tensors(path: Path) -> bool:
     """Return whether the first bytes of a file are those of a container of tensors."""
-    with path.open("rb") as file:
+    with open_weights(path) as file:
         first = file.read(9)
-    return first.startswith(MAGICS) or begins_safetensors(first, path.stat().st_size)
+    return first.startswith(MAGICS) or begins_safetensors(first, disk.size(path))
 
 
 def _read_tensors(path: Path, container: Container) -> Iterator[tuple[str, str, bytes]]:

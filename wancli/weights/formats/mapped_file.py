@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -25,22 +25,18 @@ MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 def map_file(path: Path) -> mmap.mmap:
     """Map the bytes of a file. Writing to them changes only the copy of this process.
 
-    Raises CheckpointError if the file is missing, empty or cannot be read.
+    Raises CheckpointError if the file is missing or empty, Unreadable if it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_weights(path) as file:
             return mmap.mmap(
                 file.fileno(),
                 0,
                 flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except ValueError:
         raise CheckpointError("the file is empty", where=str(path), hint=DOWNLOAD_AGAIN) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def view_tensor(pages: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from wancli.errors import CheckpointError
-from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo
+from wancli.storage import disk
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo, open_weights
 
 _DTYPES = {
     "FloatStorage": "F32",
@@ -44,7 +45,7 @@ RESAVE_HINT = "save it again as a plain state dict, or as safetensors"
 def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
     """Read dtype and shape of every tensor of a .pth. Raises CheckpointError if it is not a state dict."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_weights(path) as file, zipfile.ZipFile(file) as archive:
             check_zip(archive, path)
             entry = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
             if entry.file_size > _MAX_PICKLE:
@@ -58,8 +59,6 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
             isinstance(info, TensorInfo) for info in tensors.values()
         ):
             raise CheckpointError("does not hold a plain state dict", where=str(path), hint=RESAVE_HINT)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except _PICKLE_ERRORS as error:
         raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=RESAVE_HINT) from None
     return tensors
@@ -67,7 +66,7 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
 
 def check_zip(archive: zipfile.ZipFile, path: Path) -> None:
     """Raise CheckpointError if a zip unpacks to more than the file holds: a .pth is not compressed."""
-    members, size = archive.infolist(), path.stat().st_size
+    members, size = archive.infolist(), disk.size(path)
     claimed = sum(member.file_size for member in members)
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if packed or claimed > size:

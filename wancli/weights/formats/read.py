@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
+from wancli.storage import disk
 from wancli.weights.formats import gguf_header, safetensors_header, tensor_index
 from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, attach_scales
 from wancli.weights.formats.key_mapping import plain_name
@@ -21,7 +22,7 @@ from wancli.weights.formats.mapped_file import map_file, view_tensor
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.pickle_header import check_zip
 from wancli.weights.formats.quant_schemes import MARKER
-from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, open_weights
 
 Entry = TypeVar("Entry")
 
@@ -165,7 +166,8 @@ def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:
 def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     _check_zip(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with disk.reading(path):
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "its pickle asks to run code, which wancli refuses",
@@ -187,10 +189,8 @@ def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _check_zip(path: Path) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_weights(path) as file, zipfile.ZipFile(file) as archive:
             check_zip(archive, path)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             "truncated, or not a PyTorch file of this decade", where=str(path), hint=DOWNLOAD_AGAIN

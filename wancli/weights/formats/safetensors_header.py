@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from wancli.errors import CheckpointError
+from wancli.errors import CheckpointError, NoSuchFile
+from wancli.storage import disk
 
 MAX_HEADER = (
     100_000_000  # bytes, the limit of the format; previews and workflows in the metadata take megabytes
@@ -49,9 +54,22 @@ class Header:
     def read_bytes(self, name: str) -> bytes:
         """Read the bytes of one tensor that holds a scale, a name or a text."""
         start, stop = self.ranges[name]
-        with self.path.open("rb") as file:
+        with open_weights(self.path) as file:
             file.seek(start)
             return file.read(stop - start)
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[BufferedReader]:
+    """Open a file of weights for reading.
+
+    Raises CheckpointError if there is none, Unreadable if the disk does not give it, also in the block.
+    """
+    try:
+        with disk.opened(path) as file:
+            yield file
+    except NoSuchFile:
+        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:
@@ -65,21 +83,16 @@ def read_header(path: Path) -> Header:
     Raises CheckpointError if the file is missing, truncated, or its header does not describe exactly the
     bytes that follow it.
     """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            count = int.from_bytes(file.read(8), "little")
-            if size < 8 or count > size - 8:
-                raise _damaged_error(path, f"its header claims {count:,} bytes, the file has {size:,}")
-            if count > MAX_HEADER:
-                raise _damaged_error(
-                    path, f"its header claims {count:,} bytes, and the format allows {MAX_HEADER:,}"
-                )
-            text = file.read(count)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    with open_weights(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        count = int.from_bytes(file.read(8), "little")
+        if size < 8 or count > size - 8:
+            raise _damaged_error(path, f"its header claims {count:,} bytes, the file has {size:,}")
+        if count > MAX_HEADER:
+            raise _damaged_error(
+                path, f"its header claims {count:,} bytes, and the format allows {MAX_HEADER:,}"
+            )
+        text = file.read(count)
     entries, metadata = _parse_entries(path, text)
     _check_ranges(path, entries, size - 8 - count)
     return Header(

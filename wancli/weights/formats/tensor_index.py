@@ -6,18 +6,19 @@ network make one TensorIndex.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from wancli.errors import CheckpointError
-from wancli.storage import links
+from wancli.errors import CheckpointError, Unreadable
+from wancli.storage import disk, links
 from wancli.weights.formats import safetensors_header
 from wancli.weights.formats.key_mapping import is_tokenizer, plain_name
 from wancli.weights.formats.pickle_header import read_pickle_header
-from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, TensorInfo
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, TensorInfo, open_weights
 
 Container: TypeAlias = Literal["safetensors", "pth", "gguf"]
 
@@ -113,13 +114,8 @@ def detect_container(path: Path) -> Container:
     Raises CheckpointError if it does not hold weights, and for a download that has not ended.
     """
     check_complete(path)
-    try:
-        with path.open("rb") as file:
-            first, size = file.read(32), path.stat().st_size
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    with open_weights(path) as file:
+        first, size = file.read(32), os.fstat(file.fileno()).st_size
     for magic, (what, hint) in NOT_WEIGHT_FILES.items():
         if first.startswith(magic):
             raise CheckpointError(f"this is {what}", where=str(path), hint=hint)
@@ -138,7 +134,7 @@ def check_complete(path: Path) -> None:
     for name in links.list_names(path):
         for suffix, program in CONTROL_FILES.items():
             control = name.with_name(name.name + suffix)
-            if control.is_file():
+            if disk.is_file(control):
                 raise CheckpointError(
                     f"{program} has not finished this download: {control.name} is beside it",
                     where=str(path),
@@ -162,9 +158,9 @@ def looks_like_weights(path: Path) -> bool:
     if any(name.suffix.lower() in SUFFIXES for name in links.list_names(path)):
         return True
     try:
-        with path.open("rb") as file:
+        with open_weights(path) as file:
             first = file.read(9)
-    except OSError:
+    except (CheckpointError, Unreadable):
         return False
     return first.startswith(MAGICS) or first[8:] == b"{"
 

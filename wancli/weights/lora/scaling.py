@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wancli.errors import CheckpointError
+from wancli.storage import disk
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside the file
 METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the file
@@ -79,11 +80,7 @@ def read_scaling(path: Path, metadata: Mapping[str, str], *, peft: bool) -> Scal
     config = path.with_name(ADAPTER_CONFIG)
     if text := metadata.get(METADATA_KEY):
         return _parse_config(text, f"{path}: {METADATA_KEY}")
-    if peft and config.is_file():
-        try:
-            document = config.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(config)) from None
+    if peft and (document := disk.find_bytes(config)) is not None:
         return _parse_config(document, str(config), config=config)
     if text := metadata.get(CONFIG_KEY):
         return _parse_config(text, f"{path}: {CONFIG_KEY}", in_metadata=True)

@@ -1,0 +1,128 @@
+"""A file that cannot be looked at is neither missing nor damaged: it stays, and its shot fails by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from failing_disk import fail_reading, forbid
+from jobs import files_in, run_wancli, tiny_job, write_job
+
+from wancli.errors import UnreadableNow
+from wancli.storage import disk
+
+JOB = tiny_job(output="out/{id}.mp4", items=[{"id": "a", "seed": 1}, {"id": "b", "seed": 2}])
+
+
+@pytest.fixture
+def rendered(tmp_path, shallow, capsys) -> Path:
+    """A job of two shots, of which the first is finished."""
+    path = write_job(tmp_path, JOB | {"model": str(shallow)})
+    assert run_wancli(capsys, "render", path, "--items", "0", "-q").code == 0
+    return path
+
+
+@pytest.mark.parametrize("error", ["EACCES", "ESTALE", "EIO"])
+def test_a_finished_video_that_cannot_be_read_stays_and_the_other_shots_are_rendered(
+    rendered, capsys, monkeypatch, error
+):
+    video = rendered.parent / "out/a.mp4"
+    before = (video.read_bytes(), video.stat().st_ino)
+    with monkeypatch.context() as patch:
+        fail_reading(patch, lambda path: path == video, error)
+        said = run_wancli(capsys, "render", rendered, "-q")
+    assert said.code == 3
+    assert f"{video}: cannot be read" in said.err
+    assert said.out.split() == [str(rendered.parent / "out/b.mp4")]
+    assert (video.read_bytes(), video.stat().st_ino) == before
+    assert not [name for name in files_in(rendered.parent) if "damaged" in name or "old" in name]
+    assert run_wancli(capsys, "render", rendered, "-q").code == 0
+
+
+def test_a_saved_state_that_cannot_be_read_stays(rendered, capsys, monkeypatch):
+    state = rendered.parent / "out/b.state.safetensors"
+    state.write_bytes(b"a state, for all that anybody knows")
+    with monkeypatch.context() as patch:
+        fail_reading(patch, lambda path: path == state, "EIO")
+        said = run_wancli(capsys, "render", rendered, "-q")
+    assert said.code == 3
+    assert str(state) in said.err
+    assert state.read_bytes() == b"a state, for all that anybody knows"
+
+
+@pytest.mark.parametrize("error", ["ESTALE", "EIO"])
+def test_a_video_that_cannot_be_read_back_fails_its_shot(rendered, capsys, monkeypatch, error):
+    real = disk.sha256
+
+    def fails(path: Path) -> str:
+        if path.name == "b.mp4":
+            raise UnreadableNow(f"cannot be read: {error}", where=str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "sha256", fails)
+        said = run_wancli(capsys, "render", rendered, "-q")
+    assert said.code == 3
+    assert "b.mp4: cannot be read" in said.err
+    assert run_wancli(capsys, "render", rendered, "-q").code == 0
+
+
+def test_status_and_check_tell_unreadable_from_damaged(rendered, capsys, monkeypatch):
+    video = rendered.parent / "out/a.mp4"
+    fail_reading(monkeypatch, lambda path: path == video, "EIO", ("open", "stat"))
+    status = json.loads(run_wancli(capsys, "status", rendered, "--json").out)
+    assert [shot["state"] for shot in status["shots"]] == ["unreadable", "to do"]
+    assert "Input/output error" in status["shots"][0]["error"]["message"]
+    for what in (rendered, rendered.parent / "out"):
+        said = run_wancli(capsys, "check", what, "--json")
+        assert said.code == 3
+        found = json.loads(said.out)
+        assert found["problems"] == []
+        assert [entry["path"] for entry in found["unreadable"]] == [str(video)]
+
+
+PRIVATE = "private/sub"
+COMMANDS = {
+    "plan": ["plan", "{job}"],
+    "render": ["render", "{job}", "-q"],
+    "status": ["status", "{job}"],
+    "check": ["check", "{job}"],
+    "check a folder": ["check", "{private}"],
+    "report": ["report", "{job}"],
+    "report a folder": ["report", "{private}"],
+    "plan with a LoRA": ["plan", "{lora}"],
+    "render a prompt": ["render", "--prompt", "x", "-o", "{private}/o.mp4", "-q"],
+    "compare": ["compare", "{private}/a.mp4", "{private}/b.mp4", "-o", "{top}/c.png"],
+    "decode": ["decode", "{private}/a.latents.safetensors", "-q"],
+    "inspect": ["inspect", "{private}/model"],
+    "encode": ["encode", "{embedding}", "-q"],
+    "probe": ["probe", "{inside}"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_that_this_user_may_not_enter_is_named_by_every_command(
+    tmp_path, shallow, capsys, monkeypatch, name
+):
+    private = tmp_path / "private"
+    (private / "sub").mkdir(parents=True)
+    job = {"model": str(shallow), "output": "private/sub/{id}.mp4"}
+    words = {
+        "job": write_job(tmp_path, tiny_job(**job)),
+        "lora": write_job(tmp_path, tiny_job(**job, loras=[{"path": "private/l.safetensors"}]), "lora.yaml"),
+        "embedding": write_job(
+            tmp_path, tiny_job(**job) | {"prompt": {"embedding": "private/e.safetensors"}}, "e.yaml"
+        ),
+        "inside": private / "job.yaml",
+        "private": private / "sub",
+        "top": tmp_path,
+    }
+    monkeypatch.chdir(tmp_path)
+    forbid(monkeypatch, private)
+    said = run_wancli(capsys, *(word.format(**words) for word in COMMANDS[name]))
+    assert said.code in (0, 2, 3)
+    assert (said.code == 0) == (name in ("plan", "status"))
+    assert ("0000.manifest.json" if name == "status" else "private") in said.err + said.out
+    if name != "plan":
+        assert "Permission denied" in said.err + said.out

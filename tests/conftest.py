@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and threads that wait for each other are not
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
+
+
+def pytest_sessionfinish() -> None:
+    """Hypothesis asks the collector at the end, whose answers are without frozen objects."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +47,16 @@ def numbers() -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(TINY / "reference.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
+    """Collections of garbage look at objects of this module alone, not at a million of those imported before.
+
+    A render asks for one when memory ran out.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +114,15 @@ def render(tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str]) -> C
         return run_wancli(capsys, "render", write_job(folder, job), "-q", *options)
 
     return rendered
+
+
+@pytest.fixture
+def lost_reader() -> Iterator[int]:
+    """A pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
 
 
 @pytest.fixture

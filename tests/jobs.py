@@ -14,6 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from wancli.cli import run
+from wancli.engine.networks import ModelCache
+from wancli.farm.server import KEEPS_NETWORKS
 from wancli.models.dit import Request, WanModel
 from wancli.storage.manifest import read_json
 from wancli.text import encoder
@@ -27,6 +29,7 @@ VAE = "Wan2.1_VAE.pth"
 KEPT = {"keep_latents": True}
 CAT = "A gray tabby cat walks through a sunlit garden, its movement slow and graceful."
 FISH = "Schools of tropical fish swim between vibrant coral formations, as the camera pans gently left."
+NETWORKS = ModelCache()  # of the last test that rendered; most tests render one checkpoint
 
 
 class CommandResult(NamedTuple):
@@ -61,9 +64,11 @@ def write_job(folder: Path, job: dict[str, Any] | str, name: str = "job.yaml") -
 
 
 def run_wancli(capsys: pytest.CaptureFixture[str], *arguments: object) -> CommandResult:
-    """One command line, and what it said."""
+    """One command line, and what it said. As on a server, its networks stay for the next one."""
     capsys.readouterr()
-    code = run([str(argument) for argument in arguments])
+    code = run([str(argument) for argument in arguments], NETWORKS)
+    if code not in KEEPS_NETWORKS:
+        NETWORKS.clear()
     return CommandResult(code, *capsys.readouterr())
 
 
@@ -107,7 +112,8 @@ def files_in(folder: Path) -> list[str]:
 
 
 def forbid_calls(monkeypatch: pytest.MonkeyPatch, *targets: tuple[object, str]) -> None:
-    """Whoever calls one of these fails the test."""
+    """Whoever calls one of these fails the test; whoever wants a network must load it."""
+    NETWORKS.clear()
 
     def called(*_: object, **__: object) -> None:
         raise AssertionError("was called")

@@ -51,11 +51,11 @@ def worst(*codes: int) -> int:
 def batch(
     tmp_path: Path, known: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., CommandResult]:
-    """Return a function that renders shots with these events, one after the other, without sampling."""
+    """Return a function that renders shots with these events, one after the other, without decoding."""
 
     def rendered(*happen: str, flags: tuple[str, ...] = ()) -> CommandResult:
         items = [{"id": f"{n}", "seed": n} for n in range(len(happen))]
-        job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=items))
+        job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=items, sampler={"steps": 1}))
         coming: Iterator[str] = itertools.chain(happen, itertools.repeat("done"))
 
         def finish(*_: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from jobs import (
     FISH,
     KEPT,
+    NETWORKS,
     SPIECE,
     CommandResult,
     break_videos_of_5_frames,
@@ -171,6 +172,7 @@ PHASES = {
 def test_a_shot_that_runs_out_of_memory_says_where_frees_it_and_the_next_continues(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, kind: type[Exception]
 ) -> None:
+    NETWORKS.clear()  # all is loaded
     found = hog(monkeypatch, *PHASES[phase], kind=kind)
     prompts = [f"{phase} {kind.__name__} {n}" for n in range(2)]
     items = [{"id": "a", "prompt": prompts[0]}, {"id": "b", "prompt": prompts[1]}]
@@ -207,7 +209,7 @@ def test_steps_before_memory_ran_out_are_on_disk_and_a_retry_resumes_from_them(
 
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_a_decode_that_runs_out_of_memory_continues_in_smaller_chunks_and_the_manifest_says_so(
-    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, capsys: Any
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, capsys: Any, known: Path
 ) -> None:
     real = VAE.decode_chunk
 
@@ -217,7 +219,7 @@ def test_a_decode_that_runs_out_of_memory_continues_in_smaller_chunks_and_the_ma
         return real(self, z_CTYX, stream)
 
     monkeypatch.setattr(VAE, "decode_chunk", hungry)
-    job = write_job(tmp_path, tiny_job(frames=9, memory={"decode_chunk": chunk}))
+    job = write_job(tmp_path, tiny_job(known, frames=9, memory={"decode_chunk": chunk}))
     said = run_wancli(capsys, "render", job, "--progress", "plain")
     assert said.code == 0
     assert "warning: shot 0000: out of memory: decode, at a peak of " in said.err
@@ -394,9 +396,9 @@ def test_the_report_counts_no_time_and_hits_of_a_latent_of_an_earlier_run(
 
 
 def test_the_summary_of_a_render_that_only_decoded_says_nothing_of_a_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job())
+    job = write_job(tmp_path, tiny_job(known))
     with pytest.MonkeyPatch.context() as patched:
         failing(patched, mp4, "write_mp4", {0: errors.FfmpegError("died")})
         assert run_wancli(capsys, "render", job, "-q").code == 3
@@ -405,11 +407,11 @@ def test_the_summary_of_a_render_that_only_decoded_says_nothing_of_a_first_step(
 
 
 def test_failures_end_in_a_table_and_the_command_that_retries_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: Path
 ) -> None:
     folder = tmp_path / "my jobs"
     many = [{"id": f"{n}", "seed": n} for n in range(6)]
-    job = write_job(folder, tiny_job(output="out/{id}.mp4", items=many))
+    job = write_job(folder, tiny_job(known, output="out/{id}.mp4", items=many))
     died = errors.FfmpegError("it went wrong " * 20 + "at last")
     failing(monkeypatch, mp4, "write_mp4", {1: died, 2: died, 4: died})
     flags = ("--set", "negative=a b", "--progress", "plain", "--save-every", "5", "--items", "0-4")
@@ -429,9 +431,9 @@ def test_failures_end_in_a_table_and_the_command_that_retries_them(
 
 
 def test_a_force_that_ended_early_comes_with_the_command_for_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
+    job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
     failing(monkeypatch, mp4, "write_mp4", {1: errors.FfmpegError("died")})
     said = run_wancli(capsys, "render", job, "--force", "--fail-fast")
     assert said.code == 3
@@ -439,12 +441,12 @@ def test_a_force_that_ended_early_comes_with_the_command_for_the_rest(
 
 
 def test_an_output_that_already_exists_is_not_retried_but_comes_with_a_hint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: Path
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0.mp4").write_bytes(b"holiday")
     many = [{"id": f"{n}", "seed": n} for n in range(3)]
-    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=many))
+    job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=many))
     failing(monkeypatch, mp4, "write_mp4", {0: errors.FfmpegError("died")})
     said = run_wancli(capsys, "render", job, "--progress", "plain")
     assert said.code == 3

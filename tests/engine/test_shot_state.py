@@ -354,7 +354,7 @@ def test_a_damaged_state_is_moved_aside_with_a_warning(
 def test_a_stopped_process_exits_cleanly_and_another_resumes(
     render: Render, tmp_path: Path, shallow: Path, warm: Path, number: signal.Signals, code: int
 ) -> None:
-    said = {"sampler": {"steps": 60}, "video": KEPT, "frames": 9}
+    said = {"sampler": {"steps": 40}, "video": KEPT, "frames": 5}
     path = write_job(tmp_path, tiny_job(shallow, **said))
     with start("render", path, "-q", "--cache-dir", warm, "--save-every", "1") as process:
         deadline = time.monotonic() + 60

@@ -18,6 +18,7 @@ from jobs import (
     CAT,
     FISH,
     KEPT,
+    NETWORKS,
     SPIECE,
     TINY,
     TRANSFORMER,
@@ -360,6 +361,7 @@ def test_ti2v_gives_the_latents_and_frames_of_diffusers(
 
 def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The experts in the order in which they are loaded; no two of them may be alive."""
+    NETWORKS.clear()
     real = loader.load_transformer
     loaded: list[str] = []
     alive: weakref.WeakSet[WanModel] = weakref.WeakSet()
@@ -498,6 +500,7 @@ def test_a_shot_whose_latent_exists_is_only_decoded(
 
 def killed_between_experts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Ctrl-C while the low-noise expert is loaded."""
+    NETWORKS.clear()
     real = loader.load_transformer
 
     def killed(*arguments: Any) -> WanModel:

@@ -13,6 +13,7 @@ import torch
 from jobs import (
     FISH,
     KEPT,
+    NETWORKS,
     CommandResult,
     count_forwards,
     files_in,
@@ -71,6 +72,7 @@ def decide(tmp_path: Path, shallow: Path, warm: Path) -> Callable[..., list[Shot
 
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one whenever a pass over the blocks fetches its first weight."""
+    NETWORKS.clear()  # those loaded from now on are watched
     real = Networks._patch_fetched
     found: list[str] = []
 

@@ -14,6 +14,7 @@ import torch
 from jobs import (
     FISH,
     KEPT,
+    NETWORKS,
     CommandResult,
     count_forwards,
     files_in,
@@ -76,7 +77,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -
     for item in HALF:
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT}
         path = write_job(folder, tiny_job(shallow, **said, **item))
-        assert run(["render", "-q", str(path), "--cache-dir", str(warm)]) == 0
+        assert run(["render", "-q", str(path), "--cache-dir", str(warm)], NETWORKS) == 0
     return folder
 
 

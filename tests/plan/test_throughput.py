@@ -10,7 +10,7 @@ from pathlib import Path
 
 import manifests
 import pytest
-from jobs import CommandResult, run_wancli, tiny_job, write_job
+from jobs import NETWORKS, CommandResult, run_wancli, tiny_job, write_job
 
 from wancli.job.loader import load
 from wancli.plan import throughput
@@ -80,6 +80,7 @@ def test_the_first_render_measures_what_the_next_plan_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (warm / "rates.json").unlink(missing_ok=True)
+    NETWORKS.clear()  # loading is measured, too
     changes = {"output": "out/{seed}.mp4", "id": "one"}
     before = render("--json", **changes)
     assert next(p for p in json.loads(before.out)["memory"] if p["name"] == "sample")["expected"] is None

@@ -107,8 +107,9 @@ def test_a_folder_whose_name_is_not_utf8_can_be_rendered_into(
 
 
 def test_the_summary_tells_hits_difference_and_memory(
-    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str], render: Callable[..., CommandResult]
+    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANCLI_CACHE", str(warm))
     job = write_job(tmp_path, tiny_job(inject=[rule()]))
     said = run_wancli(capsys, "render", job)
     assert said.code == 0

@@ -39,7 +39,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive
 _OUTPUT_LOST = 120  # as Python itself ends if the last of its output cannot be written
 # After these the networks are whole. Other errors may come from anywhere, so the networks are loaded again.
-_KEEPS_NETWORKS = (
+KEEPS_NETWORKS = (
     ExitStatus.OK,
     ExitStatus.SOME_FAILED,
     ExitStatus.USAGE,
@@ -188,7 +188,7 @@ class Server:
         sys.stderr.write(
             f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
         )
-        if code not in _KEEPS_NETWORKS:
+        if code not in KEEPS_NETWORKS:
             self._kept.clear()
         if code != ExitStatus.OK:
             gc.collect()  # frees what the error refers to

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wancli.models import t5
-from wancli.models.config import TIED_EMBEDDING, ComputeOptions, Expert, VAE22Config
+from wancli.models.config import TIED_EMBEDDING, ComputeOptions, Expert, VAE22Config, VAEConfig
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
@@ -98,7 +98,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     for part in checkpoint.experts:
         _read_weights(part)
     if problems := find_mismatches(
-        _shapes(_build_vae(checkpoint).state_dict()), _shapes(_read_weights(checkpoint.vae))
+        _vae_shapes(vae_config(checkpoint)), _shapes(_read_weights(checkpoint.vae))
     ):
         raise mismatch_error(problems, str(checkpoint.vae_files[0]))
 
@@ -266,7 +266,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     """Load the VAE of a checkpoint, in fp32 as the official code runs it."""
     where = str(checkpoint.vae_files[0])
     weights = _read_weights(checkpoint.vae)
-    vae = _build_vae(checkpoint)
+    vae = _build_vae(vae_config(checkpoint))
     load_into(
         vae,
         weights.items(),
@@ -279,7 +279,11 @@ def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:
     return vae.eval()
 
 
-def _build_vae(checkpoint: Checkpoint) -> VAE:
-    sizes = vae_config(checkpoint)
+def _build_vae(sizes: VAEConfig | VAE22Config) -> VAE:
     with torch.device("meta"):
         return WanVAE22(sizes) if isinstance(sizes, VAE22Config) else WanVAE(sizes)
+
+
+@lru_cache(2)
+def _vae_shapes(sizes: VAEConfig | VAE22Config) -> Mapping[str, tuple[int, ...]]:
+    return _shapes(_build_vae(sizes).state_dict())

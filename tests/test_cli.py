@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import typer
 import yaml
@@ -149,35 +150,35 @@ def test_a_wrong_command_line_is_one_line_and_a_hint(say: Any, arguments: list[s
 # ---- completion ----
 
 
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("wancli ren", {"render"}),
-        ("wancli che", {"check"}),
-        ("wancli render --log-level ", {"off", "basic", "verbose", "trace"}),
-        ("wancli render --progress o", {"openjd"}),
-        ("wancli encode --progress ", {"auto", "bar", "plain", "none"}),
-        ("wancli status --js", {"--json"}),
-        ("wancli cache v", {"verify"}),
-    ],
-)
-def test_bash_completes_commands_options_and_values(tmp_path: Path, typed: str, offered: set[str]) -> None:
+COMPLETED = {
+    "wancli ren": {"render"},
+    "wancli che": {"check"},
+    "wancli render --log-level ": {"off", "basic", "verbose", "trace"},
+    "wancli render --progress o": {"openjd"},
+    "wancli encode --progress ": {"auto", "bar", "plain", "none"},
+    "wancli status --js": {"--json"},
+    "wancli cache v": {"verify"},
+}
+
+
+def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
     program = tmp_path / "wancli"
     program.write_text(f"#!{sys.executable}\nfrom wancli.__main__ import main\nmain()\n")
     program.chmod(0o755)
-    words = typed.split(" ")
-    script = (
-        'eval "$(_WANCLI_COMPLETE=source_bash wancli)"\n'
-        f"COMP_WORDS=({' '.join(w or chr(39) * 2 for w in words)}) COMP_CWORD={len(words) - 1}\n"
-        "_wancli_completion wancli\n"
-        'echo "${COMPREPLY[@]}"\n'
-    )
+    script = 'eval "$(_WANCLI_COMPLETE=source_bash wancli)"\n'
+    for typed in COMPLETED:
+        words = typed.split(" ")
+        script += (
+            f"COMP_WORDS=({' '.join(w or chr(39) * 2 for w in words)}) COMP_CWORD={len(words) - 1}\n"
+            "_wancli_completion wancli\n"
+            'echo "${COMPREPLY[@]}"\n'
+        )
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(errors.__file__).parents[1]),
     }
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert set(said.stdout.split()) == offered
+    assert dict(zip(COMPLETED, map(set, map(str.split, said.stdout.splitlines())), strict=True)) == COMPLETED
 
 
 # ---- exit codes ----
@@ -261,28 +262,16 @@ def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_pat
     assert (said.code, "\x1b" in said.out) == (0, False)
 
 
-def wancli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run the command in a process of its own."""
-    program = [sys.executable, "-c", "from wancli.__main__ import main; main()", *map(str, arguments)]
-    return subprocess.run(program, stderr=subprocess.PIPE, check=False, **options)
+def test_a_reader_that_closed_stdout_is_neither_a_bug_nor_a_success(tmp_path: Path, lost_reader: int) -> None:
+    done = forked.run("plan", write_job(tmp_path, tiny_job()), stdout=lost_reader)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_reader_that_closed_stdout_is_neither_a_bug_nor_a_success(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    done = wancli("plan", write_job(tmp_path, tiny_job()), stdout=write)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (1, b"")
-
-
-def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Path) -> None:
+def test_a_reader_that_went_away_does_not_end_a_render(tmp_path: Path, known: Path, lost_reader: int) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 1}]
-    read, write = os.pipe()
-    os.close(read)
     job = write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=items))
-    done = wancli("render", job, "-q", stdout=write)
-    os.close(write)
-    said = b"wancli: stdout has no reader any more; the work continues\n"
+    done = forked.run("render", job, "-q", stdout=lost_reader)
+    said = "wancli: stdout has no reader any more; the work continues\n"
     assert (done.returncode, done.stderr) == (0, said)
     assert (tmp_path / "a.mp4").exists()
     assert (tmp_path / "b.mp4").exists()
@@ -310,7 +299,8 @@ def test_a_plan_warns_of_what_this_machine_lacks(
 def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) -> None:
     job = write_job(tmp_path, tiny_job(id="猫", prompt=f"{CAT} 猫"))
     latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    done = wancli("plan", job, "-v", env=latin, stdout=subprocess.PIPE)
+    program = [sys.executable, "-c", "from wancli.__main__ import main; main()", "plan", job, "-v"]
+    done = subprocess.run(program, env=latin, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"\\u732b" in done.stdout
 
@@ -318,8 +308,8 @@ def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) 
 # ---- what goes to stdout ----
 
 
-def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path) -> None:
-    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}]))
+def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path, known: Path) -> None:
+    job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}]))
     said = say("render", job, "--progress", "plain")
     assert said.code == 0
     assert said.out == f"{tmp_path}/out/a.mp4\n{tmp_path}/out/b.mp4\n"
@@ -330,9 +320,9 @@ def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path) -> N
 
 
 def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_others(
-    say: Any, tmp_path: Path
+    say: Any, tmp_path: Path, known: Path
 ) -> None:
-    job = write_job(tmp_path, tiny_job(output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
+    job = write_job(tmp_path, tiny_job(known, output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
     said = say("render", job, "-q", "--items", "2,0")
     assert said == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
     path = tmp_path / "out" / "job.report.json"
@@ -406,11 +396,11 @@ def test_a_job_on_stdin_starts_its_paths_in_the_current_folder(say: Any, tmp_pat
 
 
 def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
-    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: Path
 ) -> None:
     break_videos_of_5_frames(monkeypatch)
     items = [{"id": "a", "frames": 5}, {"id": "b"}]
-    said = say("render", write_job(tmp_path, tiny_job(output="{id}.mp4", items=items)), "--json")
+    said = say("render", write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=items)), "--json")
     report = json.loads(said.out)
     assert said.code == 1
     assert [shot["status"] for shot in report["shots"]] == ["failed", "rendered"]
@@ -424,8 +414,8 @@ def test_a_job_error_leaves_stdout_empty_also_with_json(say: Any, tmp_path: Path
         assert (said.code, said.out) == (2, "")
 
 
-def test_warnings_go_to_stderr(say: Any, tmp_path: Path) -> None:
-    job = write_job(tmp_path, tiny_job(inject=[rule(strength=0)]))
+def test_warnings_go_to_stderr(say: Any, tmp_path: Path, known: Path) -> None:
+    job = write_job(tmp_path, tiny_job(known, inject=[rule(blocks="late", strength=0)]))
     for said in (say("plan", job), say("render", job)):
         assert said.code == 0
         assert "warning: shot 0000: an injection has strength 0 and changes nothing" in said.err

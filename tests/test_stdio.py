@@ -7,70 +7,103 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import forked
 import pytest
 from jobs import tiny_job, write_job
 
 from wancli import stdio
 from wancli.errors import MachineError
 
-WANCLI = f"{sys.executable} -c 'from wancli.__main__ import main; main()'"
+FULL = "/dev/full"
 
 
-def shell(line: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    program = ["bash", "-c", f'set -o pipefail; wancli() {{ {WANCLI} "$@"; }}; {line}']
+def wancli(
+    *arguments: object, folder: Path, out: str | int, err: str | int = subprocess.PIPE
+) -> tuple[int, str]:
+    """Run the command with these files or descriptors; return its exit code, and stderr if that is a pipe."""
+    with ExitStack() as files:
+        out, err = (
+            files.enter_context(Path(to).open("w")).fileno() if isinstance(to, str) else to
+            for to in (out, err)
+        )
+        done = forked.run(*arguments, cwd=folder, stdout=out, stderr=err)
+    return done.returncode, done.stderr
+
+
+def shell(arguments: str, folder: Path) -> tuple[int, bytes]:
+    """Run the command in a shell, in which a stream can be closed before Python starts."""
+    program = f"{sys.executable} -c 'from wancli.__main__ import main; main()' {arguments}"
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        program, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=False
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        ["bash", "-c", program], cwd=folder, env=environment, capture_output=True, check=False
     )
+    return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "err"),
-    [
-        ("wancli render job.yaml --progress plain 2>&1 | true", 0, b""),
-        ("wancli render job.yaml --progress plain 2>/dev/full", 0, b""),
-        ("wancli render job.yaml 2>&- >&-", 0, b""),
-        ("wancli render job.yaml -q --json-stream <&- >&-", 0, b""),
-        (
-            "wancli render job.yaml -q >/dev/full",
-            3,
-            b"wancli: stdout: cannot be written: No space left on device; the work continues\n",
-        ),
-    ],
-)
-def test_no_stream_that_is_lost_keeps_a_shot_from_being_rendered(
-    tmp_path: Path, known: Path, line: str, code: int, err: bytes
+def two_shots(folder: Path, model: Path) -> list[Path]:
+    """Write a job of two shots, and return their videos."""
+    write_job(folder, tiny_job(model, output="{id}.mp4", items=[{"id": "a"}, {"id": "b", "seed": 1}]))
+    return [folder / "a.mp4", folder / "b.mp4"]
+
+
+def test_streams_without_a_reader_keep_no_shot_from_being_rendered(
+    tmp_path: Path, known: Path, lost_reader: int
 ) -> None:
-    write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=[{"id": "a"}, {"id": "b", "seed": 1}]))
-    done = shell(line, tmp_path)
-    assert (done.returncode, done.stderr) == (code, err)
-    assert (tmp_path / "a.mp4").exists()
-    assert (tmp_path / "b.mp4").exists()
+    videos = two_shots(tmp_path, known)
+    said = "render", "job.yaml", "--progress", "plain"
+    assert wancli(*said, folder=tmp_path, out=lost_reader, err=lost_reader) == (0, "")
+    assert all(path.exists() for path in videos)
+
+
+def test_a_full_stderr_keeps_no_shot_from_being_rendered(tmp_path: Path, known: Path) -> None:
+    videos = two_shots(tmp_path, known)
+    said = "render", "job.yaml", "--progress", "plain"
+    assert wancli(*said, folder=tmp_path, out=os.devnull, err=FULL) == (0, "")
+    assert all(path.exists() for path in videos)
+
+
+def test_a_full_stdout_keeps_no_shot_from_being_rendered_and_has_an_exit_code(
+    tmp_path: Path, known: Path
+) -> None:
+    videos = two_shots(tmp_path, known)
+    said = "wancli: stdout: cannot be written: No space left on device; the work continues\n"
+    assert wancli("render", "job.yaml", "-q", folder=tmp_path, out=FULL) == (3, said)
+    assert all(path.exists() for path in videos)
+
+
+@pytest.mark.parametrize("line", ["render job.yaml 2>&- >&-", "render job.yaml -q --json-stream <&- >&-"])
+def test_streams_that_are_closed_when_python_starts_keep_no_shot_from_being_rendered(
+    tmp_path: Path, known: Path, line: str
+) -> None:
+    videos = two_shots(tmp_path, known)
+    assert shell(line, tmp_path) == (0, b"")
+    assert all(path.exists() for path in videos)
 
 
 @pytest.mark.parametrize("command", ["plan job.yaml", "schema", "errors --json", "plan job.yaml --json"])
 def test_results_that_cannot_be_written_are_no_bug_and_no_success(tmp_path: Path, command: str) -> None:
     write_job(tmp_path, tiny_job())
-    done = shell(f"wancli {command} >/dev/full", tmp_path)
-    said = b"wancli: stdout: cannot be written: No space left on device\n"
-    assert (done.returncode, done.stderr) == (3, said)
+    said = "wancli: stdout: cannot be written: No space left on device\n"
+    assert wancli(*command.split(), folder=tmp_path, out=FULL) == (3, said)
 
 
-def test_a_wrong_job_has_its_exit_code_even_without_a_reader(tmp_path: Path) -> None:
+def test_a_wrong_job_has_its_exit_code_even_without_a_reader(tmp_path: Path, lost_reader: int) -> None:
     write_job(tmp_path, tiny_job(frames=4))
-    assert shell("wancli render job.yaml 2>/dev/full", tmp_path).returncode == 2
-    assert shell("wancli render job.yaml 2>&-", tmp_path).returncode == 2
+    for err in (FULL, lost_reader):
+        assert wancli("render", "job.yaml", folder=tmp_path, out=os.devnull, err=err)[0] == 2
+    assert shell("render job.yaml 2>&-", tmp_path)[0] == 2
 
 
 def test_a_path_on_stdout_has_the_bytes_of_its_name(tmp_path: Path, known: Path) -> None:
     folder = tmp_path / os.fsdecode(b"u\xff")
     write_job(folder, tiny_job(known, output="a.mp4"))
-    done = shell("wancli render job.yaml | xargs -n 1 stat -c %n", folder)
-    assert (done.returncode, done.stdout) == (0, os.fsencode(folder) + b"/a.mp4\n"), done.stderr
-    assert b"u\\udcff/job.report.json" in done.stderr
+    code, err = wancli("render", "job.yaml", folder=folder, out=str(tmp_path / "out.txt"))
+    assert (code, (tmp_path / "out.txt").read_bytes()) == (0, os.fsencode(folder) + b"/a.mp4\n"), err
+    assert "u\\udcff/job.report.json" in err
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forked, start
+from forked import WANCLI, Forked, start
 from forked import run as wancli
 from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, shell_exit_code, tiny_job, write_job
 
@@ -215,17 +215,19 @@ def test_a_reader_that_closed_stdout_has_the_effect_it_has_without_a_server(
     options: list[str],
     unbuffered: str,
     monkeypatch: pytest.MonkeyPatch,
+    lost_reader: int,
 ) -> None:
+    """Python writes, too, when it ends: so clients, which start fast, and one render are real processes."""
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    codes = []
-    for name, more in {"alone": [], "served": ["--socket", server_path]}.items():
-        read, write = os.pipe()
-        os.close(read)
-        program = [sys.executable, "-m", "wancli", "render", job(name), "-q", *options, *more]
-        done = subprocess.run(program, stdout=write, stderr=subprocess.DEVNULL, timeout=120)
-        os.close(write)
-        codes.append(done.returncode)
-    assert codes == [0, 0]  # what was made is on disk
+    streams: dict[str, Any] = {"stdout": lost_reader, "stderr": subprocess.DEVNULL, "timeout": 120}
+    alone, served = (["render", job(name), "-q", *options] for name in ("alone", "served"))
+    if unbuffered:
+        as_unbuffered = f"import sys\nsys.stdout.reconfigure(write_through=True)\n{WANCLI}"
+        done = wancli(*alone, program=as_unbuffered, **streams)
+    else:
+        done = subprocess.run([sys.executable, "-m", "wancli", *alone], **streams)
+    client = subprocess.run([sys.executable, "-m", "wancli", *served, "--socket", server_path], **streams)
+    assert (done.returncode, client.returncode) == (0, 0)  # what was made is on disk
     assert wancli("render", job("next"), "-q", "--socket", server_path).returncode == 0
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import forked
 import imageio_ffmpeg
 import torch
 from disk_state import disk_state
@@ -87,10 +87,16 @@ class Rig:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]),
         }
-        command = [sys.executable, str(HERE / "zygote.py"), json.dumps([self.arguments])]
-        self._zygote = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, text=True
+        read, write = os.pipe()
+        self._trials = os.fdopen(write, "w")
+        self._zygote = forked.start(
+            json.dumps([self.arguments]),
+            program=(HERE / "zygote.py").read_text(),
+            env=self.environment,
+            stdin=read,
+            stderr=2,
         )
+        os.close(read)
         assert self._answer() == "ready", "the rig does not run"
         self.wanted = {name: hashlib.sha256((self.out / f"{name}.mp4").read_bytes()) for name in SHOTS}
         self.latents = {
@@ -103,9 +109,8 @@ class Rig:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._zygote.stdin
         assert self._zygote.stdout
-        self._zygote.stdin.close()
+        self._trials.close()
         self._zygote.wait()
         self._zygote.stdout.close()
 
@@ -160,9 +165,8 @@ class Rig:
             "err": str(err),
             "beat": beat,
         }
-        assert self._zygote.stdin
-        self._zygote.stdin.write(json.dumps(trial) + "\n")
-        self._zygote.stdin.flush()
+        self._trials.write(json.dumps(trial) + "\n")
+        self._trials.flush()
 
     def child(self) -> int:
         """The process of the run that was started."""

@@ -17,8 +17,8 @@ test: $(VENV)/dev ## Run the tests, all except the rigs
 crash: $(VENV)/dev ## Run the rigs: failing disks, kills, power cuts, damage, fuzz, soak
 	$(BIN)/pytest -n 2 --dist worksteal tests/crash tests/fuzz
 
-crash-long: $(VENV)/dev ## The rigs with the counts of a release: 2,000 triple faults, 100 kills, 10x the fuzz
-	WANCLI_CRASH_LONG=1 WANCLI_FUZZ=10 WANCLI_SOAK=200 $(BIN)/pytest -n 2 --dist worksteal tests/crash tests/fuzz
+crash-long: $(VENV)/dev ## The rigs with the counts of a release: 2,000 triple faults, 100 kills, 20x the fuzz
+	WANCLI_CRASH_LONG=1 WANCLI_FUZZ=20 WANCLI_SOAK=200 $(BIN)/pytest -n 2 --dist worksteal tests/crash tests/fuzz
 
 crash-mounts: $(VENV)/dev ## 30 power cuts on a mounted ext4; root only
 	$(BIN)/python tests/crash/mounted.py

@@ -106,7 +106,7 @@ def mutate(draw: random.Random) -> bytes:
 
 
 def test_any_change_to_the_text_of_a_job_is_accepted_or_refused(tmp_path: Path) -> None:
-    draw, budget = random.Random(5), Budget(12)
+    draw, budget = random.Random(5), Budget(6)
     while not budget.over:
         data = mutate(draw)
         with budget.attempt(data):
@@ -197,7 +197,7 @@ SHAPES = {
 
 
 def test_any_structure_of_a_job_is_accepted_or_refused(tmp_path: Path) -> None:
-    budget = Budget(13)
+    budget = Budget(6.5)
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(st.fixed_dictionaries({"prompt": st.just(CAT) | ODD}, optional=KEYS | SHAPES))

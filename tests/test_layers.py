@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1] / "wancli"
 # A package may import packages of earlier rows, and those of its own row unless that makes a circle.
 ORDER = (
@@ -65,29 +67,32 @@ def imports(node: ast.AST) -> Iterator[str]:
         yield from imports(child)
 
 
-GRAPH = {
-    module: {name for name in imports(ast.parse(path.read_text())) if name in MODULES and name != module}
-    for module, path in MODULES.items()
-}
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """The modules that each module imports."""
+    return {
+        module: {name for name in imports(ast.parse(path.read_text())) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
 
 
-def test_no_module_imports_from_a_package_above_its_own() -> None:
+def test_no_module_imports_from_a_package_above_its_own(graph: dict[str, set[str]]) -> None:
     upward = [
         f"{module} -> {other}"
-        for module, others in GRAPH.items()
+        for module, others in graph.items()
         for other in others
         if RANK[package_of(other)] > RANK[package_of(module)]
     ]
     assert upward == []
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    TopologicalSorter(GRAPH).prepare()  # raises CycleError
+def test_no_module_imports_itself_by_way_of_others(graph: dict[str, set[str]]) -> None:
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_no_package_imports_itself_by_way_of_others() -> None:
+def test_no_package_imports_itself_by_way_of_others(graph: dict[str, set[str]]) -> None:
     packages: dict[str, set[str]] = {package: set() for package in RANK}
-    for module, others in GRAPH.items():
+    for module, others in graph.items():
         packages[package_of(module)] |= {package_of(other) for other in others} - {package_of(module)}
     TopologicalSorter(packages).prepare()  # raises CycleError
 

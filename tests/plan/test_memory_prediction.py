@@ -18,6 +18,7 @@ from scripts.make_random_checkpoint import FIXTURE_PIECES, umt5_entries, write_c
 from wancli.job.loader import load
 from wancli.models.config import T5Config, WanConfig
 from wancli.plan.planner import build_plan
+from wancli.plan.shot import Plan
 
 MEASURED = """
 import atexit, re, sys
@@ -54,6 +55,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def planned(job: Path, model: Path) -> Plan:
+    """The plan of a job. Digests of its files are kept for other tests and for the process that renders."""
+    plan = build_plan(load(job), model.with_suffix(".hashes.json"))
+    shutil.copy(model.with_suffix(".hashes.json"), Path(os.environ["WANCLI_CACHE"]) / "hashes.json")
+    return plan
+
+
 def measured(job: Path) -> int:
     """Bytes that a process that renders the job has in memory at its peak."""
     done = subprocess.run(
@@ -69,9 +77,9 @@ def measured(job: Path) -> int:
 
 @pytest.mark.parametrize("memory", [{"residency": "resident"}, {"residency": "streamed"}, {"dtype": "fp8"}])
 def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
-    changes = {"size": "256x256", "sampler": {"steps": 1}, "memory": memory}
+    changes = {"size": "128x128", "sampler": {"steps": 1}, "memory": memory}
     job = write_job(tmp_path, tiny_job(transformer, **changes))
-    plan = build_plan(load(job), tmp_path / "memo.json")
+    plan = planned(job, transformer)
     (shot,) = plan.shots
     assert max(plan.schedule.phases(shot), key=lambda phase: phase.total).name in ("sample", "decode")
     assert measured(job) == pytest.approx(plan.schedule.peak(shot), rel=0.1)
@@ -83,7 +91,7 @@ def test_a_transformers_peak_is_predicted(transformer: Path, tmp_path: Path, mem
 @pytest.mark.parametrize("residency", ["resident", "streamed"])
 def test_a_text_encoders_peak_is_predicted(encoder: Path, tmp_path: Path, residency: str) -> None:
     job = write_job(tmp_path, tiny_job(encoder, sampler={"steps": 1}, memory={"residency": residency}))
-    plan = build_plan(load(job), tmp_path / "memo.json")
+    plan = planned(job, encoder)
     (shot,) = plan.shots
     assert max(plan.schedule.phases(shot), key=lambda phase: phase.total).name == "encode"
     assert measured(job) == pytest.approx(plan.schedule.peak(shot), rel=0.1)

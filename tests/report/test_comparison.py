@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,19 @@ BATCH = {"output": "out/{id}.mp4", "items": ITEMS, "frames": 5}
 
 
 def pattern(path: Path, size: str = "128x96", frames: int = 6, skip: int = 0) -> Path:
+    path.write_bytes(_pattern(size, frames, skip))
+    return path
+
+
+@cache
+def _pattern(size: str, frames: int, skip: int) -> bytes:
     source = f"testsrc2=size={size}:rate=8,trim=start_frame={skip},setpts=PTS-STARTPTS"
     coded = ["-frames:v", str(frames), "-pix_fmt", "yuv420p", "-crf", "4"]
-    subprocess.run([FFMPEG, "-v", "error", "-f", "lavfi", "-i", source, *coded, path], check=True)
-    return path
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        subprocess.run(
+            [FFMPEG, "-y", "-v", "error", "-f", "lavfi", "-i", source, *coded, file.name], check=True
+        )
+        return file.read()
 
 
 @pytest.fixture

@@ -24,6 +24,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and threads that w
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
 
 
+gc.disable()  # nothing is garbage while modules are imported, and to look for it takes time
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
 def pytest_sessionfinish() -> None:
     """Hypothesis asks the collector at the end, whose answers are without frozen objects."""
     gc.unfreeze()

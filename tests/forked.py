@@ -172,6 +172,7 @@ def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.
 
 def _import_all() -> None:
     """Import all that a render may import. A fork must have no thread to lose."""
+    gc.disable()  # nothing of this is garbage
     import pkgutil
     from importlib import import_module
 
@@ -185,7 +186,7 @@ def _import_all() -> None:
         if module.name not in ("wancli.__main__", "wancli.farm.ray_driver"):
             import_module(module.name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads that a fork would lose"
-    gc.collect()
+    gc.enable()
     gc.freeze()  # or each fork copies the pages of all objects, to count what refers to them
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wancli.errors import MachineError, NoSpace, OutputExists
+from wancli.errors import JobError, MachineError, NoSpace, OutputExists
 from wancli.storage import atomic, disk
 
 
@@ -397,3 +397,10 @@ def test_the_longest_name_moves_aside_under_a_shorter_one(tmp_path):
     assert aside.read_bytes() == b"content"
     assert aside.name.startswith("ä" * 120)
     assert aside.name.endswith(".old-1.mp4")
+
+
+def test_a_url_of_an_output_does_not_become_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JobError, match="s3://: is a URL"):
+        atomic.publish_bytes(Path("s3://bucket/a/b.png"), b"")
+    assert names(tmp_path) == []

@@ -17,6 +17,7 @@ import errno
 import itertools
 import os
 import platform
+import re
 import resource
 import secrets
 import stat
@@ -25,13 +26,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from wancli.errors import DiskError, MachineError, NoSpace, OutputExists, Unreadable, WancliError
+from wancli.errors import DiskError, JobError, MachineError, NoSpace, OutputExists, Unreadable, WancliError
 from wancli.storage import disk
 from wancli.storage.paths import shorten_name
 
 _PREFIX, _SUFFIX = ".wancli-", ".tmp"
 _STALE_AGE = 24 * 3600.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 _REASONS = {
@@ -250,6 +252,9 @@ def _host_name() -> str:
 
 def _make_folder(folder: Path) -> None:
     if not disk.is_folder(folder):
+        if _SCHEME.fullmatch(folder.name):  # Path makes one slash of the two
+            hint = "Mount the store as a folder, or write to a folder and copy the file."
+            raise JobError("is a URL, and wancli writes files", where=f"{folder.name}//", hint=hint)
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)

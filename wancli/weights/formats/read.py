@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from wancli.errors import CheckpointError, DoesNotFit
-from wancli.storage import disk
 from wancli.weights.formats import gguf_header, safetensors_header, tensor_index
 from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, attach_scales
 from wancli.weights.formats.key_mapping import plain_name
@@ -166,8 +165,9 @@ def _split_patches(weights: dict[str, Packed]) -> dict[str, Packed]:
 def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     _check_zip(path)
     try:
-        with disk.reading(path):
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with open_weights(path) as file:  # torch takes no name that is not UTF-8
+            name = f"/proc/self/fd/{file.fileno()}"
+            state = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "its pickle asks to run code, which wancli refuses",

@@ -31,7 +31,9 @@ from safetensors.torch import load_file, save_file
 from wancli.errors import CheckpointError, JobError
 from wancli.job.loader import load
 from wancli.plan import planner as planning
+from wancli.plan.loras import lora_warnings
 from wancli.plan.shot import Shot
+from wancli.report.shot_text import format_lora
 from wancli.sampling.denoise import draw_noise
 from wancli.sampling.solvers import build_sigma_schedule
 from wancli.text.embedding import load_embedding
@@ -373,3 +375,63 @@ def test_planning_a_lora_does_not_load_torch(tmp_path: Path, shallow: Path, lora
         "sys.exit(bool({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def rewritten(path: Path, metadata: dict[str, str] | None = None, **ends: float) -> Path:
+    """The same LoRA with other metadata, and tensors whose keys end so multiplied."""
+    tensors = {
+        key: tensor * next((factor for end, factor in ends.items() if end in key), 1)
+        for key, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata)
+    return path
+
+
+def told(shot: Shot) -> list[str]:
+    return list(lora_warnings(shot.loras))
+
+
+def test_the_plan_shows_scales_and_the_key_covers_new_ones(decide: Callable[..., Shot], lora: Path) -> None:
+    plain = decide({"path": "style.safetensors"})
+    assert "scales" not in plain.loras[0].pixel_settings
+    assert "scale" not in format_lora(plain.loras[0])
+    shot = decide({"path": str(rewritten(lora, {"alpha": "1"}))})
+    assert shot.loras[0].pixel_settings["scales"] == (0.5,)
+    assert "rank 2, scale 0.5, ComfyUI naming" in format_lora(shot.loras[0])
+    assert told(shot) == []
+
+
+@pytest.mark.parametrize("end", ["lora_A", "lora_B"])
+def test_a_lora_whose_effect_is_nothing_is_told(decide: Callable[..., Shot], lora: Path, end: str) -> None:
+    rewritten(lora, **{end: 0.0})
+    assert told(decide({"path": "style.safetensors"})) == [
+        "style.safetensors: it changes nothing, because its matrices are 0, as before a training"
+    ]
+
+
+def test_what_the_metadata_says_in_vain_is_a_warning(decide: Callable[..., Shot], lora: Path) -> None:
+    rewritten(lora, {"ss_network_alpha": "1"})
+    (warning,) = told(decide({"path": "style.safetensors"}))
+    assert "ss_network_alpha = '1'" in warning
+
+
+def test_a_lora_in_the_hugging_face_cache_is_read_and_keeps_its_name(
+    decide: Callable[..., Shot], lora: Path, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(lora.read_bytes()).hexdigest()
+    (tmp_path / "blobs").mkdir()
+    blob = lora.rename(tmp_path / "blobs" / digest)
+    lora.symlink_to(blob)
+    (use,) = decide({"path": "style.safetensors"}).loras
+    assert (use.path, use.sha256) == (lora, digest)
+    (use,) = decide({"path": f"blobs/{digest}"}).loras
+    assert use.sha256 == digest
+    blob.write_bytes(blob.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(CheckpointError, match="damaged: the SHA-256"):
+        decide({"path": "style.safetensors"})
+
+
+def test_a_download_of_a_lora_that_has_not_ended_is_refused(decide: Callable[..., Shot], lora: Path) -> None:
+    lora.with_name("style.safetensors.aria2").touch()
+    with pytest.raises(CheckpointError, match="aria2 has not finished this download"):
+        decide({"path": "style.safetensors"})

@@ -196,6 +196,45 @@ def test_two_sets_of_shards_are_refused(folder: Path) -> None:
         identify(folder)
 
 
+def test_links_that_are_named_as_shards_are_one_network(folder: Path) -> None:
+    shard(folder)
+    (folder / TRANSFORMER).unlink()
+    for n in (1, 2):
+        shard_file = folder / f"{STEM}-{n:05d}-of-00002.safetensors"
+        blob = shard_file.rename(folder / f"blob{n}")
+        shard_file.symlink_to(blob)
+    (folder / "main").symlink_to(folder / f"{STEM}-00001-of-00002.safetensors")
+    config = identify(TINY).transformer_config
+    for name in (f"{STEM}-00001-of-00002.safetensors", "main"):
+        assert identify(named(folder, transformer=folder / name)).transformer_config == config
+
+
+def official(root: Path, size: str) -> Path:
+    write(root / TRANSFORMER, stored(dit(size), "F16"))
+    write(root / "models_t5_umt5-xxl-enc-bf16.safetensors", stored(umt5(), "F16"))
+    write(root / "Wan2.1_VAE.safetensors", stored(vae21_diffusers(), "F16"))
+    write(root / "Wan2.2_VAE.safetensors", stored(weight_files.vae22(), "F16"))
+    shutil.copy(SPIECE, root)
+    return root
+
+
+@pytest.mark.parametrize(("size", "vae"), [("14B", "Wan2.1_VAE"), ("5B", "Wan2.2_VAE")])
+def test_of_two_vaes_the_one_that_fits_is_used(tmp_path: Path, size: str, vae: str) -> None:
+    found = identify(official(tmp_path / "m", size))
+    assert found.vae_files[0].stem == vae
+    other = "Wan2.1_VAE" if vae == "Wan2.2_VAE" else "Wan2.2_VAE"
+    assert [note.partition(" in ")[0] for note in found.notes] == [f"{other}.safetensors"]
+
+
+def test_an_encoder_that_is_not_used_is_named(tmp_path: Path) -> None:
+    root = official(tmp_path / "m", "14B")
+    (root / "Wan2.2_VAE.safetensors").unlink()
+    assert identify(root).notes == ()
+    write(root / "models_t5_umt5-xxl-enc-fp8.safetensors", stored(umt5(), "F16"))
+    (note,) = identify(root).notes
+    assert note.startswith("models_t5_umt5-xxl-enc-fp8.safetensors in ")
+
+
 # ---- strays ----
 
 
@@ -208,11 +247,11 @@ def comfy_tree(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("stray", ["config.json", "google/umt5-xxl/spiece.model"])
+@pytest.mark.parametrize("stray", ["config.json", "model_index.json", "google/umt5-xxl/spiece.model"])
 def test_a_stray_file_does_not_make_a_tree_of_single_files_official(tmp_path: Path, stray: str) -> None:
     root = comfy_tree(tmp_path / "tree")
     (root / stray).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(SPIECE, root / stray) if stray.endswith(".model") else (root / stray).write_text("{}")
+    (root / stray).write_bytes(SPIECE.read_bytes() if stray.endswith(".model") else b"{}")
     assert [path.name for path in identify(root).transformer_files] == ["w.safetensors"]
     assert inspect(root)["layout"] == "single files"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from wancli import wan_mini
 from wancli.plan import loras
 from wancli.plan.shot import Comparison, Shot
+from wancli.storage import disk
 from wancli.weights.checkpoint import Checkpoint
 
 
@@ -23,6 +24,10 @@ def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> It
 
 
 def _checkpoint_warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    yield from checkpoint.notes
+    files = [disk.resolve(part.files[0]) for part in checkpoint.experts]
+    if len(files) > len(set(files)):
+        yield f"both experts are the same file, {checkpoint.experts[0].files[0].name}"
     for part in (*checkpoint.experts, checkpoint.text_encoder, checkpoint.vae):
         if part.compiled:
             yield f"{part.files[0].name} has the names of torch.compile; they are read without _orig_mod"

@@ -57,9 +57,17 @@ class Tokenizer:
             model = read_tokenizer(spiece)
             if model is None:
                 raise CheckpointError("holds no tokenizer", where=str(spiece), hint=TOKENIZER_HINT)
+            if model.lstrip().startswith(b"{"):
+                raise CheckpointError(
+                    "this is a tokenizer.json, which wancli does not read",
+                    where=str(spiece),
+                    hint=TOKENIZER_HINT,
+                )
             self._model = SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise CheckpointError(f"not a SentencePiece model: {error}", where=str(spiece)) from error
+            raise CheckpointError(
+                f"not a SentencePiece model: {error}", where=str(spiece), hint=TOKENIZER_HINT
+            ) from error
 
     def check_vocabulary(self, rows: int, where: str) -> None:
         """Raise CheckpointError if the embedding of an encoder, of so many rows, has other words.

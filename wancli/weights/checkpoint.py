@@ -59,6 +59,7 @@ class Checkpoint:
     tokenizer: Path  # the SentencePiece model, or the safetensors file that holds it
     vae: Component
     source: Location
+    notes: tuple[str, ...] = ()  # what the user should know about the choice of files
 
     def __hash__(self) -> int:
         """Hash the root only: the headers would be slow to hash for each shot of a sweep."""
@@ -166,14 +167,21 @@ def _from_layout(layout: Layout) -> Checkpoint:
             config = layout.configs.get(role)
             config_json = normalize_config(load_json(config)) if config else {}
             experts.append((role, find_component(layout.files[role], "transformer", config_json)))
-    return _assemble(
-        layout.root,
-        experts,
-        text_encoder,
-        tokenizer,
-        find_component(layout.files["vae"], "vae"),
-        boundary=layout.boundary,
-    )
+    vae = _choose_vae(layout, experts[0][1])
+    checkpoint = _assemble(layout.root, experts, text_encoder, tokenizer, vae, boundary=layout.boundary)
+    choices = (file for files in layout.choices.values() for file in files)
+    spare = (file for file in choices if file not in (*vae.files, *text_encoder.files))
+    notes = (f"{file.name} in {where} is not used, because another file has its role" for file in spare)
+    return replace(checkpoint, notes=tuple(notes))
+
+
+def _choose_vae(layout: Layout, transformer: Component) -> Component:
+    """Return the VAE of a folder; of several the first that fits the transformer."""
+    first = find_component(layout.files["vae"], "vae")
+    if is_compatible(first, transformer):
+        return first
+    others = (find_component([file], "vae") for file in layout.choices.get("vae", ())[1:])
+    return next((part for part in others if is_compatible(part, transformer)), first)
 
 
 def _from_files(files: SingleFiles, source: Location) -> Checkpoint:

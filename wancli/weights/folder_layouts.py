@@ -62,6 +62,7 @@ class Layout:
     files: dict[Role, tuple[Path, ...]] = field(default_factory=dict)
     configs: dict[Role, Path] = field(default_factory=dict)
     missing: dict[Role, str] = field(default_factory=dict)
+    choices: dict[Role, tuple[Path, ...]] = field(default_factory=dict)  # all files that could have a role
     pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
     boundary: float | None = None  # the pipeline's own border between the two experts
 
@@ -189,9 +190,13 @@ def _find_official(root: Path) -> Layout:
     if disk.is_folder(root / "high_noise_model") or disk.is_folder(root / "low_noise_model"):
         experts = {"high_noise": root / "high_noise_model", "low_noise": root / "low_noise_model"}
     _add_experts(layout, experts)
-    layout.add("text_encoder", _find_first(root, *T5_NAMES), "models_t5_umt5-xxl-enc-bf16.pth")
+    encoders, vaes = (
+        tuple(root / name for name in names if disk.is_file(root / name)) for names in (T5_NAMES, VAE_NAMES)
+    )
+    layout.choices = {"text_encoder": encoders, "vae": vaes}
+    layout.add("text_encoder", encoders[:1] or None, "models_t5_umt5-xxl-enc-bf16.pth")
     _add_tokenizer(layout, TOKENIZER_PATH, "spiece.model")
-    layout.add("vae", _find_first(root, *VAE_NAMES), "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
+    layout.add("vae", vaes[:1] or None, "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
     return layout
 
 

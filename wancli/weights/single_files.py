@@ -73,12 +73,15 @@ def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) 
 
 
 def find_layout(root: Path) -> Layout:
-    """Return the layout of a folder. Single files may have a config.json, or official files, beside them.
+    """Return the layout of a folder. Single files may lie beside a config.json, a model_index.json or
+    official files.
 
     Raises CheckpointError like `detect_layout`.
     """
     layout = detect_layout(root)
-    is_bare = layout.name == "official" and "transformer" in layout.missing
+    is_bare = "transformer" in layout.missing or (
+        layout.name == "diffusers" and {"high_noise", "low_noise"} <= layout.missing.keys()
+    )
     if is_bare and any(part.kind == "transformer" for _, part in _recognize_folder(root)):
         return Layout("single files", root)
     return layout

@@ -107,3 +107,20 @@ def test_a_quantized_tokenizer_in_a_gguf_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="spiece_model is stored as Q8_0, which keeps no bytes"):
         Tokenizer(write_gguf(tmp_path / "t5.gguf", fill, "cow"))
+
+
+def test_a_tokenizer_json_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(
+        CheckpointError, match=r"this is a tokenizer\.json, which wancli does not read"
+    ) as caught:
+        Tokenizer(tmp_path / "tokenizer.json")
+    assert "spiece.model" in caught.value.hint
+
+
+def test_the_tokenizer_of_another_encoder_is_refused() -> None:
+    tokenizer = Tokenizer(SPIECE)
+    tokenizer.check_vocabulary(384, "tiny")
+    for rows in (167, 256384):
+        with pytest.raises(CheckpointError, match=f"374 pieces; the text encoder has {rows:,} words"):
+            tokenizer.check_vocabulary(rows, "tiny")

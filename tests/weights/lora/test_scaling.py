@@ -155,6 +155,19 @@ def test_only_scales_that_the_first_versions_did_not_read_are_new(tmp_path: Path
         assert read_lora_file(write(tmp_path / "a.safetensors", metadata)).rescaled is rescaled
 
 
+def test_a_configuration_of_dora_is_refused(tmp_path: Path) -> None:
+    config = {"r": 4, "lora_alpha": 4, "use_dora": True}
+    path = write(tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(CheckpointError, match="says use_dora; wancli does not apply DoRA"):
+        read_lora_file(path)
+
+
+def test_matrices_that_the_header_calls_quantized_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {"_quantization_metadata": "{}"})
+    with pytest.raises(CheckpointError, match="_quantization_metadata says that its matrices are quantized"):
+        read_lora_file(path)
+
+
 # ---- keys beside a layer that the file changes ----
 
 

@@ -20,7 +20,13 @@ from wancli.weights.formats.key_mapping import is_tokenizer
 from wancli.weights.formats.mapped_file import map_file
 from wancli.weights.formats.numbers import decode_numbers
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, open_weights
-from wancli.weights.formats.tensor_index import MAGICS, Container, begins_safetensors, detect_container
+from wancli.weights.formats.tensor_index import (
+    MAGICS,
+    Container,
+    begins_safetensors,
+    check_complete,
+    detect_container,
+)
 
 UNIGRAM = 1
 PIECE_TYPES = set(range(1, 7))  # GGUF numbers them as SentencePiece does
@@ -39,6 +45,7 @@ def read_tokenizer(path: Path) -> bytes | None:
     Raises CheckpointError like the readers of headers, for a file with several tokenizers and
     for one that is damaged.
     """
+    check_complete(path)
     if not _holds_tensors(path):
         return disk.read_bytes(path)
     container = detect_container(path)

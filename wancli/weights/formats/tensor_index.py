@@ -168,13 +168,14 @@ def looks_like_weights(path: Path) -> bool:
 def expand_shards(path: Path) -> tuple[Path, ...]:
     """Return the file, or all shards of its set. A missing shard shows only when it is opened.
 
-    GGUF and safetensors sets are named NAME-00001-of-00006.
+    GGUF and safetensors sets are named NAME-00001-of-00006, by links or by the files.
     """
-    match = SHARD.fullmatch(path.name)
+    named = ((name, SHARD.fullmatch(name.name)) for name in links.list_names(path))
+    name, match = next(((name, match) for name, match in named if match), (path, None))
     if match is None:
         return (path,)
     count = int(match["count"])
     return tuple(
-        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{match['suffix']}")
+        name.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{match['suffix']}")
         for number in range(1, count + 1)
     )

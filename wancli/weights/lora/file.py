@@ -36,6 +36,8 @@ KINDS: dict[Kind, tuple[str, ...]] = {
 }
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 APPLIED_HINT = "wancli applies LoRA, LoHa, LoKr and plain differences; convert this file to one of them."
+QUANTIZED_HINT = "The matrices are quantized, with scales; save this LoRA in bf16 or fp16."
+QUANTIZATION_KEY = "_quantization_metadata"  # ComfyUI's, in the header
 MAX_EXAMPLES = 3  # unknown keys named as examples
 # Last components of keys that say how matrices are quantized.
 QUANTIZERS = {MARKER, "comfy_quant", "absmax", "quant_map"}
@@ -86,6 +88,12 @@ def read_lora_file(path: Path) -> LoraFile:
     """
     check_complete(path)
     header = read_header(path)
+    if QUANTIZATION_KEY in header.metadata:
+        raise CheckpointError(
+            f"its {QUANTIZATION_KEY} says that its matrices are quantized",
+            where=str(path),
+            hint=QUANTIZED_HINT,
+        )
     targets = parse_keys(header.tensors)
     modules: dict[str, dict[str, str]] = {}
     for key, target in targets.items():
@@ -239,9 +247,7 @@ def _refuse_leftover(path: Path, unknown: Sequence[str], stems: AbstractSet[str]
             raise CheckpointError(
                 f"{key} says what the matrices beside it mean, and wancli does not know how",
                 where=str(path),
-                hint="The matrices are quantized, with scales; save this LoRA in bf16 or fp16."
-                if scaled
-                else APPLIED_HINT,
+                hint=QUANTIZED_HINT if scaled else APPLIED_HINT,
             )
 
 

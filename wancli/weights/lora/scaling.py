@@ -129,6 +129,8 @@ def _parse_config(
     """Parse a configuration of PEFT, whose keys begin with `transformer.` in diffusers."""
     try:
         settings = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        if settings.get("use_dora") is True:
+            raise CheckpointError("says use_dora; wancli does not apply DoRA", where=where)
         # LoHa and LoKr say alpha.
         alpha = settings["lora_alpha"] if "lora_alpha" in settings else settings["alpha"]
         return Scaling(

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from wancli.errors import JobError
-from wancli.units import format_bytes, format_ranges, format_seconds, parse_size, pluralize
+from wancli.units import (
+    format_bytes,
+    format_ranges,
+    format_seconds,
+    parse_frame_rate,
+    parse_size,
+    pluralize,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,37 @@ def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
 def test_a_text_that_is_not_a_size_is_rejected_with_an_example(text: str) -> None:
     with pytest.raises(JobError, match=r"here: .* is not a size; write 500MiB or 2GiB"):
         parse_size(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("said", "exact"),
+    [
+        (24, 24),
+        (24.0, 24),
+        ("48/2", 24),
+        (12.5, "25/2"),
+        (23.976, "24000/1001"),
+        (23.98, "24000/1001"),
+        (23.976024, "24000/1001"),
+        ("23.976", "24000/1001"),
+        ("24000/1001", "24000/1001"),
+        (29.97, "30000/1001"),
+        (47.952, "48000/1001"),
+        (59.94, "60000/1001"),
+        (119.88, "120000/1001"),
+        (59.9, "599/10"),  # one digit is no NTSC rate
+    ],
+)
+def test_frame_rates_are_exact(said: float | str, exact: int | str) -> None:
+    assert parse_frame_rate(said) == exact
+
+
+@pytest.mark.parametrize(
+    "said", ["", "24fps", "-24", "24/0", "1/3", 0, 0.5, 241, 1e22, "23.9761234", "9999999/99999"]
+)
+def test_a_value_that_is_no_frame_rate_is_rejected(said: float | str) -> None:
+    with pytest.raises(ValueError, match=r"not a frame rate|not between 1 and 240|too many digits"):
+        parse_frame_rate(said)
 
 
 def test_bytes_and_seconds_are_formatted_in_the_unit_that_fits() -> None:

@@ -1,11 +1,17 @@
-"""Bytes, seconds, counts, ranges and quoted values as people write them."""
+"""Bytes, seconds, frame rates, counts, ranges and quoted values as people write them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from wancli.errors import JobError
+
+# NTSC slowed these rates by 1/1001; people write them as rounded decimals.
+_NTSC_RATES = {base: Fraction(base * 1000, 1001) for base in (24, 30, 48, 60, 120, 240)}
+_MAX_FRAME_RATE = 240
+_MAX_RATE_TERM = 1_001_000  # ffmpeg approximates fractions with larger numbers
 
 
 def parse_size(text: str, where: str) -> int:
@@ -26,6 +32,27 @@ def parse_duration(text: str, where: str) -> float:
     if not match:
         raise JobError(f"{text!r} is not a time; write 30s, 5min or 1h", where=where)
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
+
+
+def parse_frame_rate(value: float | str) -> int | str:
+    """Return frames a second exactly: an int, else a fraction as text, `24000/1001`.
+
+    Rounded NTSC rates, which people write with two digits or more, mean the fraction: 23.976 and 23.98 are
+    24000/1001, 29.97 is 30000/1001. Raises ValueError, whose message ends with an example.
+    """
+    match = re.fullmatch(r"(\d{1,7})(?:\.(\d{1,6})|/([1-9]\d{0,6}))?", str(value))
+    if not match:
+        raise ValueError("not a frame rate; write 24, 12.5, 23.976 or 24000/1001")
+    whole, decimals, denominator = match.groups()
+    rate = Fraction(int(whole), int(denominator)) if denominator else Fraction(str(value))
+    if decimals and len(decimals) >= 2:
+        rounded = (exact for exact in _NTSC_RATES.values() if round(exact, len(decimals)) == rate)
+        rate = next(rounded, rate)
+    if not 1 <= rate <= _MAX_FRAME_RATE:
+        raise ValueError(f"not between 1 and {_MAX_FRAME_RATE} frames a second")
+    if max(rate.numerator, rate.denominator) > _MAX_RATE_TERM:
+        raise ValueError("too many digits to be kept exactly; write a fraction, like 24000/1001")
+    return rate.numerator if rate.denominator == 1 else str(rate)
 
 
 def format_bytes(count: float) -> str:

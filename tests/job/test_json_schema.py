@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def fits(value: Any, rule: dict[str, Any], definitions: dict[str, Any]) -> bool:
         if not rule.get("minItems", 0) <= len(value) <= rule.get("maxItems", len(value)):
             return False
         return all(fits(inner, rule.get("items", {}), definitions) for inner in value)
+    if isinstance(value, str):
+        return re.search(rule.get("pattern", ""), value) is not None
     if isinstance(value, int | float):
         bounds = (
             value >= rule.get("minimum", value),
@@ -80,6 +83,7 @@ def test_the_validator_here_knows_every_keyword_of_the_schema() -> None:
         "$schema", "$defs", "$ref", "title", "description", "default", "type", "properties", "required",
         "additionalProperties", "minProperties", "items", "minItems", "maxItems", "anyOf", "enum", "const",
         "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength",
+        "pattern",
     }  # fmt: skip
 
 
@@ -113,6 +117,10 @@ def test_it_accepts_the_example_jobs(path: Path) -> None:
         ({"model": {"transformer": "a"}, "sampler": {"guidance": {"high": 1, "low": 2}}}, True),
         ({"matrix": {"seed": [1]}, "zip": {"a.b": ["x", None]}, "exclude": [{"seed": 1}]}, True),
         ({"extends": ["a"], "prompts_from": "b", "items": [{"seed": 1}]}, True),
+        ({"video": {"fps": 23.976}}, True),
+        ({"video": {"fps": "24000/1001"}}, True),
+        ({"video": {"fps": "fast"}}, False),
+        ({"video": {"fps": 0}}, False),
         ({"promt": "a"}, False),
         ({"seed": "1"}, False),
         ({"seed": True}, False),

@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from wancli.errors import FfmpegError, NoSpace, OutputExists
+from wancli.units import parse_frame_rate
 from wancli.video import ffmpeg, mp4
 
 WIDTH, HEIGHT = 64, 48
@@ -34,13 +37,20 @@ def moving(count: int) -> list[bytes]:
     return [picture(shift=i).tobytes() for i in range(count)]
 
 
-def render(final: Path, frames: list[bytes], *, frame_count: int | None = None, codec: str = "h264") -> Path:
+def render(
+    final: Path,
+    frames: list[bytes],
+    *,
+    frame_count: int | None = None,
+    codec: str = "h264",
+    fps: int | str = 16,
+) -> Path:
     return mp4.write_mp4(
         iter(frames),
         final,
         width=WIDTH,
         height=HEIGHT,
-        fps=16,
+        fps=fps,
         frame_count=len(frames) if frame_count is None else frame_count,
         crf=10,
         codec=codec,
@@ -170,7 +180,72 @@ def test_a_rerun_with_the_same_frames_finds_its_own_video(tmp_path):
     assert render(tmp_path / "a.mp4", moving(2)).stat().st_ino == before
 
 
+def box(data: bytes, *path: bytes) -> bytes:
+    """The content of a box of an MP4, ISO/IEC 14496-12; every name is that of the first such box."""
+    for name in path:
+        at = 0
+        while data[at + 4 : at + 8] != name:
+            at += int.from_bytes(data[at : at + 4])
+        data = data[at + 8 : at + int.from_bytes(data[at : at + 4])]
+    return data
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265"])
+@pytest.mark.parametrize("said", [1, 16, 240, 23.976, 29.97, 59.94, 12.5, "24000/1001", "30000/1001", 12.345])
+def test_the_file_has_exactly_the_frame_rate_of_the_job(tmp_path, codec, said):
+    fps, count = parse_frame_rate(said), 6
+    path = render(tmp_path / "a.mp4", moving(count), codec=codec, fps=fps)
+    media = box(path.read_bytes(), b"moov", b"trak", b"mdia")
+    ticks, duration = struct.unpack(">II", box(media, b"mdhd")[12:20])  # after version and two times
+    entries = struct.unpack(">III", box(media, b"minf", b"stbl", b"stts")[4:16])
+    assert entries[:2] == (1, count)  # every frame is shown as long as the others
+    assert Fraction(ticks, entries[2]) == Fraction(fps)
+    assert Fraction(duration, ticks) == count / Fraction(fps)
+    assert mp4.read_info(path) == (count, Fraction(fps), WIDTH, HEIGHT)
+
+
 # ---- what can go wrong ----
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ERROR: ld.so: object '/opt/site/libprofile.so' from LD_PRELOAD cannot be preloaded: ignored.",
+        "libgomp: Invalid value for environment variable OMP_NUM_THREADS: ",
+        "bash: warning: setlocale: LC_ALL: cannot change locale (en_US.UTF-8)",
+        "/tmp/x: No space left on device",
+    ],
+)
+def test_what_others_write_to_the_stderr_of_ffmpeg_changes_nothing(tmp_path, fake_ffmpeg, line):
+    fake_ffmpeg(f'echo "{line}" >&2; exec $REAL "$@"')
+    mp4.check_ffmpeg()
+    assert ffmpeg.read_version() == imageio_ffmpeg.get_ffmpeg_version()
+    path = render(tmp_path / "a.mp4", moving(5))
+    assert mp4.count_frames(path) == len(list(mp4.read_frames(path))) == mp4.read_info(path).frame_count == 5
+    assert mp4.extract_thumbnail(path, 0).startswith(b"\xff\xd8")
+
+
+def test_an_ffmpeg_before_5_1_is_asked_in_its_own_words(tmp_path, fake_ffmpeg):
+    fake_ffmpeg(
+        'case "$*" in *-fps_mode*) echo "Unrecognized option \'fps_mode\'." >&2; exit 1;; esac\n'
+        'for word; do shift; [ "$word" = -vsync ] && word=-fps_mode; set -- "$@" "$word"; done\n'
+        'exec $REAL "$@"'
+    )
+    path = render(tmp_path / "a.mp4", moving(5))
+    assert len(list(mp4.read_frames(path))) == 5
+
+
+def test_all_damage_that_ffmpeg_reports_in_words_is_found_without_its_words(tmp_path):
+    whole, path = render(tmp_path / "a.mp4", moving(30)).read_bytes(), tmp_path / "cut.mp4"
+    reported = 0
+    for at in range(60, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        command = [REAL, "-v", "error", "-i", path, "-f", "null", "-"]
+        if subprocess.run(command, capture_output=True, check=False).stderr:
+            reported += 1
+            with suppress(FfmpegError):
+                assert mp4.count_frames(path) < 30
+    assert reported > 10
 
 
 @pytest.mark.parametrize("asked", [4, 6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ def test_a_smaller_video_is_letterboxed_and_not_scaled(tmp_path: Path) -> None:
     assert near(shown(frame, plan, 1, row=0.3, column=0.3), GREEN)
 
 
+SMALL: dict[str, Any] = {"width": 64, "height": 48, "crf": 1, "codec": "h264", "comment": ""}
+
+
 def test_videos_of_other_speeds_run_in_time(tmp_path: Path) -> None:
     def at(fps: int, colours: list[Any]) -> Path:
-        size: dict[str, Any] = {"width": 64, "height": 48, "fps": fps, "frame_count": len(colours)}
         frames = [bytes(colour) * (64 * 48) for colour in colours]
-        return mp4.write_mp4(frames, tmp_path / f"{fps}.mp4", **size, crf=1, codec="h264", comment="")
+        return mp4.write_mp4(frames, tmp_path / f"{fps}.mp4", fps=fps, frame_count=len(colours), **SMALL)
 
     slow, fast = at(8, [RED, GREEN]), at(16, [GREY, RED, GREEN, BLUE])
     frames = made(tmp_path / "side.mp4", [slow, fast])
@@ -84,6 +87,16 @@ def test_videos_of_other_speeds_run_in_time(tmp_path: Path) -> None:
     assert mp4.read_info(tmp_path / "side.mp4").fps == 16
     assert [near(shown(frame, plan, 0), RED) for frame in frames] == [True, True, False, False]
     assert [near(shown(frame, plan, 1), GREEN) for frame in frames] == [False, False, True, False]
+
+
+def test_the_frame_rates_of_film_and_television_are_kept_exactly(tmp_path: Path) -> None:
+    film, half = (
+        mp4.write_mp4([bytes(RED) * (64 * 48)] * 8, tmp_path / name, fps=fps, frame_count=8, **SMALL)
+        for name, fps in (("film.mp4", "24000/1001"), ("half.mp4", "12000/1001"))
+    )
+    frames = made(tmp_path / "side.mp4", [film, half])
+    assert mp4.read_info(tmp_path / "side.mp4").fps == Fraction(24000, 1001)
+    assert len(frames) == 16  # twice the 8 frames of the slower one, and not one more
 
 
 def test_names_and_metrics_are_drawn_above_the_cells(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from wancli import wan_mini
 from wancli.injection.selectors import Curve
 from wancli.models.config import AttentionBackend
+from wancli.units import parse_frame_rate
 
 
 class StrictModel(BaseModel):
@@ -186,8 +188,27 @@ class LoraEntry(StrictModel):
     expert: Literal["both", "high", "low"] = "both"
 
 
+def _frame_rate(value: Any) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        value = "?"
+    try:
+        return parse_frame_rate(value)
+    except ValueError as error:
+        raise PydanticCustomError("frame_rate", "{reason}", {"reason": str(error)}) from None
+
+
+FrameRate = Annotated[
+    int | str,
+    BeforeValidator(
+        _frame_rate,
+        json_schema_input_type=Annotated[float, Field(ge=1, le=240)]
+        | Annotated[str, Field(pattern=r"^\d+(\.\d+|/\d+)?$")],
+    ),
+]
+
+
 class Video(StrictModel):
-    fps: int | None = Field(None, ge=1, le=240)
+    fps: FrameRate | None = None
     crf: int = Field(16, ge=0, le=51)
     codec: Literal["h264", "h265"] = "h264"
     keep_latents: bool = False

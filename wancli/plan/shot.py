@@ -115,7 +115,7 @@ class Shot:
     shift: float
     guidance: float  # of the only network or the high-noise expert
     guidance_low: float | None  # of the low-noise expert, if there are two
-    fps: int
+    fps: int | str  # exactly: a fraction is text, `24000/1001`
     crf: int
     codec: str
     keep_latents: bool

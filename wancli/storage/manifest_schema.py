@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wancli.errors import EntryError
 
 Number: TypeAlias = int | float  # as the job gave it
+FrameRateText: TypeAlias = Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")]  # a fraction
 
 
 def _sort_keys(value: Any) -> Any:
@@ -72,7 +73,7 @@ class ShotSettings(Data):
     stages: tuple[StageRecord, ...]
     timesteps: list[float]
     sigmas: list[float]
-    fps: int
+    fps: int | FrameRateText
     crf: int
     codec: str
     decode_chunk: int

@@ -99,10 +99,13 @@ class Ffmpeg:
                 return
             yield chunk
 
-    def finish(self, *, no_stderr: bool) -> None:
-        """Wait until ffmpeg ends; raise FfmpegError if it failed or, with `no_stderr`, wrote to stderr."""
+    def finish(self) -> None:
+        """Wait until ffmpeg ends; raise FfmpegError if it failed.
+
+        Its exit code decides, not its stderr: loaders, libraries and wrappers write there, too.
+        """
         self._wait_for_exit()
-        if self._process.returncode or (no_stderr and self._stderr_tail.strip()):
+        if self._process.returncode:
             raise self._exit_error("failed")
 
     def _wait_until_ready(self, event: int) -> None:
@@ -137,7 +140,7 @@ def read_output(arguments: list[str], subject: Path) -> bytes:
     """Return all that ffmpeg writes to stdout. Raises FfmpegError, whose message names `subject`."""
     with Ffmpeg(arguments, subject, has_input=False) as ffmpeg:
         data = b"".join(ffmpeg.receive())
-        ffmpeg.finish(no_stderr="-version" not in arguments)
+        ffmpeg.finish()
     return data
 
 
@@ -156,6 +159,22 @@ def list_encoders() -> frozenset[bytes]:
 @lru_cache(4)  # a server asks for every job
 def _list_encoders(path: Path, _mtime_ns: int) -> frozenset[bytes]:
     return frozenset(read_output(["-encoders"], path).split())
+
+
+def keep_frames_arguments() -> list[str]:
+    """Return the arguments that output every coded frame once: none doubled or dropped to keep time."""
+    path = find_executable()
+    return [_sync_option(path, path.stat().st_mtime_ns), "passthrough"]
+
+
+@lru_cache(4)
+def _sync_option(path: Path, _mtime_ns: int) -> str:
+    """Return `-fps_mode`, or `-vsync` if this ffmpeg is older than 5.1 and refuses the other name."""
+    try:
+        read_output(["-fps_mode", "passthrough", "-version"], path)
+    except FfmpegError:
+        return "-vsync"
+    return "-fps_mode"
 
 
 def find_executable() -> Path:

@@ -1,7 +1,7 @@
 """Encode frames to an mp4 that is read back before it is published; decode, count and measure an mp4.
 
-`write_mp4()` publishes a file only if ffmpeg succeeded *and* the file decodes without complaint to
-exactly the frames that were sent; an exit code alone proves nothing. Same frames and options give
+`write_mp4()` publishes a file only if ffmpeg succeeded *and* the file decodes without error to exactly
+the frames that were sent; the exit code of the encoder alone proves nothing. Same frames and options give
 the same bytes, whatever the number of cores. Metadata is one short comment; prompts are in the
 manifest. `wancli.video.ffmpeg` starts and watches ffmpeg.
 """
@@ -9,6 +9,7 @@ manifest. `wancli.video.ffmpeg` starts and watches ffmpeg.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -20,12 +21,15 @@ from wancli.video import ffmpeg
 if TYPE_CHECKING:
     from torch import Tensor
 
+FrameRate = int | str | Fraction  # exactly: a fraction may be text, `24000/1001`
 Rgb24 = bytes | memoryview  # whole frames, C-contiguous, row by row
 # The default conversion is BT.601 without tags, which players take for BT.709: colours shift.
 _TO_BT709 = (
     "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
+# The exit code reports damage, which by default only stderr does.
+_STRICT = ("-xerror", "-max_error_rate", "0", "-err_detect", "explode")
 # The number of threads shapes the stream, so it is fixed.
 _CODECS = {
     "h264": ("-c:v", "libx264", "-threads", "8"),
@@ -45,7 +49,7 @@ class VideoInfo(NamedTuple):
     """Frame count, frame rate and size of a video."""
 
     frame_count: int
-    fps: float
+    fps: Fraction
     width: int
     height: int
 
@@ -64,7 +68,7 @@ class Mp4Encoder:
         path: Path,
         width: int,
         height: int,
-        fps: float,
+        fps: FrameRate,
         crf: int,
         codec: str,
         comment: str,
@@ -91,7 +95,7 @@ class Mp4Encoder:
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         with self._ffmpeg:
             if kind is None:
-                self._ffmpeg.finish(no_stderr=False)
+                self._ffmpeg.finish()
 
     def write(self, frames: Rgb24) -> int:
         """Send whole rgb24 frames, C-contiguous; return how many."""
@@ -109,7 +113,7 @@ def write_mp4(
     *,
     width: int,
     height: int,
-    fps: float,
+    fps: FrameRate,
     frame_count: int,
     crf: int,
     codec: str,
@@ -143,7 +147,8 @@ def read_info(path: Path) -> VideoInfo:
     header = dict(line[1:].split(b" 0: ", 1) for line in lines if line.startswith(b"#") and b" 0: " in line)
     seconds, ticks = (int(number) for number in header[b"tb"].split(b"/"))
     width, height = (int(number) for number in header[b"dimensions"].split(b"x"))
-    return VideoInfo(sum(not line.startswith(b"#") for line in lines), ticks / seconds, width, height)
+    frame_count = sum(not line.startswith(b"#") for line in lines)
+    return VideoInfo(frame_count, Fraction(ticks, seconds), width, height)
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
@@ -162,14 +167,14 @@ def read_frames(path: Path) -> Iterator[Frame]:
                     break
                 yield Frame(width, height, bytes(buffered[start:end]))
                 del buffered[:end]
-        reader.finish(no_stderr=True)
+        reader.finish()
 
 
 def extract_thumbnail(path: Path, seconds: float) -> bytes:
     """Return a JPEG of the frame at that time, at most 192 pixels wide. Raises FfmpegError."""
-    source = ["-loglevel", "error", "-ss", f"{seconds:.4f}", "-f", "mp4", "-i", f"file:{path.absolute()}"]
+    source = ["-ss", f"{seconds:.4f}", "-f", "mp4", "-i", f"file:{path.absolute()}"]
     picture = ["-frames:v", "1", "-vf", "scale='min(192,iw)':-2", "-q:v", "6", "-f", "mjpeg", "pipe:1"]
-    data = ffmpeg.read_output([*source, *picture], path)
+    data = ffmpeg.read_output(["-loglevel", "error", *_STRICT, *source, *picture], path)
     if not data:
         raise FfmpegError(f"no frame at {seconds:g} s", where=str(path))
     return data
@@ -190,9 +195,8 @@ def check_ffmpeg(codec: str = "h264") -> None:
 
 
 def _input_arguments(path: Path) -> list[str]:
-    # passthrough: every coded frame once, none doubled or dropped to keep time
     source = ["-f", "mp4", "-i", f"file:{path.absolute()}"]
-    return ["-loglevel", "error", *source, "-map", "0:v:0", "-fps_mode", "passthrough"]
+    return ["-loglevel", "error", *_STRICT, *source, "-map", "0:v:0", *ffmpeg.keep_frames_arguments()]
 
 
 def _read_checksums(path: Path, reported_path: Path) -> list[bytes]:

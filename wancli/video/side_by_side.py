@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -70,7 +71,7 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
     """
     layout = choose_layout(clips, label_lines=2 if any(notes) else 1)
     fps = max(clip.info.fps for clip in clips)
-    count = max(math.ceil(clip.info.frame_count * fps / clip.info.fps - 1e-6) for clip in clips)
+    count = max(math.ceil(clip.info.frame_count * fps / clip.info.fps) for clip in clips)
     width, height = layout.grid_size
 
     def draw_frames() -> Iterator[bytes]:
@@ -129,7 +130,7 @@ def choose_layout(clips: Sequence[Clip], label_lines: int) -> Layout:
     return grid(columns, upscale_factor, downscale_factor)
 
 
-def _synchronize(clips: Sequence[Clip], fps: float, count: int) -> Iterator[list[Picture | None]]:
+def _synchronize(clips: Sequence[Clip], fps: Fraction, count: int) -> Iterator[list[Picture | None]]:
     """Yield at each of `count` times the new picture of each video, None if it keeps its last one."""
     with ExitStack() as stack:
         streams = [stack.enter_context(closing(clip.read_pictures())) for clip in clips]
@@ -137,7 +138,7 @@ def _synchronize(clips: Sequence[Clip], fps: float, count: int) -> Iterator[list
         for tick in range(count):
             pictures: list[Picture | None] = []
             for index, (clip, stream) in enumerate(zip(clips, streams)):
-                due = min(clip.info.frame_count - 1, int(tick * clip.info.fps / fps + 1e-6))
+                due = min(clip.info.frame_count - 1, int(tick * clip.info.fps / fps))
                 picture = None
                 while shown[index] < due:
                     picture = next(stream)

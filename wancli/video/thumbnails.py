@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 from wancli.errors import Unreadable, WancliError
@@ -28,7 +29,7 @@ def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bo
         if not create:
             return None
     with suppress(WancliError):
-        picture = mp4.extract_thumbnail(output, record.shot.frames // 2 / record.shot.fps)
+        picture = mp4.extract_thumbnail(output, float(record.shot.frames // 2 / Fraction(record.shot.fps)))
         with suppress(WancliError):  # a folder that cannot be written costs the work again
             atomic.replace(path, picture)
         return _data_uri(picture)

@@ -21,10 +21,12 @@ from jobs import (
     words,
     write_job,
 )
+from rich.table import Table
 
 from wancli.job.loader import load
 from wancli.models.vae import WanVAE
 from wancli.plan.planner import build_plan
+from wancli.report import render_summary
 from wancli.sampling.solvers import build_sigma_schedule
 from wancli.video import mp4
 
@@ -117,6 +119,16 @@ def test_the_summary_tells_hits_difference_and_memory(
         assert part in said.err, part
     silent = run_wancli(capsys, "render", job, "-q")
     assert silent.err == ""
+
+
+def test_a_phase_that_an_earlier_run_did_has_no_measure_in_the_summary() -> None:
+    ran = {"name": "decode", "peak": 2**30, "measured": 2**29, "seconds": 2.0, "expected": 1.0}
+    left = {"name": "sample", "peak": 2**30, "measured": 0, "seconds": 0.0, "expected": 1.0}
+    table = render_summary.build_memory_table([ran, left])
+    assert isinstance(table, Table)
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["measured"] == ["512 MiB", "-"]
+    assert columns["time"] == ["2.0 s", "-"]
 
 
 def test_every_frame_of_the_plan_is_in_the_video(

@@ -8,18 +8,21 @@ renders.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
+from wancli.engine import shot_state
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import PreflightResult, is_cached, is_finished, preflight
-from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture
+from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture, MachineError
 from wancli.plan import batching, memory_policy
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots
 from wancli.storage import manifest
+from wancli.storage.claims import find_holder
 
 
 def render(plan: Plan, context: RenderContext) -> Iterator[Outcome]:
@@ -99,10 +102,18 @@ def iter_resolved(plan: Plan, result: PreflightResult) -> Iterator[Outcome]:
     unresolved = {shot.index for shot in result.schedule.shots} | result.refused.keys()
     for shot in plan.shots:
         if shot.index not in unresolved:
+            _remove_abandoned_state(shot)
             yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
     for shot in plan.shots:
         if shot.index in result.refused:
             yield Outcome(shot, "failed", error=result.refused[shot.index])
+
+
+def _remove_abandoned_state(shot: Shot) -> None:
+    """Remove the state of a finished shot, which a stopped render with --force left and nobody resumes."""
+    if shot.state.exists() and find_holder(shot) is None:
+        with suppress(MachineError):  # a folder that cannot be written keeps it
+            shot_state.remove_state(shot)
 
 
 def format_shots_inline(shots: Sequence[Shot]) -> str:

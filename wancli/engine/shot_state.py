@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -107,11 +108,11 @@ class ShotState:
 def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     """Return a shot as an earlier run saved it, else before its first step.
 
-    A state that is damaged or of another job is moved aside; with --force also one that an earlier run left.
+    A state that is damaged or of another job is moved aside. With --force, one that an earlier run left is
+    removed.
     """
     if context.force and context.force.is_outdated(shot, "state"):
-        atomic.move_aside(shot.state)
-        return ShotState(shot)
+        remove_state(shot)
     try:
         solver_state, facts = state_file.load_state(shot.state)
         if not _belongs_to(shot, facts):
@@ -130,6 +131,13 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
         phases=manifest_body.mark_earlier(facts["phases"]),
         saved_step=facts["step"],
     )
+
+
+def remove_state(shot: Shot) -> None:
+    """Remove the state of this shot, if there is one; a file of something else stays. Raises MachineError."""
+    with suppress(EntryError):
+        if shot.state.exists() and _belongs_to(shot, state_file.load_state(shot.state)[1]):
+            atomic.remove(shot.state)
 
 
 def _belongs_to(shot: Shot, facts: dict[str, Any]) -> bool:

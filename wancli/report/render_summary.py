@@ -64,9 +64,10 @@ def build_memory_table(
         parts = ("model", "activation", "buffer", "peak")
         cells = [format_bytes(phase[part]) if part in phase else "-" for part in parts]
         took = phase.get("expected") if expected is None else expected.get(phase["name"])
-        cells += [format_bytes(phase["measured"])] if measured else []
+        ran = bool(phase.get("measured"))  # not if an earlier run left its result
+        cells += [format_bytes(phase["measured"]) if ran else "-"] if measured else []
         cells += ["?" if took is None else format_seconds(took)]
-        cells += [format_seconds(phase["seconds"])] if measured else []
+        cells += [format_seconds(phase["seconds"]) if ran else "-"] if measured else []
         table.add_row(phase["name"], *cells)
     process = next((phase["process"] for phase in phases if phase.get("process")), 0)
     if process:

@@ -14,13 +14,14 @@ import pytest
 from jobs import CommandResult, tiny_job, write_job
 
 import wancli
-from wancli.errors import ExitStatus
+from wancli import signals
 from wancli.report import batch_report
 from wancli.signals import Stop, stop_on_signal
 
 
 @pytest.mark.parametrize(
-    ("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", ExitStatus.INTERRUPTED)]
+    ("name", "status"),
+    [(number.name, 130 if number == signal.SIGINT else 75) for number in signals.STOP_SIGNALS],
 )
 def test_the_first_signal_is_a_request_that_names_it(name: str, status: int) -> None:
     number = signal.Signals[name]
@@ -51,6 +52,15 @@ def test_the_second_signal_ends_the_process_at_once(second: signal.Signals) -> N
     assert (ended.returncode, ended.stdout, ended.stderr) == (128 + second, b"", said)
 
 
+@pytest.mark.parametrize("repeated", [signal.SIGHUP, signal.SIGXCPU])
+def test_signals_that_the_system_repeats_are_no_second_signal(repeated: signal.Signals) -> None:
+    """The kernel sends SIGXCPU every second, and a session that ends SIGHUP beside SIGTERM."""
+    with stop_on_signal() as stop:
+        for number in (repeated, repeated, signal.SIGTERM, repeated):
+            signal.raise_signal(number)
+        assert stop.reason == repeated.name
+
+
 def test_what_a_script_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -63,10 +73,8 @@ def test_what_a_script_ignores_stays_ignored() -> None:
 
 # ---- outside of the work: a scheduler queues again what ends with 75, and nothing else ----
 
-ASKING = [signal.SIGTERM, signal.SIGUSR1]
 
-
-@pytest.mark.parametrize("number", ASKING)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("display", [["--progress", "plain"], ["--json"], ["--progress", "openjd"], ["-q"]])
 def test_a_signal_while_planning_ends_with_75(
     render: Callable[..., CommandResult],
@@ -82,7 +90,7 @@ def test_a_signal_while_planning_ends_with_75(
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("number", [*ASKING, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_while_the_report_is_written_lets_it_be_finished(
     render: Callable[..., CommandResult],
     monkeypatch: pytest.MonkeyPatch,
@@ -116,7 +124,7 @@ def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, timeout=60, text=True)
 
 
-@pytest.mark.parametrize("number", ASKING)
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
     job = str(write_job(tmp_path, tiny_job()))
     said = process("render", job, at="typer", number=number)

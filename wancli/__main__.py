@@ -6,18 +6,19 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from wancli import stdio
-from wancli.errors import ExitStatus, WancliError
+from wancli import signals
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main() -> None:
+    arguments = sys.argv[1:]
+    handled = _handle_start_signals(resumable=_is_resumable(arguments))
+    from wancli import stdio
+
     # Threads that spin while they wait stall each other when a machine runs more of them than it has
     # cores, as farms do: seconds instead of milliseconds a step. Waiting quietly costs next to nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -26,25 +27,38 @@ def main() -> None:
     stdio.open_streams()
     exit_codes: list[int] = []
     atexit.register(_die_of_interrupt, exit_codes)  # registered first, so that it runs last
-    arguments = sys.argv[1:]
-    rendering = arguments[:1] == ["render"]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script may ignore it
-        signal.signal(signal.SIGINT, _exit_on_signal)
-    handled = [n for n in _STOP_SIGNALS if rendering and signal.getsignal(n) is signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, _exit_on_signal)
     code = _run_on_server(arguments)
     code = _run_here(arguments) if code is None else code
     for number in handled:  # the work is done: the process ends with its own exit code
         signal.signal(number, signal.SIG_IGN)
+    stdio.close_streams()
     exit_codes.append(code)
     sys.exit(code)
+
+
+def _handle_start_signals(*, resumable: bool) -> list[signal.Signals]:
+    """Let signals exit from here on, before anything is imported; return those that are handled.
+
+    A signal that is ignored, or whose default action ends a command that does not resume, stays so.
+    """
+    numbers = signals.STOP_SIGNALS if resumable else (signal.SIGINT,)
+    former = (signal.SIG_DFL, signal.default_int_handler)
+    handled = [number for number in numbers if signal.getsignal(number) in former]
+    for number in handled:
+        signal.signal(number, signals.exit_on_signal)
+    return handled
+
+
+def _is_resumable(arguments: Sequence[str]) -> bool:
+    """Return whether a scheduler starts the command again if a signal stops it, even at its start."""
+    return arguments[:1] == ["render"]
 
 
 def _run_here(arguments: list[str]) -> int:
     from wancli.cli import run
 
-    _restore_interrupt()
+    if not _is_resumable(arguments):
+        _restore_interrupt()
     return run(arguments)
 
 
@@ -57,9 +71,9 @@ def _run_on_server(arguments: list[str]) -> int | None:
     if socket is None:
         return None
     from wancli.commands._common import resolve_cache_dir
+    from wancli.errors import WancliError
     from wancli.farm import client
 
-    _restore_interrupt()
     quiet = not {"-q", "--quiet"}.isdisjoint(arguments)
     try:
         return client.render(arguments, socket, resolve_cache_dir(None), quiet=quiet)
@@ -86,29 +100,17 @@ def _parse_socket(arguments: Sequence[str]) -> str | None:
     return socket
 
 
-def _exit_on_signal(number: int, _: FrameType | None) -> NoReturn:
-    """Exit on a signal that comes while the command line is imported, when nothing is started yet.
-
-    A render exits with 75, so that a scheduler runs it again.
-    """
-    interrupted = number == signal.SIGINT
-    reason = "interrupted" if interrupted else f"stopped by {signal.Signals(number).name}"
-    with suppress(OSError):
-        os.write(2, f"wancli: {reason}; nothing was started\n".encode())
-    if interrupted:
-        _die_of_interrupt([ExitStatus.INTERRUPTED])
-    os._exit(ExitStatus.STOPPED)
-
-
 def _die_of_interrupt(exit_codes: Sequence[int]) -> None:
     """After Ctrl-C, die of SIGINT: a shell then reports 130 and ends its own loop, too."""
+    from wancli.errors import ExitStatus
+
     if ExitStatus.INTERRUPTED in exit_codes:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def _restore_interrupt() -> None:
-    if signal.getsignal(signal.SIGINT) is _exit_on_signal:
+    if signal.getsignal(signal.SIGINT) is signals.exit_on_signal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -17,7 +17,7 @@
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
     │  └─ OutOfMemory          memory ran out during a phase; retryable
-    ├─ Stopped            75   SIGTERM or SIGUSR1: all states are saved, the same command resumes
+    ├─ Stopped            75   a signal to stop: all states are saved, the same command resumes
     │  ├─ ClaimedElsewhere     the remaining shots are claimed by other workers
     │  └─ Interrupted    130   as Stopped, by Ctrl-C
     ├─ ShotError           1   the numbers of one shot are wrong
@@ -49,7 +49,7 @@ class ExitStatus(IntEnum):
     INTEGRITY = 4  # checkpoint, cache or output does not verify
     MEMORY = 5  # does not fit
     BUG = 70  # a bug in wancli; the traceback is in the log file
-    STOPPED = 75  # stopped early by SIGTERM or SIGUSR1; the same command resumes
+    STOPPED = 75  # stopped early by SIGTERM or another signal; the same command resumes
     INTERRUPTED = 130  # Ctrl-C
 
 
@@ -173,7 +173,7 @@ class OutOfMemory(DoesNotFit):
 
 
 class Stopped(WancliError):
-    """Stopped by SIGTERM or SIGUSR1; all states are saved, the same command resumes."""
+    """Stopped by SIGTERM or another signal to stop; all states are saved, the same command resumes."""
 
     status, code, retryable = ExitStatus.STOPPED, "stopped", True
     resume_command = ""  # if the same command would not resume

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from wancli import signals
+from wancli import signals, stdio
 from wancli.commands._common import (
     Invocation,
     create_display,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from wancli.farm.ray_driver import Cluster
     from wancli.job.loader import JobFile
     from wancli.plan.shot import Plan
-    from wancli.progress import Progress
 
 
 @takes_render_options
@@ -44,12 +43,13 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
     rendered again; a shot that was stopped resumes from its saved state. Prints one path per
     finished shot. If a shot fails, the others are still rendered.
     """
-    context.with_resource(signals.raise_on_signal())
-    from wancli.engine import batch  # noqa: F401 - a slow import: until it is done, a signal ends the command
-
+    context.with_resource(stdio.work_without_waiting())
     display = context.with_resource(
         create_display(options.progress.value, options.quiet, as_stream=options.json_stream)
     )
+    stop = context.with_resource(signals.stop_on_signal(at_once=True))
+    from wancli.engine import batch  # noqa: F401 - a slow import: until it is done, a signal ends the command
+
     if options.as_json + options.json_stream + (options.progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     reporter = RenderReporter(context, display, options)
@@ -57,7 +57,7 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
     policy = policy_from_flags(options.fail_fast, options.max_failures, options.retries)
     plan = plan_job(_load_job_or_prompt(options), options.cache_dir, measure=options.measures_effects)
     reporter.on_plan(plan)
-    render_context = _create_render_context(context, plan, display, policy, options)
+    render_context = _create_render_context(context, plan, reporter, policy, stop)
     outcomes, stopped = _collect_outcomes(
         plan, _render_shots(plan, render_context, cluster, options), render_context, reporter
     )
@@ -99,14 +99,15 @@ def _resolve_cluster(context: typer.Context, options: RenderOptions) -> Cluster 
 
 
 def _create_render_context(
-    context: typer.Context, plan: Plan, display: Progress, policy: FailurePolicy, options: RenderOptions
+    context: typer.Context, plan: Plan, reporter: RenderReporter, policy: FailurePolicy, stop: signals.Stop
 ) -> RenderContext:
     """Create the render context. From here on signals request a stop, also while the reporter works."""
+    stop.at_once = False
     from wancli.engine.context import Force, RenderContext
     from wancli.storage.claims import Claims
 
     invocation: Invocation = context.obj
-    stop = context.with_resource(signals.stop_on_signal())
+    options, display = reporter.options, reporter.display
     claims = context.with_resource(Claims(waits_for_others=not options.no_wait))
     forced = Force.snapshot(plan.shots) if options.force else None
     store, kept, began = open_store(options.cache_dir), invocation.kept, invocation.began

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from wancli import signals
 from wancli.errors import Interrupted, JobError, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.progress import make_printable
@@ -24,7 +25,6 @@ from wancli.storage import disk
 from wancli.storage.paths import require_cwd
 
 _BUSY_AFTER = 0.5  # seconds without an answer after which a server counts as busy
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def render(arguments: Sequence[str], socket_name: str, cache: Path, *, quiet: bool) -> int | None:
@@ -67,20 +67,22 @@ class _RenderRequest:
         self._sent: list[int] = []
 
     def __enter__(self) -> _RenderRequest:
-        handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._on_signal) for number in handled}
+        self._before = signals.handle_signals(signals.STOP_SIGNALS, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            signals.end_work(self._before)
+        else:  # perhaps this process renders
+            signals.restore_signals(self._before)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self._begun:
             kind = Interrupted if number == signal.SIGINT else Stopped
             raise kind(f"stopped by {name}; nothing was started")
-        self._sent.append(number)
+        if number not in signals.REPEATED_SIGNALS:
+            self._sent.append(number)
         with suppress(OSError):  # the server has just ended; the next message reports it
             local_socket.send_message(self._connection, {"signal": name})
 

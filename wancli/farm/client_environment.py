@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from wancli.errors import MachineError
 from wancli.farm import local_socket
-from wancli.stdio import open_writer
+from wancli.stdio import close_writer, open_writer
 
 
 @contextmanager
@@ -28,14 +28,17 @@ def use_client_environment(request: dict[str, Any], streams: Sequence[int]) -> I
         for fd, stream in enumerate(streams):
             os.dup2(stream, fd)
         out, err = request["written"]
-        sys.stdin, sys.stdout, sys.stderr = _open_stdin(), open_writer(1, **out), open_writer(2, **err)
+        sys.stdin = _open_stdin()
+        sys.stdout, sys.stderr = open_writer(1, **out, patient=False), open_writer(2, **err, patient=False)
         yield
         try:
             sys.stdout.flush()
         except (BrokenPipeError, MachineError):
-            sys.stdout.flush()  # to /dev/null, not to the server's own stdout
             raise BrokenPipeError from None
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream not in own_python:
+                close_writer(stream)
         sys.stdin, sys.stdout, sys.stderr = own_python
         for fd, stream in enumerate(own_streams):
             os.dup2(stream, fd)

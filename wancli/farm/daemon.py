@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from wancli import stdio
 from wancli.errors import ExitStatus, MachineError
 from wancli.storage import atomic
 
@@ -20,6 +21,7 @@ class Background:
     def __init__(self, log: Path, answer: int | None) -> None:
         self._log, self._answer = log, answer
         _redirect(os.devnull, 0)
+        stdio.reopen_streams(forked=True)
         if answer is None:
             self._redirect_to_log()
 
@@ -47,6 +49,7 @@ class Background:
     def _redirect_to_log(self) -> None:
         _redirect(self._log, 1)
         _redirect(self._log, 2)
+        stdio.reopen_streams()
 
 
 def detach(log: Path, *, wait: bool) -> Background | ExitStatus:

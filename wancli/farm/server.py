@@ -28,6 +28,7 @@ from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import use_client_environment
 from wancli.resources.measure import oom_as_error
+from wancli.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 # From a command line, the networks in memory and its start time to its exit code.
 RunCommand = Callable[[list[str], ModelCache, float], int]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REQUEST_TIMEOUT = 10.0  # seconds for a request to arrive
 _OUTPUT_LOST = 120  # as Python itself ends if the last of its output cannot be written
 # After these the networks are whole. Other errors may come from anywhere, so the networks are loaded again.
@@ -102,7 +102,7 @@ class Server:
                 os.setpgid(0, 0)
         self._wakeup_fd, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         former_fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -131,7 +131,7 @@ class Server:
                 while numbers := os.read(self._wakeup_fd, 512):
                     self._received.update(numbers)
         self._signalled = self._signalled or any(
-            self._received[number] > self._relayed[number] for number in _SIGNALS
+            self._received[number] > self._relayed[number] for number in STOP_SIGNALS
         )
         return self._signalled
 
@@ -197,13 +197,12 @@ class Server:
         self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]
     ) -> int:
         try:
-            os.chdir(request["folder"])
-        except OSError as error:
-            with suppress(OSError):
-                os.write(streams[2], f"wancli: {request['folder']!r}: {error.strerror}\n".encode())
-            return ExitStatus.MACHINE
-        try:
             with use_client_environment(request, streams):
+                try:
+                    os.chdir(request["folder"])
+                except OSError as error:
+                    sys.stderr.write(f"wancli: {request['folder']!r}: {error.strerror}\n")
+                    return ExitStatus.MACHINE
                 return self._run_command(connection, request)
         except BrokenPipeError:
             return _OUTPUT_LOST

@@ -85,6 +85,10 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "note": ("Something worth knowing; nothing is wrong.", {"message": _TEXT}),
     "warning": ("Something that may be wrong, and does not stop the work.", {"message": _TEXT}),
+    "gap": (
+        "Here were lines of type step, which were dropped because nobody read the stream.",
+        {"lines": _COUNT},
+    ),
     "envelope": (
         "How the command ended; always the last event, exactly one.",
         {

@@ -20,7 +20,7 @@ from wancli import __version__
 from wancli.errors import Bug, ExitStatus, Interrupted, WancliError
 from wancli.progress import Phase, Progress
 from wancli.report.event_schema import SCHEMA
-from wancli.stdio import write_line
+from wancli.stdio import describe_gaps, write_line
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
@@ -34,6 +34,7 @@ class JsonStream(Progress):
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
+        describe_gaps(out, lambda lines: _format("gap", {"lines": lines}))
         self._began = time.monotonic()
         self._job: str | None = None
         self._shots: dict[str, Shot] = {}
@@ -99,7 +100,8 @@ class JsonStream(Progress):
         now = time.monotonic()
         if now >= self._next_step:
             self._next_step = now + _STEP_SECONDS
-            self._event("step", name=name, shots=ids, done=done, total=total)
+            facts = {"name": name, "shots": ids, "done": done, "total": total}
+            write_line(self._out, _format("step", facts), expendable=True)
 
     def note(self, text: str) -> None:
         self._event("note", message=text)
@@ -166,8 +168,12 @@ def _envelope(
 
 
 def _write(out: TextIO, kind: str, facts: dict[str, Any]) -> None:
+    write_line(out, _format(kind, facts))
+
+
+def _format(kind: str, facts: dict[str, Any]) -> str:
     head = {"schema": SCHEMA, "type": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    write_line(out, json.dumps(head | facts))
+    return json.dumps(head | facts)
 
 
 def _shot_facts(shot: Shot) -> dict[str, Any]:

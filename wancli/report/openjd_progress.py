@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from wancli.errors import Stopped
 from wancli.progress import Phase, Progress, make_printable, phase_title
-from wancli.stdio import write_line
+from wancli.stdio import describe_gaps, write_line
+from wancli.units import pluralize
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
@@ -27,6 +28,7 @@ class OpenJdProgress(Progress):
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
+        describe_gaps(out, _describe_gap)
         self._todo: dict[str, int] = {}  # units of each shot, by its id
         self._done: dict[str, int] = {}
         self._next = 0.0
@@ -70,11 +72,20 @@ class OpenJdProgress(Progress):
 
     def _write_progress(self) -> None:
         self._next = time.monotonic() + _SECONDS
-        self._write("progress", f"{100 * sum(self._done.values()) / sum(self._todo.values()):.1f}")
+        percent = f"{100 * sum(self._done.values()) / sum(self._todo.values()):.1f}"
+        self._write("progress", percent, expendable=True)
 
-    def _write(self, kind: str, text: str) -> None:
-        # On one line: a second line could be a message of its own, with a text from the job.
-        write_line(self._out, f"openjd_{kind}: {' '.join(make_printable(text).split(chr(10)))}")
+    def _write(self, kind: str, text: str, *, expendable: bool = False) -> None:
+        write_line(self._out, _format(kind, text), expendable=expendable)
+
+
+def _format(kind: str, text: str) -> str:
+    """Format a message on one line: a second line could be a message of its own, with a text from the job."""
+    return f"openjd_{kind}: {' '.join(make_printable(text).split(chr(10)))}"
+
+
+def _describe_gap(lines: int) -> str:
+    return _format("status", f"{pluralize(lines, 'line')} of progress dropped here: stdout was not read")
 
 
 class _Phase:

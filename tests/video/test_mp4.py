@@ -313,6 +313,14 @@ def alive(group: str) -> list[str]:
     return found
 
 
+def wait_until_dead(group: str) -> None:
+    for _ in range(100):
+        if not alive(group):
+            return
+        time.sleep(0.05)
+    pytest.fail("ffmpeg is still running")
+
+
 @pytest.mark.parametrize(
     "script", ["sleep 1000", "cat >/dev/null; sleep 1000", "exec >&-; exec 2>&-; sleep 1000"]
 )
@@ -321,7 +329,7 @@ def test_an_ffmpeg_that_hangs_is_stopped_with_its_children(tmp_path, fake_ffmpeg
     encoder = mp4.Mp4Encoder(tmp_path / "x", WIDTH, HEIGHT, 16, 10, "h264", "", stall_timeout=0.5)
     with pytest.raises(FfmpegError, match=r"not moved for 0\.5 s"), encoder:
         encoder.write(b"".join(BIG))
-    assert not alive((tmp_path / "pid").read_text().strip())
+    wait_until_dead((tmp_path / "pid").read_text().strip())
 
 
 def test_a_full_disk_is_reported_as_such(tmp_path):
@@ -382,11 +390,7 @@ def test_no_ffmpeg_outlives_a_killed_wancli(tmp_path, fake_ffmpeg):
             time.sleep(0.01)
         assert alive(ffmpeg)
         child.send_signal(signal.SIGKILL)
-    for _ in range(100):
-        if not alive(ffmpeg):
-            return
-        time.sleep(0.05)
-    pytest.fail("ffmpeg is still running")
+    wait_until_dead(ffmpeg)
 
 
 # ---- to bytes ----

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
-from unread import Stream, non_blocking_pipe, small_pipe, small_socket, suspended_terminal
+from unread import CTRL_Q, Stream, non_blocking_pipe, small_pipe, small_socket, suspended_terminal
 
 from wancli import stream_writer
 from wancli.stream_writer import StreamWriter
@@ -32,7 +32,7 @@ def writer_to(fd: int, *, patient: bool = False) -> StreamWriter:
 
 def read_until(fd: int, end: bytes) -> bytes:
     if os.isatty(fd):  # the controller: somebody presses Ctrl-Q
-        os.write(fd, b"\x11")
+        os.write(fd, CTRL_Q)
     got = b""
     while not got.endswith(end):
         got += os.read(fd, 1 << 16)

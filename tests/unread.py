@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import select
 import socket
 import termios
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 Stream = tuple[int, int]
+CTRL_Q, CTRL_S = b"\x11", b"\x13"
 
 
 def small_pipe() -> Stream:
@@ -37,7 +40,9 @@ def suspended_terminal() -> Stream:
     settings = termios.tcgetattr(terminal)
     settings[1] &= ~termios.OPOST  # or \n becomes \r\n
     termios.tcsetattr(terminal, termios.TCSANOW, settings)
-    termios.tcflow(terminal, termios.TCOOFF)
+    os.write(controller, CTRL_S)
+    while select.select([], [terminal], [], 0)[1]:  # until the kernel has seen it
+        time.sleep(0.001)
     return controller, terminal
 
 

@@ -111,5 +111,6 @@ def test_without_threads_it_writes_itself(monkeypatch: pytest.MonkeyPatch) -> No
         writer.put(text, expendable=True)
     assert os.read(reader, 100) == b"a\nb\n"
     writer.close()
+    writer.close()  # once more is nothing
     for number in (reader, fd):
         os.close(number)

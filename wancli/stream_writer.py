@@ -76,6 +76,8 @@ class StreamWriter:
     def close(self) -> None:
         """Discard what is left, and end the thread, if need be when its reader is gone."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             self._queue.clear()
             if self._thread is None:

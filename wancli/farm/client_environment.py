@@ -36,9 +36,9 @@ def use_client_environment(request: dict[str, Any], streams: Sequence[int]) -> I
         except (BrokenPipeError, MachineError):
             raise BrokenPipeError from None
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            if stream not in own_python:
-                close_writer(stream)
+        for writer in (sys.stdout, sys.stderr):
+            if writer not in own_python:
+                close_writer(writer)
         sys.stdin, sys.stdout, sys.stderr = own_python
         for fd, stream in enumerate(own_streams):
             os.dup2(stream, fd)

@@ -137,17 +137,15 @@ def write_mp4(
 
 def count_frames(path: Path, *, reported_path: Path | None = None) -> int:
     """Decode a whole mp4 and count its frames. Raises FfmpegError if anything in it is damaged."""
-    return sum(1 for line in _read_checksums(path, reported_path or path) if not line.startswith(b"#"))
+    return _read_checksums(path, reported_path or path)[1]
 
 
 def read_info(path: Path) -> VideoInfo:
     """Decode a whole mp4 and return its frame count, rate and size. Raises FfmpegError if it is damaged."""
-    lines = _read_checksums(path, path)
+    header, frame_count = _read_checksums(path, path)
     # "#tb 0: 1/16", a sixteenth of a second, "#dimensions 0: 832x480", then a line for each frame
-    header = dict(line[1:].split(b" 0: ", 1) for line in lines if line.startswith(b"#") and b" 0: " in line)
     seconds, ticks = (int(number) for number in header[b"tb"].split(b"/"))
     width, height = (int(number) for number in header[b"dimensions"].split(b"x"))
-    frame_count = sum(not line.startswith(b"#") for line in lines)
     return VideoInfo(frame_count, Fraction(ticks, seconds), width, height)
 
 
@@ -199,9 +197,23 @@ def _input_arguments(path: Path) -> list[str]:
     return ["-loglevel", "error", *_STRICT, *source, "-map", "0:v:0", *ffmpeg.keep_frames_arguments()]
 
 
-def _read_checksums(path: Path, reported_path: Path) -> list[bytes]:
-    """Decode a video from end to end; return what ffmpeg reports: a header, and a line for each frame."""
-    lines = ffmpeg.read_output(
-        [*_input_arguments(path), "-f", "framecrc", "pipe:1"], reported_path
-    ).splitlines()
-    return [line for line in lines if line]
+def _read_checksums(path: Path, reported_path: Path) -> tuple[dict[bytes, bytes], int]:
+    """Decode a video from end to end; return the header that ffmpeg reports, and the number of frames.
+
+    The lines are not kept: a damaged file may have ffmpeg report frames without end.
+    """
+    header: dict[bytes, bytes] = {}
+    count, rest = 0, b""
+    with ffmpeg.Ffmpeg(
+        [*_input_arguments(path), "-f", "framecrc", "pipe:1"], reported_path, has_input=False
+    ) as reader:
+        for chunk in reader.receive():
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"#"):
+                    count += bool(line)
+                elif b" 0: " in line:
+                    name, value = line[1:].split(b" 0: ", 1)
+                    header[name] = value
+        reader.finish()
+    return header, count

@@ -86,7 +86,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "note": ("Something worth knowing; nothing is wrong.", {"message": _TEXT}),
     "warning": ("Something that may be wrong, and does not stop the work.", {"message": _TEXT}),
     "gap": (
-        "Here were lines of type step, which were dropped because nobody read the stream.",
+        "Lines of type step stood here; they were dropped because the reader did not read.",
         {"lines": _COUNT},
     ),
     "envelope": (

@@ -20,7 +20,7 @@ ORDER = (
     ("errors", "units", "signals", "stream_writer", "stdio", "wan_mini"),
     ("progress",),
     ("storage",),
-    ("video",),
+    ("pictures", "video"),
     ("models",),
     ("resources",),
     ("weights.formats",),
@@ -102,7 +102,7 @@ def test_the_command_line_is_read_before_jobs_plans_or_models_are_imported() -> 
     program = "import sys, wancli.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    slow = {"pydantic", "yaml", "rich", "jinja2", "numpy", "torch"}
+    slow = {"pydantic", "yaml", "rich", "jinja2", "numpy", "torch", "PIL"}
     slow |= {
         f"wancli.{package}" for package in ("job", "plan", "report", "farm", "weights", "models", "text")
     }

@@ -11,7 +11,7 @@ import pytest
 from plain_video import plain_video as plain
 
 from wancli.errors import OutputExists
-from wancli.video import bitmap_font, clip, mp4, side_by_side
+from wancli.video import clip, labels, mp4, side_by_side
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 160, 30), (30, 30, 200), (128, 128, 128)
 
@@ -106,9 +106,10 @@ def test_names_and_metrics_are_drawn_above_the_cells(tmp_path: Path) -> None:
     page = side_by_side._draw_empty_grid(plan, clips, ["SSIM 0.5"])
     top, left = side_by_side._cell_origin(plan, 0)
     for line, words in enumerate(["one", "SSIM 0.5"]):
-        ink_YX = bitmap_font.render_text(words)
-        there = page[top + line * bitmap_font.HEIGHT :, left:][: bitmap_font.HEIGHT, : ink_YX.shape[1]]
-        assert ((there[..., 0] == side_by_side.INK) == ink_YX).all()
+        wanted = labels.draw_line(words, plan.cell_width, plan.letter_scale)
+        there = page[top + line * len(wanted) :, left:][: len(wanted), : plan.cell_width]
+        assert (there == wanted).all()
+        assert there.min() < 100
 
 
 @pytest.mark.parametrize(

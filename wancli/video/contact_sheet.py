@@ -5,9 +5,8 @@ Letters: Y rows, X columns, 3 colours; pictures are uint8 [Y, X, 3].
 
 from __future__ import annotations
 
+import io
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from wancli.storage import sidecars
 from wancli.storage.manifest_schema import RuleRecord
 from wancli.units import format_ranges
-from wancli.video import bitmap_font
 from wancli.video.clip import Clip
+from wancli.video.labels import PAPER, draw_line, shorten_end
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +27,8 @@ FRAMES_PER_VIDEO = 5
 MAX_CELL_WIDTH = 160  # columns of a frame at most; smaller ones are shown as a whole multiple
 MAX_VIDEOS = 60  # videos on a sheet
 GAP = 8
-MARKER = b"Software\0wancli"
-PAPER, INK = 250, 40
+_SOFTWARE = ("Software", "wancli")  # of the PNG, a text that tells our sheets from other pictures
+MARKER = "\0".join(_SOFTWARE).encode()
 
 
 def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
@@ -41,7 +40,10 @@ def draw_contact_sheet(clips: Sequence[Clip], notes: Sequence[str]) -> bytes:
     width = max(strip.shape[1] for strip in frame_rows)
     entries = [
         _stack_vertically(
-            [*(_draw_label(line, width) for line in _caption_lines(clip, note)), _pad_to_width(strip, width)]
+            [
+                *(draw_line(shorten_end(line, width), width) for line in _caption_lines(clip, note)),
+                _pad_to_width(strip, width),
+            ]
         )
         for clip, note, strip in zip(clips, notes, frame_rows, strict=True)
     ]
@@ -61,16 +63,13 @@ def write(path: Path, data: bytes) -> None:
 
 
 def encode_png(picture_YX3: Picture) -> bytes:
-    """Encode a picture as PNG. https://www.w3.org/TR/png/"""
-    height, width, _ = picture_YX3.shape
-    scanlines = b"".join(b"\0" + row.tobytes() for row in picture_YX3)  # 0: no filter
+    """Encode a picture as PNG, with the text by which a later sheet recognises it."""
+    from PIL import Image, PngImagePlugin
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    parts = ((b"IHDR", header), (b"tEXt", MARKER), (b"IDAT", zlib.compress(scanlines, 9)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+    texts, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    texts.add_text(*_SOFTWARE)
+    Image.fromarray(picture_YX3).save(file, "PNG", pnginfo=texts)
+    return file.getvalue()
 
 
 def upscale(picture_YX3: Picture, factor: int) -> Picture:
@@ -79,14 +78,11 @@ def upscale(picture_YX3: Picture, factor: int) -> Picture:
 
 
 def downscale(picture_YX3: Picture, factor: int) -> Picture:
-    """Average each square of `factor` x `factor` to a pixel; cut off the rest at the ends."""
+    """Average each square of `factor` x `factor` to a pixel; at the ends, what is left of a square."""
     import numpy as np
+    from PIL import Image
 
-    rows, columns = (max(1, length // factor) for length in picture_YX3.shape[:2])
-    whole_YX3 = picture_YX3[: rows * factor, : columns * factor]
-    squares = whole_YX3.reshape(rows, len(whole_YX3) // rows, columns, -1, 3)
-    means: Picture = squares.mean(axis=(1, 3)).round().astype(np.uint8)
-    return means
+    return np.asarray(Image.fromarray(picture_YX3).reduce(factor))
 
 
 def _draw_frame_row(clip: Clip) -> Picture:
@@ -125,15 +121,6 @@ def _describe_rule(rule: RuleRecord, text: str) -> str:
     strengths = sorted({f"{strength:g}" for strength in rule.blocks.values()}, key=float)
     strength = " to ".join(dict.fromkeys((strengths[0], strengths[-1])))
     return f"  blocks {blocks} at {strength} read: {text}"
-
-
-def _draw_label(text: str, width: int) -> Picture:
-    import numpy as np
-
-    ink_YX = bitmap_font.render_text(bitmap_font.truncate(text, width // bitmap_font.WIDTH))
-    label = np.full((bitmap_font.HEIGHT, width, 3), PAPER, dtype=np.uint8)
-    label[:, : ink_YX.shape[1]][ink_YX] = INK
-    return label
 
 
 def _pad_to_width(picture_YX3: Picture, width: int) -> Picture:

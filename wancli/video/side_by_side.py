@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import atomic, sidecars
-from wancli.video import bitmap_font, mp4
+from wancli.video import mp4
 from wancli.video.clip import Clip
-from wancli.video.contact_sheet import INK, PAPER, downscale, upscale
+from wancli.video.contact_sheet import downscale, upscale
+from wancli.video.labels import LINE_HEIGHT, PAPER, draw_line, shorten_end, shorten_middle
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ class Layout:
 
     @property
     def label_height(self) -> int:
-        return self.label_lines * bitmap_font.HEIGHT * self.letter_scale + GAP
+        return self.label_lines * LINE_HEIGHT * self.letter_scale + GAP
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -174,19 +175,14 @@ def _draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]
 
     width, height = layout.grid_size
     page_YX3 = np.full((height, width, 3), PAPER, dtype=np.uint8)
-    max_letters = layout.cell_width // (bitmap_font.WIDTH * layout.letter_scale)
+    across, scale = layout.cell_width, layout.letter_scale
     for index, (clip, note) in enumerate(zip(clips, notes, strict=True)):
         top, left = _cell_origin(layout, index)
         below = top + layout.label_height
-        page_YX3[below : below + layout.cell_height, left : left + layout.cell_width] = BAR_COLOUR
-        for line, text in enumerate(
-            [bitmap_font.truncate_middle(clip.id, max_letters), bitmap_font.truncate(note, max_letters)]
-        ):
-            ink_YX = (
-                bitmap_font.render_text(text)
-                .repeat(layout.letter_scale, axis=0)
-                .repeat(layout.letter_scale, axis=1)
-            )
-            high, wide = ink_YX.shape
-            page_YX3[top + line * high :, left:][:high, :wide][ink_YX] = INK
+        page_YX3[below : below + layout.cell_height, left : left + across] = BAR_COLOUR
+        lines = [shorten_middle(clip.id, across, scale), shorten_end(note, across, scale)]
+        for number, text in enumerate(lines[: layout.label_lines]):
+            strip = draw_line(text, across, scale)
+            line_top = top + number * len(strip)
+            page_YX3[line_top : line_top + len(strip), left : left + across] = strip
     return page_YX3

@@ -14,7 +14,7 @@ from test_layers import ORDER
 from wancli.cli import app, run
 from wancli.errors import ExitStatus
 from wancli.job.loader import parse
-from wancli.job.schema import Inject, Job
+from wancli.job.schema import InjectPicture, InjectPrompt, Job
 from wancli.report.event_schema import build_event_schema
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_the_documents_name_every_key_of_a_job() -> None:
         for key in nested:
             assert re.search(rf"`(\w*\.)*{key}`", jobs), f"{name}.{key}"
     rules = (ROOT / "docs/injection.md").read_text()
-    for key in Inject.model_fields:
+    for key in InjectPrompt.model_fields | InjectPicture.model_fields:
         assert f"| `{key}` |" in rules, key
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from wancli.models.variants import T2V, TI2V, TWO_EXPERTS
 from wancli.plan import batching
 from wancli.plan import planner as planning
 from wancli.plan.planner import resolve_model
+from wancli.plan.prefix_sharing import PrefixTree
 from wancli.plan.shot import Shot
 from wancli.sampling.solvers import build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
@@ -282,6 +284,7 @@ def test_settings_of_experts_are_refused_if_there_is_one_network(
     for said, where in (
         ({"sampler": {"guidance": {"high": 4, "low": 3}}}, r":4: sampler.guidance"),
         ({"inject": [{"prompt": FISH, "expert": "low"}]}, r":6: inject.0.expert"),
+        ({"sampler": {"boundary": 0.9}}, r":4: sampler.boundary"),
     ):
         with pytest.raises(JobError, match=f"{where}: the model has one network for all steps"):
             decide(ti2v.folder, **said)
@@ -319,6 +322,43 @@ def test_two_experts_give_the_latents_of_diffusers(
         *["load", "sample"] * 2,
         "decode",
     ]
+
+
+@torch.inference_mode()
+def test_the_boundary_of_a_job_gives_the_latents_of_diffusers_with_that_boundary(
+    a14b: Saved, render: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    said = render(a14b, sampler=SAMPLER | {"boundary": 0.8})
+    assert said.code == 0, said.err
+    a14b.pipe.register_to_config(boundary_ratio=0.8)
+    try:
+        expected = a14b.latents((16, 2, 8, 8), guidance_scale=4.0, guidance_scale_2=3.0)
+    finally:
+        a14b.pipe.register_to_config(boundary_ratio=0.875)
+    assert relative_error(latents_of(tmp_path), expected) < 1e-4
+    record = manifest_of(tmp_path)["shot"]
+    assert record["boundary"] == 0.8
+    assert [stage["steps"] for stage in record["stages"]] == [[0, 4], [5, 5]]
+
+
+def test_a_boundary_changes_the_key_and_which_steps_shots_share(
+    a14b: Saved, decide: Callable[..., Shot]
+) -> None:
+    def shot(index: int, **sampler: Any) -> Shot:
+        return replace(decide(a14b.folder, sampler=SAMPLER | {"guidance": 4.0} | sampler), index=index)
+
+    plain, same, early, late = (
+        shot(index, **said)
+        for index, said in enumerate(({}, {"boundary": 0.875}, {"boundary": 0.8}, {"boundary": 1}))
+    )
+    assert plain.latents_key == same.latents_key
+    assert len({shot.latents_key for shot in (same, early, late)}) == 3
+    tree = PrefixTree()
+    assert tree.add(plain) is None
+    fork = tree.add(early)
+    assert fork is not None
+    assert fork.step == len(plain.stages[0].steps) == 4
+    assert late.stages == (Stage("low", range(6), 4.0),)
 
 
 @pytest.mark.parametrize(

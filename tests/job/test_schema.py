@@ -74,7 +74,7 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("'<text>': x", "<text>: unknown key; did you mean 'text'?"),
         ("null: x", f"null: unknown key; known: {TOP}"),
         ("sampler: {step: 5}", "sampler.step: unknown key; did you mean 'steps'?"),
-        ("sampler: {cfg: 5}", "sampler.cfg: unknown key; known: solver, steps, shift, guidance"),
+        ("sampler: {cfg: 5}", "sampler.cfg: unknown key; known: solver, steps, shift, guidance, boundary"),
         ("text: {truncat: true}", "text.truncat: unknown key; did you mean 'truncate'?"),
         ("video: {fsp: 8}", "video.fsp: unknown key; did you mean 'fps'?"),
         ("memory: {dtyp: fp32}", "memory.dtyp: unknown key; did you mean 'dtype'?"),

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from wancli.pictures.preprocess import Fit, Method, Preprocessing, make_clip_input, make_frame
+from wancli.pictures.preprocess import make_clip_input, make_frame
 from wancli.pictures.read import read_pixels
+from wancli.pictures.sizes import Fit, Method, Preprocessing
 
 PICTURES = Path(__file__).parents[1] / "fixtures" / "pictures"
 OFFICIAL = load_file(PICTURES / "official.safetensors")

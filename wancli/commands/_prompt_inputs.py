@@ -66,7 +66,7 @@ def read_prompts(
     for argument in what:
         if argument == "-":
             data = sys.stdin.buffer.read()
-            if re.search(rb"(?m)^(?:prompt|items|matrix|prompts_from|extends):|\A\s*\{", data):
+            if re.search(rb"(?m)^(?:prompt|items|matrix|prompts_from|images_from|extends):|\A\s*\{", data):
                 inputs.append(parse(data, "stdin", "stdin", Path.cwd(), flags))
             else:
                 inputs += [

@@ -51,6 +51,10 @@ class RenderOptions:
         str | None,
         typer.Option(metavar="TEXT", help="Instead of a job: render one video of this prompt with wan-mini."),
     ] = None
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="With --prompt: the picture that the video begins with."),
+    ] = None
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="The video of --prompt. Default: {slug}.mp4"),

@@ -117,6 +117,7 @@ def _planned(shot: Shot, placement: Placement) -> Record:
             "steps": shot.steps,
             "shift": shot.shift,
             "guidance": shot.guidance,
+            "boundary": shot.boundary,
             "stages": [stage.as_dict() for stage in shot.stages],
             "timesteps": shot.sigma_schedule.timesteps,
             "sigmas": shot.sigma_schedule.sigmas,

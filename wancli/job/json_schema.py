@@ -31,6 +31,10 @@ _EXPANSION_PROPERTIES: dict[str, Any] = {
         "description": "A file with a prompt per line, or JSON lines (.jsonl) with keys of a job.",
         "type": "string",
     },
+    "images_from": {
+        "description": "Pictures, each a shot: a pattern (photos/*.jpg), a folder, a list (.txt, .jsonl).",
+        "type": "string",
+    },
     "extends": {
         "description": "Job files that this one is merged over.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],

@@ -13,13 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from wancli.errors import JobError
-from wancli.job import extends, matrix, prompts_from
+from wancli.job import extends, images_from, matrix, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.schema import Job
 from wancli.job.validation import EXPANSION_KEYS, describe_problems
 from wancli.job.yaml_reader import Key
 from wancli.storage import disk
+
+_LISTS = {"prompts_from": prompts_from.read, "images_from": images_from.read}
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,12 @@ def parse(
     return _build_job_file(extends.load_merged(data, file, None, directory), name, directory, overrides)
 
 
-def build_prompt_job(prompt: str, output: str, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
-    """Build a job that sets only a prompt and an output. Raises JobError."""
-    layer = Layer(Source("the command line", Path.cwd()), {"prompt": prompt, "output": output})
+def build_prompt_job(
+    prompt: str, image: str | None, output: str, overrides: CliOverrides = NO_OVERRIDES
+) -> JobFile:
+    """Build a job that sets only a prompt, an output and perhaps a picture. Raises JobError."""
+    values = {"prompt": prompt, "output": output} | ({} if image is None else {"image": image})
+    layer = Layer(Source("the command line", Path.cwd()), values)
     return _build_job_file(merge_layers([layer]), "prompt", Path.cwd(), overrides)
 
 
@@ -109,13 +114,16 @@ def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
 
 def _read_items(expansion: dict[str, Any], sources: Sources) -> list[Layer]:
     """Read the items of a job file. A file that lists none has one item without keys."""
-    if "prompts_from" in expansion:
-        owner, name = sources.owner(("prompts_from",)), expansion["prompts_from"]
-        if "items" in expansion:
-            raise JobError("items and prompts_from both list shots; use one", where=owner.location())
-        if not isinstance(name, str) or not name:
-            raise JobError("must be the name of a file", where=owner.location())
-        return prompts_from.read(name, owner)
+    given = [key for key in ("items", *_LISTS) if key in expansion]
+    if len(given) > 1:
+        location = sources.location(given[1])
+        raise JobError(f"{given[0]} and {given[1]} both list shots; use one", where=location)
+    for key, read in _LISTS.items():
+        if key in expansion:
+            owner, name = sources.owner((key,)), expansion[key]
+            if not isinstance(name, str) or not name:
+                raise JobError("must be the name of a file", where=owner.location())
+            return read(name, owner)
     if "items" not in expansion:
         return [Layer(sources.job_file, {})]
     items, owner = expansion["items"], sources.owner(("items",))

@@ -1,9 +1,9 @@
-"""Read the items of `prompts_from`: a text file with a prompt per line, or JSON lines with keys of a job."""
+"""Read the items of a list: a text file with a prompt (or picture) per line, or JSON lines of job keys."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from wancli.errors import JobError
 from wancli.job.extends import read_referenced
@@ -14,8 +14,10 @@ from wancli.job.yaml_reader import Key, normalize_text
 MAX_BYTES = 16 * 1024 * 1024
 
 
-def read(name: str, owner: Source) -> list[Layer]:
+def read(name: str, owner: Source, key: Literal["prompt", "image"] = "prompt") -> list[Layer]:
     """Read a layer from each line of a file, except comments (#) and empty lines. `owner` names the file.
+
+    A line of a text file is the value of `key`.
 
     Raises JobError with all problems.
     """
@@ -28,7 +30,7 @@ def read(name: str, owner: Source) -> list[Layer]:
         if not line.strip() or line.lstrip().startswith(b"#"):
             continue
         try:
-            value = _parse_line(line, path.suffix == ".jsonl", f"{display_name}:{number}")
+            value = _parse_line(line, None if path.suffix == ".jsonl" else key, f"{display_name}:{number}")
         except JobError as error:
             problems.append(str(error))
             continue
@@ -36,21 +38,22 @@ def read(name: str, owner: Source) -> list[Layer]:
         lines: dict[tuple[Key, ...], int] = {(key,): number for key in (*value, "prompt")}
         layers.append(Layer(Source(display_name, path.parent, lines), value))
     if len(layers) > MAX_SHOTS:
-        raise JobError(f"contains {len(layers):,} prompts; the limit is {MAX_SHOTS:,}", where=display_name)
+        raise JobError(f"contains {len(layers):,} {key}s; the limit is {MAX_SHOTS:,}", where=display_name)
     if problems:
         raise JobError("\n".join(problems))
     if not layers:
-        raise JobError("contains no prompts", where=display_name)
+        raise JobError(f"contains no {key}s", where=display_name)
     return layers
 
 
-def _parse_line(line: bytes, as_json: bool, location: str) -> dict[str, Any]:
+def _parse_line(line: bytes, key: str | None, location: str) -> dict[str, Any]:
+    """Parse a line as the value of `key`, or without one as JSON."""
     try:
         text = line.decode().strip()
     except UnicodeDecodeError as error:
         raise JobError(f"byte {error.start} of the line is not UTF-8", where=location) from None
-    if not as_json:
-        return {"prompt": normalize_text(text, f"{location}: prompt")}
+    if key:
+        return {key: normalize_text(text, f"{location}: {key}")}
     try:
         value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:

@@ -43,6 +43,10 @@ def _text_or_mapping(value: Any) -> str:
     return "<mapping>" if isinstance(value, dict | BaseModel) else "<text>"
 
 
+def _text_or_int(value: Any) -> str:
+    return "<text>" if isinstance(value, str) else "<int>"
+
+
 Prompt = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[EmbeddingFile, Tag("<mapping>")],
     Discriminator(_text_or_mapping),
@@ -81,6 +85,7 @@ class Sampler(StrictModel):
     steps: int | None = Field(None, ge=1, le=1000)
     shift: float | None = Field(None, gt=0, le=100)
     guidance: Guidance | None = None
+    boundary: float | None = Field(None, ge=0, le=1)
 
 
 class TextOptions(StrictModel):
@@ -164,10 +169,9 @@ Blocks = Annotated[
 ]
 
 
-class Inject(StrictModel):
-    """A second prompt for chosen blocks, steps and guidance branches."""
+class InjectRule(StrictModel):
+    """Where and how strongly a second prompt or picture is read."""
 
-    prompt: Prompt
     blocks: Blocks = "all"
     strength: Strength = 1.0
     steps: Steps = "all"
@@ -176,6 +180,69 @@ class Inject(StrictModel):
     blend: Literal["context-lerp", "output-mix", "replace", "concat"] = "context-lerp"
     gain: float = Field(1.0, ge=-100, le=100)
     expert: Literal["high", "low", "both"] = "both"
+
+
+class InjectPrompt(InjectRule):
+    """A second prompt for chosen blocks, steps and guidance branches."""
+
+    prompt: Prompt
+
+
+class InjectPicture(InjectRule):
+    """A second picture, as CLIP sees it, for chosen blocks, steps and guidance branches."""
+
+    image: str
+
+
+def _inject_kind(value: Any) -> str:
+    has_picture = isinstance(value, InjectPicture) or (isinstance(value, dict) and "image" in value)
+    return "<picture>" if has_picture else "<prompt>"
+
+
+Inject = Annotated[
+    Annotated[InjectPrompt, Tag("<prompt>")] | Annotated[InjectPicture, Tag("<picture>")],
+    Discriminator(_inject_kind),
+]
+
+
+class ImageOptions(StrictModel):
+    """The first and the last frame of a video, and how pictures become frames.
+
+    The first frame is a file (`first`) or a frame of another shot's video (`shot`, `frame`).
+    """
+
+    first: str | None = None
+    last: str | None = None
+    shot: str | None = None
+    frame: Annotated[
+        Annotated[int, Field(ge=0), Tag("<int>")] | Annotated[Literal["last"], Tag("<text>")],
+        Discriminator(_text_or_int),
+    ] = "last"
+    preprocess: Literal["official", "diffusers", "comfy"] = "official"
+    fit: Literal["crop", "stretch", "pad"] | None = None
+    orient: Literal["exif", "ignore"] | None = None
+    alpha: Literal["drop", "white", "black"] = "drop"
+
+
+Image = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[ImageOptions, Tag("<mapping>")],
+    Discriminator(_text_or_mapping),
+]
+
+
+class AreaSize(StrictModel):
+    """A size by its number of pixels: the model's own rule finds width and height from the picture."""
+
+    area: Annotated[
+        Annotated[int, Field(ge=1), Tag("<int>")] | Annotated[str, Tag("<text>")],
+        Discriminator(_text_or_int),
+    ]
+
+
+Size = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[AreaSize, Tag("<mapping>")],
+    Discriminator(_text_or_mapping),
+]
 
 
 class LoraEntry(StrictModel):
@@ -214,17 +281,13 @@ class Video(StrictModel):
     keep_latents: bool = False
 
 
-def _number_or_auto(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<int>"
-
-
 Chunk = Annotated[
     Annotated[int, Field(ge=256), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_number_or_auto),
+    Discriminator(_text_or_int),
 ]
 Batch = Annotated[
     Annotated[int, Field(ge=1, le=1000), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
-    Discriminator(_number_or_auto),
+    Discriminator(_text_or_int),
 ]
 
 
@@ -237,10 +300,6 @@ class Memory(StrictModel):
     fp8_matmul: bool = False
     budget: str | None = None
     decode_chunk: int = Field(1, ge=1, le=64)
-
-
-def _text_or_int(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<int>"
 
 
 SaveInterval = Annotated[
@@ -275,7 +334,8 @@ class Job(StrictModel):
     output: str = "out/{job}/{item:04d}-{slug}.mp4"
     id: str | None = Field(None, min_length=1, max_length=200)
     labels: dict[str, Label] = {}
-    size: str | None = None
+    image: Image | None = None
+    size: Size | None = None
     frames: int | None = Field(None, ge=1, le=100_001)
     seed: int = Field(0, ge=0, lt=2**63)
     noise: Literal["cpu", "cuda"] = "cpu"
@@ -289,3 +349,4 @@ class Job(StrictModel):
     save_every: SaveInterval = "60s"
     measure: bool = False
     compare: CompareOption = False
+    join: str | None = None

@@ -9,11 +9,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from wancli.job.schema import (
+    AreaSize,
     Compare,
     CurveSpec,
     EmbeddingFile,
     ExpertGuidance,
-    Inject,
+    ImageOptions,
+    InjectPrompt,
     Job,
     LoraEntry,
     Memory,
@@ -27,7 +29,7 @@ from wancli.job.yaml_reader import Key
 from wancli.units import quote
 
 # Keys of a job file that expand it into shots. A shot has none of them.
-EXPANSION_KEYS = ("items", "matrix", "zip", "exclude", "prompts_from", "extends")
+EXPANSION_KEYS = ("items", "matrix", "zip", "exclude", "prompts_from", "images_from", "extends")
 
 
 def describe_problems(error: ValidationError, locate: Callable[[tuple[Key, ...], bool], str]) -> list[str]:
@@ -63,9 +65,7 @@ def _describe(path: tuple[Key, ...], problem: Any) -> str:
         case "missing":
             return "is missing"
         case "extra_forbidden":
-            near = _nearest_key(path)
-            known = f"known: {', '.join(known_keys(path[:-1]))}"
-            return "unknown key; " + (f"did you mean {near!r}?" if near else known)
+            return _describe_extra(path)
         case "literal_error":
             return f"{shown} is {_describe_expected(str(ctx['expected']))}"
         case "int_type" | "int_from_float":
@@ -88,6 +88,14 @@ def _describe(path: tuple[Key, ...], problem: Any) -> str:
     return f"{problem['msg'].lower().removeprefix('input ')}, got {shown}"
 
 
+def _describe_extra(path: tuple[Key, ...]) -> str:
+    known = known_keys(path[:-1])
+    if len(path) > 1 and path[-1] in known:
+        return "does not go with the other keys here"
+    near = _nearest_key(path)
+    return "unknown key; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
+
+
 def _describe_expected(words: str) -> str:
     """Describe pydantic's `'a', 'b' or 'c'`. A single word is an alternative to a number."""
     several = " or " in words
@@ -107,11 +115,12 @@ def known_keys(path: tuple[Key, ...]) -> list[str]:
     """List the keys that a job file may have below `path`."""
     model: type[BaseModel] = Job
     nested: dict[Key, type[BaseModel]] = {
-        "sampler": Sampler, "text": TextOptions, "inject": Inject, "loras": LoraEntry, "video": Video,
-        "memory": Memory, "compare": Compare,
+        "sampler": Sampler, "text": TextOptions, "inject": InjectPrompt, "loras": LoraEntry, "video": Video,
+        "memory": Memory, "compare": Compare, "image": ImageOptions, "size": AreaSize,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip
     for key in path:
         model = nested.get(key, model)
-    return [*model.model_fields, *(EXPANSION_KEYS if model is Job else ())]
+    others = {Job: EXPANSION_KEYS, InjectPrompt: ("image",)}
+    return [*model.model_fields, *others.get(model, ())]

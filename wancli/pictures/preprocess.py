@@ -11,33 +11,23 @@ Letters: Y rows, X columns, 3 colours. A frame is fp32 [3, Y, X] of about -1 to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wancli.pictures.sizes import Method, Preprocessing
+
 if TYPE_CHECKING:
     from wancli.pictures.read import Pixels
 
-Method = Literal["official", "diffusers", "comfy"]
-Fit = Literal["stretch", "crop", "pad"]
 CLIP_SIDE = 224
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Resizes pixels to (width, height) and returns a frame.
 Resize: TypeAlias = Callable[["Pixels", int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How the pixels of a picture become the first or last frame of a video. Each field changes pixels."""
-
-    method: Method
-    fit: Fit
-    stride: int  # of the model, which selects the official resize
 
 
 def make_frame(rgb_YX3: Pixels, width: int, height: int, how: Preprocessing) -> Tensor:

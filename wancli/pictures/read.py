@@ -155,8 +155,11 @@ def _describe_other_file(path: Path) -> JobError:
 
 
 def _orientation(image: PillowImage) -> int:
-    """Return the EXIF orientation, 1 to 8. Of a PNG only what stands before its pixels is read."""
-    if image.format == "PNG" and "exif" not in image.info:
+    """Return the EXIF orientation that is still to be applied, 1 to 8.
+
+    Of a PNG only what stands before its pixels is read. A TIFF is turned by Pillow itself.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return _UPRIGHT
     value = image.getexif().get(_ORIENTATION)
     return value if isinstance(value, int) and 1 <= value <= 8 else _UPRIGHT

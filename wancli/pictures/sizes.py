@@ -1,4 +1,4 @@
-"""The size of a video from the aspect of its picture, as the official code and diffusers' recipe find it.
+"""How a picture fits a video: the methods, and the size of a video from the aspect of its picture.
 
 Sizes are (width, height) in pixels. Pure arithmetic, without torch.
 """
@@ -6,36 +6,60 @@ Sizes are (width, height) in pixels. Pure arithmetic, without torch.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 Size = tuple[int, int]
+Method = Literal["official", "diffusers", "comfy"]
+Fit = Literal["stretch", "crop", "pad"]
 
 
-def fit_to_area(picture: Size, area: int, stride: int) -> Size:
-    """Return the size that the official code gives a picture: about `area` pixels, in multiples of `stride`.
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the pixels of a picture become a frame of a video. Each field changes pixels."""
 
-    16: Wan 2.1 and 2.2 I2V, by rounding down to an even number of latent rows and columns. 32: TI2V-5B, by
-    the better of two candidates. A side may be 0 if the picture is very narrow.
+    method: Method
+    fit: Fit
+    stride: int  # of the model, which selects the official resize
+
+
+def fit_to_area(picture: Size, area: int, method: Method, stride: int) -> Size:
+    """Return the size for a picture: about `area` pixels, in multiples of `stride`. A side may be 0.
+
+    `diffusers` is its documented recipe, which rounds before it rounds down. All others are the official
+    code: with stride 16 (Wan 2.1 and 2.2 I2V) an even number of latent rows and columns, rounded down; with
+    stride 32 (TI2V-5B) the better of two candidates.
     """
-    return _best_of_two(picture, area, stride) if stride == 32 else _round_down(picture, area)
-
-
-def fit_to_area_by_recipe(picture: Size, area: int, stride: int) -> Size:
-    """Return the size of diffusers' documented recipe, which rounds before it rounds down."""
     width, height = picture
     aspect = height / width
-    rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    return columns // stride * stride, rows // stride * stride
-
-
-def _round_down(picture: Size, area: int) -> Size:
-    width, height = picture
-    aspect = height / width
-    rows = int(math.sqrt(area * aspect) // 8 // 2 * 2)
-    columns = int(math.sqrt(area / aspect) // 8 // 2 * 2)
+    if method == "diffusers":
+        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        return columns // stride * stride, rows // stride * stride
+    if stride == 32:
+        return _better_of_two(picture, area, stride)
+    rows, columns = (int(math.sqrt(value) // 8 // 2 * 2) for value in (area * aspect, area / aspect))
     return columns * 8, rows * 8
 
 
-def _best_of_two(picture: Size, area: int, stride: int) -> Size:
+def default_fit(picture: Size, size: Size, method: Method, stride: int) -> Fit:
+    """Return how a picture fits a size if the job does not say it.
+
+    `official` crops, except if its rule of stride 16 gives this size for some area: such a picture is
+    stretched, by less than a step. `diffusers` always stretches, `comfy` always crops.
+    """
+    if method == "diffusers":
+        return "stretch"
+    if method == "comfy" or stride == 32:
+        return "crop"
+    # The areas that give the width, and those that give the height, of which the rule rounds down the roots.
+    aspect = picture[1] / picture[0]
+    by_width, by_height = ((side**2, (side + stride) ** 2) for side in size)
+    smallest = max(by_width[0] * aspect, by_height[0] / aspect)
+    largest = min(by_width[1] * aspect, by_height[1] / aspect)
+    return "stretch" if smallest < largest else "crop"
+
+
+def _better_of_two(picture: Size, area: int, stride: int) -> Size:
     """Round down the width first or the height first, whichever keeps the aspect better."""
     ratio = picture[0] / picture[1]
     exact_width = (area * ratio) ** 0.5

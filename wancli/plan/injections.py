@@ -11,7 +11,7 @@ from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
 from wancli.injection.table import Branch, Concat, Expr, Image, Lerp, Rule, Text
 from wancli.job.loader import Item
-from wancli.job.schema import Blocks, CurveSpec, Inject, SigmaRange, Steps, Strength
+from wancli.job.schema import Blocks, CurveSpec, InjectRule, SigmaRange, Steps, Strength
 from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
 
@@ -59,7 +59,7 @@ def _select_auto_blocks(
 def _compile_rule(
     item: Item,
     index: int,
-    inject: Inject,
+    inject: InjectRule,
     block_spec: Blocks,
     text: str,
     depth: int,

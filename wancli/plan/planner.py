@@ -8,7 +8,6 @@ that key means that the shot is done.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -18,15 +17,26 @@ from typing import Any, Literal
 from wancli.errors import CheckpointError, EntryError, JobError
 from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
+from wancli.job.schema import InjectPicture
 from wancli.models.variants import Variant
-from wancli.plan import backends, baseline, batching, loras, memory_policy, model_registry, warnings
+from wancli.plan import (
+    backends,
+    baseline,
+    batching,
+    chains,
+    joins,
+    loras,
+    memory_policy,
+    model_registry,
+    outputs,
+    picture_resolver,
+    warnings,
+)
 from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
 from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
 from wancli.resources import machine
-from wancli.storage import disk
-from wancli.storage.paths import output_path, require_possible, slugify
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
 from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
@@ -54,21 +64,39 @@ def build_plan(
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
     lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
-    shots: list[Shot] = []
     problems: list[JobError | EntryError] = []
-    for index, item in enumerate(jobs.items):
+    built: dict[int, Shot] = {}
+    pictures = picture_resolver.PictureMemo(hash_cache.parent / "pictures.json")
+    for index, parent in chains.order_items(jobs.items):
+        item = jobs.items[index]
+        if parent is not None and parent not in built:
+            continue  # the problem of that shot is reported
         try:
-            shots.append(
-                _build_shot(jobs, index, item, locations(item), model_for, lora_for, measure, block_maps)
+            continued = None if parent is None else built[parent]
+            built[index] = _build_shot(
+                jobs,
+                index,
+                item,
+                locations(item),
+                model_for,
+                lora_for,
+                measure,
+                block_maps,
+                pictures,
+                continued,
             )
         except (JobError, EntryError) as error:
             problems.append(error)
+    pictures.save()
     if problems:
         lines = dict.fromkeys(line for problem in problems for line in str(problem).splitlines())
         hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
         kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
         raise kind("\n".join(lines), hint="\n".join(hints))
-    _refuse_collisions(shots, jobs)
+    shots = [built[index] for index in range(len(jobs.items))]
+    outputs.refuse_collisions(shots, jobs)
+    joined = joins.plan_joins(jobs, shots)
+    picture_resolver.refuse_rendering(shots, jobs)
     chosen = set(jobs.selected)
     selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
     others = tuple(shot for shot in shots if shot.index not in chosen)
@@ -80,6 +108,7 @@ def build_plan(
         others,
         comparison,
         batching.build_schedule(selected),
+        joined,
     )
 
 
@@ -141,12 +170,18 @@ def _build_shot(
     lora_for: Callable[..., loras.MatchedLora],
     measure: bool,
     block_maps: BlockMapStore,
+    picture_memo: picture_resolver.PictureMemo,
+    continued: Shot | None,
 ) -> Shot:
+    """Decide a shot. `continued` is the shot whose frame begins it."""
     job = item.job
     model = _resolve_item_model(item, source, model_for)
     variant = model.checkpoint.variant
     sampler = resolve_sampler(item, variant)
-    width, height = _parse_size(item, variant)
+    config = model.checkpoint.transformer_config
+    pictures, (width, height) = picture_resolver.resolve_pictures(
+        item, config, variant, picture_memo, continued
+    )
     guided = any(stage.guidance != 1 for stage in sampler.stages)
     prompt, negative, injected = _resolve_prompts(item, model, guided=guided)
     sigmas, stages = sampler.schedule.sigmas, sampler.stages
@@ -171,6 +206,7 @@ def _build_shot(
         shift=sampler.shift,
         guidance=sampler.guidance,
         guidance_low=sampler.guidance_low,
+        boundary=sampler.boundary,
         fps=job.video.fps or variant.fps,
         crf=job.video.crf,
         codec=job.video.codec,
@@ -181,10 +217,11 @@ def _build_shot(
         save_every=_parse_save_interval(item),
         output=Path(),
         auto_blocks=auto_blocks,
+        pictures=pictures,
     )
     refuse_rules_without_effect(shot, item)
     refuse_lerp_after_concat(shot, item)
-    return _with_output(shot, jobs, item)
+    return outputs.with_output(shot, jobs, item)
 
 
 def _decide_loras(
@@ -220,11 +257,15 @@ def _resolve_prompts(
     job, prompts = item.job, PromptResolver(item, model)
     prompt = prompts.resolve(job.prompt, "prompt")
     negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
-    return (
-        prompt,
-        negative,
-        tuple(prompts.resolve(rule.prompt, "inject", i, "prompt") for i, rule in enumerate(job.inject)),
-    )
+    injected = []
+    for i, rule in enumerate(job.inject):
+        if isinstance(rule, InjectPicture):
+            raise JobError(
+                f"the blocks of {model.checkpoint.variant.name} attend to text alone, not to pictures",
+                where=item.location("inject", i, "image"), hint="Inject a prompt.",
+            )  # fmt: skip
+        injected.append(prompts.resolve(rule.prompt, "inject", i, "prompt"))
+    return prompt, negative, tuple(injected)
 
 
 def _parse_save_interval(item: Item) -> SaveInterval:
@@ -234,47 +275,6 @@ def _parse_save_interval(item: Item) -> SaveInterval:
     return SaveInterval(seconds=parse_duration(save_every, item.location("save_every")))
 
 
-def _with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
-    fields: dict[str, str | int] = {
-        **{name: f"{v:g}" if isinstance(v, float) else v for name, v in shot.labels.items()},
-        "job": jobs.name,
-        "item": shot.index,
-        "id": shot.id,
-        "slug": slugify(shot.prompt.tokens.text),
-        "seed": shot.seed,
-        # Of everything else that is decided here, and slow to hash for a thousand shots.
-        "key": shot.key[:12] if "{key" in item.job.output else "",
-    }
-    try:
-        output = output_path(jobs.directory, item.job.output, fields)
-        with disk.reading_for_job(item.location("output")):
-            folder = disk.resolve(output.parent)
-        require_possible(folder / output.name, shot.id)
-    except JobError as error:
-        raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
-    if output.suffix != ".mp4":
-        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
-    return replace(shot, output=folder / output.name)
-
-
-def _parse_size(item: Item, variant: Variant) -> tuple[int, int]:
-    if item.job.size is None:
-        return variant.width, variant.height
-    where = item.location("size")
-    width, _, height = item.job.size.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and len(item.job.size) <= 11):
-        raise JobError(f"{item.job.size!r} is not a size", where=where, hint="Write width x height: 832x480.")
-    size = int(width), int(height)
-    stride = variant.stride
-    near = tuple(max(stride, round(side / stride) * stride) for side in size)
-    if size != near:
-        raise JobError(
-            f"{item.job.size} is not made of multiples of {stride}; nearest is {near[0]}x{near[1]}",
-            where=where,
-        )
-    return size
-
-
 def _check_frames(item: Item, variant: Variant) -> int:
     frames = item.job.frames or variant.frames
     if frames % 4 != 1:
@@ -282,17 +282,3 @@ def _check_frames(item: Item, variant: Variant) -> int:
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
         raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.location("frames"))
     return frames
-
-
-def _refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
-    """Raise JobError if two shots share a path, even on file systems that fold case or Unicode forms."""
-    seen: dict[str, Shot] = {}
-    for shot in shots:
-        folded = unicodedata.normalize("NFC", str(shot.output)).casefold()
-        if other := seen.get(folded):
-            raise JobError(
-                f"shots {other.index} and {shot.index} would both write {shot.output}",
-                where=jobs.items[shot.index].location("output"),
-                hint="Put {item}, {id} or {seed} into the output template.",
-            )
-        seen[folded] = shot

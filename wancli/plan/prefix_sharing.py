@@ -4,7 +4,7 @@ If shots read the same up to a step, their latents are equal up to that step. On
 the other shots fork from it.
 
 What a step reads is the decision, not how the rules were written: the row of the table for each branch, the
-guidance, and the LoRAs that are on. Pure, and without torch.
+expert, its guidance, and the LoRAs that are on. Pure, and without torch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class PrefixTree:
         """Yield all that each step depends on, except its number and the steps before it."""
         rows = self._number_rows(shot.table)
         sampler = (shot.solver, shot.steps, shot.shift, shot.measure)
-        key: Hashable = (shot.seed, shot.noise, shot.latent_shape, sampler)
+        pictures = shot.pictures and shot.pictures.pixel_settings
+        key: Hashable = (shot.seed, shot.noise, shot.latent_shape, sampler, pictures)
         for stage in shot.stages:
             of_stage = [use for use in shot.loras if use.expert in (None, stage.expert)]
             for step in stage.steps:
@@ -71,7 +72,7 @@ class PrefixTree:
                     for use in of_stage
                     if use.steps is None or step in use.steps
                 )
-                yield key, rows[step], stage.guidance, loras
+                yield key, rows[step], stage.expert, stage.guidance, loras
                 key = None
 
     def _number_rows(self, table: Table) -> list[Hashable]:

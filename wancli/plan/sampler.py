@@ -20,6 +20,7 @@ class SamplerSettings(NamedTuple):
     shift: float
     guidance: float
     guidance_low: float | None
+    boundary: float | None  # the high-noise expert takes timesteps from 1000 * boundary up
     schedule: SigmaSchedule
     stages: tuple[Stage, ...]
 
@@ -35,9 +36,14 @@ def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
         )
     shift = _first_given(sampler.shift, solver.shift, variant.shift)
     guidance, low = _resolve_guidance(item, solver, variant)
+    boundary = variant.boundary
+    if sampler.boundary is not None:
+        if boundary is None:
+            raise no_experts_error(item, "sampler", "boundary")
+        boundary = sampler.boundary
     times = build_sigma_schedule(sampler.solver, steps, shift)
-    parts = split_stages(times.timesteps, variant.boundary, guidance, low)
-    return SamplerSettings(steps, shift, guidance, low, times, parts)
+    parts = split_stages(times.timesteps, boundary, guidance, low)
+    return SamplerSettings(steps, shift, guidance, low, boundary, times, parts)
 
 
 def _resolve_guidance(item: Item, solver: Solver, variant: Variant) -> tuple[float, float | None]:

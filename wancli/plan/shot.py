@@ -24,6 +24,7 @@ from wancli.models.config import (
     WanConfig,
     compute_dtype,
 )
+from wancli.plan.pictures import Join, ShotPictures
 from wancli.plan.schedule import Schedule
 from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_sigma_schedule
@@ -115,6 +116,7 @@ class Shot:
     shift: float
     guidance: float  # of the only network or the high-noise expert
     guidance_low: float | None  # of the low-noise expert, if there are two
+    boundary: float | None  # the high-noise expert takes timesteps from 1000 * boundary up
     fps: int | str  # exactly: a fraction is text, `24000/1001`
     crf: int
     codec: str
@@ -125,6 +127,7 @@ class Shot:
     save_every: SaveInterval
     output: Path
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
+    pictures: ShotPictures | None = None  # the frames that are given
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -158,8 +161,7 @@ class Shot:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        boundary = self.model.checkpoint.variant.boundary
-        return split_stages(self.sigma_schedule.timesteps, boundary, self.guidance, self.guidance_low)
+        return split_stages(self.sigma_schedule.timesteps, self.boundary, self.guidance, self.guidance_low)
 
     @cached_property
     def table(self) -> Table:
@@ -188,7 +190,7 @@ class Shot:
     def latents_key(self) -> str:
         """Hash of all that the latent depends on."""
         low, kernels = self.guidance_low, self.model.kernels
-        experts = [] if low is None else [low, self.model.checkpoint.variant.boundary]
+        experts = [] if low is None else [low, self.boundary]
         return _hash(
             {
                 "pixels": PIXEL_VERSION,
@@ -203,6 +205,7 @@ class Shot:
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
+                **({"pictures": self.pictures.pixel_settings} if self.pictures else {}),
                 # The dtype fp8 does not imply it: a GPU multiplies such weights in bf16.
                 **({"computes": "bf16"} if self.model.compute_dtype == "bf16" != self.model.dtype else {}),
             }
@@ -213,6 +216,10 @@ class Shot:
         """Hash of all that the video depends on."""
         video = [self.model.vae, self.decode_chunk, self.fps, self.crf, self.codec]
         return _hash([self.latents_key, *video])
+
+    def frame_key(self, frame: int) -> str:
+        """Hash of all that the pixels of a frame depend on, before compression."""
+        return _hash([self.latents_key, self.model.vae, self.decode_chunk, frame])
 
 
 @dataclass(frozen=True)
@@ -235,6 +242,7 @@ class Plan:
     unselected: tuple[Shot, ...] = ()  # shots of the same job that are not to be rendered
     comparison: Comparison | None = None
     schedule: Schedule = field(default_factory=Schedule)  # of `shots`
+    joins: tuple[Join, ...] = ()
 
     @property
     def all_shots(self) -> list[Shot]:

@@ -38,6 +38,8 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[str]:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield f"{lost} of {text.tokens.full_length} tokens of a prompt are cut off"
+    for picture in shot.pictures.files if shot.pictures else ():
+        yield from (f"{picture.path.name}: {note}" for note in picture.notes)
     if shot.model.checkpoint.root == wan_mini.FOLDER:
         words = [
             word

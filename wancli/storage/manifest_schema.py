@@ -70,6 +70,7 @@ class ShotSettings(Data):
     steps: int
     shift: Number
     guidance: Number
+    boundary: float | None = None  # of a model with two experts, since wancli records it
     stages: tuple[StageRecord, ...]
     timesteps: list[float]
     sigmas: list[float]

@@ -35,6 +35,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
             "steps": shot.steps,
             "shift": shot.shift,
             "guidance": _guidance_value(shot),
+            **({} if shot.boundary is None else {"boundary": shot.boundary}),
         },
         "text": {
             "max_tokens": record.prompt.max_tokens,

@@ -1,0 +1,90 @@
+"""Read the items of `images_from`: pictures of a pattern, of a folder or of a list, each with its prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from wancli.errors import JobError
+from wancli.job import prompts_from
+from wancli.job.matrix import MAX_SHOTS
+from wancli.job.overrides import Layer, Source
+from wancli.job.yaml_reader import normalize_text
+
+# HEIC is refused by name when the picture is read.
+_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".jp2", ".heic", ".heif"),
+}
+_LISTS = (".txt", ".jsonl")
+_MAX_PROMPT_BYTES = 64 * 1024
+
+
+def read(name: str, owner: Source) -> list[Layer]:
+    """Read a layer for each picture, in the order of names, or of the lines of a list.
+
+    A picture without a prompt of its own takes the text of NAME.txt beside it, if that file exists. `owner`
+    is the key that names the pictures. Raises JobError with all problems.
+    """
+    if name.endswith(_LISTS):
+        layers = prompts_from.read(name, owner, "image")
+    else:
+        layers = [Layer(owner.at(path), {"image": path}) for path in _find_pictures(name, owner)]
+    if len(layers) > MAX_SHOTS:
+        message = f"{name!r} names {len(layers):,} pictures; the limit is {MAX_SHOTS:,}"
+        raise JobError(message, where=owner.location())
+    problems: list[str] = []
+    result = []
+    for layer in layers:
+        try:
+            result.append(_add_prompt(layer))
+        except JobError as error:
+            problems.append(str(error))
+    if problems:
+        raise JobError("\n".join(problems))
+    return result
+
+
+def _find_pictures(name: str, owner: Source) -> list[str]:
+    """Return the paths, from the folder of the job, of the pictures that a pattern or a folder names."""
+    base = owner.base_dir
+    try:
+        pattern = base / Path(name).expanduser()
+        if pattern.is_dir():
+            pattern /= "*"
+        # The folders before the first wildcard are the user's own.
+        first = next((i for i, part in enumerate(pattern.parts) if any(c in part for c in "*?[")), -1)
+        found = Path(*pattern.parts[:first]).glob("/".join(pattern.parts[first:]))
+        files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    except (RuntimeError, ValueError, OSError) as error:  # no such user, or a name that no file can have
+        raise JobError(f"{name!r}: {error}", where=owner.location()) from None
+    pictures = [path for path in files if path.suffix.lower() in _SUFFIXES]
+    if not pictures:
+        rest = f", only other files such as {files[0].name}" if files else ""
+        hint = f"Looked for {pattern}; a pattern is written photos/*.jpg."
+        raise JobError(f"{name!r} names no picture{rest}", where=owner.location(), hint=hint)
+    return [str(path.relative_to(base) if path.is_relative_to(base) else path) for path in pictures]
+
+
+def _add_prompt(layer: Layer) -> Layer:
+    """Put the text of NAME.txt below the keys of a picture, as its prompt."""
+    values: dict[str, Any] = layer.value
+    image = values.get("image")
+    if "prompt" in values or not isinstance(image, str):
+        return layer
+    path = layer.source.base_dir / Path(image).with_suffix(".txt")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_PROMPT_BYTES + 1)
+        text = data.decode("utf-8-sig").strip()
+    except (FileNotFoundError, IsADirectoryError):
+        return layer
+    except OSError as error:
+        raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"byte {error.start} is not UTF-8", where=str(path)) from None
+    if len(data) > _MAX_PROMPT_BYTES:
+        raise JobError(
+            f"is larger than {_MAX_PROMPT_BYTES // 1024} KiB, too long for a prompt", where=str(path)
+        )
+    return Layer(layer.source, {**values, "prompt": normalize_text(text, str(path))}) if text else layer

@@ -1,0 +1,51 @@
+"""Chains: shots that begin with a frame of another shot's video. Which shots they are, and in which order."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from graphlib import CycleError, TopologicalSorter
+
+from wancli.errors import JobError
+from wancli.job.loader import Item
+from wancli.job.schema import ImageOptions
+
+
+def linked_id(item: Item) -> str | None:
+    """Return the id of the shot whose frame begins this one."""
+    image = item.job.image
+    return image.shot if isinstance(image, ImageOptions) else None
+
+
+def order_items(items: Sequence[Item]) -> list[tuple[int, int | None]]:
+    """Return the index of every item and of the item that it continues, each after the one it continues.
+
+    Items keep their order as far as possible. Raises JobError, with all problems, if a shot is missing or
+    shots wait for each other in a circle.
+    """
+    index_by_id = {item.job.id or f"{index:04d}": index for index, item in enumerate(items)}
+    parents: dict[int, int | None] = {}
+    problems: list[str] = []
+    hints: list[str] = []
+    for index, item in enumerate(items):
+        wanted = linked_id(item)
+        parents[index] = None if wanted is None else index_by_id.get(wanted)
+        if wanted is not None and parents[index] is None:
+            near = difflib.get_close_matches(wanted, index_by_id, 1)
+            problems.append(f"{item.location('image', 'shot')}: no shot has the id {wanted!r}")
+            hints.append(f"did you mean {near[0]!r}?" if near else f"ids: {', '.join([*index_by_id][:8])}")
+    if problems:
+        raise JobError("\n".join(problems), hint="\n".join(dict.fromkeys(hints)))
+    try:
+        order = TopologicalSorter(
+            {index: () if parent is None else (parent,) for index, parent in parents.items()}
+        ).static_order()
+        return [(index, parents[index]) for index in order]
+    except CycleError as error:
+        circle: list[int] = error.args[1][::-1]
+        ids = [items[index].job.id or f"{index:04d}" for index in circle]
+        raise JobError(
+            f"goes in a circle: {' continues '.join(ids)}",
+            where=items[circle[0]].location("image", "shot"),
+            hint="The first shot of a chain begins with a picture.",
+        ) from None

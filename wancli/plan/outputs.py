@@ -1,0 +1,52 @@
+"""The outputs of shots: their names from the template of the job, and that no two are the same."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+
+from wancli.errors import JobError
+from wancli.job.loader import Item, JobFile
+from wancli.plan.shot import Shot
+from wancli.storage import disk
+from wancli.storage.paths import output_path, require_possible, slugify
+
+
+def with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
+    """Return the shot with its output. Raises JobError if the template names none."""
+    fields: dict[str, str | int] = {
+        **{name: f"{v:g}" if isinstance(v, float) else v for name, v in shot.labels.items()},
+        "job": jobs.name,
+        "item": shot.index,
+        "id": shot.id,
+        "slug": slugify(shot.prompt.tokens.text),
+        "seed": shot.seed,
+        **({"image": shot.pictures.name} if shot.pictures else {}),
+        # Of everything else that is decided here, and slow to hash for a thousand shots.
+        "key": shot.key[:12] if "{key" in item.job.output else "",
+    }
+    try:
+        output = output_path(jobs.directory, item.job.output, fields)
+        with disk.reading_for_job(item.location("output")):
+            folder = disk.resolve(output.parent)
+        require_possible(folder / output.name, shot.id)
+    except JobError as error:
+        raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
+    if output.suffix != ".mp4":
+        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
+    return replace(shot, output=folder / output.name)
+
+
+def refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:
+    """Raise JobError if two shots share a path, even on file systems that fold case or Unicode forms."""
+    seen: dict[str, Shot] = {}
+    for shot in shots:
+        folded = unicodedata.normalize("NFC", str(shot.output)).casefold()
+        if other := seen.get(folded):
+            raise JobError(
+                f"shots {other.index} and {shot.index} would both write {shot.output}",
+                where=jobs.items[shot.index].location("output"),
+                hint="Put {item}, {id} or {seed} into the output template.",
+            )
+        seen[folded] = shot

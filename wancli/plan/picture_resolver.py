@@ -1,0 +1,234 @@
+"""Resolve `image:` and `size:` of a shot: files to digests and sizes, a linked shot to its frame.
+
+Loads without torch. Pixels are decoded for their digest, once for as long as a file stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wancli.errors import JobError
+from wancli.job.loader import Item, JobFile
+from wancli.job.schema import AreaSize, ImageOptions
+from wancli.models.config import WanConfig
+from wancli.models.variants import Variant
+from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture, read_size
+from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area
+from wancli.plan import model_registry
+from wancli.plan.pictures import GivenFrame, LinkedFrame, PictureFile, ShotPictures
+from wancli.storage.file_memo import file_identity, read_memo, write_memo
+
+if TYPE_CHECKING:
+    from wancli.plan.shot import Shot
+
+MAX_SIDE = 99_999  # pixels of a video
+
+
+class PictureMemo:
+    """Opens pictures, and remembers digests in a file between runs: decoding photos takes long."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = _parse_memo(read_memo(path))
+        self._is_new = False
+
+    def open(self, path: Path, orient: Orient, alpha: Alpha) -> PictureFile:
+        """Read size and digest. Raises JobError if it is not a picture."""
+        size = read_size(path, orient)
+        identity = f"{file_identity(path)}|{orient}|{alpha}"
+        facts = self._known.get(identity)
+        if facts is None:
+            facts = self._known[identity] = inspect_picture(path, orient, alpha)
+            self._is_new = True
+        return PictureFile(path, orient, alpha, size, facts.sha256, facts.notes)
+
+    def save(self) -> None:
+        """Write new digests to the file, beside those that other processes have added."""
+        if self._is_new:
+            write_memo(
+                self._path, read_memo(self._path) | {key: asdict(facts) for key, facts in self._known.items()}
+            )
+
+
+def _parse_memo(values: Mapping[str, Any]) -> dict[str, PictureFacts]:
+    """Return the entries of a memo that are sound."""
+    return {
+        key: PictureFacts(value["sha256"], tuple(value["notes"]))
+        for key, value in values.items()
+        if isinstance(value, dict)
+        and isinstance(value.get("sha256"), str)
+        and isinstance(value.get("notes"), list)
+    }
+
+
+def refuse_rendering(shots: Sequence[Shot], jobs: JobFile) -> None:
+    """Raise JobError for shots with pictures: the stages that encode pictures do not exist yet."""
+    for shot in shots:
+        if shot.pictures:
+            raise JobError(
+                "this version checks videos from pictures, and cannot render them yet",
+                where=jobs.items[shot.index].location("image"),
+            )
+
+
+def resolve_pictures(
+    item: Item, config: WanConfig, variant: Variant, memo: PictureMemo, parent: Shot | None
+) -> tuple[ShotPictures | None, Size]:
+    """Resolve the pictures of a shot, and its size. `parent` is the shot whose frame begins this one.
+
+    Raises JobError if a picture cannot be read, or if the model takes another number of pictures.
+    """
+    _refuse_wrong_number(item, config, variant)
+    image = item.job.image
+    if image is None:
+        return None, _parse_size_without_picture(item, variant)
+    options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
+    first = _link(item, options, parent) if parent else _open(item, options, "first", memo)
+    last = None if options.last is None else _open(item, options, "last", memo)
+    area = _parse_area(item, variant)
+    if area is None:
+        size = _parse_exact_size(item, variant)
+    elif isinstance(first, LinkedFrame):  # the rule would shrink a chain from shot to shot
+        size = first.size
+    else:
+        size = fit_to_area(first.size, area, options.preprocess, variant.stride)
+    if not 0 < min(size) <= max(size) <= MAX_SIDE:
+        raise JobError(
+            f"a picture of {first.size[0]}x{first.size[1]} gives a video of {size[0]}x{size[1]}",
+            where=item.location("image"),
+            hint="Say an exact size, for example size: 832x480, which crops the picture.",
+        )
+    how = partial(_choose_preprocessing, options, size, variant.stride)
+    return (
+        ShotPictures(
+            GivenFrame(first, how(first.size, by_area=area is not None)),
+            GivenFrame(last, how(last.size, by_area=area is not None and last.size == first.size))
+            if last
+            else None,
+        ),
+        size,
+    )
+
+
+def _choose_preprocessing(
+    options: ImageOptions, size: Size, stride: int, picture: Size, *, by_area: bool
+) -> Preprocessing:
+    """Choose the fit, if the job does not. `by_area`: the official rule found the size for this picture."""
+    method = options.preprocess
+    if options.fit is not None:
+        return Preprocessing(method, options.fit, stride)
+    if by_area and method == "official":
+        return Preprocessing(method, "crop" if stride == 32 else "stretch", stride)
+    return Preprocessing(method, default_fit(picture, size, method, stride), stride)
+
+
+def pictures_taken(config: WanConfig, variant: Variant) -> tuple[int, int]:
+    """Return how many pictures a model needs and how many it takes."""
+    if config.in_dim > variant.latent_channels:  # the picture's latents and a mask stand beside the noise
+        return 1, 1
+    return (0, 1) if variant.stride == 32 else (0, 0)
+
+
+def _refuse_wrong_number(item: Item, config: WanConfig, variant: Variant) -> None:
+    image = item.job.image
+    needed, taken = pictures_taken(config, variant)
+    if image is None:
+        if needed:
+            raise JobError(
+                f"{variant.name} makes a video from a picture, and the job names none",
+                where=item.location("image"), hint="Add image: cat.png",
+            )  # fmt: skip
+        return
+    options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
+    where = item.location("image")
+    if options.first is not None and options.shot is not None:
+        raise JobError(
+            "has both `first` and `shot`", where=where, hint="The first frame is one or the other."
+        )
+    count = (options.first or options.shot) is not None, options.last is not None
+    if not any(count):
+        raise JobError(
+            "names no picture", where=where, hint="Write image: cat.png, or image: {first: cat.png}."
+        )
+    if not taken:
+        raise JobError(
+            f"{variant.name} makes videos from text alone", where=where,
+            hint="Leave `image` out, or take an image-to-video model, or Wan2.2-TI2V-5B.",
+        )  # fmt: skip
+    if not count[0]:
+        raise JobError(f"{variant.name} needs the first frame", where=where, hint="Add first: cat.png.")
+    if sum(count) > taken:
+        where = item.location("image", "last")
+        raise JobError(f"{variant.name} takes no last frame", where=where, hint="Leave `last` out.")
+    if sum(count) < needed:
+        raise JobError(f"{variant.name} needs the last frame, too", where=where, hint="Add last: end.png.")
+
+
+def _link(item: Item, options: ImageOptions, parent: Shot) -> LinkedFrame:
+    frame = parent.frames - 1 if options.frame == "last" else options.frame
+    if frame >= parent.frames:
+        raise JobError(
+            f"{frame} is past the last frame of {parent.id}, which is {parent.frames - 1}",
+            where=item.location("image", "frame"),
+        )
+    return LinkedFrame(parent.index, parent.id, frame, (parent.width, parent.height), parent.frame_key(frame))
+
+
+def _open(item: Item, options: ImageOptions, key: Literal["first", "last"], memo: PictureMemo) -> PictureFile:
+    name: str = getattr(options, key)
+    path_of_key = ("image", key) if isinstance(item.job.image, ImageOptions) else ("image",)
+    where = item.location(*path_of_key)
+    path = model_registry.resolve_path(item.base_dir(*path_of_key), name, where)
+    orient = options.orient or ("ignore" if options.preprocess == "official" else "exif")
+    try:
+        return memo.open(path, orient, options.alpha)
+    except JobError as error:
+        raise JobError(f"{name!r} {error.message}", where=where, hint=error.hint) from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{name!r} cannot be read: {error}", where=where) from None
+
+
+def _parse_area(item: Item, variant: Variant) -> int | None:
+    """Return the pixels of a video whose sides the model's rule finds; None for an exact size."""
+    size = item.job.size
+    if size is None:
+        return variant.width * variant.height
+    if not isinstance(size, AreaSize):
+        return None
+    if isinstance(size.area, int):
+        return size.area
+    width, height = parse_sides(size.area, item.location("size", "area"))
+    return width * height
+
+
+def _parse_size_without_picture(item: Item, variant: Variant) -> Size:
+    if isinstance(item.job.size, AreaSize):
+        raise JobError(
+            "finds the size from the aspect of a picture, and the job has no `image`",
+            where=item.location("size", "area"), hint="Write size: 832x480.",
+        )  # fmt: skip
+    return (variant.width, variant.height) if item.job.size is None else _parse_exact_size(item, variant)
+
+
+def _parse_exact_size(item: Item, variant: Variant) -> Size:
+    text, where = item.job.size, item.location("size")
+    assert isinstance(text, str)
+    size, stride = parse_sides(text, where), variant.stride
+    near = tuple(max(stride, round(side / stride) * stride) for side in size)
+    if size != near:
+        raise JobError(
+            f"{text} is not made of multiples of {stride}; nearest is {near[0]}x{near[1]}", where=where
+        )
+    return size
+
+
+def parse_sides(text: str, where: str) -> Size:
+    """Parse `832x480`. Raises JobError, at `where`."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(text) <= 11):
+        raise JobError(f"{text!r} is not a size", where=where, hint="Write width x height: 832x480.")
+    return int(width), int(height)

@@ -1,0 +1,84 @@
+"""The pictures of a shot, resolved: which pixels become its first and last frame, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wancli.pictures.read import Alpha, Orient
+from wancli.pictures.sizes import Preprocessing, Size
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A file, and its pixels when it was planned. `size` and `sha256` are those of the upright picture."""
+
+    path: Path
+    orient: Orient
+    alpha: Alpha
+    size: Size
+    sha256: str  # of the pixels
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pixels_key(self) -> str:
+        return self.sha256
+
+
+@dataclass(frozen=True)
+class LinkedFrame:
+    """A frame of another shot's video, as it was before compression."""
+
+    shot: int  # the index of the other shot
+    id: str
+    frame: int
+    size: Size
+    pixels_key: str  # hash of all that the frame depends on
+
+
+@dataclass(frozen=True)
+class GivenFrame:
+    """A frame of a video that is given, and how it is made."""
+
+    source: PictureFile | LinkedFrame
+    how: Preprocessing
+
+    @property
+    def pixel_settings(self) -> tuple[str, str, str, int]:
+        """All that changes the pixels of the frame, except the size of the video."""
+        return (self.source.pixels_key, self.how.method, self.how.fit, self.how.stride)
+
+
+@dataclass(frozen=True)
+class ShotPictures:
+    """The frames of a video that are given."""
+
+    first: GivenFrame
+    last: GivenFrame | None = None
+
+    @property
+    def frames(self) -> tuple[GivenFrame, ...]:
+        return (self.first, self.last) if self.last else (self.first,)
+
+    @property
+    def files(self) -> tuple[PictureFile, ...]:
+        return tuple(frame.source for frame in self.frames if isinstance(frame.source, PictureFile))
+
+    @property
+    def name(self) -> str:
+        """The name of the first picture without its suffix, or the id of the shot that the frame is of."""
+        source = self.first.source
+        return source.path.stem if isinstance(source, PictureFile) else source.id
+
+    @property
+    def pixel_settings(self) -> tuple[tuple[str, str, str, int], ...]:
+        """All that changes the pixels of the given frames, except the size of the video."""
+        return tuple(frame.pixel_settings for frame in self.frames)
+
+
+@dataclass(frozen=True)
+class Join:
+    """One video of a chain. `shots` are indices; each but the first begins with the last frame before it."""
+
+    path: Path
+    shots: tuple[int, ...]

@@ -30,7 +30,14 @@ Mode = Literal["auto", "bar", "plain", "none"]
 _LINE_SECONDS = 10.0  # a plain line follows the last one after this time and this share of the steps
 _LINE_SHARE = 0.1
 # What each phase counts, if not steps.
-_UNITS = {"encode": "prompt", "decode": "frame", "compare": "video", "draw": "file", "probe": "block run"}
+_UNITS = {
+    "encode": "prompt",
+    "pictures": "picture",
+    "decode": "frame",
+    "compare": "video",
+    "draw": "file",
+    "probe": "block run",
+}
 
 
 class Phase(Protocol):

@@ -129,16 +129,16 @@ def test_pictures_with_choices_are_warned_of(plan: Any, tmp_path: Path) -> None:
     assert "cat.png: its transparent parts show hidden colours" in warning
 
 
-def test_a_job_with_pictures_is_planned_and_refused_before_anything_is_rendered(
+def test_a_job_with_chains_is_planned_and_refused_before_anything_is_rendered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(picture_resolver, "pictures_taken", lambda *_: (0, 1))
     Image.new("RGB", (80, 64)).save(tmp_path / "cat.png")
-    path = write_job(tmp_path, job(FIRST))
+    path = write_job(tmp_path, job(FIRST, link("b", "a")))
     for command in ("plan", "render"):
         said = run_wancli(capsys, command, path)
         assert said.code == 2
-        assert "job.yaml:6: items.0.image: this version checks videos from pictures" in said.err
+        assert "items.1.image: this version checks chains of shots, and cannot render them yet" in said.err
     assert not (tmp_path / "out").exists()
 
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from wancli.engine import manifest_body
+from wancli.engine import manifest_body, picture_stage
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
+from wancli.engine.picture_stage import EncodedFrames
 from wancli.engine.shot_state import ShotState, Status, is_save_due, propagate_state, save_state
 from wancli.errors import ErrorCapture, NotFinite
 from wancli.models.config import Expert
@@ -66,7 +67,11 @@ def next_segment(batch: Sequence[ShotState], expert: Expert) -> Segment | None:
 
 
 def run_segment(
-    segment: Segment, networks: Networks, encoded: Mapping[str, Encoded], context: RenderContext
+    segment: Segment,
+    networks: Networks,
+    encoded: Mapping[str, Encoded],
+    frames: Mapping[int, EncodedFrames],
+    context: RenderContext,
 ) -> None:
     """Take the steps of a segment, and pass the states on to the shots that fork at its end.
 
@@ -100,7 +105,7 @@ def run_segment(
         patches.apply_step(loras, steps[0], segment.expert)
         contexts = ContextCache(model, rows_NE)
         _prepare(states, dependents, model, encoded)
-        runs = [_make_run(state, stage, contexts) for state, stage in zip(states, stages)]
+        runs = [_make_run(state, stage, contexts, frames) for state, stage in zip(states, stages)]
         results = denoise.denoise_batch(model, runs, _forwards_per_pass(states))
         for step in steps:
             if context.stop.requested:
@@ -158,14 +163,18 @@ def _prepare(
         state.differences = [differences[prompt.id, text.id].as_dict() for text in injected]
 
 
-def _make_run(state: ShotState, stage: Stage, contexts: ContextCache) -> DenoiseRun:
+def _make_run(
+    state: ShotState, stage: Stage, contexts: ContextCache, frames: Mapping[int, EncodedFrames]
+) -> DenoiseRun:
+    from wancli.models.given_frames import NO_FRAMES
     from wancli.sampling import denoise
 
     assert state.solver_state is not None
     shot, solver_state = state.shot, state.solver_state.to(state.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
+    given = frames[shot.index].frames.to(shot.model.device) if shot.pictures else NO_FRAMES
     return denoise.DenoiseRun(
-        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects
+        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects, given
     )
 
 
@@ -190,8 +199,9 @@ def finish_latent(
     state: ShotState,
     placement: Placement,
     encoded: Mapping[str, Encoded],
+    frames: Mapping[int, EncodedFrames],
     loras: Loras,
-    stage1: Record,
+    stage1: Sequence[Record],
 ) -> tuple[Tensor, ShotRecord]:
     """Put the finished latent durably on disk; return it and its record.
 
@@ -207,11 +217,12 @@ def finish_latent(
         shot,
         placement,
         cached={id: result.hit for id, result in encoded.items()},
+        pictures=picture_stage.picture_records(shot, frames),
         reads=state.reads,
         differences=state.differences,
         effects=state.effects,
         loras=loras,
-        phases=[stage1, *state.phases],
+        phases=[*stage1, *state.phases],
         first_step_after=state.first_step_after,
         latent=metrics.sketch_latent(z_CTYX.numpy()),
     )

@@ -41,6 +41,7 @@ def build_record(
     placement: Placement,
     *,
     cached: Mapping[str, bool],
+    pictures: Sequence[Record],
     reads: Iterable[tuple[int, str, int]],
     differences: Sequence[Record],
     effects: Sequence[Record],
@@ -51,7 +52,8 @@ def build_record(
 ) -> ShotRecord:
     """Build the record of a sampled shot from its plan and from what happened.
 
-    `cached` tells, by id, which prompts' embeddings had been computed before. `reads` are the cells (step,
+    `cached` tells, by id, which prompts' embeddings had been computed before. `pictures` are the records of
+    its given frames. `reads` are the cells (step,
     branch, block) that blocks read, `differences` those between the shot's prompt and each injected one,
     `latent` is its sketch.
     """
@@ -59,6 +61,7 @@ def build_record(
         **_planned(shot, placement),
         prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.prompts],
         encoder_loaded=not all(cached.values()),
+        pictures=[*pictures],
         injection=_rule_records(shot, reads, differences),
         loras=_lora_records(shot, loras),
         effects=list(effects),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -102,6 +103,15 @@ class Networks:
                 pass
             record = manifest_body.phase_record("load", peak) | {"seconds": 0.0}
             self._loaded = replace(self._loaded, record=record)
+
+    @contextmanager
+    def borrow_vae(self) -> Iterator[None]:
+        """Free the VAE after a block that may load it, unless it was in memory before."""
+        kept = self._vae
+        try:
+            yield
+        finally:
+            self._vae = kept
 
     def release(self) -> None:
         """Free the memory of the networks; they are loaded again when they are next used."""

@@ -49,6 +49,7 @@ def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
     if model.sha256.vae != shot.model.vae:
         yield "model.vae", "", ""
     yield from _diff_prompts(record, shot)
+    yield from _diff_pictures(record, shot)
     old_guidance = "/".join(f"{stage.guidance:g}" for stage in recorded.stages)
     new_guidance = "/".join(f"{stage.guidance:g}" for stage in shot.stages)
     kernels = shot.model.kernels
@@ -81,6 +82,18 @@ def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             yield "text.max_tokens", str(old.max_tokens), str(new.tokens.max_tokens)
         else:
             yield f"encoder of {key}", "", ""
+
+
+def _diff_pictures(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
+    old = {picture.role: (picture.sha256, picture.preprocess, picture.fit) for picture in record.pictures}
+    frames = shot.pictures.frames if shot.pictures else ()
+    new = {
+        role: (frame.source.pixels_key, frame.how.method, frame.how.fit)
+        for role, frame in zip(("first", "last"), frames)
+    }
+    for role in ("first", "last"):
+        if old.get(role) != new.get(role):
+            yield "image" if role == "first" else "image.last", "", ""
 
 
 def _diff_rules(record: ShotRecord, shot: Shot) -> Iterator[Difference]:

@@ -20,6 +20,7 @@ from wancli.engine.encode_stage import encode_each
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
+from wancli.engine.picture_stage import EncodedFrames, encode_frames
 from wancli.engine.preflight import effects_missing, needs_effects, output_exists_error, status_for_render
 from wancli.engine.shot_state import ShotState, Status
 from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelContext:
-    """What rendering the shots of a model needs: its networks, their schedule, and the embeddings of their
-    prompts by id, with the record of encoding them."""
+    """What rendering the shots of a model needs: its networks, their schedule, the embeddings of prompts by
+    id and the given frames of shots by index, with the records of encoding both."""
 
     networks: Networks
     context: RenderContext
     schedule: Schedule
     encoded: dict[str, Encoded] = field(default_factory=dict)
-    stage1: Record = field(default_factory=dict)
+    frames: dict[int, EncodedFrames] = field(default_factory=dict)
+    stage1: tuple[Record, ...] = ()
 
 
 def render_model(
@@ -67,24 +69,27 @@ def render_model(
             unreadable.add(shot.index)
             yield failed_outcome(shot, look)
     fresh = [shot for shot in shots if shot.index not in have_latent | unreadable]
-    encode_errors: dict[str, ErrorCapture] = {}
+    prompt_errors: dict[str, ErrorCapture] = {}
+    frame_errors: dict[int, ErrorCapture] = {}
     attempt = ErrorCapture()
     try:
         with attempt:
             prompts = [prompt for shot in fresh for prompt in shot.prompts]
-            encoded, encode_errors, stage1 = encode_each(model, prompts, context)
-            model_context = replace(model_context, encoded=encoded, stage1=stage1)
+            encoded, prompt_errors, of_prompts = encode_each(model, prompts, context)
+            frames, frame_errors, of_frames = encode_frames(fresh, networks, context)
+            stage1 = (of_prompts, *([of_frames] if of_frames else []))
+            model_context = replace(model_context, encoded=encoded, frames=frames, stage1=stage1)
     except Stopped:
         fresh = []
     if attempt.error:
         release_memory()
         yield from (failed_outcome(shot, attempt) for shot in fresh)
         fresh = []
-    unencodable = {
-        shot.index: encode_errors[id]
+    unencodable = frame_errors | {
+        shot.index: prompt_errors[id]
         for shot in fresh
         for id in reversed(_prompt_ids(shot))
-        if id in encode_errors
+        if id in prompt_errors
     }
     yield from (failed_outcome(shot, unencodable[shot.index]) for shot in fresh if shot.index in unencodable)
     for shot in shots:
@@ -191,7 +196,7 @@ def _render_stage(
         if segment is None:
             break
         with ErrorCapture() as attempt, oom_as_error("sample", segment.label):
-            denoise_stage.run_segment(segment, networks, model_context.encoded, context)
+            denoise_stage.run_segment(segment, networks, model_context.encoded, model_context.frames, context)
         if attempt.error:
             release_memory()
             for state in segment.states:
@@ -237,7 +242,9 @@ def _report_failures(batch: Sequence[ShotState], context: RenderContext) -> Iter
 def _finish_latent(state: ShotState, model_context: ModelContext) -> tuple[Tensor, ShotRecord]:
     placement = model_context.schedule.placement(state.shot)
     loras = model_context.networks.loras(state.shot.loras)
-    return denoise_stage.finish_latent(state, placement, model_context.encoded, loras, model_context.stage1)
+    return denoise_stage.finish_latent(
+        state, placement, model_context.encoded, model_context.frames, loras, model_context.stage1
+    )
 
 
 def _publish_video(

@@ -106,7 +106,8 @@ def _open(path: Path) -> Iterator[PillowImage]:
 
     try:
         if path.exists() and not path.is_file():
-            raise JobError("is a folder, not a picture" if path.is_dir() else "is not a regular file")
+            message = "is a folder, not a picture" if path.is_dir() else "is not a regular file"
+            raise JobError(message, hint="Name a picture; `images_from` takes all pictures of a folder.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes that are allowed
             with Image.open(path, formats=_FORMATS) as image:

@@ -66,13 +66,15 @@ def _parse_memo(values: Mapping[str, Any]) -> dict[str, PictureFacts]:
 
 
 def refuse_rendering(shots: Sequence[Shot], jobs: JobFile) -> None:
-    """Raise JobError for shots with pictures: the stages that encode pictures do not exist yet."""
+    """Raise JobError for what is planned and cannot be rendered yet: chains, and pictures that CLIP reads."""
     for shot in shots:
-        if shot.pictures:
-            raise JobError(
-                "this version checks videos from pictures, and cannot render them yet",
-                where=jobs.items[shot.index].location("image"),
-            )
+        if not shot.pictures:
+            continue
+        where = jobs.items[shot.index].location("image")
+        if isinstance(shot.pictures.first.source, LinkedFrame):
+            raise JobError("this version checks chains of shots, and cannot render them yet", where=where)
+        if shot.model.checkpoint.transformer_config.image_dim is not None:
+            raise JobError("this version cannot render models that read pictures by CLIP yet", where=where)
 
 
 def resolve_pictures(

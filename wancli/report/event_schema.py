@@ -25,7 +25,7 @@ _ERROR = {
     "hint": _TEXT | {"description": "The next thing to try; may be empty."},
     "retryable": {"type": "boolean", "description": "Whether the same command may succeed next time."},
 }
-_PHASE = {"enum": ["encode", "sample", "decode", "compare", "draw"]}
+_PHASE = {"enum": ["encode", "pictures", "sample", "decode", "compare", "draw"]}
 _COUNTS = ("shots", "rendered", "already_done", "failed", "stopped", "elsewhere", "not_started")
 
 

@@ -159,6 +159,24 @@ class PromptRecord(Data):
     cached: bool
 
 
+class PictureRecord(Data):
+    """A picture as a frame of the video. `sha256`, `width` and `height` are of its decoded pixels.
+
+    `cached`: its latent had been computed before.
+    """
+
+    role: str  # first or last
+    path: str
+    sha256: str
+    width: int
+    height: int
+    preprocess: str
+    fit: str
+    orient: str
+    alpha: str
+    cached: bool
+
+
 class VerdictRecord(Data):
     percent: float
     band: str
@@ -271,6 +289,7 @@ class ShotRecord(Data):
     versions: dict[str, str]
     prompts: list[PromptRecord]  # the shot's own, the negative one if there is one, the injected ones
     encoder_loaded: bool
+    pictures: list[PictureRecord] = Field(default_factory=list)
     injection: list[RuleRecord]
     loras: list[LoraRecord] = Field(default_factory=list)
     effects: list[EffectRecord]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from wancli.storage.manifest_schema import LoraRecord, PromptRecord, RuleRecord, ShotRecord, ShotSettings
+from wancli.storage.manifest_schema import (
+    LoraRecord,
+    PictureRecord,
+    PromptRecord,
+    RuleRecord,
+    ShotRecord,
+    ShotSettings,
+)
 
 Job = dict[str, Any]
 
@@ -26,6 +33,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
         "id": shot.id,
         "prompt": _prompt_value(record.prompt),
         **negative,
+        **({"image": _image_value(record.pictures)} if record.pictures else {}),
         "size": f"{shot.width}x{shot.height}",
         "frames": shot.frames,
         "seed": shot.seed,
@@ -52,6 +60,18 @@ def build_job(record: ShotRecord, output: str) -> Job:
             "decode_chunk": shot.decode_chunk,
         },
     }
+
+
+def _image_value(pictures: list[PictureRecord]) -> Job:
+    """Return the key `image`. Both pictures of a shot have the same settings, except perhaps the fit."""
+    first = pictures[0]
+    settings = {
+        "preprocess": first.preprocess,
+        "fit": first.fit,
+        "orient": first.orient,
+        "alpha": first.alpha,
+    }
+    return {picture.role: picture.path for picture in pictures} | settings
 
 
 def _guidance_value(shot: ShotSettings) -> Any:

@@ -1,0 +1,177 @@
+"""The picture stage: the given frames of shots as latents, each encoded once ever.
+
+The latents are entries of the store. A key covers the pixels, the preprocessing, the size, the weights of the
+VAE and, if the whole video is encoded, its number of frames. If all entries exist, the VAE is not loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wancli.engine import manifest_body
+from wancli.engine.context import RenderContext
+from wancli.engine.manifest_body import Record
+from wancli.engine.networks import Networks
+from wancli.errors import EntryError, ErrorCapture
+from wancli.pictures.read import digest_pixels, read_pixels
+from wancli.plan.pictures import GivenFrame, PictureFile
+from wancli.plan.shot import Shot
+from wancli.resources.measure import PeakMemory, oom_as_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.models.given_frames import GivenFrames
+
+FORMAT = 1  # of the key and the payload
+_TENSOR = "frames"
+
+
+@dataclass(frozen=True)
+class EncodedFrames:
+    """The given frames of a shot on the CPU. `hit`: they had been encoded before."""
+
+    frames: GivenFrames
+    hit: bool
+
+
+def encode_frames(
+    shots: Sequence[Shot], networks: Networks, context: RenderContext
+) -> tuple[dict[int, EncodedFrames], dict[int, ErrorCapture], Record | None]:
+    """Encode the pictures of shots; return frames and errors by the index of the shot, and the phase record.
+
+    Raises Stopped between two shots. The VAE is released before it returns, unless it was in memory before.
+    """
+    encoded: dict[int, EncodedFrames] = {}
+    errors: dict[int, ErrorCapture] = {}
+    with_pictures = [shot for shot in shots if shot.pictures]
+    if not with_pictures:
+        return encoded, errors, None
+    import torch
+
+    by_key: dict[str, Tensor] = {}
+    with (
+        networks.borrow_vae(),
+        PeakMemory() as peak,
+        context.progress.phase("pictures", [shot.id for shot in with_pictures], len(with_pictures)) as bar,
+    ):
+        for shot in with_pictures:
+            if context.stop.requested:
+                raise context.stop.error(f"pictures of {len(encoded)} of {len(with_pictures)} shots encoded")
+            key = entry_key(shot)
+            with (
+                ErrorCapture() as attempt,
+                oom_as_error("pictures", f"shot {shot.id}"),
+                torch.inference_mode(),
+            ):
+                hit = key in by_key or (found := _load(key, context)) is not None
+                if key not in by_key:
+                    by_key[key] = found if found is not None else _encode(shot, networks)
+                    if not hit and context.store is not None:
+                        context.store.put(key, _pack(by_key[key]))
+                encoded[shot.index] = EncodedFrames(_as_given(shot, by_key[key]), hit)
+            if attempt.error:
+                errors[shot.index] = attempt
+            bar.advance()
+    return encoded, errors, manifest_body.phase_record("pictures", peak)
+
+
+def entry_key(shot: Shot) -> str:
+    """Hash everything that the latents of given frames depend on."""
+    assert shot.pictures
+    parts = {
+        "format": FORMAT,
+        "frames": shot.pictures.pixel_settings,
+        "size": [shot.width, shot.height],
+        "count": shot.frames if _joins_channels(shot) else None,
+        "vae": shot.model.vae,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _joins_channels(shot: Shot) -> bool:
+    """Whether the transformer reads the frames beside the noise, as I2V does, and not in its place."""
+    checkpoint = shot.model.checkpoint
+    return checkpoint.transformer_config.in_dim > checkpoint.variant.latent_channels
+
+
+def _encode(shot: Shot, networks: Networks) -> Tensor:
+    from wancli.models import given_frames
+
+    assert shot.pictures
+    device = shot.model.device
+    first_CYX = _make_frame(shot, shot.pictures.first).to(device)
+    if not _joins_channels(shot):
+        return given_frames.encode_picture(networks.vae, first_CYX).cpu()
+    frames_CYX: dict[int, Tensor] = {0: first_CYX}
+    if shot.pictures.last:
+        frames_CYX[shot.frames - 1] = _make_frame(shot, shot.pictures.last).to(device)
+    return given_frames.encode_channels(networks.vae, frames_CYX, shot.frames).cpu()
+
+
+def _make_frame(shot: Shot, frame: GivenFrame) -> Tensor:
+    """Make a frame [3, Y, X] of its picture. Raises EntryError if the picture is not the planned one."""
+    from wancli.pictures.preprocess import make_frame
+
+    source = frame.source
+    assert isinstance(source, PictureFile)
+    pixels_YX3 = read_pixels(source.path, source.orient, source.alpha)
+    if digest_pixels(pixels_YX3) != source.sha256:
+        hint = "The same command plans the new picture; its video gets another key."
+        raise EntryError("the picture has changed since it was planned", where=str(source.path), hint=hint)
+    return make_frame(pixels_YX3, shot.width, shot.height, frame.how)
+
+
+def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
+    from wancli.models.given_frames import GivenFrames
+
+    return GivenFrames(channels_CTYX=z_CTYX) if _joins_channels(shot) else GivenFrames(first_CTYX=z_CTYX)
+
+
+def _pack(z_CTYX: Tensor) -> bytes:
+    from safetensors.torch import save
+
+    return save({_TENSOR: z_CTYX.contiguous()})
+
+
+def _load(key: str, context: RenderContext) -> Tensor | None:
+    """Load an entry of the store; None if there is none, or one that another version wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    payload = context.store.get(key) if context.store else None
+    try:
+        return None if payload is None else load(payload)[_TENSOR]
+    except (SafetensorError, KeyError):
+        return None
+
+
+def picture_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> list[Record]:
+    """Describe the given frames of a shot for its manifest."""
+    if shot.pictures is None:
+        return []
+    records = []
+    for role, frame in zip(("first", "last"), shot.pictures.frames):
+        source = frame.source
+        assert isinstance(source, PictureFile)
+        records.append(
+            {
+                "role": role,
+                "path": str(source.path),
+                "sha256": source.sha256,
+                "width": source.size[0],
+                "height": source.size[1],
+                "preprocess": frame.how.method,
+                "fit": frame.how.fit,
+                "orient": source.orient,
+                "alpha": source.alpha,
+                "cached": encoded[shot.index].hit,
+            }
+        )
+    return records

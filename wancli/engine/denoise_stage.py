@@ -222,7 +222,7 @@ def finish_latent(
         differences=state.differences,
         effects=state.effects,
         loras=loras,
-        phases=[*stage1, *state.phases],
+        phases=[*(phase for phase in stage1 if shot.pictures or phase["name"] != "pictures"), *state.phases],
         first_step_after=state.first_step_after,
         latent=metrics.sketch_latent(z_CTYX.numpy()),
     )

@@ -78,7 +78,8 @@ def encode_frames(
             if attempt.error:
                 errors[shot.index] = attempt
             bar.advance()
-    return encoded, errors, manifest_body.phase_record("pictures", peak)
+    record = manifest_body.phase_record("pictures", peak) | {"shots": len(with_pictures)}
+    return encoded, errors, record
 
 
 def entry_key(shot: Shot) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -156,7 +157,7 @@ def _encoding_rates(shots: Iterable[tuple[Shot, ShotRecord]]) -> Iterator[Rate]:
 
 def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[int]) -> Iterator[Rate]:
     for shot, record in shots:
-        took = dict.fromkeys(PHASES, 0.0)
+        took: defaultdict[str, float] = defaultdict(float)
         for phase in record.phases:
             took[phase.name] += phase.seconds / phase.shots
         took["load"] /= max(1, sum(phase.name == "load" for phase in record.phases))

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wancli.engine import picture_stage
+from wancli.errors import ErrorCapture, ShotError
 from wancli.models import given_frames
 from wancli.models.vae22 import WanVAE22
 from wancli.report.html.rerun_job import build_job
 from wancli.storage import manifest
+from wancli.video import mp4
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TI2V = FIXTURES / "wan22-ti2v-tiny"
@@ -148,3 +150,97 @@ def test_a_rerun_of_a_manifest_has_the_same_key(
 def test_without_a_picture_the_same_model_makes_a_video_from_text(render: Render, tmp_path: Path) -> None:
     assert render(image=None, size="64x64").code == 0
     assert manifest_of(tmp_path)["pictures"] == []
+
+
+# ---- chains ----
+
+CHAIN = [
+    {"id": "c", "image": {"shot": "b"}, "seed": 3},
+    {"id": "a", "image": str(PICTURE)},
+    {"id": "b", "image": {"shot": "a", "frame": "last"}, "seed": 2},
+]
+OF_CHAIN: dict[str, Any] = {"image": None, "output": "out/{id}.mp4", "items": CHAIN}
+
+
+def decoded(path: Path) -> np.ndarray:
+    return np.array([np.frombuffer(frame.rgb, np.uint8) for frame in mp4.read_frames(path)])
+
+
+def test_a_chain_begins_with_the_exact_last_frame_and_is_joined_without_it(
+    render: Render, tmp_path: Path
+) -> None:
+    said = render(**OF_CHAIN, join="out/all.mp4")
+    assert said.code == 0, said.err
+    assert [Path(line).stem for line in said.out.split()] == ["a", "b", "c"]
+    kept = np.asarray(Image.open(tmp_path / "out/a.frame4.png"))
+    shown = decoded(tmp_path / "out/a.mp4")[-1].reshape(kept.shape)
+    assert kept.shape == (64, 64, 3)
+    assert np.abs(kept.astype(int) - shown).mean() < 8  # the video is compressed
+    record = manifest_of(tmp_path, "b")["pictures"][0]
+    assert record["link"] == {"shot": "a", "frame": 4}
+    joined = decoded(tmp_path / "out/all.mp4")
+    assert len(joined) == 5 + 4 + 4
+    parts = [decoded(tmp_path / f"out/{id}.mp4") for id in "abc"]
+    expected = np.concatenate([parts[0], parts[1][1:], parts[2][1:]])
+    assert np.abs(joined.astype(int) - expected).mean() < 8
+    before = (tmp_path / "out/all.mp4").stat().st_mtime_ns
+    assert render(**OF_CHAIN, join="out/all.mp4").code == 0  # all is done
+    assert (tmp_path / "out/all.mp4").stat().st_mtime_ns == before
+    same = render(image=str(tmp_path / "out/a.frame4.png"), seed=2, output="out/alone.mp4", size="64x64")
+    assert same.code == 0
+    assert torch.equal(latents_of(tmp_path, "alone"), latents_of(tmp_path, "b"))
+
+
+def test_a_failed_link_fails_what_hangs_on_it_and_the_same_command_goes_on_from_there(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = picture_stage.encode_frames
+
+    def broken(shots: Any, *rest: Any) -> Any:
+        frames, errors, record = real(shots, *rest)
+        for shot in shots:
+            if shot.id == "b":
+                errors[shot.index] = ErrorCapture()
+                errors[shot.index].record(ShotError("is broken", where="shot b"))
+        return frames, errors, record
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wancli.engine.pipeline.encode_frames", broken)
+        said = render(**OF_CHAIN, join="out/all.mp4")
+    assert said.code == 1
+    assert [Path(line).stem for line in said.out.split()] == ["a"]
+    assert "shot c: shot b, which it continues, failed" in said.err
+    assert "all.mp4 is not written" in said.err
+    said = render(**OF_CHAIN, join="out/all.mp4")
+    assert said.code == 0, said.err
+    assert [Path(line).stem for line in said.out.split()] == ["b", "c"] or "a" in said.out
+    assert (tmp_path / "out/all.mp4").exists()
+
+
+def test_a_kept_frame_that_is_missing_or_of_another_video_fails_the_shot(
+    render: Render, tmp_path: Path
+) -> None:
+    first, second = CHAIN[1], CHAIN[2]
+    assert (
+        render(
+            **OF_CHAIN | {"items": [first, second]},
+        ).code
+        == 0
+    )
+    kept = tmp_path / "out/a.frame4.png"
+    for damage in (
+        lambda: kept.unlink(),
+        lambda: kept.write_bytes(b"no"),
+        lambda: shutil.copy(PICTURE, kept),
+    ):
+        damage()
+        said = render(**OF_CHAIN | {"items": [first, {**second, "id": "other", "seed": 9}]})
+        assert said.code == 4, said.err
+        assert "out/a.frame4.png: " in said.err
+        assert "Render shot a again" in said.err
+
+
+def test_the_workers_of_ray_refuse_a_chain_before_they_start(render: Render) -> None:
+    said = render("--engine", "ray", **OF_CHAIN)
+    assert said.code == 2
+    assert "continues another one" in said.err

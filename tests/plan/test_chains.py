@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from jobs import run_wancli, write_job
+from jobs import run_wancli
 from PIL import Image
 
 from wancli.errors import JobError
 from wancli.job.loader import parse
 from wancli.plan import picture_resolver
-from wancli.plan.chains import order_items
+from wancli.plan.chains import order_items, split_waves
 from wancli.plan.pictures import LinkedFrame
 from wancli.plan.planner import build_plan
 from wancli.plan.shot import Plan
@@ -31,9 +31,8 @@ def job(*items: dict[str, Any], **keys: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Plans a job with wan-mini, as if it took a first frame and rendered it."""
+    """Plans a job with wan-mini, as if it took a first frame."""
     monkeypatch.setattr(picture_resolver, "pictures_taken", lambda *_: (0, 1))
-    monkeypatch.setattr(picture_resolver, "refuse_rendering", lambda *_: None)
     Image.new("RGB", (80, 64), (200, 30, 30)).save(tmp_path / "cat.png")
 
     def planned(*items: dict[str, Any], **keys: Any) -> Plan:
@@ -73,8 +72,8 @@ def test_a_link_has_the_size_of_the_shot_before_and_a_key_that_follows_it(plan: 
     assert {(shot.width, shot.height) for shot in (a, b, c)} == {(64, 48)}
     assert a.pictures.name == "cat"
     assert (b.pictures.first.source, c.pictures.first.source) == (
-        LinkedFrame(0, "a", a.frames - 1, (64, 48), a.frame_key(a.frames - 1)),
-        LinkedFrame(1, "b", 2, (64, 48), b.frame_key(2)),
+        LinkedFrame(0, "a", a.output, a.frames - 1, (64, 48), a.frame_key(a.frames - 1)),
+        LinkedFrame(1, "b", b.output, 2, (64, 48), b.frame_key(2)),
     )
     other = plan({**FIRST, "seed": 1}, *items[1:], size={"area": 4096}).shots
     assert all(one.key != two.key for one, two in zip((a, b, c), other))
@@ -129,17 +128,11 @@ def test_pictures_with_choices_are_warned_of(plan: Any, tmp_path: Path) -> None:
     assert "cat.png: its transparent parts show hidden colours" in warning
 
 
-def test_a_job_with_chains_is_planned_and_refused_before_anything_is_rendered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(picture_resolver, "pictures_taken", lambda *_: (0, 1))
-    Image.new("RGB", (80, 64)).save(tmp_path / "cat.png")
-    path = write_job(tmp_path, job(FIRST, link("b", "a")))
-    for command in ("plan", "render"):
-        said = run_wancli(capsys, command, path)
-        assert said.code == 2
-        assert "items.1.image: this version checks chains of shots, and cannot render them yet" in said.err
-    assert not (tmp_path / "out").exists()
+def test_waves_follow_the_links_and_start_with_shots_whose_link_is_not_among_them(plan: Any) -> None:
+    shots = plan(link("c", "b"), FIRST, link("b", "a"), {"id": "d"}).shots
+    assert [[shot.id for shot in wave] for wave in split_waves(shots)] == [["a", "d"], ["b"], ["c"]]
+    assert [[shot.id for shot in wave] for wave in split_waves(shots[:1])] == [["c"]]
+    assert [shot.kept_frames for shot in shots] == [(), (8,), (8,), ()]
 
 
 def test_the_command_line_takes_a_picture_with_a_prompt(

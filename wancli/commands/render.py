@@ -144,6 +144,7 @@ def _collect_outcomes(
     plan: Plan, work: Iterator[Outcome], render_context: RenderContext, reporter: RenderReporter
 ) -> tuple[list[Outcome], Stopped | None]:
     """Collect the outcomes of all shots, then compare the videos; also return what stopped it, if so."""
+    from wancli.engine import join
     from wancli.report import batch_report, comparison
 
     outcomes: list[Outcome] = []
@@ -151,6 +152,7 @@ def _collect_outcomes(
         for outcome in _print_traces(work, reporter.options.log_level):
             outcomes.append(outcome)
             reporter.on_outcome(outcome)
+        join.write_joins(plan, render_context)
         comparison.run_comparison(plan, render_context)
     except Stopped as error:
         return outcomes, error

@@ -13,12 +13,13 @@ from dataclasses import replace
 
 from wancli.engine import shot_state
 from wancli.engine.context import RenderContext
-from wancli.engine.networks import Networks
+from wancli.engine.networks import ModelCache, Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.pipeline import render_model
 from wancli.engine.preflight import PreflightResult, is_cached, is_finished, preflight
-from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture, MachineError
+from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture, MachineError, ShotError
 from wancli.plan import batching, memory_policy
+from wancli.plan.chains import split_waves
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots
 from wancli.storage import manifest
@@ -67,10 +68,48 @@ def track_outcomes(
 
 
 def _render_all(plan: Plan, result: PreflightResult, context: RenderContext) -> Iterator[Outcome]:
-    """Yield what is known without rendering, then render the rest, and then what other workers give up."""
-    yield from iter_resolved(plan, result)
+    """Yield what is known without rendering, then render the rest: first the shots that others continue."""
+    unfinished: dict[int, Outcome] = {}
+    for outcome in iter_resolved(plan, result):
+        if outcome.status == "failed":
+            unfinished[outcome.shot.index] = outcome
+        yield outcome
+    waves = [*split_waves(result.schedule.shots)]
+    if len(waves) > 1 and context.model_cache is None:
+        context = replace(context, model_cache=ModelCache())  # a chain loads its model once
+    for wave in waves:
+        ready = []
+        for shot in wave:
+            before = unfinished.get(shot.continues.shot) if shot.continues else None
+            if before is None:
+                ready.append(shot)
+            elif before.status != "stopped":
+                unfinished[shot.index] = _outcome_after(before, shot)
+                yield unfinished[shot.index]
+        if context.stop.requested:
+            break
+        schedule = batching.reschedule(result.schedule, ready)
+        for outcome in _render_wave(schedule, context):
+            if outcome.status in ("failed", "stopped", "elsewhere"):
+                unfinished[outcome.shot.index] = outcome
+            yield outcome
+
+
+def _outcome_after(before: Outcome, shot: Shot) -> Outcome:
+    """Return the outcome of a shot whose first frame is missing, because the shot that has it is not done."""
+    if before.status == "elsewhere":
+        return Outcome(shot, "elsewhere")
+    attempt = ErrorCapture()
+    hint = f"Once shot {before.shot.id} is done, the same command renders this one."
+    attempt.record(
+        ShotError(f"shot {before.shot.id}, which it continues, failed", where=f"shot {shot.id}", hint=hint)
+    )
+    return failed_outcome(shot, attempt)
+
+
+def _render_wave(schedule: Schedule, context: RenderContext) -> Iterator[Outcome]:
+    """Render the shots of a schedule, and then what other workers give up."""
     elsewhere: dict[int, Shot] = {}
-    schedule = result.schedule
     while schedule.rounds or elsewhere:
         for model in dict.fromkeys(shot.model for shot in schedule.shots):
             if context.stop.requested:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
+from wancli.engine.kept_frames import keep_frames
 from wancli.errors import (
     CheckpointError,
     ClaimedElsewhere,
@@ -66,9 +68,16 @@ def decode_file(
 
 
 def decode_latent(
-    z_CTYX: Tensor, record: ShotRecord, output: Path, vae: VAE, context: RenderContext
+    z_CTYX: Tensor,
+    record: ShotRecord,
+    output: Path,
+    vae: VAE,
+    context: RenderContext,
+    kept: Mapping[int, str] = MappingProxyType({}),
 ) -> Manifest:
     """Decode a latent into `output`, write its manifest, and return that.
+
+    `kept` has the keys of the frames, by number, that are also written before compression.
 
     If decoding runs out of memory, warns and tries again with less, see `decode_attempts`; the manifest says
     so. Raises OutOfMemory after the last attempt, and Stopped between two chunks of frames.
@@ -76,7 +85,7 @@ def decode_latent(
     attempts = decode_attempts(next(vae.parameters()).device.type, record.shot.decode_chunk)
     for attempt, fallback in zip(attempts, (*attempts[1:], None)):
         try:
-            peak = _write_video(z_CTYX, record, output, vae, attempt, context)
+            peak = _write_video(z_CTYX, record, output, vae, attempt, context, kept)
             return _write_manifest(record, output, peak, attempt, fallback=attempt != attempts[0])
         except OutOfMemory as error:
             if fallback is None:
@@ -121,6 +130,7 @@ def _write_video(
     vae: VAE,
     attempt: DecodeAttempt,
     context: RenderContext,
+    kept: Mapping[int, str],
 ) -> PeakMemory:
     """Decode into an MP4 and measure that. The VAE is moved to the device of the attempt and back."""
     import torch
@@ -132,8 +142,9 @@ def _write_video(
             vae.to(attempt.device)
             with torch.inference_mode(), context.progress.phase("decode", [shot.id], shot.frames) as bar:
                 chunks = vae.decode(z_CTYX.to(attempt.device), attempt.chunk)
+                frames = _rgb_frames(chunks, shot.id, output, context, bar)
                 mp4.write_mp4(
-                    _rgb_frames(chunks, shot.id, output, context, bar),
+                    keep_frames(frames, output, (shot.width, shot.height), kept),
                     output,
                     width=shot.width,
                     height=shot.height,

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
+from wancli.engine.kept_frames import frame_path, load_frame
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.errors import EntryError, ErrorCapture
 from wancli.pictures.read import digest_pixels, read_pixels
-from wancli.plan.pictures import GivenFrame, PictureFile
+from wancli.plan.pictures import GivenFrame, LinkedFrame, PictureFile
 from wancli.plan.shot import Shot
 from wancli.resources.measure import PeakMemory, oom_as_error
 
@@ -121,7 +122,8 @@ def _make_frame(shot: Shot, frame: GivenFrame) -> Tensor:
     from wancli.pictures.preprocess import make_frame
 
     source = frame.source
-    assert isinstance(source, PictureFile)
+    if isinstance(source, LinkedFrame):
+        return make_frame(load_frame(source), shot.width, shot.height, frame.how)
     pixels_YX3 = read_pixels(source.path, source.orient, source.alpha)
     if digest_pixels(pixels_YX3) != source.sha256:
         hint = "The same command plans the new picture; its video gets another key."
@@ -157,22 +159,17 @@ def picture_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> list[Re
     """Describe the given frames of a shot for its manifest."""
     if shot.pictures is None:
         return []
-    records = []
+    records: list[Record] = []
     for role, frame in zip(("first", "last"), shot.pictures.frames):
         source = frame.source
-        assert isinstance(source, PictureFile)
-        records.append(
-            {
-                "role": role,
-                "path": str(source.path),
-                "sha256": source.sha256,
-                "width": source.size[0],
-                "height": source.size[1],
-                "preprocess": frame.how.method,
-                "fit": frame.how.fit,
-                "orient": source.orient,
-                "alpha": source.alpha,
-                "cached": encoded[shot.index].hit,
-            }
-        )
+        if isinstance(source, PictureFile):
+            origin: Record = {"path": str(source.path), "orient": source.orient, "alpha": source.alpha}
+        else:
+            link = {"shot": source.id, "frame": source.frame}
+            path = frame_path(source.output, source.frame)
+            origin = {"path": str(path), "orient": "ignore", "alpha": "drop", "link": link}
+        size = {"width": source.size[0], "height": source.size[1]}
+        how = {"preprocess": frame.how.method, "fit": frame.how.fit}
+        cached = encoded[shot.index].hit
+        records.append({"role": role, "sha256": source.pixels_key, "cached": cached, **origin, **size, **how})
     return records

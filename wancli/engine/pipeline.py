@@ -262,7 +262,8 @@ def _publish_video(
         with attempt, oom_as_error("decode", f"shot {shot.id}"):
             if latent is None:
                 raise EntryError("gone or changed since this run began", where=str(shot.latents))
-            body = decode_latent(*latent, shot.output, networks.vae, context)
+            kept = {frame: shot.frame_key(frame) for frame in shot.kept_frames}
+            body = decode_latent(*latent, shot.output, networks.vae, context, kept)
             if not shot.keep_latents:
                 atomic.remove(shot.latents)
             atomic.remove(shot.state)

@@ -22,7 +22,7 @@ from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcom
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.preflight import PreflightResult, check_outputs
-from wancli.errors import ErrorCapture, MachineError, WancliError
+from wancli.errors import ErrorCapture, JobError, MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.plan import batching
 from wancli.storage import disk, manifest
@@ -49,6 +49,11 @@ def render(plan: Plan, context: RenderContext, task: Task, cluster: Cluster) -> 
 
     Raises MachineError if Ray is not installed, the cluster is unreachable, or all workers died for good.
     """
+    if chained := next((shot for shot in plan.shots if shot.continues), None):
+        raise JobError(
+            f"shot {chained.id} continues another one, and the workers of Ray do not wait for each other",
+            hint="Start `wancli render` without --engine ray on every machine: they wait.",
+        )
     todo, refused = check_outputs(plan, context)
     preflight = PreflightResult(batching.reschedule(plan.schedule, todo), refused)
     return track_outcomes(_render_rounds(plan, preflight, context, task, cluster), todo, context)

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from wancli.plan import memory_estimate, memory_policy
+from wancli.plan.chains import split_waves
 from wancli.plan.prefix_sharing import Fork, PrefixTree
 from wancli.plan.schedule import Batch, Placement, Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
@@ -71,8 +72,10 @@ def predict_batch(batch: Sequence[Shot]) -> Phase:
 def _make_batches(shots: Sequence[Shot], prefixes: PrefixTree) -> Iterator[Batch]:
     """Batch compatible shots, those next to each other that share steps."""
     compatible: dict[Hashable, dict[Hashable, list[Shot]]] = {}
+    wave_by_index = {shot.index: number for number, wave in enumerate(split_waves(shots)) for shot in wave}
     for shot in shots:
-        families = compatible.setdefault(_compatibility_key(shot), {})
+        key = wave_by_index[shot.index], _compatibility_key(shot)
+        families = compatible.setdefault(key, {})
         families.setdefault(prefixes.first_step_key(shot), []).append(shot)
     for families in compatible.values():
         batch: Batch = ()

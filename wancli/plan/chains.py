@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from wancli.errors import JobError
 from wancli.job.loader import Item
 from wancli.job.schema import ImageOptions
+from wancli.plan.shot import Shot
 
 
 def linked_id(item: Item) -> str | None:
@@ -49,3 +51,25 @@ def order_items(items: Sequence[Item]) -> list[tuple[int, int | None]]:
             where=items[circle[0]].location("image", "shot"),
             hint="The first shot of a chain begins with a picture.",
         ) from None
+
+
+def mark_kept_frames(shots: Sequence[Shot]) -> list[Shot]:
+    """Note in every shot which of its frames other shots begin with."""
+    wanted: dict[int, set[int]] = {}
+    for shot in shots:
+        if link := shot.continues:
+            wanted.setdefault(link.shot, set()).add(link.frame)
+    return [replace(shot, kept_frames=tuple(sorted(wanted.get(shot.index, ())))) for shot in shots]
+
+
+def split_waves(shots: Sequence[Shot]) -> Iterator[list[Shot]]:
+    """Yield the shots in waves: no shot continues one of its own wave or of a later one.
+
+    A shot that continues one that is not among these shots is in the first wave.
+    """
+    left = {shot.index: shot for shot in shots}
+    while left:
+        wave = [shot for shot in left.values() if not (shot.continues and shot.continues.shot in left)]
+        yield wave
+        for shot in wave:
+            del left[shot.index]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wancli.errors import JobError
 from wancli.job.loader import JobFile
-from wancli.plan.pictures import Join, LinkedFrame
+from wancli.plan.pictures import Join
 from wancli.plan.shot import Shot
 from wancli.storage.paths import output_path
 
@@ -50,8 +50,8 @@ def _order(group: Sequence[Shot], jobs: JobFile) -> tuple[int, ...]:
     following: dict[int, Shot] = {}
     starts = []
     for shot in group:
-        source = shot.pictures.first.source if shot.pictures else None
-        if not isinstance(source, LinkedFrame) or source.shot not in members:
+        source = shot.continues
+        if source is None or source.shot not in members:
             starts.append(shot)
             continue
         where = jobs.items[shot.index].location("join")

@@ -66,13 +66,11 @@ def _parse_memo(values: Mapping[str, Any]) -> dict[str, PictureFacts]:
 
 
 def refuse_rendering(shots: Sequence[Shot], jobs: JobFile) -> None:
-    """Raise JobError for what is planned and cannot be rendered yet: chains, and pictures that CLIP reads."""
+    """Raise JobError for what is planned and cannot be rendered yet: pictures that CLIP reads."""
     for shot in shots:
         if not shot.pictures:
             continue
         where = jobs.items[shot.index].location("image")
-        if isinstance(shot.pictures.first.source, LinkedFrame):
-            raise JobError("this version checks chains of shots, and cannot render them yet", where=where)
         if shot.model.checkpoint.transformer_config.image_dim is not None:
             raise JobError("this version cannot render models that read pictures by CLIP yet", where=where)
 
@@ -177,7 +175,9 @@ def _link(item: Item, options: ImageOptions, parent: Shot) -> LinkedFrame:
             f"{frame} is past the last frame of {parent.id}, which is {parent.frames - 1}",
             where=item.location("image", "frame"),
         )
-    return LinkedFrame(parent.index, parent.id, frame, (parent.width, parent.height), parent.frame_key(frame))
+    return LinkedFrame(
+        parent.index, parent.id, parent.output, frame, (parent.width, parent.height), parent.frame_key(frame)
+    )
 
 
 def _open(item: Item, options: ImageOptions, key: Literal["first", "last"], memo: PictureMemo) -> PictureFile:

@@ -31,6 +31,7 @@ class LinkedFrame:
 
     shot: int  # the index of the other shot
     id: str
+    output: Path  # of the other shot
     frame: int
     size: Size
     pixels_key: str  # hash of all that the frame depends on

@@ -93,7 +93,7 @@ def build_plan(
         hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
         kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
         raise kind("\n".join(lines), hint="\n".join(hints))
-    shots = [built[index] for index in range(len(jobs.items))]
+    shots = chains.mark_kept_frames([built[index] for index in range(len(jobs.items))])
     outputs.refuse_collisions(shots, jobs)
     joined = joins.plan_joins(jobs, shots)
     picture_resolver.refuse_rendering(shots, jobs)

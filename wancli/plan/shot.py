@@ -24,7 +24,7 @@ from wancli.models.config import (
     WanConfig,
     compute_dtype,
 )
-from wancli.plan.pictures import Join, ShotPictures
+from wancli.plan.pictures import Join, LinkedFrame, ShotPictures
 from wancli.plan.schedule import Schedule
 from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_sigma_schedule
@@ -128,6 +128,7 @@ class Shot:
     output: Path
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
     pictures: ShotPictures | None = None  # the frames that are given
+    kept_frames: tuple[int, ...] = ()  # frames that other shots begin with
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -216,6 +217,12 @@ class Shot:
         """Hash of all that the video depends on."""
         video = [self.model.vae, self.decode_chunk, self.fps, self.crf, self.codec]
         return _hash([self.latents_key, *video])
+
+    @property
+    def continues(self) -> LinkedFrame | None:
+        """The frame of another shot that this one begins with."""
+        source = self.pictures.first.source if self.pictures else None
+        return source if isinstance(source, LinkedFrame) else None
 
     def frame_key(self, frame: int) -> str:
         """Hash of all that the pixels of a frame depend on, before compression."""

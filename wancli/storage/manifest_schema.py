@@ -159,10 +159,18 @@ class PromptRecord(Data):
     cached: bool
 
 
+class LinkRecord(Data):
+    """The frame of another shot's video."""
+
+    shot: str
+    frame: int
+
+
 class PictureRecord(Data):
     """A picture as a frame of the video. `sha256`, `width` and `height` are of its decoded pixels.
 
-    `cached`: its latent had been computed before.
+    With a `link` it is a frame of another shot's video, and `sha256` covers what that is made from. `cached`:
+    its latent had been computed before.
     """
 
     role: str  # first or last
@@ -174,6 +182,7 @@ class PictureRecord(Data):
     fit: str
     orient: str
     alpha: str
+    link: LinkRecord | None = None
     cached: bool
 
 

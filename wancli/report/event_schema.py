@@ -57,7 +57,7 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "shot-started": ("The first phase of a shot begins.", _SHOT),
     "phase": (
-        "Encoding, sampling, decoding, comparing or drawing begins or ends.",
+        "Encoding prompts or pictures, sampling, decoding, comparing or drawing begins or ends.",
         {
             "name": _PHASE,
             "shots": _IDS,

@@ -107,6 +107,21 @@ def test_a_picture_is_encoded_once_ever_and_a_hit_loads_no_vae(
     assert len(calls) == 2
 
 
+def test_plan_and_cache_name_pictures(
+    render: Render, ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert render(**OF_CHAIN).code == 0
+    cache = ["--cache-dir", tmp_path / "cache"]
+    said = run_wancli(capsys, "plan", tmp_path / "job.yaml", "-v", *cache)
+    assert "image  input.png, 157x111, crop as official" in said.out
+    assert "image  frame 4 of shot a, 64x64, crop as official" in said.out
+    shots = json.loads(run_wancli(capsys, "plan", tmp_path / "job.yaml", "--json", *cache).out)["shots"]
+    assert [shot["pictures"][0].get("shot") for shot in shots] == ["b", None, "a"]
+    texts = [row["text"] for row in json.loads(run_wancli(capsys, "cache", "ls", "--json", *cache).out)]
+    assert {"input.png at 64x64", "frame 4 of shot a at 64x64"} <= {*texts}
+    assert not any("damaged" in text for text in texts)
+
+
 def test_a_picture_that_changes_between_plan_and_render_fails_its_shot(
     render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

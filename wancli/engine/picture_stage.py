@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the key and the payload
 _TENSOR = "frames"
+_LABEL = "wancli pictures"  # of the metadata
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def encode_frames(
                 if key not in by_key:
                     by_key[key] = found if found is not None else _encode(shot, networks)
                     if not hit and context.store is not None:
-                        context.store.put(key, _pack(by_key[key]))
+                        context.store.put(key, _pack(by_key[key], shot))
                 encoded[shot.index] = EncodedFrames(_as_given(shot, by_key[key]), hit)
             if attempt.error:
                 errors[shot.index] = attempt
@@ -137,10 +138,21 @@ def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
     return GivenFrames(channels_CTYX=z_CTYX) if _joins_channels(shot) else GivenFrames(first_CTYX=z_CTYX)
 
 
-def _pack(z_CTYX: Tensor) -> bytes:
+def _pack(z_CTYX: Tensor, shot: Shot) -> bytes:
     from safetensors.torch import save
 
-    return save({_TENSOR: z_CTYX.contiguous()})
+    assert shot.pictures
+    names = " and ".join(frame.source.name for frame in shot.pictures.frames)
+    return save({_TENSOR: z_CTYX.contiguous()}, {_LABEL: f"{names} at {shot.width}x{shot.height}"})
+
+
+def read_label(payload: bytes) -> str | None:
+    """Return what an entry of the store shows, for people; None if it is not one of pictures. No torch."""
+    try:
+        end = 8 + int.from_bytes(payload[:8], "little")
+        return str(json.loads(payload[8:end])["__metadata__"][_LABEL])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _load(key: str, context: RenderContext) -> Tensor | None:

@@ -24,6 +24,10 @@ class PictureFile:
     def pixels_key(self) -> str:
         return self.sha256
 
+    @property
+    def name(self) -> str:
+        return self.path.name
+
 
 @dataclass(frozen=True)
 class LinkedFrame:
@@ -35,6 +39,10 @@ class LinkedFrame:
     frame: int
     size: Size
     pixels_key: str  # hash of all that the frame depends on
+
+    @property
+    def name(self) -> str:
+        return f"frame {self.frame} of shot {self.id}"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from wancli.engine import preflight
+from wancli.engine import picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
 from wancli.plan import alternatives, memory_estimate, throughput
+from wancli.plan.pictures import PictureFile
 from wancli.storage import disk
 from wancli.storage.cache import unseal
 from wancli.text.embedding import read_tokens
@@ -17,7 +18,8 @@ from wancli.text.embedding import read_tokens
 if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Plan, Shot
     from wancli.plan.throughput import Rate
-    from wancli.storage.cache import Store
+    from wancli.storage.cache import Entry, Store
+    from wancli.text.tokenizer import Tokens
 
 
 def plan_document(
@@ -40,6 +42,7 @@ def plan_document(
                 "frames": shot.frames,
                 "tokens": shot.tokens,
                 "seed": shot.seed,
+                "pictures": _picture_rows(shot),
                 "solver": shot.solver,
                 "timesteps": shot.sigma_schedule.timesteps,
                 "sigmas": shot.sigma_schedule.sigmas,
@@ -84,6 +87,21 @@ def plan_document(
             shots_to_render(plan.shots, states), store, rates, plan.schedule.shared_steps()
         ),
     }
+
+
+def _picture_rows(shot: Shot) -> list[dict[str, Any]]:
+    """Return for each given frame its picture, or the shot whose frame it is, and how it is fitted."""
+    rows = []
+    for role, frame in zip(("first", "last"), shot.pictures.frames if shot.pictures else ()):
+        source = frame.source
+        origin: dict[str, Any] = (
+            {"path": str(source.path), "orient": source.orient, "alpha": source.alpha}
+            if isinstance(source, PictureFile)
+            else {"shot": source.id, "frame": source.frame}
+        )
+        how = {"preprocess": frame.how.method, "fit": frame.how.fit}
+        rows.append({"role": role, **origin, "size": list(source.size), "sha256": source.pixels_key, **how})
+    return rows
 
 
 def _fork_row(plan: Plan, shot: Shot) -> dict[str, int] | None:
@@ -151,20 +169,29 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
     """Build the rows of `wancli cache ls`, the last used entry first."""
     rows = []
     for entry in sorted(store.entries(), key=lambda entry: entry.mtime, reverse=True):
-        try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
-            tokens = read_tokens(unseal(disk.read_bytes(entry.path), entry.key))[0]
-        except (Unreadable, EntryError):
-            tokens = None
+        tokens, text = _describe_entry(entry)
         rows.append(
             {
                 "key": entry.key,
                 "bytes": entry.bytes,
                 "used": datetime.fromtimestamp(entry.mtime, UTC).isoformat(timespec="seconds"),
                 "tokens": len(tokens.ids) if tokens else None,
-                "text": tokens.text if tokens else "(damaged; a render computes it again)",
+                "text": text,
             }
         )
     return rows
+
+
+def _describe_entry(entry: Entry) -> tuple[Tokens | None, str]:
+    """Return the tokens of an encoded prompt, and the text that names any entry."""
+    try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
+        payload = unseal(disk.read_bytes(entry.path), entry.key)
+        if label := picture_stage.read_label(payload):
+            return None, label
+        tokens = read_tokens(payload)[0]
+    except (Unreadable, EntryError):
+        return None, "(damaged; a render computes it again)"
+    return tokens, tokens.text
 
 
 def memory_rows(plan: Plan) -> list[dict[str, Any]]:

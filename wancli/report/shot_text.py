@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from wancli.injection.table import injected_share_by_block
+from wancli.plan.pictures import GivenFrame
 from wancli.progress import make_printable
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges
@@ -26,6 +27,8 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     ]
     for name, prompt in zip(names, shot.prompts):
         yield f"{name:>16}  {truncate(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
+    for name, frame in zip(("image", "last image"), shot.pictures.frames if shot.pictures else ()):
+        yield f"{name:>16}  {make_printable(describe_frame(frame))}"
     if placement.batch_size > 1:
         yield f"{'batch':>16}  one of {placement.batch_size} shots on each pass over the weights"
     for index in range(len(shot.rules)):
@@ -35,6 +38,12 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
+
+
+def describe_frame(frame: GivenFrame) -> str:
+    """Describe a given frame: `cat.png, 157x111, crop as official`."""
+    source = frame.source
+    return f"{source.name}, {source.size[0]}x{source.size[1]}, {frame.how.fit} as {frame.how.method}"
 
 
 def describe_rule(shot: Shot, index: int) -> str:

@@ -19,7 +19,7 @@ ASKS = {
     *("lexists", "isfile", "isdir", "islink", "getsize", "getmtime", "ismount", "copyfile", "copytree"),
 }
 # Objects of wancli and of libraries whose methods have such a name and ask no disk, or hold a file already.
-OWN = {"disk", "prompts", "header", "contents", "source", "self"}
+OWN = {"Image", "disk", "prompts", "header", "contents", "source", "self"}
 WRITES = {
     "storage/atomic.py": {"open"},
     "storage/claim_file.py": {"open"},

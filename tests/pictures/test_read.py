@@ -16,7 +16,7 @@ import pytest
 from jobs import damaged_copies
 from PIL import Image, ImageOps
 
-from wancli.errors import JobError
+from wancli.errors import JobError, Unreadable
 from wancli.pictures.read import Orient, inspect_picture, read_pixels, read_size
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -169,10 +169,14 @@ def test_another_file_is_named_with_a_way_out(
     assert hint in error.hint
 
 
-def test_missing_files_folders_and_pipes_are_named(tmp_path: Path) -> None:
-    assert problem(tmp_path / "none.png").message == "not found"
-    assert problem(tmp_path).message == "is a folder, not a picture"
-    assert "not a regular file" in problem(Path("/dev/null")).message
+def test_missing_files_folders_and_devices_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.png", tmp_path, Path("/dev/null")):
+        for read in (read_size, inspect_picture, read_pixels):
+            with pytest.raises(Unreadable, match="cannot be read"):
+                read(path, "exif", *(["drop"] if read is not read_size else []))
+
+
+def test_32_bits_of_grey_are_refused(tmp_path: Path) -> None:
     assert "32 bits" in problem(save(tmp_path / "f.tiff", plain("F", 0.5))).message
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.errors import EntryError
+from wancli.errors import EntryError, NoSuchFile, Unreadable
 from wancli.plan.pictures import LinkedFrame
-from wancli.storage import atomic
+from wancli.storage import atomic, disk
 
 if TYPE_CHECKING:
     from wancli.pictures.read import Pixels
@@ -49,21 +49,22 @@ def _write(path: Path, rgb: bytes, size: tuple[int, int], key: str) -> None:
 
 
 def load_frame(link: LinkedFrame) -> Pixels:
-    """Load the frame that a shot begins with. Raises EntryError if it is missing, damaged or outdated."""
+    """Load the frame that a shot begins with. Raises EntryError if it is not the planned one."""
     import numpy as np
     from PIL import Image
 
     path = frame_path(link.output, link.frame)
     hint = f"Render shot {link.id} again, with --force if it is done."
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(disk.read_bytes(path)), formats=["PNG"]) as image:
             image.load()
             key, size = image.info.get(_KEY), image.size
             pixels_YX3 = np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise EntryError(
-            f"frame {link.frame} of shot {link.id} not found", where=str(path), hint=hint
-        ) from None
+    except NoSuchFile:
+        message = f"frame {link.frame} of shot {link.id} not found"
+        raise EntryError(message, where=str(path), hint=hint) from None
+    except Unreadable:
+        raise
     except Exception as error:  # decoders raise errors of many types for damaged files
         raise EntryError(f"is damaged: {error}", where=str(path), hint=hint) from None
     if key != link.pixels_key or size != link.size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from wancli.job import prompts_from
 from wancli.job.matrix import MAX_SHOTS
 from wancli.job.overrides import Layer, Source
 from wancli.job.yaml_reader import normalize_text
+from wancli.storage import disk
+from wancli.storage.paths import expand_home
 
 # HEIC is refused by name when the picture is read.
 _SUFFIXES = {
@@ -48,16 +52,12 @@ def read(name: str, owner: Source) -> list[Layer]:
 def _find_pictures(name: str, owner: Source) -> list[str]:
     """Return the paths, from the folder of the job, of the pictures that a pattern or a folder names."""
     base = owner.base_dir
-    try:
-        pattern = base / Path(name).expanduser()
-        if pattern.is_dir():
+    pattern = base / expand_home(name, owner.location())
+    with disk.reading_for_job(owner.location(), name):
+        if disk.is_folder(pattern):
             pattern /= "*"
-        # The folders before the first wildcard are the user's own.
-        first = next((i for i, part in enumerate(pattern.parts) if any(c in part for c in "*?[")), -1)
-        found = Path(*pattern.parts[:first]).glob("/".join(pattern.parts[first:]))
-        files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
-    except (RuntimeError, ValueError, OSError) as error:  # no such user, or a name that no file can have
-        raise JobError(f"{name!r}: {error}", where=owner.location()) from None
+        found = dict.fromkeys(_match(Path(pattern.anchor), pattern.parts[1:]))
+        files = sorted(path for path in found if disk.is_file(path))
     pictures = [path for path in files if path.suffix.lower() in _SUFFIXES]
     if not pictures:
         rest = f", only other files such as {files[0].name}" if files else ""
@@ -66,25 +66,44 @@ def _find_pictures(name: str, owner: Source) -> list[str]:
     return [str(path.relative_to(base) if path.is_relative_to(base) else path) for path in pictures]
 
 
+def _match(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield what a pattern finds below a folder; `**` stands for any folders. Hidden names need a dot."""
+    if not parts:
+        yield folder
+        return
+    head, *rest = parts
+    if not any(letter in head for letter in "*?["):
+        yield from _match(folder / head, rest)
+        return
+    if head == "**":
+        yield from _match(folder, rest)
+    for path in disk.list_folder(folder):
+        if path.name.startswith(".") and not head.startswith("."):
+            continue
+        if head == "**" and disk.is_folder(path) and not disk.is_link(path):
+            yield from _match(path, parts)
+        elif head != "**" and fnmatchcase(path.name, head) and (not rest or disk.is_folder(path)):
+            yield from _match(path, rest)
+
+
 def _add_prompt(layer: Layer) -> Layer:
     """Put the text of NAME.txt below the keys of a picture, as its prompt."""
     values: dict[str, Any] = layer.value
     image = values.get("image")
     if "prompt" in values or not isinstance(image, str):
         return layer
-    path = layer.source.base_dir / Path(image).with_suffix(".txt")
-    try:
-        with path.open("rb") as file:
+    path = layer.source.base_dir / expand_home(image, layer.source.location()).with_suffix(".txt")
+    with disk.reading_for_job(str(path)):
+        if not disk.is_file(path):
+            return layer
+        with disk.opened(path) as file:
             data = file.read(_MAX_PROMPT_BYTES + 1)
-        text = data.decode("utf-8-sig").strip()
-    except (FileNotFoundError, IsADirectoryError):
-        return layer
-    except OSError as error:
-        raise JobError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise JobError(f"byte {error.start} is not UTF-8", where=str(path)) from None
     if len(data) > _MAX_PROMPT_BYTES:
         raise JobError(
             f"is larger than {_MAX_PROMPT_BYTES // 1024} KiB, too long for a prompt", where=str(path)
         )
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise JobError(f"byte {error.start} is not UTF-8", where=str(path)) from None
     return Layer(layer.source, {**values, "prompt": normalize_text(text, str(path))}) if text else layer

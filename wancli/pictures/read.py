@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from wancli.errors import JobError
+from wancli.storage import disk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,7 @@ class PictureFacts:
 
 
 def read_size(path: Path, orient: Orient) -> tuple[int, int]:
-    """Read width and height of a picture from its header. Raises JobError if it is not a picture."""
+    """Read width and height from the header. Raises JobError if it is not a picture, and Unreadable."""
     with _open(path) as image:
         width, height = image.size
         turned = orient == "exif" and _orientation(image) >= _TRANSPOSED
@@ -65,7 +66,7 @@ def read_size(path: Path, orient: Orient) -> tuple[int, int]:
 
 
 def read_pixels(path: Path, orient: Orient, alpha: Alpha) -> Pixels:
-    """Decode a picture, of several frames or pages the first. Raises JobError.
+    """Decode a picture, of several frames or pages the first. Raises JobError and Unreadable.
 
     `orient: exif` turns it as its EXIF orientation says. Transparent pixels keep their hidden colours with
     `alpha: drop`, else they are laid over white or black. Of 16 bits the upper 8 are kept.
@@ -75,7 +76,7 @@ def read_pixels(path: Path, orient: Orient, alpha: Alpha) -> Pixels:
 
 
 def inspect_picture(path: Path, orient: Orient, alpha: Alpha) -> PictureFacts:
-    """Decode a picture for its digest, and note which choices change how it looks. Raises JobError."""
+    """Decode a picture for its digest, and note which choices change its look. Raises as `read_size`."""
     notes = []
     with _open(path) as image:
         if orient == "ignore" and _orientation(image) > _UPRIGHT:
@@ -104,43 +105,30 @@ def _open(path: Path) -> Iterator[PillowImage]:
     """Open a picture. Every error of Pillow, also of a later decoding in the block, becomes a JobError."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        if path.exists() and not path.is_file():
-            message = "is a folder, not a picture" if path.is_dir() else "is not a regular file"
-            raise JobError(message, hint="Name a picture; `images_from` takes all pictures of a folder.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes that are allowed
-            with Image.open(path, formats=_FORMATS) as image:
-                yield image
-    except JobError:
-        raise
-    except UnidentifiedImageError:
-        raise _describe_other_file(path) from None
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise JobError(
-            f"has more than {limit:,} pixels", hint="Make it smaller; a video frame has 1 million."
-        ) from None
-    except FileNotFoundError:
-        raise JobError("not found", hint=f"Looked for {path}.") from None
-    except MemoryError:
-        raise
-    except OSError as error:
-        if error.errno is not None:
-            raise JobError(f"cannot be read: {error.strerror}") from None
-        raise _damaged(error) from None
-    except Exception as error:  # decoders raise errors of many types for damaged files
-        raise _damaged(error) from None
+    with disk.opened(path) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes that are allowed
+                with Image.open(file, formats=_FORMATS) as image:
+                    yield image
+        except (JobError, MemoryError):
+            raise
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise _describe_other_file(file.read(64)) from None
+        except Image.DecompressionBombError:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            hint = "Make it smaller; a video frame has 1 million."
+            raise JobError(f"has more than {limit:,} pixels", hint=hint) from None
+        except Exception as error:  # decoders raise errors of many types for damaged files
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk
+            hint = "Copy it again, or save it again as PNG."
+            raise JobError(f"is a damaged picture: {error}", hint=hint) from None
 
 
-def _damaged(error: Exception) -> JobError:
-    return JobError(f"is a damaged picture: {error}", hint="Copy it again, or save it again as PNG.")
-
-
-def _describe_other_file(path: Path) -> JobError:
-    """Say what a file is that Pillow does not know."""
-    with path.open("rb") as file:
-        start = file.read(64)
+def _describe_other_file(start: bytes) -> JobError:
+    """Say what a file is that Pillow does not know, by its first bytes."""
     if not start:
         return JobError("is empty", hint="Copy the picture again.")
     if start[4:8] == b"ftyp":

@@ -9,6 +9,7 @@ from wancli.errors import JobError
 from wancli.job.loader import JobFile
 from wancli.plan.pictures import Join
 from wancli.plan.shot import Shot
+from wancli.storage import disk
 from wancli.storage.paths import output_path
 
 
@@ -34,11 +35,10 @@ def _resolve_path(jobs: JobFile, shot: Shot) -> Path:
     where = item.location("join")
     try:
         path = output_path(jobs.directory, text, {"job": jobs.name})
-        resolved = path.parent.resolve() / path.name
+        with disk.reading_for_job(where):
+            resolved = disk.resolve(path.parent) / path.name
     except JobError as error:
         raise JobError(error.message, where=where, hint=error.hint) from None
-    except RuntimeError as error:  # a symbolic link to itself
-        raise JobError(str(error), where=where) from None
     if path.suffix != ".mp4":
         raise JobError(f"{text!r} does not end in .mp4", where=where)
     return resolved

@@ -20,6 +20,7 @@ from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture, r
 from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area
 from wancli.plan import model_registry
 from wancli.plan.pictures import GivenFrame, LinkedFrame, PictureFile, ShotPictures
+from wancli.storage import disk
 from wancli.storage.file_memo import file_identity, read_memo, write_memo
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class PictureMemo:
         self._known = _parse_memo(read_memo(path))
         self._is_new = False
 
-    def open(self, path: Path, orient: Orient, alpha: Alpha) -> PictureFile:
-        """Read size and digest. Raises JobError if it is not a picture."""
+    def look_up(self, path: Path, orient: Orient, alpha: Alpha) -> PictureFile:
+        """Read size and digest. Raises JobError if it is not a picture, and Unreadable."""
         size = read_size(path, orient)
         identity = f"{file_identity(path)}|{orient}|{alpha}"
         facts = self._known.get(identity)
@@ -187,11 +188,12 @@ def _open(item: Item, options: ImageOptions, key: Literal["first", "last"], memo
     path = model_registry.resolve_path(item.base_dir(*path_of_key), name, where)
     orient = options.orient or ("ignore" if options.preprocess == "official" else "exif")
     try:
-        return memo.open(path, orient, options.alpha)
+        with disk.reading_for_job(where, name):
+            return memo.look_up(path, orient, options.alpha)
     except JobError as error:
+        if error.where:
+            raise
         raise JobError(f"{name!r} {error.message}", where=where, hint=error.hint) from None
-    except (OSError, ValueError) as error:
-        raise JobError(f"{name!r} cannot be read: {error}", where=where) from None
 
 
 def _parse_area(item: Item, variant: Variant) -> int | None:

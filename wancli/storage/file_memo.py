@@ -8,22 +8,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wancli.errors import MachineError
-from wancli.storage import atomic
+from wancli.errors import MachineError, Unreadable
+from wancli.storage import atomic, disk
 
 
 def file_identity(path: Path) -> str:
-    """Return a text that changes whenever the file behind the path may have changed. Raises OSError."""
-    real = path.resolve()
-    stat = real.stat()
+    """Return a text that changes whenever the file behind the path may have changed; empty if it is gone."""
+    real = disk.resolve(path)
+    stat = disk.status(real)
+    if stat is None:
+        return ""
     return f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
 def read_memo(path: Path) -> dict[str, Any]:
     """Read what is remembered; nothing if the memo is missing or damaged."""
     try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        known = json.loads(disk.read_bytes(path))
+    except (Unreadable, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

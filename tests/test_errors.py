@@ -96,3 +96,17 @@ def test_an_error_is_an_object_for_programs() -> None:
         "hint": "free some",
         "retryable": False,
     }
+
+
+def test_the_frames_of_an_error_list_arrays_and_no_modules() -> None:
+    def fail() -> None:
+        import numpy as np
+
+        rows = np.zeros((2, 3), np.uint8)
+        raise errors.JobError(f"of {rows.sum()}")
+
+    with pytest.raises(errors.JobError) as caught:
+        fail()
+    text = errors.format_frames(caught.value)
+    assert "rows: [2, 3] uint8" in text
+    assert " np:" not in text

@@ -252,7 +252,7 @@ def format_frames(error: BaseException) -> str:
         lines.append(f"{code.co_filename}:{line} {code.co_qualname}")
         for name, value in frame.f_locals.items():
             shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-            if shape is not None and dtype is not None:
+            if isinstance(shape, tuple) and dtype is not None:  # a module numpy has a shape() and a dtype
                 lines.append(f"    {name}: {list(shape)} {dtype}")
     return "\n".join(lines)
 

@@ -532,7 +532,9 @@ def test_a_model_that_is_not_found_is_an_error_with_the_path_searched(
 ) -> None:
     assert problems(decide, model="no/such") == [":1: model: 'no/such' not found"]
     assert problems(decide, model="x" * 300)[0].endswith("cannot be read: File name too long")
-    assert problems(decide, model="~nosuchuser/x")[0].startswith(":1: model: '~nosuchuser/x': ")
+    assert problems(decide, model="~nosuchuser/x") == [
+        ":1: model: the home folder of '~nosuchuser/x' is not known"
+    ]
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"job.yaml:1: model: .*/file: truncated or damaged"):
         decide(model="file")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jobs import CommandResult
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # trio has one, and came with selenium
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and threads that wait for each other are not
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
@@ -83,13 +84,37 @@ def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def unchanging() -> set[Path]:
+    """Checkpoints that no test changes: the plans of a run read their headers once."""
+    from wancli import wan_mini
+
+    return {TINY, wan_mini.FOLDER}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _identify_once(unchanging: set[Path]) -> None:
+    from wancli.plan import planner
+
+    real, known = planner.identify, {}
+
+    def identify(source: Any) -> Any:
+        if source not in unchanging:
+            return real(source)
+        if source not in known:
+            known[source] = real(source)
+        return known[source]
+
+    planner.identify = identify
+
+
+@pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that keeps embeddings and digests from test to test; one for the whole run."""
     return tmp_path_factory.mktemp("warm")
 
 
 @pytest.fixture(scope="session")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shallow(tmp_path_factory: pytest.TempPathFactory, unchanging: set[Path]) -> Path:
     """The tiny checkpoint cut down to 4 blocks, where depth does not matter."""
     from jobs import TRANSFORMER, change_tensors, checkpoint
 
@@ -101,6 +126,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     change_tensors(model / TRANSFORMER, cut)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
+    unchanging.add(model)
     return model
 
 

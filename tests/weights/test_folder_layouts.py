@@ -448,3 +448,27 @@ def test_fp8_in_square_blocks_is_refused_by_its_name(tmp_path: Path, end: str) -
         identify(root / "diffusion_models/w.safetensors")
     (part,) = inspect(root / "diffusion_models/w.safetensors")["parts"]
     assert message in part["refusal"]
+
+
+def test_single_files_beside_only_a_tokenizer_json_say_so(tmp_path: Path) -> None:
+    write(tmp_path / "dit.safetensors", stored(dit("14B"), "F16"))
+    write(tmp_path / "umt5.safetensors", stored(umt5(), "F16"))
+    write(tmp_path / "vae.safetensors", stored(vae21_diffusers(), "F16"))
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
+    message = r"SentencePiece model \(tokenizer\); tokenizer\.json is there, which wancli does not read"
+    with pytest.raises(CheckpointError, match=message):
+        identify(tmp_path / "dit.safetensors")
+
+
+def test_a_folder_whose_encoder_holds_the_tokenizer_misses_none(folder: Path) -> None:
+    (folder / "google/umt5-xxl/spiece.model").unlink()
+    encoder = torch.load(folder / T5, weights_only=True)
+    spiece = torch.tensor(list(SPIECE.read_bytes()), dtype=torch.uint8)
+    (folder / T5).unlink()
+    save_file(
+        {k: t.contiguous() for k, t in encoder.items()} | {"spiece_model": spiece},
+        folder / T5.replace(".pth", ".safetensors"),
+    )
+    assert identify(folder).tokenizer.name == T5.replace(".pth", ".safetensors")
+    assert inspect(folder)["missing"] == []

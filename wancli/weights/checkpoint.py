@@ -21,7 +21,14 @@ from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanCo
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.storage import atomic, disk, links
 from wancli.weights.component import Component, Kind
-from wancli.weights.folder_layouts import EXPERT_ROLES, Layout, Role, load_json
+from wancli.weights.folder_layouts import (
+    EXPERT_ROLES,
+    Layout,
+    Role,
+    find_tokenizer_json,
+    load_json,
+    models_root,
+)
 from wancli.weights.formats.infer_config import mismatch_error, wrong_model_error
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 from wancli.weights.recognize import normalize_config
@@ -212,8 +219,10 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
         *(["the VAE (vae)"] if vae is None else []),
     ]
     if text_encoder is None or tokenizer is None or vae is None or missing:
+        other = None if tokenizer else find_tokenizer_json(models_root(main))
+        only = f"; {other.name} is there, which wancli does not read" if other else ""
         raise CheckpointError(
-            f"missing beside it: {', '.join(missing)}", where=str(main), hint=NAME_FILES_HINT
+            f"missing beside it: {', '.join(missing)}{only}", where=str(main), hint=NAME_FILES_HINT
         )
     return _assemble(
         source if isinstance(source, Path) else main, experts, text_encoder, tokenizer, vae, source

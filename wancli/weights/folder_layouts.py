@@ -42,6 +42,8 @@ VAE_NAMES = tuple(
     f"Wan{version}_VAE{suffix}" for version in ("2.1", "2.2") for suffix in (".safetensors", ".pth")
 )
 TOKENIZER_PATH = "google/umt5-xxl/spiece.model"
+# Where UMT5's SentencePiece model lies beside single files.
+SPIECE_PLACES = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
 OFFICIAL_MARKERS = ("high_noise_model", "low_noise_model", "config.json", "google", *T5_NAMES, *VAE_NAMES)
 # ComfyUI's folders of single files.
 TRANSFORMERS, ENCODERS, VAES = (
@@ -117,10 +119,15 @@ def models_root(path: Path) -> Path:
     return path.parent
 
 
+def find_tokenizer_json(root: Path) -> Path | None:
+    """Return the file of the library tokenizers in the place of the SentencePiece model, if there is one."""
+    places = ((root / name).with_name("tokenizer.json") for name in SPIECE_PLACES)
+    return next((path for path in places if disk.is_file(path)), None)
+
+
 def find_tokenizer(root: Path) -> Path | None:
     """Return UMT5's SentencePiece model beside single files, if there is one."""
-    names = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
-    return next((root / name for name in names if disk.is_file(root / name)), None)
+    return next((root / name for name in SPIECE_PLACES if disk.is_file(root / name)), None)
 
 
 def network_files(path: Path) -> tuple[Path, ...]:

@@ -50,7 +50,11 @@ def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
         "schema": SCHEMA,
         "path": str(path),
         "layout": layout.name if layout else "file",
-        "missing": list(layout.missing.values()) if layout else [],
+        "missing": [
+            name
+            for role, name in (layout.missing.items() if layout else ())
+            if role != "tokenizer" or not any(part.tokenizer for part in parts)
+        ],
         "parts": [_describe_component(part) for part in parts],
         **(_describe_checkpoint(path) if whole else {"variant": None, "defaults": None, "problem": None}),
     }

@@ -130,7 +130,11 @@ def test_alphas_beside_the_matrices_win_over_the_metadata(tmp_path: Path) -> Non
     ("metadata", "scale", "note"),
     [
         ({"ss_network_alpha": "16"}, 1, r"ss_network_alpha = '16' .* converters bake that"),
-        ({"alpha": "cosine"}, 1, r"alpha = 'cosine', which is not a number; its scale is taken as 1"),
+        (
+            {"alpha": "cosine"},
+            1,
+            r"alpha = 'cosine', which is not a number from 0 up; its scale is taken as 1",
+        ),
         ({"alpha": "2", "lora_alpha": "8"}, 2, r"lora_alpha = '8', alpha = '2'; lora_alpha is taken"),
     ],
 )

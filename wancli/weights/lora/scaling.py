@@ -103,7 +103,9 @@ def _read_numbers(metadata: Mapping[str, str]) -> Scaling:
             in_metadata=True,
         )
     if said:
-        return Scaling(notes=(f"its metadata says {quoted}, which is not a number; its scale is taken as 1",))
+        return Scaling(
+            notes=(f"its metadata says {quoted}, which is not a number from 0 up; its scale is taken as 1",)
+        )
     if BAKED_KEY in metadata:
         baked = f"{BAKED_KEY} = {metadata[BAKED_KEY][:40]!r}"
         return Scaling(

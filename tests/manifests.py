@@ -60,7 +60,7 @@ def prompt(id: str, text: str, **changes: Any) -> dict[str, Any]:
 
 
 def rule(prompt_id: str, **changes: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = {"text": prompt_id, "branches": ["cond"], "blend": "lerp", "gain": 1.0}
+    facts: dict[str, Any] = {"text": prompt_id, "branches": ["cond"], "blend": "context-lerp", "gain": 1.0}
     facts |= {"blocks": {"3": 1.0}, "steps": {"0": 1.0}, "planned": 1, "hits": 1}
     facts |= {"hits_by_step": {"0": 1}, "hits_by_branch": {"cond": 1}, "hits_by_block": {"3": 1}}
     return facts | {"difference": {"verdict": {"percent": 50.0, "band": "far"}}} | changes

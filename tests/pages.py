@@ -14,6 +14,7 @@ from wancli.cli import run
 from wancli.report.html.collect import ReportInputs
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import manifest
+from wancli.storage.report_schema import EntryRecord
 
 HOSTILE = (
     "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -58,7 +59,8 @@ def entries(out: Path, name: str = "fish") -> dict[str, Any]:
 
 def typed(entry: dict[str, Any]) -> ShotEntry:
     """The entry as a report or a manifest gives it."""
-    return ShotEntry.parse(entry, Path("job.report.json"))
+    path = Path("job.report.json")
+    return ShotEntry.from_record(EntryRecord.parse(entry, path), path)
 
 
 def hostile(entry: dict[str, Any]) -> dict[str, Any]:

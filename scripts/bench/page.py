@@ -14,6 +14,7 @@ from selenium.webdriver.chrome.service import Service
 from wancli.cli import run
 from wancli.report.html import collect, page
 from wancli.report.shot_entry import ShotEntry
+from wancli.storage.report_schema import EntryRecord
 
 SHOTS = 100
 RUNS = 5
@@ -45,7 +46,7 @@ def hundred_shots(folder: Path) -> collect.ReportInputs:
     for index in range(SHOTS):
         labels = {"seed": index % 10, "take": index // 10}
         copied = one | {"id": f"shot-{index}", "labels": labels}
-        found.entries.append(("sweep", ShotEntry.parse(copied, job)))
+        found.entries.append(("sweep", ShotEntry.from_record(EntryRecord.parse(copied, job), job)))
     return found
 
 

@@ -343,7 +343,7 @@ def test_a_damaged_state_is_moved_aside_with_a_warning(
     state.write_bytes(data)
     said = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain", "--cache-dir", warm)
     assert said.code == 0
-    assert f"warning: {state}: the latent is damaged: its checksum differs; moved aside" in said.err
+    assert f"warning: {state}: the state is damaged: its checksum differs; moved aside" in said.err
     assert "clip.state.old-1.safetensors" in files_in(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -177,15 +178,17 @@ def test_a_job_is_checked_against_what_it_says_now(copy: Path, capsys: pytest.Ca
     code, found = check("--set", "sampler.steps=3", "--items", "0")
     problems = {Path(entry["path"]).name: entry["problem"] for entry in found["problems"]}
     assert code == 4
-    assert problems["s0.manifest.json"] == "made by another job, version or model"
-    assert problems["s0.latents.safetensors"] == "the latent of another job, version or model"
+    differs = "another job, version or model: made with sampler.steps 2, not 3"
+    assert problems["s0.manifest.json"] == f"made by {differs}"
+    assert problems["s0.latents.safetensors"] == f"the latent of {differs}"
 
 
 def test_a_report_that_is_cut_is_a_problem_and_that_of_another_program_is_not(copy: Path) -> None:
     report = copy / "out/job.report.json"
     report.write_bytes(report.read_bytes()[:-30])
     (copy / "out/report.json").write_text('{"schema": "mine"}')
-    assert verify.check_folder(copy / "out").problems == [Problem(report, "is not whole")]
+    damaged = "the report is damaged, or of another version"
+    assert verify.check_folder(copy / "out").problems == [Problem(report, damaged)]
 
 
 def test_what_is_neither_folder_nor_job_is_a_job_error(
@@ -208,4 +211,6 @@ def test_a_report_that_lacks_what_it_should_hold_is_a_problem(
     if instead is not None:
         holder[lacking] = instead
     path.write_text(json.dumps(report))
-    assert verify.check_folder(copy / "out").problems == [Problem(path, "is not whole")]
+    (problem,) = verify.check_folder(copy / "out").problems
+    assert problem.path == path
+    assert re.match(rf"the report is damaged, or of another version: .*{lacking}", problem.text)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from block_maps import TOTAL, measured_map
 
+from wancli.errors import EntryError
 from wancli.injection import block_map
 
 # ---- the file ----
@@ -40,17 +41,19 @@ def test_a_written_map_reads_back_equal(tmp_path: Path) -> None:
         {"seed": None},
     ],
 )
-def test_a_file_that_is_not_a_sound_map_reads_as_none(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_sound_map_is_damage(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps(measured_map().as_dict() | change))
-    assert block_map.read(path) is None
+    with pytest.raises(EntryError, match=r"damaged, or of another version|not wancli/map/1"):
+        block_map.read(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", "null", '{"schema": NaN}', "[" * 5000])
-def test_a_file_that_is_not_a_json_object_reads_as_none(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_object_is_damage(text: str, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(text)
-    assert block_map.read(path) is None
+    with pytest.raises(EntryError, match=r"damaged, or of another version|not wancli/map/1"):
+        block_map.read(path)
     assert block_map.read(tmp_path / "absent.json") is None
 
 

@@ -239,11 +239,11 @@ def test_many_videos_go_onto_pages_with_the_baseline_on_each(tmp_path: Path) -> 
 
 
 def test_a_sheet_says_what_blocks_read_and_not_what_has_strength_0() -> None:
-    rules = [manifests.rule("fish", blocks={"3": strength, "4": strength}) for strength in (0.0, 0.5)]
+    rules = [manifests.rule("fish", blocks={"2": strength, "3": strength}) for strength in (0.0, 0.5)]
     prompts = [manifests.prompt("cat", "a cat"), manifests.prompt("fish", "a fish")]
     record = manifests.record(prompts=prompts, injection=rules)
     one = clip.Clip(Path("x.mp4"), "x", record, mp4.VideoInfo(1, 8, 64, 64))
-    assert [*contact_sheet._caption_lines(one, "")] == ["x: a cat", "  blocks 3-4 at 0.5 read: a fish"]
+    assert [*contact_sheet._caption_lines(one, "")] == ["x: a cat", "  blocks 2-3 at 0.5 read: a fish"]
 
 
 def test_on_pages_of_many_videos_each_has_its_own_baseline(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_comparison_that_fails_fails_no_shot(
     def fails(path: Path) -> Any:
         raise FfmpegError("went wrong", where=str(path))
 
-    monkeypatch.setattr(mp4, "read_info", fails)
+    monkeypatch.setattr(mp4, "read_frames", fails)
     said = loud(**BATCH, compare=True)
     assert said.code == 0
     assert len(said.out.split()) == 3

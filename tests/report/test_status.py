@@ -219,8 +219,8 @@ def test_a_state_that_goes_while_it_is_looked_at_is_no_error(
         assert render(**CHANGES).code == 75
     real = tensor_file.read_record
 
-    def peek(path: Path) -> Any:
-        found = real(path)
+    def peek(path: Path, form: Any) -> Any:
+        found = real(path, form)
         path.unlink(missing_ok=True)
         return found
 

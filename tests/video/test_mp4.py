@@ -106,6 +106,35 @@ def test_colours_come_back_as_they_were_sent(tmp_path, codec):
             assert np.abs(seen[HEIGHT // 2, 8 * i + 4].astype(int) - colour).max() <= 3
 
 
+@pytest.mark.parametrize(
+    ("pixels", "encoder"),
+    [("yuv420p10le", "libx265"), ("yuv444p", "libx264"), ("yuv444p10le", "libx264"), ("gray", "libx264")],
+)
+def test_frames_of_any_depth_and_layout_are_read(tmp_path: Path, pixels: str, encoder: str) -> None:
+    shades = [(200, 200, 200), (10, 10, 10), (90, 90, 90)]
+    raw = b"".join(bytes(shade) * (64 * 48) for shade in shades)
+    path = tmp_path / "deep.mp4"
+    source = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-video_size",
+        "64x48",
+        "-framerate",
+        "8",
+        "-i",
+        "pipe:0",
+    ]
+    coded = ["-pix_fmt", pixels, "-c:v", encoder, "-crf", "1", str(path)]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *source, *coded]
+    subprocess.run(command, input=raw, check=True, capture_output=True)
+    frames = [np.frombuffer(frame.rgb, np.uint8) for frame in mp4.read_frames(path)]
+    assert [frame.size for frame in frames] == [64 * 48 * 3] * len(shades)
+    for frame, shade in zip(frames, shades):
+        assert np.abs(frame.astype(int) - shade[0]).max() <= 3
+
+
 def test_the_samples_in_the_file_are_bt709_in_limited_range(tmp_path):
     path = render(tmp_path / "a.mp4", [picture().tobytes()] * 3)
     command = [

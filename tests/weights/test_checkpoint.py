@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import weight_files
-from jobs import SPIECE
+from jobs import SPIECE, forbid_calls
 from safetensors.torch import load_file, save_file
 from weight_files import Entries, cast, dit, dit_diffusers, pth, scalar, stored, umt5, umt5_official, write
 
@@ -24,6 +24,7 @@ from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.vae import WanVAE
 from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
+from wancli.storage import atomic
 from wancli.text.tokenizer import Tokenizer
 from wancli.weights import checkpoint as identify_module
 from wancli.weights.checkpoint import fingerprint, identify, text_encoder_config, vae_config
@@ -264,15 +265,32 @@ def test_a_fingerprint_is_the_sha256_of_the_whole_content(tmp_path: Path):
     assert fingerprint([b, a], memo) != fingerprint([a, b], memo)
 
 
-def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path):
+def test_a_fingerprint_is_remembered_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, memo = tmp_path / "a", tmp_path / "memo.json"
     path.write_bytes(b"before")
     before = fingerprint([path], memo)
-    forged = json.loads(memo.read_text())
-    memo.write_text(json.dumps(dict.fromkeys(forged, "0" * 64)))
-    assert fingerprint([path], memo) == "0" * 64  # the memo was used
+    with monkeypatch.context() as patch:
+        forbid_calls(patch, (atomic, "sha256"))
+        assert fingerprint([path], memo) == before
     path.write_bytes(b"after!")
     assert fingerprint([path], memo) == hashlib.sha256(b"after!").hexdigest() != before
+
+
+def test_a_digest_that_another_file_had_or_that_nobody_sealed_is_computed_again(tmp_path: Path) -> None:
+    paths, memo = [tmp_path / "a", tmp_path / "b"], tmp_path / "memo.json"
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    sound = [fingerprint([path], memo) for path in paths]
+    known = json.loads(memo.read_text())
+    swapped = dict(zip(known, reversed(known.values())))
+    unsealed = {name: entry["value"] for name, entry in swapped.items()}  # as earlier versions wrote them
+    other_seal = {name: entry | {"value": "0" * 64} for name, entry in known.items()}
+    for entries in (swapped, unsealed, other_seal):
+        memo.write_text(json.dumps(entries))
+        assert [fingerprint([path], memo) for path in paths] == sound
+        assert json.loads(memo.read_text()) == known
 
 
 def test_hashing_a_large_file_is_logged_once_and_not_when_quiet(
@@ -296,7 +314,8 @@ def test_a_damaged_memo_is_written_again(tmp_path: Path, damage: bytes):
     memo.write_bytes(damage)
     expected = hashlib.sha256(b"content").hexdigest()
     assert fingerprint([path], memo) == expected
-    assert expected in json.loads(memo.read_text()).values()
+    (entry,) = json.loads(memo.read_text()).values()
+    assert entry["value"] == expected
 
 
 def test_a_folder_is_identified_without_torch(tiny: Path):

@@ -21,7 +21,7 @@ from wancli.plan import memory_estimate, memory_policy, model_registry
 from wancli.plan.planner import build_plan, resolve_model
 from wancli.plan.prompts import tokenize
 from wancli.plan.shot import ModelSpec, Prompt
-from wancli.storage import disk
+from wancli.storage import disk, records
 from wancli.text.embedding import read_tokens, save_embeddings
 from wancli.text.encoder import Encoded
 
@@ -147,10 +147,11 @@ def read_pairs(
         if not pairs:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))
         return list(pairs.values())
-    with disk.reading_for_job(str(file)), disk.opened(file, pipes=True) as opened:
-        data = opened.read()
+    is_embedding = file.suffix == ".safetensors"
+    with disk.reading_for_job(str(file)):
+        data = records.read_bytes(file, records.EMBEDDING) if is_embedding else _read_any(file)
     model = _resolve_model(folder, memo)
-    if file.suffix == ".safetensors":
+    if is_embedding:
         tokens = read_tokens(data, str(file))
         if len(tokens) < 2:
             raise JobError("holds one embedding; two are needed", where=str(file))
@@ -161,6 +162,12 @@ def read_pairs(
         raise JobError(f"holds {len(texts)} prompts; two are needed, an empty line between", where=str(file))
     a, b = (tokenize(model, text, 512, False) for text in texts)
     return [PromptPair(model, a, b)]
+
+
+def _read_any(file: Path) -> bytes:
+    """Read a text of the user, which may come through a pipe."""
+    with disk.opened(file, pipes=True) as opened:
+        return opened.read()
 
 
 def compare_pair(pair: PromptPair, context: RenderContext, *, dit: bool) -> PromptDistance:

@@ -71,8 +71,13 @@ class RenderReporter:
             failed = _unfinished(plan, outcomes)
         existing = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
         hints = []
-        if retried := [index for index in failed if index not in existing]:
+        lasting = [o.shot.index for o in outcomes if o.error and not o.error.retryable]
+        left = [index for index in failed if index not in existing]
+        if retried := [index for index in left if index not in lasting]:
             hints.append(f"try again: {rerun_command(self.context, format_ranges(retried))}")
+        if mended := [index for index in left if index in lasting]:
+            rerun = rerun_command(self.context, format_ranges(mended))
+            hints.append(f"another try alone does not help; once the cause is gone: {rerun}")
         if existing:
             forced = rerun_command(self.context, format_ranges(existing), without="force")
             hints.append(

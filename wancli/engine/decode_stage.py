@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.kept_frames import keep_frames
+from wancli.engine.networks import check_device
 from wancli.errors import (
     CheckpointError,
     ClaimedElsewhere,
@@ -21,7 +22,7 @@ from wancli.errors import (
 )
 from wancli.plan import model_registry
 from wancli.resources.measure import PeakMemory, oom_as_error, release_memory
-from wancli.storage import atomic, disk, manifest
+from wancli.storage import atomic, disk, manifest, records
 from wancli.storage.manifest_schema import Manifest, ShotRecord
 from wancli.video import mp4
 
@@ -63,6 +64,10 @@ def decode_file(
             where=str(checkpoint.vae_files[0]),
             hint="--model DIR names the checkpoint to decode with.",
         )
+    made_for = (checkpoint.variant.latent_channels, record.shot.width // checkpoint.variant.vae_stride)
+    if (z_CTYX.shape[0], z_CTYX.shape[3]) != made_for:
+        raise records.LATENT.damaged(path, f"the VAE reads no latent of {[*z_CTYX.shape]}")
+    check_device(record.model.device)
     decode_latent(z_CTYX, record, output, load_vae(checkpoint, record.model.device), context)
     return output
 
@@ -152,7 +157,7 @@ def _write_video(
                     frame_count=shot.frames,
                     crf=shot.crf,
                     codec=shot.codec,
-                    comment=f"wancli {shot.id} {record.key[:16]}",
+                    comment=mp4.shot_comment(shot.id, record.key),
                 )
     finally:
         vae.to(home)

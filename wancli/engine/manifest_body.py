@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -19,9 +18,10 @@ from wancli.plan import backends, memory_estimate
 from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
 from wancli.resources.measure import PeakMemory
-from wancli.storage import disk, manifest, tensor_file
+from wancli.storage import disk, manifest, records, tensor_file
 from wancli.storage.manifest import canonical_json
-from wancli.storage.manifest_schema import Manifest, ModelRecord, ShotRecord
+from wancli.storage.manifest_schema import Manifest, ShotRecord
+from wancli.storage.model_schema import ModelRecord
 from wancli.video import ffmpeg
 from wancli.weights.checkpoint import Location
 from wancli.weights.single_files import SingleFiles
@@ -72,8 +72,11 @@ def build_record(
 
 
 def continue_record(record: ShotRecord, shot: Shot, placement: Placement) -> ShotRecord:
-    """Return the record of a latent that an earlier run left, with the settings that its video has now."""
-    now = ShotRecord(**record.as_dict() | to_plain_json(_planned(shot, placement)))
+    """Return the record of a latent that an earlier run left, with the settings that its video has now.
+
+    Raises EntryError if what the record says of sampling is not of this shot.
+    """
+    now = ShotRecord.parse(record.as_dict() | to_plain_json(_planned(shot, placement)), shot.latents)
     ran = now.model.model_copy(update={"attention": record.model.attention})  # what ran then
     earlier = [phase.model_copy(update={"earlier": True}) for phase in record.phases]
     return now.model_copy(update={"model": ran, "phases": earlier})
@@ -95,8 +98,22 @@ def complete_record(
 
 def load_latent(path: Path) -> tuple[Tensor, ShotRecord]:
     """Read a finished latent and its record. Raises EntryError if either is damaged or of another version."""
-    z_CTYX, record = tensor_file.load_latent(path)
-    return z_CTYX, ShotRecord.parse(record, path)
+    z_CTYX, facts = tensor_file.load_latent(path)
+    return z_CTYX, _latent_record(facts, z_CTYX.shape, path)
+
+
+def verify_latent(path: Path) -> ShotRecord:
+    """Verify a finished latent and return its record. Raises EntryError as `load_latent`. Needs no torch."""
+    shape, facts = tensor_file.verify_latent(path)
+    return _latent_record(facts, shape, path)
+
+
+def _latent_record(facts: Record, shape: Sequence[int], path: Path) -> ShotRecord:
+    record = ShotRecord.parse(facts, path)
+    shot, (_, t, y, x) = record.shot, shape
+    if t != (shot.frames - 1) // 4 + 1 or (shot.height, shot.width) not in ((8 * y, 8 * x), (16 * y, 16 * x)):
+        raise ShotRecord.KIND.damaged(path, f"a latent of {[*shape]} is not of its frames and size")
+    return record
 
 
 def _planned(shot: Shot, placement: Placement) -> Record:
@@ -265,7 +282,7 @@ def seconds_since(began: float | None) -> float:
 
 def to_plain_json(record: Record) -> Record:
     """Convert a record to what a file gives back: text keys, lists."""
-    return dict(json.loads(canonical_json(record)))
+    return dict(records.parse_json(canonical_json(record)))
 
 
 @cache

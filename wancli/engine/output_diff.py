@@ -35,7 +35,12 @@ def describe_differences(shot: Shot) -> str:
         record = manifest.read(shot.manifest)
     except EntryError:
         return ""
-    differences = list(dict.fromkeys(_diff(record, shot))) if record else []
+    return describe_record(record, shot) if record else ""
+
+
+def describe_record(record: ShotRecord, shot: Shot) -> str:
+    """Describe how a recorded shot differs from this one; empty if by no key."""
+    differences = list(dict.fromkeys(_diff(record, shot)))
     named = [f"{key} {recorded}, not {new}" for key, recorded, new in differences if recorded]
     named += [f"another {key}" for key, recorded, _ in differences if not recorded]
     rest = [f"{len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []

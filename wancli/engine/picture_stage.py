@@ -23,6 +23,7 @@ from wancli.pictures.read import digest_pixels, read_pixels
 from wancli.plan.pictures import GivenFrame, LinkedFrame, PictureFile
 from wancli.plan.shot import Shot
 from wancli.resources.measure import PeakMemory, oom_as_error
+from wancli.storage import records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the key and the payload
 _TENSOR = "frames"
-_LABEL = "wancli pictures"  # of the metadata
+_LABEL = "pictures"
 
 
 @dataclass(frozen=True)
@@ -139,31 +140,27 @@ def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
 
 
 def _pack(z_CTYX: Tensor, shot: Shot) -> bytes:
-    from safetensors.torch import save
-
     assert shot.pictures
     names = " and ".join(frame.source.name for frame in shot.pictures.frames)
-    return save({_TENSOR: z_CTYX.contiguous()}, {_LABEL: f"{names} at {shot.width}x{shot.height}"})
+    document = {_LABEL: f"{names} at {shot.width}x{shot.height}"}
+    return records.write_tensors({_TENSOR: z_CTYX.contiguous()}, json.dumps(document))
 
 
 def read_label(payload: bytes) -> str | None:
     """Return what an entry of the store shows, for people; None if it is not one of pictures. No torch."""
     try:
-        end = 8 + int.from_bytes(payload[:8], "little")
-        return str(json.loads(payload[8:end])["__metadata__"][_LABEL])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        document = records.parse_header(payload)[1]
+    except ValueError:
         return None
+    return str(document[_LABEL]) if isinstance(document, dict) and _LABEL in document else None
 
 
 def _load(key: str, context: RenderContext) -> Tensor | None:
     """Load an entry of the store; None if there is none, or one that another version wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     payload = context.store.get(key) if context.store else None
     try:
-        return None if payload is None else load(payload)[_TENSOR]
-    except (SafetensorError, KeyError):
+        return None if payload is None else records.parse_tensors(payload)[0][_TENSOR]
+    except (ValueError, KeyError):
         return None
 
 

@@ -29,8 +29,9 @@ from wancli.plan import batching
 from wancli.plan.schedule import Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
-from wancli.storage import atomic, manifest, tensor_file
+from wancli.storage import atomic, disk, manifest
 from wancli.storage.manifest_schema import ShotRecord
+from wancli.storage.records import LATENT
 from wancli.text.encoder import Encoded
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
             aside = atomic.move_aside(shot.output, "damaged")
             atomic.move_aside(shot.manifest, "damaged")
             moved = f"moved to {aside.name if aside else 'nowhere'}, shot {shot.id} is rendered again"
-            context.progress.warn(f"{shot.output} no longer verifies; {moved}")
+            context.progress.warn(f"{shot.output} no longer verifies: {why}; {moved}")
         latent = _load_saved_latent(shot, model_context)
     if attempt.error:
         return failed_outcome(shot, attempt)
@@ -287,13 +288,15 @@ def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor,
         return None
     try:
         z_CTYX, record = manifest_body.load_latent(shot.latents)
+        if record.latents_key != shot.latents_key or effects_missing(shot, record):
+            return None
+        if z_CTYX.shape != shot.latent_shape:
+            raise LATENT.damaged(shot.latents, f"{[*z_CTYX.shape]} is not the shape of the shot")
+        return z_CTYX, manifest_body.continue_record(record, shot, model_context.schedule.placement(shot))
     except EntryError as error:
-        if (tensor_file.read_record(shot.latents) or {}).get("latents_key") == shot.latents_key:
+        if disk.is_taken(shot.latents):
             model_context.context.progress.warn(f"{error}; shot {shot.id} is sampled again")
         return None
-    if record.latents_key != shot.latents_key or effects_missing(shot, record):
-        return None
-    return z_CTYX, manifest_body.continue_record(record, shot, model_context.schedule.placement(shot))
 
 
 def _save_unsaved(state: ShotState, context: RenderContext) -> None:

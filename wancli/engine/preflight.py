@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.engine import output_diff
+from wancli.engine import manifest_body, output_diff
 from wancli.engine.context import RenderContext
 from wancli.engine.networks import check_device, check_weights
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, Unreadable, WancliError
@@ -78,6 +78,8 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
             refused[shot.index] = output_exists_error(shot, why)
         elif status != "done" or needs_effects(shot):
             todo.append(shot)
+        else:
+            _warn_of_damaged_latent(shot, context)
     if len(refused) == len(plan.shots) and (unreadable := _first_unreadable(refused.values())):
         raise unreadable
     if refused and not todo and not _first_unreadable(refused.values()):
@@ -87,6 +89,16 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
 
 def _first_unreadable(errors: Iterable[WancliError]) -> Unreadable | None:
     return next((error for error in errors if isinstance(error, Unreadable)), None)
+
+
+def _warn_of_damaged_latent(shot: Shot, context: RenderContext) -> None:
+    """Warn if a finished shot was to keep its latent, and that is damaged or cannot be read."""
+    try:
+        if shot.keep_latents and disk.is_taken(shot.latents):
+            manifest_body.verify_latent(shot.latents)
+    except (EntryError, Unreadable) as error:
+        way_out = f"the video of shot {shot.id} is whole; --force renders both again"
+        context.progress.warn(f"{error}; {way_out}")
 
 
 def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus, str]:
@@ -100,7 +112,9 @@ def status_for_render(shot: Shot, context: RenderContext) -> tuple[OutputStatus,
 
 
 def output_exists_error(shot: Shot, why: str) -> OutputExists:
-    hint = "This job did not make it: --force moves it aside; or change `output`."
+    unknown = disk.is_taken(shot.manifest) and manifest.peek_key(shot.manifest) is None
+    maker = "Nothing proves that this job made it" if unknown else "This job did not make it"
+    hint = f"{maker}: --force moves it aside; or change `output`."
     return OutputExists(f"already exists: {why}", where=str(shot.output), hint=hint)
 
 
@@ -121,8 +135,9 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
         return "to do", why
     if not manifest.find_problems(shot.output, shot.key):  # another worker has finished it just now
         return "done", ""
-    ours = disk.is_file(shot.output) and not disk.is_link(shot.output) and _manifest_names_shot(shot)
-    return ("damaged", why) if ours else ("in the way", output_diff.describe_differences(shot) or why)
+    if origin := find_origin(shot):
+        return "damaged", f"{why}; by {origin} it is this shot"
+    return "in the way", output_diff.describe_differences(shot) or why
 
 
 def is_finished(shot: Shot) -> bool:
@@ -130,9 +145,20 @@ def is_finished(shot: Shot) -> bool:
     return output_status(shot)[0] == "done" and not needs_effects(shot)
 
 
-def _manifest_names_shot(shot: Shot) -> bool:
-    """Return whether the manifest, sealed or not, says that the output is this very shot."""
-    return manifest.peek_key(shot.manifest) == shot.key
+def find_origin(shot: Shot) -> str:
+    """Name what says that the video at the output is this very shot; empty if nothing does.
+
+    That is its manifest, sealed or not. If that cannot be read, it is the latent that is still there, or the
+    comment in the video.
+    """
+    if disk.is_link(shot.output) or not disk.is_file(shot.output) or not disk.is_taken(shot.manifest):
+        return ""
+    if key := manifest.peek_key(shot.manifest):
+        return "its manifest" if key == shot.key else ""
+    latent = tensor_file.read_record(shot.latents, ShotRecord)
+    if latent is not None and latent.key == shot.key:
+        return "its latent"
+    return "the comment in the video" if mp4.names_shot(shot.output, shot.key) else ""
 
 
 def _lacks_only_manifest(shot: Shot) -> bool:
@@ -143,7 +169,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
     if disk.exists(shot.manifest):
         return False
     try:
-        return bool(tensor_file.load_latent(shot.latents)[1].get("key") == shot.key)
+        return manifest_body.verify_latent(shot.latents).key == shot.key
     except EntryError:
         return False
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from pathlib import Path
 
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
@@ -26,9 +26,8 @@ from wancli.plan.shot import Shot
 from wancli.sampling import state_file
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
-from wancli.storage import atomic
-
-_FORMAT = 1  # of the record of a state
+from wancli.storage import atomic, disk
+from wancli.storage.manifest_schema import SavedState
 
 
 class Status(Enum):
@@ -114,8 +113,8 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     if context.force and context.force.is_outdated(shot, "state"):
         remove_state(shot)
     try:
-        solver_state, facts = state_file.load_state(shot.state)
-        if not _belongs_to(shot, facts):
+        solver_state, saved = load_state(shot.state)
+        if not _belongs_to(shot, solver_state, saved):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
         if atomic.move_aside(shot.state):
@@ -123,34 +122,45 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
         return ShotState(shot)
     return ShotState(
         shot,
-        facts["step"],
+        saved.step,
         solver_state,
-        reads={(step, branch, block) for step, branch, block in facts["read"]},
-        effects=facts["effects"],
-        differences=facts["differences"],
-        phases=manifest_body.mark_earlier(facts["phases"]),
-        saved_step=facts["step"],
+        reads=set(saved.read),
+        effects=[effect.as_dict() for effect in saved.effects],
+        differences=[difference.as_dict() for difference in saved.differences],
+        phases=manifest_body.mark_earlier(phase.as_dict() for phase in saved.phases),
+        saved_step=saved.step,
     )
 
 
 def remove_state(shot: Shot) -> None:
     """Remove the state of this shot, if there is one; a file of something else stays. Raises MachineError."""
     with suppress(EntryError):
-        if shot.state.exists() and _belongs_to(shot, state_file.load_state(shot.state)[1]):
+        if disk.is_taken(shot.state) and _belongs_to(shot, *load_state(shot.state)):
             atomic.remove(shot.state)
 
 
-def _belongs_to(shot: Shot, facts: dict[str, Any]) -> bool:
-    """Return whether a record is that of this shot's state."""
-    same = (facts.get("format"), facts.get("latents_key")) == (_FORMAT, shot.latents_key)
-    return same and (facts["measured"] or not shot.measure)
+def load_state(path: Path) -> tuple[State, SavedState]:
+    """Read a saved state and its record. Raises EntryError if either is damaged or of another version."""
+    solver_state, facts = state_file.load_state(path)
+    return solver_state, SavedState.parse(facts, path)
+
+
+def _belongs_to(shot: Shot, solver_state: State, saved: SavedState) -> bool:
+    """Return whether a state and its record are those of this shot."""
+    return (
+        saved.latents_key == shot.latents_key
+        and solver_state.x.shape == shot.latent_shape
+        and saved.step <= shot.steps
+        and len(saved.differences) in (0, len(shot.rules))
+        and (saved.measured or not shot.measure)
+    )
 
 
 def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
     """Save the state of a shot durably; `phases` are those of the segment in progress."""
     assert state.solver_state is not None
     facts = {
-        "format": _FORMAT,
+        "format": 1,
         "latents_key": state.shot.latents_key,
         "output": state.shot.output.name,
         "step": state.step,

@@ -7,7 +7,6 @@ any more, are listed and are not a problem.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.engine import manifest_body
+from wancli.engine import manifest_body, output_diff, shot_state
 from wancli.errors import EntryError, FfmpegError, Unreadable
-from wancli.sampling import state_file
-from wancli.storage import claim_file, disk, manifest
+from wancli.storage import claim_file, disk, manifest, records
 from wancli.storage.claims import claim_path
 from wancli.storage.manifest import Problem
-from wancli.storage.manifest_schema import Manifest, StateRecord
+from wancli.storage.manifest_schema import Manifest
+from wancli.storage.report_schema import ReportRecord
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -172,15 +171,11 @@ def _check_video(output: Path, shot: Shot | None, broken: set[Path], deep: bool,
 
 def _check_tensors(path: Path, kind: str, output: Path, shot: Shot | None, verdict: Verdict) -> None:
     try:
-        name, latents_key = _read_latent(path) if kind == _LATENT else _read_state(path)
+        problem = _find_tensor_problem(path, kind, output, shot)
     except EntryError as error:
-        verdict.problems.append(Problem(path, error.message))
-        return
-    word = "latent" if kind == _LATENT else "state"
-    if name not in (None, output.name):
-        verdict.problems.append(Problem(path, f"the {word} of {name}"))
-    elif shot is not None and latents_key != shot.latents_key:
-        verdict.problems.append(Problem(path, f"the {word} of another job, version or model"))
+        problem = error.message
+    if problem:
+        verdict.problems.append(Problem(path, problem))
     elif kind == _LATENT:
         verdict.latents += 1
     else:
@@ -199,7 +194,9 @@ def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem
         return [Problem(path, error.message)]
     if proof is None:
         return [Problem(path, "no manifest")]
-    problems = manifest.check_proof(output, proof, shot.key if shot else proof.key)
+    if shot and proof.key != shot.key:
+        return [Problem(path, _other_job(output_diff.describe_differences(shot)))]
+    problems = manifest.check_proof(output, proof, proof.key)
     if deep and not problems:
         try:
             record = Manifest.parse(proof.as_dict(), path)
@@ -213,40 +210,44 @@ def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem
     return problems
 
 
-def _read_latent(path: Path) -> tuple[str | None, str]:
-    """Verify a latent; return the name of its output and its key."""
-    record = manifest_body.load_latent(path)[1]
-    return record.shot.output, record.latents_key
+def _other_job(differences: str) -> str:
+    return f"made by another job, version or model{f': {differences}' if differences else ''}"
 
 
-def _read_state(path: Path) -> tuple[str | None, str]:
-    """Verify a state; return the name of its output, if it is recorded, and its key."""
-    record = StateRecord.parse(state_file.load_state(path)[1], path)
-    return record.output, record.latents_key
+def _find_tensor_problem(path: Path, kind: str, output: Path, shot: Shot | None) -> str:
+    """Verify a latent or a state, and that it is of this output and shot. Return what is wrong, or nothing.
+
+    Raises EntryError if it is damaged.
+    """
+    if kind == _LATENT:
+        record = manifest_body.verify_latent(path)
+        word, name, latents_key = "latent", record.shot.output, record.latents_key
+        differences = output_diff.describe_record(record, shot) if shot else ""
+    else:
+        saved = shot_state.load_state(path)[1]
+        word, name, latents_key, differences = "state", saved.output or output.name, saved.latents_key, ""
+    if name != output.name:
+        return f"the {word} of {name}"
+    if shot is not None and latents_key != shot.latents_key:
+        return f"the {word} of another job, version or model{f': {differences}' if differences else ''}"
+    return ""
 
 
 def _report_problems(path: Path, in_scope: InScope) -> Iterator[Problem]:
     """Yield the finished shots of a report that are gone. Reports of other programs are not judged."""
     try:
-        report = json.loads(disk.read_bytes(path))
-    except (ValueError, RecursionError):
-        yield Problem(path, "is not whole")
-        return
-    if not isinstance(report, dict) or not str(report.get("schema", "")).startswith("wancli/report/"):
-        return
-    shots = report.get("shots")
-    if not isinstance(shots, list) or not all(map(_is_entry, shots)):
-        yield Problem(path, "is not whole")
+        document = records.read_json(path, records.REPORT)
+        if not isinstance(document, dict) or not str(document.get("schema", "")).startswith("wancli/report/"):
+            return
+        shots = ReportRecord.parse(document, path).shots
+    except EntryError as error:
+        yield Problem(path, error.message)
         return
     for entry in shots:
-        output = Path(entry["output"])
-        if entry["status"] in ("rendered", "already done") and in_scope(output):
+        output = Path(entry.output)
+        if entry.status in ("rendered", "already done") and in_scope(output):
+            text = f"is gone; {path.name} has it as {entry.status}"
             if not disk.exists(output):
-                yield Problem(output, f"is gone; {path.name} has it as {entry['status']}")
+                yield Problem(output, text)
             if not _has_manifest(output):
-                text = f"is gone; {path.name} has it as {entry['status']}"
                 yield Problem(manifest.manifest_path(output), text)
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("output", "status"))

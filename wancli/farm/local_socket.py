@@ -22,7 +22,7 @@ from typing import Any
 
 from wancli import __version__
 from wancli.errors import JobError, MachineError, Unreadable
-from wancli.storage import disk
+from wancli.storage import disk, records
 from wancli.storage.paths import expand_home
 
 AUTO = "auto"
@@ -204,14 +204,18 @@ class MessageReader:
         self._rest = b""
 
     def read(self) -> dict[str, Any] | None:
-        """Wait for a message; return None if the other end has closed the connection."""
+        """Wait for a message; return None if the other end has closed the connection, or sends none."""
         while b"\n" not in self._rest:
             try:
                 more = self._connection.recv(1 << 16)
             except (ConnectionError, TimeoutError):
                 more = b""
-            if not more:
+            if not more or len(self._rest) > records.MESSAGE.max_bytes:
                 return None
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\n")
-        return dict(json.loads(line))
+        try:
+            message = records.parse_json(line)
+        except ValueError:
+            return None
+        return message if isinstance(message, dict) else None

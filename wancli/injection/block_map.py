@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, model_validator
 
-from wancli.storage import sidecars
+from wancli.storage import records, sidecars
+from wancli.storage.schema import Count, Data, Positive
 from wancli.units import format_ranges
 
 SCHEMA = "wancli/map/1"
@@ -22,7 +23,7 @@ Method = Literal["inject", "gradient", "skip", "render"]
 METHODS: tuple[Method, ...] = get_args(Method)  # the most direct measurement of a block first
 
 
-class MapPart(BaseModel):
+class MapPart(Data):
     """Base of the parts of a map. A file of a later version may have more keys; they are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="ignore")
@@ -31,7 +32,7 @@ class MapPart(BaseModel):
 class MapModel(MapPart):
     root: str
     sha256: str  # of the transformer
-    blocks: int
+    blocks: Annotated[int, Field(ge=1, le=1000)]
 
 
 class PromptPair(MapPart):
@@ -52,15 +53,16 @@ class BlockMap(MapPart):
     block, or, if `ranges` is set, for each range. A map of full renders has no levels and no rows.
     """
 
+    KIND: ClassVar[records.Kind] = records.BLOCK_MAP
     job: str
     shot: str
     model: MapModel
     loras: list[str]
     method: Method
-    prompts: list[PromptPair]
+    prompts: Annotated[list[PromptPair], Field(min_length=1)]
     size: str
-    frames: int
-    seed: int
+    frames: Positive
+    seed: Count
     levels: list[NoiseLevel]
     unit: str
     values: list[list[float]]
@@ -71,6 +73,16 @@ class BlockMap(MapPart):
     forwards: float
     versions: dict[str, str]
     created: str
+
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> Self:
+        width = self.model.blocks if self.ranges is None else len(self.ranges)
+        rows = [*self.values, self.total]
+        if not width or len(self.values) != len(self.levels) or any(len(row) != width for row in rows):
+            raise ValueError("the rows are not as long as the blocks are many")
+        if any(not r or not 0 <= min(r) <= max(r) < self.model.blocks for r in self.ranges or []):
+            raise ValueError("a range is of no block of the model")
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to the JSON object of a map file."""
@@ -135,17 +147,5 @@ def write(path: Path, block_map: BlockMap) -> None:
 
 
 def read(path: Path) -> BlockMap | None:
-    """Read the map in a file. Returns None if the file is absent, damaged or not a map."""
-    try:
-        block_map = BlockMap.model_validate(sidecars.read_document(path, SCHEMA))
-    except ValidationError:
-        return None
-    return block_map if _is_sound(block_map) else None
-
-
-def _is_sound(block_map: BlockMap) -> bool:
-    width = block_map.model.blocks if block_map.ranges is None else len(block_map.ranges)
-    rows = [*block_map.values, block_map.total]
-    if not block_map.prompts or not width:
-        return False
-    return len(block_map.values) == len(block_map.levels) and all(len(row) == width for row in rows)
+    """Read the map in a file. Returns None if there is none. Raises EntryError if it is damaged."""
+    return sidecars.read_document(path, SCHEMA, BlockMap)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wancli.errors import JobError
+from wancli.errors import EntryError, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import METHODS, BlockMap, format_blocks, rank
 from wancli.storage import disk
 from wancli.units import quote
+
+log = logging.getLogger(__name__)
 
 AUTO = re.compile(r"auto:(top|bottom)(\d{1,4})")
 
@@ -89,7 +92,11 @@ class BlockMapStore:
 
     def _read(self, transformer: str, depth: int) -> Iterator[BlockMap]:
         for path in disk.list_folder(self._folder(transformer)):
-            measured = block_map.read(path) if path.suffix == ".json" else None
-            model = measured and (measured.model.sha256, measured.model.blocks)
-            if measured and measured.block_totals and model == (transformer, depth):
-                yield measured
+            try:
+                measured = block_map.read(path) if path.suffix == ".json" else None
+            except EntryError as error:
+                log.warning("%s; not used", error)
+            else:
+                model = measured and (measured.model.sha256, measured.model.blocks)
+                if measured and measured.block_totals and model == (transformer, depth):
+                    yield measured

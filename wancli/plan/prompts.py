@@ -11,7 +11,7 @@ from wancli.job.loader import Item
 from wancli.job.schema import EmbeddingFile
 from wancli.plan import model_registry
 from wancli.plan.shot import ModelSpec, Prompt
-from wancli.storage import disk
+from wancli.storage import disk, records
 from wancli.text.embedding import read_tokens
 from wancli.text.encoder import EncoderSpec
 from wancli.text.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class PromptResolver:
     def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
         path = model_registry.resolve_path(base_dir, spec.embedding, location)
         with disk.reading_for_job(location, spec.embedding):
-            payload = disk.read_bytes(path)
+            payload = records.read_bytes(path, records.EMBEDDING)
         try:
             tokens = read_tokens(payload)
         except EntryError as error:

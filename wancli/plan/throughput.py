@@ -6,6 +6,7 @@ A rate is FLOP/s of a phase, for `load` bytes/s. `encode` includes loading the t
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from wancli.errors import MachineError, Unreadable
+from pydantic import Field
+
+from wancli.errors import EntryError, MachineError, Unreadable
 from wancli.injection.table import Concat, Lerp
 from wancli.plan import memory_estimate
 from wancli.resources import flops, machine
-from wancli.storage import atomic, disk
+from wancli.storage import atomic, records
+from wancli.storage.schema import Data, Positive
 
 if TYPE_CHECKING:
     from wancli.injection.table import Expr, Table
@@ -28,7 +32,10 @@ if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Shot
     from wancli.storage.manifest_schema import ShotRecord
 
+log = logging.getLogger(__name__)
+
 PHASES = ("encode", "load", "sample", "decode")
+MIN_SECONDS = 1e-6  # less is no measurement
 MAX_RATES = 400  # records, the newest
 EXTRAPOLATION_FACTOR = 4  # times the tokens
 
@@ -41,10 +48,17 @@ class Rate:
     dtype: str
     residency: str
     phase: str
-    width: int
-    tokens: int
-    per_second: float
+    width: Positive
+    tokens: Positive
+    per_second: Annotated[float, Field(ge=1e-3, le=1e30)]
     date: str
+
+
+class RateFile(Data):
+    """The whole of `rates.json`."""
+
+    KIND: ClassVar[records.Kind] = records.RATES
+    rates: tuple[Rate, ...]
 
 
 @dataclass(frozen=True)
@@ -93,18 +107,13 @@ def encoding_workload(model: ModelSpec, counts: Sequence[int]) -> Workload:
 
 
 def read_rates(path: Path) -> tuple[Rate, ...]:
-    """Read the remembered rates. Returns none if the file is missing or damaged."""
+    """Read the remembered rates. Returns none if the file is missing; one that is damaged is a warning."""
     try:
-        rates = [Rate(**entry) for entry in json.loads(disk.read_bytes(path))]
-        return tuple(rate for rate in rates if _is_sound(rate))
-    except (Unreadable, ValueError, TypeError, RecursionError):
+        entries = records.read_json(path, records.RATES)
+        return () if entries is None else RateFile.parse({"rates": entries}, path).rates
+    except (EntryError, Unreadable) as error:
+        log.warning("%s; times are not predicted from it", error)
         return ()
-
-
-def _is_sound(rate: Rate) -> bool:
-    texts = (rate.device, rate.dtype, rate.residency, rate.phase, rate.date)
-    numbers = (rate.per_second, rate.width, rate.tokens)
-    return all(isinstance(text, str) for text in texts) and all(0 < number < math.inf for number in numbers)
 
 
 def remember_rates(path: Path, fresh: Iterable[Rate]) -> None:
@@ -159,7 +168,7 @@ def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[
     for shot, record in shots:
         took: defaultdict[str, float] = defaultdict(float)
         for phase in record.phases:
-            took[phase.name] += phase.seconds / phase.shots
+            took[phase.name] = took.get(phase.name, 0.0) + phase.seconds / phase.shots
         took["load"] /= max(1, sum(phase.name == "load" for phase in record.phases))
         for name, workload in shot_workloads(shot).items():
             if name == "encode" or (name == "sample" and shot.index in forked):
@@ -171,7 +180,7 @@ def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
     """Yield the rate of a workload that took so many seconds, unless it took none."""
     facts = asdict(done)
     amount = facts.pop("amount")
-    if amount and took:
+    if amount and took > MIN_SECONDS:
         yield Rate(**facts, per_second=amount / took, date=datetime.now(UTC).date().isoformat())
 
 

@@ -15,14 +15,14 @@ from wancli.errors import EntryError, Unreadable
 from wancli.plan import throughput
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import atomic, disk, manifest, sidecars
+from wancli.storage.report_schema import REPORT_SCHEMA as SCHEMA
+from wancli.storage.report_schema import ReportRecord
 
 if TYPE_CHECKING:
     from wancli.engine.outcome import Outcome
     from wancli.plan.shot import Plan, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.manifest_schema import Manifest, PhaseRecord
-
-SCHEMA = "wancli/report/1"
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,12 @@ def report_path(plan: Plan) -> Path:
 
 def read_report(path: Path) -> Report | None:
     """Read a report. Returns None if there is none, or none that can be used."""
-    document = sidecars.read_document(path, SCHEMA)
-    if document is None:
-        return None
-    try:
-        shots = [ShotEntry.parse(entry, path) for entry in document["shots"]]
-        totals = {key: value for key, value in document.items() if key not in ("schema", "job", "shots")}
-        return Report(document["job"], shots, totals)
-    except (EntryError, KeyError, TypeError):
-        return None
+    with suppress(EntryError):
+        if record := sidecars.read_document(path, SCHEMA, ReportRecord):
+            shots = [ShotEntry.from_record(entry, path) for entry in record.shots]
+            totals = {k: v for k, v in record.as_dict().items() if k not in ("schema", "job", "shots")}
+            return Report(record.job, shots, totals)
+    return None
 
 
 def _shot_entry(shot: Shot, outcome: Outcome | None) -> ShotEntry:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from wancli import __version__
 from wancli.engine.context import RenderContext
-from wancli.errors import JobError, Stopped, Unreadable, WancliError
+from wancli.errors import EntryError, JobError, Stopped, Unreadable, WancliError
 from wancli.report import comparison_metrics
-from wancli.report.comparison_metrics import SCHEMA, JsonObject
+from wancli.report.comparison_metrics import JsonObject
 from wancli.storage import disk, manifest, sidecars
+from wancli.storage.report_schema import COMPARISON_SCHEMA as SCHEMA
+from wancli.storage.report_schema import ComparisonRecord
 from wancli.video import clip, contact_sheet, side_by_side
 from wancli.video.clip import Clip
 
@@ -237,9 +239,11 @@ def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
 def _is_current(path: Path, key: str) -> bool:
     """Return whether the comparison with this key exists and all its files are intact."""
     try:
-        found = sidecars.read_document(path, SCHEMA) or {}
-        return found["key"] == key and all(
-            disk.sha256(path.parent / record["path"]) == record["sha256"] for record in found["files"]
+        found = sidecars.read_document(path, SCHEMA, ComparisonRecord)
+        return (
+            found is not None
+            and found.key == key
+            and all(disk.sha256(path.parent / file.path) == file.sha256 for file in found.files)
         )
-    except (Unreadable, KeyError, TypeError):
+    except (Unreadable, EntryError):
         return False

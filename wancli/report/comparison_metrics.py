@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,12 +10,12 @@ from typing import Any, TypeAlias
 from wancli.engine.manifest_body import load_latent
 from wancli.errors import EntryError, Unreadable
 from wancli.storage import disk, sidecars
+from wancli.storage.report_schema import COMPARISON_SCHEMA as SCHEMA
+from wancli.storage.report_schema import ComparisonRecord
 from wancli.video import metrics
 from wancli.video.clip import Clip
 
 JsonObject: TypeAlias = dict[str, Any]
-
-SCHEMA = "wancli/compare/1"
 
 
 def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[JsonObject]:
@@ -35,18 +36,10 @@ def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator
         )
 
 
-def read_comparison(path: Path) -> list[JsonObject] | None:
-    """Read the rows of JOB.compare.json. Returns None if the file is not such a document."""
-    found = sidecars.read_document(path, SCHEMA) or {}
-    shots = found.get("shots")
-    if not isinstance(shots, list) or not all(_is_whole(shot) for shot in shots):
-        return None
-    return shots
-
-
-def _is_whole(shot: Any) -> bool:
-    texts = ("id", "output", "baseline")
-    return isinstance(shot, dict) and all(isinstance(shot.get(name), str) for name in texts)
+def read_comparison(path: Path) -> list[JsonObject]:
+    """Read the rows of JOB.compare.json. Raises EntryError if the file is not such a document."""
+    found = sidecars.read_document(path, SCHEMA, ComparisonRecord)
+    return [shot.as_dict() for shot in found.shots] if found else []
 
 
 def format_captions(document: JsonObject, *, beside: bool) -> list[str]:
@@ -98,7 +91,7 @@ def _baseline_row(one: Clip, motion: float | None) -> JsonObject:
 
 
 def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> JsonObject:
-    motion = metrics.measure_motion(one.read_pictures())
+    like, motion = _compare_pixels(one, baseline)
     distance, source = _latent_distance(one, baseline)
     why = {} if distance is not None else {"latent_distance": source}
     if motion is None:
@@ -120,11 +113,10 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
         "heatmap": None,
         "why": why,
     }
-    if one.size != baseline.size:
+    if like is None:
         sizes = " beside ".join(f"{width}x{height}" for width, height in (one.size, baseline.size))
         why |= dict.fromkeys(("psnr", "ssim", "heatmap"), sizes)
         return row
-    like = metrics.compare_frames(zip(one.read_pictures(), baseline.read_pictures()))
     if like.psnr is None:
         why["psnr"] = "no pixel differs"
     if like.ssim is None:
@@ -142,6 +134,18 @@ def _compared_row(one: Clip, baseline: Clip, baseline_motion: float | None) -> J
     }
 
 
+def _compare_pixels(one: Clip, baseline: Clip) -> tuple[metrics.FrameMetrics | None, float | None]:
+    """Decode a clip once: compare it with a baseline of its size, and measure its motion."""
+    meter = metrics.MotionMeter()
+    frames = meter.watch(one.read_pictures())
+    like = None
+    if one.size == baseline.size:
+        like = metrics.compare_frames(zip(frames, baseline.read_pictures()))
+    for _ in frames:  # those that the baseline does not have
+        pass
+    return like, meter.mean
+
+
 def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     """Return the distance of two latents and its source, `latents` or `sketch`; or None and the reason."""
     bodies = [clip.manifest_body for clip in (one, baseline)]
@@ -156,7 +160,9 @@ def _latent_distance(one: Clip, baseline: Clip) -> tuple[float | None, str]:
     else:
         distance = metrics.sketched_relative_distance(*(sketch.as_dict() for sketch in sketches))
         source = "sketch"
-    return distance, source if distance is not None else "the latent of the baseline is zero"
+    if distance is None or not math.isfinite(distance):
+        return None, "the latent of the baseline is zero, or one is not finite"
+    return distance, source
 
 
 def _load_latent(clip: Clip) -> Any:

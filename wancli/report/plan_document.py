@@ -11,8 +11,7 @@ from wancli.engine import picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
 from wancli.plan import alternatives, memory_estimate, throughput
 from wancli.plan.pictures import PictureFile
-from wancli.storage import disk
-from wancli.storage.cache import unseal
+from wancli.storage import cache
 from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def cache_rows(store: Store) -> list[dict[str, Any]]:
 def _describe_entry(entry: Entry) -> tuple[Tokens | None, str]:
     """Return the tokens of an encoded prompt, and the text that names any entry."""
     try:  # not `store.get`, which marks the entry as used and sets a damaged one aside
-        payload = unseal(disk.read_bytes(entry.path), entry.key)
+        payload = cache.read_entry(entry.path, entry.key)
         if label := picture_stage.read_label(payload):
             return None, label
         tokens = read_tokens(payload)[0]

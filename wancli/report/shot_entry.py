@@ -9,6 +9,7 @@ from typing import Any
 
 from wancli.errors import EntryError
 from wancli.storage.manifest_schema import Manifest
+from wancli.storage.report_schema import EntryRecord
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,12 @@ class ShotEntry:
         return own | error | (self.record.as_dict() if self.record else dict(self.unread))
 
     @classmethod
-    def parse(cls, data: dict[str, Any], path: Path) -> ShotEntry:
-        """Validate an entry of the report at `path`. Raises KeyError if it lacks id, labels, output or
-        status."""
-        own = {key: data[key] for key in ("id", "labels", "output", "status")}
-        rest = {key: value for key, value in data.items() if key not in (*own, "error")}
-        entry = cls(**own, error=data.get("error"))
+    def from_record(cls, entry: EntryRecord, path: Path) -> ShotEntry:
+        """Convert an entry of the report at `path`."""
+        error = entry.error.as_dict() if entry.error else None
+        rest = dict(entry.model_extra or {})
+        own = cls(entry.id, entry.labels, entry.output, entry.status, error)
         try:
-            return replace(entry, record=Manifest.parse(rest, path)) if rest else entry
+            return replace(own, record=Manifest.parse(rest, path)) if rest else own
         except EntryError:
-            return replace(entry, unread=rest)
+            return replace(own, unread=rest)

@@ -73,12 +73,12 @@ def shot_row(entry: ShotEntry, job: str) -> Row:
         "shift": shot.shift,
         "guidance": float(guidance) if "/" not in guidance else guidance,
         "seconds": round(sum(phase.seconds for phase in record.phases), 2),
-        "peak_mib": round(max(phase.peak for phase in record.phases) / 2**20),
+        "peak_mib": round(max((phase.peak for phase in record.phases), default=0) / 2**20),
         "model": record.model.variant,
         "hits": sum(rule.hits for rule in rules),
         "planned": sum(rule.planned for rule in rules),
         "key": record.key,
-        "created_by": f"wancli {record.versions['wancli']}",
+        "created_by": f"wancli {record.versions.get('wancli', '')}".rstrip(),
     }
 
 

@@ -6,7 +6,6 @@ has the recorded size.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,13 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wancli.engine import preflight
 from wancli.errors import NoSuchFile, Unreadable
 from wancli.plan import throughput
 from wancli.progress import make_printable
 from wancli.report import batch_report, plan_document
 from wancli.report.shorten import shorten_unique
 from wancli.report.terminal import state_text
-from wancli.storage import claims, disk, tensor_file
+from wancli.storage import claims, disk, manifest, tensor_file
+from wancli.storage.manifest_schema import SavedState, ShotRecord
 from wancli.units import format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
@@ -64,19 +65,19 @@ def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     progress["claim"] = asdict(holder) if holder else None
     if _looks_done(shot):
         return about | {"key": shot.key, "state": "done"} | progress | {"step": shot.steps}
-    latent = tensor_file.read_record(shot.latents)
-    saved = tensor_file.read_record(shot.state)
-    has_latent = latent is not None and latent.get("latents_key") == shot.latents_key
-    has_state = saved is not None and saved.get("latents_key") == shot.latents_key
+    latent = tensor_file.read_record(shot.latents, ShotRecord)
+    saved = tensor_file.read_record(shot.state, SavedState)
+    has_latent = latent is not None and latent.latents_key == shot.latents_key
+    has_state = saved is not None and saved.latents_key == shot.latents_key
     if has_latent or has_state:
         path = shot.latents if has_latent else shot.state
-        progress["step"] = shot.steps if has_latent or saved is None else saved["step"]
+        progress["step"] = shot.steps if has_latent or saved is None else min(saved.step, shot.steps)
         if found := disk.status(path):  # else it is gone since: what it became, the next look tells
             progress["saved"] = datetime.fromtimestamp(found.st_mtime, UTC).isoformat(timespec="seconds")
     progress["error"] = error
     if holder:
         state = "claimed"
-    elif disk.exists(shot.output) and not (has_latent and not disk.exists(shot.manifest)):
+    elif _is_in_the_way(shot, has_latent=has_latent):
         state = "in the way"
     elif error:
         state = "failed"
@@ -87,22 +88,27 @@ def _shot_row(shot: Shot, error: Mapping[str, Any] | None) -> dict[str, Any]:
     return about | {"key": shot.key, "state": state} | progress
 
 
+def _is_in_the_way(shot: Shot, *, has_latent: bool) -> bool:
+    """Return whether there is a file at the output that a render would not move aside or make once more."""
+    if not disk.exists(shot.output) or (has_latent and not disk.exists(shot.manifest)):
+        return False
+    return not preflight.find_origin(shot)
+
+
 def _looks_done(shot: Shot) -> bool:
     try:
-        body = json.loads(disk.find_bytes(shot.manifest) or b"")
-        sizes = {file["path"]: file["bytes"] for file in body["files"]}
-        return bool(body["key"] == shot.key and sizes[shot.output.name] == disk.size(shot.output))
-    except (NoSuchFile, ValueError, KeyError, TypeError, RecursionError):
+        size = disk.size(shot.output)
+    except NoSuchFile:
         return False
+    proof = manifest.read_unverified(shot.manifest)
+    return proof is not None and proof.key == shot.key and proof.has(shot.output.name, size)
 
 
 def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
     """Read the errors of the last report of the job, by output."""
-    try:
-        shots = json.loads(disk.read_bytes(path))["shots"]
-        return {shot["output"]: shot["error"] for shot in shots if shot["status"] == "failed"}
-    except (Unreadable, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    report = batch_report.read_report(path)
+    entries = report.shots if report else []
+    return {entry.output: entry.error for entry in entries if entry.status == "failed" and entry.error}
 
 
 def _estimate_remaining(

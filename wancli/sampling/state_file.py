@@ -7,7 +7,9 @@ from typing import Any
 
 from wancli.errors import EntryError
 from wancli.sampling.solvers import State
-from wancli.storage import tensor_file
+from wancli.storage import records, tensor_file
+
+_NAMES = {"x", "history.0", "history.1", "last"}
 
 
 def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
@@ -19,8 +21,10 @@ def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
 
 def load_state(path: Path) -> tuple[State, dict[str, Any]]:
     """Load a state and its record. Raises EntryError if the file is damaged or not a state."""
-    tensors, record = tensor_file.load_tensors(path)
-    if "x" not in tensors:
-        raise EntryError("not the state of a shot", where=str(path))
+    tensors, record = tensor_file.load_tensors(path, records.STATE)
+    if not {"x"} <= tensors.keys() <= _NAMES or {tensor.shape for tensor in tensors.values()} != {
+        tensors["x"].shape
+    }:
+        raise EntryError("not the state of a shot", where=str(path), hint=records.STATE.hint)
     history = tuple(tensors[name] for name in sorted(tensors) if name.startswith("history."))
     return State(tensors["x"], history, tensors.get("last")), record

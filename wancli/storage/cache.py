@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.errors import EntryError, MachineError, Unreadable
-from wancli.storage import atomic, disk
+from wancli.storage import atomic, disk, records
 
 _MAGIC = b"\x89wancli\n"
 _VERSION = 1
@@ -108,11 +108,11 @@ class Store:
         try:
             if disk.is_link(path.parent):
                 return None
-            payload = unseal(_read(path), key)
+            payload = read_entry(path, key)
         except (OSError, Unreadable):
             return None  # not found, pruned meanwhile, stale handle, a link: all the same to the caller
         except EntryError as error:
-            log.warning("%s: %s; kept as .bad, computed again", path, error)
+            log.warning("%s: %s; kept as .bad, computed again", path, error.message)
             with suppress(OSError):
                 path.replace(path.with_suffix(".bad"))
             return None
@@ -176,14 +176,14 @@ class Store:
         return removed
 
 
-def _read(path: Path) -> bytes:
-    with disk.opened(path, links=False) as file:
-        return file.read()
+def read_entry(path: Path, key: str) -> bytes:
+    """Return the payload of an entry. Raises Unreadable, and EntryError if it does not verify."""
+    return unseal(records.read_bytes(path, records.CACHE_ENTRY, links=False), key)
 
 
 def _is_intact(entry: Entry) -> bool:
     try:
-        unseal(_read(entry.path), entry.key)
+        read_entry(entry.path, entry.key)
     except (Unreadable, EntryError):
         return False
     return True

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
-from wancli.errors import NoSuchFile, Unreadable
-from wancli.storage import disk
+from pydantic import Field
+
+from wancli.errors import EntryError, NoSuchFile, Unreadable
+from wancli.storage import disk, records
+from wancli.storage.schema import Data
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,41 @@ class Process:
         }
 
 
+class ClaimRecord(Data):
+    """The whole of a claim file. One that is not a claim, or is torn, has none of these keys."""
+
+    KIND: ClassVar[records.Kind] = records.CLAIM
+    host: str = "unknown"
+    boot: str = ""
+    space: str = ""
+    pid: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    born: str = ""
+    started: str = ""
+    token: str = ""
+
+
 @dataclass(frozen=True)
 class ClaimSnapshot:
-    """A claim file as it was read once. `body` is {} if it is not a claim, None if it cannot be read."""
+    """A claim file as it was read once. `body` is None if it cannot be read."""
 
     mtime_ns: int  # only ever compared with itself
-    body: dict[str, Any] | None
+    body: ClaimRecord | None
 
     @property
     def token(self) -> str:
-        return str((self.body or {}).get("token", ""))
+        return self.body.token if self.body else ""
 
     @property
     def holder(self) -> Holder:
-        body = self.body or {}
-        pid = body.get("pid")
-        return Holder(
-            str(body.get("host", "unknown")), pid if isinstance(pid, int) else 0, str(body.get("started", ""))
-        )
+        body = self.body or ClaimRecord()
+        return Holder(body.host, body.pid, body.started)
 
 
 def read_claim(path: Path) -> ClaimSnapshot | None:
     """Read a claim; return None if there is no file, or not even its status can be read."""
     try:
         with disk.opened(path) as file:  # opening is what makes NFS ask its server
-            mtime_ns, data = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
+            mtime_ns, data = os.fstat(file.fileno()).st_mtime_ns, file.read(records.CLAIM.max_bytes)
     except NoSuchFile:
         return None
     except Unreadable:
@@ -84,10 +96,9 @@ def read_claim(path: Path) -> ClaimSnapshot | None:
             return ClaimSnapshot(found.st_mtime_ns, None) if found else None
         return None
     try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        body = {}
-    return ClaimSnapshot(mtime_ns, body if isinstance(body, dict) else {})
+        return ClaimSnapshot(mtime_ns, ClaimRecord.parse(records.parse_json(data), path))
+    except (ValueError, EntryError):
+        return ClaimSnapshot(mtime_ns, ClaimRecord())
 
 
 def create_new(path: Path) -> int:
@@ -104,11 +115,11 @@ def create_new(path: Path) -> int:
 
 def is_dead(claim: ClaimSnapshot) -> bool:
     """Return whether the process of a claim ran on this host and has ended."""
-    me, body = current_process().as_dict(), claim.body or {}
-    if any(body.get(name) != me[name] for name in ("host", "boot", "space")):
+    me, body = current_process(), claim.body or ClaimRecord()
+    if (body.host, body.boot, body.space) != (me.host, me.boot, me.pid_namespace):
         return False
-    start_time = _read_start_time(body.get("pid"))
-    return start_time is None or (start_time != "" and start_time != body.get("born"))
+    start_time = _read_start_time(body.pid)
+    return start_time is None or (start_time != "" and start_time != body.born)
 
 
 def current_process() -> Process:
@@ -119,9 +130,9 @@ def current_process() -> Process:
     )
 
 
-def _read_start_time(pid: object) -> str | None:
+def _read_start_time(pid: int) -> str | None:
     """Return when a process of this host began: "" if that is secret, None if it is dead or a zombie."""
-    if not isinstance(pid, int) or pid <= 0:
+    if pid <= 0:
         return ""
     try:
         os.kill(pid, 0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wancli.errors import MachineError, Unreadable
-from wancli.storage import atomic, disk
+from wancli.errors import EntryError, MachineError, Unreadable
+from wancli.storage import atomic, disk, records
 
 
 def file_identity(path: Path) -> str:
@@ -22,15 +23,31 @@ def file_identity(path: Path) -> str:
 
 
 def read_memo(path: Path) -> dict[str, Any]:
-    """Read what is remembered; nothing if the memo is missing or damaged."""
+    """Read what is remembered, by the identity of the file; nothing if the memo is missing or damaged.
+
+    An entry that was not written for this file and this value is left out: it would make a job believe that
+    its files have changed.
+    """
     try:
-        known = json.loads(disk.read_bytes(path))
-    except (Unreadable, ValueError, RecursionError):
+        known = records.read_json(path, records.MEMO)
+    except (EntryError, Unreadable):
         return {}
-    return known if isinstance(known, dict) else {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {
+        identity: entry["value"]
+        for identity, entry in entries
+        if isinstance(entry, dict) and entry == _seal(identity, entry.get("value"))
+    }
+
+
+def _seal(identity: str, value: Any) -> dict[str, Any]:
+    """Bind a value to the file that it was computed from."""
+    text = json.dumps([identity, value], sort_keys=True)
+    return {"value": value, "seal": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def write_memo(path: Path, known: Mapping[str, Any]) -> None:
     """Write the memo. A folder that cannot be written costs only the work again."""
     with suppress(MachineError):
-        atomic.replace(path, json.dumps(known, indent=1).encode())
+        entries = {identity: _seal(identity, value) for identity, value in known.items()}
+        atomic.replace(path, json.dumps(entries, indent=1).encode())

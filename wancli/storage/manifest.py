@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wancli.errors import EntryError, NoSuchFile, Unreadable
-from wancli.storage import atomic, disk
-from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestKey, ManifestProof, damaged
+from wancli.storage import atomic, disk, records
+from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestKey, ManifestProof
 
 SCHEMA = "wancli/manifest/1"
 
@@ -50,7 +50,7 @@ def write(path: Path, body: Mapping[str, Any]) -> None:
     `body` is plain JSON data. Raises NoSpace or MachineError.
     """
     # through JSON once, so that what is sealed is what will be read: text keys, lists
-    atomic.replace(path, _serialize(json.loads(json.dumps(dict(body)))))
+    atomic.replace(path, _serialize(records.parse_json(json.dumps(dict(body)))))
 
 
 def read(path: Path) -> Manifest | None:
@@ -84,26 +84,32 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Returns None if the file does not exist. Raises EntryError if it is damaged, Unreadable if the disk
     does not tell.
     """
-    data = disk.find_bytes(path)
+    data = records.find_bytes(path, records.MANIFEST)
     if data is None:
         return None
     try:
-        document = json.loads(data)
+        document = records.parse_json(data)
         body = {name: value for name, value in document.items() if name not in ("schema", "seal")}
         intact = data == _serialize(body)  # also catches damage to blanks, and repeated keys
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         intact = False
     if not intact:
-        raise damaged(path, Manifest.NAME)
+        raise records.MANIFEST.damaged(path)
     return body
 
 
 def peek_key(path: Path) -> str | None:
     """Read the key in a manifest without verifying it. Returns None if it cannot be read."""
-    try:
-        return ManifestKey.model_validate(json.loads(disk.find_bytes(path) or b"")).key
-    except (ValueError, RecursionError):  # a ValidationError is a ValueError
-        return None
+    with suppress(EntryError):
+        return ManifestKey.parse(records.read_json(path, records.MANIFEST), path).key
+    return None
+
+
+def read_unverified(path: Path) -> ManifestProof | None:
+    """Read what a manifest proves without verifying its seal. Returns None if it cannot be read."""
+    with suppress(EntryError):
+        return ManifestProof.parse(records.read_json(path, records.MANIFEST), path)
+    return None
 
 
 @dataclass(frozen=True, order=True)

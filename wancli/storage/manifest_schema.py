@@ -7,142 +7,70 @@ default are missing in records of earlier versions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeAlias
+import base64
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from wancli.errors import EntryError
+from wancli.storage import records
+from wancli.storage.model_schema import ModelRecord
+from wancli.storage.schema import Count, Data, FileName, Index, Number, PathText, Positive, RelativePath
 
-Number: TypeAlias = int | float  # as the job gave it
-FrameRateText: TypeAlias = Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")]  # a fraction
-
-
-def _sort_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _sort_keys(value[key]) for key in sorted(value)}
-    return [_sort_keys(item) for item in value] if isinstance(value, list) else value
-
-
-class Data(BaseModel):
-    """A part of a record."""
-
-    NAME: ClassVar[str] = "the record"  # in messages
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON data that was read, or is to be written; keys are sorted, as in all records."""
-        data: dict[str, Any] = _sort_keys(self.model_dump(mode="json", exclude_unset=True))
-        return data
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any], path: Path) -> Self:
-        """Validate a record that was read from `path`. Raises EntryError."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError:
-            raise damaged(path, cls.NAME) from None
+FrameRateText = Annotated[str, Field(pattern=r"^[1-9]\d{0,8}/[1-9]\d{0,8}$")]  # a fraction
+Block = Annotated[int, Field(ge=0, lt=1000)]
+Step = Annotated[int, Field(ge=0, lt=1000)]
+SKETCH_SIZE = 251  # sums per latent; a prime, so that neighbours in space fall into different sums
+Pixels = Annotated[int, Field(ge=1, lt=100_000)]  # rows or columns
+Strength = Annotated[Number, Field(ge=-1e6, le=1e6)]
+Measured = Annotated[float, Field(ge=0, le=1e100)]  # far from an overflow of its sums
+Branch = Literal["cond", "uncond"]
 
 
 class StageRecord(Data):
     """Steps that one expert takes; `steps` are the first and the last."""
 
-    expert: str
-    steps: tuple[int, int]
-    guidance: Number
+    expert: Literal["only", "high", "low"]
+    steps: tuple[Step, Step]
+    guidance: Strength
 
 
 class ShotSettings(Data):
     """The settings of a shot as they were decided."""
 
-    index: int
+    index: Index
     id: str
     labels: dict[str, Any]
-    output: str
-    width: int
-    height: int
-    frames: int
-    tokens: int
-    seed: int
-    noise: str
+    output: FileName
+    width: Pixels
+    height: Pixels
+    frames: Annotated[int, Field(ge=1, le=100_001)]
+    tokens: Count
+    seed: Count
+    noise: Literal["cpu", "cuda"]
     solver: str
-    steps: int
-    shift: Number
-    guidance: Number
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    shift: Strength
+    guidance: Strength
     boundary: float | None = None  # of a model with two experts, since wancli records it
-    stages: tuple[StageRecord, ...]
+    stages: Annotated[tuple[StageRecord, ...], Field(min_length=1)]
     timesteps: list[float]
     sigmas: list[float]
-    fps: int | FrameRateText
-    crf: int
-    codec: str
-    decode_chunk: int
-    sharing: int = 1
-
-
-class Fingerprints(Data):
-    """SHA-256 of the weights of each network."""
-
-    transformer: str
-    text_encoder: str
-    vae: str
-
-
-class KernelRecord(Data):
-    """How the transformer computed."""
-
-    attention: str = "auto"
-    chunk: int | None = None
-    fp8_matmul: bool = False
-
-
-class CheckpointFiles(Data):
-    """The files of a checkpoint that was named file by file."""
-
-    transformer: str | None = None
-    high_noise: str | None = None
-    low_noise: str | None = None
-    text_encoder: str | None = None
-    tokenizer: str | None = None
-    vae: str | None = None
-    heads: int | None = None
-
-
-class Sizes(Data):
-    """The sizes of the transformer; all fields of a WanConfig are there."""
-
-    num_layers: int
-
-
-class ModelRecord(Data):
-    """The model of a shot, and how it ran."""
-
-    root: str
-    files: CheckpointFiles | None = None
-    variant: str
-    sizes: Sizes
-    networks: dict[str, Any] | None = None
-    dtype: str
-    residency: str = "resident"
-    text_encoder: str = "resident"
-    chunk: int | None = None
-    why: list[str] = Field(default_factory=list)
-    device: str
-    kernels: KernelRecord = KernelRecord()
-    attention: dict[str, str] = Field(default_factory=dict)
-    sha256: Fingerprints
+    fps: Annotated[int, Field(ge=1, le=240)] | FrameRateText
+    crf: Annotated[int, Field(ge=0, le=51)]
+    codec: Literal["h264", "h265"]
+    decode_chunk: Annotated[int, Field(ge=1, le=64)]
+    sharing: Positive = 1
 
 
 class PredictedPhase(Data):
     """Predicted bytes of one phase; `peak` is that of the whole process."""
 
     name: str
-    model: int
-    activation: int
-    buffer: int
-    total: int
-    peak: int
+    model: Count
+    activation: Count
+    buffer: Count
+    total: Count
+    peak: Count
 
 
 class PromptRecord(Data):
@@ -150,12 +78,12 @@ class PromptRecord(Data):
 
     id: str
     text: str
-    tokens: int
+    tokens: Count
     pieces: list[str] = Field(default_factory=list)
-    max_tokens: int = 256
+    max_tokens: Positive = 256
     truncated: bool
-    file: str | None
-    index: int = 0
+    file: PathText | None
+    index: Index = 0
     cached: bool
 
 
@@ -163,7 +91,7 @@ class LinkRecord(Data):
     """The frame of another shot's video."""
 
     shot: str
-    frame: int
+    frame: Count
 
 
 class PictureRecord(Data):
@@ -173,11 +101,11 @@ class PictureRecord(Data):
     its latent had been computed before.
     """
 
-    role: str  # first or last
-    path: str
+    role: Literal["first", "last"]
+    path: PathText
     sha256: str
-    width: int
-    height: int
+    width: Positive
+    height: Positive
     preprocess: str
     fit: str
     orient: str
@@ -187,7 +115,7 @@ class PictureRecord(Data):
 
 
 class VerdictRecord(Data):
-    percent: float
+    percent: Measured
     band: str
 
 
@@ -201,39 +129,45 @@ class RuleRecord(Data):
     """One injection: what was planned, and how often blocks read it. `text` is the id of its prompt."""
 
     text: str
-    blocks: dict[int, Number]
-    steps: dict[int, Number]
-    branches: list[str]
-    blend: str
-    gain: Number
-    planned: int
-    hits: int
-    hits_by_step: dict[int, int]
-    hits_by_branch: dict[str, int]
-    hits_by_block: dict[int, int]
+    blocks: Annotated[dict[Block, Strength], Field(min_length=1)]
+    steps: Annotated[dict[Step, Strength], Field(min_length=1)]
+    branches: Annotated[list[Branch], Field(min_length=1)]
+    blend: Literal["context-lerp", "output-mix", "replace", "concat"]
+    gain: Strength
+    planned: Count
+    hits: Count
+    hits_by_step: dict[Step, Count]
+    hits_by_branch: dict[Branch, Count]
+    hits_by_block: dict[Block, Count]
     difference: DifferenceRecord
 
 
 class LoraRecord(Data):
     """One LoRA: its file, where and when it was applied."""
 
-    path: str
+    path: PathText
     sha256: str
-    strength: Number
-    blocks: tuple[int, ...] | None
-    steps: tuple[int, ...] | None
-    expert: str | None
+    strength: Strength
+    blocks: tuple[Block, ...] | None
+    steps: Annotated[tuple[Step, ...], Field(min_length=1)] | None
+    expert: Literal["high", "low"] | None
     scales: tuple[Number, ...] = ()
 
 
 class EffectRecord(Data):
     """The relative change that the injections made to one forward."""
 
-    step: int
-    branch: str
-    velocity: float
-    blocks: dict[int, float]
-    changed_percent: dict[int, float]
+    step: Step
+    branch: Branch
+    velocity: Measured
+    blocks: dict[Block, Measured]
+    changed_percent: dict[Block, Measured]
+
+    @model_validator(mode="after")
+    def _same_blocks(self) -> Self:
+        if self.blocks.keys() != self.changed_percent.keys():
+            raise ValueError("blocks and changed_percent are of different blocks")
+        return self
 
 
 class PhaseRecord(Data):
@@ -245,11 +179,11 @@ class PhaseRecord(Data):
 
     id: str = ""
     name: str
-    seconds: float
-    rss_start: int
-    rss: int
-    cuda: int | None
-    shots: int = 1
+    seconds: Measured
+    rss_start: Count
+    rss: Count
+    cuda: Count | None
+    shots: Positive = 1
     earlier: bool = False
 
     @property
@@ -263,33 +197,40 @@ class PhaseRecord(Data):
         return self.cuda or self.rss
 
 
+def _require_sums(text: str) -> str:
+    if len(base64.b64decode(text, validate=True)) != 4 * SKETCH_SIZE:
+        raise ValueError(f"is not {SKETCH_SIZE} numbers in base64")
+    return text
+
+
 class LatentSketch(Data):
     """What `video.metrics.sketch` keeps of a latent."""
 
-    shape: list[int]
-    norm: float
-    sketch: str
+    shape: list[Positive]
+    norm: Measured
+    sketch: Annotated[str, AfterValidator(_require_sums)]
 
 
 class DecodeRecord(Data):
     """How a latent was decoded; `fallback` if not as planned."""
 
     device: str
-    chunk: int
+    chunk: Positive
     fallback: bool
 
 
 class FileRecord(Data):
     """A file that belongs to a manifest, by its path relative to that."""
 
-    path: str
+    path: RelativePath
     sha256: str
-    bytes: int
+    bytes: Count
 
 
 class ShotRecord(Data):
     """What made a latent: the settings, the model, and how sampling went. `key` is the hash of the shot."""
 
+    KIND: ClassVar[records.Kind] = records.LATENT
     key: str
     latents_key: str
     shot: ShotSettings
@@ -313,6 +254,15 @@ class ShotRecord(Data):
             raise ValueError("a prompt is missing")
         return self
 
+    @model_validator(mode="after")
+    def _cells_exist(self) -> Self:
+        depth, steps = self.model.sizes.num_layers, self.shot.steps
+        blocks = {block for rule in self.injection for block in (*rule.blocks, *rule.hits_by_block)}
+        at = {step for rule in self.injection for step in (*rule.steps, *rule.hits_by_step)}
+        if any(block >= depth for block in blocks) or any(step >= steps for step in at):
+            raise ValueError("an injection is into a block or a step that the shot does not have")
+        return self
+
     @property
     def prompt(self) -> PromptRecord:
         return self.prompts[0]
@@ -331,7 +281,7 @@ class ShotRecord(Data):
 class Manifest(ShotRecord):
     """The body of a manifest: what made a latent, how it was decoded, and the files that this left."""
 
-    NAME = "the manifest"
+    KIND: ClassVar[records.Kind] = records.MANIFEST
     decoded: DecodeRecord | None = None
     files: list[FileRecord]
 
@@ -340,12 +290,19 @@ class Manifest(ShotRecord):
         return next((file for file in self.files if file.path == name), None)
 
 
-class StateRecord(Data):
-    """What a saved state says of its shot. `output` is missing in states of earlier versions."""
+class SavedState(Data):
+    """The record of a saved state. `output` is missing in states of earlier versions."""
 
-    latents_key: str = ""
-    output: str | None = None
-    step: int = 0
+    KIND: ClassVar[records.Kind] = records.STATE
+    format: Literal[1]
+    latents_key: str
+    output: FileName | None = None
+    step: Annotated[int, Field(ge=1, le=1000)]
+    measured: bool
+    read: list[tuple[Step, Branch, Block]]
+    effects: list[EffectRecord]
+    differences: list[DifferenceRecord]
+    phases: list[PhaseRecord]
 
 
 class ManifestKey(Data):
@@ -357,11 +314,9 @@ class ManifestKey(Data):
 class ManifestProof(ManifestKey):
     """What proves that a shot is done: its key and its files. No other key of a manifest can undo it."""
 
-    NAME = "the manifest"
+    KIND: ClassVar[records.Kind] = records.MANIFEST
     files: list[FileRecord]
 
-
-def damaged(path: Path, name: str) -> EntryError:
-    """Return the error for a record that cannot be used."""
-    hint = "delete it, or render again with --force"
-    return EntryError(f"{name} is damaged, or of another version", where=str(path), hint=hint)
+    def has(self, name: str, size: int) -> bool:
+        """Return whether a file of this name and size is listed."""
+        return any((file.path, file.bytes) == (name, size) for file in self.files)

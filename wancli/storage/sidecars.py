@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from wancli.errors import NoSuchFile
-from wancli.storage import atomic, disk
+from wancli.errors import EntryError, NoSuchFile
+from wancli.storage import atomic, disk, records
+from wancli.storage.schema import Data
+
+Form = TypeVar("Form", bound=Data)
 
 
 def write_sidecar(path: Path, data: bytes, marker: bytes, search_bytes: int) -> None:
@@ -30,13 +32,15 @@ def has_marker(path: Path, marker: bytes, search_bytes: int) -> bool:
         return False
 
 
-def read_document(path: Path, schema: str) -> dict[str, Any] | None:
-    """Return the JSON object of a file if its "schema" is this one, None for anything else.
+def read_document(path: Path, schema: str, form: type[Form]) -> Form | None:
+    """Read a JSON record whose "schema" is this one. Returns None if there is no such file.
 
-    Raises Unreadable if the disk does not tell.
+    Raises EntryError if the file is damaged, of another version, or another program's, and Unreadable if the
+    disk does not tell.
     """
-    try:
-        document = json.loads(disk.find_bytes(path) or b"")
-        return document if document["schema"] == schema else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    document = records.read_json(path, form.KIND)
+    if document is None:
         return None
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        raise EntryError(f"not {schema}", where=str(path))
+    return form.parse(document, path)

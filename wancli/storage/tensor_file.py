@@ -11,20 +11,21 @@ of steps.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wancli.errors import EntryError, NoSuchFile, Unreadable
-from wancli.storage import atomic, disk
+from wancli.storage import atomic, records
 from wancli.storage.manifest import canonical_json
+from wancli.storage.records import Kind, Slice
+from wancli.storage.schema import Data
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_METADATA = "wancli"
-_HEADER_BYTES = 100 * 2**20  # what safetensors allows
+Form = TypeVar("Form", bound=Data)
 
 
 def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
@@ -34,58 +35,85 @@ def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
 
 def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """Load a latent and its record. Raises EntryError if either is damaged, or is another program's."""
-    tensors, record = load_tensors(path)
-    if tensors.keys() != {"latents"}:
-        raise EntryError("not a finished latent", where=str(path))
-    return tensors["latents"], record
+    payload, slices, record = _read_sealed(path, records.LATENT)
+    _require_latent(slices, path)
+    return _parse_tensors(payload, path, records.LATENT)["latents"], record
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of a latent or a state, unverified; None if there is none. Needs no torch."""
+def read_record(path: Path, form: type[Form]) -> Form | None:
+    """Return the typed record of a latent or a state, unverified; None if there is none. Needs no torch."""
     try:
-        with disk.opened(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length) if length < _HEADER_BYTES else b"")
-        record = json.loads(header["__metadata__"][_METADATA])["record"]
-    except (Unreadable, ValueError, KeyError, TypeError, RecursionError):
+        return form.parse(_record_of(records.read_tensor_document(path)), path)
+    except (Unreadable, ValueError, EntryError):
         return None
-    return record if isinstance(record, dict) else None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
     """Save tensors and their record, durably and atomically. Raises NoSpace or MachineError."""
-    from safetensors.torch import save
+    tensors = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
+    about = [[name, [*tensor.shape], str(tensor.dtype)] for name, tensor in tensors.items()]
+    parts = (tensor.reshape(-1).numpy().data for tensor in tensors.values())
+    document = {"record": record, "sha256": _digest(about, parts, record)}
+    atomic.replace(path, records.write_tensors(tensors, canonical_json(document).decode()))
 
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    document = {"record": record, "sha256": _digest(tensors, record)}
-    atomic.replace(path, save(tensors, {_METADATA: canonical_json(document).decode()}))
+
+def load_tensors(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load fp32 tensors and their record. Raises EntryError if the file is damaged or another program's."""
+    payload, _, record = _read_sealed(path, kind)
+    return _parse_tensors(payload, path, kind), record
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load tensors and their record. Raises EntryError if the file is damaged or another program's."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def verify_latent(path: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Verify a latent without torch; return its shape and its record. Raises EntryError."""
+    _, slices, record = _read_sealed(path, records.LATENT)
+    _require_latent(slices, path)
+    return slices["latents"].shape, record
 
+
+def _require_latent(slices: Mapping[str, Slice], path: Path) -> None:
+    if slices.keys() != {"latents"} or len(slices["latents"].shape) != 4:
+        raise EntryError("not a finished latent", where=str(path), hint=records.LATENT.hint)
+
+
+def _parse_tensors(payload: bytes, path: Path, kind: Kind) -> dict[str, Tensor]:
     try:
-        payload = disk.read_bytes(path)
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        document = json.loads(header["__metadata__"][_METADATA])
-        tensors, record, expected_digest = load(payload), document["record"], document["sha256"]
+        return records.parse_tensors(payload)[0]
+    except ValueError as error:
+        raise kind.damaged(path, str(error)) from None
+
+
+def _read_sealed(path: Path, kind: Kind) -> tuple[bytes, dict[str, Slice], dict[str, Any]]:
+    """Read a file and verify its checksum; return its bytes, where its tensors are, and its record."""
+    try:
+        payload = records.read_bytes(path, kind)
+        slices, document = records.parse_header(payload)
+        record = _record_of(document)
+        for name, each in slices.items():
+            if each.dtype != "F32" or each.stop - each.start != 4 * math.prod(each.shape):
+                raise ValueError(f"{name} is not in fp32")
+        about = [[name, [*slices[name].shape], "torch.float32"] for name in sorted(slices)]
+        view = memoryview(payload)
+        parts = (view[slices[name].start : slices[name].stop] for name in sorted(slices))
+        digest = _digest(about, parts, record)
     except NoSuchFile as error:
         raise EntryError(error.message, where=str(path)) from None
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
-        raise EntryError("not a latent of wancli, or damaged", where=str(path)) from None
-    if expected_digest != _digest(tensors, record):
-        raise EntryError(
-            "the latent is damaged: its checksum differs", where=str(path), hint="Render the shot again."
-        )
-    return tensors, record
+    except ValueError:
+        raise EntryError(f"not {kind.name} of a shot, or damaged", where=str(path), hint=kind.hint) from None
+    if document.get("sha256") != digest:
+        raise EntryError(f"{kind.name} is damaged: its checksum differs", where=str(path), hint=kind.hint)
+    return payload, slices, record
 
 
-def _digest(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> str:
-    names = sorted(tensors)
-    about = [[name, [*tensors[name].shape], str(tensors[name].dtype)] for name in names]
+def _record_of(document: Any) -> dict[str, Any]:
+    record = document.get("record") if isinstance(document, dict) else None
+    if not isinstance(record, dict):
+        raise ValueError("no record")
+    return record
+
+
+def _digest(about: list[Any], parts: Iterable[memoryview], record: dict[str, Any]) -> str:
+    """Hash the names, shapes and dtypes of tensors, the record, and the bytes of the tensors."""
     digest = hashlib.sha256(canonical_json({"tensors": about, "record": record}))
-    for name in names:
-        digest.update(tensors[name].numpy().tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()

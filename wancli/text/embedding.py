@@ -12,10 +12,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
 
 from wancli.errors import EntryError, JobError
-from wancli.storage import atomic, disk
+from wancli.storage import atomic, disk, records
+from wancli.storage.schema import Count, Data, Positive
 from wancli.text.tokenizer import Tokens
 
 if TYPE_CHECKING:
@@ -23,7 +26,37 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the key and the payload; entries of another format are not used
 Dtype = Literal["fp32", "bf16", "fp16"]
-_METADATA = "wancli"  # one metadata key only: safetensors writes several in random order
+_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+
+
+class _Entry(Data):
+    """A text of an embedding file and its tokens, as its metadata has them."""
+
+    text: str
+    ids: Annotated[list[Count], Field(min_length=1)]
+    pieces: list[str]
+    max_tokens: Positive
+    full_length: Count
+    encoder: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.pieces) != len(self.ids) or len(self.ids) > self.max_tokens:
+            raise ValueError("another number of tokens")
+        return self
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.text, tuple(self.ids), tuple(self.pieces), self.max_tokens, self.full_length)
+
+
+class _Record(Data):
+    """The metadata of an embedding file."""
+
+    KIND: ClassVar[records.Kind] = records.EMBEDDING
+    format: Literal[1]
+    embeddings: Annotated[list[_Entry], Field(min_length=1)]
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +105,6 @@ def pack(embeddings: Sequence[Embedding]) -> bytes:
 
     Equal embeddings give equal bytes. The metadata has a SHA-256 of its other entries and of all rows.
     """
-    from safetensors.torch import save
-
     entries = []
     for e in embeddings:
         tokens = {field.name: getattr(e, field.name) for field in fields(Tokens)}
@@ -82,33 +113,31 @@ def pack(embeddings: Sequence[Embedding]) -> bytes:
     record = {"format": FORMAT, "versions": library_versions(), "embeddings": entries}
     sealed = record | {"sha256": _digest(record, rows)}
     named = {f"embedding.{i}": rows_NE for i, rows_NE in enumerate(rows)}
-    return save(named, {_METADATA: _canonical_json(sealed).decode()})
+    return records.write_tensors(named, _canonical_json(sealed).decode())
 
 
 def read_tokens(payload: bytes, where: str = "") -> list[Tokens]:
     """Read the texts and tokens of a payload. Loads no torch, and neither reads nor checks the tensors."""
-    try:
-        return [_parse_tokens(entry) for entry in _read_record(payload, where)["embeddings"]]
-    except (KeyError, TypeError) as error:
-        raise EntryError("the embedding file is damaged", where=where) from error
+    return [entry.tokens for entry in _parse_record(payload, where)[0].embeddings]
 
 
 def unpack(payload: bytes, where: str = "") -> list[Embedding]:
     """Read and verify what `pack` wrote. Raises EntryError if anything in it has changed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    record = _read_record(payload, where)
+    record, facts = _parse_record(payload, where)
     try:
-        tensors = load(payload)
-        rows = [tensors[f"embedding.{i}"] for i in range(len(tensors))]
-    except (SafetensorError, KeyError) as error:
-        raise EntryError(f"the embedding file is damaged: {error}", where=where) from error
-    if record.pop("sha256", None) != _digest(record, rows):
+        tensors, _ = records.parse_tensors(payload)
+        rows = [tensors.pop(f"embedding.{i}") for i in range(len(record.embeddings))]
+        if tensors or any(rows_NE.ndim != 2 or str(rows_NE.dtype) not in _DTYPES for rows_NE in rows):
+            raise ValueError("other tensors than rows of its texts")
+        if any(len(rows_NE) != len(entry.ids) for rows_NE, entry in zip(rows, record.embeddings)):
+            raise ValueError("another number of rows than of tokens")
+    except (ValueError, KeyError) as error:
+        raise records.EMBEDDING.damaged(where, str(error)) from None
+    if facts.pop("sha256") != _digest(facts, rows):
         raise EntryError("the embedding file is damaged: its checksum differs", where=where)
     return [
-        Embedding.from_tokens(_parse_tokens(entry), rows_NE, entry["encoder"])
-        for entry, rows_NE in zip(record["embeddings"], rows, strict=True)
+        Embedding.from_tokens(entry.tokens, rows_NE, entry.encoder)
+        for entry, rows_NE in zip(record.embeddings, rows, strict=True)
     ]
 
 
@@ -120,29 +149,20 @@ def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
 def load_embedding(path: Path, index: int = 0) -> Embedding:
     """Load one embedding of a file. Raises JobError if the file lacks it, and EntryError if it is damaged."""
     with disk.reading_for_job(str(path)):
-        payload = disk.read_bytes(path)
+        payload = records.read_bytes(path, records.EMBEDDING)
     embeddings = unpack(payload, str(path))
     if index >= len(embeddings):
         raise JobError(f"no embedding {index}: the file contains {len(embeddings)}, from 0", where=str(path))
     return embeddings[index]
 
 
-def _read_record(payload: bytes, where: str) -> dict[str, Any]:
-    """Read the metadata of a payload: safetensors starts with the length of a JSON header and the header."""
+def _parse_record(payload: bytes, where: str) -> tuple[_Record, dict[str, Any]]:
+    """Parse the metadata of a payload; return it also as it is sealed."""
     try:
-        end = 8 + int.from_bytes(payload[:8], "little")
-        record = json.loads(json.loads(payload[8:end])["__metadata__"][_METADATA])
-        if record["format"] != FORMAT:
-            raise EntryError(f"embedding format {record['format']} is not {FORMAT}", where=where)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EntryError("not an embedding file of wancli, or damaged", where=where) from error
-    return dict(record)
-
-
-def _parse_tokens(entry: dict[str, Any]) -> Tokens:
-    return Tokens(
-        entry["text"], tuple(entry["ids"]), tuple(entry["pieces"]), entry["max_tokens"], entry["full_length"]
-    )
+        _, facts = records.parse_header(payload)
+    except ValueError:
+        raise EntryError("not an embedding file of wancli, or damaged", where=where) from None
+    return _Record.parse(facts, Path(where)), facts
 
 
 def _digest(record: dict[str, Any], rows: Sequence[Tensor]) -> str:

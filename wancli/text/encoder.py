@@ -76,7 +76,7 @@ def encode(
     """
     missing = {}
     for key, tokens in {encoder.key(tokens): tokens for tokens in prompts}.items():
-        if store and (cached := _read_cached(store, key)):
+        if store and (cached := _read_cached(store, encoder, tokens)):
             yield Encoded(key, cached, hit=True)
         else:
             missing[key] = tokens
@@ -92,7 +92,7 @@ def encode(
     )  # one pass over fetched weights is enough
     for group in (pending[i : i + group_size] for i in range(0, len(pending), group_size)):
         if (
-            len(group) == 1 and store and (cached := _read_cached(store, group[0][0]))
+            len(group) == 1 and store and (cached := _read_cached(store, encoder, group[0][1]))
         ):  # by another worker meanwhile
             yield Encoded(group[0][0], cached, hit=True)
             continue
@@ -139,9 +139,12 @@ def load_encoder(encoder: EncoderSpec) -> UMT5EncoderModel:
     )
 
 
-def _read_cached(store: Store, key: str) -> Embedding | None:
-    payload = store.get(key)
+def _read_cached(store: Store, encoder: EncoderSpec, tokens: Tokens) -> Embedding | None:
+    """Return the embedding of a prompt in the cache, None if there is none that can be used."""
+    payload = store.get(encoder.key(tokens))
     try:
-        return unpack(payload)[0] if payload else None
+        found = unpack(payload)[0] if payload else None
     except EntryError:
         return None
+    is_right = found and (found.ids, found.encoder) == (tokens.ids, encoder.fingerprint)
+    return found if is_right and found and found.rows_NE.isfinite().all() else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wancli.errors import JobError
+from wancli.errors import EntryError, JobError
 from wancli.storage import disk, manifest, sidecars
 from wancli.storage.manifest_schema import Manifest
+from wancli.units import pluralize
 from wancli.video import mp4
 
 if TYPE_CHECKING:
@@ -38,16 +40,30 @@ class Clip:
         """Return columns and rows."""
         return self.info.width, self.info.height
 
+    def _other_frames(self, what: str) -> EntryError:
+        width, height = self.size
+        expected = f"{pluralize(self.info.frame_count, 'frame')} of {width}x{height}"
+        return EntryError(f"{what}, where {expected} were expected", where=str(self.path))
+
     def read_pictures(self) -> Generator[Picture, None, None]:
-        """Decode its frames, uint8 [Y, X, 3], one by one. Raises FfmpegError."""
+        """Decode its frames, uint8 [Y, X, 3], one by one.
+
+        Raises FfmpegError, and EntryError if they are others than its manifest says.
+        """
         import numpy as np
 
+        count = 0
         for frame in mp4.read_frames(self.path):
+            if (frame.width, frame.height) != self.size:
+                raise self._other_frames(f"a frame of {frame.width}x{frame.height}")
+            count += 1
             yield np.frombuffer(frame.rgb, dtype=np.uint8).reshape(frame.height, frame.width, 3)
+        if count != self.info.frame_count:
+            raise self._other_frames(pluralize(count, "frame"))
 
 
 def read_clips(paths: Sequence[Path]) -> list[Clip]:
-    """Decode each video once and return them under unique ids.
+    """Return videos under unique ids. A video is decoded once, unless the manifest of this file describes it.
 
     Raises JobError if a file does not exist, is not an MP4 or has no frame, FfmpegError if it does not
     decode, EntryError if its manifest is damaged.
@@ -71,7 +87,12 @@ def _read_clip(path: Path) -> Clip:
     body = manifest.read(manifest.manifest_path(path))
     if body and disk.sha256(path) not in [file.sha256 for file in body.files]:
         body = None  # another video under that name
+    if body:  # whose frames were counted when they were written
+        shot = body.shot
+        return Clip(
+            path, shot.id, body, mp4.VideoInfo(shot.frames, Fraction(shot.fps), shot.width, shot.height)
+        )
     info = mp4.read_info(path)
     if not info.frame_count:
         raise JobError("has no frames", where=str(path))
-    return Clip(path, body.shot.id if body else path.stem, body, info)
+    return Clip(path, path.stem, None, info)

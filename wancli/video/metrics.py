@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from wancli.storage.manifest_schema import SKETCH_SIZE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +25,6 @@ PEAK = 255.0
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 HEATMAP_WIDTH = 32
-SKETCH_SIZE = 251  # sums per latent; a prime, so that neighbours in space fall into different sums
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,33 @@ def compare_frames(pairs: Iterable[tuple[Picture, Picture]]) -> FrameMetrics:
 
 def measure_motion(frames: Iterable[Picture]) -> float | None:
     """Return the mean |change of luma| from a frame to the next, 0..1; None for a single frame."""
-    import numpy as np
+    meter = MotionMeter()
+    for _ in meter.watch(frames):
+        pass
+    return meter.mean
 
-    last_YX: Floats | None = None
-    changes = []
-    for frame_YX3 in frames:
-        now_YX = to_luma(frame_YX3)
-        if last_YX is not None:
-            changes.append(float(np.abs(now_YX - last_YX).mean(dtype=np.float64)) / PEAK)
-        last_YX = now_YX
-    return sum(changes) / len(changes) if changes else None
+
+class MotionMeter:
+    """Measures the motion of frames that pass by, for whoever needs them for something else, too."""
+
+    def __init__(self) -> None:
+        self._changes: list[float] = []
+
+    def watch(self, frames: Iterable[Picture]) -> Iterator[Picture]:
+        import numpy as np
+
+        last_YX: Floats | None = None
+        for frame_YX3 in frames:
+            now_YX = to_luma(frame_YX3)
+            if last_YX is not None:
+                self._changes.append(float(np.abs(now_YX - last_YX).mean(dtype=np.float64)) / PEAK)
+            last_YX = now_YX
+            yield frame_YX3
+
+    @property
+    def mean(self) -> float | None:
+        """The mean |change of luma| from a frame to the next, 0..1; None for a single frame."""
+        return sum(self._changes) / len(self._changes) if self._changes else None
 
 
 def to_luma(picture_YX3: Picture) -> Floats:

@@ -8,6 +8,7 @@ manifest. `wancli.video.ffmpeg` starts and watches ffmpeg.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,13 +16,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from wancli.errors import FfmpegError
-from wancli.storage import atomic
+from wancli.storage import atomic, disk
 from wancli.video import ffmpeg
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FrameRate = int | str | Fraction  # exactly: a fraction may be text, `24000/1001`
+_COMMENT_WITHIN = 2**22  # bytes: the header comes first
 Rgb24 = bytes | memoryview  # whole frames, C-contiguous, row by row
 # The default conversion is BT.601 without tags, which players take for BT.709: colours shift.
 _TO_BT709 = (
@@ -151,7 +153,8 @@ def read_info(path: Path) -> VideoInfo:
 
 def read_frames(path: Path) -> Iterator[Frame]:
     """Decode an mp4, one frame at a time. Raises FfmpegError if anything in it is damaged."""
-    arguments = [*_input_arguments(path), "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    # of other depths, ppm would have two bytes per colour, and gray would be pgm
+    arguments = [*_input_arguments(path), "-pix_fmt", "rgb24", "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
     with ffmpeg.Ffmpeg(arguments, path, has_input=False) as reader:
         buffered = bytearray()
         for chunk in reader.receive():
@@ -176,6 +179,18 @@ def extract_thumbnail(path: Path, seconds: float) -> bytes:
     if not data:
         raise FfmpegError(f"no frame at {seconds:g} s", where=str(path))
     return data
+
+
+def shot_comment(shot_id: str, key: str) -> str:
+    """Return the comment in the video of a shot: its id, and the first half of its key."""
+    return f"wancli {shot_id} {key[:16]}"
+
+
+def names_shot(path: Path, key: str) -> bool:
+    """Return whether the comment in a video has the key of this shot. The id may have been another then."""
+    with disk.opened(path) as file:
+        start = file.read(_COMMENT_WITHIN)
+    return re.search(rb"wancli [^\0]{1,1000} " + re.escape(key[:16].encode()), start) is not None
 
 
 def to_rgb24(frames_CTYX: Tensor) -> memoryview:

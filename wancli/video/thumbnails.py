@@ -8,8 +8,8 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
-from wancli.errors import Unreadable, WancliError
-from wancli.storage import atomic, disk
+from wancli.errors import EntryError, Unreadable, WancliError
+from wancli.storage import atomic, records
 from wancli.storage.manifest_schema import Manifest
 from wancli.video import mp4
 
@@ -24,8 +24,8 @@ def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bo
         return None
     path = cache_dir / f"{digest[:32]}.jpg"
     try:
-        return _data_uri(disk.read_bytes(path))
-    except Unreadable:
+        return _data_uri(records.read_bytes(path, records.POSTER))
+    except (Unreadable, EntryError):
         if not create:
             return None
     with suppress(WancliError):

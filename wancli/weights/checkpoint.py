@@ -7,19 +7,18 @@ Found from names, config.json and headers alone: no torch, no data. `folder_layo
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from wancli.errors import CheckpointError, MachineError, Unreadable
+from wancli.errors import CheckpointError
 from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
-from wancli.storage import atomic, disk, links
+from wancli.storage import disk, links
+from wancli.storage.file_memo import read_memo, write_memo
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
     EXPERT_ROLES,
@@ -48,6 +47,7 @@ Location: TypeAlias = Path | SingleFiles
 
 SPIECE_HINT = "download google/umt5-xxl/spiece.model, which every repository of Wan-AI has"
 LOGGED_SIZE = 2**30  # bytes; hashing more takes long enough to say so
+_DIGEST = re.compile("[0-9a-f]{64}")
 LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it off
 
 
@@ -139,7 +139,7 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
 
     Raises CheckpointError for a blob of the Hugging Face cache whose digest is not its name.
     """
-    remembered = _read_memo(memo)
+    remembered = {key: digest for key, digest in read_memo(memo).items() if _DIGEST.fullmatch(str(digest))}
     identities = {_file_identity(path): path for path in paths}
     digests = {key: remembered.get(key) or _sha256(path) for key, path in identities.items()}
     for key, path in identities.items():
@@ -147,8 +147,7 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     # A file that changed while it was read gets a new identity, and its digest no entry.
     fresh = {key: digest for key, digest in digests.items() if key == _file_identity(identities[key])}
     if not fresh.items() <= remembered.items():
-        with suppress(MachineError):  # the memo only saves time
-            atomic.replace(memo, json.dumps(remembered | fresh, indent=1).encode())
+        write_memo(memo, remembered | fresh)
     if len(paths) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
@@ -326,16 +325,6 @@ def check_blob(path: Path, digest: str) -> None:
                 where=str(path),
                 hint=f"delete {name}, and download the file again",
             )
-
-
-def _read_memo(path: Path) -> dict[str, str]:
-    try:
-        known = json.loads(disk.read_bytes(path))
-    except (Unreadable, ValueError, RecursionError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    return {key: value for key, value in known.items() if re.fullmatch("[0-9a-f]{64}", str(value))}
 
 
 def _file_identity(path: Path) -> str:

@@ -48,6 +48,22 @@ def made(out: Path, entry: dict[str, Any]) -> bytes:
 # ---- what is in it ----
 
 
+def test_a_number_that_a_browser_would_round_is_a_text(out: Path) -> None:
+    entry = pages.entries(out)
+    for seed in (2**53 - 1, 2**53 + 1, 2**63 - 1):
+        entry["shot"]["seed"] = entry["labels"]["seed"] = seed
+        (shot,) = pages.Page(made(out, entry)).document["shots"]
+        shown = seed if seed < 2**53 else str(seed)
+        assert (shot["seed"], shot["labels"]["seed"], shot["row"]["seed"]) == (shown,) * 3
+
+
+def test_the_page_of_a_model_with_sizes_that_no_model_has_lacks_the_calculator(out: Path) -> None:
+    entry = pages.entries(out)
+    entry["model"]["sizes"] |= {"in_dim": 7, "from_a_later_version": 1}
+    (model,) = pages.Page(made(out, entry)).document["models"]
+    assert model["calculator"] is None
+
+
 def test_a_render_leaves_a_page_beside_its_report_that_needs_nothing_else(out: Path) -> None:
     data = (out / "job.report.html").read_bytes()
     found = pages.Page(data)
@@ -230,7 +246,7 @@ def test_a_folder_of_jobs_is_one_page_and_says_what_it_cannot_read(
     problems = [
         text
         for text in found.inside("p")
-        if "not wancli/map/1" in text or "not wancli/compare/1" in text or "manifest is damaged" in text
+        if "not wancli/map/1" in text or "comparison is damaged" in text or "manifest is damaged" in text
     ]
     assert len(problems) == 3
     assert [shot["score"] for shot in found.document["shots"]] == [score, None, None]  # not of its namesake

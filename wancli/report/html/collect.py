@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,9 +96,10 @@ def collect_folder(folder: Path) -> ReportInputs:
 
 def _locate_outputs(report: Path, shots: Sequence[ShotEntry]) -> Iterator[tuple[Path, ShotEntry]]:
     """Yield where each output of a report is now. If the folder was moved, outputs moved with the report."""
-    shared = os.path.commonpath([Path(entry.output).parent for entry in shots]) if shots else ""
-    for entry in shots:
-        yield report.parent / Path(entry.output).relative_to(shared), entry
+    absolute = [entry for entry in shots if Path(entry.output).is_absolute()]
+    shared = os.path.commonpath([Path(entry.output).parent for entry in absolute]) if absolute else ""
+    for entry in absolute:
+        yield report.parent / os.path.relpath(entry.output, shared), entry
 
 
 def _entry_without_manifest(entry: ShotEntry) -> ShotEntry:
@@ -107,11 +109,9 @@ def _entry_without_manifest(entry: ShotEntry) -> ShotEntry:
 
 def _read_entry(path: Path, inputs: ReportInputs) -> ShotEntry | None:
     """Read a manifest as an entry. Returns None if there is none or if it is damaged, which is a problem."""
-    try:
+    record = None
+    with _noting_damage(inputs):
         record = manifest.read(path)
-    except (EntryError, Unreadable) as error:
-        inputs.problems.append(str(error))
-        return None
     if record is None:
         return None
     output = path.parent / record.shot.output
@@ -123,20 +123,25 @@ def _collect_sidecars(inputs: ReportInputs, folders: Iterable[Path]) -> None:
     """Read the block maps and comparisons in these folders."""
     for folder in sorted(folders):
         for path in _matching(folder, "*.map.*.json"):
-            if measured := block_map.read(path):
-                inputs.maps.append(measured)
-            else:
-                inputs.problems.append(f"{path}: not {block_map.SCHEMA}")
+            with _noting_damage(inputs):
+                inputs.maps += [measured] if (measured := block_map.read(path)) else []
         for path in _matching(folder, "*.compare.json"):
-            shots = comparison_metrics.read_comparison(path)
-            if shots is None:
-                inputs.problems.append(f"{path}: not {comparison_metrics.SCHEMA}")
-            else:
+            with _noting_damage(inputs):
+                shots = comparison_metrics.read_comparison(path)
                 inputs.comparisons |= {absolute_path(path.parent / shot["output"]): shot for shot in shots}
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
     return [path for path in disk.list_folder(folder) if fnmatch.fnmatchcase(path.name, pattern)]
+
+
+@contextmanager
+def _noting_damage(inputs: ReportInputs) -> Iterator[None]:
+    """Note that a record is damaged or cannot be read, instead of raising it."""
+    try:
+        yield
+    except (EntryError, Unreadable) as error:
+        inputs.problems.append(str(error))
 
 
 def absolute_path(path: Path) -> str:

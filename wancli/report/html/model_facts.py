@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from wancli.models import parameter_count, variants
 from wancli.models.config import Dtype, T5Config, VAE22Config, VAEConfig, WanConfig, compute_dtype
@@ -17,6 +17,7 @@ from wancli.weights.component import Component, Kind
 from wancli.weights.formats.quant_schemes import Precision
 from wancli.weights.recognize import XXL
 
+Config = TypeVar("Config", WanConfig, T5Config, VAEConfig, VAE22Config)
 DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "fp16", "fp8")
 RESIDENCIES = get_args(memory_model.Residency)
 RELEASED = {
@@ -24,6 +25,12 @@ RELEASED = {
     for (dim, ffn, layers, channels), variant in variants.RELEASED.items()
 }
 RELEASED[variants.T2V_A14B.name] = (variants.T2V_A14B, RELEASED[variants.T2V_14B.name][1])
+
+
+def config_of(kind: type[Config], sizes: Mapping[str, Any]) -> Config:
+    """Return the config in a record, without the keys of a later version. Raises ValueError."""
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in sizes.items() if name in known})
 
 
 def block_parts(wan: WanConfig) -> list[dict[str, Any]]:
@@ -85,7 +92,9 @@ def calculator_coefficients(
     There is an entry for each device, each dtype and each residency. `sizes` and `networks` are those of a
     manifest. Weights in fp8 are always packed.
     """
-    wan = WanConfig(**sizes)
+    wan = config_of(WanConfig, sizes)
+    if wan.in_dim not in variants.BY_CHANNELS:
+        raise ValueError(f"no model reads {wan.in_dim} channels")
     return {
         "device": device,
         "stride": variants.BY_CHANNELS[wan.in_dim].stride,
@@ -94,7 +103,7 @@ def calculator_coefficients(
 
 
 def _device_coefficients(wan: WanConfig, networks: Mapping[str, Any], device: str) -> dict[str, Any]:
-    t5, vae = T5Config(**networks["text_encoder"]), _vae(networks["vae"])
+    t5, vae = config_of(T5Config, networks["text_encoder"]), _vae(networks["vae"])
     transformer, text = (_stored(networks["stored"][name]) for name in ("transformer", "text_encoder"))
     compute = {dtype: compute_dtype(dtype, device) for dtype in DTYPES}
     encode, sample = memory_estimate.encode_coefficients, memory_estimate.sample_coefficients
@@ -129,7 +138,7 @@ def _vae(sizes: dict[str, Any]) -> VAEConfig | VAE22Config:
     lists: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()
     }
-    return VAE22Config(**lists) if "dec_dim" in lists else VAEConfig(**lists)
+    return config_of(VAE22Config, lists) if "dec_dim" in lists else config_of(VAEConfig, lists)
 
 
 def released_checkpoint(name: str) -> tuple[Checkpoint, T5Config, VAEConfig | VAE22Config]:

@@ -25,6 +25,7 @@ SCRIPTS = (
     "base", "figures", "memory_formulas", "overview", "explorer", "heatmap", "memory_section", "prompts",
     "timing", "videos", "table", "main",
 )  # fmt: skip
+MAX_SAFE_INTEGER = 2**53 - 1  # Number.MAX_SAFE_INTEGER
 MARK = b"<!DOCTYPE html>\n<!-- wancli page -->"
 
 
@@ -84,8 +85,17 @@ def _table_columns(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _embeddable_json(data: Mapping[str, Any]) -> str:
-    """Write JSON that no text in it can end: ASCII, without `<`."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    """Write JSON that no text in it can end: ASCII, without `<`. Integers that browsers round are texts."""
+    return json.dumps(_exact_in_browsers(data), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _exact_in_browsers(value: Any) -> Any:
+    """Write integers beyond 2^53 as text: JavaScript knows only the nearest float of them."""
+    if isinstance(value, dict):
+        return {key: _exact_in_browsers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact_in_browsers(inner) for inner in value]
+    return str(value) if isinstance(value, int) and abs(value) > MAX_SAFE_INTEGER else value
 
 
 def _security_policy(styles: str, script: str) -> str:

@@ -133,17 +133,23 @@ def _read_claims() -> list[dict[str, Any]]:
 
 
 def _model_entry(model: Mapping[str, Any]) -> dict[str, Any]:
-    wan = WanConfig(**model["sizes"])
+    wan = model_facts.config_of(WanConfig, model["sizes"])
     kept = {key: model[key] for key in model if key not in ("networks", "sizes", "files")}
     networks = model.get("networks")
     return kept | {
         "sizes": model["sizes"],
-        "calculator": model_facts.calculator_coefficients(model["sizes"], networks, model["device"])
-        if networks
-        else None,
+        "calculator": _calculator(model["sizes"], networks, model["device"]) if networks else None,
         "parts": model_facts.block_parts(wan),
         "ends": model_facts.input_output_parts(wan),
     }
+
+
+def _calculator(sizes: Mapping[str, Any], networks: Mapping[str, Any], device: str) -> dict[str, Any] | None:
+    """Return the coefficients of the memory calculator; None for a model that this version does not know."""
+    try:
+        return model_facts.calculator_coefficients(sizes, networks, device)
+    except ValueError:
+        return None
 
 
 def _job_entry(report: Report) -> dict[str, Any]:
@@ -210,8 +216,8 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
             rule.text,
             tuple(rule.blocks.items()),
             tuple(rule.steps.items()),
-            tuple(rule.branches),  # type: ignore[arg-type]
-            rule.blend,  # type: ignore[arg-type]
+            tuple(rule.branches),
+            rule.blend,
             rule.gain,
         )
         for rule in record.injection

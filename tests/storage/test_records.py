@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wancli.errors import EntryError
+from wancli.errors import EntryError, Unreadable
 from wancli.storage import records
 from wancli.storage.records import Kind
 
@@ -62,10 +62,9 @@ def test_only_plain_files_of_a_plausible_size_are_read(
 ) -> None:
     path = tmp_path / "note"
     make(path)
-    with pytest.raises(EntryError) as raised:
+    with pytest.raises((EntryError, Unreadable)) as raised:
         records.read_json(path, SMALL)
-    assert str(path) in str(raised.value)
-    assert "the note" in raised.value.message
+    assert raised.value.where == str(path)
 
 
 @pytest.mark.parametrize("name", ["none", "no\0ne", "no/ne", "\ud800"])

@@ -149,7 +149,7 @@ def read_pairs(
         return list(pairs.values())
     is_embedding = file.suffix == ".safetensors"
     with disk.reading_for_job(str(file)):
-        data = records.read_bytes(file, records.EMBEDDING) if is_embedding else _read_any(file)
+        data = records.read(file, records.EMBEDDING) if is_embedding else _read_any(file)
     model = _resolve_model(folder, memo)
     if is_embedding:
         tokens = read_tokens(data, str(file))

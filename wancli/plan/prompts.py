@@ -49,7 +49,7 @@ class PromptResolver:
     def _from_file(self, spec: EmbeddingFile, base_dir: Path, location: str) -> Prompt:
         path = model_registry.resolve_path(base_dir, spec.embedding, location)
         with disk.reading_for_job(location, spec.embedding):
-            payload = records.read_bytes(path, records.EMBEDDING)
+            payload = records.read(path, records.EMBEDDING)
         try:
             tokens = read_tokens(payload)
         except EntryError as error:

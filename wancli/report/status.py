@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,9 +107,11 @@ def _looks_done(shot: Shot) -> bool:
 
 def _read_failures(path: Path) -> dict[str, Mapping[str, Any]]:
     """Read the errors of the last report of the job, by output."""
-    report = batch_report.read_report(path)
-    entries = report.shots if report else []
-    return {entry.output: entry.error for entry in entries if entry.status == "failed" and entry.error}
+    with suppress(Unreadable):
+        report = batch_report.read_report(path)
+        entries = report.shots if report else []
+        return {entry.output: entry.error for entry in entries if entry.status == "failed" and entry.error}
+    return {}
 
 
 def _estimate_remaining(

@@ -178,7 +178,7 @@ class Store:
 
 def read_entry(path: Path, key: str) -> bytes:
     """Return the payload of an entry. Raises Unreadable, and EntryError if it does not verify."""
-    return unseal(records.read_bytes(path, records.CACHE_ENTRY, links=False), key)
+    return unseal(records.read(path, records.CACHE_ENTRY, links=False), key)
 
 
 def _is_intact(entry: Entry) -> bool:

@@ -58,7 +58,7 @@ MESSAGE = Kind("the message", 2**24)
 # ---- files ----
 
 
-def read_bytes(path: Path, kind: Kind, *, links: bool = True) -> bytes:
+def read(path: Path, kind: Kind, *, links: bool = True) -> bytes:
     """Read a whole record. Raises Unreadable, and EntryError if it is larger than its kind can be."""
     with disk.opened(path, links=links) as file:
         size = os.fstat(file.fileno()).st_size
@@ -70,9 +70,9 @@ def read_bytes(path: Path, kind: Kind, *, links: bool = True) -> bytes:
 
 
 def find_bytes(path: Path, kind: Kind) -> bytes | None:
-    """Read a whole record; None if there is no such file. Raises as `read_bytes`."""
+    """Read a whole record; None if there is no such file. Raises as `read`."""
     try:
-        return read_bytes(path, kind)
+        return read(path, kind)
     except NoSuchFile:
         return None
 

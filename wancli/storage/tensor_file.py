@@ -85,7 +85,7 @@ def _parse_tensors(payload: bytes, path: Path, kind: Kind) -> dict[str, Tensor]:
 def _read_sealed(path: Path, kind: Kind) -> tuple[bytes, dict[str, Slice], dict[str, Any]]:
     """Read a file and verify its checksum; return its bytes, where its tensors are, and its record."""
     try:
-        payload = records.read_bytes(path, kind)
+        payload = records.read(path, kind)
         slices, document = records.parse_header(payload)
         record = _record_of(document)
         for name, each in slices.items():

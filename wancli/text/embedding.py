@@ -149,7 +149,7 @@ def save_embeddings(path: Path, embeddings: Sequence[Embedding]) -> None:
 def load_embedding(path: Path, index: int = 0) -> Embedding:
     """Load one embedding of a file. Raises JobError if the file lacks it, and EntryError if it is damaged."""
     with disk.reading_for_job(str(path)):
-        payload = records.read_bytes(path, records.EMBEDDING)
+        payload = records.read(path, records.EMBEDDING)
     embeddings = unpack(payload, str(path))
     if index >= len(embeddings):
         raise JobError(f"no embedding {index}: the file contains {len(embeddings)}, from 0", where=str(path))

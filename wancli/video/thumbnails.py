@@ -24,7 +24,7 @@ def thumbnail_uri(output: Path, record: Manifest, cache_dir: Path, *, create: bo
         return None
     path = cache_dir / f"{digest[:32]}.jpg"
     try:
-        return _data_uri(records.read_bytes(path, records.POSTER))
+        return _data_uri(records.read(path, records.POSTER))
     except (Unreadable, EntryError):
         if not create:
             return None

@@ -53,7 +53,8 @@ def collect_report(path: Path) -> ReportInputs:
 def collect_plan(plan: Plan, report: Path) -> ReportInputs:
     """Collect the outputs of a job as they are now, and its last report. Videos are not hashed."""
     inputs = ReportInputs(plan.name)
-    inputs.reports = [last] if (last := batch_report.read_report(report)) else []
+    with _noting_damage(inputs):
+        inputs.reports = [last] if (last := batch_report.read_report(report)) else []
     for shot in sorted((*plan.shots, *plan.unselected), key=lambda shot: shot.index):
         entry = _read_entry(shot.manifest, inputs)
         if entry is None or entry.record is None or entry.record.key != shot.key:
@@ -76,10 +77,11 @@ def collect_folder(folder: Path) -> ReportInputs:
     manifests = [path for path in files if path.name.endswith(MANIFEST)]
     reported: dict[Path, tuple[str, ShotEntry]] = {}
     for path in [path for path in files if path.name.endswith("report.json")]:
-        if report := batch_report.read_report(path):
-            inputs.reports.append(report)
-            located = _locate_outputs(path, report.shots)
-            reported |= {output: (report.job, entry) for output, entry in located}
+        with _noting_damage(inputs):
+            if report := batch_report.read_report(path):
+                inputs.reports.append(report)
+                located = _locate_outputs(path, report.shots)
+                reported |= {output: (report.job, entry) for output, entry in located}
     for path in manifests:
         if entry := _read_entry(path, inputs):
             job, _ = reported.pop(Path(entry.output), (path.parent.name, None))

@@ -430,6 +430,21 @@ def test_failures_end_in_a_table_and_the_command_that_retries_them(
     assert run_wancli(capsys, *words).code == 0
 
 
+def test_a_failure_that_another_try_cannot_help_is_not_offered_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=[{"id": id} for id in "abc"]))
+    refused = errors.MachineError("this user may not write there")
+    failing(monkeypatch, mp4, "write_mp4", {0: refused, 2: errors.FfmpegError("died")})
+    said = run_wancli(capsys, "render", job)
+    assert said.code == 3
+    *_, again, later = said.err.splitlines()
+    assert again == f"try again: wancli render {job} --items 2"
+    assert later == (
+        f"another try alone does not help; once the cause is gone: wancli render {job} --items 0"
+    )
+
+
 def test_a_force_that_ended_early_comes_with_the_command_for_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: Path
 ) -> None:

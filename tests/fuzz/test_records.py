@@ -201,9 +201,15 @@ def spoil(kind: str, path: Path, dice: random.Random) -> None:
             value = mutate(value, dice) if isinstance(value, dict | list) else value
         return value
 
-    match "no record" if dice.random() < 0.15 else kind:
-        case "no record":
-            replace_file(path, dice)
+    if dice.random() < 0.15:
+        replace_file(path, dice)
+    else:
+        seal(kind, path, change, dice)
+
+
+def seal(kind: str, path: Path, change: Callable[[Any], Any], dice: random.Random) -> None:
+    """Change a record and make its checksum agree."""
+    match kind:
         case "manifest":
             seal_manifest(path, change)
         case "latent" | "state":
@@ -245,6 +251,23 @@ def commands(folder: Path, kind: str, path: Path) -> list[list[object]]:
     }
     few = ("rates", "digests", "entry")
     return (more[kind] * 2 + looks[2:4]) if kind in few else looks + more[kind] * 2
+
+
+def test_a_record_that_the_rig_seals_unchanged_verifies(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the rig would show no more than that a broken seal is noticed."""
+    before = run_wancli(capsys, "check", made / "out", "--json")
+    assert (before.code, json.loads(before.out)["verified"]) == (0, {"videos": 2, "latents": 2, "states": 1})
+    never = random.Random()
+    never.random = lambda: 1.0  # type: ignore[method-assign]
+    for kind in ("manifest", "latent", "state", "entry"):
+        for path in made.glob(KINDS[kind]):
+            seal(kind, path, lambda value: value, never)
+    assert run_wancli(capsys, "check", made / "out", "--json").out == before.out
+    assert run_wancli(capsys, "cache", "verify", "--cache-dir", made / "cache").code == 0
+    listed = run_wancli(capsys, "cache", "ls", "--cache-dir", made / "cache")
+    assert "damaged" not in listed.out
 
 
 def test_any_record_is_used_or_refused_by_its_name(

@@ -24,7 +24,7 @@ from wancli.errors import CheckpointError
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.vae import WanVAE
 from wancli.models.variants import T2V_14B, T2V_A14B, TI2V_5B
-from wancli.storage import atomic
+from wancli.storage import disk
 from wancli.text.tokenizer import Tokenizer
 from wancli.weights import checkpoint as identify_module
 from wancli.weights.checkpoint import fingerprint, identify, text_encoder_config, vae_config
@@ -272,7 +272,7 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(
     path.write_bytes(b"before")
     before = fingerprint([path], memo)
     with monkeypatch.context() as patch:
-        forbid_calls(patch, (atomic, "sha256"))
+        forbid_calls(patch, (disk, "sha256"))
         assert fingerprint([path], memo) == before
     path.write_bytes(b"after!")
     assert fingerprint([path], memo) == hashlib.sha256(b"after!").hexdigest() != before

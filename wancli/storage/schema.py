@@ -25,9 +25,9 @@ def _require_path(text: str) -> str:
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
-        raise ValueError("is no name that a file can have") from None
+        raise ValueError("is not a name that a file can have") from None
     if not text or b"\0" in encoded:
-        raise ValueError("is no name that a file can have")
+        raise ValueError("is not a name that a file can have")
     return text
 
 

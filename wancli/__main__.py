@@ -27,11 +27,11 @@ def main() -> None:
     stdio.open_streams()
     exit_codes: list[int] = []
     atexit.register(_die_of_interrupt, exit_codes)  # registered first, so that it runs last
+    atexit.register(stdio.deliver_streams)
     code = _run_on_server(arguments)
     code = _run_here(arguments) if code is None else code
     for number in handled:  # the work is done: the process ends with its own exit code
         signal.signal(number, signal.SIG_IGN)
-    stdio.close_streams()
     exit_codes.append(code)
     sys.exit(code)
 

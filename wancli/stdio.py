@@ -100,21 +100,25 @@ def work_without_waiting() -> Iterator[None]:
         raw.writer.close()
 
 
-def close_streams() -> None:
-    """Deliver the last output, as the process ends."""
+def deliver_streams() -> None:
+    """Deliver the last output, as the process ends, to readers who read."""
     for stream in (sys.stdout, sys.stderr):
-        close_writer(stream)
+        _deliver(stream)
 
 
 def close_writer(stream: TextIO) -> None:
-    """Write what is buffered as long as there is a reader who reads, and discard the rest."""
-    raw = _raw(stream)
-    if raw:
+    """Deliver what is buffered to a reader who reads, and discard the rest."""
+    _deliver(stream)
+    if raw := _raw(stream):
+        raw.writer.close()
+
+
+def _deliver(stream: TextIO) -> None:
+    if raw := _raw(stream):
         for _ in range(2):  # after a failure, the second one discards
             with suppress(BrokenPipeError, MachineError):
                 stream.flush()
         raw.writer.deliver(_DELIVERY_SECONDS)
-        raw.writer.close()
 
 
 def _raw(stream: TextIO) -> _StandardStream | None:

@@ -399,8 +399,8 @@ def handle_signal(number: signal.Signals, send: Callable[[], None], *, code: int
     return code
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+@pytest.mark.parametrize("code", [0, 75])
 def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
     number: signal.Signals, code: int
 ) -> None:
@@ -412,8 +412,29 @@ def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
         assert (got, server._stop_requested()) == (code, True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("code", [0, 75, 130])
+def test_a_server_under_nohup_ignores_sighup_and_saves_a_render_whose_client_gets_one() -> None:
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server.handle_signals():
+            signal.raise_signal(signal.SIGHUP)
+            assert not server._stop_requested()
+            got = run_on_server(
+                server,
+                lambda client: handle_signal(
+                    signal.SIGTERM,
+                    lambda: local_socket.send_message(client, {"signal": "SIGHUP"}),
+                    code=75,
+                ),
+            )
+            assert (got, server._stop_requested()) == (75, False)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+@pytest.mark.parametrize("code", [75, 130])
 def test_a_signal_of_a_client_does_not_end_the_server(number: signal.Signals, code: int) -> None:
     server = Server(lambda *_: 0, ModelCache(), idle=None)
 

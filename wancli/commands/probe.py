@@ -89,8 +89,8 @@ def probe_command(
         display.warn(warning)
     with signals.stop_on_signal() as stop:
         result = run.run_probe(probe_request, RenderContext(open_store(cache_dir), display, stop=stop))
-    block_map_store.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(result)
-    block_map.write(path, result)
+        block_map_store.BlockMapStore(resolve_cache_dir(cache_dir) / "maps").put(result)
+        block_map.write(path, result)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -28,7 +28,7 @@ from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import use_client_environment
 from wancli.resources.measure import oom_as_error
-from wancli.signals import STOP_SIGNALS
+from wancli.signals import STOP_SIGNALS, handle_signals, restore_signals
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
@@ -96,18 +96,21 @@ class Server:
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """End the server on a signal. A Ctrl-C that the starting script ignores does not reach it."""
+        """End the server on a signal, unless it was started to ignore that one, as SIGHUP by nohup.
+
+        A Ctrl-C that the starting script ignores does not reach it, but that of a client does.
+        """
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             with suppress(OSError):  # it leads a session of its own
                 os.setpgid(0, 0)
         self._wakeup_fd, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         former_fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_signal)}
+        before |= handle_signals([n for n in STOP_SIGNALS if n != signal.SIGINT], self._on_signal)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore_signals(before)
             signal.set_wakeup_fd(former_fd)
             os.close(self._wakeup_fd)
             os.close(written)
@@ -247,6 +250,8 @@ class Server:
         while True:
             message = messages.read()
             number = signal.Signals[message["signal"]] if message else signal.SIGTERM
+            if signal.getsignal(number) is signal.SIG_IGN:
+                number = signal.SIGTERM
             if self._state != "running" or (message is None and self._relayed):
                 return
             self._relayed[number] += 1

@@ -17,7 +17,9 @@ import jsonschema
 import pytest
 from forked import run, start
 from jobs import CAT, FISH, CommandResult, count_forwards, manifest_of, rule, run_wancli, tiny_job, write_job
+from unread import small_pipe
 
+from wancli import stdio
 from wancli.engine import batch, outcome
 from wancli.errors import FfmpegError, error_types
 from wancli.models.dit import WanModel
@@ -44,6 +46,28 @@ def events(text: str) -> list[dict[str, Any]]:
 
 def of(kind: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in found if event["type"] == kind]
+
+
+def test_a_gap_counts_the_steps_that_were_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "_STEP_SECONDS", 0.0)
+    reader, fd = small_pipe()
+    out = stdio.open_writer(fd, encoding="utf-8", write_through=False, patient=False)
+    stream = json_stream.JsonStream(out)
+    for done in range(3000):
+        stream.on_step("sample", ["a"], done, 3000)
+    stream.note("the end")
+    said = b""
+    while b"the end" not in said:
+        said += os.read(reader, 1 << 16)
+    found = [json.loads(line) for line in said.splitlines()]
+    for event in found:
+        VALIDATOR.validate(event)
+    (gap,) = of("gap", found)
+    assert gap["lines"] + len(of("step", found)) == 3000
+    assert of("step", found)[-1]["done"] == 2999
+    stdio.close_writer(out)
+    for end in (reader, fd):
+        os.close(end)
 
 
 @pytest.fixture

@@ -86,7 +86,8 @@ _EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "note": ("Something worth knowing; nothing is wrong.", {"message": _TEXT}),
     "warning": ("Something that may be wrong, and does not stop the work.", {"message": _TEXT}),
     "gap": (
-        "Lines of type step stood here; they were dropped because the reader did not read.",
+        "Lines of type step stood here; they were dropped because the reader did not read. Its `time` is "
+        "later than that of the next lines.",
         {"lines": _COUNT},
     ),
     "envelope": (

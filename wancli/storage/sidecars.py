@@ -18,7 +18,7 @@ def write_sidecar(path: Path, data: bytes, marker: bytes, search_bytes: int) -> 
     A file is of this kind if `marker` is in its first `search_bytes` bytes. Raises OutputExists if a folder
     has the name, Unreadable if its kind cannot be told, NoSpace or MachineError.
     """
-    if not has_marker(path, marker, search_bytes):
+    if not (disk.is_file(path) and has_marker(path, marker, search_bytes)):
         atomic.move_aside(path)
     atomic.replace(path, data)
 

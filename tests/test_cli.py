@@ -241,6 +241,20 @@ def test_a_bug_is_one_line_and_a_log_with_the_traceback(
     assert "ZeroDivisionError: so it goes" in log.read_text()
 
 
+def test_a_bug_without_a_place_for_its_log_has_the_traceback_on_stderr(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no place")
+
+    monkeypatch.setattr(batch, "render", fails)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", fails)
+    said = say("render", write_job(tmp_path, tiny_job()))
+    assert said.code == 70
+    assert "Traceback" in said.err
+    assert "please report it with the lines above" in said.err
+
+
 def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))

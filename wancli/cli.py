@@ -103,17 +103,26 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
     except Exception:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix="wancli-", suffix=".log", delete=False
-        ) as log:
-            traceback.print_exc(file=log)
-        print_error(Bug(f"a bug in wancli {__version__}; please report it with {log.name}"))
+        print_error(Bug(f"a bug in wancli {__version__}; please report it with {_log_traceback()}"))
         return Bug.status
     if code == ExitStatus.INTERRUPTED:  # typer returns this after Ctrl-C, and 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to continue", file=sys.stderr)
     if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.write_failure(sys.stdout):
         return ExitStatus.MACHINE  # the batch has continued; stderr has the reason
     return code
+
+
+def _log_traceback() -> str:
+    """Write the traceback of the error that is handled to a file, else to stderr; return where it is."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="wancli-", suffix=".log", delete=False
+        ) as log:
+            traceback.print_exc(file=log)
+    except OSError:  # no folder for temporary files takes one
+        traceback.print_exc()
+        return "the lines above"
+    return log.name
 
 
 def _report_refusal(error: WancliError, arguments: list[str]) -> ExitStatus:

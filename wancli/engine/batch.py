@@ -22,7 +22,7 @@ from wancli.plan import batching, memory_policy
 from wancli.plan.chains import split_waves
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots
-from wancli.storage import manifest
+from wancli.storage import disk, manifest
 from wancli.storage.claims import find_holder
 
 
@@ -150,8 +150,8 @@ def iter_resolved(plan: Plan, result: PreflightResult) -> Iterator[Outcome]:
 
 def _remove_abandoned_state(shot: Shot) -> None:
     """Remove the state of a finished shot, which a stopped render with --force left and nobody resumes."""
-    if shot.state.exists() and find_holder(shot) is None:
-        with suppress(MachineError):  # a folder that cannot be written keeps it
+    with suppress(MachineError):  # a folder that cannot be looked at or written keeps it
+        if disk.exists(shot.state) and find_holder(shot) is None:
             shot_state.remove_state(shot)
 
 

@@ -152,8 +152,12 @@ def read_version() -> str:
 def list_encoders() -> frozenset[bytes]:
     """Return the names of its encoders. Raises FfmpegError if ffmpeg is not found or does not run."""
     path = find_executable()
+    return _list_encoders(path, _mtime_ns(path))
+
+
+def _mtime_ns(path: Path) -> int:
     found = disk.status(path)
-    return _list_encoders(path, found.st_mtime_ns if found else 0)
+    return found.st_mtime_ns if found else 0
 
 
 @lru_cache(4)  # a server asks for every job
@@ -164,7 +168,7 @@ def _list_encoders(path: Path, _mtime_ns: int) -> frozenset[bytes]:
 def keep_frames_arguments() -> list[str]:
     """Return the arguments that output every coded frame once: none doubled or dropped to keep time."""
     path = find_executable()
-    return [_sync_option(path, path.stat().st_mtime_ns), "passthrough"]
+    return [_sync_option(path, _mtime_ns(path)), "passthrough"]
 
 
 @lru_cache(4)

@@ -219,8 +219,11 @@ def box(data: bytes, *path: bytes) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("codec", ["h264", "h265"])
-@pytest.mark.parametrize("said", [1, 16, 240, 23.976, 29.97, 59.94, 12.5, "24000/1001", "30000/1001", 12.345])
+@pytest.mark.parametrize(
+    ("codec", "said"),
+    [("h264", said) for said in (1, 16, 240, 23.976, 29.97, 59.94, 12.5, "24000/1001", 12.345)]
+    + [("h265", 23.976), ("h265", 12.345)],
+)
 def test_the_file_has_exactly_the_frame_rate_of_the_job(tmp_path, codec, said):
     fps, count = parse_frame_rate(said), 6
     path = render(tmp_path / "a.mp4", moving(count), codec=codec, fps=fps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wancli.errors import EntryError, NoSuchFile, Unreadable
 from wancli.plan.pictures import LinkedFrame
-from wancli.storage import atomic, disk
+from wancli.storage import atomic, records
 
 if TYPE_CHECKING:
     from wancli.pictures.read import Pixels
@@ -56,7 +56,7 @@ def load_frame(link: LinkedFrame) -> Pixels:
     path = frame_path(link.output, link.frame)
     hint = f"Render shot {link.id} again, with --force if it is done."
     try:
-        with Image.open(io.BytesIO(disk.read_bytes(path)), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(records.read(path, records.FRAME)), formats=["PNG"]) as image:
             image.load()
             key, size = image.info.get(_KEY), image.size
             pixels_YX3 = np.asarray(image.convert("RGB"))

@@ -52,6 +52,7 @@ CACHE_ENTRY = Kind("the cache entry", 2**28, "`wancli cache prune` removes it.")
 MEMO = Kind("the list of digests", 2**26)
 RATES = Kind("the list of rates", 2**22)
 POSTER = Kind("the poster", 2**24)
+FRAME = Kind("the kept frame", 2**29)
 MESSAGE = Kind("the message", 2**24)
 
 

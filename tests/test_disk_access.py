@@ -28,8 +28,6 @@ WRITES = {
     "farm/client.py": {"open"},  # /dev/null
     "farm/client_environment.py": {"open"},  # stdin
     "stdio.py": {"open"},  # stdin and /dev/null
-    "resources/machine.py": {"read_text"},  # /sys
-    "resources/control_group.py": {"read_text"},  # /proc and /sys, or a copy of them
 }
 ASKED_HERE = {"storage/disk.py", "storage/paths.py"}  # paths.py expands `~`
 

@@ -347,6 +347,25 @@ def test_a_damaged_state_is_moved_aside_with_a_warning(
     assert "clip.state.old-1.safetensors" in files_in(tmp_path)
 
 
+def test_a_shot_that_resumes_with_other_threads_says_so_and_its_manifest_has_both_numbers(
+    tmp_path: Path,
+    render: Render,
+    warm: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from jobs import run_wancli
+
+    assert stopped(render, 2)(sampler={"steps": 3}).code == 75
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    said = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain", "--cache-dir", warm)
+    assert said.code == 0
+    assert "warning: shot 0000: sampled with 1 thread so far and with 3 from here on" in said.err
+    assert "OMP_NUM_THREADS=1 keeps them" in said.err
+    sampled = [phase for phase in manifest_of(tmp_path)["phases"] if phase["name"] == "sample"]
+    assert [phase["threads"] for phase in sampled] == [1, 3]
+
+
 # ---- a real process ----
 
 

@@ -278,23 +278,6 @@ def test_the_text_encoder_is_as_large_as_its_precision_makes_it():
     assert short.activation < long.activation < 10**9
 
 
-def test_some_memory_is_available():
-    assert machine.available_memory() > 0
-
-
-def test_a_control_group_leaves_its_unused_memory_and_the_pages_of_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    free = machine.available_memory()
-    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.current").write_text("9000000\n")
-    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 4000000\nactive_file 3000000\n")
-    (tmp_path / "memory.max").write_text("10000000\n")
-    assert machine.available_memory() == 8_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.available_memory() == pytest.approx(free, rel=0.5)
-
-
 def test_pages_of_files_are_not_counted_twice():
     memory = psutil.Process().memory_info()
     assert 0 < machine.process_memory() < memory.rss

@@ -21,7 +21,7 @@ from wancli.errors import CheckpointError, ClaimedElsewhere, ErrorCapture, Machi
 from wancli.plan import batching, memory_policy
 from wancli.plan.chains import split_waves
 from wancli.plan.schedule import Schedule
-from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots
+from wancli.plan.shot import ModelSpec, Plan, Shot, format_shots_inline
 from wancli.storage import disk, manifest
 from wancli.storage.claims import find_holder
 
@@ -153,11 +153,6 @@ def _remove_abandoned_state(shot: Shot) -> None:
     with suppress(MachineError):  # a folder that cannot be looked at or written keeps it
         if disk.exists(shot.state) and find_holder(shot) is None:
             shot_state.remove_state(shot)
-
-
-def format_shots_inline(shots: Sequence[Shot]) -> str:
-    """Name shots in the middle of a sentence."""
-    return f"shot {format_shots(shots)}" if len(shots) == 1 else format_shots(shots)
 
 
 def _wait_for_claims(shots: Sequence[Shot], context: RenderContext) -> Sequence[Shot]:

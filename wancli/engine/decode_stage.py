@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.kept_frames import keep_frames
-from wancli.engine.networks import check_device
+from wancli.engine.networks import prepare_device
 from wancli.errors import (
     CheckpointError,
     ClaimedElsewhere,
@@ -67,7 +67,7 @@ def decode_file(
     made_for = (checkpoint.variant.latent_channels, record.shot.width // checkpoint.variant.vae_stride)
     if (z_CTYX.shape[0], z_CTYX.shape[3]) != made_for:
         raise records.LATENT.damaged(path, f"the VAE reads no latent of {[*z_CTYX.shape]}")
-    check_device(record.model.device)
+    prepare_device(record.model.device)
     decode_latent(z_CTYX, record, output, load_vae(checkpoint, record.model.device), context)
     return output
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from wancli.engine import manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
-from wancli.engine.networks import check_device
+from wancli.engine.networks import prepare_device
 from wancli.errors import ErrorCapture, JobError
 from wancli.plan.shot import ModelSpec, Prompt
 from wancli.resources.measure import PeakMemory
@@ -36,7 +36,7 @@ def encode_each(
     """Encode as `encode_prompts` does, and return the errors of prompts that failed by id."""
     import torch  # noqa: F401 - before the measurement, which does not include it
 
-    check_device(model.device)
+    prepare_device(model.device)
     texts = {prompt.id: prompt for prompt in prompts}
     encoded: dict[str, Encoded] = {}
     errors: dict[str, ErrorCapture] = {}

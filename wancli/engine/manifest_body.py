@@ -249,12 +249,16 @@ def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:
 
 
 def phase_record(name: str, peak: PeakMemory) -> Record:
-    """Record the seconds of a phase, and the bytes of host memory at start and peak, of CUDA memory at peak.
+    """Record the seconds and the CPU threads of a phase, and the bytes of host memory at start and peak, of
+    CUDA memory at peak.
 
     The id is that of the measurement: all records of a shared phase have the same one."""
+    import torch
+
     return {
         "id": peak.id,
         "name": name,
+        "threads": torch.get_num_threads(),
         "seconds": round(peak.seconds, 4),
         "rss_start": peak.rss_start,
         "rss": peak.rss_peak,

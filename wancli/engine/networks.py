@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from wancli.engine.manifest_body import Record
 from wancli.errors import MachineError
 from wancli.models.config import Expert
 from wancli.plan.shot import ModelSpec
+from wancli.resources import machine
 from wancli.resources.measure import PeakMemory
 from wancli.weights.checkpoint import Checkpoint
 from wancli.weights.lora.use import LoraUse
@@ -165,13 +167,17 @@ def check_weights(checkpoint: Checkpoint) -> None:
     check_loadable(checkpoint)
 
 
-def check_device(device: str) -> None:
-    """Raise MachineError if a plan says `cuda` and torch has no CUDA device."""
-    if device != "cuda":
-        return
+def prepare_device(device: str) -> None:
+    """Give torch no more threads than the process has cores, unless the user set their number.
+
+    Raises MachineError if a plan says `cuda` and torch has no CUDA device.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    cores, is_chosen = machine.usable_cores(), any(map(os.environ.get, machine.THREAD_VARIABLES))
+    if not is_chosen and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)  # torch knows no CPU quota; threads beyond it only wait for one another
+    if device == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             "torch can use no CUDA device here",
             hint="Set memory.device: cpu and noise: cpu, or look at nvidia-smi.",

@@ -164,6 +164,7 @@ def _sample_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext
             if attempt.error:
                 yield failed_outcome(shot, attempt)
     states = [state for batch in started for state in batch]
+    shot_state.warn_of_other_threads(states, context)
     shot_state.link_dependents(states)
     try:
         for expert in EXPERTS:

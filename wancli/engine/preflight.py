@@ -13,7 +13,7 @@ from typing import Literal
 
 from wancli.engine import manifest_body, output_diff
 from wancli.engine.context import RenderContext
-from wancli.engine.networks import check_device, check_weights
+from wancli.engine.networks import check_weights, prepare_device
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, Unreadable, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
 from wancli.plan.schedule import Schedule
@@ -189,7 +189,7 @@ def effects_missing(shot: Shot, record: ShotRecord) -> bool:
 
 def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:
     for device in {device for shot in todo for device in (shot.model.device, shot.noise)}:
-        check_device(device)
+        prepare_device(device)
     for model in dict.fromkeys(shot.model for shot in todo):
         backends.check_backends(model)
     for folder in dict.fromkeys(shot.output.parent for shot in todo):

@@ -22,12 +22,13 @@ from wancli.engine.manifest_body import Record
 from wancli.errors import EntryError, ErrorCapture
 from wancli.injection.table import Branch
 from wancli.plan.prefix_sharing import Fork, PrefixTree
-from wancli.plan.shot import Shot
+from wancli.plan.shot import Shot, format_shots_inline
 from wancli.sampling import state_file
 from wancli.sampling.solvers import State
 from wancli.sampling.stages import Stage
 from wancli.storage import atomic, disk
 from wancli.storage.manifest_schema import SavedState
+from wancli.units import pluralize
 
 
 class Status(Enum):
@@ -154,6 +155,23 @@ def _belongs_to(shot: Shot, solver_state: State, saved: SavedState) -> bool:
         and len(saved.differences) in (0, len(shot.rules))
         and (saved.measured or not shot.measure)
     )
+
+
+def warn_of_other_threads(states: Sequence[ShotState], context: RenderContext) -> None:
+    """Say which shots were sampled with another number of threads so far: the last bits depend on it."""
+    import torch
+
+    now = torch.get_num_threads()
+    shots_by_threads: dict[int, list[Shot]] = {}
+    for state in states:
+        before = [phase.get("threads") for phase in state.phases if phase["name"] == "sample"]
+        if before and before[-1] not in (None, now) and state.shot.model.device == "cpu":
+            shots_by_threads.setdefault(before[-1], []).append(state.shot)
+    for before, shots in shots_by_threads.items():
+        context.progress.warn(
+            f"{format_shots_inline(shots)}: sampled with {pluralize(before, 'thread')} so far and with {now} "
+            f"from here on, so the last bits may differ; OMP_NUM_THREADS={before} keeps them"
+        )
 
 
 def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:

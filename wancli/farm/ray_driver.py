@@ -18,13 +18,14 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.batch import format_shots_inline, iter_resolved, track_outcomes
+from wancli.engine.batch import iter_resolved, track_outcomes
 from wancli.engine.manifest_body import Record
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.preflight import PreflightResult, check_outputs
 from wancli.errors import ErrorCapture, JobError, MachineError, WancliError
 from wancli.farm.ray_worker import Task, Worker, error_from_dict
 from wancli.plan import batching
+from wancli.plan.shot import format_shots_inline
 from wancli.storage import disk, manifest
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from wancli.engine.networks import ModelCache, check_device, check_weights
+from wancli.engine.networks import ModelCache, check_weights, prepare_device
 from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import use_client_environment
@@ -68,7 +68,7 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
     if plan is None:
         return
     shot = plan.shots[0]
-    check_device(shot.model.device)
+    prepare_device(shot.model.device)
     backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, plan.schedule.placement(shot), encoded=True)

@@ -277,6 +277,11 @@ def format_shots(shots: Sequence[Shot]) -> str:
     return first if len(shots) == 1 else f"{len(shots)} shots, {first} to {last}"
 
 
+def format_shots_inline(shots: Sequence[Shot]) -> str:
+    """Name shots in the middle of a sentence."""
+    return f"shot {format_shots(shots)}" if len(shots) == 1 else format_shots(shots)
+
+
 # The shots of a sweep share most of these. A table lists every cell it changes: few are kept at a time.
 @lru_cache(256)
 def _table(

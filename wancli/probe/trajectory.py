@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wancli.engine.context import RenderContext
 from wancli.engine.encode_stage import encode_prompts
-from wancli.engine.networks import Networks, check_device, check_weights
+from wancli.engine.networks import Networks, check_weights, prepare_device
 from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
 from wancli.injection.contexts import ContextCache
@@ -41,7 +41,7 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     a stop request; the values measured so far are lost then."""
     shot, depth = probe.plain_shot, probe.depth
     for device in {shot.model.device, shot.noise}:
-        check_device(device)
+        prepare_device(device)
     backends.check_backends(shot.model)
     check_weights(shot.model.checkpoint)
     store = context.store

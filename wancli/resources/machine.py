@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -10,27 +11,24 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from wancli.resources import control_group
 from wancli.storage import disk
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with one of them the user chooses torch's threads
 
 
 def available_memory() -> int:
-    """Return the bytes that this process may still take: free memory, or less if a control group limits it.
-
-    Pages of files that the kernel can drop count as free: else a checkpoint that was read would fill a group.
-    """
+    """Return the bytes that this process may still take: free memory, or less by its control groups."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        parts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return free
-    files = int(parts["inactive_file"]) + int(parts["active_file"])
-    return free if limit == "max" else min(free, int(limit) - used + files)
+    free, of_groups = int(psutil.virtual_memory().available), control_group.read_free_memory()
+    return free if of_groups is None else min(free, of_groups)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: those of its affinity, or fewer by a CPU quota."""
+    cores, quota = len(os.sched_getaffinity(0)), control_group.read_cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def process_memory() -> int:
@@ -72,7 +70,7 @@ def device_name(device: str) -> str:
         information = [disk.read_system_text(gpu / "information") or "" for gpu in gpus]
         names = re.findall(r"Model:\s*(.+)", "\n".join(information))
         return names[0].strip() if names else "CUDA"
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS", "")
     used = min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
     return f"{_cpu_name()}, {used} core{'s' * (used > 1)}"

@@ -174,7 +174,8 @@ class PhaseRecord(Data):
     """The time and memory of one phase; the bytes of `cuda` are those of the device.
 
     A phase that served several shots is in the records of all of them, under one `id`. `earlier` marks phases
-    of a run before the one that wrote the record.
+    of a run before the one that wrote the record. On a CPU the last bits of a latent depend on the number of
+    `threads`, None if it was not recorded.
     """
 
     id: str = ""
@@ -184,6 +185,7 @@ class PhaseRecord(Data):
     rss: Count
     cuda: Count | None
     shots: Positive = 1
+    threads: Positive | None = None
     earlier: bool = False
 
     @property

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 
 from wancli import __version__, cli, errors
 from wancli.engine import batch
+from wancli.farm import client
 from wancli.resources import machine
 from wancli.text import encoder
 from wancli.video import mp4
@@ -396,6 +397,28 @@ def test_a_plan_of_many_shots_shows_the_first_and_the_last(say: Any, tmp_path: P
     assert said.err == f"wancli: warning: {warning}\n"
     verbose = say("plan", job, "-v").out
     assert all(f"\nseed{n} " in verbose for n in many)
+
+
+def test_a_job_from_a_pipe_is_read_once_and_writes_into_the_current_folder(
+    say: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = yaml.safe_dump(tiny_job(output="out/{job}.mp4")).encode()
+
+    def pipe() -> str:
+        """Return the path that a shell passes for <(cat job.yaml)."""
+        reader, writer = os.pipe()
+        os.write(writer, job)
+        os.close(writer)
+        return f"/dev/fd/{reader}"
+
+    planned = say("plan", pipe(), "--json")
+    assert json.loads(planned.out)["shots"][0]["output"] == f"{tmp_path}/out/pipe.mp4"
+    path = pipe()
+    exported = say("export", "slurm", path, "--shards", "2")
+    assert (exported.code, exported.err) == (2, "wancli: JOB: must be a file, which the tasks read\n")
+    assert client.render(["render", path], "auto", tmp_path, quiet=True) is None
+    refusal = f"wancli: {path}: a server cannot read this pipe; rendering without it\n"
+    assert capsys.readouterr().err == refusal
 
 
 def test_a_job_on_stdin_starts_its_paths_in_the_current_folder(say: Any, tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
+
 import pytest
 
 from wancli.errors import JobError
 from wancli.units import (
     format_bytes,
+    format_moment,
     format_ranges,
     format_seconds,
+    list_some,
     parse_frame_rate,
     parse_size,
     pluralize,
@@ -75,6 +80,27 @@ def test_bytes_and_seconds_are_formatted_in_the_unit_that_fits() -> None:
     ]
     assert [format_seconds(s) for s in (7, 119.96, 200, 9000)] == ["7.0 s", "120.0 s", "3 min 20 s", "2.5 h"]
     assert format_seconds(179.7) == "3 min 0 s"
+
+
+def test_a_time_is_local_and_names_its_zone_and_its_date_unless_that_is_today(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = datetime(2026, 11, 30, 16, 0, tzinfo=UTC)
+    for zone, today, before in (
+        ("Asia/Tokyo", "00:30:07 JST", "2026-11-30 23:59:00 JST"),
+        ("America/New_York", "10:30:07 EST", "09:59:00 EST"),
+    ):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        assert format_moment(datetime(2026, 11, 30, 15, 30, 7, tzinfo=UTC), now) == today
+        assert format_moment(datetime(2026, 11, 30, 14, 59, tzinfo=UTC), now) == before
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_long_list_is_counted_after_its_first_entries() -> None:
+    assert list_some(["a", "b"], 2) == "a, b"
+    assert list_some([*"abcd"], 2) == "a, b and 2 more"
 
 
 def test_one_is_not_several() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from fractions import Fraction
 
 from wancli.errors import JobError
@@ -72,9 +73,22 @@ def format_seconds(value: float) -> str:
     return f"{minutes} min {seconds} s" if value < 7200 else f"{value / 3600:.1f} h"
 
 
+def format_moment(moment: datetime, now: datetime) -> str:
+    """Format a time in the zone of this machine: `23:37:20 JST`, with its date unless that is today's."""
+    local = moment.astimezone()
+    date = "" if local.date() == now.astimezone().date() else f"{local:%Y-%m-%d} "
+    return f"{date}{local:%H:%M:%S %Z}"
+
+
 def pluralize(count: int, singular: str, plural: str = "") -> str:
     """Format a count and its noun: `1 shot`, `2,000 shots`. `plural` defaults to the singular with an s."""
     return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
+
+
+def list_some(texts: Sequence[str], limit: int) -> str:
+    """List texts, at most `limit` of them, and count the others: `a, b and 57 more`."""
+    rest = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return f"{', '.join(texts[:limit])}{rest}"
 
 
 def format_ranges(numbers: Sequence[int]) -> str:

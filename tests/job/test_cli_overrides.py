@@ -45,6 +45,54 @@ def test_a_value_is_read_as_yaml(text: str, read: Any) -> None:
     assert read(item.job)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A red circle #1 moves",
+        "A red circle. Camera: static shot.",
+        '"A red circle" and a blue square',
+        "*slow* & [calm], a circle",
+        "{circle|square} in a row",
+        "{circle}",
+        "- 7\n- 8",
+        "7",
+        "true",
+    ],
+)
+def test_a_text_is_taken_as_it_is_whatever_yaml_would_make_of_it(text: str) -> None:
+    for key in ("prompt", "negative", "inject.0.prompt"):
+        (item,) = items(sets=(f"{key}={text}",))
+        values = {"prompt": item.job.prompt, "negative": item.job.negative}
+        assert (values | {"inject.0.prompt": item.job.inject[0].prompt})[key] == text
+    if "," not in text:
+        assert [item.job.prompt for item in items(sweeps=(f"prompt={text},other",))] == [text, "other"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "read"),
+    [
+        ("prompt={embedding: a.emb, index: 1}", lambda job: job.prompt.index == 1),
+        ("model={transformer: a, vae: b}", lambda job: job.model.vae == "b"),
+        ('output="{id}.mp4"', lambda job: job.output == "{id}.mp4"),
+        ("output={id} #1.mp4", lambda job: job.output == "{id} #1.mp4"),
+        ("id=null", lambda job: job.id is None),
+        ("labels.take=7", lambda job: job.labels == {"take": 7}),
+        ("save_every=5", lambda job: job.save_every == 5),
+    ],
+)
+def test_quotes_mappings_and_null_are_yaml_for_a_text_too(sets: str, read: Any) -> None:
+    (item,) = items(sets=(sets,))
+    assert read(item.job)
+
+
+def test_the_texts_of_a_sweep_are_split_at_commas_outside_quotes_and_braces() -> None:
+    swept = "prompt=it's #1, \"a, b\",'it''s' ,{embedding: e.emb, index: 2},"
+    prompts = [item.job.prompt for item in items(sweeps=(swept,))]
+    assert prompts[:3] == ["it's #1", "a, b", "it's"]
+    assert not isinstance(prompts[3], str)
+    assert prompts[3].index == 2
+
+
 def test_the_last_set_of_a_key_wins_and_its_paths_start_from_the_current_folder() -> None:
     (item,) = items(sets=("model=a", "model=./b"))
     assert item.job.model == "./b"
@@ -62,12 +110,12 @@ def test_the_last_set_of_a_key_wins_and_its_paths_start_from_the_current_folder(
         ({"sets": ("seed=x",)}, "--set seed: expected a whole number, got 'x'"),
         ({"sets": ("seed=010",)}, "--set seed:1: 010 has a leading zero"),
         ({"sets": ("seed=1e3",)}, "--set seed: expected a whole number, got 1000.0"),
-        ({"sets": ("negative=no\udcff",)}, "--set negative:1: byte 2 is not UTF-8"),
-        ({"sets": ("negative=&a b",)}, "--set negative:1: anchors and aliases (& and *) are not supported"),
+        ({"sets": ("negative=no\udcff",)}, "--set negative: byte 2 is not UTF-8"),
+        ({"sets": ("labels.a=&a b",)}, "--set labels.a:1: anchors and aliases (& and *) are not supported"),
         ({"sets": ("sampler.step=5",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
         ({"sets": ("samplr.steps=5",)}, "--set samplr.steps: unknown key; did you mean 'sampler'?"),
         ({"sets": ("sampler={step: 5}",)}, "--set sampler.step: unknown key; did you mean 'steps'?"),
-        ({"sets": ("prompt=A circle: red",)}, "--set prompt.embedding: is missing"),
+        ({"sets": ("prompt={text: red}",)}, "--set prompt.embedding: is missing"),
         ({"sets": ("matrix.seed=[1]",)}, "--set matrix.seed: is not a key of a shot"),
         (
             {"sets": ("inject.1.blocks=5",)},

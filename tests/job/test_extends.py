@@ -25,6 +25,25 @@ def load_problems(path: Path) -> list[str]:
     return str(caught.value).replace(f"{path.parent}/", "").splitlines()
 
 
+def test_a_text_that_ends_before_a_hash_without_a_blank_is_a_warning_with_line_and_way_out(
+    tmp_path: Path,
+) -> None:
+    job = write_jobs(
+        tmp_path,
+        base="negative: fog #2 dark\n",
+        job="extends: base.yaml\n# top\nprompt: A circle # the hero\nseed: 7 #lucky\n"
+        "items:\n  - prompt: A red circle #1 moves\n  - prompt: 'A red circle #1 moves'\n"
+        "matrix:\n  inject.0.prompt: [a, b #3\n    ]\ninject: [{prompt: x}]\n",
+    )
+    told = [warning.replace(f"{tmp_path}/", "") for warning in load(job).warnings]
+    rest = "is read as a comment, not as part of the text; if it belongs to the text, put the text in quotes"
+    assert told == [
+        f"job.yaml:6: items.0.prompt: '#1 moves' {rest}",
+        f"job.yaml:9: matrix.inject.0.prompt.1: '#3' {rest}",
+        f"base.yaml:1: negative: '#2 dark' {rest}",
+    ]
+
+
 def test_the_job_overrides_the_last_file_and_that_the_first(tmp_path: Path) -> None:
     job = write_jobs(
         tmp_path,
@@ -89,9 +108,9 @@ def test_an_error_names_the_file_and_line_that_set_the_key(tmp_path: Path) -> No
     )
     assert load_problems(job) == [
         "job.yaml:2: size: expected text, got 5; put it in quotes",
-        "sub/base.yaml:7: matrix.frames.0: should be greater than or equal to 1, got 0",
         "sub/base.yaml:3: seed: expected a whole number, got 'x'",
         "sub/base.yaml:5: sampler.step: unknown key; did you mean 'steps'?",
+        "sub/base.yaml:7: matrix.frames.0: should be greater than or equal to 1, got 0",
     ]
 
 

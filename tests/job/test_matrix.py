@@ -164,8 +164,9 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         (
             "matrix:\n  seed: [1, -1]\n  sampler.steps: [0, 1]",
             [
+                "job.yaml:7: matrix.seed.1: -1 is no seed, and no seed is random; for several "
+                "write matrix: {seed: [0, 1]}",
                 "job.yaml:8: matrix.sampler.steps.0: should be greater than or equal to 1, got 0",
-                "job.yaml:7: matrix.seed.1: should be greater than or equal to 0, got -1",
             ],
         ),
         ("matrix:\n  sed: [1, 2]", ["job.yaml:7: matrix.sed: unknown key; did you mean 'seed'?"]),

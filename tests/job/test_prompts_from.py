@@ -98,12 +98,44 @@ def test_prompts_are_combined_with_a_matrix(tmp_path: Path) -> None:
             "p.txt",
             [f"p.txt: contains {MAX_SHOTS + 1:,} prompts; the limit is {MAX_SHOTS:,}"],
         ),
+        (b"A cat, red\nA dog\n", "p.csv", ["p.csv:1: has no column `prompt`"]),
+        (b'prompt\n"a\nb\n', "p.csv", ["p.csv:3: is not CSV: unexpected end of data"]),
+        (b"prompt,seed\na,b,c\n\nd,x\n", "p.csv", ["p.csv:2: 3 cells, the table has 2 columns"]),
+        (
+            b"prompt,seed,sampler.step\na,x,1\n,2,\n",
+            "p.csv",
+            [
+                "p.csv:2: seed: expected a whole number, got 'x'",
+                "p.csv:2: sampler.step: unknown key; did you mean 'steps'?",
+                "p.csv:3: prompt: is missing",
+            ],
+        ),
+        (b"prompt\na\n\xe9\n", "p.csv", ["p.csv:3: byte 9 is not UTF-8"]),
         (b"a" * (2**24 + 1), "p.txt", ["p.txt: is larger than 16 MiB"]),
     ],
     ids=lambda value: str(value)[:24],
 )
 def test_an_error_has_the_file_and_the_line(tmp_path: Path, data: bytes, name: str, lines: list[str]) -> None:
     assert load_problems(tmp_path, data, name) == lines
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (
+            b'\xef\xbb\xbfprompt,seed,sampler.steps,id\r\n"A cat, #1: ""red""",1,,7\r\n\r\nA dog,2,5,\r\n',
+            "p.csv",
+        ),
+        (b'prompt;seed;sampler.steps;id\n"A cat, #1: ""red""";1;;7\nA dog;2;5;\n', "p.CSV"),
+        (b'seed\tprompt\tsampler.steps\tid\n1\t"A cat, #1: ""red"""\t\t7\n2\tA dog\t5\n', "p.tsv"),
+    ],
+)
+def test_a_row_of_a_table_sets_the_keys_that_its_first_row_names(
+    tmp_path: Path, data: bytes, name: str
+) -> None:
+    cat, dog = (item.job for item in load_items(tmp_path, data, name))
+    assert (cat.prompt, cat.seed, cat.sampler.steps, cat.id) == ('A cat, #1: "red"', 1, None, "7")
+    assert (dog.prompt, dog.seed, dog.sampler.steps, dog.id) == ("A dog", 2, 5, None)
 
 
 def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:

@@ -156,10 +156,11 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("inject: [{prompt: x, steps: {sigma: 1}}]", "inject.0.steps.sigma: expected a list, got 1"),
         # values out of range
         ("frames: 0", "frames: should be greater than or equal to 1, got 0"),
-        ("seed: -1", "seed: should be greater than or equal to 0, got -1"),
+        ("seed: -1", "seed: -1 is no seed, and no seed is random; for several write matrix: {seed: [0, 1]}"),
         (
             "seed: 9223372036854775808",
-            "seed: should be less than 9223372036854775808, got 9223372036854775808",
+            "seed: 9223372036854775808 is too large, the last seed is 2^63-1; "
+            "with `noise: cpu`, seed 0 draws the same noise",
         ),
         ("sampler: {steps: 0}", "sampler.steps: should be greater than or equal to 1, got 0"),
         ("sampler: {shift: 0}", "sampler.shift: should be greater than 0, got 0"),
@@ -221,15 +222,15 @@ def test_a_missing_key_names_the_file() -> None:
     assert load_problems("seed: 1\n") == ["job.yaml: prompt: is missing"]
 
 
-def test_all_problems_are_reported_at_once_in_the_order_of_the_schema() -> None:
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file() -> None:
     text = "model: 5\nprompt: [1]\nfrages: 3\nframes: 0\nsampler:\n  steps: x\n  solver: ddim\n"
     assert load_problems(text) == [
         "job.yaml:1: model: expected text, got 5; put it in quotes",
         "job.yaml:2: prompt: expected text, got a list",
-        "job.yaml:4: frames: should be greater than or equal to 1, got 0",
-        "job.yaml:7: sampler.solver: 'ddim' is not one of 'unipc', 'dpm++', 'euler', 'distill4'",
-        "job.yaml:6: sampler.steps: expected a whole number, got 'x'",
         "job.yaml:3: frages: unknown key; did you mean 'frames'?",
+        "job.yaml:4: frames: should be greater than or equal to 1, got 0",
+        "job.yaml:6: sampler.steps: expected a whole number, got 'x'",
+        "job.yaml:7: sampler.solver: 'ddim' is not one of 'unipc', 'dpm++', 'euler', 'distill4'",
     ]
 
 

@@ -191,7 +191,11 @@ def test_a_whole_number_of_any_length_never_becomes_a_rounded_float(digits: int)
         (b"a: 1\nb: \xff\n", "job.yaml:2: byte 8 is not UTF-8", ""),
         (b"\xff\xfea\0:\0", "job.yaml:1: byte 0 is not UTF-8", ""),
         (b"a: \xed\xa0\x80\n", "job.yaml:1: byte 3 is not UTF-8", ""),
-        ("a" * (MAX_BYTES + 1), f"job.yaml: is larger than {MAX_BYTES // 1024} KiB", ""),
+        (
+            "a" * (MAX_BYTES + 1),
+            f"job.yaml: is larger than {MAX_BYTES // 1024} KiB",
+            "Move the shots into a .jsonl file: prompts_from: FILE reads 10,000 of them, up to 16 MiB.",
+        ),
         (
             "a:\n  " + "[" * 40 + "]" * 40,
             f"job.yaml:2: more than {MAX_DEPTH} levels or {MAX_NODES} values",
@@ -215,14 +219,19 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key() -> None:
     assert read_yaml(b"\xef\xbb\xbfa: 1\n", "job.yaml")[0] == {"a": 1}
 
 
+def test_comments_behind_unquoted_texts_are_kept_with_their_keys() -> None:
+    data = b"a: x #1 y\nb: 'x' #2\nc: 7 #3\nd: [u #4\n, v]\ne: x#y\n\xc3\xa9: \xc3\xbc # 6\r\n# 7\n"
+    assert read_yaml(data, "job.yaml").comments == {("a",): "#1 y", ("d", 0): "#4", ("\xe9",): "# 6"}
+
+
 def test_windows_line_ends_count_as_one_line_each() -> None:
-    value, lines = read_yaml(b"a: 1\r\nb:\r\n  c: 2\r\n", "job.yaml")
+    value, lines, _ = read_yaml(b"a: 1\r\nb:\r\n  c: 2\r\n", "job.yaml")
     assert value == {"a": 1, "b": {"c": 2}}
     assert lines["b", "c"] == 3
 
 
 def test_every_key_and_list_entry_has_its_line() -> None:
-    _, lines = read_yaml(b"# top\na: 1\n\nb:\n  - c: 2\n    d: [3,\n        4]\n", "job.yaml")
+    lines = read_yaml(b"# top\na: 1\n\nb:\n  - c: 2\n    d: [3,\n        4]\n", "job.yaml").lines
     assert lines == {
         (): 2,
         ("a",): 2,

@@ -356,7 +356,7 @@ def test_the_plan_shows_every_lora_once_and_warns(
     for warning in (
         "shot b: peft.safetensors has strength 0 and changes nothing",
         "shot b: peft.safetensors has no alpha and no adapter_config.json beside it; its scale is taken as 1",
-        "shot b: peft.safetensors: 1 keys match nothing in this model: base_model.model.head.lora_C",
+        "shot b: keys match nothing in this model: 1 of peft.safetensors (base_model.model.head.lora_C)",
     ):
         assert warning in said.err
     shots = json.loads(run_wancli(capsys, "plan", "--json", tmp_path / "job.yaml").out)["shots"]

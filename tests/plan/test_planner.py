@@ -550,6 +550,24 @@ def test_problems_of_all_items_are_reported_together_and_shared_ones_once(
     assert [line.split(": ")[1] for line in found] == ["frames", "items.2.size", "items.3.frames"]
 
 
+def test_all_problems_of_a_shot_are_told_at_once_in_the_order_of_the_file(
+    decide: Callable[..., Plan],
+) -> None:
+    found = problems(
+        decide,
+        output="out/{ID}.mp4",
+        size="500x300",
+        frames=24,
+        sampler={"steps": 4},
+        inject=[rule(blocks="Early", steps="50%"), rule(blocks=["late", 50])],
+        loras=[{"path": "none.safetensors"}],
+        save_every="soon",
+    )
+    keys = [line.split(": ")[1] for line in found]
+    rules = ["inject.0.blocks", "inject.0.steps", "inject.1.blocks"]
+    assert keys == ["output", "size", "frames", *rules, "loras.0.path", "save_every"]
+
+
 # ---- prompts ----
 
 
@@ -565,6 +583,60 @@ def test_a_prompt_that_is_cut_is_a_warning_with_the_count(decide: Callable[..., 
     plan = decide(prompt=words(300), text={"truncate": True})
     assert plan.warnings == ("shot 0000: 44 of 300 tokens of a prompt are cut off",)
     assert len(only(plan).prompt.tokens.ids) == 256
+
+
+def test_warnings_of_one_kind_are_one_line_with_the_first_shots_and_details(
+    decide: Callable[..., Plan],
+) -> None:
+    items = [{"prompt": words(300 + n), "seed": n} for n in range(60)]
+    assert decide(items=items, text={"truncate": True}, output="out/{id}.mp4").warnings == (
+        "shots 0000, 0001, 0002 and 57 more: 44 of 300, 45 of 301, 46 of 302, 47 of 303, 48 of 304, "
+        "49 of 305 and 54 more tokens of a prompt are cut off",
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces", "way_out"),
+    [
+        ("A (red:1.4) circle", "(red:1.4)", "words have no weights"),
+        ("A circle, ((masterpiece))", "((masterpiece))", "words have no weights"),
+        ("A circle <lora:style:0.8>", "<lora:style:0.8>", "name the file under `loras`"),
+        ("A [red:blue:0.5] circle", "[red:blue:0.5]", "`inject` swaps prompts between steps"),
+        ("A {red|blue} __shape__", "{red|blue}, __shape__", "`matrix` renders alternatives"),
+        ("A circle --w 832 --d -1 --n blurry", "--w 832, --d -1, --n blurry", "are keys of the job"),
+    ],
+)
+def test_the_syntax_of_other_programs_is_a_warning_with_a_way_out(
+    decide: Callable[..., Plan], prompt: str, pieces: str, way_out: str
+) -> None:
+    (warning,) = decide(prompt=prompt, inject=[rule(prompt=f"Fish, {prompt}", branch="both")]).warnings
+    assert warning.startswith(f"shot 0000: {pieces} in a prompt ")
+    assert way_out in warning
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["A circle (red) at 16:9: slow -- calm", "2:1 odds [a] {b} (at 10:30 pm) well-known __", "(a: b)"],
+)
+def test_ordinary_brackets_colons_and_dashes_are_no_syntax(decide: Callable[..., Plan], prompt: str) -> None:
+    assert decide(prompt=prompt).warnings == ()
+
+
+def test_more_frames_than_the_model_was_trained_with_are_advised_against(decide: Callable[..., Plan]) -> None:
+    assert decide(frames=81).warnings == ()
+    assert decide(frames=161).warnings == (
+        "shot 0000: 161 frames: Wan 2.1 T2V was trained with 81; a longer video repeats itself or decays",
+    )
+
+
+def test_seeds_that_draw_one_noise_on_the_cpu_are_a_warning(decide: Callable[..., Plan]) -> None:
+    swept = [1, 2, 2**32 + 1, 2**33 + 1, 2**62 + 2]
+    seeds: dict[str, Any] = {"matrix": {"seed": swept}, "output": "out/{seed}.mp4"}
+    assert decide(**seeds).warnings == (
+        f"seeds 1 and {2**32 + 1} and {2**33 + 1}, 2 and {2**62 + 2} draw the same noise: "
+        "a CPU takes the low 32 bits of a seed",
+    )
+    assert decide(noise="cuda", **seeds).warnings == ()
 
 
 def test_an_injection_that_changes_nothing_is_a_warning(decide: Callable[..., Plan]) -> None:

@@ -7,7 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,16 @@ def test_steps_that_are_on_disk_need_no_time_any_more(
     assert 0 < begun < left() == pytest.approx(fresh)
 
 
+@pytest.fixture
+def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("tokyo")
 def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     errors = {
         "failed": {"message": "NaN or Inf\nin block 7 " * 9},
@@ -198,7 +209,7 @@ def test_a_thousand_shots_are_a_screen_of_80_columns() -> None:
     assert shown[1] == "done by manifest and size alone; `wancli check` reads the videos"
     assert shown[2].startswith("time left: about 2.0 h")
     assert all(cell_len(line) <= 80 for line in shown[1:]), max(shown[1:], key=cell_len)
-    assert "claimed        by node-17:12345 since 09:00:00" in shown[3]
+    assert "claimed        by node-17:12345 since 18:00:00 JST;" in shown[3]
     assert shown[-2] == "      and 56 more; --json lists all"
     assert re.match(r"to do: 7,15,23", shown[-1])
 

@@ -32,12 +32,31 @@ from wancli.errors import NotFinite
 from wancli.injection.contexts import ContextCache, Effect
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
+from wancli.plan.warnings import CPU_SEEDS
 from wancli.resources.memory_model import Residency
-from wancli.sampling.denoise import DenoiseRun, StepResult, check_hits, denoise, denoise_batch
+from wancli.sampling.denoise import (
+    DenoiseRun,
+    StepResult,
+    check_hits,
+    denoise,
+    denoise_batch,
+    draw_noise,
+)
 from wancli.sampling.solvers import State, build_sigma_schedule
 from wancli.sampling.stages import Stage
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import LoadOptions, load_transformer
+
+# ---- noise ----
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_a_cpu_draws_one_noise_for_seeds_with_the_same_low_32_bits(seed: int) -> None:
+    noise = draw_noise((16, 3, 8, 8), seed)
+    for other in (seed + CPU_SEEDS, seed + 2**62):
+        assert torch.equal(draw_noise((16, 3, 8, 8), other), noise)
+    assert not torch.equal(draw_noise((16, 3, 8, 8), seed + 1), noise)
+
 
 # ---- injection is proven ----
 

@@ -94,7 +94,7 @@ def _resolve_cluster(context: typer.Context, options: RenderOptions) -> Cluster 
     source = context.get_parameter_source("socket")
     if source is not None and source.name == "COMMANDLINE":
         raise UsageError("--socket is for a server on this host; --engine ray has its own workers")
-    if options.job is None or options.job == "-":
+    if options.job is None or options.job == "-" or Path(options.job).is_fifo():
         raise JobError("--engine ray needs a job file, which its workers read themselves")
     return Cluster(options.address, options.cpus_per_worker)
 

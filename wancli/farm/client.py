@@ -36,6 +36,7 @@ def render(arguments: Sequence[str], socket_name: str, cache: Path, *, quiet: bo
     """
     path = Path(socket_name)
     try:
+        _refuse_pipes(arguments)
         path = local_socket.socket_path(socket_name, cache)
         connection = local_socket.connect(path)
         if connection is None:
@@ -54,6 +55,13 @@ def render(arguments: Sequence[str], socket_name: str, cache: Path, *, quiet: bo
             raise
         _print_message(f"{error}; rendering without it")
         return None
+
+
+def _refuse_pipes(arguments: Sequence[str]) -> None:
+    """Raise JobError for a pipe of this process, as of `render <(...)`, which the server cannot open."""
+    for word in arguments:
+        if word.startswith(("/dev/fd/", "/proc/self/fd/")) and Path(word).is_fifo():
+            raise JobError("a server cannot read this pipe", where=word, hint="Pipe the job into: render -")
 
 
 class _RenderRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from wancli.errors import JobError
 from wancli.job.matrix import Axis, Setting, build_axis
 from wancli.job.overrides import Layer, Source
-from wancli.job.yaml_reader import read_yaml
+from wancli.job.validation import takes_text
+from wancli.job.yaml_reader import normalize_text, read_yaml
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class CliOverrides:
     shard: str | None = None
 
     def parse_settings(self) -> list[Setting]:
-        """Parse each `--set KEY=VALUE`. The value is YAML. Raises JobError."""
+        """Parse each `--set KEY=VALUE`. A text is taken as it is, else it is YAML. Raises JobError."""
         return [_parse_setting(*_split_assignment(text, "--set")) for text in self.sets]
 
     def parse_axes(self) -> list[Axis]:
-        """Parse each `--sweep KEY=VALUE,VALUE`. The values are a YAML list. Raises JobError."""
+        """Parse each `--sweep KEY=VALUE,VALUE`. The values are read as those of `--set`. Raises JobError."""
         axes = [_parse_axis(*_split_assignment(text, "--sweep")) for text in self.sweeps]
         keys = [axis[0][0].key for axis in axes]
         for key in (*keys, *(setting.key for setting in self.parse_settings())):
@@ -72,19 +74,47 @@ def _split_assignment(text: str, flag: str) -> tuple[str, str]:
 
 def _parse_setting(key: str, value: str) -> Setting:
     source = Source("--set", Path.cwd(), prefix=tuple(key.split(".")), is_flag=True)
-    return Setting(key, Layer(source, _read_value(value, f"--set {key}")))
+    read = _read_text if takes_text(key.split(".")) else _read_value
+    return Setting(key, Layer(source, read(value, f"--set {key}")))
 
 
 def _parse_axis(key: str, value: str) -> Axis:
-    values = _read_value(f"[{value}]", f"--sweep {key}")
+    where = f"--sweep {key}"
+    if takes_text(key.split(".")):
+        values = [_read_text(text, where) for text in _split_texts(value)]
+    else:
+        values = _read_value(f"[{value}]", where)
     if not values:
-        raise JobError("has no value", where=f"--sweep {key}")
+        raise JobError("has no value", where=where)
     source = Source("--sweep", Path.cwd(), prefix=(key,), is_flag=True)
     return build_axis(key, [Layer(source.at(index), value) for index, value in enumerate(values)])
 
 
 def _read_value(text: str, where: str) -> Any:
-    return read_yaml(text.encode(errors="surrogateescape"), where)[0]
+    return read_yaml(text.encode(errors="surrogateescape"), where).value
+
+
+def _read_text(text: str, where: str) -> Any:
+    """Read the value of a key that takes a text: as it is, `#` and `: ` included.
+
+    A value in quotes, a mapping such as `{embedding: FILE}`, and null, are read as YAML.
+    """
+    text = text.strip()
+    if text == "null" or text[:1] in ("'", '"', "{"):
+        with suppress(JobError):
+            value = _read_value(text, where)
+            if not isinstance(value, dict) or None not in value.values():  # `{circle}` is no mapping
+                return value
+    try:
+        return normalize_text(text.encode(errors="surrogateescape").decode(), where)
+    except UnicodeDecodeError as error:
+        raise JobError(f"byte {error.start} is not UTF-8", where=where) from None
+
+
+def _split_texts(texts: str) -> list[str]:
+    """Split texts at commas, except those inside quotes or braces."""
+    entry = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:''|[^'])*'|\{[^{}]*\}|[^,]*)\s*(?:,|$)""", re.DOTALL)
+    return [match[1] for match in entry.finditer(texts) if match[1].strip()]
 
 
 def _parse_indices(text: str, count: int) -> set[int]:

@@ -48,8 +48,8 @@ def load_merged(data: bytes, file: str, path: Path | None, directory: Path) -> M
 
 
 def _read_layers(data: bytes, source: Source, chain: tuple[Path, ...], opened: list[Path]) -> list[Layer]:
-    raw, lines = read_yaml(data, source.file)
-    source = Source(source.file, source.base_dir, lines)
+    raw, lines, comments = read_yaml(data, source.file)
+    source = Source(source.file, source.base_dir, lines, comments)
     if not isinstance(raw, dict):
         hint = "Start with: prompt: ..."
         raise JobError("a job is a mapping of keys to values", where=source.file, hint=hint)

@@ -5,6 +5,7 @@ All problems of a file are reported at once, each with file, line, key, value an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from wancli.errors import JobError
 from wancli.job import extends, images_from, matrix, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
+from wancli.job.problems import sort_by_line
 from wancli.job.schema import Job
-from wancli.job.validation import EXPANSION_KEYS, describe_problems
+from wancli.job.validation import EXPANSION_KEYS, describe_problems, takes_text
 from wancli.job.yaml_reader import Key
 from wancli.storage import disk
+from wancli.units import quote
 
 _LISTS = {"prompts_from": prompts_from.read, "images_from": images_from.read}
 
@@ -42,12 +45,16 @@ class Item:
 
 @dataclass(frozen=True)
 class JobFile:
-    """A job file: its name, the folder of its outputs, its shots, and the indices of the shots to render."""
+    """A job file: its name, the folder of its outputs, its shots, and the indices of the shots to render.
+
+    `warnings` name values that the file may not mean.
+    """
 
     name: str
     directory: Path
     items: tuple[Item, ...]
     selected: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def load(path: Path, overrides: CliOverrides = NO_OVERRIDES) -> JobFile:
@@ -76,7 +83,8 @@ def build_prompt_job(
 def _build_job_file(file: Merged, name: str, directory: Path, overrides: CliOverrides) -> JobFile:
     items = tuple(_expand(file, overrides))
     _refuse_same_ids(items)
-    return JobFile(name, directory, items, overrides.select_shots(len(items)))
+    selected = overrides.select_shots(len(items))
+    return JobFile(name, directory, items, selected, tuple(_warn_of_comments(file.sources)))
 
 
 def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
@@ -91,7 +99,7 @@ def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
     _refuse_too_many(len(items) * matrix.count_combinations(axes), file.sources)
     _refuse_set_and_swept(settings, axes)
     result: list[Item] = []
-    problems: dict[str, None] = {}
+    problems: list[str] = []
     for index, item in enumerate(items):
         base = common.merge(item)
         number = f"{index:04d}" if len(items) > 1 else ""
@@ -103,13 +111,34 @@ def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
                 shot = replace(shot, values=_add_sweep_id(shot.values, number, combination))
                 result.append(_validate(_apply(settings, shot), item.source, item_keys))
             except JobError as error:
-                problems |= dict.fromkeys(str(error).splitlines())
+                problems += str(error).splitlines()
     swept = [sweep[0][0].key for sweep in sweeps]
-    if problems := problems or dict.fromkeys(excluded.problems(swept)):
-        raise JobError("\n".join(problems))
+    if problems := problems or [*excluded.problems(swept)]:
+        raise JobError("\n".join(sort_by_line(problems)))
     if not result:
         raise JobError("leaves out every shot", where=file.sources.location("exclude"))
     return iter(result)
+
+
+def _warn_of_comments(sources: Sources) -> Iterator[str]:
+    """Warn about each unquoted text that ends before `#1`, which is the beginning of a comment."""
+    files = {source.file: source for source in (sources.job_file, *sources.entries.values())}
+    for file in files.values():
+        place = replace(file, prefix=())
+        for path, comment in file.comments.items():
+            if takes_text(_path_in_shot(path)) and re.match("#[^ #!]", comment):
+                cut = f"{quote(comment)} is read as a comment, not as part of the text"
+                yield f"{place.location(*path)}: {cut}; if it belongs to the text, put the text in quotes"
+
+
+def _path_in_shot(path: tuple[Key, ...]) -> list[str]:
+    """Return the key of a shot that a path in a job file sets."""
+    match path:
+        case ("items", int(), *below):
+            return [str(part) for part in below]
+        case ("matrix" | "zip", str() as key, int(), *below):
+            return [*key.split("."), *map(str, below)]
+    return [str(part) for part in path]
 
 
 def _read_items(expansion: dict[str, Any], sources: Sources) -> list[Layer]:

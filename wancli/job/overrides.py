@@ -25,6 +25,7 @@ class Source:
     file: str  # or the flag
     base_dir: Path  # where relative paths start
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    comments: Mapping[KeyPath, str] = field(default_factory=dict)  # right behind unquoted texts
     prefix: KeyPath = ()  # the place, as a path of keys in the file
     is_flag: bool = False
     is_parent: bool = False  # the place sets a key further down, not the whole mapping

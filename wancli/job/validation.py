@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -38,7 +39,8 @@ def describe_problems(error: ValidationError, locate: Callable[[tuple[Key, ...],
     # A misspelt key is not also reported as missing.
     intended = {(*path[:-1], _nearest_key(path)) for path, p in problems if p["type"] == "extra_forbidden"}
     return [
-        f"{locate(path, problem['type'] == 'extra_forbidden')}: {_describe(path, problem)}"
+        f"{locate(path, problem['type'] == 'extra_forbidden')}: "
+        + (_describe_seed(problem) if path == ("seed",) else _describe(path, problem))
         for path, problem in problems
         if problem["type"] != "missing" or path not in intended
     ]
@@ -96,6 +98,18 @@ def _describe_extra(path: tuple[Key, ...]) -> str:
     return "unknown key; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
 
 
+def _describe_seed(problem: Any) -> str:
+    """Describe what is wrong with a seed; other programs take -1 and seeds of 64 bits."""
+    value = problem["input"]
+    match problem["type"]:
+        case "greater_than_equal":
+            return f"{value} is no seed, and no seed is random; for several write matrix: {{seed: [0, 1]}}"
+        case "less_than":
+            same = f"; with `noise: cpu`, seed {value % 2**32} draws the same noise" if value < 2**64 else ""
+            return f"{value} is too large, the last seed is 2^63-1{same}"
+    return _describe(("seed",), problem)
+
+
 def _describe_expected(words: str) -> str:
     """Describe pydantic's `'a', 'b' or 'c'`. A single word is an alternative to a number."""
     several = " or " in words
@@ -109,6 +123,29 @@ def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return quote(value)
+
+
+def takes_text(path: Sequence[str]) -> bool:
+    """Whether a text, and no number or list, is the value of this key of a shot."""
+    kinds: set[Any] = {Job}
+    for part in path:
+        kinds = {member for kind in kinds for member in _members(_type_below(kind, part))}
+    return str in kinds and not kinds & {int, float, bool} and not any(map(get_origin, kinds))
+
+
+def _type_below(kind: Any, part: str) -> Any:
+    """Return the type that a type of a job has at a key or at an entry of a list; None if it has none."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(part)
+        return field.annotation if field else None
+    return get_args(kind)[0] if get_origin(kind) is list and part.isdecimal() else None
+
+
+def _members(kind: Any) -> set[Any]:
+    """Return the types that a value may have, without what annotates them."""
+    if get_origin(kind) in (Union, UnionType):
+        return {member for part in get_args(kind) for member in _members(part)}
+    return _members(get_args(kind)[0]) if get_origin(kind) is Annotated else {kind}
 
 
 def known_keys(path: tuple[Key, ...]) -> list[str]:

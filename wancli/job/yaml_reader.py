@@ -8,7 +8,7 @@ duplicate keys are refused, and the size, depth and number of values are limited
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,6 +16,8 @@ from wancli.errors import JobError
 
 Key = str | int
 Lines = dict[tuple[Key, ...], int]
+Comments = dict[tuple[Key, ...], str]
+_COMMENT = re.compile(r"[ \t]+(#[^\r\n\0]*)")
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 256 * 1024, 32, 20_000
 
 
@@ -48,10 +50,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
-    """Read plain values and the line of every key. Raises JobError."""
+class Document(NamedTuple):
+    """The plain values of a file, the line of every key, and the comments right behind unquoted texts."""
+
+    value: Any
+    lines: Lines
+    comments: Comments
+
+
+def read_yaml(data: bytes, file: str) -> Document:
+    """Read a document. Raises JobError."""
     if len(data) > MAX_BYTES:
-        raise JobError(f"is larger than {MAX_BYTES // 1024} KiB", where=file)
+        hint = "Move the shots into a .jsonl file: prompts_from: FILE reads 10,000 of them, up to 16 MiB."
+        raise JobError(f"is larger than {MAX_BYTES // 1024} KiB", where=file, hint=hint)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,8 +75,8 @@ def read_yaml(data: bytes, file: str) -> tuple[Any, Lines]:
             node = loader.get_single_node()
             if node is None:
                 raise JobError("is empty", where=file, hint="Start with: prompt: ...")
-            lines: Lines = {}
-            return _construct(loader, node, (), lines, file), lines
+            document = Document(None, {}, {})
+            return document._replace(value=_construct(loader, node, (), document, file))
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -109,10 +120,12 @@ def _check_limits(text: str, file: str) -> None:
             raise JobError(f"more than {MAX_DEPTH} levels or {MAX_NODES} values", where=line)
 
 
-def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: Lines, file: str) -> Any:
+def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], document: Document, file: str) -> Any:
+    """Construct the value of a node; its lines and comments go into the document."""
+    lines = document.lines
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, child, (*path, i), lines, file) for i, child in enumerate(node.value)]
+        return [_construct(loader, child, (*path, i), document, file) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, child in node.value:
@@ -128,7 +141,7 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: L
                     f"key {key!r} appears twice, on lines {first} and {line}", where=f"{file}:{line}"
                 )
             lines[(*path, key)] = line
-            result[key] = _construct(loader, child, (*path, key), lines, file)
+            result[key] = _construct(loader, child, (*path, key), document, file)
         return result
     if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+]?0[0-9]+", node.value) and node.style is None:
         raise JobError(
@@ -137,8 +150,16 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], lines: L
         )  # fmt: skip
     value = loader.construct_object(node)
     if isinstance(value, str):
+        if node.style is None and (comment := _comment_behind(node)):
+            document.comments[path] = comment
         return normalize_text(value, _locate(file, node, path))
     return value
+
+
+def _comment_behind(node: yaml.Node) -> str:
+    """Return the comment on the line where a node ends, empty if there is none."""
+    match = _COMMENT.match(node.end_mark.buffer or "", node.end_mark.pointer)
+    return match[1] if match else ""
 
 
 def _locate(file: str, node: yaml.Node, path: tuple[Key, ...]) -> str:

@@ -11,6 +11,7 @@ from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
 from wancli.injection.table import Branch, Concat, Expr, Image, Lerp, Rule, Text
 from wancli.job.loader import Item
+from wancli.job.problems import Problems
 from wancli.job.schema import Blocks, CurveSpec, InjectRule, SigmaRange, Steps, Strength
 from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
@@ -32,11 +33,15 @@ def compile_rules(
     depth = model.checkpoint.transformer_config.num_layers
     rules: list[Rule] = []
     auto_blocks: list[AutoBlocks] = []
+    problems = Problems()
     for i, (inject, text) in enumerate(zip(item.job.inject, injected, strict=True)):
-        with locate_errors(item, "inject", i, "blocks"):
+        blocks: Blocks = "all"  # if their map is missing
+        with problems.collect(), locate_errors(item, "inject", i, "blocks"):
             blocks, auto = _select_auto_blocks(inject.blocks, i, maps, model.transformer, depth, (main, text))
-        auto_blocks += auto
-        rules.append(_compile_rule(item, i, inject, blocks, text, depth, sigmas, stages))
+            auto_blocks += auto
+        with problems.collect():
+            rules.append(_compile_rule(item, i, inject, blocks, text, depth, sigmas, stages))
+    problems.raise_all()
     return tuple(rules), tuple(auto_blocks)
 
 
@@ -67,10 +72,12 @@ def _compile_rule(
     stages: Sequence[Stage],
 ) -> Rule:
     key = ("inject", index)
-    with locate_errors(item, *key, "blocks"):
+    problems = Problems()
+    with problems.collect(), locate_errors(item, *key, "blocks"):
         blocks = parse_blocks(block_spec, depth)
-    with locate_errors(item, *key, "steps"):
+    with problems.collect(), locate_errors(item, *key, "steps"):
         steps = select_steps(inject.steps, sigmas)
+    problems.raise_all()
     if inject.expert != "both":
         if stages[0].expert == "only":
             raise no_experts_error(item, *key, "expert")

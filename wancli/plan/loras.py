@@ -12,6 +12,7 @@ from wancli.job.loader import Item
 from wancli.job.schema import LoraEntry
 from wancli.models.config import WanConfig
 from wancli.plan.injections import locate_errors, no_experts_error, select_steps
+from wancli.plan.shot import ShotWarning
 from wancli.sampling.stages import Stage
 from wancli.storage import disk
 from wancli.weights.checkpoint import fingerprint
@@ -119,14 +120,16 @@ def _decide_use(
     )
 
 
-def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[str]:
+def lora_warnings(uses: Sequence[LoraUse]) -> Iterator[ShotWarning]:
     """Yield what the user should know before the render starts."""
     for use in uses:
+        name = use.path.name
         if use.strength == 0:
-            yield f"{use.path.name} has strength 0 and changes nothing"
-        yield from (f"{use.path.name}: {note}" for note in use.coverage.notes)
+            yield ShotWarning("{} has strength 0 and changes nothing", name)
+        yield from (ShotWarning(f"{{}}: {note}", name) for note in use.coverage.notes)
         if use.coverage.style == "PEFT" and not use.coverage.scaled:
-            yield f"{use.path.name} has no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
+            missing = f"no alpha and no {ADAPTER_CONFIG} beside it; its scale is taken as 1"
+            yield ShotWarning(f"{{}} has {missing}", name)
         if use.coverage.unused:
-            examples = ", ".join(use.coverage.examples)
-            yield f"{use.path.name}: {use.coverage.unused} keys match nothing in this model: {examples}"
+            keys = f"{use.coverage.unused} of {name} ({', '.join(use.coverage.examples)})"
+            yield ShotWarning("keys match nothing in this model: {}", keys)

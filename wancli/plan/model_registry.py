@@ -98,7 +98,7 @@ def resolve_path(base_dir: Path, text: str, location: str) -> Path:
 
 @cache
 def _read_models_file(path: Path, _changed: int) -> dict[str, Location]:
-    raw, lines = read_yaml(disk.read_bytes(path), str(path))
+    raw, lines, _ = read_yaml(disk.read_bytes(path), str(path))
     source = Source(str(path), path.parent, lines)
     if not isinstance(raw, dict):
         raise JobError("is not a mapping of names to models", where=str(path), hint="Write NAME: FOLDER.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from wancli.errors import JobError
 from wancli.job.loader import Item, JobFile
@@ -15,27 +16,41 @@ from wancli.storage.paths import output_path, require_possible, slugify
 
 def with_output(shot: Shot, jobs: JobFile, item: Item) -> Shot:
     """Return the shot with its output. Raises JobError if the template names none."""
+    # The key hashes everything else that is decided here, and is slow to hash for a thousand shots.
+    key = shot.key[:12] if "{key" in item.job.output else ""
+    picture = shot.pictures.name if shot.pictures else None
+    slug = slugify(shot.prompt.tokens.text)
+    return replace(shot, output=_name_output(jobs, shot.index, item, slug, key, picture))
+
+
+def check_template(jobs: JobFile, index: int, item: Item) -> None:
+    """Raise JobError if the template names no output of a shot that is not decided yet."""
+    _name_output(jobs, index, item, "slug", "key", None if item.job.image is None else "image")
+
+
+def _name_output(jobs: JobFile, index: int, item: Item, slug: str, key: str, picture: str | None) -> Path:
+    job = item.job
+    id = job.id or f"{index:04d}"
     fields: dict[str, str | int] = {
-        **{name: f"{v:g}" if isinstance(v, float) else v for name, v in shot.labels.items()},
+        **{name: f"{v:g}" if isinstance(v, float) else v for name, v in job.labels.items()},
         "job": jobs.name,
-        "item": shot.index,
-        "id": shot.id,
-        "slug": slugify(shot.prompt.tokens.text),
-        "seed": shot.seed,
-        **({"image": shot.pictures.name} if shot.pictures else {}),
-        # Of everything else that is decided here, and slow to hash for a thousand shots.
-        "key": shot.key[:12] if "{key" in item.job.output else "",
+        "item": index,
+        "id": id,
+        "slug": slug,
+        "seed": job.seed,
+        **({} if picture is None else {"image": picture}),
+        "key": key,
     }
     try:
         output = output_path(jobs.directory, item.job.output, fields)
         with disk.reading_for_job(item.location("output")):
             folder = disk.resolve(output.parent)
-        require_possible(folder / output.name, shot.id)
+        require_possible(folder / output.name, id)
     except JobError as error:
         raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
     if output.suffix != ".mp4":
         raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
-    return replace(shot, output=folder / output.name)
+    return folder / output.name
 
 
 def refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:

@@ -14,9 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from wancli.errors import CheckpointError, EntryError, JobError
+from wancli.errors import CheckpointError, JobError
 from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
+from wancli.job.problems import Problems
 from wancli.job.schema import InjectPicture
 from wancli.models.variants import Variant
 from wancli.plan import (
@@ -64,14 +65,14 @@ def build_plan(
     locations = model_registry.ModelLocations()
     block_maps = BlockMapStore(hash_cache.parent / "maps", allow_missing=allow_missing_maps)
     lora_for = cache(lambda path, transformer: loras.resolve_lora(path, transformer, hash_cache))
-    problems: list[JobError | EntryError] = []
+    problems = Problems()
     built: dict[int, Shot] = {}
     pictures = picture_resolver.PictureMemo(hash_cache.parent / "pictures.json")
     for index, parent in chains.order_items(jobs.items):
         item = jobs.items[index]
         if parent is not None and parent not in built:
             continue  # the problem of that shot is reported
-        try:
+        with problems.collect():
             continued = None if parent is None else built[parent]
             built[index] = _build_shot(
                 jobs,
@@ -85,14 +86,8 @@ def build_plan(
                 pictures,
                 continued,
             )
-        except (JobError, EntryError) as error:
-            problems.append(error)
     pictures.save()
-    if problems:
-        lines = dict.fromkeys(line for problem in problems for line in str(problem).splitlines())
-        hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
-        kind = JobError if any(isinstance(problem, JobError) for problem in problems) else EntryError
-        raise kind("\n".join(lines), hint="\n".join(hints))
+    problems.raise_all()
     shots = chains.mark_kept_frames([built[index] for index in range(len(jobs.items))])
     outputs.refuse_collisions(shots, jobs)
     joined = joins.plan_joins(jobs, shots)
@@ -104,7 +99,7 @@ def build_plan(
     return Plan(
         jobs.name,
         tuple(selected),
-        tuple(warnings.collect_warnings(selected, comparison)),
+        (*jobs.warnings, *warnings.collect_warnings(selected, comparison)),
         others,
         comparison,
         batching.build_schedule(selected),
@@ -177,15 +172,27 @@ def _build_shot(
     job = item.job
     model = _resolve_item_model(item, source, model_for)
     variant = model.checkpoint.variant
-    sampler = resolve_sampler(item, variant)
-    config = model.checkpoint.transformer_config
-    pictures, (width, height) = picture_resolver.resolve_pictures(
-        item, config, variant, picture_memo, continued
-    )
-    guided = any(stage.guidance != 1 for stage in sampler.stages)
-    prompt, negative, injected = _resolve_prompts(item, model, guided=guided)
-    sigmas, stages = sampler.schedule.sigmas, sampler.stages
-    rules, auto_blocks = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, stages)
+    problems = Problems()
+    with problems.collect():
+        pictures, (width, height) = picture_resolver.resolve_pictures(
+            item, model.checkpoint.transformer_config, variant, picture_memo, continued
+        )
+    with problems.collect():
+        frames = _check_frames(item, variant)
+    with problems.collect():
+        save_every = _parse_save_interval(item)
+    with problems.collect():
+        sampler = resolve_sampler(item, variant)
+        sigmas, stages = sampler.schedule.sigmas, sampler.stages
+        guided = any(stage.guidance != 1 for stage in stages)
+        with problems.collect():
+            uses = _decide_loras(item, model, sampler, lora_for)
+        prompt, negative, injected = _resolve_prompts(item, model, guided=guided)
+        rules, auto_blocks = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, stages)
+    if problems.errors:
+        with problems.collect():
+            outputs.check_template(jobs, index, item)
+    problems.raise_all()
     shot = Shot(
         index=index,
         id=job.id or f"{index:04d}",
@@ -195,10 +202,10 @@ def _build_shot(
         negative=negative,
         injected=injected,
         rules=rules,
-        loras=_decide_loras(item, model, sampler, lora_for),
+        loras=uses,
         width=width,
         height=height,
-        frames=_check_frames(item, variant),
+        frames=frames,
         seed=job.seed,
         noise=job.noise,
         solver=job.sampler.solver,
@@ -214,7 +221,7 @@ def _build_shot(
         decode_chunk=job.memory.decode_chunk,
         measure=job.measure or measure,
         batch=None if job.batch == "auto" else job.batch,
-        save_every=_parse_save_interval(item),
+        save_every=save_every,
         output=Path(),
         auto_blocks=auto_blocks,
         pictures=pictures,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
@@ -227,6 +227,13 @@ class Shot:
     def frame_key(self, frame: int) -> str:
         """Hash of all that the pixels of a frame depend on, before compression."""
         return _hash([self.latents_key, self.model.vae, self.decode_chunk, frame])
+
+
+class ShotWarning(NamedTuple):
+    """A kind of warning, and the detail of one shot that stands for `{}` in it."""
+
+    kind: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 from wancli.engine import preflight
 from wancli.errors import NoSuchFile, Unreadable
 from wancli.plan import throughput
-from wancli.progress import make_printable
 from wancli.report import batch_report, plan_document
 from wancli.report.shorten import shorten_unique
-from wancli.report.terminal import state_text
+from wancli.report.terminal import state_text, truncate
 from wancli.storage import claims, disk, manifest, tensor_file
 from wancli.storage.manifest_schema import SavedState, ShotRecord
-from wancli.units import format_ranges, format_seconds, pluralize
+from wancli.units import format_moment, format_ranges, format_seconds, pluralize
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan, Shot
@@ -154,18 +153,19 @@ def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     width = max([20, *map(cell_len, names)])
     for shot, name, about in zip(shown, names, descriptions):
         line = f"{shot['index']:>5} {set_cell_size(name, width)} {state_text(shot['state']):<14} {about}"
-        yield _cut(line.rstrip(), 80)
+        yield truncate(line.rstrip(), 80)
     if len(shown) > _LINES:
         yield f"      and {len(shown) - _LINES:,} more; --json lists all"
     if todo := [shot["index"] for shot in status["shots"] if shot["state"] == "to do"]:
-        yield _cut(f"to do: {format_ranges(todo)}", 80)
+        yield truncate(f"to do: {format_ranges(todo)}", 80)
 
 
 def _describe_shot(shot: Mapping[str, Any], now: datetime) -> str:
     parts = []
     if claim := shot["claim"]:
         host = claim["host"].partition(".")[0]
-        parts.append(f"by {host}:{claim['pid']} since {claim['since'][11:19]}")
+        since = format_moment(datetime.fromisoformat(claim["since"]), now)
+        parts.append(f"by {host}:{claim['pid']} since {since}")
     if shot["saved"]:
         age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
         parts.append(f"step {shot['step']} of {shot['steps']}, saved {format_seconds(max(0.0, age))} ago")
@@ -175,10 +175,3 @@ def _describe_shot(shot: Mapping[str, Any], now: datetime) -> str:
     if shot["state"] == "failed":
         parts.append(shot["error"]["message"].partition("\n")[0])
     return "; ".join(parts)
-
-
-def _cut(text: str, limit: int) -> str:
-    from rich.cells import cell_len, set_cell_size
-
-    text = make_printable(text).replace("\n", " ")
-    return text if cell_len(text) <= limit else f"{set_cell_size(text, limit - 1)}…"

@@ -5,7 +5,7 @@ Texts are built for 80 columns; rich adds colour if the terminal wants it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from wancli.progress import make_printable
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+NARROW, WIDE = 60, 1000  # columns: below NARROW, cells would be folded letter by letter
 BAR_LEVELS = " ▁▂▃▄▅▆▇█"
 # States of shots, as JSON documents have them, for people.
 _STATE_TEXTS = {"in the way": "already exists", "elsewhere": "claimed by another worker"}
@@ -25,13 +26,30 @@ def state_text(state: str) -> str:
 
 
 def show(parts: Iterable[RenderableType], *, stderr: bool = False) -> None:
-    """Print tables and lines. Lines that are longer than the terminal are not wrapped."""
+    """Print tables and lines. Lines that are longer than the terminal are not wrapped. A terminal that is too
+    narrow for a table gets its rows as lists."""
     from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
 
     console = Console(stderr=stderr, highlight=False, emoji=False)
     for part in parts:
-        printed = make_printable(part) if isinstance(part, str) else part
-        console.print(printed, markup=False, soft_wrap=isinstance(part, str))
+        lines = [part] if isinstance(part, str) else []
+        if isinstance(part, Table) and console.width < NARROW:
+            wanted = Measurement.get(console, console.options.update_width(WIDE), part).maximum
+            lines = [*_rows_as_lists(part)] if wanted > console.width else []
+        for line in lines:
+            console.print(make_printable(line), markup=False, soft_wrap=True)
+        if not lines:
+            console.print(part, markup=False)
+
+
+def _rows_as_lists(table: Table) -> Iterator[str]:
+    """Write each row as its first cell and a line for every other cell, with the heading of its column."""
+    heads = [str(column.header) for column in table.columns]
+    for first, *cells in zip(*(column.cells for column in table.columns)):
+        yield f"{heads[0]} {first}".strip()
+        yield from (f"  {head} {cell}".rstrip() for head, cell in zip(heads[1:], cells) if str(cell))
 
 
 def create_table(*columns: str) -> Table:
@@ -57,6 +75,8 @@ def draw_bar(shares: Iterable[float]) -> str:
 
 
 def truncate(text: str, limit: int) -> str:
-    """Cut a text to `limit` printable characters."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    """Cut a text to `limit` columns of one line, with characters that cannot be printed replaced."""
+    from rich.cells import cell_len, set_cell_size
+
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " "))
+    return text if cell_len(text) <= limit else f"{set_cell_size(text, limit - 1)}…"

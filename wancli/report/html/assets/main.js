@@ -20,8 +20,11 @@ function select(index) {
   }
 }
 
+// As in 2026-11-30 23:37 GMT+9: the zone is that of the reader.
+const MINUTES = { year: 'numeric', month: '2-digit', day: '2-digit', hour: '2-digit', minute: '2-digit', timeZoneName: 'short' };
+
 function summary() {
-  const parts = [new Date(data.created).toISOString().slice(0, 16).replace('T', ' ')];
+  const parts = [new Date(data.created).toLocaleString('sv-SE', MINUTES)];
   const counts = new Map();
   for (const shot of data.shots) counts.set(shot.status, (counts.get(shot.status) ?? 0) + 1);
   if (data.rendered) {

@@ -164,7 +164,7 @@ def test_an_id_is_that_of_the_item_and_the_values_of_the_axes(text: str, expecte
         (
             "matrix:\n  seed: [1, -1]\n  sampler.steps: [0, 1]",
             [
-                "job.yaml:7: matrix.seed.1: -1 is no seed, and no seed is random; for several "
+                "job.yaml:7: matrix.seed.1: -1 is not a seed, and seeds are never random; "
                 "write matrix: {seed: [0, 1]}",
                 "job.yaml:8: matrix.sampler.steps.0: should be greater than or equal to 1, got 0",
             ],

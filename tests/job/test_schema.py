@@ -156,7 +156,7 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("inject: [{prompt: x, steps: {sigma: 1}}]", "inject.0.steps.sigma: expected a list, got 1"),
         # values out of range
         ("frames: 0", "frames: should be greater than or equal to 1, got 0"),
-        ("seed: -1", "seed: -1 is no seed, and no seed is random; for several write matrix: {seed: [0, 1]}"),
+        ("seed: -1", "seed: -1 is not a seed, and seeds are never random; write matrix: {seed: [0, 1]}"),
         (
             "seed: 9223372036854775808",
             "seed: 9223372036854775808 is too large, the last seed is 2^63-1; "

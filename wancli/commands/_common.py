@@ -104,13 +104,14 @@ def collect_flags(
 
 
 def load_job(job: str, flags: CliOverrides) -> JobFile:
+    from wancli.job.extends import read_file
     from wancli.job.loader import load, parse
 
     path = Path(job)
     if job == "-":
         return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd(), flags)
     if path.is_fifo():  # as of `render <(...)`: it can be read once, and its folder is no place for outputs
-        return parse(path.read_bytes(), job, "pipe", Path.cwd(), flags)
+        return parse(read_file(path), job, "pipe", Path.cwd(), flags)
     return load(path, flags)
 
 

@@ -164,9 +164,9 @@ def warn_of_other_threads(states: Sequence[ShotState], context: RenderContext) -
     now = torch.get_num_threads()
     shots_by_threads: dict[int, list[Shot]] = {}
     for state in states:
-        before = [phase.get("threads") for phase in state.phases if phase["name"] == "sample"]
-        if before and before[-1] not in (None, now) and state.shot.model.device == "cpu":
-            shots_by_threads.setdefault(before[-1], []).append(state.shot)
+        counts = [phase.get("threads") for phase in state.phases if phase["name"] == "sample"]
+        if counts and counts[-1] not in (None, now) and state.shot.model.device == "cpu":
+            shots_by_threads.setdefault(counts[-1], []).append(state.shot)
     for before, shots in shots_by_threads.items():
         context.progress.warn(
             f"{format_shots_inline(shots)}: sampled with {pluralize(before, 'thread')} so far and with {now} "

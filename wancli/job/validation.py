@@ -103,7 +103,7 @@ def _describe_seed(problem: Any) -> str:
     value = problem["input"]
     match problem["type"]:
         case "greater_than_equal":
-            return f"{value} is no seed, and no seed is random; for several write matrix: {{seed: [0, 1]}}"
+            return f"{value} is not a seed, and seeds are never random; write matrix: {{seed: [0, 1]}}"
         case "less_than":
             same = f"; with `noise: cpu`, seed {value % 2**32} draws the same noise" if value < 2**64 else ""
             return f"{value} is too large, the last seed is 2^63-1{same}"

@@ -150,7 +150,8 @@ def _construct(loader: _Loader, node: yaml.Node, path: tuple[Key, ...], document
         )  # fmt: skip
     value = loader.construct_object(node)
     if isinstance(value, str):
-        if node.style is None and (comment := _comment_behind(node)):
+        is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        if is_plain and (comment := _comment_behind(node)):
             document.comments[path] = comment
         return normalize_text(value, _locate(file, node, path))
     return value

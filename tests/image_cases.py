@@ -82,6 +82,21 @@ def all_cases() -> list[Case]:
     return [case for name in SETS for case in cases(name)]
 
 
+def assemble(name: str, folder: Path) -> Path:
+    """Make a whole official folder of a set, of links to its own networks and to those that it shares."""
+    folder.mkdir(parents=True)
+    shared = FIXTURES / "wan21-tiny"
+    parts = [path for path in (FIXTURES / name).iterdir() if not path.name.startswith("reference")]
+    parts += [shared / "google", shared / "models_t5_umt5-xxl-enc-bf16.pth"]
+    if name != "wan22-ti2v-tiny":
+        parts.append(shared / "Wan2.1_VAE.pth")
+    if name == "wan21-flf2v-tiny":
+        parts.append(CLIP)
+    for part in parts:
+        (folder / part.name).symlink_to(part)
+    return folder
+
+
 @cache
 def load(folder: Path) -> WanModel:
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")

@@ -165,10 +165,8 @@ def test_a_damaged_config_is_named(folder: Path):
     ("name", "shape", "what"),
     [
         ("vace_patch_embedding.weight", (1,), "VACE"),
-        ("img_emb.proj.0.weight", (1,), "Wan 2.1 image-to-video"),
-        ("img_emb.emb_pos", (1,), "FLF2V"),
-        ("blocks.0.cross_attn.k_img.weight", (1,), "Wan 2.1 image-to-video"),
-        ("patch_embedding.weight", (48, 36, 1, 2, 2), "Wan 2.2 image-to-video"),
+        ("control_adapter.conv.weight", (1,), "Fun-Camera"),
+        ("patch_embedding.weight", (48, 20, 1, 2, 2), "Wan variant with 20 input channels"),
     ],
 )
 def test_other_models_are_refused_by_name(folder: Path, name: str, shape: tuple[int, ...], what: str):
@@ -570,12 +568,10 @@ def test_a_folder_without_a_transformer_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no Wan transformer in this folder"):
         identify(tmp_path)
     write(
-        tmp_path / "wan2.1_i2v.safetensors",
-        stored(dit("14B"), "F16") | {"img_emb.proj.0.weight": ("F16", (1,))},
+        tmp_path / "wan2.1_vace.safetensors",
+        stored(dit("14B"), "F16") | {"vace_blocks.0.after_proj.weight": ("F16", (1,))},
     )
-    with pytest.raises(
-        CheckpointError, match=r"Wan 2.1 image-to-video checkpoint; wancli renders text-to-video"
-    ):
+    with pytest.raises(CheckpointError, match=r"VACE checkpoint; wancli renders text-to-video"):
         identify(tmp_path)
 
 

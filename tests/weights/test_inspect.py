@@ -151,15 +151,15 @@ def test_a_lora_says_style_targets_and_rank(look: Any, tmp_path: Path) -> None:
 
 def test_what_wancli_cannot_use_is_described_and_refused_by_name(look: Any, tmp_path: Path) -> None:
     entries = stored(dit("14B"), "F16") | {
-        "img_emb.proj.0.weight": ("F16", (1280,)),
-        "patch_embedding.weight": ("F16", (5120, 36, 1, 2, 2)),
+        "ref_conv.weight": ("F16", (5120, 16, 2, 2)),
+        "patch_embedding.weight": ("F16", (5120, 48, 1, 2, 2)),
     }
-    said = look(write(tmp_path / "wan2.1_i2v.safetensors", entries))
+    said = look(write(tmp_path / "wan2.1_fun_control.safetensors", entries))
     assert said.code == 0
     text = " ".join(said.out.split())
-    assert "transformer: Wan 2.1 image-to-video" in text
-    assert "36 channels in" in text
-    assert "not supported this is a Wan 2.1 image-to-video checkpoint; wancli renders text-to-video" in text
+    assert "transformer: Fun-Control" in text
+    assert "48 channels in" in text
+    assert "not supported this is a Fun-Control checkpoint; wancli renders text-to-video" in text
 
 
 def test_missing_tensors_of_a_network_are_named(look: Any, tmp_path: Path) -> None:

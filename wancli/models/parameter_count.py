@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import CLIPConfig, T5Config, VAE22Config, VAEConfig, WanConfig
 
 
 def wan_parameters(wan: WanConfig) -> int:
@@ -16,7 +16,19 @@ def wan_parameters(wan: WanConfig) -> int:
     text = wan.text_dim * d + d + d * d + d
     time_embedding = wan.freq_dim * d + d + d * d + d + d * 6 * d + 6 * d
     head = 4 * wan.out_dim * (d + 1) + 2 * d
-    return wan.num_layers * block + patch + text + time_embedding + head
+    image = 0
+    if wan.image_dim is not None:
+        block += 2 * (d * d + d) + d  # k_img, v_img and its norm
+        e = wan.image_dim
+        image = 2 * e + (e * e + e) + (e * d + d) + 2 * d + (wan.image_rows or 0) * e
+    return wan.num_layers * block + patch + text + time_embedding + head + image
+
+
+def clip_parameters(clip: CLIPConfig) -> int:
+    """Count the parameters of the part of CLIP's vision tower that Wan runs: all blocks but the last."""
+    e, m = clip.dim, clip.mlp_dim
+    block = 4 * e + (3 * e * e + 3 * e) + (e * e + e) + (e * m + m) + (m * e + e)
+    return (clip.num_layers - 1) * block + 3 * clip.patch**2 * e + (clip.rows + 1) * e + 2 * e
 
 
 def t5_parameters(t5: T5Config) -> int:

@@ -76,7 +76,7 @@ def _format_component(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
     yield from _format_row("size", f"{format_bytes(part['bytes'])}, {count}{part['tensors']:,} tensors")
     if part["sizes"]:
         yield from _format_row("network", _describe_network(part))
-    if part["kind"] in ("transformer", "text encoder", "vae"):
+    if part["kind"] in ("transformer", "text encoder", "image encoder", "vae"):
         prefix = f", after {part['prefix']}" if part["prefix"] else ""
         yield from _format_row("names", f"{part['naming']}{prefix}")
         yield from _format_row("quantization", _describe_scheme(part["scheme"]))

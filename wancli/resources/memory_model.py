@@ -204,17 +204,24 @@ def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | Non
     A packed model also keeps its packed weights; a model streamed to a GPU in another dtype than its file's
     also keeps the largest of them.
     """
-    matrices = 8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
-    biases = wan.num_layers * (9 * wan.dim + wan.ffn_dim)
+    linears = _square_linears(wan)
+    matrices = linears * wan.dim**2 + 2 * wan.dim * wan.ffn_dim
+    biases = wan.num_layers * ((linears + 1) * wan.dim + wan.ffn_dim)
     others = wan_parameters(wan) - wan.num_layers * matrices - biases
     held = wan.num_layers if blocks_in_memory is None else blocks_in_memory
     return (held * matrices + biases) * element_bytes + others * FP32
 
 
+def _square_linears(wan: WanConfig) -> int:
+    """Count the square matrices of a block: q, k, v and o twice, and k and v of pictures."""
+    return 8 if wan.image_dim is None else 10
+
+
 def fp8_bytes(wan: WanConfig) -> int:
     """Predict the bytes of the matrices of all blocks in fp8, with an fp32 scale for each row."""
-    rows = 9 * wan.dim + wan.ffn_dim
-    return wan.num_layers * (8 * wan.dim**2 + 2 * wan.dim * wan.ffn_dim + FP32 * rows)
+    linears = _square_linears(wan)
+    rows = (linears + 1) * wan.dim + wan.ffn_dim
+    return wan.num_layers * (linears * wan.dim**2 + 2 * wan.dim * wan.ffn_dim + FP32 * rows)
 
 
 def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int:

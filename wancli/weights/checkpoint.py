@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import CLIPConfig, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.storage import disk, links
 from wancli.storage.file_memo import read_memo, write_memo
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
+    CLIP_NAMES,
     EXPERT_ROLES,
     Layout,
     Role,
@@ -30,7 +31,7 @@ from wancli.weights.folder_layouts import (
 )
 from wancli.weights.formats.infer_config import mismatch_error, wrong_model_error
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
-from wancli.weights.recognize import normalize_config
+from wancli.weights.recognize import normalize_config, variants_with_pictures
 from wancli.weights.single_files import (
     NAME_FILES_HINT,
     SingleFiles,
@@ -53,7 +54,7 @@ LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Wan text-to-video model on disk. All its components exist, their headers are sound, and they fit
+    """A Wan model on disk. All its components exist, their headers are sound, and they fit
     together.
 
     `experts` is the one transformer, or the high-noise and the low-noise transformer, of the same sizes.
@@ -67,6 +68,7 @@ class Checkpoint:
     vae: Component
     source: Location
     notes: tuple[str, ...] = ()  # what the user should know about the choice of files
+    image_encoder: Component | None = None  # of models whose blocks attend to pictures
 
     def __hash__(self) -> int:
         """Hash the root only: the headers would be slow to hash for each shot of a sweep."""
@@ -95,6 +97,16 @@ class Checkpoint:
     @property
     def text_encoder_files(self) -> tuple[Path, ...]:
         return self.text_encoder.files
+
+    @property
+    def variant_reason(self) -> str:
+        """What told the variant from others with the same tensors; empty if there are none."""
+        return self.experts[0].variant_reason
+
+    @property
+    def image_encoder_files(self) -> tuple[Path, ...]:
+        """The files of CLIP; none if the model reads no pictures through it."""
+        return self.image_encoder.files if self.image_encoder else ()
 
     @property
     def vae_files(self) -> tuple[Path, ...]:
@@ -128,6 +140,36 @@ def vae_config(checkpoint: Checkpoint) -> VAEConfig | VAE22Config:
     """Return the sizes of the VAE, read from its headers."""
     assert isinstance(checkpoint.vae.config, VAEConfig | VAE22Config)
     return checkpoint.vae.config
+
+
+def clip_config(checkpoint: Checkpoint) -> CLIPConfig:
+    """Return the sizes of CLIP, read from its headers, of a model that has it."""
+    assert checkpoint.image_encoder
+    assert isinstance(checkpoint.image_encoder.config, CLIPConfig)
+    return checkpoint.image_encoder.config
+
+
+def with_variant(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """Return the checkpoint as the variant of this name, among those whose tensors have the same shapes.
+
+    Raises CheckpointError for another name; the hint lists those that may be given.
+    """
+    sizes = dict(checkpoint.experts[0].sizes)
+    with_pictures = sizes["in_dim"] != sizes["out_dim"]
+    candidates = variants_with_pictures(sizes) if with_pictures else (checkpoint.variant,)
+    chosen = next((variant for variant in candidates if variant.name.lower() == name.lower()), None)
+    if chosen is None:
+        names = " or ".join(variant.name for variant in candidates)
+        raise CheckpointError(
+            f"its tensors are not those of {name!r}", where=str(checkpoint.root), hint=f"say {names}"
+        )
+    if checkpoint.variant.boundary is not None:
+        chosen = replace(chosen, boundary=checkpoint.variant.boundary)
+    reason = "the job says so"
+    experts = tuple(
+        replace(part, name=chosen.name, variant=chosen, variant_reason=reason) for part in checkpoint.experts
+    )
+    return replace(checkpoint, variant=chosen, experts=experts)
 
 
 def fingerprint(paths: Sequence[Path], memo: Path) -> str:
@@ -174,7 +216,11 @@ def _from_layout(layout: Layout) -> Checkpoint:
             config_json = normalize_config(load_json(config)) if config else {}
             experts.append((role, find_component(layout.files[role], "transformer", config_json)))
     vae = _choose_vae(layout, experts[0][1])
-    checkpoint = _assemble(layout.root, experts, text_encoder, tokenizer, vae, boundary=layout.boundary)
+    clip = layout.files.get("image_encoder")
+    image_encoder = find_component(clip, "image encoder") if clip else None
+    checkpoint = _assemble(
+        layout.root, experts, text_encoder, tokenizer, vae, image_encoder, boundary=layout.boundary
+    )
     choices = (file for files in layout.choices.values() for file in files)
     spare = (file for file in choices if file not in (*vae.files, *text_encoder.files))
     notes = (f"{file.name} in {where} is not used, because another file has its role" for file in spare)
@@ -207,6 +253,7 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
     first_file = recognized[0][2]  # one file may hold all three networks
     text_encoder = _component_for(files.text_encoder, "text encoder", first_file)
     vae = _component_for(files.vae, "vae", first_file)
+    image_encoder = _component_for(files.image_encoder, "image encoder", first_file)
     tokenizer = files.tokenizer
     if tokenizer is None and text_encoder:
         tokenizer = text_encoder.tokenizer_file
@@ -224,7 +271,13 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
             f"missing beside it: {', '.join(missing)}{only}", where=str(main), hint=NAME_FILES_HINT
         )
     return _assemble(
-        source if isinstance(source, Path) else main, experts, text_encoder, tokenizer, vae, source
+        source if isinstance(source, Path) else main,
+        experts,
+        text_encoder,
+        tokenizer,
+        vae,
+        image_encoder,
+        source,
     )
 
 
@@ -243,6 +296,7 @@ def _assemble(
     text_encoder: Component,
     tokenizer: Path,
     vae: Component,
+    image_encoder: Component | None,
     source: Location | None = None,
     boundary: float | None = None,
 ) -> Checkpoint:
@@ -270,7 +324,29 @@ def _assemble(
             where=str(text_encoder.files[0]),
             hint="the parts are from different models",
         )
-    return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source or root)
+    clip = _fit_image_encoder(image_encoder, experts[0])
+    return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source or root, clip)
+
+
+def _fit_image_encoder(part: Component | None, transformer: Component) -> Component | None:
+    """Return the image encoder if the transformer reads one. Raises CheckpointError if none fits."""
+    assert isinstance(transformer.config, WanConfig)
+    if (reads := transformer.config.image_dim) is None:
+        return None
+    if part is None:
+        raise CheckpointError(
+            f"the image encoder is missing: CLIP ViT-H, which {transformer.name} reads",
+            where=str(transformer.files[0]),
+            hint=f"add {CLIP_NAMES[-1]}, or clip_vision_h.safetensors, or name it as image_encoder",
+        )
+    _require_usable(part)
+    if not is_compatible(part, transformer):
+        raise CheckpointError(
+            f"an image encoder of width {dict(part.sizes)['dim']}; the transformer reads {reads}",
+            where=str(part.files[0]),
+            hint="the parts are from different models",
+        )
+    return part
 
 
 def _require_usable(part: Component) -> None:
@@ -286,17 +362,20 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
     """
     first = roles[0][1]
     if len(roles) == 1:
-        if roles[0][0] == "transformer" and first.expert and first.variant in (T2V_A14B, TWO_EXPERTS):
+        assert first.variant is not None
+        if first.variant.boundary is not None:
+            which = f"the {first.expert}-noise expert of Wan 2.2 A14B by its name"
             raise CheckpointError(
-                f"the {first.expert}-noise expert of Wan 2.2 A14B by its name, which needs the other one",
+                f"{which if first.expert else f'an expert of {first.name}'}, which needs the other one",
                 where=str(first.files[0]),
                 hint="say model: {high_noise: FILE, low_noise: FILE, ...}, or rename a file that is neither",
             )
-        assert first.variant is not None
         return (first,), first.variant
     experts = []
     of_14b = first.variant is T2V_A14B or first.variant is T2V_14B
     variant = T2V_A14B if of_14b else TWO_EXPERTS
+    if first.variant and first.variant.boundary and first.variant.first_picture != "none":
+        variant = first.variant
     for role, part in roles:
         expert: Expert = "high" if role == "high_noise" else "low"
         if part.expert not in (None, expert):
@@ -305,7 +384,7 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
                 where=str(part.files[0]),
                 hint="exchange high_noise and low_noise, or rename the file",
             )
-        if part.config != first.config or part.variant is None or part.variant.latent_channels != 16:
+        if part.config != first.config or part.variant is None or not _may_be_expert(part.variant, variant):
             raise CheckpointError(
                 f"{role}: a {part.name}, which is not an expert beside {first.files[0].name}",
                 where=str(part.files[0]),
@@ -313,6 +392,12 @@ def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Com
             )
         experts.append(replace(part, name=variant.name, variant=variant, expert=expert))
     return tuple(experts), variant
+
+
+def _may_be_expert(part: Variant, of: Variant) -> bool:
+    """Return whether a transformer recognized as `part` may be an expert, whose shapes Wan 2.1 has, too."""
+    of_text = part.first_picture == of.first_picture == "none"
+    return part.latent_channels == 16 and (part.boundary is not None or of_text)
 
 
 def check_blob(path: Path, digest: str) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.models.config import Expert, T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import CLIPConfig, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
 from wancli.storage import links
 from wancli.weights.formats.gguf_header import umt5_to_transformers as umt5_from_gguf
 from wancli.weights.formats.key_mapping import (
+    clip_from_transformers,
     is_tokenizer,
     plain_name,
     transformer_from_diffusers,
@@ -29,7 +30,7 @@ from wancli.weights.formats.quant_schemes import PLAIN, Precision, Scheme, is_he
 from wancli.weights.formats.tensor_index import OTHER_NETWORKS, Container
 from wancli.weights.lora.describe import LoraInfo
 
-Kind: TypeAlias = Literal["transformer", "text encoder", "vae", "lora", "other"]
+Kind: TypeAlias = Literal["transformer", "text encoder", "image encoder", "vae", "lora", "other"]
 Naming: TypeAlias = Literal["official", "diffusers", "transformers", "gguf"]
 
 _RENAME: dict[tuple[Kind, Naming], Callable[[str], str]] = {
@@ -37,6 +38,7 @@ _RENAME: dict[tuple[Kind, Naming], Callable[[str], str]] = {
     ("vae", "diffusers"): vae_from_diffusers,
     ("text encoder", "official"): umt5_to_transformers,
     ("text encoder", "gguf"): umt5_from_gguf,
+    ("image encoder", "transformers"): clip_from_transformers,
 }
 # Pattern of a name -> the class of tensor whose precision is reported; the first match counts.
 _GROUPS: dict[Kind, dict[str, str]] = {
@@ -51,6 +53,10 @@ _GROUPS: dict[Kind, dict[str, str]] = {
         r"(shared|encoder\.embed_tokens)\..*": "token embedding",
         r".*(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight": "block matrices",
         r".*": "norms, position bias",
+    },
+    "image encoder": {
+        r"transformer\.\d+\.(attn\.(to_\w+|proj)|mlp\.\d)\.weight": "block matrices",
+        r".*": "embeddings, norms, biases",
     },
     "vae": {r".*\.weight": "convolutions", r".*": "biases, norms"},
 }
@@ -76,9 +82,10 @@ class Component:
     naming: Naming = "official"
     prefix: str = ""  # before every name in the file
     scheme: Scheme = PLAIN
-    config: WanConfig | T5Config | VAEConfig | VAE22Config | None = None
+    config: WanConfig | T5Config | CLIPConfig | VAEConfig | VAE22Config | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     variant: Variant | None = None
+    variant_reason: str = ""  # what tells the variant from others of the same shapes, if there are any
     expert: Expert | None = None  # by the words in its name; shapes do not tell
     precision: tuple[Precision, ...] = ()
     parameters: int = 0

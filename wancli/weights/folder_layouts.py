@@ -7,9 +7,11 @@ Official                                        diffusers
   google/umt5-xxl/spiece.model                    text_encoder/  model*.safetensors
   Wan2.1_VAE.pth or Wan2.2_VAE.pth                tokenizer/     spiece.model
 A14B has high_noise_model/ and low_noise_model/   vae/           diffusion_pytorch_model.safetensors
-in place of the first two.
+in place of the first two. Wan 2.1 I2V and FLF2V also have
+models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth and image_encoder/model.safetensors.
 
-Single files, as ComfyUI keeps them: diffusion_models/, text_encoders/, vae/ or all in one folder.
+Single files, as ComfyUI keeps them: diffusion_models/, text_encoders/, clip_vision/, vae/, or all in one
+folder.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from wancli.weights.formats import safetensors_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
 from wancli.weights.formats.tensor_index import SHARD, SUFFIXES, expand_shards
 
-Role: TypeAlias = Literal["transformer", "high_noise", "low_noise", "text_encoder", "tokenizer", "vae"]
+Role: TypeAlias = Literal[
+    "transformer", "high_noise", "low_noise", "text_encoder", "tokenizer", "vae", "image_encoder"
+]
 
 EXPERT_ROLES: tuple[Role, ...] = ("transformer", "high_noise", "low_noise")
 DIT = "diffusion_pytorch_model"
-T2V_PIPELINES = {"WanPipeline"}
+PIPELINES = {"WanPipeline", "WanImageToVideoPipeline"}
 T5_NAMES = tuple(
     f"models_t5_umt5-xxl-enc-{precision}{suffix}"
     for precision in ("bf16", "fp8")
@@ -41,15 +45,18 @@ T5_NAMES = tuple(
 VAE_NAMES = tuple(
     f"Wan{version}_VAE{suffix}" for version in ("2.1", "2.2") for suffix in (".safetensors", ".pth")
 )
+CLIP_NAME = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+CLIP_NAMES = tuple(f"{CLIP_NAME}{ending}" for ending in (".safetensors", ".pth"))
 TOKENIZER_PATH = "google/umt5-xxl/spiece.model"
 # Where UMT5's SentencePiece model lies beside single files.
 SPIECE_PLACES = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
 OFFICIAL_MARKERS = ("high_noise_model", "low_noise_model", "config.json", "google", *T5_NAMES, *VAE_NAMES)
 # ComfyUI's folders of single files.
-TRANSFORMERS, ENCODERS, VAES = (
+TRANSFORMERS, ENCODERS, VAES, IMAGE_ENCODERS = (
     ("diffusion_models", "unet", "checkpoints"),
     ("text_encoders", "clip"),
     ("vae",),
+    ("clip_vision",),
 )
 
 
@@ -65,7 +72,7 @@ class Layout:
     configs: dict[Role, Path] = field(default_factory=dict)
     missing: dict[Role, str] = field(default_factory=dict)
     choices: dict[Role, tuple[Path, ...]] = field(default_factory=dict)  # all files that could have a role
-    pipeline: str = ""  # the class that a diffusers folder asks for, unless it is text-to-video
+    pipeline: str = ""  # the class that a diffusers folder asks for, if wancli does not render it
     boundary: float | None = None  # the pipeline's own border between the two experts
 
     def add(self, role: Role, files: tuple[Path, ...] | None, name: str) -> None:
@@ -98,7 +105,7 @@ def list_weight_files(root: Path) -> tuple[Path, ...]:
     """List the weight files in a folder and in the folders that ComfyUI keeps below it; one file of each set
     of shards.
     """
-    below = (*TRANSFORMERS, *ENCODERS, *VAES, "loras")
+    below = (*TRANSFORMERS, *ENCODERS, *VAES, *IMAGE_ENCODERS, "loras")
     folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
     paths = [
         path
@@ -204,13 +211,14 @@ def _find_official(root: Path) -> Layout:
     layout.add("text_encoder", encoders[:1] or None, "models_t5_umt5-xxl-enc-bf16.pth")
     _add_tokenizer(layout, TOKENIZER_PATH, "spiece.model")
     layout.add("vae", vaes[:1] or None, "Wan2.1_VAE.pth or Wan2.2_VAE.pth")
+    _add_image_encoder(layout, _find_first(root, *CLIP_NAMES))
     return layout
 
 
 def _find_diffusers(root: Path) -> Layout:
     layout = Layout("diffusers", root)
     index = load_json(root / "model_index.json")
-    if index.get("_class_name") not in T2V_PIPELINES:
+    if index.get("_class_name") not in PIPELINES:
         layout.pipeline = str(index.get("_class_name"))
     experts: Mapping[Role, Path] = {"transformer": root / "transformer"}
     if index.get("transformer_2", [None, None]) != [None, None]:
@@ -222,6 +230,7 @@ def _find_diffusers(root: Path) -> Layout:
     )
     _add_tokenizer(layout, "tokenizer/spiece.model")
     layout.add("vae", find_safetensors(root / "vae", DIT), f"vae/{DIT}.safetensors")
+    _add_image_encoder(layout, find_safetensors(root / "image_encoder", "model"))
     return layout
 
 
@@ -260,6 +269,12 @@ def _read_boundary(index: Mapping[str, object], path: Path) -> float | None:
             hint="Wan2.2-T2V-A14B has 0.875",
         )
     return float(ratio)
+
+
+def _add_image_encoder(layout: Layout, files: tuple[Path, ...] | None) -> None:
+    """Add the image encoder, if there is one. Only the transformer can tell whether it is missing."""
+    if files:
+        layout.files["image_encoder"] = files
 
 
 def _find_first(root: Path, *choices: str) -> tuple[Path, ...] | None:

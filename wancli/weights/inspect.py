@@ -80,6 +80,8 @@ def _components_in_layout(layout: Layout) -> Iterator[Component]:
         yield find_component(layout.files["text_encoder"], "text encoder")
     if "vae" in layout.files:
         yield find_component(layout.files["vae"], "vae")
+    if "image_encoder" in layout.files:
+        yield find_component(layout.files["image_encoder"], "image encoder")
 
 
 def _components_in_files(path: Path) -> tuple[Component, ...]:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from wancli.models import t5
+from wancli.models.clip import CLIPVision
 from wancli.models.config import TIED_EMBEDDING, ComputeOptions, Expert, VAE22Config, VAEConfig
 from wancli.models.dit import WanModel
 from wancli.models.vae import VAE, WanVAE
 from wancli.models.vae22 import WanVAE22
 from wancli.resources.memory_model import Residency
-from wancli.weights.checkpoint import Checkpoint, vae_config
+from wancli.weights.checkpoint import Checkpoint, clip_config, vae_config
 from wancli.weights.component import Component
 from wancli.weights.disk_reader import Mappings, OnDisk, keep_on_disk
 from wancli.weights.formats.infer_config import find_mismatches, infer_t5_config, mismatch_error
@@ -41,7 +42,8 @@ from wancli.weights.offload import (
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-FP32_PARAMETERS = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "head.")
+CLIP_UNUSED = ("post_norm.", "head", "embeddings.position_ids")  # what follows the rows that Wan reads
+FP32_PARAMETERS = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "img_emb", "head.")
 
 
 def load_into(
@@ -260,6 +262,44 @@ def load_umt5(
         model.add_module("shared", DiskEmbedding(rows, dtype, device))
     t5.tie_embedding(model, where)
     return model
+
+
+def load_clip(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> CLIPVision:
+    """Load the image encoder of a checkpoint that has one. The official code runs it in fp16."""
+    part = checkpoint.image_encoder
+    assert part is not None
+    with torch.device("meta"):
+        clip = CLIPVision(clip_config(checkpoint))
+    load_into(
+        clip,
+        _clip_weights(part, clip).items(),
+        rename=str,
+        dtype=dtype,
+        device=device,
+        keep_fp32=lambda _: False,
+        where=str(part.files[0]),
+    )
+    return clip.eval().requires_grad_(False)
+
+
+def _clip_weights(part: Component, clip: CLIPVision) -> dict[str, Tensor | Packed]:
+    """Read the weights of CLIP in the shapes of the official layout, without those that Wan does not use."""
+    stored: dict[str, Tensor | Packed] = dict(_read_weights(part))
+    if part.naming == "transformers":
+        for name in [name for name in stored if "to_q." in name]:
+            parts = [stored.pop(name.replace("to_q.", f"to_{p}.")) for p in "qkv"]
+            stored[name.replace("to_q.", "to_qkv.")] = torch.cat([_unpack(part) for part in parts])
+        for name in ("cls_embedding", "pos_embedding"):
+            shape = clip.get_parameter(name).shape
+            stored[name] = _unpack(stored[name]).view(shape)
+    unused = (f"transformer.{len(clip.transformer)}.", *CLIP_UNUSED)
+    return {name: weight for name, weight in stored.items() if not name.startswith(unused)}
+
+
+def _unpack(weight: Tensor | Packed) -> Tensor:
+    return weight.unpack(torch.float32) if isinstance(weight, Packed) else weight
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device | str) -> VAE:

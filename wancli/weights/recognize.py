@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from wancli.errors import CheckpointError
 from wancli.models.config import TIED_EMBEDDING, Expert, T5Config, VAE22Config
 from wancli.models.variants import (
     BY_CHANNELS,
+    FLF2V,
+    FUN_INP_1_3B,
+    I2V_21,
+    I2V_22,
     MINI,
     MINI_DIM,
     NAMES_BY_WIDTH,
@@ -37,9 +42,11 @@ from wancli.weights.component import (
     tensor_groups,
 )
 from wancli.weights.formats.infer_config import (
+    RENDERS,
     SUPPORTED_HINT,
     USUAL_HEAD_DIM,
     find_mismatches,
+    infer_clip_config,
     infer_t5_config,
     infer_transformer_config,
     infer_transformer_sizes,
@@ -61,6 +68,8 @@ SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
     ("text encoder", "official", "blocks.0.attn.q.", "token_embedding."),
     ("text encoder", "transformers", "encoder.block.0.layer.0.SelfAttention.q.", "shared."),
     ("text encoder", "gguf", "enc.blk.0.attn_q.", "token_embd."),
+    ("image encoder", "official", "transformer.0.attn.to_qkv.", "patch_embedding."),
+    ("image encoder", "transformers", "encoder.layers.0.self_attn.q_proj.", "embeddings.patch_embedding."),
     ("vae", "official", "decoder.middle.0.residual.0.gamma", "encoder.conv1."),
     ("vae", "diffusers", "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in."),
 )
@@ -82,12 +91,14 @@ WHOLE_FILE_HINT = "use the file that holds the whole network, or download it aga
 OTHER_FILES = {
     r"vace_patch_embedding\.weight": "VACE module, an addition to a T2V transformer",
     r"audio_proj\.proj1\.weight": "audio module (MultiTalk, InfiniteTalk)",
-    r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder, which only image-to-video reads",
+    r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder of another kind than Wan's",
     r"decoder\.1\.weight": "TAE, a tiny autoencoder for previews",
 }
 LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide; the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
+IMAGE_CHANNELS = 36  # of the input of image-to-video transformers: 16 noise, 4 mask, 16 picture
+WIDTH_1_3B = 1536
 LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
 Tensors = dict[str, TensorInfo]
 
@@ -196,6 +207,8 @@ def _recognize_network(
     if kind == "transformer":
         return _recognize_transformer(part, weights, config_json)
     shapes = {name: info.shape for name, info in weights.items()}
+    if kind == "image encoder":
+        return _recognize_image_encoder(part, shapes)
     return _recognize_text_encoder(part, shapes) if kind == "text encoder" else _recognize_vae(part, shapes)
 
 
@@ -209,13 +222,12 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
             return replace(part, name="Wan transformer")
         raise
     if what := name_unsupported_transformer(weights, read["in_dim"], read["out_dim"]):
-        part = replace(
-            part, refusal=f"this is a {what} checkpoint; wancli renders text-to-video", hint=SUPPORTED_HINT
-        )
+        part = replace(part, refusal=f"this is a {what} checkpoint; {RENDERS}", hint=SUPPORTED_HINT)
     expert = expert_from_name(part.files[0])
-    variant = None if what else choose_variant(read, expert)
+    variant, reason = (None, "") if what else choose_variant(read, expert, part.files[0])
     name = variant.name if variant else what.rstrip(",")
-    part = replace(part, name=name, variant=variant, expert=expert, sizes=tuple(read.items()))
+    part = replace(part, name=name, variant=variant, variant_reason=reason)
+    part = replace(part, expert=expert, sizes=tuple(read.items()))
     if part.refusal:
         return part
     if not {"num_heads", "attention_head_dim"} & config_json.keys() and read["dim"] % USUAL_HEAD_DIM:
@@ -231,19 +243,50 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
     )
 
 
-def choose_variant(sizes: Mapping[str, int], expert: Expert | None) -> Variant:
-    """Return the variant of a T2V or TI2V transformer. If its name says which expert it is, it is one of
-    two.
+def choose_variant(sizes: Mapping[str, int], expert: Expert | None, path: Path) -> tuple[Variant, str]:
+    """Return the variant of a transformer, and what told it from others whose tensors have the same shapes.
+
+    If its name says which expert it is, it is one of two.
     """
+    if sizes["in_dim"] == IMAGE_CHANNELS:
+        return choose_by_name(variants_with_pictures(sizes), path)
     if sizes["dim"] == MINI_DIM:
-        return MINI
+        return MINI, ""
     key = (sizes["dim"], sizes["ffn_dim"], sizes["num_layers"], sizes["in_dim"])
     variant = RELEASED.get(key, BY_CHANNELS[sizes["in_dim"]])
     if expert is None:
-        return variant
+        return variant, ""
     if variant is T2V_14B:
-        return T2V_A14B
-    return TWO_EXPERTS if variant is T2V else variant
+        return T2V_A14B, ""
+    return (TWO_EXPERTS if variant is T2V else variant), ""
+
+
+def variants_with_pictures(sizes: Mapping[str, int]) -> tuple[Variant, ...]:
+    """Return the variants that a transformer of 36 channels may be, the default one first."""
+    found: tuple[Variant, ...]
+    if "image_dim" not in sizes:
+        found = I2V_22
+    elif "image_rows" in sizes:
+        found = (FLF2V,)
+    else:
+        found = (FUN_INP_1_3B,) if sizes["dim"] == WIDTH_1_3B else I2V_21
+    if sizes["dim"] in NAMES_BY_WIDTH:
+        return found
+    return tuple(replace(variant, name=re.sub("-A?14B", "", variant.name)) for variant in found)
+
+
+def choose_by_name(candidates: Sequence[Variant], path: Path) -> tuple[Variant, str]:
+    """Return the variant that the name of a file, or of one of the three folders around it, says; else the
+    first one. Also returns the reason; it is empty if there is one candidate.
+    """
+    if len(candidates) == 1:
+        return candidates[0], ""
+    for name in [place.name for place in (path, *list(path.absolute().parents)[:3])]:
+        for variant in sorted(candidates, key=lambda variant: -len(variant.named)):
+            if variant.named and re.search(variant.named, name, re.IGNORECASE):
+                return variant, f"the name {name!r} says so"
+    others = " or ".join(variant.name for variant in candidates[1:])
+    return candidates[0], f"by default: its tensors may be those of {others}, and no name says so"
 
 
 def _split_patch_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -274,6 +317,28 @@ def _recognize_text_encoder(part: Component, shapes: dict[str, tuple[int, ...]])
     return replace(
         part, name=name, config=config, sizes=sizes, mismatches=find_mismatches(t5_shapes(config), own)
     )
+
+
+def _recognize_image_encoder(part: Component, shapes: dict[str, tuple[int, ...]]) -> Component:
+    if part.refusal:
+        return replace(part, name="CLIP ViT-H")
+    shapes |= {
+        f"{layer}to_qkv{kind}": (3 * shapes[name][0], *shapes[name][1:])
+        for name in list(shapes)
+        for layer, found, kind in (name.partition("to_q"),)
+        if found and kind in (".weight", ".bias")
+    }
+    try:
+        config = infer_clip_config(shapes, str(part.files[0]))
+    except CheckpointError:
+        return replace(
+            part,
+            name="CLIP image encoder",
+            refusal="this is a CLIP image encoder of another kind than ViT-H/14, which Wan 2.1 reads",
+            hint="use models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth or clip_vision_h.safetensors",
+        )
+    sizes = ("dim", config.dim), ("num_layers", config.num_layers), ("image", config.image)
+    return replace(part, name="CLIP ViT-H", config=config, sizes=sizes)
 
 
 def _recognize_vae(part: Component, shapes: dict[str, tuple[int, ...]]) -> Component:

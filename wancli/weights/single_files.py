@@ -2,6 +2,7 @@
 
     diffusion_models/  one transformer, or a high-noise and a low-noise one
     text_encoders/     UMT5
+    clip_vision/       CLIP, which only models with an image branch read
     vae/               its VAE
 
 or all of them in one folder. Nothing is guessed: if two files would do, the error names both.
@@ -35,6 +36,7 @@ NAME_FILES_HINT = "name the files in the job: model: {transformer: FILE, text_en
 _MARKER_TENSOR = {
     "transformer": "'patch_embedding.weight'",
     "text encoder": "'token_embedding.weight'",
+    "image encoder": "'transformer.0.attn.to_qkv.weight'",
     "vae": "'decoder.middle.0.residual.0.gamma'",
 }
 
@@ -54,6 +56,7 @@ class SingleFiles:
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     vae: Path | None = None
+    image_encoder: Path | None = None
     heads: int | None = None
 
     @property
@@ -143,6 +146,9 @@ def _complete(
         text_encoder=path if "text encoder" in kinds else _find_matching(others, "text encoder", transformer),
         tokenizer=find_tokenizer(root) or find_tokenizer(place.parent),
         vae=path if "vae" in kinds else _find_matching(others, "vae", transformer),
+        image_encoder=path
+        if "image encoder" in kinds
+        else _find_matching(others, "image encoder", transformer),
     )
 
 
@@ -214,8 +220,10 @@ def _find_matching(
 
 
 def is_compatible(part: Component, transformer: Component) -> bool:
-    """Return whether the width of a text encoder, or the channels of a VAE, are those of the transformer."""
+    """Return whether the width of an encoder, or the channels of a VAE, are those of the transformer."""
     transformer_sizes, sizes = dict(transformer.sizes), dict(part.sizes)
+    if part.kind == "image encoder":
+        return sizes.get("dim") == transformer_sizes.get("image_dim")
     if part.kind == "vae":
         return sizes.get("z_dim") == transformer_sizes.get("out_dim")
     return sizes.get("d_model") == transformer_sizes.get("text_dim")

@@ -6,24 +6,28 @@ tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from wancli.errors import CheckpointError
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import CLIPConfig, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import NAMES_BY_WIDTH
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 USUAL_HEAD_DIM = 128
 MAX_LISTED = 10  # tensors named in one message; the rest are counted
-SUPPORTED_HINT = "use a text-to-video checkpoint: Wan2.1-T2V-1.3B or 14B, Wan2.2-T2V-A14B, or Wan2.2-TI2V-5B"
+RENDERS = "wancli renders text-to-video and image-to-video"
+SUPPORTED_HINT = (
+    "use Wan2.1-T2V-1.3B, or T2V-14B, I2V-14B, FLF2V-14B or Fun-InP of Wan 2.1, or T2V-A14B, I2V-A14B "
+    "or TI2V-5B of Wan 2.2"
+)
+CLIP_HEAD_DIM = 80
 
 # Part of a tensor name -> the model that has it; the first hit names the checkpoint.
 OTHER_MODELS = {
     "vace_": "VACE",
-    "img_emb.emb_pos": "first-last-frame-to-video (FLF2V)",
-    "image_embedder.pos_embed": "first-last-frame-to-video (FLF2V)",
     "audio_injector": "speech-to-video (S2V)",
     "casual_audio_encoder": "speech-to-video (S2V)",
     "audio_proj": "audio-driven (HuMo, MultiTalk)",
@@ -36,28 +40,22 @@ OTHER_MODELS = {
     "to_gate_compress": "sparse-attention (VSA)",
     "fps_embedding": "SkyReels-V2",
 }
-IMAGE_PARTS = ("img_emb.", "image_embedder.", "cross_attn.k_img", "attn2.add_k_proj")
+# (in_dim, out_dim) of T2V, of I2V, FLF2V and Fun-InP, and of TI2V.
+CHANNELS = ((16, 16), (36, 16), (48, 48))
 
 
 def wrong_model_error(what: str, where: str) -> CheckpointError:
     """Return the error for a checkpoint that is sound but of another kind."""
-    return CheckpointError(
-        f"this is a {what} checkpoint; wancli renders text-to-video", where=where, hint=SUPPORTED_HINT
-    )
+    return CheckpointError(f"this is a {what} checkpoint; {RENDERS}", where=where, hint=SUPPORTED_HINT)
 
 
 def name_unsupported_transformer(names: Iterable[str], in_dim: int, out_dim: int) -> str:
-    """Name the kind of a Wan transformer that is not made for text-to-video; empty if it is."""
+    """Name the kind of a Wan transformer that wancli does not render; empty if it does."""
     all_names = " ".join(names)
     known = next((model for part, model in OTHER_MODELS.items() if part in all_names), "")
-    if known or (in_dim, out_dim) in ((16, 16), (48, 48)):
-        image = "Wan 2.1 image-to-video" if any(part in all_names for part in IMAGE_PARTS) else ""
-        return known or image
-    if in_dim == 48:
-        return "Fun-Control"
-    if any(part in all_names for part in IMAGE_PARTS):
-        return "Wan 2.1 image-to-video"
-    return "Wan 2.2 image-to-video" if in_dim == 36 else f"Wan variant with {in_dim} input channels,"
+    if known or (in_dim, out_dim) in CHANNELS:
+        return known
+    return "Fun-Control" if in_dim == 48 else f"Wan variant with {in_dim} input channels,"
 
 
 def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
@@ -70,6 +68,11 @@ def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
         if tuple(patch) != (1, 2, 2):
             raise ValueError("patch_embedding.weight")
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+        image: dict[str, int] = {}
+        if "img_emb.proj.0.weight" in shapes:
+            image["image_dim"] = shapes["img_emb.proj.0.weight"][0]
+        if "img_emb.emb_pos" in shapes:
+            image["image_rows"] = shapes["img_emb.emb_pos"][1]
         return {
             "dim": dim,
             "ffn_dim": shapes["blocks.0.ffn.0.bias"][0],
@@ -78,6 +81,7 @@ def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
             "out_dim": shapes["head.head.weight"][0] // 4,
             "text_dim": shapes["text_embedding.0.weight"][1],
             "freq_dim": shapes["time_embedding.0.weight"][1],
+            **image,
         }
     except (KeyError, IndexError, ValueError) as error:
         raise _wrong_network_error("Wan transformer", error, where) from error
@@ -86,13 +90,13 @@ def infer_transformer_sizes(shapes: Shapes, where: str) -> dict[str, int]:
 def infer_transformer_config(
     sizes: Mapping[str, int], config_json: Mapping[str, object], where: str
 ) -> WanConfig:
-    """Return the sizes of a T2V transformer. `config_json` has official names, or is empty.
+    """Return the sizes of a transformer. `config_json` has official names, or is empty.
 
     Raises CheckpointError if config.json disagrees with the tensors, and if it has no head count and the
     width is not a multiple of 128.
     """
     for key, value in sizes.items():
-        if config_json.get(key, value) != value:
+        if config_json.get(key, value) not in (value, None):
             raise CheckpointError(
                 f"config.json says {key} = {config_json[key]}, the tensors say {value}",
                 where=where,
@@ -117,7 +121,7 @@ def infer_transformer_config(
         )
     if not isinstance(eps, float) or text_len != WanConfig.text_len:
         raise CheckpointError(
-            f"config.json says eps = {eps}, text_len = {text_len}; T2V has 1e-06 and 512",
+            f"config.json says eps = {eps}, text_len = {text_len}; Wan has 1e-06 and 512",
             where=where,
         )
     try:
@@ -149,7 +153,7 @@ def mismatch_error(problems: Sequence[str], where: str) -> CheckpointError:
 
 
 def transformer_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Return every parameter of a T2V transformer and its shape, however a file stores it."""
+    """Return every parameter of a transformer and its shape, however a file stores it."""
     dim, ffn = config.dim, config.ffn_dim
     linears = {
         "text_embedding.0": (dim, config.text_dim),
@@ -168,6 +172,15 @@ def transformer_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
         linears |= {f"{block}.ffn.0": (ffn, dim), f"{block}.ffn.2": (dim, ffn)}
         others |= {f"{block}.norm3.{p}": (dim,) for p in ("weight", "bias")}
         others[f"{block}.modulation"] = (1, 6, dim)
+        if config.image_dim is not None:
+            linears |= {f"{block}.cross_attn.{p}_img": (dim, dim) for p in "kv"}
+            others[f"{block}.cross_attn.norm_k_img.weight"] = (dim,)
+    if (image_dim := config.image_dim) is not None:
+        linears |= {"img_emb.proj.1": (image_dim, image_dim), "img_emb.proj.3": (dim, image_dim)}
+        norms = (("img_emb.proj.0", image_dim), ("img_emb.proj.4", dim))
+        others |= {f"{norm}.{p}": (width,) for norm, width in norms for p in ("weight", "bias")}
+        if config.image_rows is not None:
+            others["img_emb.emb_pos"] = (1, config.image_rows, image_dim)
     weights = {f"{name}.weight": shape for name, shape in linears.items()}
     return weights | {f"{name}.bias": shape[:1] for name, shape in linears.items()} | others
 
@@ -188,6 +201,20 @@ def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
         result[f"{feed_forward}.wo.weight"] = (d, config.d_ff)
         result |= {f"{layer}.{n}.layer_norm.weight": (d,) for n in "01"}
     return result
+
+
+def infer_clip_config(shapes: Shapes, where: str) -> CLIPConfig:
+    """Infer the sizes of CLIP's vision tower. Raises CheckpointError for another one than ViT-H/14."""
+    try:
+        dim, _, patch, _ = shapes["patch_embedding.weight"]
+        layers = {int(name.split(".")[1]) for name in shapes if name.startswith("transformer.")}
+        side = math.isqrt(shapes["pos_embedding"][-2] - 1)
+        mlp_dim = shapes["transformer.0.mlp.0.weight"][0]
+        if dim % CLIP_HEAD_DIM or side * side + 1 != shapes["pos_embedding"][-2]:
+            raise ValueError("pos_embedding")
+        return CLIPConfig(dim, dim // CLIP_HEAD_DIM, max(layers) + 1, mlp_dim, patch, side * patch)
+    except (KeyError, IndexError, ValueError) as error:
+        raise _wrong_network_error("CLIP ViT-H vision tower", error, where) from error
 
 
 def infer_vae_config(shapes: Shapes, where: str) -> VAEConfig | VAE22Config:

@@ -20,6 +20,19 @@ TRANSFORMER_FROM_DIFFUSERS = {
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
 }
+# Layers that only models with an image branch have.
+IMAGE_FROM_DIFFUSERS = {
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+}
+IMAGE_BLOCK_FROM_DIFFUSERS = {
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+}
 BLOCK_FROM_DIFFUSERS = {
     "attn1.to_out.0": "self_attn.o",
     "attn2.to_out.0": "cross_attn.o",
@@ -68,6 +81,26 @@ UMT5_BLOCK_TO_TRANSFORMERS = {
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
 
+# CLIP's vision tower. The three matrices of an attention layer are one in the official layout.
+CLIP_FROM_TRANSFORMERS = {
+    "embeddings.class_embedding": "cls_embedding",
+    "embeddings.patch_embedding": "patch_embedding",
+    "embeddings.position_embedding.weight": "pos_embedding",
+    "pre_layrnorm": "pre_norm",
+    "post_layernorm": "post_norm",
+}
+CLIP_LAYER_FROM_TRANSFORMERS = {
+    "layer_norm1": "norm1",
+    "self_attn.q_proj": "attn.to_q",
+    "self_attn.k_proj": "attn.to_k",
+    "self_attn.v_proj": "attn.to_v",
+    "self_attn.out_proj": "attn.proj",
+    "layer_norm2": "norm2",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+
+_CLIP_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"(blocks\.\d+)\.(.+)")
 _VAE_STAGE = re.compile(
     r"(?P<half>encoder|decoder)\."
@@ -95,8 +128,8 @@ def is_tokenizer(name: str) -> bool:
 def transformer_from_diffusers(name: str) -> str:
     """WanTransformer3DModel -> official, e.g. `blocks.3.attn2.to_q.bias` -> `blocks.3.cross_attn.q.bias`."""
     if block := _BLOCK.fullmatch(name):
-        return f"{block[1]}.{_replace_prefix(block[2], BLOCK_FROM_DIFFUSERS)}"
-    return _replace_prefix(name, TRANSFORMER_FROM_DIFFUSERS)
+        return f"{block[1]}.{_replace_prefix(block[2], BLOCK_FROM_DIFFUSERS | IMAGE_BLOCK_FROM_DIFFUSERS)}"
+    return _replace_prefix(name, TRANSFORMER_FROM_DIFFUSERS | IMAGE_FROM_DIFFUSERS)
 
 
 def vae_from_diffusers(name: str) -> str:
@@ -142,6 +175,13 @@ def umt5_to_transformers(name: str) -> str:
         number = block[1].removeprefix("blocks.")
         return f"encoder.block.{number}.{_replace_prefix(block[2], UMT5_BLOCK_TO_TRANSFORMERS)}"
     return _replace_prefix(name, UMT5_TO_TRANSFORMERS)
+
+
+def clip_from_transformers(name: str) -> str:
+    """CLIPVisionModel -> official, except that `attn.to_qkv` is in three parts, `attn.to_q` and so on."""
+    if layer := _CLIP_LAYER.fullmatch(name):
+        return f"transformer.{layer[1]}.{_replace_prefix(layer[2], CLIP_LAYER_FROM_TRANSFORMERS)}"
+    return _replace_prefix(name, CLIP_FROM_TRANSFORMERS)
 
 
 def _replace_prefix(name: str, table: Mapping[str, str]) -> str:

@@ -24,7 +24,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from wancli.weights.formats.key_mapping import BLOCK_FROM_DIFFUSERS, TRANSFORMER_FROM_DIFFUSERS
+from wancli.weights.formats.key_mapping import (
+    BLOCK_FROM_DIFFUSERS,
+    IMAGE_BLOCK_FROM_DIFFUSERS,
+    IMAGE_FROM_DIFFUSERS,
+    TRANSFORMER_FROM_DIFFUSERS,
+)
 from wancli.weights.formats.quant_schemes import HELPERS
 from wancli.weights.formats.tensor_index import OTHER_NETWORKS
 
@@ -50,20 +55,6 @@ COMPILED = re.compile(r"(?:^|(?<=[._]))_orig_mod[._]")
 # Before the blocks of networks that are no transformer of Wan.
 _FOREIGN = (*OTHER_NETWORKS, "text_encoder", "te_", "lora_te", "controlnet", "vace", "lora_vace")
 _BEHIND_ANY_PREFIX = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?|lora_[a-z0-9]+_)(?P<module>blocks[._]\d.*)")
-
-# Layers that only image-to-video models have: their LoRAs are used with text-to-video models, too.
-IMAGE_BLOCK_FROM_DIFFUSERS = {
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "attn2.norm_added_k": "cross_attn.norm_k_img",
-}
-IMAGE_FROM_DIFFUSERS = {
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
-    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
-}
 
 # PEFT's name of an adapter, which no scale or marker of a quantized matrix is taken for.
 _ADAPTER = rf"(?!(?:weight|bias|{'|'.join(sorted(HELPERS))})$)\w+"

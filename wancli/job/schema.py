@@ -36,6 +36,7 @@ class ModelFiles(StrictModel):
     text_encoder: str | None = None
     tokenizer: str | None = None
     vae: str | None = None
+    image_encoder: str | None = None
     heads: int | None = Field(None, ge=1, le=1024)
 
 

@@ -34,6 +34,7 @@ class CheckpointFiles(Data):
     text_encoder: PathText | None = None
     tokenizer: PathText | None = None
     vae: PathText | None = None
+    image_encoder: PathText | None = None
     heads: Positive | None = None
 
 

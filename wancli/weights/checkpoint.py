@@ -325,7 +325,8 @@ def _assemble(
             hint="the parts are from different models",
         )
     clip = _fit_image_encoder(image_encoder, experts[0])
-    return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source or root, clip)
+    source = source or root
+    return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source, image_encoder=clip)
 
 
 def _fit_image_encoder(part: Component | None, transformer: Component) -> Component | None:

@@ -80,6 +80,8 @@ EVIDENCE: dict[tuple[Kind, Naming], tuple[str, ...]] = {
     ("text encoder", "official"): ("blocks.0.attn.q.",),
     ("text encoder", "transformers"): ("encoder.block.0.layer.0.SelfAttention.q.",),
     ("text encoder", "gguf"): ("enc.blk.0.attn_q.",),
+    ("image encoder", "official"): ("transformer.0.attn.to_qkv.",),
+    ("image encoder", "transformers"): ("vision_model.embeddings.patch_embedding.",),
     ("vae", "official"): ("decoder.middle.0.residual.0.gamma", "encoder.middle.0.residual.0.gamma"),
     ("vae", "diffusers"): (
         "decoder.mid_block.resnets.0.norm1.gamma",
@@ -91,7 +93,7 @@ WHOLE_FILE_HINT = "use the file that holds the whole network, or download it aga
 OTHER_FILES = {
     r"vace_patch_embedding\.weight": "VACE module, an addition to a T2V transformer",
     r"audio_proj\.proj1\.weight": "audio module (MultiTalk, InfiniteTalk)",
-    r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder of another kind than Wan's",
+    r"(visual|vision_model|clip\.visual)\..*": "CLIP image encoder, a part of one or of another kind",
     r"decoder\.1\.weight": "TAE, a tiny autoencoder for previews",
 }
 LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide; the Wan 2.1 VAE has 384
@@ -137,7 +139,8 @@ def _recognize_parts(contents: TensorIndex) -> tuple[Component, ...]:
         if prefix is None:
             continue
         absent = next(s for s in signature if not any(name.startswith(prefix + s) for name in tensors))
-        name = {"text encoder": "UMT5 encoder", "vae": "Wan VAE"}.get(kind, "Wan transformer")
+        names = {"text encoder": "UMT5 encoder", "image encoder": "CLIP image encoder", "vae": "Wan VAE"}
+        name = names.get(kind, "Wan transformer")
         refusal = f"a part of a {name}: {_find_gap(tensors, prefix, absent)} is missing"
         part = _unsupported_component(contents, name)
         return (replace(part, kind=kind, naming=naming, refusal=refusal, hint=WHOLE_FILE_HINT),)
@@ -179,6 +182,7 @@ def _recognize_network(
         for name, info in contents.tensors.items()
         if name.startswith(prefix) and (prefix or not name.startswith(OTHER_NETWORKS))
     }
+    tensors.pop("embeddings.position_ids", None)  # of older files of transformers: 0, 1, 2, .. in int64
     own_name = choose_vae_renaming(tensors) if kind == "vae" else get_renaming(kind, naming)
     own = {name: own_name(name) for name in tensors}
     weights = {own[name]: info for name, info in tensors.items() if not is_helper(name)}

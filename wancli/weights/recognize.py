@@ -42,6 +42,7 @@ from wancli.weights.component import (
     tensor_groups,
 )
 from wancli.weights.formats.infer_config import (
+    IMAGE_CHANNELS,
     RENDERS,
     SUPPORTED_HINT,
     USUAL_HEAD_DIM,
@@ -99,7 +100,6 @@ OTHER_FILES = {
 LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide; the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
-IMAGE_CHANNELS = 36  # of the input of image-to-video transformers: 16 noise, 4 mask, 16 picture
 WIDTH_1_3B = 1536
 LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
 Tensors = dict[str, TensorInfo]

@@ -40,8 +40,8 @@ OTHER_MODELS = {
     "to_gate_compress": "sparse-attention (VSA)",
     "fps_embedding": "SkyReels-V2",
 }
-# (in_dim, out_dim) of T2V, of I2V, FLF2V and Fun-InP, and of TI2V.
-CHANNELS = ((16, 16), (36, 16), (48, 48))
+IMAGE_CHANNELS = 36  # of the input of I2V, FLF2V and Fun-InP: 16 noise, 4 mask, 16 picture
+CHANNELS = ((16, 16), (IMAGE_CHANNELS, 16), (48, 48))  # (in_dim, out_dim) of the models that wancli renders
 
 
 def wrong_model_error(what: str, where: str) -> CheckpointError:

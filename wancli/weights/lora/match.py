@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from wancli.errors import CheckpointError
 from wancli.models.variants import NAMES_BY_WIDTH
-from wancli.weights.formats.infer_config import Shapes
+from wancli.weights.formats.infer_config import IMAGE_CHANNELS, Shapes
 from wancli.weights.lora.file import MAX_EXAMPLES, Change, LoraFile
 from wancli.weights.lora.key_mapping import block_index, is_image_only, module_name
 
-IMAGE_CHANNELS = 36  # of the input of image-to-video models: 16 noise, 4 mask, 16 image
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "te_", "cond_stage_model")  # beginnings of keys
 
 

@@ -110,12 +110,6 @@ def build_plan(
 def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -> ModelSpec:
     """Identify and hash a checkpoint, and decide its `auto` settings. Raises CheckpointError."""
     checkpoint = identify(source)
-    if checkpoint.variant.first_picture == "required":
-        raise CheckpointError(
-            f"this is a {checkpoint.variant.name} checkpoint; wancli renders text-to-video",
-            where=str(checkpoint.root),
-            hint="use a T2V checkpoint, or TI2V-5B",
-        )
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and machine.has_cuda()) else "cpu"
     )

@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
+from wancli.models.config import CLIPConfig, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.parameter_count import (
+    clip_parameters,
     decoder_parameters,
     t5_parameters,
     upsampled_channels,
@@ -159,7 +160,7 @@ def sample_coefficients(
         per_chunk_token=wan.dim * FP32 + cast + max(3 * wan.dim * element_bytes, feed_forward),
         per_further_forward=wan.dim * FP32 + wan.head_dim * FP32,  # its residual and its rotary table
         per_text_row=2 * wan.dim * wan.num_layers * element_bytes,
-        per_latent_cell=_LATENTS_IN_MEMORY * wan.in_dim * FP32,
+        per_latent_cell=(_LATENTS_IN_MEMORY * wan.out_dim + _given_channels(wan)) * FP32,
         buffer_for_loras=0 if element_bytes == FP32 else max(wan.dim, wan.ffn_dim) * wan.dim * FP32,
     )
 
@@ -183,6 +184,31 @@ def decode_coefficients(vae: VAEConfig | VAE22Config, *, mapped: bool = False) -
         per_frame_cell=64 * (widths * vae.dec_dim * FP32 + channels * (FP32 + 1)),
         per_cell=2 * history_channels(vae) * FP32 * 18 // 16,
     )
+
+
+def given_frames_phase(
+    vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int], *, resident_bytes: int = 0
+) -> Phase:
+    """Predict the encoding of given frames to a latent [z, T, Y, X], four frames at a time.
+
+    The first stage, at full size, is the largest: a residual block holds its input and one hidden copy. The
+    buffer is the past two frames of every causal convolution. The 2.2 VAE encodes one frame only.
+    """
+    _, t, y, x = latent
+    channels, frames = (12, 1) if isinstance(vae, VAE22Config) else (3, min(4, 4 * t - 3))
+    pixels = 64 * y * x  # of the first stage
+    activation = frames * pixels * (2 * vae.dim + 2 * channels) * FP32
+    buffer = 2 * pixels * encoder_history_channels(vae) * FP32 * 18 / 16
+    return Phase("pictures", resident_bytes + vae_parameters(vae) * FP32, activation, round(buffer))
+
+
+def clip_phase(clip: CLIPConfig, *, pictures: int, element_bytes: int) -> Phase:
+    """Predict the encoding of pictures by CLIP: the residual, its norm, q, k, v and what they mix, or the
+    wide activations of the feed-forward.
+    """
+    row = 2 * clip.dim + max(5 * clip.dim, 2 * clip.mlp_dim)
+    activation = pictures * clip.rows * row * element_bytes
+    return Phase("clip", clip_parameters(clip) * element_bytes, activation, 0)
 
 
 def derivative_bytes(wan: WanConfig, tokens: int, *, element_bytes: int) -> int:
@@ -212,6 +238,11 @@ def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | Non
     return (held * matrices + biases) * element_bytes + others * FP32
 
 
+def _given_channels(wan: WanConfig) -> int:
+    """Count the channels of given frames, and of the input in which they are joined to the latent."""
+    return 0 if wan.in_dim == wan.out_dim else 2 * wan.in_dim - wan.out_dim
+
+
 def _square_linears(wan: WanConfig) -> int:
     """Count the square matrices of a block: q, k, v and o twice, and k and v of pictures."""
     return 8 if wan.image_dim is None else 10
@@ -235,6 +266,19 @@ def t5_bytes(t5: T5Config, *, element_bytes: int, streamed: bool = False) -> int
         matrices = 4 * t5.d_model * t5.d_kv * t5.num_heads + 3 * t5.d_model * t5.d_ff
         parameters -= t5.vocab_size * t5.d_model + (t5.num_layers - 2) * matrices
     return parameters * element_bytes
+
+
+def encoder_history_channels(vae: VAEConfig | VAE22Config) -> float:
+    """Sum the input channels of the encoder's causal convolutions, per pixel of its first stage."""
+    widths = [vae.dim * m for m in vae.dim_mult]
+    total: float = 12 if isinstance(vae, VAE22Config) else 3
+    c_in, pixels = vae.dim, 1.0
+    for c, in_time in zip(widths, (*vae.temporal_downsample, None), strict=True):
+        total += pixels * (c_in + c + (vae.num_res_blocks - 1) * 2 * c)
+        if in_time is not None:
+            c_in, pixels = c, pixels / 4
+            total += pixels * c / 2 if in_time else 0  # the last frame alone
+    return total + pixels * 5 * widths[-1]  # two blocks in the middle, and the head
 
 
 def history_channels(vae: VAEConfig | VAE22Config) -> int:

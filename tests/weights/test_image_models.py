@@ -13,6 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from gguf import GGMLQuantizationType
 from image_cases import CLIP, FIXTURES, all_cases, assemble, numbers
+from jobs import run_wancli
 from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor
@@ -394,6 +395,13 @@ def test_a_job_may_say_the_variant(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not those of 'T2V'") as caught:
         with_variant(found, "T2V")
     assert caught.value.hint == "say Wan2.1-I2V-480P or Wan2.1-I2V-720P or Wan2.1-Fun-InP"
+
+
+def test_inspect_says_what_told_the_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = assemble("wan21-i2v-tiny", tmp_path / "Wan2.1-I2V-14B-720P")
+    lines = [" ".join(line.split()) for line in run_wancli(capsys, "inspect", folder).out.splitlines()]
+    assert "variant Wan2.1-I2V-720P, the name 'Wan2.1-I2V-14B-720P' says so" in lines
+    assert "image encoder: CLIP ViT-H" in lines
 
 
 def test_the_defaults_of_image_to_video_are_the_official_ones() -> None:

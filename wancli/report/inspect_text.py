@@ -76,6 +76,8 @@ def _format_component(part: Mapping[str, Any], folder: Path) -> Iterator[str]:
     yield from _format_row("size", f"{format_bytes(part['bytes'])}, {count}{part['tensors']:,} tensors")
     if part["sizes"]:
         yield from _format_row("network", _describe_network(part))
+    if part["variant_reason"]:
+        yield from _format_row("variant", f"{part['variant']}, {part['variant_reason']}")
     if part["kind"] in ("transformer", "text encoder", "image encoder", "vae"):
         prefix = f", after {part['prefix']}" if part["prefix"] else ""
         yield from _format_row("names", f"{part['naming']}{prefix}")

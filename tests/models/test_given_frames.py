@@ -119,12 +119,12 @@ def test_a_layer_settles_after_the_chunks_that_it_looks_back(vae: VAE) -> None:
 # ---- memory ----
 
 
-@pytest.mark.parametrize("config", [VAEConfig(dim=16), VAE22Config(dim=16, dec_dim=16)], ids=["2.1", "2.2"])
+@pytest.mark.parametrize("config", [VAEConfig(dim=4), VAE22Config(dim=4, dec_dim=8)], ids=["2.1", "2.2"])
 def test_what_encoding_needs_is_predicted(
     config: VAEConfig | VAE22Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vae_layers, "SLICE_VALUES", 1)  # as thin as the strips of a real frame
-    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 16)
+    monkeypatch.setattr(vae_layers, "MIN_SLICE_ROWS", 4)
     network = WanVAE22(config) if isinstance(config, VAE22Config) else WanVAE(config)
     stride, z = (16, 48) if isinstance(config, VAE22Config) else (8, 16)
     frames = [torch.zeros(3, n, 8 * stride, 8 * stride) for n in ((1,) if stride == 16 else (1, 4, 4))]
@@ -134,5 +134,6 @@ def test_what_encoding_needs_is_predicted(
             network.encode_chunk(chunk, cache)
     kept = sum(past.nbytes for past in cache.frames.values())
     phase = memory_model.given_frames_phase(config, (z, 5, 8, 8))
-    assert 0.85 * phase.buffer < kept < 1.15 * phase.buffer
+    # Two rows of overlap are an eighth of a strip of 16 rows, and half of one of four.
+    assert 0.9 * phase.buffer < kept * (18 / 16) / (6 / 4) < 1.1 * phase.buffer
     assert 0.75 * phase.activation < live.peak - kept < 1.25 * phase.activation

@@ -42,7 +42,7 @@ from wancli.weights.offload import (
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-CLIP_UNUSED = ("post_norm.", "head", "embeddings.position_ids")  # what follows the rows that Wan reads
+CLIP_UNUSED = ("post_norm.", "head")  # what follows the rows that Wan reads
 FP32_PARAMETERS = ("norm", "modulation", "time_", "text_embedding", "patch_embedding", "img_emb", "head.")
 
 

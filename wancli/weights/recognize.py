@@ -56,7 +56,7 @@ from wancli.weights.formats.infer_config import (
     t5_shapes,
     transformer_shapes,
 )
-from wancli.weights.formats.key_mapping import choose_vae_renaming
+from wancli.weights.formats.key_mapping import POSITION_IDS, choose_vae_renaming
 from wancli.weights.formats.quant_schemes import count_precision, detect_scheme, is_helper
 from wancli.weights.formats.safetensors_header import TensorInfo
 from wancli.weights.formats.tensor_index import OTHER_NETWORKS, TensorIndex
@@ -182,7 +182,7 @@ def _recognize_network(
         for name, info in contents.tensors.items()
         if name.startswith(prefix) and (prefix or not name.startswith(OTHER_NETWORKS))
     }
-    tensors.pop("embeddings.position_ids", None)  # of older files of transformers: 0, 1, 2, .. in int64
+    tensors.pop(POSITION_IDS, None)
     own_name = choose_vae_renaming(tensors) if kind == "vae" else get_renaming(kind, naming)
     own = {name: own_name(name) for name in tensors}
     weights = {own[name]: info for name, info in tensors.items() if not is_helper(name)}

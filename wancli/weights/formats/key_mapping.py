@@ -81,6 +81,7 @@ UMT5_BLOCK_TO_TRANSFORMERS = {
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
 
+POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, .. in int64, of older files of transformers
 # CLIP's vision tower. The three matrices of an attention layer are one in the official layout.
 CLIP_FROM_TRANSFORMERS = {
     "embeddings.class_embedding": "cls_embedding",

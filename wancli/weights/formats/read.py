@@ -16,7 +16,7 @@ from torch import Tensor
 from wancli.errors import CheckpointError, DoesNotFit
 from wancli.weights.formats import gguf_header, safetensors_header, tensor_index
 from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, attach_scales
-from wancli.weights.formats.key_mapping import plain_name
+from wancli.weights.formats.key_mapping import POSITION_IDS, plain_name
 from wancli.weights.formats.mapped_file import map_file, view_tensor
 from wancli.weights.formats.packed import Packed
 from wancli.weights.formats.pickle_header import check_zip
@@ -94,9 +94,12 @@ def read_packed(
     own = {
         name: entry
         for name, entry in entries.items()
-        if (prefix and name.startswith(prefix))
-        or (not is_known and not name.startswith(FOREIGN))
-        or name == MARKER
+        if not name.endswith(POSITION_IDS)
+        and (
+            (prefix and name.startswith(prefix))
+            or (not is_known and not name.startswith(FOREIGN))
+            or name == MARKER
+        )
     }
     unprefixed = _rename_keys(own, lambda name: name.removeprefix(prefix), where)
     weights = attach_scales(

@@ -51,6 +51,8 @@ class Sizes(Data):
     freq_dim: Positive = 256
     text_len: Positive = 512
     eps: float = 1e-6
+    image_dim: Positive | None = None
+    image_rows: Positive | None = None
 
     @model_validator(mode="after")
     def _heads_are_even(self) -> Self:

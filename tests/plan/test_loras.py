@@ -388,7 +388,7 @@ def rewritten(path: Path, metadata: dict[str, str] | None = None, **ends: float)
 
 
 def told(shot: Shot) -> list[str]:
-    return list(lora_warnings(shot.loras))
+    return [warning.kind.replace("{}", warning.detail) for warning in lora_warnings(shot.loras)]
 
 
 def test_the_plan_shows_scales_and_the_key_covers_new_ones(decide: Callable[..., Shot], lora: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import KEPT, T5, TINY, CommandResult, latents_of, manifest_of, run_wancli, tiny_job, write_job
+from jobs import KEPT, T5, TINY, CommandResult, latents_of, manifest_of, rule, run_wancli, tiny_job, write_job
 from oracles import relative_error
 from PIL import Image
 from safetensors.torch import load_file
@@ -259,3 +259,12 @@ def test_the_workers_of_ray_refuse_a_chain_before_they_start(render: Render) -> 
     said = render("--engine", "ray", **OF_CHAIN)
     assert said.code == 2
     assert "continues another one" in said.err
+
+
+def test_a_probe_of_a_shot_with_a_picture_is_refused(
+    render: Render, ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(ti2v, image=str(PICTURE), size="64x64", inject=[rule()])
+    said = run_wancli(capsys, "probe", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache")
+    assert said.code == 2
+    assert "begins with a picture; a probe measures videos from text" in said.err

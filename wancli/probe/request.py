@@ -71,6 +71,12 @@ def plan_probe(
             hint="Give the job `inject: [{prompt: ...}]`; `wancli plan` lists its shots.",
         )
     shot = candidates[0]
+    if shot.pictures:
+        raise JobError(
+            f"shot {shot.id} begins with a picture; a probe measures videos from text",
+            where="--shot" if shot_id else plan.name,
+            hint="--set image=null measures it without the picture, if the model makes videos from text, too.",
+        )
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
         raise JobError(f"{levels} is not within 1 and the {shot.steps} steps", where="--levels")

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import KEPT, T5, TINY, CommandResult, latents_of, manifest_of, rule, run_wancli, tiny_job, write_job
+from jobs import (
+    KEPT,
+    T5,
+    TINY,
+    VAE,
+    CommandResult,
+    latents_of,
+    manifest_of,
+    rule,
+    run_wancli,
+    tiny_job,
+    write_job,
+)
 from oracles import relative_error
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,6 +31,7 @@ from safetensors.torch import load_file
 from wancli.engine import picture_stage
 from wancli.errors import ErrorCapture, ShotError
 from wancli.models import given_frames
+from wancli.models.clip import CLIPVision
 from wancli.models.vae22 import WanVAE22
 from wancli.report.html.rerun_job import build_job
 from wancli.storage import manifest
@@ -28,20 +41,27 @@ from wancli.weights.loader import load_vae
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TI2V = FIXTURES / "wan22-ti2v-tiny"
-PICTURE = FIXTURES / "pictures" / "input.png"
-REFERENCE = json.loads((TI2V / "reference.json").read_text())
+PICTURE, LAST = FIXTURES / "pictures" / "input.png", FIXTURES / "pictures" / "last.png"
+CLIP = FIXTURES / "wan21-i2v-tiny" / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 Render = Callable[..., CommandResult]
+
+
+def official_folder(folder: Path, name: str) -> Path:
+    """The official layout of a set, with UMT5, the VAE and CLIP from other sets if it has none."""
+    folder.mkdir(parents=True)
+    shared = {T5: TINY / T5, VAE: TINY / VAE, CLIP.name: CLIP}
+    own = {path.name: path for path in (FIXTURES / name).iterdir() if not path.name.startswith("reference")}
+    for file, path in (shared | own).items():
+        (folder / file).symlink_to(path)
+    if "Wan2.2_VAE.pth" in own:
+        (folder / VAE).unlink()
+    shutil.copytree(TINY / "google", folder / "google")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The official layout: the transformer and the VAE of the set, UMT5 of wan21-tiny."""
-    folder = tmp_path_factory.mktemp("ti2v")
-    for name in ("config.json", "diffusion_pytorch_model.safetensors", "Wan2.2_VAE.pth"):
-        (folder / name).symlink_to(TI2V / name)
-    (folder / T5).symlink_to(TINY / T5)
-    shutil.copytree(TINY / "google", folder / "google")
-    return folder
+    return official_folder(tmp_path_factory.mktemp("ti2v") / "model", TI2V.name)
 
 
 @pytest.fixture
@@ -54,30 +74,73 @@ def render(ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Re
     return rendered
 
 
-def case_keys(name: str) -> dict[str, Any]:
-    case, prompts = REFERENCE["cases"][name], REFERENCE["prompts"]
-    sampler = {key: case[key] for key in ("solver", "steps", "shift")} | {"guidance": case["cfg"]}
+def case_keys(of: str, name: str) -> dict[str, Any]:
+    """The keys of a job that renders a case of a set."""
+    reference = json.loads((FIXTURES / of / "reference.json").read_text())
+    case, prompts = reference["cases"][name], reference["prompts"]
+    guidance = case["cfg"] if "cfg" in case else {"high": case["cfg_high"], "low": case["cfg_low"]}
+    image = {"first": str(PICTURE)} | ({"last": str(LAST)} if "last_image" in case else {})
     return {
-        "prompt": prompts["main"], "negative": prompts["negative"], "sampler": sampler, "seed": case["seed"],
+        "prompt": prompts["main"], "negative": prompts["negative"], "seed": case["seed"], "image": image,
+        "sampler": {key: case[key] for key in ("solver", "steps", "shift")} | {"guidance": guidance},
         "frames": case["frames"], "size": {"area": case["max_area"]}, "text": {"max_tokens": 512},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["image_unipc_cfg5", "image_dpmpp_cfg5", "image_unipc_cfg1"])
-def test_a_job_with_a_picture_gives_the_latents_of_the_official_code(
-    name: str, render: Render, tmp_path: Path
+@pytest.mark.parametrize(
+    ("of", "name", "fit", "roles"),
+    [
+        ("wan22-ti2v-tiny", "image_unipc_cfg5", "crop", ["first"]),
+        ("wan22-ti2v-tiny", "image_dpmpp_cfg5", "crop", ["first"]),
+        ("wan21-i2v-tiny", "dpmpp_cfg5", "stretch", ["first"]),
+        ("wan21-flf2v-tiny", "unipc_cfg55", "stretch", ["first", "last"]),
+        ("wan22-i2v-tiny", "unipc_pair", "stretch", ["first"]),
+    ],
+)
+def test_a_job_with_pictures_gives_the_latents_of_the_official_code(
+    of: str, name: str, fit: str, roles: list[str], render: Render, tmp_path: Path
 ) -> None:
-    said = render(**case_keys(name))
+    model = official_folder(tmp_path / "model", of)
+    said = render(model=str(model), **case_keys(of, name))
     assert said.code == 0, said.err
-    case = REFERENCE["cases"][name]
-    expected = load_file(TI2V / "reference.safetensors")[f"{name}.latents"][-1]
+    expected = load_file(FIXTURES / of / "reference.safetensors")[f"{name}.latents"][-1]
     assert relative_error(latents_of(tmp_path), expected) < 5e-5
     record = manifest_of(tmp_path)
-    assert (record["shot"]["width"], record["shot"]["height"]) == (case["width"], case["height"])
-    (picture,) = record["pictures"]
-    assert (picture["role"], picture["width"], picture["height"]) == ("first", 157, 111)
-    assert (picture["preprocess"], picture["fit"], picture["cached"]) == ("official", "crop", False)
+    assert [picture["role"] for picture in record["pictures"]] == roles
+    for picture in record["pictures"]:
+        assert (picture["width"], picture["height"], picture["cached"]) == (157, 111, False)
+        assert (picture["preprocess"], picture["fit"]) == ("official", fit)
     assert [phase["name"] for phase in record["phases"]][:2] == ["encode", "pictures"]
+    assert {"encode", "sample", "decode", "pictures"} == {phase["name"] for phase in record["predicted"]}
+
+
+def test_clip_reads_a_picture_once_ever_and_its_preprocessing_changes_the_video(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = CLIPVision.forward
+
+    def counted(self: CLIPVision, pixels_PCYX: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels_PCYX))
+        return real(self, pixels_PCYX)
+
+    monkeypatch.setattr(CLIPVision, "forward", counted)
+    keys = {"model": str(official_folder(tmp_path / "model", "wan21-i2v-tiny")), "output": "out/{id}.mp4"}
+    items = [{"id": "a"}, {"id": "b", "seed": 3}, {"id": "c", "frames": 9}]
+    assert render(items=items, **keys).code == 0
+    assert calls == [1]
+    comfy = {"first": str(PICTURE), "preprocess": "comfy", "fit": "stretch"}
+    assert render(items=[{"id": "d", "image": comfy}, {"id": "e", "seed": 4}], **keys).code == 0
+    assert calls == [1, 1]
+    assert not torch.equal(latents_of(tmp_path, "a"), latents_of(tmp_path, "d"))
+    assert manifest_of(tmp_path, "e")["pictures"][0]["cached"] is True
+
+
+def test_a_model_for_pictures_needs_one(render: Render, tmp_path: Path) -> None:
+    model = str(official_folder(tmp_path / "model", "wan21-i2v-tiny"))
+    said = render(model=model, image=None, size="64x64")
+    assert said.code == 2
+    assert "makes a video from a picture, and the job names none" in said.err
 
 
 def test_a_picture_is_encoded_once_ever_and_a_hit_loads_no_vae(

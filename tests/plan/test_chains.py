@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from PIL import Image
 
 from wancli.errors import JobError
 from wancli.job.loader import parse
-from wancli.plan import picture_resolver
+from wancli.plan import planner
 from wancli.plan.chains import order_items, split_waves
 from wancli.plan.pictures import LinkedFrame
 from wancli.plan.planner import build_plan
-from wancli.plan.shot import Plan
+from wancli.plan.shot import ModelSpec, Plan
 
 FIRST = {"id": "a", "image": "cat.png"}
 
@@ -32,7 +33,14 @@ def job(*items: dict[str, Any], **keys: Any) -> dict[str, Any]:
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans a job with wan-mini, as if it took a first frame."""
-    monkeypatch.setattr(picture_resolver, "pictures_taken", lambda *_: (0, 1))
+    real = planner.resolve_model
+
+    def with_picture(*arguments: Any) -> ModelSpec:
+        model = real(*arguments)
+        variant = replace(model.checkpoint.variant, first_picture="optional")
+        return replace(model, checkpoint=replace(model.checkpoint, variant=variant))
+
+    monkeypatch.setattr(planner, "resolve_model", with_picture)
     Image.new("RGB", (80, 64), (200, 30, 30)).save(tmp_path / "cat.png")
 
     def planned(*items: dict[str, Any], **keys: Any) -> Plan:

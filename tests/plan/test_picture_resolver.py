@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ from PIL import Image
 
 from wancli.errors import JobError
 from wancli.job.loader import Item, parse
-from wancli.models.config import WanConfig
-from wancli.models.variants import T2V_14B, TI2V_5B, Variant
+from wancli.models.variants import FLF2V, I2V_480P, I2V_A14B, T2V_14B, TI2V_5B, Variant
 from wancli.plan import picture_resolver
 from wancli.plan.picture_resolver import PictureMemo, resolve_pictures
 from wancli.plan.pictures import PictureFile, ShotPictures
 
-I2V = replace(T2V_14B, name="Wan2.1-I2V-14B", width=832, height=480)
-CONFIGS = {
-    I2V.name: WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=36),
-    T2V_14B.name: WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=2),
-    TI2V_5B.name: WanConfig(dim=64, ffn_dim=64, num_heads=2, num_layers=2, in_dim=48, out_dim=48),
-}
+I2V = I2V_480P
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def item(folder: Path, **keys: Any) -> Item:
 
 def resolve(folder: Path, variant: Variant = I2V, **keys: Any) -> tuple[ShotPictures | None, tuple[int, int]]:
     memo = PictureMemo(folder / "cache" / "pictures.json")
-    result = resolve_pictures(item(folder, **keys), CONFIGS[variant.name], variant, memo, None)
+    result = resolve_pictures(item(folder, **keys), variant, memo, None)
     memo.save()
     return result
 
@@ -89,16 +82,15 @@ def test_size_and_fit_follow_from_the_model_the_picture_and_the_job(
     assert fits(folder, variant, **{"image": "cat.png", **keys}) == (fit, size)
 
 
-def test_a_last_frame_of_another_size_is_cropped_to_the_video(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(picture_resolver, "pictures_taken", lambda *_: (2, 2))
-    pictures, size = resolve(folder, image={"first": "cat.png", "last": "wide.png"}, size={"area": 4096})
+@pytest.mark.parametrize("variant", [FLF2V, I2V_A14B])
+def test_a_last_frame_of_another_size_is_cropped_to_the_video(folder: Path, variant: Variant) -> None:
+    image = {"first": "cat.png", "last": "wide.png"}
+    pictures, size = resolve(folder, variant, image=image, size={"area": 4096})
     assert pictures
     assert pictures.last
     assert size == (64, 48)
     assert (pictures.first.how.fit, pictures.last.how.fit) == ("stretch", "crop")
-    same, _ = resolve(folder, image={"first": "cat.png", "last": "cat.png"}, size={"area": 4096})
+    same, _ = resolve(folder, variant, image=image | {"last": "cat.png"}, size={"area": 4096})
     assert same
     assert same.last
     assert same.last.how.fit == "stretch"
@@ -111,6 +103,7 @@ def test_a_last_frame_of_another_size_is_cropped_to_the_video(
         (T2V_14B, "cat.png", "image", "Wan2.1-T2V-14B makes videos from text alone"),
         (I2V, {"first": "cat.png", "last": "wide.png"}, "image.last", "takes no last frame"),
         (I2V, {"last": "wide.png"}, "image", "needs the first frame"),
+        (FLF2V, "cat.png", "image", "needs the last frame, too"),
         (I2V, {"fit": "crop"}, "image", "names no picture"),
         (I2V, {"first": "cat.png", "shot": "a"}, "image", "has both `first` and `shot`"),
         (I2V, "dog.png", "image", "'dog.png' cannot be read: No such file"),

@@ -103,7 +103,7 @@ def run_segment(
         context.progress.phase("sample", [state.shot.id for state in states], len(steps)) as bar,
     ):
         patches.apply_step(loras, steps[0], segment.expert)
-        contexts = ContextCache(model, rows_NE)
+        contexts = ContextCache(model, rows_NE, _clip_rows(states, dependents, frames))
         _prepare(states, dependents, model, encoded)
         runs = [_make_run(state, stage, contexts, frames) for state, stage in zip(states, stages)]
         results = denoise.denoise_batch(model, runs, _forwards_per_pass(states))
@@ -127,6 +127,19 @@ def run_segment(
         state.solver_state = state.solver_state.to("cpu")
         state.add_phases(segment_phases())
         propagate_state(state)
+
+
+def _clip_rows(
+    states: Sequence[ShotState], dependents: Sequence[ShotState], frames: Mapping[int, EncodedFrames]
+) -> dict[str, Tensor]:
+    """Return the CLIP rows of the pictures of shots by id, on their device."""
+    rows_NE = {}
+    for shot in (state.shot for state in (*states, *dependents)):
+        if shot.clip_id and shot.clip_id not in rows_NE:
+            clip_NE = frames[shot.index].clip_NE
+            assert clip_NE is not None
+            rows_NE[shot.clip_id] = clip_NE.to(shot.model.device)
+    return rows_NE
 
 
 def _forwards_per_pass(states: Sequence[ShotState]) -> int:

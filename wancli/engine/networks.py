@@ -22,6 +22,7 @@ from wancli.weights.lora.use import LoraUse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wancli.models.clip import CLIPVision
     from wancli.models.dit import WanModel
     from wancli.models.vae import VAE
     from wancli.weights.lora.patch import Lora, Loras, Patches
@@ -44,6 +45,7 @@ class Networks:
     _patches: Patches | None = None  # of the loaded transformer
     _loras: dict[str, Lora] = field(default_factory=dict)  # by SHA-256
     _vae: VAE | None = None
+    _clip: CLIPVision | None = None
 
     def transformer(self, expert: Expert) -> WanModel:
         """Return the transformer of an expert, loading it if needed. The other expert is freed first."""
@@ -107,17 +109,29 @@ class Networks:
             self._loaded = replace(self._loaded, record=record)
 
     @contextmanager
-    def borrow_vae(self) -> Iterator[None]:
-        """Free the VAE after a block that may load it, unless it was in memory before."""
+    def borrow_encoders(self) -> Iterator[None]:
+        """Free CLIP after a block that may load it, and the VAE unless it was in memory before."""
         kept = self._vae
         try:
             yield
         finally:
-            self._vae = kept
+            self._vae, self._clip = kept, None
 
     def release(self) -> None:
         """Free the memory of the networks; they are loaded again when they are next used."""
-        self._loaded = self._patches = self._vae = None
+        self._loaded = self._patches = self._vae = self._clip = None
+
+    @property
+    def clip(self) -> CLIPVision:
+        """The image encoder, loaded on first use: in fp16 on a GPU, as in the official code."""
+        if self._clip is None:
+            import torch
+
+            from wancli.weights.loader import load_clip
+
+            dtype = torch.float16 if self.model.device == "cuda" else torch.float32
+            self._clip = load_clip(self.model.checkpoint, self.model.device, dtype)
+        return self._clip
 
     @property
     def vae(self) -> VAE:

@@ -1,7 +1,8 @@
-"""The picture stage: the given frames of shots as latents, each encoded once ever.
+"""The picture stage: the given frames of shots as latents and as rows of CLIP, each encoded once ever.
 
-The latents are entries of the store. A key covers the pixels, the preprocessing, the size, the weights of the
-VAE and, if the whole video is encoded, its number of frames. If all entries exist, the VAE is not loaded.
+Both are entries of the store. The key of latents covers the pixels, the preprocessing, the size, the weights
+of the VAE and, if the whole video is encoded, its number of frames; that of CLIP rows the pixels, the
+preprocessing and the weights of CLIP. What exists loads neither network.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wancli.engine import manifest_body
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wancli.models.given_frames import GivenFrames
+    from wancli.pictures.read import Pixels
+    from wancli.storage.cache import Store
 
 FORMAT = 1  # of the key and the payload
 _TENSOR = "frames"
@@ -37,9 +41,13 @@ _LABEL = "pictures"
 
 @dataclass(frozen=True)
 class EncodedFrames:
-    """The given frames of a shot on the CPU. `hit`: they had been encoded before."""
+    """The given frames of a shot on the CPU, and its CLIP rows if blocks read them.
+
+    `hit`: they had been encoded before.
+    """
 
     frames: GivenFrames
+    clip_NE: Tensor | None
     hit: bool
 
 
@@ -48,7 +56,8 @@ def encode_frames(
 ) -> tuple[dict[int, EncodedFrames], dict[int, ErrorCapture], Record | None]:
     """Encode the pictures of shots; return frames and errors by the index of the shot, and the phase record.
 
-    Raises Stopped between two shots. The VAE is released before it returns, unless it was in memory before.
+    Raises Stopped between two shots. The VAE and CLIP are released before it returns, the VAE unless it was
+    in memory before.
     """
     encoded: dict[int, EncodedFrames] = {}
     errors: dict[int, ErrorCapture] = {}
@@ -57,32 +66,52 @@ def encode_frames(
         return encoded, errors, None
     import torch
 
-    by_key: dict[str, Tensor] = {}
+    cache = _Entries(context.store)
     with (
-        networks.borrow_vae(),
+        networks.borrow_encoders(),
         PeakMemory() as peak,
         context.progress.phase("pictures", [shot.id for shot in with_pictures], len(with_pictures)) as bar,
     ):
         for shot in with_pictures:
             if context.stop.requested:
                 raise context.stop.error(f"pictures of {len(encoded)} of {len(with_pictures)} shots encoded")
-            key = entry_key(shot)
             with (
                 ErrorCapture() as attempt,
                 oom_as_error("pictures", f"shot {shot.id}"),
                 torch.inference_mode(),
             ):
-                hit = key in by_key or (found := _load(key, context)) is not None
-                if key not in by_key:
-                    by_key[key] = found if found is not None else _encode(shot, networks)
-                    if not hit and context.store is not None:
-                        context.store.put(key, _pack(by_key[key], shot))
-                encoded[shot.index] = EncodedFrames(_as_given(shot, by_key[key]), hit)
+                encoded[shot.index] = _encode_shot(shot, networks, cache)
             if attempt.error:
                 errors[shot.index] = attempt
             bar.advance()
     record = manifest_body.phase_record("pictures", peak) | {"shots": len(with_pictures)}
     return encoded, errors, record
+
+
+def _encode_shot(shot: Shot, networks: Networks, cache: _Entries) -> EncodedFrames:
+    clip_NE, clip_hit = None, True
+    if shot.clip_id:
+        clip_NE, clip_hit = cache.get(shot.clip_id, shot, partial(_encode_clip, shot, networks))
+    z_CTYX, hit = cache.get(entry_key(shot), shot, partial(_encode_latents, shot, networks))
+    return EncodedFrames(_as_given(shot, z_CTYX), clip_NE, hit and clip_hit)
+
+
+class _Entries:
+    """Tensors by key: those of this batch, and those of the store."""
+
+    def __init__(self, store: Store | None) -> None:
+        self._store = store
+        self._known: dict[str, Tensor] = {}
+
+    def get(self, key: str, shot: Shot, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """Return an entry, and whether it existed; else make it and keep it."""
+        if key in self._known:
+            return self._known[key], True
+        found = _load(key, self._store)
+        self._known[key] = make() if found is None else found
+        if found is None and self._store is not None:
+            self._store.put(key, _pack(self._known[key], shot))
+        return self._known[key], found is not None
 
 
 def entry_key(shot: Shot) -> str:
@@ -105,7 +134,19 @@ def _joins_channels(shot: Shot) -> bool:
     return checkpoint.transformer_config.in_dim > checkpoint.variant.latent_channels
 
 
-def _encode(shot: Shot, networks: Networks) -> Tensor:
+def _encode_clip(shot: Shot, networks: Networks) -> Tensor:
+    """Return the CLIP rows [N, E] of all pictures of a shot, one after the other."""
+    import torch
+
+    from wancli.pictures.preprocess import make_clip_input
+
+    assert shot.pictures
+    inputs = [make_clip_input(_read_source(frame.source), frame.how.method) for frame in shot.pictures.frames]
+    rows_PNE: Tensor = networks.clip(torch.stack(inputs).to(shot.model.device))
+    return rows_PNE.flatten(0, 1).cpu()
+
+
+def _encode_latents(shot: Shot, networks: Networks) -> Tensor:
     from wancli.models import given_frames
 
     assert shot.pictures
@@ -120,17 +161,21 @@ def _encode(shot: Shot, networks: Networks) -> Tensor:
 
 
 def _make_frame(shot: Shot, frame: GivenFrame) -> Tensor:
-    """Make a frame [3, Y, X] of its picture. Raises EntryError if the picture is not the planned one."""
+    """Make a frame [3, Y, X] of its picture."""
     from wancli.pictures.preprocess import make_frame
 
-    source = frame.source
+    return make_frame(_read_source(frame.source), shot.width, shot.height, frame.how)
+
+
+def _read_source(source: PictureFile | LinkedFrame) -> Pixels:
+    """Read the pixels of a picture. Raises EntryError if it is not the planned one."""
     if isinstance(source, LinkedFrame):
-        return make_frame(load_frame(source), shot.width, shot.height, frame.how)
+        return load_frame(source)
     pixels_YX3 = read_pixels(source.path, source.orient, source.alpha)
     if digest_pixels(pixels_YX3) != source.sha256:
         hint = "The same command plans the new picture; its video gets another key."
         raise EntryError("the picture has changed since it was planned", where=str(source.path), hint=hint)
-    return make_frame(pixels_YX3, shot.width, shot.height, frame.how)
+    return pixels_YX3
 
 
 def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
@@ -155,9 +200,9 @@ def read_label(payload: bytes) -> str | None:
     return str(document[_LABEL]) if isinstance(document, dict) and _LABEL in document else None
 
 
-def _load(key: str, context: RenderContext) -> Tensor | None:
+def _load(key: str, store: Store | None) -> Tensor | None:
     """Load an entry of the store; None if there is none, or one that another version wrote."""
-    payload = context.store.get(key) if context.store else None
+    payload = store.get(key) if store else None
     try:
         return None if payload is None else records.parse_tensors(payload)[0][_TENSOR]
     except (ValueError, KeyError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from wancli.resources.memory_model import (
     SampleCoefficients,
 )
 from wancli.storage import disk
+from wancli.weights.checkpoint import clip_config
 from wancli.weights.component import Component
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class StoredMatrices:
 
 
 def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]:
-    """Predict the memory of encoding, sampling and decoding; the transformer stays while decoding.
+    """Predict the memory of encoding, sampling, decoding and, if there are any, of encoding pictures; the
+    transformer stays while decoding.
 
     `sample` is the prediction for the batch of the shot, None if the shot is sampled alone. On CUDA bytes are
     those of the device.
@@ -51,7 +53,26 @@ def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]
         stored_in_fp32=_is_only_fp32(shot.model.checkpoint.vae),
     )
     decode = vae.phase(shot.latent_shape, chunk=shot.decode_chunk, resident_bytes=sample.model)
-    return predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts]), sample, decode
+    encode = predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts])
+    return encode, sample, decode, *_predict_pictures(shot)
+
+
+def _predict_pictures(shot: Shot) -> Iterator[Phase]:
+    """Predict the memory of the picture stage, if the shot has pictures: CLIP is loaded beside the VAE."""
+    if not shot.pictures:
+        return
+    clip_bytes = clip_activation = 0
+    if shot.clip_id:
+        element = ELEMENT_BYTES["fp16" if shot.model.device == "cuda" else "fp32"]
+        count = len(shot.pictures.frames)
+        clip = memory_model.clip_phase(
+            clip_config(shot.model.checkpoint), pictures=count, element_bytes=element
+        )
+        clip_bytes, clip_activation = clip.model, clip.activation
+    phase = memory_model.given_frames_phase(
+        shot.model.vae_sizes, shot.latent_shape, resident_bytes=clip_bytes
+    )
+    yield replace(phase, activation=max(phase.activation, clip_activation))
 
 
 def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:

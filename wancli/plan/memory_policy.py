@@ -50,7 +50,7 @@ def headroom(model: ModelSpec) -> int:
 
 def encoder_fits_alongside(shot: Shot) -> bool:
     """Return whether the text encoder fits beside the networks of an earlier shot of this kind."""
-    encode, _, decode = memory_estimate.predict_phases(shot)
+    encode, _, decode, *_ = memory_estimate.predict_phases(shot)
     return encode.total + decode.model <= headroom(shot.model)
 
 
@@ -181,7 +181,7 @@ def require(shot: Shot, placement: Placement = ALONE, *, encoded: bool = False) 
     schedule. `encoded`: the prompts are in the cache, so that none is encoded.
     """
     model = shot.model
-    names = TRANSFORMER_PHASES if encoded else ("encode", *TRANSFORMER_PHASES)
+    names = ("pictures", *TRANSFORMER_PHASES) if encoded else ("encode", "pictures", *TRANSFORMER_PHASES)
     phases = memory_estimate.predict_phases(shot, placement.sample)
     worst = max((phase for phase in phases if phase.name in names), key=lambda phase: phase.total)
     if worst.total <= headroom(model):

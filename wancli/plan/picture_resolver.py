@@ -5,16 +5,15 @@ Loads without torch. Pixels are decoded for their digest, once for as long as a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import JobError
-from wancli.job.loader import Item, JobFile
+from wancli.job.loader import Item
 from wancli.job.schema import AreaSize, ImageOptions
-from wancli.models.config import WanConfig
 from wancli.models.variants import Variant
 from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture, read_size
 from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area
@@ -66,24 +65,14 @@ def _parse_memo(values: Mapping[str, Any]) -> dict[str, PictureFacts]:
     }
 
 
-def refuse_rendering(shots: Sequence[Shot], jobs: JobFile) -> None:
-    """Raise JobError for what is planned and cannot be rendered yet: pictures that CLIP reads."""
-    for shot in shots:
-        if not shot.pictures:
-            continue
-        where = jobs.items[shot.index].location("image")
-        if shot.model.checkpoint.transformer_config.image_dim is not None:
-            raise JobError("this version cannot render models that read pictures by CLIP yet", where=where)
-
-
 def resolve_pictures(
-    item: Item, config: WanConfig, variant: Variant, memo: PictureMemo, parent: Shot | None
+    item: Item, variant: Variant, memo: PictureMemo, parent: Shot | None
 ) -> tuple[ShotPictures | None, Size]:
     """Resolve the pictures of a shot, and its size. `parent` is the shot whose frame begins this one.
 
     Raises JobError if a picture cannot be read, or if the model takes another number of pictures.
     """
-    _refuse_wrong_number(item, config, variant)
+    _refuse_wrong_number(item, variant)
     image = item.job.image
     if image is None:
         return None, _parse_size_without_picture(item, variant)
@@ -127,45 +116,33 @@ def _choose_preprocessing(
     return Preprocessing(method, default_fit(picture, size, method, stride), stride)
 
 
-def pictures_taken(config: WanConfig, variant: Variant) -> tuple[int, int]:
-    """Return how many pictures a model needs and how many it takes."""
-    if config.in_dim > variant.latent_channels:  # the picture's latents and a mask stand beside the noise
-        return 1, 1
-    return (0, 1) if variant.stride == 32 else (0, 0)
-
-
-def _refuse_wrong_number(item: Item, config: WanConfig, variant: Variant) -> None:
+def _refuse_wrong_number(item: Item, variant: Variant) -> None:
+    """Raise JobError unless the job names the pictures that the model takes."""
     image = item.job.image
-    needed, taken = pictures_taken(config, variant)
+    where = item.location("image")
     if image is None:
-        if needed:
-            raise JobError(
-                f"{variant.name} makes a video from a picture, and the job names none",
-                where=item.location("image"), hint="Add image: cat.png",
-            )  # fmt: skip
+        if variant.first_picture == "required":
+            message = f"{variant.name} makes a video from a picture, and the job names none"
+            raise JobError(message, where=where, hint="Add image: cat.png")
         return
     options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
-    where = item.location("image")
     if options.first is not None and options.shot is not None:
         raise JobError(
             "has both `first` and `shot`", where=where, hint="The first frame is one or the other."
         )
-    count = (options.first or options.shot) is not None, options.last is not None
-    if not any(count):
-        raise JobError(
-            "names no picture", where=where, hint="Write image: cat.png, or image: {first: cat.png}."
-        )
-    if not taken:
-        raise JobError(
-            f"{variant.name} makes videos from text alone", where=where,
-            hint="Leave `image` out, or take an image-to-video model, or Wan2.2-TI2V-5B.",
-        )  # fmt: skip
-    if not count[0]:
+    has_first = (options.first or options.shot) is not None
+    if not has_first and options.last is None:
+        hint = "Write image: cat.png, or image: {first: cat.png}."
+        raise JobError("names no picture", where=where, hint=hint)
+    if variant.first_picture == "none":
+        hint = "Leave `image` out, or take an image-to-video model, or Wan2.2-TI2V-5B."
+        raise JobError(f"{variant.name} makes videos from text alone", where=where, hint=hint)
+    if not has_first:
         raise JobError(f"{variant.name} needs the first frame", where=where, hint="Add first: cat.png.")
-    if sum(count) > taken:
+    if options.last is not None and variant.last_picture == "none":
         where = item.location("image", "last")
         raise JobError(f"{variant.name} takes no last frame", where=where, hint="Leave `last` out.")
-    if sum(count) < needed:
+    if options.last is None and variant.last_picture == "required":
         raise JobError(f"{variant.name} needs the last frame, too", where=where, hint="Add last: end.png.")
 
 

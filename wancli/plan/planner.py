@@ -91,7 +91,6 @@ def build_plan(
     shots = chains.mark_kept_frames([built[index] for index in range(len(jobs.items))])
     outputs.refuse_collisions(shots, jobs)
     joined = joins.plan_joins(jobs, shots)
-    picture_resolver.refuse_rendering(shots, jobs)
     chosen = set(jobs.selected)
     selected = _choose_residency([shot for shot in shots if shot.index in chosen], jobs, budget)
     others = tuple(shot for shot in shots if shot.index not in chosen)
@@ -130,6 +129,7 @@ def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -
         vae_config(checkpoint),
         transformer=fingerprint((*checkpoint.transformer_files, *checkpoint.high_noise_files), hash_cache),
         vae=fingerprint(checkpoint.vae_files, hash_cache),
+        clip=fingerprint(checkpoint.image_encoder_files, hash_cache) if checkpoint.image_encoder else "",
         encoder=encoder,
         device=runs_on,
         dtype=runs_in,
@@ -173,16 +173,15 @@ def _build_shot(
     model = _resolve_item_model(item, source, model_for)
     variant = model.checkpoint.variant
     problems = Problems()
+    width, height = variant.width, variant.height
     with problems.collect():
-        pictures, (width, height) = picture_resolver.resolve_pictures(
-            item, model.checkpoint.transformer_config, variant, picture_memo, continued
-        )
+        pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
     with problems.collect():
         frames = _check_frames(item, variant)
     with problems.collect():
         save_every = _parse_save_interval(item)
     with problems.collect():
-        sampler = resolve_sampler(item, variant)
+        sampler = resolve_sampler(item, variant, width * height)
         sigmas, stages = sampler.schedule.sigmas, sampler.stages
         guided = any(stage.guidance != 1 for stage in stages)
         with problems.collect():
@@ -267,10 +266,11 @@ def _resolve_prompts(
     injected = []
     for i, rule in enumerate(job.inject):
         if isinstance(rule, InjectPicture):
-            raise JobError(
-                f"the blocks of {model.checkpoint.variant.name} attend to text alone, not to pictures",
-                where=item.location("inject", i, "image"), hint="Inject a prompt.",
-            )  # fmt: skip
+            name = model.checkpoint.variant.name
+            message = f"the blocks of {name} attend to text alone, not to pictures"
+            if model.clip:
+                message = "this version injects prompts alone, no pictures yet"
+            raise JobError(message, where=item.location("inject", i, "image"), hint="Inject a prompt.")
         injected.append(prompts.resolve(rule.prompt, "inject", i, "prompt"))
     return prompt, negative, tuple(injected)
 

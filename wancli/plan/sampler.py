@@ -12,6 +12,8 @@ from wancli.plan.injections import no_experts_error
 from wancli.sampling.solvers import SOLVERS, SigmaSchedule, Solver, build_sigma_schedule
 from wancli.sampling.stages import Stage, split_stages
 
+AREA_480P = 832 * 480  # pixels of a video
+
 
 class SamplerSettings(NamedTuple):
     """Resolved sampler settings. `guidance` is that of the only network or of the high-noise expert."""
@@ -25,8 +27,8 @@ class SamplerSettings(NamedTuple):
     stages: tuple[Stage, ...]
 
 
-def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
-    """Complete the sampler settings of a job. Raises JobError."""
+def resolve_sampler(item: Item, variant: Variant, area: int) -> SamplerSettings:
+    """Complete the sampler settings of a job for a video of `area` pixels. Raises JobError."""
     sampler = item.job.sampler
     solver = SOLVERS[sampler.solver]
     steps = sampler.steps or solver.steps or variant.steps
@@ -34,7 +36,8 @@ def resolve_sampler(item: Item, variant: Variant) -> SamplerSettings:
         raise JobError(
             f"{sampler.solver} has {solver.steps} steps, not {steps}", where=item.location("sampler", "steps")
         )
-    shift = _first_given(sampler.shift, solver.shift, variant.shift)
+    small = variant.shift_480p if area <= AREA_480P else None
+    shift = _first_given(sampler.shift, solver.shift, small, variant.shift)
     guidance, low = _resolve_guidance(item, solver, variant)
     boundary = variant.boundary
     if sampler.boundary is not None:

@@ -66,6 +66,7 @@ class ModelSpec:
     encoder: EncoderSpec
     device: Literal["cpu", "cuda"]
     dtype: Literal["fp32", "bf16", "fp16", "fp8"]
+    clip: str = ""  # SHA-256 of the image encoder; empty if the blocks attend to text alone
     residency: Residency = "resident"  # of the transformer's blocks; changes no pixel
     kernels: ComputeOptions = field(default_factory=ComputeOptions)
     budget: int | None = None  # the memory limit that the user set; None: what was free
@@ -171,7 +172,7 @@ class Shot:
             base.append(("uncond", self.negative.id))
         unguided = frozenset(step for stage in self.stages if stage.guidance == 1 for step in stage.steps)
         depth = self.model.checkpoint.transformer_config.num_layers
-        return _table(self.rules, tuple(base), depth, self.steps, unguided)
+        return _table(self.rules, tuple(base), depth, self.steps, unguided, self.clip_id)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -207,6 +208,7 @@ class Shot:
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
                 **({"pictures": self.pictures.pixel_settings} if self.pictures else {}),
+                **({"clip": self.clip_id} if self.clip_id else {}),
                 # The dtype fp8 does not imply it: a GPU multiplies such weights in bf16.
                 **({"computes": "bf16"} if self.model.compute_dtype == "bf16" != self.model.dtype else {}),
             }
@@ -223,6 +225,14 @@ class Shot:
         """The frame of another shot that this one begins with."""
         source = self.pictures.first.source if self.pictures else None
         return source if isinstance(source, LinkedFrame) else None
+
+    @cached_property
+    def clip_id(self) -> str | None:
+        """Hash of all that the CLIP rows of its pictures depend on; None if no block reads them."""
+        if not self.pictures or not self.model.clip:
+            return None
+        pixels = [[frame.source.pixels_key, frame.how.method] for frame in self.pictures.frames]
+        return _hash(["clip", self.model.clip, self.model.device, pixels])
 
     def frame_key(self, frame: int) -> str:
         """Hash of all that the pixels of a frame depend on, before compression."""
@@ -297,8 +307,9 @@ def _table(
     depth: int,
     steps: int,
     unguided: frozenset[int],
+    image: str | None,
 ) -> Table:
-    return Table(rules, dict(base), depth, steps, unguided)
+    return Table(rules, dict(base), depth, steps, unguided, image)
 
 
 @lru_cache(1024)

@@ -229,8 +229,13 @@ def sampling_flops(shot: Shot) -> int:
     """Count the FLOPs of all forwards of a shot, including those that only measure."""
     wan = shot.model.checkpoint.transformer_config
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
+    if shot.clip_id and shot.pictures:
+        rows[shot.clip_id] = CLIP_ROWS * len(shot.pictures.frames)
     contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
     return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
+
+
+CLIP_ROWS = 257  # of a picture
 
 
 @lru_cache(64)  # the shots of a sweep share tables, which are large

@@ -75,7 +75,7 @@ def plan_probe(
         raise JobError(
             f"shot {shot.id} begins with a picture; a probe measures videos from text",
             where="--shot" if shot_id else plan.name,
-            hint="--set image=null measures it without the picture, if the model makes videos from text, too.",
+            hint="--set image=null leaves it out, if the model makes videos from text, too.",
         )
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:

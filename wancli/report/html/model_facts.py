@@ -97,7 +97,7 @@ def calculator_coefficients(
         raise ValueError(f"no model reads {wan.in_dim} channels")
     return {
         "device": device,
-        "stride": variants.BY_CHANNELS[wan.in_dim].stride,
+        "stride": variants.BY_CHANNELS[wan.out_dim].stride,
         "devices": {name: _device_coefficients(wan, networks, name) for name in ("cpu", "cuda")},
     }
 

@@ -72,8 +72,8 @@ def surface(command: Any, name: str = "wancli") -> list[str]:
 def test_these_are_all_commands_and_options_and_a_new_one_is_added_here_on_purpose() -> None:
     assert surface(typer.main.get_command(cli.app)) == [
         "wancli --version --install-completion --show-completion",
-        "wancli render JOB --prompt -o/--output --set --sweep --items --shard --save-every --fail-fast"
-        " --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
+        "wancli render JOB --prompt --image -o/--output --set --sweep --items --shard --save-every"
+        " --fail-fast --max-failures --retries --no-wait --engine --address --cpus-per-worker --force --json"
         " --json-stream --cache-dir --socket --log-level --progress -q/--quiet",
         "wancli plan JOB -v/--verbose --memory --set --sweep --items --shard --json --cache-dir",
         "wancli status JOB --set --sweep --items --shard --json --cache-dir",

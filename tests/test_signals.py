@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from jobs import CommandResult, tiny_job, write_job
 
 import wancli
 from wancli import signals
+from wancli.errors import Stopped
+from wancli.plan import planner
 from wancli.report import batch_report
 from wancli.signals import Stop, stop_on_signal
 
@@ -127,12 +130,49 @@ def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProces
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
     job = str(write_job(tmp_path, tiny_job()))
-    said = process("render", job, at="typer", number=number)
-    assert (said.returncode, said.stderr) == (75, f"wancli: stopped by {number.name}; nothing was started\n")
-    said = process("render", job, at="wancli.engine.batch", number=number)
-    assert said.returncode == 75
-    assert said.stderr.startswith(f"wancli: stopped by {number.name}\n  resume: wancli render")
+    for module in ("typer", "wancli.engine.batch"):
+        said = process("render", job, at=module, number=number)
+        nothing = f"wancli: stopped by {number.name}; nothing was started\n"
+        assert (said.returncode, said.stderr) == (75, nothing)
+    assert process("probe", job, at="typer", number=number).returncode == 75
     assert process("plan", job, at="typer", number=number).returncode == -number
+
+
+def test_after_a_probe_a_signal_ends_the_wait_for_the_reader_of_its_map() -> None:
+    handler = signals.StartHandler(signals.exit_on_signal, signal.SIG_DFL)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with stop_on_signal():
+            pass
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_signal_while_planning_stops_the_render_whatever_becomes_of_its_error(
+    render: Callable[..., CommandResult],
+    monkeypatch: pytest.MonkeyPatch,
+    swallowed: bool,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """Python wraps an error of __set_name__ in another one; some callbacks swallow errors."""
+
+    class Disturbed:
+        def __set_name__(self, *_: object) -> None:
+            signal.raise_signal(number)
+
+    build = planner.build_plan
+
+    def disturbed(*arguments: Any, **options: Any) -> Any:
+        with suppress(*((RuntimeError, Stopped, KeyboardInterrupt) if swallowed else ())):
+            type("Made", (), {"attribute": Disturbed()})
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(planner, "build_plan", disturbed)
+    assert render("-q").code == code
 
 
 def test_a_signal_after_the_end_of_a_render_leaves_its_exit_code(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    handled = _handle_start_signals(resumable=_is_resumable(arguments))
+    handled = _handle_start_signals(arguments)
     from wancli import stdio
 
     # Threads that spin while they wait stall each other when a machine runs more of them than it has
@@ -36,22 +36,25 @@ def main() -> None:
     sys.exit(code)
 
 
-def _handle_start_signals(*, resumable: bool) -> list[signal.Signals]:
+def _handle_start_signals(arguments: Sequence[str]) -> list[signal.Signals]:
     """Let signals exit from here on, before anything is imported; return those that are handled.
 
     A signal that is ignored, or whose default action ends a command that does not resume, stays so.
     """
-    numbers = signals.STOP_SIGNALS if resumable else (signal.SIGINT,)
-    former = (signal.SIG_DFL, signal.default_int_handler)
-    handled = [number for number in numbers if signal.getsignal(number) in former]
+    numbers = signals.STOP_SIGNALS if _is_resumable(arguments) else (signal.SIGINT,)
+    former = {number: signal.getsignal(number) for number in numbers}
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    handled = [number for number, handler in former.items() if handler in defaults]
     for number in handled:
-        signal.signal(number, signals.exit_on_signal)
+        # After a render nothing is left to be stopped; a probe then waits for the reader of its map.
+        afterwards = signal.SIG_IGN if arguments[:1] == ["render"] else former[number]
+        signal.signal(number, signals.StartHandler(signals.exit_on_signal, afterwards))
     return handled
 
 
 def _is_resumable(arguments: Sequence[str]) -> bool:
     """Return whether a scheduler starts the command again if a signal stops it, even at its start."""
-    return arguments[:1] == ["render"]
+    return arguments[:1] in (["render"], ["probe"])
 
 
 def _run_here(arguments: list[str]) -> int:
@@ -110,7 +113,7 @@ def _die_of_interrupt(exit_codes: Sequence[int]) -> None:
 
 
 def _restore_interrupt() -> None:
-    if signal.getsignal(signal.SIGINT) is signals.exit_on_signal:
+    if isinstance(signal.getsignal(signal.SIGINT), signals.StartHandler):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -102,9 +102,14 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
         return _report_refusal(usage, arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
-    except Exception:
-        print_error(Bug(f"a bug in wancli {__version__}; please report it with {_log_traceback()}"))
-        return Bug.status
+    except Exception as error:
+        signalled = error.__cause__  # while a class was created: Python wraps what __set_name__ raises
+        if isinstance(signalled, Stopped):
+            return report_error(signalled, arguments)
+        if not isinstance(signalled, KeyboardInterrupt):
+            print_error(Bug(f"a bug in wancli {__version__}; please report it with {_log_traceback()}"))
+            return Bug.status
+        code = ExitStatus.INTERRUPTED
     if code == ExitStatus.INTERRUPTED:  # typer returns this after Ctrl-C, and 1 when stdout is closed
         print("wancli: interrupted; finished shots are kept, run again to continue", file=sys.stderr)
     if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.write_failure(sys.stdout):

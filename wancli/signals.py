@@ -38,10 +38,21 @@ _LAST_WORDS_SECONDS = 0.2
 _Handler = Callable[[int, "FrameType | None"], None]
 
 
+class StartHandler:
+    """A handler of signals before the work, and what handles them after it: by default they are ignored."""
+
+    def __init__(self, handle: _Handler, afterwards: Any = signal.SIG_IGN) -> None:
+        self._handle, self.afterwards = handle, afterwards
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._handle(number, frame)
+
+
 class Stop:
     """Whether the work is to stop: after a signal (`reason`), or because too many shots failed.
 
-    While `at_once`, a signal raises Stopped instead, or KeyboardInterrupt: there is nothing to save yet.
+    While `at_once`, a signal also raises Stopped, or KeyboardInterrupt: there is nothing to save yet. The
+    flag holds even if a library that calls back into Python swallows the error.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -67,6 +78,7 @@ class Stop:
         if self.at_once:
             from wancli.errors import Stopped
 
+            self.reason = self.reason or name
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise Stopped(f"stopped by {name}")
@@ -106,7 +118,9 @@ def restore_signals(before: Mapping[signal.Signals, Any]) -> None:
 def end_work(before: Mapping[signal.Signals, Any]) -> None:
     """Restore handlers after the work. In a process that now ends, nothing is left to be stopped: it ignores
     the signals, and ends with the exit code of the work."""
-    restore_signals({n: signal.SIG_IGN if old is exit_on_signal else old for n, old in before.items()})
+    restore_signals(
+        {n: old.afterwards if isinstance(old, StartHandler) else old for n, old in before.items()}
+    )
 
 
 def exit_on_signal(number: int, _: FrameType | None) -> NoReturn:

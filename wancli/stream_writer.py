@@ -4,6 +4,9 @@
 terminal takes nothing. Without such a reader, the caller waits until its bytes are written: the streams keep
 their order, and nothing is lost with the process. Once a reader is behind, nobody waits for it, and of what
 is expendable the oldest is dropped. The reader finds a line in its place that says so.
+
+What C libraries write to descriptor 2 themselves goes past the queue and may wait: if the descriptor were a
+pipe to this thread, the last words of a process that crashes would be lost with it.
 """
 
 from __future__ import annotations

@@ -412,6 +412,28 @@ def test_a_signal_to_the_server_ends_it_whatever_the_render_made_of_it(
         assert (got, server._stop_requested()) == (code, True)
 
 
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_a_signal_to_the_server_after_the_work_leaves_the_client_its_exit_code(
+    number: signal.Signals,
+) -> None:
+    def run(_: socket.socket) -> int:
+        with signals.stop_on_signal(at_once=True):
+            pass
+        signal.raise_signal(number)  # while the last paths are delivered
+        return 0
+
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
+    with server.handle_signals():
+        assert (run_on_server(server, run), server._stop_requested()) == (0, True)
+
+
+def test_a_signal_to_the_server_before_the_work_of_a_client_starts_nothing() -> None:
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
+    with server.handle_signals():
+        for _ in "ab":  # for each client anew
+            assert run_on_server(server, lambda _: signal.raise_signal(signal.SIGTERM) or 0) == 75
+
+
 def test_a_server_under_nohup_ignores_sighup_and_saves_a_render_whose_client_gets_one() -> None:
     server = Server(lambda *_: 0, ModelCache(), idle=None)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

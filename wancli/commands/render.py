@@ -43,13 +43,13 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
     rendered again; a shot that was stopped resumes from its saved state. Prints one path per
     finished shot. If a shot fails, the others are still rendered.
     """
+    from wancli.engine import batch  # noqa: F401 - slow: a signal meanwhile ends the process, as at its start
+
     context.with_resource(stdio.work_without_waiting())
     display = context.with_resource(
         create_display(options.progress.value, options.quiet, as_stream=options.json_stream)
     )
     stop = context.with_resource(signals.stop_on_signal(at_once=True))
-    from wancli.engine import batch  # noqa: F401 - a slow import: until it is done, a signal ends the command
-
     if options.as_json + options.json_stream + (options.progress is RenderProgress.openjd) > 1:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     reporter = RenderReporter(context, display, options)

@@ -28,7 +28,7 @@ from wancli.errors import ExitStatus, MachineError, Stopped
 from wancli.farm import local_socket
 from wancli.farm.client_environment import use_client_environment
 from wancli.resources.measure import oom_as_error
-from wancli.signals import STOP_SIGNALS, handle_signals, restore_signals
+from wancli.signals import STOP_SIGNALS, StartHandler, handle_signals, restore_signals
 
 if TYPE_CHECKING:
     from wancli.plan.shot import Plan
@@ -216,6 +216,7 @@ class Server:
         relay = threading.Thread(target=self._relay_signals, args=[connection], daemon=True)
         try:
             self._state = "running"
+            handle_signals(STOP_SIGNALS, StartHandler(self._on_signal, _count_only))
             relay.start()
             code = self._run(request["arguments"], self._kept, request["began"])
         except SystemExit as ended:
@@ -230,6 +231,7 @@ class Server:
             code = 1
         finally:
             self._state = "busy"
+            handle_signals(STOP_SIGNALS, self._on_signal)
         with suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RD)
         relay.join()
@@ -258,6 +260,10 @@ class Server:
             signal.pthread_kill(main, number)
             if message is None:
                 return
+
+
+def _count_only(_: int, __: FrameType | None) -> None:
+    """Leave a render that is done its exit code; Python's wakeup descriptor has the signal for the server."""
 
 
 def _reply(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "wancli"
 ASKS = {
-    *("exists", "is_file", "is_dir", "is_symlink", "is_mount", "stat", "lstat", "samefile"),
+    *("exists", "is_file", "is_dir", "is_symlink", "is_mount", "is_fifo", "stat", "lstat", "samefile"),
     *("iterdir", "glob", "rglob", "walk", "scandir", "listdir", "readlink", "resolve", "realpath", "access"),
     *("read_text", "read_bytes", "open", "open_code", "fdopen", "disk_usage", "statvfs", "expanduser"),
     *("lexists", "isfile", "isdir", "islink", "getsize", "getmtime", "ismount", "copyfile", "copytree"),

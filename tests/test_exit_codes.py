@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import manifests
 import pytest
-from jobs import CommandResult, run_wancli, tiny_job, write_job
+from failing_disk import fail_reading
+from jobs import T5, TRANSFORMER, VAE, CommandResult, checkpoint, run_wancli, tiny_job, write_job
 
 from wancli import errors
 from wancli.engine import pipeline
@@ -184,6 +186,75 @@ def test_what_is_found_before_the_start(
     assert sorted(path.name for path in out.glob("*.manifest.json")) == (
         [] if not started else ["b.manifest.json"] if case == "some in the way" else ["a.manifest.json"]
     )
+
+
+UNREAD = {
+    "job.yaml": 2,
+    "base.yaml": 2,
+    "prompts.txt": 2,
+    "e.safetensors": 2,
+    "models.yaml": 2,
+    "lora.safetensors": 4,
+    f"model/{TRANSFORMER}": 4,
+    "model/config.json": 4,
+    f"model/{T5}": 4,
+    f"model/{VAE}": 4,
+    "model/google/umt5-xxl/spiece.model": 4,
+}
+
+
+@pytest.mark.parametrize("error", ["EACCES", "EIO"])
+@pytest.mark.parametrize("name", UNREAD)
+def test_an_input_that_cannot_be_read_has_the_code_of_its_kind(
+    tmp_path: Path,
+    shallow: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: str,
+) -> None:
+    model, path = checkpoint(tmp_path, shallow), tmp_path / name
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "models.yaml").write_text(f"mine: {model}\n")
+    write_job(tmp_path, tiny_job(model), "base.yaml")
+    (tmp_path / "lora.safetensors").write_bytes(b"")
+    job: dict[str, Any] = {"extends": "base.yaml"}
+    match name:
+        case "prompts.txt":
+            job = tiny_job(model) | {"prompts_from": name}
+            del job["prompt"]
+        case "e.safetensors":
+            path.write_bytes(b"")
+            job |= {"prompt": {"embedding": name}}
+        case "models.yaml":
+            monkeypatch.setenv("WANCLI_MODELS", str(path))
+            job |= {"model": "mine"}
+        case "lora.safetensors":
+            job |= {"loras": [{"path": name}]}
+    fail_reading(monkeypatch, lambda asked: asked == path, error)
+    for command in ("plan", "render"):
+        said = run_wancli(capsys, command, write_job(tmp_path, job))
+        assert said.code == UNREAD[name], said.err
+        assert "cannot be read: " in said.err
+        assert path.name in said.err
+
+
+LIMITED = """
+import resource, sys
+from wancli.__main__ import main
+limit = int(sys.argv.pop())
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+main()
+"""
+
+
+@pytest.mark.parametrize("limit", [4, 5, 8, 12])
+def test_a_render_that_may_open_few_files_is_no_bug(known: Path, tmp_path: Path, limit: int) -> None:
+    job = write_job(tmp_path, tiny_job(known, sampler={"steps": 1}))
+    done = forked.run("render", job, "-q", limit, program=LIMITED)
+    assert done.returncode == 3, done.stderr
+    assert "Too many open files" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_table_names_every_code() -> None:

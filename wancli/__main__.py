@@ -24,7 +24,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Tensors of many MB in large pages: touching fresh memory costs a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    stdio.open_streams()
+    try:
+        stdio.open_streams()
+    except OSError as error:  # `ulimit -n` leaves no number for them
+        sys.stderr.write(f"wancli: stdout and stderr cannot be opened: {error.strerror}\n")
+        sys.exit(3)
     exit_codes: list[int] = []
     atexit.register(_die_of_interrupt, exit_codes)  # registered first, so that it runs last
     atexit.register(stdio.deliver_streams)

@@ -39,6 +39,7 @@ from wancli.commands import (
 from wancli.commands._common import Invocation, print_error
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import make_printable
+from wancli.storage import disk
 from wancli.storage.paths import require_cwd
 
 if TYPE_CHECKING:
@@ -104,8 +105,9 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
         return ExitStatus.SOME_FAILED
     except Exception as error:
         signalled = error.__cause__  # while a class was created: Python wraps what __set_name__ raises
-        if isinstance(signalled, Stopped):
-            return report_error(signalled, arguments)
+        known = signalled if isinstance(signalled, Stopped) else disk.find_open_files_error(error)
+        if known:
+            return report_error(known, arguments)
         if not isinstance(signalled, KeyboardInterrupt):
             print_error(Bug(f"a bug in wancli {__version__}; please report it with {_log_traceback()}"))
             return Bug.status

@@ -76,10 +76,62 @@ def test_status_and_check_tell_unreadable_from_damaged(rendered, capsys, monkeyp
     assert "Input/output error" in status["shots"][0]["error"]["message"]
     for what in (rendered, rendered.parent / "out"):
         said = run_wancli(capsys, "check", what, "--json")
-        assert said.code == 3
+        assert said.code == 4
         found = json.loads(said.out)
         assert found["problems"] == []
         assert [entry["path"] for entry in found["unreadable"]] == [str(video)]
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_video_that_cannot_be_read_just_now_is_asked_for_again(rendered, capsys, monkeypatch, retries):
+    asked: list[Path] = []
+
+    def concerned(path: Path) -> bool:
+        if path.name == "a.mp4":
+            asked.append(path)
+        return len(asked) == 1 and path.name == "a.mp4"
+
+    fail_reading(monkeypatch, concerned, "EIO")
+    said = run_wancli(capsys, "render", rendered, "--retries", retries)
+    assert said.code == (0 if retries else 3)
+    assert ("tried again (1 of 1)" in said.err) == bool(retries)
+    assert sorted(path.name for path in map(Path, said.out.split())) == ["a.mp4", "b.mp4"][1 - retries :]
+
+
+@pytest.mark.parametrize("error", ["EACCES", "EIO"])
+@pytest.mark.parametrize("name", ["job.report.json", "job.report.html"])
+def test_a_report_that_cannot_be_read_costs_no_render(rendered, capsys, monkeypatch, caplog, name, error):
+    report = rendered.parent / "out" / name
+    report.write_bytes(b"of any program")
+    with monkeypatch.context() as patch:
+        fail_reading(patch, lambda path: path == report and report.read_bytes() == b"of any program", error)
+        said = run_wancli(capsys, "render", rendered, "-q")
+    assert said.code == 0
+    aside = report.with_name(f"{report.stem}.unreadable-1{report.suffix}")
+    assert f"{report}: cannot be read" in caplog.text
+    assert str(aside) in caplog.text
+    assert aside.read_bytes() == b"of any program"
+    written = json.loads((rendered.parent / "out/job.report.json").read_bytes())
+    assert [shot["status"] for shot in written["shots"]] == ["already done", "rendered"]
+
+
+def test_a_report_that_cannot_even_be_asked_for_costs_no_render(rendered, capsys, monkeypatch, caplog):
+    report = rendered.parent / "out/job.report.json"
+    before = report.read_bytes()
+    fail_reading(monkeypatch, lambda path: path == report, "EIO", ("open", "stat", "lstat"))
+    said = run_wancli(capsys, "render", rendered, "-q")
+    assert said.code == 0
+    assert f"{report}: cannot be read" in caplog.text
+    monkeypatch.undo()
+    assert report.read_bytes() == before
+
+
+def test_a_latent_to_decode_that_cannot_be_read_ends_as_a_damaged_one(rendered, capsys, monkeypatch):
+    latent = rendered.parent / "out/x.latents.safetensors"
+    latent.write_bytes(b"")
+    fail_reading(monkeypatch, lambda path: path == latent, "EIO")
+    said = run_wancli(capsys, "decode", latent)
+    assert (said.code, f"{latent}: cannot be read: " in said.err) == (4, True)
 
 
 PRIVATE = "private/sub"
@@ -121,7 +173,7 @@ def test_a_folder_that_this_user_may_not_enter_is_named_by_every_command(
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch, private)
     said = run_wancli(capsys, *(word.format(**words) for word in COMMANDS[name]))
-    assert said.code in (0, 2, 3)
+    assert said.code in (0, 2, 3, 4)
     assert (said.code == 0) == (name in ("plan", "status"))
     assert ("0000.mp4" if name == "status" else "private") in said.err + said.out
     if name != "plan":

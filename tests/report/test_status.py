@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CommandResult, count_forwards, run_wancli, tiny_job, write_job
+from jobs import NETWORKS, CommandResult, count_forwards, run_wancli, tiny_job, write_job
 from rich.cells import cell_len
 
 from wancli.job.loader import load
@@ -130,9 +130,23 @@ def test_a_shot_that_a_worker_holds_names_it(states: Any, shallow: Path, tmp_pat
     assert states()["b"]["state"] == "to do"
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"host": "far", "pid": 7, "started": "yesterday"}'])
+def test_a_claim_that_is_torn_is_a_claim(
+    capsys: pytest.CaptureFixture[str], shallow: Path, tmp_path: Path, content: str
+) -> None:
+    job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
+    claim = tmp_path / "out/.wancli/claims/a.json"
+    claim.parent.mkdir(parents=True)
+    claim.write_text(content)
+    said = run_wancli(capsys, "status", job)
+    assert (said.code, "1 claimed" in said.out) == (0, True)
+    assert ("by far:7" if "far" in content else "by unknown:0") in said.out
+
+
 def test_the_time_left_counts_what_is_left(
     render: Callable[..., CommandResult], capsys: pytest.CaptureFixture[str], tmp_path: Path, warm: Path
 ) -> None:
+    NETWORKS.clear()  # a process that has the networks measures no loading
     render(**CHANGES | {"video": {"keep_latents": True}})
 
     def left() -> float:
@@ -155,6 +169,7 @@ def test_steps_that_are_on_disk_need_no_time_any_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = CHANGES | {"items": ITEMS[:1]}
+    NETWORKS.clear()  # a process that has the networks measures no loading
 
     def left(*options: str) -> float:
         asked = ["status", tmp_path / "job.yaml", "--json", "--cache-dir", warm]

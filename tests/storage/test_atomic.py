@@ -333,7 +333,7 @@ def _unprivileged_preflight(folder: str) -> None:
     try:
         atomic.require_writable(Path(folder))
     except MachineError as error:
-        os._exit(0 if "Permission denied" in str(error) else 1)
+        os._exit(0 if str(error) == f"{folder}: cannot write: Permission denied" else 1)
     os._exit(2)
 
 
@@ -357,6 +357,7 @@ def test_a_file_system_without_links_and_exclusive_rename_fails_the_preflight(
     with pytest.raises(MachineError) as caught:
         atomic.require_writable(tmp_path)
     assert "another folder" in caught.value.hint
+    assert caught.value.where == str(tmp_path)  # and not a file that nobody knows
 
 
 # ---- limits are named ----

@@ -168,6 +168,19 @@ def test_a_variable_in_a_path_is_refused_and_not_expanded(text):
     assert "--set" in caught.value.hint
 
 
+def test_a_folder_whose_name_begins_with_a_dollar_is_used_if_it_exists(tmp_path):
+    for name in ("$SCRATCH", "$USER-old"):
+        (tmp_path / name).mkdir()
+        output = paths.output_path(tmp_path, f"{name}/{{id}}.mp4", {"id": "a"})
+        assert output == tmp_path / name / "a.mp4"
+        for path in (Path(name, "model"), tmp_path / name):
+            assert paths.expand_home(path, base=tmp_path) == path
+            with pytest.raises(JobError, match="paths expand no variables"):
+                paths.expand_home(path / "$OTHER", base=tmp_path)
+    with pytest.raises(JobError, match="paths expand no variables"):
+        paths.expand_home("$SCRATCH/model", base=tmp_path / "elsewhere")
+
+
 @pytest.mark.parametrize("text", ["a$b/c.mp4", "out/$5.mp4", "cost$/a.mp4"])
 def test_other_dollars_are_part_of_a_name(text):
     assert paths.output_path(Path("/"), text, {}) == Path("/") / text

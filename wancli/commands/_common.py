@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import WancliError
 from wancli.progress import make_printable
+from wancli.storage import disk
 from wancli.storage.paths import expand_home, user_folder
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ def load_job(job: str, flags: CliOverrides) -> JobFile:
     path = Path(job)
     if job == "-":
         return parse(sys.stdin.buffer.read(), "stdin", "stdin", Path.cwd(), flags)
-    if path.is_fifo():  # as of `render <(...)`: it can be read once, and its folder is no place for outputs
+    with disk.reading_for_job(job):
+        is_pipe = disk.is_pipe(path)
+    if is_pipe:  # as of `render <(...)`: it can be read once, and its folder is no place for outputs
         return parse(read_file(path), job, "pipe", Path.cwd(), flags)
     return load(path, flags)
 

@@ -33,7 +33,7 @@ def check_command(
     """Verify rendered files.
 
     Checks videos against their manifests, latents and states against their checksums. Changes
-    nothing; exits with 4 if a file does not verify, with 3 if some cannot be looked at.
+    nothing; exits with 4 if a file does not verify or cannot be looked at.
     """
     from wancli.engine import verify
     from wancli.report import terminal
@@ -47,9 +47,7 @@ def check_command(
         print_json(found.as_dict())
     else:
         terminal.show(_format_verdict(found))
-    if found.problems:
-        return ExitStatus.INTEGRITY
-    return ExitStatus.MACHINE if found.unreadable else ExitStatus.OK
+    return ExitStatus.INTEGRITY if found.problems or found.unreadable else ExitStatus.OK
 
 
 def _format_verdict(verdict: Verdict) -> Iterator[str]:

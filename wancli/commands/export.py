@@ -104,7 +104,7 @@ def _parse_render_options(job: str, words: list[str], *own: str) -> RenderOption
 
     Raises what the render would raise, and JobError for options that the exported job sets itself.
     """
-    if job == "-" or Path(job).is_fifo():
+    if job == "-" or disk.is_pipe(Path(job)):
         raise JobError("must be a file, which the tasks read", where="JOB")
     options = RenderOptions.parse([job, *words])
     for name in (*own, "--socket", "--prompt", "--output"):

@@ -24,6 +24,7 @@ from wancli.commands._render_options import RenderOptions, takes_render_options
 from wancli.commands._render_reporter import RenderReporter
 from wancli.engine.outcome import policy_from_flags
 from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
+from wancli.storage import disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +95,7 @@ def _resolve_cluster(context: typer.Context, options: RenderOptions) -> Cluster 
     source = context.get_parameter_source("socket")
     if source is not None and source.name == "COMMANDLINE":
         raise UsageError("--socket is for a server on this host; --engine ray has its own workers")
-    if options.job is None or options.job == "-" or Path(options.job).is_fifo():
+    if options.job is None or options.job == "-" or disk.is_pipe(Path(options.job)):
         raise JobError("--engine ray needs a job file, which its workers read themselves")
     return Cluster(options.address, options.cpus_per_worker)
 

@@ -14,10 +14,12 @@ from wancli.engine.networks import prepare_device
 from wancli.errors import (
     CheckpointError,
     ClaimedElsewhere,
+    EntryError,
     JobError,
     NotFinite,
     OutOfMemory,
     OutputExists,
+    Unreadable,
     strip_traceback,
 )
 from wancli.plan import model_registry
@@ -39,14 +41,17 @@ def decode_file(
     """Decode a latent file into `output`, or into the output that it was made for. The latent stays.
 
     The checkpoint is that of the record unless `folder` names another. Raises EntryError if the latent is
-    damaged, CheckpointError if the VAE is not the one that the shot was planned with.
+    damaged or cannot be read, CheckpointError if the VAE is not the one that the shot was planned with.
     """
     from wancli.weights.checkpoint import fingerprint, identify
     from wancli.weights.loader import load_vae
 
-    if not disk.exists(path):
-        raise JobError("no such file", where=str(path))
-    z_CTYX, record = manifest_body.load_latent(path)
+    try:
+        if not disk.exists(path):
+            raise JobError("no such file", where=str(path))
+        z_CTYX, record = manifest_body.load_latent(path)
+    except Unreadable as error:
+        raise EntryError(error.message, where=error.where, hint=error.hint) from error
     output = output or path.with_name(record.shot.output)
     if disk.exists(output) and not context.force:
         raise OutputExists(

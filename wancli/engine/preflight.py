@@ -67,13 +67,11 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
     the outputs of all shots that are not done exist otherwise.
     """
     todo: list[Shot] = []
-    refused: dict[int, WancliError] = {}
+    states, refused = _look_at_outputs(plan.shots, context)
     for shot in plan.shots:
-        try:
-            status, why = status_for_render(shot, context)
-        except Unreadable as error:
-            refused[shot.index] = error
+        if shot.index in refused:
             continue
+        status, why = states[shot.index]
         if status == "in the way":
             refused[shot.index] = output_exists_error(shot, why)
         elif status != "done" or needs_effects(shot):
@@ -85,6 +83,33 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
     if refused and not todo and not _first_unreadable(refused.values()):
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
+
+
+def _look_at_outputs(
+    shots: Sequence[Shot], context: RenderContext
+) -> tuple[dict[int, tuple[OutputStatus, str]], dict[int, WancliError]]:
+    """Return by index the statuses of outputs, and why other outputs cannot be looked at.
+
+    If that may pass, the shot is tried again after the others, as often as the policy of failures says.
+    """
+    states: dict[int, tuple[OutputStatus, str]] = {}
+    refused: dict[int, WancliError] = {}
+    tries = 0
+    while shots:
+        tries += 1
+        retried = []
+        for shot in shots:
+            try:
+                states[shot.index] = status_for_render(shot, context)
+                refused.pop(shot.index, None)
+            except Unreadable as error:
+                refused[shot.index] = error
+                if context.policy.should_retry(error, tries):
+                    attempts = f"tried again ({tries} of {context.policy.retries})"
+                    context.progress.warn(f"shot {shot.id}: {error}; {attempts}")
+                    retried.append(shot)
+        shots = retried
+    return states, refused
 
 
 def _first_unreadable(errors: Iterable[WancliError]) -> Unreadable | None:

@@ -60,7 +60,7 @@ def render(arguments: Sequence[str], socket_name: str, cache: Path, *, quiet: bo
 def _refuse_pipes(arguments: Sequence[str]) -> None:
     """Raise JobError for a pipe of this process, as of `render <(...)`, which the server cannot open."""
     for word in arguments:
-        if word.startswith(("/dev/fd/", "/proc/self/fd/")) and Path(word).is_fifo():
+        if word.startswith(("/dev/fd/", "/proc/self/fd/")) and disk.is_pipe(Path(word)):
             raise JobError("a server cannot read this pipe", where=word, hint="Pipe the job into: render -")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wancli.errors import EntryError, JobError
+from wancli.errors import EntryError, JobError, Unreadable
 from wancli.injection import block_map
 from wancli.injection.block_map import METHODS, BlockMap, format_blocks, rank
 from wancli.storage import disk
@@ -91,10 +91,13 @@ class BlockMapStore:
         return self._cached[transformer]
 
     def _read(self, transformer: str, depth: int) -> Iterator[BlockMap]:
-        for path in disk.list_folder(self._folder(transformer)):
+        folder = self._folder(transformer)
+        with disk.reading_for_job(str(folder)):
+            paths = disk.list_folder(folder)
+        for path in paths:
             try:
                 measured = block_map.read(path) if path.suffix == ".json" else None
-            except EntryError as error:
+            except (EntryError, Unreadable) as error:
                 log.warning("%s; not used", error)
             else:
                 model = measured and (measured.model.sha256, measured.model.blocks)

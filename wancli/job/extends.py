@@ -28,7 +28,7 @@ def read_referenced(name: str, source: Source, limit: int = MAX_BYTES) -> tuple[
 
     The name for messages starts from where that of the job starts. Raises JobError if it cannot be read.
     """
-    relative = expand_home(name, source.location())
+    relative = expand_home(name, source.location(), source.base_dir)
     with disk.reading_for_job(source.location(), name):
         path = disk.resolve(source.base_dir / relative)
         with disk.opened(path, pipes=True) as file:

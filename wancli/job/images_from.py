@@ -52,7 +52,7 @@ def read(name: str, owner: Source) -> list[Layer]:
 def _find_pictures(name: str, owner: Source) -> list[str]:
     """Return the paths, from the folder of the job, of the pictures that a pattern or a folder names."""
     base = owner.base_dir
-    pattern = base / expand_home(name, owner.location())
+    pattern = base / expand_home(name, owner.location(), base)
     with disk.reading_for_job(owner.location(), name):
         if disk.is_folder(pattern):
             pattern /= "*"
@@ -92,7 +92,8 @@ def _add_prompt(layer: Layer) -> Layer:
     image = values.get("image")
     if "prompt" in values or not isinstance(image, str):
         return layer
-    path = layer.source.base_dir / expand_home(image, layer.source.location()).with_suffix(".txt")
+    base = layer.source.base_dir
+    path = base / expand_home(image, layer.source.location(), base).with_suffix(".txt")
     with disk.reading_for_job(str(path)):
         if not disk.is_file(path):
             return layer

@@ -93,7 +93,7 @@ def resolve_path(base_dir: Path, text: str, location: str) -> Path:
     Raises JobError if it cannot be resolved.
     """
     with disk.reading_for_job(location, text):
-        return links.resolve_path(base_dir / expand_home(text, location))
+        return links.resolve_path(base_dir / expand_home(text, location, base_dir))
 
 
 @cache

@@ -84,12 +84,15 @@ def write_report(plan: Plan, report: Report) -> Path:
     """Write `{job}.report.json` into the folder that the outputs of the job share, or that of the first.
 
     An earlier report is replaced, except for the entries of shots that were not selected. Another program's
-    file of that name is moved aside.
+    file of that name is moved aside, and so is one that cannot be read, with a warning.
     """
-    path = report_path(plan)
-    earlier = read_report(path)
-    if earlier is None and disk.is_taken(path):
-        atomic.move_aside(path)
+    path, earlier = report_path(plan), None
+    try:
+        earlier = read_report(path)
+        if earlier is None:
+            atomic.move_aside(path)
+    except Unreadable as error:
+        sidecars.set_aside_unread(path, error)
     if plan.unselected:
         selected = {entry.output: entry for entry in report.shots}
         known = {entry.output: entry for entry in (earlier.shots if earlier else [])}

@@ -160,12 +160,19 @@ def format_status(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
         yield truncate(f"to do: {format_ranges(todo)}", 80)
 
 
+def _describe_claim(claim: Mapping[str, Any], now: datetime) -> str:
+    worker = f"by {claim['host'].partition('.')[0]}:{claim['pid']}"
+    try:
+        since = datetime.fromisoformat(claim["since"]).astimezone(UTC)
+    except (ValueError, OverflowError):  # of a claim that cannot be read, or is another program's
+        return worker
+    return f"{worker} since {format_moment(since, now)}"
+
+
 def _describe_shot(shot: Mapping[str, Any], now: datetime) -> str:
     parts = []
     if claim := shot["claim"]:
-        host = claim["host"].partition(".")[0]
-        since = format_moment(datetime.fromisoformat(claim["since"]), now)
-        parts.append(f"by {host}:{claim['pid']} since {since}")
+        parts.append(_describe_claim(claim, now))
     if shot["saved"]:
         age = (now - datetime.fromisoformat(shot["saved"])).total_seconds()
         parts.append(f"step {shot['step']} of {shot['steps']}, saved {format_seconds(max(0.0, age))} ago")

@@ -159,15 +159,20 @@ def require_writable(folder: Path) -> None:
     """Prove that `folder` (created if missing) takes new files, by publishing and removing one.
 
     Also removes stale temporary files. Preflight calls it before any model is loaded. Raises MachineError
-    with the cause.
+    with the cause, which names the folder.
     """
-    with temp_file(folder / "x") as tmp:
-        remove_stale_temp_files(folder, _modified(tmp))
-        proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
-        try:
-            publish(tmp, proof)
-        finally:
-            remove(proof)
+    try:
+        with temp_file(folder / "x") as tmp:
+            remove_stale_temp_files(folder, _modified(tmp))
+            proof = tmp.with_name(tmp.name.replace(_SUFFIX, "-proof" + _SUFFIX))
+            try:
+                publish(tmp, proof)
+            finally:
+                remove(proof)
+    except MachineError as error:
+        if Path(error.where).parent != folder:
+            raise
+        raise type(error)(error.message, where=str(folder), hint=error.hint) from error  # not a file of ours
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TypeVar
 
-from wancli.errors import JobError, NoSuchFile, Unreadable, UnreadableNow
+from wancli.errors import CheckpointError, JobError, NoSuchFile, Unreadable, UnreadableNow
 
 Answer = TypeVar("Answer")
 
@@ -85,6 +85,11 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def is_pipe(path: Path) -> bool:
+    found = status(path)
+    return found is not None and stat.S_ISFIFO(found.st_mode)
 
 
 def is_link(path: Path) -> bool:
@@ -233,20 +238,46 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading_for_job(where: str, name: str = "") -> Iterator[None]:
-    """Raise an Unreadable of the block as JobError, unless it may pass.
+    """Raise an Unreadable of the block as JobError: nothing was started.
 
     `where` is the place in the job that names the file, `name` the file as it is named there.
     """
     try:
         yield
-    except UnreadableNow:
-        raise
     except Unreadable as error:
-        searched = f"Looked for {error.where}." if name else ""
+        searched = f"Looked for {error.where}." if name or error.where != where else ""
         hint = "\n".join(filter(None, (searched, error.hint)))
         raise JobError(
             f"{name!r} {error.message}" if name else error.message, where=where, hint=hint
         ) from None
+
+
+def find_open_files_error(error: BaseException | None) -> UnreadableNow | None:
+    """Return the error for the user if an error, or its cause, comes of the limit of open files.
+
+    Libraries put the reason into the texts of errors of their own.
+    """
+    while error:
+        for number in (errno.EMFILE, errno.ENFILE):
+            if os.strerror(number) in str(error):
+                where = str(getattr(error, "filename", None) or "")
+                return UnreadableNow(os.strerror(number), where=where, hint=_PASSING[number])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def reading_weights(name: str = "") -> Iterator[None]:
+    """Raise an Unreadable of the block as CheckpointError: all shots need the checkpoint.
+
+    `name` is what could not be read, if it is a part of the file.
+    """
+    try:
+        yield
+    except Unreadable as error:
+        raise CheckpointError(
+            f"{name} {error.message}".strip(), where=error.where, hint=error.hint
+        ) from error
 
 
 def _ask(call: Callable[[Path], Answer], path: Path) -> Answer | None:

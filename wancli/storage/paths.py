@@ -21,7 +21,7 @@ _MAX_NAME, _MAX_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
 _NAME_BYTES = _MAX_NAME - len(".latents.safetensors")  # sidecars of NAME.mp4 have longer names
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_VARIABLE = re.compile(r"(?:^|/)(\$(?:[a-z_]\w*|\{[a-z_]\w*\}))", re.IGNORECASE)
+_VARIABLE = re.compile(r"(?:^|/)(\$(?:[a-z_]\w*|\{[a-z_]\w*\}))[^/]*", re.IGNORECASE)
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}|[{}]")
 
 
@@ -35,27 +35,27 @@ def require_cwd() -> Path:
         ) from None
 
 
-def expand_home(text: str | Path, where: str = "") -> Path:
-    """Return a path that a user wrote, with `~` expanded.
+def expand_home(text: str | Path, where: str = "", base: Path = Path()) -> Path:
+    """Return a path that a user wrote, with `~` expanded. A relative path starts from `base`.
 
-    Raises JobError for a home folder that nobody has, and like `require_plain_path`.
+    Raises JobError for a home folder that nobody has, for a URL, and for a variable of the shell: neither is
+    silently another path. A file or folder whose name really begins with `$NAME` is no variable.
     """
-    require_plain_path(str(text), where)
+    if match := _URL.match(str(text)):
+        hint = "wancli reads and writes files: mount the store as a folder, or copy the file."
+        raise JobError(f"{str(text)!r} is a URL ({match[1]}), not a path", where=where, hint=hint)
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
         hint = "Set HOME to an absolute path, or write the path in full."
         raise JobError(f"the home folder of {str(text)!r} is not known", where=where, hint=hint) from None
-
-
-def require_plain_path(text: str, where: str = "") -> None:
-    """Raise JobError for a URL, and for a variable of the shell: neither is silently another path."""
-    if match := _URL.match(text):
-        hint = "wancli reads and writes files: mount the store as a folder, or copy the file."
-        raise JobError(f"{text!r} is a URL ({match[1]}), not a path", where=where, hint=hint)
-    if match := _VARIABLE.search(text):
-        hint = 'Write the path in full, or let the shell expand it: --set KEY="$NAME/...".'
-        raise JobError(f"{match[1]} in {text!r}: paths expand no variables", where=where, hint=hint)
+    for match in _VARIABLE.finditer(str(path)):
+        with disk.reading_for_job(where, str(text)):
+            is_name = disk.is_taken(base / str(path)[: match.end()])
+        if not is_name:
+            hint = 'Write the path in full, or let the shell expand it: --set KEY="$NAME/...".'
+            raise JobError(f"{match[1]} in {str(text)!r}: paths expand no variables", where=where, hint=hint)
+    return path
 
 
 def require_possible(path: Path, shot: str) -> None:
@@ -127,10 +127,10 @@ def output_path(root: Path, template: str, fields: Mapping[str, str | int]) -> P
     if unprintable := next((char for char in template if not char.isprintable()), ""):
         hint = "a name may not hold control characters, line ends or invisible spaces"
         raise JobError(f"the character U+{ord(unprintable):04X} in the output", where=template, hint=hint)
-    require_plain_path(template, template)
+    expand_home(template, template, root)  # refuses what is no path
     parts = template.split("/")
     first = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
-    base = expand_home("/".join([*parts[:first], ""]), template)
+    base = expand_home("/".join([*parts[:first], ""]), template, root)
     return resolve_inside(
         root / base, expand_template("/".join(parts[first:]), fields), str(fields.get("id", ""))
     )

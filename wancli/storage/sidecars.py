@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TypeVar
 
-from wancli.errors import EntryError, NoSuchFile
+from wancli.errors import EntryError, NoSuchFile, Unreadable
 from wancli.storage import atomic, disk, records
 from wancli.storage.schema import Data
+
+log = logging.getLogger(__name__)
 
 Form = TypeVar("Form", bound=Data)
 
@@ -16,11 +19,20 @@ def write_sidecar(path: Path, data: bytes, marker: bytes, search_bytes: int) -> 
     """Write a file over an earlier one of its kind; move another file of that name aside.
 
     A file is of this kind if `marker` is in its first `search_bytes` bytes. Raises OutputExists if a folder
-    has the name, Unreadable if its kind cannot be told, NoSpace or MachineError.
+    has the name, NoSpace or MachineError.
     """
-    if not (disk.is_file(path) and has_marker(path, marker, search_bytes)):
-        atomic.move_aside(path)
+    try:
+        if not (disk.is_file(path) and has_marker(path, marker, search_bytes)):
+            atomic.move_aside(path)
+    except Unreadable as error:
+        set_aside_unread(path, error)
     atomic.replace(path, data)
+
+
+def set_aside_unread(path: Path, why: Unreadable) -> None:
+    """Move a file aside that cannot be read and may be of any kind, with a warning. Raises MachineError."""
+    aside = atomic.move_aside(path, "unreadable")
+    log.warning("wancli: %s; moved aside to %s", why, aside)
 
 
 def has_marker(path: Path, marker: bytes, search_bytes: int) -> bool:

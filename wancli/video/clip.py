@@ -79,7 +79,9 @@ def read_clips(paths: Sequence[Path]) -> list[Clip]:
 
 
 def _read_clip(path: Path) -> Clip:
-    if not sidecars.has_marker(path, b"ftyp", 8):
+    with disk.reading_for_job(str(path)):
+        is_mp4 = sidecars.has_marker(path, b"ftyp", 8)
+    if not is_mp4:
         hint = (
             "It takes MP4 files. `wancli decode` makes one from a latent, `wancli inspect` describes weights."
         )

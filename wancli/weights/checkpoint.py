@@ -113,12 +113,13 @@ class Checkpoint:
         return self.vae.files
 
 
+@disk.reading_weights()
 def identify(source: Location) -> Checkpoint:
     """Identify the checkpoint in a folder, around a single file, or of named files.
 
     Reads names and headers only. Raises CheckpointError, naming the file, if a component or a shard is
-    missing or damaged, if config.json and tensors disagree, if components do not fit together, or if it is
-    another kind of model.
+    missing or damaged, if config.json and tensors disagree, if components do not fit together, if it is
+    another kind of model, or if the disk does not give a file.
     """
     if isinstance(source, SingleFiles):
         return _from_files(source, source)
@@ -172,6 +173,7 @@ def with_variant(checkpoint: Checkpoint, name: str) -> Checkpoint:
     return replace(checkpoint, variant=chosen, experts=experts)
 
 
+@disk.reading_weights()
 def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     """Return the SHA-256, as hex, of the whole content of the files: of one file its plain digest, of several
     the digest of their digests in this order.
@@ -179,7 +181,8 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     The JSON file `memo` remembers digests for as long as a file keeps its path, size, inode and times. A
     damaged or missing memo is written again. A warning is logged before a file above 1 GiB is read.
 
-    Raises CheckpointError for a blob of the Hugging Face cache whose digest is not its name.
+    Raises CheckpointError for a blob of the Hugging Face cache whose digest is not its name, or if the disk
+    does not give a file.
     """
     remembered = {key: digest for key, digest in read_memo(memo).items() if _DIGEST.fullmatch(str(digest))}
     identities = {_file_identity(path): path for path in paths}

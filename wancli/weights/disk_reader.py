@@ -87,7 +87,7 @@ class OnDisk:
     def _read(self, out: Tensor, start: int) -> None:
         remaining = out.view(-1).view(torch.uint8).numpy().data
         while remaining:
-            with disk.reading(Path(self._file.path)):
+            with disk.reading_weights(self.name), disk.reading(Path(self._file.path)):
                 count = os.preadv(self._file.number, [remaining], start)
             if not count:
                 raise CheckpointError(
@@ -138,7 +138,8 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.number = disk.open_descriptor(Path(path))
+        with disk.reading_weights():
+            self.number = disk.open_descriptor(Path(path))
         weakref.finalize(self, os.close, self.number)
 
 

@@ -190,7 +190,8 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
 def load_json(path: Path) -> dict[str, object]:
     """Load a JSON object. Raises CheckpointError."""
     try:
-        document = json.loads(disk.read_bytes(path))
+        with disk.reading_weights():
+            document = json.loads(disk.read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError("not valid JSON", where=str(path), hint=DOWNLOAD_AGAIN) from error
     if not isinstance(document, dict):

@@ -33,6 +33,7 @@ SUSPECTS_LISTED = 20
 SLICE = 2**24  # values looked at in one go: 64 MiB of fp32
 
 
+@disk.reading_weights()
 def inspect(path: Path, *, deep: bool = False) -> dict[str, Any]:
     """Describe the weights at `path`. Raises JobError if there are none, CheckpointError if they are damaged.
 

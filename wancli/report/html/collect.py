@@ -73,7 +73,8 @@ def collect_folder(folder: Path) -> ReportInputs:
     """
     folder = folder.absolute()
     inputs = ReportInputs(disk.resolve(folder).name)
-    files = [*disk.walk(folder)]
+    with disk.reading_for_job(str(folder)):
+        files = [*disk.walk(folder)]
     manifests = [path for path in files if path.name.endswith(MANIFEST)]
     reported: dict[Path, tuple[str, ShotEntry]] = {}
     for path in [path for path in files if path.name.endswith("report.json")]:

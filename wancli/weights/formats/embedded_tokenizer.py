@@ -38,6 +38,7 @@ TOKENIZER_HINT = (
 )
 
 
+@disk.reading_weights()
 def read_tokenizer(path: Path) -> bytes | None:
     """Read a SentencePiece model: the whole file, or the part of a weight file that holds it. Returns None
     for a weight file without one.

@@ -25,7 +25,7 @@ MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 def map_file(path: Path) -> mmap.mmap:
     """Map the bytes of a file. Writing to them changes only the copy of this process.
 
-    Raises CheckpointError if the file is missing or empty, Unreadable if it cannot be read.
+    Raises CheckpointError if the file is missing, empty or cannot be read.
     """
     try:
         with open_weights(path) as file:

@@ -63,13 +63,14 @@ class Header:
 def open_weights(path: Path) -> Iterator[BufferedReader]:
     """Open a file of weights for reading.
 
-    Raises CheckpointError if there is none, Unreadable if the disk does not give it, also in the block.
+    Raises CheckpointError if there is none, or if the disk does not give it, also in the block.
     """
-    try:
-        with disk.opened(path) as file:
-            yield file
-    except NoSuchFile:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
+    with disk.reading_weights():
+        try:
+            with disk.opened(path) as file:
+                yield file
+        except NoSuchFile:
+            raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN) from None
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:

@@ -129,6 +129,7 @@ def detect_container(path: Path) -> Container:
     return next((BY_SUFFIX[suffix] for suffix in suffixes if suffix in BY_SUFFIX), "safetensors")
 
 
+@disk.reading_weights()
 def check_complete(path: Path) -> None:
     """Raise CheckpointError for a download that has not ended: its size may be right already."""
     for name in links.list_names(path):

@@ -71,11 +71,12 @@ class Scaling:
         return not all(_PLAIN.fullmatch(pattern) for pattern in self.alphas)
 
 
+@disk.reading_weights()
 def read_scaling(path: Path, metadata: Mapping[str, str], *, peft: bool) -> Scaling:
     """Read how strong a file says it is. PEFT's file beside it is read only if the keys are named as PEFT
     names them.
 
-    Raises CheckpointError for a configuration without a usable alpha and rank.
+    Raises CheckpointError for a configuration without a usable alpha and rank, or one that cannot be read.
     """
     config = path.with_name(ADAPTER_CONFIG)
     if text := metadata.get(METADATA_KEY):

@@ -13,7 +13,7 @@
     │  │  └─ NoSuchFile           a file that is needed does not exist
     │  └─ FfmpegError          ffmpeg is missing, died, or wrote another number of frames; retryable
     ├─ IntegrityError      4   a file does not verify
-    │  ├─ CheckpointError      a checkpoint is truncated, unreadable, or has missing, unknown or mis-shaped tensors
+    │  ├─ CheckpointError      a checkpoint is truncated or unreadable, or has missing or mis-shaped tensors
     │  └─ EntryError           a cache entry, embedding, latent or manifest is damaged
     ├─ DoesNotFit          5   more memory is needed than there is
     │  └─ OutOfMemory          memory ran out during a phase; retryable

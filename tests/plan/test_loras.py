@@ -301,6 +301,7 @@ def test_the_key_changes_with_the_config_that_sets_the_scale(
     [
         ({"path": "no.safetensors"}, ":10: loras.0.path: 'no.safetensors' not found"),
         ({"path": "job.yaml"}, ":10: loras.0.path: 'job.yaml' is not a .safetensors file"),
+        ({"path": "."}, ":10: loras.0.path: '.' is a folder"),
         ({"blocks": "2-4"}, ":11: loras.0.blocks: 4 is past the last block (3)"),
         ({"blocks": 3}, ":11: loras.0.blocks: style.safetensors changes none of these blocks"),
         ({"steps": 2}, ":11: loras.0.steps: 2 is past the last step (1)"),

@@ -22,6 +22,7 @@ from wancli.plan.model_registry import resolve_path
 from wancli.weights.checkpoint import fingerprint, identify
 from wancli.weights.component import expert_from_name
 from wancli.weights.folder_layouts import find_safetensors
+from wancli.weights.formats.infer_config import infer_transformer_config
 from wancli.weights.formats.safetensors_header import read_tensors
 from wancli.weights.inspect import inspect
 from wancli.weights.single_files import SingleFiles, find_siblings
@@ -370,6 +371,41 @@ def test_heads_that_do_not_make_up_the_width_are_refused(tmp_path: Path, folder:
         identify(SingleFiles(**(vars(files) | {"heads": 20})))
 
 
+def test_a_network_of_a_released_width_and_another_depth_has_the_heads_that_its_config_says() -> None:
+    sizes = {"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "in_dim": 16, "out_dim": 16}
+    sizes |= {"text_dim": 4096, "freq_dim": 256}
+    assert infer_transformer_config(sizes, {}, "w").num_heads == 12
+    assert infer_transformer_config(sizes | {"num_layers": 20}, {"num_heads": 24}, "w").head_dim == 64
+    with pytest.raises(CheckpointError, match="24 heads do not make up the width 1536: each has 128"):
+        infer_transformer_config(sizes, {"num_heads": 24}, "w")
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ('{"num_heads": NaN}', "num_heads is nan"),
+        ('{"num_heads": Infinity}', "num_heads is inf"),
+        ('{"num_heads": 1e999}', "num_heads is inf"),
+        ('{"num_heads": true}', "num_heads is True"),
+        ('{"num_heads": "2"}', "num_heads is '2'"),
+        ('{"num_heads": 2, "eps": NaN}', "eps = nan"),
+        ('{"num_heads": 2, "eps": -0.5}', "eps = -0.5"),
+        ('{"num_heads": 2, "window_size": [3, 3]}', r"window_size = \[3, 3\]"),
+        ('{"num_heads": 2, "patch_size": [1, 4, 4]}', r"patch_size = \[1, 4, 4\]"),
+    ],
+)
+def test_a_config_that_no_network_can_have_is_refused(folder: Path, said: str, what: str) -> None:
+    (folder / "config.json").write_text(said)
+    with pytest.raises(CheckpointError, match=what):
+        identify(folder)
+
+
+def test_null_in_a_config_says_nothing(folder: Path) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | dict.fromkeys(("eps", "text_len", "dim"))))
+    assert identify(folder).transformer_config == identify(TINY).transformer_config
+
+
 def test_the_width_of_a_head_tells_their_number(folder: Path) -> None:
     config = identify(configured(folder, num_heads=None, attention_head_dim=24)).transformer_config
     assert (config.num_heads, config.head_dim) == (2, 24)
@@ -383,10 +419,11 @@ def named(folder: Path, **files: Path) -> SingleFiles:
     return SingleFiles(**(parts | {"tokenizer": SPIECE, "heads": 2} | files))
 
 
-def test_a_transformer_compiled_block_by_block_is_read(folder: Path) -> None:
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_a_transformer_wrapped_block_by_block_is_read(folder: Path, wrapper: str) -> None:
     tensors = load_file(folder / TRANSFORMER)
     compiled = {
-        "_orig_mod." + name.replace("blocks.0.", "blocks.0._orig_mod."): tensor
+        f"{wrapper}." + name.replace("blocks.0.", f"blocks.0.{wrapper}."): tensor
         for name, tensor in tensors.items()
     }
     path = folder / "compiled.safetensors"
@@ -472,3 +509,62 @@ def test_a_folder_whose_encoder_holds_the_tokenizer_misses_none(folder: Path) ->
     )
     assert identify(folder).tokenizer.name == T5.replace(".pth", ".safetensors")
     assert inspect(folder)["missing"] == []
+
+
+# ---- what lies in a folder, or beside single files ----
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_files_in_one_precision_of_diffusers_are_read(folder: Path, parts: int) -> None:
+    if parts > 1:
+        shard(folder, parts)
+        (folder / TRANSFORMER).unlink()
+    for path in list(folder.glob(f"{STEM}*.safetensors")):
+        path.rename(path.with_name(path.name.replace(STEM, f"{STEM}.fp16")))
+    found = identify(folder)
+    assert found.transformer_config == identify(TINY).transformer_config
+    assert len(found.transformer_files) == parts
+    shutil.copy(found.transformer_files[0], folder / f"{STEM}.bf16.safetensors")
+    with pytest.raises(CheckpointError, match=f"several variants: {STEM}.bf16 and {STEM}.fp16"):
+        find_safetensors(folder, STEM)
+
+
+def test_an_index_of_nothing_is_refused(folder: Path) -> None:
+    (folder / TRANSFORMER).rename(folder / f"{STEM}-00001-of-00001.safetensors")
+    (folder / f"{TRANSFORMER}.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"index.json: no index of shards"):
+        identify(folder)
+
+
+@pytest.mark.parametrize("suffix", [".part", ".incomplete", ".crdownload", ".!qB"])
+@pytest.mark.parametrize("name", [TRANSFORMER, T5, VAE])
+def test_a_download_that_has_not_ended_is_named(folder: Path, name: str, suffix: str) -> None:
+    (folder / name).rename(folder / f"{name}{suffix}")
+    with pytest.raises(CheckpointError, match=f"missing; {name}{suffix} is there, a download that has not"):
+        identify(folder)
+
+
+@pytest.mark.parametrize("name", [TRANSFORMER, T5, VAE])
+def test_a_link_to_nothing_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=f"missing; {name} is there, a link to nothing"):
+        identify(folder)
+
+
+def test_a_damaged_file_is_named_and_not_called_missing(tmp_path: Path) -> None:
+    root = comfy_tree(tmp_path)
+    for folder in ("vae", "diffusion_models"):
+        (damaged,) = (root / folder).glob("*.safetensors")
+        os.truncate(damaged, 1000)
+        with pytest.raises(CheckpointError, match=rf"{damaged.name} is there, and cannot be read: truncated"):
+            identify(root)
+
+
+def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
+    root = comfy_tree(tmp_path)
+    before = identify(root)
+    for path in list(root.rglob("*.safetensors")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    assert identify(root) == before
+    assert [part["kind"] for part in inspect(root)["parts"]].count("other") == 0

@@ -463,12 +463,17 @@ def test_a_replaced_file_is_still_read(tmp_path: Path):
     assert found["a"].unpack(torch.float32, out=torch.empty(9)).sum() == 9
 
 
-@pytest.mark.parametrize("data", [torch.ones(3, 4), None], ids=["memory", "transposed"])
-def test_data_that_is_not_mapped_from_a_file_is_refused(data: Tensor | None):
-    if data is None:
-        data = dict(iterate_tensors([WEIGHTS]))["blocks.0.ffn.0.weight"].T
+def test_data_that_is_not_mapped_from_a_file_is_refused():
+    data = torch.ones(3, 4)
     with pytest.raises(ValueError, match="x is not mapped from a file"):
         keep_on_disk({"x": Packed("plain", data, data.shape)})
+
+
+def test_a_transposed_weight_of_a_pth_is_refused_by_its_name(tmp_path: Path):
+    torch.save({"x": torch.ones(8, 4).T}, tmp_path / "a.pth")
+    ((name, data),) = iterate_tensors([tmp_path / "a.pth"])
+    with pytest.raises(CheckpointError, match="x is stored transposed"):
+        keep_on_disk({name: Packed("plain", data, data.shape)})
 
 
 def test_files_are_closed_with_their_weights(tmp_path: Path):

@@ -472,6 +472,9 @@ def test_a_shard_stands_for_its_whole_set_and_an_absent_one_is_named(tmp_path: P
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 28577104432\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>Sign in", "web page"),
+        (b"\xef\xbb\xbf\n<!doctype html>\n<html>", "web page"),
+        (b"Entry not found", "a text, not the weights: it begins with 'Entry not found'"),
+        (b'<?xml version="1.0"?>\n<Error>AccessDenied', "a text, not the weights"),
         (b"\x80\x02}q\x00.", "bare pickle"),
     ],
 )

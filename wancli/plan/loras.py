@@ -80,6 +80,8 @@ def _decide_use(
 
     with disk.reading_for_job(item.location("loras", index, "path"), entry.path):
         is_found = disk.is_file(path)
+    if not is_found and disk.is_folder(path):
+        raise job_error("path", f"{entry.path!r} is a folder", "Name the .safetensors file in it.")
     if not is_found:
         raise job_error("path", f"{entry.path!r} not found", f"Looked for {path}.")
     if not is_safetensors(path):

@@ -12,6 +12,8 @@ from wancli.errors import CheckpointError, JobError, PromptTooLong
 from wancli.models.config import EOS
 from wancli.units import quote
 from wancli.weights.formats.embedded_tokenizer import TOKENIZER_HINT, read_tokenizer
+from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
+from wancli.weights.formats.tensor_index import FIRST_BYTES, refuse_text
 
 MAX_PADDING = 512  # rows of an embedding that no piece has
 
@@ -63,6 +65,9 @@ class Tokenizer:
                     where=str(spiece),
                     hint=TOKENIZER_HINT,
                 )
+            refuse_text(spiece, model[:FIRST_BYTES])
+            if not model:
+                raise CheckpointError("the file is empty", where=str(spiece), hint=DOWNLOAD_AGAIN)
             self._model = SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise CheckpointError(

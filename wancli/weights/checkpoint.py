@@ -25,6 +25,7 @@ from wancli.weights.folder_layouts import (
     EXPERT_ROLES,
     Layout,
     Role,
+    find_remains,
     find_tokenizer_json,
     load_json,
     models_root,
@@ -36,6 +37,7 @@ from wancli.weights.single_files import (
     NAME_FILES_HINT,
     SingleFiles,
     find_component,
+    find_damage,
     find_in_folder,
     find_layout,
     find_siblings,
@@ -211,7 +213,7 @@ def _from_layout(layout: Layout) -> Checkpoint:
     if missing or not text_encoder or not tokenizer:
         names = " and ".join(missing.values())
         hint = SPIECE_HINT if missing.keys() == {"tokenizer"} else DOWNLOAD_AGAIN
-        raise CheckpointError(f"{names} is missing", where=where, hint=hint)
+        raise CheckpointError(f"{names} is missing{find_remains(layout.root)}", where=where, hint=hint)
     experts = []
     for role in EXPERT_ROLES:
         if role in layout.files:
@@ -270,8 +272,9 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
     if text_encoder is None or tokenizer is None or vae is None or missing:
         other = None if tokenizer else find_tokenizer_json(models_root(main))
         only = f"; {other.name} is there, which wancli does not read" if other else ""
+        damage = find_damage(models_root(main))
         raise CheckpointError(
-            f"missing beside it: {', '.join(missing)}{only}", where=str(main), hint=NAME_FILES_HINT
+            f"missing beside it: {', '.join(missing)}{only}{damage}", where=str(main), hint=NAME_FILES_HINT
         )
     return _assemble(
         source if isinstance(source, Path) else main,

@@ -99,13 +99,19 @@ class OnDisk:
 def keep_on_disk(source: Mapping[str, Packed], device: torch.device | str = "cpu") -> dict[str, OnDisk]:
     """Return the same weights, left in the files that their data is mapped from. No mapping is kept.
 
-    They will be unpacked to `device`. Raises ValueError for data that is not mapped from a file.
+    They will be unpacked to `device`. Raises ValueError for data that is not mapped from a file,
+    CheckpointError for data that a .pth stores in another order than row by row.
     """
     ranges, files = Mappings.read_current(), dict[str, _File]()
     scratch = _Scratch(pinned=torch.device(device).type == "cuda")
     weights = {}
     for name, weight in source.items():
         offset = ranges.locate(weight.data)
+        if not weight.data.is_contiguous():
+            raise CheckpointError(
+                f"{name} is stored transposed or with gaps, and wancli reads weights row by row",
+                hint="save the .pth again with .contiguous() of every tensor, or as .safetensors",
+            )
         if offset is None:
             raise ValueError(f"{name} is not mapped from a file in one piece")
         if offset.path not in files:

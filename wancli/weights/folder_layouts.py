@@ -51,6 +51,9 @@ TOKENIZER_PATH = "google/umt5-xxl/spiece.model"
 # Where UMT5's SentencePiece model lies beside single files.
 SPIECE_PLACES = ("spiece.model", TOKENIZER_PATH, "tokenizer/spiece.model", "text_encoders/spiece.model")
 OFFICIAL_MARKERS = ("high_noise_model", "low_noise_model", "config.json", "google", *T5_NAMES, *VAE_NAMES)
+PART_SUFFIXES = (*SUFFIXES, ".model")  # of the parts of a checkpoint
+# What browsers and other programs put behind the name of a file while they download it.
+UNFINISHED = (".part", ".incomplete", ".crdownload", ".download", ".partial", ".!qB", ".tmp")
 # ComfyUI's folders of single files.
 TRANSFORMERS, ENCODERS, VAES, IMAGE_ENCODERS = (
     ("diffusion_models", "unet", "checkpoints"),
@@ -103,7 +106,7 @@ def detect_layout(root: Path) -> Layout:
 
 def list_weight_files(root: Path) -> tuple[Path, ...]:
     """List the weight files in a folder and in the folders that ComfyUI keeps below it; one file of each set
-    of shards.
+    of shards. Hidden files, as `._NAME` of macOS, are none.
     """
     below = (*TRANSFORMERS, *ENCODERS, *VAES, *IMAGE_ENCODERS, "loras")
     folders = [root, *(base / name for base in (root, root / "split_files") for name in below)]
@@ -111,7 +114,7 @@ def list_weight_files(root: Path) -> tuple[Path, ...]:
         path
         for folder in folders
         for path in disk.list_folder(folder)
-        if path.suffix.lower() in SUFFIXES and disk.is_file(path)
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and disk.is_file(path)
     ]
     return tuple(path for path in paths if not (m := SHARD.fullmatch(path.name)) or int(m["number"]) == 1)
 
@@ -124,6 +127,20 @@ def models_root(path: Path) -> Path:
         if folder.name in TRANSFORMERS:
             return folder.parent
     return path.parent
+
+
+def find_remains(root: Path) -> str:
+    """Say which weights of a folder, and of the folders in it, are downloads that have not ended or links to
+    nothing; empty if there is none. For messages about a missing file.
+    """
+    remains = ""
+    for folder in (root, *(path for path in disk.list_folder(root) if disk.is_folder(path))):
+        for path in disk.list_folder(folder):
+            if path.suffix in UNFINISHED and path.stem.endswith(PART_SUFFIXES):
+                remains += f"; {path.name} is there, a download that has not ended"
+            elif path.name.endswith(PART_SUFFIXES) and not disk.exists(path):
+                remains += f"; {path.name} is there, a link to nothing"
+    return remains
 
 
 def find_tokenizer_json(root: Path) -> Path | None:
@@ -167,6 +184,8 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
             )
         return (single,)
     if not disk.is_file(index):
+        if not shards and (variant := _find_variant(folder, stem)):
+            return find_safetensors(folder, variant)
         sets = {expand_shards(shard) for shard in shards}
         if len(sets) > 1:
             names = " and ".join(sorted(files[0].name for files in sets))
@@ -176,7 +195,11 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
         return next(iter(sets), None)
     weight_map = load_json(index).get("weight_map")
     plain = re.compile(r"[\w.-]+\.safetensors")
-    if not isinstance(weight_map, dict) or not all(plain.fullmatch(str(s)) for s in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(plain.fullmatch(str(s)) for s in weight_map.values())
+    ):
         raise CheckpointError("no index of shards in this folder", where=str(index), hint=DOWNLOAD_AGAIN)
     headers = {
         name: safetensors_header.read_tensors(folder / name) for name in sorted(set(weight_map.values()))
@@ -185,6 +208,22 @@ def find_safetensors(folder: Path, stem: str) -> tuple[Path, ...] | None:
         if name not in headers[shard]:
             raise CheckpointError(f"{name} is not in {shard}", where=str(index), hint=DOWNLOAD_AGAIN)
     return tuple(folder / name for name in headers)
+
+
+def _find_variant(folder: Path, stem: str) -> str | None:
+    """Return the stem of the files in the one precision that diffusers saved, as `STEM.fp16`. Raises
+    CheckpointError for several.
+    """
+    name = re.compile(rf"({re.escape(stem)}\.\w+)(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    matches = [name.fullmatch(path.name) for path in disk.list_folder(folder)]
+    stems = sorted({match[1] for match in matches if match})
+    if len(stems) > 1:
+        raise CheckpointError(
+            f"holds several variants: {' and '.join(stems)}",
+            where=str(folder),
+            hint="move all but one elsewhere",
+        )
+    return stems[0] if stems else None
 
 
 def load_json(path: Path) -> dict[str, object]:
@@ -219,10 +258,10 @@ def _find_official(root: Path) -> Layout:
 def _find_diffusers(root: Path) -> Layout:
     layout = Layout("diffusers", root)
     index = load_json(root / "model_index.json")
-    if index.get("_class_name") not in PIPELINES:
-        layout.pipeline = str(index.get("_class_name"))
+    if (pipeline := str(index.get("_class_name") or "nameless pipeline")) not in PIPELINES:
+        layout.pipeline = pipeline
     experts: Mapping[Role, Path] = {"transformer": root / "transformer"}
-    if index.get("transformer_2", [None, None]) != [None, None]:
+    if index.get("transformer_2") not in (None, [None, None]):
         experts = {"high_noise": root / "transformer", "low_noise": root / "transformer_2"}
         layout.boundary = _read_boundary(index, root / "model_index.json")
     _add_experts(layout, experts)

@@ -22,6 +22,7 @@ from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
     Layout,
     detect_layout,
+    find_remains,
     find_tokenizer,
     list_weight_files,
     load_json,
@@ -165,7 +166,7 @@ def find_in_folder(root: Path) -> SingleFiles:
                 transformers[0][1].refusal, where=str(transformers[0][0]), hint=transformers[0][1].hint
             )
         raise CheckpointError(
-            "no Wan transformer in this folder",
+            f"no Wan transformer in this folder{find_damage(root)}",
             where=str(root),
             hint="give an official or a diffusers folder, or the transformer's file",
         )
@@ -196,6 +197,17 @@ def _recognize_folder(root: Path, exclude: Path | None = None) -> list[tuple[Pat
         except (CheckpointError, Unreadable):
             continue
     return networks
+
+
+def find_damage(root: Path) -> str:
+    """Say which files of a folder of single files cannot be read, and why; empty if there is none."""
+    damage = ""
+    for path in list_weight_files(root):
+        try:
+            recognize_file(path)
+        except (CheckpointError, Unreadable) as error:
+            damage += f"; {path.name} is there, and cannot be read: {error.message}"
+    return damage + find_remains(root)
 
 
 def _find_matching(

@@ -118,6 +118,23 @@ def test_a_tokenizer_json_is_refused_by_its_name(tmp_path: Path) -> None:
     assert "spiece.model" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        ("<!doctype html>", "a web page"),
+        ("Entry not found", "it begins with 'Entry not found'"),
+        ("", "the file is empty"),
+    ],
+)
+def test_what_a_server_sends_in_place_of_a_tokenizer_is_named(
+    tmp_path: Path, content: str, what: str
+) -> None:
+    (tmp_path / "spiece.model").write_text(content)
+    with pytest.raises(CheckpointError, match=what):
+        Tokenizer(tmp_path / "spiece.model")
+
+
 def test_the_tokenizer_of_another_encoder_is_refused() -> None:
     tokenizer = Tokenizer(SPIECE)
     tokenizer.check_vocabulary(384, "tiny")

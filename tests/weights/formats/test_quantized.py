@@ -318,6 +318,14 @@ def test_metadata_promises_a_scale(original: State, tmp_path: Path):
         read_packed([path])
 
 
+def test_one_matrix_without_a_scale_among_its_like_is_refused(original: State, tmp_path: Path):
+    entries = scaled(original, {"scale_weight": None})
+    del entries["scaled_fp8"]
+    path = save_tensors(tmp_path / "a.safetensors", entries)
+    with pytest.raises(CheckpointError, match=f"{LAYER}.weight is scaled fp8, but its scale is missing"):
+        read_packed([path])
+
+
 def test_a_scale_of_one_beside_a_float_weight_changes_nothing(original: State, tmp_path: Path):
     path = save_tensors(tmp_path / "m.safetensors", original | {f"{LAYER}.scale_weight": torch.ones(1)})
     assert torch.equal(

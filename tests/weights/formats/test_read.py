@@ -27,6 +27,7 @@ from wancli.weights.formats.key_mapping import (
     umt5_to_transformers,
     vae_from_diffusers,
 )
+from wancli.weights.formats.pickle_header import read_pickle_header
 from wancli.weights.formats.read import iterate_tensors, read_packed
 from wancli.weights.loader import load_into, load_transformer, load_vae
 
@@ -128,7 +129,9 @@ def test_a_vae_saved_by_diffusers_decodes_the_same_video(diffusers_folder: Path)
 @pytest.mark.parametrize(
     ("index", "what"),
     [
-        ({"_class_name": "WanImageToVideoPipeline"}, "WanImageToVideoPipeline"),
+        ({"_class_name": "WanVACEPipeline"}, "WanVACEPipeline"),
+        ({"_class_name": ["WanPipeline"]}, "this is a .*WanPipeline"),
+        ({"_class_name": None, "transformer_2": None}, "nameless pipeline"),
         (
             {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]},
             "transformer_2",
@@ -252,12 +255,36 @@ def test_a_truncated_pth_is_refused(tiny: Path, tmp_path: Path, keep: int):
         list(iterate_tensors([path]))
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(1)], {"state_dict": {"weight": torch.zeros(1)}}, 7])
-def test_a_pth_of_anything_but_named_tensors_is_refused(tmp_path: Path, content: object):
+ONE = {"weight": torch.ones(2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([torch.zeros(1)], "does not hold a plain state dict"),
+        (7, "does not hold a plain state dict"),
+        (ONE | {"step": 5}, "does not hold a plain state dict: 'step' is a int"),
+        (ONE | {"x": None}, "'x' is a NoneType"),
+        ({"model": {"inner": ONE}}, "'model' is a dict"),
+        ({"generator": ONE, "generator_ema": ONE, "step": 3}, "2 state dicts: 'generator', 'generator_ema'"),
+    ],
+)
+def test_a_pth_of_anything_but_named_tensors_is_refused(tmp_path: Path, content: object, what: str):
     path = tmp_path / "odd.pth"
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"odd.pth: not a plain table"):
-        list(iterate_tensors([path]))
+    for read in (lambda: list(iterate_tensors([path])), lambda: read_pickle_header(path)):
+        with pytest.raises(CheckpointError, match=f"odd.pth: .*{what}"):
+            read()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "module", "generator_ema"])
+def test_the_one_state_dict_of_a_trainer_is_read(tmp_path: Path, key: str):
+    path = tmp_path / "nested.pth"
+    torch.save({key: ONE, "epoch": 3, "optimizer": {"lr": 0.1}, "scheduler": None}, path)
+    ((name, tensor),) = iterate_tensors([path])
+    assert name == "weight"
+    assert torch.equal(tensor, ONE["weight"])
+    assert read_pickle_header(path)["weight"].shape == (2, 3)
 
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path):

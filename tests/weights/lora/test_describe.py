@@ -189,3 +189,9 @@ def test_the_keys_of_a_text_encoder_are_counted_and_quoted(tmp_path: Path) -> No
 def test_half_a_change_is_shown_with_what_is_wrong(tmp_path: Path) -> None:
     entries: Entries = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": ("BF16", (32, D))}
     assert only(write(tmp_path / "a.safetensors", entries)).refusal.endswith("has no up to go with it")
+
+
+def test_a_factor_without_axes_is_shown_with_what_is_wrong(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {"blocks.0.self_attn.q.lora_A.weight": ("F32", ())})
+    assert (lora(path).ranks, lora(path).targets) == ((), 1)
+    assert "no up to go with it" in lora(path).refusal

@@ -166,6 +166,56 @@ def test_a_configuration_of_dora_is_refused(tmp_path: Path) -> None:
         read_lora_file(path)
 
 
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        *(({"init_lora_weights": start}, "PEFT changed first") for start in ("pissa", "pissa_niter_16")),
+        *(({"init_lora_weights": start}, "PEFT changed first") for start in ("olora", "corda", "loftq")),
+        ({"peft_type": "ADALORA"}, "peft_type = 'ADALORA'"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    ],
+    ids=str,
+)
+def test_a_method_whose_matrices_are_not_what_is_added_is_refused(
+    tmp_path: Path, said: dict[str, Any], what: str
+) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4} | said
+    path = write(tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(CheckpointError, match=what):
+        read_lora_file(path)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_that_leaves_the_weights_of_the_model_is_applied(tmp_path: Path, start: object) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": start}
+    path = write(tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    assert coverage_of(path).scales == (2.0,)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.head.head.weight",
+        "base_model.model.head.head.modules_to_save.default.weight",
+        "base_model.model.blocks.0.ffn.0.base_layer.weight",
+        "diffusion_model.blocks.2.norm3.bias",
+        "transformer.blocks.1.attn1.to_out.0.weight",
+        "diffusion_model.blocks.0.modulation",
+        "transformer.scale_shift_table",
+    ],
+)
+def test_a_weight_that_is_replaced_is_refused(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a.safetensors", {}, {key: torch.ones(4)})
+    with pytest.raises(CheckpointError, match=f"{re.escape(key)} replaces a weight of the model"):
+        read_lora_file(path)
+
+
+def test_a_model_is_no_lora(tmp_path: Path) -> None:
+    path = save_tensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in SHAPES})
+    with pytest.raises(CheckpointError, match="this is a model and no LoRA"):
+        read_lora_file(path)
+
+
 def test_matrices_that_the_header_calls_quantized_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"_quantization_metadata": "{}"})
     with pytest.raises(CheckpointError, match="_quantization_metadata says that its matrices are quantized"):
@@ -242,9 +292,16 @@ def test_keys_behind_any_prefix_are_read(tmp_path: Path, layer: str) -> None:
     assert lora.coverage.unused == 0
 
 
-def test_a_compiled_block_is_the_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        "diffusion_model.blocks.1._orig_mod.ffn.0",
+        "_fsdp_wrapped_module.blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module.ffn.0",
+        "lora_unet_blocks_1__checkpoint_wrapped_module_ffn_0",
+    ],
+)
+def test_a_wrapped_block_is_the_block(tmp_path: Path, key: str) -> None:
     down, up = factors("blocks.1.ffn.0")
-    key = "diffusion_model.blocks.1._orig_mod.ffn.0"
     path = save_tensors(
         tmp_path / "a.safetensors", {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     )

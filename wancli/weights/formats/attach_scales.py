@@ -13,7 +13,9 @@ and `_quantization_metadata` in a safetensors header, which says the same as X.c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,7 @@ REFUSED_DTYPES = {
     torch.uint8: "4-bit integers or nvfp4",
     torch.float8_e8m0fnu: "mxfp8",
 }
+_NUMBER = re.compile(r"\.\d+\.")  # of a block
 MAX_CONFIG = 4096  # bytes of a .comfy_quant
 USE_OTHER_PRECISION = "use the bf16, fp16, fp8 or GGUF version of this checkpoint"
 
@@ -81,8 +84,16 @@ def attach_scales(entries: Mapping[str, RawEntry], formats: Mapping[str, str]) -
     formats |= _read_formats(entries)
     for layer, format_name in formats.items():
         _refuse_format(layer, format_name, entries[f"{layer}.weight"])
+    scaled = {
+        _any_block(name.removesuffix(ending))
+        for name in entries
+        for ending in SCALES
+        if name.endswith(ending)
+    }
     return {
-        name: entry.value if isinstance(entry.value, Packed) else _pack_entry(name, entry, entries, formats)
+        name: entry.value
+        if isinstance(entry.value, Packed)
+        else _pack_entry(name, entry, entries, formats, scaled)
         for name, entry in entries.items()
         if name != MARKER
         and not is_tokenizer(name)
@@ -90,14 +101,23 @@ def attach_scales(entries: Mapping[str, RawEntry], formats: Mapping[str, str]) -
     }
 
 
+def _any_block(layer: str) -> str:
+    """Return the name that a layer shares with its counterparts in other blocks."""
+    return _NUMBER.sub(".#.", layer)
+
+
 def _pack_entry(
-    name: str, entry: RawEntry, entries: Mapping[str, RawEntry], formats: Mapping[str, str]
+    name: str,
+    entry: RawEntry,
+    entries: Mapping[str, RawEntry],
+    formats: Mapping[str, str],
+    scaled: AbstractSet[str],
 ) -> Packed:
     data, layer = entry.tensor(name), name.removesuffix(".weight")
     scale = _read_scale(layer, entries, tuple(data.shape)) if layer != name else None
     shape = tuple(data.shape)
     if data.dtype in FP8:
-        promised = layer in formats or (MARKER in entries and data.dim() == 2)
+        promised = layer in formats or (MARKER in entries and data.dim() == 2) or _any_block(layer) in scaled
         if promised and scale is None:
             raise CheckpointError(
                 f"{name} is scaled fp8, but its scale is missing", where=str(entry.file), hint=DOWNLOAD_AGAIN

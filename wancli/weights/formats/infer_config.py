@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from wancli.errors import CheckpointError
 from wancli.models.config import CLIPConfig, T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.models.variants import NAMES_BY_WIDTH
+from wancli.models.variants import RELEASED
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
@@ -24,6 +24,8 @@ SUPPORTED_HINT = (
     "or TI2V-5B of Wan 2.2"
 )
 CLIP_HEAD_DIM = 80
+# What config.json may say and no tensor shows: whole attention, patches of 2x2.
+FIXED = {"patch_size": [1, 2, 2], "window_size": [-1, -1]}
 
 # Part of a tensor name -> the model that has it; the first hit names the checkpoint.
 OTHER_MODELS = {
@@ -95,8 +97,9 @@ def infer_transformer_config(
     Raises CheckpointError if config.json disagrees with the tensors, and if it has no head count and the
     width is not a multiple of 128.
     """
+    config_json = {key: value for key, value in config_json.items() if value is not None}
     for key, value in sizes.items():
-        if config_json.get(key, value) not in (value, None):
+        if config_json.get(key, value) != value:
             raise CheckpointError(
                 f"config.json says {key} = {config_json[key]}, the tensors say {value}",
                 where=where,
@@ -106,24 +109,37 @@ def infer_transformer_config(
     usual_heads = dim / head_dim if isinstance(head_dim, int) and head_dim > 0 else dim / USUAL_HEAD_DIM
     heads = config_json.get("num_heads", usual_heads)
     eps, text_len = config_json.get("eps", WanConfig.eps), config_json.get("text_len", WanConfig.text_len)
-    if not isinstance(heads, int | float) or heads != int(heads) or heads < 1:
+    if isinstance(heads, bool) or not isinstance(heads, int | float) or not 1 <= heads < math.inf:
+        raise CheckpointError(
+            f"num_heads is {heads!r}, and it is a whole number from 1 up",
+            where=where,
+            hint="correct num_heads in config.json, or `heads` in the job's `model`",
+        )
+    if heads != int(heads):
         raise CheckpointError(
             f"the number of heads is unknown: the width {sizes['dim']} is not a multiple of {USUAL_HEAD_DIM}",
             where=where,
             hint="put num_heads into the folder's config.json, or say `heads` in the job's `model`",
         )
-    only_head_dim = USUAL_HEAD_DIM if dim in NAMES_BY_WIDTH else config_json.get("attention_head_dim")
+    is_released = (dim, sizes["ffn_dim"], sizes["num_layers"]) in {key[:3] for key in RELEASED}
+    only_head_dim = USUAL_HEAD_DIM if is_released else config_json.get("attention_head_dim")
     if only_head_dim is not None and dim / heads != only_head_dim:
         raise CheckpointError(
             f"{int(heads)} heads do not make up the width {dim}: each has {only_head_dim} numbers",
             where=where,
             hint="correct num_heads in config.json, or `heads` in the job's `model`",
         )
-    if not isinstance(eps, float) or text_len != WanConfig.text_len:
+    if not isinstance(eps, float) or not 0 < eps < 1 or text_len != WanConfig.text_len:
         raise CheckpointError(
             f"config.json says eps = {eps}, text_len = {text_len}; Wan has 1e-06 and 512",
             where=where,
         )
+    for key, only in FIXED.items():
+        if config_json.get(key, only) != only:
+            raise CheckpointError(
+                f"config.json says {key} = {config_json[key]}; wancli computes {only}, as all models of Wan",
+                where=where,
+            )
     try:
         return WanConfig(**sizes, num_heads=int(heads), eps=eps)
     except ValueError as error:

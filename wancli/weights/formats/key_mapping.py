@@ -81,6 +81,10 @@ UMT5_BLOCK_TO_TRANSFORMERS = {
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
 
+COMPILED = "_orig_mod"
+# Modules that torch wraps around others: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, .. in int64, of older files of transformers
 # CLIP's vision tower. The three matrices of an attention layer are one in the official layout.
 CLIP_FROM_TRANSFORMERS = {
@@ -117,8 +121,10 @@ _LAYERS_PER_STAGE = {"down": 3, "up": 4}  # two or three residual blocks and wha
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a tensor had before torch.compile wrapped its network, or blocks of it."""
-    return name.replace("_orig_mod.", "")
+    """Return the name that a tensor had before torch wrapped its network, or blocks of it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(f"{wrapper}.", "")
+    return name
 
 
 def is_tokenizer(name: str) -> bool:

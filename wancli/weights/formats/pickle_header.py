@@ -13,11 +13,13 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wancli.errors import CheckpointError
 from wancli.storage import disk
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo, open_weights
+
+Tensor = TypeVar("Tensor")
 
 _DTYPES = {
     "FloatStorage": "F32",
@@ -54,14 +56,32 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
                 )
             text = archive.read(entry)
         _check_memo(text)
-        tensors = _Headers(io.BytesIO(text)).load()
-        if not isinstance(tensors, dict) or not all(
-            isinstance(info, TensorInfo) for info in tensors.values()
-        ):
-            raise CheckpointError("does not hold a plain state dict", where=str(path), hint=RESAVE_HINT)
+        return unwrap_state_dict(_Headers(io.BytesIO(text)).load(), TensorInfo, path)
     except _PICKLE_ERRORS as error:
         raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=RESAVE_HINT) from None
-    return tensors
+
+
+def unwrap_state_dict(document: object, tensor: type[Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the one table of tensors that a .pth holds: itself, or in a trainer's dict, as `state_dict`.
+
+    Raises CheckpointError for none, for several, and for a table that holds something else, too.
+    """
+
+    def is_table(value: object) -> bool:
+        return isinstance(value, dict) and bool(value) and all(isinstance(v, tensor) for v in value.values())
+
+    entries: dict[str, Any] = document if isinstance(document, dict) else {}
+    if document == {} or is_table(document):
+        return entries
+    tables = [key for key, value in entries.items() if is_table(value)]
+    if len(tables) == 1 and not any(isinstance(value, tensor) for value in entries.values()):
+        return {**entries[tables[0]]}
+    what = "does not hold a plain state dict"
+    if tables:
+        what = f"holds {len(tables)} state dicts: {', '.join(map(repr, tables))}"
+    elif other := next((key for key, value in entries.items() if not isinstance(value, tensor)), None):
+        what += f": {other!r} is a {type(entries[other]).__name__}"
+    raise CheckpointError(what, where=str(path), hint=RESAVE_HINT)
 
 
 def check_zip(archive: zipfile.ZipFile, path: Path) -> None:

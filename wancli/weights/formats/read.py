@@ -19,7 +19,7 @@ from wancli.weights.formats.attach_scales import USE_OTHER_PRECISION, RawEntry, 
 from wancli.weights.formats.key_mapping import POSITION_IDS, plain_name
 from wancli.weights.formats.mapped_file import map_file, view_tensor
 from wancli.weights.formats.packed import Packed
-from wancli.weights.formats.pickle_header import check_zip
+from wancli.weights.formats.pickle_header import check_zip, unwrap_state_dict
 from wancli.weights.formats.quant_schemes import MARKER
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, open_weights
 
@@ -185,9 +185,7 @@ def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
                 hint="use the .safetensors or .gguf version of this file, or add swap",
             ) from error
         raise CheckpointError(f"damaged: {error}", where=str(path), hint=DOWNLOAD_AGAIN) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("not a plain table of named tensors", where=str(path), hint=DOWNLOAD_AGAIN)
-    yield from state.items()
+    yield from unwrap_state_dict(state, Tensor, path).items()
 
 
 def _check_zip(path: Path) -> None:

@@ -6,8 +6,10 @@ network make one TensorIndex.
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Literal, TypeAlias
 from wancli.errors import CheckpointError, Unreadable
 from wancli.storage import disk, links
 from wancli.weights.formats import safetensors_header
-from wancli.weights.formats.key_mapping import is_tokenizer, plain_name
+from wancli.weights.formats.key_mapping import COMPILED, is_tokenizer, plain_name
 from wancli.weights.formats.pickle_header import read_pickle_header
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, Header, TensorInfo, open_weights
 
@@ -36,10 +38,12 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffi
 MAGICS = (b"GGUF", b"PK\x03\x04")  # first bytes of a GGUF file, and of a .pth that torch.save wrote
 # What download programs keep beside a file of full size until all of it has arrived.
 CONTROL_FILES = {".aria2": "aria2", ".st": "axel", ".lftp-pget-status": "lftp"}
-# First bytes -> a description of a file that is not weights, and a hint.
+FIRST_BYTES = 64  # no header of weights is text that far
+PRINTABLE = frozenset(string.printable.encode())
+# First bytes, in lower case -> a description of a file that is not weights, and a hint.
 NOT_WEIGHT_FILES = {
     b"version https://git-lfs": ("a Git LFS pointer, not the weights", "run `git lfs pull` in its folder"),
-    b"<!DOCTYPE": ("a web page, not the weights", DOWNLOAD_AGAIN),
+    b"<!doctype": ("a web page, not the weights", DOWNLOAD_AGAIN),
     b"<html": ("a web page, not the weights", DOWNLOAD_AGAIN),
     b"\x80\x02": (
         "a bare pickle of old PyTorch, which wancli does not open",
@@ -99,7 +103,7 @@ def read_index(paths: Sequence[Path]) -> TensorIndex:
             gguf = gguf_header.read_header(path)
             tensors = dict(gguf.tensors)
             metadata |= {key: v if isinstance(v, str) else "" for key, v in gguf.values.items()}
-        compiled |= any(name != plain_name(name) for name in tensors)
+        compiled |= any(f"{COMPILED}." in name for name in tensors)
         tensors = {plain_name(name): info for name, info in tensors.items()}
         if twice := sorted(all_tensors.keys() & tensors.keys()):
             raise CheckpointError(f"{twice[0]} is in another shard too", where=str(path), hint=DOWNLOAD_AGAIN)
@@ -115,10 +119,8 @@ def detect_container(path: Path) -> Container:
     """
     check_complete(path)
     with open_weights(path) as file:
-        first, size = file.read(32), os.fstat(file.fileno()).st_size
-    for magic, (what, hint) in NOT_WEIGHT_FILES.items():
-        if first.startswith(magic):
-            raise CheckpointError(f"this is {what}", where=str(path), hint=hint)
+        first, size = file.read(FIRST_BYTES), os.fstat(file.fileno()).st_size
+    refuse_text(path, first)
     if first.startswith(b"GGUF"):
         return "gguf"
     if first.startswith(b"PK\x03\x04"):
@@ -127,6 +129,19 @@ def detect_container(path: Path) -> Container:
         return "safetensors"
     suffixes = (name.suffix.lower() for name in links.list_names(path))
     return next((BY_SUFFIX[suffix] for suffix in suffixes if suffix in BY_SUFFIX), "safetensors")
+
+
+def refuse_text(path: Path, first: bytes) -> None:
+    """Raise CheckpointError for a file that begins like what a server sends in place of a file of weights."""
+    text = first.removeprefix(codecs.BOM_UTF8).lstrip()
+    for magic, (what, hint) in NOT_WEIGHT_FILES.items():
+        if text.lower().startswith(magic):
+            raise CheckpointError(f"this is {what}", where=str(path), hint=hint)
+    if text and all(byte in PRINTABLE for byte in text):
+        line = text.decode("ascii").splitlines()[0]
+        raise CheckpointError(
+            f"this is a text, not the weights: it begins with {line!r}", where=str(path), hint=DOWNLOAD_AGAIN
+        )
 
 
 @disk.reading_weights()

@@ -72,7 +72,9 @@ def describe_lora(contents: TensorIndex) -> LoraInfo:
         targets=len(modules),
         layers=tuple(sorted(Counter(map(_layer_kind, modules)).items())),
         blocks=len({block_index(module) for module in modules} - {None}),
-        ranks=tuple(sorted({tensors[n].shape[0] for n, p in targets.items() if p.part in RANKED})),
+        ranks=tuple(
+            sorted({n for name, p in targets.items() if p.part in RANKED for n in tensors[name].shape[:1]})
+        ),
         alphas=tuple(sorted({*_read_alphas(contents, targets), *declared})),
         config=lora_file.config.name if lora_file and lora_file.config else "",
         width=_infer_width(tensors, targets),

@@ -22,7 +22,14 @@ from wancli.weights.formats.numbers import decode_numbers
 from wancli.weights.formats.quant_schemes import MARKER
 from wancli.weights.formats.safetensors_header import Header, TensorInfo, read_header
 from wancli.weights.formats.tensor_index import check_complete
-from wancli.weights.lora.key_mapping import REFUSED, detect_style, module_name, parameter_name, parse_keys
+from wancli.weights.lora.key_mapping import (
+    REFUSED,
+    detect_style,
+    is_whole_weight,
+    module_name,
+    parameter_name,
+    parse_keys,
+)
 from wancli.weights.lora.scaling import Scaling, read_scaling
 
 Kind: TypeAlias = Literal["full", "low-rank", "loha", "lokr"]
@@ -122,6 +129,8 @@ def read_lora_file(path: Path) -> LoraFile:
             key for part, key in parts.items() if key not in used and not (module_changes and part == "alpha")
         ]
         changes += module_changes
+    if whole := next(filter(is_whole_weight, unknown), None):
+        raise _whole_weight_error(path, whole, alone=not changes)
     changed = {module_name(change.name) for change in changes}
     _refuse_leftover(path, unknown, {t.stem for t in targets.values() if t.module in changed})
     ranked = [change for change in changes if change.rank]
@@ -249,6 +258,21 @@ def _refuse_leftover(path: Path, unknown: Sequence[str], stems: AbstractSet[str]
                 where=str(path),
                 hint=QUANTIZED_HINT if scaled else APPLIED_HINT,
             )
+
+
+def _whole_weight_error(path: Path, key: str, *, alone: bool) -> CheckpointError:
+    """Return the error for a weight that is no change of one; `alone` in a file without any change."""
+    if alone:
+        return CheckpointError(
+            f"holds whole weights, as {key}, and no change of one: this is a model and no LoRA",
+            where=str(path),
+            hint="Name it in the job's `model`.",
+        )
+    return CheckpointError(
+        f"{key} replaces a weight of the model, and wancli only adds changes to weights",
+        where=str(path),
+        hint="Save it as its difference from the model's weight, with .diff in place of .weight.",
+    )
 
 
 def _pattern_notes(scaling: Scaling, names: Mapping[str, tuple[str, ...]]) -> list[str]:

@@ -10,8 +10,8 @@ Every tool names the same matrix its own way:
     lora_unet__blocks_0_self_attn_q.lora_down.weight           Wan-Fun
     lycoris_blocks_0_attn1_to_q.hada_w1_a                      LyCORIS
 
-The prefix may be any other, too, as in a checkpoint; those that kohya flattens are listed. torch.compile's
-`_orig_mod` is no part of a name.
+The prefix may be any other, too, as in a checkpoint; those that kohya flattens are listed. The wrappers of
+torch, as `_orig_mod`, are no part of a name.
 
 An underscore separates words and is part of them (`cross_attn_k_img`), so no name is ever split at
 one: a module is looked up, its dots turned into underscores, among all modules of the transformer
@@ -29,6 +29,7 @@ from wancli.weights.formats.key_mapping import (
     IMAGE_BLOCK_FROM_DIFFUSERS,
     IMAGE_FROM_DIFFUSERS,
     TRANSFORMER_FROM_DIFFUSERS,
+    WRAPPERS,
 )
 from wancli.weights.formats.quant_schemes import HELPERS
 from wancli.weights.formats.tensor_index import OTHER_NETWORKS
@@ -51,7 +52,7 @@ PREFIXES = {
     "pipe_dit_": "DiffSynth",
 }
 BARE = "bare"
-COMPILED = re.compile(r"(?:^|(?<=[._]))_orig_mod[._]")
+_WRAPPER = re.compile(rf"(?:^|(?<=[._]))(?:{'|'.join(WRAPPERS)})[._]")
 # Before the blocks of networks that are no transformer of Wan.
 _FOREIGN = (*OTHER_NETWORKS, "text_encoder", "te_", "lora_te", "controlnet", "vace", "lora_vace")
 _BEHIND_ANY_PREFIX = re.compile(r"(?P<prefix>(?:[\w-]+\.)*?|lora_[a-z0-9]+_)(?P<module>blocks[._]\d.*)")
@@ -84,6 +85,8 @@ REFUSED = {
 
 _KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{part}>{end})" for part, end in PARTS.items()) + ")")
 _REFUSED = {what: re.compile(rf"(?P<module>.+?)(?:{end})") for what, end in REFUSED.items()}
+# What PEFT has inside a module that it replaces, or that it changes.
+_WHOLE = re.compile(r"\.(?:modules_to_save|original_module|base_layer)(?:\.\w+)??(?=\.(?:weight|bias)$)")
 _BLOCK = re.compile(r"blocks_(\d{1,4})_(.+)")
 
 
@@ -128,6 +131,19 @@ def parse_key(key: str) -> LoraTarget | None:
     """Return the target of a key; None if it names nothing of a Wan transformer."""
     module, part = _split_key(key)
     return _resolve_target(module, part) if part else None
+
+
+def is_whole_weight(key: str) -> bool:
+    """Return whether a tensor of this name replaces a parameter of a Wan transformer, as PEFT saves
+    `modules_to_save`.
+    """
+    if _split_key(key)[1]:
+        return False
+    stem, _, last = _WHOLE.sub("", key).rpartition(".")
+    if last not in ("weight", "bias"):
+        stem = key
+    target = _resolve_target(stem, "")
+    return target is not None and (stem != key or parameter_name(target.module, bias=False) == target.module)
 
 
 def is_change_key(key: str) -> bool:
@@ -193,7 +209,7 @@ def _split_key(key: str) -> tuple[str, str]:
 
 def _resolve_target(stem: str, part: str) -> LoraTarget | None:
     style = None
-    written = COMPILED.sub("", stem)
+    written = _WRAPPER.sub("", stem)
     while prefix := next((prefix for prefix in PREFIXES if written.startswith(prefix)), None):
         style = style or PREFIXES[prefix]
         written = written.removeprefix(prefix)

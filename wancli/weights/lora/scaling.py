@@ -28,6 +28,9 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers', in the file
 CONFIG_KEY = "lora_config"  # finetrainers', in the file
 ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha")
 BAKED_KEY = "ss_network_alpha"
+METHODS = ("LORA", "LOHA", "LOKR")  # peft_type
+# Values of init_lora_weights with which PEFT takes the untrained product off the model's weights.
+SUBTRACTED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What makes matching take exponentially long: a repeated group, or many repetitions.
 _COSTLY = re.compile(r"\)[*+{]|(?:[*+}].*){5}", re.DOTALL)
 _PLAIN = re.compile(r"[\w.]+")
@@ -134,6 +137,7 @@ def _parse_config(
         settings = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
         if settings.get("use_dora") is True:
             raise CheckpointError("says use_dora; wancli does not apply DoRA", where=where)
+        _refuse_other_methods(settings, where)
         # LoHa and LoKr say alpha.
         alpha = settings["lora_alpha"] if "lora_alpha" in settings else settings["alpha"]
         return Scaling(
@@ -147,6 +151,23 @@ def _parse_config(
         )
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"says no usable lora_alpha and r: {error!r}", where=where) from None
+
+
+def _refuse_other_methods(settings: Mapping[str, object], where: str) -> None:
+    """Raise CheckpointError for a method whose matrices are not what is added to the model's weights."""
+    if (method := settings.get("peft_type", "LORA")) not in METHODS:
+        raise CheckpointError(
+            f"says peft_type = {method!r}; wancli applies {', '.join(METHODS)}", where=where
+        )
+    if settings.get("layer_replication"):
+        raise CheckpointError("says layer_replication; wancli does not repeat blocks", where=where)
+    start = str(settings.get("init_lora_weights", "")).lower()
+    if start.startswith(SUBTRACTED):
+        raise CheckpointError(
+            f"says init_lora_weights = {start!r}: its matrices belong to weights that PEFT changed first",
+            where=where,
+            hint="Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA.",
+        )
 
 
 def _parse_pattern(settings: Mapping[str, object], key: str) -> dict[str, float]:

@@ -140,7 +140,7 @@ def test_a_config_that_disagrees_with_the_tensors_is_refused_naming_both(folder:
 
 
 @pytest.mark.parametrize(
-    ("heads", "message"), [(7, "does not split into 7 heads"), ("two", "heads is unknown")]
+    ("heads", "message"), [(7, "does not split into 7 heads"), ("two", "num_heads is 'two'")]
 )
 def test_a_head_count_that_cannot_be_is_refused(folder: Path, heads: object, message: str):
     edit_json(folder / "config.json", num_heads=heads)

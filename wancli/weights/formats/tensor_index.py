@@ -166,7 +166,7 @@ def begins_safetensors(first: bytes, size: int) -> bool:
 def is_safetensors(path: Path) -> bool:
     """Return whether a file is a safetensors file, by its first bytes, or else its names."""
     names = (name.suffix.lower() for name in links.list_names(path))
-    return detect_container(path) == "safetensors" and (looks_like_weights(path) or ".safetensors" in names)
+    return (looks_like_weights(path) or ".safetensors" in names) and detect_container(path) == "safetensors"
 
 
 def looks_like_weights(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_cases import load
 from jobs import (
     KEPT,
     T5,
@@ -32,8 +33,11 @@ from wancli.engine import picture_stage
 from wancli.errors import ErrorCapture, ShotError
 from wancli.models import given_frames
 from wancli.models.clip import CLIPVision
+from wancli.models.dit import lerp
+from wancli.models.given_frames import GivenFrames
 from wancli.models.vae22 import WanVAE22
 from wancli.report.html.rerun_job import build_job
+from wancli.sampling.solvers import build_sigma_schedule
 from wancli.storage import manifest
 from wancli.video import mp4
 from wancli.weights.checkpoint import identify
@@ -80,10 +84,17 @@ def case_keys(of: str, name: str) -> dict[str, Any]:
     case, prompts = reference["cases"][name], reference["prompts"]
     guidance = case["cfg"] if "cfg" in case else {"high": case["cfg_high"], "low": case["cfg_low"]}
     image = {"first": str(PICTURE)} | ({"last": str(LAST)} if "last_image" in case else {})
+    inject = []
+    if rule := case.get("inject"):
+        (first, last), (start, end) = rule["blocks"], rule["steps"]
+        kept = {key: rule[key] for key in ("branch", "blend", "strength")}
+        where = {"blocks": f"{first}-{last}", "steps": f"{start}-{end - 1}"}
+        inject = [{"prompt": prompts["injection"]} | kept | where]
     return {
         "prompt": prompts["main"], "negative": prompts["negative"], "seed": case["seed"], "image": image,
         "sampler": {key: case[key] for key in ("solver", "steps", "shift")} | {"guidance": guidance},
         "frames": case["frames"], "size": {"area": case["max_area"]}, "text": {"max_tokens": 512},
+        "inject": inject,
     }  # fmt: skip
 
 
@@ -95,6 +106,10 @@ def case_keys(of: str, name: str) -> dict[str, Any]:
         ("wan21-i2v-tiny", "dpmpp_cfg5", "stretch", ["first"]),
         ("wan21-flf2v-tiny", "unipc_cfg55", "stretch", ["first", "last"]),
         ("wan22-i2v-tiny", "unipc_pair", "stretch", ["first"]),
+        ("wan22-ti2v-tiny", "inject_cond_steps", "crop", ["first"]),
+        ("wan21-i2v-tiny", "inject_cond_27_39", "stretch", ["first"]),
+        ("wan21-flf2v-tiny", "inject_cond_27_39", "stretch", ["first", "last"]),
+        ("wan22-i2v-tiny", "inject_cond_steps", "stretch", ["first"]),
     ],
 )
 def test_a_job_with_pictures_gives_the_latents_of_the_official_code(
@@ -112,6 +127,155 @@ def test_a_job_with_pictures_gives_the_latents_of_the_official_code(
         assert (picture["preprocess"], picture["fit"]) == ("official", fit)
     assert [phase["name"] for phase in record["phases"]][:2] == ["encode", "pictures"]
     assert {"encode", "sample", "decode", "pictures"} == {phase["name"] for phase in record["predicted"]}
+
+
+@pytest.fixture
+def i2v(tmp_path: Path) -> Path:
+    return official_folder(tmp_path / "i2v", "wan21-i2v-tiny")
+
+
+@torch.inference_mode()
+def sample_by_hand(rule: dict[str, Any], sampler: dict[str, Any]) -> torch.Tensor:
+    """Euler steps written out, on what the official code gives for texts, frames and CLIP of both pictures.
+
+    `rule` has its blocks and steps as first and last number.
+    """
+    of = load_file(FIXTURES / "wan21-i2v-tiny/reference.safetensors")
+    both = load_file(FIXTURES / "wan21-flf2v-tiny/reference.safetensors")["clip.input+last.features"]
+    model = load(FIXTURES / "wan21-i2v-tiny")
+    own = model.project_image(of["clip.input.features"].flatten(0, -2))
+    other = model.project_image(both.view(2, 257, -1)[1])
+    if rule["gain"] != 1:
+        other = lerp(own, other, rule["gain"])
+    blended = lerp(own, other, rule["strength"])
+    given = GivenFrames(torch.cat((of["dpmpp_cfg5.mask"], of["dpmpp_cfg5.y"])))
+    schedule = build_sigma_schedule("euler", sampler["steps"], sampler["shift"])
+    x = of["dpmpp_cfg5.noise"]
+    (first, last), (start, stop) = rule["blocks"], rule["steps"]
+    for step, t in enumerate(schedule.timesteps):
+        v = {}
+        for branch, text in (("cond", "main"), ("uncond", "negative")):
+            context = model.project(of[f"context.{text}"])
+            reads = start <= step <= stop and rule["branch"] in (branch, "both")
+            mixes = [
+                ((context, 1.0), (blended if reads and first <= block <= last else own, 1.0))
+                for block in range(40)
+            ]
+            v[branch] = model(x[None], t, mixes, given)[0]
+        guided = v["uncond"] + sampler["guidance"] * (v["cond"] - v["uncond"])
+        x = x + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * guided
+    return x
+
+
+EULER = {"solver": "euler", "steps": 3, "shift": 3.0, "guidance": 2.0}
+
+
+@pytest.fixture
+def render_i2v(i2v: Path, render: Render) -> Render:
+    """Renders the frames of an official case, by Euler."""
+    keys = case_keys("wan21-i2v-tiny", "dpmpp_cfg5") | {"model": str(i2v), "sampler": EULER}
+    return lambda *options, **changes: render(*options, **keys | changes)
+
+
+@pytest.mark.parametrize(
+    ("branch", "gain", "steps"), [("cond", 1.0, [0, 2]), ("both", 1.5, [1, 1]), ("uncond", 1.0, [0, 1])]
+)
+def test_an_injected_picture_is_blended_into_what_chosen_blocks_read_of_pictures(
+    branch: str, gain: float, steps: list[int], render_i2v: Render, tmp_path: Path
+) -> None:
+    rule = {"blocks": [5, 20], "steps": steps, "strength": 0.6, "branch": branch, "gain": gain}
+    written = rule | {"image": str(LAST), "blocks": "5-20", "steps": f"{steps[0]}-{steps[1]}"}
+    said = render_i2v(inject=[written])
+    assert said.code == 0, said.err
+    assert relative_error(latents_of(tmp_path), sample_by_hand(rule, EULER)) < 5e-5
+    plain = sample_by_hand(rule | {"strength": 0.0}, EULER)
+    assert relative_error(latents_of(tmp_path), plain) > 1e-3
+    (record,) = manifest_of(tmp_path)["injection"]
+    cells = 16 * (steps[1] - steps[0] + 1)
+    reached = ["cond", "uncond"] if branch == "both" else [branch]
+    assert record["hits_by_branch"] == dict.fromkeys(reached, cells)
+    assert record["hits"] == record["planned"] == cells * len(reached)
+    assert (record["picture"]["width"], record["picture"]["cached"]) == (157, False)
+    assert "difference" not in record
+
+
+def test_prompts_and_pictures_are_injected_side_by_side_and_a_rerun_has_the_same_key(
+    render_i2v: Render, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inject = [{"image": str(LAST), "blocks": "early"}, rule(), {"image": str(PICTURE), "blocks": 39}]
+    keys = {"inject": inject, "image": {"first": str(PICTURE), "alpha": "white"}, "measure": True}
+    assert render_i2v(**keys).code == 0
+    record = manifest.read(tmp_path / "out/clip.manifest.json")
+    assert record
+    assert record.negative
+    assert record.effects
+    assert [rule.hits for rule in record.injection] == [42, 39, 3]
+    assert [rule.difference is None for rule in record.injection] == [True, False, True]
+    assert [rule.picture and rule.picture.cached for rule in record.injection] == [False, None, False]
+    cache = ["--cache-dir", tmp_path / "cache"]
+    path = write_job(tmp_path, build_job(record, "again.mp4"), "again.yaml")
+    shot = json.loads(run_wancli(capsys, "plan", path, "--json", *cache).out)["shots"][0]
+    assert shot["key"] == record.key
+    assert [rule["picture"] and Path(rule["picture"]["path"]).name for rule in shot["inject"]] == [
+        "last.png", None, "input.png"
+    ]  # fmt: skip
+    said = run_wancli(capsys, "plan", tmp_path / "job.yaml", "-v", *cache)
+    assert "inject.0  last.png, 157x111, read by CLIP as official" in said.out
+    assert "cond 0-2 image  ████" in said.out
+    changed = keys | {"inject": [{"image": str(PICTURE), "blocks": "early"}, *inject[1:]]}
+    assert "another inject.0.image" in render_i2v(**changed).err
+    report = run_wancli(capsys, "report", tmp_path / "out", *cache)
+    assert report.code == 0
+
+
+def test_an_injected_picture_is_read_by_clip_once_ever_and_a_changed_one_fails_its_shot(
+    render_i2v: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = CLIPVision.forward
+
+    def counted(self: CLIPVision, pixels_PCYX: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels_PCYX))
+        return real(self, pixels_PCYX)
+
+    monkeypatch.setattr(CLIPVision, "forward", counted)
+    mine = tmp_path / "mine.png"
+    shutil.copy(LAST, mine)
+    inject = [{"image": str(mine), "blocks": "early"}]
+    items = [{"id": "a"}, {"id": "b", "inject": [{"image": str(LAST)}], "seed": 3}]
+    assert render_i2v(items=items, inject=inject, output="out/{id}.mp4").code == 0
+    assert calls == [1, 1]
+    assert manifest_of(tmp_path, "b")["injection"][0]["picture"]["cached"] is True
+    shutil.copy(PICTURE, mine)  # as the shot's own, whose rows are known
+    said = render_i2v(inject=inject, output="out/c.mp4")
+    assert said.code == 0
+    assert calls == [1, 1]
+    assert "the injected picture is the shot's own; nothing will change" in said.err
+
+
+@pytest.mark.parametrize("of", ["wan22-i2v-tiny", "wan22-ti2v-tiny"])
+def test_models_without_image_tokens_refuse_an_injected_picture(
+    of: str, render: Render, tmp_path: Path
+) -> None:
+    said = render(model=str(official_folder(tmp_path / of, of)), inject=[{"image": str(LAST)}])
+    assert said.code == 2
+    assert "inject[0].image" in said.err
+    assert "attend to text alone, not to pictures" in said.err
+
+
+def test_flf2v_reads_an_injected_picture_in_both_places(render: Render, tmp_path: Path) -> None:
+    model = official_folder(tmp_path / "model", "wan21-flf2v-tiny")
+    keys = {"model": str(model), "sampler": EULER | {"steps": 1}, "output": "out/{id}.mp4"}
+    twice = {"first": str(PICTURE), "last": str(PICTURE)}
+    items = [
+        {"id": "plain", "image": twice},
+        {"id": "other", "image": {"first": str(PICTURE), "last": str(LAST)}},
+        {"id": "same", "image": twice, "inject": [{"image": str(PICTURE), "blend": "replace"}]},
+        {"id": "injected", "image": twice, "inject": [{"image": str(LAST), "blend": "replace"}]},
+    ]
+    assert render(items=items, **keys).code == 0
+    assert torch.equal(latents_of(tmp_path, "plain"), latents_of(tmp_path, "same"))
+    assert not torch.equal(latents_of(tmp_path, "plain"), latents_of(tmp_path, "injected"))
 
 
 def test_clip_reads_a_picture_once_ever_and_its_preprocessing_changes_the_video(

@@ -142,7 +142,9 @@ def read_pairs(
     if file.suffix in JOB_SUFFIXES:
         shots = build_plan(load(file, flags), memo).shots
         pairs = {
-            (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p) for s in shots for p in s.injected
+            (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p)
+            for s in shots
+            for p in s.injected_prompts
         }
         if not pairs:
             raise JobError("injects no prompt, so there is nothing to compare", where=str(file))

@@ -135,10 +135,9 @@ def _clip_rows(
     """Return the CLIP rows of the pictures of shots by id, on their device."""
     rows_NE = {}
     for shot in (state.shot for state in (*states, *dependents)):
-        if shot.clip_id and shot.clip_id not in rows_NE:
-            clip_NE = frames[shot.index].clip_NE
-            assert clip_NE is not None
-            rows_NE[shot.clip_id] = clip_NE.to(shot.model.device)
+        for id, clip_NE in frames[shot.index].clip_NE.items() if shot.clip_pictures else ():
+            if id not in rows_NE:
+                rows_NE[id] = clip_NE.to(shot.model.device)
     return rows_NE
 
 
@@ -167,12 +166,12 @@ def _prepare(
         state.started_at, state.unsaved_since = min(state.started_at, now), min(state.unsaved_since, now)
         if state.solver_state is None:
             state.solver_state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
-    new = [state for state in (*states, *dependents) if state.shot.injected and not state.differences]
-    pairs = {(state.shot.prompt.id, text.id): None for state in new for text in state.shot.injected}
+    new = [state for state in (*states, *dependents) if state.shot.injected_prompts and not state.differences]
+    pairs = {(state.shot.prompt.id, text.id): None for state in new for text in state.shot.injected_prompts}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
     differences = dict(zip(pairs, compare_all(embeddings, model)))
     for state in new:
-        prompt, injected = state.shot.prompt, state.shot.injected
+        prompt, injected = state.shot.prompt, state.shot.injected_prompts
         state.differences = [differences[prompt.id, text.id].as_dict() for text in injected]
 
 
@@ -231,6 +230,7 @@ def finish_latent(
         placement,
         cached={id: result.hit for id, result in encoded.items()},
         pictures=picture_stage.picture_records(shot, frames),
+        injected_pictures=picture_stage.injected_records(shot, frames),
         reads=state.reads,
         differences=state.differences,
         effects=state.effects,

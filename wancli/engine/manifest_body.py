@@ -42,6 +42,7 @@ def build_record(
     *,
     cached: Mapping[str, bool],
     pictures: Sequence[Record],
+    injected_pictures: Mapping[str, Record],
     reads: Iterable[tuple[int, str, int]],
     differences: Sequence[Record],
     effects: Sequence[Record],
@@ -53,16 +54,16 @@ def build_record(
     """Build the record of a sampled shot from its plan and from what happened.
 
     `cached` tells, by id, which prompts' embeddings had been computed before. `pictures` are the records of
-    its given frames. `reads` are the cells (step,
-    branch, block) that blocks read, `differences` those between the shot's prompt and each injected one,
-    `latent` is its sketch.
+    its given frames, `injected_pictures` by id those of the others. `reads` are the cells (step, branch,
+    block) that blocks read, `differences` those between the shot's prompt and each injected one, `latent` is
+    its sketch.
     """
     return ShotRecord(
         **_planned(shot, placement),
         prompts=[_prompt_record(prompt, cached[prompt.id]) for prompt in shot.prompts],
         encoder_loaded=not all(cached.values()),
         pictures=[*pictures],
-        injection=_rule_records(shot, reads, differences),
+        injection=_rule_records(shot, reads, differences, injected_pictures),
         loras=_lora_records(shot, loras),
         effects=list(effects),
         first_step_after=first_step_after,
@@ -208,12 +209,18 @@ def _prompt_record(prompt: Prompt, hit: bool) -> Record:
 
 
 def _rule_records(
-    shot: Shot, reads: Iterable[tuple[int, str, int]], differences: Sequence[Record]
+    shot: Shot,
+    reads: Iterable[tuple[int, str, int]],
+    differences: Sequence[Record],
+    pictures: Mapping[str, Record],
 ) -> list[Record]:
-    """Describe each rule: the planned cells, the cells that blocks read, and the distance of its prompt."""
+    """Describe each rule: the planned cells, the cells that blocks read, and the distance of its prompt, or
+    its picture.
+    """
     cells = set(reads)
     records = []
-    for index, (rule, planned) in enumerate(zip(shot.rules, shot.table.changed_cells)):
+    of_prompts = iter(differences)
+    for rule, planned in zip(shot.rules, shot.table.changed_cells):
         hits = [cell for cell in planned if cell in cells]
         records.append(
             {
@@ -228,7 +235,7 @@ def _rule_records(
                 "hits_by_step": dict(Counter(step for step, _, _ in hits)),
                 "hits_by_branch": dict(Counter(branch for _, branch, _ in hits)),
                 "hits_by_block": dict(Counter(block for _, _, block in hits)),
-                "difference": differences[index],
+                **({"picture": pictures[rule.text]} if rule.image else {"difference": next(of_prompts)}),
             }
         )
     return records

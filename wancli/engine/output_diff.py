@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from wancli.errors import EntryError
-from wancli.plan.shot import Shot
+from wancli.plan.pictures import InjectedPicture
+from wancli.plan.shot import Prompt, Shot
 from wancli.storage import manifest
-from wancli.storage.manifest_schema import ShotRecord
+from wancli.storage.manifest_schema import InjectedPictureRecord, PromptRecord, ShotRecord
 
 Difference = tuple[str, str, str]  # a key, the recorded and the new value; both empty if too long for a line
 
@@ -75,7 +76,11 @@ def _diff(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
 
 def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
     pairs = {"prompt": (record.prompt, shot.prompt)}
-    pairs |= {f"inject.{i}.prompt": pair for i, pair in enumerate(zip(record.injected, shot.injected))}
+    for i, (other, new) in enumerate(zip(record.injected, shot.injected)):
+        if isinstance(other, PromptRecord) and isinstance(new, Prompt):
+            pairs[f"inject.{i}.prompt"] = (other, new)
+        elif not _is_same_picture(other, new):
+            yield f"inject.{i}.{'prompt' if isinstance(new, Prompt) else 'image'}", "", ""
     if record.negative and shot.negative:
         pairs["negative"] = (record.negative, shot.negative)
     for key, (old, new) in pairs.items():
@@ -87,6 +92,12 @@ def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             yield "text.max_tokens", str(old.max_tokens), str(new.tokens.max_tokens)
         else:
             yield f"encoder of {key}", "", ""
+
+
+def _is_same_picture(old: PromptRecord | InjectedPictureRecord, new: Prompt | InjectedPicture) -> bool:
+    if isinstance(old, PromptRecord) or isinstance(new, Prompt):
+        return False
+    return (old.sha256, old.preprocess) == (new.source.sha256, new.read.method)
 
 
 def _diff_pictures(record: ShotRecord, shot: Shot) -> Iterator[Difference]:

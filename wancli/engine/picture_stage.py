@@ -22,7 +22,7 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.errors import EntryError, ErrorCapture
 from wancli.pictures.read import digest_pixels, read_pixels
-from wancli.plan.pictures import GivenFrame, LinkedFrame, PictureFile
+from wancli.plan.pictures import ClipPictures, GivenFrame, LinkedFrame, PictureFile
 from wancli.plan.shot import Shot
 from wancli.resources.measure import PeakMemory, oom_as_error
 from wancli.storage import records
@@ -41,14 +41,15 @@ _LABEL = "pictures"
 
 @dataclass(frozen=True)
 class EncodedFrames:
-    """The given frames of a shot on the CPU, and its CLIP rows if blocks read them.
+    """The given frames of a shot on the CPU, and by id the CLIP rows that its blocks read.
 
-    `hit`: they had been encoded before.
+    `hit`: its own pictures had been encoded before. `clip_hits` are the ids of rows that had been.
     """
 
     frames: GivenFrames
-    clip_NE: Tensor | None
+    clip_NE: Mapping[str, Tensor]
     hit: bool
+    clip_hits: frozenset[str]
 
 
 def encode_frames(
@@ -89,11 +90,21 @@ def encode_frames(
 
 
 def _encode_shot(shot: Shot, networks: Networks, cache: _Entries) -> EncodedFrames:
-    clip_NE, clip_hit = None, True
-    if shot.clip_id:
-        clip_NE, clip_hit = cache.get(shot.clip_id, shot, partial(_encode_clip, shot, networks))
-    z_CTYX, hit = cache.get(entry_key(shot), shot, partial(_encode_latents, shot, networks))
-    return EncodedFrames(_as_given(shot, z_CTYX), clip_NE, hit and clip_hit)
+    clip_NE, clip_hits = {}, set()
+    for read in shot.clip_pictures:
+        encode = partial(_encode_clip, read, networks, shot.model.device)
+        clip_NE[read.id], hit = cache.get(read.id, _name_pictures(read.sources), encode)
+        clip_hits |= {read.id} if hit else set()
+    assert shot.pictures
+    names = _name_pictures([frame.source for frame in shot.pictures.frames])
+    label = f"{names} at {shot.width}x{shot.height}"
+    z_CTYX, hit = cache.get(entry_key(shot), label, partial(_encode_latents, shot, networks))
+    hit = hit and (shot.clip_id is None or shot.clip_id in clip_hits)
+    return EncodedFrames(_as_given(shot, z_CTYX), clip_NE, hit, frozenset(clip_hits))
+
+
+def _name_pictures(sources: Sequence[PictureFile | LinkedFrame]) -> str:
+    return " and ".join(dict.fromkeys(source.name for source in sources))
 
 
 class _Entries:
@@ -103,14 +114,14 @@ class _Entries:
         self._store = store
         self._known: dict[str, Tensor] = {}
 
-    def get(self, key: str, shot: Shot, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-        """Return an entry, and whether it existed; else make it and keep it."""
+    def get(self, key: str, label: str, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """Return an entry, and whether it existed; else make it and keep it under a name for people."""
         if key in self._known:
             return self._known[key], True
         found = _load(key, self._store)
         self._known[key] = make() if found is None else found
         if found is None and self._store is not None:
-            self._store.put(key, _pack(self._known[key], shot))
+            self._store.put(key, _pack(self._known[key], label))
         return self._known[key], found is not None
 
 
@@ -134,15 +145,14 @@ def _joins_channels(shot: Shot) -> bool:
     return checkpoint.transformer_config.in_dim > checkpoint.variant.latent_channels
 
 
-def _encode_clip(shot: Shot, networks: Networks) -> Tensor:
-    """Return the CLIP rows [N, E] of all pictures of a shot, one after the other."""
+def _encode_clip(read: ClipPictures, networks: Networks, device: str) -> Tensor:
+    """Return the CLIP rows [N, E] of pictures, one after the other."""
     import torch
 
     from wancli.pictures.preprocess import make_clip_input
 
-    assert shot.pictures
-    inputs = [make_clip_input(_read_source(frame.source), frame.how.method) for frame in shot.pictures.frames]
-    rows_PNE: Tensor = networks.clip(torch.stack(inputs).to(shot.model.device))
+    inputs = [make_clip_input(_read_source(source), read.method) for source in read.sources]
+    rows_PNE: Tensor = networks.clip(torch.stack(inputs).to(device))
     return rows_PNE.flatten(0, 1).cpu()
 
 
@@ -184,11 +194,8 @@ def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
     return GivenFrames(channels_CTYX=z_CTYX) if _joins_channels(shot) else GivenFrames(first_CTYX=z_CTYX)
 
 
-def _pack(z_CTYX: Tensor, shot: Shot) -> bytes:
-    assert shot.pictures
-    names = " and ".join(frame.source.name for frame in shot.pictures.frames)
-    document = {_LABEL: f"{names} at {shot.width}x{shot.height}"}
-    return records.write_tensors({_TENSOR: z_CTYX.contiguous()}, json.dumps(document))
+def _pack(entry: Tensor, label: str) -> bytes:
+    return records.write_tensors({_TENSOR: entry.contiguous()}, json.dumps({_LABEL: label}))
 
 
 def read_label(payload: bytes) -> str | None:
@@ -227,3 +234,20 @@ def picture_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> list[Re
         cached = encoded[shot.index].hit
         records.append({"role": role, "sha256": source.pixels_key, "cached": cached, **origin, **size, **how})
     return records
+
+
+def injected_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> dict[str, Record]:
+    """Describe the injected pictures of a shot by id, for its manifest."""
+    return {
+        picture.id: {
+            "path": str(picture.source.path),
+            "sha256": picture.source.sha256,
+            "width": picture.source.size[0],
+            "height": picture.source.size[1],
+            "preprocess": picture.read.method,
+            "orient": picture.source.orient,
+            "alpha": picture.source.alpha,
+            "cached": picture.id in encoded[shot.index].clip_hits,
+        }
+        for picture in shot.injected_pictures
+    }

@@ -152,7 +152,7 @@ def _belongs_to(shot: Shot, solver_state: State, saved: SavedState) -> bool:
         saved.latents_key == shot.latents_key
         and solver_state.x.shape == shot.latent_shape
         and saved.step <= shot.steps
-        and len(saved.differences) in (0, len(shot.rules))
+        and len(saved.differences) in (0, len(shot.injected_prompts))
         and (saved.measured or not shot.measure)
     )
 

@@ -13,13 +13,15 @@ from wancli.injection.table import Branch, Concat, Expr, Image, Lerp, Rule, Text
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.job.schema import Blocks, CurveSpec, InjectRule, SigmaRange, Steps, Strength
+from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import ModelSpec, Prompt, Shot
 from wancli.sampling.stages import Stage
 
 
 def compile_rules(
     item: Item,
-    texts: Sequence[Prompt],
+    prompt: Prompt,
+    injected: Sequence[Prompt | InjectedPicture],
     model: ModelSpec,
     maps: BlockMapStore,
     sigmas: Sequence[float],
@@ -27,22 +29,32 @@ def compile_rules(
 ) -> tuple[tuple[Rule, ...], tuple[AutoBlocks, ...]]:
     """Compile the rules of a shot. Also returns the blocks that measured maps chose for them.
 
-    `texts` are the shot's prompt and the injected ones. Raises JobError.
+    `prompt` is the shot's own, and `injected` has what each rule injects. Raises JobError.
     """
-    main, *injected = (text.id for text in texts)
     depth = model.checkpoint.transformer_config.num_layers
     rules: list[Rule] = []
     auto_blocks: list[AutoBlocks] = []
     problems = Problems()
-    for i, (inject, text) in enumerate(zip(item.job.inject, injected, strict=True)):
+    for i, (inject, other) in enumerate(zip(item.job.inject, injected, strict=True)):
         blocks: Blocks = "all"  # if their map is missing
         with problems.collect(), locate_errors(item, "inject", i, "blocks"):
-            blocks, auto = _select_auto_blocks(inject.blocks, i, maps, model.transformer, depth, (main, text))
-            auto_blocks += auto
+            if isinstance(other, InjectedPicture):
+                blocks = _refuse_auto_blocks(inject.blocks)
+            else:
+                ids = prompt.id, other.id
+                blocks, auto = _select_auto_blocks(inject.blocks, i, maps, model.transformer, depth, ids)
+                auto_blocks += auto
         with problems.collect():
-            rules.append(_compile_rule(item, i, inject, blocks, text, depth, sigmas, stages))
+            rules.append(_compile_rule(item, i, inject, blocks, other, depth, sigmas, stages))
     problems.raise_all()
     return tuple(rules), tuple(auto_blocks)
+
+
+def _refuse_auto_blocks(spec: Blocks) -> Blocks:
+    if any(str(part).startswith("auto") for part in (spec if isinstance(spec, list) else [spec])):
+        hint = "Give numbers, or a range like early."
+        raise JobError("auto needs a block map, and `wancli probe` measures prompts, no pictures", hint=hint)
+    return spec
 
 
 def _select_auto_blocks(
@@ -66,7 +78,7 @@ def _compile_rule(
     index: int,
     inject: InjectRule,
     block_spec: Blocks,
-    text: str,
+    other: Prompt | InjectedPicture,
     depth: int,
     sigmas: Sequence[float],
     stages: Sequence[Stage],
@@ -97,7 +109,8 @@ def _compile_rule(
     if inject.blend == "concat" and min(products, default=0.0) < 0:
         raise JobError("concat needs strengths above 0", where=item.location(*key, "strength"))
     branches: tuple[Branch, ...] = ("cond", "uncond") if inject.branch == "both" else (inject.branch,)
-    return Rule(text, by_block, by_step, branches, inject.blend, inject.gain)
+    is_picture = isinstance(other, InjectedPicture)
+    return Rule(other.id, by_block, by_step, branches, inject.blend, inject.gain, is_picture)
 
 
 def select_steps(spec: Steps, sigmas: Sequence[float]) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def _predict_pictures(shot: Shot) -> Iterator[Phase]:
     clip_bytes = clip_activation = 0
     if shot.clip_id:
         element = ELEMENT_BYTES["fp16" if shot.model.device == "cuda" else "fp32"]
-        count = len(shot.pictures.frames)
+        count = max(len(read.sources) for read in shot.clip_pictures)
         clip = memory_model.clip_phase(
             clip_config(shot.model.checkpoint), pictures=count, element_bytes=element
         )

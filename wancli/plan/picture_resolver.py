@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.errors import JobError
 from wancli.job.loader import Item
-from wancli.job.schema import AreaSize, ImageOptions
+from wancli.job.schema import AreaSize, ImageOptions, InjectPicture
 from wancli.models.variants import Variant
 from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture, read_size
 from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area
 from wancli.plan import model_registry
-from wancli.plan.pictures import GivenFrame, LinkedFrame, PictureFile, ShotPictures
+from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile, ShotPictures
 from wancli.storage import disk
 from wancli.storage.file_memo import file_identity, read_memo, write_memo
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import Shot
+    from wancli.plan.shot import ModelSpec, Shot
 
 MAX_SIDE = 99_999  # pixels of a video
 
@@ -77,8 +77,8 @@ def resolve_pictures(
     if image is None:
         return None, _parse_size_without_picture(item, variant)
     options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
-    first = _link(item, options, parent) if parent else _open(item, options, "first", memo)
-    last = None if options.last is None else _open(item, options, "last", memo)
+    first = _link(item, options, parent) if parent else _open_given(item, options, "first", memo)
+    last = None if options.last is None else _open_given(item, options, "last", memo)
     area = _parse_area(item, variant)
     if area is None:
         size = _parse_exact_size(item, variant)
@@ -158,11 +158,37 @@ def _link(item: Item, options: ImageOptions, parent: Shot) -> LinkedFrame:
     )
 
 
-def _open(item: Item, options: ImageOptions, key: Literal["first", "last"], memo: PictureMemo) -> PictureFile:
-    name: str = getattr(options, key)
+def _open_given(
+    item: Item, options: ImageOptions, key: Literal["first", "last"], memo: PictureMemo
+) -> PictureFile:
     path_of_key = ("image", key) if isinstance(item.job.image, ImageOptions) else ("image",)
-    where = item.location(*path_of_key)
-    path = model_registry.resolve_path(item.base_dir(*path_of_key), name, where)
+    return _open(item, path_of_key, getattr(options, key), options, memo)
+
+
+def resolve_injected(item: Item, index: int, model: ModelSpec, memo: PictureMemo) -> InjectedPicture:
+    """Resolve the picture of a rule; it is read as the key `image` says of the shot's own.
+
+    Raises JobError if it cannot be read, or if the blocks of the model attend to text alone.
+    """
+    rule, image, key = item.job.inject[index], item.job.image, ("inject", index, "image")
+    assert isinstance(rule, InjectPicture)
+    if not model.clip:
+        name = model.checkpoint.variant.name
+        message = f"the blocks of {name} attend to text alone, not to pictures"
+        raise JobError(message, where=item.location(*key), hint="Inject a prompt.")
+    options = image if isinstance(image, ImageOptions) else ImageOptions()
+    source = _open(item, key, rule.image, options, memo)
+    read = model.read_with_clip([source], options.preprocess)
+    assert read
+    return InjectedPicture(source, read)
+
+
+def _open(
+    item: Item, key: tuple[str | int, ...], name: str, options: ImageOptions, memo: PictureMemo
+) -> PictureFile:
+    """Open the picture that a key names."""
+    where = item.location(*key)
+    path = model_registry.resolve_path(item.base_dir(*key), name, where)
     orient = options.orient or ("ignore" if options.preprocess == "official" else "exif")
     try:
         with disk.reading_for_job(where, name):

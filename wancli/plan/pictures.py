@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wancli.pictures.read import Alpha, Orient
-from wancli.pictures.sizes import Preprocessing, Size
+from wancli.pictures.sizes import Method, Preprocessing, Size
+
+CLIP_ROWS = 257  # of a picture
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,32 @@ class ShotPictures:
     def pixel_settings(self) -> tuple[tuple[str, str, str, int], ...]:
         """All that changes the pixels of the given frames, except the size of the video."""
         return tuple(frame.pixel_settings for frame in self.frames)
+
+
+@dataclass(frozen=True)
+class ClipPictures:
+    """Pictures that CLIP reads together: the rows of all are one context of the blocks. `id` is its key."""
+
+    id: str
+    sources: tuple[PictureFile | LinkedFrame, ...]
+    method: Method
+
+    @property
+    def rows(self) -> int:
+        """The number of keys that the blocks keep for them."""
+        return CLIP_ROWS * len(self.sources)
+
+
+@dataclass(frozen=True)
+class InjectedPicture:
+    """A picture that chosen blocks read. A model that reads two pictures reads this one twice."""
+
+    source: PictureFile
+    read: ClipPictures
+
+    @property
+    def id(self) -> str:
+        return self.read.id
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from wancli.plan import (
     warnings,
 )
 from wancli.plan.injections import compile_rules, refuse_lerp_after_concat, refuse_rules_without_effect
+from wancli.plan.pictures import InjectedPicture
 from wancli.plan.prompts import PromptResolver
 from wancli.plan.sampler import SamplerSettings, resolve_sampler
 from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
@@ -186,8 +187,8 @@ def _build_shot(
         guided = any(stage.guidance != 1 for stage in stages)
         with problems.collect():
             uses = _decide_loras(item, model, sampler, lora_for)
-        prompt, negative, injected = _resolve_prompts(item, model, guided=guided)
-        rules, auto_blocks = compile_rules(item, (prompt, *injected), model, block_maps, sigmas, stages)
+        prompt, negative, injected = _resolve_prompts(item, model, picture_memo, guided=guided)
+        rules, auto_blocks = compile_rules(item, prompt, injected, model, block_maps, sigmas, stages)
     if problems.errors:
         with problems.collect():
             outputs.check_template(jobs, index, item)
@@ -257,21 +258,18 @@ def _resolve_item_model(
 
 
 def _resolve_prompts(
-    item: Item, model: ModelSpec, *, guided: bool
-) -> tuple[Prompt, Prompt | None, tuple[Prompt, ...]]:
-    """Return the prompt, the negative one if guidance needs it, and the injected ones."""
+    item: Item, model: ModelSpec, picture_memo: picture_resolver.PictureMemo, *, guided: bool
+) -> tuple[Prompt, Prompt | None, tuple[Prompt | InjectedPicture, ...]]:
+    """Return the prompt, the negative one if guidance needs it, and what each rule injects."""
     job, prompts = item.job, PromptResolver(item, model)
     prompt = prompts.resolve(job.prompt, "prompt")
     negative = prompts.resolve_negative(job.negative, model.checkpoint.variant.negative) if guided else None
-    injected = []
+    injected: list[Prompt | InjectedPicture] = []
     for i, rule in enumerate(job.inject):
         if isinstance(rule, InjectPicture):
-            name = model.checkpoint.variant.name
-            message = f"the blocks of {name} attend to text alone, not to pictures"
-            if model.clip:
-                message = "this version injects prompts alone, no pictures yet"
-            raise JobError(message, where=item.location("inject", i, "image"), hint="Inject a prompt.")
-        injected.append(prompts.resolve(rule.prompt, "inject", i, "prompt"))
+            injected.append(picture_resolver.resolve_injected(item, i, model, picture_memo))
+        else:
+            injected.append(prompts.resolve(rule.prompt, "inject", i, "prompt"))
     return prompt, negative, tuple(injected)
 
 

@@ -24,7 +24,16 @@ from wancli.models.config import (
     WanConfig,
     compute_dtype,
 )
-from wancli.plan.pictures import Join, LinkedFrame, ShotPictures
+from wancli.pictures.sizes import Method
+from wancli.plan.pictures import (
+    CLIP_ROWS,
+    ClipPictures,
+    InjectedPicture,
+    Join,
+    LinkedFrame,
+    PictureFile,
+    ShotPictures,
+)
 from wancli.plan.schedule import Schedule
 from wancli.resources.memory_model import Residency
 from wancli.sampling.solvers import SigmaSchedule, build_sigma_schedule
@@ -85,6 +94,20 @@ class ModelSpec:
         """The network that takes the first steps."""
         return "only" if self.checkpoint.variant.boundary is None else "high"
 
+    def read_with_clip(
+        self, sources: Sequence[PictureFile | LinkedFrame], method: Method
+    ) -> ClipPictures | None:
+        """Return what the blocks read of these pictures; None if they attend to text alone.
+
+        FLF2V has places for the rows of two pictures. All others read the first, as the official code does.
+        """
+        if not self.clip:
+            return None
+        count = (self.checkpoint.transformer_config.image_rows or CLIP_ROWS) // CLIP_ROWS
+        read = (*sources, *sources)[:count]
+        pixels = [[source.pixels_key, method] for source in read]
+        return ClipPictures(_hash(["clip", self.clip, self.device, pixels]), read, method)
+
 
 @dataclass(frozen=True)
 class SaveInterval:
@@ -104,7 +127,7 @@ class Shot:
     model: ModelSpec
     prompt: Prompt
     negative: Prompt | None  # None if guidance is 1: no such forward runs
-    injected: tuple[Prompt, ...]
+    injected: tuple[Prompt | InjectedPicture, ...]  # one for each rule
     rules: tuple[Rule, ...]
     loras: tuple[LoraUse, ...]
     width: int
@@ -177,7 +200,21 @@ class Shot:
     @property
     def prompts(self) -> tuple[Prompt, ...]:
         """All prompts of the shot, the injected ones last."""
-        return (self.prompt, *([self.negative] if self.negative else []), *self.injected)
+        return (self.prompt, *([self.negative] if self.negative else []), *self.injected_prompts)
+
+    @property
+    def injected_prompts(self) -> tuple[Prompt, ...]:
+        return tuple(other for other in self.injected if isinstance(other, Prompt))
+
+    @property
+    def injected_pictures(self) -> tuple[InjectedPicture, ...]:
+        return tuple(other for other in self.injected if isinstance(other, InjectedPicture))
+
+    @property
+    def picture_files(self) -> tuple[PictureFile, ...]:
+        """All files of pictures that the shot reads."""
+        given = self.pictures.files if self.pictures else ()
+        return (*given, *(picture.source for picture in self.injected_pictures))
 
     @property
     def injects(self) -> bool:
@@ -226,13 +263,24 @@ class Shot:
         source = self.pictures.first.source if self.pictures else None
         return source if isinstance(source, LinkedFrame) else None
 
-    @cached_property
+    @property
     def clip_id(self) -> str | None:
         """Hash of all that the CLIP rows of its pictures depend on; None if no block reads them."""
-        if not self.pictures or not self.model.clip:
+        return self._own_clip.id if self._own_clip else None
+
+    @cached_property
+    def _own_clip(self) -> ClipPictures | None:
+        if not self.pictures:
             return None
-        pixels = [[frame.source.pixels_key, frame.how.method] for frame in self.pictures.frames]
-        return _hash(["clip", self.model.clip, self.model.device, pixels])
+        sources = [frame.source for frame in self.pictures.frames]
+        return self.model.read_with_clip(sources, self.pictures.first.how.method)
+
+    @property
+    def clip_pictures(self) -> tuple[ClipPictures, ...]:
+        """The distinct pictures that blocks read, its own first."""
+        own = [self._own_clip] if self._own_clip else []
+        found = (*own, *(picture.read for picture in self.injected_pictures))
+        return tuple({read.id: read for read in found}.values())
 
     def frame_key(self, frame: int) -> str:
         """Hash of all that the pixels of a frame depend on, before compression."""

@@ -27,7 +27,7 @@ from wancli.storage import atomic, records
 from wancli.storage.schema import Data, Positive
 
 if TYPE_CHECKING:
-    from wancli.injection.table import Expr, Table
+    from wancli.injection.table import Cell, Expr, Table
     from wancli.models.config import WanConfig
     from wancli.plan.shot import ModelSpec, Shot
     from wancli.storage.manifest_schema import ShotRecord
@@ -229,13 +229,12 @@ def sampling_flops(shot: Shot) -> int:
     """Count the FLOPs of all forwards of a shot, including those that only measure."""
     wan = shot.model.checkpoint.transformer_config
     rows = {text.id: len(text.tokens.ids) + 1 for text in shot.prompts}
-    if shot.clip_id and shot.pictures:
-        rows[shot.clip_id] = CLIP_ROWS * len(shot.pictures.frames)
-    contexts = len(shot.stages) * sum(flops.context_flops(wan, count) for count in rows.values())
-    return contexts + _step_flops(wan, shot.table, tuple(rows.items()), shot.tokens, shot.measure)
-
-
-CLIP_ROWS = 257  # of a picture
+    image_rows = {read.id: read.rows for read in shot.clip_pictures}
+    contexts = sum(flops.context_flops(wan, count) for count in rows.values())
+    contexts += sum(flops.image_context_flops(wan, count) for count in image_rows.values())
+    all_rows = tuple((rows | image_rows).items())
+    steps = _step_flops(wan, shot.table, all_rows, shot.tokens, shot.measure)
+    return len(shot.stages) * contexts + steps
 
 
 @lru_cache(64)  # the shots of a sweep share tables, which are large
@@ -245,18 +244,22 @@ def _step_flops(
     """Count the FLOPs of the forwards of all steps, for texts of so many rows."""
     rows, total = dict(text_rows), 0
     for branch in table.branches:
-        base = table.base[branch]
-        plain = flops.forward_flops(wan, tokens, wan.num_layers * rows[base.id])
+        base = table.base_cell(branch)
+        plain = flops.forward_flops(wan, tokens, wan.num_layers * _count_read(base, rows))
         took: dict[int, int] = {}  # by the id of a row: many steps have the same one
         for step in table.steps_by_branch[branch]:
             cells = table.row(step, branch)
             if id(cells) not in took:
-                read = sum(_row_count(expr, rows) for cell in cells for expr, _ in cell)
+                read = sum(_count_read(cell, rows) for cell in cells)
                 took[id(cells)] = flops.forward_flops(wan, tokens, read)
-                if measure and any(cell != table.base_cell(branch) for cell in cells):
+                if measure and any(cell != base for cell in cells):
                     took[id(cells)] += plain
             total += took[id(cells)]
     return total
+
+
+def _count_read(cell: Cell, rows: dict[str, int]) -> int:
+    return sum(_row_count(expr, rows) for expr, _ in cell)
 
 
 def _row_count(expr: Expr, rows: dict[str, int]) -> int:

@@ -56,14 +56,16 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[ShotWarning]:
         if text.tokens.truncated:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield ShotWarning("{} tokens of a prompt are cut off", f"{lost} of {text.tokens.full_length}")
-    for picture in shot.pictures.files if shot.pictures else ():
+    for picture in shot.picture_files:
         yield from (ShotWarning(f"{{}}: {note}", picture.path.name) for note in picture.notes)
     yield from _prompt_warnings(shot)
-    for rule, text in zip(shot.rules, shot.injected):
+    for rule, other in zip(shot.rules, shot.injected):
         if not rule.is_active and not is_baseline:
             yield ShotWarning("an injection has strength 0 and changes nothing")
-        if text.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
+        if other.id == shot.prompt.id and rule.branches == ("cond",) and len(shot.rules) == 1:
             yield ShotWarning("the injected prompt is the main prompt; nothing will change")
+        if other.id == shot.clip_id and len(shot.rules) == 1:
+            yield ShotWarning("the injected picture is the shot's own; nothing will change")
     for choice in shot.auto_blocks:
         if choice.other_prompts:
             used = f"{choice.spec} uses {choice.map_name}, which was measured with {choice.other_prompts}"

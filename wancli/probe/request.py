@@ -51,9 +51,14 @@ class ProbeRequest:
         return replace(self.shot, rules=(), injected=(), measure=False)
 
     @property
+    def injected(self) -> Prompt:
+        """The prompt whose effect is measured."""
+        return self.shot.injected_prompts[0]
+
+    @property
     def texts(self) -> tuple[Prompt, ...]:
         """The prompts of the plain shot, then the injected one."""
-        return (*self.plain_shot.prompts, self.shot.injected[0])
+        return (*self.plain_shot.prompts, self.injected)
 
 
 def plan_probe(
@@ -181,7 +186,7 @@ def build_map(
     """Build the map from the measured values and the facts of the shot."""
     shot, model = probe.shot, probe.shot.model
     ranges = None if probe.per_block else [list(r) for r in probe.ranges]
-    texts = (shot.prompt, shot.injected[0])
+    texts = (shot.prompt, probe.injected)
     return BlockMap(
         job=probe.job,
         shot=shot.id,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from wancli.engine import picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
 from wancli.plan import alternatives, memory_estimate, throughput
-from wancli.plan.pictures import PictureFile
+from wancli.plan.pictures import InjectedPicture, PictureFile
 from wancli.storage import cache
 from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
-    from wancli.plan.shot import ModelSpec, Plan, Shot
+    from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Entry, Store
     from wancli.text.tokenizer import Tokens
@@ -51,7 +51,8 @@ def plan_document(
                 "sharing": plan.schedule.placement(shot).batch_size,
                 "fork": _fork_row(plan, shot),
                 "inject": [
-                    asdict(rule) | {"cells": len(r)} for rule, r in zip(shot.rules, shot.table.changed_cells)
+                    asdict(rule) | {"cells": len(cells), "picture": _injected_row(other)}
+                    for rule, cells, other in zip(shot.rules, shot.table.changed_cells, shot.injected)
                 ],
                 "loras": [
                     {"path": str(use.path), **use.pixel_settings, "coverage": asdict(use.coverage)}
@@ -101,6 +102,14 @@ def _picture_rows(shot: Shot) -> list[dict[str, Any]]:
         how = {"preprocess": frame.how.method, "fit": frame.how.fit}
         rows.append({"role": role, **origin, "size": list(source.size), "sha256": source.pixels_key, **how})
     return rows
+
+
+def _injected_row(other: Prompt | InjectedPicture) -> dict[str, Any] | None:
+    """Return the picture that a rule injects, None for a prompt."""
+    if not isinstance(other, InjectedPicture):
+        return None
+    source = other.source
+    return {"path": str(source.path), "size": list(source.size), "sha256": source.sha256}
 
 
 def _fork_row(plan: Plan, shot: Shot) -> dict[str, int] | None:

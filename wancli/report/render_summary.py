@@ -98,7 +98,7 @@ def _format_injections(shots: Sequence[tuple[str, Manifest]]) -> Iterator[Render
     rows = []
     for shot_id, record in shots:
         for index, rule in enumerate(record.injection):
-            verdict = rule.difference.verdict
+            found = rule.difference and rule.difference.verdict
             row = [
                 shot_id,
                 str(index),
@@ -107,7 +107,7 @@ def _format_injections(shots: Sequence[tuple[str, Manifest]]) -> Iterator[Render
                 "+".join(rule.branches),
                 rule.blend,
                 f"{rule.hits:,}/{rule.planned:,}",
-                f"{verdict.percent:.0f} %, {verdict.band}",
+                f"{found.percent:.0f} %, {found.band}" if found else "a picture",
             ]
             rows.append(row)
     line, heads, rows = fit_columns(heads, rows, Console(stderr=True).width)

@@ -6,27 +6,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from wancli.injection.table import injected_share_by_block
-from wancli.plan.pictures import GivenFrame
+from wancli.plan.pictures import GivenFrame, InjectedPicture
 from wancli.progress import make_printable
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges
 
 if TYPE_CHECKING:
     from wancli.plan.schedule import Placement
-    from wancli.plan.shot import Shot
+    from wancli.plan.shot import Prompt, Shot
     from wancli.weights.lora.use import LoraUse
 
 
 def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     """Format everything about one shot: its prompts, its noise levels, and the table of injections."""
     yield f"\nshot {shot.id}: {shot.output}"
-    names = [
-        "prompt",
-        *(["negative"] if shot.negative else []),
-        *(f"inject.{i}" for i in range(len(shot.rules))),
-    ]
-    for name, prompt in zip(names, shot.prompts):
-        yield f"{name:>16}  {truncate(prompt.tokens.text, 44)} ({len(prompt.tokens.ids)} tokens)"
+    negative = {"negative": shot.negative} if shot.negative else {}
+    injected = {f"inject.{i}": other for i, other in enumerate(shot.injected)}
+    for name, other in {"prompt": shot.prompt, **negative, **injected}.items():
+        yield f"{name:>16}  {_describe_read(other)}"
     for name, frame in zip(("image", "last image"), shot.pictures.frames if shot.pictures else ()):
         yield f"{name:>16}  {make_printable(describe_frame(frame))}"
     if placement.batch_size > 1:
@@ -38,6 +35,15 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
+
+
+def _describe_read(other: Prompt | InjectedPicture) -> str:
+    """Describe what blocks read: `A cat (4 tokens)`, or `cat.png, 157x111, read by CLIP as official`."""
+    if isinstance(other, InjectedPicture):
+        width, height = other.source.size
+        name = make_printable(other.source.name)
+        return f"{name}, {width}x{height}, read by CLIP as {other.read.method}"
+    return f"{truncate(other.tokens.text, 44)} ({len(other.tokens.ids)} tokens)"
 
 
 def describe_frame(frame: GivenFrame) -> str:
@@ -53,7 +59,8 @@ def describe_rule(shot: Shot, index: int) -> str:
     values = sorted({round(s, 3) for _, s in rule.blocks})
     strength = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}..{values[-1]:g}"
     steps = format_ranges([step for step, _ in rule.steps])
-    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}"
+    of = ", pictures" if rule.image else ""
+    return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}{of}"
 
 
 def format_lora(use: LoraUse) -> str:
@@ -75,13 +82,20 @@ def format_lora(use: LoraUse) -> str:
 
 
 def format_injection_table(shot: Shot) -> Iterator[str]:
-    """Draw the injection table, one column per block: which share of its context is injected."""
+    """Draw the injection table, one column per block: which share of its context is injected.
+
+    What blocks read of pictures has lines of its own.
+    """
     depth = shot.model.checkpoint.transformer_config.num_layers
     yield f"{'block':>16}  {draw_ruler(depth)}"
     for branch in shot.table.branches:
-        for cells_of, steps in shot.table.distinct_rows(branch).items():
-            cells = injected_share_by_block(cells_of, shot.table.base[branch])
-            yield f"{f'{branch} {format_ranges(steps)}':>16}  {draw_bar(cells)}"
+        for row, steps in shot.table.distinct_rows(branch).items():
+            if any(not rule.image for rule in shot.rules):
+                shares = injected_share_by_block(row, shot.table.base[branch])
+                yield f"{f'{branch} {format_ranges(steps)}':>16}  {draw_bar(shares)}"
+            if shot.table.image and any(rule.image for rule in shot.rules):
+                shares = injected_share_by_block(row, shot.table.image)
+                yield f"{f'{branch} {format_ranges(steps)} image':>16}  {draw_bar(shares)}"
 
 
 def format_sigmas(shot: Shot) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from wancli.report.shot_entry import ShotEntry
 from wancli.storage import sidecars
-from wancli.storage.manifest_schema import RuleRecord
+from wancli.storage.manifest_schema import RuleRecord, describe_injected
 from wancli.units import format_ranges
 
 Row = dict[str, str | int | float | None]
@@ -57,8 +57,8 @@ def shot_row(entry: ShotEntry, job: str) -> Row:
     return values | {
         "prompt": record.prompt.text,
         "negative": record.negative.text if record.negative else None,
-        "injected": _join(prompt.text for prompt in record.injected),
-        "difference": _smallest([rule.difference.verdict.percent for rule in rules], 1),
+        "injected": _join(describe_injected(other) for other in record.injected),
+        "difference": _smallest([rule.difference.verdict.percent for rule in rules if rule.difference], 1),
         "blocks": _join(format_ranges([*rule.blocks]) for rule in rules),
         "strength": _join(_strength_range(rule) for rule in rules),
         "steps": _join(format_ranges([*rule.steps]) for rule in rules),

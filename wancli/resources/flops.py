@@ -31,6 +31,12 @@ def context_flops(wan: WanConfig, rows: int) -> int:
     return 2 * rows * wan.dim * (wan.text_dim + wan.dim + 2 * wan.num_layers * wan.dim)
 
 
+def image_context_flops(wan: WanConfig, rows: int) -> int:
+    """Count the projection of CLIP rows, and their keys and values in all blocks."""
+    width = wan.image_dim or 0
+    return 2 * rows * (width * (width + wan.dim) + 2 * wan.num_layers * wan.dim**2)
+
+
 def decode_flops(vae: VAEConfig | VAE22Config, latent: tuple[int, int, int, int]) -> int:
     """Count the decoder on a latent [z, T, Y, X]."""
     z, frames, height, width = latent

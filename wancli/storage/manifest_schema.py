@@ -8,6 +8,7 @@ default are missing in records of earlier versions.
 from __future__ import annotations
 
 import base64
+from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -94,24 +95,35 @@ class LinkRecord(Data):
     frame: Count
 
 
-class PictureRecord(Data):
-    """A picture as a frame of the video. `sha256`, `width` and `height` are of its decoded pixels.
-
-    With a `link` it is a frame of another shot's video, and `sha256` covers what that is made from. `cached`:
-    its latent had been computed before.
+class InjectedPictureRecord(Data):
+    """A picture that blocks read. `sha256`, `width` and `height` are of its decoded pixels. `cached`: it had
+    been encoded before.
     """
 
-    role: Literal["first", "last"]
     path: PathText
     sha256: str
     width: Positive
     height: Positive
     preprocess: str
-    fit: str
     orient: str
     alpha: str
-    link: LinkRecord | None = None
     cached: bool
+
+
+class PictureRecord(InjectedPictureRecord):
+    """A picture as a frame of the video.
+
+    With a `link` it is a frame of another shot's video, and `sha256` covers what that is made from.
+    """
+
+    role: Literal["first", "last"]
+    fit: str
+    link: LinkRecord | None = None
+
+
+def describe_injected(other: PromptRecord | InjectedPictureRecord) -> str:
+    """Return the text of a prompt, or the name of a picture."""
+    return other.text if isinstance(other, PromptRecord) else PurePath(other.path).name
 
 
 class VerdictRecord(Data):
@@ -126,7 +138,9 @@ class DifferenceRecord(Data):
 
 
 class RuleRecord(Data):
-    """One injection: what was planned, and how often blocks read it. `text` is the id of its prompt."""
+    """One injection: what was planned, and how often blocks read it. `text` is the id of its prompt or, if it
+    has one, of its `picture`.
+    """
 
     text: str
     blocks: Annotated[dict[Block, Strength], Field(min_length=1)]
@@ -139,7 +153,14 @@ class RuleRecord(Data):
     hits_by_step: dict[Step, Count]
     hits_by_branch: dict[Branch, Count]
     hits_by_block: dict[Block, Count]
-    difference: DifferenceRecord
+    difference: DifferenceRecord | None = None  # of a prompt
+    picture: InjectedPictureRecord | None = None
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Self:
+        if (self.difference is None) == (self.picture is None):
+            raise ValueError("an injection has either `difference`, of its prompt, or `picture`")
+        return self
 
 
 class LoraRecord(Data):
@@ -252,7 +273,7 @@ class ShotRecord(Data):
     @model_validator(mode="after")
     def _prompts_are_complete(self) -> Self:
         ids = {prompt.id for prompt in self.prompts}
-        if not ids.issuperset(rule.text for rule in self.injection) or not self.prompts:
+        if not ids.issuperset(rule.text for rule in self.injection if not rule.picture) or not self.prompts:
             raise ValueError("a prompt is missing")
         return self
 
@@ -271,13 +292,14 @@ class ShotRecord(Data):
 
     @property
     def negative(self) -> PromptRecord | None:
-        return self.prompts[1] if len(self.prompts) > 1 + len(self.injection) else None
+        injected = sum(rule.picture is None for rule in self.injection)
+        return self.prompts[1] if len(self.prompts) > 1 + injected else None
 
     @property
-    def injected(self) -> list[PromptRecord]:
-        """The prompt of each rule."""
+    def injected(self) -> list[PromptRecord | InjectedPictureRecord]:
+        """The prompt or the picture of each rule."""
         by_id = {prompt.id: prompt for prompt in self.prompts}
-        return [by_id[rule.text] for rule in self.injection]
+        return [rule.picture or by_id[rule.text] for rule in self.injection]
 
 
 class Manifest(ShotRecord):

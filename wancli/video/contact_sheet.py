@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from wancli.storage import sidecars
-from wancli.storage.manifest_schema import RuleRecord
+from wancli.storage.manifest_schema import RuleRecord, describe_injected
 from wancli.units import format_ranges
 from wancli.video.clip import Clip
 from wancli.video.labels import PAPER, draw_line, shorten_end
@@ -111,7 +111,11 @@ def _caption_lines(clip: Clip, note: str) -> Iterator[str]:
     else:
         yield f"{clip.id}: {clip.manifest_body.prompt.text}"
         rules = zip(clip.manifest_body.injection, clip.manifest_body.injected)
-        yield from (_describe_rule(rule, prompt.text) for rule, prompt in rules if any(rule.blocks.values()))
+        yield from (
+            _describe_rule(rule, describe_injected(other))
+            for rule, other in rules
+            if any(rule.blocks.values())
+        )
     if note:
         yield f"  {note}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wancli.injection.table import Rule, Table, injected_share_by_block
+from wancli.injection.table import Branch, Row, Rule, Table, injected_share_by_block
 from wancli.models.config import WanConfig
 from wancli.report.batch_report import Report
 from wancli.report.html import model_facts, rerun_job
@@ -204,13 +204,17 @@ def _injection_entry(rule: RuleRecord, pools: Mapping[str, _Pool]) -> dict[str, 
     shared = ("blocks", "steps", "branches", "blend", "gain", "hits_by_block", "hits_by_step")
     return {key: data[key] for key in own} | {
         "rule": pools["rules"].put({key: data[key] for key in shared}),
-        "difference": pools["differences"].put(_round_numbers(data["difference"], 5)),
+        "difference": pools["differences"].put(_round_numbers(data["difference"], 5))
+        if rule.difference
+        else None,
+        "picture": Path(rule.picture.path).name if rule.picture else None,
     }
 
 
 def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
     """Compute how much of what each block reads was injected, in [0, 1], as `wancli plan -v` shows it: for
-    each branch the steps that have the same shares, and the share of each block."""
+    each branch the steps that have the same shares, and the share of each block: of its prompts or of its
+    pictures, whichever is larger."""
     rules = [
         Rule(
             rule.text,
@@ -219,6 +223,7 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
             tuple(rule.branches),
             rule.blend,
             rule.gain,
+            rule.picture is not None,
         )
         for rule in record.injection
     ]
@@ -230,13 +235,16 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
         for step in range(stage.steps[0], stage.steps[1] + 1)
     ]
     depth = record.model.sizes.num_layers
-    table = Table(rules, base, depth, record.shot.steps, unguided)  # type: ignore[arg-type]
+    image = "its own" if any(rule.image for rule in rules) else None
+    table = Table(rules, base, depth, record.shot.steps, unguided, image)  # type: ignore[arg-type]
+
+    def shares(row: Row, branch: Branch) -> list[float]:
+        text = injected_share_by_block(row, table.base[branch])
+        of_pictures = injected_share_by_block(row, table.image) if table.image else text
+        return [round(max(pair), 4) for pair in zip(text, of_pictures)]
+
     return [
-        {
-            "branch": branch,
-            "steps": steps,
-            "blocks": [round(cell, 4) for cell in injected_share_by_block(row, table.base[branch])],
-        }
+        {"branch": branch, "steps": steps, "blocks": shares(row, branch)}
         for branch in table.branches
         for row, steps in table.distinct_rows(branch).items()
     ]

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from wancli.storage.manifest_schema import (
+    InjectedPictureRecord,
     LoraRecord,
-    PictureRecord,
     PromptRecord,
     RuleRecord,
     ShotRecord,
@@ -25,7 +25,7 @@ def rerun_command(job: Job) -> str:
 def build_job(record: ShotRecord, output: str) -> Job:
     """Build a job of one shot that has the key of `record` on the machine that wrote it."""
     shot, model = record.shot, record.model
-    rules = zip(record.injection, record.injected)
+    rules = [_inject_entry(*pair) for pair in zip(record.injection, record.injected)]
     negative = {"negative": _prompt_value(record.negative)} if record.negative else {}
     return {
         "model": model.files.as_dict() if model.files else model.root,
@@ -33,7 +33,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
         "id": shot.id,
         "prompt": _prompt_value(record.prompt),
         **negative,
-        **({"image": _image_value(record.pictures)} if record.pictures else {}),
+        **({"image": _image_value(record)} if record.pictures else {}),
         "size": f"{shot.width}x{shot.height}",
         "frames": shot.frames,
         "seed": shot.seed,
@@ -49,7 +49,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
             "max_tokens": record.prompt.max_tokens,
             "truncate": any(prompt.truncated for prompt in record.prompts),
         },
-        "inject": [_inject_entry(rule, prompt) for rule, prompt in rules],
+        "inject": rules,
         "loras": [_lora_entry(lora) for lora in record.loras],
         "video": {"fps": shot.fps, "crf": shot.crf, "codec": shot.codec},
         "memory": {
@@ -62,16 +62,24 @@ def build_job(record: ShotRecord, output: str) -> Job:
     }
 
 
-def _image_value(pictures: list[PictureRecord]) -> Job:
-    """Return the key `image`. Both pictures of a shot have the same settings, except perhaps the fit."""
-    first = pictures[0]
+def _image_value(record: ShotRecord) -> Job:
+    """Return the key `image`. All pictures of a shot have the same settings, except perhaps the fit.
+
+    A frame of another shot's video has neither an orientation nor alpha: any setting of these gives it.
+    """
+    first = record.pictures[0]
+    files = [
+        *(picture for picture in record.pictures if not picture.link),
+        *(rule.picture for rule in record.injection if rule.picture),
+    ]
+    read = files[0] if files else first
     settings = {
         "preprocess": first.preprocess,
         "fit": first.fit,
-        "orient": first.orient,
-        "alpha": first.alpha,
+        "orient": read.orient,
+        "alpha": read.alpha,
     }
-    return {picture.role: picture.path for picture in pictures} | settings
+    return {picture.role: picture.path for picture in record.pictures} | settings
 
 
 def _guidance_value(shot: ShotSettings) -> Any:
@@ -84,9 +92,10 @@ def _prompt_value(prompt: PromptRecord) -> Any:
     return {"embedding": prompt.file, "index": prompt.index} if prompt.file else prompt.text
 
 
-def _inject_entry(rule: RuleRecord, prompt: PromptRecord) -> Job:
+def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord) -> Job:
+    reads = {"prompt": _prompt_value(other)} if isinstance(other, PromptRecord) else {"image": other.path}
     return {
-        "prompt": _prompt_value(prompt),
+        **reads,
         "blocks": sorted(rule.blocks),
         "strength": [rule.blocks[block] for block in sorted(rule.blocks)],
         "steps": f"{min(rule.steps)}-{max(rule.steps)}",

@@ -18,7 +18,7 @@ function colourings(shot) {
     const at = new Map(shot.effects.blocks.map((block, i) => [block, shot.effects.mean[i]]));
     found.effect = { label: 'measured effect', values: per((b) => at.get(b) ?? 0), unit: (v) => percent(v), ink: '--heat' };
   }
-  if (rules.length && data.differences[rules[0].difference].blocks.length === depth) {
+  if (rules.length && data.differences[rules[0].difference]?.blocks.length === depth) {
     found.difference = { label: 'K/V difference', values: data.differences[rules[0].difference].blocks, unit: (v) => percent(v), top: 1, ink: '--accent' };
   }
   mapsOf(shot).forEach((map, i) => {
@@ -123,7 +123,7 @@ function blockDetail(shot, block) {
 function blockFacts(shot, block) {
   const rules = rulesOf(shot);
   const index = shot.effects ? shot.effects.blocks.indexOf(block) : -1;
-  const differences = rules.map((rule) => data.differences[rule.difference].blocks[block]).filter((value) => value !== undefined);
+  const differences = rules.map((rule) => data.differences[rule.difference]?.blocks[block]).filter((value) => value !== undefined);
   return [
     ['hits', rules.length ? rules.map((rule, i) => `${rules.length > 1 ? `rule ${i}: ` : ''}${count(rule.hits_by_block[block] ?? 0)}`).join('; ') : null],
     ['measured effect', index >= 0 ? `${percent(shot.effects.mean[index])} of its cross-attention output, mean over steps (|change| > 0.01 in ${shot.effects.legacy[index]} % of the elements)`

@@ -19,6 +19,7 @@ function drawPrompts(shot) {
 }
 
 function differenceOf(shot, rule, title) {
+  if (rule.picture) return [h('h3', {}, title), muted(`The rule injects a picture, ${rule.picture}, into what blocks read of pictures.`)];
   const found = data.differences[rule.difference];
   const pieces = [shot.prompts.map((index) => data.prompts[index])[0], data.prompts.find((text) => text.id === rule.text)].map((text) => text?.pieces ?? null);
   const shared = new Set(pieces[0] && pieces[1] ? pieces[0].filter((piece) => pieces[1].includes(piece)) : []);

@@ -1,13 +1,15 @@
 """Checks that two versions of wancli share outputs, states and claims: `two_versions.py OTHER/bin/wancli`.
 
-What the other version finished is already done for this one. What the other version saved when it was
-stopped, this one resumes to the same latent. A worker of each, started on one job at once, divide its shots.
+What one version finished is already done for the other, which checks it and shows it on a page. What the
+other version saved when it was stopped, this one resumes to the same latent. A latent that the other version
+left is decoded. A worker of each, started on one job at once, divide its shots. All share one cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,6 +30,8 @@ JOB: dict[str, Any] = {
     "frames": 9,
     "sampler": {"steps": 6},
     "video": {"keep_latents": True},
+    "measure": True,
+    "compare": True,
 }
 RULE = {"prompt": "A blue triangle moves up in front of a white background", "blocks": "late"}
 ITEMS: list[dict[str, Any]] = [{"id": "plain"}, {"id": "injected", "inject": [RULE]}]
@@ -50,13 +54,24 @@ def latent(job: Path, name: str) -> torch.Tensor:
     return load_file(job.parent / f"{name}.latents.safetensors")["latents"]
 
 
-def check_finished(other: list[str], folder: Path) -> Path:
-    """What the other version rendered is already done; returns its job."""
-    job = write_job(folder / "finished", items=ITEMS)
-    render(other, job)
-    found = render(THIS, job)
+def check_finished(first: list[str], second: list[str], job: Path) -> None:
+    """What the first version rendered, the second one need not render again, and can read in full."""
+    render(first, job)
+    found = render(second, job)
     assert found == [(item["id"], "already done") for item in ITEMS], found
-    return job
+    for words in (["check", job.parent], ["check", job], ["status", job], ["report", job.parent]):
+        subprocess.run([*second, *map(str, words)], stdout=subprocess.DEVNULL, check=True)
+
+
+def check_decoded(other: list[str], job: Path) -> None:
+    """A latent of the other version becomes the same video again."""
+    video = job.parent / "injected.mp4"
+    before = video.read_bytes()
+    video.unlink()
+    video.with_suffix(".manifest.json").unlink()
+    assert ("injected", "rendered") in render(THIS, job)
+    assert video.read_bytes() == before
+    assert ("injected", "already done") in render(other, job)
 
 
 def check_resumed(other: list[str], folder: Path, whole: Path) -> None:
@@ -94,8 +109,14 @@ def main() -> None:
     parser.add_argument("other", type=Path, help="the wancli command of the other version")
     other = [str(parser.parse_args().other.absolute())]
     with tempfile.TemporaryDirectory() as place:
-        whole = check_finished(other, Path(place))
-        print("what the other version finished is already done")
+        os.environ["WANCLI_CACHE"] = str(Path(place) / "cache")
+        whole = write_job(Path(place) / "finished", items=ITEMS)
+        check_finished(other, THIS, whole)
+        print("what the other version finished is already done, and can be read")
+        check_finished(THIS, other, write_job(Path(place) / "new", items=ITEMS))
+        print("what this version finished is already done for the other, and can be read")
+        check_decoded(other, whole)
+        print("a latent that the other version left is decoded to the same video")
         check_resumed(other, Path(place), whole)
         print("what the other version saved is resumed to the same latent")
         check_shared(other, Path(place))

@@ -97,15 +97,18 @@ def complete_record(
     )
 
 
-def load_latent(path: Path) -> tuple[Tensor, ShotRecord]:
-    """Read a finished latent and its record. Raises EntryError if either is damaged or of another version."""
-    z_CTYX, facts = tensor_file.load_latent(path)
+def load_latent(path: Path, wanted: tuple[int, ...] | None = None) -> tuple[Tensor, ShotRecord]:
+    """Read a finished latent and its record. Raises EntryError if either is damaged or of another version.
+
+    With a `wanted` shape a latent of another one is damage, too, and its tensor is not read.
+    """
+    z_CTYX, facts = tensor_file.load_latent(path, wanted)
     return z_CTYX, _latent_record(facts, z_CTYX.shape, path)
 
 
-def verify_latent(path: Path) -> ShotRecord:
+def verify_latent(path: Path, wanted: tuple[int, ...] | None = None) -> ShotRecord:
     """Verify a finished latent and return its record. Raises EntryError as `load_latent`. Needs no torch."""
-    shape, facts = tensor_file.verify_latent(path)
+    shape, facts = tensor_file.verify_latent(path, wanted)
     return _latent_record(facts, shape, path)
 
 
@@ -152,7 +155,9 @@ def _planned(shot: Shot, placement: Placement) -> Record:
             "root": str(model.checkpoint.root),
             "files": _checkpoint_files(model.checkpoint.source),
             "variant": model.checkpoint.variant.name,
-            "sizes": asdict(model.checkpoint.transformer_config),
+            "sizes": _omit_none(
+                asdict(model.checkpoint.transformer_config)
+            ),  # earlier versions know no others
             "networks": memory_estimate.network_sizes(model),
             "dtype": model.dtype,
             "residency": model.residency,
@@ -180,7 +185,11 @@ def _checkpoint_files(source: Location) -> Record | None:
     """Return the files of a checkpoint that was named file by file, so that `wancli decode` finds them."""
     if isinstance(source, Path):
         return None
-    return {key: str(v) if isinstance(v, Path) else v for key, v in asdict(source).items() if v is not None}
+    return {key: str(v) if isinstance(v, Path) else v for key, v in _omit_none(asdict(source)).items()}
+
+
+def _omit_none(values: Record) -> Record:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def checkpoint_location(model: ModelRecord) -> Location:

@@ -29,9 +29,8 @@ from wancli.plan import batching
 from wancli.plan.schedule import Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
 from wancli.resources.measure import oom_as_error, release_memory
-from wancli.storage import atomic, disk, manifest
+from wancli.storage import atomic, disk, manifest, tensor_file
 from wancli.storage.manifest_schema import ShotRecord
-from wancli.storage.records import LATENT
 from wancli.text.encoder import Encoded
 
 if TYPE_CHECKING:
@@ -287,12 +286,13 @@ def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor,
     force = model_context.context.force
     if force and force.is_outdated(shot, "latents"):
         return None
+    said = tensor_file.read_record(shot.latents, ShotRecord)
+    if said is not None and said.latents_key != shot.latents_key:
+        return None
     try:
-        z_CTYX, record = manifest_body.load_latent(shot.latents)
+        z_CTYX, record = manifest_body.load_latent(shot.latents, shot.latent_shape)
         if record.latents_key != shot.latents_key or effects_missing(shot, record):
             return None
-        if z_CTYX.shape != shot.latent_shape:
-            raise LATENT.damaged(shot.latents, f"{[*z_CTYX.shape]} is not the shape of the shot")
         return z_CTYX, manifest_body.continue_record(record, shot, model_context.schedule.placement(shot))
     except EntryError as error:
         if disk.is_taken(shot.latents):

@@ -120,7 +120,7 @@ def _warn_of_damaged_latent(shot: Shot, context: RenderContext) -> None:
     """Warn if a finished shot was to keep its latent, and that is damaged or cannot be read."""
     try:
         if shot.keep_latents and disk.is_taken(shot.latents):
-            manifest_body.verify_latent(shot.latents)
+            manifest_body.verify_latent(shot.latents, shot.latent_shape)
     except (EntryError, Unreadable) as error:
         way_out = f"the video of shot {shot.id} is whole; --force renders both again"
         context.progress.warn(f"{error}; {way_out}")
@@ -194,7 +194,7 @@ def _lacks_only_manifest(shot: Shot) -> bool:
     if disk.exists(shot.manifest):
         return False
     try:
-        return manifest_body.verify_latent(shot.latents).key == shot.key
+        return manifest_body.verify_latent(shot.latents, shot.latent_shape).key == shot.key
     except EntryError:
         return False
 

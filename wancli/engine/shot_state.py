@@ -114,8 +114,8 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     if context.force and context.force.is_outdated(shot, "state"):
         remove_state(shot)
     try:
-        solver_state, saved = load_state(shot.state)
-        if not _belongs_to(shot, solver_state, saved):
+        solver_state, saved = load_state(shot.state, shot.latent_shape)
+        if not _belongs_to(shot, saved):
             raise EntryError("the state of another render", where=str(shot.state))
     except EntryError as error:
         if atomic.move_aside(shot.state):
@@ -136,21 +136,23 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
 def remove_state(shot: Shot) -> None:
     """Remove the state of this shot, if there is one; a file of something else stays. Raises MachineError."""
     with suppress(EntryError):
-        if disk.is_taken(shot.state) and _belongs_to(shot, *load_state(shot.state)):
+        if disk.is_taken(shot.state) and _belongs_to(shot, load_state(shot.state, shot.latent_shape)[1]):
             atomic.remove(shot.state)
 
 
-def load_state(path: Path) -> tuple[State, SavedState]:
-    """Read a saved state and its record. Raises EntryError if either is damaged or of another version."""
-    solver_state, facts = state_file.load_state(path)
+def load_state(path: Path, shape: tuple[int, ...] | None = None) -> tuple[State, SavedState]:
+    """Read a saved state and its record. Raises EntryError if either is damaged or of another version.
+
+    With a `shape` a state of another one is damage, too, and its tensors are not read.
+    """
+    solver_state, facts = state_file.load_state(path, shape)
     return solver_state, SavedState.parse(facts, path)
 
 
-def _belongs_to(shot: Shot, solver_state: State, saved: SavedState) -> bool:
-    """Return whether a state and its record are those of this shot."""
+def _belongs_to(shot: Shot, saved: SavedState) -> bool:
+    """Return whether the record of a state is that of this shot."""
     return (
         saved.latents_key == shot.latents_key
-        and solver_state.x.shape == shot.latent_shape
         and saved.step <= shot.steps
         and len(saved.differences) in (0, len(shot.injected_prompts))
         and (saved.measured or not shot.measure)

@@ -19,9 +19,12 @@ def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
     tensor_file.save_tensors(path, {"x": state.x, **history, **last}, record)
 
 
-def load_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """Load a state and its record. Raises EntryError if the file is damaged or not a state."""
-    tensors, record = tensor_file.load_tensors(path, records.STATE)
+def load_state(path: Path, shape: tuple[int, ...] | None = None) -> tuple[State, dict[str, Any]]:
+    """Load a state and its record. Raises EntryError if the file is damaged or not a state.
+
+    With a `shape` a state of another one is damage, too, and its tensors are not read.
+    """
+    tensors, record = tensor_file.load_tensors(path, records.STATE, shape)
     if not {"x"} <= tensors.keys() <= _NAMES or {tensor.shape for tensor in tensors.values()} != {
         tensors["x"].shape
     }:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from wancli.errors import EntryError, NoSuchFile
 from wancli.storage import disk
@@ -62,12 +63,15 @@ MESSAGE = Kind("the message", 2**24)
 def read(path: Path, kind: Kind, *, links: bool = True) -> bytes:
     """Read a whole record. Raises Unreadable, and EntryError if it is larger than its kind can be."""
     with disk.opened(path, links=links) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > kind.max_bytes:
-            raise EntryError(
-                f"{size:,} bytes; {kind.name} has at most {kind.max_bytes:,}", where=str(path), hint=kind.hint
-            )
+        _require_plausible_size(path, kind, os.fstat(file.fileno()).st_size)
         return file.read(kind.max_bytes)
+
+
+def _require_plausible_size(path: Path, kind: Kind, size: int) -> None:
+    if size > kind.max_bytes:
+        raise EntryError(
+            f"{size:,} bytes; {kind.name} has at most {kind.max_bytes:,}", where=str(path), hint=kind.hint
+        )
 
 
 def find_bytes(path: Path, kind: Kind) -> bytes | None:
@@ -145,16 +149,20 @@ class Slice:
 def parse_header(payload: bytes) -> tuple[dict[str, Slice], Any]:
     """Parse the header of a payload that `write_tensors` made: where its tensors are, and the document.
 
-    Raises ValueError, also if a tensor lies outside of the payload.
+    Raises ValueError, also if the payload has other bytes than its header and its tensors.
     """
     begin = 8 + int.from_bytes(payload[:8], "little")
     if not 8 < begin <= len(payload):
         raise ValueError("the header is cut")
-    header = parse_json(payload[8:begin])
+    return _parse_header(payload[8:begin], len(payload))
+
+
+def _parse_header(text: bytes, size: int) -> tuple[dict[str, Slice], Any]:
+    header, begin = parse_json(text), 8 + len(text)
     document = _document_in(header)
     slices = {name: _parse_slice(begin, entry) for name, entry in header.items() if name != "__metadata__"}
-    if any(each.stop > len(payload) for each in slices.values()):
-        raise ValueError("a tensor is cut")
+    if size != max((each.stop for each in slices.values()), default=begin):
+        raise ValueError("the file is not as long as its tensors")
     return slices, document
 
 
@@ -184,11 +192,32 @@ def parse_tensors(payload: bytes) -> tuple[dict[str, Tensor], Any]:
 def read_tensor_document(path: Path) -> Any:
     """Read the JSON document of a file of tensors, and no tensor. Raises Unreadable or ValueError."""
     with disk.opened(path) as file:
+        return _document_in(parse_json(_read_header(file, os.fstat(file.fileno()).st_size)))
+
+
+def read_tensor_file(
+    path: Path, kind: Kind, require: Callable[[Mapping[str, Slice]], object]
+) -> tuple[bytes, dict[str, Slice], Any]:
+    """Read a whole file of tensors after its header: its bytes, where its tensors are, and its document.
+
+    `require` raises if these are not the tensors that the caller expects; no more of the file is read then.
+    Raises Unreadable; ValueError if the file is not as its header says; EntryError if it is larger than its
+    kind can be.
+    """
+    with disk.opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        count = int.from_bytes(file.read(8), "little")
-        if not 0 < count <= min(size - 8, MANIFEST.max_bytes):
-            raise ValueError("the header is cut")
-        return _document_in(parse_json(file.read(count)))
+        slices, document = _parse_header(_read_header(file, size), size)
+        _require_plausible_size(path, kind, size)
+        require(slices)
+        file.seek(0)
+        return file.read(size), slices, document
+
+
+def _read_header(file: BinaryIO, size: int) -> bytes:
+    count = int.from_bytes(file.read(8), "little")
+    if not 0 < count <= min(size - 8, MANIFEST.max_bytes):
+        raise ValueError("the header is cut")
+    return file.read(count)
 
 
 def _document_in(header: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,10 +33,12 @@ def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
     save_tensors(path, {"latents": z_CTYX}, record)
 
 
-def load_latent(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Load a latent and its record. Raises EntryError if either is damaged, or is another program's."""
-    payload, slices, record = _read_sealed(path, records.LATENT)
-    _require_latent(slices, path)
+def load_latent(path: Path, shape: tuple[int, ...] | None = None) -> tuple[Tensor, dict[str, Any]]:
+    """Load a latent and its record. Raises EntryError if either is damaged, or is another program's.
+
+    With a `shape` a latent of another one is damage, too, and its tensor is not read.
+    """
+    payload, _, record = _read_sealed(path, records.LATENT, shape, _require_latent)
     return _parse_tensors(payload, path, records.LATENT)["latents"], record
 
 
@@ -57,16 +59,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, An
     atomic.replace(path, records.write_tensors(tensors, canonical_json(document).decode()))
 
 
-def load_tensors(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load fp32 tensors and their record. Raises EntryError if the file is damaged or another program's."""
-    payload, _, record = _read_sealed(path, kind)
+def load_tensors(
+    path: Path, kind: Kind, shape: tuple[int, ...] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load fp32 tensors and their record. Raises EntryError if the file is damaged or another program's.
+
+    With a `shape` tensors of another one are damage, too, and are not read.
+    """
+    payload, _, record = _read_sealed(path, kind, shape)
     return _parse_tensors(payload, path, kind), record
 
 
-def verify_latent(path: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Verify a latent without torch; return its shape and its record. Raises EntryError."""
-    _, slices, record = _read_sealed(path, records.LATENT)
-    _require_latent(slices, path)
+def verify_latent(path: Path, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Verify a latent without torch; return its shape and its record. Raises EntryError as `load_latent`."""
+    _, slices, record = _read_sealed(path, records.LATENT, shape, _require_latent)
     return slices["latents"].shape, record
 
 
@@ -82,15 +88,26 @@ def _parse_tensors(payload: bytes, path: Path, kind: Kind) -> dict[str, Tensor]:
         raise kind.damaged(path, str(error)) from None
 
 
-def _read_sealed(path: Path, kind: Kind) -> tuple[bytes, dict[str, Slice], dict[str, Any]]:
+def _read_sealed(
+    path: Path,
+    kind: Kind,
+    shape: tuple[int, ...] | None,
+    require: Callable[[Mapping[str, Slice], Path], None] = lambda *_: None,
+) -> tuple[bytes, dict[str, Slice], dict[str, Any]]:
     """Read a file and verify its checksum; return its bytes, where its tensors are, and its record."""
-    try:
-        payload = records.read(path, kind)
-        slices, document = records.parse_header(payload)
-        record = _record_of(document)
+
+    def require_expected(slices: Mapping[str, Slice]) -> None:
         for name, each in slices.items():
             if each.dtype != "F32" or each.stop - each.start != 4 * math.prod(each.shape):
                 raise ValueError(f"{name} is not in fp32")
+        require(slices, path)
+        for each in slices.values():
+            if shape is not None and each.shape != shape:
+                raise kind.damaged(path, f"{[*each.shape]} is not {[*shape]}, the shape of the shot")
+
+    try:
+        payload, slices, document = records.read_tensor_file(path, kind, require_expected)
+        record = _record_of(document)
         about = [[name, [*slices[name].shape], "torch.float32"] for name in sorted(slices)]
         view = memoryview(payload)
         parts = (view[slices[name].start : slices[name].stop] for name in sorted(slices))

@@ -24,7 +24,7 @@ from jobs import TRANSFORMER, change_tensors, files_in, manifest_of, shell_exit_
 from wancli import signals
 from wancli.engine.networks import ModelCache
 from wancli.errors import JobError, MachineError
-from wancli.farm import client, local_socket
+from wancli.farm import client, local_socket, messages
 from wancli.farm.local_socket import listen
 from wancli.farm.server import Server
 
@@ -384,7 +384,7 @@ def run_on_server(server: Server, run: Callable[[socket.socket], int]) -> int:
     here, client = socket.socketpair()
     with here, client:
         server._run = lambda *_: run(client)
-        return server._run_command(here, {"arguments": [], "began": 0.0})
+        return server._run_command(here, [], 0.0)
 
 
 def handle_signal(number: signal.Signals, send: Callable[[], None], *, code: int) -> int:
@@ -537,6 +537,60 @@ def test_both_ends_must_be_the_same(name: str) -> None:
         == f"{name} is {here[name]} at the server, x at the client"
     )
     assert local_socket.describe_difference(here, {}) is not None
+
+
+@pytest.mark.parametrize(
+    "message", [{"signal": "SIGNONE"}, {"signal": "SIGKILL"}, {"signal": ["SIGINT"]}, {"signal": 9}, {"a": 1}]
+)
+def test_a_message_that_is_no_signal_to_stop_has_the_render_saved(message: dict[str, object]) -> None:
+    server = Server(lambda *_: 0, ModelCache(), idle=None)
+    with server.handle_signals():
+        got = run_on_server(
+            server,
+            lambda client: handle_signal(
+                signal.SIGTERM, lambda: local_socket.send_message(client, message), code=75
+            ),
+        )
+        assert (got, server._stop_requested()) == (75, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"identity": ["x"]}, "at the server, None at the client"),
+        ({"umask": "x"}, "umask: "),
+        ({"umask": 2**40}, "umask: "),
+        ({"arguments": "render"}, "arguments: "),
+        ({"arguments": ["a\0"]}, "arguments.0: "),
+        ({"environment": {"A=B": "1"}}, "environment.A=B"),
+        ({"environment": {"A": "\0"}}, "environment.A: "),
+        ({"folder": "a\0b"}, "folder: "),
+        ({"began": None}, "began: "),
+        ({"written": []}, "written.0: "),
+        ({"written": [{"encoding": "utf-9", "write_through": True}] * 2}, "written.0.encoding: "),
+    ],
+)
+def test_a_request_with_odd_values_is_refused_and_the_server_lives_on(
+    changes: dict[str, object], why: str
+) -> None:
+    server = Server(lambda *_: 1 // 0, ModelCache(), idle=None)
+    request: dict[str, object] = {
+        "arguments": [],
+        "folder": "/",
+        "environment": {"A": "\udcff"},
+        "umask": 0o22,
+    }
+    request |= {"began": 0.0, "identity": local_socket.process_fingerprint()}
+    request |= {"written": [{"encoding": "utf-8", "write_through": False}] * 2}
+    assert messages.Request.parse(request, Path("request")).environment == {"A": "\udcff"}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(theirs, [b"\n"], [0, 1, 2])
+        local_socket.send_message(theirs, request | changes)
+        server._handle(ours)
+        replies = local_socket.MessageReader(theirs)
+        assert "turn" in (replies.read() or {})
+        assert why in (replies.read() or {})["refused"]
 
 
 def test_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

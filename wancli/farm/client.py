@@ -112,8 +112,8 @@ class _RenderRequest:
         if not self._begun:
             raise MachineError("the server ended before it was our turn", where=str(self._path))
         message = self._receive()
-        if "code" in message:
-            return int(message["code"])
+        if isinstance(code := message.get("code"), int):
+            return code
         if len(self._sent) > 1:
             name = signal.Signals(self._sent[-1]).name
             _print_message(f"ended at once by a second signal, {name}; so is the server")

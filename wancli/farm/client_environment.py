@@ -6,30 +6,33 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 from wancli.errors import MachineError
 from wancli.farm import local_socket
+from wancli.farm.messages import Request
 from wancli.stdio import close_writer, open_writer
 
 
 @contextmanager
-def use_client_environment(request: dict[str, Any], streams: Sequence[int]) -> Iterator[None]:
+def use_client_environment(request: Request, streams: Sequence[int]) -> Iterator[None]:
     """Give this process the client's streams, environment and umask while the block runs.
 
     Raises BrokenPipeError if the last of the output could not be written.
     """
     own_streams, own_python = [os.dup(fd) for fd in range(3)], (sys.stdin, sys.stdout, sys.stderr)
     own_environment = dict(os.environ)
-    own_mask = os.umask(request["umask"])
+    own_mask = os.umask(request.umask)
     fixed = {name: value for name, value in own_environment.items() if name in local_socket.FIXED_VARIABLES}
     try:
-        _set_environment({**request["environment"], **fixed})
+        _set_environment({**request.environment, **fixed})
         for fd, stream in enumerate(streams):
             os.dup2(stream, fd)
-        out, err = request["written"]
         sys.stdin = _open_stdin()
-        sys.stdout, sys.stderr = open_writer(1, **out, patient=False), open_writer(2, **err, patient=False)
+        sys.stdout, sys.stderr = (
+            open_writer(fd, encoding=wanted.encoding, write_through=wanted.write_through, patient=False)
+            for fd, wanted in enumerate(request.written, start=1)
+        )
         yield
         try:
             sys.stdout.flush()

@@ -24,9 +24,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from wancli.engine.networks import ModelCache, check_weights, prepare_device
-from wancli.errors import ExitStatus, MachineError, Stopped
-from wancli.farm import local_socket
+from wancli.errors import EntryError, ExitStatus, MachineError, Stopped
+from wancli.farm import local_socket, messages
 from wancli.farm.client_environment import use_client_environment
+from wancli.farm.messages import Request
 from wancli.resources.measure import oom_as_error
 from wancli.signals import STOP_SIGNALS, StartHandler, handle_signals, restore_signals
 
@@ -173,13 +174,18 @@ class Server:
         except OSError:
             return
         try:
-            request = local_socket.MessageReader(connection).read()
+            message = local_socket.MessageReader(connection).read()
             connection.settimeout(None)
-            if request is None or len(streams) != 3:  # the client is gone
+            if message is None or len(streams) != 3:  # the client is gone
                 return
             began = time.monotonic()
-            if why := local_socket.describe_difference(self._fingerprint, request.get("identity", {})):
+            if why := local_socket.describe_difference(self._fingerprint, messages.identity_of(message)):
                 _reply(connection, {"refused": why})
+                return
+            try:
+                request = messages.Request.parse(message, Path("the request"))
+            except EntryError as error:
+                _reply(connection, {"refused": error.message})
                 return
             _reply(connection, {"begun": os.getpid()})
             code = self._run_in_folder(connection, request, streams)
@@ -189,36 +195,34 @@ class Server:
         _reply(connection, {"code": code})
         took = time.monotonic() - began
         sys.stderr.write(
-            f"wancli serve: process {pid} in {request['folder']!r}: exit code {code} after {took:.1f} s\n"
+            f"wancli serve: process {pid} in {request.folder!r}: exit code {code} after {took:.1f} s\n"
         )
         if code not in KEEPS_NETWORKS:
             self._kept.clear()
         if code != ExitStatus.OK:
             gc.collect()  # frees what the error refers to
 
-    def _run_in_folder(
-        self, connection: socket.socket, request: dict[str, Any], streams: Sequence[int]
-    ) -> int:
+    def _run_in_folder(self, connection: socket.socket, request: Request, streams: Sequence[int]) -> int:
         try:
             with use_client_environment(request, streams):
                 try:
-                    os.chdir(request["folder"])
+                    os.chdir(request.folder)
                 except OSError as error:
-                    sys.stderr.write(f"wancli: {request['folder']!r}: {error.strerror}\n")
+                    sys.stderr.write(f"wancli: {request.folder!r}: {error.strerror}\n")
                     return ExitStatus.MACHINE
-                return self._run_command(connection, request)
+                return self._run_command(connection, request.arguments, request.began)
         except BrokenPipeError:
             return _OUTPUT_LOST
         finally:
             os.chdir("/")
 
-    def _run_command(self, connection: socket.socket, request: dict[str, Any]) -> int:
+    def _run_command(self, connection: socket.socket, arguments: list[str], began: float) -> int:
         relay = threading.Thread(target=self._relay_signals, args=[connection], daemon=True)
         try:
             self._state = "running"
             handle_signals(STOP_SIGNALS, StartHandler(self._on_signal, _count_only))
             relay.start()
-            code = self._run(request["arguments"], self._kept, request["began"])
+            code = self._run(arguments, self._kept, began)
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
         except KeyboardInterrupt:
@@ -241,24 +245,24 @@ class Server:
         return code
 
     def _relay_signals(self, connection: socket.socket) -> None:
-        """Raise the client's signals in the main thread, and SIGTERM if the client is gone.
+        """Raise the client's signals in the main thread, and SIGTERM if the client is gone or sends none.
 
         If the client already requested a stop, its end raises no SIGTERM: a second signal would end the
         render without saving.
         """
-        messages = local_socket.MessageReader(connection)
+        reader = local_socket.MessageReader(connection)
         main = threading.main_thread().ident
         assert main is not None
         while True:
-            message = messages.read()
-            number = signal.Signals[message["signal"]] if message else signal.SIGTERM
+            received = messages.stop_signal_of(reader.read() or {})
+            number = received or signal.SIGTERM
             if signal.getsignal(number) is signal.SIG_IGN:
                 number = signal.SIGTERM
-            if self._state != "running" or (message is None and self._relayed):
+            if self._state != "running" or (received is None and self._relayed):
                 return
             self._relayed[number] += 1
             signal.pthread_kill(main, number)
-            if message is None:
+            if received is None:
                 return
 
 

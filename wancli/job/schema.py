@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from wancli import wan_mini
 from wancli.injection.selectors import Curve
 from wancli.models.config import AttentionBackend
+from wancli.storage.records import MAX_DIGITS
 from wancli.units import parse_frame_rate
 
 
@@ -152,9 +153,15 @@ def _scalar_kind(value: Any) -> str:
     return kinds.get(type(value), "<text>")
 
 
+def _require_digits(value: int) -> int:
+    if abs(value) >= 10**MAX_DIGITS:
+        raise PydanticCustomError("digits", f"has more than {MAX_DIGITS} digits; write it as a text")
+    return value
+
+
 Label = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[int, Tag("<int>")]
+    | Annotated[int, AfterValidator(_require_digits), Tag("<int>")]
     | Annotated[float, Tag("<float>")]
     | Annotated[bool, Tag("<bool>")],
     Discriminator(_scalar_kind),
@@ -283,7 +290,7 @@ class Video(StrictModel):
 
 
 Chunk = Annotated[
-    Annotated[int, Field(ge=256), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
+    Annotated[int, Field(ge=256, lt=2**63), Tag("<int>")] | Annotated[Literal["auto"], Tag("<text>")],
     Discriminator(_text_or_int),
 ]
 Batch = Annotated[

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from wancli.storage.schema import Count, Data, PathText, Positive
+
+Chunk: TypeAlias = Annotated[int, Field(strict=True, ge=1, lt=2**63)]  # tokens at a time
 
 
 class Fingerprints(Data):
@@ -21,7 +23,7 @@ class KernelRecord(Data):
     """How the transformer computed."""
 
     attention: str = "auto"
-    chunk: Positive | None = None
+    chunk: Chunk | None = None
     fp8_matmul: bool = False
 
 
@@ -118,7 +120,7 @@ class ModelRecord(Data):
     dtype: str
     residency: str = "resident"
     text_encoder: str = "resident"
-    chunk: Positive | None = None
+    chunk: Chunk | None = None
     why: list[str] = Field(default_factory=list)
     device: Literal["cpu", "cuda"]
     kernels: KernelRecord = KernelRecord()

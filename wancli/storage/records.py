@@ -162,7 +162,7 @@ def _parse_header(text: bytes, size: int) -> tuple[dict[str, Slice], Any]:
     document = _document_in(header)
     slices = {name: _parse_slice(begin, entry) for name, entry in header.items() if name != "__metadata__"}
     if size != max((each.stop for each in slices.values()), default=begin):
-        raise ValueError("the file is not as long as its tensors")
+        raise ValueError("a tensor is cut, or bytes follow the last one")
     return slices, document
 
 

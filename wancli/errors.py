@@ -149,7 +149,7 @@ class IntegrityError(WancliError):
 
 
 class CheckpointError(IntegrityError):
-    """A checkpoint is truncated, cannot be read, or has missing, unknown or mis-shaped tensors."""
+    """A checkpoint is truncated or unreadable, or has missing or mis-shaped tensors."""
 
     code = "integrity.checkpoint"
 

@@ -173,7 +173,7 @@ class OutOfMemory(DoesNotFit):
 
 
 class Stopped(WancliError):
-    """Stopped by SIGTERM or another signal to stop; all states are saved, the same command resumes."""
+    """Stopped by a signal; all states are saved, the same command resumes."""
 
     status, code, retryable = ExitStatus.STOPPED, "stopped", True
     resume_command = ""  # if the same command would not resume

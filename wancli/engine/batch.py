@@ -7,7 +7,7 @@ renders.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -68,72 +68,79 @@ def track_outcomes(
 
 
 def _render_all(plan: Plan, result: PreflightResult, context: RenderContext) -> Iterator[Outcome]:
-    """Yield what is known without rendering, then render the rest: first the shots that others continue."""
-    unfinished: dict[int, Outcome] = {}
+    """Yield what is known without rendering, then render the rest.
+
+    A shot is free once the shot that it continues is over. Shots that other workers hold are waited for only
+    when no shot is free.
+    """
+    failed: dict[int, Outcome] = {}
     for outcome in iter_resolved(plan, result):
         if outcome.status == "failed":
-            unfinished[outcome.shot.index] = outcome
+            failed[outcome.shot.index] = outcome
         yield outcome
-    waves = [*split_waves(result.schedule.shots)]
-    if len(waves) > 1 and context.model_cache is None:
+    left = {shot.index: shot for shot in result.schedule.shots}
+    elsewhere: dict[int, Shot] = {}
+    if context.model_cache is None and any(shot.continues for shot in left.values()):
         context = replace(context, model_cache=ModelCache())  # a chain loads its model once
-    for wave in waves:
-        ready = []
-        for shot in wave:
-            before = unfinished.get(shot.continues.shot) if shot.continues else None
-            if before is None:
-                ready.append(shot)
-            elif before.status != "stopped":
-                unfinished[shot.index] = _outcome_after(before, shot)
-                yield unfinished[shot.index]
-        if context.stop.requested:
-            break
-        schedule = batching.reschedule(result.schedule, ready)
-        for outcome in _render_wave(schedule, context):
-            if outcome.status in ("failed", "stopped", "elsewhere"):
-                unfinished[outcome.shot.index] = outcome
+    schedule = result.schedule
+    while left and not context.stop.requested:
+        free = [shot for shot in next(split_waves([*left.values()])) if shot.index not in elsewhere]
+        if free:
+            outcomes = _render_free(batching.reschedule(schedule, free), failed, context)
+        else:
+            released = _wait_for_claims([*elsewhere.values()], context)
+            if not released:
+                break
+            for shot in released:
+                del elsewhere[shot.index]
+            outcomes = _find_finished(released, context)
+        for outcome in outcomes:
+            if outcome.status == "elsewhere":
+                elsewhere[outcome.shot.index] = outcome.shot
+                continue
+            if outcome.status == "failed":
+                failed[outcome.shot.index] = outcome
+            del left[outcome.shot.index]
             yield outcome
+    hanging = elsewhere if context.stop.requested else left  # all that is left hangs on shots of others
+    yield from (Outcome(shot, "elsewhere") for shot in hanging.values())
 
 
-def _outcome_after(before: Outcome, shot: Shot) -> Outcome:
-    """Return the outcome of a shot whose first frame is missing, because the shot that has it is not done."""
-    if before.status == "elsewhere":
-        return Outcome(shot, "elsewhere")
+def _render_free(
+    schedule: Schedule, failed: Mapping[int, Outcome], context: RenderContext
+) -> Iterator[Outcome]:
+    """Render shots, model by model, except those that continue a failed shot."""
+    ready = []
+    for shot in schedule.shots:
+        before = failed.get(shot.continues.shot) if shot.continues else None
+        if before is None:
+            ready.append(shot)
+        else:
+            yield _outcome_after(before.shot, shot)
+    schedule = batching.reschedule(schedule, ready)
+    for model in dict.fromkeys(shot.model for shot in ready):
+        if not context.stop.requested:
+            yield from _render_with_retries(model, schedule.of_model(model), context)
+
+
+def _outcome_after(before: Shot, shot: Shot) -> Outcome:
+    """Return the outcome of a shot whose first frame is missing, because the shot that has it failed."""
     attempt = ErrorCapture()
-    hint = f"Once shot {before.shot.id} is done, the same command renders this one."
+    hint = f"Once shot {before.id} is done, the same command renders this one."
     attempt.record(
-        ShotError(f"shot {before.shot.id}, which it continues, failed", where=f"shot {shot.id}", hint=hint)
+        ShotError(f"shot {before.id}, which it continues, failed", where=f"shot {shot.id}", hint=hint)
     )
     return failed_outcome(shot, attempt)
 
 
-def _render_wave(schedule: Schedule, context: RenderContext) -> Iterator[Outcome]:
-    """Render the shots of a schedule, and then what other workers give up."""
-    elsewhere: dict[int, Shot] = {}
-    while schedule.rounds or elsewhere:
-        for model in dict.fromkeys(shot.model for shot in schedule.shots):
-            if context.stop.requested:
-                break
-            for outcome in _render_with_retries(model, schedule.of_model(model), context):
-                if outcome.status == "elsewhere":
-                    elsewhere[outcome.shot.index] = outcome.shot
-                else:
-                    yield outcome
-        released = _wait_for_claims(list(elsewhere.values()), context)
-        if not released:
-            break
-        left = []
-        for shot in released:
-            del elsewhere[shot.index]
-            with ErrorCapture() as attempt:
-                if context.force or not is_finished(shot):
-                    left.append(shot)
-                else:
-                    yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
-            if attempt.error:
-                yield failed_outcome(shot, attempt)
-        schedule = batching.build_schedule(left)
-    yield from (Outcome(shot, "elsewhere") for shot in elsewhere.values())
+def _find_finished(released: Sequence[Shot], context: RenderContext) -> Iterator[Outcome]:
+    """Yield the outcomes of shots that other workers have finished, or whose files cannot be read."""
+    for shot in released:
+        with ErrorCapture() as attempt:
+            if not context.force and is_finished(shot):
+                yield Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
+        if attempt.error:
+            yield failed_outcome(shot, attempt)
 
 
 def iter_resolved(plan: Plan, result: PreflightResult) -> Iterator[Outcome]:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from failing_disk import fail_reading
-from forked import Forked, start
-from jobs import KEPT, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job, write_job
+from jobs import KEPT, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job
+from workers import Folder
 
 from wancli.engine.batch import render as render_plan
 from wancli.engine.batch import track_outcomes
@@ -293,74 +293,7 @@ def test_a_folder_of_claims_that_another_worker_just_removed_is_created_again(
 
 # ---- workers on one job ----
 
-PROGRAM = """
-import os, signal, sys, time
-from pathlib import Path
-from wancli.__main__ import main
-from wancli.engine import denoise_stage
-from wancli.video import mp4
-
-log, event, id, step = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-note, to_rgb24 = denoise_stage._record_step, mp4.to_rgb24
-
-def noted(one, *rest):
-    note(one, *rest)
-    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(fd, f"{os.getpid()} {one.shot.id} {one.step}\\n".encode())
-    os.close(fd)
-    if (one.shot.id, one.step) == (id, step):
-        happens()
-
-def converted(frames):
-    if step == -1:
-        happens()
-    return to_rgb24(frames)
-
-def happens():
-    Path(event + ".here").touch()
-    if event.endswith("stop"):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    while event.endswith("hang"):
-        time.sleep(1)
-
-denoise_stage._record_step, mp4.to_rgb24 = noted, converted
-main()
-"""
 STEPS = 6
-
-
-class Folder:
-    """A job that several processes render, and a log of the steps they take."""
-
-    def __init__(self, path: Path, model: Path, cache: Path, ids: str, **changes: Any) -> None:
-        items = [{"id": id, "seed": ord(id)} for id in ids]
-        said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": items}
-        self.path, self.cache, self.log = path, cache, path / "log"
-        self.job = write_job(path, tiny_job(model, **said | changes))
-        self._running: list[Forked] = []
-
-    def start(self, *options: str, event: str = "", at: tuple[str, int] = ("", 0)) -> Forked:
-        """A real process; at a step of a shot it does not come back from, or is suspended."""
-        special = [self.log, self.path / event, at[0], at[1]]
-        arguments = ["render", self.job, "--cache-dir", self.cache, "--save-every", "1", *options]
-        child = start(*special, *arguments, program=PROGRAM)
-        self._running.append(child)
-        return child
-
-    def until(self, name: str) -> None:
-        """Waits for a file."""
-        while not (self.path / name).exists():
-            assert all(child.poll() in (None, 0) for child in self._running)
-            time.sleep(0.02)
-
-    def steps(self, pid: int | None = None) -> list[tuple[str, int]]:
-        lines = [line.split() for line in self.log.read_text().splitlines()]
-        return [(id, int(step)) for who, id, step in lines if pid is None or int(who) == pid]
-
-    def end(self) -> None:
-        for child in self._running:
-            with child:
-                child.kill()
 
 
 @pytest.fixture
@@ -368,7 +301,9 @@ def folder(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[Callable[..., 
     made: list[Folder] = []
 
     def make(ids: str, **changes: Any) -> Folder:
-        made.append(Folder(tmp_path, shallow, warm, ids, **changes))
+        items = [{"id": id, "seed": ord(id)} for id in ids]
+        said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": items}
+        made.append(Folder(tmp_path, tiny_job(shallow, **said | changes), warm))
         return made[-1]
 
     yield make

@@ -62,7 +62,7 @@ ALL = chain(*CHAIN) | {id: f"{id}.png" for id in PICTURES}
 
 
 def job_of(images: dict[str, Any], model: Path, path: Path, cache: Path) -> Folder:
-    """A job of shots by their id and how they begin. The id decides all else, also the pixels of a picture."""
+    """A job of shots by their id and how they begin. The id decides all else, also the pixels."""
     path.mkdir(exist_ok=True)
     lines = []
     for id, image in images.items():

@@ -99,7 +99,7 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     except WancliError as error:
         return report_error(error, arguments)
     except typer.TyperException as error:
-        usage = UsageError(error.format_message(), hint="`wancli COMMAND --help` lists the options.")
+        usage = UsageError(error.format_message(), hint=_hint_at_options(error))
         return _report_refusal(usage, arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
@@ -117,6 +117,14 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.write_failure(sys.stdout):
         return ExitStatus.MACHINE  # the batch has continued; stderr has the reason
     return code
+
+
+def _hint_at_options(error: typer.TyperException) -> str:
+    """Say where options are listed and, if the command takes it, how a key of the job is set."""
+    context = getattr(error, "ctx", None)
+    options = {name for option in context.command.params for name in option.opts} if context else set()
+    keys = " A key of the job is set by --set, for example --set model=DIR." if "--set" in options else ""
+    return f"`wancli COMMAND --help` lists the options.{keys}"
 
 
 def _log_traceback() -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from wancli.errors import JobError
-from wancli.job.loader import JobFile, load
+from wancli.job.loader import Item, JobFile, load
+from wancli.job.schema import ImageOptions
 
 
 def job(folder: Path, text: str) -> JobFile:
@@ -22,8 +23,12 @@ def put(folder: Path, *names: str) -> None:
         path.write_text("A prompt of its own\nin two lines\n" if name.endswith(".txt") else "")
 
 
+def first_of(item: Item) -> object:
+    return item.job.image.first if isinstance(item.job.image, ImageOptions) else item.job.image
+
+
 def pairs(jobs: JobFile) -> list[tuple[object, object]]:
-    return [(item.job.image, item.job.prompt) for item in jobs.items]
+    return [(first_of(item), item.job.prompt) for item in jobs.items]
 
 
 def problem(folder: Path, text: str) -> JobError:
@@ -65,13 +70,36 @@ def test_a_list_names_pictures_from_its_own_folder_with_keys_of_a_job(tmp_path: 
 def test_every_picture_is_rendered_for_every_combination(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "b.png")
     jobs = job(tmp_path, "prompt: p\nimages_from: '*.png'\nmatrix: {seed: [1, 2]}\n")
-    assert [(item.job.image, item.job.seed) for item in jobs.items] == [
+    assert [(first_of(item), item.job.seed) for item in jobs.items] == [
         ("a.png", 1), ("a.png", 2), ("b.png", 1), ("b.png", 2),
     ]  # fmt: skip
     swept = job(tmp_path, "prompt: p\nmatrix: {image: [a.png, b.png]}\n")
     assert [(item.job.id, item.job.labels) for item in swept.items] == [
         ("a-png", {"image": "a.png"}), ("b-png", {"image": "b.png"}),
     ]  # fmt: skip
+
+
+def test_the_label_of_a_picture_is_its_name_unless_two_have_the_same(tmp_path: Path) -> None:
+    for values, names in (
+        ("photos/a.png, {first: b.png}", ["a.png", "b.png"]),
+        ("one/a.png, two/a.png", ["one/a.png", "two/a.png"]),
+        (
+            "{first: a.png}, {first: a.png, fit: pad}",
+            ['{"first": "a.png"}', '{"first": "a.png", "fit": "pad"}'],
+        ),
+    ):
+        swept = job(tmp_path, f"prompt: p\nmatrix: {{image: [{values}]}}\n")
+        assert [item.job.labels for item in swept.items] == [{"image": name} for name in names]
+    swept = job(tmp_path, "prompt: p\nimage: {fit: pad}\nmatrix: {image.first: [photos/a.png, b.png]}\n")
+    assert [item.job.labels for item in swept.items] == [{"first": "a.png"}, {"first": "b.png"}]
+
+
+def test_the_other_keys_of_image_apply_to_every_picture_of_a_folder(tmp_path: Path) -> None:
+    put(tmp_path, "photos/a.png", "photos/b.png")
+    jobs = job(tmp_path, "prompt: p\nimage: {preprocess: comfy, last: end.png}\nimages_from: photos\n")
+    assert [item.job.image for item in jobs.items] == [
+        ImageOptions(first=f"photos/{name}.png", last="end.png", preprocess="comfy") for name in "ab"
+    ]
 
 
 def test_a_place_without_pictures_is_named_with_what_is_there(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_last_frame_of_another_size_is_cropped_to_the_video(folder: Path, vari
         (I2V, {"fit": "crop"}, "image", "names no picture"),
         (I2V, {"first": "cat.png", "shot": "a"}, "image", "has both `first` and `shot`"),
         (I2V, "dog.png", "image", "'dog.png' cannot be read: No such file"),
-        (I2V, {"first": "."}, "image.first", "'.' cannot be read: Is a directory"),
+        (I2V, {"first": "."}, "image.first", "'.' is a folder"),
         (I2V, "job.yaml", "image", "'job.yaml' cannot be read: No such file"),
         (I2V, "needle.png", "image", "a picture of 1x4000 gives a video of 0x"),
     ],

@@ -27,8 +27,9 @@ _MAX_PROMPT_BYTES = 64 * 1024
 def read(name: str, owner: Source) -> list[Layer]:
     """Read a layer for each picture, in the order of names, or of the lines of a list.
 
-    A picture without a prompt of its own takes the text of NAME.txt beside it, if that file exists. `owner`
-    is the key that names the pictures. Raises JobError with all problems.
+    A picture is the key `image.first`, so that the other keys of the job's `image` apply. A picture without a
+    prompt of its own takes the text of NAME.txt beside it, if that file exists. `owner` is the key that names
+    the pictures. Raises JobError with all problems.
     """
     if name.endswith(_LISTS):
         layers = prompts_from.read(name, owner, "image")
@@ -41,7 +42,7 @@ def read(name: str, owner: Source) -> list[Layer]:
     result = []
     for layer in layers:
         try:
-            result.append(_add_prompt(layer))
+            result.append(_name_first_frame(_add_prompt(layer)))
         except JobError as error:
             problems.append(str(error))
     if problems:
@@ -84,6 +85,13 @@ def _match(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
             yield from _match(path, parts)
         elif head != "**" and fnmatchcase(path.name, head) and (not rest or disk.is_folder(path)):
             yield from _match(path, rest)
+
+
+def _name_first_frame(layer: Layer) -> Layer:
+    image = layer.value.get("image")
+    return (
+        Layer(layer.source, {**layer.value, "image": {"first": image}}) if isinstance(image, str) else layer
+    )
 
 
 def _add_prompt(layer: Layer) -> Layer:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from wancli.errors import JobError
@@ -21,6 +22,7 @@ from wancli.storage.paths import slugify
 
 MAX_SHOTS = 10_000
 ID_BYTES = 24  # of each value in the id of a shot
+_PICTURE_KEYS = ("image", "image.first", "image.last")
 Label = str | int | float | bool
 
 
@@ -177,8 +179,23 @@ def _read_columns(columns: Any, name: str, sources: Sources, problems: list[str]
 
 
 def _make_column(key: str, layers: Sequence[Layer]) -> list[Setting]:
-    slugs = _make_slugs(_last_word(key), [layer.value for layer in layers])
-    return [Setting(key, layer, _to_label(layer.value), slug) for layer, slug in zip(layers, slugs)]
+    values = [layer.value for layer in layers]
+    if key in _PICTURE_KEYS:
+        values = _name_pictures(values)
+    slugs = _make_slugs(_last_word(key), values)
+    return [Setting(key, layer, _to_label(value), slug) for layer, value, slug in zip(layers, values, slugs)]
+
+
+def _name_pictures(values: Sequence[Any]) -> list[Any]:
+    """Return the file names of pictures, which tell them apart better than their paths; the values if two
+    pictures have the same name, or if a value is no single picture."""
+    firsts = [
+        value["first"] if isinstance(value, dict) and [*value] == ["first"] else value for value in values
+    ]
+    if not all(isinstance(first, str) for first in firsts):
+        return [*values]
+    names = [Path(first).name for first in firsts]
+    return names if len({*names}) == len({*firsts}) else firsts
 
 
 def _last_word(key: str) -> str:

@@ -90,7 +90,7 @@ def resolve_pictures(
         raise JobError(
             f"a picture of {first.size[0]}x{first.size[1]} gives a video of {size[0]}x{size[1]}",
             where=item.location("image"),
-            hint="Say an exact size, for example size: 832x480, which crops the picture.",
+            hint="Write a larger area, or an exact size, for example size: 832x480, which crops the picture.",
         )
     how = partial(_choose_preprocessing, options, size, variant.stride)
     return (
@@ -143,7 +143,8 @@ def _refuse_wrong_number(item: Item, variant: Variant) -> None:
         where = item.location("image", "last")
         raise JobError(f"{variant.name} takes no last frame", where=where, hint="Leave `last` out.")
     if options.last is None and variant.last_picture == "required":
-        raise JobError(f"{variant.name} needs the last frame, too", where=where, hint="Add last: end.png.")
+        hint = f"Write image: {{first: {options.first or 'cat.png'}, last: end.png}}."
+        raise JobError(f"{variant.name} needs the last frame, too", where=where, hint=hint)
 
 
 def _link(item: Item, options: ImageOptions, parent: Shot) -> LinkedFrame:
@@ -192,6 +193,9 @@ def _open(
     orient = options.orient or ("ignore" if options.preprocess == "official" else "exif")
     try:
         with disk.reading_for_job(where, name):
+            if disk.is_folder(path):
+                hint = f"Write images_from: {name} for a video of each picture in it."
+                raise JobError("is a folder", hint=hint)
             return memo.look_up(path, orient, options.alpha)
     except JobError as error:
         if error.where:

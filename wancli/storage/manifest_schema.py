@@ -109,6 +109,13 @@ class InjectedPictureRecord(Data):
     alpha: str
     cached: bool
 
+    @property
+    def name(self) -> str:
+        """The name of the file, or which frame of which shot it is."""
+        if self.link:
+            return f"frame {self.link.frame} of shot {self.link.shot}"
+        return self.path.rpartition("/")[2]
+
 
 class PictureRecord(InjectedPictureRecord):
     """A picture as a frame of the video.

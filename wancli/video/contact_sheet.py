@@ -110,6 +110,8 @@ def _caption_lines(clip: Clip, note: str) -> Iterator[str]:
         yield clip.id
     else:
         yield f"{clip.id}: {clip.manifest_body.prompt.text}"
+        if clip.manifest_body.pictures:
+            yield "  from " + " and ".join(picture.name for picture in clip.manifest_body.pictures)
         rules = zip(clip.manifest_body.injection, clip.manifest_body.injected)
         yield from (
             _describe_rule(rule, describe_injected(other))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wancli.report.html import collect, page_data
+from wancli.report.html import collect, given_pictures, page_data
 from wancli.report.html.collect import ReportInputs
 from wancli.report.shots_table import COLUMNS
 from wancli.storage import disk, sidecars
@@ -37,15 +37,19 @@ def write_page(report: Path, poster_folder: Path) -> Path:
 
 
 def render_page(inputs: ReportInputs, path: Path, poster_folder: Path, *, make: bool) -> bytes:
-    """Render the page at `path`. With `make`, posters that are not in `poster_folder` are made."""
-    posters = {}
+    """Render the page at `path`. With `make`, posters that are not in `poster_folder` are made.
+
+    Copies of given pictures always are: a page after a render shows them.
+    """
+    posters, pictures = {}, {}
     for index, (_, entry) in enumerate(inputs.entries):
         if entry.record:
             posters[index] = thumbnails.thumbnail_uri(
                 Path(entry.output), entry.record, poster_folder, create=make
             )
+            pictures[index] = given_pictures.picture_entries(entry.record, poster_folder)
     shown = {index: uri for index, uri in posters.items() if uri}
-    return render_html(page_data.page_document(inputs, path, shown))
+    return render_html(page_data.page_document(inputs, path, shown, pictures))
 
 
 def publish_page(path: Path, page: bytes) -> None:

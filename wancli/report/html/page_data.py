@@ -53,17 +53,25 @@ POOLS = (
     "predictions",
     "versions",
     "phases",
+    "pictures",
 )
 
 
-def page_document(inputs: ReportInputs, page: Path, posters: Mapping[int, str]) -> dict[str, Any]:
-    """Build the document of a page at `page`; `posters` are data URIs by the number of an entry."""
+def page_document(
+    inputs: ReportInputs,
+    page: Path,
+    posters: Mapping[int, str],
+    pictures: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Build the document of a page at `page`. `posters` are data URIs and `pictures` the entries of given
+    pictures, by the number of an entry."""
     pools = {name: _Pool() for name in POOLS}
     records = [entry.record for _, entry in inputs.entries if entry.record]
     cells = sum(len(effect.blocks) for record in records for effect in record.effects)
     shots = [
         _shot_entry(entry, job, pools, page, whole=cells <= MAX_CELLS)
         | {"poster": posters.get(index), "score": _comparison(inputs, entry)}
+        | {"pictures": [pools["pictures"].put(one) for one in (pictures or {}).get(index, ())]}
         for index, (job, entry) in enumerate(inputs.entries)
     ]
     models = [_model_entry(model) for model in pools.pop("models").values]

@@ -1,4 +1,4 @@
-// Prompts as the encoder reads them, and how far the injected ones are from the main one.
+// Prompts as the encoder reads them, how far the injected ones are from the main one, and given pictures.
 
 function drawPrompts(shot) {
   const root = body('text');
@@ -13,9 +13,28 @@ function drawPrompts(shot) {
       h('span', { class: 'prompt' }, text.text || '(empty)'), names[i] ?? '', String(text.tokens) + (text.truncated ? ', cut' : ''), String([...text.text].length),
       `[${text.max_tokens ?? 256}, ${count(width)}]`, shot.cached[i] ? 'yes' : 'encoded now', size(4 * (text.max_tokens ?? 256) * width)])),
     muted('Stored without zero rows. Every block reads 512 rows: the tokens, and one row for all padding, which is not masked and takes part in the softmax.'));
+  root.append(...drawPictures(shot));
   if (!rules.length) root.append(muted('This shot injects nothing. wancli diff A B compares two prompts without a render.'));
   rules.forEach((rule, i) => root.append(...differenceOf(shot, rule, rules.length > 1 ? `Rule ${i}` : 'How different')));
   return root;
+}
+
+const picturesOf = (shot) => (shot.pictures ?? []).map((index) => data.pictures[index]);
+
+function pictureOf(picture, kind) {
+  const alt = kind === 'frame' ? `${picture.name} as the model saw it` : picture.name;
+  return picture[kind] ? h('img', { src: picture[kind], alt }) : h('div', { class: 'none' }, 'picture moved or changed');
+}
+
+function drawPictures(shot) {
+  if (!picturesOf(shot).length) return [];
+  const side = (picture, kind, text) => h('figure', { class: 'given' }, pictureOf(picture, kind), h('figcaption', {}, text));
+  return [
+    h('h3', {}, 'Pictures'),
+    ...picturesOf(shot).map((picture) => h('div', { class: 'givens' },
+      side(picture, 'picture', `${picture.role}: ${picture.name}, ${picture.size.join(' × ')}, orient ${picture.orient}, alpha ${picture.alpha}`),
+      side(picture, 'frame', `as the model saw it: ${shot.width} × ${shot.height}, ${picture.how}`))),
+  ];
 }
 
 function differenceOf(shot, rule, title) {

@@ -9,6 +9,7 @@ function axesOf(shots) {
   for (const key of ['blocks', 'strength', 'seed', 'steps', 'prompt', 'injected', 'job']) {
     if (!(key in found)) found[key] = (shot) => shot.row[key];
   }
+  if (!('image' in found)) found.image = (shot) => picturesOf(shot)[0]?.name;
   const different = (of) => new Set(shots.map((shot) => String(of(shot) ?? '–'))).size;
   return Object.fromEntries(Object.entries(found).filter(([, of]) => different(of) > 1));
 }
@@ -70,6 +71,7 @@ function card(shot) {
   const small = (shot.width ?? 999) < 160;
   return h('article', { class: 'card', 'data-shot': index },
     h('div', { class: `frame${small ? ' small-pixels' : ''}`, style: { 'aspect-ratio': `${shot.width ?? 16} / ${shot.height ?? 9}` } }, video, score?.heatmap ? heatOver(score.heatmap) : null),
+    picturesOf(shot).map((picture) => h('figure', { class: 'given' }, pictureOf(picture, 'frame'), h('figcaption', {}, `${picture.role}: ${picture.name}`))),
     h('footer', {}, h('button', { type: 'button', class: 'pick', on: { click: () => select(index) } }, shot.id),
       h('p', {}, Object.entries(shot.labels).map(([name, value]) => `${name} ${value}`).join(', ') || (shot.row.blocks ? `blocks ${shot.row.blocks} at ${shot.row.strength}` : 'plain')),
       score && h('p', {}, score.baseline === score.id ? 'baseline' : `${scoreText(score)}, beside ${score.baseline}`),

@@ -148,6 +148,11 @@ def test_a_wrong_command_line_is_one_line_and_a_hint(say: Any, arguments: list[s
     assert rest == ["  `wancli COMMAND --help` lists the options."]
 
 
+def test_an_option_that_is_a_key_of_a_job_is_told_how_to_set(say: Any) -> None:
+    said = say("render", "a.yaml", "--model", "DIR")
+    assert said.err.splitlines()[1:] == ["  model is a key of a job: --set model=VALUE sets it."]
+
+
 # ---- completion ----
 
 

@@ -120,11 +120,13 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
 
 
 def _hint_at_options(error: typer.TyperException) -> str:
-    """Say where options are listed and, if the command takes it, how a key of the job is set."""
-    context = getattr(error, "ctx", None)
-    options = {name for option in context.command.params for name in option.opts} if context else set()
-    keys = " A key of the job is set by --set, for example --set model=DIR." if "--set" in options else ""
-    return f"`wancli COMMAND --help` lists the options.{keys}"
+    """Say where options are listed or, for an option that is a key of a job, how the key is set."""
+    from wancli.job.schema import Job
+
+    key = getattr(error, "option_name", "").lstrip("-")
+    if key in Job.model_fields:
+        return f"{key} is a key of a job: --set {key}=VALUE sets it."
+    return "`wancli COMMAND --help` lists the options."
 
 
 def _log_traceback() -> str:

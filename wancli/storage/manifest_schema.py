@@ -109,13 +109,6 @@ class InjectedPictureRecord(Data):
     alpha: str
     cached: bool
 
-    @property
-    def name(self) -> str:
-        """The name of the file, or which frame of which shot it is."""
-        if self.link:
-            return f"frame {self.link.frame} of shot {self.link.shot}"
-        return self.path.rpartition("/")[2]
-
 
 class PictureRecord(InjectedPictureRecord):
     """A picture as a frame of the video.
@@ -126,6 +119,13 @@ class PictureRecord(InjectedPictureRecord):
     role: Literal["first", "last"]
     fit: str
     link: LinkRecord | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the file, or which frame of which shot it is."""
+        if self.link:
+            return f"frame {self.link.frame} of shot {self.link.shot}"
+        return self.path.rpartition("/")[2]
 
 
 def describe_injected(other: PromptRecord | InjectedPictureRecord) -> str:

@@ -333,7 +333,7 @@ def _unprivileged_preflight(folder: str) -> None:
     try:
         atomic.require_writable(Path(folder))
     except MachineError as error:
-        os._exit(0 if str(error) == f"{folder}: cannot write: Permission denied" else 1)
+        os._exit(0 if error.where == folder and "Permission denied" in error.message else 1)
     os._exit(2)
 
 

@@ -128,7 +128,9 @@ def _refuse_wrong_number(item: Item, variant: Variant) -> None:
     options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
     if options.first is not None and options.shot is not None:
         raise JobError(
-            "has both `first` and `shot`", where=where, hint="The first frame is one or the other."
+            "has both `first` and `shot`",
+            where=where,
+            hint="The first frame is one or the other. `image` of an item is merged over that of the job.",
         )
     has_first = (options.first or options.shot) is not None
     if not has_first and options.last is None:

@@ -42,10 +42,11 @@ def test_every_kind_that_is_listed_is_made_somewhere_or_is_the_branch_of_one_tha
         assert any(issubclass(KINDS[other], kind) for other in found), name
 
 
-def test_whatever_the_sources_raise_is_listed_or_is_an_error_of_python() -> None:
+def test_whatever_the_sources_raise_is_listed_or_is_an_error_of_python_or_pydantic() -> None:
     raised = {name_of(node.exc) for node in nodes() if isinstance(node, ast.Raise)}
     classes = {name for name in raised if name[:1].isupper()} - KINDS.keys()
-    assert [name for name in classes if not hasattr(builtins, name)] == []
+    # a validator of the job schema raises PydanticCustomError, which its reader turns into a JobError
+    assert [name for name in classes - {"PydanticCustomError"} if not hasattr(builtins, name)] == []
 
 
 def test_the_tree_in_the_docstring_has_every_class_with_its_exit_code() -> None:

@@ -22,7 +22,7 @@ def write_sidecar(path: Path, data: bytes, marker: bytes, search_bytes: int) -> 
     has the name, NoSpace or MachineError.
     """
     try:
-        if not (disk.is_file(path) and has_marker(path, marker, search_bytes)):
+        if not has_marker(path, marker, search_bytes):
             atomic.move_aside(path)
     except Unreadable as error:
         set_aside_unread(path, error)
@@ -36,7 +36,9 @@ def set_aside_unread(path: Path, why: Unreadable) -> None:
 
 
 def has_marker(path: Path, marker: bytes, search_bytes: int) -> bool:
-    """Return whether a file has this marker in its first bytes. Raises Unreadable."""
+    """Return whether this is a plain file with this marker in its first bytes. Raises Unreadable."""
+    if not disk.is_file(path):
+        return False
     try:
         with disk.opened(path) as file:
             return marker in file.read(search_bytes)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_cases import load
+from image_cases import Case, cases, load, numbers
 from jobs import (
     KEPT,
     T5,
@@ -488,10 +488,51 @@ def test_the_workers_of_ray_refuse_a_chain_before_they_start(render: Render) -> 
     assert "continues another one" in said.err
 
 
-def test_a_probe_of_a_shot_with_a_picture_is_refused(
-    render: Render, ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@torch.inference_mode()
+def change_by_hand(case: Case, blocks: range) -> float:
+    """How much the velocity of the first step changes if some blocks read the injected prompt."""
+    of, model = numbers(case.set), load(FIXTURES / case.set)
+    if case.has("z_image"):
+        given = GivenFrames(first_CTYX=case["z_image"])
+    else:
+        given = GivenFrames(torch.cat((case["mask"], case["y"])))
+    x, t = given.put_into(case["noise"])[None], float(case["timesteps"][0])
+    images = ((model.project_image(case.clip_rows), 1.0),) if case.clip else ()
+    main, other = (((model.project(of[f"context.{name}"]), 1.0), *images) for name in ("main", "injection"))
+    plain = model(x, t, [main] * 40, given)
+    changed = model(x, t, [other if block in blocks else main for block in range(40)], given)
+    return float((changed - plain).norm() / plain.norm())
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [("wan22-ti2v-tiny", "image_unipc_cfg1"), ("wan21-i2v-tiny", "dpmpp_cfg5")]
+)
+def test_a_probe_measures_the_text_of_a_shot_with_a_picture(
+    of: str, name: str, render: Render, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = tiny_job(ti2v, image=str(PICTURE), size="64x64", inject=[rule()])
-    said = run_wancli(capsys, "probe", write_job(tmp_path, job), "--cache-dir", tmp_path / "cache")
+    model = official_folder(tmp_path / "model", of)
+    prompt = json.loads((FIXTURES / of / "reference.json").read_text())["prompts"]["injection"]
+    inject = [{"prompt": prompt}]
+    if of == "wan21-i2v-tiny":  # the first rule that injects a prompt is measured
+        inject.insert(0, {"image": str(LAST)})
+    path = write_job(tmp_path, tiny_job(model) | case_keys(of, name) | {"inject": inject})
+    options = ("--levels", "1", "--ranges", "2", "--cache-dir", tmp_path / "cache")
+    totals = {}
+    for method in ("inject", "gradient"):
+        said = run_wancli(capsys, "probe", path, "--json", "--method", method, *options)
+        assert said.code == 0, said.err
+        totals[method] = json.loads(said.out)["total"]
+    (case,) = (case for case in cases(of) if case.name == name)
+    expected = [change_by_hand(case, range(start, start + 20)) for start in (0, 20)]
+    assert totals["inject"] == pytest.approx(expected, rel=1e-3)
+    assert all(value > 0 for value in totals["gradient"])
+
+
+def test_a_probe_of_a_shot_that_continues_another_is_refused(
+    ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [{"id": "a", "image": str(PICTURE)}, {"id": "b", "image": {"shot": "a"}, "inject": [rule()]}]
+    path = write_job(tmp_path, tiny_job(ti2v, size="64x64", items=items, output="out/{id}.mp4"))
+    said = run_wancli(capsys, "probe", path, "--cache-dir", tmp_path / "cache")
     assert said.code == 2
-    assert "begins with a picture; a probe measures videos from text" in said.err
+    assert "shot b continues shot a; a probe measures one shot alone" in said.err

@@ -42,11 +42,11 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
 
 def plan_renders(probe: ProbeRequest) -> list[Shot]:
     """Return the plain shot, and for each range a shot with the first rule on that range, at strength 1."""
-    rule = probe.shot.rules[0]
+    rule = probe.rule
     shots = [_with_output(probe.plain_shot, 0, "plain")]
     for index, blocks in enumerate(probe.ranges, 1):
         range_rule: Rule = replace(rule, blocks=tuple((block, 1.0) for block in blocks))
-        shot = replace(probe.plain_shot, rules=(range_rule,), injected=probe.shot.injected[:1])
+        shot = replace(probe.plain_shot, rules=(range_rule,), injected=(probe.injected,))
         shots.append(_with_output(shot, index, f"blocks {format_blocks(blocks)}"))
     return shots
 

@@ -15,6 +15,7 @@ from wancli.errors import DoesNotFit, JobError
 from wancli.injection import block_map
 from wancli.injection.block_map import BlockMap, Method
 from wancli.injection.selectors import NAMED_BLOCKS, parse_blocks
+from wancli.injection.table import Rule
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
 from wancli.resources import memory_model
@@ -56,6 +57,11 @@ class ProbeRequest:
         return self.shot.injected_prompts[0]
 
     @property
+    def rule(self) -> Rule:
+        """The rule that injects it."""
+        return next(rule for rule in self.shot.rules if not rule.image)
+
+    @property
     def texts(self) -> tuple[Prompt, ...]:
         """The prompts of the plain shot, then the injected one."""
         return (*self.plain_shot.prompts, self.injected)
@@ -65,7 +71,7 @@ def plan_probe(
     plan: Plan, method: Method, levels: int | None, ranges: str | None, shot_id: str | None
 ) -> ProbeRequest:
     """Choose the shot, the noise levels and the ranges of blocks. Raises JobError if the plan lacks them."""
-    candidates = [shot for shot in plan.shots if shot.rules]
+    candidates = [shot for shot in plan.shots if shot.injected_prompts]
     if shot_id is not None:
         candidates = [shot for shot in candidates if shot.id == shot_id]
     if not candidates:
@@ -76,11 +82,11 @@ def plan_probe(
             hint="Give the job `inject: [{prompt: ...}]`; `wancli plan` lists its shots.",
         )
     shot = candidates[0]
-    if shot.pictures:
+    if shot.continues:
         raise JobError(
-            f"shot {shot.id} begins with a picture; a probe measures videos from text",
+            f"shot {shot.id} continues shot {shot.continues.id}; a probe measures one shot alone",
             where="--shot" if shot_id else plan.name,
-            hint="--set image=null leaves it out, if the model makes videos from text, too.",
+            hint="Render the other shot, and name its kept frame: image: NAME.frame80.png",
         )
     levels = min(DEFAULT_LEVELS, shot.steps) if levels is None else levels
     if not 1 <= levels <= shot.steps:
@@ -128,6 +134,10 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
             need,
             memory_estimate.process_bytes(model) + memory_estimate.predict_encoding(model, tokens).total,
         )
+    pictures = [
+        phase for phase in memory_estimate.predict_phases(probe.plain_shot) if phase.name == "pictures"
+    ]
+    need = max([need, *(memory_estimate.process_bytes(model) + phase.total for phase in pictures)])
     if need > limit:
         raise DoesNotFit(
             f"probing needs {format_bytes(need)} of memory, {memory_policy.describe_limit(model)}",

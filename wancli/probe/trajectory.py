@@ -17,6 +17,7 @@ from torch import Tensor
 from wancli.engine.context import RenderContext
 from wancli.engine.encode_stage import encode_prompts
 from wancli.engine.networks import Networks, check_weights, prepare_device
+from wancli.engine.picture_stage import EncodedFrames, encode_frames
 from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
 from wancli.injection.contexts import ContextCache
@@ -24,7 +25,9 @@ from wancli.injection.effects import relative_change
 from wancli.injection.table import Text
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
+from wancli.models.given_frames import NO_FRAMES, GivenFrames
 from wancli.plan import backends
+from wancli.plan.shot import Shot
 from wancli.probe import request, sensitivity
 from wancli.probe.request import ProbeRequest
 from wancli.probe.sensitivity import ProbePoint
@@ -49,6 +52,12 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
     forwards_per_pass = request.max_forwards_per_pass(probe, encoded=all_cached)
     with oom_as_error("encode", f"shot {shot.id}"):
         encoded, _ = encode_prompts(shot.model, probe.texts, context)
+    networks = Networks(shot.model)
+    frames, errors, _ = encode_frames([shot], networks, context)
+    if failed := errors.get(shot.index):
+        assert failed.error
+        raise failed.error
+    given, clip_NE = _to_device(shot, frames[shot.index]) if shot.pictures else (NO_FRAMES, {})
     rows: list[list[float]] = []
     seconds, passes = 0.0, _blocks_per_level(probe)
     sampling = shot.forwards_per_step * depth
@@ -60,7 +69,7 @@ def measure(probe: ProbeRequest, context: RenderContext) -> BlockMap:
         without_gradients,
         context.progress.phase("probe", [shot.id], total) as bar,
     ):
-        for step, point in _trace(probe, encoded, forwards_per_pass):
+        for step, point in _trace(probe, networks, encoded, given, clip_NE, forwards_per_pass):
             if context.stop.requested:
                 raise context.stop.error("no map was written")
             if point is None:
@@ -80,16 +89,33 @@ def _blocks_per_level(probe: ProbeRequest) -> int:
     return probe.depth + sum(probe.depth - min(blocks) for blocks in probe.ranges)
 
 
+def _to_device(shot: Shot, encoded: EncodedFrames) -> tuple[GivenFrames, dict[str, Tensor]]:
+    """Copy the given frames and the CLIP rows of a shot to its device, as tensors that gradients may pass."""
+    device, frames = shot.model.device, encoded.frames
+    copies = [
+        None if tensor is None else tensor.to(device, copy=True)
+        for tensor in (frames.channels_CTYX, frames.first_CTYX)
+    ]
+    rows = {id: rows_NE.to(device, copy=True) for id, rows_NE in encoded.clip_NE.items()}
+    return GivenFrames(*copies), rows
+
+
 def _trace(
-    probe: ProbeRequest, encoded: Mapping[str, Encoded], forwards_per_pass: int
+    probe: ProbeRequest,
+    networks: Networks,
+    encoded: Mapping[str, Encoded],
+    given: GivenFrames,
+    clip_NE: Mapping[str, Tensor],
+    forwards_per_pass: int,
 ) -> Iterator[tuple[int, ProbePoint | None]]:
     """Denoise the plain shot up to the last level. Yields (step, point) before a step that is a level, and
     (step, None) after each step."""
     shot = probe.plain_shot
-    networks = Networks(shot.model)
     state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise)).to(shot.model.device)
     for stage in (stage for stage in shot.stages if stage.steps.start <= probe.levels[-1]):
-        state = yield from _trace_stage(probe, stage, state, networks, encoded, forwards_per_pass)
+        state = yield from _trace_stage(
+            probe, stage, state, networks, encoded, given, clip_NE, forwards_per_pass
+        )
 
 
 def _trace_stage(
@@ -98,6 +124,8 @@ def _trace_stage(
     state: State,
     networks: Networks,
     encoded: Mapping[str, Encoded],
+    given: GivenFrames,
+    clip_NE: Mapping[str, Tensor],
     forwards_per_pass: int,
 ) -> Generator[tuple[int, ProbePoint | None], None, State]:
     """Denoise the steps of one network. Keeps no reference to it afterwards, so that the next one fits."""
@@ -105,16 +133,16 @@ def _trace_stage(
     loras = networks.loras(shot.loras)
     model = networks.transformer(stage.expert).requires_grad_(False)
     rows_NE = {id: prompt.embedding.rows_NE.to(shot.model.device) for id, prompt in encoded.items()}
-    contexts = ContextCache(model, rows_NE)
+    contexts = ContextCache(model, rows_NE, clip_NE)
     for step in range(stage.steps.start, min(stage.steps.stop, last + 1)):
         if networks.patches.apply_step(loras, step, stage.expert):
             contexts.clear()
         if step in probe.levels:
-            yield step, _probe_point(probe, model, contexts, state, step)
+            yield step, _probe_point(probe, model, contexts, state, step, given)
         if step < last:
             single_step = replace(stage, steps=range(step, step + 1))
             run = denoise.DenoiseRun(
-                state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step
+                state, shot.sigma_schedule, shot.solver, shot.table, contexts, single_step, given=given
             )
             (sampled,) = denoise.denoise(model, run, shot.forwards_per_step if forwards_per_pass > 1 else 1)
             state = sampled.state
@@ -123,13 +151,17 @@ def _trace_stage(
 
 
 def _probe_point(
-    probe: ProbeRequest, model: WanModel, contexts: ContextCache, state: State, step: int
+    probe: ProbeRequest,
+    model: WanModel,
+    contexts: ContextCache,
+    state: State,
+    step: int,
+    given: GivenFrames,
 ) -> ProbePoint:
     base, cell = Text(probe.shot.prompt.id), probe.shot.table.base_cell("cond")
-    plain, injected = (
-        [contexts.mix(one)] * probe.depth for one in (cell, probe.shot.rules[0].apply(cell, base, 1.0))
-    )
-    return ProbePoint(model, state.x[None], probe.shot.sigma_schedule.timesteps[step], plain, injected)
+    plain, injected = ([contexts.mix(one)] * probe.depth for one in (cell, probe.rule.apply(cell, base, 1.0)))
+    x_CTYX, t = given.put_into(state.x), probe.shot.sigma_schedule.timesteps[step]
+    return ProbePoint(model, x_CTYX[None], t, plain, injected, given)
 
 
 def _measure_level(

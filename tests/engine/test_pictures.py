@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wancli.engine import picture_stage
+from wancli.engine.manifest_body import checkpoint_location
 from wancli.errors import ErrorCapture, ShotError
 from wancli.models import given_frames
 from wancli.models.clip import CLIPVision
@@ -42,6 +43,7 @@ from wancli.storage import manifest
 from wancli.video import mp4
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
+from wancli.weights.single_files import SingleFiles
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TI2V = FIXTURES / "wan22-ti2v-tiny"
@@ -486,6 +488,37 @@ def test_the_workers_of_ray_refuse_a_chain_before_they_start(render: Render) -> 
     said = render("--engine", "ray", **OF_CHAIN)
     assert said.code == 2
     assert "continues another one" in said.err
+
+
+def test_a_job_may_say_which_variant_a_checkpoint_is_and_plan_says_what_decided(
+    i2v: Path, render: Render, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "transformer": str(i2v / "diffusion_pytorch_model.safetensors"), "text_encoder": str(i2v / T5),
+        "vae": str(i2v / VAE), "image_encoder": str(i2v / CLIP.name), "heads": 2,
+        "tokenizer": str(i2v / "google/umt5-xxl/spiece.model"), "variant": "wan2.1-i2v-720p",
+    }  # fmt: skip
+    said = render(model=files, frames=1, negative="fog", sampler={"steps": 1})
+    assert said.code == 0, said.err
+    record = manifest.read(tmp_path / "out/clip.manifest.json")
+    assert record
+    assert (record.model.variant, record.shot.shift) == ("Wan2.1-I2V-720P", 3.0)
+    assert checkpoint_location(record.model) == SingleFiles(
+        **{key: Path(value) for key, value in files.items() if key not in ("heads", "variant")},
+        heads=2,
+        variant="wan2.1-i2v-720p",
+    )
+    cache = ["--cache-dir", tmp_path / "cache"]
+    said = run_wancli(capsys, "plan", tmp_path / "job.yaml", *cache)
+    assert "variant: Wan2.1-I2V-720P, the job says so" in said.out
+    path = write_job(tmp_path, build_job(record, "again.mp4"), "again.yaml")
+    document = json.loads(run_wancli(capsys, "plan", path, "--json", *cache).out)
+    assert document["shots"][0]["key"] == record.key
+    assert document["models"][0]["variant_reason"] == "the job says so"
+    said = render(model=files | {"variant": "FLF2V"})
+    assert said.code == 3
+    assert "its tensors are not those of 'FLF2V'" in said.err
+    assert "Wan2.1-I2V-480P or Wan2.1-I2V-720P" in said.err
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wancli.models import t5
 from wancli.models.config import T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.dit import WanModel
+from wancli.models.given_frames import GivenFrames
 from wancli.resources import flops
 
 
@@ -35,6 +36,21 @@ def test_a_forward_of_the_transformer_and_its_context(latent: tuple[int, int, in
 
     predicted = flops.forward_flops(config, tokens, 3 * 10) + flops.context_flops(config, 10)
     assert counted(run) == predicted
+
+
+def test_a_forward_that_reads_a_picture_and_its_context() -> None:
+    config = WanConfig(
+        dim=48, ffn_dim=80, num_heads=4, num_layers=3, in_dim=36, out_dim=16, text_dim=20, image_dim=24
+    )
+    model = WanModel(config)
+    given = GivenFrames(torch.randn(20, 2, 4, 6))
+
+    def run() -> None:
+        text, image = model.project(torch.randn(9, 20)), model.project_image(torch.randn(257, 24))
+        model(torch.randn(1, 16, 2, 4, 6), 500.0, [((text, 1.0), (image, 1.0))] * 3, given)
+
+    contexts = flops.context_flops(config, 10) + flops.image_context_flops(config, 257)
+    assert counted(run) == flops.forward_flops(config, 12, 3 * (10 + 257)) + contexts
 
 
 def test_the_text_encoder_on_a_prompt() -> None:

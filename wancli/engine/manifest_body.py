@@ -197,8 +197,8 @@ def checkpoint_location(model: ModelRecord) -> Location:
     if not model.files:
         return Path(model.root)
     named = model.files.as_dict().items()
-    paths = {key: Path(path) for key, path in named if isinstance(path, str)}
-    return SingleFiles(**paths, heads=model.files.heads)
+    paths = {key: Path(path) for key, path in named if isinstance(path, str) and key != "variant"}
+    return SingleFiles(**paths, heads=model.files.heads, variant=model.files.variant)
 
 
 def _prompt_record(prompt: Prompt, hit: bool) -> Record:

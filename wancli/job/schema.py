@@ -29,7 +29,9 @@ class EmbeddingFile(StrictModel):
 
 
 class ModelFiles(StrictModel):
-    """A checkpoint named file by file: `transformer`, or the two experts of Wan 2.2 A14B."""
+    """A checkpoint named file by file: `transformer`, or the two experts of Wan 2.2 A14B. `variant` tells it
+    from others with the same tensors.
+    """
 
     transformer: str | None = None
     high_noise: str | None = None
@@ -39,6 +41,7 @@ class ModelFiles(StrictModel):
     vae: str | None = None
     image_encoder: str | None = None
     heads: int | None = Field(None, ge=1, le=1024)
+    variant: str | None = Field(None, min_length=1)
 
 
 def _text_or_mapping(value: Any) -> str:

@@ -133,13 +133,13 @@ def _resolve_files(
     if not (files.transformer or files.high_noise or files.low_noise):
         raise JobError("names no transformer", where=locate(), hint="Add transformer: FILE.")
     paths: dict[str, Path] = {}
-    for key, text in files.model_dump(exclude_none=True, exclude={"heads"}).items():
+    for key, text in files.model_dump(exclude_none=True, exclude={"heads", "variant"}).items():
         paths[key] = resolve_path(base_dir(key), text, locate(key))
         with disk.reading_for_job(locate(key), text):
             is_found = not must_exist or disk.is_taken(paths[key])
         if not is_found:
             raise JobError(f"{text!r} not found", where=locate(key), hint=f"Looked for {paths[key]}.")
-    return SingleFiles(**paths, heads=files.heads)
+    return SingleFiles(**paths, heads=files.heads, variant=files.variant)
 
 
 def _may_be_name(text: str) -> bool:

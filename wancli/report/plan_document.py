@@ -67,6 +67,8 @@ def plan_document(
         "models": [
             {
                 "root": str(model.checkpoint.root),
+                "variant": model.checkpoint.variant.name,
+                "variant_reason": model.checkpoint.variant_reason,
                 "device": model.device,
                 "dtype": model.dtype,
                 "residency": model.residency,

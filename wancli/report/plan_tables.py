@@ -52,6 +52,8 @@ def format_plan(
         runs += "" if model.kernels.attention == "auto" else f", {model.kernels.attention} attention"
         runs += ", products in fp8" if model.kernels.fp8_matmul else ""
         yield f"{plan.name}: {model.checkpoint.root.name}, {width}, {runs}"
+        if reason := model.checkpoint.variant_reason:
+            yield f"variant: {model.checkpoint.variant.name}, {reason}"
     hidden = range(HEAD, len(states) - TAIL) if len(states) > MANY and not verbose else range(0)
     yield from _format_shots(plan.shots, states, hidden)
     if (sharing := max(plan.schedule.placement(shot).batch_size for shot in plan.shots)) > 1:

@@ -38,6 +38,7 @@ class CheckpointFiles(Data):
     vae: PathText | None = None
     image_encoder: PathText | None = None
     heads: Positive | None = None
+    variant: str | None = None
 
 
 class Sizes(Data):

@@ -124,7 +124,8 @@ def identify(source: Location) -> Checkpoint:
     another kind of model, or if the disk does not give a file.
     """
     if isinstance(source, SingleFiles):
-        return _from_files(source, source)
+        found = _from_files(source, source)
+        return with_variant(found, source.variant) if source.variant else found
     if disk.is_file(source):
         return _from_files(find_siblings(source), source)
     layout = find_layout(source)

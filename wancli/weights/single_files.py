@@ -48,7 +48,8 @@ class SingleFiles:
     absolute.
 
     A whole checkpoint in one file needs only `transformer`; a text encoder that holds its SentencePiece model
-    needs no `tokenizer`. `heads` is needed if the width is not a multiple of 128.
+    needs no `tokenizer`. `heads` is needed if the width is not a multiple of 128. `variant` names one
+    of several variants whose tensors are the same.
     """
 
     transformer: Path | None = None
@@ -59,6 +60,7 @@ class SingleFiles:
     vae: Path | None = None
     image_encoder: Path | None = None
     heads: int | None = None
+    variant: str | None = None
 
     @property
     def main(self) -> Path | None:

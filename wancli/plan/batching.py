@@ -51,12 +51,12 @@ def reschedule(schedule: Schedule, shots: Sequence[Shot]) -> Schedule:
 
 
 def predict_batch(batch: Sequence[Shot]) -> Phase:
-    """Predict the memory of sampling a batch: the weights once, every distinct text once, and the residual
+    """Predict the memory of sampling a batch: the weights once, every distinct context once, and the residual
     stream of every forward of a pass beside the working set of the largest."""
     seen: set[str] = set()
     largest = streams = buffer = 0
     for shot in batch:
-        rows = {text.id: text.rows for text in shot.prompts if text.id not in seen}
+        rows = {id: count for id, count in shot.context_rows.items() if id not in seen}
         seen |= rows.keys()
         one, two = (memory_estimate.predict_sampling(shot, sum(rows.values()), n) for n in (1, 2))
         stream = two.activation - one.activation

@@ -46,7 +46,7 @@ def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]
     """
     if sample is None:
         forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
-        sample = predict_sampling(shot, sum(text.rows for text in shot.prompts), forwards)
+        sample = predict_sampling(shot, sum(shot.context_rows.values()), forwards)
     vae = decode_coefficients(
         shot.model.vae_sizes,
         device=shot.model.device,
@@ -98,7 +98,7 @@ def predict_encoding(model: ModelSpec, tokens: Sequence[int]) -> Phase:
 
 
 def predict_sampling(shot: Shot, rows: int, forwards: int) -> Phase:
-    """Predict the memory of sampling a shot alone, with `rows` of text and `forwards` on a pass."""
+    """Predict the memory of sampling a shot alone, with `rows` of contexts and `forwards` on a pass."""
     model = shot.model
     coefficients = sample_coefficients(
         model.checkpoint.transformer_config,

@@ -282,6 +282,12 @@ class Shot:
         found = (*own, *(picture.read for picture in self.injected_pictures))
         return tuple({read.id: read for read in found}.values())
 
+    @property
+    def context_rows(self) -> dict[str, int]:
+        """By id the keys that the blocks keep for each prompt and for what they read of pictures."""
+        prompts = {prompt.id: prompt.rows for prompt in self.prompts}
+        return prompts | {read.id: read.rows for read in self.clip_pictures}
+
     def frame_key(self, frame: int) -> str:
         """Hash of all that the pixels of a frame depend on, before compression."""
         return _hash([self.latents_key, self.model.vae, self.decode_chunk, frame])

@@ -180,7 +180,7 @@ def _memory_hint(probe: ProbeRequest) -> str:
 def predict_phase(probe: ProbeRequest, forks: int) -> Phase:
     """Predict the memory of measuring one level, with `forks` forwards in a pass beside the plain one."""
     shot, wan = probe.plain_shot, probe.shot.model.checkpoint.transformer_config
-    rows = sum(text.rows for text in probe.texts)
+    rows = sum((shot.context_rows | {probe.injected.id: probe.injected.rows}).values())
     sampling = memory_estimate.predict_sampling(shot, rows, 1 + forks)
     activation = sampling.activation
     if probe.method == "gradient":

@@ -17,7 +17,7 @@ from wancli.injection.block_map import BlockMap, Method
 from wancli.injection.selectors import NAMED_BLOCKS, parse_blocks
 from wancli.injection.table import Rule
 from wancli.plan import memory_estimate, memory_policy
-from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
+from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import memory_model
 from wancli.resources.memory_model import FP32, Phase
 from wancli.units import format_bytes
@@ -125,7 +125,7 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
     """
     model, limit = probe.shot.model, probe.shot.model.memory_limit
     if probe.method == "gradient":
-        _refuse_without_gradients(model)
+        _refuse_without_gradients(probe.shot)
     smallest = predict_phase(probe, 1)
     need = memory_estimate.process_bytes(model) + smallest.total
     if not encoded:
@@ -152,14 +152,18 @@ def max_forwards_per_pass(probe: ProbeRequest, *, encoded: bool) -> int:
     )
 
 
-def _refuse_without_gradients(model: ModelSpec) -> None:
-    obstacle = None
+def _refuse_without_gradients(shot: Shot) -> None:
+    model, obstacle = shot.model, None
+    checkpoint = model.checkpoint
     if model.residency != "resident":
         obstacle = f"{model.residency} weights"
     elif model.kernels.fp8_matmul:
         obstacle = "fp8 matmuls"
     elif model.kernels.attention == "sage":
         obstacle = "SageAttention"
+    elif shot.pictures and checkpoint.transformer_config.in_dim == checkpoint.variant.latent_channels:
+        # Its tokens run apart from the others, and the strengths are those of all tokens.
+        obstacle = "a given first frame in place of noise"
     if obstacle:
         raise JobError(
             f"gradient is not available with {obstacle}",

@@ -261,7 +261,7 @@ def test_models_without_image_tokens_refuse_an_injected_picture(
 ) -> None:
     said = render(model=str(official_folder(tmp_path / of, of)), inject=[{"image": str(LAST)}])
     assert said.code == 2
-    assert "inject[0].image" in said.err
+    assert "inject.0.image" in said.err
     assert "attend to text alone, not to pictures" in said.err
 
 
@@ -272,8 +272,8 @@ def test_flf2v_reads_an_injected_picture_in_both_places(render: Render, tmp_path
     items = [
         {"id": "plain", "image": twice},
         {"id": "other", "image": {"first": str(PICTURE), "last": str(LAST)}},
-        {"id": "same", "image": twice, "inject": [{"image": str(PICTURE), "blend": "replace"}]},
-        {"id": "injected", "image": twice, "inject": [{"image": str(LAST), "blend": "replace"}]},
+        {"id": "same", "image": {**twice}, "inject": [{"image": str(PICTURE), "blend": "replace"}]},
+        {"id": "injected", "image": {**twice}, "inject": [{"image": str(LAST), "blend": "replace"}]},
     ]
     assert render(items=items, **keys).code == 0
     assert torch.equal(latents_of(tmp_path, "plain"), latents_of(tmp_path, "same"))
@@ -516,7 +516,7 @@ def test_a_job_may_say_which_variant_a_checkpoint_is_and_plan_says_what_decided(
     assert document["shots"][0]["key"] == record.key
     assert document["models"][0]["variant_reason"] == "the job says so"
     said = render(model=files | {"variant": "FLF2V"})
-    assert said.code == 3
+    assert said.code == 4
     assert "its tensors are not those of 'FLF2V'" in said.err
     assert "Wan2.1-I2V-480P or Wan2.1-I2V-720P" in said.err
 

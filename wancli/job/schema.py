@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
 
 from wancli import wan_mini
 from wancli.injection.selectors import Curve
@@ -269,10 +268,7 @@ class LoraEntry(StrictModel):
 def _frame_rate(value: Any) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         value = "?"
-    try:
-        return parse_frame_rate(value)
-    except ValueError as error:
-        raise PydanticCustomError("frame_rate", "{reason}", {"reason": str(error)}) from None
+    return parse_frame_rate(value)
 
 
 FrameRate = Annotated[

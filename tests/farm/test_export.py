@@ -61,6 +61,18 @@ def test_the_script_requests_the_given_resources(
     assert "#SBATCH --gres=gpu:1\n" in export(capsys, "slurm", job)
 
 
+def test_a_chain_is_one_task_of_slurm_and_refused_for_openjd(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    items = [{"id": "a", "image": "cat.png"}, {"id": "b", "image": {"shot": "a"}}, {"id": "c"}]
+    job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
+    assert "#SBATCH --array=0-1\n" in export(capsys, "slurm", job, "--shards", 2)
+    said = run_wancli(capsys, "export", "slurm", job, "--shards", 3)
+    assert (said.code, "3 is more than there are shots and chains (2)" in said.err) == (2, True)
+    said = run_wancli(capsys, "export", "openjd", job)
+    assert (said.code, "tasks of OpenJD do not wait" in said.err) == (2, True)
+
+
 @pytest.mark.parametrize("scheduler", ["slurm", "openjd"])
 def test_a_job_that_computes_on_cpus_requests_no_gpu_by_default(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
@@ -155,7 +167,7 @@ def test_a_cancelled_task_does_not_queue_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots (4)"),
+        (["slurm", "JOB", "--shards", "5"], "--shards: 5 is more than there are shots and chains (4)"),
         (["slurm", "JOB", "--shard", "1/2"], "--shard: is set by the exported job"),
         (
             ["slurm", "JOB", "--force"],

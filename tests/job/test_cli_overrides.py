@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -159,21 +160,32 @@ def test_an_error_names_the_option(flags: dict[str, Any], message: str) -> None:
     ],
 )
 def test_items_are_ranges_as_openjd_writes_them(ranges: str, expected: list[int]) -> None:
-    assert list(CliOverrides(items=ranges).select_shots(10)) == expected
+    assert list(CliOverrides(items=ranges).select_shots(range(10))) == expected
 
 
 @pytest.mark.parametrize("ranges", ["3-1", "1-3:-1"])
 def test_a_range_with_a_step_of_the_wrong_sign_is_refused(ranges: str) -> None:
     with pytest.raises(JobError, match="is empty"):
-        CliOverrides(items=ranges).select_shots(10)
+        CliOverrides(items=ranges).select_shots(range(10))
 
 
 @pytest.mark.parametrize(("count", "parts"), [(10, 3), (8, 8), (1000, 7), (3, 2)])
 def test_the_shards_of_a_job_are_contiguous_and_complete(count: int, parts: int) -> None:
-    shards = [CliOverrides(shard=f"{part}/{parts}").select_shots(count) for part in range(parts)]
+    shards = [CliOverrides(shard=f"{part}/{parts}").select_shots(range(count)) for part in range(parts)]
     assert [index for part in shards for index in part] == list(range(count))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_a_shard_is_taken_from_the_selected_items() -> None:
-    assert CliOverrides(items="0-9:2", shard="1/2").select_shots(10) == (4, 6, 8)
+    assert CliOverrides(items="0-9:2", shard="1/2").select_shots(range(10)) == (4, 6, 8)
+
+
+def test_a_shard_has_whole_chains_in_the_order_of_their_first_shots() -> None:
+    images = [{"shot": "b"}, "cat.png", {"shot": "a"}, "dog.png", {"shot": "0003"}, "owl.png"]
+    ids = ["c", "a", "b", None, "e", "f"]
+    items = [{"image": image} | ({"id": id} if id else {}) for id, image in zip(ids, images)]
+    text = json.dumps({"prompt": "p", "items": items, "output": "{item}.mp4"}).encode()
+    jobs = [parse(text, "job.yaml", "job", Path("/"), CliOverrides(shard=f"{part}/3")) for part in range(3)]
+    assert [job.selected for job in jobs] == [(0, 1, 2), (3, 4), (5,)]
+    with pytest.raises(JobError, match="0/4 contains no shot"):
+        parse(text, "job.yaml", "job", Path("/"), CliOverrides(shard="0/4"))

@@ -59,9 +59,9 @@ def slurm_command(
 
     render = _parse_render_options(job, context.args, "--shard")
     path = disk.resolve(Path(job))
-    shots = _load_items(path, render.flags)
-    if shards > (count := len(shots)):
-        raise JobError(f"{shards} is more than there are shots ({count})", where="--shards")
+    shots, count = _load_items(path, render.flags)
+    if shards > count:
+        raise JobError(f"{shards} is more than there are shots and chains ({count})", where="--shards")
     for flag, value in (("--time", time), ("--mem", mem or "0")):
         if not re.fullmatch(r"[0-9:.-]+[KMGT]?", value):
             raise JobError(f"{value!r} is not a value that Slurm reads", where=flag, hint="8:00:00, or 64G.")
@@ -88,7 +88,10 @@ def openjd_command(
 
     render = _parse_render_options(job, context.args, "--shard", "--items")
     path = disk.resolve(Path(job))
-    shots = _load_items(path, replace(render.flags, items=items))
+    shots, count = _load_items(path, replace(render.flags, items=items))
+    if count < len(shots):
+        hint = "wancli export slurm keeps a chain in one task."
+        raise JobError("a shot continues another one, and tasks of OpenJD do not wait", where=job, hint=hint)
     chosen = items or f"0-{len(shots) - 1}"
     gpus = _count_gpus(shots) if gpus is None else gpus
     served = [word for change in render.sets or () for word in ("--set", change)]
@@ -119,12 +122,16 @@ def _parse_render_options(job: str, words: list[str], *own: str) -> RenderOption
     return options
 
 
-def _load_items(job: Path, flags: CliOverrides) -> list[Item]:
-    """Load the items that the flags choose. Raises JobError if the job is wrong or an item does not exist."""
-    from wancli.job.loader import load
+def _load_items(job: Path, flags: CliOverrides) -> tuple[list[Item], int]:
+    """Load the items that the flags choose; return them, and their number if each chain counts as one.
+
+    Raises JobError if the job is wrong or an item does not exist.
+    """
+    from wancli.job.loader import find_chain_starts, load
 
     jobs = load(job, flags)
-    return [jobs.items[index] for index in jobs.selected]
+    starts = find_chain_starts(jobs.items)
+    return [jobs.items[index] for index in jobs.selected], len({starts[index] for index in jobs.selected})
 
 
 def _count_gpus(shots: list[Item]) -> int:

@@ -38,11 +38,13 @@ class CliOverrides:
                 raise JobError("is given twice", where=f"--sweep {key}")
         return axes
 
-    def select_shots(self, count: int) -> tuple[int, ...]:
-        """Return the indices of the shots to render, of `count`: those of --items, then of these the --shard.
+    def select_shots(self, starts: Sequence[int]) -> tuple[int, ...]:
+        """Return the indices of the shots to render: those of --items, then of these the --shard.
 
-        Raises JobError if a shot does not exist, or if none is left.
+        `starts` has for each shot of the job the first shot of its chain, or the shot itself; a shard has
+        whole chains. Raises JobError if a shot does not exist, or if none is left.
         """
+        count = len(starts)
         selected = sorted(_parse_indices(self.items, count)) if self.items is not None else list(range(count))
         if self.shard is None:
             return tuple(selected)
@@ -52,7 +54,9 @@ class CliOverrides:
                 f"{self.shard!r} is not a shard", where="--shard", hint="Write 0/8 to 7/8 for eight shards."
             )
         part, parts = int(match[1]), int(match[2])
-        selected = selected[part * len(selected) // parts : (part + 1) * len(selected) // parts]
+        units = list(dict.fromkeys(starts[index] for index in selected))
+        chosen = {*units[part * len(units) // parts : (part + 1) * len(units) // parts]}
+        selected = [index for index in selected if starts[index] in chosen]
         if not selected:
             raise JobError(f"{self.shard} contains no shot", where="--shard")
         return tuple(selected)

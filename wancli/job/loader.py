@@ -18,7 +18,7 @@ from wancli.job import extends, images_from, matrix, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.problems import sort_by_line
-from wancli.job.schema import Job
+from wancli.job.schema import ImageOptions, Job
 from wancli.job.validation import EXPANSION_KEYS, describe_problems, takes_text
 from wancli.job.yaml_reader import Key
 from wancli.storage import disk
@@ -83,8 +83,24 @@ def build_prompt_job(
 def _build_job_file(file: Merged, name: str, directory: Path, overrides: CliOverrides) -> JobFile:
     items = tuple(_expand(file, overrides))
     _refuse_same_ids(items)
-    selected = overrides.select_shots(len(items))
+    selected = overrides.select_shots(find_chain_starts(items))
     return JobFile(name, directory, items, selected, tuple(_warn_of_comments(file.sources)))
+
+
+def find_chain_starts(items: Sequence[Item]) -> list[int]:
+    """Return for each item the index of the first shot of its chain; its own if it continues no shot."""
+    index_by_id = {item.job.id or f"{index:04d}": index for index, item in enumerate(items)}
+    images = [item.job.image for item in items]
+    parents = [
+        index_by_id.get(image.shot or "") if isinstance(image, ImageOptions) else None for image in images
+    ]
+    starts = []
+    for start in range(len(items)):
+        seen = {start}  # a circle is reported when the job is planned
+        while (parent := parents[start]) is not None and parent not in seen:
+            seen.add(start := parent)
+        starts.append(start)
+    return starts
 
 
 def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:

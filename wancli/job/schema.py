@@ -157,7 +157,7 @@ def _scalar_kind(value: Any) -> str:
 
 def _require_digits(value: int) -> int:
     if abs(value) >= 10**MAX_DIGITS:
-        raise PydanticCustomError("digits", f"has more than {MAX_DIGITS} digits; write it as a text")
+        raise ValueError(f"has more than {MAX_DIGITS} digits; write it as a text")
     return value
 
 

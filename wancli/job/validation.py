@@ -87,9 +87,7 @@ def _describe(path: tuple[Key, ...], problem: Any) -> str:
             return f"expected at least {ctx['min_length']} values, got {ctx['actual_length']}"
         case "too_long":
             return f"expected at most {ctx['max_length']} values, got {ctx['actual_length']}"
-        case "value_error":
-            return f"{ctx['error']}, got {shown}"
-    return f"{problem['msg'].lower().removeprefix('input ')}, got {shown}"
+    return f"{problem['msg'].lower().removeprefix('input ').removeprefix('value error, ')}, got {shown}"
 
 
 def _describe_extra(path: tuple[Key, ...]) -> str:

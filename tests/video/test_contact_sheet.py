@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from jobs import run_wancli
 from PIL import Image
 from plain_video import plain_video as clip
 
+from wancli.storage.manifest_schema import LinkRecord, PictureRecord
 from wancli.video import clip as clips
 from wancli.video import contact_sheet, labels
 
@@ -38,6 +41,23 @@ def test_a_row_shows_first_to_last_frame_and_the_name_above(tmp_path: Path) -> N
     shades = [pixel[0] for pixel in name.get_flattened_data()]
     assert max(shades) == labels.PAPER
     assert min(shades) < 100
+
+
+def test_the_lines_above_a_video_name_the_pictures_that_it_was_made_from(tmp_path: Path) -> None:
+    shared = {
+        "sha256": "", "width": 8, "height": 8, "preprocess": "official", "orient": "ignore", "alpha": "drop",
+        "cached": False, "fit": "crop",
+    }  # fmt: skip
+    first = PictureRecord.model_validate(shared | {"role": "first", "path": "/photos/cat.png"})
+    last = first.model_copy(update={"role": "last", "link": LinkRecord(shot="a", frame=4)})
+    body: Any = SimpleNamespace(
+        prompt=SimpleNamespace(text="It yawns"), pictures=[first, last], injection=[], injected=[]
+    )
+    info = clips.read_clips([clip(tmp_path / "one.mp4", [(1, 2, 3)])])[0].info
+    made = clips.Clip(tmp_path / "one.mp4", "one", body, info)
+    assert [*contact_sheet._caption_lines(made, "note")] == [
+        "one: It yawns", "  from cat.png and frame 4 of shot a", "  note",
+    ]  # fmt: skip
 
 
 def test_large_frames_are_averaged_down(tmp_path: Path) -> None:

@@ -77,10 +77,7 @@ def test_an_embedding_file_may_replace_a_prompt() -> None:
         ("sampler: {cfg: 5}", "sampler.cfg: unknown key; known: solver, steps, shift, guidance, boundary"),
         ("text: {truncat: true}", "text.truncat: unknown key; did you mean 'truncate'?"),
         ("video: {fsp: 8}", "video.fsp: unknown key; did you mean 'fps'?"),
-        (
-            "video: {fps: fast}",
-            "video.fps: not a frame rate; write 24, 12.5, 23.976 or 24000/1001, got",
-        ),
+        ("video: {fps: 0.5}", "video.fps: not between 1 and 240 frames a second, got 0.5"),
         ("memory: {dtyp: fp32}", "memory.dtyp: unknown key; did you mean 'dtype'?"),
         ("negative: {embeding: x}", "negative.embeding: unknown key; did you mean 'embedding'?"),
         ("inject: [{prompt: x, block: 1}]", "inject.0.block: unknown key; did you mean 'blocks'?"),

@@ -428,7 +428,7 @@ def test_an_unwritable_folder_is_reported_before_anything_is_loaded(
     (tmp_path / "out").write_text("a file")
     said = render()
     assert said.code == 3
-    assert said.err.startswith(f"wancli: {tmp_path}/out/")
+    assert said.err.startswith(f"wancli: {tmp_path}/out: ")
 
 
 def test_a_missing_ffmpeg_is_reported_before_anything_is_loaded(

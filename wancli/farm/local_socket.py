@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import select
 import socket
 import stat
 import struct
@@ -207,6 +208,7 @@ class MessageReader:
         """Wait for a message; return None if the other end has closed the connection, or sends none."""
         while b"\n" not in self._rest:
             try:
+                self._wait_for_bytes()
                 more = self._connection.recv(1 << 16)
             except (ConnectionError, TimeoutError):
                 more = b""
@@ -219,3 +221,12 @@ class MessageReader:
         except ValueError:
             return None
         return message if isinstance(message, dict) else None
+
+    def _wait_for_bytes(self) -> None:
+        """Wait without limit, if the connection has none, and let handlers of signals run every second.
+
+        A signal that comes just before a system call does not end it, and Python runs its handler only then.
+        """
+        if self._connection.gettimeout() is None:
+            while not select.select([self._connection], [], [], 1.0)[0]:
+                pass

@@ -151,7 +151,9 @@ class Server:
         """Wait for a client; return None after `idle` seconds or a signal."""
         try:
             self._state = "waiting"
-            if self._stop_requested() or not select.select([listener], [], [], self._idle)[0]:
+            waker = [] if self._wakeup_fd is None else [self._wakeup_fd]  # a signal just before the wait
+            awaited = [listener.fileno(), *waker]
+            if self._stop_requested() or awaited[0] not in select.select(awaited, [], [], self._idle)[0]:
                 return None
             return listener.accept()[0]
         except (KeyboardInterrupt, Stopped):

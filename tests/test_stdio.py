@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import io
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -90,6 +94,25 @@ def test_results_that_cannot_be_written_are_no_bug_and_no_success(tmp_path: Path
     write_job(tmp_path, tiny_job())
     said = "wancli: stdout: cannot be written: No space left on device\n"
     assert wancli(*command.split(), folder=tmp_path, out=FULL) == (3, said)
+
+
+def test_ctrl_c_ends_a_command_whose_output_nobody_reads(tmp_path: Path) -> None:
+    unread, full = os.pipe()
+    fcntl.fcntl(full, fcntl.F_SETPIPE_SZ, 4096)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    program = [sys.executable, "-c", "from wancli.__main__ import main; main()", "schema"]
+    child = subprocess.Popen(program, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE)
+    try:
+        assert select.select([unread], [], [], 60)[0]
+        time.sleep(0.5)  # it waits for its reader
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=60)[1]
+    finally:
+        child.kill()
+        os.close(full)
+        os.close(unread)
+    assert (child.returncode, b"interrupted" in said, b"Traceback" in said) == (-signal.SIGINT, True, False)
 
 
 def test_a_wrong_job_has_its_exit_code_even_without_a_reader(tmp_path: Path, lost_reader: int) -> None:

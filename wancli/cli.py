@@ -91,11 +91,7 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     except MachineError as error:
         return _report_refusal(error, arguments)
     try:
-        invocation = Invocation(run, kept, began)
-        code = int(
-            _build_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0
-        )
-        sys.stdout.flush()
+        code = _run_command(arguments, Invocation(run, kept, began))
     except WancliError as error:
         return report_error(error, arguments)
     except typer.TyperException as error:
@@ -103,6 +99,8 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
         return _report_refusal(usage, arguments)
     except BrokenPipeError:
         return ExitStatus.SOME_FAILED
+    except KeyboardInterrupt:  # while the last output waits for its reader
+        code = ExitStatus.INTERRUPTED
     except Exception as error:
         signalled = error.__cause__  # while a class was created: Python wraps what __set_name__ raises
         known = signalled if isinstance(signalled, Stopped) else disk.find_open_files_error(error)
@@ -116,6 +114,14 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
         print("wancli: interrupted; finished shots are kept, run again to continue", file=sys.stderr)
     if code in (ExitStatus.OK, ExitStatus.SOME_FAILED) and stdio.write_failure(sys.stdout):
         return ExitStatus.MACHINE  # the batch has continued; stderr has the reason
+    return code
+
+
+def _run_command(arguments: list[str], invocation: Invocation) -> int:
+    """Run a command and write its output. After Ctrl-C only the end of the process waits for a reader."""
+    code = int(_build_command()(arguments, prog_name="wancli", standalone_mode=False, obj=invocation) or 0)
+    if code != ExitStatus.INTERRUPTED:
+        sys.stdout.flush()
     return code
 
 

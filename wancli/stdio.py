@@ -115,6 +115,7 @@ def close_writer(stream: TextIO) -> None:
 
 def _deliver(stream: TextIO) -> None:
     if raw := _raw(stream):
+        raw.writer.patient = False  # else the flush waits without a limit for a reader who does not read
         for _ in range(2):  # after a failure, the second one discards
             with suppress(BrokenPipeError, MachineError):
                 stream.flush()

@@ -89,6 +89,20 @@ def test_a_link_has_the_size_of_the_shot_before_and_a_key_that_follows_it(plan: 
     assert [one.key == two.key for one, two in zip((a, b, c), tail)] == [True, True, False]
 
 
+def test_the_latent_of_a_shot_with_a_picture_depends_on_the_vae_and_that_of_a_text_does_not(
+    plan: Any,
+) -> None:
+    for items, same in (([FIRST], False), ([{"id": "a"}], True)):
+        (shot,) = plan(*items).shots
+        other = replace(shot, model=replace(shot.model, vae="0" * 64))
+        assert (shot.latents_key == other.latents_key, shot.key == other.key) == (same, False)
+
+
+def test_a_video_of_one_frame_has_no_last_frame(plan: Any) -> None:
+    with pytest.raises(JobError, match="a video of one frame has no last frame"):
+        plan({"id": "a", "image": {"first": "cat.png", "last": "cat.png"}}, frames=1)
+
+
 def test_a_frame_past_the_end_and_the_shots_after_a_wrong_one_are_one_problem(plan: Any) -> None:
     with pytest.raises(JobError, match="9 is past the last frame of a, which is 8"):
         plan(FIRST, link("b", "a", frame=9))

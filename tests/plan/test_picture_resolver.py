@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -184,9 +185,27 @@ def test_a_picture_is_decoded_once_until_its_file_changes(
     (folder / "cache/pictures.json").write_text('{"damaged": {"sha256": 5}}')
     assert settings(folder) == before
     assert len(calls) == 2
+    monkeypatch.setattr(picture_resolver, "version", lambda _: "99.0")  # it may decode to other pixels
+    assert settings(folder) == before
+    assert len(calls) == 3
     Image.new("RGB", (157, 111), (1, 2, 3)).save(folder / "other.png")
     (folder / "other.png").replace(folder / "cat.png")
     assert settings(folder) != before
+
+
+def test_a_shot_keeps_the_size_of_the_one_it_continues_if_its_model_renders_that_size(folder: Path) -> None:
+    continued = item(folder, image={"shot": "a"})
+    for variant, before, size in (
+        (I2V, (112, 80), (112, 80)),
+        (TI2V_5B, (128, 64), (128, 64)),
+        (TI2V_5B, (1280, 720), (1248, 704)),  # by the rule of its area
+    ):
+        parent = SimpleNamespace(
+            index=0, id="a", output=folder / "a.mp4", frames=5, width=before[0], height=before[1]
+        )
+        parent.frame_key = lambda frame: "key"
+        memo = PictureMemo(folder / "cache" / "pictures.json")
+        assert resolve_pictures(continued, variant, memo, cast(Any, parent))[1] == size
 
 
 def test_files_of_a_shot_are_named_by_the_first_picture(folder: Path) -> None:

@@ -371,6 +371,8 @@ def test_the_experts_of_fun_inp_are_told_by_their_names() -> None:
         ("Wan2.2-Fun-A14B-InP/high_noise_model/" + DIT, "Wan2.2-Fun-A14B-InP"),
         ("wan2.2_fun_inpaint_high_noise_14B_fp8_scaled.safetensors", "Wan2.2-Fun-A14B-InP"),
         ("wan2.2_i2v_high_noise_14B_fp16.safetensors", "Wan2.2-I2V-A14B"),
+        ("funny_inputs/wan2.2_i2v_high_noise_14B_fp16.safetensors", "Wan2.2-I2V-A14B"),
+        ("refund_input/" + DIT, "Wan2.2-I2V-A14B"),
     ):
         assert choose_by_name(variants.I2V_22, Path("/models") / path)[0].name == name
 

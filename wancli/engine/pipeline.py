@@ -149,6 +149,7 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
     if attempt.error:
         return failed_outcome(shot, attempt)
     unencoded = any(id not in model_context.encoded for id in _prompt_ids(shot))
+    unencoded |= shot.pictures is not None and shot.index not in model_context.frames
     return _publish_video(shot, latent, model_context) if latent or unencoded else None
 
 

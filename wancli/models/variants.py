@@ -116,7 +116,7 @@ FUN_INP_14B = replace(
     guidance=6.0,
     negative=NEGATIVE_PROMPT,
     last_picture="optional",
-    named="fun.{0,14}inp",
+    named=r"(?<![a-z])fun([-_ .].{0,12})?inp(aint)?(?![a-z])",
 )
 FUN_INP_1_3B = replace(FUN_INP_14B, name="Wan2.1-Fun-1.3B-InP")
 I2V_A14B = Variant(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +30,10 @@ MAX_SIDE = 99_999  # pixels of a video
 
 
 class PictureMemo:
-    """Opens pictures, and remembers digests in a file between runs: decoding photos takes long."""
+    """Opens pictures, and remembers digests in a file between runs: decoding photos takes long.
+
+    Another version of Pillow may decode a file to other pixels.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,7 +43,7 @@ class PictureMemo:
     def look_up(self, path: Path, orient: Orient, alpha: Alpha) -> PictureFile:
         """Read size and digest. Raises JobError if it is not a picture, and Unreadable."""
         size = read_size(path, orient)
-        identity = f"{file_identity(path)}|{orient}|{alpha}"
+        identity = f"{file_identity(path)}|{orient}|{alpha}|Pillow {version('pillow')}"
         facts = self._known.get(identity)
         if facts is None:
             facts = self._known[identity] = inspect_picture(path, orient, alpha)
@@ -82,8 +86,8 @@ def resolve_pictures(
     area = _parse_area(item, variant)
     if area is None:
         size = _parse_exact_size(item, variant)
-    elif isinstance(first, LinkedFrame):  # the rule would shrink a chain from shot to shot
-        size = first.size
+    elif _continues_in_its_size(first, variant):
+        size = first.size  # the rule would shrink a chain from shot to shot
     else:
         size = fit_to_area(first.size, area, options.preprocess, variant.stride)
     if not 0 < min(size) <= max(size) <= MAX_SIDE:
@@ -203,6 +207,11 @@ def _open(
         if error.where:
             raise
         raise JobError(f"{name!r} {error.message}", where=where, hint=error.hint) from None
+
+
+def _continues_in_its_size(first: PictureFile | LinkedFrame, variant: Variant) -> bool:
+    """Return whether a frame is of another shot's video whose size this model renders, too."""
+    return isinstance(first, LinkedFrame) and not any(side % variant.stride for side in first.size)
 
 
 def _parse_area(item: Item, variant: Variant) -> int | None:

@@ -244,7 +244,8 @@ class Shot:
                 **({"loras": [use.pixel_settings for use in self.loras]} if self.loras else {}),
                 **({"attention": kernels.attention} if kernels.attention != "auto" else {}),
                 **({"fp8_matmul": True} if kernels.fp8_matmul else {}),
-                **({"pictures": self.pictures.pixel_settings} if self.pictures else {}),
+                # The VAE encodes given frames.
+                **({"pictures": [self.pictures.pixel_settings, self.model.vae]} if self.pictures else {}),
                 **({"clip": self.clip_id} if self.clip_id else {}),
                 # The dtype fp8 does not imply it: a GPU multiplies such weights in bf16.
                 **({"computes": "bf16"} if self.model.compute_dtype == "bf16" != self.model.dtype else {}),

@@ -63,8 +63,9 @@ MESSAGE = Kind("the message", 2**24)
 def read(path: Path, kind: Kind, *, links: bool = True) -> bytes:
     """Read a whole record. Raises Unreadable, and EntryError if it is larger than its kind can be."""
     with disk.opened(path, links=links) as file:
-        _require_plausible_size(path, kind, os.fstat(file.fileno()).st_size)
-        return file.read(kind.max_bytes)
+        size = os.fstat(file.fileno()).st_size
+        _require_plausible_size(path, kind, size)
+        return file.read(size)
 
 
 def _require_plausible_size(path: Path, kind: Kind, size: int) -> None:

@@ -59,7 +59,7 @@ def numbers() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _freeze() -> None:
-    """Collections of garbage look at objects of this module alone, not at a million of those imported before.
+    """Let garbage collection look at the objects of this module alone, not at the million that imports made.
 
     A render asks for one when memory ran out.
     """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from forked import Forked, start
 from jobs import write_job
+
+from wancli.progress import Progress
 
 PROGRAM = """
 import os, signal, sys, time
@@ -48,6 +51,19 @@ def happens(shot=""):
 denoise_stage._record_step, mp4.to_rgb24 = noted, converted
 main()
 """
+
+
+class Notes(Progress):
+    """Keeps the notes, and runs something when the first one comes."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self.notes: list[str] = []
+        self._then = then
+
+    def note(self, text: str) -> None:
+        if not self.notes:
+            self._then()
+        self.notes.append(text)
 
 
 class Folder:

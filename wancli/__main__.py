@@ -18,6 +18,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     handled = _handle_start_signals(arguments)
     from wancli import stdio
+    from wancli.errors import ExitStatus
 
     # Threads that spin while they wait stall each other when a machine runs more of them than it has
     # cores, as farms do: seconds instead of milliseconds a step. Waiting quietly costs next to nothing.
@@ -28,7 +29,7 @@ def main() -> None:
         stdio.open_streams()
     except OSError as error:  # `ulimit -n` leaves no number for them
         sys.stderr.write(f"wancli: stdout and stderr cannot be opened: {error.strerror}\n")
-        sys.exit(3)
+        sys.exit(ExitStatus.MACHINE)
     exit_codes: list[int] = []
     atexit.register(_die_of_interrupt, exit_codes)  # registered first, so that it runs last
     atexit.register(stdio.deliver_streams)

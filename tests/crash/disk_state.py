@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save
 
 from wancli.errors import EntryError
-from wancli.storage import manifest, tensor_file
+from wancli.storage import records, tensor_file
 
 _RANDOM_NAME = re.compile(r"\.wancli-[^/]*\.tmp")
 
@@ -42,11 +42,9 @@ def _content(path: Path) -> object:
             return "a whole page"
         if "/claims/" in str(path):
             return sorted(json.loads(data))
-        if ".manifest." in path.name:
-            return _manifest(path)
         if path.suffix == ".safetensors":
             return _tensors(path)
-    except (EntryError, ValueError, KeyError, TypeError, AttributeError):
+    except (EntryError, ValueError, KeyError, AttributeError):
         pass
     return hashlib.sha256(data).hexdigest()
 
@@ -55,14 +53,8 @@ def _report(report: Mapping[str, Any]) -> object:
     return [(shot["id"], shot["status"]) for shot in report["shots"]]
 
 
-def _manifest(path: Path) -> object:
-    body = manifest.read_json(path)
-    if body is None:
-        raise ValueError("not a manifest that verifies")
-    return [body["key"], body["video"], sorted(body)]
-
-
 def _tensors(path: Path) -> object:
-    tensors, record = tensor_file.load_tensors(path)
+    kind = records.LATENT if ".latents." in path.name else records.STATE
+    tensors, record = tensor_file.load_tensors(path, kind)
     digest = hashlib.sha256(save(tensors)).hexdigest()
     return [digest, sorted(record), [record.get(name) for name in ("key", "latents_key", "step", "read")]]

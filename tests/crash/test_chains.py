@@ -15,7 +15,7 @@ import pytest
 from image_cases import assemble
 from jobs import TRANSFORMER, change_tensors, manifest_of, tiny_job
 from PIL import Image
-from workers import Folder
+from workers import Folder, Notes
 
 from wancli.engine import pipeline
 from wancli.engine.batch import render
@@ -144,19 +144,6 @@ def test_a_chain_goes_on_in_its_middle_after_a_kill_and_after_a_stop(
     repeated = [("c1", 2)] if end == "SIGKILL" else []
     assert Counter(job.steps()) == every_step("c0", "c1", "c2") + Counter(repeated)
     assert outputs_of(tmp_path).items() <= alone.items()
-
-
-class Notes(Progress):
-    """Runs something at the first note."""
-
-    def __init__(self, then: Callable[[], object]) -> None:
-        self.notes: list[str] = []
-        self._then = then
-
-    def note(self, text: str) -> None:
-        if not self.notes:
-            self._then()
-        self.notes.append(text)
 
 
 def claim_elsewhere(plan: Plan, id: str) -> Path:

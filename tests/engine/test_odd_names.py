@@ -47,9 +47,9 @@ def test_names_that_are_not_utf8_survive_a_render_and_every_look_at_it(odd, caps
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("out/{id}.mp4", "job.yaml:3: output: a name of 304 bytes; at most 235 fit, for shot 猫"),
+        ("out/{id}.mp4", "a name of 304 bytes; at most 235 fit, for shot 猫"),
         ("LONG/{seed}.mp4", "a name of 300 bytes; at most 255 fit, for shot 猫"),
-        ("DEEP/{seed}.mp4", "bytes; at most 3,840 fit, for shot 猫"),
+        ("DEEP/{seed}.mp4", " bytes; at most 3,840 fit, for shot 猫"),
     ],
 )
 def test_a_name_that_no_file_system_takes_is_told_by_plan_for_its_shot(tmp_path, capsys, output, message):
@@ -57,7 +57,8 @@ def test_a_name_that_no_file_system_takes_is_told_by_plan_for_its_shot(tmp_path,
     job = {"prompt": "x", "size": "64x64", "output": output, "items": [{"id": "猫" * 100, "seed": 1}]}
     said = run_wancli(capsys, "plan", write_job(tmp_path, json.dumps(job, indent=0)))
     assert said.code == 2
-    assert message.partition(": ")[2] in said.err or message in said.err
+    assert "job.yaml:4: output: a " in said.err
+    assert message in said.err
 
 
 def test_a_user_without_a_home_renders_without_a_cache(tmp_path, shallow, capsys, monkeypatch):

@@ -134,7 +134,6 @@ def test_a_latent_to_decode_that_cannot_be_read_ends_as_a_damaged_one(rendered, 
     assert (said.code, f"{latent}: cannot be read: " in said.err) == (4, True)
 
 
-PRIVATE = "private/sub"
 COMMANDS = {
     "plan": ["plan", "{job}"],
     "render": ["render", "{job}", "-q"],

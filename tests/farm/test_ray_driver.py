@@ -109,6 +109,7 @@ def test_a_stopped_driver_lets_its_workers_save_and_prints_how_to_resume(
     saved = {path.name[0] for path in (tmp_path / "out").glob("?.*.safetensors")} - done
     assert re.search(rf"stopped by SIGTERM; {len(saved)} shots? (is|are) saved in progress", err), err
     assert not (tmp_path / "out/.wancli").exists()  # claims were given up, not left
+    assert "h" not in done | saved
     rest = saved | {"h"}  # and one that was not started
     said = render(**JOB | {"items": [item for item in JOB["items"] if item["id"] in rest]})
     assert said.code == 0, said.err

@@ -20,7 +20,7 @@ import pytest
 import torch
 from failing_disk import fail_reading
 from jobs import KEPT, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job
-from workers import Folder
+from workers import Folder, Notes
 
 from wancli.engine.batch import render as render_plan
 from wancli.engine.batch import track_outcomes
@@ -380,19 +380,6 @@ def test_a_worker_that_was_suspended_until_another_did_its_work_publishes_nothin
 
 
 # ---- shots of other workers ----
-
-
-class Notes(Progress):
-    """Runs something when the first note comes."""
-
-    def __init__(self, then: Callable[[], object]) -> None:
-        self.notes: list[str] = []
-        self._then = then
-
-    def note(self, text: str) -> None:
-        if not self.notes:
-            self._then()
-        self.notes.append(text)
 
 
 def planned(job: Folder) -> Plan:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from wancli.errors import CheckpointError, EntryError, JobError, NotFinite, OutputExists, PromptTooLong
 from wancli.models.config import EOS
 from wancli.storage.cache import Store
+from wancli.text import embedding
 from wancli.text.embedding import (
     Embedding,
     embedding_key,
@@ -195,9 +196,7 @@ def test_the_key_changes_with_everything_that_changes_an_embedding(monkeypatch: 
         {"cleaned": "a cat\u0301"},
     ]
     keys = [embedding_key(**same_parts), *(embedding_key(**same_parts | change) for change in changes)]
-    monkeypatch.setattr(
-        "wancli.text.embedding.library_versions", lambda: library_versions() | {"ftfy": "7.0"}
-    )
+    monkeypatch.setattr(embedding, "library_versions", lambda: library_versions() | {"ftfy": "7.0"})
     keys.append(embedding_key(**same_parts))
     assert len(set(keys)) == len(changes) + 2
     assert all(len(key) == 64 for key in keys)

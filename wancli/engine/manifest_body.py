@@ -227,11 +227,11 @@ def _rule_records(
     its picture.
     """
     cells = set(reads)
-    records = []
+    described = []
     of_prompts = iter(differences)
     for rule, planned in zip(shot.rules, shot.table.changed_cells):
         hits = [cell for cell in planned if cell in cells]
-        records.append(
+        described.append(
             {
                 "text": rule.text,
                 "blocks": dict(rule.blocks),
@@ -247,7 +247,7 @@ def _rule_records(
                 **({"picture": pictures[rule.text]} if rule.image else {"difference": next(of_prompts)}),
             }
         )
-    return records
+    return described
 
 
 def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:

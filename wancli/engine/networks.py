@@ -188,8 +188,8 @@ def prepare_device(device: str) -> None:
     """
     import torch
 
-    cores, is_chosen = machine.usable_cores(), any(map(os.environ.get, machine.THREAD_VARIABLES))
-    if not is_chosen and cores < torch.get_num_threads():
+    is_chosen = any(map(os.environ.get, machine.THREAD_VARIABLES))
+    if not is_chosen and (cores := machine.usable_cores()) < torch.get_num_threads():
         torch.set_num_threads(cores)  # torch knows no CPU quota; threads beyond it only wait for one another
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError(

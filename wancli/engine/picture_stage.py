@@ -132,17 +132,11 @@ def entry_key(shot: Shot) -> str:
         "format": FORMAT,
         "frames": shot.pictures.pixel_settings,
         "size": [shot.width, shot.height],
-        "count": shot.frames if _joins_channels(shot) else None,
+        "count": shot.frames if shot.model.checkpoint.transformer_config.joins_frames else None,
         "vae": shot.model.vae,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _joins_channels(shot: Shot) -> bool:
-    """Whether the transformer reads the frames beside the noise, as I2V does, and not in its place."""
-    checkpoint = shot.model.checkpoint
-    return checkpoint.transformer_config.in_dim > checkpoint.variant.latent_channels
 
 
 def _encode_clip(read: ClipPictures, networks: Networks, device: str) -> Tensor:
@@ -162,7 +156,7 @@ def _encode_latents(shot: Shot, networks: Networks) -> Tensor:
     assert shot.pictures
     device = shot.model.device
     first_CYX = _make_frame(shot, shot.pictures.first).to(device)
-    if not _joins_channels(shot):
+    if not shot.model.checkpoint.transformer_config.joins_frames:
         return given_frames.encode_picture(networks.vae, first_CYX).cpu()
     frames_CYX: dict[int, Tensor] = {0: first_CYX}
     if shot.pictures.last:
@@ -191,7 +185,11 @@ def _read_source(source: PictureFile | LinkedFrame) -> Pixels:
 def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
     from wancli.models.given_frames import GivenFrames
 
-    return GivenFrames(channels_CTYX=z_CTYX) if _joins_channels(shot) else GivenFrames(first_CTYX=z_CTYX)
+    return (
+        GivenFrames(channels_CTYX=z_CTYX)
+        if shot.model.checkpoint.transformer_config.joins_frames
+        else GivenFrames(first_CTYX=z_CTYX)
+    )
 
 
 def _pack(entry: Tensor, label: str) -> bytes:
@@ -220,7 +218,7 @@ def picture_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> list[Re
     """Describe the given frames of a shot for its manifest."""
     if shot.pictures is None:
         return []
-    records: list[Record] = []
+    described: list[Record] = []
     for role, frame in zip(("first", "last"), shot.pictures.frames):
         source = frame.source
         if isinstance(source, PictureFile):
@@ -232,8 +230,10 @@ def picture_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> list[Re
         size = {"width": source.size[0], "height": source.size[1]}
         how = {"preprocess": frame.how.method, "fit": frame.how.fit}
         cached = encoded[shot.index].hit
-        records.append({"role": role, "sha256": source.pixels_key, "cached": cached, **origin, **size, **how})
-    return records
+        described.append(
+            {"role": role, "sha256": source.pixels_key, "cached": cached, **origin, **size, **how}
+        )
+    return described
 
 
 def injected_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> dict[str, Record]:

@@ -7,7 +7,7 @@ that do not fit their networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,9 +78,10 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
             todo.append(shot)
         else:
             _warn_of_damaged_latent(shot, context)
-    if len(refused) == len(plan.shots) and (unreadable := _first_unreadable(refused.values())):
+    unreadable = next((error for error in refused.values() if isinstance(error, Unreadable)), None)
+    if unreadable and len(refused) == len(plan.shots):
         raise unreadable
-    if refused and not todo and not _first_unreadable(refused.values()):
+    if refused and not todo and not unreadable:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
 
@@ -110,10 +111,6 @@ def _look_at_outputs(
                     retried.append(shot)
         shots = retried
     return states, refused
-
-
-def _first_unreadable(errors: Iterable[WancliError]) -> Unreadable | None:
-    return next((error for error in errors if isinstance(error, Unreadable)), None)
 
 
 def _warn_of_damaged_latent(shot: Shot, context: RenderContext) -> None:

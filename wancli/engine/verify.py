@@ -195,7 +195,7 @@ def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem
     if proof is None:
         return [Problem(path, "no manifest")]
     if shot and proof.key != shot.key:
-        return [Problem(path, _other_job(output_diff.describe_differences(shot)))]
+        return [Problem(path, f"made by {_other_job(output_diff.describe_differences(shot))}")]
     problems = manifest.check_proof(output, proof, proof.key)
     if deep and not problems:
         try:
@@ -211,7 +211,7 @@ def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem
 
 
 def _other_job(differences: str) -> str:
-    return f"made by another job, version or model{f': {differences}' if differences else ''}"
+    return f"another job, version or model{f': {differences}' if differences else ''}"
 
 
 def _find_tensor_problem(path: Path, kind: str, output: Path, shot: Shot | None) -> str:
@@ -229,7 +229,7 @@ def _find_tensor_problem(path: Path, kind: str, output: Path, shot: Shot | None)
     if name != output.name:
         return f"the {word} of {name}"
     if shot is not None and latents_key != shot.latents_key:
-        return f"the {word} of another job, version or model{f': {differences}' if differences else ''}"
+        return f"the {word} of {_other_job(differences)}"
     return ""
 
 

@@ -44,6 +44,11 @@ class WanConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def joins_frames(self) -> bool:
+        """Whether the network reads given frames beside the noise, as I2V does, and not in its place."""
+        return self.in_dim > self.out_dim
+
 
 @dataclass(frozen=True)
 class VAEConfig:

@@ -34,8 +34,9 @@ class GivenFrames:
         first_CTYX = self.first_CTYX.to(x_CTYX)
         return torch.cat((first_CTYX, x_CTYX[:, first_CTYX.shape[1] :]), dim=1)
 
-    def to(self, device: torch.device | str) -> GivenFrames:
-        moved = (None if x is None else x.to(device) for x in (self.channels_CTYX, self.first_CTYX))
+    def to(self, device: torch.device | str, *, copy: bool = False) -> GivenFrames:
+        tensors = self.channels_CTYX, self.first_CTYX
+        moved = (None if x is None else x.to(device, copy=copy) for x in tensors)
         return GivenFrames(*moved)
 
 

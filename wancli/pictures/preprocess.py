@@ -49,7 +49,7 @@ def make_frame(rgb_YX3: Pixels, width: int, height: int, how: Preprocessing) -> 
 
 
 def make_clip_input(rgb_YX3: Pixels, method: Method) -> Tensor:
-    """Make the input of CLIP from the whole picture, whatever the fit of the frame: fp32 [3, 224, 224].
+    """Make the input of CLIP from the picture, not from its frame: fp32 [3, 224, 224].
 
     `official` stretches, `diffusers` and `comfy` crop a square.
     """

@@ -46,7 +46,7 @@ def _resolve_path(jobs: JobFile, shot: Shot) -> Path:
 
 def _order(group: Sequence[Shot], jobs: JobFile) -> tuple[int, ...]:
     """Return the indices of a chain in its order. Raises JobError unless each shot continues another."""
-    members = {shot.index for shot in group}
+    members = {shot.index: shot for shot in group}
     following: dict[int, Shot] = {}
     starts = []
     for shot in group:
@@ -58,7 +58,7 @@ def _order(group: Sequence[Shot], jobs: JobFile) -> tuple[int, ...]:
         if source.shot in following:
             other = following[source.shot]
             raise JobError(f"{other.id} and {shot.id} both continue {source.id}", where=where)
-        if source.frame != next(one for one in group if one.index == source.shot).frames - 1:
+        if source.frame != members[source.shot].frames - 1:
             message = f"{shot.id} begins with frame {source.frame} of {source.id}, not with the last one"
             raise JobError(message, where=where)
         following[source.shot] = shot

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +37,11 @@ class PictureMemo:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = _parse_memo(read_memo(path))
         self._is_new = False
+
+    @cached_property
+    def _known(self) -> dict[str, PictureFacts]:
+        return _parse_memo(read_memo(self._path))
 
     def look_up(self, path: Path, orient: Orient, alpha: Alpha) -> PictureFile:
         """Read size and digest. Raises JobError if it is not a picture, and Unreadable."""

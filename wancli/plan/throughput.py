@@ -168,7 +168,7 @@ def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[
     for shot, record in shots:
         took: defaultdict[str, float] = defaultdict(float)
         for phase in record.phases:
-            took[phase.name] = took.get(phase.name, 0.0) + phase.seconds / phase.shots
+            took[phase.name] += phase.seconds / phase.shots
         took["load"] /= max(1, sum(phase.name == "load" for phase in record.phases))
         for name, workload in shot_workloads(shot).items():
             if name == "encode" or (name == "sample" and shot.index in forked):
@@ -177,7 +177,7 @@ def _network_rates(shots: Iterable[tuple[Shot, ShotRecord]], forked: Collection[
 
 
 def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
-    """Yield the rate of a workload that took so many seconds, unless it took none."""
+    """Yield the rate of a workload that took so many seconds, unless it took no longer than MIN_SECONDS."""
     facts = asdict(done)
     amount = facts.pop("amount")
     if amount and took > MIN_SECONDS:

@@ -161,7 +161,7 @@ def _refuse_without_gradients(shot: Shot) -> None:
         obstacle = "fp8 matmuls"
     elif model.kernels.attention == "sage":
         obstacle = "SageAttention"
-    elif shot.pictures and checkpoint.transformer_config.in_dim == checkpoint.variant.latent_channels:
+    elif shot.pictures and not checkpoint.transformer_config.joins_frames:
         # Its tokens run apart from the others, and the strengths are those of all tokens.
         obstacle = "a given first frame in place of noise"
     if obstacle:

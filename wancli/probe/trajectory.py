@@ -91,13 +91,9 @@ def _blocks_per_level(probe: ProbeRequest) -> int:
 
 def _to_device(shot: Shot, encoded: EncodedFrames) -> tuple[GivenFrames, dict[str, Tensor]]:
     """Copy the given frames and the CLIP rows of a shot to its device, as tensors that gradients may pass."""
-    device, frames = shot.model.device, encoded.frames
-    copies = [
-        None if tensor is None else tensor.to(device, copy=True)
-        for tensor in (frames.channels_CTYX, frames.first_CTYX)
-    ]
+    device = shot.model.device
     rows = {id: rows_NE.to(device, copy=True) for id, rows_NE in encoded.clip_NE.items()}
-    return GivenFrames(*copies), rows
+    return encoded.frames.to(device, copy=True), rows
 
 
 def _trace(

@@ -240,7 +240,7 @@ def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | Non
 
 def _given_channels(wan: WanConfig) -> int:
     """Count the channels of given frames, and of the input in which they are joined to the latent."""
-    return 0 if wan.in_dim == wan.out_dim else 2 * wan.in_dim - wan.out_dim
+    return 2 * wan.in_dim - wan.out_dim if wan.joins_frames else 0
 
 
 def _square_linears(wan: WanConfig) -> int:

@@ -109,7 +109,7 @@ class Store:
             if disk.is_link(path.parent):
                 return None
             payload = read_entry(path, key)
-        except (OSError, Unreadable):
+        except Unreadable:
             return None  # not found, pruned meanwhile, stale handle, a link: all the same to the caller
         except EntryError as error:
             log.warning("%s: %s; kept as .bad, computed again", path, error.message)

@@ -122,14 +122,11 @@ def walk(folder: Path, *, without: str = "") -> Iterator[Path]:
     Folders named `without` are left out.
     """
     inner = []
-    for path in list_folder(folder):
-        found = link_status(path)
-        if found is None:
-            continue  # gone since
-        if not stat.S_ISDIR(found.st_mode):
-            yield path
-        elif path.name != without:
-            inner.append(path)
+    for name, is_inner in _ask(_list_kinds, folder) or ():
+        if not is_inner:
+            yield folder / name
+        elif name != without:
+            inner.append(folder / name)
     for path in inner:
         yield from walk(path, without=without)
 
@@ -327,6 +324,12 @@ def _open_any(path: Path) -> int:
 def _list_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries)
+
+
+def _list_kinds(folder: Path) -> list[tuple[str, bool]]:
+    """List names, and whether each is a folder, which most file systems tell without another question."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
 
 
 def _error(error: OSError | ValueError, path: Path) -> Unreadable:

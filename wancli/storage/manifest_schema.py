@@ -109,6 +109,11 @@ class InjectedPictureRecord(Data):
     alpha: str
     cached: bool
 
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return PurePath(self.path).name
+
 
 class PictureRecord(InjectedPictureRecord):
     """A picture as a frame of the video.
@@ -125,12 +130,12 @@ class PictureRecord(InjectedPictureRecord):
         """The name of the file, or which frame of which shot it is."""
         if self.link:
             return f"frame {self.link.frame} of shot {self.link.shot}"
-        return self.path.rpartition("/")[2]
+        return super().name
 
 
 def describe_injected(other: PromptRecord | InjectedPictureRecord) -> str:
     """Return the text of a prompt, or the name of a picture."""
-    return other.text if isinstance(other, PromptRecord) else PurePath(other.path).name
+    return other.text if isinstance(other, PromptRecord) else other.name
 
 
 class VerdictRecord(Data):

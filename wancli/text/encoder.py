@@ -146,5 +146,6 @@ def _read_cached(store: Store, encoder: EncoderSpec, tokens: Tokens) -> Embeddin
         found = unpack(payload)[0] if payload else None
     except EntryError:
         return None
-    is_right = found and (found.ids, found.encoder) == (tokens.ids, encoder.fingerprint)
-    return found if is_right and found and found.rows_NE.isfinite().all() else None
+    if found is None or (found.ids, found.encoder) != (tokens.ids, encoder.fingerprint):
+        return None
+    return found if found.rows_NE.isfinite().all() else None

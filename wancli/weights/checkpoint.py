@@ -18,7 +18,7 @@ from wancli.errors import CheckpointError
 from wancli.models.config import CLIPConfig, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
 from wancli.storage import disk, links
-from wancli.storage.file_memo import read_memo, write_memo
+from wancli.storage.file_memo import file_identity, read_memo, write_memo
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
     CLIP_NAMES,
@@ -56,8 +56,7 @@ LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Wan model on disk. All its components exist, their headers are sound, and they fit
-    together.
+    """A Wan model on disk. All its components exist, their headers are sound, and they fit together.
 
     `experts` is the one transformer, or the high-noise and the low-noise transformer, of the same sizes.
     """
@@ -411,7 +410,7 @@ def _may_be_expert(part: Variant, of: Variant) -> bool:
 def check_blob(path: Path, digest: str) -> None:
     """Raise CheckpointError for a blob of the Hugging Face cache, named by a digest that is not its own."""
     for name in links.list_names(path):
-        if name.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", name.name) and name.name != digest:
+        if name.parent.name == "blobs" and _DIGEST.fullmatch(name.name) and name.name != digest:
             raise CheckpointError(
                 f"damaged: the SHA-256 of its content is {digest[:12]}..., and its blob is named "
                 f"{name.name[:12]}...",
@@ -422,11 +421,9 @@ def check_blob(path: Path, digest: str) -> None:
 
 def _file_identity(path: Path) -> str:
     """Return a text that changes whenever the file behind the path may have changed."""
-    real = disk.resolve(path)
-    stat = disk.status(real)
-    if stat is None:
-        raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN)
-    return f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    if identity := file_identity(path):
+        return identity
+    raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN)
 
 
 def _sha256(path: Path) -> str:

@@ -230,8 +230,8 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
     expert = expert_from_name(part.files[0])
     variant, reason = (None, "") if what else choose_variant(read, expert, part.files[0])
     name = variant.name if variant else what.rstrip(",")
-    part = replace(part, name=name, variant=variant, variant_reason=reason)
-    part = replace(part, expert=expert, sizes=tuple(read.items()))
+    sizes = tuple(read.items())
+    part = replace(part, name=name, variant=variant, variant_reason=reason, expert=expert, sizes=sizes)
     if part.refusal:
         return part
     if not {"num_heads", "attention_head_dim"} & config_json.keys() and read["dim"] % USUAL_HEAD_DIM:

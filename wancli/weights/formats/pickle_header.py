@@ -19,7 +19,7 @@ from wancli.errors import CheckpointError
 from wancli.storage import disk
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN, TensorInfo, open_weights
 
-Tensor = TypeVar("Tensor")
+Entry = TypeVar("Entry")
 
 _DTYPES = {
     "FloatStorage": "F32",
@@ -61,7 +61,7 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"not a readable .pth: {error}", where=str(path), hint=RESAVE_HINT) from None
 
 
-def unwrap_state_dict(document: object, tensor: type[Tensor], path: Path) -> dict[str, Tensor]:
+def unwrap_state_dict(document: object, tensor: type[Entry], path: Path) -> dict[str, Entry]:
     """Return the one table of tensors that a .pth holds: itself, or in a trainer's dict, as `state_dict`.
 
     Raises CheckpointError for none, for several, and for a table that holds something else, too.

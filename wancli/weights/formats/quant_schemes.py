@@ -171,9 +171,11 @@ def _find_unsupported(tensors: Tensors) -> str:
 
 def _has_square_blocks(tensors: Tensors, name: str) -> bool:
     """Return whether the scales of an fp8 weight are a grid over rows and columns."""
-    shape, scale = tensors[name].shape, _find_scale(tensors, name) if tensors[name].dtype in FP8 else None
-    is_grid = scale is not None and len(scale.shape) == len(shape) == 2 and scale.shape[0] < shape[0]
-    return scale is not None and is_grid and not scale_fits(scale.shape, shape)
+    shape, scale = tensors[name].shape, _find_scale(tensors, name)
+    if tensors[name].dtype not in FP8 or scale is None:
+        return False
+    is_grid = len(scale.shape) == len(shape) == 2 and scale.shape[0] < shape[0]
+    return is_grid and not scale_fits(scale.shape, shape)
 
 
 def _find_scale(tensors: Tensors, name: str) -> TensorInfo | None:

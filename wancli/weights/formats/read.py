@@ -70,8 +70,7 @@ def read_packed(
 
     Weights are read when touched; their scales, which are attached to them, at once. The first of `prefixes`
     that occurs is taken off; if there is only one, nothing else belongs to the network. The other networks of
-    a whole checkpoint are left out. `rename` maps the rest of
-    a name to the network's own.
+    a whole checkpoint are left out. `rename` maps the rest of a name to the network's own.
 
     Raises CheckpointError, naming file and tensor, for damaged files, for quantization schemes that wancli
     does not read, for a tensor that occurs twice, also under two names, and like `attach_scales`; DoesNotFit
@@ -80,13 +79,15 @@ def read_packed(
     entries: dict[str, RawEntry] = {}
     formats: dict[str, str] = {}
     for path in files:
-        for stored_name, value in _iterate_entries(path):
+        container = tensor_index.detect_container(path)
+        stored = _iterate_gguf(path) if container == "gguf" else iterate_tensors([path])
+        for stored_name, value in stored:
             name = plain_name(stored_name)
             if name in entries:
                 what = "is in another file too" if entries[name].file != path else "has two names"
                 raise CheckpointError(f"{name} {what}", where=str(path), hint=DOWNLOAD_AGAIN)
             entries[name] = RawEntry(path, value)
-        if tensor_index.detect_container(path) == "safetensors":
+        if container == "safetensors":
             formats |= _read_formats(path)
     where = str(files[0]) if files else ""
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in entries)), "")
@@ -106,10 +107,6 @@ def read_packed(
         unprefixed, {layer.removeprefix(prefix): format_name for layer, format_name in formats.items()}
     )
     return _rename_keys(_split_patches(weights), rename, where)
-
-
-def _iterate_entries(path: Path) -> Iterator[tuple[str, Tensor | Packed]]:
-    return _iterate_gguf(path) if tensor_index.detect_container(path) == "gguf" else iterate_tensors([path])
 
 
 def _iterate_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from wancli.errors import CheckpointError, Unreadable
+from wancli.errors import CheckpointError
 from wancli.storage import disk, links
 from wancli.weights.formats import safetensors_header
 from wancli.weights.formats.key_mapping import COMPILED, is_tokenizer, plain_name
@@ -165,8 +165,7 @@ def begins_safetensors(first: bytes, size: int) -> bool:
 
 def is_safetensors(path: Path) -> bool:
     """Return whether a file is a safetensors file, by its first bytes, or else its names."""
-    names = (name.suffix.lower() for name in links.list_names(path))
-    return (looks_like_weights(path) or ".safetensors" in names) and detect_container(path) == "safetensors"
+    return looks_like_weights(path) and detect_container(path) == "safetensors"
 
 
 def looks_like_weights(path: Path) -> bool:
@@ -176,7 +175,7 @@ def looks_like_weights(path: Path) -> bool:
     try:
         with open_weights(path) as file:
             first = file.read(9)
-    except (CheckpointError, Unreadable):
+    except CheckpointError:
         return False
     return first.startswith(MAGICS) or first[8:] == b"{"
 

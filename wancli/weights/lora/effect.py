@@ -1,4 +1,4 @@
-"""Says whether a LoRA changes anything at all, from its scales and the first numbers that are not 0."""
+"""Says whether a LoRA changes anything at all, from its scales and the first factors that are not 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wancli.weights.lora.file import Change
 def explain_no_effect(path: Path, changes: Sequence[Change]) -> str:
     """Return why these changes of a file add exactly nothing; empty if one of them adds something.
 
-    Reads the tensors up to the first number that is not 0.
+    Reads whole factors, change by change, up to the first change without a factor of zeros.
     """
     if all(change.scale == 0 for change in changes):
         return "it changes nothing, because its scale is 0"

@@ -81,11 +81,6 @@ class LoraFile:
     notes: tuple[str, ...] = ()  # what a user should know about its scales
     rescaled: bool = False  # its scales are others than those of the first versions of wancli
 
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """The distinct scales of its changes."""
-        return tuple(sorted({change.scale for change in self.changes}))
-
 
 def read_lora_file(path: Path) -> LoraFile:
     """Read every change of a file, in any style of `key_mapping`.

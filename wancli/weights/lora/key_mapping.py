@@ -213,16 +213,16 @@ def _resolve_target(stem: str, part: str) -> LoraTarget | None:
     while prefix := next((prefix for prefix in PREFIXES if written.startswith(prefix)), None):
         style = style or PREFIXES[prefix]
         written = written.removeprefix(prefix)
-    module = official_module(f"{written}.modulation" if part == "diff_m" else written)
+    # Nothing lies beside a modulation but the whole block.
+    part, suffix = ("diff", ".modulation") if part == "diff_m" else (part, "")
+    module = official_module(written + suffix)
     behind = _BEHIND_ANY_PREFIX.fullmatch(written)
     if module is None and behind and not behind["prefix"].startswith(_FOREIGN):
         written = behind["module"]
-        module = official_module(f"{written}.modulation" if part == "diff_m" else written)
+        module = official_module(written + suffix)
     if module is None:
         return None
-    if part == "diff_m":  # nothing lies beside it but the whole block
-        return LoraTarget(style or BARE, module, "diff", f"{written}.modulation", f"{stem}.modulation")
-    return LoraTarget(style or BARE, module, part, written, stem)
+    return LoraTarget(style or BARE, module, part, written + suffix, stem + suffix)
 
 
 def _flatten(name: str) -> str:

@@ -125,8 +125,7 @@ def load_lora(path: Path, shapes: Shapes) -> Lora:
 
 
 def _build_delta(change: Change, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Delta:
-    parts = {part: factors[key] for part, key in change.keys.items()}
-    parts.pop("alpha", None)
+    parts = {part: factors[key] for part, key in change.keys.items() if part != "alpha"}
     scale = change.scale
     match change.kind:
         case "full":

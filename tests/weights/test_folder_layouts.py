@@ -19,8 +19,9 @@ from weight_files import cast, dit, dit_diffusers, stored, umt5, vae21_diffusers
 from wancli.errors import CheckpointError
 from wancli.models.variants import T2V_A14B
 from wancli.plan.model_registry import resolve_path
-from wancli.weights.checkpoint import fingerprint, identify
+from wancli.weights.checkpoint import identify
 from wancli.weights.component import expert_from_name
+from wancli.weights.fingerprint import fingerprint
 from wancli.weights.folder_layouts import find_safetensors
 from wancli.weights.formats.infer_config import infer_transformer_config
 from wancli.weights.formats.safetensors_header import read_tensors

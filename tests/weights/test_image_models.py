@@ -30,8 +30,8 @@ from wancli.weights.formats.infer_config import transformer_shapes
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
 from wancli.weights.loader import load_clip, load_transformer, load_vae
 from wancli.weights.lora.patch import load_lora
-from wancli.weights.recognize import choose_by_name, variants_with_pictures
 from wancli.weights.single_files import SingleFiles, find_siblings, recognize_file
+from wancli.weights.variant_choice import choose_by_name, variants_with_pictures
 
 DIT = "diffusion_pytorch_model.safetensors"
 I2V = FIXTURES / "wan21-i2v-tiny"

@@ -43,7 +43,8 @@ def decode_file(
     The checkpoint is that of the record unless `folder` names another. Raises EntryError if the latent is
     damaged or cannot be read, CheckpointError if the VAE is not the one that the shot was planned with.
     """
-    from wancli.weights.checkpoint import fingerprint, identify
+    from wancli.weights.checkpoint import identify
+    from wancli.weights.fingerprint import fingerprint
     from wancli.weights.loader import load_vae
 
     try:

@@ -15,8 +15,8 @@ from wancli.plan.injections import locate_errors, no_experts_error, select_steps
 from wancli.plan.shot import ShotWarning
 from wancli.sampling.stages import Stage
 from wancli.storage import disk
-from wancli.weights.checkpoint import fingerprint
 from wancli.weights.component import expert_from_name
+from wancli.weights.fingerprint import fingerprint
 from wancli.weights.formats.infer_config import transformer_shapes
 from wancli.weights.formats.tensor_index import is_safetensors
 from wancli.weights.lora.effect import explain_no_effect

@@ -41,7 +41,8 @@ from wancli.plan.shot import ModelSpec, Plan, Prompt, SaveInterval, Shot
 from wancli.resources import machine
 from wancli.text.encoder import EncoderSpec
 from wancli.units import parse_duration, parse_size
-from wancli.weights.checkpoint import Location, fingerprint, identify, text_encoder_config, vae_config
+from wancli.weights.checkpoint import Location, identify, text_encoder_config, vae_config
+from wancli.weights.fingerprint import fingerprint
 from wancli.weights.lora.use import LoraUse
 
 

@@ -6,9 +6,6 @@ Found from names, config.json and headers alone: no torch, no data. `folder_layo
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +13,17 @@ from typing import TypeAlias
 
 from wancli.errors import CheckpointError
 from wancli.models.config import CLIPConfig, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
-from wancli.models.variants import T2V_14B, T2V_A14B, TWO_EXPERTS, Variant
-from wancli.storage import disk, links
-from wancli.storage.file_memo import file_identity, read_memo, write_memo
+from wancli.models.variants import Variant
+from wancli.storage import disk
+from wancli.weights.compatibility import (
+    fit_image_encoder,
+    is_compatible,
+    require_compatible,
+    require_usable,
+    resolve_experts,
+)
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
-    CLIP_NAMES,
     EXPERT_ROLES,
     Layout,
     Role,
@@ -30,9 +32,9 @@ from wancli.weights.folder_layouts import (
     load_json,
     models_root,
 )
-from wancli.weights.formats.infer_config import mismatch_error, wrong_model_error
+from wancli.weights.formats.infer_config import wrong_model_error
 from wancli.weights.formats.safetensors_header import DOWNLOAD_AGAIN
-from wancli.weights.recognize import normalize_config, variants_with_pictures
+from wancli.weights.recognize import normalize_config
 from wancli.weights.single_files import (
     NAME_FILES_HINT,
     SingleFiles,
@@ -41,17 +43,14 @@ from wancli.weights.single_files import (
     find_in_folder,
     find_layout,
     find_siblings,
-    is_compatible,
     recognize_file,
     select,
 )
+from wancli.weights.variant_choice import variants_with_pictures
 
 Location: TypeAlias = Path | SingleFiles
 
 SPIECE_HINT = "download google/umt5-xxl/spiece.model, which every repository of Wan-AI has"
-LOGGED_SIZE = 2**30  # bytes; hashing more takes long enough to say so
-_DIGEST = re.compile("[0-9a-f]{64}")
-LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it off
 
 
 @dataclass(frozen=True)
@@ -175,31 +174,6 @@ def with_variant(checkpoint: Checkpoint, name: str) -> Checkpoint:
     return replace(checkpoint, variant=chosen, experts=experts)
 
 
-@disk.reading_weights()
-def fingerprint(paths: Sequence[Path], memo: Path) -> str:
-    """Return the SHA-256, as hex, of the whole content of the files: of one file its plain digest, of several
-    the digest of their digests in this order.
-
-    The JSON file `memo` remembers digests for as long as a file keeps its path, size, inode and times. A
-    damaged or missing memo is written again. A warning is logged before a file above 1 GiB is read.
-
-    Raises CheckpointError for a blob of the Hugging Face cache whose digest is not its name, or if the disk
-    does not give a file.
-    """
-    remembered = {key: digest for key, digest in read_memo(memo).items() if _DIGEST.fullmatch(str(digest))}
-    identities = {_file_identity(path): path for path in paths}
-    digests = {key: remembered.get(key) or _sha256(path) for key, path in identities.items()}
-    for key, path in identities.items():
-        check_blob(path, digests[key])
-    # A file that changed while it was read gets a new identity, and its digest no entry.
-    fresh = {key: digest for key, digest in digests.items() if key == _file_identity(identities[key])}
-    if not fresh.items() <= remembered.items():
-        write_memo(memo, remembered | fresh)
-    if len(paths) == 1:
-        return next(iter(digests.values()))
-    return hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-
-
 def _from_layout(layout: Layout) -> Checkpoint:
     where = str(layout.root)
     if layout.pipeline:
@@ -254,7 +228,7 @@ def _from_files(files: SingleFiles, source: Location) -> Checkpoint:
     recognized = [(role, path, recognize_file(path, config_json)) for role, path in named if path]
     experts = [(role, select(parts, "transformer", path)) for role, path, parts in recognized]
     for _, part in experts:
-        _require_usable(part)
+        require_usable(part)
     first_file = recognized[0][2]  # one file may hold all three networks
     text_encoder = _component_for(files.text_encoder, "text encoder", first_file)
     vae = _component_for(files.vae, "vae", first_file)
@@ -310,123 +284,12 @@ def _assemble(
     others.
     """
     for part in (*(part for _, part in roles), text_encoder, vae):
-        _require_usable(part)
-    experts, variant = _resolve_experts(roles)
+        require_usable(part)
+    experts, variant = resolve_experts(roles)
     if boundary is not None and boundary != variant.boundary:
         variant = replace(variant, boundary=boundary)
         experts = tuple(replace(part, variant=variant) for part in experts)
-    transformer = dict(experts[0].sizes)
-    if not is_compatible(vae, experts[0]):
-        has, makes = dict(vae.sizes)["z_dim"], transformer["out_dim"]
-        raise CheckpointError(
-            f"a VAE of {has} latent channels; the transformer makes {makes}",
-            where=str(vae.files[0]),
-            hint="TI2V-5B goes with Wan2.2_VAE, all other models with Wan2.1_VAE",
-        )
-    if not is_compatible(text_encoder, experts[0]):
-        has, reads = dict(text_encoder.sizes)["d_model"], transformer["text_dim"]
-        raise CheckpointError(
-            f"a text encoder of width {has}; the transformer reads {reads}",
-            where=str(text_encoder.files[0]),
-            hint="the parts are from different models",
-        )
-    clip = _fit_image_encoder(image_encoder, experts[0])
+    require_compatible(vae, text_encoder, experts[0])
+    clip = fit_image_encoder(image_encoder, experts[0])
     source = source or root
     return Checkpoint(root, variant, experts, text_encoder, tokenizer, vae, source, image_encoder=clip)
-
-
-def _fit_image_encoder(part: Component | None, transformer: Component) -> Component | None:
-    """Return the image encoder if the transformer reads one. Raises CheckpointError if none fits."""
-    assert isinstance(transformer.config, WanConfig)
-    if (reads := transformer.config.image_dim) is None:
-        return None
-    if part is None:
-        raise CheckpointError(
-            f"the image encoder is missing: CLIP ViT-H, which {transformer.name} reads",
-            where=str(transformer.files[0]),
-            hint=f"add {CLIP_NAMES[-1]}, or clip_vision_h.safetensors, or name it as image_encoder",
-        )
-    _require_usable(part)
-    if not is_compatible(part, transformer):
-        raise CheckpointError(
-            f"an image encoder of width {dict(part.sizes)['dim']}; the transformer reads {reads}",
-            where=str(part.files[0]),
-            hint="the parts are from different models",
-        )
-    return part
-
-
-def _require_usable(part: Component) -> None:
-    if part.refusal:
-        raise CheckpointError(part.refusal, where=str(part.files[0]), hint=part.hint)
-    if part.mismatches:
-        raise mismatch_error(part.mismatches, str(part.files[0]))
-
-
-def _resolve_experts(roles: Sequence[tuple[Role, Component]]) -> tuple[tuple[Component, ...], Variant]:
-    """Return the transformers with their final variant and expert. Two must have the same sizes and be in the
-    right roles.
-    """
-    first = roles[0][1]
-    if len(roles) == 1:
-        assert first.variant is not None
-        if first.variant.boundary is not None:
-            which = f"the {first.expert}-noise expert of Wan 2.2 A14B by its name"
-            raise CheckpointError(
-                f"{which if first.expert else f'an expert of {first.name}'}, which needs the other one",
-                where=str(first.files[0]),
-                hint="say model: {high_noise: FILE, low_noise: FILE, ...}, or rename a file that is neither",
-            )
-        return (first,), first.variant
-    experts = []
-    of_14b = first.variant is T2V_A14B or first.variant is T2V_14B
-    variant = T2V_A14B if of_14b else TWO_EXPERTS
-    if first.variant and first.variant.boundary and first.variant.first_picture != "none":
-        variant = first.variant
-    for role, part in roles:
-        expert: Expert = "high" if role == "high_noise" else "low"
-        if part.expert not in (None, expert):
-            raise CheckpointError(
-                f"{role}: this is the {part.expert}-noise expert by its name",
-                where=str(part.files[0]),
-                hint="exchange high_noise and low_noise, or rename the file",
-            )
-        if part.config != first.config or part.variant is None or not _may_be_expert(part.variant, variant):
-            raise CheckpointError(
-                f"{role}: a {part.name}, which is not an expert beside {first.files[0].name}",
-                where=str(part.files[0]),
-                hint="the two experts of Wan 2.2 A14B have the same sizes",
-            )
-        experts.append(replace(part, name=variant.name, variant=variant, expert=expert))
-    return tuple(experts), variant
-
-
-def _may_be_expert(part: Variant, of: Variant) -> bool:
-    """Return whether a transformer recognized as `part` may be an expert, whose shapes Wan 2.1 has, too."""
-    of_text = part.first_picture == of.first_picture == "none"
-    return part.latent_channels == 16 and (part.boundary is not None or of_text)
-
-
-def check_blob(path: Path, digest: str) -> None:
-    """Raise CheckpointError for a blob of the Hugging Face cache, named by a digest that is not its own."""
-    for name in links.list_names(path):
-        if name.parent.name == "blobs" and _DIGEST.fullmatch(name.name) and name.name != digest:
-            raise CheckpointError(
-                f"damaged: the SHA-256 of its content is {digest[:12]}..., and its blob is named "
-                f"{name.name[:12]}...",
-                where=str(path),
-                hint=f"delete {name}, and download the file again",
-            )
-
-
-def _file_identity(path: Path) -> str:
-    """Return a text that changes whenever the file behind the path may have changed."""
-    if identity := file_identity(path):
-        return identity
-    raise CheckpointError("no such file", where=str(path), hint=DOWNLOAD_AGAIN)
-
-
-def _sha256(path: Path) -> str:
-    if (size := disk.size(path)) >= LOGGED_SIZE:
-        LOG.warning("wancli: hashing %s, %.1f GB; this is done once", path.name, size / 1e9)
-    return disk.sha256(path)

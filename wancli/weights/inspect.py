@@ -15,8 +15,9 @@ from wancli.models import parameter_count
 from wancli.models.config import T5Config, VAEConfig, WanConfig
 from wancli.storage import disk, links
 from wancli.storage.paths import expand_home
-from wancli.weights.checkpoint import check_blob, identify
+from wancli.weights.checkpoint import identify
 from wancli.weights.component import Component
+from wancli.weights.fingerprint import check_blob
 from wancli.weights.folder_layouts import (
     EXPERT_ROLES,
     Layout,

@@ -9,27 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from wancli.errors import CheckpointError
-from wancli.models.config import TIED_EMBEDDING, Expert, T5Config, VAE22Config
+from wancli.models.config import TIED_EMBEDDING, T5Config, VAE22Config
 from wancli.models.variants import (
-    BY_CHANNELS,
-    FLF2V,
-    FUN_INP_1_3B,
-    I2V_21,
-    I2V_22,
-    MINI,
-    MINI_DIM,
     NAMES_BY_WIDTH,
-    RELEASED,
-    T2V,
-    T2V_14B,
-    T2V_A14B,
-    TWO_EXPERTS,
-    Variant,
 )
 from wancli.weights.component import (
     Component,
@@ -42,7 +28,6 @@ from wancli.weights.component import (
     tensor_groups,
 )
 from wancli.weights.formats.infer_config import (
-    IMAGE_CHANNELS,
     RENDERS,
     SUPPORTED_HINT,
     USUAL_HEAD_DIM,
@@ -61,34 +46,9 @@ from wancli.weights.formats.quant_schemes import count_precision, detect_scheme,
 from wancli.weights.formats.safetensors_header import TensorInfo
 from wancli.weights.formats.tensor_index import OTHER_NETWORKS, TensorIndex
 from wancli.weights.lora.describe import describe_lora, is_lora
+from wancli.weights.signatures import EVIDENCE, SIGNATURES, find_gap, find_prefixes, find_starts
+from wancli.weights.variant_choice import choose_variant
 
-# Beginnings of two names that one network has, after the same prefix.
-SIGNATURES: tuple[tuple[Kind, Naming, str, str], ...] = (
-    ("transformer", "official", "blocks.0.self_attn.q.", "patch_embedding."),
-    ("transformer", "diffusers", "blocks.0.attn1.to_q.", "patch_embedding."),
-    ("text encoder", "official", "blocks.0.attn.q.", "token_embedding."),
-    ("text encoder", "transformers", "encoder.block.0.layer.0.SelfAttention.q.", "shared."),
-    ("text encoder", "gguf", "enc.blk.0.attn_q.", "token_embd."),
-    ("image encoder", "official", "transformer.0.attn.to_qkv.", "patch_embedding."),
-    ("image encoder", "transformers", "encoder.layers.0.self_attn.q_proj.", "embeddings.patch_embedding."),
-    ("vae", "official", "decoder.middle.0.residual.0.gamma", "encoder.conv1."),
-    ("vae", "diffusers", "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in."),
-)
-# Beginnings of names that only this network has, by which a part of it is known.
-EVIDENCE: dict[tuple[Kind, Naming], tuple[str, ...]] = {
-    ("transformer", "official"): ("time_projection.1.", "blocks.0.cross_attn.norm_k."),
-    ("transformer", "diffusers"): ("condition_embedder.time_proj.", "blocks.0.attn2.norm_k."),
-    ("text encoder", "official"): ("blocks.0.attn.q.",),
-    ("text encoder", "transformers"): ("encoder.block.0.layer.0.SelfAttention.q.",),
-    ("text encoder", "gguf"): ("enc.blk.0.attn_q.",),
-    ("image encoder", "official"): ("transformer.0.attn.to_qkv.",),
-    ("image encoder", "transformers"): ("vision_model.embeddings.patch_embedding.",),
-    ("vae", "official"): ("decoder.middle.0.residual.0.gamma", "encoder.middle.0.residual.0.gamma"),
-    ("vae", "diffusers"): (
-        "decoder.mid_block.resnets.0.norm1.gamma",
-        "encoder.mid_block.resnets.0.norm1.gamma",
-    ),
-}
 WHOLE_FILE_HINT = "use the file that holds the whole network, or download it again"
 # Files that are often beside Wan checkpoints: a tensor name in them, and what they are.
 OTHER_FILES = {
@@ -100,7 +60,6 @@ OTHER_FILES = {
 LIGHT_VAE = (96, 16)  # decoder.conv1: 96 wide; the Wan 2.1 VAE has 384
 XXL = T5Config(256384, 4096, 64, 10240, 24, 64)
 PLAIN_T5_VOCAB = 32128
-WIDTH_1_3B = 1536
 LORA_HINT = "convert it to a LoRA, LoHa, LoKr or plain differences in .safetensors"
 Tensors = dict[str, TensorInfo]
 
@@ -118,7 +77,7 @@ def recognize(
     networks = tuple(
         _recognize_network(contents, kind, naming, prefix, config_json or {})
         for kind, naming, first, second in SIGNATURES
-        for prefix in _prefixes(contents.tensors, first, second)
+        for prefix in find_prefixes(contents.tensors, first, second)
     )
     if networks:
         return networks
@@ -134,44 +93,17 @@ def _recognize_parts(contents: TensorIndex) -> tuple[Component, ...]:
     """Return the networks of which a file holds a part only, each with what it lacks as its refusal."""
     tensors = contents.tensors
     for kind, naming, *signature in SIGNATURES:
-        starts = (_starts(tensors, name) for name in EVIDENCE[kind, naming])
+        starts = (find_starts(tensors, name) for name in EVIDENCE[kind, naming])
         prefix = min(set().union(*starts), default=None)
         if prefix is None:
             continue
         absent = next(s for s in signature if not any(name.startswith(prefix + s) for name in tensors))
         names = {"text encoder": "UMT5 encoder", "image encoder": "CLIP image encoder", "vae": "Wan VAE"}
         name = names.get(kind, "Wan transformer")
-        refusal = f"a part of a {name}: {_find_gap(tensors, prefix, absent)} is missing"
+        refusal = f"a part of a {name}: {find_gap(tensors, prefix, absent)} is missing"
         part = _unsupported_component(contents, name)
         return (replace(part, kind=kind, naming=naming, refusal=refusal, hint=WHOLE_FILE_HINT),)
     return ()
-
-
-def _find_gap(tensors: Mapping[str, object], prefix: str, absent: str) -> str:
-    """Return the shortest beginning of a name that no tensor has, as a pattern: `blocks.0.*`."""
-    words = absent.rstrip(".").split(".")
-    for end in range(1, len(words) + 1):
-        if end < len(words) and words[end].isdecimal():
-            continue
-        head = ".".join(words[:end]) + "."
-        if not any(name.startswith(prefix + head) for name in tensors):
-            return f"{head}*" if not absent.endswith(head.rstrip(".")) else absent
-    return absent
-
-
-def _prefixes(tensors: Mapping[str, object], first: str, second: str) -> list[str]:
-    """Return the prefixes before both names: nothing, or whole components."""
-    starts = _starts(tensors, first)
-    return sorted(p for p in starts if any(name.startswith(p + second) for name in tensors))
-
-
-def _starts(tensors: Mapping[str, object], part: str) -> set[str]:
-    """Return what stands before a part of a name: nothing, or whole components."""
-    return {
-        name[: name.index(part)]
-        for name in tensors
-        if part in name and (name.startswith(part) or name[name.index(part) - 1] == ".")
-    }
 
 
 def _recognize_network(
@@ -245,52 +177,6 @@ def _recognize_transformer(part: Component, weights: Tensors, config_json: Mappi
     return replace(
         part, config=config, sizes=sizes, mismatches=find_mismatches(transformer_shapes(config), shapes)
     )
-
-
-def choose_variant(sizes: Mapping[str, int], expert: Expert | None, path: Path) -> tuple[Variant, str]:
-    """Return the variant of a transformer, and what told it from others whose tensors have the same shapes.
-
-    If its name says which expert it is, it is one of two.
-    """
-    if sizes["in_dim"] == IMAGE_CHANNELS:
-        return choose_by_name(variants_with_pictures(sizes), path)
-    if sizes["dim"] == MINI_DIM:
-        return MINI, ""
-    key = (sizes["dim"], sizes["ffn_dim"], sizes["num_layers"], sizes["in_dim"])
-    variant = RELEASED.get(key, BY_CHANNELS[sizes["in_dim"]])
-    if expert is None:
-        return variant, ""
-    if variant is T2V_14B:
-        return T2V_A14B, ""
-    return (TWO_EXPERTS if variant is T2V else variant), ""
-
-
-def variants_with_pictures(sizes: Mapping[str, int]) -> tuple[Variant, ...]:
-    """Return the variants that a transformer of 36 channels may be, the default one first."""
-    found: tuple[Variant, ...]
-    if "image_dim" not in sizes:
-        found = I2V_22
-    elif "image_rows" in sizes:
-        found = (FLF2V,)
-    else:
-        found = (FUN_INP_1_3B,) if sizes["dim"] == WIDTH_1_3B else I2V_21
-    if sizes["dim"] in NAMES_BY_WIDTH:
-        return found
-    return tuple(replace(variant, name=re.sub("-A?14B", "", variant.name)) for variant in found)
-
-
-def choose_by_name(candidates: Sequence[Variant], path: Path) -> tuple[Variant, str]:
-    """Return the variant that the name of a file, or of one of the three folders around it, says; else the
-    first one. Also returns the reason; it is empty if there is one candidate.
-    """
-    if len(candidates) == 1:
-        return candidates[0], ""
-    for name in [place.name for place in (path, *list(path.absolute().parents)[:3])]:
-        for variant in sorted(candidates, key=lambda variant: -len(variant.named)):
-            if variant.named and re.search(variant.named, name, re.IGNORECASE):
-                return variant, f"the name {name!r} says so"
-    others = " or ".join(variant.name for variant in candidates[1:])
-    return candidates[0], f"by default: its tensors may be those of {others}, and no name says so"
 
 
 def _split_patch_axes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from wancli.errors import CheckpointError, Unreadable
 from wancli.storage import disk, links
+from wancli.weights.compatibility import is_compatible
 from wancli.weights.component import Component, Kind
 from wancli.weights.folder_layouts import (
     Layout,
@@ -231,16 +232,6 @@ def _find_matching(
             hint=NAME_FILES_HINT,
         )
     return matching[0] if matching else None
-
-
-def is_compatible(part: Component, transformer: Component) -> bool:
-    """Return whether the width of an encoder, or the channels of a VAE, are those of the transformer."""
-    transformer_sizes, sizes = dict(transformer.sizes), dict(part.sizes)
-    if part.kind == "image encoder":
-        return sizes.get("dim") == transformer_sizes.get("image_dim")
-    if part.kind == "vae":
-        return sizes.get("z_dim") == transformer_sizes.get("out_dim")
-    return sizes.get("d_model") == transformer_sizes.get("text_dim")
 
 
 def _are_expert_pair(a: Component, b: Component) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wancli.models.dit import Block, WanModel, _unpatchify
-from wancli.models.dit_layers import add, add_gated, modulate
+from wancli.models.dit_layers import add, add_gated, join_heads, modulate
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,6 @@ def _attend(block: Block, x_BLD: Tensor, rows_BND: Tensor, bias_BN: Tensor) -> T
     q_BHLK = attn.split_heads(attn.norm_q(attn.q(x_BLD)))
     k_BHNK, v_BHNK = attn.split_heads(attn.norm_k(attn.k(rows_BND))), attn.split_heads(attn.v(rows_BND))
     bias_B11N = bias_BN[:, None, None].to(q_BHLK.dtype)
-    return attn.merge_heads(F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_B11N))
+    y_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHNK, v_BHNK, attn_mask=bias_B11N)
+    y_BLD: Tensor = attn.o(join_heads(y_BHLK))
+    return y_BLD

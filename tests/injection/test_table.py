@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from wancli.injection.area import Area
 from wancli.injection.selectors import pair_strengths
 from wancli.injection.table import (
+    AreaWeight,
     Concat,
     Image,
     Lerp,
@@ -128,3 +130,32 @@ def test_prompts_and_pictures_are_injected_into_one_cell_independently() -> None
 def test_a_picture_is_not_injected_into_a_model_that_reads_none() -> None:
     with pytest.raises(ValueError, match="attend to none"):
         Table([rule([0], image=True)], BASE, 1, 1)
+
+
+LEFT, EARLY = Area(region=(0.0, 0.0, 0.5, 1.0)), Area(frames=(0, 8))
+
+
+def test_outside_of_its_area_a_rule_changes_nothing() -> None:
+    cell = Table([rule([0], area=LEFT)], BASE, 1, 1).row(0, "cond")[0]
+    assert cell == (
+        (MAIN, AreaWeight(1.0, outside=(LEFT,))),
+        (Lerp(MAIN, OTHER, 0.5), AreaWeight(1.0, inside=(LEFT,))),
+    )
+
+
+def test_a_rule_changes_what_the_area_of_another_left() -> None:
+    mixed = rule([0], 0.25, blend="output-mix", text="third", area=EARLY)
+    cell = Table([rule([0], 1.0, blend="replace", area=LEFT), mixed], BASE, 1, 1).row(0, "cond")[0]
+    assert cell == (
+        (MAIN, AreaWeight(1.0, outside=(LEFT, EARLY))),
+        (OTHER, AreaWeight(1.0, inside=(LEFT,), outside=(EARLY,))),
+        (MAIN, AreaWeight(0.75, inside=(EARLY,), outside=(LEFT,))),
+        (OTHER, AreaWeight(0.75, inside=(LEFT, EARLY))),
+        (THIRD, AreaWeight(0.25, inside=(EARLY,))),
+    )
+
+
+def test_the_injected_share_is_that_inside_the_area() -> None:
+    rules = [rule([0], 0.5, area=LEFT), rule([0, 1], 0.25, text="third")]
+    row = Table(rules, BASE, 2, 1).row(0, "cond")
+    assert injected_share_by_block(row, MAIN) == (0.625, 0.25)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import Context, WanModel, concat, lerp
+from wancli.models.token_weights import TokenWeights
 from wancli.weights.checkpoint import identify
 from wancli.weights.formats.key_mapping import transformer_from_diffusers
 from wancli.weights.loader import LoadOptions, load_transformer
@@ -217,6 +218,41 @@ def test_a_mix_is_the_weighted_sum_of_whole_cross_attentions(weights: tuple[floa
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.3, 0.6)])
+def test_each_token_attends_by_its_own_weights(weights: tuple[float, float]):
+    """Tokens of weight 0 are left out of the work, and change nothing."""
+    model = random_model()
+    contexts = [model.project(torch.randn(rows, 32)) for rows in (5, 9)]
+    x_BLD, inside_L = torch.randn(2, 6, 48), torch.tensor([0.0, 1.0, *weights, 1.0, 0.0])
+    layer = model.blocks[0].cross_attn
+    each = [layer(x_BLD, [(context, 1.0)]) for context in contexts]
+    expected = (1 - inside_L)[:, None] * each[0] + inside_L[:, None] * each[1]
+    asked: list[int] = []
+    layer.split_heads = lambda q, real=layer.split_heads: (asked.append(q.shape[1]), real(q))[1]
+    mix = [(contexts[0], TokenWeights(1 - inside_L)), (contexts[1], TokenWeights(inside_L))]
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x_BLD, mix), expected, rtol=1e-5, atol=1e-5)
+    nonzero = [int((share_L != 0).sum()) for share_L in (1 - inside_L, inside_L)]
+    assert asked.count(nonzero[0]) >= 1
+    assert asked.count(nonzero[1]) >= 1
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_chunks_of_tokens_keep_their_weights(chunk: int):
+    torch.manual_seed(3)
+    x_BCTYX, weights_L = torch.randn(1, 16, 2, 4, 4), torch.tensor([1.0, 0, 0, 1, 0.5, 0, 0.25, 1])
+    velocities = []
+    for tokens in (None, chunk):
+        model = WanModel(CONFIG, ComputeOptions(chunk=tokens)).eval()
+        model.load_state_dict(random_model().state_dict())
+        torch.manual_seed(4)
+        a, b = (model.project(torch.randn(rows, 32)) for rows in (5, 9))
+        mix = ((a, TokenWeights(1 - weights_L)), (b, TokenWeights(weights_L)))
+        with torch.inference_mode():
+            velocities.append(model(x_BCTYX, 500.0, [mix] * len(model.blocks)))
+    torch.testing.assert_close(*velocities)
+
+
 def test_each_block_attends_to_its_own_context():
     model, x = random_model(), torch.randn(1, 16, 1, 4, 4)
     a, b = model.project(torch.randn(5, 32)), model.project(torch.randn(9, 32))

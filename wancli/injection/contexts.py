@@ -1,6 +1,6 @@
 """Turn the exprs of a table into contexts of a model, and record which blocks read them.
 
-Letters of shapes: N E rows of a prompt or of CLIP.
+Letters of shapes: N E rows of a prompt or of CLIP, L video tokens, C T Y X a latent.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import overload
 
+import torch
 from torch import Tensor
 
-from wancli.injection.table import Branch, Cell, Concat, Expr, Image, Lerp, Table, Text
+from wancli.injection.area import Area, TokenGrid, compute_weights
+from wancli.injection.table import AreaWeight, Branch, Cell, Concat, Expr, Image, Lerp, Table, Text, Weight
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
 from wancli.models.text_context import Context, concat, lerp
+from wancli.models.token_weights import TokenWeights
 
 
 class ContextCache:
@@ -56,18 +59,71 @@ class ContextCache:
         """Drop all contexts, after the weights of the model have changed."""
         self._contexts.clear()
 
-    def mix(self, cell: Cell) -> Mix:
-        return tuple((self.context(expr), weight) for expr, weight in cell)
+    def mix(self, cell: Cell, areas: TokenAreas) -> Mix:
+        """Return the contexts of a cell and their weights. An expr that has several, inside and outside of
+        areas, is attended to once, with their sum.
+        """
+        if not any(isinstance(weight, AreaWeight) for _, weight in cell):
+            return tuple((self.context(expr), weight) for expr, weight in cell)  # type: ignore[misc]
+        by_expr: dict[Expr, tuple[Weight, ...]] = {}
+        for expr, weight in cell:
+            by_expr[expr] = (*by_expr.get(expr, ()), weight)
+        summed = ((expr, areas.sum(weights)) for expr, weights in by_expr.items())
+        return tuple((self.context(expr), weight) for expr, weight in summed if weight != 0.0)
+
+
+class TokenAreas:
+    """The areas of a shot as weights of its tokens on a device, each computed once."""
+
+    def __init__(self, grid: TokenGrid, device: torch.device) -> None:
+        self._grid = grid
+        self._device = device
+        self._weights_L: dict[Area, Tensor] = {}
+        self._sums: dict[tuple[Weight, ...], float | TokenWeights] = {}
+
+    @classmethod
+    def of_latent(cls, z_CTYX: Tensor) -> TokenAreas:
+        """Return the areas of a video by its latent, whose tokens are patches of 1 x 2 x 2."""
+        _, frames, rows, columns = z_CTYX.shape
+        return cls(TokenGrid(frames, rows // 2, columns // 2), z_CTYX.device)
+
+    def sum(self, weights: tuple[Weight, ...]) -> float | TokenWeights:
+        """Return the sum of weights: a number if it is the same for all tokens."""
+        if weights not in self._sums:
+            total_L = sum(map(self._token_weights, weights), torch.zeros(self._grid.tokens))
+            first = total_L[0].item()
+            same = bool((total_L == first).all())
+            self._sums[weights] = first if same else TokenWeights(total_L.float(), self._device)
+        return self._sums[weights]
+
+    def _token_weights(self, weight: Weight) -> Tensor:
+        """Return one weight for each token, fp64 [L]."""
+        if not isinstance(weight, AreaWeight):
+            return torch.full((self._grid.tokens,), weight, dtype=torch.float64)
+        product_L = self._token_weights(weight.factor)
+        for area in weight.inside:
+            product_L = product_L * self._area(area)
+        for area in weight.outside:
+            product_L = product_L * (1 - self._area(area))
+        return product_L
+
+    def _area(self, area: Area) -> Tensor:
+        if area not in self._weights_L:
+            self._weights_L[area] = torch.from_numpy(compute_weights(area, self._grid)).flatten()
+        return self._weights_L[area]
 
 
 class BlockContexts(Sequence[Mix]):
     """The contexts of one forward. Records which blocks read theirs: the proof of injection."""
 
-    def __init__(self, contexts: ContextCache, table: Table, step: int, branch: Branch) -> None:
+    def __init__(
+        self, contexts: ContextCache, table: Table, areas: TokenAreas, step: int, branch: Branch
+    ) -> None:
         self.step = step
         self.branch: Branch = branch
         self.cells_read: set[tuple[int, Branch, int]] = set()
         self._contexts = contexts
+        self._areas = areas
         self._row = table.row(step, branch)
         self._base = table.base_cell(branch)
 
@@ -81,14 +137,14 @@ class BlockContexts(Sequence[Mix]):
     def __getitem__(self, block: int | slice) -> Mix | Sequence[Mix]:
         if isinstance(block, slice):
             raise TypeError("blocks read their contexts one by one")
-        mix = self._contexts.mix(self._row[block])
+        mix = self._contexts.mix(self._row[block], self._areas)
         self.cells_read.add((self.step, self.branch, block))
         return mix
 
     @property
     def base(self) -> Mix:
         """The contexts that every block would read without injection."""
-        return self._contexts.mix(self._base)
+        return self._contexts.mix(self._base, self._areas)
 
     @property
     def injected_blocks(self) -> tuple[int, ...]:

@@ -1,16 +1,19 @@
 """Injection as data: rules become a table of what each block reads at each step and branch.
 
-A cell of the table is a weighted sum of cross-attention outputs, `((expr, weight), ...)`. An expr
-names a context: that of a prompt or a picture, or one made from two of a kind (`Lerp`, `Concat`). If the
-blocks of a model attend to pictures, a cell has parts of both kinds. The table is pure data without
-tensors; `wancli.injection.contexts` turns exprs into contexts.
+A cell of the table is a weighted sum of cross-attention outputs, `((expr, weight), ...)`. A weight is a
+number or, if a rule acts in an area only, differs from token to token. An expr names a context: that of a
+prompt or a picture, or one made from two of a kind (`Lerp`, `Concat`). If the blocks of a model attend to
+pictures, a cell has parts of both kinds. The table is pure data without tensors; `wancli.injection.contexts`
+turns exprs into contexts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from wancli.injection.area import Area
 
 Branch = Literal["cond", "uncond"]
 Blend = Literal["context-lerp", "output-mix", "replace", "concat"]
@@ -48,8 +51,20 @@ class Concat:
     weight: float
 
 
+@dataclass(frozen=True)
+class AreaWeight:
+    """factor · Π w over the areas `inside` · Π (1-w) over those `outside`; w is the weight of a token in an
+    area.
+    """
+
+    factor: float
+    inside: tuple[Area, ...] = ()
+    outside: tuple[Area, ...] = ()
+
+
 Expr = Text | Image | Lerp | Concat
-Cell = tuple[tuple[Expr, float], ...]
+Weight = float | AreaWeight
+Cell = tuple[tuple[Expr, Weight], ...]
 Row = tuple[Cell, ...]  # one cell per block
 
 
@@ -59,7 +74,8 @@ class Rule:
 
     `blocks` maps a block to its strength, and `steps` a step to its factor; the strength of a cell is
     their product. A strength of 0 leaves the cell as it is. `text` is the id of what is injected: a
-    prompt or, if `image`, a picture, which changes only what blocks read of pictures.
+    prompt or, if `image`, a picture, which changes only what blocks read of pictures. Outside of its `area`
+    a rule changes nothing. A token on the edge gets a mix of both outputs, whatever the blend.
     """
 
     text: str
@@ -69,6 +85,7 @@ class Rule:
     blend: Blend
     gain: float
     image: bool = False
+    area: Area | None = None
 
     @property
     def is_active(self) -> bool:
@@ -81,19 +98,28 @@ class Rule:
         """
         own = tuple(part for part in cell if is_image(part[0]) == self.image)
         others = tuple(part for part in cell if is_image(part[0]) != self.image)
+        changed = self._blend(own, base, strength)
+        if self.area is not None:
+            changed = (
+                *((expr, _restrict(weight, outside=self.area)) for expr, weight in own),
+                *((expr, _restrict(weight, inside=self.area)) for expr, weight in changed),
+            )
+        return (*others, *changed) if self.image else (*changed, *others)
+
+    def _blend(self, own: Cell, base: Text | Image, strength: float) -> Cell:
         injected: Expr = Image(self.text) if self.image else Text(self.text)
         if self.gain != 1:
             injected = Lerp(base, injected, self.gain)
         match self.blend:
             case "context-lerp":
-                own = tuple((Lerp(expr, injected, strength), weight) for expr, weight in own)
+                return tuple((Lerp(expr, injected, strength), weight) for expr, weight in own)
             case "concat":
-                own = tuple((Concat(expr, injected, strength), weight) for expr, weight in own)
+                return tuple((Concat(expr, injected, strength), weight) for expr, weight in own)
             case "output-mix" if strength != 1:
-                own = (*((expr, weight * (1 - strength)) for expr, weight in own), (injected, strength))
+                kept = tuple((expr, _scale(weight, 1 - strength)) for expr, weight in own)
+                return (*kept, (injected, strength))
             case _:
-                own = ((injected, 1.0),)
-        return (*others, *own) if self.image else (*own, *others)
+                return ((injected, 1.0),)
 
 
 class Table:
@@ -169,6 +195,19 @@ class Table:
         return tuple(cells)
 
 
+def _scale(weight: Weight, factor: float) -> Weight:
+    return (
+        replace(weight, factor=weight.factor * factor) if isinstance(weight, AreaWeight) else weight * factor
+    )
+
+
+def _restrict(weight: Weight, *, inside: Area | None = None, outside: Area | None = None) -> AreaWeight:
+    """Return the weight times that of tokens inside or outside of an area."""
+    whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
+    added = [() if area is None else (area,) for area in (inside, outside)]
+    return AreaWeight(whole.factor, (*whole.inside, *added[0]), (*whole.outside, *added[1]))
+
+
 def is_image(expr: Expr) -> bool:
     """Return whether a context is that of pictures and not of prompts."""
     while isinstance(expr, Lerp | Concat):
@@ -191,5 +230,20 @@ def injected_share_by_block(row: Row, base: Text | Image) -> tuple[float, ...]:
     """Return for each block how much of what it reads was injected, in [0, 1]: of the prompts, or of the
     pictures if `base` is one.
     """
-    own = [[part for part in cell if is_image(part[0]) == isinstance(base, Image)] for cell in row]
-    return tuple(min(1.0, sum(abs(w) * injected_share(expr, base) for expr, w in cell)) for cell in own)
+    return tuple(min(1.0, _injected_share_of_cell(cell, base)) for cell in row)
+
+
+def _injected_share_of_cell(cell: Cell, base: Text | Image) -> float:
+    """Return the injected share where it is largest: a cell with areas has another one in each of them."""
+    everywhere = 0.0
+    by_areas: dict[tuple[tuple[Area, ...], ...], float] = {}
+    for expr, weight in cell:
+        if is_image(expr) != isinstance(base, Image):
+            continue
+        if isinstance(weight, AreaWeight):
+            areas = weight.inside, weight.outside
+            share = abs(weight.factor) * injected_share(expr, base)
+            by_areas[areas] = by_areas.get(areas, 0.0) + share
+        else:
+            everywhere += abs(weight) * injected_share(expr, base)
+    return everywhere + max(by_areas.values(), default=0.0)

@@ -29,6 +29,7 @@ from wancli.models.dit_layers import (
     linear,
     mlp,
     modulate,
+    narrow_mix,
     rope_table,
     timestep_vector,
 )
@@ -60,8 +61,9 @@ class GivenTokens(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of one timestep, at most a chunk of them."""
+    """Consecutive tokens of one timestep, at most a chunk of them, from token `start` on."""
 
+    start: int
     x_BLD: Tensor
     rope_L1P: Tensor
     modulation: Sequence[Tensor]
@@ -95,7 +97,8 @@ class Block(nn.Module):
         pieces = list(self.split_tokens(x_BLD, time_B6D, rope_L1P, given, chunk or x_BLD.shape[1]))
         keys_values = self.keys_values(x_BLD, pieces)
         outputs = [
-            self.forward_tokens(x, modulation, rope, mix, keys_values) for x, rope, modulation in pieces
+            self.forward_tokens(x, modulation, rope, narrow_mix(mix, start, start + x.shape[1]), keys_values)
+            for start, x, rope, modulation in pieces
         ]
         return torch.cat(outputs, dim=1) if torch.is_grad_enabled() else x_BLD
 
@@ -108,8 +111,9 @@ class Block(nn.Module):
             if start == stop:
                 continue
             modulation = (self.modulation + time).chunk(6, dim=1)
-            parts = torch.split(x_BLD[:, start:stop], chunk, 1), torch.split(rope_L1P[start:stop], chunk)
-            yield from (Piece(x, rope, modulation) for x, rope in zip(*parts, strict=True))
+            for first_of_piece in range(start, stop, chunk):
+                piece = slice(first_of_piece, min(first_of_piece + chunk, stop))
+                yield Piece(first_of_piece, x_BLD[:, piece], rope_L1P[piece], modulation)
 
     def forward_tokens(
         self,
@@ -133,12 +137,10 @@ class Block(nn.Module):
         """Compute the self-attention keys and values of all tokens, piece by piece."""
         buffers = [torch.empty_like(x_BLD, dtype=self.self_attn.o.dtype) for _ in range(2)]
         k_BHLK, v_BHLK = map(self.self_attn.split_heads, buffers)
-        start = 0
-        for piece_BLD, piece_L1P, (shift1, scale1, *_) in pieces:
+        for start, piece_BLD, piece_L1P, (shift1, scale1, *_) in pieces:
             kv = self.self_attn.keys_values(modulate(piece_BLD, shift1, scale1, self.eps), piece_L1P)
             end = start + piece_BLD.shape[1]
             k_BHLK[:, :, start:end], v_BHLK[:, :, start:end] = kv
-            start = end
         return k_BHLK, v_BHLK
 
 

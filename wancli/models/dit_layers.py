@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from wancli.models import config
 from wancli.models.attention import attend
 from wancli.models.text_context import Context
+from wancli.models.token_weights import TokenWeights, Weight, dense, narrow
 
-# Contexts whose attention outputs are mixed, and weights: one for all tokens, or one for each [L]. An empty
-# mix adds nothing.
-Mix: TypeAlias = Sequence[tuple[Context, float | Tensor]]
+# Contexts whose attention outputs are mixed, and their weights. An empty mix adds nothing.
+Mix: TypeAlias = Sequence[tuple[Context, Weight]]
 
 
 class Blocks(nn.ModuleList):
@@ -130,10 +130,6 @@ class Attention(nn.Module):
         x_BLHK = x_BLD.to(self.o.dtype).view(*x_BLD.shape[:2], self.num_heads, -1)
         return x_BLHK.transpose(1, 2)
 
-    def merge_heads(self, y_BHLK: Tensor) -> Tensor:
-        y_BLD: Tensor = self.o(y_BHLK.transpose(1, 2).flatten(2))
-        return y_BLD
-
 
 class SelfAttention(Attention):
     def __init__(self, dim: int, num_heads: int, eps: float, backend: config.AttentionBackend) -> None:
@@ -146,7 +142,8 @@ class SelfAttention(Attention):
         """Let tokens attend to each other, or to the given keys and values."""
         q_BHLK = self.split_heads(rotate(self.norm_q(self.q(x_BLD)), rope_L1P))
         k_BHNK, v_BHNK = keys_values or self.keys_values(x_BLD, rope_L1P)
-        return self.merge_heads(attend(q_BHLK, k_BHNK, v_BHNK, self.backend))
+        y_BLD: Tensor = self.o(join_heads(attend(q_BHLK, k_BHNK, v_BHNK, self.backend)))
+        return y_BLD
 
     def keys_values(self, x_BLD: Tensor, rope_L1P: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values, [B, H, L, K] each."""
@@ -167,14 +164,34 @@ class CrossAttention(Attention):
         """Return the sum of weight * attention over the contexts of the mix."""
         if not mix:
             return torch.zeros_like(x_BLD)
-        q_BHLK = self.split_heads(self.norm_q(self.q(x_BLD)))
-        y_BHLK = sum_weighted([(self.attend_context(q_BHLK, context), weight) for context, weight in mix])
-        y_BLD = self.merge_heads(y_BHLK)
-        total = sum(weight for context, weight in mix if context.of == "text")
+        q_BLD = self.norm_q(self.q(x_BLD))
+        q_BHLK = self.split_heads(q_BLD)
+        whole = [
+            (self.attend_context(q_BHLK, context), weight)
+            for context, weight in mix
+            if not isinstance(weight, TokenWeights)
+        ]
+        y_BLD = join_heads(sum_weighted(whole)) if whole else torch.zeros_like(q_BLD, dtype=q_BHLK.dtype)
+        for context, weight in mix:
+            if isinstance(weight, TokenWeights):
+                y_BLD = self.add_part(y_BLD, q_BLD, context, weight)
+        out_BLD: Tensor = self.o(y_BLD)
         # `o` is shared, but its bias belongs to every prompt: the sum holds it `total` times.
+        total = sum(dense(weight) for context, weight in mix if context.of == "text")
         if isinstance(total, Tensor):
-            return y_BLD + (total - 1.0)[:, None] * self.o.bias
-        return y_BLD if total == 1.0 else y_BLD + (total - 1.0) * self.o.bias
+            return out_BLD + (total - 1.0)[:, None] * self.o.bias
+        return out_BLD if total == 1.0 else out_BLD + (total - 1.0) * self.o.bias
+
+    def add_part(self, y_BLD: Tensor, q_BLD: Tensor, context: Context, weights: TokenWeights) -> Tensor:
+        """Add weight * attention of the tokens whose weight is not 0. May overwrite y in place."""
+        tokens_N, weights_N = weights.tokens, weights.nonzero
+        q_BHNK = self.split_heads(q_BLD.index_select(1, tokens_N))
+        part_BND = join_heads(self.attend_context(q_BHNK, context))
+        if weights_N is not None:
+            part_BND = (part_BND * weights_N[:, None]).to(y_BLD.dtype)
+        if torch.is_grad_enabled():
+            return y_BLD.index_add(1, tokens_N, part_BND)
+        return y_BLD.index_add_(1, tokens_N, part_BND)
 
     def attend_context(self, q_BHLK: Tensor, context: Context) -> Tensor:
         k_BHNK, v_BHNK = (x_1HNK.expand(len(q_BHLK), -1, -1, -1) for x_1HNK in self.keys_values(context))
@@ -195,6 +212,15 @@ class CrossAttention(Attention):
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK
         return k_1HNK, v_1HNK
+
+
+def join_heads(y_BHLK: Tensor) -> Tensor:
+    return y_BHLK.transpose(1, 2).flatten(2)
+
+
+def narrow_mix(mix: Mix, start: int, stop: int) -> Mix:
+    """Return the mix of consecutive tokens."""
+    return tuple((context, narrow(weight, start, stop)) for context, weight in mix)
 
 
 def sum_weighted(parts: Sequence[tuple[Tensor, float | Tensor]]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from wancli.models.dit import BlockState, WanModel
 from wancli.models.dit_layers import Mix
 from wancli.models.given_frames import NO_FRAMES, GivenFrames
+from wancli.models.token_weights import dense
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def compute_derivatives(point: ProbePoint, toward_1CTYX: Tensor) -> Iterator[tup
 
 def _mix(plain: Mix, injected: Mix, s_L: Tensor) -> Mix:
     return (
-        *((context, weight * (1 - s_L)) for context, weight in plain),
-        *((context, weight * s_L) for context, weight in injected),
+        *((context, dense(weight) * (1 - s_L)) for context, weight in plain),
+        *((context, dense(weight) * s_L) for context, weight in injected),
     )
 
 

@@ -20,7 +20,7 @@ from wancli.engine.networks import Networks, check_weights, prepare_device
 from wancli.engine.picture_stage import EncodedFrames, encode_frames
 from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
-from wancli.injection.contexts import ContextCache
+from wancli.injection.contexts import ContextCache, TokenAreas
 from wancli.injection.effects import relative_change
 from wancli.injection.table import Text
 from wancli.models.dit import WanModel
@@ -155,7 +155,8 @@ def _probe_point(
     given: GivenFrames,
 ) -> ProbePoint:
     base, cell = Text(probe.shot.prompt.id), probe.shot.table.base_cell("cond")
-    plain, injected = ([contexts.mix(one)] * probe.depth for one in (cell, probe.rule.apply(cell, base, 1.0)))
+    areas, cells = TokenAreas.of_latent(state.x), (cell, probe.rule.apply(cell, base, 1.0))
+    plain, injected = ([contexts.mix(one, areas)] * probe.depth for one in cells)
     x_CTYX, t = given.put_into(state.x), probe.shot.sigma_schedule.timesteps[step]
     return ProbePoint(model, x_CTYX[None], t, plain, injected, given)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
-from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward
+from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward, TokenAreas
 from wancli.injection.effects import predict_velocities
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
@@ -53,6 +54,11 @@ class DenoiseRun:
     stage: Stage
     effects: list[Effect] | None = None
     given: GivenFrames = NO_FRAMES
+
+    @cached_property
+    def areas(self) -> TokenAreas:
+        """The areas of the table's rules, as weights of the tokens of this latent."""
+        return TokenAreas.of_latent(self.state.x)
 
 
 def denoise(model: WanModel, run: DenoiseRun, forwards_per_pass: int = 1) -> Iterator[StepResult]:
@@ -98,7 +104,8 @@ def _build_forwards(run: DenoiseRun, result: StepResult | NotFinite, i: int) -> 
     if isinstance(result, NotFinite):
         return []
     x_1CTYX, t = result.state.x[None], run.schedule.timesteps[i]
-    reads = [BlockContexts(run.contexts, run.table, i, branch) for branch in run.table.branches_at(i)]
+    branches = run.table.branches_at(i)
+    reads = [BlockContexts(run.contexts, run.table, run.areas, i, branch) for branch in branches]
     return [Forward(x_1CTYX, t, contexts, run.given, run.effects) for contexts in reads]
 
 

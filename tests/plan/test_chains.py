@@ -135,6 +135,8 @@ def test_a_chain_is_joined_in_its_order(plan: Any, tmp_path: Path) -> None:
         ([FIRST, {**link("b", "a"), "size": "32x32"}], "a is 64x64 at 8 fps, b is 32x32 at 8 fps"),
         ([FIRST, {**link("b", "a"), "join": "out/a.mp4"}], "is the output of a shot"),
         ([FIRST, {**link("b", "a"), "join": "all.mkv"}], "'all.mkv' does not end in .mp4"),
+        ([FIRST, {**link("b", "a"), "join": "out/{id}.mp4"}], "no field {id}"),
+        ([FIRST, {**link("b", "a"), "join": f"out/{'x' * 252}.mp4"}], "a name of 256 bytes"),
     ],
 )
 def test_shots_that_are_not_a_chain_are_not_joined(plan: Any, items: Any, message: str) -> None:

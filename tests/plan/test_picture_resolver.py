@@ -159,7 +159,7 @@ def test_orientation_follows_the_method_unless_the_job_says_it(folder: Path) -> 
         pictures, _ = resolve(folder, image={"first": "phone.jpg", **image}, size="64x64")
         assert pictures
         (file,) = pictures.files
-        found[json.dumps(image)] = (file.size, bool(file.notes))
+        found[json.dumps(image)] = (file.size, bool(file.facts.notes))
     assert list(found.values()) == [
         ((160, 96), True),
         ((96, 160), False),

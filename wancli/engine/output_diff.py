@@ -97,7 +97,7 @@ def _diff_prompts(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
 def _is_same_picture(old: PromptRecord | InjectedPictureRecord, new: Prompt | InjectedPicture) -> bool:
     if isinstance(old, PromptRecord) or isinstance(new, Prompt):
         return False
-    return (old.sha256, old.preprocess) == (new.source.sha256, new.read.method)
+    return (old.sha256, old.preprocess) == (new.source.pixels_key, new.read.method)
 
 
 def _diff_pictures(record: ShotRecord, shot: Shot) -> Iterator[Difference]:

@@ -176,7 +176,7 @@ def _read_source(source: PictureFile | LinkedFrame) -> Pixels:
     if isinstance(source, LinkedFrame):
         return load_frame(source)
     pixels_YX3 = read_pixels(source.path, source.orient, source.alpha)
-    if digest_pixels(pixels_YX3) != source.sha256:
+    if digest_pixels(pixels_YX3) != source.pixels_key:
         hint = "The same command plans the new picture; its video gets another key."
         raise EntryError("the picture has changed since it was planned", where=str(source.path), hint=hint)
     return pixels_YX3
@@ -241,7 +241,7 @@ def injected_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> dict[s
     return {
         picture.id: {
             "path": str(picture.source.path),
-            "sha256": picture.source.sha256,
+            "sha256": picture.source.pixels_key,
             "width": picture.source.size[0],
             "height": picture.source.size[1],
             "preprocess": picture.read.method,

@@ -18,7 +18,7 @@ from wancli.job import extends, images_from, matrix, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.problems import sort_by_line
-from wancli.job.schema import ImageOptions, Job
+from wancli.job.schema import Job
 from wancli.job.validation import EXPANSION_KEYS, describe_problems, takes_text
 from wancli.job.yaml_reader import Key
 from wancli.storage import disk
@@ -29,10 +29,17 @@ _LISTS = {"prompts_from": prompts_from.read, "images_from": images_from.read}
 
 @dataclass(frozen=True)
 class Item:
-    """One shot of a job file, and where each of its keys was set."""
+    """One shot of a job file, and where each of its keys was set. `id` is its number if the job sets none."""
 
+    id: str
     job: Job
     sources: Sources
+
+    @property
+    def linked_id(self) -> str | None:
+        """The id of the shot whose frame begins this one."""
+        image = self.job.image_options
+        return image.shot if image else None
 
     def location(self, *path: Key) -> str:
         """Name the file and line of a key, for an error."""
@@ -89,11 +96,8 @@ def _build_job_file(file: Merged, name: str, directory: Path, overrides: CliOver
 
 def find_chain_starts(items: Sequence[Item]) -> list[int]:
     """Return for each item the index of the first shot of its chain; its own if it continues no shot."""
-    index_by_id = {item.job.id or f"{index:04d}": index for index, item in enumerate(items)}
-    images = [item.job.image for item in items]
-    parents = [
-        index_by_id.get(image.shot or "") if isinstance(image, ImageOptions) else None for image in images
-    ]
+    index_by_id = {item.id: index for index, item in enumerate(items)}
+    parents = [index_by_id.get(item.linked_id or "") for item in items]
     starts = []
     for start in range(len(items)):
         seen = {start}  # a circle is reported when the job is planned
@@ -125,7 +129,9 @@ def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
                 if excluded.excludes(shot.values):
                     continue
                 shot = replace(shot, values=_add_sweep_id(shot.values, number, combination))
-                result.append(_validate(_apply(settings, shot), item.source, item_keys))
+                shot = _apply(settings, shot)
+                job = _validate(shot, item.source, item_keys)
+                result.append(Item(job.id or f"{len(result):04d}", job, shot.sources))
             except JobError as error:
                 problems += str(error).splitlines()
     swept = [sweep[0][0].key for sweep in sweeps]
@@ -194,7 +200,7 @@ def _add_sweep_id(values: dict[str, Any], number: str, combination: matrix.Combi
     return {**values, "labels": labels, "id": matrix.make_shot_id(own_id, number, combination)}
 
 
-def _validate(shot: Merged, item: Source, item_keys: Container[Key]) -> Item:
+def _validate(shot: Merged, item: Source, item_keys: Container[Key]) -> Job:
     """Check the keys of a shot. Raises JobError with every problem.
 
     If some item sets a key (`item_keys`) and this one does not, the key is missing in this item.
@@ -207,7 +213,7 @@ def _validate(shot: Merged, item: Source, item_keys: Container[Key]) -> Item:
         return source.key_location() if of_key else source.location()
 
     try:
-        return Item(Job.model_validate(shot.values), shot.sources)
+        return Job.model_validate(shot.values)
     except ValidationError as error:
         raise JobError("\n".join(describe_problems(error, locate))) from None
 
@@ -232,11 +238,10 @@ def _refuse_too_many(count: int, sources: Sources) -> None:
 def _refuse_same_ids(items: Sequence[Item]) -> None:
     seen: dict[str, int] = {}
     for index, item in enumerate(items):
-        name = item.job.id or f"{index:04d}"
-        if name in seen:
+        if item.id in seen:
             raise JobError(
-                f"shots {seen[name]} and {index} both have the id {name!r}",
+                f"shots {seen[item.id]} and {index} both have the id {item.id!r}",
                 where=item.location("id"),
                 hint="Give each item an `id`.",
             )
-        seen[name] = index
+        seen[item.id] = index

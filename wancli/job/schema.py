@@ -357,3 +357,8 @@ class Job(StrictModel):
     measure: bool = False
     compare: CompareOption = False
     join: str | None = None
+
+    @property
+    def image_options(self) -> ImageOptions | None:
+        """`image` as a mapping; a text names the first frame."""
+        return ImageOptions(first=self.image) if isinstance(self.image, str) else self.image

@@ -1,4 +1,4 @@
-"""Read a picture file: its size from the header, its pixels as 8-bit RGB, what a user should know about it.
+"""Read a picture file: its pixels as 8-bit RGB, their digest, what a user should know about it.
 
 Pillow reads the formats. Colour profiles are not applied, as in the official code.
 Letters: Y rows, X columns.
@@ -32,7 +32,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG200
 _NAMES = "PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF, PPM and JPEG 2000"
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = 1
-_TRANSPOSED = 5  # this orientation and those above it exchange rows and columns
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _CONVERT = "Convert it to PNG, for example with ImageMagick: magick IN OUT.png"
 # How a file that is not a picture begins, what it is, and a way out.
@@ -51,18 +50,11 @@ _OTHER_FILES = (
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """A picture that was decoded once: the SHA-256 of its pixels, and notes for the user."""
+    """A picture that was decoded once: its size, the SHA-256 of its pixels, and notes for the user."""
 
+    size: tuple[int, int]  # width and height, upright
     sha256: str
     notes: tuple[str, ...]
-
-
-def read_size(path: Path, orient: Orient) -> tuple[int, int]:
-    """Read width and height from the header. Raises JobError if it is not a picture, and Unreadable."""
-    with _open(path) as image:
-        width, height = image.size
-        turned = orient == "exif" and _orientation(image) >= _TRANSPOSED
-        return (height, width) if turned else (width, height)
 
 
 def read_pixels(path: Path, orient: Orient, alpha: Alpha) -> Pixels:
@@ -76,7 +68,10 @@ def read_pixels(path: Path, orient: Orient, alpha: Alpha) -> Pixels:
 
 
 def inspect_picture(path: Path, orient: Orient, alpha: Alpha) -> PictureFacts:
-    """Decode a picture for its digest, and note which choices change its look. Raises as `read_size`."""
+    """Decode a picture for its digest, and note which choices change its look.
+
+    Raises JobError if it is not a picture, and Unreadable.
+    """
     notes = []
     with _open(path) as image:
         if orient == "ignore" and _orientation(image) > _UPRIGHT:
@@ -89,7 +84,9 @@ def inspect_picture(path: Path, orient: Orient, alpha: Alpha) -> PictureFacts:
             notes.append("its CMYK colours become RGB without a colour profile")
         if alpha == "drop" and _is_translucent(image):
             notes.append("its transparent parts show hidden colours; `alpha: white` or `black` fills them")
-        return PictureFacts(digest_pixels(_decode(image, orient, alpha)), tuple(notes))
+        pixels_YX3 = _decode(image, orient, alpha)
+        height, width, _ = pixels_YX3.shape
+        return PictureFacts((width, height), digest_pixels(pixels_YX3), tuple(notes))
 
 
 def digest_pixels(rgb_YX3: Pixels) -> str:

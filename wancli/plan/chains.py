@@ -9,14 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from wancli.errors import JobError
 from wancli.job.loader import Item
-from wancli.job.schema import ImageOptions
 from wancli.plan.shot import Shot
-
-
-def linked_id(item: Item) -> str | None:
-    """Return the id of the shot whose frame begins this one."""
-    image = item.job.image
-    return image.shot if isinstance(image, ImageOptions) else None
 
 
 def order_items(items: Sequence[Item]) -> list[tuple[int, int | None]]:
@@ -25,12 +18,12 @@ def order_items(items: Sequence[Item]) -> list[tuple[int, int | None]]:
     Items keep their order as far as possible. Raises JobError, with all problems, if a shot is missing or
     shots wait for each other in a circle.
     """
-    index_by_id = {item.job.id or f"{index:04d}": index for index, item in enumerate(items)}
+    index_by_id = {item.id: index for index, item in enumerate(items)}
     parents: dict[int, int | None] = {}
     problems: list[str] = []
     hints: list[str] = []
     for index, item in enumerate(items):
-        wanted = linked_id(item)
+        wanted = item.linked_id
         parents[index] = None if wanted is None else index_by_id.get(wanted)
         if wanted is not None and parents[index] is None:
             near = difflib.get_close_matches(wanted, index_by_id, 1)
@@ -45,7 +38,7 @@ def order_items(items: Sequence[Item]) -> list[tuple[int, int | None]]:
         return [(index, parents[index]) for index in order]
     except CycleError as error:
         circle: list[int] = error.args[1][::-1]
-        ids = [items[index].job.id or f"{index:04d}" for index in circle]
+        ids = [items[index].id for index in circle]
         raise JobError(
             f"goes in a circle: {' continues '.join(ids)}",
             where=items[circle[0]].location("image", "shot"),

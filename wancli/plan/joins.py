@@ -7,18 +7,19 @@ from pathlib import Path
 
 from wancli.errors import JobError
 from wancli.job.loader import JobFile
+from wancli.plan.outputs import resolve_output
 from wancli.plan.pictures import Join
 from wancli.plan.shot import Shot
-from wancli.storage import disk
-from wancli.storage.paths import output_path
 
 
 def plan_joins(jobs: JobFile, shots: Sequence[Shot]) -> tuple[Join, ...]:
     """Plan the joined videos of a job. Raises JobError if shots are not a chain, or differ in format."""
     groups: dict[Path, list[Shot]] = {}
     for shot in shots:
-        if jobs.items[shot.index].job.join is not None:
-            groups.setdefault(_resolve_path(jobs, shot), []).append(shot)
+        item = jobs.items[shot.index]
+        if (template := item.job.join) is not None:
+            path = resolve_output(jobs.directory, template, {"job": jobs.name}, item.location("join"))
+            groups.setdefault(path, []).append(shot)
     outputs = {shot.output for shot in shots}
     for path, group in groups.items():
         where = jobs.items[group[0].index].location("join")
@@ -26,22 +27,6 @@ def plan_joins(jobs: JobFile, shots: Sequence[Shot]) -> tuple[Join, ...]:
             raise JobError(f"{path} is the output of a shot", where=where, hint="Choose another name.")
         _refuse_unequal(group, where)
     return tuple(Join(path, _order(group, jobs)) for path, group in groups.items())
-
-
-def _resolve_path(jobs: JobFile, shot: Shot) -> Path:
-    item = jobs.items[shot.index]
-    text = item.job.join
-    assert text is not None
-    where = item.location("join")
-    try:
-        path = output_path(jobs.directory, text, {"job": jobs.name})
-        with disk.reading_for_job(where):
-            resolved = disk.resolve(path.parent) / path.name
-    except JobError as error:
-        raise JobError(error.message, where=where, hint=error.hint) from None
-    if path.suffix != ".mp4":
-        raise JobError(f"{text!r} does not end in .mp4", where=where)
-    return resolved
 
 
 def _order(group: Sequence[Shot], jobs: JobFile) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,27 +30,31 @@ def check_template(jobs: JobFile, index: int, item: Item) -> None:
 
 def _name_output(jobs: JobFile, index: int, item: Item, slug: str, key: str, picture: str | None) -> Path:
     job = item.job
-    id = job.id or f"{index:04d}"
     fields: dict[str, str | int] = {
         **{name: f"{v:g}" if isinstance(v, float) else v for name, v in job.labels.items()},
         "job": jobs.name,
         "item": index,
-        "id": id,
+        "id": item.id,
         "slug": slug,
         "seed": job.seed,
         **({} if picture is None else {"image": picture}),
         "key": key,
     }
+    return resolve_output(jobs.directory, job.output, fields, item.location("output"))
+
+
+def resolve_output(directory: Path, template: str, fields: Mapping[str, str | int], where: str) -> Path:
+    """Return the path of a video that a template names, with links resolved. Raises JobError, at `where`."""
     try:
-        output = output_path(jobs.directory, item.job.output, fields)
-        with disk.reading_for_job(item.location("output")):
-            folder = disk.resolve(output.parent)
-        require_possible(folder / output.name, id)
+        output = output_path(directory, template, fields)
+        with disk.reading_for_job(where):
+            output = disk.resolve(output.parent) / output.name
+        require_possible(output, str(fields.get("id", "")))
     except JobError as error:
-        raise JobError(error.message, where=item.location("output"), hint=error.hint) from None
+        raise JobError(error.message, where=where, hint=error.hint) from None
     if output.suffix != ".mp4":
-        raise JobError(f"{item.job.output!r} does not end in .mp4", where=item.location("output"))
-    return folder / output.name
+        raise JobError(f"{template!r} does not end in .mp4", where=where)
+    return output
 
 
 def refuse_collisions(shots: Sequence[Shot], jobs: JobFile) -> None:

@@ -6,7 +6,7 @@ Loads without torch. Pixels are decoded for their digest, once for as long as a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from wancli.errors import JobError
 from wancli.job.loader import Item
 from wancli.job.schema import AreaSize, ImageOptions, InjectPicture
 from wancli.models.variants import Variant
-from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture, read_size
+from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture
 from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area
 from wancli.plan import model_registry
 from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile, ShotPictures
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from wancli.plan.shot import ModelSpec, Shot
 
 MAX_SIDE = 99_999  # pixels of a video
+_FACTS = {field.name for field in fields(PictureFacts)}
 
 
 class PictureMemo:
@@ -44,14 +45,13 @@ class PictureMemo:
         return _parse_memo(read_memo(self._path))
 
     def look_up(self, path: Path, orient: Orient, alpha: Alpha) -> PictureFile:
-        """Read size and digest. Raises JobError if it is not a picture, and Unreadable."""
-        size = read_size(path, orient)
+        """Find size and digest. Raises JobError if it is not a picture, and Unreadable."""
         identity = f"{file_identity(path)}|{orient}|{alpha}|Pillow {version('pillow')}"
         facts = self._known.get(identity)
         if facts is None:
             facts = self._known[identity] = inspect_picture(path, orient, alpha)
             self._is_new = True
-        return PictureFile(path, orient, alpha, size, facts.sha256, facts.notes)
+        return PictureFile(path, orient, alpha, facts)
 
     def save(self) -> None:
         """Write new digests to the file, beside those that other processes have added."""
@@ -62,13 +62,11 @@ class PictureMemo:
 
 
 def _parse_memo(values: Mapping[str, Any]) -> dict[str, PictureFacts]:
-    """Return the entries of a memo that are sound."""
+    """Return the entries of a memo, except those of versions that noted other facts."""
     return {
-        key: PictureFacts(value["sha256"], tuple(value["notes"]))
+        key: PictureFacts(tuple(value["size"]), value["sha256"], tuple(value["notes"]))
         for key, value in values.items()
-        if isinstance(value, dict)
-        and isinstance(value.get("sha256"), str)
-        and isinstance(value.get("notes"), list)
+        if isinstance(value, dict) and value.keys() == _FACTS
     }
 
 
@@ -79,11 +77,11 @@ def resolve_pictures(
 
     Raises JobError if a picture cannot be read, or if the model takes another number of pictures.
     """
-    _refuse_wrong_number(item, variant)
-    image = item.job.image
-    if image is None:
+    options = item.job.image_options
+    if options is None:
+        _require_text_to_suffice(item, variant)
         return None, _parse_size_without_picture(item, variant)
-    options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
+    _refuse_wrong_number(item, options, variant)
     first = _link(item, options, parent) if parent else _open_given(item, options, "first", memo)
     last = None if options.last is None else _open_given(item, options, "last", memo)
     area = _parse_area(item, variant)
@@ -123,16 +121,16 @@ def _choose_preprocessing(
     return Preprocessing(method, default_fit(picture, size, method, stride), stride)
 
 
-def _refuse_wrong_number(item: Item, variant: Variant) -> None:
+def _require_text_to_suffice(item: Item, variant: Variant) -> None:
+    """Raise JobError if the model makes no video without a picture."""
+    if variant.first_picture == "required":
+        message = f"{variant.name} makes a video from a picture, and the job names none"
+        raise JobError(message, where=item.location("image"), hint="Add image: cat.png")
+
+
+def _refuse_wrong_number(item: Item, options: ImageOptions, variant: Variant) -> None:
     """Raise JobError unless the job names the pictures that the model takes."""
-    image = item.job.image
     where = item.location("image")
-    if image is None:
-        if variant.first_picture == "required":
-            message = f"{variant.name} makes a video from a picture, and the job names none"
-            raise JobError(message, where=where, hint="Add image: cat.png")
-        return
-    options = image if isinstance(image, ImageOptions) else ImageOptions(first=image)
     if options.first is not None and options.shot is not None:
         raise JobError(
             "has both `first` and `shot`",
@@ -171,7 +169,7 @@ def _link(item: Item, options: ImageOptions, parent: Shot) -> LinkedFrame:
 def _open_given(
     item: Item, options: ImageOptions, key: Literal["first", "last"], memo: PictureMemo
 ) -> PictureFile:
-    path_of_key = ("image", key) if isinstance(item.job.image, ImageOptions) else ("image",)
+    path_of_key = ("image",) if isinstance(item.job.image, str) else ("image", key)
     return _open(item, path_of_key, getattr(options, key), options, memo)
 
 
@@ -180,13 +178,13 @@ def resolve_injected(item: Item, index: int, model: ModelSpec, memo: PictureMemo
 
     Raises JobError if it cannot be read, or if the blocks of the model attend to text alone.
     """
-    rule, image, key = item.job.inject[index], item.job.image, ("inject", index, "image")
+    rule, key = item.job.inject[index], ("inject", index, "image")
     assert isinstance(rule, InjectPicture)
     if not model.clip:
         name = model.checkpoint.variant.name
         message = f"the blocks of {name} attend to text alone, not to pictures"
         raise JobError(message, where=item.location(*key), hint="Inject a prompt.")
-    options = image if isinstance(image, ImageOptions) else ImageOptions()
+    options = item.job.image_options or ImageOptions()
     source = _open(item, key, rule.image, options, memo)
     read = model.read_with_clip([source], options.preprocess)
     assert read

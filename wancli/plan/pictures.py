@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from wancli.pictures.read import Alpha, Orient
+from wancli.pictures.read import Alpha, Orient, PictureFacts
 from wancli.pictures.sizes import Method, Preprocessing, Size
 
 CLIP_ROWS = 257  # of a picture
@@ -13,18 +13,20 @@ CLIP_ROWS = 257  # of a picture
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A file, and its pixels when it was planned. `size` and `sha256` are those of the upright picture."""
+    """A file, and the facts of its pixels when it was planned."""
 
     path: Path
     orient: Orient
     alpha: Alpha
-    size: Size
-    sha256: str  # of the pixels
-    notes: tuple[str, ...] = ()
+    facts: PictureFacts
+
+    @property
+    def size(self) -> Size:
+        return self.facts.size
 
     @property
     def pixels_key(self) -> str:
-        return self.sha256
+        return self.facts.sha256
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from wancli.errors import CheckpointError, JobError
 from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.job.problems import Problems
-from wancli.job.schema import ImageOptions, InjectPicture
+from wancli.job.schema import InjectPicture
 from wancli.models.variants import Variant
 from wancli.plan import (
     backends,
@@ -196,7 +196,7 @@ def _build_shot(
     problems.raise_all()
     shot = Shot(
         index=index,
-        id=job.id or f"{index:04d}",
+        id=item.id,
         labels=job.labels,
         model=model,
         prompt=prompt,
@@ -287,6 +287,6 @@ def _check_frames(item: Item, variant: Variant) -> int:
         below = (frames - 1) // 4 * 4 + 1
         near = " or ".join(str(n) for n in (below, below + 4) if n > 0)
         raise JobError(f"{frames} is not 4n+1; nearest are {near}", where=item.location("frames"))
-    if frames == 1 and isinstance(item.job.image, ImageOptions) and item.job.image.last:
+    if frames == 1 and (image := item.job.image_options) and image.last:
         raise JobError("a video of one frame has no last frame of its own", where=item.location("frames"))
     return frames

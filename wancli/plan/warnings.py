@@ -57,7 +57,7 @@ def _shot_warnings(shot: Shot, *, is_baseline: bool) -> Iterator[ShotWarning]:
             lost = text.tokens.full_length - len(text.tokens.ids)
             yield ShotWarning("{} tokens of a prompt are cut off", f"{lost} of {text.tokens.full_length}")
     for picture in shot.picture_files:
-        yield from (ShotWarning(f"{{}}: {note}", picture.path.name) for note in picture.notes)
+        yield from (ShotWarning(f"{{}}: {note}", picture.path.name) for note in picture.facts.notes)
     yield from _prompt_warnings(shot)
     for rule, other in zip(shot.rules, shot.injected):
         if not rule.is_active and not is_baseline:

@@ -111,7 +111,7 @@ def _injected_row(other: Prompt | InjectedPicture) -> dict[str, Any] | None:
     if not isinstance(other, InjectedPicture):
         return None
     source = other.source
-    return {"path": str(source.path), "size": list(source.size), "sha256": source.sha256}
+    return {"path": str(source.path), "size": list(source.size), "sha256": source.pixels_key}
 
 
 def _fork_row(plan: Plan, shot: Shot) -> dict[str, int] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_cases import FIXTURES, assemble
 from jobs import run_wancli, tiny_job, write_job
 from rich.cells import cell_len
 
@@ -60,4 +61,52 @@ def test_a_plan_in_80_columns_shows_shared_values_once_and_cuts_no_name(
     assert [shot.split() for shot in shots] == [
         [items[0]["id"], "123456789", "to", "do"],
         [items[1]["id"], "7", "to", "do"],
+    ]
+
+
+def test_a_plan_in_80_columns_shows_the_pictures_of_its_shots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model = assemble("wan22-i2v-tiny", tmp_path / "model")
+    for folder in ("night", "noon"):
+        (tmp_path / folder).mkdir()
+        for number in (1, 2):
+            name = f"a-photo-with-a-rather-long-name-{number}.png"
+            (tmp_path / folder / name).write_bytes((FIXTURES / "pictures" / "input.png").read_bytes())
+    photo = "{}/a-photo-with-a-rather-long-name-{}.png"
+    items: list[dict[str, Any]] = [
+        {"id": STORM.format("night"), "image": photo.format("night", 1)},
+        {
+            "id": STORM.format("noon"),
+            "image": {"first": photo.format("noon", 1), "last": photo.format("noon", 2)},
+        },
+        {"id": "on", "image": {"shot": STORM.format("night")}},
+    ]
+    job = tiny_job(model, output="{id}.mp4", frames=5, items=items) | {"size": {"area": 4096}}
+    lines = run_wancli(capsys, "plan", write_job(tmp_path, job)).out.splitlines()
+    heads = next(n for n, line in enumerate(lines) if line.startswith("shot"))
+    assert lines[heads].split() == ["shot", "image", "state"]
+    rows = [line.split("  ") for line in lines[heads + 1 : heads + 4]]
+    shown = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert [len(row) for row in shown] == [3, 3, 3]
+    assert len({row[1] for row in shown}) == 3
+    assert all(len(line) <= 80 for line in lines[heads : heads + 4])
+    job["items"] = [
+        {"id": "a", "image": photo.format("night", 1)},
+        {"id": "b", "image": photo.format("noon", 2)},
+    ]
+    lines = run_wancli(capsys, "plan", write_job(tmp_path, job)).out.splitlines()
+    assert [" ".join(line.split()) for line in lines if line.endswith("to do")][:2] == [
+        "a a-photo-with-a-rather-long-name-1.png to do",
+        "b a-photo-with-a-rather-long-name-2.png to do",
+    ]
+    job["items"] = [
+        {"id": "a", "image": photo.format("night", 1)},
+        {"id": "b", "image": photo.format("noon", 1)},
+    ]
+    lines = run_wancli(capsys, "plan", write_job(tmp_path, job)).out.splitlines()
+    assert [" ".join(line.split()) for line in lines if line.endswith("to do")][:2] == [
+        "a night/a-photo-with-a-rather-long-name-1.png to do",
+        "b noon/a-photo-with-a-rather-long-name-1.png to do",
     ]

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from gguf import GGMLQuantizationType
 from image_cases import CLIP, FIXTURES, all_cases, assemble, numbers
-from jobs import run_wancli
+from jobs import run_wancli, tiny_job, write_job
 from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +38,7 @@ DIT = "diffusion_pytorch_model.safetensors"
 I2V = FIXTURES / "wan21-i2v-tiny"
 FLF2V = FIXTURES / "wan21-flf2v-tiny"
 A14B = FIXTURES / "wan22-i2v-tiny"
+PICTURE = FIXTURES / "pictures" / "input.png"
 SIZES = {"hidden_size": 160, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 320}
 
 
@@ -394,9 +396,23 @@ def test_a_job_may_say_the_variant(tmp_path: Path) -> None:
         5.0,
         "the job says so",
     )
-    with pytest.raises(CheckpointError, match="not those of 'T2V'") as caught:
-        with_variant(found, "T2V")
-    assert caught.value.hint == "say Wan2.1-I2V-480P or Wan2.1-I2V-720P or Wan2.1-Fun-InP"
+    folder = SingleFiles(transformer=found.root, variant="Wan2.1-I2V-720P")
+    assert identify(folder) == replace(chosen, source=folder)
+
+
+def test_a_wrong_variant_is_an_error_of_the_job_that_lists_the_right_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = assemble("wan21-i2v-tiny", tmp_path / "model")
+    job = tiny_job(folder, image=str(PICTURE), matrix={"seed": [1, 2]}, output="{id}.mp4")
+    path = write_job(tmp_path, job | {"model": {"transformer": str(folder), "variant": "T2V"}})
+    said = run_wancli(capsys, "plan", path)
+    assert said.code == 2
+    message, hint = said.err.splitlines()
+    assert message.endswith(": model.variant: the tensors of model are not those of 'T2V'")
+    assert hint.strip() == "Write Wan2.1-I2V-480P or Wan2.1-I2V-720P or Wan2.1-Fun-InP."
+    said = run_wancli(capsys, "plan", path, "--set", "model.variant=Wan2.1-I2V-720P")
+    assert (said.code, "variant: Wan2.1-I2V-720P, the job says so" in said.out) == (0, True)
 
 
 def test_inspect_says_what_told_the_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from wancli.errors import CheckpointError, JobError
 from wancli.injection.block_map_store import BlockMapStore
 from wancli.job.loader import Item, JobFile
 from wancli.job.problems import Problems
-from wancli.job.schema import InjectPicture
+from wancli.job.schema import InjectPicture, ModelFiles
 from wancli.models.variants import Variant
 from wancli.plan import (
     backends,
@@ -109,7 +109,10 @@ def build_plan(
 
 
 def resolve_model(source: Location, device: str, dtype: str, hash_cache: Path) -> ModelSpec:
-    """Identify and hash a checkpoint, and decide its `auto` settings. Raises CheckpointError."""
+    """Identify and hash a checkpoint, and decide its `auto` settings.
+
+    Raises CheckpointError, and JobError if it is not of the named variant.
+    """
     checkpoint = identify(source)
     runs_on: Literal["cpu", "cuda"] = (
         "cuda" if device == "cuda" or (device == "auto" and machine.has_cuda()) else "cpu"
@@ -255,6 +258,9 @@ def _resolve_item_model(
         model = model_for(source, memory.device, "fp8" if computing.fp8_matmul else memory.dtype)
     except CheckpointError as error:
         raise CheckpointError(str(error), where=item.location("model"), hint=error.hint) from None
+    except JobError as error:
+        key = ("model", "variant") if isinstance(item.job.model, ModelFiles) else ("model",)
+        raise JobError(error.message, where=item.location(*key), hint=error.hint) from None
     return replace(model, kernels=computing)
 
 

@@ -18,7 +18,7 @@ from wancli.report.plan_document import (
 )
 from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
-from wancli.report.shot_text import format_lora, format_shot
+from wancli.report.shot_text import format_lora, format_shot, name_given_pictures
 from wancli.report.terminal import create_table, state_text
 from wancli.units import format_seconds, pluralize
 
@@ -95,11 +95,13 @@ def _format_shots(shots: Sequence[Shot], states: Sequence[str], hidden: range) -
     from rich.console import Console
 
     numbers = (">frames", ">tokens", ">seed", "solver", ">steps", ">shift", ">guidance")
-    heads: Sequence[str] = ("shot", "size", *numbers, "state")
+    images = name_given_pictures(shots)
+    heads: Sequence[str] = ("shot", *(["image"] if any(images) else []), "size", *numbers, "state")
     rows = [
-        [shot.id, *_shot_cells(shot), state_text(state)] for shot, state in zip(shots, states, strict=True)
+        [shot.id, *([image] if any(images) else []), *_shot_cells(shot), state_text(state)]
+        for shot, image, state in zip(shots, images, states, strict=True)
     ]
-    line, heads, rows = fit_columns(heads, rows, Console().width)
+    line, heads, rows = fit_columns(heads, rows, Console().width, ("shot", "image"))
     if line:
         yield line
     table = create_table(*heads)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from wancli.progress import make_printable
 
 GAP = 2  # cells between two columns of a table
-MIN_NAME = 16  # cells for the name of a shot; below that, other columns fold
+MIN_NAME = 16  # cells for the name of a shot or a picture; below that, other columns fold
 
 
 def shorten_unique(ids: Sequence[str], limit: int) -> list[str]:
@@ -35,20 +35,25 @@ def shorten_unique(ids: Sequence[str], limit: int) -> list[str]:
 
 
 def fit_columns(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], width: int
+    heads: Sequence[str], rows: Sequence[Sequence[str]], width: int, name_heads: Container[str] = ("shot",)
 ) -> tuple[str, Sequence[str], list[list[str]]]:
-    """Fit a table, whose first column has the names of shots, into `width` cells.
+    """Fit a table, whose columns `name_heads` have the names of shots or pictures, into `width` cells.
 
-    If the names do not fit, columns that are the same in every row become one line. If they still do not fit,
-    they are shortened. Returns that line or "", the headings and the rows.
+    If it does not fit, columns that are the same in every row become one line. If it still does not fit, the
+    names are shortened. Returns that line or "", the headings and the rows.
     """
-    from rich.cells import cell_len
-
-    line, names = "", [row[0] for row in rows]
-    if max(cell_len(make_printable(name)) for name in names) > _first_column_width(heads, rows, width):
+    line = ""
+    if sum(_column_widths(heads, rows)) > width:
         line, heads, rows = _hoist_constant_columns(heads, rows)
-    shown = shorten_unique(names, max(MIN_NAME, _first_column_width(heads, rows, width)))
-    return line, heads, [[name, *row[1:]] for name, row in zip(shown, rows)]
+    widths = _column_widths(heads, rows)
+    named = sorted((n for n, head in enumerate(heads) if head in name_heads), key=lambda n: widths[n])
+    room = width - sum(wide for n, wide in enumerate(widths) if n not in named)
+    columns: list[Sequence[str]] = [*zip(*rows, strict=True)]
+    for place, n in enumerate(named):  # the narrow ones leave more than their share to the others
+        share = max(MIN_NAME, room // (len(named) - place) - (GAP if n else 0))
+        columns[n] = shorten_unique(columns[n], share)
+        room -= min(widths[n], share + GAP)
+    return line, heads, [list(row) for row in zip(*columns)]
 
 
 def _hoist_constant_columns(
@@ -65,13 +70,13 @@ def _hoist_constant_columns(
     return line, [heads[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
-def _first_column_width(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
-    """Return the cells that the other columns leave to the first one."""
+def _column_widths(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the cells of each column, and of the gap before each but the first."""
     from rich.cells import cell_len
 
     columns = zip(*([head.removeprefix(">") for head in heads], *rows), strict=True)
-    others = [max(map(cell_len, column)) for column in columns][1:]
-    return width - sum(others) - GAP * len(others)
+    widths = [max(cell_len(make_printable(text)) for text in column) for column in columns]
+    return [wide + (GAP if n else 0) for n, wide in enumerate(widths)]
 
 
 def _strip_common_ends(ids: Sequence[str]) -> list[str]:

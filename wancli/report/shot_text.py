@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wancli.injection.table import injected_share_by_block
-from wancli.plan.pictures import GivenFrame, InjectedPicture
+from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile
 from wancli.progress import make_printable
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges
@@ -50,6 +51,25 @@ def describe_frame(frame: GivenFrame) -> str:
     """Describe a given frame: `cat.png, 157x111, crop as official`."""
     source = frame.source
     return f"{source.name}, {source.size[0]}x{source.size[1]}, {frame.how.fit} as {frame.how.method}"
+
+
+def name_given_pictures(shots: Sequence[Shot]) -> list[str]:
+    """Name the given frames of each shot: `cat.png, end.png`; empty if it has none.
+
+    If two files have the same name, the names of the folders around all files are added until none have.
+    """
+    given = [shot.pictures.frames if shot.pictures else () for shot in shots]
+    files = {
+        frame.source.path for of_shot in given for frame in of_shot if isinstance(frame.source, PictureFile)
+    }
+    parts = 1
+    while len({path.parts[-parts:] for path in files}) < len(files):
+        parts += 1
+
+    def name(source: PictureFile | LinkedFrame) -> str:
+        return str(Path(*source.path.parts[-parts:])) if isinstance(source, PictureFile) else source.name
+
+    return [", ".join(name(frame.source) for frame in of_shot) for of_shot in given]
 
 
 def describe_rule(shot: Shot, index: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from wancli.errors import CheckpointError
+from wancli.errors import CheckpointError, JobError
 from wancli.models.config import CLIPConfig, Expert, T5Config, VAE22Config, VAEConfig, WanConfig
 from wancli.models.variants import Variant
 from wancli.storage import disk
@@ -119,10 +119,11 @@ def identify(source: Location) -> Checkpoint:
 
     Reads names and headers only. Raises CheckpointError, naming the file, if a component or a shard is
     missing or damaged, if config.json and tensors disagree, if components do not fit together, if it is
-    another kind of model, or if the disk does not give a file.
+    another kind of model, or if the disk does not give a file; JobError if it is not of the named variant.
     """
     if isinstance(source, SingleFiles):
-        found = _from_files(source, source)
+        folder = source.whole_folder
+        found = replace(identify(folder), source=source) if folder else _from_files(source, source)
         return with_variant(found, source.variant) if source.variant else found
     if disk.is_file(source):
         return _from_files(find_siblings(source), source)
@@ -154,7 +155,7 @@ def clip_config(checkpoint: Checkpoint) -> CLIPConfig:
 def with_variant(checkpoint: Checkpoint, name: str) -> Checkpoint:
     """Return the checkpoint as the variant of this name, among those whose tensors have the same shapes.
 
-    Raises CheckpointError for another name; the hint lists those that may be given.
+    Raises JobError for another name; the hint lists those that may be given.
     """
     sizes = dict(checkpoint.experts[0].sizes)
     with_pictures = sizes["in_dim"] != sizes["out_dim"]
@@ -162,8 +163,8 @@ def with_variant(checkpoint: Checkpoint, name: str) -> Checkpoint:
     chosen = next((variant for variant in candidates if variant.name.lower() == name.lower()), None)
     if chosen is None:
         names = " or ".join(variant.name for variant in candidates)
-        raise CheckpointError(
-            f"its tensors are not those of {name!r}", where=str(checkpoint.root), hint=f"say {names}"
+        raise JobError(
+            f"the tensors of {checkpoint.root.name} are not those of {name!r}", hint=f"Write {names}."
         )
     if checkpoint.variant.boundary is not None:
         chosen = replace(chosen, boundary=checkpoint.variant.boundary)

@@ -50,7 +50,8 @@ class SingleFiles:
 
     A whole checkpoint in one file needs only `transformer`; a text encoder that holds its SentencePiece model
     needs no `tokenizer`. `heads` is needed if the width is not a multiple of 128. `variant` names one
-    of several variants whose tensors are the same.
+    of several variants whose tensors are the same. A folder that is named alone, as `transformer`, is a whole
+    checkpoint.
     """
 
     transformer: Path | None = None
@@ -67,6 +68,13 @@ class SingleFiles:
     def main(self) -> Path | None:
         """The file that gives the checkpoint its name."""
         return self.transformer or self.high_noise or self.low_noise
+
+    @property
+    def whole_folder(self) -> Path | None:
+        """The folder that holds the whole checkpoint, if one is named alone. Raises Unreadable."""
+        folder = self.transformer
+        is_alone = self == SingleFiles(transformer=folder, variant=self.variant)
+        return folder if folder and is_alone and disk.is_folder(folder) else None
 
 
 def recognize_file(path: Path, config_json: Mapping[str, object] | None = None) -> tuple[Component, ...]:

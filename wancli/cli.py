@@ -79,11 +79,11 @@ def _build_command() -> typer.core.TyperGroup:
     return command
 
 
-def run(arguments: list[str], kept: ModelCache | None = None, began: float | None = None) -> int:
+def run(arguments: list[str], model_cache: ModelCache | None = None, began: float | None = None) -> int:
     """Run one command line and return its exit code. Only this function turns errors into exit codes.
 
-    A process that runs several command lines passes `kept`, the networks in memory, and `began`, the start
-    time of this one.
+    A process that runs several command lines passes `model_cache`, the networks in memory, and `began`, the
+    start time of this one.
     """
     try:
         if not arguments[:1] or not arguments[0].startswith("-"):  # --help is understood anywhere
@@ -91,7 +91,7 @@ def run(arguments: list[str], kept: ModelCache | None = None, began: float | Non
     except MachineError as error:
         return _report_refusal(error, arguments)
     try:
-        code = _run_command(arguments, Invocation(run, kept, began))
+        code = _run_command(arguments, Invocation(run, model_cache, began))
     except WancliError as error:
         return report_error(error, arguments)
     except typer.TyperException as error:

@@ -29,8 +29,9 @@ from jobs import (
 )
 
 from wancli import errors
+from wancli.commands._render_options import RenderOptions
 from wancli.engine.decode_stage import decode_attempts
-from wancli.engine.outcome import FailurePolicy, exit_status, policy_from_flags
+from wancli.engine.outcome import FailurePolicy, exit_status
 from wancli.errors import ErrorCapture
 from wancli.models import t5
 from wancli.models.dit import WanModel
@@ -71,11 +72,12 @@ def failing(
 
 
 def test_fail_fast_is_one_failure_and_excludes_another_number() -> None:
-    assert policy_from_flags(True, None, 0) == FailurePolicy(1, 0)
-    assert [policy_from_flags(False, 3, 2).should_stop(n) for n in (2, 3, 4)] == [False, True, True]
+    assert RenderOptions(fail_fast=True).failure_policy == FailurePolicy(1, 0)
+    policy = RenderOptions(max_failures=3, retries=2).failure_policy
+    assert [policy.should_stop(n) for n in (2, 3, 4)] == [False, True, True]
     assert not FailurePolicy().should_stop(10_000)
     with pytest.raises(errors.JobError, match="give one of them"):
-        policy_from_flags(True, 3, 0)
+        _ = RenderOptions(fail_fast=True, max_failures=3).failure_policy
 
 
 def test_only_retryable_errors_are_retried_and_not_for_ever() -> None:

@@ -50,12 +50,12 @@ def test_a_batch_encodes_each_prompt_and_loads_each_model_once(shot: Shot) -> No
     known = [rate_of(shot, phase, 1e6) for phase in throughput.PHASES]
     does = throughput.shot_workloads(shot)
     missing = frozenset(text.id for text in shot.prompts)
-    one, two = (throughput.predict_phases([shot] * n, missing, known, {}) for n in (1, 2))
+    one, two = (throughput.predict_phase_seconds([shot] * n, missing, known, {}) for n in (1, 2))
     assert one == {name: pytest.approx(does[name].amount / 1e6) for name in throughput.PHASES}
     assert (two["encode"], two["load"]) == (one["encode"], one["load"])
     assert two["sample"] == pytest.approx(2 * one["sample"])
-    assert throughput.predict_phases([shot], frozenset(), known, {})["encode"] == 0
-    assert throughput.predict_phases([shot], missing, known[1:], {})["encode"] is None
+    assert throughput.predict_phase_seconds([shot], frozenset(), known, {})["encode"] == 0
+    assert throughput.predict_phase_seconds([shot], missing, known[1:], {})["encode"] is None
 
 
 def test_a_memory_that_is_damaged_is_empty_and_written_anew(shot: Shot, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_what_several_shots_took_together_is_not_the_time_of_each(shot: Shot) ->
         for one in both
     ]
     known = throughput.measured_rates(list(zip(both, records, strict=True)))
-    again = throughput.predict_phases(both, frozenset({"one", "two"}), known, {})
+    again = throughput.predict_phase_seconds(both, frozenset({"one", "two"}), known, {})
     assert again == pytest.approx({"encode": 6, "load": 2, "sample": 4, "decode": 2})
 
 

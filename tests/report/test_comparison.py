@@ -301,8 +301,10 @@ def test_shots_of_two_seeds_are_each_beside_that_of_their_own(
         float((z - base).norm() / base.norm()), rel=1e-4
     )
     assert found["early1"]["baseline_motion"] == found["plain1"]["motion"]
-    assert comparison_metrics.format_captions(compared(tmp_path), beside=True)[3].endswith("%  beside plain1")
-    assert comparison_metrics.format_captions(compared(tmp_path), beside=False)[3].endswith("%")
+    assert comparison_metrics.format_captions(compared(tmp_path), name_baseline=True)[3].endswith(
+        "%  beside plain1"
+    )
+    assert comparison_metrics.format_captions(compared(tmp_path), name_baseline=False)[3].endswith("%")
 
 
 def test_a_shot_that_was_rendered_under_another_id_is_compared(

@@ -34,7 +34,7 @@ class Invocation:
     """The runner of command lines, the networks that the process keeps in memory, and the start time."""
 
     run: RunCommand
-    kept: ModelCache | None = None
+    model_cache: ModelCache | None = None
     began: float | None = None
 
 

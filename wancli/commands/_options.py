@@ -45,7 +45,7 @@ JsonEvents = Annotated[
         help="Events on stdout as they happen, one JSON document per line; see `wancli schema --events`.",
     ),
 ]
-Force = Annotated[
+ForceOption = Annotated[
     bool, typer.Option("--force", help="Render again; an existing output moves aside as NAME.old-1.mp4.")
 ]
 CacheDir = Annotated[

@@ -53,7 +53,7 @@ def read_prompts(
     folder: Path | None,
     max_tokens: int,
     truncate: bool,
-    memo: Path,
+    hashes: Path,
     flags: CliOverrides = NO_OVERRIDES,
 ) -> list[PromptBatch]:
     """Read the arguments of `wancli encode`: job files, prompts, and `-` for either on stdin.
@@ -81,13 +81,13 @@ def read_prompts(
     batches: list[PromptBatch] = []
     for are_texts, group in groupby(inputs, key=lambda item: isinstance(item, str)):
         if are_texts:
-            model = _resolve_model(folder, memo)
+            model = _resolve_model(folder, hashes)
             prompts = [tokenize(model, str(text), max_tokens, truncate) for text in group]
             batches.append(PromptBatch(model, tuple(prompts)))
         else:
             for job in group:
                 assert isinstance(job, JobFile)
-                batches += _collect_job_prompts(job, memo)
+                batches += _collect_job_prompts(job, hashes)
     return batches
 
 
@@ -121,7 +121,7 @@ def read_pairs(
     prompts: Sequence[str],
     file: Path | None,
     folder: Path | None,
-    memo: Path,
+    hashes: Path,
     flags: CliOverrides = NO_OVERRIDES,
 ) -> list[PromptPair]:
     """Read the arguments of `wancli diff`: two texts, or a file with pairs.
@@ -136,11 +136,11 @@ def read_pairs(
     if file is None or file.suffix not in JOB_SUFFIXES:
         _reject_flags(flags)
     if file is None:
-        model = _resolve_model(folder, memo)
+        model = _resolve_model(folder, hashes)
         a, b = (tokenize(model, text, 512, False) for text in prompts)
         return [PromptPair(model, a, b)]
     if file.suffix in JOB_SUFFIXES:
-        shots = build_plan(load(file, flags), memo).shots
+        shots = build_plan(load(file, flags), hashes).shots
         pairs = {
             (s.model, s.prompt.id, p.id): PromptPair(s.model, s.prompt, p)
             for s in shots
@@ -152,7 +152,7 @@ def read_pairs(
     is_embedding = file.suffix == ".safetensors"
     with disk.reading_for_job(str(file)):
         data = records.read(file, records.EMBEDDING) if is_embedding else _read_any(file)
-    model = _resolve_model(folder, memo)
+    model = _resolve_model(folder, hashes)
     if is_embedding:
         tokens = read_tokens(data, str(file))
         if len(tokens) < 2:
@@ -191,19 +191,22 @@ def _reject_flags(flags: CliOverrides) -> None:
         raise JobError("--set, --sweep, --items and --shard are for a job, and none was given")
 
 
-def _collect_job_prompts(job: JobFile, memo: Path) -> list[PromptBatch]:
+def _collect_job_prompts(job: JobFile, hashes: Path) -> list[PromptBatch]:
     """Collect the distinct prompts of a job, one batch for each of its models."""
     by_model: dict[ModelSpec, dict[str, Prompt]] = {}
-    for shot in build_plan(job, memo).shots:
+    for shot in build_plan(job, hashes).shots:
         by_model.setdefault(shot.model, {}).update({p.id: p for p in shot.prompts})
     return [PromptBatch(model, tuple(prompts.values())) for model, prompts in by_model.items()]
 
 
-def _resolve_model(folder: Path | None, memo: Path) -> ModelSpec:
+def _resolve_model(folder: Path | None, hashes: Path) -> ModelSpec:
     """Resolve --model; stream the text encoder if it does not fit in memory."""
     name = str(folder) if folder else wan_mini.NAME
     model = resolve_model(
-        model_registry.resolve_model(name, lambda *_: Path.cwd(), lambda *_: "--model"), "auto", "auto", memo
+        model_registry.resolve_model(name, lambda *_: Path.cwd(), lambda *_: "--model"),
+        "auto",
+        "auto",
+        hashes,
     )
     longest = memory_estimate.predict_encoding(model, [512])
     if memory_estimate.process_bytes(model) + longest.total > memory_policy.read_free_memory(model.device):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wancli.commands._common import collect_flags
+from wancli.commands._option_groups import takes_groups
 from wancli.commands._options import (
     Address,
     CacheDir,
@@ -17,7 +17,7 @@ from wancli.commands._options import (
     Engine,
     EngineOption,
     FailFast,
-    Force,
+    ForceOption,
     Items,
     Json,
     JsonEvents,
@@ -35,8 +35,10 @@ from wancli.commands._options import (
     Socket,
     Sweeps,
 )
+from wancli.errors import JobError
 
 if TYPE_CHECKING:
+    from wancli.engine.outcome import FailurePolicy
     from wancli.job.cli_overrides import CliOverrides
 
 
@@ -71,7 +73,7 @@ class RenderOptions:
     engine: EngineOption = Engine.local
     address: Address = None
     cpus_per_worker: CpusPerWorker = None
-    force: Force = False
+    force: ForceOption = False
     as_json: Json = False
     json_stream: JsonEvents = False
     cache_dir: CacheDir = None
@@ -84,7 +86,12 @@ class RenderOptions:
     def parse(cls, words: Sequence[str]) -> RenderOptions:
         """Parse the words after `wancli render`. Raises what that command line would raise."""
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command()(takes_render_options(lambda _, options: options))
+
+        @app.command()
+        @takes_groups
+        def _(options: RenderOptions) -> RenderOptions:
+            return options
+
         options = typer.main.get_command(app)([*words], prog_name="wancli render", standalone_mode=False)
         if not isinstance(options, cls):  # --help, which has printed its text
             raise typer.Exit
@@ -97,6 +104,15 @@ class RenderOptions:
         return collect_flags([*(self.sets or []), *save_every], self.sweeps, self.items, self.shard)
 
     @property
+    def failure_policy(self) -> FailurePolicy:
+        """When failed shots stop the batch, and how often one is retried. Raises JobError."""
+        from wancli.engine.outcome import FailurePolicy
+
+        if self.fail_fast and self.max_failures is not None:
+            raise JobError("--fail-fast is --max-failures 1; give one of them")
+        return FailurePolicy(1 if self.fail_fast else self.max_failures, self.retries)
+
+    @property
     def measures_effects(self) -> bool:
         """Whether to measure and report what injections change."""
         return self.log_level in (LogLevel.verbose, LogLevel.trace)
@@ -105,22 +121,3 @@ class RenderOptions:
     def prints_paths(self) -> bool:
         """Whether stdout gets the path of each finished shot."""
         return not (self.as_json or self.json_stream)
-
-
-def takes_render_options(run: Callable[[typer.Context, RenderOptions], Any]) -> Callable[..., Any]:
-    """Make a command of Typer from a function of RenderOptions: the fields become its parameters."""
-
-    def command(context: typer.Context, **values: Any) -> Any:
-        return run(context, RenderOptions(**values))
-
-    hints = get_type_hints(RenderOptions, include_extras=True)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
-        for field in fields(RenderOptions)
-    ]
-    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
-    command.__annotations__ = {"context": typer.Context, **hints}
-    command.__doc__ = run.__doc__
-    return command

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wancli.commands._common import collect_flags, load_job, plan_job, print_json
-from wancli.commands._options import CacheDir, Items, Json, Sets, Shard, Sweeps
+from wancli.commands._common import load_job, plan_job, print_json
+from wancli.commands._option_groups import JobChanges, takes_groups
+from wancli.commands._options import CacheDir, Json
 from wancli.errors import ExitStatus
 from wancli.storage import disk
 from wancli.units import pluralize
@@ -18,15 +19,14 @@ if TYPE_CHECKING:
     from wancli.engine.verify import Verdict
 
 
+@takes_groups
 def check_command(
     what: Annotated[str, typer.Argument(metavar="DIR|JOB", help="A folder of outputs, or a job file.")],
+    *,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode every video and count its frames.")
     ] = False,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
+    changes: JobChanges,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
@@ -41,7 +41,7 @@ def check_command(
     if disk.is_folder(Path(what)):
         found = verify.check_folder(Path(what), deep=deep)
     else:
-        plan = plan_job(load_job(what, collect_flags(sets, sweeps, items, shard)), cache_dir)
+        plan = plan_job(load_job(what, changes.flags), cache_dir)
         found = verify.check_shots(plan.shots, deep=deep)
     if as_json:
         print_json(found.as_dict())

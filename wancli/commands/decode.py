@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from wancli.commands._common import create_display, hashes_path, print_json
-from wancli.commands._options import Force, Json, ModelDir, ProgressMode, ProgressOption, Quiet
+from wancli.commands._options import ForceOption, Json, ModelDir, ProgressMode, ProgressOption, Quiet
 from wancli.errors import ExitStatus
 
 
@@ -21,7 +21,7 @@ def decode_command(
         typer.Option("-o", "--output", metavar="FILE", help="The video. Default: the output of its shot."),
     ] = None,
     model: ModelDir = None,
-    force: Force = False,
+    force: ForceOption = False,
     as_json: Json = False,
     progress: ProgressOption = ProgressMode.auto,
     quiet: Quiet = False,

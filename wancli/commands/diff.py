@@ -7,22 +7,21 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import collect_flags, create_display, hashes_path, open_store, print_json
+from wancli.commands._common import create_display, hashes_path, open_store, print_json
+from wancli.commands._option_groups import JobChanges, takes_groups
 from wancli.commands._options import (
     CacheDir,
-    Items,
     Json,
     ModelDir,
     Quiet,
-    Sets,
-    Shard,
-    Sweeps,
 )
 from wancli.errors import ExitStatus
 
 
+@takes_groups
 def diff_command(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="A B", help="Two prompts.")] = None,
+    *,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -34,10 +33,7 @@ def diff_command(
     dit: Annotated[
         bool, typer.Option("--dit/--no-dit", help="Also compare the inputs of the transformer's blocks.")
     ] = True,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
+    changes: JobChanges,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     quiet: Quiet = False,
@@ -51,8 +47,7 @@ def diff_command(
     from wancli.report import prompt_text, terminal
 
     display = create_display("auto", quiet)
-    flags = collect_flags(sets, sweeps, items, shard)
-    pairs = _prompt_inputs.read_pairs(prompts or [], file, model, hashes_path(cache_dir), flags)
+    pairs = _prompt_inputs.read_pairs(prompts or [], file, model, hashes_path(cache_dir), changes.flags)
     context = RenderContext(open_store(cache_dir), display)
     differences = [_prompt_inputs.compare_pair(pair, context, dit=dit) for pair in pairs]
     if as_json:

@@ -7,26 +7,25 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import collect_flags, create_display, hashes_path, open_store, print_json
+from wancli.commands._common import create_display, hashes_path, open_store, print_json
+from wancli.commands._option_groups import JobChanges, takes_groups
 from wancli.commands._options import (
     CacheDir,
-    Items,
     Json,
     ModelDir,
     ProgressMode,
     ProgressOption,
     Quiet,
-    Sets,
-    Shard,
-    Sweeps,
 )
 from wancli.errors import ExitStatus
 
 
+@takes_groups
 def encode_command(
     what: Annotated[
         list[str], typer.Argument(metavar="JOB|PROMPT...", help="A job file, prompts, or - for stdin.")
     ],
+    *,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the embeddings in the cache.")
     ] = True,
@@ -38,10 +37,7 @@ def encode_command(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut longer prompts instead of rejecting them.")
     ] = False,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
+    changes: JobChanges,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     progress: ProgressOption = ProgressMode.auto,
@@ -56,8 +52,9 @@ def encode_command(
     from wancli.report import prompt_text, terminal
 
     display = create_display(progress.value, quiet)
-    flags = collect_flags(sets, sweeps, items, shard)
-    work = _prompt_inputs.read_prompts(what, model, max_tokens, truncate, hashes_path(cache_dir), flags)
+    work = _prompt_inputs.read_prompts(
+        what, model, max_tokens, truncate, hashes_path(cache_dir), changes.flags
+    )
     rows = _prompt_inputs.encode_prompts(
         work, out, RenderContext(open_store(cache_dir) if cache else None, display)
     )

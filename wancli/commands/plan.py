@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from wancli.commands._common import collect_flags, load_job, open_store, plan_job, print_json, rates_path
-from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
+from wancli.commands._common import load_job, open_store, plan_job, print_json, rates_path
+from wancli.commands._option_groups import JobChanges, takes_groups
+from wancli.commands._options import CacheDir, JobArgument, Json
 from wancli.errors import ExitStatus
 from wancli.progress import make_printable
 
 
+@takes_groups
 def plan_command(
     job: JobArgument,
+    *,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -27,10 +30,7 @@ def plan_command(
             metavar="SIZE", help="Plan for this much memory, 24GiB; also show what other settings need."
         ),
     ] = None,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
+    changes: JobChanges,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
@@ -44,7 +44,7 @@ def plan_command(
     from wancli.units import parse_size
 
     budget = None if memory is None else parse_size(memory, "--memory")
-    plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir, budget=budget)
+    plan = plan_job(load_job(job, changes.flags), cache_dir, budget=budget)
     store, known = open_store(cache_dir), throughput.read_rates(rates_path(cache_dir))
     states = plan_document.output_states(plan.shots)
     if as_json:

@@ -19,10 +19,10 @@ from wancli.commands._common import (
     resolve_cache_dir,
 )
 from wancli.commands._finish_batch import finish_batch
+from wancli.commands._option_groups import takes_groups
 from wancli.commands._options import Engine, LogLevel, RenderProgress
-from wancli.commands._render_options import RenderOptions, takes_render_options
+from wancli.commands._render_options import RenderOptions
 from wancli.commands._render_reporter import RenderReporter
-from wancli.engine.outcome import policy_from_flags
 from wancli.errors import JobError, Stopped, UsageError, WancliError, format_frames
 from wancli.storage import disk
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from wancli.plan.shot import Plan
 
 
-@takes_render_options
+@takes_groups
 def render_command(context: typer.Context, options: RenderOptions) -> int:
     """Render every shot of a job, or a prompt.
 
@@ -55,7 +55,7 @@ def render_command(context: typer.Context, options: RenderOptions) -> int:
         raise UsageError("stdout can take one of --json, --json-stream and --progress openjd")
     reporter = RenderReporter(context, display, options)
     cluster = _resolve_cluster(context, options)
-    policy = policy_from_flags(options.fail_fast, options.max_failures, options.retries)
+    policy = options.failure_policy
     plan = plan_job(_load_job_or_prompt(options), options.cache_dir, measure=options.measures_effects)
     reporter.on_plan(plan)
     render_context = _create_render_context(context, plan, reporter, policy, stop)
@@ -112,8 +112,10 @@ def _create_render_context(
     options, display = reporter.options, reporter.display
     claims = context.with_resource(Claims(waits_for_others=not options.no_wait))
     forced = Force.snapshot(plan.shots) if options.force else None
-    store, kept, began = open_store(options.cache_dir), invocation.kept, invocation.began
-    return RenderContext(store, display, forced, stop, policy, claims, kept, began)
+    store = open_store(options.cache_dir)
+    return RenderContext(
+        store, display, forced, stop, policy, claims, invocation.model_cache, invocation.began
+    )
 
 
 def _render_shots(

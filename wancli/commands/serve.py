@@ -123,12 +123,12 @@ def _serve(
         render_summary,  # noqa: F401
     )
 
-    kept = ModelCache()
+    model_cache = ModelCache()
     with ExitStack() as stack:
         stack.enter_context(lock_socket(path))
         plan = plan_job(load_job(job, collect_flags(sets)), cache_dir) if job else None
-        preload(plan, kept)
-        server = Server(run, kept, idle=idle)
+        preload(plan, model_cache)
+        server = Server(run, model_cache, idle=idle)
         stack.enter_context(server.handle_signals())
         listener = stack.enter_context(listen(path))
         if background:

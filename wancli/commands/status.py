@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from wancli.commands._common import collect_flags, load_job, open_store, plan_job, print_json, rates_path
-from wancli.commands._options import CacheDir, Items, JobArgument, Json, Sets, Shard, Sweeps
+from wancli.commands._common import load_job, open_store, plan_job, print_json, rates_path
+from wancli.commands._option_groups import JobChanges, takes_groups
+from wancli.commands._options import CacheDir, JobArgument, Json
 from wancli.errors import ExitStatus
 
 
+@takes_groups
 def status_command(
     job: JobArgument,
-    sets: Sets = None,
-    sweeps: Sweeps = None,
-    items: Items = None,
-    shard: Shard = None,
+    *,
+    changes: JobChanges,
     as_json: Json = False,
     cache_dir: CacheDir = None,
 ) -> int:
@@ -25,7 +25,7 @@ def status_command(
     from wancli.plan import throughput
     from wancli.report import status, terminal
 
-    plan = plan_job(load_job(job, collect_flags(sets, sweeps, items, shard)), cache_dir)
+    plan = plan_job(load_job(job, changes.flags), cache_dir)
     found = status.status_document(plan, open_store(cache_dir), throughput.read_rates(rates_path(cache_dir)))
     if as_json:
         print_json(found)

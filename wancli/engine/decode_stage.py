@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def decode_file(
-    path: Path, output: Path | None, folder: Path | None, memo: Path, context: RenderContext
+    path: Path, output: Path | None, folder: Path | None, hashes: Path, context: RenderContext
 ) -> Path:
     """Decode a latent file into `output`, or into the output that it was made for. The latent stays.
 
@@ -64,7 +64,7 @@ def decode_file(
     else:
         source = manifest_body.checkpoint_location(record.model)
     checkpoint = identify(source)
-    if fingerprint(checkpoint.vae_files, memo) != record.model.sha256.vae:
+    if fingerprint(checkpoint.vae_files, hashes) != record.model.sha256.vae:
         raise CheckpointError(
             "not the VAE that this latent was planned with",
             where=str(checkpoint.vae_files[0]),

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wancli.errors import ErrorCapture, ExitStatus, JobError, WancliError
+from wancli.errors import ErrorCapture, ExitStatus, WancliError
 
 if TYPE_CHECKING:  # the command line imports this module before it knows the command
     from wancli.plan.shot import Shot
@@ -34,13 +34,6 @@ class FailurePolicy:
     def should_retry(self, error: WancliError, tries: int) -> bool:
         """Return whether a shot that failed with this error after so many tries is retried."""
         return error.retryable and tries <= self.retries
-
-
-def policy_from_flags(fail_fast: bool, max_failures: int | None, retries: int) -> FailurePolicy:
-    """Return the policy that the options of the command line mean. Raises JobError."""
-    if fail_fast and max_failures is not None:
-        raise JobError("--fail-fast is --max-failures 1; give one of them")
-    return FailurePolicy(1 if fail_fast else max_failures, retries)
 
 
 def exit_status(errors: Iterable[WancliError]) -> ExitStatus:

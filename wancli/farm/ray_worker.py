@@ -47,7 +47,7 @@ class Worker:
 
         self._task = task
         self._stop = Stop()
-        self._kept = ModelCache()
+        self._model_cache = ModelCache()
         self._plan: Plan | None = None
 
     def stop(self, reason: Any) -> None:
@@ -90,7 +90,9 @@ class Worker:
             )
         store, policy = Store(Path(task.cache) / "embeddings"), FailurePolicy(retries=task.retries)
         with Claims(waits_for_others=task.waits) as claims:
-            context = RenderContext(store, Progress(), task.force, self._stop, policy, claims, self._kept)
+            context = RenderContext(
+                store, Progress(), task.force, self._stop, policy, claims, self._model_cache
+            )
             yield from batch.render(replace(self._plan, shots=shots, unselected=()), context)
 
 
@@ -106,8 +108,8 @@ def _build_plan(task: Task) -> Plan:
             where=task.folder,
             hint="All machines of the cluster need the folders of the job, the model and the output.",
         ) from error
-    memo = Path(task.cache) / "hashes.json"
-    return planner.build_plan(load(Path(task.job), task.flags), memo, measure=task.measure)
+    hashes = Path(task.cache) / "hashes.json"
+    return planner.build_plan(load(Path(task.job), task.flags), hashes, measure=task.measure)
 
 
 def error_to_dict(error: WancliError) -> Record:

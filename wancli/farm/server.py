@@ -49,7 +49,7 @@ KEEPS_NETWORKS = (
 )
 
 
-def preload(plan: Plan | None, kept: ModelCache) -> None:
+def preload(plan: Plan | None, model_cache: ModelCache) -> None:
     """Import what a render needs, and load the networks of the plan's first shot.
 
     Raises what a render would raise if they are damaged or do not fit.
@@ -74,7 +74,7 @@ def preload(plan: Plan | None, kept: ModelCache) -> None:
     check_weights(shot.model.checkpoint)
     memory_policy.require(shot, plan.schedule.placement(shot), encoded=True)
     with oom_as_error("loading", str(shot.model.checkpoint.root)):
-        loaded = kept.get(shot.model, lazy=False)
+        loaded = model_cache.get(shot.model, lazy=False)
         _ = loaded.transformer(shot.model.first_expert), loaded.vae
 
 
@@ -85,8 +85,8 @@ class Server:
     main thread only.
     """
 
-    def __init__(self, run: RunCommand, kept: ModelCache, *, idle: float | None) -> None:
-        self._run, self._kept, self._idle = run, kept, idle
+    def __init__(self, run: RunCommand, model_cache: ModelCache, *, idle: float | None) -> None:
+        self._run, self._model_cache, self._idle = run, model_cache, idle
         self._fingerprint = local_socket.process_fingerprint()
         # running: a client's command. busy: the server's own work between commands.
         self._state: Literal["waiting", "running", "busy"] = "busy"
@@ -200,7 +200,7 @@ class Server:
             f"wancli serve: process {pid} in {request.folder!r}: exit code {code} after {took:.1f} s\n"
         )
         if code not in KEEPS_NETWORKS:
-            self._kept.clear()
+            self._model_cache.clear()
         if code != ExitStatus.OK:
             gc.collect()  # frees what the error refers to
 
@@ -224,7 +224,7 @@ class Server:
             self._state = "running"
             handle_signals(STOP_SIGNALS, StartHandler(self._on_signal, _count_only))
             relay.start()
-            code = self._run(arguments, self._kept, began)
+            code = self._run(arguments, self._model_cache, began)
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
         except KeyboardInterrupt:

@@ -36,12 +36,12 @@ class MatchedLora:
     rescaled: bool  # see LoraUse
 
 
-def resolve_lora(path: Path, transformer: WanConfig, memo: Path) -> MatchedLora:
+def resolve_lora(path: Path, transformer: WanConfig, hashes: Path) -> MatchedLora:
     """Read a LoRA's header and hash the file. Raises CheckpointError if it does not fit the model."""
     lora_file = read_lora_file(path)
     changes, coverage = select_changes(lora_file, transformer_shapes(transformer))
     config = [lora_file.config] if lora_file.config else []
-    digest = fingerprint([path, *config], memo)
+    digest = fingerprint([path, *config], hashes)
     if reason := explain_no_effect(path, changes):
         coverage = replace(coverage, notes=(*coverage.notes, reason))
     return MatchedLora(path, digest, coverage, lora_file.rescaled)

@@ -184,7 +184,7 @@ def _workload_rate(done: Workload, took: float) -> Iterator[Rate]:
         yield Rate(**facts, per_second=amount / took, date=datetime.now(UTC).date().isoformat())
 
 
-def predict_phases(
+def predict_phase_seconds(
     shots: Sequence[Shot], missing: frozenset[str], rates: Sequence[Rate], taken: Mapping[int, int]
 ) -> dict[str, float | None]:
     """Predict the seconds of each phase of a batch; None if unknown.

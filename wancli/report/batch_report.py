@@ -53,7 +53,7 @@ def build_report(plan: Plan, outcomes: Sequence[Outcome], rates: Sequence[Rate] 
     rendered = [outcome.shot for outcome in outcomes if outcome.status == "rendered"]
     started = [record.first_step_after for record in sampled if record.first_step_after]
     shared = {outcome.shot.index: outcome.shared_steps for outcome in outcomes}
-    expected = throughput.predict_phases(rendered, missing, rates, shared)
+    expected = throughput.predict_phase_seconds(rendered, missing, rates, shared)
     totals = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": list(plan.warnings),

@@ -62,15 +62,17 @@ def select_baseline(clips: Sequence[Clip], requested: str | None) -> Clip:
 def measure_document(
     clips: Sequence[Clip],
     baseline: Clip,
-    beside: Mapping[str, Clip],
+    baselines: Mapping[str, Clip],
     context: RenderContext,
     job: str | None = None,
 ) -> JsonObject:
-    """Measure every clip against its baseline, which `beside` has by the clip's id. `baseline` is the default
-    one. Raises FfmpegError, and Stopped between two videos."""
+    """Measure every clip against its baseline, which `baselines` has by the clip's id.
+
+    `baseline` is the default one. Raises FfmpegError, and Stopped between two videos.
+    """
     shots = []
     with context.progress.phase("compare", [baseline.id], len(clips)) as bar:
-        for shot in comparison_metrics.measure_clips(clips, beside):
+        for shot in comparison_metrics.measure_clips(clips, baselines):
             shots.append(shot)
             bar.advance()
             _raise_if_stopped(context)
@@ -91,7 +93,7 @@ def _raise_if_stopped(context: RenderContext) -> None:
 
 def plan_outputs(
     clips: Sequence[Clip],
-    beside: Mapping[str, Clip],
+    baselines: Mapping[str, Clip],
     sheets: Path | None,
     videos: Path | None,
     reserved: Sequence[Path] = (),
@@ -100,8 +102,8 @@ def plan_outputs(
 
     Raises JobError if an output would replace a compared video or a `reserved` path."""
     outputs = OutputFiles(
-        _split_into_files(sheets, clips, beside, contact_sheet.MAX_VIDEOS) if sheets else [],
-        _split_into_files(videos, clips, beside, side_by_side.MAX_VIDEOS) if videos else [],
+        _split_into_files(sheets, clips, baselines, contact_sheet.MAX_VIDEOS) if sheets else [],
+        _split_into_files(videos, clips, baselines, side_by_side.MAX_VIDEOS) if videos else [],
     )
     taken = {disk.resolve(path) for path in (*reserved, *(one.path for one in clips))}
     for path in outputs.paths:
@@ -116,8 +118,8 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, context: RenderCon
     """Write the sheets and the videos. Raises FfmpegError, NoSpace, MachineError, and Stopped between two."""
     ids = [shot["id"] for shot in document["shots"]]
     captions, short_captions = (
-        dict(zip(ids, comparison_metrics.format_captions(document, beside=beside)))
-        for beside in (True, False)
+        dict(zip(ids, comparison_metrics.format_captions(document, name_baseline=named)))
+        for named in (True, False)
     )
     with context.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
@@ -132,7 +134,7 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, context: RenderCon
 
 
 def _split_into_files(
-    path: Path, clips: Sequence[Clip], beside: Mapping[str, Clip], most: int
+    path: Path, clips: Sequence[Clip], baselines: Mapping[str, Clip], most: int
 ) -> list[OutputFile]:
     """Divide clips among NAME.png, NAME-2.png and so on: at most `most` in a file, each with its baseline.
 
@@ -144,7 +146,7 @@ def _split_into_files(
     for one in clips:
         if one.id in placed:
             continue
-        pair = {clip.id: clip for clip in (beside[one.id], one)}
+        pair = {clip.id: clip for clip in (baselines[one.id], one)}
         wanted = [clip for clip in pair.values() if clip not in parts[-1]]
         if len(parts[-1]) + len(wanted) > most:
             parts.append([])
@@ -190,12 +192,14 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
         replace(one, id=shot.id) for one, shot in zip(clip.read_clips([shot.output for shot in done]), done)
     ]
     by_id = {one.id: one for one in clips}
-    beside = {id: by_id[wanted.baselines[id]] for id in by_id}
-    baseline = by_id.get(wanted.default_baseline, beside[clips[0].id])
+    baselines = {id: by_id[wanted.baselines[id]] for id in by_id}
+    baseline = by_id.get(wanted.default_baseline, baselines[clips[0].id])
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
     outputs = [shot.output for shot in plan.all_shots]
-    files = plan_outputs(clips, beside, png if wanted.sheet else None, mp4 if wanted.video else None, outputs)
-    document = measure_document(clips, baseline, beside, context, plan.name)
+    files = plan_outputs(
+        clips, baselines, png if wanted.sheet else None, mp4 if wanted.video else None, outputs
+    )
+    document = measure_document(clips, baseline, baselines, context, plan.name)
     write_outputs(document, files, context)
     for shot in document["shots"]:
         shot["output"] = Path(os.path.relpath(shot["output"], path.parent)).as_posix()
@@ -211,12 +215,12 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
 
 def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, context: RenderContext) -> None:
     """Warn once of all baselines that are not done although their shots are."""
-    beside = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
-    absent = list(dict.fromkeys(id for id in beside if id not in finished))
+    baselines = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
+    absent = list(dict.fromkeys(id for id in baselines if id not in finished))
     if len(absent) == 1:
         context.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
     elif absent:
-        count = sum(id in absent for id in beside)
+        count = sum(id in absent for id in baselines)
         which = f"{absent[0]} and {len(absent) - 1:,} more"
         context.progress.warn(f"{count:,} shots are not compared: their baselines, {which}, are not done")
 
@@ -231,9 +235,9 @@ def _comparison_key(shots: Sequence[Shot], wanted: Comparison) -> str:
     """Hash everything that a comparison of finished shots depends on."""
     records = [manifest.read(shot.manifest) for shot in shots]
     files = [[file.as_dict() for file in record.files] if record else [] for record in records]
-    made_of = [[shot.id, listed, disk.exists(shot.latents)] for shot, listed in zip(shots, files)]
-    wish = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
-    return hashlib.sha256(json.dumps([SCHEMA, __version__, wish, made_of]).encode()).hexdigest()
+    videos = [[shot.id, listed, disk.exists(shot.latents)] for shot, listed in zip(shots, files)]
+    requested = [[wanted.baselines[shot.id] for shot in shots], wanted.sheet, wanted.video]
+    return hashlib.sha256(json.dumps([SCHEMA, __version__, requested, videos]).encode()).hexdigest()
 
 
 def _is_current(path: Path, key: str) -> bool:

@@ -18,14 +18,14 @@ from wancli.video.clip import Clip
 JsonObject: TypeAlias = dict[str, Any]
 
 
-def measure_clips(clips: Sequence[Clip], beside: Mapping[str, Clip]) -> Iterator[JsonObject]:
-    """Yield the row of each clip against its baseline, which `beside` has by the clip's id.
+def measure_clips(clips: Sequence[Clip], baselines: Mapping[str, Clip]) -> Iterator[JsonObject]:
+    """Yield the row of each clip against its baseline, which `baselines` has by the clip's id.
 
     Baselines have rows too. A metric that cannot be measured is None, and `why` gives the reason. Raises
     FfmpegError."""
     motions: dict[str, float | None] = {}
     for one in clips:
-        baseline = beside[one.id]
+        baseline = baselines[one.id]
         if baseline.id not in motions:
             motions[baseline.id] = metrics.measure_motion(baseline.read_pictures())
         baseline_motion = motions[baseline.id]
@@ -42,17 +42,19 @@ def read_comparison(path: Path) -> list[JsonObject]:
     return [shot.as_dict() for shot in found.shots] if found else []
 
 
-def format_captions(document: JsonObject, *, beside: bool) -> list[str]:
-    """Format the caption of each video; it is empty if there is only one. With `beside`, captions name the
-    baseline if there are several."""
+def format_captions(document: JsonObject, *, name_baseline: bool) -> list[str]:
+    """Format the caption of each video; it is empty if there is only one.
+
+    With `name_baseline`, captions name the baseline if there are several.
+    """
     shots = document["shots"]
     if len(shots) == 1:
         return [""]
     several = len({shot["baseline"] for shot in shots}) > 1
-    return [_format_caption(shot, beside and several) for shot in shots]
+    return [_format_caption(shot, name_baseline and several) for shot in shots]
 
 
-def _format_caption(shot: JsonObject, beside: bool) -> str:
+def _format_caption(shot: JsonObject, name_baseline: bool) -> str:
     is_baseline = shot["id"] == shot["baseline"]
     parts = ["baseline"] if is_baseline else []
     if not is_baseline and shot["identical"]:
@@ -64,7 +66,7 @@ def _format_caption(shot: JsonObject, beside: bool) -> str:
         parts.append(f"latent {shot['latent_distance']:.3f}")
     if shot["motion"] is not None:
         parts.append(f"motion {shot['motion']:.2%}")
-    if beside and not is_baseline:
+    if name_baseline and not is_baseline:
         parts.append(f"beside {shot['baseline']}")
     return "  ".join(parts)
 

@@ -225,7 +225,7 @@ def estimate_time(
     by index, how many steps of a shot need not be taken any more."""
     texts = {text.id for shot in shots for text in shot.prompts if text.file is None}
     missing = frozenset(id for id in texts if not store.has(id))
-    phases = throughput.predict_phases(shots, missing, rates, taken)
+    phases = throughput.predict_phase_seconds(shots, missing, rates, taken)
     parts = list(phases.values())
     sources = throughput.rates_used(shots, rates) if shots else {}
     return {

@@ -19,17 +19,17 @@ LOG = logging.getLogger("wancli")  # to stderr, unless the command line turns it
 
 
 @disk.reading_weights()
-def fingerprint(paths: Sequence[Path], memo: Path) -> str:
+def fingerprint(paths: Sequence[Path], hashes: Path) -> str:
     """Return the SHA-256, as hex, of the whole content of the files: of one file its plain digest, of several
     the digest of their digests in this order.
 
-    The JSON file `memo` remembers digests for as long as a file keeps its path, size, inode and times. A
-    damaged or missing memo is written again. A warning is logged before a file above 1 GiB is read.
+    The JSON file `hashes` remembers digests for as long as a file keeps its path, size, inode and times. A
+    damaged or missing one is written again. A warning is logged before a file above 1 GiB is read.
 
     Raises CheckpointError for a blob of the Hugging Face cache whose digest is not its name, or if the disk
     does not give a file.
     """
-    remembered = {key: digest for key, digest in read_memo(memo).items() if _DIGEST.fullmatch(str(digest))}
+    remembered = {key: digest for key, digest in read_memo(hashes).items() if _DIGEST.fullmatch(str(digest))}
     identities = {_file_identity(path): path for path in paths}
     digests = {key: remembered.get(key) or _sha256(path) for key, path in identities.items()}
     for key, path in identities.items():
@@ -37,7 +37,7 @@ def fingerprint(paths: Sequence[Path], memo: Path) -> str:
     # A file that changed while it was read gets a new identity, and its digest no entry.
     fresh = {key: digest for key, digest in digests.items() if key == _file_identity(identities[key])}
     if not fresh.items() <= remembered.items():
-        write_memo(memo, remembered | fresh)
+        write_memo(hashes, remembered | fresh)
     if len(paths) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(digests.values()).encode()).hexdigest()

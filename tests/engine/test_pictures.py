@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from image_cases import CLIP, FIXTURES, Case, assemble, cases, load, numbers
 from jobs import (
     KEPT,
+    NETWORKS,
     T5,
     VAE,
     CommandResult,
@@ -31,15 +33,20 @@ from safetensors.torch import load_file
 from wancli.engine import picture_stage
 from wancli.engine.manifest_body import checkpoint_location
 from wancli.errors import ErrorCapture, ShotError
+from wancli.job.loader import load as load_job
 from wancli.models import given_frames
 from wancli.models.clip import CLIPVision
 from wancli.models.dit import lerp
 from wancli.models.given_frames import GivenFrames
 from wancli.models.vae22 import WanVAE22
+from wancli.plan import disk_estimate, memory_policy
+from wancli.plan.planner import build_plan
 from wancli.report.html.rerun_job import build_job
 from wancli.sampling.solvers import build_sigma_schedule
 from wancli.storage import manifest
+from wancli.storage.cache import Entry, Store, read_entry
 from wancli.video import mp4
+from wancli.weights import loader
 from wancli.weights.checkpoint import identify
 from wancli.weights.loader import load_vae
 from wancli.weights.single_files import SingleFiles
@@ -321,6 +328,96 @@ def test_a_picture_is_encoded_once_ever_and_a_hit_loads_no_vae(
     assert len(calls) == 2
 
 
+def picture_entries(cache: Path) -> list[Entry]:
+    """The entries of a cache that are made of pictures."""
+    store = Store(cache / "embeddings")
+    return [entry for entry in store.entries() if picture_stage.read_label(read_entry(entry.path, entry.key))]
+
+
+THREE: dict[str, Any] = {
+    "output": "out/{id}.mp4",
+    "items": [
+        {"id": "a"},
+        {"id": "b", "image": str(LAST), "seed": 2},
+        {"id": "c", "image": {"first": str(PICTURE), "preprocess": "comfy"}, "seed": 3},
+    ],
+}
+
+
+def test_a_round_encodes_the_pictures_of_the_shots_that_were_claimed_for_it(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    real = picture_stage.encode_frames
+
+    def watched(shots: Any, *rest: Any, **options: Any) -> Any:
+        calls.append([shot.id for shot in shots])
+        claims = tmp_path / "out/.wancli/claims"
+        assert {path.stem for path in claims.glob("*.json")} == {*calls[-1], "b"}
+        assert not any((tmp_path / f"out/{shot.id}.mp4").exists() for shot in shots)
+        return real(shots, *rest, **options)
+
+    monkeypatch.setattr("wancli.engine.pipeline.encode_frames", watched)
+    claim = tmp_path / "out/.wancli/claims/b.json"
+    claim.parent.mkdir(parents=True)
+    claim.write_text(json.dumps({"host": "other", "pid": 7, "born": "1", "started": "now", "token": "x"}))
+    said = render("--no-wait", **THREE)
+    assert said.code == 75, said.err
+    assert [shots for shots in calls if shots] == [["a"], ["c"]]
+    claim.unlink()
+    calls.clear()
+    monkeypatch.setattr("wancli.engine.pipeline.encode_frames", real)
+    assert render(**THREE).code == 0
+    assert len(picture_entries(tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize(("fits", "loads"), [(True, 1), (False, 3)])
+def test_clip_is_loaded_for_every_round_only_if_it_does_not_fit_beside_sampling(
+    i2v: Path, render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool, loads: int
+) -> None:
+    loads_of: Counter[str] = Counter()
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def load(*arguments: Any) -> Any:
+            loads_of[real.__name__] += 1
+            return real(*arguments)
+
+        return load
+
+    real = loader.load_clip
+    for function in (loader.load_clip, loader.load_transformer):
+        monkeypatch.setattr(loader, function.__name__, counted(function))
+    if not fits:
+        monkeypatch.setattr(memory_policy, "headroom", lambda _: 0)
+        monkeypatch.setattr(memory_policy, "require", lambda *_, **__: None)
+    NETWORKS.clear()
+    keys = THREE | {"model": str(i2v), "sampler": {"steps": 1}}
+    assert render(**keys).code == 0
+    assert loads_of == {"load_clip": loads, "load_transformer": loads}
+    predicted = [
+        {phase["name"]: phase["model"] for phase in manifest_of(tmp_path, id)["predicted"]} for id in "abc"
+    ]
+    clip = sum(weight.nbytes for weight in real(identify(i2v), "cpu").parameters())
+    a, b, c = predicted
+    assert a["sample"] - c["sample"] == (clip if fits else 0)
+    assert a["decode"] - c["decode"] == (clip if fits else 0)
+    assert b["pictures"] - a["pictures"] == (c["sample"] if fits else 0)
+
+
+def test_the_disk_space_of_encoded_pictures_is_predicted(i2v: Path, render: Render, tmp_path: Path) -> None:
+    keys = THREE | {"model": str(i2v), "sampler": {"steps": 1}}
+    shared = {"image": str(PICTURE), "frames": 5, "size": {"area": 4096}}
+    path = write_job(tmp_path, tiny_job(i2v) | shared | keys)
+    plan = build_plan(load_job(path), tmp_path / "memo.json")
+    store = Store(tmp_path / "cache" / "embeddings")
+    said = disk_estimate.picture_bytes(plan.shots, store)
+    assert render(**keys).code == 0
+    written = picture_entries(tmp_path / "cache")
+    assert len(written) == 6
+    assert 0 <= said - sum(entry.bytes for entry in written) < 6 * 2**16
+    assert disk_estimate.picture_bytes(plan.shots, store) == 0
+
+
 def test_plan_and_cache_name_pictures(
     render: Render, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,9 +440,9 @@ def test_a_picture_that_changes_between_plan_and_render_fails_its_shot(
     shutil.copy(PICTURE, mine)
     real = picture_stage.encode_frames
 
-    def changed(*arguments: Any) -> Any:
+    def changed(*arguments: Any, **options: Any) -> Any:
         Image.fromarray(np.zeros((111, 157, 3), np.uint8)).save(mine)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr("wancli.engine.pipeline.encode_frames", changed)
     said = render(
@@ -424,8 +521,8 @@ def test_a_failed_link_fails_what_hangs_on_it_and_the_same_command_goes_on_from_
 ) -> None:
     real = picture_stage.encode_frames
 
-    def broken(shots: Any, *rest: Any) -> Any:
-        frames, errors, record = real(shots, *rest)
+    def broken(shots: Any, *rest: Any, **options: Any) -> Any:
+        frames, errors, record = real(shots, *rest, **options)
         for shot in shots:
             if shot.id == "b":
                 errors[shot.index] = ErrorCapture()

@@ -175,7 +175,7 @@ def _planned(shot: Shot, placement: Placement) -> Record:
         },
         "predicted": [
             asdict(phase) | {"total": phase.total, "peak": memory_estimate.process_bytes(model) + phase.total}
-            for phase in memory_estimate.predict_phases(shot, placement.sample)
+            for phase in memory_estimate.predict_phases(shot, placement.sample, placement.pictures)
         ],
         "versions": versions(),
     }

@@ -102,6 +102,7 @@ class Networks:
     def reuse(self) -> None:
         """Prepare the networks for another render, which loads only its LoRAs."""
         self._loras.clear()
+        self._clip = None
         if self._loaded:
             with PeakMemory() as peak:
                 pass
@@ -109,13 +110,18 @@ class Networks:
             self._loaded = replace(self._loaded, record=record)
 
     @contextmanager
-    def borrow_encoders(self) -> Iterator[None]:
-        """Free CLIP after a block that may load it, and the VAE unless it was in memory before."""
+    def borrow_encoders(self, *, keep_clip: bool) -> Iterator[None]:
+        """Free the VAE after a block that may load it, unless it was in memory before, and CLIP unless it is
+        to be kept."""
         kept = self._vae
         try:
             yield
         finally:
-            self._vae, self._clip = kept, None
+            self._vae, self._clip = kept, self._clip if keep_clip else None
+
+    def release_transformer(self) -> None:
+        """Free the memory of the transformer, which is loaded again when it is next used."""
+        self._loaded = self._patches = None
 
     def release(self) -> None:
         """Free the memory of the networks; they are loaded again when they are next used."""

@@ -1,14 +1,11 @@
 """The picture stage: the given frames of shots as latents and as rows of CLIP, each encoded once ever.
 
-Both are entries of the store. The key of latents covers the pixels, the preprocessing, the size, the weights
-of the VAE and, if the whole video is encoded, its number of frames; that of CLIP rows the pixels, the
-preprocessing and the weights of CLIP. What exists loads neither network.
+Both are entries of the store, with the keys of `wancli.plan.picture_entries`. What exists loads neither
+network. The transformer of an earlier round stays in memory if the plan says that everything fits.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,8 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.errors import EntryError, ErrorCapture
 from wancli.pictures.read import digest_pixels, read_pixels
+from wancli.plan import memory_policy
+from wancli.plan.picture_entries import entry_values, frames_key
 from wancli.plan.pictures import ClipPictures, GivenFrame, LinkedFrame, PictureFile
 from wancli.plan.shot import Shot
 from wancli.resources.measure import PeakMemory, oom_as_error
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from wancli.pictures.read import Pixels
     from wancli.storage.cache import Store
 
-FORMAT = 1  # of the key and the payload
 _TENSOR = "frames"
 _LABEL = "pictures"
 
@@ -53,12 +51,12 @@ class EncodedFrames:
 
 
 def encode_frames(
-    shots: Sequence[Shot], networks: Networks, context: RenderContext
+    shots: Sequence[Shot], networks: Networks, context: RenderContext, *, keep_clip: bool = False
 ) -> tuple[dict[int, EncodedFrames], dict[int, ErrorCapture], Record | None]:
     """Encode the pictures of shots; return frames and errors by the index of the shot, and the phase record.
 
-    Raises Stopped between two shots. The VAE and CLIP are released before it returns, the VAE unless it was
-    in memory before.
+    Raises Stopped between two shots. CLIP is released before it returns unless it is to be kept, the VAE
+    unless it was in memory before. The transformer is released first if the encoders do not fit beside it.
     """
     encoded: dict[int, EncodedFrames] = {}
     errors: dict[int, ErrorCapture] = {}
@@ -68,8 +66,11 @@ def encode_frames(
     import torch
 
     cache = _Entries(context.store)
+    missing = [shot for shot in with_pictures if not all(map(cache.has, entry_values(shot)))]
+    if not all(map(memory_policy.pictures_fit_alongside, missing)):
+        networks.release_transformer()
     with (
-        networks.borrow_encoders(),
+        networks.borrow_encoders(keep_clip=keep_clip),
         PeakMemory() as peak,
         context.progress.phase("pictures", [shot.id for shot in with_pictures], len(with_pictures)) as bar,
     ):
@@ -98,7 +99,7 @@ def _encode_shot(shot: Shot, networks: Networks, cache: _Entries) -> EncodedFram
     assert shot.pictures
     names = _name_pictures([frame.source for frame in shot.pictures.frames])
     label = f"{names} at {shot.width}x{shot.height}"
-    z_CTYX, hit = cache.get(entry_key(shot), label, partial(_encode_latents, shot, networks))
+    z_CTYX, hit = cache.get(frames_key(shot), label, partial(_encode_latents, shot, networks))
     hit = hit and (shot.clip_id is None or shot.clip_id in clip_hits)
     return EncodedFrames(_as_given(shot, z_CTYX), clip_NE, hit, frozenset(clip_hits))
 
@@ -108,11 +109,15 @@ def _name_pictures(sources: Sequence[PictureFile | LinkedFrame]) -> str:
 
 
 class _Entries:
-    """Tensors by key: those of this batch, and those of the store."""
+    """Tensors by key: those of this round, and those of the store."""
 
     def __init__(self, store: Store | None) -> None:
         self._store = store
         self._known: dict[str, Tensor] = {}
+
+    def has(self, key: str) -> bool:
+        """Return whether the store has an entry, which may be damaged."""
+        return self._store is not None and self._store.has(key)
 
     def get(self, key: str, label: str, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """Return an entry, and whether it existed; else make it and keep it under a name for people."""
@@ -123,20 +128,6 @@ class _Entries:
         if found is None and self._store is not None:
             self._store.put(key, _pack(self._known[key], label))
         return self._known[key], found is not None
-
-
-def entry_key(shot: Shot) -> str:
-    """Hash everything that the latents of given frames depend on."""
-    assert shot.pictures
-    parts = {
-        "format": FORMAT,
-        "frames": shot.pictures.pixel_settings,
-        "size": [shot.width, shot.height],
-        "count": shot.frames if shot.model.checkpoint.transformer_config.joins_frames else None,
-        "vae": shot.model.vae,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow")},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _encode_clip(read: ClipPictures, networks: Networks, device: str) -> Tensor:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ModelContext:
     """What rendering the shots of a model needs: its networks, their schedule, the embeddings of prompts by
-    id and the given frames of shots by index, with the records of encoding both."""
+    id and, within a round, the given frames of its shots by index, with the records of encoding both."""
 
     networks: Networks
     context: RenderContext
@@ -70,22 +70,19 @@ def render_model(
             yield failed_outcome(shot, look)
     fresh = [shot for shot in shots if shot.index not in have_latent | unreadable]
     prompt_errors: dict[str, ErrorCapture] = {}
-    frame_errors: dict[int, ErrorCapture] = {}
     attempt = ErrorCapture()
     try:
         with attempt:
             prompts = [prompt for shot in fresh for prompt in shot.prompts]
             encoded, prompt_errors, of_prompts = encode_each(model, prompts, context)
-            frames, frame_errors, of_frames = encode_frames(fresh, networks, context)
-            stage1 = (of_prompts, *([of_frames] if of_frames else []))
-            model_context = replace(model_context, encoded=encoded, frames=frames, stage1=stage1)
+            model_context = replace(model_context, encoded=encoded, stage1=(of_prompts,))
     except Stopped:
         fresh = []
     if attempt.error:
         release_memory()
         yield from (failed_outcome(shot, attempt) for shot in fresh)
         fresh = []
-    unencodable = frame_errors | {
+    unencodable = {
         shot.index: prompt_errors[id]
         for shot in fresh
         for id in reversed(_prompt_ids(shot))
@@ -118,8 +115,8 @@ def _render_round(round_: Round, model_context: ModelContext) -> Iterator[Outcom
             if outcome := _resolve_unsampled(shot, model_context):
                 resolved.add(shot.index)
                 yield outcome
-        to_sample = [[shot for shot in batch if shot.index not in resolved] for batch in round_]
-        for outcome in _sample_round([batch for batch in to_sample if batch], model_context):
+        to_sample = [shot for shot in claimed if shot.index not in resolved]
+        for outcome in _encode_and_sample(round_, to_sample, model_context):
             if claims:
                 claims.release([outcome.shot])
             yield outcome
@@ -149,8 +146,30 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
     if attempt.error:
         return failed_outcome(shot, attempt)
     unencoded = any(id not in model_context.encoded for id in _prompt_ids(shot))
-    unencoded |= shot.pictures is not None and shot.index not in model_context.frames
     return _publish_video(shot, latent, model_context) if latent or unencoded else None
+
+
+def _encode_and_sample(
+    round_: Round, shots: Sequence[Shot], model_context: ModelContext
+) -> Iterator[Outcome]:
+    """Encode the pictures of the shots of a round that are to be sampled, and sample them.
+
+    No other worker encodes them: the shots are claimed.
+    """
+    networks, context = model_context.networks, model_context.context
+    keep_clip = any(model_context.schedule.placement(shot).keeps_clip for shot in shots)
+    try:
+        frames, errors, record = encode_frames(shots, networks, context, keep_clip=keep_clip)
+    except Stopped:
+        return
+    if errors:
+        release_memory()
+    yield from (failed_outcome(shot, errors[shot.index]) for shot in shots if shot.index in errors)
+    records = (*model_context.stage1, *([record] if record else []))
+    left = {shot.index for shot in shots} - errors.keys()
+    batches = [[shot for shot in batch if shot.index in left] for batch in round_]
+    model_context = replace(model_context, frames=frames, stage1=records)
+    yield from _sample_round([batch for batch in batches if batch], model_context)
 
 
 def _sample_round(batches: Sequence[Sequence[Shot]], model_context: ModelContext) -> Iterator[Outcome]:

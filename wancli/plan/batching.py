@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from wancli.plan import memory_estimate, memory_policy
 from wancli.plan.chains import split_waves
+from wancli.plan.picture_entries import given_values
 from wancli.plan.prefix_sharing import Fork, PrefixTree
 from wancli.plan.schedule import Batch, Placement, Round, Schedule
 from wancli.plan.shot import ModelSpec, Shot
@@ -42,7 +43,8 @@ def build_schedule(shots: Sequence[Shot]) -> Schedule:
             rounds.append(builder)
         open_rounds.update(dict.fromkeys(keys, builder))
     placements = {index: place for builder in rounds for index, place in builder.placements()}
-    return Schedule(tuple(builder.round for builder in rounds), placements)
+    schedule = Schedule(tuple(builder.round for builder in rounds), placements)
+    return replace(schedule, placements=placements | dict(_place_pictures(schedule)))
 
 
 def reschedule(schedule: Schedule, shots: Sequence[Shot]) -> Schedule:
@@ -67,6 +69,40 @@ def predict_batch(batch: Sequence[Shot]) -> Phase:
             streams += shot.forwards_per_step * stream
         buffer += one.buffer
     return Phase(one.name, one.model, largest + streams, buffer)
+
+
+def _place_pictures(schedule: Schedule) -> Iterator[tuple[int, Placement]]:
+    """Yield the index and the placement of every shot with pictures, which a round encodes when it begins.
+
+    The transformer stays in memory from round to round if the encoders fit beside it. CLIP stays for later
+    rounds of its model if it fits beside the transformer and the decoder.
+    """
+    numbers: dict[ModelSpec, list[int]] = {}
+    for number, round_ in enumerate(schedule.rounds):
+        numbers.setdefault(round_[0][0].model, []).append(number)
+    for number, round_ in enumerate(schedule.rounds):
+        of_model = numbers[round_[0][0].model]
+        shots = [shot for batch in round_ for shot in batch if shot.pictures]
+        beside = number > of_model[0] and all(map(memory_policy.pictures_fit_alongside, shots))
+        keeps = number < of_model[-1] and all(
+            _clip_may_stay(shot, schedule.placement(shot)) for shot in shots
+        )
+        for shot in shots:
+            place = schedule.placement(shot)
+            sample = place.sample or memory_estimate.predict_alone(shot)
+            if beside:
+                pictures = memory_estimate.predict_pictures(shot, sample.model)
+                place = replace(place, pictures=pictures)
+            if keeps:
+                sample = replace(sample, model=sample.model + memory_estimate.clip_bytes(shot))
+                place = replace(place, sample=sample, keeps_clip=True)
+            yield shot.index, place
+
+
+def _clip_may_stay(shot: Shot, place: Placement) -> bool:
+    clip, room = memory_estimate.clip_bytes(shot), memory_policy.headroom(shot.model)
+    _, sample, decode, *_ = memory_estimate.predict_phases(shot, place.sample)
+    return bool(clip) and max(sample.total, decode.total) + clip <= room
 
 
 def _make_batches(shots: Sequence[Shot], prefixes: PrefixTree) -> Iterator[Batch]:
@@ -124,6 +160,7 @@ class _RoundBuilder:
         self._prefixes = PrefixTree(share_memo_with=prefixes)
         self._forks: dict[int, Fork] = {}  # by index of the shot that forks
         self._waiting = 0  # bytes of states in memory beside the batch that is being sampled, or with it
+        self._given = 0  # bytes of the given frames of all shots, encoded when the round begins
         self._largest = 0
         self._closed = False
 
@@ -151,19 +188,20 @@ class _RoundBuilder:
             if fork:
                 forks[shot.index] = fork
                 points.add(fork)
+        given = self._given + sum(map(_given_bytes, batch))
         largest = max(self._largest, predict_batch(batch).total)
-        if self._batches and not _may_wait(batch[0].model, waiting, largest):
+        if self._batches and not _may_wait(batch[0].model, waiting + given, largest):
             self._closed = True
             return False
         self._batches.append(batch)
-        self._waiting, self._forks, self._largest = waiting, forks, largest
+        self._waiting, self._given, self._forks, self._largest = waiting, given, forks, largest
         return True
 
     def placements(self) -> Iterator[tuple[int, Placement]]:
         """Yield the index and the placement of every shot."""
         for batch in self._batches:
             sample: Phase | None = predict_batch(batch)
-            others = self._waiting
+            others = self._waiting + self._given - sum(map(_given_bytes, batch))
             if _changes_experts(batch[0]):
                 others -= sum(map(_state_bytes, batch))
             if len(batch) == 1 and not others:
@@ -171,7 +209,7 @@ class _RoundBuilder:
             elif sample and batch[0].model.device == "cpu":  # states wait in the memory of the host
                 sample = replace(sample, buffer=sample.buffer + others)
             for shot in batch:
-                yield shot.index, Placement(len(batch), sample, self._forks.get(shot.index))
+                yield shot.index, Placement(len(batch), sample, fork=self._forks.get(shot.index))
 
 
 def _may_wait(model: ModelSpec, waiting: int, largest: int) -> bool:
@@ -181,3 +219,7 @@ def _may_wait(model: ModelSpec, waiting: int, largest: int) -> bool:
 
 def _state_bytes(shot: Shot) -> int:
     return FP32 * STATE_TENSORS * math.prod(shot.latent_shape)
+
+
+def _given_bytes(shot: Shot) -> int:
+    return FP32 * given_values(shot)

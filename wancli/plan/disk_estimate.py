@@ -3,7 +3,7 @@
 The estimate is generous. A video takes 2 bits per pixel at crf 16, twice that for every 6 less, up to raw
 4:2:0: more than grain of 3 levels takes, and a third of pure noise. Beside it are a manifest of 64 KiB and,
 if the job keeps it, the latent. The largest round also needs the latents and states of its shots until their
-videos are made, each a second time while it is replaced.
+videos are made, each a second time while it is replaced. Frames that other shots begin with are PNG files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from wancli.errors import NoSpace
 from wancli.plan.batching import STATE_TENSORS
+from wancli.plan.picture_entries import entry_values
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Shot
 from wancli.resources.memory_model import FP32
@@ -48,7 +49,8 @@ class DiskNeed:
 def disk_needs(schedule: Schedule, store: Store | None = None) -> list[DiskNeed]:
     """Return the need of each file system that the shots write to.
 
-    With `store` it includes the missing embeddings, if the store is on one of these file systems.
+    With `store` it includes the missing embeddings and encoded pictures, if the store is on one of these file
+    systems.
     """
     per_device: dict[int, int] = {}
     folders: dict[int, Path] = {}
@@ -64,6 +66,7 @@ def disk_needs(schedule: Schedule, store: Store | None = None) -> list[DiskNeed]
         per_device[device] += max(passing, default=0)
     if store and (device := _device_id(store.root)) in folders:
         per_device[device] += embedding_bytes(schedule.shots, store)
+        per_device[device] += picture_bytes(schedule.shots, store)
     return [DiskNeed(folder, per_device[d], disk.free_space(folder)) for d, folder in folders.items()]
 
 
@@ -75,6 +78,12 @@ def embedding_bytes(shots: Iterable[Shot], store: Store) -> int:
         (len(text.tokens.ids), shot.model.checkpoint.transformer_config.text_dim) for shot, text in missing
     )
     return sum(count * width * FP32 + _RECORD_BYTES for count, width in rows)
+
+
+def picture_bytes(shots: Iterable[Shot], store: Store) -> int:
+    """Return the bytes of the encoded pictures that the store does not have yet."""
+    entries = {key: count for shot in shots for key, count in entry_values(shot).items()}
+    return sum(FP32 * count + _RECORD_BYTES for key, count in entries.items() if not store.has(key))
 
 
 def require(schedule: Schedule, store: Store | None = None) -> None:
@@ -101,7 +110,9 @@ def video_bytes(shot: Shot) -> int:
 
 def _permanent_bytes(shot: Shot) -> int:
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD_BYTES
-    return video_bytes(shot) + _RECORD_BYTES + (latent if shot.keep_latents else 0)
+    kept_frame = 3 * shot.width * shot.height + _RECORD_BYTES  # a PNG
+    beside = (latent if shot.keep_latents else 0) + len(shot.kept_frames) * kept_frame
+    return video_bytes(shot) + _RECORD_BYTES + beside
 
 
 def _temporary_bytes(shot: Shot) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +37,17 @@ class StoredMatrices:
     scales: int
 
 
-def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]:
+def predict_phases(
+    shot: Shot, sample: Phase | None = None, pictures: Phase | None = None
+) -> tuple[Phase, ...]:
     """Predict the memory of encoding, sampling, decoding and, if there are any, of encoding pictures; the
     transformer stays while decoding.
 
-    `sample` is the prediction for the batch of the shot, None if the shot is sampled alone. On CUDA bytes are
-    those of the device.
+    `sample` is the prediction for the batch of the shot, None if the shot is sampled alone; `pictures` that
+    of encoding its pictures beside other networks. On CUDA bytes are those of the device.
     """
     if sample is None:
-        forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
-        sample = predict_sampling(shot, sum(shot.context_rows.values()), forwards)
+        sample = predict_alone(shot)
     vae = decode_coefficients(
         shot.model.vae_sizes,
         device=shot.model.device,
@@ -54,25 +55,41 @@ def predict_phases(shot: Shot, sample: Phase | None = None) -> tuple[Phase, ...]
     )
     decode = vae.phase(shot.latent_shape, chunk=shot.decode_chunk, resident_bytes=sample.model)
     encode = predict_encoding(shot.model, [len(text.tokens.ids) for text in shot.prompts])
-    return encode, sample, decode, *_predict_pictures(shot)
-
-
-def _predict_pictures(shot: Shot) -> Iterator[Phase]:
-    """Predict the memory of the picture stage, if the shot has pictures: CLIP is loaded beside the VAE."""
     if not shot.pictures:
-        return
-    clip_bytes = clip_activation = 0
-    if shot.clip_id:
-        element = ELEMENT_BYTES["fp16" if shot.model.device == "cuda" else "fp32"]
-        count = max(len(read.sources) for read in shot.clip_pictures)
-        clip = memory_model.clip_phase(
-            clip_config(shot.model.checkpoint), pictures=count, element_bytes=element
-        )
-        clip_bytes, clip_activation = clip.model, clip.activation
+        return encode, sample, decode
+    return encode, sample, decode, pictures or predict_pictures(shot)
+
+
+def predict_alone(shot: Shot) -> Phase:
+    """Predict the memory of sampling a shot that shares no pass with others."""
+    forwards = 1 if shot.model.residency == "resident" else shot.forwards_per_step
+    return predict_sampling(shot, sum(shot.context_rows.values()), forwards)
+
+
+def predict_pictures(shot: Shot, resident_bytes: int = 0) -> Phase:
+    """Predict the memory of encoding the pictures of a shot: CLIP is loaded beside the VAE.
+
+    `resident_bytes` are those of other networks in memory.
+    """
+    clip = _predict_clip(shot)
     phase = memory_model.given_frames_phase(
-        shot.model.vae_sizes, shot.latent_shape, resident_bytes=clip_bytes
+        shot.model.vae_sizes, shot.latent_shape, resident_bytes=clip.model + resident_bytes
     )
-    yield replace(phase, activation=max(phase.activation, clip_activation))
+    return replace(phase, activation=max(phase.activation, clip.activation))
+
+
+def clip_bytes(shot: Shot) -> int:
+    """Predict the bytes of CLIP in memory; 0 if no block reads pictures."""
+    return _predict_clip(shot).model
+
+
+def _predict_clip(shot: Shot) -> Phase:
+    if not shot.clip_id:
+        return Phase("clip", 0, 0, 0)
+    element = ELEMENT_BYTES["fp16" if shot.model.device == "cuda" else "fp32"]
+    count = max(len(read.sources) for read in shot.clip_pictures)
+    sizes = clip_config(shot.model.checkpoint)
+    return memory_model.clip_phase(sizes, pictures=count, element_bytes=element)
 
 
 def peak_of(model: ModelSpec, phases: Iterable[Phase]) -> int:

@@ -54,6 +54,12 @@ def encoder_fits_alongside(shot: Shot) -> bool:
     return encode.total + decode.model <= headroom(shot.model)
 
 
+def pictures_fit_alongside(shot: Shot) -> bool:
+    """Return whether VAE and CLIP fit beside the transformer when the pictures of a shot are encoded."""
+    transformer = memory_estimate.predict_alone(shot).model
+    return memory_estimate.predict_pictures(shot, transformer).total <= headroom(shot.model)
+
+
 def choose_residency(shots: Sequence[Shot], requests: Sequence[MemoryRequest]) -> list[Shot]:
     """Return the shots with memory limit, residencies and chunk of their models decided.
 
@@ -182,7 +188,7 @@ def require(shot: Shot, placement: Placement = ALONE, *, encoded: bool = False) 
     """
     model = shot.model
     names = ("pictures", *TRANSFORMER_PHASES) if encoded else ("encode", "pictures", *TRANSFORMER_PHASES)
-    phases = memory_estimate.predict_phases(shot, placement.sample)
+    phases = memory_estimate.predict_phases(shot, placement.sample, placement.pictures)
     worst = max((phase for phase in phases if phase.name in names), key=lambda phase: phase.total)
     if worst.total <= headroom(model):
         return

@@ -27,6 +27,8 @@ class Placement:
 
     batch_size: int = 1
     sample: Phase | None = None  # predicted memory of sampling its batch; None: that of the shot alone
+    pictures: Phase | None = None  # of encoding its pictures beside other networks; None: beside none
+    keeps_clip: bool = False  # whether CLIP stays in memory for a later round
     fork: Fork | None = None
 
     @property
@@ -56,8 +58,9 @@ class Schedule:
         return self.placements.get(shot.index, ALONE)
 
     def phases(self, shot: Shot) -> tuple[Phase, ...]:
-        """Predict the memory of encoding, sampling with its batch, and decoding."""
-        return memory_estimate.predict_phases(shot, self.placement(shot).sample)
+        """Predict the memory of encoding, sampling with its batch, decoding, and encoding pictures."""
+        place = self.placement(shot)
+        return memory_estimate.predict_phases(shot, place.sample, place.pictures)
 
     def peak(self, shot: Shot) -> int:
         """Predict the peak of the whole process in bytes, on CUDA that of the device."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from wancli.errors import EntryError, MachineError, Unreadable
-from wancli.injection.table import Concat, Lerp
+from wancli.injection.table import Concat, Emphasis, Image, Lerp, Nag, Select, Steer, Text
 from wancli.plan import memory_estimate
 from wancli.resources import flops, machine
 from wancli.storage import atomic, records
@@ -262,9 +262,17 @@ def _count_read(cell: Cell, rows: dict[str, int]) -> int:
     return sum(_row_count(expr, rows) for expr, _ in cell)
 
 
-def _row_count(expr: Expr, rows: dict[str, int]) -> int:
-    if isinstance(expr, Lerp):
-        return max(_row_count(expr.a, rows), _row_count(expr.b, rows))
-    if isinstance(expr, Concat):
-        return _row_count(expr.a, rows) + _row_count(expr.b, rows)
-    return rows[expr.id]
+def _row_count(expr: Expr | Nag, rows: dict[str, int]) -> int:
+    match expr:
+        case Text(id) | Image(id):
+            return rows[id]
+        case Lerp(a, b):
+            return max(_row_count(a, rows), _row_count(b, rows))
+        case Concat(a, b, _, chosen):
+            return _row_count(a, rows) + (_row_count(b, rows) if chosen is None else len(chosen))
+        case Select(a, _, chosen):
+            return max(_row_count(a, rows), max(chosen) + 2)
+        case Steer(inner) | Emphasis(inner):
+            return _row_count(inner, rows)
+        case Nag(negative):
+            return _row_count(negative, rows)

@@ -14,12 +14,12 @@ UMT5 = {
     "A red circle drifts, over fog.": "▁A ▁red ▁circle ▁drifts , ▁over ▁fog .",
     "a (word:1.3) red-circled CIRCLE's. It's": "▁a ▁( word : 1 . 3 ) ▁red - circle d ▁CIR CLE ' s . ▁It ' s",
     "一只红色的圆圈在雾中漂浮": "▁ 一 只 红 色 的 圆 圈 在 雾 中 漂 浮",
-    "质感,最差质量,低质量": "▁ 质感 , 最 差 质量 , 低 质量",
+    "质感,最差质量,低质量": "▁ 质 感 , 最 差 质量 , 低 质量",
     "Straße Ümlaut naïve": "▁Straße ▁Üm laut ▁na ï ve",
     "ไทยภาษา": "▁ ไทย ภาษา",
     "an 𒀀 𒀁 glyph": "▁an ▁ <0xF0> <0x92> <0x80> <0x80> ▁ <0xF0> <0x92> <0x80> <0x81> ▁gly ph",
     "red circle and red square, Red Circle": "▁red ▁circle ▁and ▁red ▁square , ▁Red ▁Circle",
-    "colored redness": "▁colored ▁red ness",
+    "colored redness": "▁ colored ▁red ness",
 }
 
 
@@ -47,7 +47,8 @@ def tokens(text: str, kept: int | None = None) -> Tokens:
         ("a (word:1.3) red-circled CIRCLE's. It's", "it\u2019s", (17, 18, 19)),
         ("一只红色的圆圈在雾中漂浮", "红色", (3, 4)),
         ("一只红色的圆圈在雾中漂浮", "雾", (9,)),
-        ("质感,最差质量,低质量", "质量", (5, 8)),
+        ("质感,最差质量,低质量", "质量", (6, 9)),
+        ("质感,最差质量,低质量", "质", (1,)),
         ("Straße Ümlaut naïve", "STRASSE", (0,)),
         ("Straße Ümlaut naïve", "naïve", (3, 4, 5)),
         ("ไทยภาษา", "ภาษา", (2,)),
@@ -55,7 +56,7 @@ def tokens(text: str, kept: int | None = None) -> Tokens:
         ("an 𒀀 𒀁 glyph", "glyph", (11, 12)),
         ("red circle and red square, Red Circle", "red circle", (0, 1, 6, 7)),
         ("red circle and red square, Red Circle", "red", (0, 3, 6)),
-        ("colored redness", "redness", (1, 2)),
+        ("colored redness", "redness", (2, 3)),
     ],
 )
 def test_words_are_the_rows_of_their_pieces(text: str, words: str, rows: tuple[int, ...]):
@@ -69,7 +70,7 @@ def test_words_are_the_rows_of_their_pieces(text: str, words: str, rows: tuple[i
         ("A red circle drifts, over fog.", "red fog", "the prompt has no 'red fog'"),
         ("A red circle drifts, over fog.", " ", "names no word"),
         ("colored redness", "red", "the prompt has no 'red'; nearest: redness"),
-        ("质感,最差质量,低质量", "质", "'质' shares the piece 质感 with other letters"),
+        ("质感,最差质量,低质量", "量", "'量' shares the piece 质量 with other letters"),
     ],
 )
 def test_words_without_rows_are_refused_with_the_pieces(text: str, words: str, message: str):

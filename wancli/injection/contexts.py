@@ -13,12 +13,27 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from wancli.injection.area import TokenGrid
-from wancli.injection.table import AreaWeight, Branch, Cell, Concat, Expr, Image, Lerp, Table, Text, Weight
-from wancli.injection.token_sums import TokenSums, group_by_expr
+from wancli.injection.area import Area, TokenGrid, compute_weights
+from wancli.injection.table import (
+    AreaWeight,
+    Branch,
+    Cell,
+    Concat,
+    Emphasis,
+    Expr,
+    Image,
+    Lerp,
+    Nag,
+    Select,
+    Steer,
+    Table,
+    Text,
+    Weight,
+)
+from wancli.models.attention_guidance import Guide
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
-from wancli.models.text_context import Context, concat, lerp
+from wancli.models.text_context import Context, concat, emphasize, lerp, pick, pool, select, steer
 from wancli.models.token_weights import TokenWeights
 
 
@@ -39,6 +54,7 @@ class ContextCache:
         self._rows_NE = rows_NE
         self._image_rows_NE = image_rows_NE
         self._contexts: dict[Expr, Context] = {}
+        self._vectors: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
     def context(self, expr: Expr) -> Context:
         if expr not in self._contexts:
@@ -53,30 +69,57 @@ class ContextCache:
                 return self._model.project_image(self._image_rows_NE[id])
             case Lerp(a, b, weight):
                 return lerp(self.context(a), self.context(b), weight)
-            case Concat(a, b, weight):
-                return concat(self.context(a), self.context(b), weight)
+            case Concat(a, b, weight, rows):
+                joined = self.context(b) if rows is None else pick(self.context(b), rows)
+                return concat(self.context(a), joined, weight)
+            case Select(a, b, rows):
+                return select(self.context(a), self.context(b), rows)
+            case Steer(inner, toward, away, strength):
+                return steer(self.context(inner), self._vector(toward, away), strength)
+            case Emphasis(inner, biases):
+                return emphasize(self.context(inner), biases)
+
+    def _vector(self, toward: tuple[str, ...], away: tuple[str, ...]) -> Tensor:
+        """Return the mean of the pooled contexts of some prompts, minus that of others [D]."""
+        if (toward, away) not in self._vectors:
+            means = []
+            for ids in (toward, away):
+                pooled = [pool(self.context(Text(id))) for id in ids]
+                means.append(torch.stack(pooled).mean(dim=0) if pooled else torch.tensor(0.0))
+            self._vectors[toward, away] = means[0] - means[1].to(means[0].device)
+        return self._vectors[toward, away]
+
+    def _read(self, expr: Expr | Nag) -> Context | Guide:
+        if isinstance(expr, Nag):
+            return Guide(self.context(expr.negative), expr.scale, expr.alpha, expr.tau)
+        return self.context(expr)
 
     def clear(self) -> None:
         """Drop all contexts, after the weights of the model have changed."""
         self._contexts.clear()
+        self._vectors.clear()
 
     def mix(self, cell: Cell, areas: TokenAreas) -> Mix:
         """Return the contexts of a cell and their weights. An expr that has several, inside and outside of
         areas, is attended to once, with their sum.
         """
         if not any(isinstance(weight, AreaWeight) for _, weight in cell):
-            return tuple((self.context(expr), weight) for expr, weight in cell)  # type: ignore[misc]
-        summed = ((expr, areas.sum(weights)) for expr, weights in group_by_expr(cell).items())
-        return tuple((self.context(expr), weight) for expr, weight in summed if weight != 0.0)
+            return tuple((self._read(expr), weight) for expr, weight in cell)  # type: ignore[misc]
+        by_expr: dict[Expr | Nag, tuple[Weight, ...]] = {}
+        for expr, weight in cell:
+            by_expr[expr] = (*by_expr.get(expr, ()), weight)
+        summed = ((expr, areas.sum(weights)) for expr, weights in by_expr.items())
+        return tuple((self._read(expr), weight) for expr, weight in summed if weight != 0.0)
 
 
 class TokenAreas:
     """The areas of a shot as weights of its tokens on a device, each computed once."""
 
     def __init__(self, grid: TokenGrid, device: torch.device) -> None:
-        self._sums = TokenSums(grid)
+        self._grid = grid
         self._device = device
-        self._known: dict[tuple[Weight, ...], float | TokenWeights] = {}
+        self._weights_L: dict[Area, Tensor] = {}
+        self._sums: dict[tuple[Weight, ...], float | TokenWeights] = {}
 
     @classmethod
     def of_latent(cls, z_CTYX: Tensor) -> TokenAreas:
@@ -86,12 +129,28 @@ class TokenAreas:
 
     def sum(self, weights: tuple[Weight, ...]) -> float | TokenWeights:
         """Return the sum of weights: a number if it is the same for all tokens."""
-        if weights not in self._known:
-            total_L = torch.from_numpy(self._sums.sum(weights))
+        if weights not in self._sums:
+            total_L = sum(map(self._token_weights, weights), torch.zeros(self._grid.tokens))
             first = total_L[0].item()
             same = bool((total_L == first).all())
-            self._known[weights] = first if same else TokenWeights(total_L.float(), self._device)
-        return self._known[weights]
+            self._sums[weights] = first if same else TokenWeights(total_L.float(), self._device)
+        return self._sums[weights]
+
+    def _token_weights(self, weight: Weight) -> Tensor:
+        """Return one weight for each token, fp64 [L]."""
+        if not isinstance(weight, AreaWeight):
+            return torch.full((self._grid.tokens,), weight, dtype=torch.float64)
+        product_L = self._token_weights(weight.factor)
+        for area in weight.inside:
+            product_L = product_L * self._area(area)
+        for area in weight.outside:
+            product_L = product_L * (1 - self._area(area))
+        return product_L
+
+    def _area(self, area: Area) -> Tensor:
+        if area not in self._weights_L:
+            self._weights_L[area] = torch.from_numpy(compute_weights(area, self._grid)).flatten()
+        return self._weights_L[area]
 
 
 class BlockContexts(Sequence[Mix]):

@@ -2,21 +2,22 @@
 
 A cell of the table is a weighted sum of cross-attention outputs, `((expr, weight), ...)`. A weight is a
 number or, if a rule acts in an area only, differs from token to token. An expr names a context: that of a
-prompt or a picture, or one made from two of a kind (`Lerp`, `Concat`). If the blocks of a model attend to
-pictures, a cell has parts of both kinds. The table is pure data without tensors; `wancli.injection.contexts`
-turns exprs into contexts.
+prompt or a picture, or one made from others (`Lerp`, `Concat`, `Select`, `Steer`, `Emphasis`). If the blocks
+of a model attend to pictures, a cell has parts of both kinds. A `Nag` in a cell changes the sum of its
+prompts. The table is pure data without tensors; `wancli.injection.contexts` turns exprs into contexts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 from wancli.injection.area import Area
 
 Branch = Literal["cond", "uncond"]
-Blend = Literal["context-lerp", "output-mix", "replace", "concat"]
+Blend = Literal["context-lerp", "output-mix", "replace", "concat", "nag"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,58 @@ class Lerp:
 
 @dataclass(frozen=True)
 class Concat:
-    """The keys of both in one softmax, those of b with ln(weight) added to their logits."""
+    """The keys of both in one softmax, those of b with ln(weight) added to their logits; if `rows` are given,
+    only these of b.
+    """
 
     a: Expr
     b: Expr
     weight: float
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Select:
+    """The projected rows of a, with these rows of b in their places."""
+
+    a: Expr
+    b: Expr
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Steer:
+    """strength·vector added to the projected rows of an expr, except padding.
+
+    The vector is the mean of the pooled contexts of the prompts `toward`, minus that of those `away`.
+    """
+
+    expr: Expr
+    toward: tuple[str, ...]
+    away: tuple[str, ...]
+    strength: float
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """A bias added to the logits of some rows, `((row, bias), ...)`. It is the outermost of the exprs that
+    make a context, so that contexts which differ in it alone share keys and values.
+    """
+
+    expr: Expr
+    biases: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Nag:
+    """Normalised attention guidance of the prompts of a cell, away from another prompt; formula in
+    `models.attention_guidance`. The weight of this part of a cell multiplies alpha.
+    """
+
+    negative: Text
+    scale: float
+    alpha: float
+    tau: float
 
 
 @dataclass(frozen=True)
@@ -62,10 +110,36 @@ class AreaWeight:
     outside: tuple[Area, ...] = ()
 
 
-Expr = Text | Image | Lerp | Concat
+Expr = Text | Image | Lerp | Concat | Select | Steer | Emphasis
 Weight = float | AreaWeight
-Cell = tuple[tuple[Expr, Weight], ...]
+Cell = tuple[tuple[Expr | Nag, Weight], ...]
 Row = tuple[Cell, ...]  # one cell per block
+Parts = tuple[tuple[Expr, Weight], ...]
+
+
+class CellRule(Protocol):
+    """A rule that changes cells of a table: those of `blocks` at `steps` in `branches`. `order` decides which
+    kind of rules applies first, and `kind` is the key of a job that has them.
+    """
+
+    kind: ClassVar[str]
+    order: ClassVar[int]
+
+    @property
+    def blocks(self) -> tuple[tuple[int, float], ...]: ...
+    @property
+    def steps(self) -> tuple[tuple[int, float], ...]: ...
+    @property
+    def branches(self) -> tuple[Branch, ...]: ...
+    @property
+    def image(self) -> bool: ...
+    @property
+    def area(self) -> Area | None: ...
+    def blend_parts(self, own: Parts, base: Text | Image, strength: float, /) -> Parts:
+        """Return what the parts of a cell become, without regard to the area. `own` are those of the kind
+        that the rule changes, the results of the rules before it, and `base` what blocks read without rules.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,41 +160,90 @@ class Rule:
     gain: float
     image: bool = False
     area: Area | None = None
+    rows: tuple[int, ...] | None = None  # of the prompt, if `words` narrow the rule to them
+    nag: tuple[float, float, float] | None = None  # scale, alpha and tau, of the blend `nag` only
+    kind: ClassVar[str] = "inject"
+    order: ClassVar[int] = 1
 
     @property
     def is_active(self) -> bool:
         """Whether any strength is not 0."""
         return any(s * f for _, s in self.blocks for _, f in self.steps)
 
-    def apply(self, cell: Cell, base: Text | Image, strength: float) -> Cell:
-        """Return the cell after this rule. `cell` is the result of the rules before it, and `base` what
-        blocks read without rules, of the kind that this one injects.
-        """
-        own = tuple(part for part in cell if is_image(part[0]) == self.image)
-        others = tuple(part for part in cell if is_image(part[0]) != self.image)
-        changed = self._blend(own, base, strength)
-        if self.area is not None:
-            changed = (*_keep_outside(own, self.area), *_keep_inside(changed, self.area))
-        return (*others, *changed) if self.image else (*changed, *others)
-
-    def _blend(self, own: Cell, base: Text | Image, strength: float) -> Cell:
+    def blend_parts(self, own: Parts, base: Text | Image, strength: float, /) -> Parts:
         injected: Expr = Image(self.text) if self.image else Text(self.text)
         if self.gain != 1:
             injected = Lerp(base, injected, self.gain)
         match self.blend:
             case "context-lerp":
-                return tuple((Lerp(expr, injected, strength), weight) for expr, weight in own)
+                return tuple((self._lerp(expr, injected, strength), weight) for expr, weight in own)
             case "concat":
-                return tuple((Concat(expr, injected, strength), weight) for expr, weight in own)
+                return tuple((self._concat(expr, injected, strength), weight) for expr, weight in own)
             case "output-mix" if strength != 1:
                 kept = tuple((expr, _scale(weight, 1 - strength)) for expr, weight in own)
-                return (*kept, (injected, strength))
+                added = tuple(
+                    (expr, _scale(weight, strength)) for expr, weight in self._replace(own, injected)
+                )
+                return (*kept, *added)
             case _:
-                return ((injected, 1.0),)
+                return self._replace(own, injected)
+
+    def _lerp(self, expr: Expr, injected: Expr, strength: float) -> Expr:
+        """Blend projected rows. Emphasis fades with the share of the rows that had it."""
+        rows, kept = self.rows, max(0.0, 1 - strength)
+        if rows is None:
+            return build_inside(expr, lambda a: Lerp(a, injected, strength), lambda _: kept)
+        return build_inside(
+            expr,
+            lambda a: Lerp(a, Select(a, injected, rows), strength),
+            lambda row: kept if row in rows else 1.0,
+        )
+
+    def _concat(self, expr: Expr, injected: Expr, strength: float) -> Expr:
+        return build_inside(expr, lambda a: Concat(a, injected, strength, self.rows))
+
+    def _replace(self, own: Parts, injected: Expr) -> Parts:
+        if self.rows is None:
+            return ((injected, 1.0),)
+        return tuple((self._select(expr, injected, self.rows), weight) for expr, weight in own)
+
+    def _select(self, expr: Expr, injected: Expr, rows: tuple[int, ...]) -> Expr:
+        return build_inside(expr, lambda a: Select(a, injected, rows), lambda row: float(row not in rows))
+
+
+def apply_rule(rule: CellRule, cell: Cell, base: Text | Image, strength: float) -> Cell:
+    """Return the cell after a rule. `cell` is the result of the rules before it, and `base` what blocks read
+    without rules, of the kind that this one changes.
+    """
+    if isinstance(rule, Rule) and rule.nag is not None:
+        guide = Nag(Text(rule.text), *rule.nag)
+        return (*cell, (guide, strength if rule.area is None else _restrict(strength, inside=rule.area)))
+    own = parts_of(cell, image=rule.image)
+    others = tuple(part for part in cell if part not in own)
+    changed = rule.blend_parts(own, base, strength)
+    if rule.area is not None:
+        changed = (
+            *((expr, _restrict(weight, outside=rule.area)) for expr, weight in own),
+            *((expr, _restrict(weight, inside=rule.area)) for expr, weight in changed),
+        )
+    return (*others, *changed) if rule.image else (*changed, *others)
+
+
+def build_inside(
+    expr: Expr, build: Callable[[Expr], Expr], keep: Callable[[int], float] = lambda _: 1.0
+) -> Expr:
+    """Build an expr from another one whose emphasis stays outermost, each bias times what a row keeps."""
+    if not isinstance(expr, Emphasis):
+        return build(expr)
+    biases = tuple((row, bias * keep(row)) for row, bias in expr.biases if keep(row))
+    return Emphasis(build(expr.expr), biases) if biases else build(expr.expr)
 
 
 class Table:
     """What block `b` attends to at step `s` in a branch: `table.row(s, branch)[b]`.
+
+    Rules apply in the order of their kinds, those of a kind in the order given. `names` has the key of each
+    in a job.
 
     Steps with equal rows share one row, so a table of many steps is small. `changed_cells` lists, for
     each rule, the (step, branch, block) cells that it changed. `steps_by_branch` lists the steps of each
@@ -132,7 +255,7 @@ class Table:
 
     def __init__(
         self,
-        rules: Sequence[Rule],
+        rules: Sequence[CellRule],
         base: dict[Branch, str],
         depth: int,
         steps: int,
@@ -149,6 +272,7 @@ class Table:
         self.base: dict[Branch, Text] = {branch: Text(text) for branch, text in base.items()}
         self.branches = tuple(base)
         self.changed_cells: tuple[list[tuple[int, Branch, int]], ...] = tuple([] for _ in rules)
+        self.names = _name_rules(rules)
         self._rows: dict[tuple[int, Branch], Row] = {}
         made: dict[tuple[Branch, tuple[float, ...]], Row] = {}
         factors = [dict(rule.steps) for rule in rules]
@@ -181,15 +305,34 @@ class Table:
             steps_by_row.setdefault(self.row(step, branch), []).append(step)
         return steps_by_row
 
-    def _build_row(self, rules: Sequence[Rule], active: Sequence[float], branch: Branch, depth: int) -> Row:
+    def _build_row(
+        self, rules: Sequence[CellRule], active: Sequence[float], branch: Branch, depth: int
+    ) -> Row:
         cells = [self.base_cell(branch)] * depth
-        for rule, factor in zip(rules, active):
+        for rule, factor in sorted(zip(rules, active), key=lambda pair: pair[0].order):
             base = self.image if rule.image else self.base[branch]
             assert base is not None
             for block, strength in rule.blocks:
                 if strength * factor:
-                    cells[block] = rule.apply(cells[block], base, strength * factor)
+                    cells[block] = apply_rule(rule, cells[block], base, strength * factor)
         return tuple(cells)
+
+
+def _name_rules(rules: Sequence[CellRule]) -> tuple[str, ...]:
+    """Name each rule by its kind and its number among these: `inject.0`."""
+    counts: Counter[str] = Counter()
+    names = []
+    for rule in rules:
+        names.append(f"{rule.kind}.{counts[rule.kind]}")
+        counts[rule.kind] += 1
+    return tuple(names)
+
+
+def parts_of(cell: Cell, *, image: bool) -> Parts:
+    """Return the parts of a cell that are prompts or, if `image`, those that are pictures."""
+    return tuple(
+        (expr, weight) for expr, weight in cell if not isinstance(expr, Nag) and is_image(expr) == image
+    )
 
 
 def _scale(weight: Weight, factor: float) -> Weight:
@@ -198,42 +341,31 @@ def _scale(weight: Weight, factor: float) -> Weight:
     )
 
 
-def _keep_inside(cell: Cell, area: Area) -> Cell:
-    """Return the parts of a cell times the weight in an area. What acts before or after it is left out."""
-    kept = []
-    for expr, weight in cell:
-        whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
-        if not any(area.is_before_or_after(other) for other in whole.inside):
-            outside = tuple(other for other in whole.outside if not area.is_before_or_after(other))
-            kept.append((expr, AreaWeight(whole.factor, (*whole.inside, area), outside)))
-    return tuple(kept)
-
-
-def _keep_outside(cell: Cell, area: Area) -> Cell:
-    """Return the parts of a cell times the weight outside of an area."""
-    kept: list[tuple[Expr, Weight]] = []
-    for expr, weight in cell:
-        whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
-        if any(area.is_before_or_after(other) for other in whole.inside):
-            kept.append((expr, weight))
-        else:
-            kept.append((expr, replace(whole, outside=(*whole.outside, area))))
-    return tuple(kept)
+def _restrict(weight: Weight, *, inside: Area | None = None, outside: Area | None = None) -> AreaWeight:
+    """Return the weight times that of tokens inside or outside of an area."""
+    whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
+    added = [() if area is None else (area,) for area in (inside, outside)]
+    return AreaWeight(whole.factor, (*whole.inside, *added[0]), (*whole.outside, *added[1]))
 
 
 def is_image(expr: Expr) -> bool:
     """Return whether a context is that of pictures and not of prompts."""
-    while isinstance(expr, Lerp | Concat):
-        expr = expr.a
+    while not isinstance(expr, Text | Image):
+        expr = expr.expr if isinstance(expr, Steer | Emphasis) else expr.a
     return isinstance(expr, Image)
 
 
 def injected_share(expr: Expr, base: Text | Image) -> float:
     """Return how much of a context comes from others than its branch's own prompt or picture, in [0, 1]; for
-    display.
+    display. Rows of some words count as the whole prompt.
     """
-    if isinstance(expr, Text | Image):
-        return float(expr != base)
+    match expr:
+        case Text() | Image():
+            return float(expr != base)
+        case Steer() | Emphasis():
+            return injected_share(expr.expr, base)
+        case Select():
+            return max(injected_share(expr.a, base), injected_share(expr.b, base))
     a, b = injected_share(expr.a, base), injected_share(expr.b, base)
     weight = expr.weight if isinstance(expr, Lerp) else expr.weight / (1 + expr.weight)
     return min(1.0, max(0.0, (1 - weight) * a + weight * b))
@@ -250,15 +382,13 @@ def _injected_share_of_cell(cell: Cell, base: Text | Image) -> float:
     """Return the injected share where it is largest: a cell with areas has another one in each of them."""
     everywhere = 0.0
     by_areas: dict[tuple[tuple[Area, ...], ...], float] = {}
-    for expr, weight in cell:
-        if is_image(expr) != isinstance(base, Image):
-            continue
+    shares = [(injected_share(expr, base), w) for expr, w in parts_of(cell, image=isinstance(base, Image))]
+    if isinstance(base, Text):
+        shares += [(guide.alpha, weight) for guide, weight in cell if isinstance(guide, Nag)]
+    for share, weight in shares:
         if isinstance(weight, AreaWeight):
-            if any(one.is_beside(other) for one in weight.inside for other in weight.inside):
-                continue  # only tokens that both have pixels of
             areas = weight.inside, weight.outside
-            share = abs(weight.factor) * injected_share(expr, base)
-            by_areas[areas] = by_areas.get(areas, 0.0) + share
+            by_areas[areas] = by_areas.get(areas, 0.0) + abs(weight.factor) * share
         else:
-            everywhere += abs(weight) * injected_share(expr, base)
+            everywhere += abs(weight) * share
     return everywhere + max(by_areas.values(), default=0.0)

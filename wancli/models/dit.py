@@ -232,7 +232,8 @@ class WanModel(nn.Module):
         if count > length:
             raise ValueError(f"{count} text rows, the model takes {length}")
         padded_NE = F.pad(text_NE, (0, 0, 0, int(count < length)))
-        return from_padded_rows(self.text_embedding(padded_NE).float(), length)
+        rows_ND = self.text_embedding(padded_NE).float()
+        return from_padded_rows(rows_ND, length, padded=count < length)
 
     def project_image(self, rows_NE: Tensor) -> Context:
         """Project the rows of CLIP, 257 of each picture, to the context that the blocks attend to.

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from wancli.models import config
 from wancli.models.attention import attend
+from wancli.models.attention_guidance import Guide, guide_attention
 from wancli.models.text_context import Context
 from wancli.models.token_weights import TokenWeights, Weight, dense, narrow
 
-# Contexts whose attention outputs are mixed, and their weights. An empty mix adds nothing.
-Mix: TypeAlias = Sequence[tuple[Context, Weight]]
+# Contexts whose attention outputs are mixed, and their weights. An empty mix adds nothing. A `Guide` changes
+# the mixed output of the prompts, in the order of the mix.
+Mix: TypeAlias = Sequence[tuple[Context | Guide, Weight]]
+Part: TypeAlias = tuple[Context, Weight]
 
 
 class Blocks(nn.ModuleList):
@@ -107,7 +110,7 @@ class FeedForward(nn.Sequential):
         if torch.is_grad_enabled():
             y_BLD: Tensor = narrow(widen(x_BLD))
             return y_BLD
-        for piece_BLD in torch.split(x_BLD, 1024 if x_BLD.device.type == "cpu" else 16384, dim=1):
+        for piece_BLD in torch.split(x_BLD, count_at_once(x_BLD), dim=1):
             piece_BLD.copy_(narrow(widen(piece_BLD)))
         return x_BLD
 
@@ -165,22 +168,50 @@ class CrossAttention(Attention):
         if not mix:
             return torch.zeros_like(x_BLD)
         q_BLD = self.norm_q(self.q(x_BLD))
-        q_BHLK = self.split_heads(q_BLD)
-        whole = [
-            (self.attend_context(q_BHLK, context), weight)
-            for context, weight in mix
-            if not isinstance(weight, TokenWeights)
-        ]
-        y_BLD = join_heads(sum_weighted(whole)) if whole else torch.zeros_like(q_BLD, dtype=q_BHLK.dtype)
-        for context, weight in mix:
-            if isinstance(weight, TokenWeights):
-                y_BLD = self.add_part(y_BLD, q_BLD, context, weight)
+        parts = [(context, weight) for context, weight in mix if isinstance(context, Context)]
+        guides = [(guide, weight) for guide, weight in mix if isinstance(guide, Guide)]
+        guided = [part for part in parts if part[0].of == "text"] if guides else parts
+        y_BLD = self.sum_parts(q_BLD, guided)
+        for guide, weight in guides:
+            y_BLD = self.move_away(y_BLD, q_BLD, guide, weight)
+        if len(guided) < len(parts):
+            y_BLD = y_BLD + self.sum_parts(q_BLD, [part for part in parts if part[0].of == "image"])
         out_BLD: Tensor = self.o(y_BLD)
         # `o` is shared, but its bias belongs to every prompt: the sum holds it `total` times.
-        total = sum(dense(weight) for context, weight in mix if context.of == "text")
+        total = sum(dense(weight) for context, weight in parts if context.of == "text")
         if isinstance(total, Tensor):
             return out_BLD + (total - 1.0)[:, None] * self.o.bias
         return out_BLD if total == 1.0 else out_BLD + (total - 1.0) * self.o.bias
+
+    def sum_parts(self, q_BLD: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Return the sum of weight * attention, before the projection `o`."""
+        q_BHLK = self.split_heads(q_BLD)
+        whole = [
+            (self.attend_context(q_BHLK, context), weight)
+            for context, weight in parts
+            if not isinstance(weight, TokenWeights)
+        ]
+        y_BLD = join_heads(sum_weighted(whole)) if whole else torch.zeros_like(q_BLD, dtype=q_BHLK.dtype)
+        for context, weight in parts:
+            if isinstance(weight, TokenWeights):
+                y_BLD = self.add_part(y_BLD, q_BLD, context, weight)
+        return y_BLD
+
+    def move_away(self, y_BLD: Tensor, q_BLD: Tensor, guide: Guide, weight: Weight) -> Tensor:
+        """Guide the tokens whose weight is not 0, some at a time. May overwrite y in place."""
+        tokens_L: Tensor = torch.arange(y_BLD.shape[1], device=y_BLD.device)
+        if isinstance(weight, TokenWeights):
+            tokens_L, weight = weight.tokens, 1.0 if weight.nonzero is None else weight.nonzero
+        guided = y_BLD.clone() if torch.is_grad_enabled() else y_BLD
+        size = count_at_once(y_BLD)
+        for start in range(0, len(tokens_L), size):
+            tokens_N = tokens_L[start : start + size]
+            q_BHNK = self.split_heads(q_BLD.index_select(1, tokens_N))
+            away_BND = join_heads(self.attend_context(q_BHNK, guide.negative))
+            own = weight[start : start + size] if isinstance(weight, Tensor) else weight
+            moved_BND = guide_attention(y_BLD.index_select(1, tokens_N), away_BND, guide, own)
+            guided = guided.index_copy_(1, tokens_N, moved_BND)
+        return guided
 
     def add_part(self, y_BLD: Tensor, q_BLD: Tensor, context: Context, weights: TokenWeights) -> Tensor:
         """Add weight * attention of the tokens whose weight is not 0. May overwrite y in place."""
@@ -195,7 +226,9 @@ class CrossAttention(Attention):
 
     def attend_context(self, q_BHLK: Tensor, context: Context) -> Tensor:
         k_BHNK, v_BHNK = (x_1HNK.expand(len(q_BHLK), -1, -1, -1) for x_1HNK in self.keys_values(context))
-        _, bias_N = context.in_dtype(q_BHLK.dtype)
+        rows_N, bias_N = context.biases(q_BHLK.dtype)
+        if rows_N is not None:
+            k_BHNK, v_BHNK = (x_BHNK.index_select(2, rows_N) for x_BHNK in (k_BHNK, v_BHNK))
         return attend(q_BHLK, k_BHNK, v_BHNK, bias_N=bias_N)
 
     def keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
@@ -212,6 +245,11 @@ class CrossAttention(Attention):
         if not torch.is_grad_enabled():
             context.kv[self] = k_1HNK, v_1HNK
         return k_1HNK, v_1HNK
+
+
+def count_at_once(x_BLD: Tensor) -> int:
+    """Return how many tokens at a time fit the cache of a CPU, or keep a GPU busy."""
+    return 1024 if x_BLD.device.type == "cpu" else 16384
 
 
 def join_heads(y_BHLK: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from wancli.errors import JobError
 from wancli.injection.block_map_store import AutoBlocks, BlockMapStore
 from wancli.injection.selectors import pair_strengths, parse_blocks, parse_steps
-from wancli.injection.table import Branch, Concat, Expr, Image, Lerp, Rule, Text
+from wancli.injection.table import Branch, Concat, Emphasis, Expr, Image, Lerp, Nag, Rule, Steer, Text
 from wancli.job.loader import Item
 from wancli.job.problems import Problems
 from wancli.job.schema import Blocks, CurveSpec, InjectRule, SigmaRange, Steps, Strength
@@ -145,12 +145,13 @@ def refuse_rules_without_effect(shot: Shot, item: Item) -> None:
         raise JobError(f"reaches no block: {why}", where=item.location("inject", i), hint=hint)
 
 
-def _contains_text(expr: Expr, text: str) -> bool:
-    return (
-        expr.id == text
-        if isinstance(expr, Text | Image)
-        else _contains_text(expr.a, text) or _contains_text(expr.b, text)
-    )
+def _contains_text(expr: Expr | Nag, text: str) -> bool:
+    match expr:
+        case Text(id) | Image(id):
+            return id == text
+        case Steer(inner) | Emphasis(inner) | Nag(inner):
+            return _contains_text(inner, text)
+    return _contains_text(expr.a, text) or _contains_text(expr.b, text)
 
 
 def refuse_lerp_after_concat(shot: Shot, item: Item) -> None:

@@ -22,10 +22,11 @@ from wancli.errors import NotFinite
 from wancli.injection.block_map import BlockMap
 from wancli.injection.contexts import ContextCache, TokenAreas
 from wancli.injection.effects import relative_change
-from wancli.injection.table import Text
+from wancli.injection.table import Text, apply_rule
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import Mix
 from wancli.models.given_frames import NO_FRAMES, GivenFrames
+from wancli.models.text_context import Context
 from wancli.plan import backends
 from wancli.plan.shot import Shot
 from wancli.probe import request, sensitivity
@@ -155,7 +156,7 @@ def _probe_point(
     given: GivenFrames,
 ) -> ProbePoint:
     base, cell = Text(probe.shot.prompt.id), probe.shot.table.base_cell("cond")
-    areas, cells = TokenAreas.of_latent(state.x), (cell, probe.rule.apply(cell, base, 1.0))
+    areas, cells = TokenAreas.of_latent(state.x), (cell, apply_rule(probe.rule, cell, base, 1.0))
     plain, injected = ([contexts.mix(one, areas)] * probe.depth for one in cells)
     x_CTYX, t = given.put_into(state.x), probe.shot.sigma_schedule.timesteps[step]
     return ProbePoint(model, x_CTYX[None], t, plain, injected, given)
@@ -189,7 +190,14 @@ def _measure_changes(
     context: RenderContext,
 ) -> list[float]:
     """Measure ‖v' - v‖ / ‖v‖ for each range, v' with the injected prompt in the range, or with no text."""
-    pictures = [tuple(part for part in mix if part[0].of == "image") for mix in point.plain]
+    pictures = [
+        tuple(
+            (context, weight)
+            for context, weight in mix
+            if isinstance(context, Context) and context.of == "image"
+        )
+        for mix in point.plain
+    ]
     other: Sequence[Mix] = point.injected if probe.method == "inject" else pictures
     rows = [
         [other[b] if b in blocks else point.plain[b] for b in range(probe.depth)] for blocks in probe.ranges

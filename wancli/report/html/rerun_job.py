@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from wancli.storage.manifest_schema import (
-    AreaRecord,
     InjectedPictureRecord,
     LoraRecord,
     PromptRecord,
@@ -104,18 +103,7 @@ def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord)
         "branch": "both" if len(rule.branches) == 2 else rule.branches[0],
         "blend": rule.blend,
         "gain": rule.gain,
-        **(_area_keys(rule.area) if rule.area else {}),
     }
-
-
-def _area_keys(area: AreaRecord) -> Job:
-    keys = {
-        "frames": area.frames and f"{area.frames[0]}-{area.frames[1]}",
-        "region": area.region and [*area.region],
-        "mask": area.mask and area.mask.path,
-        "feather": area.feather,
-    }
-    return {key: value for key, value in keys.items() if value}
 
 
 def _lora_entry(lora: LoraRecord) -> Job:

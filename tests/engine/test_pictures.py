@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -41,7 +42,7 @@ from wancli.models.given_frames import GivenFrames
 from wancli.models.vae22 import WanVAE22
 from wancli.plan import disk_estimate, memory_policy
 from wancli.plan.planner import build_plan
-from wancli.report.html.rerun_job import build_job
+from wancli.report.html.rerun_job import build_job, rerun_command
 from wancli.sampling.solvers import build_sigma_schedule
 from wancli.storage import manifest
 from wancli.storage.cache import Entry, Store, read_entry
@@ -89,7 +90,8 @@ def case_keys(of: str, name: str) -> dict[str, Any]:
     reference = json.loads((FIXTURES / of / "reference.json").read_text())
     case, prompts = reference["cases"][name], reference["prompts"]
     guidance = case["cfg"] if "cfg" in case else {"high": case["cfg_high"], "low": case["cfg_low"]}
-    image = {"first": str(PICTURE)} | ({"last": str(LAST)} if "last_image" in case else {})
+    roles = {"first": "image", "last": "last_image"}
+    image = {role: str(FIXTURES / "pictures" / case[key]) for role, key in roles.items() if key in case}
     inject = []
     if rule := case.get("inject"):
         (first, last), (start, end) = rule["blocks"], rule["steps"]
@@ -111,6 +113,7 @@ def case_keys(of: str, name: str) -> dict[str, Any]:
         ("wan22-ti2v-tiny", "image_dpmpp_cfg5", "crop", ["first"]),
         ("wan21-i2v-tiny", "dpmpp_cfg5", "stretch", ["first"]),
         ("wan21-flf2v-tiny", "unipc_cfg55", "stretch", ["first", "last"]),
+        ("wan21-flf2v-tiny", "dpmpp_other_size", "stretch", ["first", "last"]),
         ("wan22-i2v-tiny", "unipc_pair", "stretch", ["first"]),
         ("wan22-ti2v-tiny", "inject_cond_steps", "crop", ["first"]),
         ("wan21-i2v-tiny", "inject_cond_27_39", "stretch", ["first"]),
@@ -129,10 +132,34 @@ def test_a_job_with_pictures_gives_the_latents_of_the_official_code(
     record = manifest_of(tmp_path)
     assert [picture["role"] for picture in record["pictures"]] == roles
     for picture in record["pictures"]:
-        assert (picture["width"], picture["height"], picture["cached"]) == (157, 111, False)
+        size = (120, 140) if picture["path"].endswith("last_other.png") else (157, 111)
+        assert (picture["width"], picture["height"]) == size
+        assert picture["cached"] is False
         assert (picture["preprocess"], picture["fit"]) == ("official", fit)
     assert [phase["name"] for phase in record["phases"]][:2] == ["encode", "pictures"]
     assert {"encode", "sample", "decode", "pictures"} == {phase["name"] for phase in record["predicted"]}
+
+
+def test_the_official_crop_of_a_last_picture_of_another_size_is_told_recorded_and_repeated(
+    render: Render, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = case_keys("wan21-flf2v-tiny", "dpmpp_other_size") | {"sampler": {"steps": 1}}
+    model = str(assemble("wan21-flf2v-tiny", tmp_path / "model"))
+    said = render(model=model, **keys)
+    assert said.code == 0
+    assert "last_other.png: it has not the size of the first picture" in said.err
+    record = manifest.read(tmp_path / "out/clip.manifest.json")
+    assert record
+    assert [picture.crop for picture in record.pictures] == [None, (183, 157)]
+    path = write_job(tmp_path, build_job(record, "again.mp4"), "again.yaml")
+    cache = ("--cache-dir", tmp_path / "cache")
+    (shot,) = json.loads(run_wancli(capsys, "plan", path, "--json", *cache).out)["shots"]
+    assert shot["key"] == record.key
+    assert shot["pictures"][1]["sha256"] == record.pictures[1].sha256
+    said = render(model=model, **keys | {"image": keys["image"] | {"fit": "crop"}})
+    assert "already exists" in said.err
+    assert "another image.last" in said.err
+    assert "it has not the size" not in said.err
 
 
 @pytest.fixture
@@ -493,7 +520,7 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def test_a_chain_begins_with_the_exact_last_frame_and_is_joined_without_it(
-    render: Render, ti2v: Path, tmp_path: Path
+    render: Render, ti2v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = render(**OF_CHAIN, join="out/all.mp4", video=KEPT | {"crf": 4})
     assert said.code == 0, said.err
@@ -503,6 +530,8 @@ def test_a_chain_begins_with_the_exact_last_frame_and_is_joined_without_it(
     assert (kept == np.asarray(mp4.to_rgb24(last))[-1]).all()
     record = manifest_of(tmp_path, "b")["pictures"][0]
     assert record["link"] == {"shot": "a", "frame": 4}
+    digest = hashlib.sha256(b"64x64\n" + kept.tobytes()).hexdigest()
+    assert (record["pixels_sha256"], record["sha256"] == digest) == (digest, False)
     joined = decoded(tmp_path / "out/all.mp4")
     assert len(joined) == 5 + 4 + 4
     parts = [decoded(tmp_path / f"out/{id}.mp4") for id in "abc"]
@@ -514,6 +543,13 @@ def test_a_chain_begins_with_the_exact_last_frame_and_is_joined_without_it(
     same = render(image=str(tmp_path / "out/a.frame4.png"), seed=2, output="out/alone.mp4", size="64x64")
     assert same.code == 0
     assert torch.equal(latents_of(tmp_path, "alone"), latents_of(tmp_path, "b"))
+    linked = manifest.read(tmp_path / "out/b.manifest.json")
+    assert linked
+    command = rerun_command(linked, str(tmp_path / "out/again.mp4"))
+    assert '# begins with a frame of shot "a" as a file: the same pixels, under another key' in command
+    job = write_job(tmp_path, command.split("<<'JOB'\n")[1].removesuffix("JOB\n"), "again.yaml")
+    assert run_wancli(capsys, "render", job, "--set", "video.keep_latents=true").code == 0
+    assert torch.equal(latents_of(tmp_path, "again"), latents_of(tmp_path, "b"))
 
 
 def test_a_failed_link_fails_what_hangs_on_it_and_the_same_command_goes_on_from_there(

@@ -101,7 +101,7 @@ def _is_same_picture(old: PromptRecord | InjectedPictureRecord, new: Prompt | In
 
 
 def _diff_pictures(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
-    old = {picture.role: (picture.sha256, picture.preprocess, picture.fit) for picture in record.pictures}
+    old = {picture.role: (picture.pixels_key, picture.preprocess, picture.fit) for picture in record.pictures}
     frames = shot.pictures.frames if shot.pictures else ()
     new = {
         role: (frame.source.pixels_key, frame.how.method, frame.how.fit)

@@ -17,7 +17,7 @@ from wancli.engine.context import RenderContext
 from wancli.engine.kept_frames import frame_path, load_frame
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
-from wancli.errors import EntryError, ErrorCapture
+from wancli.errors import EntryError, ErrorCapture, Unreadable
 from wancli.pictures.read import digest_pixels, read_pixels
 from wancli.plan import memory_policy
 from wancli.plan.picture_entries import entry_values, frames_key
@@ -167,10 +167,14 @@ def _read_source(source: PictureFile | LinkedFrame) -> Pixels:
     if isinstance(source, LinkedFrame):
         return load_frame(source)
     pixels_YX3 = read_pixels(source.path, source.orient, source.alpha)
-    if digest_pixels(pixels_YX3) != source.pixels_key:
+    if digest_pixels(pixels_YX3) != source.facts.sha256:
         hint = "The same command plans the new picture; its video gets another key."
         raise EntryError("the picture has changed since it was planned", where=str(source.path), hint=hint)
-    return pixels_YX3
+    if source.crop is None:
+        return pixels_YX3
+    from wancli.pictures.preprocess import crop_middle
+
+    return crop_middle(pixels_YX3, *source.crop)
 
 
 def _as_given(shot: Shot, z_CTYX: Tensor) -> GivenFrames:
@@ -213,18 +217,26 @@ def picture_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> list[Re
     for role, frame in zip(("first", "last"), shot.pictures.frames):
         source = frame.source
         if isinstance(source, PictureFile):
-            origin: Record = {"path": str(source.path), "orient": source.orient, "alpha": source.alpha}
+            read = {"orient": source.orient, "alpha": source.alpha, "crop": source.crop}
+            origin: Record = {"path": str(source.path), "sha256": source.facts.sha256, **read}
         else:
             link = {"shot": source.id, "frame": source.frame}
             path = frame_path(source.output, source.frame)
-            origin = {"path": str(path), "orient": "ignore", "alpha": "drop", "link": link}
+            digests = {"sha256": source.pixels_key, "pixels_sha256": _digest_frame(source)}
+            origin = {"path": str(path), "orient": "ignore", "alpha": "drop", "link": link, **digests}
         size = {"width": source.size[0], "height": source.size[1]}
         how = {"preprocess": frame.how.method, "fit": frame.how.fit}
         cached = encoded[shot.index].hit
-        described.append(
-            {"role": role, "sha256": source.pixels_key, "cached": cached, **origin, **size, **how}
-        )
+        described.append({"role": role, "cached": cached, **origin, **size, **how})
     return described
+
+
+def _digest_frame(link: LinkedFrame) -> str | None:
+    """Return the SHA-256 of the pixels of a kept frame; None if it is gone, and its latents were cached."""
+    try:
+        return digest_pixels(load_frame(link))
+    except (EntryError, Unreadable):
+        return None
 
 
 def injected_records(shot: Shot, encoded: Mapping[int, EncodedFrames]) -> dict[str, Record]:

@@ -63,6 +63,22 @@ def make_clip_input(rgb_YX3: Pixels, method: Method) -> Tensor:
     return (stretched - mean) / std
 
 
+def crop_middle(rgb_YX3: Pixels, width: int, height: int) -> Pixels:
+    """Return the middle of a picture, with mid grey where it is smaller, as torchvision's center_crop does.
+
+    Mid grey is 127.5, so the values are fp32.
+    """
+    import numpy as np
+
+    rows, columns, _ = rgb_YX3.shape
+    tall, wide = max(rows, height), max(columns, width)
+    page_YX3 = np.full((tall, wide, 3), 127.5, np.float32)
+    top, left = (tall - rows) // 2, (wide - columns) // 2
+    page_YX3[top : top + rows, left : left + columns] = rgb_YX3
+    top, left = round((tall - height) / 2), round((wide - width) / 2)
+    return page_YX3[top : top + height, left : left + width]
+
+
 def _choose_resize(how: Preprocessing) -> Resize:
     if how.method == "comfy":
         return _bilinear

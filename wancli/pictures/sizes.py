@@ -41,6 +41,18 @@ def fit_to_area(picture: Size, area: int, method: Method, stride: int) -> Size:
     return columns * 8, rows * 8
 
 
+def official_crop(first: Size, last: Size) -> Size | None:
+    """Return how large a middle the official FLF2V code takes of a last picture; None if it takes all.
+
+    If its size is not that of the first picture, the code means to scale it to cover the first, but crops it
+    to the scaled size with width and height exchanged (wan/first_last_frame2video.py of Wan 2.1).
+    """
+    if last == first:
+        return None
+    scale = max(first[0] / last[0], first[1] / last[1])
+    return round(last[1] * scale), round(last[0] * scale)
+
+
 def default_fit(picture: Size, size: Size, method: Method, stride: int) -> Fit:
     """Return how a picture fits a size if the job does not say it.
 
@@ -51,12 +63,21 @@ def default_fit(picture: Size, size: Size, method: Method, stride: int) -> Fit:
         return "stretch"
     if method == "comfy" or stride == 32:
         return "crop"
-    # The areas that give the width, and those that give the height, of which the rule rounds down the roots.
+    smallest, largest = _official_areas(picture, size, stride)
+    return "stretch" if smallest < largest else "crop"
+
+
+def official_area(picture: Size, size: Size) -> int:
+    """Return an area for which the official rule of stride 16 gives a size that it gave for a picture."""
+    return math.ceil(_official_areas(picture, size, 16)[0])
+
+
+def _official_areas(picture: Size, size: Size, stride: int) -> tuple[float, float]:
+    """Return between which areas the rule gives this size: it rounds down the roots of width and height."""
     aspect = picture[1] / picture[0]
     by_width, by_height = ((side**2, (side + stride) ** 2) for side in size)
     smallest = max(by_width[0] * aspect, by_height[0] / aspect)
-    largest = min(by_width[1] * aspect, by_height[1] / aspect)
-    return "stretch" if smallest < largest else "crop"
+    return smallest, min(by_width[1] * aspect, by_height[1] / aspect)
 
 
 def _better_of_two(picture: Size, area: int, stride: int) -> Size:

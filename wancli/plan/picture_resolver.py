@@ -6,7 +6,7 @@ Loads without torch. Pixels are decoded for their digest, once for as long as a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from wancli.job.loader import Item
 from wancli.job.schema import AreaSize, ImageOptions, InjectPicture
 from wancli.models.variants import Variant
 from wancli.pictures.read import Alpha, Orient, PictureFacts, inspect_picture
-from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area
+from wancli.pictures.sizes import Preprocessing, Size, default_fit, fit_to_area, official_crop
 from wancli.plan import model_registry
 from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile, ShotPictures
 from wancli.storage import disk
@@ -97,16 +97,33 @@ def resolve_pictures(
             where=item.location("image"),
             hint="Write a larger area, or an exact size, for example size: 832x480, which crops the picture.",
         )
+    if last and area is not None and variant.last_picture == "required":
+        last = _crop_last(last, options, first.size)
     how = partial(_choose_preprocessing, options, size, variant.stride)
     return (
         ShotPictures(
             GivenFrame(first, how(first.size, by_area=area is not None)),
-            GivenFrame(last, how(last.size, by_area=area is not None and last.size == first.size))
-            if last
-            else None,
+            GivenFrame(last, how(last.size, by_area=_is_by_area(last, first, area))) if last else None,
         ),
         size,
     )
+
+
+def _crop_last(last: PictureFile, options: ImageOptions, first: Size) -> PictureFile:
+    """Crop the last picture as the official FLF2V code does, unless the job says something else."""
+    crop = official_crop(first, last.size) if options.preprocess == "official" and not options.fit else None
+    if crop is None:
+        return last
+    note = (
+        f"it has not the size of the first picture, so a middle of {crop[0]}x{crop[1]} is taken, with grey "
+        "around it, as the official code does; `fit: crop` fills the frame"
+    )
+    return replace(last, crop=crop, facts=replace(last.facts, notes=(*last.facts.notes, note)))
+
+
+def _is_by_area(last: PictureFile, first: PictureFile | LinkedFrame, area: int | None) -> bool:
+    """Return whether the official rule stretches the last picture to the size that it found."""
+    return area is not None and (last.size == first.size or last.crop is not None)
 
 
 def _choose_preprocessing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class PictureFile:
     orient: Orient
     alpha: Alpha
     facts: PictureFacts
+    crop: Size | None = None  # of the pixels, before anything else is done with them; see `crop_middle`
 
     @property
     def size(self) -> Size:
@@ -26,11 +28,16 @@ class PictureFile:
 
     @property
     def pixels_key(self) -> str:
-        return self.facts.sha256
+        return crop_key(self.facts.sha256, self.crop)
 
     @property
     def name(self) -> str:
         return self.path.name
+
+
+def crop_key(sha256: str, crop: Sequence[int] | None) -> str:
+    """Name pixels of this digest, after the crop if there is one."""
+    return f"{sha256} {crop[0]}x{crop[1]}" if crop else sha256
 
 
 @dataclass(frozen=True)

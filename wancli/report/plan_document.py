@@ -97,12 +97,17 @@ def _picture_rows(shot: Shot) -> list[dict[str, Any]]:
     for role, frame in zip(("first", "last"), shot.pictures.frames if shot.pictures else ()):
         source = frame.source
         origin: dict[str, Any] = (
-            {"path": str(source.path), "orient": source.orient, "alpha": source.alpha}
+            {
+                "path": str(source.path),
+                "orient": source.orient,
+                "alpha": source.alpha,
+                "sha256": source.facts.sha256,
+            }
             if isinstance(source, PictureFile)
-            else {"shot": source.id, "frame": source.frame}
+            else {"shot": source.id, "frame": source.frame, "sha256": source.pixels_key}
         )
         how = {"preprocess": frame.how.method, "fit": frame.how.fit}
-        rows.append({"role": role, **origin, "size": list(source.size), "sha256": source.pixels_key, **how})
+        rows.append({"role": role, **origin, "size": list(source.size), **how})
     return rows
 
 

@@ -118,12 +118,21 @@ class InjectedPictureRecord(Data):
 class PictureRecord(InjectedPictureRecord):
     """A picture as a frame of the video.
 
-    With a `link` it is a frame of another shot's video, and `sha256` covers what that is made from.
+    With a `link` it is a frame of another shot's video: `sha256` covers what that is made from, and
+    `pixels_sha256` is that of its pixels. Of pixels with a `crop` the middle of that width and height was
+    taken first, with grey around what is smaller.
     """
 
     role: Literal["first", "last"]
     fit: str
     link: LinkRecord | None = None
+    pixels_sha256: str | None = None
+    crop: tuple[Positive, Positive] | None = None
+
+    @property
+    def pixels_key(self) -> str:
+        """What the pixels were planned by."""
+        return f"{self.sha256} {self.crop[0]}x{self.crop[1]}" if self.crop else self.sha256
 
     @property
     def name(self) -> str:

@@ -188,7 +188,7 @@ def test_claims_say_where_they_come_from_and_cover_blocks_of_a_model_of_forty() 
 def test_the_command_renders_the_very_same_shot_again(out: Path, tmp_path: Path) -> None:
     body = manifest.read(manifest_path(out / "fish.mp4"))
     assert body is not None
-    text = rerun_job.rerun_command(rerun_job.build_job(body, str(tmp_path / "again.mp4")))
+    text = rerun_job.rerun_command(body, str(tmp_path / "again.mp4"))
     first, *job, last, end = text.split("\n")
     assert (first, last, end) == ("wancli render - <<'JOB'", "JOB", "")
     (shot,) = build_plan(load(write_job(tmp_path, "\n".join(job))), tmp_path / "memo.json").shots

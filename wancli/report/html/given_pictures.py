@@ -14,7 +14,7 @@ from wancli.engine.kept_frames import load_frame
 from wancli.errors import EntryError, JobError, Unreadable, WancliError
 from wancli.models import variants
 from wancli.pictures.read import Alpha, Orient, digest_pixels, read_pixels
-from wancli.pictures.sizes import Fit, Method, Preprocessing
+from wancli.pictures.sizes import Fit, Method, Preprocessing, Size
 from wancli.plan.pictures import LinkedFrame
 from wancli.storage import atomic, records
 from wancli.storage.manifest_schema import Manifest, PictureRecord
@@ -59,7 +59,7 @@ def _small_copies(record: Manifest, picture: PictureRecord, cache_dir: Path) -> 
     how = Preprocessing(
         cast("Method", picture.preprocess), cast("Fit", picture.fit), variants.BY_CHANNELS[channels].stride
     )
-    parts = [_FORMAT, picture.sha256, *size, how.method, how.fit, how.stride]
+    parts = [_FORMAT, picture.pixels_key, *size, how.method, how.fit, how.stride]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     paths = [cache_dir / f"{name}.{kind}.jpg" for kind in ("picture", "frame")]
     try:
@@ -69,7 +69,8 @@ def _small_copies(record: Manifest, picture: PictureRecord, cache_dir: Path) -> 
             pixels_YX3 = _read_recorded(picture)
         except (JobError, EntryError, Unreadable):
             return None
-        copies = [_to_jpeg(pixels_YX3), _to_jpeg(_frame_pixels(pixels_YX3, size, how))]
+        frame_YX3 = _frame_pixels(pixels_YX3, picture.crop, size, how)
+        copies = [_to_jpeg(pixels_YX3), _to_jpeg(frame_YX3)]
         for path, copy in zip(paths, copies):
             with suppress(WancliError):  # a folder that cannot be written costs the work again
                 atomic.replace(path, copy)
@@ -90,12 +91,14 @@ def _read_recorded(picture: PictureRecord) -> Pixels:
     return pixels_YX3
 
 
-def _frame_pixels(pixels_YX3: Pixels, size: tuple[int, int], how: Preprocessing) -> Pixels:
+def _frame_pixels(pixels_YX3: Pixels, crop: Size | None, size: Size, how: Preprocessing) -> Pixels:
     """Return the frame that the model saw, as 8-bit RGB."""
     import numpy as np
 
-    from wancli.pictures.preprocess import make_frame
+    from wancli.pictures.preprocess import crop_middle, make_frame
 
+    if crop:
+        pixels_YX3 = crop_middle(pixels_YX3, *crop)
     frame_CYX = make_frame(pixels_YX3, *size, how)
     values = frame_CYX.clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
     return values.numpy().astype(np.uint8)

@@ -202,7 +202,7 @@ def _shot_entry(
         "loras": [lora.as_dict() for lora in record.loras],
         "files": [file.as_dict() for file in record.files],
         "key": record.key,
-        "again": rerun_job.rerun_command(rerun_job.build_job(record, str(output))),
+        "again": rerun_job.rerun_command(record, str(output)),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from wancli.pictures.sizes import official_area
 from wancli.storage.manifest_schema import (
     InjectedPictureRecord,
     LoraRecord,
@@ -15,15 +16,25 @@ from wancli.storage.manifest_schema import (
 )
 
 Job = dict[str, Any]
+_OF_LINK = "the same pixels, under another key"
 
 
-def rerun_command(job: Job) -> str:
+def rerun_command(record: ShotRecord, output: str) -> str:
     """Write the command for a shell; the job is JSON, which is YAML too."""
-    return f"wancli render - <<'JOB'\n{json.dumps(job, indent=1, ensure_ascii=False)}\nJOB\n"
+    job = json.dumps(build_job(record, output), indent=1, ensure_ascii=False)
+    links = [picture.link for picture in record.pictures if picture.link]
+    note = (
+        f"# begins with a frame of shot {json.dumps(links[0].shot)} as a file: {_OF_LINK}\n" if links else ""
+    )
+    return f"wancli render - <<'JOB'\n{note}{job}\nJOB\n"
 
 
 def build_job(record: ShotRecord, output: str) -> Job:
-    """Build a job of one shot that has the key of `record` on the machine that wrote it."""
+    """Build a job of one shot that has the key of `record` on the machine that wrote it.
+
+    A shot that begins with a frame of another one, which is not in this job, begins with the file of that
+    frame: its pixels are the same, its key is not.
+    """
     shot, model = record.shot, record.model
     rules = [_inject_entry(*pair) for pair in zip(record.injection, record.injected)]
     negative = {"negative": _prompt_value(record.negative)} if record.negative else {}
@@ -34,7 +45,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
         "prompt": _prompt_value(record.prompt),
         **negative,
         **({"image": _image_value(record)} if record.pictures else {}),
-        "size": f"{shot.width}x{shot.height}",
+        "size": _size_value(record),
         "frames": shot.frames,
         "seed": shot.seed,
         "noise": shot.noise,
@@ -62,8 +73,18 @@ def build_job(record: ShotRecord, output: str) -> Job:
     }
 
 
+def _size_value(record: ShotRecord) -> str | Job:
+    """Return the key `size`. Only an area crops a last picture as the official code does."""
+    size = (record.shot.width, record.shot.height)
+    if any(picture.crop for picture in record.pictures):
+        first = record.pictures[0]
+        return {"area": official_area((first.width, first.height), size)}
+    return f"{size[0]}x{size[1]}"
+
+
 def _image_value(record: ShotRecord) -> Job:
-    """Return the key `image`. All pictures of a shot have the same settings, except perhaps the fit.
+    """Return the key `image`. All pictures of a shot have the same settings, except perhaps the fit, which
+    the job then did not say.
 
     A frame of another shot's video has neither an orientation nor alpha: any setting of these gives it.
     """
@@ -73,9 +94,10 @@ def _image_value(record: ShotRecord) -> Job:
         *(rule.picture for rule in record.injection if rule.picture),
     ]
     read = files[0] if files else first
+    is_said = all(picture.fit == first.fit and not picture.crop for picture in record.pictures)
     settings = {
         "preprocess": first.preprocess,
-        "fit": first.fit,
+        **({"fit": first.fit} if is_said else {}),
         "orient": read.orient,
         "alpha": read.alpha,
     }

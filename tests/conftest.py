@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # trio has one, and came with seleniu
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny, and threads that wait for each other are not
 
 TINY = Path(__file__).parent / "fixtures" / "wan21-tiny"
+_NUMBERS = count()
 
 
 gc.disable()  # nothing is garbage while modules are imported, and to look for it takes time
@@ -67,11 +70,22 @@ def _freeze() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's own, without its search for a free number among the folders of all tests before."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{name}{next(_NUMBERS)}"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's cache, or reads the user's models.yaml."""
-    monkeypatch.setenv("WANCLI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    home = tmp_path_factory.getbasetemp() / "homes" / f"{next(_NUMBERS)}"
+    (home / "cache").mkdir(parents=True)
+    monkeypatch.setenv("WANCLI_CACHE", str(home / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     monkeypatch.delenv("WANCLI_MODELS", raising=False)
 
 
@@ -130,11 +144,22 @@ def shallow(tmp_path_factory: pytest.TempPathFactory, unchanging: set[Path]) -> 
     return model
 
 
+@pytest.fixture(scope="session")
+def quick(shallow: Path, tmp_path_factory: pytest.TempPathFactory, unchanging: set[Path]) -> Path:
+    """The checkpoint of 4 blocks with all weights in safetensors, which load faster than pickles."""
+    from jobs import checkpoint, pickles_to_safetensors
+
+    model = checkpoint(tmp_path_factory.mktemp("quick"), shallow)
+    pickles_to_safetensors(model)
+    unchanging.add(model)
+    return model
+
+
 @pytest.fixture
-def known(shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def known(quick: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint of 4 blocks, with a cache that knows the prompts of the tiny job."""
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
-    return shallow
+    return quick
 
 
 @pytest.fixture

@@ -99,6 +99,15 @@ def change_tensors(path: Path, change: Any) -> None:
         torch.save(tensors, path)
 
 
+def pickles_to_safetensors(model: Path) -> None:
+    """Write the text encoder and the VAE of a checkpoint in the format that loads fastest."""
+    for name in (T5, VAE):
+        tensors = torch.load(model / name, weights_only=True)
+        copied = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+        save_file(copied, (model / name).with_suffix(".safetensors"))
+        (model / name).unlink()
+
+
 def words(count: int) -> str:
     """A prompt of `count` tokens, `</s>` included."""
     text = " ".join(["a"] * (count - 1))

@@ -13,9 +13,7 @@ from batch import Rig, in_memory
 @pytest.fixture(scope="session")
 def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint cut down to one block, in the format that loads fastest."""
-    import torch
-    from jobs import T5, TRANSFORMER, VAE, change_tensors, checkpoint
-    from safetensors.torch import save_file
+    from jobs import TRANSFORMER, change_tensors, checkpoint, pickles_to_safetensors
 
     model = checkpoint(tmp_path_factory.mktemp("one-block"))
 
@@ -27,11 +25,7 @@ def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
     change_tensors(model / TRANSFORMER, cut)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_layers": 1}))
-    for name in (T5, VAE):
-        tensors = torch.load(model / name, weights_only=True)
-        copied = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-        save_file(copied, (model / name).with_suffix(".safetensors"))
-        (model / name).unlink()
+    pickles_to_safetensors(model)
     return model
 
 

@@ -83,8 +83,11 @@ REFUSED = {
     "a LoRA that changes the model's shape": r"\.reshape_weight|\.set_weight",
 }
 
-_KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{part}>{end})" for part, end in PARTS.items()) + ")")
-_REFUSED = {what: re.compile(rf"(?P<module>.+?)(?:{end})") for what, end in REFUSED.items()}
+# Every end begins so. Most keys of a checkpoint end otherwise, which one look at these places tells.
+_MODULE = r"(?P<module>.+?)(?=[._])"
+_KEY = re.compile(_MODULE + "(?:" + "|".join(f"(?P<{part}>{end})" for part, end in PARTS.items()) + ")")
+_REFUSED = {what: re.compile(f"{_MODULE}(?:{end})") for what, end in REFUSED.items()}
+_ANY = re.compile(_MODULE + "(?:" + "|".join([*PARTS.values(), *REFUSED.values()]) + ")")
 # What PEFT has inside a module that it replaces, or that it changes.
 _WHOLE = re.compile(r"\.(?:modules_to_save|original_module|base_layer)(?:\.\w+)??(?=\.(?:weight|bias)$)")
 _BLOCK = re.compile(r"blocks_(\d{1,4})_(.+)")
@@ -200,6 +203,8 @@ def _split_key(key: str) -> tuple[str, str]:
     """Split a key into the module as it is written, and the part; both are empty if it is not part of a
     change.
     """
+    if not _ANY.fullmatch(key):
+        return "", ""
     for what, pattern in _REFUSED.items():
         if match := pattern.fullmatch(key):
             return match["module"], what

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from jobs import CommandResult, rule, tiny_job, write_job
+from PIL import Image
 
 from wancli.engine import output_diff
 from wancli.job.loader import load
@@ -37,6 +39,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"inject": [{"branch": "both", "blend": "output-mix", "gain": 2}]},
      "inject.0.branch cond, not cond+uncond; inject.0.blend context-lerp, not output-mix; "
      "inject.0.gain 1.0, not 2.0"),
+    ({"inject": [{"frames": "1-4", "region": [0, 0, 0.5, 1], "feather": 0.1}], "frames": 5},
+     "frames 1, not 5; inject.0.frames all, not 1-4; inject.0.region all, not [0, 0, 0.5, 1]; 1 more"),
+    ({"inject": [{"mask": "mask.png"}]}, "another inject.0.mask"),
 ]  # fmt: skip
 
 
@@ -54,7 +59,10 @@ def shot(
     return planned
 
 
-def test_each_key_that_differs_is_named_with_what_it_was_and_is(shot: Callable[..., Shot]) -> None:
+def test_each_key_that_differs_is_named_with_what_it_was_and_is(
+    shot: Callable[..., Shot], tmp_path: Path
+) -> None:
+    Image.fromarray(numpy.eye(64, dtype=numpy.uint8) * 255).save(tmp_path / "mask.png")
     for changes, differs in CASES:
         if "inject" in changes:
             changes = changes | {"inject": [rule(blocks="all") | one for one in changes["inject"]]}

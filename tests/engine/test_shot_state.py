@@ -74,7 +74,11 @@ def stopped(
 def test_a_run_stopped_in_every_step_ends_with_the_latent_of_an_unstopped_run(
     render: Render, tmp_path: Path, solver: str, steps: int
 ) -> None:
-    said = {"sampler": {"steps": steps, "solver": solver}, "video": KEPT, "inject": [rule(blocks="late")]}
+    said = {
+        "sampler": {"steps": steps, "solver": solver},
+        "video": KEPT,
+        "inject": [rule(blocks="late", region=[0, 0, 0.4, 1])],
+    }
     assert render(folder=tmp_path / "whole", **said).code == 0
     for step in range(steps):
         ended = stopped(render, 0)(**said)

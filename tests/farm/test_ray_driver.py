@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import KEPT, CommandResult, files_in, latents_of, tiny_job, write_job
+from jobs import KEPT, CommandResult, files_in, latents_of, rule, tiny_job, write_job
 
 from wancli.engine.context import Force
 from wancli.errors import Bug, InjectionMissed, MachineError, NoSpace, WancliError
@@ -36,6 +36,7 @@ IDS = "abcdefgh"
 JOB: dict[str, Any] = {
     "output": "out/{id}.mp4",
     "items": [{"id": id, "seed": ord(id)} for id in IDS],
+    "inject": [rule(blocks="all", region=[0, 0, 0.4, 1])],
     "sampler": {"steps": 40},
     "video": KEPT,
     "save_every": 1,

@@ -38,11 +38,12 @@ from wancli.plan.shot import Shot
 from wancli.sampling.stages import Stage
 
 STEPS = 6
+LEFT = {"region": [0, 0, 0.4, 1], "feather": 0.2}
 HALF = [{"id": "plain"}] + [
     {"id": f"{blocks}-{strength}", "inject": [rule(blocks=blocks, strength=strength, steps="50-100%")]}
     for blocks in ("early", "late")
     for strength in (0.3, 0.6, 1.0)
-] + [{"id": "both", "inject": [rule(blocks="all", branch="both", steps="50-100%")]}]  # fmt: skip
+] + [{"id": "both", "inject": [rule(blocks="all", branch="both", steps="50-100%", **LEFT)]}]  # fmt: skip
 NAMES = [str(item["id"]) for item in HALF]
 
 Decide = Callable[..., list[Shot]]

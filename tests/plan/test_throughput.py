@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import manifests
 import pytest
-from jobs import NETWORKS, CommandResult, run_wancli, tiny_job, write_job
+from jobs import NETWORKS, CommandResult, rule, run_wancli, tiny_job, write_job
 
 from wancli.job.loader import load
 from wancli.plan import throughput
@@ -137,3 +138,16 @@ def test_without_any_render_the_plan_says_that_the_first_will_measure(
 ) -> None:
     out = run_wancli(capsys, "plan", write_job(tmp_path, tiny_job())).out
     assert "time: measured by the first render here (unknown: encode, load, sample, decode)" in out
+
+
+def test_a_context_costs_by_the_share_of_the_tokens_that_read_it(tmp_path: Path) -> None:
+    def plan(right: float) -> Shot:
+        inject = [rule(blend="output-mix", strength=0.5, region=[0, 0, right, 1])]
+        return build_plan(load(write_job(tmp_path, tiny_job(inject=inject))), tmp_path / "memo.json").shots[0]
+
+    whole, half, quarter = map(plan, (1.0, 0.5, 0.25))
+    fish = whole.injected_prompts[0]
+    # 4 d for each token and row, in 13 blocks at 2 steps
+    one = 4 * whole.model.checkpoint.transformer_config.dim * whole.tokens * fish.rows * 13 * 2
+    counted = [throughput.sampling_flops(shot) for shot in (whole, half, quarter)]
+    assert [a - b for a, b in pairwise(counted)] == [one // 2, one // 4]

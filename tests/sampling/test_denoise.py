@@ -29,6 +29,7 @@ from jobs import (
 )
 
 from wancli.errors import NotFinite
+from wancli.injection.area import Area
 from wancli.injection.contexts import ContextCache, Effect
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.dit import Mix, Request, WanModel
@@ -273,7 +274,9 @@ def random_runs(model: WanModel, effects: list[list[Effect] | None]) -> list[Den
     torch.manual_seed(4)
     contexts = ContextCache(model, {name: torch.randn(n, 64) for name, n in (("a", 5), ("b", 9), ("c", 2))})
     mixed = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("cond", "uncond"), "output-mix", 1.0)
-    joined = Rule("b", ((1, 0.7),), ((1, 1.0),), ("cond",), "concat", 1.0)
+    early, left = Area(frames=(0, 0)), Area(region=(0, 0, 0.4, 1), feather=0.2)
+    joined = Rule("b", ((1, 0.7),), ((1, 1.0),), ("cond",), "concat", 1.0, area=early)
+    local = Rule("c", ((2, 0.5), (3, 0.5)), ((0, 1.0), (2, 0.5)), ("uncond",), "context-lerp", 1.0, area=left)
     both: dict[Branch, str] = {"cond": "a", "uncond": "b"}
     return [
         DenoiseRun(
@@ -286,7 +289,7 @@ def random_runs(model: WanModel, effects: list[list[Effect] | None]) -> list[Den
             into,
         )
         for x, solver, table, cfg, into in (
-            (torch.randn(16, 1, 4, 4), "unipc", Table([mixed], both, 4, 4), 5.0, effects[0]),
+            (torch.randn(16, 1, 4, 4), "unipc", Table([mixed, local], both, 4, 4), 5.0, effects[0]),
             (torch.randn(16, 2, 4, 6), "dpm++", Table([joined], {"cond": "a"}, 4, 4), 1.0, effects[1]),
             (torch.randn(16, 1, 2, 4), "euler", Table([], both, 4, 4), 3.0, effects[2]),
         )

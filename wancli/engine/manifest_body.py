@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wancli import __version__
+from wancli.injection.area import Area, count_tokens
 from wancli.plan import backends, memory_estimate
 from wancli.plan.schedule import Placement
 from wancli.plan.shot import Prompt, Shot
@@ -245,9 +246,16 @@ def _rule_records(
                 "hits_by_branch": dict(Counter(branch for _, branch, _ in hits)),
                 "hits_by_block": dict(Counter(block for _, _, block in hits)),
                 **({"picture": pictures[rule.text]} if rule.image else {"difference": next(of_prompts)}),
+                **({"area": _area_record(rule.area, shot)} if rule.area else {}),
             }
         )
     return described
+
+
+def _area_record(area: Area, shot: Shot) -> Record:
+    """Describe where a rule acts, and how many tokens that is."""
+    mask = {"mask": {"path": str(area.mask.path), "sha256": area.mask.sha256}} if area.mask else {}
+    return area.pixel_settings | mask | {"tokens": count_tokens(area, shot.token_grid)}
 
 
 def _lora_records(shot: Shot, loaded: Loras) -> list[Record]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from wancli.errors import EntryError
+from wancli.injection.area import Area
 from wancli.plan.pictures import InjectedPicture
 from wancli.plan.shot import Prompt, Shot
 from wancli.storage import manifest
-from wancli.storage.manifest_schema import InjectedPictureRecord, PromptRecord, ShotRecord
+from wancli.storage.manifest_schema import AreaRecord, InjectedPictureRecord, PromptRecord, ShotRecord
 
 Difference = tuple[str, str, str]  # a key, the recorded and the new value; both empty if too long for a line
 
@@ -131,6 +132,27 @@ def _diff_rules(record: ShotRecord, shot: Shot) -> Iterator[Difference]:
             yield f"inject.{i}.blend", old.blend, new.blend
         if old.gain != new.gain:
             yield f"inject.{i}.gain", str(old.gain), str(new.gain)
+        yield from _diff_areas(f"inject.{i}", old.area, new.area)
+
+
+def _diff_areas(key: str, old: AreaRecord | None, new: Area | None) -> Iterator[Difference]:
+    old, new = old or AreaRecord(tokens=1), new or Area()
+    if old.frames != new.frames:
+        yield f"{key}.frames", _show_frames(old.frames), _show_frames(new.frames)
+    if old.region != new.region:
+        yield f"{key}.region", _show_region(old.region), _show_region(new.region)
+    if (old.mask and old.mask.sha256) != (new.mask and new.mask.sha256):
+        yield f"{key}.mask", "", ""
+    if old.feather != new.feather:
+        yield f"{key}.feather", f"{old.feather:g}", f"{new.feather:g}"
+
+
+def _show_frames(frames: tuple[int, int] | None) -> str:
+    return f"{frames[0]}-{frames[1]}" if frames else "all"
+
+
+def _show_region(region: tuple[float, ...] | None) -> str:
+    return f"[{', '.join(f'{side:g}' for side in region)}]" if region else "all"
 
 
 def _diff_loras(record: ShotRecord, shot: Shot) -> Iterator[Difference]:

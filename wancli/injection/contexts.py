@@ -13,7 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from wancli.injection.area import Area, TokenGrid, compute_weights
+from wancli.injection.area import TokenGrid
 from wancli.injection.table import (
     AreaWeight,
     Branch,
@@ -30,6 +30,7 @@ from wancli.injection.table import (
     Text,
     Weight,
 )
+from wancli.injection.token_sums import TokenSums, group_by_expr
 from wancli.models.attention_guidance import Guide
 from wancli.models.dit import Request, WanModel
 from wancli.models.dit_layers import Mix
@@ -105,10 +106,7 @@ class ContextCache:
         """
         if not any(isinstance(weight, AreaWeight) for _, weight in cell):
             return tuple((self._read(expr), weight) for expr, weight in cell)  # type: ignore[misc]
-        by_expr: dict[Expr | Nag, tuple[Weight, ...]] = {}
-        for expr, weight in cell:
-            by_expr[expr] = (*by_expr.get(expr, ()), weight)
-        summed = ((expr, areas.sum(weights)) for expr, weights in by_expr.items())
+        summed = ((expr, areas.sum(weights)) for expr, weights in group_by_expr(cell).items())
         return tuple((self._read(expr), weight) for expr, weight in summed if weight != 0.0)
 
 
@@ -116,10 +114,9 @@ class TokenAreas:
     """The areas of a shot as weights of its tokens on a device, each computed once."""
 
     def __init__(self, grid: TokenGrid, device: torch.device) -> None:
-        self._grid = grid
+        self._sums = TokenSums(grid)
         self._device = device
-        self._weights_L: dict[Area, Tensor] = {}
-        self._sums: dict[tuple[Weight, ...], float | TokenWeights] = {}
+        self._known: dict[tuple[Weight, ...], float | TokenWeights] = {}
 
     @classmethod
     def of_latent(cls, z_CTYX: Tensor) -> TokenAreas:
@@ -129,28 +126,12 @@ class TokenAreas:
 
     def sum(self, weights: tuple[Weight, ...]) -> float | TokenWeights:
         """Return the sum of weights: a number if it is the same for all tokens."""
-        if weights not in self._sums:
-            total_L = sum(map(self._token_weights, weights), torch.zeros(self._grid.tokens))
+        if weights not in self._known:
+            total_L = torch.from_numpy(self._sums.sum(weights))
             first = total_L[0].item()
             same = bool((total_L == first).all())
-            self._sums[weights] = first if same else TokenWeights(total_L.float(), self._device)
-        return self._sums[weights]
-
-    def _token_weights(self, weight: Weight) -> Tensor:
-        """Return one weight for each token, fp64 [L]."""
-        if not isinstance(weight, AreaWeight):
-            return torch.full((self._grid.tokens,), weight, dtype=torch.float64)
-        product_L = self._token_weights(weight.factor)
-        for area in weight.inside:
-            product_L = product_L * self._area(area)
-        for area in weight.outside:
-            product_L = product_L * (1 - self._area(area))
-        return product_L
-
-    def _area(self, area: Area) -> Tensor:
-        if area not in self._weights_L:
-            self._weights_L[area] = torch.from_numpy(compute_weights(area, self._grid)).flatten()
-        return self._weights_L[area]
+            self._known[weights] = first if same else TokenWeights(total_L.float(), self._device)
+        return self._known[weights]
 
 
 class BlockContexts(Sequence[Mix]):

@@ -1,4 +1,4 @@
-"""Parse which blocks and steps a rule selects, and its strength in each.
+"""Parse which blocks, steps and frames a rule selects, and its strength in each block and step.
 
 Named ranges of blocks are thirds, halves and strides of the model's own depth. Every parser raises
 ValueError with a message that has no file and no key; the caller adds them.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 NAMED_BLOCKS = ("all", "early", "middle", "late", "first_half", "second_half", "alternating", "sparse")
@@ -77,6 +78,58 @@ def parse_steps(spec: str | int | tuple[float, float], sigmas: Sequence[float]) 
     if last >= count:
         raise ValueError(f"{last} is past the last step ({count - 1})")
     return tuple(range(first, last + 1))
+
+
+_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+
+
+def parse_frames(spec: str | int, count: int) -> tuple[int, int]:
+    """Parse `0-40` or `8` (from 0, inclusive), `40-end`, or `0-50%` (frames i with i/N in [0, 0.5)) of a
+    video of `count` frames. Returns the first and the last frame.
+    """
+    if match := re.fullmatch(rf"{_NUMBER}\s*-\s*{_NUMBER}\s*%", str(spec)):
+        low, high = Fraction(match[1]) / 100, Fraction(match[2]) / 100
+        if low >= high or high > 1:
+            raise ValueError(f"{spec!r} is not a range of the frames; write 0-50% or 50-100%")
+        return _frames_from(low * count, high * count, count, str(spec), lambda i: f"{100 * i / count:.4g} %")
+    match = re.fullmatch(r"(\d{1,6})(?:\s*-\s*(\d{1,6}|end))?", str(spec))
+    if not match:
+        raise ValueError(f"{spec!r} is not a range of frames; write 0-40, 8, 40-end or 0-50%")
+    first = int(match[1])
+    last = count - 1 if match[2] == "end" else int(match[2] or first)
+    if max(first, last) >= count:
+        raise ValueError(f"{max(first, last)} is past the last frame ({count - 1})")
+    if first > last:
+        raise ValueError(f"{spec!r} is empty")
+    return first, last
+
+
+def parse_during(spec: str, fps: Fraction, count: int) -> tuple[int, int]:
+    """Parse `1s-3s` or `2.5s-end`: the frames that begin in [1 s, 3 s), of a video of `count` frames.
+
+    Returns the first and the last frame.
+    """
+    match = re.fullmatch(rf"{_NUMBER}\s*s?\s*-\s*(?:{_NUMBER}\s*s|end)", spec)
+    if not match:
+        raise ValueError(f"{spec!r} is not a time in the video; write 1s-3s or 2.5s-end")
+    start, end = Fraction(match[1]), count / fps
+    stop = Fraction(match[2]) if match[2] else end
+    if max(start, stop) > end or start == end:
+        raise ValueError(f"{float(max(start, stop)):g} s is past the end of the video ({float(end):.4g} s)")
+    if start >= stop:
+        raise ValueError(f"{spec!r} is empty")
+    return _frames_from(start * fps, stop * fps, count, spec, lambda i: f"{float(i / fps):.4g} s")
+
+
+def _frames_from(
+    start: Fraction, stop: Fraction, count: int, spec: str, place: Callable[[int], str]
+) -> tuple[int, int]:
+    """Return the first and the last frame in [start, stop), which may lie between frames."""
+    first, last = math.ceil(start), math.ceil(stop) - 1
+    if first > last:
+        near = min((i for i in (last, first) if i < count), key=lambda i: abs(i - (start + stop) / 2))
+        raise ValueError(f"no frame begins in {spec!r}; the nearest, {near}, begins at {place(near)}")
+    return first, last
 
 
 @dataclass(frozen=True)

@@ -217,15 +217,12 @@ def apply_rule(rule: CellRule, cell: Cell, base: Text | Image, strength: float) 
     """
     if isinstance(rule, Rule) and rule.nag is not None:
         guide = Nag(Text(rule.text), *rule.nag)
-        return (*cell, (guide, strength if rule.area is None else _restrict(strength, inside=rule.area)))
+        return (*cell, (guide, strength if rule.area is None else AreaWeight(strength, (rule.area,))))
     own = parts_of(cell, image=rule.image)
     others = tuple(part for part in cell if part not in own)
     changed = rule.blend_parts(own, base, strength)
     if rule.area is not None:
-        changed = (
-            *((expr, _restrict(weight, outside=rule.area)) for expr, weight in own),
-            *((expr, _restrict(weight, inside=rule.area)) for expr, weight in changed),
-        )
+        changed = (*_keep_outside(own, rule.area), *_keep_inside(changed, rule.area))
     return (*others, *changed) if rule.image else (*changed, *others)
 
 
@@ -341,11 +338,27 @@ def _scale(weight: Weight, factor: float) -> Weight:
     )
 
 
-def _restrict(weight: Weight, *, inside: Area | None = None, outside: Area | None = None) -> AreaWeight:
-    """Return the weight times that of tokens inside or outside of an area."""
-    whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
-    added = [() if area is None else (area,) for area in (inside, outside)]
-    return AreaWeight(whole.factor, (*whole.inside, *added[0]), (*whole.outside, *added[1]))
+def _keep_inside(parts: Parts, area: Area) -> Parts:
+    """Return parts of a cell times the weight in an area. What acts before or after it is left out."""
+    kept = []
+    for expr, weight in parts:
+        whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
+        if not any(area.is_before_or_after(other) for other in whole.inside):
+            outside = tuple(other for other in whole.outside if not area.is_before_or_after(other))
+            kept.append((expr, AreaWeight(whole.factor, (*whole.inside, area), outside)))
+    return tuple(kept)
+
+
+def _keep_outside(parts: Parts, area: Area) -> Parts:
+    """Return parts of a cell times the weight outside of an area."""
+    kept: list[tuple[Expr, Weight]] = []
+    for expr, weight in parts:
+        whole = weight if isinstance(weight, AreaWeight) else AreaWeight(weight)
+        if any(area.is_before_or_after(other) for other in whole.inside):
+            kept.append((expr, weight))
+        else:
+            kept.append((expr, replace(whole, outside=(*whole.outside, area))))
+    return tuple(kept)
 
 
 def is_image(expr: Expr) -> bool:
@@ -387,6 +400,8 @@ def _injected_share_of_cell(cell: Cell, base: Text | Image) -> float:
         shares += [(guide.alpha, weight) for guide, weight in cell if isinstance(guide, Nag)]
     for share, weight in shares:
         if isinstance(weight, AreaWeight):
+            if any(one.is_beside(other) for one in weight.inside for other in weight.inside):
+                continue  # only tokens that both have pixels of
             areas = weight.inside, weight.outside
             by_areas[areas] = by_areas.get(areas, 0.0) + abs(weight.factor) * share
         else:

@@ -179,8 +179,12 @@ Blocks = Annotated[
 ]
 
 
+Frames = Annotated[Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_text_or_int)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class InjectRule(StrictModel):
-    """Where and how strongly a second prompt or picture is read."""
+    """Where, when and how strongly a second prompt or picture is read."""
 
     blocks: Blocks = "all"
     strength: Strength = 1.0
@@ -190,6 +194,11 @@ class InjectRule(StrictModel):
     blend: Literal["context-lerp", "output-mix", "replace", "concat"] = "context-lerp"
     gain: float = Field(1.0, ge=-100, le=100)
     expert: Literal["high", "low", "both"] = "both"
+    frames: Frames | None = None
+    during: str | None = None
+    region: list[Share] | None = Field(None, min_length=4, max_length=4)
+    mask: str | None = None
+    feather: Share = 0.0
 
 
 class InjectPrompt(InjectRule):

@@ -21,6 +21,7 @@ from wancli.job.problems import Problems
 from wancli.job.schema import InjectPicture, ModelFiles
 from wancli.models.variants import Variant
 from wancli.plan import (
+    areas,
     backends,
     baseline,
     batching,
@@ -70,6 +71,7 @@ def build_plan(
     problems = Problems()
     built: dict[int, Shot] = {}
     pictures = picture_resolver.PictureMemo(hash_cache.parent / "pictures.json")
+    masks = areas.MaskReader()
     for index, parent in chains.order_items(jobs.items):
         item = jobs.items[index]
         if parent is not None and parent not in built:
@@ -86,6 +88,7 @@ def build_plan(
                 measure,
                 block_maps,
                 pictures,
+                masks,
                 continued,
             )
     pictures.save()
@@ -171,6 +174,7 @@ def _build_shot(
     measure: bool,
     block_maps: BlockMapStore,
     picture_memo: picture_resolver.PictureMemo,
+    masks: areas.MaskReader,
     continued: Shot | None,
 ) -> Shot:
     """Decide a shot. `continued` is the shot whose frame begins it."""
@@ -179,10 +183,13 @@ def _build_shot(
     variant = model.checkpoint.variant
     problems = Problems()
     width, height = variant.width, variant.height
+    fps = job.video.fps or variant.fps
     with problems.collect():
         pictures, (width, height) = picture_resolver.resolve_pictures(item, variant, picture_memo, continued)
     with problems.collect():
         frames = _check_frames(item, variant)
+        shape = areas.VideoShape(width, height, frames, fps, variant.vae_stride)
+        area_of_rule = areas.compile_areas(item, shape, masks)
     with problems.collect():
         save_every = _parse_save_interval(item)
     with problems.collect():
@@ -205,7 +212,7 @@ def _build_shot(
         prompt=prompt,
         negative=negative,
         injected=injected,
-        rules=rules,
+        rules=tuple(replace(rule, area=area) for rule, area in zip(rules, area_of_rule, strict=True)),
         loras=uses,
         width=width,
         height=height,
@@ -218,7 +225,7 @@ def _build_shot(
         guidance=sampler.guidance,
         guidance_low=sampler.guidance_low,
         boundary=sampler.boundary,
-        fps=job.video.fps or variant.fps,
+        fps=fps,
         crf=job.video.crf,
         codec=job.video.codec,
         keep_latents=job.video.keep_latents,

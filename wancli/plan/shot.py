@@ -8,11 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from wancli.injection.area import TokenGrid
 from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import (
@@ -164,8 +165,13 @@ class Shot:
     @property
     def tokens(self) -> int:
         """Video tokens the transformer sees: patches of 1 × 2 × 2."""
-        _, t, y, x = self.latent_shape
-        return t * (y // 2) * (x // 2)
+        return self.token_grid.tokens
+
+    @property
+    def token_grid(self) -> TokenGrid:
+        return TokenGrid.of_video(
+            self.width, self.height, self.frames, self.model.checkpoint.variant.vae_stride
+        )
 
     @property
     def latents(self) -> Path:
@@ -237,7 +243,7 @@ class Shot:
                 "sizes": _as_dict(self.model.checkpoint.transformer_config),
                 "dtype": self.model.dtype,
                 "texts": [prompt.id for prompt in self.prompts],
-                "rules": [_as_dict(rule) for rule in self.rules],
+                "rules": [_rule_settings(rule) for rule in self.rules],
                 "shape": self.latent_shape,
                 "noise": [self.noise, self.seed],
                 "sampler": [self.solver, self.steps, self.shift, self.guidance, *experts],
@@ -365,6 +371,11 @@ def _table(
     image: str | None,
 ) -> Table:
     return Table(rules, dict(base), depth, steps, unguided, image)
+
+
+def _rule_settings(rule: Rule) -> dict[str, Any]:
+    area = {} if rule.area is None else {"area": rule.area.pixel_settings}
+    return _as_dict(replace(rule, area=None)) | area
 
 
 @lru_cache(1024)

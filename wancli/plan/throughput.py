@@ -21,12 +21,14 @@ from pydantic import Field
 
 from wancli.errors import EntryError, MachineError, Unreadable
 from wancli.injection.table import Concat, Emphasis, Image, Lerp, Nag, Select, Steer, Text
+from wancli.injection.token_sums import TokenSums, group_by_expr
 from wancli.plan import memory_estimate
 from wancli.resources import flops, machine
 from wancli.storage import atomic, records
 from wancli.storage.schema import Data, Positive
 
 if TYPE_CHECKING:
+    from wancli.injection.area import TokenGrid
     from wancli.injection.table import Cell, Expr, Table
     from wancli.models.config import WanConfig
     from wancli.plan.shot import ModelSpec, Shot
@@ -233,24 +235,24 @@ def sampling_flops(shot: Shot) -> int:
     contexts = sum(flops.context_flops(wan, count) for count in rows.values())
     contexts += sum(flops.image_context_flops(wan, count) for count in image_rows.values())
     all_rows = tuple((rows | image_rows).items())
-    steps = _step_flops(wan, shot.table, all_rows, shot.tokens, shot.measure)
+    steps = _step_flops(wan, shot.table, all_rows, shot.token_grid, shot.measure)
     return len(shot.stages) * contexts + steps
 
 
 @lru_cache(64)  # the shots of a sweep share tables, which are large
 def _step_flops(
-    wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], tokens: int, measure: bool
+    wan: WanConfig, table: Table, text_rows: tuple[tuple[str, int], ...], grid: TokenGrid, measure: bool
 ) -> int:
     """Count the FLOPs of the forwards of all steps, for texts of so many rows."""
-    rows, total = dict(text_rows), 0
+    rows, total, tokens, sums = dict(text_rows), 0, grid.tokens, TokenSums(grid)
     for branch in table.branches:
         base = table.base_cell(branch)
-        plain = flops.forward_flops(wan, tokens, wan.num_layers * _count_read(base, rows))
+        plain = flops.forward_flops(wan, tokens, wan.num_layers * _count_read(base, rows, sums))
         took: dict[int, int] = {}  # by the id of a row: many steps have the same one
         for step in table.steps_by_branch[branch]:
             cells = table.row(step, branch)
             if id(cells) not in took:
-                read = sum(_count_read(cell, rows) for cell in cells)
+                read = sum(_count_read(cell, rows, sums) for cell in cells)
                 took[id(cells)] = flops.forward_flops(wan, tokens, read)
                 if measure and any(cell != base for cell in cells):
                     took[id(cells)] += plain
@@ -258,8 +260,9 @@ def _step_flops(
     return total
 
 
-def _count_read(cell: Cell, rows: dict[str, int]) -> int:
-    return sum(_row_count(expr, rows) for expr, _ in cell)
+def _count_read(cell: Cell, rows: dict[str, int], sums: TokenSums) -> float:
+    """Count the rows that a token reads, on average: inside of an area it reads others than outside."""
+    return sum(_row_count(expr, rows) * sums.share_read(own) for expr, own in group_by_expr(cell).items())
 
 
 def _row_count(expr: Expr | Nag, rows: dict[str, int]) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from wancli.engine import picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
+from wancli.injection.area import count_tokens
 from wancli.plan import alternatives, memory_estimate, throughput
 from wancli.plan.pictures import InjectedPicture, PictureFile
 from wancli.storage import cache
 from wancli.text.embedding import read_tokens
 
 if TYPE_CHECKING:
+    from wancli.injection.table import Rule
     from wancli.plan.shot import ModelSpec, Plan, Prompt, Shot
     from wancli.plan.throughput import Rate
     from wancli.storage.cache import Entry, Store
@@ -51,7 +53,7 @@ def plan_document(
                 "sharing": plan.schedule.placement(shot).batch_size,
                 "fork": _fork_row(plan, shot),
                 "inject": [
-                    asdict(rule) | {"cells": len(cells), "picture": _injected_row(other)}
+                    _rule_row(rule, shot) | {"cells": len(cells), "picture": _injected_row(other)}
                     for rule, cells, other in zip(shot.rules, shot.table.changed_cells, shot.injected)
                 ],
                 "loras": [
@@ -109,6 +111,13 @@ def _picture_rows(shot: Shot) -> list[dict[str, Any]]:
         how = {"preprocess": frame.how.method, "fit": frame.how.fit}
         rows.append({"role": role, **origin, "size": list(source.size), **how})
     return rows
+
+
+def _rule_row(rule: Rule, shot: Shot) -> dict[str, Any]:
+    row = asdict(replace(rule, area=None))
+    if rule.area:
+        row["area"] = rule.area.pixel_settings | {"tokens": count_tokens(rule.area, shot.token_grid)}
+    return row
 
 
 def _injected_row(other: Prompt | InjectedPicture) -> dict[str, Any] | None:

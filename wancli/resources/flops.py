@@ -17,13 +17,15 @@ def encode_flops(t5: T5Config, tokens: int) -> int:
     return t5.num_layers * layer
 
 
-def forward_flops(wan: WanConfig, tokens: int, text_rows: int) -> int:
-    """Count the transformer on one latent; `text_rows` is the sum over blocks of the rows they attend to."""
+def forward_flops(wan: WanConfig, tokens: int, text_rows: float) -> int:
+    """Count the transformer on one latent; `text_rows` is the sum over blocks of the rows that a token reads,
+    on average.
+    """
     d = wan.dim
     block = 2 * tokens * (6 * d * d + 2 * d * wan.ffn_dim) + 4 * tokens**2 * d
     ends = 2 * tokens * 4 * (wan.in_dim + wan.out_dim) * d
     time_embedding = 2 * (wan.freq_dim * d + 7 * d * d)
-    return wan.num_layers * block + 4 * tokens * text_rows * d + ends + time_embedding
+    return wan.num_layers * block + round(4 * tokens * text_rows * d) + ends + time_embedding
 
 
 def context_flops(wan: WanConfig, rows: int) -> int:

@@ -158,6 +158,28 @@ class DifferenceRecord(Data):
     verdict: VerdictRecord
 
 
+class MaskRecord(Data):
+    """The file of a mask, and the SHA-256 of its decoded pixels."""
+
+    path: PathText
+    sha256: str
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class AreaRecord(Data):
+    """Where a rule acts, see `injection.area.Area`: None or a missing key stands for all. `tokens` counts the
+    tokens that have a pixel in it.
+    """
+
+    frames: tuple[Count, Count] | None = None
+    region: tuple[Share, Share, Share, Share] | None = None
+    feather: Share = 0.0
+    mask: MaskRecord | None = None
+    tokens: Positive
+
+
 class RuleRecord(Data):
     """One injection: what was planned, and how often blocks read it. `text` is the id of its prompt or, if it
     has one, of its `picture`.
@@ -176,6 +198,7 @@ class RuleRecord(Data):
     hits_by_block: dict[Block, Count]
     difference: DifferenceRecord | None = None  # of a prompt
     picture: InjectedPictureRecord | None = None
+    area: AreaRecord | None = None  # None: the whole video
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from wancli.injection.area import Area, Mask, TokenGrid
 from wancli.injection.table import Branch, Row, Rule, Table, injected_share_by_block
 from wancli.models.config import WanConfig
 from wancli.report.batch_report import Report
@@ -18,7 +19,7 @@ from wancli.report.html.collect import ReportInputs, absolute_path
 from wancli.report.shot_entry import ShotEntry
 from wancli.report.shots_table import shot_row
 from wancli.storage import disk
-from wancli.storage.manifest_schema import EffectRecord, RuleRecord, ShotRecord
+from wancli.storage.manifest_schema import AreaRecord, EffectRecord, RuleRecord, ShotRecord
 
 SCHEMA = "wancli/page/1"
 MAX_CELLS = 150_000  # measured effects of blocks; beyond them a page has only their means over the steps
@@ -232,6 +233,7 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
             rule.blend,
             rule.gain,
             rule.picture is not None,
+            _area(rule.area) if rule.area else None,
         )
         for rule in record.injection
     ]
@@ -256,6 +258,17 @@ def injected_shares(record: ShotRecord) -> list[dict[str, Any]]:
         for branch in table.branches
         for row, steps in table.distinct_rows(branch).items()
     ]
+
+
+def _area(record: AreaRecord) -> Area:
+    """Return a recorded area, to tell it from others: the weights of its mask are not recorded."""
+    import numpy
+
+    mask = None
+    if record.mask:
+        grid, none = TokenGrid(0, 0, 0), numpy.zeros((1, 0, 0))
+        mask = Mask(record.mask.sha256, grid, Path(record.mask.path), none)
+    return Area(record.frames, record.region, record.feather, mask)
 
 
 def _effects_entry(effects: Sequence[EffectRecord], *, whole: bool) -> dict[str, Any] | None:

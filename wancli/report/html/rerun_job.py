@@ -7,6 +7,7 @@ from typing import Any
 
 from wancli.pictures.sizes import official_area
 from wancli.storage.manifest_schema import (
+    AreaRecord,
     InjectedPictureRecord,
     LoraRecord,
     PromptRecord,
@@ -125,7 +126,18 @@ def _inject_entry(rule: RuleRecord, other: PromptRecord | InjectedPictureRecord)
         "branch": "both" if len(rule.branches) == 2 else rule.branches[0],
         "blend": rule.blend,
         "gain": rule.gain,
+        **(_area_keys(rule.area) if rule.area else {}),
     }
+
+
+def _area_keys(area: AreaRecord) -> Job:
+    keys = {
+        "frames": area.frames and f"{area.frames[0]}-{area.frames[1]}",
+        "region": area.region and [*area.region],
+        "mask": area.mask and area.mask.path,
+        "feather": area.feather,
+    }
+    return {key: value for key, value in keys.items() if value}
 
 
 def _lora_entry(lora: LoraRecord) -> Job:

@@ -97,6 +97,37 @@ def test_every_item_is_combined_with_every_combination() -> None:
     ]
 
 
+ITEMS = "items:\n  - {id: baseline, inject: []}\n  - {id: inj}\n"
+
+
+def test_axes_that_do_not_apply_to_an_item_are_skipped() -> None:
+    text = ITEMS + "matrix: {seed: [1, 2], inject.0.blocks: [early, late], inject.0.strength: [0.4]}\n"
+    jobs = load_jobs(text)
+    assert [(job.id, job.seed, job.labels) for job in jobs[:2]] == [
+        ("baseline-seed1", 1, {"seed": 1}),
+        ("baseline-seed2", 2, {"seed": 2}),
+    ]
+    assert [job.id for job in jobs[2:4]] == ["inj-seed1-early-strength0.4", "inj-seed1-late-strength0.4"]
+    assert len(jobs) == 6
+
+
+def test_an_item_that_no_axis_applies_to_is_one_shot_with_its_own_id() -> None:
+    assert load_ids(ITEMS + "matrix: {inject.0.blocks: [early, late]}\n") == [
+        "baseline", "inj-early", "inj-late"
+    ]  # fmt: skip
+
+
+def test_an_output_without_the_values_of_skipped_axes_has_the_id_for_a_name() -> None:
+    text = "output: out/{blocks}-{seed}.mp4\n" + ITEMS + "matrix: {inject.0.blocks: [early, late]}\n"
+    assert [job.output for job in load_jobs(text)] == ["out/{id}.mp4", *["out/{blocks}-{seed}.mp4"] * 2]
+
+
+def test_an_axis_that_applies_to_no_item_is_a_mistake() -> None:
+    assert load_problems(ITEMS + "matrix:\n  inject.1.blocks: [early]\n") == [
+        "job.yaml:10: matrix.inject.1.blocks: inject has 0 entries, so no entry 1, in 'baseline'"
+    ]
+
+
 # ---- ids and labels ----
 
 

@@ -29,13 +29,25 @@ def test_nothing_is_compared_unless_asked(tmp_path: Path) -> None:
     assert decided(tmp_path, compare=False) is None
 
 
-def test_the_baseline_is_the_first_shot_without_injection_or_the_first(tmp_path: Path) -> None:
+def test_the_baseline_is_the_shot_without_injection(tmp_path: Path) -> None:
     assert decided(tmp_path, compare=True) == Comparison(
         dict.fromkeys("abc", "b"), "b", sheet=True, video=True
     )
+
+
+def test_a_plain_shot_that_is_missing_is_added(tmp_path: Path) -> None:
     found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[2]])
-    assert found
-    assert found.default_baseline == "a"
+    assert found == Comparison(dict.fromkeys(["a", "c", "plain"], "plain"), "plain", True, True, ("plain",))
+
+
+def test_without_it_a_shot_is_compared_with_nothing_and_the_plan_warns(tmp_path: Path) -> None:
+    job = tiny_job(output="out/{id}.mp4", items=[ITEMS[0], ITEMS[2]], compare={"add_baseline": False})
+    plan = build_plan(load(write_job(tmp_path, job)), tmp_path / "memo.json")
+    assert plan.comparison == Comparison(dict.fromkeys("ac"), "a", sheet=True, video=True)
+    assert plan.warnings == (
+        "shots a, c: no figures, because no compared shot differs in the injection alone; "
+        "compare: {baseline: ID} compares all with one shot",
+    )
 
 
 def test_a_shot_with_a_lora_is_no_baseline_where_there_is_another(tmp_path: Path, shallow: Path) -> None:
@@ -77,16 +89,27 @@ def test_a_baseline_is_coded_as_what_is_beside_it(tmp_path: Path) -> None:
     assert found.baselines["crf40-strength1"] == found.baselines["crf40-strength0"] == "crf40-strength0"
 
 
-def test_a_shot_that_no_other_differs_from_in_the_injection_alone_is_beside_the_first(tmp_path: Path) -> None:
+def test_shots_are_never_compared_with_another_seed(tmp_path: Path) -> None:
     items = [{"id": "a"}, {"id": "b", "seed": 8}, {"id": "c", "seed": 9, "inject": [rule()]}]
     found = decided(tmp_path, compare=True, items=items)
     assert found
-    assert found.baselines == dict.fromkeys("abc", "a")
+    assert found.baselines == {"a": None, "b": None, "c": "c-plain", "c-plain": "c-plain"}
+
+
+def test_the_lora_of_all_shots_is_no_injection(tmp_path: Path, shallow: Path) -> None:
+    save_file({f"diffusion_model.{BIAS}.diff_b": torch.ones(48)}, tmp_path / "style.safetensors")
+    loras = [{"path": str(tmp_path / "style.safetensors")}]
+    items = [{"id": "a", "inject": [rule(blocks="early")]}]
+    job = tiny_job(model=str(shallow), output="out/{id}.mp4", items=items, loras=loras, compare=True)
+    plan = build_plan(load(write_job(tmp_path, job)), tmp_path / "memo.json")
+    assert plan.comparison
+    assert plan.comparison.baselines == {"a": "plain", "plain": "plain"}
+    assert [len(shot.loras) for shot in plan.shots] == [1, 1]
 
 
 def test_an_item_may_stay_out(tmp_path: Path) -> None:
     found = decided(tmp_path, compare=True, items=[ITEMS[0], ITEMS[1] | {"compare": False}, ITEMS[2]])
-    assert found == Comparison(dict.fromkeys("ac", "a"), "a", sheet=True, video=True)
+    assert found == Comparison(dict.fromkeys("ac"), "a", sheet=True, video=True)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +119,10 @@ def test_an_item_may_stay_out(tmp_path: Path) -> None:
             {"compare": {"baseline": "d"}},
             r"job.yaml:\d+: compare.baseline: no shot that is compared has the id",
         ),
+        (
+            {"compare": {"baseline": "d", "add_baseline": "no"}},
+            r"compare.add_baseline: expected true or false, got 'no'",
+        ),
         ({"compare": {"baselin": "a"}}, r"compare.baselin: unknown key; did you mean 'baseline'"),
         ({"compare": {"baseline": 7}}, r"compare.baseline: expected text, got 7; put it in quotes"),
         ({"compare": "yes"}, r"compare: expected true or false, got 'yes'"),
@@ -104,7 +131,7 @@ def test_an_item_may_stay_out(tmp_path: Path) -> None:
             r"items.1.compare: shots a and b want other comparisons",
         ),
     ],
-    ids=["unknown id", "unknown key", "number", "text", "two minds"],
+    ids=["unknown id", "no truth value", "unknown key", "number", "text", "two minds"],
 )
 def test_what_cannot_be_is_said_with_its_line(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(JobError, match=message):

@@ -307,6 +307,43 @@ def test_shots_of_two_seeds_are_each_beside_that_of_their_own(
     assert comparison_metrics.format_captions(compared(tmp_path), name_baseline=False)[3].endswith("%")
 
 
+def test_a_job_without_a_plain_shot_gets_one_and_is_compared_with_it(
+    loud: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    said = loud(**BATCH | {"items": ITEMS[1:]}, compare={"video": False})
+    assert said.code == 0
+    assert (
+        "compare adds 1 shot without injection: plain (compare: {add_baseline: false} adds none)\n"
+        in said.err
+    )
+    assert "compare 3 shots, plain to late: started, 3 videos\n" in said.err
+    assert manifest_of(tmp_path, "plain")["injection"] == []
+    assert [(shot["id"], shot["baseline"]) for shot in compared(tmp_path)["shots"]] == [
+        ("plain", "plain"),
+        ("early", "plain"),
+        ("late", "plain"),
+    ]
+
+
+def test_shots_that_differ_in_more_than_the_injection_have_no_figures(
+    loud: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    items = [{"id": id, "seed": seed, "inject": [rule(blocks="early")]} for id, seed in (("a", 1), ("b", 2))]
+    said = loud(**BATCH | {"items": items}, compare={"video": False, "add_baseline": False})
+    assert said.code == 0
+    assert "warning: shots a, b: no figures, because no compared shot differs" in said.err
+    found = compared(tmp_path)
+    for shot in found["shots"]:
+        figures = ("baseline", "ssim", "psnr", "latent_distance", "heatmap", "baseline_motion")
+        assert [shot[name] for name in figures] == [None] * 6
+        assert shot["why"]["ssim"] == "no figures: no shot differs in the injection alone"
+    captions = comparison_metrics.format_captions(found, name_baseline=True)
+    assert [text.split("  ")[0] for text in captions] == [
+        "no figures: no shot differs in the injection alone"
+    ] * 2
+    assert comparison_metrics.read_comparison(tmp_path / "out" / "job.compare.json")[0]["baseline"] is None
+
+
 def test_a_shot_that_was_rendered_under_another_id_is_compared(
     render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:

@@ -34,7 +34,11 @@ class RenderReporter:
     options: RenderOptions
 
     def on_plan(self, plan: Plan) -> None:
+        from wancli.report.shot_text import describe_added_shots
+
         self.display.on_plan(plan)
+        if added := describe_added_shots(plan):
+            self.display.note(added)
         for warning in plan.warnings:
             self.display.warn(warning)
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from wancli.errors import JobError
-from wancli.job import extends, images_from, matrix, prompts_from
+from wancli.job import extends, images_from, matrix, plain_shots, prompts_from
 from wancli.job.cli_overrides import NO_OVERRIDES, CliOverrides
 from wancli.job.overrides import Layer, Merged, Source, Sources, merge_layers
 from wancli.job.problems import sort_by_line
@@ -29,11 +29,15 @@ _LISTS = {"prompts_from": prompts_from.read, "images_from": images_from.read}
 
 @dataclass(frozen=True)
 class Item:
-    """One shot of a job file, and where each of its keys was set. `id` is its number if the job sets none."""
+    """One shot of a job file, and where each of its keys was set. `id` is its number if the job sets none;
+    `entry_id` is that of its entry of `items`."""
 
     id: str
     job: Job
     sources: Sources
+    entry_id: str
+    combination: matrix.Combination  # what a sweep sets in it
+    is_added: bool = False  # as the baseline of other shots
 
     @property
     def linked_id(self) -> str | None:
@@ -88,7 +92,8 @@ def build_prompt_job(
 
 
 def _build_job_file(file: Merged, name: str, directory: Path, overrides: CliOverrides) -> JobFile:
-    items = tuple(_expand(file, overrides))
+    items = tuple(plain_shots.add_plain_shots(_expand(file, overrides)))
+    _refuse_too_many(len(items), file.sources)
     _refuse_same_ids(items)
     selected = overrides.select_shots(find_chain_starts(items))
     return JobFile(name, directory, items, selected, tuple(_warn_of_comments(file.sources)))
@@ -107,7 +112,7 @@ def find_chain_starts(items: Sequence[Item]) -> list[int]:
     return starts
 
 
-def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
+def _expand(file: Merged, overrides: CliOverrides) -> list[Item]:
     """Make a shot of every item and every combination. Raises JobError with the problems of all shots."""
     expansion = {key: file.values[key] for key in EXPANSION_KEYS if key in file.values}
     common = replace(file, values={key: v for key, v in file.values.items() if key not in expansion})
@@ -120,26 +125,31 @@ def _expand(file: Merged, overrides: CliOverrides) -> Iterator[Item]:
     _refuse_set_and_swept(settings, axes)
     result: list[Item] = []
     problems: list[str] = []
+    skips = matrix.Skips()
     for index, item in enumerate(items):
         base = common.merge(item)
         number = f"{index:04d}" if len(items) > 1 else ""
+        made: set[str] = set()
         for combination in matrix.combinations(axes):
             try:
-                shot = _apply(combination.settings, base)
-                if excluded.excludes(shot.values):
+                shot, combination = skips.apply(combination, base)
+                if excluded.excludes(shot.values) or combination.settings_key in made:
                     continue
+                made.add(combination.settings_key)
                 shot = replace(shot, values=_add_sweep_id(shot.values, number, combination))
                 shot = _apply(settings, shot)
-                job = _validate(shot, item.source, item_keys)
-                result.append(Item(job.id or f"{len(result):04d}", job, shot.sources))
+                job = plain_shots.adapt_output(_validate(shot, item.source, item_keys), combination)
+                entry_id = str(base.values.get("id") or number)
+                id = job.id or f"{len(result):04d}"
+                result.append(Item(id, job, shot.sources, entry_id, combination))
             except JobError as error:
                 problems += str(error).splitlines()
     swept = [sweep[0][0].key for sweep in sweeps]
-    if problems := problems or [*excluded.problems(swept)]:
+    if problems := [*problems, *skips.problems()] or [*excluded.problems(swept)]:
         raise JobError("\n".join(sort_by_line(problems)))
     if not result:
         raise JobError("leaves out every shot", where=file.sources.location("exclude"))
-    return iter(result)
+    return result
 
 
 def _warn_of_comments(sources: Sources) -> Iterator[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ class Setting:
             message = f"{error.args[0]}, in {id!r}" if id else error.args[0]
             raise JobError(message, where=self.layer.source.key_location()) from None
 
+    def applies_to(self, shot: Merged) -> bool:
+        """Whether a shot has the rule or the LoRA that the key reaches into; True for all other keys."""
+        head, *rest = self.key.split(".")
+        entries = shot.values.get(head, [])
+        if head not in ("inject", "loras") or not rest or not rest[0].isdecimal():
+            return True
+        return not isinstance(entries, list) or int(rest[0]) < len(entries)
+
 
 Point = tuple[Setting, ...]
 Axis = tuple[Point, ...]
@@ -55,10 +63,29 @@ Axis = tuple[Point, ...]
 
 @dataclass(frozen=True)
 class Combination:
-    """One shot of a sweep: its settings, and the labels that distinguish it from the others."""
+    """One shot of a sweep: its settings, and the name of the label of each key that the sweep varies."""
 
-    settings: Point
-    labels: Mapping[str, Label]
+    settings: Point = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[str, Label]:
+        """The labels that distinguish the shot from the others."""
+        return {self.names[setting.key]: setting.label for setting in self.settings}
+
+    @property
+    def absent_labels(self) -> set[str]:
+        """The labels of axes that do not apply to the shot."""
+        return {*self.names.values()} - {*self.labels}
+
+    def select(self, keep: Callable[[Setting], bool]) -> Combination:
+        """Return the combination with some of its settings."""
+        return replace(self, settings=tuple(setting for setting in self.settings if keep(setting)))
+
+    @property
+    def settings_key(self) -> str:
+        """A text that is the same for the same settings."""
+        return repr([(setting.key, setting.layer.value) for setting in self.settings])
 
     @property
     def slug(self) -> str:
@@ -113,12 +140,42 @@ def combinations(axes: Sequence[Axis]) -> Iterator[Combination]:
     """Yield all combinations; the last axis varies fastest."""
     names = _name_labels([setting.key for axis in axes for setting in axis[0]])
     for points in itertools.product(*axes):
-        settings = tuple(itertools.chain(*points))
-        yield Combination(settings, {names[setting.key]: setting.label for setting in settings})
+        yield Combination(tuple(itertools.chain(*points)), names)
 
 
 def count_combinations(axes: Iterable[Axis]) -> int:
     return math.prod(len(axis) for axis in axes)
+
+
+class Skips:
+    """The axes that do not apply to some shots, because these lack the rule or the LoRA that they vary.
+
+    An axis that applies to no shot at all is a mistake."""
+
+    def __init__(self) -> None:
+        self._problems: dict[str, str] = {}
+        self._applied: set[str] = set()
+
+    def apply(self, combination: Combination, shot: Merged) -> tuple[Merged, Combination]:
+        """Set the values of a combination that apply to a shot; also return the combination of these alone.
+
+        Raises JobError if the shot cannot have one of the keys."""
+        applied: list[Setting] = []
+        for setting in combination.settings:
+            try:
+                shot = setting.apply(shot)
+            except JobError as error:
+                if setting.applies_to(shot):
+                    raise
+                self._problems.setdefault(setting.key, str(error))
+            else:
+                applied.append(setting)
+        self._applied |= {setting.key for setting in applied}
+        return shot, replace(combination, settings=tuple(applied))
+
+    def problems(self) -> list[str]:
+        """Return a line for every axis that applies to no shot."""
+        return [problem for key, problem in self._problems.items() if key not in self._applied]
 
 
 class Exclusions:

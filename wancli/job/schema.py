@@ -328,6 +328,7 @@ class Compare(StrictModel):
     """What a render writes about its shots together, once they are finished: files beside the outputs."""
 
     baseline: str | None = None
+    add_baseline: bool = True
     sheet: bool = True
     video: bool = True
 

@@ -15,8 +15,9 @@ from wancli.plan.shot import Comparison, Shot
 def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
     """Plan the comparison of all shots with `compare`. Returns None if no shot has it.
 
-    A named baseline is that of all. Otherwise the baseline of a shot is the one with neither injections nor
-    LoRAs that differs in nothing else; else the first shot with neither; else the first.
+    A named baseline is that of all. Otherwise the baseline of a shot is the plain one that differs in
+    nothing else. A shot without such a baseline is compared with nothing. A plain shot has no injections, and
+    no LoRAs unless all shots have the same.
 
     Raises JobError."""
     compared = [shot for shot in shots if jobs.items[shot.index].job.compare]
@@ -42,27 +43,17 @@ def plan_comparison(jobs: JobFile, shots: Sequence[Shot]) -> Comparison | None:
             where=jobs.items[compared[0].index].location("compare", "baseline"),
             hint=f"did you mean {near[0]!r}?" if near else f"ids: {', '.join(list(requests)[:8])}",
         )
-    plain = [shot for shot in compared if _is_plain(shot)]
-    baseline = first.baseline or [*plain, *compared][0].id
-    own = {} if first.baseline else _plain_counterparts(compared, plain)
-    baselines = {shot.id: own.get(_key_without_injections(shot), baseline) for shot in compared}
-    return Comparison(baselines, baseline, first.sheet, first.video)
+    drops_loras = len({repr([use.pixel_settings for use in shot.loras]) for shot in compared}) > 1
+    keys = {shot.id: _key_without_injections(shot, drops_loras) for shot in compared}
+    plain = [shot for shot in compared if not shot.injects and not (drops_loras and shot.loras)]
+    wanted = {keys[shot.id] for shot in compared if shot not in plain}
+    own = {keys[shot.id]: shot.id for shot in reversed(plain) if keys[shot.id] in wanted}
+    baselines = {id: first.baseline or own.get(key) for id, key in keys.items()}
+    default = first.baseline or next((id for id in baselines.values() if id), compared[0].id)
+    added = tuple(shot.id for shot in compared if jobs.items[shot.index].is_added)
+    return Comparison(baselines, default, first.sheet, first.video, added)
 
 
-def _plain_counterparts(compared: Sequence[Shot], plain: Sequence[Shot]) -> dict[str, str]:
-    """Return the first plain shot that differs from others only in injections and LoRAs, by common key."""
-    wanted = {_key_without_injections(shot) for shot in compared if not _is_plain(shot)}
-    counterparts: dict[str, str] = {}
-    for shot in plain:
-        if (key := _key_without_injections(shot)) in wanted:
-            counterparts.setdefault(key, shot.id)
-    return counterparts
-
-
-def _is_plain(shot: Shot) -> bool:
-    return not shot.injects and not shot.loras
-
-
-def _key_without_injections(shot: Shot) -> str:
-    """Return a key that is the same for shots that differ only in injections and LoRAs."""
-    return replace(shot, rules=(), injected=(), loras=()).key
+def _key_without_injections(shot: Shot, drops_loras: bool) -> str:
+    """Return a key that is the same for shots that differ only in injections, and in LoRAs if these count."""
+    return replace(shot, rules=(), injected=(), loras=() if drops_loras else shot.loras).key

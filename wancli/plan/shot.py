@@ -309,12 +309,14 @@ class ShotWarning(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of finished shots. `baselines` has by id of a shot the id of its baseline."""
+    """A comparison of finished shots. `baselines` has by id of a shot the id of its baseline; None if it is
+    compared with nothing."""
 
-    baselines: Mapping[str, str]
-    default_baseline: str  # of shots that have none of their own
+    baselines: Mapping[str, str | None]
+    default_baseline: str  # the first one, or the first shot if there is none
     sheet: bool
     video: bool
+    added: tuple[str, ...] = ()  # plain shots that the job does not list
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,18 @@ def collect_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> It
         text = kind.replace("{}", list_some([*details], 6), 1)
         yield f"shot{'s' if len(ids) > 1 else ''} {list_some([*ids], 3)}: {text}"
     yield from _same_noise_warnings(shots)
+    yield from _uncompared_warnings(shots, comparison)
+
+
+def _uncompared_warnings(shots: Sequence[Shot], comparison: Comparison | None) -> Iterator[str]:
+    """Warn about shots that a comparison shows without figures."""
+    baselines = comparison.baselines if comparison else {}
+    ids = [shot.id for shot in shots if baselines.get(shot.id, "") is None]
+    if ids:
+        yield (
+            f"shot{'s' if len(ids) > 1 else ''} {list_some(ids, 3)}: no figures, because no compared shot "
+            "differs in the injection alone; compare: {baseline: ID} compares all with one shot"
+        )
 
 
 def _checkpoint_warnings(checkpoint: Checkpoint) -> Iterator[ShotWarning]:

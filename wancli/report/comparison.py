@@ -66,12 +66,10 @@ def measure_document(
     context: RenderContext,
     job: str | None = None,
 ) -> JsonObject:
-    """Measure every clip against its baseline, which `baselines` has by the clip's id.
-
-    `baseline` is the default one. Raises FfmpegError, and Stopped between two videos.
-    """
+    """Measure every clip against its baseline, which `baselines` has by the clip's id; a clip without one is
+    compared with nothing. `baseline` is the first. Raises FfmpegError, and Stopped between two videos."""
     shots = []
-    with context.progress.phase("compare", [baseline.id], len(clips)) as bar:
+    with context.progress.phase("compare", [one.id for one in clips], len(clips)) as bar:
         for shot in comparison_metrics.measure_clips(clips, baselines):
             shots.append(shot)
             bar.advance()
@@ -121,7 +119,7 @@ def write_outputs(document: JsonObject, outputs: OutputFiles, context: RenderCon
         dict(zip(ids, comparison_metrics.format_captions(document, name_baseline=named)))
         for named in (True, False)
     )
-    with context.progress.phase("draw", [document["baseline"]], len(outputs.paths)) as bar:
+    with context.progress.phase("draw", ids, len(outputs.paths)) as bar:
         for path, part in outputs.sheets:
             contact_sheet.write(
                 path, contact_sheet.draw_contact_sheet(part, [captions[one.id] for one in part])
@@ -146,7 +144,7 @@ def _split_into_files(
     for one in clips:
         if one.id in placed:
             continue
-        pair = {clip.id: clip for clip in (baselines[one.id], one)}
+        pair = {clip.id: clip for clip in (baselines.get(one.id, one), one)}
         wanted = [clip for clip in pair.values() if clip not in parts[-1]]
         if len(parts[-1]) + len(wanted) > most:
             parts.append([])
@@ -177,7 +175,7 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
         for shot in plan.all_shots
         if shot.id in wanted.baselines and manifest.is_done(shot.output, shot.key)
     }
-    done = [shot for shot in finished.values() if wanted.baselines[shot.id] in finished]
+    done = [shot for shot in finished.values() if wanted.baselines[shot.id] in (None, *finished)]
     _warn_missing_baselines(finished, wanted, context)
     if not done:
         return
@@ -192,8 +190,9 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
         replace(one, id=shot.id) for one, shot in zip(clip.read_clips([shot.output for shot in done]), done)
     ]
     by_id = {one.id: one for one in clips}
-    baselines = {id: by_id[wanted.baselines[id]] for id in by_id}
-    baseline = by_id.get(wanted.default_baseline, baselines[clips[0].id])
+    baselines = {id: by_id[other] for id in by_id if (other := wanted.baselines[id])}
+    clips = _move_baselines_ahead(clips, baselines)
+    baseline = by_id.get(wanted.default_baseline, next(iter(baselines.values()), clips[0]))
     png, mp4 = path.with_suffix(".png"), path.with_suffix(".mp4")
     outputs = [shot.output for shot in plan.all_shots]
     files = plan_outputs(
@@ -213,10 +212,16 @@ def _compare_shots(plan: Plan, wanted: Comparison, context: RenderContext) -> No
     context.progress.note(f"compared: {', '.join(str(one) for one in (path, *files.paths))}")
 
 
+def _move_baselines_ahead(clips: Sequence[Clip], baselines: Mapping[str, Clip]) -> list[Clip]:
+    """Return the clips in their order, but each baseline before the first clip that is compared with it."""
+    pairs = [(baselines.get(one.id, one), one) for one in clips]
+    return list({clip.id: clip for pair in pairs for clip in pair}.values())
+
+
 def _warn_missing_baselines(finished: Mapping[str, Shot], wanted: Comparison, context: RenderContext) -> None:
     """Warn once of all baselines that are not done although their shots are."""
     baselines = [wanted.baselines[id] for id in finished] or [wanted.default_baseline]
-    absent = list(dict.fromkeys(id for id in baselines if id not in finished))
+    absent = list(dict.fromkeys(id for id in baselines if id not in (None, *finished)))
     if len(absent) == 1:
         context.progress.warn(f"not compared: the baseline, shot {absent[0]}, is not done")
     elif absent:

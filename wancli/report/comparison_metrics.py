@@ -16,16 +16,21 @@ from wancli.video import metrics
 from wancli.video.clip import Clip
 
 JsonObject: TypeAlias = dict[str, Any]
+NO_BASELINE = "no figures: no shot differs in the injection alone"
 
 
 def measure_clips(clips: Sequence[Clip], baselines: Mapping[str, Clip]) -> Iterator[JsonObject]:
-    """Yield the row of each clip against its baseline, which `baselines` has by the clip's id.
+    """Yield the row of each clip against its baseline, which `baselines` has by the clip's id; one without a
+    baseline is compared with nothing.
 
     Baselines have rows too. A metric that cannot be measured is None, and `why` gives the reason. Raises
     FfmpegError."""
     motions: dict[str, float | None] = {}
     for one in clips:
-        baseline = baselines[one.id]
+        baseline = baselines.get(one.id)
+        if baseline is None:
+            yield _uncompared_row(one, metrics.measure_motion(one.read_pictures()))
+            continue
         if baseline.id not in motions:
             motions[baseline.id] = metrics.measure_motion(baseline.read_pictures())
         baseline_motion = motions[baseline.id]
@@ -50,13 +55,15 @@ def format_captions(document: JsonObject, *, name_baseline: bool) -> list[str]:
     shots = document["shots"]
     if len(shots) == 1:
         return [""]
-    several = len({shot["baseline"] for shot in shots}) > 1
+    several = len({shot["baseline"] for shot in shots} - {None}) > 1
     return [_format_caption(shot, name_baseline and several) for shot in shots]
 
 
 def _format_caption(shot: JsonObject, name_baseline: bool) -> str:
     is_baseline = shot["id"] == shot["baseline"]
     parts = ["baseline"] if is_baseline else []
+    if shot["baseline"] is None:
+        parts.append(NO_BASELINE)
     if not is_baseline and shot["identical"]:
         parts.append("identical")
     elif not is_baseline and shot["ssim"] is not None:
@@ -66,9 +73,30 @@ def _format_caption(shot: JsonObject, name_baseline: bool) -> str:
         parts.append(f"latent {shot['latent_distance']:.3f}")
     if shot["motion"] is not None:
         parts.append(f"motion {shot['motion']:.2%}")
-    if name_baseline and not is_baseline:
+    if name_baseline and not is_baseline and shot["baseline"] is not None:
         parts.append(f"beside {shot['baseline']}")
     return "  ".join(parts)
+
+
+def _uncompared_row(one: Clip, motion: float | None) -> JsonObject:
+    why = dict.fromkeys(("latent_distance", "psnr", "ssim", "baseline_motion", "heatmap"), NO_BASELINE)
+    if motion is None:
+        why["motion"] = "a single frame"
+    return {
+        "id": one.id,
+        "output": str(one.path),
+        "baseline": None,
+        "frames": one.info.frame_count,
+        "identical": False,
+        "latent_distance": None,
+        "latent_from": None,
+        "psnr": None,
+        "ssim": None,
+        "motion": _round(motion),
+        "baseline_motion": None,
+        "heatmap": None,
+        "why": why,
+    }
 
 
 def _baseline_row(one: Clip, motion: float | None) -> JsonObject:

@@ -18,7 +18,7 @@ from wancli.report.plan_document import (
 )
 from wancli.report.render_summary import build_memory_table
 from wancli.report.shorten import fit_columns
-from wancli.report.shot_text import format_lora, format_shot, name_given_pictures
+from wancli.report.shot_text import describe_added_shots, format_lora, format_shot, name_given_pictures
 from wancli.report.terminal import create_table, state_text
 from wancli.units import format_seconds, pluralize
 
@@ -69,6 +69,8 @@ def format_plan(
             if s in states
         )
         yield f"{len(states):,} shots: {counts}{'; -v shows all' if hidden else ''}"
+    if added := describe_added_shots(plan):
+        yield textwrap.fill(added, 80, subsequent_indent="  ")
     if verbose:
         for shot in plan.shots:
             yield from format_shot(shot, plan.schedule.placement(shot))

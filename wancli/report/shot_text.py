@@ -10,12 +10,20 @@ from wancli.injection.table import injected_share_by_block
 from wancli.plan.pictures import GivenFrame, InjectedPicture, LinkedFrame, PictureFile
 from wancli.progress import make_printable
 from wancli.report.terminal import draw_bar, draw_ruler, truncate
-from wancli.units import format_ranges
+from wancli.units import format_ranges, list_some, pluralize
 
 if TYPE_CHECKING:
     from wancli.plan.schedule import Placement
-    from wancli.plan.shot import Prompt, Shot
+    from wancli.plan.shot import Plan, Prompt, Shot
     from wancli.weights.lora.use import LoraUse
+
+
+def describe_added_shots(plan: Plan) -> str:
+    """Say which shots `compare` adds to those that the job lists; empty if none."""
+    added = {*plan.comparison.added} if plan.comparison else set()
+    ids = [shot.id for shot in plan.shots if shot.id in added]
+    shots = f"{pluralize(len(ids), 'shot')} without injection: {list_some(ids, 3)}"
+    return f"compare adds {shots} (compare: {{add_baseline: false}} adds none)" if ids else ""
 
 
 def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:

@@ -91,7 +91,7 @@ class ComparedShot(Data):
 
     id: str
     output: PathText
-    baseline: str
+    baseline: str | None  # None if it is compared with nothing
     frames: Count = 0
     identical: bool = False
     latent_distance: float | None = None

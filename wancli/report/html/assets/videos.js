@@ -74,8 +74,13 @@ function card(shot) {
     picturesOf(shot).map((picture) => h('figure', { class: 'given' }, pictureOf(picture, 'frame'), h('figcaption', {}, `${picture.role}: ${picture.name}`))),
     h('footer', {}, h('button', { type: 'button', class: 'pick', on: { click: () => select(index) } }, shot.id),
       h('p', {}, Object.entries(shot.labels).map(([name, value]) => `${name} ${value}`).join(', ') || (shot.row.blocks ? `blocks ${shot.row.blocks} at ${shot.row.strength}` : 'plain')),
-      score && h('p', {}, score.baseline === score.id ? 'baseline' : `${scoreText(score)}, beside ${score.baseline}`),
+      score && h('p', {}, scoreLine(score)),
       h('a', { href: shot.video }, 'open')));
+}
+
+function scoreLine(score) {
+  if (score.baseline === score.id) return 'baseline';
+  return score.baseline ? `${scoreText(score)}, beside ${score.baseline}` : `${scoreText(score)}; ${score.why.ssim}`;
 }
 
 const scoreText = (score) => [['Δ latent', score.latent_distance], ['PSNR', score.psnr], ['SSIM', score.ssim], ['motion', score.motion]]

@@ -1,0 +1,117 @@
+"""Add the plain shots that a comparison needs: each shot that injects is compared with the same shot without
+injections, so that its figures show the injection and not another seed or prompt.
+
+LoRAs count as an injection if the shots of the job differ in them. Shots that differ in no other key share a
+plain one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from wancli.job.schema import Compare, Job, Strength
+
+if TYPE_CHECKING:
+    from wancli.job.loader import Item
+    from wancli.job.matrix import Combination
+
+# Keys that change neither the pixels of a shot nor what it is compared with.
+_ASIDE = {"id", "labels", "output", "inject", "loras", "join", "measure", "compare", "batch", "save_every"}
+
+
+def add_plain_shots(items: Sequence[Item]) -> list[Item]:
+    """Return the items, and after them a plain one for each compared item that has none."""
+    compared = [item for item in items if item.job.compare]
+    if not compared or not all(_options(item.job).add_baseline for item in compared):
+        return [*items]
+    drops_loras = len({_dump_loras(item.job) for item in compared}) > 1
+    has_plain = {_key(item.job, drops_loras) for item in items if _is_plain(item.job, drops_loras)}
+    added = [*_make_plain_shots(compared, has_plain, {item.id for item in items}, drops_loras)]
+    named = _options(compared[0].job).baseline
+    return [*items, *added] if named is None or named in {item.id for item in added} else [*items]
+
+
+def adapt_output(job: Job, combination: Combination) -> Job:
+    """Name the output of a shot without the values of axes that do not apply to it."""
+    absent = combination.absent_labels - job.labels.keys()
+    return job.model_copy(update={"output": _name_output(job.output, absent)}) if absent else job
+
+
+def _name_output(template: str, absent: Collection[str]) -> str:
+    """Return the template of a shot that lacks some labels: its id stands for a name that has one of them."""
+    *folders, file = template.split("/")
+    parts = ["{id}" if _fields(part) & {*absent} else part for part in folders]
+    return "/".join([*parts, "{id}.mp4" if _fields(file) & {*absent} else file])
+
+
+def _options(job: Job) -> Compare:
+    return job.compare if isinstance(job.compare, Compare) else Compare()
+
+
+def _key(job: Job, drops_loras: bool) -> str:
+    """Return a text that is the same for jobs that differ only in injections, and in LoRAs if these count."""
+    aside = _ASIDE if drops_loras else _ASIDE - {"loras"}
+    below = {"memory": {"residency", "chunk", "budget"}, "video": {"keep_latents"}}
+    return repr(job.model_dump(exclude={**dict.fromkeys(aside, True), **below}))
+
+
+def _dump_loras(job: Job) -> str:
+    return repr([entry.model_dump() for entry in job.loras])
+
+
+def _is_plain(job: Job, drops_loras: bool) -> bool:
+    if drops_loras and job.loras:
+        return False
+    return all(_is_zero(rule.strength) or _is_zero(rule.step_strength) for rule in job.inject)
+
+
+def _is_zero(strength: Strength) -> bool:
+    return not any(strength) if isinstance(strength, list) else strength == 0
+
+
+def _make_plain_shots(
+    compared: Sequence[Item], has_plain: Collection[str], taken: Collection[str], drops_loras: bool
+) -> Iterator[Item]:
+    """Yield a plain shot for each kind of shots without one: `seed11-plain`, with the id of their entry of
+    `items` if values do not tell two apart."""
+    dropped = ("inject", "loras") if drops_loras else ("inject",)
+    kinds: dict[str, tuple[Item, Combination]] = {}
+    for item in compared:
+        swept = item.combination.select(lambda setting: setting.key.split(".")[0] not in dropped)
+        kinds.setdefault(_key(item.job, drops_loras), (item, swept))
+    slugs = [swept.slug for _, swept in kinds.values()]
+    used = {*taken}
+    for item, swept in (kind for key, kind in kinds.items() if key not in has_plain):
+        own = item.entry_id or item.id if slugs.count(swept.slug) > 1 else ""
+        id = "-".join(part for part in (own, swept.slug, "plain") if part)
+        while id in used:
+            id += "-plain"
+        used.add(id)
+        yield _make_plain(item, swept, id, drops_loras)
+
+
+def _make_plain(item: Item, combination: Combination, id: str, drops_loras: bool) -> Item:
+    job = item.job
+    gone = item.combination.labels.keys() - combination.labels.keys()
+    labels = {name: label for name, label in job.labels.items() if name not in gone}
+    plain: dict[str, object] = {"inject": [], "join": None} | ({"loras": []} if drops_loras else {})
+    names = {"id": id, "labels": labels, "output": _plain_output(job, gone)}
+    made = job.model_copy(update={**plain, **names})
+    return replace(item, id=id, job=made, combination=combination, is_added=True)
+
+
+def _plain_output(job: Job, gone: Collection[str]) -> str:
+    """Name the output: as that of the shot, but never the same."""
+    output = _name_output(job.output, gone)
+    if _fields(output.rpartition("/")[2]) & {"id", "item", "key"}:
+        return output
+    path = PurePosixPath(output)
+    return str(path.with_name(f"{path.stem}-plain{path.suffix}")) if path.name else output
+
+
+def _fields(text: str) -> set[str]:
+    return set(re.findall(r"\{([^{}:]*)", text))

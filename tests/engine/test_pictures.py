@@ -20,6 +20,7 @@ from jobs import (
     T5,
     VAE,
     CommandResult,
+    count_forwards,
     latents_of,
     manifest_of,
     rule,
@@ -578,26 +579,88 @@ def test_a_failed_link_fails_what_hangs_on_it_and_the_same_command_goes_on_from_
     assert (tmp_path / "out/all.mp4").exists()
 
 
-def test_a_kept_frame_that_is_missing_or_of_another_video_fails_the_shot(
+def test_shots_that_only_continue_a_failed_one_do_not_count_as_failures(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = picture_stage.encode_frames
+
+    def broken(shots: Any, *rest: Any, **options: Any) -> Any:
+        frames, errors, record = real(shots, *rest, **options)
+        for shot in (shot for shot in shots if shot.id in "ae"):
+            errors[shot.index] = ErrorCapture()
+            errors[shot.index].record(ShotError("is broken", where=f"shot {shot.id}"))
+        return frames, errors, record
+
+    monkeypatch.setattr("wancli.engine.pipeline.encode_frames", broken)
+    first = str(PICTURE)
+    chains = [
+        {"id": "a", "image": first},
+        {"id": "b", "image": {"shot": "a"}},
+        {"id": "c", "image": {"shot": "b"}},
+        {"id": "d", "image": first, "seed": 2},
+        {"id": "e", "image": {"shot": "d"}},
+        {"id": "f", "image": {"shot": "d"}, "seed": 5},
+    ]
+    for limit, not_started in (("3", 0), ("1", 5)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        said = render("--max-failures", limit, **OF_CHAIN | {"items": chains})
+        assert said.code == 1
+        report = json.loads((tmp_path / "out/job.report.json").read_text())
+        statuses = {shot["id"]: shot["status"] for shot in report["shots"]}
+        assert [*statuses.values()].count("not started") == not_started
+        assert ("2 of them only because the shot that they continue failed" in said.err) == (limit == "3")
+
+
+@pytest.mark.parametrize("keeps_latents", [True, False])
+def test_a_finished_shot_without_the_kept_frame_is_decoded_or_rendered_again_for_a_shot_that_continues_it(
+    render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_latents: bool
+) -> None:
+    a, b = CHAIN[1], CHAIN[2]
+    keys = OF_CHAIN | {"video": {"keep_latents": keeps_latents}, "sampler": {"steps": 2}}
+    assert render(**keys | {"items": [a, b]}).code == 0
+    expected = np.asarray(Image.open(tmp_path / "out/a.frame4.png"))
+    videos = {id: (tmp_path / f"out/{id}.mp4").read_bytes() for id in "ab"}
+    kept = tmp_path / "out/a.frame4.png"
+    damages: dict[str, Callable[[], object]] = {
+        "missing": kept.unlink,
+        "no picture": lambda: kept.write_bytes(b"no"),
+        "another": lambda: shutil.copy(PICTURE, kept),
+    }
+    forwards = count_forwards(monkeypatch)
+    for number, (id, damage) in enumerate(damages.items()):
+        damage()
+        shutil.rmtree(tmp_path / "cache")
+        forwards.clear()
+        said = render(**keys | {"items": [a, b, {"id": id, "image": {"shot": "a"}, "seed": 9 + number}]})
+        assert said.code == 0, said.err
+        again = "decoded" if keeps_latents else "rendered"
+        assert f"shot a is done, and is {again} again: shot {id} begins with a frame of it" in said.err
+        assert len(forwards) == 2 * 2 * (1 if keeps_latents else 2)
+        assert (np.asarray(Image.open(kept)) == expected).all()
+        assert {id: (tmp_path / f"out/{id}.mp4").read_bytes() for id in "ab"} == videos
+    kept.unlink()
+    assert render(**keys | {"items": [a, b]}).code == 0  # nobody needs the frame
+    assert not kept.exists()
+
+
+def test_a_shot_in_the_middle_of_a_chain_is_rendered_again_with_those_before_that_it_needs(
     render: Render, tmp_path: Path
 ) -> None:
-    first, second = CHAIN[1], CHAIN[2]
-    assert (
-        render(
-            **OF_CHAIN | {"items": [first, second]},
-        ).code
-        == 0
-    )
-    kept = tmp_path / "out/a.frame4.png"
-    for number, damage in enumerate(
-        (kept.unlink, lambda: kept.write_bytes(b"no"), lambda: shutil.copy(PICTURE, kept))
-    ):
-        damage()
-        items = [first, {**second, "id": "other", "seed": 9}]
-        said = render("--cache-dir", tmp_path / f"cache{number}", **OF_CHAIN | {"items": items})
-        assert said.code == 4, said.err
-        assert "out/a.frame4.png: " in said.err
-        assert "Render shot a again" in said.err
+    keys = OF_CHAIN | {"video": {}, "sampler": {"steps": 1}}
+    assert render(**keys).code == 0
+    shutil.rmtree(tmp_path / "cache")
+    for id in "ab":
+        (tmp_path / f"out/{id}.frame4.png").unlink()
+    more = {"id": "d", "image": {"shot": "b"}, "seed": 7}
+    said = render("--items", "3", **keys | {"items": [*CHAIN, more]})
+    assert said.code == 4, said.err
+    assert "Render shot b, too" in said.err
+    said = render(**keys | {"items": [*CHAIN, more]})
+    assert said.code == 0, said.err
+    assert [Path(line).stem for line in said.out.split()] == ["c", "a", "b", "d"]
+    report = json.loads((tmp_path / "out/job.report.json").read_text())
+    statuses = {shot["id"]: shot["status"] for shot in report["shots"]}
+    assert statuses == {"a": "rendered", "b": "rendered", "c": "already done", "d": "rendered"}
 
 
 def test_the_workers_of_ray_refuse_a_chain_before_they_start(render: Render) -> None:

@@ -75,6 +75,8 @@ class RenderReporter:
             failed = _unfinished(plan, outcomes)
         existing = [outcome.shot.index for outcome in outcomes if isinstance(outcome.error, OutputExists)]
         hints = []
+        if followers := sum(outcome.follows_failure for outcome in outcomes):
+            hints.append(f"{followers} of them only because the shot that they continue failed")
         lasting = [o.shot.index for o in outcomes if o.error and not o.error.retryable]
         left = [index for index in failed if index not in existing]
         if retried := [index for index in left if index not in lasting]:

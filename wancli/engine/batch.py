@@ -49,7 +49,7 @@ def track_outcomes(
     elsewhere: list[Shot] = []
     for outcome in outcomes:
         stopped += outcome.status == "stopped"
-        failures += outcome.status == "failed"
+        failures += outcome.status == "failed" and not outcome.follows_failure
         elsewhere += [outcome.shot] if outcome.status == "elsewhere" else []
         context.stop.failure_limit_reached = context.policy.should_stop(failures)
         pending.discard(outcome.shot.index)
@@ -130,7 +130,7 @@ def _outcome_after(before: Shot, shot: Shot) -> Outcome:
     attempt.record(
         ShotError(f"shot {before.id}, which it continues, failed", where=f"shot {shot.id}", hint=hint)
     )
-    return failed_outcome(shot, attempt)
+    return replace(failed_outcome(shot, attempt), follows_failure=True)
 
 
 def _find_finished(released: Sequence[Shot], context: RenderContext) -> Iterator[Outcome]:

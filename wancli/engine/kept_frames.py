@@ -13,6 +13,7 @@ from wancli.storage import atomic, records
 
 if TYPE_CHECKING:
     from wancli.pictures.read import Pixels
+    from wancli.plan.shot import Shot
 
 _KEY = "wancli frame"  # the text of the PNG that holds the key of the frame
 
@@ -48,13 +49,27 @@ def _write(path: Path, rgb: bytes, size: tuple[int, int], key: str) -> None:
     atomic.replace(path, file.getvalue())
 
 
+def lacks_frames(shot: Shot) -> bool:
+    """Return whether a frame that other shots begin with is missing, damaged or of another video.
+
+    Raises Unreadable if the disk does not tell.
+    """
+    size = (shot.width, shot.height)
+    for frame in shot.kept_frames:
+        try:
+            load_frame(LinkedFrame(shot.index, shot.id, shot.output, frame, size, shot.frame_key(frame)))
+        except EntryError:
+            return True
+    return False
+
+
 def load_frame(link: LinkedFrame) -> Pixels:
     """Load the frame that a shot begins with. Raises EntryError if it is not the planned one."""
     import numpy as np
     from PIL import Image
 
     path = frame_path(link.output, link.frame)
-    hint = f"Render shot {link.id} again, with --force if it is done."
+    hint = f"Render shot {link.id}, too: it is decoded, or rendered again, for this frame."
     try:
         with Image.open(io.BytesIO(records.read(path, records.FRAME)), formats=["PNG"]) as image:
             image.load()

@@ -60,6 +60,7 @@ class Outcome:
     error: WancliError | None = None  # without its frames, which are described in `stack`
     stack: str = ""
     shared_steps: int = 0  # first steps that another shot took for this one
+    follows_failure: bool = False  # whether it failed only because the shot that it continues did
 
 
 def failed_outcome(shot: Shot, attempt: ErrorCapture) -> Outcome:

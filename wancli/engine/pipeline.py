@@ -17,6 +17,7 @@ from wancli.engine import denoise_stage, manifest_body, shot_state
 from wancli.engine.context import RenderContext
 from wancli.engine.decode_stage import decode_latent
 from wancli.engine.encode_stage import encode_each
+from wancli.engine.kept_frames import lacks_frames
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
@@ -133,7 +134,7 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
     context = model_context.context
     with ErrorCapture() as attempt:
         status, why = status_for_render(shot, context)
-        if status == "done" and not needs_effects(shot):
+        if status == "done" and not needs_effects(shot) and not lacks_frames(shot):
             return Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
         if status == "in the way":
             raise output_exists_error(shot, why)

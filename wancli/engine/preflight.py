@@ -7,15 +7,17 @@ that do not fit their networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from wancli.engine import manifest_body, output_diff
 from wancli.engine.context import RenderContext
+from wancli.engine.kept_frames import lacks_frames
 from wancli.engine.networks import check_weights, prepare_device
 from wancli.errors import DoesNotFit, EntryError, MachineError, OutputExists, Unreadable, WancliError
 from wancli.plan import backends, batching, disk_estimate, memory_policy
+from wancli.plan.picture_entries import entry_values
 from wancli.plan.schedule import Schedule
 from wancli.plan.shot import Plan, Prompt, Shot
 from wancli.resources import machine
@@ -60,11 +62,12 @@ def preflight(plan: Plan, context: RenderContext) -> PreflightResult:
 
 
 def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[int, WancliError]]:
-    """Return the shots that are not done, and by index why other shots are refused.
+    """Return the shots to render, in the order of the job, and by index why other shots are refused.
 
-    A shot is refused, too, if the disk does not tell whether it is done: its files may be sound, and stay as
-    they are. If this holds for a shot and all shots are refused, raises Unreadable. Raises OutputExists if
-    the outputs of all shots that are not done exist otherwise.
+    These shots are not done, or lack what the job or another shot asks of them. A shot is refused, too, if
+    the disk does not tell whether it is done: its files may be sound, and stay as they are. If this holds for
+    a shot and all shots are refused, raises Unreadable. Raises OutputExists if the outputs of all shots that
+    are not done exist otherwise.
     """
     todo: list[Shot] = []
     states, refused = _look_at_outputs(plan.shots, context)
@@ -78,12 +81,49 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
             todo.append(shot)
         else:
             _warn_of_damaged_latent(shot, context)
+    todo = _add_shots_without_frames(plan.shots, todo, refused, context)
     unreadable = next((error for error in refused.values() if isinstance(error, Unreadable)), None)
     if unreadable and len(refused) == len(plan.shots):
         raise unreadable
     if refused and not todo and not unreadable:
         raise OutputExists("\n".join(map(str, refused.values())), hint=next(iter(refused.values())).hint)
     return todo, refused
+
+
+def _add_shots_without_frames(
+    shots: Sequence[Shot], todo: Sequence[Shot], refused: Collection[int], context: RenderContext
+) -> list[Shot]:
+    """Add finished shots whose kept frames are missing, and are needed by shots that are to be rendered.
+
+    They are decoded again if their latents are there, else rendered again, and so may need frames themselves.
+    """
+    by_index = {shot.index: shot for shot in shots if shot.index not in refused}
+    needed = {shot.index: shot for shot in todo}
+    queue = list(todo)
+    while queue:
+        shot = queue.pop()
+        before = by_index.get(shot.continues.shot) if shot.continues else None
+        if before is None or before.index in needed or not _reads_pictures(shot, context):
+            continue
+        if lacks_frames(before):
+            needed[before.index] = before
+            queue.append(before)
+            again = "decoded" if _has_latent(before) else "rendered"
+            why = f"shot {shot.id} begins with a frame of it that is not there"
+            context.progress.warn(f"shot {before.id} is done, and is {again} again: {why}")
+    return [shot for shot in shots if shot.index in needed]
+
+
+def _reads_pictures(shot: Shot, context: RenderContext) -> bool:
+    """Return whether a render reads the pictures of a shot: neither they are encoded nor its latent exists."""
+    store = context.store
+    is_encoded = store is not None and all(map(store.has, entry_values(shot)))
+    return not is_encoded and not _has_latent(shot)
+
+
+def _has_latent(shot: Shot) -> bool:
+    record = tensor_file.read_record(shot.latents, ShotRecord)
+    return record is not None and record.latents_key == shot.latents_key
 
 
 def _look_at_outputs(

@@ -695,8 +695,8 @@ def test_a_job_may_say_which_variant_a_checkpoint_is_and_plan_says_what_decided(
     assert document["shots"][0]["key"] == record.key
     assert document["models"][0]["variant_reason"] == "the job says so"
     said = render(model=files | {"variant": "FLF2V"})
-    assert said.code == 4
-    assert "its tensors are not those of 'FLF2V'" in said.err
+    assert said.code == 2
+    assert "are not those of 'FLF2V'" in said.err
     assert "Wan2.1-I2V-480P or Wan2.1-I2V-720P" in said.err
 
 

@@ -115,7 +115,7 @@ def _add_shots_without_frames(
 
 
 def _reads_pictures(shot: Shot, context: RenderContext) -> bool:
-    """Return whether a render reads the pictures of a shot: neither they are encoded nor its latent exists."""
+    """Return whether a render reads the pictures of a shot: neither their entries nor its latent exist."""
     store = context.store
     is_encoded = store is not None and all(map(store.has, entry_values(shot)))
     return not is_encoded and not _has_latent(shot)

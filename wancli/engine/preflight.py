@@ -109,7 +109,7 @@ def _add_shots_without_frames(
             needed[before.index] = before
             queue.append(before)
             again = "decoded" if _has_latent(before) else "rendered"
-            why = f"shot {shot.id} begins with a frame of it that is not there"
+            why = f"shot {shot.id} begins with a frame of it, not found"
             context.progress.warn(f"shot {before.id} is done, and is {again} again: {why}")
     return [shot for shot in shots if shot.index in needed]
 

@@ -97,28 +97,11 @@ def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_rotate", lambda todo: todo)
 
 
-@pytest.fixture(scope="session")
-def unchanging() -> set[Path]:
-    """Checkpoints that no test changes: the plans of a run read their headers once."""
-    from wancli import wan_mini
-
-    return {TINY, wan_mini.FOLDER}
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _identify_once(unchanging: set[Path]) -> None:
-    from wancli.plan import planner
+def _identify_once() -> None:
+    from unchanging import identify_once
 
-    real, known = planner.identify, {}
-
-    def identify(source: Any) -> Any:
-        if source not in unchanging:
-            return real(source)
-        if source not in known:
-            known[source] = real(source)
-        return known[source]
-
-    planner.identify = identify
+    identify_once()
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +111,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shallow(tmp_path_factory: pytest.TempPathFactory, unchanging: set[Path]) -> Path:
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint cut down to 4 blocks, where depth does not matter."""
+    import unchanging
     from jobs import TRANSFORMER, change_tensors, checkpoint
 
     def cut(tensors: dict[str, Any]) -> None:
@@ -140,18 +124,19 @@ def shallow(tmp_path_factory: pytest.TempPathFactory, unchanging: set[Path]) -> 
     change_tensors(model / TRANSFORMER, cut)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_layers": 4}))
-    unchanging.add(model)
+    unchanging.FOLDERS.add(model)
     return model
 
 
 @pytest.fixture(scope="session")
-def quick(shallow: Path, tmp_path_factory: pytest.TempPathFactory, unchanging: set[Path]) -> Path:
+def quick(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of 4 blocks with all weights in safetensors, which load faster than pickles."""
+    import unchanging
     from jobs import checkpoint, pickles_to_safetensors
 
     model = checkpoint(tmp_path_factory.mktemp("quick"), shallow)
     pickles_to_safetensors(model)
-    unchanging.add(model)
+    unchanging.FOLDERS.add(model)
     return model
 
 

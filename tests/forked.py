@@ -19,11 +19,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
+
+from unchanging import FOLDERS, identify_once
+
+from wancli.plan import planner
+from wancli.video import ffmpeg
 
 WANCLI = "from wancli.__main__ import main; main()"
 
@@ -52,6 +57,7 @@ class Forked:
         self._status, status = os.pipe()
         said = {"program": program, "arguments": self.args, "umask": umask}
         said |= {"cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ)}
+        said |= {"unchanging": [str(folder) for folder in FOLDERS]}
         socket.send_fds(source, [json.dumps(said).encode()], [into, out, err, status])
         for fd in {into, out, err, status} - {_fileno(stdin), _fileno(stdout), _fileno(stderr)}:
             os.close(fd)
@@ -171,7 +177,10 @@ def run(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.
 
 
 def _import_all() -> None:
-    """Import all that a render may import. A fork must have no thread to lose."""
+    """Import all that a render may import, and read what no test changes.
+
+    A fork must have no thread to lose.
+    """
     gc.disable()  # nothing of this is garbage
     import pkgutil
     from importlib import import_module
@@ -185,9 +194,21 @@ def _import_all() -> None:
     for module in pkgutil.walk_packages(wancli.__path__, "wancli."):
         if module.name not in ("wancli.__main__", "wancli.farm.ray_driver"):
             import_module(module.name)
+    identify_once()
+    for folder in FOLDERS:
+        planner.identify(folder)
+    ffmpeg.list_encoders()  # both remember what the program answers
+    ffmpeg.keep_frames_arguments()
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads that a fork would lose"
     gc.enable()
     gc.freeze()  # or each fork copies the pages of all objects, to count what refers to them
+
+
+def _identify(folders: Iterable[Path]) -> None:
+    """Read the headers of checkpoints that no test changes, so that no fork reads them."""
+    for folder in set(folders) - FOLDERS:
+        FOLDERS.add(folder)
+        planner.identify(folder)
 
 
 def _serve_forks(source: socket.socket) -> dict[str, Any] | None:
@@ -199,6 +220,7 @@ def _serve_forks(source: socket.socket) -> dict[str, Any] | None:
         with suppress(ChildProcessError):  # those that are over by now
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+        _identify(map(Path, json.loads(message)["unchanging"]))
         if os.fork() == 0:
             break
         for fd in fds:

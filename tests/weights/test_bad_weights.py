@@ -11,13 +11,12 @@ import math
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import gguf
 import pytest
 import torch
@@ -318,9 +317,7 @@ def test_no_lie_about_sizes_makes_wancli_allocate(
         write_job(tmp_path / name, tiny_job(model=folder))
         for name, folder in (("bad", model), ("good", shallow))
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAN, *map(str, jobs), str(HUGE)], capture_output=True, text=True, check=False
-    )
+    done = forked.run(*jobs, HUGE, program=PLAN)
     assert done.returncode == 4, done.stderr
     assert done.stderr.startswith(f"wancli: {jobs[0]}:1: model: {model}"), done.stderr
 

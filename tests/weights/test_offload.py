@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import forked
 import gguf
 import pytest
 import torch
@@ -287,11 +286,9 @@ def test_requests_share_passes_over_the_weights(riders: int | None, passes: int)
 def test_a_checkpoint_larger_than_its_memory_runs(tmp_path: Path):
     """200 MB of weights in 24 blocks: the peak of the process grows by little more than two of them."""
     code = f"""
-import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-sys.path.insert(0, {str(ROOT)!r})
 from scripts.make_random_checkpoint import transformer_entries, write_safetensors
 from wancli.resources.measure import PeakMemory
 from wancli.models.config import WanConfig
@@ -315,7 +312,8 @@ for residency in ("streamed", "resident"):
         run(large, residency)
     print(peak.rss_peak - peak.rss_start)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forked.run(program=code)
+    assert done.returncode == 0, done.stderr
     streamed, all_of_it = map(int, done.stdout.split())
     size = (tmp_path / "large.safetensors").stat().st_size
     assert size > 200e6

@@ -113,10 +113,10 @@ def test_every_option_has_help() -> None:
 
 def test_without_a_command_the_help_is_printed(say: Any) -> None:
     for arguments in ((), ("--help",), ("-h",)):
-        said = say(*arguments)
-        assert (said.code, said.err) == (0, "")
-        assert said.out.startswith("Usage: wancli [OPTIONS] COMMAND")
-        assert "render Render every shot of a job, or a prompt." in " ".join(said.out.split())
+        result = say(*arguments)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.startswith("Usage: wancli [OPTIONS] COMMAND")
+        assert "render Render every shot of a job, or a prompt." in " ".join(result.out.split())
 
 
 def test_the_version_is_all_that_version_prints(say: Any) -> None:
@@ -141,16 +141,16 @@ def test_the_version_is_all_that_version_prints(say: Any) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_command_line_is_one_line_and_a_hint(say: Any, arguments: list[str], message: str) -> None:
-    said = say(*arguments)
-    first, *rest = said.err.splitlines()
-    assert (said.code, said.out) == (2, "")
+    result = say(*arguments)
+    first, *rest = result.err.splitlines()
+    assert (result.code, result.out) == (2, "")
     assert first.startswith(f"wancli: {message}")
     assert rest == ["  `wancli COMMAND --help` lists the options."]
 
 
 def test_an_option_that_is_a_key_of_a_job_is_told_how_to_set(say: Any) -> None:
-    said = say("render", "a.yaml", "--model", "DIR")
-    assert said.err.splitlines()[1:] == ["  model is a key of a job: --set model=VALUE sets it."]
+    result = say("render", "a.yaml", "--model", "DIR")
+    assert result.err.splitlines()[1:] == ["  model is a key of a job: --set model=VALUE sets it."]
 
 
 # ---- completion ----
@@ -183,8 +183,12 @@ def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(errors.__file__).parents[1]),
     }
-    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert dict(zip(COMPLETED, map(set, map(str.split, said.stdout.splitlines())), strict=True)) == COMPLETED
+    result = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+    assert (
+        dict(zip(COMPLETED, map(set, map(str.split, result.stdout.splitlines())), strict=True)) == COMPLETED
+    )
 
 
 # ---- exit codes ----
@@ -205,13 +209,13 @@ def test_every_error_exits_with_the_code_of_its_class_and_has_place_message_and_
         raise error("went wrong\nin two ways", where="here", hint="Try there.")
 
     monkeypatch.setattr(batch, "render", fails)
-    said = say("render", write_job(tmp_path, tiny_job()))
+    result = say("render", write_job(tmp_path, tiny_job()))
     message = "wancli: here: went wrong\nwancli: in two ways\n  Try there.\n"
     if issubclass(error, errors.Stopped):  # after the summary, and with the command that goes on
         message += f"  resume: wancli render {tmp_path}/job.yaml\n"
-        assert (said.code, said.out, said.err.endswith(message)) == (error.status, "", True)
+        assert (result.code, result.out, result.err.endswith(message)) == (error.status, "", True)
     else:
-        assert said == (error.status, "", message)
+        assert result == (error.status, "", message)
 
 
 def test_the_codes_are_those_of_the_architecture() -> None:
@@ -240,10 +244,10 @@ def test_a_bug_is_one_line_and_a_log_with_the_traceback(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(batch, "render", fails)
-    said = say("render", write_job(tmp_path, tiny_job()))
-    assert (said.code, said.out) == (70, "")
+    result = say("render", write_job(tmp_path, tiny_job()))
+    assert (result.code, result.out) == (70, "")
     (log,) = tmp_path.glob("wancli-*.log")
-    assert said.err == f"wancli: a bug in wancli {__version__}; please report it with {log}\n"
+    assert result.err == f"wancli: a bug in wancli {__version__}; please report it with {log}\n"
     assert "ZeroDivisionError: so it goes" in log.read_text()
 
 
@@ -255,31 +259,31 @@ def test_a_bug_without_a_place_for_its_log_has_the_traceback_on_stderr(
 
     monkeypatch.setattr(batch, "render", fails)
     monkeypatch.setattr("tempfile.NamedTemporaryFile", fails)
-    said = say("render", write_job(tmp_path, tiny_job()))
-    assert said.code == 70
-    assert "Traceback" in said.err
-    assert "please report it with the lines above" in said.err
+    result = say("render", write_job(tmp_path, tiny_job()))
+    assert result.code == 70
+    assert "Traceback" in result.err
+    assert "please report it with the lines above" in result.err
 
 
 def test_with_trace_an_error_shows_its_stack_and_the_shapes_in_it(say: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / TRANSFORMER, lambda tensors: tensors["head.head.bias"].fill_(float("nan")))
-    said = say("render", write_job(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
-    assert said.code == 1
-    assert "denoise.py" in said.err
-    assert "v_CTYX: [16, 1, 8, 8] torch.float32" in said.err
-    assert "\nwancli: shot 0000: NaN or Inf at step 0, after the last block\n" in said.err
+    result = say("render", write_job(tmp_path, tiny_job(model)), "-q", "--log-level", "trace")
+    assert result.code == 1
+    assert "denoise.py" in result.err
+    assert "v_CTYX: [16, 1, 8, 8] torch.float32" in result.err
+    assert "\nwancli: shot 0000: NaN or Inf at step 0, after the last block\n" in result.err
 
 
 def test_control_characters_of_a_job_do_not_reach_the_terminal(say: Any, tmp_path: Path) -> None:
     job = write_job(tmp_path, tiny_job(labels={"x": "\x1b[2J"}, output="out/{x}.mp4"))
-    said = say("plan", job)
-    assert said.code == 2
-    assert "\x1b" not in said.err
-    said = say("plan", write_job(tmp_path, tiny_job(**{"\x1b[2J": 1})))
-    assert (said.code, "\x1b" in said.err) == (2, False)
-    said = say("plan", write_job(tmp_path, tiny_job(id="\x1b[2J\u202e")), "-v")
-    assert (said.code, "\x1b" in said.out) == (0, False)
+    result = say("plan", job)
+    assert result.code == 2
+    assert "\x1b" not in result.err
+    result = say("plan", write_job(tmp_path, tiny_job(**{"\x1b[2J": 1})))
+    assert (result.code, "\x1b" in result.err) == (2, False)
+    result = say("plan", write_job(tmp_path, tiny_job(id="\x1b[2J\u202e")), "-v")
+    assert (result.code, "\x1b" in result.out) == (0, False)
 
 
 def test_a_reader_that_closed_stdout_is_neither_a_bug_nor_a_success(tmp_path: Path, lost_reader: int) -> None:
@@ -312,8 +316,8 @@ def test_a_plan_warns_of_what_this_machine_lacks(
     say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, Any], warned: str
 ) -> None:
     monkeypatch.setattr(machine, "has_cuda", lambda: False)
-    said = say("plan", write_job(tmp_path, tiny_job(memory=memory)))
-    assert (said.code, warned in said.err) == (0, True), said.err
+    result = say("plan", write_job(tmp_path, tiny_job(memory=memory)))
+    assert (result.code, warned in result.err) == (0, True), result.err
 
 
 def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) -> None:
@@ -330,26 +334,26 @@ def test_names_in_any_alphabet_reach_a_terminal_of_any_encoding(tmp_path: Path) 
 
 def test_render_prints_one_path_per_finished_shot(say: Any, tmp_path: Path, known: Path) -> None:
     job = write_job(tmp_path, tiny_job(known, output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}]))
-    said = say("render", job, "--progress", "plain")
-    assert said.code == 0
-    assert said.out == f"{tmp_path}/out/a.mp4\n{tmp_path}/out/b.mp4\n"
-    assert "sample a: done in" in said.err
-    assert "2 rendered" in said.err
+    result = say("render", job, "--progress", "plain")
+    assert result.code == 0
+    assert result.out == f"{tmp_path}/out/a.mp4\n{tmp_path}/out/b.mp4\n"
+    assert "sample a: done in" in result.err
+    assert "2 rendered" in result.err
     again = say("render", job, "-q")
-    assert (again.out, again.err) == (said.out, "")
+    assert (again.out, again.err) == (result.out, "")
 
 
 def test_flags_choose_shots_that_keep_their_numbers_and_the_report_keeps_the_others(
     say: Any, tmp_path: Path, known: Path
 ) -> None:
     job = write_job(tmp_path, tiny_job(known, output="out/{item}-{seed}.mp4", matrix={"seed": [5, 6, 7]}))
-    said = say("render", job, "-q", "--items", "2,0")
-    assert said == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
+    result = say("render", job, "-q", "--items", "2,0")
+    assert result == (0, f"{tmp_path}/out/0-5.mp4\n{tmp_path}/out/2-7.mp4\n", "")
     path = tmp_path / "out" / "job.report.json"
     shots = json.loads(path.read_text())["shots"]
     assert [shot["status"] for shot in shots] == ["rendered", "not started", "rendered"]
-    said = say("render", job, "-q", "--shard", "1/3", "--json")
-    assert [shot["id"] for shot in json.loads(said.out)["shots"]] == ["seed6"]
+    result = say("render", job, "-q", "--shard", "1/3", "--json")
+    assert [shot["id"] for shot in json.loads(result.out)["shots"]] == ["seed6"]
     after = json.loads(path.read_text())["shots"]
     assert [shot["status"] for shot in after] == ["rendered"] * 3
     assert (after[0], after[2]) == (shots[0], shots[2])
@@ -363,8 +367,8 @@ def test_choosing_no_shot_or_an_unknown_shot_is_a_usage_error(say: Any, tmp_path
         (("--items", "1"), "--items: 1 is past the last shot (0)"),
     ):
         for name in ("render", "plan", "encode"):
-            said = say(name, job, *flags)
-            assert (said.code, said.out, said.err.splitlines()[0]) == (2, "", f"wancli: {message}")
+            result = say(name, job, *flags)
+            assert (result.code, result.out, result.err.splitlines()[0]) == (2, "", f"wancli: {message}")
 
 
 def test_flags_change_a_job_a_prompt_and_what_is_encoded(say: Any, tmp_path: Path) -> None:
@@ -379,11 +383,11 @@ def test_flags_change_a_job_a_prompt_and_what_is_encoded(say: Any, tmp_path: Pat
     ]
     rows = json.loads(say("encode", job, *flags, "--shard", "1/2", "--json", "-q").out)
     assert [row["text"] for row in rows] == ["a dog", "fog"]
-    said = say("render", "--prompt", "a cat", "--sweep", "seed=1,2", "-o", "x.mp4")
-    assert (said.code, "shots 0 and 1 would both write" in said.err) == (2, True)
+    result = say("render", "--prompt", "a cat", "--sweep", "seed=1,2", "-o", "x.mp4")
+    assert (result.code, "shots 0 and 1 would both write" in result.err) == (2, True)
     for arguments in (("encode", "a cat"), ("diff", "a", "b")):
-        said = say(*arguments, *MODEL, "--set", "seed=1")
-        assert (said.code, said.err) == (
+        result = say(*arguments, *MODEL, "--set", "seed=1")
+        assert (result.code, result.err) == (
             2,
             "wancli: --set, --sweep, --items and --shard are for a job, and none was given\n",
         )
@@ -394,12 +398,12 @@ def test_a_plan_of_many_shots_shows_the_first_and_the_last(say: Any, tmp_path: P
     job = write_job(
         tmp_path, tiny_job(output="out/{id}.mp4", matrix={"seed": many}, inject=[rule(strength=0)])
     )
-    said = say("plan", job)
-    lines = [line.split()[0] for line in said.out.splitlines() if line.startswith(("seed", "…"))]
+    result = say("plan", job)
+    lines = [line.split()[0] for line in result.out.splitlines() if line.startswith(("seed", "…"))]
     assert lines == [*(f"seed{n}" for n in range(8)), "…", *(f"seed{n}" for n in range(36, 40))]
-    assert "40 shots: 40 to do; -v shows all" in said.out
+    assert "40 shots: 40 to do; -v shows all" in result.out
     warning = "shots seed0, seed1, seed2 and 37 more: an injection has strength 0 and changes nothing"
-    assert said.err == f"wancli: warning: {warning}\n"
+    assert result.err == f"wancli: warning: {warning}\n"
     verbose = say("plan", job, "-v").out
     assert all(f"\nseed{n} " in verbose for n in many)
 
@@ -442,9 +446,9 @@ def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
 ) -> None:
     break_videos_of_5_frames(monkeypatch)
     items = [{"id": "a", "frames": 5}, {"id": "b"}]
-    said = say("render", write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=items)), "--json")
-    report = json.loads(said.out)
-    assert said.code == 1
+    result = say("render", write_job(tmp_path, tiny_job(known, output="{id}.mp4", items=items)), "--json")
+    report = json.loads(result.out)
+    assert result.code == 1
     assert [shot["status"] for shot in report["shots"]] == ["failed", "rendered"]
     assert report["shots"][0]["error"]["code"] == "shot.not_finite"
 
@@ -452,24 +456,24 @@ def test_json_of_a_render_is_one_document_also_when_a_shot_fails(
 def test_a_job_error_leaves_stdout_empty_also_with_json(say: Any, tmp_path: Path) -> None:
     job = write_job(tmp_path, tiny_job(size="1x1"))
     for name in ("render", "plan", "encode"):
-        said = say(name, job, "--json")
-        assert (said.code, said.out) == (2, "")
+        result = say(name, job, "--json")
+        assert (result.code, result.out) == (2, "")
 
 
 def test_warnings_go_to_stderr(say: Any, tmp_path: Path, known: Path) -> None:
     job = write_job(tmp_path, tiny_job(known, inject=[rule(blocks="late", strength=0)]))
-    for said in (say("plan", job), say("render", job)):
-        assert said.code == 0
-        assert "warning: shot 0000: an injection has strength 0 and changes nothing" in said.err
-        assert "warning:" not in said.out
+    for result in (say("plan", job), say("render", job)):
+        assert result.code == 0
+        assert "warning: shot 0000: an injection has strength 0 and changes nothing" in result.err
+        assert "warning:" not in result.out
 
 
 # ---- encode ----
 
 
 def test_encode_prints_a_key_per_prompt_in_the_order_given(say: Any) -> None:
-    said = say("encode", *MODEL, "a cat", "a dog", "  a   cat ")
-    rows = [line.split() for line in said.out.splitlines()]
+    result = say("encode", *MODEL, "a cat", "a dog", "  a   cat ")
+    rows = [line.split() for line in result.out.splitlines()]
     assert [row[1:4] for row in rows] == [
         ["4", "tokens", "encoded"],
         ["6", "tokens", "encoded"],
@@ -518,9 +522,9 @@ def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
     assert say("encode", *MODEL, "--out", out, "a cat", "a dog").code == 0
     assert [tuple(rows.shape) for rows in load_file(out).values()] == [(4, 64), (6, 64)]
     assert say("encode", *MODEL, "--out", out, "a cat", "a dog").code == 0
-    said = say("encode", *MODEL, "--out", out, "a fog")
-    assert said.code == 2
-    assert said.err.splitlines()[1:] == ["  Give --out another name."]
+    result = say("encode", *MODEL, "--out", out, "a fog")
+    assert result.code == 2
+    assert result.err.splitlines()[1:] == ["  Give --out another name."]
     assert len(load_file(out)) == 2
 
 
@@ -537,9 +541,9 @@ def test_encode_writes_a_file_once(say: Any, tmp_path: Path) -> None:
 def test_encode_names_the_missing_argument(
     say: Any, tmp_path: Path, arguments: list[object], message: str
 ) -> None:
-    said = say("encode", *arguments, "-q")
-    assert said.code in (2, 4)
-    assert said.err.splitlines()[0] == f"wancli: {message.format(tmp=tmp_path)}"
+    result = say("encode", *arguments, "-q")
+    assert result.code in (2, 4)
+    assert result.err.splitlines()[0] == f"wancli: {message.format(tmp=tmp_path)}"
 
 
 @pytest.mark.parametrize(
@@ -593,8 +597,8 @@ def test_encode_cuts_prompts_only_with_truncate(say: Any) -> None:
 
 
 def test_diff_compares_two_prompts_in_words_and_as_json(say: Any) -> None:
-    said = say("diff", CAT, FISH, *MODEL)
-    assert said.code == 0
+    result = say("diff", CAT, FISH, *MODEL)
+    assert result.code == 0
     for part in (
         "token set, raw",
         "token set, projected",
@@ -603,7 +607,7 @@ def test_diff_compares_two_prompts_in_words_and_as_json(say: Any) -> None:
         "K/V per block",
         "hint: ",
     ):
-        assert part in said.out
+        assert part in result.out
     document = json.loads(say("diff", CAT, FISH, *MODEL, "--json").out)
     assert (document["a"]["text"], document["b"]["text"]) == (CAT, FISH)
     assert len(document["blocks"]) == 40
@@ -649,9 +653,9 @@ def test_diff_names_the_missing_argument(
 ) -> None:
     (tmp_path / "one.txt").write_text("a cat\n")
     write_job(tmp_path, tiny_job(), "plain.yaml")
-    said = say("diff", *arguments, *MODEL)
-    assert (said.code, said.out) == (2, "")
-    assert said.err.splitlines()[0] == f"wancli: {message}"
+    result = say("diff", *arguments, *MODEL)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[0] == f"wancli: {message}"
 
 
 # ---- cache ----
@@ -693,8 +697,8 @@ def test_a_damaged_entry_is_found_and_encoded_again(say: Any, cache: Path) -> No
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    said = say("cache", "verify", *there)
-    assert (said.code, said.out) == (4, f"{path}\n2 of 3 entries verify\n")
+    result = say("cache", "verify", *there)
+    assert (result.code, result.out) == (4, f"{path}\n2 of 3 entries verify\n")
     assert json.loads(say("cache", "verify", "--json", *there).out) == {"entries": 3, "damaged": [str(path)]}
     texts = [row["text"] for row in json.loads(say("cache", "ls", "--json", *there).out)]
     assert texts.count("(damaged; a render computes it again)") == 1
@@ -705,8 +709,8 @@ def test_a_damaged_entry_is_found_and_encoded_again(say: Any, cache: Path) -> No
 
 def test_prune_keeps_the_newest_up_to_a_size(say: Any, cache: Path) -> None:
     sizes = sorted((path.stat().st_size for path in cache.rglob("*.entry")), reverse=True)
-    said = say("cache", "prune", "--max-size", f"{sum(sizes[:2])}B", "--json", "--cache-dir", cache)
-    assert json.loads(said.out)["bytes"] == sizes[2]
+    result = say("cache", "prune", "--max-size", f"{sum(sizes[:2])}B", "--json", "--cache-dir", cache)
+    assert json.loads(result.out)["bytes"] == sizes[2]
     assert [row["text"] for row in json.loads(say("cache", "ls", "--json", "--cache-dir", cache).out)] == [
         "a very long fog",
         "a dog",
@@ -714,16 +718,16 @@ def test_prune_keeps_the_newest_up_to_a_size(say: Any, cache: Path) -> None:
 
 
 def test_prune_removes_what_was_not_used_for_some_days(say: Any, cache: Path) -> None:
-    said = say("cache", "prune", "--older-than", "1.5", "--cache-dir", cache)
-    assert said.out.startswith("removed 2 entries, ")
+    result = say("cache", "prune", "--older-than", "1.5", "--cache-dir", cache)
+    assert result.out.startswith("removed 2 entries, ")
     assert len(list(cache.rglob("*.entry"))) == 1
 
 
 @pytest.mark.parametrize("size", ["", "x", "-1", "1.5.2GiB", "10 XB", "1e3"])
 def test_prune_takes_only_sizes(say: Any, cache: Path, size: str) -> None:
-    said = say("cache", "prune", f"--max-size={size}", "--cache-dir", cache)
-    assert said.code == 2
-    assert said.err == f"wancli: --max-size: {size!r} is not a size; write 500MiB or 2GiB\n"
+    result = say("cache", "prune", f"--max-size={size}", "--cache-dir", cache)
+    assert result.code == 2
+    assert result.err == f"wancli: --max-size: {size!r} is not a size; write 500MiB or 2GiB\n"
     assert len(list(cache.rglob("*.entry"))) == 3
 
 
@@ -737,5 +741,5 @@ def test_the_cache_may_be_named_by_the_environment(
 
 def test_a_cache_folder_that_cannot_be_is_an_error_of_the_machine(say: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = say("cache", "ls", "--cache-dir", tmp_path / "file" / "cache")
-    assert said.code in (0, 3)
+    result = say("cache", "ls", "--cache-dir", tmp_path / "file" / "cache")
+    assert result.code in (0, 3)

@@ -99,8 +99,8 @@ def test_what_ends_the_batch_outranks_what_happened_to_shots(
     batch: Callable[..., CommandResult], first: str, end: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    said = batch(first, end, "done")
-    assert said.code == (4 if first == "checkpoint" else ENDS[end])
+    result = batch(first, end, "done")
+    assert result.code == (4 if first == "checkpoint" else ENDS[end])
 
 
 @pytest.mark.parametrize("first", [name for name in SHOTS if name not in ("done", "checkpoint")])
@@ -116,15 +116,15 @@ def test_a_stop_that_came_when_all_was_done_is_none(batch: Callable[..., Command
 def test_a_retry_that_goes_well_leaves_no_trace_in_the_code(
     batch: Callable[..., CommandResult], retries: int
 ) -> None:
-    said = batch("ffmpeg died", "done", "done", flags=("--retries", str(retries)))
-    assert said.code == (0 if retries else 3)
+    result = batch("ffmpeg died", "done", "done", flags=("--retries", str(retries)))
+    assert result.code == (0 if retries else 3)
 
 
 def test_a_shot_that_waits_for_a_retry_fails_after_a_stop_request(
     batch: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    said = batch("ffmpeg died", "TERM", flags=("--retries", "1"))
-    assert (said.code, "shot 0: died" in said.err) == (75, True)
+    result = batch("ffmpeg died", "TERM", flags=("--retries", "1"))
+    assert (result.code, "shot 0: died" in result.err) == (75, True)
     report = json.loads((tmp_path / "out/job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == ["failed", "stopped"]
 
@@ -180,8 +180,8 @@ def test_what_is_found_before_the_start(
             changes = {"model": str(tmp_path / "model")}
         case "fail-fast and max-failures":
             flags = ("--fail-fast", "--max-failures", "2")
-    said = render(*flags, output="out/{id}.mp4", items=items, **changes)
-    assert said.code == code, said.err
+    result = render(*flags, output="out/{id}.mp4", items=items, **changes)
+    assert result.code == code, result.err
     started = case in ("some in the way", "one too large")
     assert sorted(path.name for path in out.glob("*.manifest.json")) == (
         [] if not started else ["b.manifest.json"] if case == "some in the way" else ["a.manifest.json"]
@@ -233,10 +233,10 @@ def test_an_input_that_cannot_be_read_has_the_code_of_its_kind(
             job |= {"loras": [{"path": name}]}
     fail_reading(monkeypatch, lambda asked: asked == path, error)
     for command in ("plan", "render"):
-        said = run_wancli(capsys, command, write_job(tmp_path, job))
-        assert said.code == UNREAD[name], said.err
-        assert "cannot be read: " in said.err
-        assert path.name in said.err
+        result = run_wancli(capsys, command, write_job(tmp_path, job))
+        assert result.code == UNREAD[name], result.err
+        assert "cannot be read: " in result.err
+        assert path.name in result.err
 
 
 LIMITED = """

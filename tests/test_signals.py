@@ -87,9 +87,9 @@ def test_a_signal_while_planning_ends_with_75(
 ) -> None:
     before = signal.getsignal(number)
     monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
-    said = render(*display)
-    assert said.code == 75
-    assert f"wancli: stopped by {number.name}\n  resume: wancli render" in said.err
+    result = render(*display)
+    assert result.code == 75
+    assert f"wancli: stopped by {number.name}\n  resume: wancli render" in result.err
     assert signal.getsignal(number) is before
 
 
@@ -131,9 +131,9 @@ def process(*arguments: str, at: str, number: int) -> subprocess.CompletedProces
 def test_a_signal_while_a_render_is_imported_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
     job = str(write_job(tmp_path, tiny_job()))
     for module in ("typer", "wancli.engine.batch"):
-        said = process("render", job, at=module, number=number)
+        result = process("render", job, at=module, number=number)
         nothing = f"wancli: stopped by {number.name}; nothing was started\n"
-        assert (said.returncode, said.stderr) == (75, nothing)
+        assert (result.returncode, result.stderr) == (75, nothing)
     assert process("probe", job, at="typer", number=number).returncode == 75
     assert process("plan", job, at="typer", number=number).returncode == -number
 
@@ -176,8 +176,8 @@ def test_a_signal_while_planning_stops_the_render_whatever_becomes_of_its_error(
 
 
 def test_a_signal_after_the_end_of_a_render_leaves_its_exit_code(tmp_path: Path) -> None:
-    said = process("render", str(tmp_path / "none.yaml"), at="exit", number=signal.SIGTERM)
-    assert said.returncode == 2
+    result = process("render", str(tmp_path / "none.yaml"), at="exit", number=signal.SIGTERM)
+    assert result.returncode == 2
 
 
 def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path: Path) -> None:

@@ -107,12 +107,16 @@ def test_ctrl_c_ends_a_command_whose_output_nobody_reads(tmp_path: Path) -> None
         assert select.select([unread], [], [], 60)[0]
         time.sleep(0.5)  # it waits for its reader
         child.send_signal(signal.SIGINT)
-        said = child.communicate(timeout=60)[1]
+        output = child.communicate(timeout=60)[1]
     finally:
         child.kill()
         os.close(full)
         os.close(unread)
-    assert (child.returncode, b"interrupted" in said, b"Traceback" in said) == (-signal.SIGINT, True, False)
+    assert (child.returncode, b"interrupted" in output, b"Traceback" in output) == (
+        -signal.SIGINT,
+        True,
+        False,
+    )
 
 
 def test_a_wrong_job_has_its_exit_code_even_without_a_reader(tmp_path: Path, lost_reader: int) -> None:

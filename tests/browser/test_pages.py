@@ -212,9 +212,9 @@ def test_the_memory_of_the_page_is_that_of_the_plan(
     shown = {row.text: [int(row.get_attribute(f"data-{name}")) for name in names] for row in rows}
     changes = ["size=128x96", "frames=17", "memory.dtype=bf16", "memory.residency=streamed", "batch=1"]
     sets = [word for change in changes for word in ("--set", change)]
-    said = run_wancli(capsys, "plan", out.parent / "job.yaml", "--json", "--items", "0", *sets)
-    assert said.code == 0
-    memory = json.loads(said.out)["memory"]
+    result = run_wancli(capsys, "plan", out.parent / "job.yaml", "--json", "--items", "0", *sets)
+    assert result.code == 0
+    memory = json.loads(result.out)["memory"]
     assert shown == {row["name"]: [row[name] for name in names] for row in memory}
     assert int(one(opened, "#peak").get_attribute("data-bytes")) == max(row["peak"] for row in memory)
 

@@ -119,13 +119,13 @@ def job(saved: Saved, **changes: Any) -> dict[str, Any]:
 def test_a_pipeline_saved_by_diffusers_renders_to_the_latents_of_diffusers(
     saved: Saved, tmp_path: Path, capsys: Any, prompt: str, guidance: float, frames: int
 ) -> None:
-    said = run_wancli(
+    result = run_wancli(
         capsys,
         "render",
         "-q",
         write_job(tmp_path, job(saved, prompt=prompt, guidance=guidance, frames=frames)),
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     ours, theirs = latents_of(tmp_path), saved.latents(prompt, guidance, frames)
     assert relative_error(ours, theirs) <= 1e-4
     assert relative_error(saved.latents(FISH, guidance, frames), theirs) > 1e-2  # the text has a say in them

@@ -37,9 +37,9 @@ def test_names_that_are_not_utf8_survive_a_render_and_every_look_at_it(odd, caps
         ["check", out, "--json"],
         ["inspect", odd.parent / NOT_UTF8, "--json"],
     ):
-        said = run_wancli(capsys, *command)
-        assert said.code == 0, said.err
-        json.loads(said.out)
+        result = run_wancli(capsys, *command)
+        assert result.code == 0, result.err
+        json.loads(result.out)
     assert run_wancli(capsys, "report", out, "-o", odd.parents[1] / "report.html").code == 0
     (odd.parents[1] / "report.html").read_bytes().decode()
 
@@ -55,10 +55,10 @@ def test_names_that_are_not_utf8_survive_a_render_and_every_look_at_it(odd, caps
 def test_a_name_that_no_file_system_takes_is_told_by_plan_for_its_shot(tmp_path, capsys, output, message):
     output = output.replace("LONG", "ä" * 150).replace("DEEP", "/".join(["d" * 200] * 20))
     job = {"prompt": "x", "size": "64x64", "output": output, "items": [{"id": "猫" * 100, "seed": 1}]}
-    said = run_wancli(capsys, "plan", write_job(tmp_path, json.dumps(job, indent=0)))
-    assert said.code == 2
-    assert "job.yaml:4: output: a " in said.err
-    assert message in said.err
+    result = run_wancli(capsys, "plan", write_job(tmp_path, json.dumps(job, indent=0)))
+    assert result.code == 2
+    assert "job.yaml:4: output: a " in result.err
+    assert message in result.err
 
 
 def test_a_user_without_a_home_renders_without_a_cache(tmp_path, shallow, capsys, monkeypatch):
@@ -71,9 +71,9 @@ def test_a_user_without_a_home_renders_without_a_cache(tmp_path, shallow, capsys
     job = write_job(tmp_path, tiny_job(shallow))
     assert run_wancli(capsys, "render", job, "-q").code == 0
     assert run_wancli(capsys, "check", job).code == 0
-    said = run_wancli(capsys, "cache", "ls", "--json")
-    assert said.code == 0
-    assert json.loads(said.out) == []
+    result = run_wancli(capsys, "cache", "ls", "--json")
+    assert result.code == 0
+    assert json.loads(result.out) == []
 
 
 def test_a_url_or_a_variable_in_a_job_is_refused_with_its_line(tmp_path, capsys):
@@ -86,9 +86,9 @@ def test_a_url_or_a_variable_in_a_job_is_refused_with_its_line(tmp_path, capsys)
         job = {"prompt": "x", "output": "out/a.mp4", key: value}
         if key == "prompts_from":
             del job["prompt"]
-        said = run_wancli(
+        result = run_wancli(
             capsys, "plan", write_job(tmp_path, "\n".join(f"{k}: {v!r}" for k, v in job.items()))
         )
-        assert said.code == 2, (value, said)
-        assert f": {key}: " in said.err
-        assert "is a URL" in said.err or "no variables" in said.err
+        assert result.code == 2, (value, result)
+        assert f": {key}: " in result.err
+        assert "is a URL" in result.err or "no variables" in result.err

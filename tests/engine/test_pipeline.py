@@ -63,9 +63,9 @@ def test_only_unfinished_shots_are_rendered(
     items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
     assert render(output="out/{id}.mp4", items=items[::2]).code == 0
     calls = count_forwards(monkeypatch)
-    said = render("--json", output="out/{id}.mp4", items=items)
-    assert said.code == 0
-    assert [shot["status"] for shot in json.loads(said.out)["shots"]] == [
+    result = render("--json", output="out/{id}.mp4", items=items)
+    assert result.code == 0
+    assert [shot["status"] for shot in json.loads(result.out)["shots"]] == [
         "already done",
         "rendered",
         "already done",
@@ -107,14 +107,14 @@ def test_a_file_that_already_exists_is_never_touched(
     (tmp_path / "out").mkdir()
     for name in "ab":
         (tmp_path / "out" / f"{name}.mp4").write_bytes(b"holiday")
-    said = render(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}])
-    assert said.code == 2
-    assert said.err.splitlines() == [
+    result = render(output="out/{id}.mp4", items=[{"id": "a"}, {"id": "b"}])
+    assert result.code == 2
+    assert result.err.splitlines() == [
         f"wancli: {tmp_path}/out/a.mp4: already exists: no manifest",
         f"wancli: {tmp_path}/out/b.mp4: already exists: no manifest",
         "  This job did not make it: --force moves it aside; or change `output`.",
     ]
-    assert said.out == ""
+    assert result.out == ""
     assert files_in(tmp_path) == ["a.mp4", "b.mp4"]
     assert (tmp_path / "out" / "a.mp4").read_bytes() == b"holiday"
 
@@ -124,9 +124,9 @@ def test_a_video_of_another_seed_blocks_the_shot_and_force_moves_it_aside(
 ) -> None:
     assert render().code == 0
     first = (tmp_path / "out" / "clip.mp4").read_bytes()
-    said = render(seed=1)
-    assert said.code == 2
-    assert "out/clip.mp4: already exists: made with seed 0, not 1" in said.err
+    result = render(seed=1)
+    assert result.code == 2
+    assert "out/clip.mp4: already exists: made with seed 0, not 1" in result.err
     assert render("--force", seed=1).code == 0
     second = (tmp_path / "out" / "clip.mp4").read_bytes()
     assert render("--force", seed=1).code == 0
@@ -142,9 +142,9 @@ def test_a_file_that_blocks_one_shot_fails_that_shot_alone(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.mp4").write_bytes(b"holiday")
     items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
-    said = render("--json", output="out/{id}.mp4", items=items)
-    assert said.code == 1
-    shots = json.loads(said.out)["shots"]
+    result = render("--json", output="out/{id}.mp4", items=items)
+    assert result.code == 1
+    shots = json.loads(result.out)["shots"]
     assert [shot["status"] for shot in shots] == ["rendered", "failed", "rendered"]
     assert shots[1]["error"]["code"] == "job.output_exists"
     assert (tmp_path / "out" / "b.mp4").read_bytes() == b"holiday"
@@ -226,9 +226,9 @@ def test_when_ffmpeg_fails_the_latent_is_saved_and_the_next_run_only_decodes(
     script: str,
 ) -> None:
     fake_ffmpeg(script)
-    said = render(inject=[rule(blocks="late")])
-    assert said.code == 3
-    assert said.err.startswith(f"wancli: shot 0000: {tmp_path}/out/")
+    result = render(inject=[rule(blocks="late")])
+    assert result.code == 3
+    assert result.err.startswith(f"wancli: shot 0000: {tmp_path}/out/")
     assert files_in(tmp_path) == ["clip.latents.safetensors", "job.report.json"]
     z_CTYX = latents_of(tmp_path)
     assert (z_CTYX.shape, z_CTYX.dtype) == ((16, 1, 8, 8), torch.float32)
@@ -255,8 +255,8 @@ def test_decode_finishes_a_latent_that_a_render_left(
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     forbid_calls(monkeypatch)
     latent = tmp_path / "out" / "clip.latents.safetensors"
-    said = run_wancli(capsys, "decode", latent, "-q")
-    assert (said.code, said.out) == (0, f"{tmp_path}/out/clip.mp4\n")
+    result = run_wancli(capsys, "decode", latent, "-q")
+    assert (result.code, result.out) == (0, f"{tmp_path}/out/clip.mp4\n")
     assert (tmp_path / "out/clip.mp4").read_bytes() == (tmp_path / "whole/out/clip.mp4").read_bytes()
     body, whole = manifest_of(tmp_path), manifest_of(tmp_path / "whole")
     for record in (body, whole):
@@ -331,9 +331,9 @@ def test_a_damaged_latent_is_refused(
         save_file({"latents": torch.zeros(16, 1, 8, 8)}, path, {"wancli": "{}"})
     if place == "missing":
         path.unlink()
-    said = run_wancli(capsys, "decode", path, "-q")
-    assert said.code == (2 if place == "missing" else 4)
-    assert said.err.startswith(f"wancli: {path}: ")
+    result = run_wancli(capsys, "decode", path, "-q")
+    assert result.code == (2 if place == "missing" else 4)
+    assert result.err.startswith(f"wancli: {path}: ")
     assert [p.name for p in tmp_path.iterdir()] == ([] if place == "missing" else ["x.latents.safetensors"])
 
 
@@ -382,9 +382,9 @@ def test_a_latent_is_not_decoded_with_another_vae(
     assert render(model=str(model), video=KEPT).code == 0
     change_tensors(model / VAE, lambda tensors: tensors["conv2.bias"].add_(1))
     latent = tmp_path / "out" / "clip.latents.safetensors"
-    said = run_wancli(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4")
-    assert said.code == 4
-    assert said.err.startswith(f"wancli: {model / VAE}: not the VAE that this latent was planned with")
+    result = run_wancli(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4")
+    assert result.code == 4
+    assert result.err.startswith(f"wancli: {model / VAE}: not the VAE that this latent was planned with")
     assert run_wancli(capsys, "decode", latent, "-q", "-o", tmp_path / "b.mp4", "--model", TINY).code == 0
 
 
@@ -409,12 +409,12 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_half_written(
             real(fd)
 
         monkeypatch.setattr(os, "fsync", full)
-        said = render()
-        codes.append(said.code)
+        result = render()
+        codes.append(result.code)
         assert [p.name for p in tmp_path.rglob(".wancli-*")] == []
-        if said.code == 0:
+        if result.code == 0:
             break
-        assert "No space left on device" in said.err
+        assert "No space left on device" in result.err
     assert set(codes[:-1]) == {3}
     assert codes[-1] == 0
     assert (tmp_path / "out/clip.mp4").read_bytes() == (tmp_path / "whole/out/clip.mp4").read_bytes()
@@ -426,9 +426,9 @@ def test_an_unwritable_folder_is_reported_before_anything_is_loaded(
 ) -> None:
     forbid_calls(monkeypatch)
     (tmp_path / "out").write_text("a file")
-    said = render()
-    assert said.code == 3
-    assert said.err.startswith(f"wancli: {tmp_path}/out: ")
+    result = render()
+    assert result.code == 3
+    assert result.err.startswith(f"wancli: {tmp_path}/out: ")
 
 
 def test_a_missing_ffmpeg_is_reported_before_anything_is_loaded(
@@ -436,9 +436,9 @@ def test_a_missing_ffmpeg_is_reported_before_anything_is_loaded(
 ) -> None:
     forbid_calls(monkeypatch)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
-    said = render()
-    assert said.code == 3
-    assert "/no/ffmpeg: no such ffmpeg, or it is not executable" in said.err
+    result = render()
+    assert result.code == 3
+    assert "/no/ffmpeg: no such ffmpeg, or it is not executable" in result.err
 
 
 def test_too_little_memory_is_reported_before_anything_is_loaded(
@@ -447,10 +447,10 @@ def test_too_little_memory_is_reported_before_anything_is_loaded(
     forbid_calls(monkeypatch)
     monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     monkeypatch.setattr(machine, "process_memory", lambda: 0)
-    said = render()
-    assert said.code == 5
-    assert said.err.startswith("wancli: shot 0000: ")
-    assert " of memory, 1000 B are free" in said.err
+    result = render()
+    assert result.code == 5
+    assert result.err.startswith("wancli: shot 0000: ")
+    assert " of memory, 1000 B are free" in result.err
 
 
 @pytest.mark.parametrize("change", [{"memory": {"device": "cuda"}}, {"noise": "cuda"}])
@@ -459,9 +459,9 @@ def test_cuda_without_a_device_is_a_machine_error(
 ) -> None:
     forbid_calls(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = render(**change)
-    assert said.code == 3
-    assert said.err.startswith("wancli: torch can use no CUDA device here\n")
+    result = render(**change)
+    assert result.code == 3
+    assert result.err.startswith("wancli: torch can use no CUDA device here\n")
 
 
 def test_ctrl_c_keeps_finished_shots_and_leaves_no_debris(
@@ -473,10 +473,10 @@ def test_ctrl_c_keeps_finished_shots_and_leaves_no_debris(
 
     calls = count_forwards(monkeypatch, interrupt)
     items = [{"id": "a"}, {"id": "b", "seed": 1}, {"id": "c", "seed": 2}]
-    said = render(output="out/{id}.mp4", items=items)
-    assert said.code == 130
-    assert said.out == f"{tmp_path}/out/a.mp4\n"
-    assert said.err == "wancli: interrupted; finished shots are kept, run again to continue\n"
+    result = render(output="out/{id}.mp4", items=items)
+    assert result.code == 130
+    assert result.out == f"{tmp_path}/out/a.mp4\n"
+    assert result.err == "wancli: interrupted; finished shots are kept, run again to continue\n"
     assert files_in(tmp_path) == ["a.manifest.json", "a.mp4", "job.report.json"]
     report = json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert [shot["status"] for shot in report["shots"]] == ["rendered", "not started", "not started"]

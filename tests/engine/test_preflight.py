@@ -21,8 +21,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 def state_of(folder: Path, warm: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    said = run_wancli(capsys, "status", folder / "job.yaml", "--json", "--cache-dir", warm)
-    (shot,) = json.loads(said.out)["shots"]
+    result = run_wancli(capsys, "status", folder / "job.yaml", "--json", "--cache-dir", warm)
+    (shot,) = json.loads(result.out)["shots"]
     return str(shot["state"])
 
 
@@ -35,10 +35,10 @@ def test_a_video_whose_manifest_is_damaged_is_made_anew_if_it_names_this_very_sh
     whole = video.read_bytes()
     record.write_bytes(DAMAGES[damage](record.read_bytes()))
     assert state_of(tmp_path, warm, capsys) == "to do"
-    said = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
-    assert said.code == 0
+    result = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
+    assert result.code == 0
     assert (
-        "the manifest is damaged, or of another version; by the comment in the video it is this" in said.err
+        "the manifest is damaged, or of another version; by the comment in the video it is this" in result.err
     )
     assert (video.read_bytes(), video.with_name("clip.damaged-1.mp4").read_bytes()) == (whole, whole)
     assert video.with_name("clip.manifest.damaged-1.json").exists()
@@ -50,9 +50,9 @@ def test_with_its_latent_it_is_only_decoded_again(
     assert render(video=KEPT).code == 0
     (tmp_path / "out/clip.manifest.json").write_bytes(b"")
     forbid_calls(monkeypatch, (WanModel, "predict_velocities"))
-    said = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
-    assert said.code == 0
-    assert "by its latent it is this shot; moved to clip.damaged-1.mp4" in said.err
+    result = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
+    assert result.code == 0
+    assert "by its latent it is this shot; moved to clip.damaged-1.mp4" in result.err
 
 
 def test_a_video_that_nothing_proves_stays_and_nobody_is_said_to_have_made_it(
@@ -60,10 +60,10 @@ def test_a_video_that_nothing_proves_stays_and_nobody_is_said_to_have_made_it(
 ) -> None:
     assert render(seed=1).code == 0
     (tmp_path / "out/clip.manifest.json").write_bytes(b"")
-    said = render(seed=2)
-    assert said.code == 2
-    assert "already exists: the manifest is damaged" in said.err
-    assert "Nothing proves that this job made it: --force moves it aside" in said.err
+    result = render(seed=2)
+    assert result.code == 2
+    assert "already exists: the manifest is damaged" in result.err
+    assert "Nothing proves that this job made it: --force moves it aside" in result.err
     assert state_of(tmp_path, warm, capsys) == "in the way"
 
 
@@ -74,9 +74,9 @@ def test_a_kept_latent_that_is_damaged_is_told_when_the_shot_is_done(
     latent = tmp_path / "out/clip.latents.safetensors"
     for data in (latent.read_bytes()[:-1], b"", latent.read_bytes()[:-1] + b"\7"):
         latent.write_bytes(data)
-        said = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
-        assert said.code == 0
-        (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+        result = run_wancli(capsys, "render", tmp_path / "job.yaml", "--progress", "plain")
+        assert result.code == 0
+        (warning,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
         assert str(latent) in warning
         assert "the video of shot 0000 is whole; --force renders both again" in warning
 
@@ -86,8 +86,8 @@ def test_check_names_the_keys_that_differ(
 ) -> None:
     assert render(video=KEPT, seed=1).code == 0
     job = tmp_path / "job.yaml"
-    said = run_wancli(capsys, "check", job, "--set", "seed=5")
-    assert said.code == 4
-    lines = [line for line in said.out.splitlines() if "another job, version or model: " in line]
+    result = run_wancli(capsys, "check", job, "--set", "seed=5")
+    assert result.code == 4
+    lines = [line for line in result.out.splitlines() if "another job, version or model: " in line]
     assert len(lines) == 2  # the manifest and the latent
     assert all(line.endswith("made with seed 1, not 5") for line in lines)

@@ -31,10 +31,10 @@ def test_a_finished_video_that_cannot_be_read_stays_and_the_other_shots_are_rend
     before = (video.read_bytes(), video.stat().st_ino)
     with monkeypatch.context() as patch:
         fail_reading(patch, lambda path: path == video, error)
-        said = run_wancli(capsys, "render", rendered, "-q")
-    assert said.code == 3
-    assert f"{video}: cannot be read" in said.err
-    assert said.out.split() == [str(rendered.parent / "out/b.mp4")]
+        result = run_wancli(capsys, "render", rendered, "-q")
+    assert result.code == 3
+    assert f"{video}: cannot be read" in result.err
+    assert result.out.split() == [str(rendered.parent / "out/b.mp4")]
     assert (video.read_bytes(), video.stat().st_ino) == before
     assert not [name for name in files_in(rendered.parent) if "damaged" in name or "old" in name]
     assert run_wancli(capsys, "render", rendered, "-q").code == 0
@@ -45,9 +45,9 @@ def test_a_saved_state_that_cannot_be_read_stays(rendered, capsys, monkeypatch):
     state.write_bytes(b"a state, for all that anybody knows")
     with monkeypatch.context() as patch:
         fail_reading(patch, lambda path: path == state, "EIO")
-        said = run_wancli(capsys, "render", rendered, "-q")
-    assert said.code == 3
-    assert str(state) in said.err
+        result = run_wancli(capsys, "render", rendered, "-q")
+    assert result.code == 3
+    assert str(state) in result.err
     assert state.read_bytes() == b"a state, for all that anybody knows"
 
 
@@ -62,9 +62,9 @@ def test_a_video_that_cannot_be_read_back_fails_its_shot(rendered, capsys, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(disk, "sha256", fails)
-        said = run_wancli(capsys, "render", rendered, "-q")
-    assert said.code == 3
-    assert "b.mp4: cannot be read" in said.err
+        result = run_wancli(capsys, "render", rendered, "-q")
+    assert result.code == 3
+    assert "b.mp4: cannot be read" in result.err
     assert run_wancli(capsys, "render", rendered, "-q").code == 0
 
 
@@ -75,9 +75,9 @@ def test_status_and_check_tell_unreadable_from_damaged(rendered, capsys, monkeyp
     assert [shot["state"] for shot in status["shots"]] == ["unreadable", "to do"]
     assert "Input/output error" in status["shots"][0]["error"]["message"]
     for what in (rendered, rendered.parent / "out"):
-        said = run_wancli(capsys, "check", what, "--json")
-        assert said.code == 4
-        found = json.loads(said.out)
+        result = run_wancli(capsys, "check", what, "--json")
+        assert result.code == 4
+        found = json.loads(result.out)
         assert found["problems"] == []
         assert [entry["path"] for entry in found["unreadable"]] == [str(video)]
 
@@ -92,10 +92,10 @@ def test_a_video_that_cannot_be_read_just_now_is_asked_for_again(rendered, capsy
         return len(asked) == 1 and path.name == "a.mp4"
 
     fail_reading(monkeypatch, concerned, "EIO")
-    said = run_wancli(capsys, "render", rendered, "--retries", retries)
-    assert said.code == (0 if retries else 3)
-    assert ("tried again (1 of 1)" in said.err) == bool(retries)
-    assert sorted(path.name for path in map(Path, said.out.split())) == ["a.mp4", "b.mp4"][1 - retries :]
+    result = run_wancli(capsys, "render", rendered, "--retries", retries)
+    assert result.code == (0 if retries else 3)
+    assert ("tried again (1 of 1)" in result.err) == bool(retries)
+    assert sorted(path.name for path in map(Path, result.out.split())) == ["a.mp4", "b.mp4"][1 - retries :]
 
 
 @pytest.mark.parametrize("error", ["EACCES", "EIO"])
@@ -105,8 +105,8 @@ def test_a_report_that_cannot_be_read_costs_no_render(rendered, capsys, monkeypa
     report.write_bytes(b"of any program")
     with monkeypatch.context() as patch:
         fail_reading(patch, lambda path: path == report and report.read_bytes() == b"of any program", error)
-        said = run_wancli(capsys, "render", rendered, "-q")
-    assert said.code == 0
+        result = run_wancli(capsys, "render", rendered, "-q")
+    assert result.code == 0
     aside = report.with_name(f"{report.stem}.unreadable-1{report.suffix}")
     assert f"{report}: cannot be read" in caplog.text
     assert str(aside) in caplog.text
@@ -119,8 +119,8 @@ def test_a_report_that_cannot_even_be_asked_for_costs_no_render(rendered, capsys
     report = rendered.parent / "out/job.report.json"
     before = report.read_bytes()
     fail_reading(monkeypatch, lambda path: path == report, "EIO", ("open", "stat", "lstat"))
-    said = run_wancli(capsys, "render", rendered, "-q")
-    assert said.code == 0
+    result = run_wancli(capsys, "render", rendered, "-q")
+    assert result.code == 0
     assert f"{report}: cannot be read" in caplog.text
     monkeypatch.undo()
     assert report.read_bytes() == before
@@ -130,8 +130,8 @@ def test_a_latent_to_decode_that_cannot_be_read_ends_as_a_damaged_one(rendered, 
     latent = rendered.parent / "out/x.latents.safetensors"
     latent.write_bytes(b"")
     fail_reading(monkeypatch, lambda path: path == latent, "EIO")
-    said = run_wancli(capsys, "decode", latent)
-    assert (said.code, f"{latent}: cannot be read: " in said.err) == (4, True)
+    result = run_wancli(capsys, "decode", latent)
+    assert (result.code, f"{latent}: cannot be read: " in result.err) == (4, True)
 
 
 COMMANDS = {
@@ -171,9 +171,9 @@ def test_a_folder_that_this_user_may_not_enter_is_named_by_every_command(
     }
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch, private)
-    said = run_wancli(capsys, *(word.format(**words) for word in COMMANDS[name]))
-    assert said.code in (0, 2, 3, 4)
-    assert (said.code == 0) == (name in ("plan", "status"))
-    assert ("0000.mp4" if name == "status" else "private") in said.err + said.out
+    result = run_wancli(capsys, *(word.format(**words) for word in COMMANDS[name]))
+    assert result.code in (0, 2, 3, 4)
+    assert (result.code == 0) == (name in ("plan", "status"))
+    assert ("0000.mp4" if name == "status" else "private") in result.err + result.out
     if name != "plan":
-        assert "Permission denied" in said.err + said.out
+        assert "Permission denied" in result.err + result.out

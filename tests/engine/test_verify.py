@@ -67,9 +67,9 @@ def test_a_whole_batch_verifies_and_deep_decodes_every_video(
     real = mp4.count_frames
     monkeypatch.setattr(mp4, "count_frames", lambda path: [counted.append(path), real(path)][1])
     for options in ((), ("--deep",)):
-        said = run_wancli(capsys, "check", copy / "out", "--json", *options)
-        found = json.loads(said.out)
-        assert (said.code, found["problems"], found["orphans"]) == (0, [], [])
+        result = run_wancli(capsys, "check", copy / "out", "--json", *options)
+        found = json.loads(result.out)
+        assert (result.code, found["problems"], found["orphans"]) == (0, [], [])
         assert found["verified"] == {"videos": COUNT, "latents": COUNT, "states": 2}
     assert len(counted) == COUNT
 
@@ -119,12 +119,12 @@ def test_every_damage_is_found_by_name_and_nothing_is_modified(
 def test_it_exits_with_4_and_says_which_file_and_why(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "out/s3.mp4"
     path.write_bytes(path.read_bytes() + b"x")
-    said = run_wancli(capsys, "check", copy / "out")
-    assert said.code == 4
+    result = run_wancli(capsys, "check", copy / "out")
+    assert result.code == 4
     size = path.stat().st_size
-    assert said.out.splitlines()[0] == f"{path}: {size} bytes where the manifest has {size - 1}"
+    assert result.out.splitlines()[0] == f"{path}: {size} bytes where the manifest has {size - 1}"
     assert (
-        said.out.splitlines()[-1] == f"verified: {COUNT - 1} videos, {COUNT} latents, 2 states; problems: 1"
+        result.out.splitlines()[-1] == f"verified: {COUNT - 1} videos, {COUNT} latents, 2 states; problems: 1"
     )
 
 
@@ -167,8 +167,8 @@ def test_claims_of_dead_workers_are_listed_and_those_of_the_living_are_not(copy:
 
 def test_a_job_is_checked_against_what_it_says_now(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def check(*options: str) -> tuple[int, dict[str, Any]]:
-        said = run_wancli(capsys, "check", copy / "job.yaml", "--json", *options)
-        return said.code, json.loads(said.out)
+        result = run_wancli(capsys, "check", copy / "job.yaml", "--json", *options)
+        return result.code, json.loads(result.out)
 
     code, found = check()
     assert (code, found["verified"]["videos"], found["missing"]) == (0, COUNT, [])
@@ -194,9 +194,9 @@ def test_a_report_that_is_cut_is_a_problem_and_that_of_another_program_is_not(co
 def test_what_is_neither_folder_nor_job_is_a_job_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: CommandResult = run_wancli(capsys, "check", tmp_path / "no")
-    assert said.code == 2
-    assert "cannot be read: No such file" in said.err
+    result: CommandResult = run_wancli(capsys, "check", tmp_path / "no")
+    assert result.code == 2
+    assert "cannot be read: No such file" in result.err
 
 
 @pytest.mark.parametrize("lacking", ["output", "status", "shots"])

@@ -23,9 +23,9 @@ SWEEP = {"output": "out/{item}.mp4", "matrix": {"seed": [1, 2, 3, 4]}}
 
 
 def export(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    said = run_wancli(capsys, "export", *arguments)
-    assert (said.code, said.err) == (0, "")
-    return said.out
+    result = run_wancli(capsys, "export", *arguments)
+    assert (result.code, result.err) == (0, "")
+    return result.out
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ def test_a_chain_is_one_task_of_slurm_and_refused_for_openjd(
     items = [{"id": "a", "image": "cat.png"}, {"id": "b", "image": {"shot": "a"}}, {"id": "c"}]
     job = write_job(tmp_path, tiny_job(output="out/{id}.mp4", items=items))
     assert "#SBATCH --array=0-1\n" in export(capsys, "slurm", job, "--shards", 2)
-    said = run_wancli(capsys, "export", "slurm", job, "--shards", 3)
-    assert (said.code, "3 is more than there are shots and chains (2)" in said.err) == (2, True)
-    said = run_wancli(capsys, "export", "openjd", job)
-    assert (said.code, "tasks of OpenJD do not wait" in said.err) == (2, True)
+    result = run_wancli(capsys, "export", "slurm", job, "--shards", 3)
+    assert (result.code, "3 is more than there are shots and chains (2)" in result.err) == (2, True)
+    result = run_wancli(capsys, "export", "openjd", job)
+    assert (result.code, "tasks of OpenJD do not wait" in result.err) == (2, True)
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "openjd"])
@@ -190,11 +190,11 @@ def test_what_would_fail_on_the_farm_fails_here(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     job = str(write_job(tmp_path, tiny_job(**SWEEP)))
-    said: CommandResult = run_wancli(
+    result: CommandResult = run_wancli(
         capsys, "export", *[job if word == "JOB" else word for word in arguments]
     )
-    assert (said.code, said.out) == (2, "")
-    assert message in said.err
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
 
 
 # ---- Open Job Description ----
@@ -202,9 +202,9 @@ def test_what_would_fail_on_the_farm_fails_here(
 
 def test_a_name_that_yaml_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     job = write_job(tmp_path / os.fsdecode(b"u\xff"), tiny_job(**SWEEP))
-    said = run_wancli(capsys, "export", "openjd", job)
-    assert (said.code, said.out) == (2, "")
-    assert "is not UTF-8" in said.err
+    result = run_wancli(capsys, "export", "openjd", job)
+    assert (result.code, result.out) == (2, "")
+    assert "is not UTF-8" in result.err
 
 
 def test_the_template_is_sound_and_its_defaults_are_all_shots(

@@ -336,12 +336,12 @@ def test_any_record_is_used_or_refused_by_its_name(
         data = path.read_bytes()[:3000] if path.is_file() else b"not a file"
         command = [str(word) for word in commands(made, kind, path)[number]]
         with budget.attempt(data):
-            said = run_wancli(capsys, *command)
-        budget.refused += said.code != 0
-        if said.code not in (0, 1, 2, 3, 4, 75) or "Traceback" in said.err:
-            failures.append((kind, way, command, said.code, said.err, data))
-        elif said.code in (3, 4) and not names(said.err + said.out, path):
-            failures.append((kind, way, command, "names no file", said.err + said.out, data))
+            result = run_wancli(capsys, *command)
+        budget.refused += result.code != 0
+        if result.code not in (0, 1, 2, 3, 4, 75) or "Traceback" in result.err:
+            failures.append((kind, way, command, result.code, result.err, data))
+        elif result.code in (3, 4) and not names(result.err + result.out, path):
+            failures.append((kind, way, command, "names no file", result.err + result.out, data))
         restore(made, kept)
     budget.check()
     assert not failures, "\n\n".join(map(str, failures[:5]))

@@ -88,9 +88,9 @@ def test_the_validator_here_knows_every_keyword_of_the_schema() -> None:
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
-    said = run_wancli(capsys, "schema")
-    assert (said.code, said.err) == (0, "")
-    assert json.loads(said.out) == json_schema.job_schema()
+    result = run_wancli(capsys, "schema")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out) == json_schema.job_schema()
 
 
 def test_it_has_the_keys_of_a_job_file_and_an_item_those_of_a_job() -> None:

@@ -92,9 +92,9 @@ def test_loras_cannot_be_combined_with_fp8_matmuls(tmp_path: Path):
 def test_a_missing_backend_is_reported_before_anything_is_loaded(
     render: Callable[..., CommandResult], memory: dict[str, Any], message: str
 ):
-    said = render(memory={"device": "cpu"} | memory)
-    assert said.code == 3
-    assert message in said.err
+    result = render(memory={"device": "cpu"} | memory)
+    assert result.code == 3
+    assert message in result.err
 
 
 def test_the_manifest_and_the_report_name_the_backends(
@@ -114,8 +114,8 @@ def test_a_chunked_shot_and_its_measured_effects_are_the_same(
     found = []
     for chunk in (256, "auto"):
         job = {"size": "256x128", "frames": 9, "video": {"keep_latents": True}, "memory": {"chunk": chunk}}
-        said = render(**job, inject=[rule(blocks="1-2")], measure=True, folder=tmp_path / str(chunk))
-        assert said.code == 0
+        result = render(**job, inject=[rule(blocks="1-2")], measure=True, folder=tmp_path / str(chunk))
+        assert result.code == 0
         effects = manifest_of(tmp_path / str(chunk))["effects"]
         found.append((latents_of(tmp_path / str(chunk)), effects))
     (in_pieces, some), (whole, same) = found
@@ -134,5 +134,5 @@ def test_the_plan_and_the_summary_name_the_backends(
     memory = {"device": "cpu", "attention": "math", "chunk": 512}
     job = write_job(tmp_path, tiny_job(shallow, memory=memory))
     assert "resident, 512 tokens at a time, math attention" in run_wancli(capsys, "plan", job).out
-    said = run_wancli(capsys, "render", job)
-    assert "attention: math among video tokens, flash_attention to the text" in said.err
+    result = run_wancli(capsys, "render", job)
+    assert "attention: math among video tokens, flash_attention to the text" in result.err

@@ -96,10 +96,10 @@ def test_unlike_shots_on_one_pass_have_the_latents_of_shots_alone(
     batch: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = passes(monkeypatch)
-    said = batch("--json", folder=tmp_path / "together", items=UNLIKE)
-    assert said.code == 0, said.err
+    result = batch("--json", folder=tmp_path / "together", items=UNLIKE)
+    assert result.code == 0, result.err
     assert len(read) == STEPS + 1  # the first tells how different the injected prompts are
-    report = json.loads(said.out)
+    report = json.loads(result.out)
     for shot in report["shots"]:
         assert shot["shot"]["sharing"] == 3
         (sampled,) = (phase for phase in shot["phases"] if phase["name"] == "sample")
@@ -135,11 +135,11 @@ def test_a_shot_that_meets_nan_fails_alone(
         ]
 
     monkeypatch.setattr(WanModel, "predict_velocities", broken)
-    said = batch(folder=tmp_path / "together", items=UNLIKE)
-    assert said.code == 1
-    assert said.err.startswith("wancli: shot b: NaN or Inf at step 1, after the last block\n")
-    assert said.err.count("wancli:") == 1
-    assert said.out.splitlines() == [str(tmp_path / f"together/out/{name}.mp4") for name in "ac"]
+    result = batch(folder=tmp_path / "together", items=UNLIKE)
+    assert result.code == 1
+    assert result.err.startswith("wancli: shot b: NaN or Inf at step 1, after the last block\n")
+    assert result.err.count("wancli:") == 1
+    assert result.out.splitlines() == [str(tmp_path / f"together/out/{name}.mp4") for name in "ac"]
     assert differ(tmp_path / "together", tmp_path / "alone", "ac") == []
     assert not list(tmp_path.glob("together/out/b.*"))
 
@@ -173,10 +173,10 @@ def test_shots_with_the_same_loras_share_a_pass_and_other_shots_do_not(
         {"id": "d", "seed": 3},
     ]
     read = passes(monkeypatch)
-    said = batch(folder=tmp_path / "together", items=items)
-    assert said.code == 0, said.err
+    result = batch(folder=tmp_path / "together", items=items)
+    assert result.code == 0, result.err
     assert len(read) == 2 * STEPS - 1  # the first step is without LoRAs in all of them
-    assert [Path(line).stem for line in said.out.splitlines()] == ["a", "c", "b", "d"]
+    assert [Path(line).stem for line in result.out.splitlines()] == ["a", "c", "b", "d"]
     assert batch(folder=tmp_path / "alone", items=items, batch=1).code == 0
     assert differ(tmp_path / "together", tmp_path / "alone", "abcd") == []
     assert len({latents_of(tmp_path / "alone", name).sum().item() for name in "abcd"}) == 4
@@ -188,11 +188,11 @@ def test_a_batch_has_one_bar_that_names_its_shots(
     items = [{"id": name, "seed": ord(name)} for name in "abc"]
     job = tiny_job(shallow, output="out/{id}.mp4", memory=STREAMED, items=items)
     path = write_job(tmp_path, job)
-    said = run_wancli(capsys, "plan", path, "-v", "--cache-dir", warm)
-    assert "up to 3 shots share each pass over the weights" in said.out
-    assert "one of 3 shots on each pass over the weights" in said.out
-    said = run_wancli(capsys, "render", path, "--progress", "plain", "--cache-dir", warm)
-    sampling = [line for line in said.err.splitlines() if line.startswith("sample ")]
+    result = run_wancli(capsys, "plan", path, "-v", "--cache-dir", warm)
+    assert "up to 3 shots share each pass over the weights" in result.out
+    assert "one of 3 shots on each pass over the weights" in result.out
+    result = run_wancli(capsys, "render", path, "--progress", "plain", "--cache-dir", warm)
+    sampling = [line for line in result.err.splitlines() if line.startswith("sample ")]
     assert sampling[0] == "sample 3 shots, a to c: started, 2 steps"
     assert len(sampling) == 2 + 1  # and the row of the table
 
@@ -219,8 +219,8 @@ def test_shots_with_a_latent_are_published_first_and_the_rest_share_passes(
     assert batch(items=UNLIKE[1:2]).code == 0
     (tmp_path / "out/b.mp4").unlink()
     calls = count_forwards(monkeypatch)
-    said = batch(items=UNLIKE)
-    assert [Path(line).stem for line in said.out.splitlines()] == ["b", "a", "c"]
+    result = batch(items=UNLIKE)
+    assert [Path(line).stem for line in result.out.splitlines()] == ["b", "a", "c"]
     assert len(calls) == 2 * 2 * STEPS
     assert manifest_of(tmp_path, "c")["shot"]["sharing"] == 2
 
@@ -326,16 +326,16 @@ def test_as_many_shots_share_a_pass_as_fit_into_memory(
     process = memory_estimate.process_bytes(decide({})[0].model)
     monkeypatch.setattr(memory_policy, "read_free_memory", lambda _: process + three)
     assert batch_sizes(decide(*items)) == [3] * 3 + [2] * 2
-    said = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
-    assert said.code == 5
-    assert said.err.startswith("wancli: shot 0, one of 5 by `batch`: sample needs ")
+    result = render(items=items, output="{id}.mp4", memory=STREAMED, batch=5)
+    assert result.code == 5
+    assert result.err.startswith("wancli: shot 0, one of 5 by `batch`: sample needs ")
 
 
 @pytest.mark.parametrize(
     ("said", "problem"), [(0, "0"), ("many", "'many'"), (True, "True"), (1.5, "1.5")], ids=str
 )
 def test_a_batch_is_a_number_or_auto(render: Callable[..., CommandResult], said: Any, problem: str) -> None:
-    found = render(batch=said)
-    assert found.code == 2
-    assert "batch" in found.err
-    assert problem in found.err or str(said).lower() in found.err
+    result = render(batch=said)
+    assert result.code == 2
+    assert "batch" in result.err
+    assert problem in result.err or str(said).lower() in result.err

@@ -105,9 +105,9 @@ def test_too_little_space_is_reported_with_figures_before_anything_is_loaded(
 ) -> None:
     forbid_calls(monkeypatch)
     monkeypatch.setattr(disk, "free_space", lambda _: 700 * 1024)
-    said = render()
-    assert said.code == 3
-    line, hint = said.err.splitlines()
+    result = render()
+    assert result.code == 3
+    line, hint = result.err.splitlines()
     assert line.startswith(f"wancli: {tmp_path}/out: 1 shot may need ")
     assert line.endswith(" on this disk, 700 KiB are free")
     assert "--items" in hint

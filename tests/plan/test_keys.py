@@ -60,6 +60,6 @@ def test_a_job_that_was_finished_by_an_earlier_version_is_still_done(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = write_job(tmp_path, tiny_job(**changes(name, tmp_path)))
-    said = run_wancli(capsys, "plan", job, "--json")
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["shots"][0]["key"] == KEYS[name]
+    result = run_wancli(capsys, "plan", job, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["shots"][0]["key"] == KEYS[name]

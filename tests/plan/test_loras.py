@@ -215,9 +215,9 @@ def test_a_lora_with_nan_fails_its_shot_and_names_the_key(
 ) -> None:
     key = "diffusion_model.blocks.2.ffn.2.lora_B.weight"
     change_tensors(lora, lambda tensors: tensors[key].view(-1)[:1].fill_(float("nan")))
-    said = render(loras=[{"path": "style.safetensors"}])
-    assert said.code == 4
-    assert said.err.splitlines()[0] == f"wancli: shot 0000: {lora}: {key} holds NaN or Inf"
+    result = render(loras=[{"path": "style.safetensors"}])
+    assert result.code == 4
+    assert result.err.splitlines()[0] == f"wancli: shot 0000: {lora}: {key} holds NaN or Inf"
     assert not (tmp_path / "out" / "clip.mp4").exists()
 
 
@@ -227,9 +227,9 @@ def test_a_lora_of_another_model_ends_with_4_before_anything_is_loaded(
     forbid_calls(monkeypatch)
     pair = (torch.zeros(2, 5120), torch.zeros(5120, 2))
     path = saved(tmp_path / "big.safetensors", {"blocks.0.self_attn.q": pair})
-    said = render(loras=[{"path": "big.safetensors"}])
-    assert (said.code, said.out) == (4, "")
-    assert said.err.splitlines() == [
+    result = render(loras=[{"path": "big.safetensors"}])
+    assert (result.code, result.out) == (4, "")
+    assert result.err.splitlines() == [
         f"wancli: {path}: diffusion_model.blocks.0.self_attn.q.lora_B.weight makes a change of [5120, 5120] "
         "to blocks.0.self_attn.q.weight, which is [48, 48] in this model",
         "  This LoRA was made for Wan 14B, and this is a model of width 48.",
@@ -348,9 +348,9 @@ def test_the_plan_shows_every_lora_once_and_warns(
             {"id": "b", "loras": [dict(late), {"path": "peft.safetensors", "strength": 0}]},
         ],
     )
-    said = run_wancli(capsys, "plan", write_job(tmp_path, job))
-    assert said.code == 0
-    assert [line for line in said.out.splitlines() if line.startswith("lora")] == [
+    result = run_wancli(capsys, "plan", write_job(tmp_path, job))
+    assert result.code == 0
+    assert [line for line in result.out.splitlines() if line.startswith("lora")] == [
         "lora: style.safetensors at 0.25, blocks 3, steps 1: 17 targets, rank 2, ComfyUI naming",
         "lora: peft.safetensors at 0, all blocks, all steps: 17 targets, rank 2, PEFT naming",
     ]
@@ -359,7 +359,7 @@ def test_the_plan_shows_every_lora_once_and_warns(
         "shot b: peft.safetensors has no alpha and no adapter_config.json beside it; its scale is taken as 1",
         "shot b: keys match nothing in this model: 1 of peft.safetensors (base_model.model.head.lora_C)",
     ):
-        assert warning in said.err
+        assert warning in result.err
     shots = json.loads(run_wancli(capsys, "plan", "--json", tmp_path / "job.yaml").out)["shots"]
     assert [len(shot["loras"]) for shot in shots] == [1, 2]
     assert shots[0]["loras"][0]["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()

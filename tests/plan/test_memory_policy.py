@@ -213,20 +213,20 @@ def test_plan_and_render_refuse_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     forbid_calls(monkeypatch)
-    said = run_wancli(capsys, verb, write_job(tmp_path, tiny_job(memory={"budget": "100MiB"})))
-    assert said.code == 5
-    assert "shot 0000: " in said.err
-    assert "the budget is 100 MiB" in said.err
-    assert "memory.budget: " in said.err
+    result = run_wancli(capsys, verb, write_job(tmp_path, tiny_job(memory={"budget": "100MiB"})))
+    assert result.code == 5
+    assert "shot 0000: " in result.err
+    assert "the budget is 100 MiB" in result.err
+    assert "memory.budget: " in result.err
 
 
 def test_a_budget_that_is_not_a_size_is_an_error_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = write_job(tmp_path, tiny_job(memory={"budget": "lots"}))
-    said = run_wancli(capsys, "plan", job)
-    assert said.code == 2
-    assert "memory.budget: 'lots' is not a size; write 500MiB or 2GiB" in said.err
+    result = run_wancli(capsys, "plan", job)
+    assert result.code == 2
+    assert "memory.budget: 'lots' is not a size; write 500MiB or 2GiB" in result.err
     assert run_wancli(capsys, "plan", write_job(tmp_path, tiny_job()), "--memory", "x").code == 2
 
 
@@ -275,17 +275,19 @@ def test_plan_shows_the_choice_and_the_alternatives_within_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     job = write_job(tmp_path, tiny_job(prompt=words(50), negative=CAT, size="832x480", frames=81))
-    said = run_wancli(capsys, "plan", job, "--memory", "4GiB")
-    assert said.code == 0
-    assert "transformer: resident needs " in said.out
-    assert "; the budget is 4.0 GiB" in said.out
-    assert "[" in next(line for line in said.out.splitlines() if line.startswith("fp32     resident  whole"))
-    assert max(map(len, said.out.splitlines())) <= 80
+    result = run_wancli(capsys, "plan", job, "--memory", "4GiB")
+    assert result.code == 0
+    assert "transformer: resident needs " in result.out
+    assert "; the budget is 4.0 GiB" in result.out
+    assert "[" in next(
+        line for line in result.out.splitlines() if line.startswith("fp32     resident  whole")
+    )
+    assert max(map(len, result.out.splitlines())) <= 80
     document = json.loads(run_wancli(capsys, "plan", job, "--memory", "4GiB", "--json").out)
     assert {row["name"] for row in document["memory"]} == {"encode", "sample", "decode"}
     for row in document["memory"]:
         assert row["peak"] == row["process"] + row["model"] + row["activation"] + row["buffer"]
     assert sum(way["chosen"] for way in document["alternatives"]) == 1
-    assert all(line in " ".join(said.out.split()) for line in document["models"][0]["why"])
+    assert all(line in " ".join(result.out.split()) for line in document["models"][0]["why"])
     assert document["models"][0]["limit"] == document["models"][0]["budget"] == 4 * GIB
-    assert TINY.name in said.out
+    assert TINY.name in result.out

@@ -173,8 +173,8 @@ def test_single_files_render_the_same_video_and_decode_from_the_manifest(
     assert whole["files"][0]["sha256"] == single["files"][0]["sha256"]
     assert (whole["model"]["files"], single["model"]["files"]["vae"]) == (None, str(flat / VAE))
     latents = flat / "out" / "clip.latents.safetensors"
-    said = run_wancli(capsys, "decode", latents, "-q", "-o", tmp_path / "again.mp4")
-    assert (said.code, said.err) == (0, "")
+    result = run_wancli(capsys, "decode", latents, "-q", "-o", tmp_path / "again.mp4")
+    assert (result.code, result.err) == (0, "")
 
 
 def test_the_other_files_are_found_beside_the_transformer(flat: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_model_on_the_command_line_may_be_a_name(
     tmp_path: Path, name_models: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name_models({"tiny": str(TINY)})
-    said = run_wancli(capsys, "encode", "-q", "--model", "tiny", "a fog", "--json")
-    assert (said.code, len(json.loads(said.out))) == (0, 1)
-    said = run_wancli(capsys, "encode", "-q", "--model", "tny", "a fog")
-    assert (said.code, "did you mean 'tiny'?" in said.err) == (2, True)
+    result = run_wancli(capsys, "encode", "-q", "--model", "tiny", "a fog", "--json")
+    assert (result.code, len(json.loads(result.out))) == (0, 1)
+    result = run_wancli(capsys, "encode", "-q", "--model", "tny", "a fog")
+    assert (result.code, "did you mean 'tiny'?" in result.err) == (2, True)

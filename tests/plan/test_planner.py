@@ -680,9 +680,9 @@ def test_the_strip_shows_what_each_block_reads(tmp_path: Path, capsys: pytest.Ca
     early = {"prompt": FISH, "blocks": "early", "strength": 0.5, "steps": "0-1"}
     late = {"prompt": FISH, "blocks": "late", "steps": 3, "branch": "both"}
     job = write_job(tmp_path, tiny_job(sampler={"steps": 4, "shift": 3}, inject=[early, late]))
-    said = run_wancli(capsys, "plan", job, "-v")
-    assert said.code == 0
-    lines = said.out.splitlines()
+    result = run_wancli(capsys, "plan", job, "-v")
+    assert result.code == 0
+    lines = result.out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("shot 0000: "))
     assert [line.rstrip() for line in lines[start + 1 : start + 14]] == [
         "          prompt  A gray tabby cat walks through a sunlit gar… (43 tokens)",
@@ -704,8 +704,8 @@ def test_the_strip_shows_what_each_block_reads(tmp_path: Path, capsys: pytest.Ca
 def test_a_plan_as_json_is_one_document_with_all_decisions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = run_wancli(capsys, "plan", write_job(tmp_path, tiny_job(inject=[rule()])), "--json")
-    document = json.loads(said.out)
+    result = run_wancli(capsys, "plan", write_job(tmp_path, tiny_job(inject=[rule()])), "--json")
+    document = json.loads(result.out)
     (shot,) = document["shots"]
     assert shot["output"] == str(tmp_path / "out" / "clip.mp4")
     assert (shot["size"], shot["frames"], shot["tokens"], shot["seed"]) == ([64, 64], 1, 16, 0)
@@ -713,7 +713,7 @@ def test_a_plan_as_json_is_one_document_with_all_decisions(
     assert shot["inject"][0]["cells"] == 2 * 13
     assert [prompt["cached"] for prompt in document["prompts"]] == [False] * 3
     assert {phase["name"] for phase in document["memory"]} == {"encode", "sample", "decode"}
-    assert said.err == ""
+    assert result.err == ""
 
 
 def test_a_plan_writes_only_the_cache_of_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

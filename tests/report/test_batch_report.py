@@ -67,8 +67,8 @@ def test_the_report_holds_every_shot_and_the_memory_of_every_phase(
     render: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
     items = [{"id": "a", "inject": [rule(blocks="late")]}, {"id": "b"}]
-    said = render("--json", output="out/{id}.mp4", items=items)
-    report = json.loads(said.out)
+    result = render("--json", output="out/{id}.mp4", items=items)
+    report = json.loads(result.out)
     assert report == json.loads((tmp_path / "out" / "job.report.json").read_text())
     assert report["schema"] == "wancli/report/1"
     first, second = report["shots"]
@@ -114,10 +114,10 @@ def test_the_summary_tells_hits_difference_and_memory(
 ) -> None:
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
     job = write_job(tmp_path, tiny_job(inject=[rule()]))
-    said = run_wancli(capsys, "render", job)
-    assert said.code == 0
+    result = run_wancli(capsys, "render", job)
+    assert result.code == 0
     for part in ("27-39", "26/26", "context-lerp", "sample", "decode", "1 rendered", "report: "):
-        assert part in said.err, part
+        assert part in result.err, part
     silent = run_wancli(capsys, "render", job, "-q")
     assert silent.err == ""
 
@@ -168,10 +168,10 @@ def test_a_prompt_at_the_edge_of_its_256_tokens_renders_and_one_more_does_not(
 ) -> None:
     assert render(prompt=words(256)).code == 0
     assert manifest_of(tmp_path)["prompts"][0]["tokens"] == 256
-    said = render(prompt=words(257))
-    assert said.code == 2
-    assert "job.yaml:3: prompt: the prompt has 257 tokens, text.max_tokens is 256" in said.err
-    assert "text.max_tokens: 512" in said.err
+    result = render(prompt=words(257))
+    assert result.code == 2
+    assert "job.yaml:3: prompt: the prompt has 257 tokens, text.max_tokens is 256" in result.err
+    assert "text.max_tokens: 512" in result.err
     assert render(folder=tmp_path / "cut", prompt=words(600), text={"truncate": True}).code == 0
     assert manifest_of(tmp_path / "cut")["prompts"][0]["truncated"]
 

@@ -83,9 +83,9 @@ ITEMS = [{"id": "one", "labels": {"take": 1}}, {"id": "two", "seed": 2}]
 
 
 def test_a_batch_is_reported_event_by_event(render: Callable[..., CommandResult], tmp_path: Path) -> None:
-    said = render("--json-stream", items=ITEMS, output="out/{id}.mp4", inject=[rule(blocks="2-3")])
-    found = events(said.out)
-    assert (said.code, said.err) == (0, "")
+    result = render("--json-stream", items=ITEMS, output="out/{id}.mp4", inject=[rule(blocks="2-3")])
+    found = events(result.out)
+    assert (result.code, result.err) == (0, "")
     plan, envelope = found[0], found[-1]
     assert [shot["id"] for shot in plan["shots"]] == ["one", "two"]
     assert (plan["steps"], plan["shared_steps"]) == (4, 0)
@@ -111,8 +111,8 @@ def test_a_batch_is_reported_event_by_event(render: Callable[..., CommandResult]
     assert (envelope["ok"], envelope["exit_code"], envelope["error"]) == (True, 0, None)
     assert envelope["data"]["counts"] | {"shots": 2, "rendered": 2} == envelope["data"]["counts"]
     assert Path(envelope["data"]["report"]).exists()
-    assert CAT not in said.out
-    assert FISH not in said.out
+    assert CAT not in result.out
+    assert FISH not in result.out
 
 
 def test_a_finished_shot_is_reported_as_already_done(render: Callable[..., CommandResult]) -> None:
@@ -161,20 +161,20 @@ def test_a_failed_shot_has_its_error_and_the_envelope_the_exit_code(
         return [v * float("nan") for v in real(self, requests, riders)]
 
     monkeypatch.setattr(WanModel, "predict_velocities", sick)
-    said = render("--json-stream")
-    found = events(said.out)
+    result = render("--json-stream")
+    found = events(result.out)
     (failed,) = of("shot-failed", found)
     assert failed["error"]["code"] == "shot.not_finite"
-    assert (said.code, found[-1]["exit_code"]) == (1, 1)
+    assert (result.code, found[-1]["exit_code"]) == (1, 1)
     assert found[-1]["error"] == failed["error"]
     assert found[-1]["data"]["counts"]["failed"] == 1
     assert "shot-finished" not in [event["type"] for event in found]
 
 
 def test_a_wrong_job_leaves_only_the_envelope(say: Callable[..., CommandResult], tmp_path: Path) -> None:
-    said = say("render", write_job(tmp_path, tiny_job(frames=4)), "--json-stream")
-    (envelope,) = events(said.out)
-    assert (said.code, envelope["exit_code"], envelope["ok"]) == (2, 2, False)
+    result = say("render", write_job(tmp_path, tiny_job(frames=4)), "--json-stream")
+    (envelope,) = events(result.out)
+    assert (result.code, envelope["exit_code"], envelope["ok"]) == (2, 2, False)
     assert envelope["error"]["code"] == "job"
     assert "4 is not 4n+1" in envelope["error"]["message"]
     assert envelope["data"]["counts"]["shots"] == 0
@@ -194,9 +194,9 @@ def test_a_wrong_job_leaves_only_the_envelope(say: Callable[..., CommandResult],
 def test_so_does_a_command_line_that_is_wrong(
     say: Callable[..., CommandResult], arguments: list[str]
 ) -> None:
-    said = say(*arguments)
-    (envelope,) = events(said.out)
-    assert (said.code, envelope["exit_code"], envelope["command"]) == (2, 2, "render")
+    result = say(*arguments)
+    (envelope,) = events(result.out)
+    assert (result.code, envelope["exit_code"], envelope["command"]) == (2, 2, "render")
     assert (envelope["ok"], envelope["error"]["code"]) == (False, "usage")
 
 
@@ -208,9 +208,9 @@ def test_whatever_ends_a_batch_is_in_the_envelope(
         raise kind("went wrong", where="here", hint="Try there.")
 
     monkeypatch.setattr(batch, "render", fails)
-    said = say("render", write_job(tmp_path, tiny_job()), "--json-stream", "-q")
-    plan, envelope = events(said.out)
-    assert (plan["type"], said.code) == ("plan", kind.status)
+    result = say("render", write_job(tmp_path, tiny_job()), "--json-stream", "-q")
+    plan, envelope = events(result.out)
+    assert (plan["type"], result.code) == ("plan", kind.status)
     assert envelope["exit_code"] == kind.status
     assert envelope["error"] == kind("went wrong", where="here", hint="Try there.").as_dict()
     assert envelope["data"]["counts"]["not_started"] == 1
@@ -220,9 +220,9 @@ def test_so_is_a_bug(
     say: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "render", lambda *_: 1 / 0)
-    said = say("render", write_job(tmp_path, tiny_job()), "--json-stream")
-    envelope = events(said.out)[-1]
-    assert (said.code, envelope["exit_code"]) == (70, 70)
+    result = say("render", write_job(tmp_path, tiny_job()), "--json-stream")
+    envelope = events(result.out)[-1]
+    assert (result.code, envelope["exit_code"]) == (70, 70)
     assert envelope["error"]["code"] == "bug"
     assert envelope["error"]["message"] == "ZeroDivisionError: division by zero"
 
@@ -234,9 +234,9 @@ def test_ctrl_c_before_the_work_starts_is_in_the_envelope(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wancli.plan.planner.build_plan", interrupted)
-    said = say("render", write_job(tmp_path, tiny_job()), "--json-stream")
-    (envelope,) = events(said.out)
-    assert (said.code, envelope["exit_code"]) == (130, 130)
+    result = say("render", write_job(tmp_path, tiny_job()), "--json-stream")
+    (envelope,) = events(result.out)
+    assert (result.code, envelope["exit_code"]) == (130, 130)
     assert envelope["error"]["code"] == "stopped.interrupted"
 
 
@@ -250,9 +250,9 @@ def test_a_signal_ends_the_stream_with_75_while_planning_as_while_sampling(
         monkeypatch.setattr("wancli.plan.planner.build_plan", lambda *_, **__: signal.raise_signal(number))
     else:
         count_forwards(monkeypatch, lambda n: signal.raise_signal(number) if n == 2 else None)
-    said = render("--json-stream", items=ITEMS, output="out/{id}.mp4")
-    found = events(said.out)
-    assert (said.code, found[-1]["exit_code"], found[-1]["error"]["code"]) == (75, 75, "stopped")
+    result = render("--json-stream", items=ITEMS, output="out/{id}.mp4")
+    found = events(result.out)
+    assert (result.code, found[-1]["exit_code"], found[-1]["error"]["code"]) == (75, 75, "stopped")
     assert found[-1]["error"]["retryable"]
     assert signal.getsignal(number) is before
     if when == "sampling":
@@ -280,9 +280,9 @@ def test_each_line_is_there_at_once(tmp_path: Path, shallow: Path, warm: Path) -
 
 
 def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path, known: Path, lost_reader: int) -> None:
-    said = run("render", write_job(tmp_path, tiny_job(known)), "--json-stream", stdout=lost_reader)
-    assert said.returncode == 0
-    assert "stdout has no reader any more; the work continues" in said.stderr
+    result = run("render", write_job(tmp_path, tiny_job(known)), "--json-stream", stdout=lost_reader)
+    assert result.returncode == 0
+    assert "stdout has no reader any more; the work continues" in result.stderr
     assert manifest_of(tmp_path)["key"]
 
 
@@ -294,7 +294,7 @@ def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, kn
     program.chmod(0o755)
     write_job(tmp_path, tiny_job(known))
     path = f"{tmp_path}:{os.environ['PATH']}"
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", block],
         cwd=tmp_path,
         env=os.environ | {"PATH": path, "PYTHONPATH": str(root)},
@@ -302,7 +302,7 @@ def test_the_consumer_in_the_documents_consumes_a_real_stream(tmp_path: Path, kn
         text=True,
         check=True,
     )
-    assert f"0000 {tmp_path}/out/clip.mp4 {manifest_of(tmp_path)['files'][0]['sha256'][:12]}" in said.stdout
+    assert f"0000 {tmp_path}/out/clip.mp4 {manifest_of(tmp_path)['files'][0]['sha256'][:12]}" in result.stdout
 
 
 # ---- what the parts do ----

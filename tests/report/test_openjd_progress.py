@@ -41,14 +41,14 @@ def test_a_session_sees_the_batch_grow_to_a_hundred(
     render: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
-    said = render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4")
-    told = read_messages(said.out)
+    result = render("--progress", "openjd", items=ITEMS, output="out/{id}.mp4")
+    told = read_messages(result.out)
     # 3 units for each of the short ones, 7 for the long one: the steps, and one for the rest
     assert progress(told) == [round(100 * n / 13, 1) for n in range(1, 14)]
     status = [value for kind, value in told if kind == "status"]
     assert "sample two (1 of 3 shots done)" in status
     assert {kind for kind, _ in told} == {"progress", "status"}
-    paths = [line for line in said.out.splitlines() if not line.startswith("openjd_")]
+    paths = [line for line in result.out.splitlines() if not line.startswith("openjd_")]
     assert paths == [f"{tmp_path}/out/{item['id']}.mp4" for item in ITEMS]
 
 
@@ -57,8 +57,8 @@ def test_steps_that_shots_share_count_once(
 ) -> None:
     monkeypatch.setattr(openjd_progress, "_SECONDS", 0.0)
     items = [{"id": "plain"}, {"id": "late", "inject": [rule(blocks="2-3", steps="50-100%")]}]
-    said = render("--progress", "openjd", items=items, output="out/{id}.mp4", sampler={"steps": 4})
-    found = progress(read_messages(said.out))
+    result = render("--progress", "openjd", items=items, output="out/{id}.mp4", sampler={"steps": 4})
+    found = progress(read_messages(result.out))
     assert found == sorted(found)
     assert found[0] == round(100 / 8, 1)
     assert found[-1] == 100
@@ -73,9 +73,9 @@ def test_what_is_done_already_counts(render: Callable[..., CommandResult]) -> No
 
 
 def test_a_failure_is_reported_with_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    said = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(frames=4)), "--progress", "openjd")
-    ((kind, reason),) = read_messages(said.out)
-    assert (said.code, kind) == (2, "fail")
+    result = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(frames=4)), "--progress", "openjd")
+    ((kind, reason),) = read_messages(result.out)
+    assert (result.code, kind) == (2, "fail")
     assert "4 is not 4n+1" in reason
 
 
@@ -83,9 +83,9 @@ def test_being_stopped_is_not_a_failure(
     render: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count_forwards(monkeypatch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
-    said = render("--progress", "openjd", sampler={"steps": 4})
-    told = read_messages(said.out)
-    assert said.code == 75
+    result = render("--progress", "openjd", sampler={"steps": 4})
+    told = read_messages(result.out)
+    assert result.code == 75
     assert told[-1] == ("status", "stopped by SIGTERM; 1 shot is saved in progress, 0 not started")
     assert "fail" not in [kind for kind, _ in told]
 

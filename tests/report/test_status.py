@@ -33,9 +33,9 @@ def states(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: Path
 ) -> Callable[..., dict[str, dict[str, Any]]]:
     def asked(*options: str) -> dict[str, dict[str, Any]]:
-        said = run_wancli(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm, *options)
-        assert (said.code, said.err) == (0, "")
-        return {shot["id"]: shot for shot in json.loads(said.out)["shots"]}
+        result = run_wancli(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm, *options)
+        assert (result.code, result.err) == (0, "")
+        return {shot["id"]: shot for shot in json.loads(result.out)["shots"]}
 
     return asked
 
@@ -102,8 +102,8 @@ def test_the_videos_of_a_job_that_was_edited_since_are_in_the_way_and_take_no_ti
     edited = ("--set", "sampler.shift=4")
     assert [shot["state"] for shot in states(*edited).values()] == ["in the way"] * 3
     for asked in ("status", "plan"):
-        said = run_wancli(capsys, asked, tmp_path / "job.yaml", "--json", "--cache-dir", warm, *edited)
-        assert json.loads(said.out)["time"]["seconds"] == 0
+        result = run_wancli(capsys, asked, tmp_path / "job.yaml", "--json", "--cache-dir", warm, *edited)
+        assert json.loads(result.out)["time"]["seconds"] == 0
 
 
 def test_a_video_that_lacks_only_its_manifest_is_one_that_its_latent_is_there_for(
@@ -138,9 +138,9 @@ def test_a_claim_that_is_torn_is_a_claim(
     claim = tmp_path / "out/.wancli/claims/a.json"
     claim.parent.mkdir(parents=True)
     claim.write_text(content)
-    said = run_wancli(capsys, "status", job)
-    assert (said.code, "1 claimed" in said.out) == (0, True)
-    assert ("by far:7" if "far" in content else "by unknown:0") in said.out
+    result = run_wancli(capsys, "status", job)
+    assert (result.code, "1 claimed" in result.out) == (0, True)
+    assert ("by far:7" if "far" in content else "by unknown:0") in result.out
 
 
 def test_the_time_left_counts_what_is_left(
@@ -150,8 +150,8 @@ def test_the_time_left_counts_what_is_left(
     render(**CHANGES | {"video": {"keep_latents": True}})
 
     def left() -> float:
-        said = run_wancli(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm)
-        return float(json.loads(said.out)["time"]["seconds"])
+        result = run_wancli(capsys, "status", tmp_path / "job.yaml", "--json", "--cache-dir", warm)
+        return float(json.loads(result.out)["time"]["seconds"])
 
     assert left() == 0
     for name in ("a.mp4", "a.manifest.json"):
@@ -233,8 +233,8 @@ def test_it_needs_no_torch(tmp_path: Path, shallow: Path) -> None:
     job = write_job(tmp_path, tiny_job(shallow, **CHANGES))
     program = f"import sys; from wancli.cli import run; run(['status', {str(job)!r}])"
     program += "; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert said.stdout.splitlines()[-2:] == ["to do: 0-2", "False"]
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-2:] == ["to do: 0-2", "False"]
 
 
 def test_a_state_that_goes_while_it_is_looked_at_is_no_error(

@@ -234,8 +234,8 @@ def test_nothing_is_encoded_if_no_claim_can_be_written(
     forbid_calls(monkeypatch)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.wancli").write_text("in the way")
-    said = render(prompt="Never asked before.")
-    assert (said.code, files_in(tmp_path)) == (3, [".wancli"]), said.err
+    result = render(prompt="Never asked before.")
+    assert (result.code, files_in(tmp_path)) == (3, [".wancli"]), result.err
 
 
 def test_a_claim_that_cannot_be_read_belongs_to_another_worker(
@@ -511,15 +511,15 @@ def test_no_wait_exits_with_75_and_names_the_holders_of_the_rest(
 ) -> None:
     put(planned(folder("ab")).shots[0], body(host="other", pid=7))
     items = [{"id": id, "seed": ord(id)} for id in "ab"]
-    said = render("--no-wait", output="out/{id}.mp4", items=items)
-    assert (said.code, said.out) == (75, f"{tmp_path}/out/b.mp4\n")
-    assert said.err.startswith(
+    result = render("--no-wait", output="out/{id}.mp4", items=items)
+    assert (result.code, result.out) == (75, f"{tmp_path}/out/b.mp4\n")
+    assert result.err.startswith(
         "wancli: 1 shot is claimed by other workers: other:7\n  resume: wancli render "
     )
     assert [shot["status"] for shot in report_of(tmp_path)] == ["elsewhere", "rendered"]
     put(planned(folder("ab")).shots[0], body(host="other", pid=7))
-    said = render("--no-wait", "--force", output="out/{id}.mp4", items=items)
-    assert (said.code, "again from the first step" in said.err) == (75, False)  # nothing was on its way
+    result = render("--no-wait", "--force", output="out/{id}.mp4", items=items)
+    assert (result.code, "again from the first step" in result.err) == (75, False)  # nothing was on its way
 
 
 def test_workers_that_all_have_force_render_each_shot_once(

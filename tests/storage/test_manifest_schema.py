@@ -84,8 +84,8 @@ def test_a_shot_with_the_most_of_everything_is_rendered_and_done(
         measure=True,
     )
     path = write_job(tmp_path, most)
-    said = run_wancli(capsys, "render", path, "-q")
-    assert said.code == 0, said.err
+    result = run_wancli(capsys, "render", path, "-q")
+    assert result.code == 0, result.err
     assert manifest_of(tmp_path)["shot"]["labels"]["a"] == 10**31 - 1
     again = run_wancli(capsys, "render", path, "-q", "--json")
     assert [shot["status"] for shot in json.loads(again.out)["shots"]] == ["already done"]
@@ -99,7 +99,7 @@ def test_a_label_that_no_record_can_hold_is_refused_before_anything_is_rendered(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     job = tiny_job(shallow, prompts_from="rows.jsonl", output="out/{item}.mp4")
     del job["prompt"]
-    said = run_wancli(capsys, "plan", write_job(tmp_path, job))
-    assert (said.code, "has more than 40 digits" in said.err) == (2, True), said.err
+    result = run_wancli(capsys, "plan", write_job(tmp_path, job))
+    assert (result.code, "has more than 40 digits" in result.err) == (2, True), result.err
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
     assert run_wancli(capsys, "plan", write_job(tmp_path, job)).code == 0

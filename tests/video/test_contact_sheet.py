@@ -100,20 +100,20 @@ def test_an_earlier_sheet_is_replaced_and_another_picture_is_moved_aside(
     output = tmp_path / "sheet.png"
     output.write_bytes(b"a picture of mine")
     for _ in range(2):
-        said = run_wancli(capsys, "compare", one, "-o", output)
-        assert (said.code, said.out.strip()) == (0, str(output))
+        result = run_wancli(capsys, "compare", one, "-o", output)
+        assert (result.code, result.out.strip()) == (0, str(output))
     assert (tmp_path / "sheet.old-1.png").read_bytes() == b"a picture of mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "sheet.old-1.png", "sheet.png"]
 
 
 def test_a_file_that_is_not_a_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
-    said = run_wancli(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
-    assert said.code == 2
-    assert said.err.startswith(f"wancli: {tmp_path}/bad.mp4: is not an MP4\n")
+    result = run_wancli(capsys, "compare", tmp_path / "bad.mp4", "-o", tmp_path / "sheet.png")
+    assert result.code == 2
+    assert result.err.startswith(f"wancli: {tmp_path}/bad.mp4: is not an MP4\n")
     assert not (tmp_path / "sheet.png").exists()
 
 
 def test_a_missing_video_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run_wancli(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
-    assert (said.code, said.err) == (2, f"wancli: {tmp_path}/nope.mp4: no such file\n")
+    result = run_wancli(capsys, "compare", tmp_path / "nope.mp4", "-o", tmp_path / "sheet.png")
+    assert (result.code, result.err) == (2, f"wancli: {tmp_path}/nope.mp4: no such file\n")

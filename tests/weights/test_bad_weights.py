@@ -215,10 +215,10 @@ CASES: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_damage_is_reported_before_anything_is_sampled(case: str, meet: Callable[..., CommandResult]) -> None:
     damage, message = CASES[case]
-    said = meet(damage)
-    first, *hint = said.err.splitlines()
-    assert re.search(message, first), said.err
-    assert (said.code, said.out, bool(hint)) == (4, "", True)
+    result = meet(damage)
+    first, *hint = result.err.splitlines()
+    assert re.search(message, first), result.err
+    assert (result.code, result.out, bool(hint)) == (4, "", True)
 
 
 # ---- .pth ----
@@ -283,9 +283,9 @@ def test_a_pth_that_is_an_attack_is_refused_by_every_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     damage, message = BOMBS[case]
-    said = meet(damage, verb)
-    assert re.search(rf"{VAE}: .*{message}", said.err), said.err
-    assert (said.code, said.out) == (4, "")
+    result = meet(damage, verb)
+    assert re.search(rf"{VAE}: .*{message}", result.err), result.err
+    assert (result.code, result.out) == (4, "")
     assert not (tmp_path / "ran-code").exists()
 
 
@@ -369,9 +369,9 @@ def test_a_bad_gguf_is_refused_with_the_reason(
     case: str, verb: str, meet: Callable[..., CommandResult]
 ) -> None:
     damage, message = GGUFS[case]
-    said = meet(damage, verb)
-    assert re.search(rf"wan.gguf: .*{message}", said.err), said.err
-    assert (said.code, len(said.err.splitlines())) == (4, 2)
+    result = meet(damage, verb)
+    assert re.search(rf"wan.gguf: .*{message}", result.err), result.err
+    assert (result.code, len(result.err.splitlines())) == (4, 2)
 
 
 # ---- LoRAs ----
@@ -424,10 +424,10 @@ def test_a_lora_for_something_else_is_refused(
     case: str, verb: str, meet: Callable[..., CommandResult]
 ) -> None:
     damage, message, hint = LORAS[case]
-    said = meet(damage, verb)
-    assert re.search(rf"a.safetensors: .*{message}", said.err), said.err
-    assert hint in said.err
-    assert said.code == 4
+    result = meet(damage, verb)
+    assert re.search(rf"a.safetensors: .*{message}", result.err), result.err
+    assert hint in result.err
+    assert result.code == 4
 
 
 # ---- experts ----
@@ -476,8 +476,8 @@ EXPERTS: dict[str, tuple[Damage, str, str]] = {
 @pytest.mark.parametrize("case", EXPERTS)
 def test_experts_out_of_place_are_refused(case: str, verb: str, meet: Callable[..., CommandResult]) -> None:
     damage, message, hint = EXPERTS[case]
-    said = meet(damage, verb)
-    assert (message in said.err, hint in said.err, said.code) == (True, True, 4), said.err
+    result = meet(damage, verb)
+    assert (message in result.err, hint in result.err, result.code) == (True, True, 4), result.err
 
 
 # ---- values ----
@@ -487,10 +487,10 @@ def test_a_nan_in_a_weight_ends_the_shot_with_its_block_and_inspect_finds_the_te
     render: Callable[..., CommandResult], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_tensors(model / TRANSFORMER, lambda tensors: tensors[Q].view(-1)[:1].fill_(math.nan))
-    said = render(model=model)
-    assert (said.code, said.out) == (1, "")
-    assert "step 0" in said.err
-    assert "block 0" in said.err
-    assert "wancli inspect --deep" in said.err
+    result = render(model=model)
+    assert (result.code, result.out) == (1, "")
+    assert "step 0" in result.err
+    assert "block 0" in result.err
+    assert "wancli inspect --deep" in result.err
     found = run_wancli(capsys, "inspect", "--deep", model)
     assert (found.code, f"NaN or Inf in {Q}" in found.out) == (4, True)

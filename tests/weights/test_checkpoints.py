@@ -91,13 +91,13 @@ def test_shards_are_one_model_and_each_must_be_whole(
 
     second = model / "diffusion_pytorch_model-2.safetensors"
     second.write_bytes(second.read_bytes()[:-100])
-    said = render(model=str(model))
-    assert said.code == 4
-    assert said.err.startswith(f"wancli: {tmp_path}/job.yaml:1: model: {second}: truncated or damaged: ")
+    result = render(model=str(model))
+    assert result.code == 4
+    assert result.err.startswith(f"wancli: {tmp_path}/job.yaml:1: model: {second}: truncated or damaged: ")
     second.unlink()
-    said = render(model=str(model))
-    assert said.err.splitlines()[0].endswith(f"job.yaml:1: model: {second}: no such file")
-    assert said.code == 4
+    result = render(model=str(model))
+    assert result.err.splitlines()[0].endswith(f"job.yaml:1: model: {second}: no such file")
+    assert result.code == 4
     assert files_in(tmp_path) == []
 
 
@@ -121,9 +121,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(
 ) -> None:
     model = checkpoint(tmp_path)
     change_tensors(model / file, lambda tensors: broken(tensors, names))
-    said = render(model=str(model))
-    assert said.code == 4
-    line = said.err.splitlines()[0]
+    result = render(model=str(model))
+    assert result.code == 4
+    line = result.err.splitlines()[0]
     assert str(model) in line
     assert "missing " in line
     assert "unexpected stranger" in line
@@ -149,9 +149,9 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(
         (model / file).write_bytes(pickle.dumps({"a": Payload(marker)}))
     else:
         change_tensors(model / file, lambda tensors: tensors.update(evil=Payload(marker)))
-    said = render(model=str(model))
-    assert said.code == 4
-    assert said.err.startswith(f"wancli: {tmp_path}/job.yaml:1: model: {model / file}: ")
+    result = render(model=str(model))
+    assert result.code == 4
+    assert result.err.startswith(f"wancli: {tmp_path}/job.yaml:1: model: {model / file}: ")
     assert not marker.exists()
 
 
@@ -161,9 +161,9 @@ def test_an_embedding_of_another_width_is_refused(
     out = tmp_path / "a.safetensors"
     tokens = Tokenizer(TINY / "google/umt5-xxl/spiece.model").tokenize("a fog", 256)
     save_embeddings(out, [Embedding.from_tokens(tokens, torch.zeros(len(tokens.ids), 32), "x")])
-    said = render(prompt={"embedding": "a.safetensors"})
-    assert said.code == 1
-    assert f"wancli: shot 0000: {out}: its rows are 32 wide, the model reads 64\n" in said.err
+    result = render(prompt={"embedding": "a.safetensors"})
+    assert result.code == 1
+    assert f"wancli: shot 0000: {out}: its rows are 32 wide, the model reads 64\n" in result.err
 
 
 def test_half_precision_renders_nearly_the_same(render: Callable[..., CommandResult], tmp_path: Path) -> None:

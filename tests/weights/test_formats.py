@@ -147,8 +147,8 @@ def test_a_transformer_in_each_format_renders_what_its_bytes_mean(
         ("streamed", tmp_path / "small.safetensors", "streamed"),
     ):
         model = around(shallow, transformer=file)
-        said = render(folder=tmp_path / case, model=model, video=KEPT, memory={"residency": residency})
-        assert said.code == 0, said.err
+        result = render(folder=tmp_path / case, model=model, video=KEPT, memory={"residency": residency})
+        assert result.code == 0, result.err
         assert manifest_of(tmp_path / case)["model"]["residency"] == residency
         latents[case] = latents_of(tmp_path / case)
     for residency in ("resident", "packed", "streamed"):
@@ -213,8 +213,8 @@ def test_a_gguf_of_several_types_renders_what_its_blocks_mean(
     save_file(plain, tmp_path / "plain.safetensors")
     for case, file, where in (("meant", "plain.safetensors", "resident"), ("gguf", "wan.gguf", residency)):
         model = around(shallow, transformer=tmp_path / file)
-        said = render(folder=tmp_path / case, model=model, video=KEPT, memory={"residency": where})
-        assert said.code == 0, said.err
+        result = render(folder=tmp_path / case, model=model, video=KEPT, memory={"residency": where})
+        assert result.code == 0, result.err
     assert torch.equal(latents_of(tmp_path / "gguf"), latents_of(tmp_path / "meant"))
 
 
@@ -246,8 +246,8 @@ def test_a_text_encoder_in_fp8_that_carries_its_tokenizer_and_a_vae_in_bf16_rend
     meant = around(shallow, text_encoder=tmp_path / "plain text.safetensors", vae=vae)
     found = around(shallow, text_encoder=tmp_path / "text.safetensors", tokenizer=None, vae=vae)
     assert render(folder=tmp_path / "meant", model=meant, video=KEPT).code == 0
-    said = render(folder=tmp_path / "found", model=found, video=KEPT, memory={"residency": residency})
-    assert said.code == 0, said.err
+    result = render(folder=tmp_path / "found", model=found, video=KEPT, memory={"residency": residency})
+    assert result.code == 0, result.err
     assert torch.equal(latents_of(tmp_path / "found"), latents_of(tmp_path / "meant"))
 
 
@@ -284,8 +284,8 @@ def test_a_vae_in_each_format_decodes_what_its_bytes_mean(
 ) -> None:
     stored = tmp_path / ("vae.gguf" if kind.startswith("GGUF") else "vae.safetensors")
     plain = a_vae_of(shallow, kind, stored)
-    said = render(folder=tmp_path, model=around(shallow, vae=stored))
-    assert said.code == 0, said.err
+    result = render(folder=tmp_path, model=around(shallow, vae=stored))
+    assert result.code == 0, result.err
     files = {
         key: value if key == "heads" else Path(value) for key, value in around(shallow, vae=stored).items()
     }
@@ -349,8 +349,8 @@ def test_a_text_encoder_in_gguf_that_carries_its_tokenizer_renders(
     meant = around(shallow, text_encoder=tmp_path / "plain.safetensors")
     found = around(shallow, text_encoder=tmp_path / "text.gguf", tokenizer=None)
     assert render(folder=tmp_path / "meant", model=meant, video=KEPT).code == 0
-    said = render(folder=tmp_path / "found", model=found, video=KEPT, memory={"residency": residency})
-    assert said.code == 0, said.err
+    result = render(folder=tmp_path / "found", model=found, video=KEPT, memory={"residency": residency})
+    assert result.code == 0, result.err
     assert torch.equal(latents_of(tmp_path / "found"), latents_of(tmp_path / "meant"))
 
 

@@ -26,17 +26,17 @@ def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def document(look: Any, *arguments: object) -> dict[str, Any]:
-    said = look(*arguments, "--json")
-    assert said.code == 0, said.err
-    return dict(json.loads(said.out))
+    result = look(*arguments, "--json")
+    assert result.code == 0, result.err
+    return dict(json.loads(result.out))
 
 
 def test_a_file_is_described_in_a_paragraph(look: Any, tmp_path: Path) -> None:
     entries = cast(stored(dit("14B"), "F16"), scale_weight=scalar) | {"scaled_fp8": ("F8_E4M3", (2,))}
     write(tmp_path / "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", entries)
-    said = look(tmp_path / "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors")
-    lines = said.out.splitlines()
-    assert said.code == 0
+    result = look(tmp_path / "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors")
+    lines = result.out.splitlines()
+    assert result.code == 0
     paragraph = lines[lines.index("transformer: Wan2.2-T2V-A14B, high-noise expert") :]
     assert paragraph == [
         "transformer: Wan2.2-T2V-A14B, high-noise expert",
@@ -154,9 +154,9 @@ def test_what_wancli_cannot_use_is_described_and_refused_by_name(look: Any, tmp_
         "ref_conv.weight": ("F16", (5120, 16, 2, 2)),
         "patch_embedding.weight": ("F16", (5120, 48, 1, 2, 2)),
     }
-    said = look(write(tmp_path / "wan2.1_fun_control.safetensors", entries))
-    assert said.code == 0
-    text = " ".join(said.out.split())
+    result = look(write(tmp_path / "wan2.1_fun_control.safetensors", entries))
+    assert result.code == 0
+    text = " ".join(result.out.split())
     assert "transformer: Fun-Control" in text
     assert "48 channels in" in text
     assert "not supported this is a Fun-Control checkpoint; wancli renders text-to-video" in text
@@ -182,9 +182,9 @@ def test_a_path_without_weights_is_a_usage_error(look: Any, tmp_path: Path) -> N
         (tmp_path / "empty", "holds no weights"),
         (stranger, "holds no network of Wan that wancli knows"),
     ):
-        said = look(path)
-        assert (said.code, said.out) == (2, "")
-        assert said.err.startswith(f"wancli: {path}: {message}")
+        result = look(path)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith(f"wancli: {path}: {message}")
     assert "conv_in.weight" in look(stranger).err
 
 
@@ -200,9 +200,9 @@ def test_what_is_damaged_is_an_integrity_error(look: Any, tmp_path: Path) -> Non
         (tmp_path / "cut.pth",) * 2,
         (tmp_path / "lfs.safetensors",) * 2,
     ):
-        said = look(broken)
-        assert (said.code, said.out) == (4, "")
-        assert said.err.startswith(f"wancli: {at}: ")
+        result = look(broken)
+        assert (result.code, result.out) == (4, "")
+        assert result.err.startswith(f"wancli: {at}: ")
 
 
 # ---- deep ----
@@ -233,9 +233,9 @@ def test_a_deep_look_names_tensors_with_nan_and_inf(
             tensors[name].view(-1)[-1:] = value
 
     change_tensors(root / file, spoil)
-    said = look(root / file, "--deep")
-    assert said.code == 4
-    assert all(name in said.out for name in spoilt)
+    result = look(root / file, "--deep")
+    assert result.code == 4
+    assert all(name in result.out for name in spoilt)
     found = json.loads(look(root, "--deep", "--json").out)
     assert {Path(f["file"]).name: f["not_finite"] for f in found["deep"]}[file] == spoilt
 

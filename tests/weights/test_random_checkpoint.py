@@ -31,8 +31,8 @@ def made(folder: Path, dtype: str = "bf16", config: WanConfig = CONFIG, most: in
 def test_the_folder_is_identified_and_renders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made(tmp_path / "model")
     assert identify(folder).transformer_config == CONFIG
-    said = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(model=folder)), "-q")
-    assert (said.code, said.err) == (0, "")
+    result = run_wancli(capsys, "render", write_job(tmp_path, tiny_job(model=folder)), "-q")
+    assert (result.code, result.err) == (0, "")
 
 
 def test_every_tensor_of_the_network_is_there_in_bf16_and_like_no_other(tmp_path: Path):

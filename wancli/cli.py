@@ -39,8 +39,8 @@ from wancli.commands import (
 from wancli.commands._common import Invocation, print_error
 from wancli.errors import Bug, ExitStatus, MachineError, Stopped, UsageError, WancliError
 from wancli.progress import make_printable
-from wancli.storage import disk
 from wancli.storage.paths import require_cwd
+from wancli.storage.read_errors import find_open_files_error
 
 if TYPE_CHECKING:
     from wancli.engine.networks import ModelCache
@@ -103,7 +103,7 @@ def run(arguments: list[str], model_cache: ModelCache | None = None, began: floa
         code = ExitStatus.INTERRUPTED
     except Exception as error:
         signalled = error.__cause__  # while a class was created: Python wraps what __set_name__ raises
-        known = signalled if isinstance(signalled, Stopped) else disk.find_open_files_error(error)
+        known = signalled if isinstance(signalled, Stopped) else find_open_files_error(error)
         if known:
             return report_error(known, arguments)
         if not isinstance(signalled, KeyboardInterrupt):

@@ -22,36 +22,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TypeVar
 
-from wancli.errors import CheckpointError, JobError, NoSuchFile, Unreadable, UnreadableNow
+from wancli.errors import CheckpointError, JobError, NoSuchFile, Unreadable
+from wancli.storage.read_errors import unreadable_error
 
 Answer = TypeVar("Answer")
-
-_ABSENT = {errno.ENOENT, errno.ENOTDIR}
-_PASSING = {
-    errno.EIO: "the disk or its server fails; run again when it answers. dmesg may say more",
-    errno.ESTALE: "the server has another file there by now, or was restarted; run again",
-    errno.EAGAIN: "run again",
-    errno.EBUSY: "run again when no other program holds it",
-    errno.EINTR: "run again",
-    errno.ETIMEDOUT: "the server does not answer; run again when it does",
-    errno.ENOTCONN: "the server of that folder is away; mount it again",
-    errno.EHOSTDOWN: "the server of that folder is away; run again when it answers",
-    errno.EREMOTEIO: "the server of that folder fails; run again when it answers",
-    errno.EMFILE: "this process may open no more files: raise the limit with `ulimit -n 4096`",
-    errno.ENFILE: "this machine may open no more files; end other programs, or raise fs.file-max",
-    errno.ENOMEM: "the system is out of memory; end other programs and run again",
-    errno.EROFS: "the file system became read-only, mostly after an error; dmesg may say more",
-    errno.EDQUOT: "the quota there is used up; free some space and run again",
-    errno.ENOSPC: "the disk is full; free some space and run again",
-}
-_LASTING = {
-    errno.EACCES: "this user may not read it, or not enter a folder above it; see `namei -l PATH`",
-    errno.EPERM: "this user may not read it; see `namei -l PATH`",
-    errno.ENAMETOOLONG: "a name may have 255 bytes, a path 4,095; shorten it, for example with {slug}",
-    errno.ELOOP: "symbolic links lead in a circle there",
-    errno.EISDIR: "a folder has this name; a file is needed",
-    errno.ENXIO: "a pipe, a socket or a device has this name; a file is needed",
-}
 
 
 # ---- questions ----
@@ -106,7 +80,7 @@ def size(path: Path) -> int:
     """Return the bytes of a file. Raises NoSuchFile."""
     found = status(path)
     if found is None:
-        raise _error(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), path)
+        raise unreadable_error(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), path)
     return found.st_size
 
 
@@ -155,9 +129,9 @@ def resolve(path: Path) -> Path:
     try:
         return path.resolve()
     except RuntimeError:  # Python 3.11 and 3.12 for links in a circle
-        raise _error(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), path) from None
+        raise unreadable_error(OSError(errno.ELOOP, os.strerror(errno.ELOOP)), path) from None
     except (OSError, ValueError) as error:
-        raise _error(error, path) from error
+        raise unreadable_error(error, path) from error
 
 
 # ---- contents ----
@@ -230,7 +204,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _error(error, path) from error
+        raise unreadable_error(error, path) from error
 
 
 @contextmanager
@@ -247,20 +221,6 @@ def reading_for_job(where: str, name: str = "") -> Iterator[None]:
         raise JobError(
             f"{name!r} {error.message}" if name else error.message, where=where, hint=hint
         ) from None
-
-
-def find_open_files_error(error: BaseException | None) -> UnreadableNow | None:
-    """Return the error for the user if an error, or its cause, comes of the limit of open files.
-
-    Libraries put the reason into the texts of errors of their own.
-    """
-    while error:
-        for number in (errno.EMFILE, errno.ENFILE):
-            if os.strerror(number) in str(error):
-                where = str(getattr(error, "filename", None) or "")
-                return UnreadableNow(os.strerror(number), where=where, hint=_PASSING[number])
-        error = error.__cause__ or error.__context__
-    return None
 
 
 @contextmanager
@@ -294,7 +254,7 @@ def _ask_present(call: Callable[[Path], Answer], path: Path) -> Answer:
                 raise
             return call(path)  # a server that has replaced a file finds it when the path is resolved again
     except (OSError, ValueError) as error:
-        raise _error(error, path) from error
+        raise unreadable_error(error, path) from error
 
 
 def _open_no_link(path: Path) -> int:
@@ -330,15 +290,3 @@ def _list_kinds(folder: Path) -> list[tuple[str, bool]]:
     """List names, and whether each is a folder, which most file systems tell without another question."""
     with os.scandir(folder) as entries:
         return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-
-
-def _error(error: OSError | ValueError, path: Path) -> Unreadable:
-    """Return the error for the user that an error of asking for `path` means."""
-    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
-        message = f"cannot be read: {error.encoding}, the encoding of the locale, has no such name"
-        return Unreadable(message, where=str(path), hint="set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
-    if not isinstance(error, OSError):
-        return NoSuchFile("cannot be read: no file can have this name", where=str(path))
-    number, reason = error.errno or 0, error.strerror or str(error)
-    kind = NoSuchFile if number in _ABSENT else UnreadableNow if number in _PASSING else Unreadable
-    return kind(f"cannot be read: {reason}", where=str(path), hint=(_PASSING | _LASTING).get(number, ""))

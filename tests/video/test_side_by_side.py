@@ -28,7 +28,7 @@ def made(path: Path, videos: list[Path], notes: list[str] | None = None) -> list
 def shown(
     frame_YX3: Any, plan: side_by_side.Layout, place: int, *, row: float = 0.5, column: float = 0.5
 ) -> Any:
-    top, left = side_by_side._cell_origin(plan, place)
+    top, left = side_by_side.cell_origin(plan, place)
     y = top + plan.label_height + int(row * (plan.cell_height - 1))
     return frame_YX3[y, left + int(column * (plan.cell_width - 1))].astype(int)
 
@@ -103,8 +103,8 @@ def test_names_and_metrics_are_drawn_above_the_cells(tmp_path: Path) -> None:
     one = plain(tmp_path / "one.mp4", [GREY])
     clips = clip.read_clips([one])
     plan = side_by_side.choose_layout(clips, label_lines=2)
-    page = side_by_side._draw_empty_grid(plan, clips, ["SSIM 0.5"])
-    top, left = side_by_side._cell_origin(plan, 0)
+    page = side_by_side.draw_empty_grid(plan, clips, ["SSIM 0.5"])
+    top, left = side_by_side.cell_origin(plan, 0)
     for line, words in enumerate(["one", "SSIM 0.5"]):
         wanted = labels.draw_line(words, plan.cell_width, plan.letter_scale)
         there = page[top + line * len(wanted) :, left:][: len(wanted), : plan.cell_width]

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from wancli.engine import manifest_body
+from wancli.engine import attention_stage, manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.kept_frames import keep_frames
 from wancli.engine.networks import prepare_device
@@ -97,6 +97,7 @@ def decode_latent(
     for attempt, fallback in zip(attempts, (*attempts[1:], None)):
         try:
             peak = _write_video(z_CTYX, record, output, vae, attempt, context, kept)
+            record = _add_overlay(record, output, context)
             return _write_manifest(record, output, peak, attempt, fallback=attempt != attempts[0])
         except OutOfMemory as error:
             if fallback is None:
@@ -124,6 +125,14 @@ def decode_attempts(device: str, chunk: int) -> list[DecodeAttempt]:
     """
     attempts = [DecodeAttempt(device, chunk), DecodeAttempt(device, 1)]
     return list(dict.fromkeys([*attempts, DecodeAttempt("cpu", 1)] if device == "cuda" else attempts))
+
+
+def _add_overlay(record: ShotRecord, output: Path, context: RenderContext) -> ShotRecord:
+    """Write the overlay of a shot that has attention maps, and return its record with that."""
+    if record.attention is None:
+        return record
+    found = attention_stage.write_overlay(record, output, context)
+    return record.model_copy(update={"attention": found})
 
 
 def _write_manifest(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from wancli.engine import manifest_body, picture_stage
+from wancli.engine import attention_stage, manifest_body, picture_stage
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
@@ -123,8 +123,7 @@ def run_segment(
                 if patches.apply_step(loras, step + 1, segment.expert):
                     contexts.clear()
     for state in states:
-        assert state.solver_state is not None
-        state.solver_state = state.solver_state.to("cpu")
+        state.move_to_host()
         state.add_phases(segment_phases())
         propagate_state(state)
 
@@ -157,6 +156,7 @@ def _prepare(
 
     The network of the first step measures it, so for the dependents, too, which fork later.
     """
+    from wancli.injection.attention_maps import AttentionMaps
     from wancli.sampling import denoise
     from wancli.text.prompt_distance import compare_all
 
@@ -166,6 +166,8 @@ def _prepare(
         state.started_at, state.unsaved_since = min(state.started_at, now), min(state.unsaved_since, now)
         if state.solver_state is None:
             state.solver_state = State(denoise.draw_noise(shot.latent_shape, shot.seed, shot.noise))
+            if shot.attention:
+                state.attention = AttentionMaps.zeros(shot.attention, shot.tokens)
     new = [state for state in (*states, *dependents) if state.shot.injected_prompts and not state.differences]
     pairs = {(state.shot.prompt.id, text.id): None for state in new for text in state.shot.injected_prompts}
     embeddings = [(encoded[main].embedding, encoded[other].embedding) for main, other in pairs]
@@ -185,8 +187,9 @@ def _make_run(
     shot, solver_state = state.shot, state.solver_state.to(state.shot.model.device)
     effects: list[Effect] | None = [] if shot.measure else None
     given = frames[shot.index].frames.to(shot.model.device) if shot.pictures else NO_FRAMES
+    maps = state.attention and state.attention.to(shot.model.device)
     return denoise.DenoiseRun(
-        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects, given
+        solver_state, shot.sigma_schedule, shot.solver, shot.table, contexts, stage, effects, given, maps
     )
 
 
@@ -199,7 +202,7 @@ def _record_step(
         failure.record(result)
         state.fail(failure)
         return
-    state.step, state.solver_state = result.step, result.state
+    state.step, state.solver_state, state.attention = result.step, result.state, result.attention
     state.reads |= result.cells_read
     state.first_step_after = state.first_step_after or manifest_body.seconds_since(context.started_at)
     if run.effects:
@@ -225,6 +228,7 @@ def finish_latent(
     assert state.solver_state is not None
     check_hits(shot.table, frozenset(state.reads))
     z_CTYX = state.solver_state.x
+    maps = attention_stage.write_maps(shot.attention_maps, state.attention, shot) if state.attention else None
     record = manifest_body.build_record(
         shot,
         placement,
@@ -238,9 +242,10 @@ def finish_latent(
         phases=[*(phase for phase in stage1 if shot.pictures or phase["name"] != "pictures"), *state.phases],
         first_step_after=state.first_step_after,
         latent=metrics.sketch_latent(z_CTYX.numpy()),
+        attention=maps,
     )
     atomic.move_aside(shot.latents)  # another shot's, or with --force this one's
     tensor_file.save_latent(shot.latents, z_CTYX, record.as_dict())
     atomic.remove(shot.state)
-    state.status, state.solver_state = Status.FINISHED, None
+    state.status, state.solver_state, state.attention = Status.FINISHED, None, None
     return z_CTYX, record

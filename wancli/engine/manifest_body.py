@@ -51,13 +51,14 @@ def build_record(
     phases: Sequence[Record],
     first_step_after: float,
     latent: Record,
+    attention: Record | None,
 ) -> ShotRecord:
     """Build the record of a sampled shot from its plan and from what happened.
 
     `cached` tells, by id, which prompts' embeddings had been computed before. `pictures` are the records of
     its given frames, `injected_pictures` by id those of the others. `reads` are the cells (step, branch,
     block) that blocks read, `differences` those between the shot's prompt and each injected one, `latent` is
-    its sketch.
+    its sketch, `attention` describes its attention maps.
     """
     return ShotRecord(
         **_planned(shot, placement),
@@ -70,6 +71,7 @@ def build_record(
         first_step_after=first_step_after,
         phases=list(phases),
         latent=latent,
+        **({} if attention is None else {"attention": attention}),
     )
 
 

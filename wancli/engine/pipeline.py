@@ -22,7 +22,12 @@ from wancli.engine.manifest_body import Record
 from wancli.engine.networks import Networks
 from wancli.engine.outcome import Outcome, failed_outcome
 from wancli.engine.picture_stage import EncodedFrames, encode_frames
-from wancli.engine.preflight import effects_missing, needs_effects, output_exists_error, status_for_render
+from wancli.engine.preflight import (
+    are_measurements_missing,
+    lacks_measurements,
+    output_exists_error,
+    status_for_render,
+)
 from wancli.engine.shot_state import ShotState, Status
 from wancli.errors import ClaimedElsewhere, EntryError, ErrorCapture, ShotError, Stopped, WancliError
 from wancli.models.config import EXPERTS, Expert
@@ -134,7 +139,7 @@ def _resolve_unsampled(shot: Shot, model_context: ModelContext) -> Outcome | Non
     context = model_context.context
     with ErrorCapture() as attempt:
         status, why = status_for_render(shot, context)
-        if status == "done" and not needs_effects(shot) and not lacks_frames(shot):
+        if status == "done" and not lacks_measurements(shot) and not lacks_frames(shot):
             return Outcome(shot, "already done", manifest.read_if_usable(shot.manifest))
         if status == "in the way":
             raise output_exists_error(shot, why)
@@ -257,7 +262,7 @@ def _report_failures(batch: Sequence[ShotState], context: RenderContext) -> Iter
                     atomic.remove(state.shot.state)
                 else:
                     _save_unsaved(state, context)
-            state.status, state.solver_state = Status.REPORTED, None
+            state.status, state.solver_state, state.attention = Status.REPORTED, None, None
             yield failed_outcome(state.shot, state.failure)
 
 
@@ -312,8 +317,10 @@ def _load_saved_latent(shot: Shot, model_context: ModelContext) -> tuple[Tensor,
         return None
     try:
         z_CTYX, record = manifest_body.load_latent(shot.latents, shot.latent_shape)
-        if record.latents_key != shot.latents_key or effects_missing(shot, record):
+        if record.latents_key != shot.latents_key or are_measurements_missing(shot, record):
             return None
+        if record.attention and shot.attention is None:
+            record = record.model_copy(update={"attention": None})
         return z_CTYX, manifest_body.continue_record(record, shot, model_context.schedule.placement(shot))
     except EntryError as error:
         if disk.is_taken(shot.latents):

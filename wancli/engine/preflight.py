@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wancli.engine import manifest_body, output_diff
+from wancli.engine import attention_stage, manifest_body, output_diff
 from wancli.engine.context import RenderContext
 from wancli.engine.kept_frames import lacks_frames
 from wancli.engine.networks import check_weights, prepare_device
@@ -77,7 +77,7 @@ def check_outputs(plan: Plan, context: RenderContext) -> tuple[list[Shot], dict[
         status, why = states[shot.index]
         if status == "in the way":
             refused[shot.index] = output_exists_error(shot, why)
-        elif status != "done" or needs_effects(shot):
+        elif status != "done" or lacks_measurements(shot):
             todo.append(shot)
         else:
             _warn_of_damaged_latent(shot, context)
@@ -204,7 +204,7 @@ def output_status(shot: Shot) -> tuple[OutputStatus, str]:
 
 def is_finished(shot: Shot) -> bool:
     """Return whether nothing is left to do for a shot."""
-    return output_status(shot)[0] == "done" and not needs_effects(shot)
+    return output_status(shot)[0] == "done" and not lacks_measurements(shot)
 
 
 def find_origin(shot: Shot) -> str:
@@ -236,17 +236,20 @@ def _lacks_only_manifest(shot: Shot) -> bool:
         return False
 
 
-def needs_effects(shot: Shot) -> bool:
-    """Return whether a finished shot lacks the effects of its injections, which the job asks for.
+def lacks_measurements(shot: Shot) -> bool:
+    """Return whether a finished shot lacks the effects of its injections, or attention maps, which the job
+    asks for.
 
     Its pixels stay the same when it is rendered again.
     """
-    record = manifest.read_if_usable(shot.manifest) if shot.measure else None
-    return record is not None and effects_missing(shot, record)
+    measures = shot.measure or shot.attention is not None
+    record = manifest.read_if_usable(shot.manifest) if measures else None
+    return record is not None and are_measurements_missing(shot, record)
 
 
-def effects_missing(shot: Shot, record: ShotRecord) -> bool:
-    return shot.measure and shot.injects and not record.effects
+def are_measurements_missing(shot: Shot, record: ShotRecord) -> bool:
+    """Return whether the record of a shot lacks what the job asks to be measured."""
+    return (shot.measure and shot.injects and not record.effects) or attention_stage.are_missing(shot, record)
 
 
 def _check_machine(todo: Sequence[Shot], context: RenderContext) -> None:

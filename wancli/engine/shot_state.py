@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wancli.engine import manifest_body
+from wancli.engine import attention_stage, manifest_body
 from wancli.engine.context import RenderContext
 from wancli.engine.manifest_body import Record
 from wancli.errors import EntryError, ErrorCapture
@@ -29,6 +30,11 @@ from wancli.sampling.stages import Stage
 from wancli.storage import atomic, disk
 from wancli.storage.manifest_schema import SavedState
 from wancli.units import pluralize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wancli.injection.attention_maps import AttentionMaps
 
 
 class Status(Enum):
@@ -50,6 +56,7 @@ class ShotState:
     solver_state: State | None = None  # in host memory; None before the first step and once it is over
     reads: set[tuple[int, Branch, int]] = field(default_factory=set)
     effects: list[Record] = field(default_factory=list)
+    attention: AttentionMaps | None = None  # with the solver's state, and as long
     differences: list[Record] = field(default_factory=list)
     phases: list[Record] = field(default_factory=list)
     first_step_after: float = 0.0  # seconds after the start of the process
@@ -74,6 +81,11 @@ class ShotState:
                 return replace(stage, steps=range(self.step, stage.steps.stop))
         return None
 
+    def move_to_host(self) -> None:
+        """Move what the steps have left to host memory."""
+        self.solver_state = self.solver_state and self.solver_state.to("cpu")
+        self.attention = self.attention and self.attention.to("cpu")
+
     def add_phases(self, phases: Iterable[Record]) -> None:
         """Add records that it does not have; a network that several segments use was loaded once."""
         self.phases += manifest_body.new_phases(phases, self.phases)
@@ -91,8 +103,7 @@ class ShotState:
         """
         if self.failure is None:
             self.status, self.failure, self.fork = Status.FAILED, failure, None
-            if self.solver_state is not None:
-                self.solver_state = self.solver_state.to("cpu")
+            self.move_to_host()
         while self.dependents:
             self.dependents.pop(0).fail(failure)
 
@@ -101,6 +112,7 @@ class ShotState:
         self.status, self.fork = Status.RUNNING, None
         self.step, self.solver_state = other.step, other.solver_state
         self.reads, self.effects, self.phases = set(other.reads), list(other.effects), list(other.phases)
+        self.attention = other.attention
         self.first_step_after = other.first_step_after
         self.started_at, self.unsaved_since = other.started_at, other.started_at
 
@@ -114,9 +126,10 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
     if context.force and context.force.is_outdated(shot, "state"):
         remove_state(shot)
     try:
-        solver_state, saved = load_state(shot.state, shot.latent_shape)
+        solver_state, saved, attention_GSWL = load_state(shot.state, shot.latent_shape)
         if not _belongs_to(shot, saved):
             raise EntryError("the state of another render", where=str(shot.state))
+        attention = _resume_maps(shot, attention_GSWL)
     except EntryError as error:
         if atomic.move_aside(shot.state):
             context.progress.warn(f"{error}; moved aside, shot {shot.id} starts again")
@@ -127,10 +140,23 @@ def load_or_start(shot: Shot, context: RenderContext) -> ShotState:
         solver_state,
         reads=set(saved.read),
         effects=[effect.as_dict() for effect in saved.effects],
+        attention=attention,
         differences=[difference.as_dict() for difference in saved.differences],
         phases=manifest_body.mark_earlier(phase.as_dict() for phase in saved.phases),
         saved_step=saved.step,
     )
+
+
+def _resume_maps(shot: Shot, sums_GSWL: Tensor | None) -> AttentionMaps | None:
+    """Return the attention maps of a saved state. Raises EntryError if they are not those of the shot."""
+    if shot.attention is None:
+        return None
+    from wancli.injection.attention_maps import AttentionMaps
+
+    empty = AttentionMaps.zeros(shot.attention, shot.tokens)
+    if sums_GSWL is None or sums_GSWL.shape != empty.sums_GSWL.shape:
+        raise EntryError("has no attention maps of this shot", where=str(shot.state))
+    return AttentionMaps(shot.attention, sums_GSWL)
 
 
 def remove_state(shot: Shot) -> None:
@@ -140,13 +166,14 @@ def remove_state(shot: Shot) -> None:
             atomic.remove(shot.state)
 
 
-def load_state(path: Path, shape: tuple[int, ...] | None = None) -> tuple[State, SavedState]:
-    """Read a saved state and its record. Raises EntryError if either is damaged or of another version.
+def load_state(path: Path, shape: tuple[int, ...] | None = None) -> tuple[State, SavedState, Tensor | None]:
+    """Read a saved state, its record and the sums of its attention maps. Raises EntryError if one is damaged
+    or of another version.
 
     With a `shape` a state of another one is damage, too, and its tensors are not read.
     """
-    solver_state, facts = state_file.load_state(path, shape)
-    return solver_state, SavedState.parse(facts, path)
+    solver_state, facts, attention_GSWL = state_file.load_state(path, shape)
+    return solver_state, SavedState.parse(facts, path), attention_GSWL
 
 
 def _belongs_to(shot: Shot, saved: SavedState) -> bool:
@@ -156,6 +183,7 @@ def _belongs_to(shot: Shot, saved: SavedState) -> bool:
         and saved.step <= shot.steps
         and len(saved.differences) in (0, len(shot.injected_prompts))
         and (saved.measured or not shot.measure)
+        and (shot.attention is None or attention_stage.is_of(saved.attention, shot.attention))
     )
 
 
@@ -190,7 +218,10 @@ def save_state(state: ShotState, phases: Sequence[Record] = ()) -> None:
         "differences": state.differences,
         "phases": [*state.phases, *manifest_body.new_phases(phases, state.phases)],
     }
-    state_file.save_state(state.shot.state, state.solver_state, manifest_body.to_plain_json(facts))
+    maps = state.attention
+    facts |= {"attention": attention_stage.describe_spec(maps.spec)} if maps else {}
+    record = manifest_body.to_plain_json(facts)
+    state_file.save_state(state.shot.state, state.solver_state, record, maps.sums_GSWL if maps else None)
     state.saved_step, state.unsaved_since = state.step, time.monotonic()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wancli.engine import manifest_body, output_diff, shot_state
+from wancli.engine import attention_stage, manifest_body, output_diff, shot_state
 from wancli.errors import EntryError, FfmpegError, Unreadable
 from wancli.storage import claim_file, disk, manifest, records
 from wancli.storage.claims import claim_path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MANIFEST, _LATENT, _STATE, _VIDEO = ".manifest.json", ".latents.safetensors", ".state.safetensors", ".mp4"
 _KINDS = (_MANIFEST, _LATENT, _STATE, _VIDEO)
 _MOVED_ASIDE = re.compile(r"\.(old|damaged)-\d+\.[a-z0-9]+$")
-_COMPARISON = re.compile(r"\.compare(-\d+)?\.mp4$")  # shots side by side
+_OF_VIDEOS = re.compile(r"\.(compare(-\d+)?|attention)\.mp4$")  # made from videos of shots
 _TEMP_FILE = re.compile(r"\.wancli-.*\.tmp$")
 
 InScope = Callable[[Path], bool]  # whether an output is one to be looked at
@@ -142,7 +142,7 @@ def _check_path(
     path: Path, expected: Mapping[Path, Shot], in_scope: InScope, outputs: set[Path], verdict: Verdict
 ) -> None:
     """Check a file that is not a video, and collect the outputs."""
-    if _COMPARISON.search(path.name):
+    if _OF_VIDEOS.search(path.name):
         return
     if _TEMP_FILE.fullmatch(path.name):
         verdict.debris.append(path)
@@ -197,6 +197,7 @@ def _video_problems(output: Path, shot: Shot | None, deep: bool) -> list[Problem
     if shot and proof.key != shot.key:
         return [Problem(path, f"made by {_other_job(output_diff.describe_differences(shot))}")]
     problems = manifest.check_proof(output, proof, proof.key)
+    problems += attention_stage.find_problems(output)
     if deep and not problems:
         try:
             record = Manifest.parse(proof.as_dict(), path)

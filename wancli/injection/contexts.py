@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wancli.injection.area import TokenGrid
+from wancli.injection.attention_maps import AttentionMaps
 from wancli.injection.table import (
     AreaWeight,
     Branch,
@@ -191,7 +192,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class Forward(Request):
-    """One forward of denoising: one branch of one step. Its effects are measured if `effects` is a list."""
+    """One forward of denoising: one branch of one step.
+
+    Its effects are measured if `effects` is a list, and added to its attention maps if it has some.
+    """
 
     contexts: BlockContexts
     effects: list[Effect] | None = None
+    attention: AttentionMaps | None = None

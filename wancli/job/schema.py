@@ -182,6 +182,34 @@ Blocks = Annotated[
 Frames = Annotated[Annotated[int, Tag("<int>")] | Annotated[str, Tag("<text>")], Discriminator(_text_or_int)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+BlockGroups = Annotated[
+    Annotated[int, Tag("<int>")]
+    | Annotated[str, Tag("<text>")]
+    | Annotated[list[Blocks], Field(min_length=1), Tag("<list>")],
+    Discriminator(_blocks_kind),
+]
+
+
+def _step_groups_kind(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else _steps_kind(value)
+
+
+StepGroups = Annotated[
+    Annotated[int, Tag("<int>")]
+    | Annotated[str, Tag("<text>")]
+    | Annotated[SigmaRange, Tag("<mapping>")]
+    | Annotated[list[Steps], Field(min_length=1), Tag("<list>")],
+    Discriminator(_step_groups_kind),
+]
+
+
+class Attention(StrictModel):
+    """Words of the prompt whose attention maps are recorded; every entry of a list is a group of its own."""
+
+    words: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, max_length=32)
+    blocks: BlockGroups = "all"
+    steps: StepGroups = "all"
+
 
 class InjectRule(StrictModel):
     """Where, when and how strongly a second prompt or picture is read."""
@@ -365,6 +393,7 @@ class Job(StrictModel):
     batch: Batch = "auto"
     save_every: SaveInterval = "60s"
     measure: bool = False
+    attention: Attention | None = None
     compare: CompareOption = False
     join: str | None = None
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from wancli.job.schema import (
     AreaSize,
+    Attention,
     Compare,
     CurveSpec,
     EmbeddingFile,
@@ -153,7 +154,7 @@ def known_keys(path: tuple[Key, ...]) -> list[str]:
     model: type[BaseModel] = Job
     nested: dict[Key, type[BaseModel]] = {
         "sampler": Sampler, "text": TextOptions, "inject": InjectPrompt, "loras": LoraEntry, "video": Video,
-        "memory": Memory, "compare": Compare, "image": ImageOptions, "size": AreaSize,
+        "memory": Memory, "attention": Attention, "compare": Compare, "image": ImageOptions, "size": AreaSize,
         "prompt": EmbeddingFile, "negative": EmbeddingFile, "strength": CurveSpec, "step_strength": CurveSpec,
         "steps": SigmaRange, "guidance": ExpertGuidance, "model": ModelFiles,
     }  # fmt: skip

@@ -1,9 +1,10 @@
 """Bytes that a batch will write, compared with the free space of its disks.
 
 The estimate is generous. A video takes 2 bits per pixel at crf 16, twice that for every 6 less, up to raw
-4:2:0: more than grain of 3 levels takes, and a third of pure noise. Beside it are a manifest of 64 KiB and,
-if the job keeps it, the latent. The largest round also needs the latents and states of its shots until their
-videos are made, each a second time while it is replaced. Frames that other shots begin with are PNG files.
+4:2:0: more than grain of 3 levels takes, and a third of pure noise. Beside it are a manifest of 64 KiB, if
+the job keeps it the latent, and attention maps with their overlay. The largest round also needs the latents
+and states of its shots until their videos are made, each a second time while it is replaced. Frames that
+other shots begin with are PNG files.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from wancli.units import format_bytes, pluralize
 
 _RECORD_BYTES = 64 * 2**10  # a manifest, or the record of a latent
 _RAW_BITS = 12.6  # bits per pixel of 4:2:0 that did not compress, and a little more
+_MIN_CELL = 320 * 320  # pixels of a cell of an overlay, whose letters are to be legible
 _MARGIN, _MIN_FREE = 1.05, 2**20  # for other files, and other programs
 
 
@@ -112,14 +114,28 @@ def _permanent_bytes(shot: Shot) -> int:
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD_BYTES
     kept_frame = 3 * shot.width * shot.height + _RECORD_BYTES  # a PNG
     beside = (latent if shot.keep_latents else 0) + len(shot.kept_frames) * kept_frame
-    return video_bytes(shot) + _RECORD_BYTES + beside
+    return video_bytes(shot) + _RECORD_BYTES + beside + _attention_bytes(shot)
+
+
+def _attention_bytes(shot: Shot) -> int:
+    """Return the bytes of the attention maps and of their overlay, which has a cell for every word."""
+    if shot.attention is None:
+        return 0
+    cell = max(shot.width * shot.height, _MIN_CELL) * shot.frames
+    overlay = math.ceil(len(shot.attention.words) * cell * 2 / 8)  # 2 bits per pixel at crf 16
+    return _map_bytes(shot) + overlay
+
+
+def _map_bytes(shot: Shot) -> int:
+    """Return the bytes of the attention maps of a shot, in their file or in a state."""
+    return 0 if shot.attention is None else FP32 * shot.attention.count * shot.tokens + _RECORD_BYTES
 
 
 def _temporary_bytes(shot: Shot) -> int:
     """Return the bytes of the latent, and twice of the state, less what is on disk already."""
     latent = FP32 * math.prod(shot.latent_shape) + _RECORD_BYTES
     existing = sum(found.st_size for path in (shot.latents, shot.state) if (found := disk.status(path)))
-    return max(0, latent + 2 * (STATE_TENSORS * latent) - existing)
+    return max(0, latent + 2 * (STATE_TENSORS * latent + _map_bytes(shot)) - existing)
 
 
 def _device_id(path: Path) -> int:

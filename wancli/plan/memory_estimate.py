@@ -124,12 +124,26 @@ def predict_sampling(shot: Shot, rows: int, forwards: int) -> Phase:
         dtype=model.dtype,
         residency=model.residency,
     )
-    return coefficients.phase(
+    phase = coefficients.phase(
         shot.latent_shape,
         text_rows=rows,
         forwards_per_pass=forwards,
         chunk=model.kernels.chunk,
         lora_bytes=sum(disk.size(file) for file in {use.path for use in shot.loras}),
+    )
+    return replace(phase, buffer=phase.buffer + _attention_bytes(shot))
+
+
+def _attention_bytes(shot: Shot) -> int:
+    """Predict the bytes of recording the attention maps of a shot."""
+    if shot.attention is None:
+        return 0
+    return memory_model.attention_bytes(
+        shot.model.checkpoint.transformer_config,
+        shot.tokens,
+        maps=shot.attention.count,
+        rows=shot.prompt.rows,
+        device=shot.model.device,
     )
 
 

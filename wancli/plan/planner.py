@@ -22,6 +22,7 @@ from wancli.job.schema import InjectPicture, ModelFiles
 from wancli.models.variants import Variant
 from wancli.plan import (
     areas,
+    attention,
     backends,
     baseline,
     batching,
@@ -199,6 +200,8 @@ def _build_shot(
         with problems.collect():
             uses = _decide_loras(item, model, sampler, lora_for)
         prompt, negative, injected = _resolve_prompts(item, model, picture_memo, guided=guided)
+        with problems.collect():
+            maps = attention.resolve_maps(item, prompt, model, sigmas)
         rules, auto_blocks = compile_rules(item, prompt, injected, model, block_maps, sigmas, stages)
     if problems.errors:
         with problems.collect():
@@ -236,6 +239,7 @@ def _build_shot(
         output=Path(),
         auto_blocks=auto_blocks,
         pictures=pictures,
+        attention=maps,
     )
     refuse_rules_without_effect(shot, item)
     refuse_lerp_after_concat(shot, item)

@@ -61,7 +61,7 @@ class PrefixTree:
     def _step_keys(self, shot: Shot) -> Iterator[Hashable]:
         """Yield all that each step depends on, except its number and the steps before it."""
         rows = self._number_rows(shot.table)
-        sampler = (shot.solver, shot.steps, shot.shift, shot.measure)
+        sampler = (shot.solver, shot.steps, shot.shift, shot.measure, shot.attention)
         pictures = shot.pictures and shot.pictures.pixel_settings
         key: Hashable = (shot.seed, shot.noise, shot.latent_shape, sampler, pictures)
         for stage in shot.stages:

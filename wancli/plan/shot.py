@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from wancli.injection.area import TokenGrid
+from wancli.injection.attention_spec import AttentionSpec
 from wancli.injection.block_map_store import AutoBlocks
 from wancli.injection.table import Branch, Rule, Table
 from wancli.models.config import (
@@ -154,6 +155,7 @@ class Shot:
     auto_blocks: tuple[AutoBlocks, ...] = ()  # the blocks of its rules that a measured map chose
     pictures: ShotPictures | None = None  # the frames that are given
     kept_frames: tuple[int, ...] = ()  # frames that other shots begin with
+    attention: AttentionSpec | None = None  # the attention maps that sampling records; changes no pixel
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -185,6 +187,14 @@ class Shot:
     @property
     def manifest(self) -> Path:
         return self.output.with_suffix(".manifest.json")
+
+    @property
+    def attention_maps(self) -> Path:
+        return self.output.with_suffix(".attention.npz")
+
+    @property
+    def attention_video(self) -> Path:
+        return self.output.with_suffix(".attention.mp4")
 
     @cached_property
     def sigma_schedule(self) -> SigmaSchedule:

@@ -236,7 +236,16 @@ def sampling_flops(shot: Shot) -> int:
     contexts += sum(flops.image_context_flops(wan, count) for count in image_rows.values())
     all_rows = tuple((rows | image_rows).items())
     steps = _step_flops(wan, shot.table, all_rows, shot.token_grid, shot.measure)
-    return len(shot.stages) * contexts + steps
+    return len(shot.stages) * contexts + steps + _attention_map_flops(shot)
+
+
+def _attention_map_flops(shot: Shot) -> int:
+    """Count the FLOPs of recording attention maps."""
+    if shot.attention is None:
+        return 0
+    wan = shot.model.checkpoint.transformer_config
+    block = flops.attention_map_flops(wan, shot.tokens, shot.prompt.rows, len(shot.attention.words))
+    return block * sum(len(shot.attention.blocks_at(step)) for step in range(shot.steps))
 
 
 @lru_cache(64)  # the shots of a sweep share tables, which are large

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from wancli.engine import picture_stage, preflight
+from wancli.engine import attention_stage, picture_stage, preflight
 from wancli.errors import EntryError, Unreadable
 from wancli.injection.area import count_tokens
 from wancli.plan import alternatives, memory_estimate, throughput
@@ -60,6 +60,7 @@ def plan_document(
                     {"path": str(use.path), **use.pixel_settings, "coverage": asdict(use.coverage)}
                     for use in shot.loras
                 ],
+                "attention": shot.attention and attention_stage.describe_spec(shot.attention),
             }
             for shot, found in zip(plan.shots, states, strict=True)
         ],

@@ -13,6 +13,7 @@ from wancli.report.terminal import draw_bar, draw_ruler, truncate
 from wancli.units import format_ranges, list_some, pluralize
 
 if TYPE_CHECKING:
+    from wancli.injection.attention_spec import AttentionSpec
     from wancli.plan.schedule import Placement
     from wancli.plan.shot import Plan, Prompt, Shot
     from wancli.weights.lora.use import LoraUse
@@ -41,6 +42,8 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
         yield f"{f'inject.{index}':>16}  {describe_rule(shot, index)}"
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
+    if shot.attention:
+        yield f"{'attention':>16}  {describe_attention(shot.attention)}"
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
@@ -89,6 +92,13 @@ def describe_rule(shot: Shot, index: int) -> str:
     steps = format_ranges([step for step, _ in rule.steps])
     of = ", pictures" if rule.image else ""
     return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}{of}"
+
+
+def describe_attention(maps: AttentionSpec) -> str:
+    """Describe attention maps: `circle (rows 2), red (1); blocks all | early; steps 0-40% | 60-100%`."""
+    words = ", ".join(f"{word} ({format_ranges(rows)})" for word, rows in zip(maps.words, maps.rows))
+    blocks, steps = (" | ".join(group.label for group in groups) for groups in (maps.blocks, maps.steps))
+    return make_printable(f"rows of {words}; blocks {blocks}; steps {steps}")
 
 
 def format_lora(use: LoraUse) -> str:

@@ -28,6 +28,13 @@ def forward_flops(wan: WanConfig, tokens: int, text_rows: float) -> int:
     return wan.num_layers * block + round(4 * tokens * text_rows * d) + ends + time_embedding
 
 
+def attention_map_flops(wan: WanConfig, tokens: int, rows: int, words: int) -> int:
+    """Count the attention maps of one block: the scores of all tokens with a prompt of so many rows, and for
+    each word a sum over the rows in every head.
+    """
+    return 2 * tokens * rows * (wan.dim + wan.num_heads * words)
+
+
 def context_flops(wan: WanConfig, rows: int) -> int:
     """Count the projection of a text, and its keys and values in all blocks."""
     return 2 * rows * wan.dim * (wan.text_dim + wan.dim + 2 * wan.num_layers * wan.dim)

@@ -222,6 +222,22 @@ def derivative_bytes(wan: WanConfig, tokens: int, *, element_bytes: int) -> int:
     return tokens * (wan.num_layers * wan.dim * FP32 + row)
 
 
+def attention_chunk(device: str) -> int:
+    """Return for how many tokens at a time attention maps are computed: a GPU needs many to be busy."""
+    return 256 if device == "cpu" else 4096
+
+
+def attention_bytes(wan: WanConfig, tokens: int, *, maps: int, rows: int, device: str) -> int:
+    """Predict the bytes of recording attention maps of a prompt of so many rows.
+
+    They are the sums of all maps with those of the step in progress, and of a chunk of tokens in all heads
+    the queries, the scores and their softmax.
+    """
+    chunk = min(tokens, attention_chunk(device))
+    keys = rows * wan.dim
+    return FP32 * (2 * maps * tokens + chunk * (wan.dim + 2 * wan.num_heads * rows) + keys)
+
+
 def wan_bytes(wan: WanConfig, *, element_bytes: int, blocks_in_memory: int | None = None) -> int:
     """Predict the bytes of a transformer as `load_transformer` keeps it.
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from wancli.errors import InjectionMissed, NotFinite
+from wancli.injection.attention_maps import AttentionMaps
 from wancli.injection.contexts import BlockContexts, ContextCache, Effect, Forward, TokenAreas
 from wancli.injection.effects import predict_velocities
+from wancli.injection.record_attention import record_attention
 from wancli.injection.table import Branch, Table
 from wancli.models.dit import WanModel
 from wancli.models.given_frames import NO_FRAMES, GivenFrames
@@ -30,11 +32,14 @@ def draw_noise(shape_CTYX: tuple[int, ...], seed: int, device: str = "cpu") -> T
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step: the solver's state before step `step`, and the cells that the model read."""
+    """The result of a step: the solver's state before step `step`, the cells that the model read, and the
+    attention maps of all steps so far.
+    """
 
     step: int
     state: State
     cells_read: frozenset[tuple[int, Branch, int]]
+    attention: AttentionMaps | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class DenoiseRun:
 
     v = v_uncond + guidance·(v_cond - v_uncond), cond first; a step without an uncond branch takes
     v_cond as it is. If `effects` is a list, injections are measured and their effects appended to it. The
-    given frames are on the device of the state, and the same in both branches.
+    attention maps of the cond branch are added to `attention`, if there is some. It and the given frames are
+    on the device of the state; given frames are the same in both branches.
     """
 
     state: State
@@ -54,6 +60,7 @@ class DenoiseRun:
     stage: Stage
     effects: list[Effect] | None = None
     given: GivenFrames = NO_FRAMES
+    attention: AttentionMaps | None = None
 
     @cached_property
     def areas(self) -> TokenAreas:
@@ -87,12 +94,13 @@ def denoise_batch(
         step_counts = sorted({len(run.stage.steps) for run in runs})
         raise ValueError(f"runs of {step_counts} steps cannot be batched")
     results: list[StepResult | NotFinite] = [
-        StepResult(steps.start, _put_given(run, run.state), frozenset()) for run in runs
+        StepResult(steps.start, _put_given(run, run.state), frozenset(), run.attention) for run in runs
     ]
     for i in steps:
         forwards_per_run = [_build_forwards(run, result, i) for run, result in zip(runs, results)]
         batch = [forward for forwards in forwards_per_run for forward in forwards]
-        velocities = iter(predict_velocities(model, batch, forwards_per_pass))
+        with record_attention(model, batch):
+            velocities = iter(predict_velocities(model, batch, forwards_per_pass))
         results = [
             _take_step(model, run, result, i, [(forward, next(velocities)) for forward in forwards])
             for run, result, forwards in zip(runs, results, forwards_per_run)
@@ -106,7 +114,11 @@ def _build_forwards(run: DenoiseRun, result: StepResult | NotFinite, i: int) -> 
     x_1CTYX, t = result.state.x[None], run.schedule.timesteps[i]
     branches = run.table.branches_at(i)
     reads = [BlockContexts(run.contexts, run.table, run.areas, i, branch) for branch in branches]
-    return [Forward(x_1CTYX, t, contexts, run.given, run.effects) for contexts in reads]
+    maps = result.attention.copy() if result.attention else None
+    return [
+        Forward(x_1CTYX, t, contexts, run.given, run.effects, maps if contexts.branch == "cond" else None)
+        for contexts in reads
+    ]
 
 
 def _put_given(run: DenoiseRun, state: State) -> State:
@@ -144,7 +156,8 @@ def _solve_step(
         hint = "`wancli inspect --deep` looks for them in the weights; in fp16 they may be overflows."
         raise NotFinite(_locate_nonfinite(model, run, result.state.x, i), hint=hint)
     cells = frozenset(cell for forward, _ in outputs for cell in forward.contexts.cells_read)
-    return StepResult(i + 1, state, cells)
+    maps = next(forward.attention for forward, _ in outputs if forward.contexts.branch == "cond")
+    return StepResult(i + 1, state, cells, maps)
 
 
 def _locate_nonfinite(model: WanModel, run: DenoiseRun, x_CTYX: Tensor, step: int) -> str:

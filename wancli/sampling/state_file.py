@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wancli.errors import EntryError
 from wancli.sampling.solvers import State
 from wancli.storage import records, tensor_file
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _NAMES = {"x", "history.0", "history.1", "last"}
 
 
-def save_state(path: Path, state: State, record: dict[str, Any]) -> None:
+class SavedTensors(NamedTuple):
+    """A solver's state, the record of its shot, and the sums of its attention maps, if it records some."""
+
+    state: State
+    record: dict[str, Any]
+    attention_GSWL: Tensor | None
+
+
+def save_state(
+    path: Path, state: State, record: dict[str, Any], attention_GSWL: Tensor | None = None
+) -> None:
     """Save a state and its record, durably and atomically. Raises NoSpace or MachineError."""
     history = {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
     last = {} if state.last is None else {"last": state.last}
-    tensor_file.save_tensors(path, {"x": state.x, **history, **last}, record)
+    maps = {} if attention_GSWL is None else {tensor_file.ATTENTION: attention_GSWL}
+    tensor_file.save_tensors(path, {"x": state.x, **history, **last, **maps}, record)
 
 
-def load_state(path: Path, shape: tuple[int, ...] | None = None) -> tuple[State, dict[str, Any]]:
+def load_state(path: Path, shape: tuple[int, ...] | None = None) -> SavedTensors:
     """Load a state and its record. Raises EntryError if the file is damaged or not a state.
 
     With a `shape` a state of another one is damage, too, and its tensors are not read.
     """
     tensors, record = tensor_file.load_tensors(path, records.STATE, shape)
+    attention_GSWL = tensors.pop(tensor_file.ATTENTION, None)
     if not {"x"} <= tensors.keys() <= _NAMES or {tensor.shape for tensor in tensors.values()} != {
         tensors["x"].shape
     }:
         raise EntryError("not the state of a shot", where=str(path), hint=records.STATE.hint)
     history = tuple(tensors[name] for name in sorted(tensors) if name.startswith("history."))
-    return State(tensors["x"], history, tensors.get("last")), record
+    return SavedTensors(State(tensors["x"], history, tensors.get("last")), record, attention_GSWL)

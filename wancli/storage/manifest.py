@@ -18,7 +18,8 @@ from typing import Any
 
 from wancli.errors import EntryError, NoSuchFile, Unreadable
 from wancli.storage import atomic, disk, records
-from wancli.storage.manifest_schema import FileRecord, Manifest, ManifestKey, ManifestProof
+from wancli.storage.manifest_schema import Manifest, ManifestKey, ManifestProof
+from wancli.storage.schema import FileRecord
 
 SCHEMA = "wancli/manifest/1"
 
@@ -145,7 +146,7 @@ def check_proof(output: Path, proof: ManifestProof, key: str) -> list[Problem]:
     """As `find_problems`, with the manifest already read. Hashes every file that it lists."""
     if proof.key != key:
         return [Problem(manifest_path(output), "made by another job, version or model")]
-    problems = [problem for file in proof.files for problem in _check_file(output.parent, file)]
+    problems = [problem for file in proof.files for problem in check_file(output.parent, file)]
     if all(file.path != output.name for file in proof.files):
         problems.append(Problem(manifest_path(output), f"does not list {output.name}"))
     return problems
@@ -156,7 +157,8 @@ def is_done(output: Path, key: str) -> bool:
     return not find_problems(output, key)
 
 
-def _check_file(folder: Path, record: FileRecord) -> Iterator[Problem]:
+def check_file(folder: Path, record: FileRecord) -> Iterator[Problem]:
+    """Yield what is wrong with a recorded file in `folder`. Hashes it."""
     path = folder / PurePosixPath(record.path)
     try:
         size = disk.size(path)

@@ -14,8 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from wancli.storage import records
+from wancli.storage.attention_schema import AttentionRecord, AttentionSpecRecord
 from wancli.storage.model_schema import ModelRecord
-from wancli.storage.schema import Count, Data, FileName, Index, Number, PathText, Positive, RelativePath
+from wancli.storage.schema import Count, Data, FileName, FileRecord, Index, Number, PathText, Positive
 
 FrameRateText = Annotated[str, Field(pattern=r"^[1-9]\d{0,8}/[1-9]\d{0,8}$")]  # a fraction
 Block = Annotated[int, Field(ge=0, lt=1000)]
@@ -286,14 +287,6 @@ class DecodeRecord(Data):
     fallback: bool
 
 
-class FileRecord(Data):
-    """A file that belongs to a manifest, by its path relative to that."""
-
-    path: RelativePath
-    sha256: str
-    bytes: Count
-
-
 class ShotRecord(Data):
     """What made a latent: the settings, the model, and how sampling went. `key` is the hash of the shot."""
 
@@ -313,6 +306,7 @@ class ShotRecord(Data):
     first_step_after: float | None = None
     phases: list[PhaseRecord]
     latent: LatentSketch | None = None
+    attention: AttentionRecord | None = None
 
     @model_validator(mode="after")
     def _prompts_are_complete(self) -> Self:
@@ -371,6 +365,7 @@ class SavedState(Data):
     effects: list[EffectRecord]
     differences: list[DifferenceRecord]
     phases: list[PhaseRecord]
+    attention: AttentionSpecRecord | None = None  # of its attention maps
 
 
 class ManifestKey(Data):

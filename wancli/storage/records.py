@@ -54,6 +54,7 @@ MEMO = Kind("the list of digests", 2**26)
 RATES = Kind("the list of rates", 2**22)
 POSTER = Kind("the poster", 2**24)
 FRAME = Kind("the kept frame", 2**29)
+ATTENTION = Kind("the attention maps", 2**32, "Delete it, and render the shot again.")
 MESSAGE = Kind("the message", 2**24)
 
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from wancli.storage import records
-from wancli.storage.manifest_schema import FileRecord
 from wancli.storage.records import Kind
-from wancli.storage.schema import Count, Data, PathText, Positive
+from wancli.storage.schema import Count, Data, FileRecord, PathText, Positive
 
 REPORT_SCHEMA, COMPARISON_SCHEMA = "wancli/report/1", "wancli/compare/1"
 

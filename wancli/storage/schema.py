@@ -69,6 +69,14 @@ class Data(BaseModel):
             raise cls.KIND.damaged(path, _describe(error)) from None
 
 
+class FileRecord(Data):
+    """A file that belongs to a record, by its path relative to that."""
+
+    path: RelativePath
+    sha256: str
+    bytes: Count
+
+
 def _describe(error: ValidationError) -> str:
     """Name the first key that is wrong, and what is wrong with it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]

@@ -4,8 +4,8 @@ Both are safetensors files with a record as metadata and a SHA-256 over everythi
 NAME.latents.safetensors holds `latents` [z, T, H/s, W/s] fp32, still normalised. It is durable before
 decoding starts and is enough to finish a shot; the manifest will continue its record.
 NAME.state.safetensors holds all that a solver remembers between two steps (of `x`, `history.0`, `history.1`
-and `last` those that exist), so that sampling resumes bit for bit; its record names the shot and the number
-of steps.
+and `last` those that exist), so that sampling resumes bit for bit, and in `attention` the sums of attention
+maps; its record names the shot and the number of steps.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Form = TypeVar("Form", bound=Data)
+
+ATTENTION = "attention"  # the tensor of a state that has another shape than its latent
 
 
 def save_latent(path: Path, z_CTYX: Tensor, record: dict[str, Any]) -> None:
@@ -64,7 +66,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load fp32 tensors and their record. Raises EntryError if the file is damaged or another program's.
 
-    With a `shape` tensors of another one are damage, too, and are not read.
+    With a `shape` tensors of another one, except ATTENTION, are damage, too, and are not read.
     """
     payload, _, record = _read_sealed(path, kind, shape)
     return _parse_tensors(payload, path, kind), record
@@ -102,7 +104,7 @@ def _read_sealed(
                 raise ValueError(f"{name} is not in fp32")
         require(slices, path)
         for each in slices.values():
-            if shape is not None and each.shape != shape:
+            if shape is not None and each.shape != shape and name != ATTENTION:
                 raise kind.damaged(path, f"{[*each.shape]} is not {[*shape]}, the shape of the shot")
 
     try:

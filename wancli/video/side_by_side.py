@@ -76,11 +76,11 @@ def write(path: Path, clips: Sequence[Clip], notes: Sequence[str]) -> None:
     width, height = layout.grid_size
 
     def draw_frames() -> Iterator[bytes]:
-        page_YX3 = _draw_empty_grid(layout, clips, notes)
+        page_YX3 = draw_empty_grid(layout, clips, notes)
         for pictures in _synchronize(clips, fps, count):
             for place, picture_YX3 in enumerate(pictures):
                 if picture_YX3 is not None:
-                    _paste(page_YX3, layout, place, picture_YX3)
+                    paste(page_YX3, layout, place, picture_YX3)
             yield page_YX3.tobytes()
         if sidecars.has_marker(path, _MARKER, 1 << 22):  # only when its replacement is complete
             atomic.remove(path)
@@ -148,7 +148,7 @@ def _synchronize(clips: Sequence[Clip], fps: Fraction, count: int) -> Iterator[l
             yield pictures
 
 
-def _cell_origin(layout: Layout, index: int) -> tuple[int, int]:
+def cell_origin(layout: Layout, index: int) -> tuple[int, int]:
     """Return the row and column at which a cell begins, with its label."""
     row, column = divmod(index, layout.columns)
     return GAP + row * (layout.cell_height + layout.label_height + GAP), GAP + column * (
@@ -156,20 +156,20 @@ def _cell_origin(layout: Layout, index: int) -> tuple[int, int]:
     )
 
 
-def _paste(page_YX3: Picture, layout: Layout, index: int, picture_YX3: Picture) -> None:
+def paste(page_YX3: Picture, layout: Layout, index: int, picture_YX3: Picture) -> None:
     """Paste a picture into the middle of its cell."""
     scaled = (
         upscale(picture_YX3, layout.upscale_factor)
         if layout.downscale_factor == 1
         else downscale(picture_YX3, layout.downscale_factor)
     )
-    top, left = _cell_origin(layout, index)
+    top, left = cell_origin(layout, index)
     top += layout.label_height + (layout.cell_height - scaled.shape[0]) // 2
     left += (layout.cell_width - scaled.shape[1]) // 2
     page_YX3[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
 
 
-def _draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
+def draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]) -> Picture:
     """Draw the grid with its labels and without pictures."""
     import numpy as np
 
@@ -177,7 +177,7 @@ def _draw_empty_grid(layout: Layout, clips: Sequence[Clip], notes: Sequence[str]
     page_YX3 = np.full((height, width, 3), PAPER, dtype=np.uint8)
     across, scale = layout.cell_width, layout.letter_scale
     for index, (clip, note) in enumerate(zip(clips, notes, strict=True)):
-        top, left = _cell_origin(layout, index)
+        top, left = cell_origin(layout, index)
         below = top + layout.label_height
         page_YX3[below : below + layout.cell_height, left : left + across] = BAR_COLOUR
         lines = [shorten_middle(clip.id, across, scale), shorten_end(note, across, scale)]

@@ -26,7 +26,7 @@ from wancli.report.html.collect import ReportInputs
 from wancli.resources import flops
 from wancli.storage import manifest
 from wancli.storage.manifest import manifest_path
-from wancli.storage.manifest_schema import FileRecord
+from wancli.storage.schema import FileRecord
 from wancli.video import mp4, thumbnails
 
 T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from wancli.pictures.sizes import official_area
+from wancli.storage.attention_schema import AttentionRecord
 from wancli.storage.manifest_schema import (
     AreaRecord,
     InjectedPictureRecord,
@@ -63,6 +64,7 @@ def build_job(record: ShotRecord, output: str) -> Job:
         },
         "inject": rules,
         "loras": [_lora_entry(lora) for lora in record.loras],
+        **({"attention": _attention_value(record.attention)} if record.attention else {}),
         "video": {"fps": shot.fps, "crf": shot.crf, "codec": shot.codec},
         "memory": {
             "device": model.device,
@@ -138,6 +140,11 @@ def _area_keys(area: AreaRecord) -> Job:
         "feather": area.feather,
     }
     return {key: value for key, value in keys.items() if value}
+
+
+def _attention_value(maps: AttentionRecord) -> Job:
+    steps = [f"{min(group.members)}-{max(group.members)}" for group in maps.steps]
+    return {"words": maps.words, "blocks": [group.members for group in maps.blocks], "steps": steps}
 
 
 def _lora_entry(lora: LoraRecord) -> Job:

@@ -53,3 +53,13 @@ def test_a_state_is_not_loaded_as_a_latent_nor_a_latent_as_a_state(tmp_path: Pat
     with pytest.raises(EntryError, match="not the state of a shot"):
         state_file.load_state(tmp_path / "latent")
     assert torch.equal(tensor_file.load_latent(tmp_path / "latent")[0], torch.ones(2, 1, 4, 6))
+
+
+def test_sums_of_attention_maps_have_a_shape_of_their_own(tmp_path: Path) -> None:
+    sums = torch.rand(2, 1, 3, 12)
+    state_file.save_state(tmp_path / "s", State(torch.ones(2, 1, 4, 6)), RECORD, sums)
+    loaded = state_file.load_state(tmp_path / "s", (2, 1, 4, 6))
+    assert loaded.attention_GSWL is not None
+    assert torch.equal(loaded.attention_GSWL, sums)
+    with pytest.raises(EntryError, match="the shape of the shot"):
+        state_file.load_state(tmp_path / "s", (2, 1, 3, 12))

@@ -96,9 +96,10 @@ def describe_rule(shot: Shot, index: int) -> str:
 
 def describe_attention(maps: AttentionSpec) -> str:
     """Describe attention maps: `circle (rows 2), red (1); blocks all | early; steps 0-40% | 60-100%`."""
-    words = ", ".join(f"{word} ({format_ranges(rows)})" for word, rows in zip(maps.words, maps.rows))
+    first, *others = (f"{format_ranges(rows)})" for rows in maps.rows)
+    words = ", ".join(f"{word} ({rows}" for word, rows in zip(maps.words, (f"rows {first}", *others)))
     blocks, steps = (" | ".join(group.label for group in groups) for groups in (maps.blocks, maps.steps))
-    return make_printable(f"rows of {words}; blocks {blocks}; steps {steps}")
+    return make_printable(f"{words}; blocks {blocks}; steps {steps}")
 
 
 def format_lora(use: LoraUse) -> str:

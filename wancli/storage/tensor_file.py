@@ -103,7 +103,7 @@ def _read_sealed(
             if each.dtype != "F32" or each.stop - each.start != 4 * math.prod(each.shape):
                 raise ValueError(f"{name} is not in fp32")
         require(slices, path)
-        for each in slices.values():
+        for name, each in slices.items():
             if shape is not None and each.shape != shape and name != ATTENTION:
                 raise kind.damaged(path, f"{[*each.shape]} is not {[*shape]}, the shape of the shot")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,8 @@ from jobs import (
     manifest_of,
     rule,
     run_wancli,
+    tiny_job,
+    write_job,
 )
 
 from wancli.engine import verify
@@ -232,10 +235,19 @@ def test_a_wrong_key_is_told_with_a_way_out(render: Render, maps: dict[str, Any]
 
 
 def test_plan_shows_rows_groups_and_what_recording_adds(
-    render: Render, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert render(**SAID).code == 0
-    (first, *_), others = manifest_of(tmp_path)["attention"]["rows"]
-    said = run_wancli(capsys, "plan", tmp_path / "job.yaml", "-v")
-    assert f"attention  cat (rows {first}-{first + 1}), sunlit garden ({others[0]}-{others[-1]})" in said.out
-    assert "blocks all | 0, 3; steps 0-50% | 50-100%" in said.out
+    job = tiny_job(known, **SAID)
+    said = run_wancli(capsys, "plan", write_job(tmp_path, job), "-v")
+    shown = " ".join(said.out.split())
+    assert re.search(r"attention cat \(rows 7-8\), sunlit garden \(17-23\) blocks all \| 0, 3", shown)
+    document = json.loads(run_wancli(capsys, "plan", tmp_path / "job.yaml", "--json").out)
+    assert document["shots"][0]["attention"]["rows"] == [[7, 8], [*range(17, 24)]]
+    plain = {key: value for key, value in job.items() if key != "attention"}
+    without = json.loads(run_wancli(capsys, "plan", write_job(tmp_path, plain), "--json").out)
+    more, less = (
+        next(row["buffer"] for row in found["memory"] if row["name"] == "sample")
+        for found in (document, without)
+    )
+    assert more - less >= 2 * 4 * 8 * 32  # the sums of eight maps, twice
+    assert without["shots"][0]["attention"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 from wancli.injection.attention_maps import AttentionMaps, word_probabilities
 from wancli.injection.attention_spec import AttentionSpec, Group
 from wancli.injection.contexts import ContextCache, Effect
-from wancli.injection.table import Branch, Rule, Table
+from wancli.injection.table import Branch, CellRule, Rule, Table
+from wancli.injection.tuning import EmphasisRule
 from wancli.models.config import ComputeOptions, WanConfig
 from wancli.models.dit import WanModel
 from wancli.sampling.denoise import DenoiseRun, StepResult, denoise, denoise_batch, draw_noise
@@ -44,7 +46,12 @@ def make_model(chunk: int | None = None) -> WanModel:
 
 
 def make_run(
-    model: WanModel, maps: AttentionMaps | None, *, steps: range = range(STEPS), seed: int = 0
+    model: WanModel,
+    maps: AttentionMaps | None,
+    *,
+    steps: range = range(STEPS),
+    seed: int = 0,
+    rules: Sequence[CellRule] = (RULE,),
 ) -> DenoiseRun:
     torch.manual_seed(7)
     rows = {"main": torch.randn(6, 32), "other": torch.randn(9, 32), "negative": torch.randn(4, 32)}
@@ -53,7 +60,7 @@ def make_run(
         State(draw_noise((16, 3, 8, 12), seed)),
         build_sigma_schedule("unipc", STEPS, 5.0),
         "unipc",
-        Table([RULE], base, CONFIG.num_layers, STEPS),
+        Table(rules, base, CONFIG.num_layers, STEPS),
         ContextCache(model, rows),
         Stage("only", steps, 4.0),
         attention=maps,
@@ -125,6 +132,34 @@ def test_maps_are_the_softmax_over_all_512_rows_summed_over_pieces_and_averaged(
     expected = expected_maps(model, make_run(model, None))
     torch.testing.assert_close(found.average().double(), expected, rtol=2e-5, atol=1e-9)
     assert (expected.std(dim=-1) / expected.mean(dim=-1)).min() > 0.01  # or a map of equal tokens would do
+
+
+@torch.inference_mode()
+def test_emphasis_is_in_the_softmax_of_the_blocks_that_have_it() -> None:
+    """A word that counts twice has twice the odds against all other rows."""
+    model = make_model()
+    spec = replace(
+        SPEC, words=("stripes",), rows=((3,),), blocks=(Group((2,), "2"),), steps=(Group((0,), "0"),)
+    )
+    rule = EmphasisRule("stripes", (3,), 2.0, ((2, 1.0),), ((0, 1.0),))
+    found = []
+    for rules in ([], [rule]):
+        run = make_run(model, AttentionMaps.zeros(spec, 72), rules=rules)
+        layer = model.blocks[2].cross_attn
+        heads: list[Tensor] = []
+        hook = layer.norm_q.register_forward_hook(lambda _, __, q, heads=heads: heads.append(q[0].double()))
+        found.append(sums(sample(model, run).attention)[0, 0, 0].double())
+        hook.remove()
+    q_LHK = heads[0].unflatten(-1, (2, 24))
+    context = model.project(run.contexts._rows_NE["main"])
+    k_HNK = layer.keys_values(context)[0][0].double()
+    odds_HL = []
+    for h in range(2):
+        mass_LN = torch.exp(q_LHK[:, h] @ k_HNK[h].T / math.sqrt(24) + context.bias_N.double())
+        odds_HL.append(mass_LN[:, 3] / (mass_LN.sum(-1) - mass_LN[:, 3]))
+    for emphasised, odds in zip(found, (1, 2)):
+        expected_L = torch.stack([odds * x / (1 + odds * x) for x in odds_HL]).mean(0)
+        torch.testing.assert_close(emphasised, expected_L, rtol=2e-5, atol=1e-9)
 
 
 @torch.inference_mode()

@@ -168,6 +168,12 @@ class BlockContexts(Sequence[Mix]):
         """The contexts that every block would read without injection."""
         return self._contexts.mix(self._base, self._areas)
 
+    def own_prompt(self, block: int) -> Context:
+        """Return the context of the shot's own prompt, emphasised if the block reads it so."""
+        own = next(expr for expr, _ in self._base if isinstance(expr, Text))
+        exprs = (expr for expr, _ in self._row[block] if isinstance(expr, Emphasis))
+        return self._contexts.context(next((expr for expr in exprs if expr.expr == own), own))
+
     @property
     def injected_blocks(self) -> tuple[int, ...]:
         """The blocks whose cell a rule changed."""

@@ -12,18 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from wancli.injection.attention_maps import word_probabilities
-from wancli.injection.contexts import BlockContexts, Forward
+from wancli.injection.contexts import Forward
 from wancli.models.dit import WanModel
 from wancli.models.dit_layers import CrossAttention
-from wancli.models.text_context import Context
 
 
 @contextmanager
 def record_attention(model: WanModel, forwards: Sequence[Forward]) -> Iterator[None]:
     """Add to the attention maps of the forwards that have some, while the model runs them in this order.
 
-    The queries are those that the blocks compute. The keys are those of the shot's own prompt, whatever else
-    a block reads.
+    The queries are those that the blocks compute. The keys are those of the shot's own prompt, with its
+    emphasis, whatever else a block reads.
     """
     recorded = [f.attention.spec.blocks_at(f.contexts.step) for f in forwards if f.attention]
     with ExitStack() as hooks:
@@ -70,13 +69,9 @@ class _BlockRecorder:
         maps, step = forward.attention, forward.contexts.step
         if maps is None or self._block not in maps.spec.blocks_at(step):
             return
-        context = _own_prompt(forward.contexts)
+        context = forward.contexts.own_prompt(self._block)
+        bias_N = context.bias_N if context.emphasis_N is None else context.bias_N + context.emphasis_N
         q_1HLK, (k_1HNK, _) = cross_attn.split_heads(q_BLD), cross_attn.keys_values(context)
-        probabilities_WL = word_probabilities(q_1HLK[0], k_1HNK[0], context.bias_N, maps.spec.rows)
+        probabilities_WL = word_probabilities(q_1HLK[0], k_1HNK[0], bias_N, maps.spec.rows)
         maps.add(step, self._block, self._next_token, probabilities_WL)
         self._next_token += q_BLD.shape[1]
-
-
-def _own_prompt(contexts: BlockContexts) -> Context:
-    """Return the context of the shot's own prompt."""
-    return next(context for context, _ in contexts.base if context.of == "text")

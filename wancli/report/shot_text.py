@@ -43,7 +43,7 @@ def format_shot(shot: Shot, placement: Placement) -> Iterator[str]:
         for choice in (choice for choice in shot.auto_blocks if choice.rule == index):
             yield f"{choice.spec:>16}  is {choice.blocks}, by {choice.map_name}"
     if shot.attention:
-        yield f"{'attention':>16}  {describe_attention(shot.attention)}"
+        yield from format_attention(shot.attention)
     yield from format_sigmas(shot)
     if shot.rules:
         yield from format_injection_table(shot)
@@ -94,12 +94,13 @@ def describe_rule(shot: Shot, index: int) -> str:
     return f"{blocks} at {strength}, steps {steps}, {'+'.join(rule.branches)}{of}"
 
 
-def describe_attention(maps: AttentionSpec) -> str:
-    """Describe attention maps: `circle (rows 2), red (1); blocks all | early; steps 0-40% | 60-100%`."""
-    first, *others = (f"{format_ranges(rows)})" for rows in maps.rows)
-    words = ", ".join(f"{word} ({rows}" for word, rows in zip(maps.words, (f"rows {first}", *others)))
-    blocks, steps = (" | ".join(group.label for group in groups) for groups in (maps.blocks, maps.steps))
-    return make_printable(f"{words}; blocks {blocks}; steps {steps}")
+def format_attention(maps: AttentionSpec) -> Iterator[str]:
+    """Format which attention maps are recorded: `red (rows 2), circle (3)`, and the groups."""
+    rows = [format_ranges(rows) for rows in maps.rows]
+    words = [f"{word} ({place})" for word, place in zip(maps.words, (f"rows {rows[0]}", *rows[1:]))]
+    yield f"{'attention':>16}  {truncate(', '.join(words), 62)}"
+    for name, groups in (("blocks", maps.blocks), ("steps", maps.steps)):
+        yield f"{'':>16}  {name} {truncate(' | '.join(group.label for group in groups), 56)}"
 
 
 def format_lora(use: LoraUse) -> str:

@@ -75,33 +75,33 @@ def start_server(path: Path, *options: object) -> Iterator[Forked]:
 
 
 @pytest.fixture(scope="module")
-def server_path(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Iterator[Path]:
+def server_path(tmp_path_factory: pytest.TempPathFactory, quick: Path, warm: Path) -> Iterator[Path]:
     """Start a server for all tests that leave it alive, and fill the cache with the prompts by a render."""
     folder = tmp_path_factory.mktemp("server")
-    job, environment = write_job(folder, tiny_job(shallow)), os.environ | {"WANCLI_CACHE": str(warm)}
+    job, environment = write_job(folder, tiny_job(quick)), os.environ | {"WANCLI_CACHE": str(warm)}
     with start_server(folder / "s"):
         assert wancli("render", job, "--socket", folder / "s", env=environment).returncode == 0
         yield folder / "s"
 
 
 @pytest.fixture
-def job(tmp_path: Path, shallow: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def job(tmp_path: Path, quick: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that writes the tiny job with changes, for a cache that has its prompts."""
     monkeypatch.setenv("WANCLI_CACHE", str(warm))
     monkeypatch.delenv("WANCLI_SOCKET", raising=False)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
 
     def write(name: str = ".", **changes: Any) -> Path:
-        return write_job(tmp_path / name, tiny_job(**{"model": shallow} | changes))
+        return write_job(tmp_path / name, tiny_job(**{"model": quick} | changes))
 
     return write
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, shallow: Path, warm: Path) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory, quick: Path, warm: Path) -> Path:
     """The folder of a long render that nothing stopped."""
     folder = tmp_path_factory.mktemp("alone")
-    path = write_job(folder, tiny_job(shallow, **LONG))
+    path = write_job(folder, tiny_job(quick, **LONG))
     assert wancli("render", path, "-q", "--cache-dir", warm).returncode == 0
     return folder
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from failing_disk import fail_reading
-from jobs import KEPT, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job
+from jobs import KEPT, NETWORKS, CommandResult, files_in, forbid_calls, latents_of, manifest_of, tiny_job
 from workers import Folder, Notes
 
 from wancli.engine.batch import render as render_plan
@@ -297,13 +297,13 @@ STEPS = 6
 
 
 @pytest.fixture
-def folder(tmp_path: Path, shallow: Path, warm: Path) -> Iterator[Callable[..., Folder]]:
+def folder(tmp_path: Path, quick: Path, warm: Path) -> Iterator[Callable[..., Folder]]:
     made: list[Folder] = []
 
     def make(ids: str, **changes: Any) -> Folder:
         items = [{"id": id, "seed": ord(id)} for id in ids]
         said = {"output": "out/{id}.mp4", "sampler": {"steps": STEPS}, "video": KEPT, "items": items}
-        made.append(Folder(tmp_path, tiny_job(shallow, **said | changes), warm))
+        made.append(Folder(tmp_path, tiny_job(quick, **said | changes), warm))
         return made[-1]
 
     yield make
@@ -479,7 +479,7 @@ def test_a_claim_that_is_unseen_for_one_look_costs_no_shot(
 
     monkeypatch.setattr(Claims, "holds_all", intact)
     with Claims(**QUICK) as claims:
-        outcomes = list(render_plan(planned(job), tools(job, claims)))
+        outcomes = list(render_plan(planned(job), tools(job, claims, model_cache=NETWORKS)))
     assert looks >= look
     assert sorted((one.shot.id, one.status) for one in outcomes) == [("a", "rendered"), ("b", "rendered")]
 
